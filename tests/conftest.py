@@ -1,4 +1,4 @@
-"""What all tests share: no network, a tiny Llama with a real tokenizer, and a trained model."""
+"""Shared fixtures of all tests: no network, a tiny Llama with a real tokenizer, a trained model."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ SIMULATING = {
     *("test_confidence.py", "test_power.py", "test_reliability.py", "test_smallest.py"),
     *("test_stopping.py", "test_task_dependence.py", "test_top_k.py"),
 }
-"""Of these those that draw for many seconds."""
+"""The test files among these that simulate for many seconds."""
 
 
 def golden(name: str) -> list[tuple[str, ...]]:
-    """Read what is written, and what is said of it, line by line."""
+    """Read a file of inputs and their expected messages, line by line."""
     text = (Path(__file__).parent / "golden" / f"{name}.txt").read_text(encoding="utf-8")
     return [tuple(line.split(" → ")) for line in text.splitlines() if not line.startswith("#")]
 
@@ -126,14 +126,14 @@ def cli(*arguments: object) -> Result:
 
 
 def printed(*arguments: object) -> str:
-    """Give a command that succeeds; what it prints."""
+    """Run a command that succeeds, and return its output."""
     found = cli(*arguments)
     assert found.exit_code == 0, found.output
     return found.output
 
 
 def refused(found: Result, *said: str) -> None:
-    """Exit code 2, a few lines in which this is said, no traceback."""
+    """Check for exit code 2 and a message of a few lines with these words, without a traceback."""
     assert found.exit_code == 2, found.output
     assert found.exception is None or isinstance(found.exception, SystemExit)
     assert "Traceback" not in found.output
@@ -144,7 +144,7 @@ def refused(found: Result, *said: str) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `--update-golden` rewrite the texts of `tests/golden/shown`."""
+    """Add the option `--update-golden`, which rewrites the texts of `tests/golden/shown`."""
     words = "rewrite the golden texts; read what has changed in them"
     parser.addoption("--update-golden", action="store_true", help=words)
 
@@ -219,7 +219,7 @@ def _cache(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _trackers() -> Iterator[None]:
-    """Let what calls an SDK begin at once; programs that tests start begin it as users' do."""
+    """Start calls of SDKs quickly in this process; programs that tests start do it like users'."""
     found = Trackers()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tracker.tracking.isolated.subprocess", found)

@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 
 
 def printed_by(code: str) -> str:
-    """What a program in a process of its own prints."""
+    """Return the output of code run in a process of its own."""
     begin = "import gc, sys\nfrom click.testing import CliRunner\nfrom tracker.cli import main\n"
     command = [sys.executable, "-c", begin + code]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

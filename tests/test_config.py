@@ -226,7 +226,7 @@ def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load):
 
 
 def test_a_cap_leads_to_the_same_cell(load):
-    """What is asked of a cell is no part of what the ledger knows it by."""
+    """The requested runs are no part of the key of a cell."""
     grid = MINIMAL.replace("{value: 0}", "{min: 0, max: 3}")
     (some,), (every,) = load("run_cap: 3\n" + grid).cells(), load(grid).cells()
     assert [run.layer for run in some.valid_changes(4)] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""What is handed out: a wheel, a source distribution, and the words that say how to install it."""
+"""Test the wheel, the source distribution, and the instructions for installing."""
 
 from __future__ import annotations
 

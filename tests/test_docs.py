@@ -1,4 +1,4 @@
-"""What the pages tell people to type is what the program understands."""
+"""Commands in the documentation are understood by the program."""
 
 from __future__ import annotations
 

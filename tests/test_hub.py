@@ -45,7 +45,7 @@ class Asked:
         return said
 
     def times(self, name: str) -> int:
-        """How often the hub was asked for something."""
+        """Return how often a name was requested from the hub."""
         return sum(name in each for each in self.hub.asked)
 
 

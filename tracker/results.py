@@ -1,7 +1,4 @@
-"""What was measured, as notebooks and scripts read it.
-
-A progress bar stands where a notebook runs.
-"""
+"""Define the results that the Python API returns, and a progress bar for notebooks."""
 
 from __future__ import annotations
 
@@ -33,14 +30,14 @@ if TYPE_CHECKING:
 
 
 def default_progress() -> Progress:
-    """Listen with a bar in a notebook, and not at all elsewhere."""
-    # What was not imported does not run; importing it takes half a second.
+    """Return a progress bar in a notebook, and silent progress elsewhere."""
+    # If IPython is not imported, it does not run; importing it takes half a second.
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return Bar() if getattr(shell, "kernel", None) is not None else Silent()
 
 
 class Bar(Progress):
-    """Shows a run below a notebook's code: a bar, and lines above it."""
+    """Progress of a run below a notebook's cell: a bar, and lines above it."""
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
@@ -57,7 +54,7 @@ class Bar(Progress):
         self._bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=False)
 
     def expect(self, more: int) -> None:
-        """Let the bar be longer, or shorter."""
+        """Change the total of the bar."""
         if self._bar is not None:
             self._bar.total += more
             self._bar.refresh()
@@ -77,25 +74,25 @@ class Bar(Progress):
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
 """Formats of a report that are several files."""
 _ROWS = 10
-"""Layers in the table that a notebook or a terminal shows."""
+"""Maximum number of layers in the table of a notebook or a terminal."""
 
 
 @dataclass(frozen=True)
 class Results:
     """Results of a run, a study, a search or a report.
 
-    A notebook shows the answer and the layers that cost most.
+    A notebook displays the answer and the layers with the largest drops.
 
     Attributes:
-        outcome: The cells' records, what failed, and where the runs can be seen.
-        report: The report page of the results folder; None where it could not be written.
+        outcome: The cells' records, errors, and the locations of published runs.
+        report: The report page of the results folder; None if it could not be written.
         folder: The results folder.
-        experiment: The experiment file that asks for the same; None where there is none.
-        finding: What a study or searches found: answers, tables, charts; None for other results.
+        experiment: The stored experiment file; None if there is none.
+        finding: The finding of a study or searches: answers, tables, charts; else None.
         searches: One record per search and draw: its steps, tested, and its cost.
-        exports: Commands that save each model that is shown to be better.
-        saved: The recommended model that was saved; None where none was.
-        files: Files that were written besides.
+        exports: Commands that save each model that is proved to be better.
+        saved: The saved recommended model; None if there is none.
+        files: Additional written files.
         notes: Further remarks.
 
     Example:
@@ -124,38 +121,38 @@ class Results:
 
     @property
     def layers(self) -> pd.DataFrame:
-        """The table `layers`."""
+        """The table `layers`, as from `table`."""
         return self.table("layers")
 
     @property
     def correlations(self) -> pd.DataFrame:
-        """The table `correlations`."""
+        """The table `correlations`, as from `table`."""
         return self.table("correlations")
 
     @property
     def documents(self) -> pd.DataFrame:
-        """The table `documents`."""
+        """The table `documents`, as from `table`."""
         return self.table("documents")
 
     def table(self, name: str = "") -> pd.DataFrame:
         """Return a table as a data frame: fractions, unrounded.
 
         `layers` has a row per model, benchmark and run: `layer` is its first layer, 0-based, and
-        `shown` what the page shows of the run on its benchmark, all runs of its kind at once:
-        `matters`, `better without`, `below 5 pp` or `open`.
+        `shown` the page's verdict on the run, simultaneous over all runs of its kind: `matters`,
+        `better without`, `below 5 pp` or `open`.
 
         `correlations` has a row per model, benchmark, proxy, coefficient and subset of layers.
-        `low` and `high` are where `value` would be with other documents and the same layers,
-        `p_value` how often unrelated layers, as smooth over depth, would correlate as strongly.
+        `low` and `high` bound `value` for other documents and the same layers. `p_value` is the
+        share of unrelated series, equally smooth over depth, that correlate as strongly.
 
-        `documents` has a row per model, benchmark, run and document: what the model answers, intact
-        and without. `change` is `lost`, `won` or `same`; `score_intact` and `score` are the
-        document's metric, of which more is better. Texts are there where the results folder holds
+        `documents` has a row per model, benchmark, run and document: the responses of the intact
+        and the ablated model. `change` is `lost`, `won` or `same`; `score_intact` and `score` are
+        the document's metric, where higher is better. Texts are included if the results folder has
         them.
 
         `layer_leaderboard`, `model_leaderboard` and, where parts are ranked, `part_leaderboard` are
-        means over the benchmarks, the largest lower end of a drop first. The interval of the drop
-        holds for all layers together; `best_rank` and `worst_rank` hold the rank.
+        means over the benchmarks, sorted by the lower end of the drop, largest first. Intervals of
+        drops hold for all layers together; `best_rank` and `worst_rank` bound the rank.
 
         Args:
             name: One of these, or of the study's tables, `STUDY--EXPERIMENT-1`, …; empty for the
@@ -196,7 +193,7 @@ class Results:
         return frame_of(boards[name])
 
     def _documents(self) -> pd.DataFrame:
-        """Lay out all documents of the cells, under every run."""
+        """Build the table of all documents of the cells, under every run."""
         from tracker.analysis.decisions import decisions
         from tracker.report.frames import document_frame
 
@@ -207,7 +204,7 @@ class Results:
         return document_frame([(cell, each) for cell, each in decided if each], changed=False)
 
     def _collected(self) -> Collected:
-        """Return the cells with the outcomes that they were derived from."""
+        """Return the cells with their outcomes."""
         if self.sources is not None:
             return self.sources
         from tracker.team.collect import collect
@@ -219,18 +216,18 @@ class Results:
         return collected
 
     def plot(self, name: str = "") -> go.Figure:
-        """Draw a chart of the study, or what each layer of a model costs above its cosine score.
+        """Draw a chart of the study, or each layer's cost above its cosine score.
 
         Args:
             name: A chart of the study, `STUDY--EXPERIMENT-1`, …, or a model by its name in the
                 table `layers`; empty for the study's first chart, or the only model.
 
         Returns:
-            The figure, which a notebook shows.
+            The figure, which a notebook displays.
 
         Raises:
             RequestError: There is no such chart or model, there are several models, or no benchmark
-                counts.
+                of the model has all layers.
 
         Example:
             >>> results.plot().write_html("layers.html")
@@ -270,7 +267,7 @@ class Results:
 
         Raises:
             RequestError: There is no such format, or `output` does not fit it.
-            WorkError: The disk is full or refuses.
+            WorkError: The disk is full or not writable.
 
         Example:
             >>> results.save("report.html")
@@ -289,7 +286,7 @@ class Results:
 
     @property
     def answer(self) -> str:
-        """The study's answers; else, a line a model, which layers and parts are shown to matter.
+        """The study's answers; else one line per model about the layers and parts that matter.
 
         Example:
             >>> print(results.answer)
@@ -299,7 +296,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield the name of each model, its answer (beside others with the name), its layers."""
+        """Yield each model's name, its answer (with the name if there are several) and layers."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer
@@ -311,7 +308,7 @@ class Results:
             yield name, f"{name}: {answer}" if len(groups) > 1 else answer, board
 
     def _render(self, line: Callable[[str], str], table: Callable[[pd.DataFrame], str]) -> str:
-        """Render the answers, the layers that matter most, and what went wrong."""
+        """Render the answers, the layers that matter most, and errors."""
         from tracker.report.export import texts
         from tracker.report.leaderboard import layer_board_table
 
@@ -333,7 +330,7 @@ class Results:
         return text.rstrip("\n")
 
     def _repr_html_(self) -> str:
-        """Return the same for a notebook."""
+        """Return the text of `__str__` as HTML for a notebook."""
         return self._render(
             lambda text: f"<p>{html.escape(text)}</p>",
             lambda frame: frame.to_html(index=False, border=0),

@@ -1,4 +1,4 @@
-"""From requests to published cells: look up, check, measure what is missing, record, publish."""
+"""Find, check, measure, record and publish cells."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class RunOutcome:
 
     Attributes:
         cells: The finished cells' records, in the order of the request.
-        failed: Cell title → what went wrong.
-        unpublished: Cell title → why a backend does not have it.
-        locations: Where the runs can be seen, by place.
-        models_loaded: How many times a model was loaded.
-        unwritten: Why the report page or the experiment's copy could not be written; empty when
-            they were.
-        unsaved: Why the recommended model could not be saved; empty when it was.
+        failed: Cell title → error.
+        unpublished: Cell title → reason why a backend does not have it.
+        locations: Place → location of the runs.
+        models_loaded: Number of times that a model was loaded.
+        unwritten: Reason why the report page or the experiment's copy could not be written; empty
+            if they were.
+        unsaved: Reason why the recommended model could not be saved; empty if it was.
         damaged: Everything else in the results folder that cannot be shown → what to do.
     """
 
@@ -55,11 +55,11 @@ class RunOutcome:
 
     @property
     def exit_code(self) -> int:
-        """0 = all done, 1 = some of the work failed."""
+        """The exit code: 0 = all done, 1 = some of the work failed."""
         return int(bool(self.failed or self.unpublished or self.unwritten or self.unsaved))
 
     def joined(self, later: RunOutcome) -> RunOutcome:
-        """Say what became of these cells, and of others that were run later."""
+        """Return the combined outcome of these cells and of later ones."""
         return RunOutcome(
             cells=[*self.cells, *later.cells],
             failed=self.failed | later.failed,
@@ -82,17 +82,17 @@ def run_cells(
     Args:
         requests: The cells, equal models next to each other.
         ledger: The results folder.
-        publisher: Hands finished cells to the tracking backends.
-        options: How to run, and where.
-        progress: Told what happens.
-        explicit: Whether a run requests them, and not only a study or a search.
+        publisher: Publishes finished cells to the tracking backends.
+        options: The options of the run.
+        progress: Receives counts and messages.
+        explicit: True if a run requests them, and not only a study or a search.
 
     Returns:
-        What became of them.
+        The outcome.
 
     Raises:
-        RequestError: Something that was asked for does not exist or does not fit; nothing was
-            computed or written.
+        RequestError: A part of a request does not exist or does not fit; nothing was computed or
+            written.
     """
     ledger.refuse_unwritable()
     lookups = [look_up(request, ledger, options.trust_remote_code) for request in requests]
@@ -101,7 +101,7 @@ def run_cells(
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
             check_range(cell.request, ModelParts(cell.store.identity.model.layers))
-            cell.store.views.shown_in(cell.request)  # raises where it may not be read
+            cell.store.views.shown_in(cell.request)  # raises if it is not readable
     finisher = _Finisher(publisher, progress, [*requests], explicit)
     if todo:
         progress.say("checking models and benchmarks")
@@ -116,10 +116,10 @@ def run_cells(
         if todo:
             to = Reporting(ledger, progress, finisher.begun, finisher.done)
             report.models_loaded = executor.measure(jobs, to)
-    except Exception:  # whatever fails, what was measured is published first
+    except Exception:  # measured cells are published before any error is raised
         finisher.wait()
         raise
-    # Who interrupts does not wait for an upload: 'tracker sync' completes it.
+    # An interrupt does not wait for an upload: 'tracker sync' completes it.
     finisher.wait()
     found = [records[request] for request in requests if request in records]
     report.cells = list({record.place: record for record in found}.values())
@@ -127,7 +127,7 @@ def run_cells(
 
 
 class _Finisher:
-    """Records and publishes cells as they are finished, in whatever order that is."""
+    """Records and publishes cells as they finish, in any order."""
 
     def __init__(
         self, publisher: Publisher, progress: Progress, requests: list[CellRequest], explicit: bool
@@ -150,7 +150,7 @@ class _Finisher:
         self._publisher.live.begin(cell.request, store, view)
 
     def done(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
-        """Record and publish a finished cell; keep a failure in its cell."""
+        """Record and publish a finished cell, or report its error."""
         request, title, report = cell.request, cell.request.title, self.report
         failed, named = isinstance(outcome, Exception), request in self._named
         left = self._publisher.live.end(request, "failed" if failed else "finished")
@@ -161,7 +161,7 @@ class _Finisher:
             view = outcome.views.of(request)
             if outcome.views.name_of(view) == outcome.views.name_of(shown):
                 view = shown.model_copy(update={"runs": view.runs})
-            # A backend shows all that was asked of the cell, not only what was asked now.
+            # A backend shows all requested runs of the cell, not only those of this request.
             whole = record_of(outcome, shown)
             record = record_of(outcome, view)
             note = "" if named else _shown_otherwise(view, shown, outcome.views.known(request))
@@ -190,12 +190,12 @@ class _Finisher:
             self._take()
 
     def wait(self) -> None:
-        """Wait until all that was measured is published, or is not."""
+        """Wait until publishing of all measured cells has ended."""
         while self._publishing:
             self._take()
 
     def _take(self) -> None:
-        """Say what became of publishing a cell."""
+        """Report the result of publishing the next cell."""
         title, future = self._publishing.popleft()
         outcome = future.result()
         self.report.locations.update(outcome.places)
@@ -207,9 +207,9 @@ class _Finisher:
 
 
 def named_beside(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find the requests beside which more documents of the same are asked for, in the same order.
+    """Find the requests for which another one differs only in having more documents.
 
-    Who lists both numbers wants to see both.
+    Both are shown, since both numbers were requested.
     """
     sizes = {each: each.documents.size for each in requests if not each.until}
 
@@ -223,7 +223,7 @@ def named_beside(requests: Collection[CellRequest]) -> set[CellRequest]:
 
 
 def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
-    """Say where what a file asked for is not shown as it asked; empty where it is."""
+    """Return a note if a request is shown otherwise than requested; else an empty text."""
     if asked.until is None and shown.size > asked.size:
         key, count = ("limit", asked.limit) if asked.seed is None else ("sample", asked.sample)
         all_of = shown.limit or shown.sample
@@ -237,15 +237,15 @@ def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
 
 
 def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
-    """Find every benchmark and its data before a night is spent on half of them.
+    """Open all benchmarks before anything is measured, and group cells into jobs.
 
-    Cells that differ in which layers are removed alone become one job.
+    Cells that differ only in their changed layers become one job.
     """
     jobs: dict[object, Job] = {}
     benchmarks = opened(cell.request for cell in todo)
     for cell, benchmark in zip(todo, benchmarks, strict=True):
         request = cell.request
-        # A race is over when its own question is answered; what has to be fitted may fail alone.
+        # A race ends with its own question; a failed fit must not fail other interventions.
         alike: object = request
         if request.until is None:
             done = request.changes.interventions

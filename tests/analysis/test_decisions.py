@@ -1,4 +1,4 @@
-"""What runs decide, against a second computation from the same hand-made outcomes."""
+"""Test the decisions of runs against a second computation from the same hand-made outcomes."""
 
 from __future__ import annotations
 

@@ -335,7 +335,7 @@ DROPS = ("accuracy_drop", "accuracy_relevance", "gold_logprob_drop")
 
 
 def without_score(items: list[Item], ablation: str) -> None:
-    """What the benchmark hands over when a log-likelihood is not finite."""
+    """Set the outcomes of a document whose log-likelihood is not finite."""
     items[3].metrics[ablation] = dict.fromkeys(METRICS)
     items[3].loglikelihoods[ablation][items[3].gold] = math.nan
 
@@ -498,7 +498,7 @@ class TestCorrelations:
 
 
 def test_records_are_derived_anew_when_any_code_that_they_follow_from_changes():
-    """What derives records imports nothing but the packages whose code is hashed."""
+    """The code that derives records imports only packages whose code is hashed."""
     code = [
         path.read_text(encoding="utf-8")
         for name in DERIVED_BY

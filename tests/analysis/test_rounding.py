@@ -1,4 +1,4 @@
-"""What a record says that rounding decides, from outcomes made by hand."""
+"""Test a record's figures of rounding on hand-made outcomes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS = ("acc", "acc_norm")
 
 
 def count(doc: int) -> int:
-    """How many options a document has."""
+    """Return the number of options of a document."""
     return 3 if doc % 5 == 0 else 4
 
 

@@ -1,4 +1,4 @@
-"""What was measured by different versions or devices says so, and is never compared in silence."""
+"""Outcomes of different versions or devices are reported, and never compared silently."""
 
 from __future__ import annotations
 

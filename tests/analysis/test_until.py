@@ -1,4 +1,4 @@
-"""What is shown of a cell that a question has stopped, and what is asked of it next."""
+"""Test the record of a cell that a question stopped, and the next requests for it."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ EVERYTHING = ["baseline", *(f"layer:{number}" for number in range(RUNS))]
 
 
 def taken(every: Any, by_size: bool, seed: int) -> int:
-    """How many documents "top 1" of a group takes in an order, a look after every 32."""
+    """Count the documents that "top 1" of a group takes in an order, with a look after every 32."""
     order = shuffled(seed, {task: range(size) for task, size in GROUP.items()})
     return begun(order[: raced(every, order, by_size).bounds.seen.max()], GROUP)
 

@@ -1,4 +1,4 @@
-"""What the tests of benchmarks share: requests, and the tiny model that is asked."""
+"""Shared fixtures of the tests of benchmarks: requests, and a tiny model."""
 
 from __future__ import annotations
 

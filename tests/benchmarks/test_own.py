@@ -43,7 +43,7 @@ def make(*asked: Any, **settings: Any) -> LmEvalBenchmark:
 
 
 def documents_of(parts: tuple[Any, Any], *asked: Any, **settings: Any) -> list[Document]:
-    """What a benchmark asks of a model, with the settings of the request."""
+    """Return the documents of a benchmark, with the settings of the request."""
     request = ask(*asked, **settings)
     return LmEvalBenchmark(request).documents(RequestEncoder(*parts, request.benchmark), ALL)
 
@@ -61,7 +61,7 @@ def refusal(benchmark: str, folder: Path | None = None, **settings: Any) -> str:
 
 
 def asked(model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any) -> Asked:
-    """What plain lm-eval asks, given the same arguments."""
+    """Record the requests of plain lm-eval, given the same arguments."""
     own = {name: settings.pop(name) for name in ("metadata",) if name in settings}
     names = ("chat_template_args", "enable_thinking", "think_end_token")
     of_model = {name: settings.pop(name) for name in names if name in settings}

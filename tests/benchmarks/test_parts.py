@@ -32,7 +32,7 @@ def key(identity: BenchmarkIdentity) -> str:
 
 
 def naive_order(task: str, documents: int, seed: int = 1234) -> list[int]:
-    """What docs/statistics.md says of the random order, in its own words."""
+    """Return the random order as docs/statistics.md describes it."""
     digests = {
         hashlib.sha256(f"{seed}/{task}/{number}".encode()).hexdigest(): number
         for number in range(documents)

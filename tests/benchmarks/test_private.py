@@ -1,4 +1,4 @@
-"""What we lean on in lm-eval, in every version that we allow."""
+"""Test the private parts of lm-eval that we use, in every version that we allow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rolling tasks ask; `tests/runner/test_texts.py` holds their figures against lm-eval's."""
+"""Test requests of rolling tasks; `tests/runner/test_texts.py` compares figures with lm-eval's."""
 
 from __future__ import annotations
 

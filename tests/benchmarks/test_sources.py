@@ -64,7 +64,7 @@ class TestFolders:
         assert "org/set (other)" in refusal(source, "org/set", "other")
 
     def test_a_missing_one_says_where_and_what_to_type(self, tmp_path) -> None:
-        """What it says to type leads to a folder whose data is read, as above."""
+        """The command in the message leads to a folder whose data is read, as above."""
         message = refusal(find_data(str(tmp_path)), "org/set", "plain")
         for words in (
             "the data set org/set (plain) cannot be read",

@@ -1,4 +1,4 @@
-"""What documents say in front of people, of each kind of task; and which anybody may read."""
+"""Test the texts of documents for each kind of task, and which of them are public."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def checked(model, verdict=None):
 
 
 def when_masked(model, then):
-    """Let something happen where the engine gives the first layer a mask of its own."""
+    """Change the output wherever the engine gives the first layer a mask of its own."""
 
     def hook(module, args, kwargs, output):
         return output if kwargs["attention_mask"] is None else then(output)

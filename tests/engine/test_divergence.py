@@ -40,7 +40,7 @@ def _naive(model, tokens: tuple[int, ...], layer: int) -> tuple[float, float, fl
 
 
 def _lens(model, tokens: tuple[int, ...], layer: int) -> list[int]:
-    """What the model would say if its layers ended before one: its layers hand on their input."""
+    """Return the most likely tokens of a model whose layers from one on are skipped."""
     with skipped(model, range(layer, LAYERS)):
         return logits(model, tokens).argmax(-1).tolist()
 

@@ -61,7 +61,7 @@ class TestFamilies:
         agree(checked.engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
 
     def test_without_sharing_too(self, family):
-        """What the self-check trusts: the layers really taken out, and the rest re-indexed."""
+        """The reference of the self-check is right: layers really removed, the rest re-indexed."""
         model, documents = tiny_model(family), make_documents(2)
         scores = engine_of(model, PLAIN).score(documents, ABLATIONS)
         agree(scores, model, ABLATIONS, skipped)

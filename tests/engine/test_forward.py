@@ -32,7 +32,7 @@ ABLATIONS = [
 
 
 class Named(NamedTuple):
-    """What Reformer's layers return, in short."""
+    """A short form of the output of Reformer's layers."""
 
     state: Tensor
     extra: Any
@@ -118,7 +118,7 @@ def make(answer: type = Tensor, named: bool = False, adding: bool = False) -> nn
 
 
 def run(layers: Sequence[Any], hidden: Tensor, named: bool, *args: Any, **kwargs: Any) -> Tensor:
-    """What a model's forward pass does with its layers."""
+    """Apply layers as a model's forward pass does."""
     for layer in layers:
         given = {"hidden_states": hidden, **kwargs} if named else kwargs
         output = layer(*args, **given) if named else layer(hidden, *args, **given)

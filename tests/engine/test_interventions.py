@@ -178,7 +178,7 @@ def test_matrices_whose_inputs_nobody_tells_are_no_linear_maps():
 
 
 class TestFit:
-    """What stands in for a layer is the least-squares solution over the tokens that count."""
+    """A fitted replacement is the least-squares solution over the tokens that count."""
 
     def test_it_explains_most_of_the_layers_own_outputs(self):
         model = tiny_model("llama").eval()

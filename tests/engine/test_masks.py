@@ -1,4 +1,4 @@
-"""What each layer sees, and the masks that rows make of it."""
+"""Test the attention window of each layer, and the masks that rows derive from it."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ def watched(monkeypatch) -> Watched:
 
 
 class TestMiniatures:
-    """What is found on one is believed of the next, and of the model."""
+    """Results for one miniature hold for the next one, and for the model."""
 
     @pytest.mark.usefixtures("watched")
     @pytest.mark.parametrize(
@@ -362,11 +362,11 @@ def test_an_error_in_one_order_is_found(monkeypatch, reverse: bool) -> None:
 
 
 class TestCut:
-    """What the model without a layer is, and what is said where it is nothing."""
+    """Test the model without a layer, and the message where there is no such model."""
 
     @pytest.fixture
     def refuse(self, monkeypatch) -> Callable[..., None]:
-        """Let models without layer 2 not run: cut, or with the layer in its place."""
+        """Refuse models without layer 2: cut, or with the layer in its position."""
 
         def refuse(*stay: bool, error: Exception | None = None) -> None:
             honest, honest_handing_on = Engine.without, quirks._handing_on
@@ -449,7 +449,7 @@ class TestCut:
             assert all("hands on its input" in clause for clause in clauses[:-1])
 
     def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(self, watched) -> None:
-        """What a class makes of a configuration alone is no proof."""
+        """A model built from a configuration alone is no proof."""
         verdict = self.checked(llama(Hidden), (0,))
         assert "(the model itself, saved and loaded, is another one)" in verdict.which
         assert verdict.stay

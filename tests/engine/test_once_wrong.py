@@ -94,7 +94,7 @@ BY_LENGTH = {
 
 
 def told(family: str) -> dict[str, Any]:
-    """How a family is held against the truth; MiniCPM3 scales by how many layers there are."""
+    """Return how a family is compared with the truth; MiniCPM3 scales by the number of layers."""
     return {
         "says": "length" if family == "dynamic" else None,
         "atol": 1e-3 if family == "minicpm3" else 2e-4,

@@ -1,4 +1,4 @@
-"""What is followed through the layers, against one plain forward pass a perturbation."""
+"""Test perturbations followed through the layers against one plain forward pass for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cell costs is said before it is run: against the operations that are then carried out."""
+"""Test the predicted cost of a cell against the operations that are then carried out."""
 
 from __future__ import annotations
 

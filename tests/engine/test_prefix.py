@@ -1,4 +1,4 @@
-"""What was read apart: how it grows, what it is cut to, and when it serves other texts."""
+"""Test prefixes that are read separately: growing, cutting, and reuse for other texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changing one number of a configuration shows of a model, and of what calling it does."""
+"""Test the facts that changing one number of a configuration, or calling a model, reveals."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_experts_that_are_not_told_their_tokens_are_rounded_one_model_at_a_time(
 
 
 def outputs(model, family, document, layer):
-    """What each token's experts make of it, [tokens × chosen, width], one by one."""
+    """Compute the output of each token's experts, [tokens × chosen, width], one by one."""
     held, found = find_layers(model)[layer].get_submodule(held_by(model, layer)), []
 
     def note(module, args, kwargs):
@@ -203,7 +203,7 @@ def beyond(model):
 
 @pytest.fixture
 def only_new_objects() -> Iterator[None]:
-    """Let nothing be counted of what was alive before, as of other tests."""
+    """Exclude older objects, as of other tests, from counting."""
     gc.freeze()
     yield
     gc.unfreeze()

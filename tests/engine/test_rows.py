@@ -28,7 +28,7 @@ def text(request: Request, max_length: int) -> Tokens:
 
 
 def seen(row: Row, node: int, beginning: Tokens) -> Tokens:
-    """What a node sees, in the order of the positions, and these count from the text's first."""
+    """Return the tokens that a node attends to, ordered by position in the text."""
     tokens = row.input_ids.flatten()
     positions = row.positions.expand(row.input_ids.shape).flatten()
     if row.ancestors is None:

@@ -1,4 +1,4 @@
-"""How far layers turn the residual stream, also of layers that write into it."""
+"""Test the angles by which layers turn the residual stream, also of layers that write into it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def never(*args):
 
 @pytest.fixture
 def read(spy):
-    """How many tokens of common beginnings were read."""
+    """Record the number of tokens of common prefixes that are read."""
     return spy(sweep, "read_prefix", lambda parts, plan, tokens: len(tokens))
 
 
@@ -277,7 +277,7 @@ def test_what_is_shared_is_named():
 
 
 class TestKeptBeginning:
-    """What all documents begin with is read apart where that fits, and the numbers are the same."""
+    """A prefix of all documents is read separately if it fits, with the same results."""
 
     DOCUMENTS = make_documents(3, seed=2, shared=60)
     # Keys and values of two heads of eight numbers, in four layers.
@@ -332,7 +332,7 @@ def test_a_model_without_a_cache_continues_no_prompt(monkeypatch):
 
 
 def moody(model):
-    """Let each call of a model leave something behind that spoils the next one."""
+    """Add a state to a model that each call changes, which spoils the next call."""
     embeddings = model.get_input_embeddings()
     embeddings.mood = 0.0
 

@@ -1,8 +1,8 @@
-"""What no number of a configuration tells of: thresholds in code, and heads of their own kind.
+"""Test facts that no number of a configuration reveals: thresholds in code, and custom heads.
 
-Such a class would be wrong without a word if only the configuration's numbers were crossed. It is
-checked with texts and rows as long as the cell's, and where nothing else is exact, asked one
-request at a time, which is what everything is held against.
+Such a class would silently be wrong if the check crossed only the configuration's numbers. It is
+checked with texts and rows as long as the cell's. If nothing else is exact, it is computed one
+request at a time, which is the reference.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ TURNS = {each.__name__: each for each in (stages, product, written, doubling, si
 
 
 class OwnHead(LlamaForCausalLM):
-    """Says something of the states behind the base."""
+    """A custom head that computes logits from the states of the base model."""
 
     def forward(self, input_ids: Tensor, **more: Any) -> CausalLMOutputWithPast:
         more.pop("logits_to_keep", None)

@@ -35,7 +35,7 @@ def hurry(monkeypatch):
 
 
 def ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the program answers, in this process, without asking pip, git and compilers."""
+    """Run the reference program in this process, without asking pip, git and compilers."""
     told = json.loads(json.dumps(asked))
     with pytest.MonkeyPatch.context() as there:
         for name in ("add_env_info", "get_git_commit_hash"):
@@ -46,7 +46,7 @@ def ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def answering_here() -> Iterator[None]:
-    """Let the program answer in this process; a real one of its own has answered in `exported`."""
+    """Run the reference program in this process; `exported` has run it in a process of its own."""
     with pytest.MonkeyPatch.context() as there:
         there.setattr(proof, "_ask", ask)
         yield

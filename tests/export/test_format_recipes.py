@@ -1,4 +1,4 @@
-"""What other tools are given is obeyed by llama.cpp itself, and read by compressed-tensors.
+"""llama.cpp obeys the recipes for other tools, and compressed-tensors reads them.
 
 mlx-lm reads its own; GPTQModel's is held against its grammar.
 """

@@ -103,7 +103,7 @@ def test_llama_cpp_makes_the_model_that_is_exported(smollm2, tmp_path):
 
 
 def apart(file: Path, loaded, twin=None) -> float:
-    """How far llama.cpp's logits are from transformers'."""
+    """Return the largest difference of llama.cpp's logits from transformers'."""
     tokens = loaded.tokenizer(TEXT)["input_ids"]
     with torch.inference_mode():
         wanted = (twin or loaded.model)(torch.tensor([tokens])).logits[0].numpy()

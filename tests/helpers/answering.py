@@ -1,4 +1,4 @@
-"""What the tests' own web servers share: a request is read whole, answered whole, and not told."""
+"""Base of the tests' own web servers: read a whole request, answer it, and log nothing."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ LETTERS = ((3,), (4,), (5,), (6,))
 
 
 FALSE_REASON = "depend on each other by their numbers"
-"""What is said of a model whose layers cannot be taken out; none here is one."""
+"""Error of a model whose layers cannot be removed; no model here is one."""
 
 
 VERDICTS = Memory()

@@ -1,4 +1,4 @@
-"""What the engine's tests share: documents, and a second, naive implementation of its scores."""
+"""Helpers of the engine's tests: documents, and a second, naive implementation of scores."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def changed(model: Any, forward: Callable[..., Any]) -> Any:
 
 
 class Output(NamedTuple):
-    """What some layers return: more than the state, by names."""
+    """Output of some layers, with named values besides the state."""
 
     state: Tensor
     weights: str

@@ -1,4 +1,4 @@
-"""What can happen to a results folder on its disk, and what may be seen of it afterwards."""
+"""Faults of a results folder on its disk, and the output allowed afterwards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def seen(root: Path) -> tuple[Any, list[str]]:
     """Look at a folder as `ls`, `report` and `sync` do.
 
     Returns:
-        All that is shown, and what is said of it. Anything but an error of tracker's is raised.
+        All output, and the warnings about it. Errors other than tracker's own are raised.
     """
     with listening() as said:
         try:
@@ -90,7 +90,7 @@ def _but_what_it_took(text: str) -> str:
 
 
 def silent(root: Path, truth: Any, hit: Path) -> str:
-    """Say what is shown that is not true and of which nothing was said; empty when all is well."""
+    """Return differences from the truth that are shown without a warning; "" if there are none."""
     shown, said = seen(root)
     if shown == truth or said:
         return ""

@@ -13,7 +13,7 @@ GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model i
 
 
 class Hub:
-    """What the hub answers, and what it was asked.
+    """A double of the hub, with its answers and the recorded requests.
 
     Attributes:
         status: Of every answer but to the hub's own address, which tells that it is there.
@@ -29,7 +29,7 @@ class Hub:
         self.reset()
 
     def reset(self) -> None:
-        """Have nothing, and forget what was asked."""
+        """Remove all content, and forget the recorded requests."""
         self.status, self.body, self.silent = 404, b"", False
         self.headers: dict[str, str] = {}
         self.asked: list[str] = []

@@ -80,7 +80,7 @@ def token_by_token(model: Any, ids: list[int], prefix: int, length: int) -> tupl
 
 
 class Asked(HFLM):  # type: ignore[misc]
-    """lm-eval's own model, which answers nothing and writes down what it is asked."""
+    """lm-eval's own model that records its requests and answers nothing."""
 
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
         super().__init__(model, tokenizer=tokenizer, backend="causal", batch_size=1, **settings)
@@ -97,7 +97,7 @@ class Asked(HFLM):  # type: ignore[misc]
 
 
 def tokens_of(documents: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """What our documents ask, as `Asked` writes it down."""
+    """Return the requests of our documents in the form in which `Asked` records them."""
     return [(r.context, r.continuation) for document in documents for r in document.requests]
 
 

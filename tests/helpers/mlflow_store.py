@@ -20,7 +20,7 @@ PROJECT = "layers"
 
 
 class Store:
-    """What a reader of the store sees."""
+    """Content of an MLflow store, as a reader sees it."""
 
     def __init__(self, uri: str, project: str = PROJECT) -> None:
         self.uri = uri

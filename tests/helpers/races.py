@@ -24,7 +24,7 @@ Outcomes = dict[tuple[str, int], np.ndarray]
 
 
 def outcomes(sizes: Mapping[str, int], *lost: list[float]) -> Outcomes:
-    """Whether the intact model and the others are right, a document; `lost` of each task."""
+    """Draw whether each model is right on each document; `lost` holds the drops of each task."""
     draw = np.random.default_rng(1)
     return {
         (task, number): np.array([1.0, *(draw.random(RUNS) >= costs)])
@@ -34,7 +34,7 @@ def outcomes(sizes: Mapping[str, int], *lost: list[float]) -> Outcomes:
 
 
 def begun(order: list[tuple[str, int]], sizes: Mapping[str, int]) -> int:
-    """How many documents of whole blocks hold so many of the order."""
+    """Count the documents of the whole blocks that contain the beginning of an order."""
     return sum(
         min(size, -(-sum(name == task for name, _ in order) // 32) * 32)
         for task, size in sizes.items()

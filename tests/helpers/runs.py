@@ -1,4 +1,4 @@
-"""What the tests of the runner share: a study, what it says, and what it measured."""
+"""Helpers of the runner's tests: a study, its output, and its measurements."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(
 
 
 def outcomes(results: Path) -> pd.DataFrame:
-    """What the only cell of a results folder holds."""
+    """Return the outcomes of the only cell of a results folder."""
     (store,) = Ledger(results).cells()
     return store.read().sort_values(["task", "doc", "ablation"], ignore_index=True)
 

@@ -22,7 +22,7 @@ def grown(removed: Set) -> list[Set]:
 
 
 def texts(truth: Truth) -> Iterator[Tensor]:
-    """What the proxies read of each document."""
+    """Yield the tokens of each document that proxies read."""
     for document in truth.documents:
         yield torch.tensor([gold_tokens(document)])
 

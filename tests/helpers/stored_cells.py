@@ -32,7 +32,7 @@ Outcomes = Mapping[tuple[str, int], Sequence[float]]
 
 
 def mean(how: str, values: Sequence[Any]) -> float:
-    """Stands in for lm-eval's aggregation."""
+    """Replacement of lm-eval's aggregation."""
     return sum(values) / len(values)
 
 
@@ -70,7 +70,7 @@ def benchmark_identity(
     task: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> BenchmarkIdentity:
-    """A benchmark of tasks with so many documents; `metrics` are means, where nothing is said."""
+    """Build a benchmark of tasks with numbers of documents; `metrics` are means by default."""
     if not isinstance(metrics, Mapping):
         metrics = dict.fromkeys(metrics, "mean")
     common = {"version": "1.0", "split": "test", "fingerprint": "a" * 64, "metrics": metrics}

@@ -30,7 +30,7 @@ def layers_of(model: Any) -> torch.nn.ModuleList:
 
 
 def skip(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Let a layer hand on its input, as a hook."""
+    """Replace a layer's output by its input, as a hook."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
@@ -44,7 +44,7 @@ def without(model: Any, removed: Collection[int]) -> Any:
 
 
 def exported(model: Any, removed: Collection[int]) -> Any:
-    """What a pruned checkpoint holds: every list with one entry a layer cut, layers renumbered."""
+    """Build the pruned model: lists with an entry for each layer are cut, layers renumbered."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     count = text.num_hidden_layers
@@ -68,7 +68,7 @@ def exported(model: Any, removed: Collection[int]) -> Any:
 
 
 def logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
-    """What a model says of each token of a text, in one pass, in double precision."""
+    """Return a model's logits of each token of a text, from one pass, in double precision."""
     with torch.inference_mode():
         return model(torch.tensor([tokens]), use_cache=False).logits[0].double()
 

@@ -51,11 +51,11 @@ RUN_LIMITS = {
 
 
 class RefusedError(Exception):
-    """The double was asked for what it does not know, or for more than W&B takes."""
+    """A request that the double does not support, or that exceeds W&B's limits."""
 
 
 class GoneError(Exception):
-    """What the real server answers with 409: the id of a run that was deleted."""
+    """A run's id belongs to a deleted run; the real server answers with 409."""
 
 
 class Request(NamedTuple):
@@ -168,7 +168,7 @@ class Agent:
 
 @dataclass
 class Project:
-    """What an entity's project holds: runs by id, artifacts by type and name, sweeps by name."""
+    """Content of an entity's project: runs by id, artifacts by type and name, sweeps by name."""
 
     entity: str
     name: str
@@ -634,7 +634,7 @@ class WandbDouble:
         return {"agentHeartbeat": {"agent": {"id": agent.id}, "commands": commands}}
 
     def command(self, agent: Agent) -> Json:
-        """Tell an agent none of whose trials is alive what to do."""
+        """Return the next command for an agent that has no live trial."""
         sweep, runs = agent.sweep, agent.sweep.project.runs
         for run_id in agent.runs:
             if runs[run_id].state not in DONE:  # its process is gone and it never said goodbye

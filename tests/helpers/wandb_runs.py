@@ -58,7 +58,7 @@ mine.finish()
 class Publisher:
     """Publishes with the SDK in a process of its own, as `tracker` does.
 
-    It goes on in the same one until it is closed, or another environment or folder is asked for.
+    It stays the same until it is closed, or another environment or folder is requested.
     """
 
     def __init__(self, client: Client, folder: Path) -> None:
@@ -123,7 +123,7 @@ IMPATIENT = {
 
 
 def figures(values: dict[str, Any]) -> dict[str, Any]:
-    """What we logged, without what the client adds and without tables and charts."""
+    """Return the values that we logged, without the client's own, tables and charts."""
     return {
         name: value
         for name, value in values.items()

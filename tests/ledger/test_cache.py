@@ -1,4 +1,4 @@
-"""What is kept on a machine is believed where nobody else can have written it."""
+"""A machine's cache is trusted only where nobody else can have written it."""
 
 from __future__ import annotations
 

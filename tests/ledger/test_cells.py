@@ -150,7 +150,7 @@ class TestProofs:
 
 
 class TestNoShard:
-    """What stands in a shard's place is named with its reason, once."""
+    """A file that is no shard is named once, with the reason."""
 
     @pytest.fixture
     def path(self, cell) -> Path:

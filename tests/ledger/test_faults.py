@@ -1,4 +1,4 @@
-"""What is on disk is proved: nothing that is damaged, edited or foreign is shown without a word."""
+"""Files on disk are verified: damaged, edited or foreign content is always reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown of a cell as one file after another asks something of it: nothing is taken away."""
+"""Requests of several files extend the view of a cell, and never remove anything from it."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class TestShards:
         assert not len(cell.read([]))
 
     def test_a_document_that_was_measured_twice_counts_once(self, cell):
-        """Whatever columns are asked for; what is the same does not pile up."""
+        """Duplicates are removed for any requested columns, and equal shards do not accumulate."""
         for documents in ([0, 1], [1, 2], [1, 2]):
             fill(cell, FIRST, documents, NAMES[:2])
         assert len(cell.shards()) == 2
@@ -268,7 +268,7 @@ class TestLedger:
 
     @pytest.mark.parametrize("text", ["", "{", "{}", "[]", None])
     def test_a_damaged_cell_is_refused_and_written_anew(self, ledger, cell, cell_of, text):
-        """What it holds is not measured again, and it keeps nobody from the others."""
+        """Its outcomes are not measured again, and other cells stay usable."""
         other = cell_of(name="other")
         fill(cell, FIRST, [0], NAMES)
         ledger.remember("0" * 64, cell)

@@ -1,4 +1,4 @@
-"""What documents say is kept once, proved by a digest, and missed when it is not there."""
+"""Texts of documents are stored once, verified by a digest, and reported if missing."""
 
 from __future__ import annotations
 

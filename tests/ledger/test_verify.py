@@ -1,4 +1,4 @@
-"""What `tracker verify` says, word by word, of cells made by hand; see also test_faults.py."""
+"""Test the exact output of `tracker verify` on hand-made cells; see also test_faults.py."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class TestCompare:
 
     @staticmethod
     def replace(ledger: Ledger, rows: list[dict[str, Any]]) -> None:
-        """Let the only cell of a folder hold these outcomes and no others."""
+        """Replace the outcomes of the only cell of a folder."""
         (cell,) = ledger.cells()
         for path in cell.shards():
             path.unlink()

@@ -1,4 +1,4 @@
-"""What identities and views refuse to read, and the names of views' files."""
+"""Test the identities and views that are refused, and the names of views' files."""
 
 from __future__ import annotations
 

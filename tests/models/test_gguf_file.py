@@ -1,4 +1,4 @@
-"""What is read of a GGUF file in one go is what its library and transformers make of it."""
+"""A GGUF file read at once agrees with its library and with transformers."""
 
 from __future__ import annotations
 

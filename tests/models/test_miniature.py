@@ -60,7 +60,7 @@ def said(model) -> torch.Tensor:
 
 
 def without(model, layer: nn.Module) -> torch.Tensor:
-    """What a model says where a layer hands on what it got."""
+    """Return a model's logits where one layer passes on its input."""
     handle = layer.register_forward_hook(hand_on, with_kwargs=True)
     try:
         return said(model)

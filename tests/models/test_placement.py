@@ -1,4 +1,4 @@
-"""How much memory there is for a model, and on how many devices: arithmetic, without any device."""
+"""Test the computation of memory and devices for a model, without any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What belongs to a layer goes with it, and what a call changes can be put back."""
+"""Everything that belongs to a layer is removed with it, and changes of a call are undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is without layers once it is saved and loaded, and what a copy in memory lacks."""
+"""Test models without layers after saving and loading, against copies in memory."""
 
 from __future__ import annotations
 

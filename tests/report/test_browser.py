@@ -1,4 +1,4 @@
-"""What a reader sees and does in a real Chromium without a network: sort, filter, hover, print."""
+"""Test the page in a real Chromium without a network: sort, filter, hover, print."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def fits_and_is_legible(page: Page, width: int) -> None:
 
 
 def red(page: Page) -> int:
-    """How much red the background has, of 255."""
+    """Return the red component of the background, 0 to 255."""
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     return int(re.findall(r"\d+", background)[0])
 

@@ -1,4 +1,4 @@
-"""What breaks, on the page: the table that is loaded when it is opened, the charts, the bounds."""
+"""Test decisions on the page: the table that is loaded on request, the charts, the bounds."""
 
 from __future__ import annotations
 

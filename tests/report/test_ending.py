@@ -1,4 +1,4 @@
-"""What a run prints at its end."""
+"""Test the output at the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people read of cells of every kind, beside a text that was read: `golden/CASE.txt`.
+"""Compare the texts of cells of every kind with reviewed texts: `golden/CASE.txt`.
 
 `python -m tests.report.test_golden` writes these anew; what has changed in them is to be read.
 """
@@ -125,7 +125,7 @@ def lines(table: Table) -> Iterator[str]:
 
 
 def said(cells: list[CellRecord]) -> Iterator[str]:
-    """Say everything that people read of some cells, a line each."""
+    """Yield all texts that people read of some cells, line by line."""
     yield wording.summary(cells)
     yield compared_sentence(cells)
     yield from lines(tables.overview_table(cells))

@@ -1,4 +1,4 @@
-"""What the tests of the runner share."""
+"""Shared fixtures of the runner's tests."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def data(tmp_path) -> Path:
 
 
 def with_a_fuse(folder: Path, blows: float) -> Path:
-    """Let layer 1 undo a constant that layer 2 cannot bear, if it blows; nothing else can.
+    """Change a model so that layer 1 alone cancels a constant that makes layer 2 overflow.
 
     Args:
         folder: A Llama whose MLPs have biases.

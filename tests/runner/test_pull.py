@@ -1,4 +1,4 @@
-"""What comes from a tracking project is checked before it is believed."""
+"""Runs from a tracking project are checked before they are used."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def plainly(
     arguments: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
-    """What lm-eval writes of the really pruned checkpoint; as its command line does it."""
+    """Write lm-eval's files for the really pruned checkpoint, as its command line does."""
     model = pruned(AutoModelForCausalLM.from_pretrained(folder / "lab/tiny"), removed)
     place = folder / ("pruned" + "-".join(map(str, removed)))
     model.save_pretrained(place)

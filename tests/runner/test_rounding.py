@@ -1,4 +1,4 @@
-"""What is promised in half precision, held against plain lm-eval in other batch sizes."""
+"""Test the promises for half precision against plain lm-eval in other batch sizes."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_a_job_array_gives_what_one_process_gives_also_where_a_job_is_timed_out(
 
 
 def benchmark_of(job: psutil.Process) -> str:
-    """Say what the program of a job measures."""
+    """Return the benchmark that a job measures."""
     from submitit.core.utils import DelayedSubmission
 
     folder = job.cmdline()[-1].replace("%j", number := job.environ()["SUBMITIT_LOCAL_JOB_ID"])

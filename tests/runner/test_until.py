@@ -197,7 +197,7 @@ def asked(tiny_llama, experiment, tmp_path):
 
 
 def trial(file: Path, layer: int):
-    """What a sweep asks of one of its trials."""
+    """Return the cell of a file, and the request of one of its sweep's trials."""
     (cell,) = load_experiment(file).file.cells()
     settings = cell.settings
     known = {name: getattr(settings, name) for name in ("model", "benchmark", "data", "until")}

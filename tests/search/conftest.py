@@ -1,4 +1,4 @@
-"""What the tests of searches share: a tiny model, and what every set of removals really does."""
+"""Shared fixtures of the tests of searches: a tiny model, and the true effect of removals."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def opened(request: CellRequest) -> tuple[Any, list[Document], int]:
 
 
 class Truth:
-    """What plain forward passes of really changed models say of the calibration documents.
+    """True effects of removals on calibration documents, by plain passes of changed models.
 
     `changed` makes the model that lacks a set of parts.
     """

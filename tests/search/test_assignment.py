@@ -1,4 +1,4 @@
-"""What a budget says, and what is chosen within it, by hand and by trying everything."""
+"""Test budgets, and the choices within them, by hand and by trying all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What searches of a model whose layers follow a period may find, held against the period."""
+"""Test searches of a model with periodic layers against the period."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def jamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fits(removed: Set) -> bool:
-    """Whether each layer that is left comes to a place where a layer of its kind belongs."""
+    """Return whether each remaining layer moves to the position of a layer of its kind."""
     kept = [layer for layer in range(LAYERS) if layer not in removed]
     kinds = [(layer % PERIOD == 2, layer % 2 == 1) for layer in range(LAYERS)]
     return all(kinds[layer] == kinds[place] for place, layer in enumerate(kept))

@@ -1,4 +1,4 @@
-"""How much is to go: what is written, what it means, and when it is enough."""
+"""Test amounts to remove: their notation, their meaning, and when they are reached."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(write, prune, tmp_path
 
 
 def said_of_unfinished(results: Path) -> list[str]:
-    """What list, report, leaderboard and sync say of cells that are begun, without the cell."""
+    """Return the messages of list, report, leaderboard and sync on unfinished cells."""
     said = []
     for command in ("ls", "report", "leaderboard"):
         done = cli(command, "--results", results)

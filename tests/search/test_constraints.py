@@ -1,4 +1,4 @@
-"""What must stay does stay, and beside it every strategy chooses what a naive one does."""
+"""Constraints hold, and within them every strategy chooses like a naive one."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class PartsTruth(Truth):
         self.all = range(self.per_layer * len(layers_of(self.model)))
 
     def fits(self, removed: Set) -> bool:
-        """Whether enough stay of each layer."""
+        """Return whether enough parts of each layer remain."""
         layers = [part // self.per_layer for part in removed]
         return all(self.per_layer - layers.count(n) >= self.stay for n in set(layers))
 

@@ -1,4 +1,4 @@
-"""What searches are said to cost, against what they then take."""
+"""Test the predicted costs of searches against the real ones."""
 
 from __future__ import annotations
 

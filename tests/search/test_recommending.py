@@ -1,4 +1,4 @@
-"""What is recommended: calibration documents say so, no test document does, no draw is."""
+"""Calibration documents decide the recommendation, never test documents or random draws."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def measuring(
 
 
 def swapped(start: Choice, end: Choice, within: BitBudget) -> bool:
-    """Whether one unit has more bits, and one has fewer where that alone is too much, or none."""
+    """Return whether one unit gained bits, and one other lost bits only if the budget needs it."""
     more = {unit: unit.bits(end[unit]) - unit.bits(start[unit]) for unit in start}
     raised = [unit for unit, bits in more.items() if bits > 0]
     lowered = sum(bits < 0 for bits in more.values())

@@ -44,7 +44,7 @@ def test_a_lazy_search_is_the_full_one_where_costs_only_grow() -> None:
 
 
 def test_a_lazy_search_overlooks_what_became_cheaper() -> None:
-    """What its docstring says that it assumes: part 19 costs nothing once part 0 is gone."""
+    """Its documented assumption is violated: part 19 costs nothing once part 0 is gone."""
 
     def cost(each: Set) -> float:
         return sum(n for n in each if not (n == 19 and 0 in each))

@@ -13,7 +13,7 @@ DRAW = np.random.default_rng(3)
 
 
 def counts(lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many documents each two ablations lose, and each one."""
+    """Count the documents that each pair of ablations loses, and each ablation."""
     return (lost @ lost.T).astype(float), lost.sum(axis=1).astype(float)
 
 

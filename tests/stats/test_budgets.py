@@ -1,4 +1,4 @@
-"""What a measure predicts for what it costs, on documents of its own."""
+"""Test the prediction of each measure for its cost, on disjoint documents."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_the_bound_of_documents_that_are_all_right() -> None:
 
 
 def made(sequence: MeanSequences, mean: float, side: int) -> Array:
-    """What each bet above (1) or below (-1) a mean in [0, 1] made of 1, [bets, series]."""
+    """Return the capital of each bet above (1) or below (-1) a mean in [0, 1], [bets, series]."""
     which = np.arange(len(sequence.low))
     stakes = (sequence._bold_stakes(which), sequence._cautious_stakes(which))
     logs = np.concatenate([of(np.full((2, len(which)), mean)) for of in stakes])

@@ -84,7 +84,7 @@ RATES = [
 @pytest.mark.parametrize("documents", [12, 128])
 @pytest.mark.parametrize("rates", RATES)
 def test_intervals_hold_the_truth(rates: tuple[float, ...], documents: int) -> None:
-    """What adds up is seldom significant, also where the values are not symmetric."""
+    """Additive effects are rarely significant, even if the values are not symmetric."""
     baseline, first, second, both = rates
     truth = first + second - baseline - both
     drawn = _drawn(np.random.default_rng(0), rates, (documents, 2000))

@@ -1,4 +1,4 @@
-"""What rounding decides, where it is known: two ways of computing, drawn."""
+"""Test the effect of rounding on simulated scores, where it is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is named is there: simultaneous intervals, verdicts and ranks, against brute force."""
+"""Test simultaneous intervals, verdicts and ranks against brute force."""
 
 from __future__ import annotations
 

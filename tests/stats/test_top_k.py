@@ -29,7 +29,7 @@ def population(shares: list[float], documents: int, seed: int = 0) -> Array:
 
 
 def by_the_book(a: Array, b: Array, n: int, null: float, reach: float) -> float:
-    """What bets that b is larger made of 1, if a were larger by `null`: one after the other."""
+    """Compute the capital of bets that b is larger, if a is larger by `null`, one by one."""
     total = 0.0
     for fraction in FRACTIONS:
         capital, seen = 1.0, 0.0

@@ -1,4 +1,4 @@
-"""What the tests of studies share: what a study is asked, its cells, and reading its tables."""
+"""Shared fixtures of the tests of studies: contexts, cells, and reading of tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tracker.team.publish import Publisher
 
 
 def conducted(study: str, path: Path, results: Path, **told: Any) -> FindingRecord:
-    """What a study finds of an experiment file."""
+    """Conduct a study of an experiment file, and return its finding."""
     return api.study(study, path, results=results, track=[], **told).finding
 
 
@@ -37,7 +37,7 @@ class Small(NamedTuple):
 
     @property
     def finding(self) -> FindingRecord:
-        """What it says."""
+        """The finding of the study."""
         return self.done.finding
 
 
@@ -61,7 +61,7 @@ def small(
 
 
 def asked_for(path: Path, results: Path) -> StudyContext:
-    """What a study is asked over an experiment file."""
+    """Return the context of a study of an experiment file."""
     asked = load_experiment(path)
     publisher = Publisher([], asked.file.destination, results)
     return StudyContext(asked, Ledger(results), Options("cpu"), Silent(), publisher)

@@ -30,7 +30,7 @@ LAYERS = 21
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch) -> None:
-    """What is said of made-up cells is no close matter: a fifth of the draws shows it."""
+    """Reduce the draws to a fifth, because results of made-up cells are clear."""
     monkeypatch.setattr(figures, "RESAMPLES", 400)
     monkeypatch.setattr(rank_agreement, "DRAWS", 999)
     monkeypatch.setattr(task_dependence, "GROUPS", 20)
@@ -143,7 +143,7 @@ def alike(count: int, documents: int = 100, truth: np.ndarray = SAME) -> list[Dr
 
 
 def replace(cell: Drawn, name: str, values: np.ndarray | float) -> None:
-    """Let a proxy be something else."""
+    """Replace the values of a proxy."""
     shape = cell.drop.values.shape
     cell.measures[name] = LayerMeasure(
         np.broadcast_to(values, shape), np.ones(len(cell.tasks)), cell.measures[name].price
@@ -151,7 +151,7 @@ def replace(cell: Drawn, name: str, values: np.ndarray | float) -> None:
 
 
 def on_the_task(audit: ModelAudit) -> str:
-    """What is said of the paper's third claim."""
+    """Return the sentence about the paper's third claim."""
     (said,) = (line for line in answers_of(audit) if "z-scored" in line)
     return said
 

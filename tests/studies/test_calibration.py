@@ -1,4 +1,4 @@
-"""How samples rank layers, against plain sampling of the ledger's outcomes; and what is refused."""
+"""Test rankings by samples against plain sampling of the ledger, and refused requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study found is kept with a digest, and set on the page and the terminal as it was said."""
+"""Findings are stored with a digest, and shown unchanged on the page and the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is taught decides between answers, whatever else a language model finds likely."""
+"""Taught tokens decide between answers, regardless of a language model's other predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of rounded maps follows from plain passes of models that are really changed."""
+"""Test findings on rounded maps against plain passes of really changed models."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ AMOUNT = "50 %"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What all of it lies in, with a text."""
+    """Create the folder of all files, with a text."""
     folder = tmp_path_factory.mktemp("prune")
     (folder / "text.txt").write_text("\n\n".join(8 * f"The cat sat {n} times. " for n in range(20)))
     return folder

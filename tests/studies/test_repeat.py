@@ -1,4 +1,4 @@
-"""What is said of stretches that are passed again follows from the ledger, and from chance."""
+"""Test findings on repeated spans against the ledger, and against chance."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_best_is_chosen_on_one_half_and_tested_on_the_other(found):
 def test_the_best_that_is_shown_to_be_better_is_saved_by_what_it_says_to_type(
     found, tmp_path, monkeypatch
 ):
-    """What is typed is held against the test documents; here of stretches that the file names."""
+    """The suggested command tests the span on the test documents; here spans of the file."""
     assert found.done.exports == (), "of a random model none is shown to be better"
     verdicts = ("costs", "helps", "helps")
     monkeypatch.setattr(

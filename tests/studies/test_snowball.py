@@ -1,4 +1,4 @@
-"""What `snowball` says of cells, against the same figures taken by hand, and where it cannot."""
+"""Test the answers of `snowball` against figures computed by hand, and refused cells."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def differences(factors: list[float], shape: tuple[int, ...], noise: float = 0.0
 
 @pytest.fixture
 def drawn(monkeypatch) -> Callable[..., None]:
-    """Let observed differences be these, whatever the model does."""
+    """Replace the observed differences by given ones."""
 
     def replace(removed: list[float], chance: list[float], handed: list[float]) -> None:
         def observed(subject, kind, context, begin) -> Observed:

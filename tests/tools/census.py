@@ -264,7 +264,7 @@ def _listed(names: Sequence[str], total: int) -> str:
 
 
 def in_short(verdicts: Sequence[Verdict], every: int) -> str:
-    """Say which families share how far, for `docs/models.md`, and whether some are missing."""
+    """Summarise how far families share, for `docs/models.md`, and whether some are missing."""
     far: dict[str, dict[str, None]] = {place: {} for place in FAR}
     for family, own in _by_family(verdicts).items():
         far[_most(own) or "–"][family.removesuffix("_text")] = None
@@ -291,7 +291,7 @@ def _by_family(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
 
 
 def _most(verdicts: Sequence[Verdict]) -> str | None:
-    """How far most exact variants share, the furthest of equals; None where none is exact."""
+    """Return how far most exact variants share; the furthest of ties, None if none is exact."""
     counts = Counter(one.shared for one in verdicts if one.verdict == EXACT)
     return max(sorted(counts, key=ORDER.index), key=counts.__getitem__, default=None)
 

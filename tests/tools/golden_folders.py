@@ -228,19 +228,19 @@ def studies() -> None:
 
 
 def study_precision() -> None:
-    """What it costs to keep one linear map in fewer bits."""
+    """Conduct the study of rounding single linear maps."""
     formats = {"map": ["mlp.down_proj", "self_attn.q_proj"], "intervention": ["int8", "int4_row"]}
     study("precision", benchmark="openbookqa", sample=8, layer=[1, 2], **formats)
 
 
 def study_prune() -> None:
-    """Whether pruning by accuracy beats pruning by proxies, with a text whose loss is measured."""
+    """Conduct the study of pruning by accuracy and by proxies, with a text measured by its loss."""
     ways = {"remove": ["50 %"], "strategy": ("accuracy", "cosine_oneshot", "last")}
     study("prune", benchmark=["copa", "winogrande"], text=Path(text()), **ways)
 
 
 def study_repeat() -> None:
-    """Whether passing some layers again makes the model better."""
+    """Conduct the study of repeated layers."""
     study("repeat", benchmark="copa", sample=16)
 
 

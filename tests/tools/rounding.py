@@ -1,4 +1,4 @@
-"""What half precision decides by rounding, as a run says it, beside plain lm-eval's batches.
+"""Compare the reported effect of rounding in half precision with plain lm-eval's batches.
 
     python -m tests.tools.rounding MODEL DOCUMENTS LAYER [LAYER …]
 
@@ -36,7 +36,7 @@ BATCH_SIZES = (1, 16)
 
 @dataclass(frozen=True)
 class Found:
-    """What one model, intact or not, decides of every document.
+    """Decisions of one model, intact or not, on every document.
 
     Attributes:
         ablation: What it lacks.

@@ -68,7 +68,7 @@ class TooLongError(BaseException):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a variant.
+    """Result of the check of a variant.
 
     Attributes:
         variant: Which.
@@ -130,7 +130,7 @@ def backwards(ordered: list[list[Document]]) -> list[list[Document]]:
 
 
 class Truth:
-    """What a model says about requests without some layers, by one plain forward pass each."""
+    """True log-likelihoods of requests without some layers, by one plain forward pass each."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -158,7 +158,7 @@ class Truth:
         return float(said.gather(1, target[:, None])[:first].sum())
 
     def loads(self, ablation: Ablation) -> bool:
-        """Say whether there is a checkpoint without the layers, which runs."""
+        """Return whether a checkpoint without the layers exists and runs."""
         if not ablation.removed():
             return False
         if ablation not in self._loaded:
@@ -269,7 +269,7 @@ def _examine(variant: Variant) -> Verdict:
 
 
 def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
-    """Say whether what differs in float32 is the same in float64, sharing as much.
+    """Return whether differences in float32 vanish in float64, with the same sharing.
 
     Or the engine said that it shares less, and what still differs are answers of a model that
     depend on what follows: equal tokens tie in a top-k.
@@ -291,7 +291,7 @@ def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
 
 
 def _depends_on_what_follows(truth: Truth, requests: Sequence[Request], ablation: Ablation) -> bool:
-    """Say whether any of some answers changes with the tokens behind it."""
+    """Return whether any of some answers changes with the tokens after it."""
     behind = tuple(range(3, VOCABULARY))
     for request in requests:
         size = len(request.continuation)
@@ -424,7 +424,7 @@ def _shared(sharing: Any) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """Say in one line what was raised."""
+    """Return an error as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:300]}"
 

@@ -1,4 +1,4 @@
-"""What every backend keeps: whoever adds one adds a `Held` of it to `HELD`, and passes this."""
+"""Contract of every backend: a new one adds its `Held` to `HELD`, and passes these tests."""
 
 from __future__ import annotations
 

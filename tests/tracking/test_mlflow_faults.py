@@ -92,7 +92,7 @@ def test_a_server_that_is_slow_is_given_up(server, results, file, monkeypatch):
 
 @contextmanager
 def no_file_grows_beyond(size: int, processes: list[psutil.Process]) -> Iterator[None]:
-    """What a full disk does, by the limit that the kernel has for it."""
+    """Simulate a full disk with the kernel's limit of file sizes."""
     before = [process.rlimit(psutil.RLIMIT_FSIZE) for process in processes]
     for process, (_, hard) in zip(processes, before, strict=True):
         process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))

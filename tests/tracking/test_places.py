@@ -48,7 +48,7 @@ def synced(results: Path, *more: str) -> Result:
 
 
 def shown(results: Path, project: str, uri: str = "") -> int:
-    """Say on how many documents a project shows the cell, after comparing all that it shows."""
+    """Return the documents of a cell in a project, after checking all that the project shows."""
     uri = uri or local(results)
     if MlflowClient(uri).get_experiment_by_name(project) is None:
         return 0

@@ -1,4 +1,4 @@
-"""What the runs of sublayers, spans, layers beneath and parts of a benchmark should be."""
+"""Test the runs of sublayers, spans, removed layers and parts of a benchmark."""
 
 from __future__ import annotations
 

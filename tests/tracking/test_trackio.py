@@ -1,4 +1,4 @@
-"""What Trackio alone has: files on this machine, and settings that would send runs elsewhere."""
+"""Test what only Trackio has: local files, and settings that would send runs elsewhere."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Client:
             (folder / name.lower()).mkdir()
 
     def lend(self, patch: pytest.MonkeyPatch, **environment: str) -> None:
-        """Let this process know of the double and of no other W&B, as the programs do."""
+        """Configure this process for the double and no other W&B, as the programs do."""
         for name in [name for name in os.environ if name.startswith("WANDB")]:
             patch.delenv(name)
         for name, value in {**self.environment, **environment}.items():

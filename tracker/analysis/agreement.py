@@ -1,4 +1,4 @@
-"""Orders of layers by proxies beside those by drops, and differences of two models."""
+"""Compare orders of layers by proxies with orders by drops, and two models layer by layer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tracker.stats.support import difference, together
 
 @dataclass(frozen=True)
 class Misjudged:
-    """A layer that the cosine score is shown to put in the wrong place.
+    """A layer whose rank by cosine score is shown to be wrong.
 
-    `cosine_rank` is the rank that its mean cosine score would give, `off` places outside of the
-    interval of its standing's.
+    `cosine_rank` is the rank that its mean cosine score would give. It is `off` ranks outside the
+    interval of the rank in `standing`.
     """
 
     standing: PartStanding
@@ -35,8 +35,8 @@ class Misjudged:
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     """Rank the layers of a leaderboard by their mean cosine score: layer → rank, 1 = largest.
 
-    Equal ones share the better rank. Only layers that have a rank of their own have one, and none
-    where one of their scores is undefined.
+    Equal scores share the better rank. Layers without a rank of their own are left out. The result
+    is empty if the score of a ranked layer is undefined.
     """
     scores = {standing.layer: standing.cosine_score for standing in board.ranked}
     if not scores or not all(map(defined, scores.values())):
@@ -45,9 +45,9 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 
 
 def misjudged(board: LayerBoard) -> list[Misjudged]:
-    """Find the layers whose rank by cosine score lies outside of where their rank is shown to be.
+    """Find the layers whose rank by cosine score lies outside the interval of their rank.
 
-    The one that is furthest outside comes first.
+    The layer that is furthest outside comes first.
     """
     wrong = []
     for layer, rank in cosine_ranks(board).items():
@@ -82,7 +82,7 @@ def correlation(
 
 
 def _figures(cell: CellRecord, proxy: str) -> Array:
-    """A proxy's figures and the drops, `[2, layers]`, of the layers where both are defined."""
+    """Return the values of a proxy and the drops `[2, layers]` where both are defined."""
     pairs = ((run.figure(proxy), run.drop.value) for run in cell.whole_layers)
     defined_pairs = [pair for pair in pairs if all(map(defined, pair))]
     return np.array(defined_pairs, dtype=np.float64).reshape(-1, 2).T
@@ -90,13 +90,13 @@ def _figures(cell: CellRecord, proxy: str) -> Array:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well one proxy orders the layers of some cells.
+    """Agreement of one proxy with the measured order of layers, over some cells.
 
     Attributes:
-        proxy: Its field's name.
-        spearman: Spearman with the accuracy drop in every cell where it is defined.
+        proxy: Name of the proxy's field.
+        spearman: Spearman correlations with the accuracy drop, one for each cell that has one.
         differ: Mean share of layers whose rank differs between proxy and drop.
-        chance: The share that two random orders would give.
+        chance: Share that two random orders would give.
     """
 
     proxy: str
@@ -106,8 +106,8 @@ class Agreement:
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
-    """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
-    # Leave out cells whose layers were not looked at on the same documents: they have no order.
+    """Compute how well each proxy orders the layers of cells, with chance for comparison."""
+    # Skip cells whose layers were measured on different documents: their layers have no order.
     compared = [cell for cell in cells if not cell.is_raced]
     agreements_of = []
     for proxy in (observed.name for observed in OBSERVED):
@@ -122,7 +122,7 @@ def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
 
 
 MOST = 10
-"""So many pairs are shown at most."""
+"""Maximum number of pairs that are shown."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ class SharedBenchmark:
     """Two models on one benchmark of `n` documents each.
 
     Attributes:
-        differences: Layer → drop of the one minus drop of the other, a fraction or the loss's unit.
-        shown: The layers whose difference is shown not to be 0, with 95 % confidence for all layers
-            and benchmarks of the pair.
+        differences: Layer → drop of the first model minus drop of the other, as a fraction or in
+            the unit of the loss.
+        shown: Layers whose difference is shown not to be 0, with 95 % confidence for all layers and
+            benchmarks of the pair.
     """
 
     benchmark: str
@@ -141,14 +142,14 @@ class SharedBenchmark:
     shown: frozenset[int]
 
     def difference(self, layer: int) -> Estimate:
-        """Find the difference of a layer, or why there is none."""
+        """Return the difference of a layer, or the reason why there is none."""
         nothing = Estimate(None, reason="not measured in both models")
         return self.differences.get(layer, nothing)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models with as many layers, on the benchmarks that they share in one unit.
+    """Two models with equally many layers, on the benchmarks that they share in one unit.
 
     `other` is the label of the model that is subtracted.
     """
@@ -160,15 +161,15 @@ class Pair:
 
     @property
     def layers(self) -> list[int]:
-        """The layers that some benchmark compares."""
+        """The layers that at least one benchmark compares."""
         return sorted({layer for shared in self.comparisons for layer in shared.differences})
 
 
 def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
-    """Pair up models with as many layers that share a benchmark, documents and settings alike.
+    """Pair models with equally many layers that share a benchmark with its documents and settings.
 
-    The first pairs (at most `MOST`), in the order of the page, and how many there are in all.
-    Accuracies and losses of the same two models are pairs of their own.
+    Returns the first pairs (at most `MOST`), in the order of the page, and the number of all pairs.
+    Accuracies and losses of the same two models are separate pairs.
     """
     groups = models_of(cells)
     labels = model_labels([group[0].model for group in groups])
@@ -204,8 +205,8 @@ def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
 def compare(one: CellRecord, other: CellRecord, family: int = 1) -> dict[int, Estimate]:
     """Subtract the accuracy drops of another model (or precision) from those of one.
 
-    Both have as many layers; the differences are of the whole layers that both measured. A family
-    of their intervals holds at once.
+    Both models have equally many layers. Only whole layers that both measured are compared. The
+    intervals hold simultaneously for `family` differences.
     """
     theirs = other.runs_of()
 

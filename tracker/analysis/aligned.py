@@ -1,4 +1,4 @@
-"""The outcomes of a view: the documents that all its runs share."""
+"""Align the outcomes of a view on the documents that all its runs share."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
 Strata = NDArray[np.str_]
 SAME = 1e-6, 1e-4
-"""Share of itself, and nats, by which a log-probability differs by rounding alone in float32."""
+"""Relative and absolute (nats) difference of log-probabilities that float32 rounding explains."""
 
 
 class AlignedOutcomes:
-    """A cell's outcomes for a view, lined up: everything here has the same documents in one order.
+    """Outcomes of a cell for a view: the same documents in the same order for every run.
 
-    `columns` are the ones to read; without them it is all, with who measured it besides. `besides`
-    are ablations that are lined up with the view's runs, whatever it removes beneath them.
+    `columns` are the columns to read; None = all, and the stack that measured each document.
+    `besides` are further ablations to align, which need not contain the view's removed layers.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class AlignedOutcomes:
     def of_documents(
         self, documents: Collection[tuple[str, int]] | None, runs: Sequence[Change]
     ) -> AlignedOutcomes:
-        """Line up some runs of the view alone, on some of the documents; None for all of theirs."""
+        """Return the same for some runs of the view and some documents; None = all they share."""
         alone = copy(self)
         alone._line_up(documents, runs)
         return alone
@@ -69,7 +69,7 @@ class AlignedOutcomes:
         runs: Sequence[Change],
         besides: Sequence[Ablation] = (),
     ) -> None:
-        """Leave the documents that all ablations share, and of these some, or all."""
+        """Keep the documents that all ablations share, or those of `documents` among them."""
         shown = [INTACT, Ablation.of(removed=self._removed), *map(self.ablation, runs), *besides]
         names = {ablation.name for ablation in shown}
         places = [self._places.get(name, np.empty(0, dtype=np.intp)) for name in names]
@@ -77,7 +77,7 @@ class AlignedOutcomes:
         if documents is not None:
             held = zip(frame["task"], frame["doc"], strict=True)
             frame = frame.loc[[place in documents for place in held]]
-        # A document counts when nothing that is shown lacks it.
+        # A document counts only if all shown runs have it.
         measured = set(frame["ablation"].unique())
         present = frame.groupby(["task", "doc"])["ablation"].transform("size")
         frame = frame[(present == len(measured)) & (INTACT.name in measured)]
@@ -90,7 +90,7 @@ class AlignedOutcomes:
         self._read: dict[str, Array] = {}
 
     def only(self, kept: NDArray[np.bool_]) -> AlignedOutcomes:
-        """The same without some of the documents."""
+        """Return the same outcomes for the documents selected by a mask."""
         fewer = copy(self)
         fewer._rows = {name: rows[kept] for name, rows in self._rows.items()}
         fewer.tasks = [task for task, keep in zip(self.tasks, kept, strict=True) if keep]
@@ -104,22 +104,22 @@ class AlignedOutcomes:
 
     @property
     def whole_layers(self) -> list[Change]:
-        """The runs that lack one whole layer."""
+        """The runs that remove one whole layer."""
         return [run for run in self.runs if run.kind == WHOLE_LAYER]
 
     @property
     def strata(self) -> Strata | None:
-        """What resamples keep at its size: the tasks of a group; None where there is one."""
+        """The strata of resampling: the tasks of a group; None for a single task."""
         return np.array(self.tasks) if len(set(self.tasks)) > 1 else None
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the metric is an accuracy or the like, and not a loss."""
+        """True if the metric is an accuracy or similar; False if it is a loss."""
         return self.identity.benchmark.tasks[0].higher_is_better.get(self.metric, True)
 
     @property
     def weights(self) -> Array:
-        """How much each document counts in the benchmark's metric, summing to 1."""
+        """The weight of each document in the benchmark's metric, summing to 1."""
         if self._how not in SCALES:
             return self.plain_weights
         units = pairs(self.of(INTACT)[METRIC + self.metric])[:, 1]
@@ -127,20 +127,20 @@ class AlignedOutcomes:
 
     @property
     def plain_weights(self) -> Array:
-        """The same where each document has one figure, and no units that it is a ratio of."""
+        """The weights of documents for figures that are plain means, not ratios of sums."""
         return self._once("plain weights", lambda: self._weights(None))
 
     def by_metric(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """What each document comes to by the view's metric."""
+        """Return each document's value of the view's metric, intact and under ablations."""
         before, after = self._beside(self.values, ablations)
         return PairedOutcomes(before, after, self.weights, self.higher_is_better)
 
     def by_gold_logprob(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """The log-probability of each document's gold answer."""
+        """Return the log-probability of each document's gold answer, intact and under ablations."""
         return PairedOutcomes(*self._beside(self.gold, ablations), self.plain_weights)
 
     def by_options(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """The log-probability of all options of a document together, in nats."""
+        """Return the log-probability of all options of a document together, in nats."""
         return PairedOutcomes(*self._beside(self.options, ablations), self.plain_weights)
 
     def _beside(
@@ -151,15 +151,15 @@ class AlignedOutcomes:
 
     @property
     def tokens(self) -> Array:
-        """Tokens behind each document's proxies."""
+        """The number of tokens behind each document's proxies."""
         return self.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
     def resampled(self, values: Array, weights: Array | None = None) -> Array:
-        """The means of columns in each resample of the documents, the same ones in every call."""
+        """Return the means of columns in each resample of the documents, the same in every call."""
         return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
 
     def comparisons(self) -> dict[str, Any]:
-        """What is known of outcomes that were answered again on a really pruned model."""
+        """Summarise the outcomes that were recomputed on a really pruned model."""
         if not self._rows:
             return {}
         rows = pd.concat(self._rows.values())
@@ -173,19 +173,19 @@ class AlignedOutcomes:
         }
 
     def ablation(self, run: Change) -> Ablation:
-        """What a run removes, with all that lies beneath."""
+        """Return the ablation of a run, including the layers that the view removes."""
         return Ablation.of(run, removed=self._removed)
 
     def has(self, ablation: Ablation) -> bool:
-        """Whether an ablation is measured."""
+        """Return whether an ablation is measured."""
         return ablation.name in self._rows
 
     def of(self, ablation: Ablation) -> pd.DataFrame:
-        """The rows of one ablation."""
+        """Return the rows of one ablation."""
         return self._rows[ablation.name]
 
     def mismatch(self, ablation: Ablation) -> str | None:
-        """Describe where a document's baseline and an ablation of it were measured unlike."""
+        """Describe different versions or devices of a baseline and its ablation, if any."""
         pairs = list(zip(self.of(INTACT)[PROVENANCE], self.of(ablation)[PROVENANCE], strict=True))
         how = {pair: differences([*map(json.loads, pair)]) for pair in set(pairs)}
         count = sum(bool(how[pair]) for pair in pairs)
@@ -198,7 +198,7 @@ class AlignedOutcomes:
         )
 
     def values(self, ablation: Ablation) -> Array:
-        """The view's metric of every document under an ablation."""
+        """Return the view's metric of every document under an ablation."""
 
         def read() -> Array:
             column = self.of(ablation)[METRIC + self.metric]
@@ -210,15 +210,15 @@ class AlignedOutcomes:
         return self._once(f"metric {ablation.name}", read)
 
     def gold(self, ablation: Ablation) -> Array:
-        """The log-probability of every document's gold answer under an ablation."""
+        """Return the log-probability of every document's gold answer under an ablation."""
         return self._once(f"gold {ablation.name}", lambda: gold_logprobs(self.of(ablation)))
 
     def options(self, ablation: Ablation) -> Array:
-        """The log-probability of all of a document's options together; NaN where it has none."""
+        """Return the log-probability of each document's options together; NaN without options."""
         return self._once(f"options {ablation.name}", lambda: options_logprobs(self.of(ablation)))
 
     def moves_nothing(self, ablation: Ablation) -> bool:
-        """Whether an ablation changes no log-probability by more than rounding, and no text."""
+        """Return whether an ablation changes no text, and no log-probability beyond rounding."""
         before, after = self.of(INTACT), self.of(ablation)
         if "text" in before and list(before["text"]) != list(after["text"]):
             return False
@@ -229,17 +229,17 @@ class AlignedOutcomes:
         return bool(len(one) and np.isfinite(one).all() and np.allclose(one, other, *SAME))
 
     def proxy_sums(self, proxy: Proxy) -> Array:
-        """What is observed of a proxy, summed over each document's tokens [documents, layers].
+        """Return a proxy's sums over each document's tokens [documents, layers].
 
-        NaN where it was not observed when a document was measured.
+        NaN where the proxy was not observed when a document was measured.
         """
         nothing = np.full(self.identity.model.layers, np.nan)
         return np.stack([nothing if each is None else each for each in self._sums(proxy)])
 
     def part_sums(self, proxy: Proxy, runs: Sequence[Change]) -> Array:
-        """What is observed of the part that each run takes out, summed over each document's tokens.
+        """Return a proxy's sums over each document's tokens for the part that each run removes.
 
-        `[documents, runs]`; NaN where it was not observed when a document was measured.
+        `[documents, runs]`; NaN where the proxy was not observed when a document was measured.
         """
         nothing = np.full(len(self.tasks), np.nan)
         rows = (self.of(self.ablation(run)) for run in runs)
@@ -250,7 +250,7 @@ class AlignedOutcomes:
         return np.stack(found, axis=1) if found else np.empty((len(self.tasks), 0))
 
     def not_observed(self, proxy: Proxy) -> str:
-        """Say so where a proxy was not observed of each document: it was measured before."""
+        """Count the documents that were measured without a proxy; return "" if there are none."""
         sums = self._sums(proxy)
         lacking = sum(each is None for each in sums)
         return f"not observed when {lacking} of {len(sums)} documents were measured" * bool(lacking)
@@ -274,7 +274,7 @@ class AlignedOutcomes:
 
 
 def pairs(column: pd.Series[Any]) -> Array:
-    """Read a metric that is kept as JSON pairs [documents, 2]; NaN where a document has none."""
+    """Read a metric that is stored as JSON pairs [documents, 2]; NaN where a document has none."""
     missing = (math.nan, math.nan)
     return np.array(
         [json.loads(value) if isinstance(value, str) else missing for value in column],
@@ -283,7 +283,7 @@ def pairs(column: pd.Series[Any]) -> Array:
 
 
 def options_logprobs(rows: pd.DataFrame) -> Array:
-    """Log of the summed probability of every document's options; NaN where it has none."""
+    """Return the log of the summed probability of each document's options; NaN without options."""
     both = zip(rows["loglikelihoods"], rows["choices"], strict=True)
     scores = [lls[: int(count)] if count else [math.nan] for lls, count in both]
     begins = np.cumsum([0, *map(len, scores)])[:-1]
@@ -294,9 +294,9 @@ def options_logprobs(rows: pd.DataFrame) -> Array:
 
 
 def gold_logprobs(rows: pd.DataFrame) -> Array:
-    """Log-probability of every document's gold answer; NaN where lm-eval names none.
+    """Return the log-probability of each document's gold answer; NaN where lm-eval names none.
 
-    A rolling document has no gold answer: all its windows together stand for one.
+    A rolling document has no gold answer: the sum of its windows is used instead.
     """
     return np.array(
         [

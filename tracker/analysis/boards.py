@@ -59,11 +59,11 @@ def relative_depth(layer: int, layers: int) -> float:
 
 
 def relevance_estimate(cell: CellRecord, record: RunRecord, family: int = 1) -> Estimate:
-    """Give a run's accuracy relevance its interval, which holds together with a family of others.
+    """Compute the interval of a run's accuracy relevance, simultaneous over a family of runs.
 
-    The drop's interval is divided by that of the baseline above chance, as independent figures:
-    they share their documents, so the interval is rather too wide than too narrow. There is none
-    where the baseline's reaches down to chance.
+    The drop's interval is divided by that of the baseline above chance, as independent figures.
+    They share their documents, so the interval is rather too wide than too narrow. There is no
+    interval if the baseline's interval reaches chance.
     """
     value, chance = record.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -79,18 +79,18 @@ def relevance_estimate(cell: CellRecord, record: RunRecord, family: int = 1) -> 
 
 @dataclass(frozen=True)
 class PartStanding:
-    """Where a layer, or another part of a model, stands.
+    """Standing of a layer, or of another part of a model, on a leaderboard.
 
     Attributes:
         runs: Its run on each benchmark that measured it.
         relevance: Mean accuracy relevance over the benchmarks.
-        benchmarks: How many benchmarks define its relevance.
-        deciding: Mean accuracy drop over the benchmarks, a fraction, with the interval that decides
-            what is shown: it holds for all of the board.
-        rank: 1 = matters most; undefined where a benchmark is lacking. From the best to the worst
-            that it may be: all ranks of a board lie between theirs with 95 % confidence.
-        verdict: What is shown of it, all of the board at once.
-        shown: The same in a word or two.
+        benchmarks: Number of benchmarks where its relevance is defined.
+        deciding: Mean accuracy drop over the benchmarks, as a fraction. Its interval holds
+            simultaneously for all parts of the board and decides the verdict.
+        rank: Rank, 1 = matters most, with the best and the worst rank that it may have; undefined
+            if a benchmark is missing. All intervals of a board hold together with 95 % confidence.
+        verdict: Supported statement about it, simultaneous over the board.
+        shown: The verdict in a word or two.
     """
 
     runs: tuple[RunRecord, ...]
@@ -125,13 +125,13 @@ class PartStanding:
 
 @dataclass(frozen=True)
 class PartBoard:
-    """The parts of one kind of one model, by the lower end of what each costs; others come last.
+    """Parts of one kind of one model, sorted by the lower bound of their drop; others come last.
 
     Attributes:
-        kind: What they have in common.
-        cells: The cells that count, one a benchmark, in the order of the page.
-        parts: The parts; but for layers those that all benchmarks measured.
-        left_out: Benchmark → why it does not count.
+        kind: Kind of the parts.
+        cells: Cells that count, one for each benchmark, in the order of the page.
+        parts: Parts. Except for layers, only parts that all benchmarks measured.
+        left_out: Benchmark → reason why it does not count.
     """
 
     model: ModelIdentity
@@ -152,7 +152,7 @@ class LayerBoard(PartBoard):
     """The layers of one model.
 
     Attributes:
-        claims: What is shown of the layers.
+        claims: Supported statements about the layers.
     """
 
     claims: Claims
@@ -218,7 +218,7 @@ def _standings(
     verdicts: Mapping[Change, Verdict],
     words: Mapping[Change, str],
 ) -> tuple[PartStanding, ...]:
-    """Rank what has a relevance on every benchmark; drops decide the order."""
+    """Rank the parts whose relevance is defined on every benchmark, and sort all by their drops."""
     relevances = {change: [relevance_estimate(*pair) for pair in rows[change]] for change in rows}
     benchmarks = {c: sum(r.value is not None for r in mine) for c, mine in relevances.items()}
     full = [change for change in rows if benchmarks[change] == len(cells)]
@@ -242,18 +242,18 @@ def by_lower_end(drop: Estimate) -> tuple[bool, float]:
 
 
 def ranked(cells: Sequence[CellRecord], rows: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
-    """Rank what has a relevance on every benchmark by its mean, 1 = the largest.
+    """Rank parts by their mean relevance over all benchmarks, 1 = the largest.
 
-    What the baseline has above chance scales all runs of a benchmark alike, so it is held fixed in
-    the intervals: it changes no order on a benchmark.
+    The baseline's accuracy above chance scales all runs of a benchmark alike, so it changes no
+    order. The intervals therefore treat it as fixed.
 
     Args:
         cells: The benchmarks.
-        rows: Of each thing its run on each of them.
+        rows: For each part, its run on each benchmark.
 
     Returns:
-        The ranks, each from the best to the worst that it may be: all of them at once, with 95 %
-        confidence.
+        The ranks, each with the best and the worst rank that it may have; all intervals hold
+        together with 95 % confidence.
     """
     by_mean = places([mean_relevance(cells, runs).value for runs in rows])
     levels = [cell.baseline.value for cell in cells]
@@ -269,36 +269,35 @@ def ranked(cells: Sequence[CellRecord], rows: Sequence[Sequence[RunRecord]]) -> 
 def mean_relevance(
     cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int = 1
 ) -> Estimate:
-    """Average the relevance of one thing over benchmarks, of each its run.
+    """Average the relevance of one change over benchmarks, with its run on each.
 
-    A family of such intervals holds at once.
+    The intervals hold simultaneously for `family` changes.
     """
     each = zip(cells, runs, strict=True)
     return mean([relevance_estimate(cell, run, family) for cell, run in each])
 
 
 APART = 0.1
-"""A difference of two models' mean relevance for which is said how many documents show it."""
+"""Difference of two models' mean relevance for which the needed documents are reported."""
 _Z = NormalDist().inv_cdf(0.975)
 _NOTHING_SHARED = "no two models share a benchmark on all their layers"
 
 
 @dataclass(frozen=True)
 class ModelStanding:
-    """PartStanding of a model: how much the removal of one layer hurts it.
+    """Standing of a model: how much the removal of one layer hurts it.
 
     Attributes:
         model: The model.
         relevance: Mean accuracy relevance over layers and common benchmarks.
         drop: Mean accuracy drop over the same, a fraction.
-        worst_layer: The layer that is shown to have the largest mean relevance; None if that is
-            open.
+        worst_layer: Layer that is shown to have the largest mean relevance; None if open.
         costly: Layers that are shown to matter, on average over the common benchmarks; None without
-            any benchmark.
-        layers: Layers behind these figures.
-        rank: 1 = hurt least; undefined where it lacks what counts, or there is nobody to compare
-            with. From the best to the worst that it may be: all ranks of a board lie between theirs
-            with 95 % confidence.
+            a benchmark.
+        layers: Number of layers behind these figures.
+        rank: Rank, 1 = hurt least, with the best and the worst rank that it may have. Undefined if
+            a benchmark that counts is missing, or if there is no other model. All intervals of a
+            board hold together with 95 % confidence.
     """
 
     model: ModelIdentity
@@ -312,14 +311,14 @@ class ModelStanding:
 
 @dataclass(frozen=True)
 class ModelBoard:
-    """The models, by their mean relevance, the lowest first.
+    """Models sorted by their mean relevance, the lowest first.
 
     Attributes:
-        benchmarks: The benchmarks that count: all ranked models share them.
-        left_out: Benchmark → why it does not count; model → why it has no rank.
-        needed: How many documents of each benchmark tell two models apart that differ by `APART`;
-            None where that is not known, or as many are measured.
-        available: How many documents the smallest of the benchmarks has.
+        benchmarks: Benchmarks that count: all ranked models share them.
+        left_out: Benchmark → reason why it does not count; model → reason why it has no rank.
+        needed: Number of documents of each benchmark that distinguishes two models that differ by
+            `APART`; None if unknown, or if as many are measured.
+        available: Number of documents of the smallest benchmark.
     """
 
     models: tuple[ModelStanding, ...]
@@ -340,7 +339,7 @@ class ModelBoard:
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     """Rank models by how much the removal of one layer hurts.
 
-    Nobody has a rank where no two models share a benchmark, or there is one model.
+    No model has a rank if no two models share a benchmark, or there is only one.
     """
     groups = named_models(cells)
     names = [*groups]
@@ -376,7 +375,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     needed, available = None, 0
     if len(ranked) > 1:
         rivals = [[usable[index][key] for key in shared] for index in ranked]
-        # From the lowest relevance: what is hurt least comes first.
+        # Sort from the lowest relevance: the model that is hurt least comes first.
         values = [standings[index].relevance.value for index in ranked]
         by_value = places(values, lowest_first=True)
         between = rank_intervals([-_mean_relevance(cells, pairs(len(rivals))) for cells in rivals])
@@ -389,7 +388,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 
 
 def _shared(usable: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
-    """Choose the settings that most models share, one a benchmark; and say who has them all."""
+    """Choose the settings that most models share, one for each benchmark, and their holders."""
     every = {key: cell for mine in usable for key, cell in mine.items()}
     holders = {key: [index for index, mine in enumerate(usable) if key in mine] for key in every}
     if len(usable) > 1:  # a model alone is shown on all that it has
@@ -445,8 +444,8 @@ def _lacking_layers(cell: CellRecord) -> str | None:
 def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimate]) -> int | None:
     """Count the documents of each benchmark that show a difference of `APART` in half of the pairs.
 
-    As of figures whose squared errors shrink with the number of documents. None where as many are
-    measured.
+    It assumes that squared errors are inversely proportional to the number of documents. None if as
+    many are measured.
     """
     halves = [(ends[1] - ends[0]) / 2 for found in relevances if (ends := found.between)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -460,7 +459,7 @@ def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimat
 
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
-    """Average the relevance of a model's layers; a family of such intervals holds at once."""
+    """Average the relevance of a model's layers, with an interval for a family of models."""
     by_cell = [cell.runs_of() for cell in cells]
     layers = [
         mean_relevance(cells, [runs[layer] for runs in by_cell], family)

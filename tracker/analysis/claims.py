@@ -22,10 +22,10 @@ from tracker.stats.support import Verdict, mean, pairs, ranks, together, verdict
 SMALL = MEANT
 """A drop below this, a fraction, is called small."""
 _LOSSES = (SMALL, 0.03, 0.02, 0.01)
-"""The losses for which a number of documents is named, the first that takes more than there are."""
+"""Losses in order; the first that needs more documents than measured is reported."""
 SMALL_IN_WORDS = f"{100 * SMALL:g} pp"
 FIRST = 5
-"""A layer that is surely among so many largest falls of log-probability is named."""
+"""Layers are named if they are surely among this many largest falls of log-probability."""
 
 _ByCell = dict[str, dict[int, Estimate]]
 """A cell's key → layer → a figure, whose interval holds together with all others."""
@@ -33,18 +33,18 @@ _ByCell = dict[str, dict[int, Estimate]]
 
 @dataclass(frozen=True)
 class Claims:
-    """What is shown of the whole layers of one model, on average over some benchmarks.
+    """Supported statements about the whole layers of one model, averaged over benchmarks.
 
-    With probability 95 % or more everything that `costly`, `helpful` and `small` name is so, all of
-    it together; likewise what `falling` names, and `broken`. Layers are by their 0-based number.
+    All statements of `costly`, `helpful` and `small` are true together with a probability of 95 %
+    or more. The same holds for `falling`, and for `broken`. Layers are 0-based numbers.
 
     Attributes:
-        cells: The measurements that it rests on, one a benchmark, each of all `layers`.
-        layers: The layers that are measured on all of these benchmarks.
-        drops: Layer → its mean drop (or loss increase), with an interval that holds for all layers.
-        verdicts: Layer → what is shown of it.
-        gold: The falls of the right answer's log-probability, benchmark by benchmark.
-        options: The falls of the log-probability of all options together.
+        cells: Cells that the statements rest on, one for each benchmark, each with all `layers`.
+        layers: Layers that are measured on all of these benchmarks.
+        drops: Layer → mean drop (or loss increase), with an interval simultaneous over all layers.
+        verdicts: Layer → supported statement about it.
+        gold: Falls of the right answer's log-probability, for each benchmark.
+        options: Falls of the log-probability of all options together, for each benchmark.
     """
 
     cells: tuple[CellRecord, ...]
@@ -73,13 +73,13 @@ class Claims:
 
     @property
     def open(self) -> list[int]:
-        """The layers of which nothing of this is shown."""
+        """The layers about which no statement is supported."""
         known = {*self.costly, *self.helpful, *self.small}
         return [layer for layer in self.layers if layer not in known]
 
     @property
     def by_cosine(self) -> list[int]:
-        """As many layers as are costly, those of the highest mean cosine scores; none without."""
+        """The layers of the highest mean cosine scores, as many as are costly; [] if undefined."""
         runs = [cell.runs_of() for cell in self.cells]
         scores = {
             layer: sum(score for score in mine if score is not None)
@@ -92,8 +92,10 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """The costly layers that a choice of as many by mean cosine score leaves out, for others
-        that are shown to cost less."""
+        """The costly layers that a choice of as many by mean cosine score misses.
+
+        The choice takes layers instead that are shown to cost less.
+        """
         costly, taken = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in taken if layer not in costly)
         least = min((high for high in ends if high is not None), default=math.inf)
@@ -102,8 +104,10 @@ class Claims:
 
     @property
     def falling(self) -> dict[int, list[CellRecord]]:
-        """The layers whose removal is shown to be among the `FIRST` that lower the log-probability
-        of the right answer most → on which benchmarks."""
+        """The layers whose removal lowers the right answer's log-probability most → benchmarks.
+
+        A layer is listed where it is shown to be among the `FIRST` largest falls.
+        """
         found: dict[int, list[CellRecord]] = {}
         for cell in self.cells:
             falls = self.gold[cell.key]
@@ -114,9 +118,11 @@ class Claims:
 
     @property
     def broken(self) -> list[int]:
-        """The layers without which all options together are shown to become unlikely on a
-        benchmark: they keep a tenth of their probability at most, and their logarithm falls by half
-        of itself at least."""
+        """The layers without which all options are shown to become unlikely on a benchmark.
+
+        The options together keep a tenth of their probability at most, and its logarithm falls by
+        at least half of itself.
+        """
 
         def is_broken(cell: CellRecord, layer: int) -> bool:
             surprise = -(cell.baseline_options_logprob or 0.0)
@@ -126,7 +132,7 @@ class Claims:
 
     @property
     def at_chance(self) -> list[CellRecord]:
-        """The measurements whose intact model is not shown to be above guessing."""
+        """The cells whose intact model is not shown to be above chance."""
         return [
             cell
             for cell in self.cells
@@ -137,27 +143,27 @@ class Claims:
 
     @property
     def has_gold(self) -> bool:
-        """True where some fall of the right answer's log-probability is defined."""
+        """True if some fall of the right answer's log-probability is defined."""
         return any(
             fall.value is not None for falls in self.gold.values() for fall in falls.values()
         )
 
     @property
     def is_accuracy(self) -> bool:
-        """Whether drops are of accuracies, and no increases of a loss."""
+        """True if the drops are of accuracies; False if they are increases of a loss."""
         return all(cell.higher_is_better for cell in self.cells)
 
     def word(self, layer: int) -> str:
-        """Say in a word or two what is shown of a layer."""
+        """Return the verdict on a layer in a word or two."""
         if layer not in self.layers:
             return "not measured on all benchmarks"
         return shown_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
 
     def settled_by(self) -> tuple[float, int] | None:
-        """Find the loss that more documents would reveal, and how many of each benchmark.
+        """Find the loss that more documents would reveal, and their number for each benchmark.
 
-        The first one of `_LOSSES` that takes more than are measured, under half of the open layers
-        or more. None where nothing is open, figures are no accuracies, or no outcome has changed.
+        It is the first of `_LOSSES` that needs more documents than measured, for half of the open
+        layers or more. None if nothing is open, drops are no accuracies, or no outcome changed.
         """
         undecided = {*self.open} if self.is_accuracy else set()
         runs = [
@@ -171,20 +177,21 @@ class Claims:
         return None
 
     def lacking(self, documents: int) -> list[CellRecord]:
-        """Return the measurements whose benchmark has fewer documents."""
+        """Return the cells whose benchmark has fewer documents."""
         return [cell for cell in self.cells if cell.benchmark.documents < documents]
 
 
 def claims(cells: Sequence[CellRecord]) -> Claims:
-    """Find what is shown of one model's layers.
+    """Decide which statements about one model's layers are supported.
 
     Args:
-        cells: Its measurements. One a benchmark counts, as on a leaderboard; what was stopped at an
-            answer does not: its answer says what is shown. Where none counts, as of losses, it is
-            the first one whose layers were all measured on the same documents.
+        cells: Cells of the model. One for each benchmark counts, as on a leaderboard. Cells that a
+            question stopped early do not count, because their answer says what is supported. If no
+            cell counts (e.g. for losses), the first cell with all layers on the same documents is
+            used.
 
     Returns:
-        What is shown, and what is open.
+        The supported statements, and the open layers.
     """
     counting: Sequence[CellRecord] = countable(cells)[0]
     if not counting:
@@ -204,11 +211,11 @@ def claims(cells: Sequence[CellRecord]) -> Claims:
 
 
 def mean_drop(runs: Sequence[RunRecord], family: int) -> Estimate:
-    """Average what one thing costs, with an interval that holds for a family of things.
+    """Average the drop of one change over benchmarks, with an interval for a family of changes.
 
     Args:
-        runs: Its run on each benchmark.
-        family: How many things there are.
+        runs: The run of the change on each benchmark.
+        family: Number of changes in the family.
 
     Returns:
         The mean drop.
@@ -218,7 +225,7 @@ def mean_drop(runs: Sequence[RunRecord], family: int) -> Estimate:
 
 
 def shown_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> str:
-    """Say in a word or two what is shown of a removal, of its drop or increase of a loss."""
+    """Return the verdict on a removal in a word or two, for a drop or the increase of a loss."""
     if verdict == "costs":
         return "matters"
     if verdict == "helps":
@@ -231,28 +238,27 @@ def _is_small(drop: Estimate) -> bool:
 
 
 def shown_runs(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
-    """Decide what is shown of runs of one cell, all of it at once.
+    """Decide which statements about runs of one cell are supported, simultaneously.
 
     Args:
-        cell: The cell. The confidence sequences of one that a question stopped hold for all runs
-            already.
-        runs: Its runs that stand side by side.
+        cell: The cell. If a question stopped it, its confidence sequences hold for all runs.
+        runs: Runs of the cell that are shown together.
 
     Returns:
-        What is shown of each run's change.
+        The change of each run → verdict.
     """
     shown = verdicts(_all_at_once(cell, runs, len(runs)))
     return dict(zip((run.change for run in runs), shown, strict=True))
 
 
 def shown_words(cell: CellRecord) -> dict[Change, str]:
-    """Return in a word or two what is shown of each run of a cell, all runs of its kind at once.
+    """Return the verdict on each run of a cell in words, simultaneous over runs of its kind.
 
     Args:
         cell: The cell.
 
     Returns:
-        A run's order → its `shown_word`; runs without a drop have none.
+        Change of a run → its `shown_word`; runs without a drop are left out.
     """
     families = grouped(
         cell.runs, lambda run: (run.change.kind == WHOLE_LAYER, run.change.kind.family)
@@ -267,11 +273,11 @@ def shown_words(cell: CellRecord) -> dict[Change, str]:
 
 
 def ranks_in(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, int]]:
-    """Say between which ranks runs of one cell lie by what they cost, all of it at once.
+    """Compute the possible ranks of runs of one cell by their drops, simultaneously.
 
     Args:
         cell: The cell.
-        runs: Its runs.
+        runs: Runs of the cell.
 
     Returns:
         The best and the worst rank of each, 1 for the largest drop.
@@ -285,9 +291,9 @@ def _together(
     figure: Callable[[RunRecord], Estimate],
     each: int = 0,
 ) -> _ByCell:
-    """Widen the intervals of one figure of all runs, so that they hold at once.
+    """Widen the intervals of one figure of all runs, so that they hold simultaneously.
 
-    `each` is how many statements are made of a cell, where that is more than one a layer.
+    `each` is the number of statements for each cell, if it is more than one for each layer.
     """
     runs = [of[layer] for of in [cell.runs_of() for cell in cells] for layer in layers]
     family = max(len(cells) * each, len(runs), 1)
@@ -301,12 +307,12 @@ def _low(figures: dict[int, Estimate], layer: int) -> float:
 
 
 def _all_at_once(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:
-    """Find the drops of runs, with intervals that hold for so many statements."""
+    """Return the drops of runs, with intervals simultaneous for a family of statements."""
     drops = [run.drop for run in runs]
     return drops if cell.is_raced else together(drops, [run.n for run in runs], family)
 
 
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:
-    """Name benchmarks, each as shortly as tells it from the others."""
+    """Name benchmarks as briefly as possible, with no two names equal."""
     titles = [cell.benchmark.title for cell in cells]
     return listed(titles if len({*titles}) == len(titles) else benchmark_labels(cells))

@@ -1,4 +1,4 @@
-"""Labels that tell models, cells and editions of tasks apart, and what may be ranked together."""
+"""Label models, cells and editions of tasks uniquely, and select cells to rank together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _OF_TASKS = {"tasks", "found_by"}
 
 
 def editions_of(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
-    """Group cells by what was asked for, and each group by what its tasks then were.
+    """Group cells by their request, and each group by the edition of its tasks.
 
-    What was asked for is a model and a benchmark with its data and its settings. The editions of a
-    group come in the order in which they were measured last; what no date is known of comes first.
+    A request is a model and a benchmark with its data and settings. The editions of a group are
+    sorted by the date of their last measurement; editions without a date come first.
     """
     asked: dict[str, dict[str, list[CellRecord]]] = {}
     for cell in cells:
@@ -72,7 +72,7 @@ def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
         models: The models.
 
     Returns:
-        Their names, with the dtype, revision, weights or source where these tell them apart.
+        Their names, with the dtype, revision, weights or source where these differ.
     """
     return _distinct_labels(
         [model.name for model in models],
@@ -95,9 +95,8 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the metric, the edition of its task, the documents,
-        the data, the seed, other settings, the cell's key or the number of runs where these tell
-        them apart.
+        For example `arc_easy · 0-shot`. The metric, the edition of its task, the documents, the
+        data, the seed, other settings, the cell's key or the number of runs follow if they differ.
     """
     return _distinct_labels(
         [
@@ -115,15 +114,15 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tuple[str, str]]:
-    """Label rows apart that show model, benchmark, shots, metric and what lies beneath.
+    """Label rows of model, benchmark, shots, metric and removed layers, without equal labels.
 
     Args:
         cells: The cell of each row.
-        documents: Whether the rows show how many documents there are, too.
+        documents: Whether the rows also show the number of documents.
 
     Returns:
-        The name of each row's model, and what else tells it from rows that read the same: mostly
-        nothing.
+        The name of each row's model, and the details that distinguish the row from equal ones
+        (mostly empty).
     """
     models = {cell.model.key: cell.model for cell in cells}
     names = dict(zip(models, model_labels(list(models.values())), strict=True))
@@ -150,7 +149,7 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
 
 
 def _details(cell: CellRecord) -> tuple[str, ...]:
-    """Return details in which cells of one model may differ, the plainest first."""
+    """Return details in which cells of one model may differ, the simplest first."""
     return (
         cell.benchmark.data,
         "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
@@ -161,7 +160,7 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> list[str]:
-    """Add to equal labels the details in which their bearers differ, until all are told apart."""
+    """Append details to equal labels until all labels differ or no detail is left."""
     distinct = list(labels)
     for words in zip(*details, strict=True):
         rows = list(zip(distinct, words, strict=True))
@@ -174,7 +173,7 @@ def _distinct_labels(labels: Sequence[str], details: Sequence[tuple[str, ...]]) 
 
 
 Pick = Callable[[CellRecord], Sequence[RunRecord]]
-"""Which runs of a cell a ranking is about."""
+"""Selects the runs of a cell that a ranking is about."""
 _WHOLE_LAYERS: Pick = attrgetter("whole_layers")
 
 
@@ -190,14 +189,14 @@ def named_models(cells: Iterable[CellRecord]) -> dict[str, list[CellRecord]]:
 
 
 def setting(cell: CellRecord) -> str:
-    """Make a key of all that must be equal before two models' figures may be compared.
+    """Return a key of everything that must be equal before two models' figures are compared.
 
-    How documents are put to the model, the metric, how many documents, and which were drawn.
+    It covers the format of prompts, the metric, the number of documents, and which were drawn.
     """
     benchmark = cell.benchmark.model_dump(
         mode="json", exclude={"data", "primary_metric", "found_by"}
     )
-    # As many documents as others have are not theirs while they are not all that was asked for.
+    # A cell that still lacks documents is compared with no other, even at equal counts.
     growing = cell.key if cell.unfinished is not None else ""
     return content_hash([benchmark, cell.metric, cell.n, cell.sample_seed, cell.removed, growing])
 
@@ -205,9 +204,9 @@ def setting(cell: CellRecord) -> str:
 def countable(
     cells: Sequence[CellRecord], of: Pick = _WHOLE_LAYERS
 ) -> tuple[list[CellRecord], dict[str, str]]:
-    """Choose the cells of one model that count, one a benchmark, in their order.
+    """Choose the cells of one model that count, one for each benchmark, in their order.
 
-    Besides: benchmark → why it, or another cell of it, does not count.
+    Also returns a reason for each benchmark, or other cell of it, that does not count.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     later = outdated(cell for cell in cells if not unusable(cell, of))
@@ -233,15 +232,16 @@ def countable(
 
 
 def worth(cell: CellRecord, of: Pick = _WHOLE_LAYERS) -> tuple[int, int, bool, bool]:
-    """Of two cells on one benchmark the larger counts: runs, documents, its own metric.
+    """Return a sort key: of two cells on one benchmark the larger counts.
 
-    Of as many documents those that were drawn at random: the first ones are no sample.
+    It compares runs, documents, use of the benchmark's own metric, and random drawing, because the
+    first documents are no sample.
     """
     return len(of(cell)), cell.n, not cell.other_metric, bool(cell.drawn)
 
 
 def unusable(cell: CellRecord, of: Pick = _WHOLE_LAYERS) -> str | None:
-    """Say why a cell has no place in a ranking; None where it has one."""
+    """Return the reason why a cell cannot be ranked; None if it can."""
     if cell.removed:
         return f"measured {cell.beneath}"
     if cell.is_raced:

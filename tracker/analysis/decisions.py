@@ -1,6 +1,7 @@
-"""Decisions of the intact model and of every run, document by document.
+"""Derive decisions of the intact model and of every run, document by document.
 
-An option's score is its log-likelihood, or what the metric divides that to; the largest is taken.
+An option's score is its log-likelihood, divided by its length if the metric does so. The option
+with the largest score is chosen.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from tracker.stats.arrays import Array
 from tracker.stats.decisions import choices, margins, movement, shares, turning
 
 Texts = Callable[[], Mapping[tuple[str, int], KeptText]]
-"""Reads what a cell's documents say."""
+"""Reads the texts of a cell's documents."""
 _LENGTHS: dict[str, Callable[[str], int]] = {
     "acc_norm": len,
     "acc_bytes": lambda choice: len(choice.encode()),
 }
-"""By what lm-eval divides an option's log-likelihood, by metric."""
+"""Divisor that lm-eval applies to an option's log-likelihood, by metric."""
 
 
 class OptionScores:
-    """The options of documents, as a metric sees them.
+    """Options of documents, as scored by a metric.
 
     Args:
-        rows: The documents, under any ablation.
+        rows: Rows of the documents, under any ablation.
         metric: The metric.
-        texts: What they say; read where the metric divides by the lengths of options.
+        texts: Texts of the documents; read only if the metric divides by the lengths of options.
 
     Attributes:
-        counts: How many options each document has.
-        most: How many there are at most; 0 for open answers.
-        gold: The number of each document's gold option; NaN where there is none.
-        lengths: By what each log-likelihood is divided [documents, options]; NaN where unknown.
-        why: Why one of them is not known; empty where all are.
+        counts: Number of options of each document.
+        most: Largest number of options; 0 for open answers.
+        gold: Number of each document's gold option; NaN if it has none.
+        lengths: Divisor of each log-likelihood [documents, options]; NaN if unknown.
+        why: Reason why a divisor is unknown; empty if all are known.
     """
 
     def __init__(self, rows: pd.DataFrame, metric: str, texts: Texts) -> None:
@@ -78,7 +79,7 @@ class OptionScores:
                 )
 
     def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
-        """Set the scores of the options side by side, NaN where a document has fewer."""
+        """Return the scores of options `[documents, options]`; NaN where a document has fewer."""
         found = np.full(self.lengths.shape, np.nan)
         counted = zip(loglikelihoods, self.counts, strict=True)
         values = np.concatenate([[], *(row[:count] for row, count in counted)])
@@ -97,15 +98,15 @@ class Chances(NamedTuple):
 
 
 def judged(outcomes: AlignedOutcomes, ablation: Ablation, texts: Texts) -> Chances:
-    """Hold the margins of an ablation's documents against how far rounding moves them.
+    """Compute how likely rounding changes the judgement of each document of an ablation.
 
     Args:
         outcomes: The documents.
         ablation: The ablation.
-        texts: What they say; read where the metric divides by that.
+        texts: Texts of the documents; read only if the metric divides by the lengths of options.
 
     Returns:
-        The chances, in the documents' order.
+        The probabilities, in the order of the documents.
     """
     if not outcomes.identity.model.is_half:
         return Chances(None)
@@ -130,24 +131,24 @@ def judged(outcomes: AlignedOutcomes, ablation: Ablation, texts: Texts) -> Chanc
 
 
 SHOWN = 30
-"""Documents that a run loses, and as many that it wins, of which a record holds the texts."""
+"""Maximum number of lost documents, and of won ones, whose texts a record holds for a run."""
 _CUT = 300
-"""Characters of a question that a record holds."""
+"""Maximum number of characters of a question in a record."""
 _CHOICE_CUT = 200
 """Characters of an option, or of an answer."""
 
 
 @dataclass(frozen=True)
 class Decided:
-    """What one ablation makes of every document, in the documents' order.
+    """Decision of one ablation on every document, in the order of the documents.
 
     Attributes:
-        score: The metric, as a figure of which more is better.
-        choice: The number of the option that is taken; NaN where there are no options.
-        margin: By how much the gold option beats the best other one, in nats (or nats a character
-            or byte, where the metric divides by length); without options, the gold answer's
-            log-probability. NaN where it is not defined.
-        text: What is generated; None where nothing is.
+        score: Metric, with the sign that makes larger values better.
+        choice: Number of the chosen option; NaN without options.
+        margin: Score of the gold option minus that of the best other option, in nats (or nats per
+            character or byte, where the metric divides by length). Without options, the gold
+            answer's log-probability. NaN if undefined.
+        text: Generated text; None if nothing is generated.
     """
 
     score: Array
@@ -158,18 +159,18 @@ class Decided:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What every run of a view decides, on the documents that all of them share.
+    """Decisions of every run of a view, on the documents that all runs share.
 
     Attributes:
-        documents: Task and number of each.
-        texts: What each says; None where it is not known, or not to be shown.
-        gold: The number of the gold option; NaN where there is none.
-        options: How many options there are at most; 0 for open answers.
-        baseline: The intact model.
-        runs: The runs.
+        documents: Task and number of each document.
+        texts: Text of each document; None if unknown, or not to be shown.
+        gold: Number of each document's gold option; NaN if it has none.
+        options: Largest number of options; 0 for open answers.
+        baseline: Decisions of the intact model.
+        runs: Runs with their decisions.
         binary: Whether every document is either right or wrong.
-        reasons: Why there are no `texts`, `margin` or `agreement`.
-        missing: Documents that were asked for and are not measured; none where a question decides.
+        reasons: Reasons why `texts`, `margin` or `agreement` are missing.
+        missing: Requested documents that are not measured; empty if a question decides.
     """
 
     documents: Sequence[tuple[str, int]]
@@ -183,21 +184,21 @@ class Decisions:
     missing: Sequence[tuple[str, int]] = ()
 
     def lost(self, run: Decided) -> np.ndarray:
-        """Say which documents a run makes worse than the intact model does."""
+        """Return a mask of the documents that a run scores lower than the intact model."""
         return run.score < self.baseline.score
 
     def won(self, run: Decided) -> np.ndarray:
-        """Say which documents a run makes better."""
+        """Return a mask of the documents that a run scores higher than the intact model."""
         return run.score > self.baseline.score
 
     @property
     def public(self) -> bool:
-        """Whether every text that is known may be published unasked."""
+        """True if all known texts may be published without asking."""
         return all(text.public for text in self.texts if text is not None)
 
 
 def decisions(store: CellStore, view: View) -> Decisions | None:
-    """Derive what each run of a view decides; None where no document is measured yet."""
+    """Derive the decisions of each run of a view; None if no document is measured yet."""
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
@@ -242,8 +243,8 @@ def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:
 
     Args:
         found: The decisions.
-        shown: How many lost documents, and how many won ones, are named of each run: those whose
-            margin changes most.
+        shown: Number of lost documents, and of won ones, to name for each run: those whose margin
+            changes most.
 
     Returns:
         The record.
@@ -317,7 +318,7 @@ def _document(found: Decisions, place: int) -> ShownDocument:
 
 
 def _cut(text: str | None, longest: int = _CUT) -> str | None:
-    """Leave the middle of a long text out: a prompt ends with what is asked."""
+    """Shorten a long text in the middle, because a prompt ends with its question."""
     if not isinstance(text, str) or len(text) <= longest:
         return text if isinstance(text, str) else None
     return f"{text[: longest // 2].rstrip()} … {text[-longest // 2 :].lstrip()}"

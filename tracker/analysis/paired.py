@@ -1,6 +1,6 @@
-"""The same documents with and without something removed, by one measure.
+"""Compare the same documents with and without a change, by one measure.
 
-And how much the outcomes of a cell's documents change: what its power rests on.
+Also estimate the variance of a cell's outcomes, which determines its statistical power.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tracker.stats.arrays import Array
 
 
 def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Read a run's spread off its record; None where it is undefined, or nothing has changed."""
+    """Read the outcome variance of a run from its record; None if it is undefined or 0."""
     if run.drop_sd is None or run.drop.value is None:
         return None
     binary = run.drop.p_value is not None
@@ -43,17 +43,17 @@ def spreads_of(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVaria
 
 @dataclass(frozen=True)
 class PairedOutcomes:
-    """What each document comes to in the intact model, and under each of some ablations.
+    """Outcomes of each document in the intact model and under each of some ablations.
 
-    An outcome is NaN where there is none (lm-eval gives no finite score, or names no gold answer);
-    so is then each drop of its document, and what is estimated is None with a reason. No such
-    document is left out, and none counts as 0.
+    An outcome is NaN if lm-eval gives no finite score or names no gold answer. The drops of such a
+    document are NaN too, and estimates are None with a reason. No such document is left out or
+    counted as 0.
 
     Attributes:
-        baseline: `[documents]`, the intact model's outcomes.
-        ablated: `[documents, ablations]`, those of the same documents under each ablation.
-        weights: `[documents]`, how much each counts in the measure's mean, summing to 1.
-        higher_is_better: Whether more is better, as of an accuracy; a loss is the other way round.
+        baseline: `[documents]`, outcomes of the intact model.
+        ablated: `[documents, ablations]`, outcomes of the same documents under each ablation.
+        weights: `[documents]`, weight of each document in the measure's mean, summing to 1.
+        higher_is_better: Whether larger is better, as for an accuracy; False for a loss.
     """
 
     baseline: Array
@@ -63,7 +63,7 @@ class PairedOutcomes:
 
     @property
     def scores(self) -> PairedOutcomes:
-        """The same as figures of which more is better: losses with their sign turned."""
+        """The same outcomes with the sign that makes larger values better."""
         if self.higher_is_better:
             return self
         turned = {"baseline": -self.baseline, "ablated": -self.ablated}
@@ -71,7 +71,7 @@ class PairedOutcomes:
 
     @property
     def drops(self) -> Array:
-        """How much worse each ablation makes each document `[documents, ablations]`."""
+        """The decrease of each document's score by each ablation `[documents, ablations]`."""
         better = self.scores
         return better.baseline[:, None] - better.ablated
 
@@ -85,7 +85,7 @@ class PairedOutcomes:
         return accuracy(self.ablated[:, place], self.weights)
 
     def drop(self, place: int) -> Estimate:
-        """Estimate what one of the ablations costs."""
+        """Estimate the drop of one of the ablations."""
         return accuracy_drop(*self._pair(place), self.weights)
 
     def drop_sd(self, place: int) -> Estimate:
@@ -93,6 +93,6 @@ class PairedOutcomes:
         return drop_sd(*self._pair(place), self.weights)
 
     def _pair(self, place: int) -> tuple[Array, Array]:
-        """The two of which the first less the second is the drop; right and wrong stay 0 and 1."""
+        """Return the two arrays whose difference is the drop; 0/1 outcomes stay 0 and 1."""
         before, after = self.baseline, self.ablated[:, place]
         return (before, after) if self.higher_is_better else (after, before)

@@ -41,24 +41,24 @@ from tracker.stats.rank_agreement import COEFFICIENTS
 OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
 DEALS = 999
-"""How often the proxies of experts are dealt anew: there are thousands of them."""
+"""Number of random permutations of the proxies of experts, of which there are thousands."""
 
 
 def cell_record(
     store: CellStore, view: View, aggregate: Aggregate, answer: AnswerRecord | None = None
 ) -> CellRecord:
-    """Derive a cell's record from its outcomes.
+    """Compute a cell's record from its outcomes.
 
     Args:
         store: The cell on disk.
-        view: Which documents and runs to show, by a metric that is a mean, or a ratio of sums over
+        view: Documents and runs to show, by a metric that is a mean, or a ratio of sums over
             documents.
         aggregate: lm-eval's aggregation by name.
-        answer: What it answers to the question of the view, where it has one.
+        answer: Answer to the question of the view; None if it has no question.
 
     Returns:
-        The record, over the documents that every shown run is measured on. Where these are as many
-        as an answer takes, what is said of a run rests on those that were looked at for it.
+        The record, over the documents on which every shown run is measured. If a question decided
+        their number, the figures of a run rest on the documents that decided it.
     """
     every = AlignedOutcomes(store, view)
     outcomes, order = _answered(every, store, view, answer)
@@ -146,7 +146,7 @@ def _known(reasons: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _took(abouts: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
-    """Say what measuring took, and until when, as far as the shards say."""
+    """Return the duration, peak memory and date of measuring, as far as the shards record them."""
     seconds = [float(about["seconds"]) for about in abouts if about.get("seconds")]
     peaks = [int(about["peak_bytes"]) for about in abouts if about.get("peak_bytes")]
     return {
@@ -159,9 +159,9 @@ def _took(abouts: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | 
 def _answered(
     every: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Leave the documents that an answer rests on, and say in which order they were looked at.
+    """Select the documents that an answer rests on; also return their order in the race.
 
-    All of them, and no order, where there is none or where all that it is about has them all.
+    Returns all documents and an empty order without an answer, or if all documents are measured.
     """
     if answer is None or len(every.tasks) >= every.wanted:
         return every, []
@@ -175,9 +175,9 @@ def _answered(
 def _beginning(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
-    """Leave some documents, under the runs that an answer is about.
+    """Select some documents, under the runs that an answer is about.
 
-    What else was asked of the view before is shown where it is measured on all of them too.
+    Other runs of the view are shown if they are measured on all of these documents.
     """
     first = {*order}
     asked = {run.change for run in answer.runs}
@@ -205,7 +205,7 @@ def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str | None:
 
 
 def _fitted_on(store: CellStore, view: View, abouts: Sequence[Mapping[str, Any]]) -> str | None:
-    """Say what stands in for layers was fitted on, and how much of that is measured too."""
+    """Describe the texts that replacements were fitted on, and their overlap with the documents."""
     if not any(Ablation.of(run, removed=view.removed).is_fitted for run in view.runs):
         return None
     wanted = store.wanted(view.extent)
@@ -222,7 +222,7 @@ def _fitted_on(store: CellStore, view: View, abouts: Sequence[Mapping[str, Any]]
 
 
 def _beneath(outcomes: AlignedOutcomes, view: View) -> Estimate:
-    """The metric with the layers taken out that every run lacks, and nothing else."""
+    """Estimate the metric of the model without the layers that every run lacks."""
     if not view.removed:
         return Estimate(None)
     ablation = Ablation.of(removed=view.removed)
@@ -234,7 +234,7 @@ def _beneath(outcomes: AlignedOutcomes, view: View) -> Estimate:
 def _of_layers(
     outcomes: AlignedOutcomes, proxies: LayerProxies, raced: bool
 ) -> Iterator[CorrelationRecord]:
-    """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
+    """Correlate every proxy with the accuracy drop, over all layers and without the outer ones."""
     runs = outcomes.whole_layers
     if not runs:
         return
@@ -251,7 +251,7 @@ def _of_layers(
 def _of_experts(
     outcomes: AlignedOutcomes, experts: ExpertProxies, records: Sequence[RunRecord], raced: bool
 ) -> Iterator[CorrelationRecord]:
-    """The same for experts, over those of which both figures are defined."""
+    """Correlate the proxies of experts with their drops, where both are defined."""
     if not experts.runs:
         return
     measured = np.array(
@@ -269,9 +269,9 @@ def _of_experts(
 def _correlated(
     outcomes: AlignedOutcomes, runs: Sequence[Change], raced: bool
 ) -> Callable[[Proxy, Array, Array, Mask, str], Iterator[CorrelationRecord]]:
-    """Make what sets a proxy of runs beside their accuracy drops.
+    """Return a function that correlates a proxy of runs with their accuracy drops.
 
-    Of what a race has stopped, that is without what holds for one look.
+    For a cell that a race stopped, figures that hold for a single look are left out.
     """
     paired = outcomes.by_metric([outcomes.ablation(run) for run in runs])
     drop, drawn_drop = paired.mean_drops, outcomes.resampled(paired.drops, paired.weights)

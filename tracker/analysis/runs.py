@@ -1,4 +1,4 @@
-"""What is said of one run of a cell, beside the intact model on the same documents."""
+"""Compute the figures of one run of a cell, compared with the intact model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tracker.stats.decisions import shift, within
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
 ONE_LOOK = "it holds for one look, and how many documents there are was decided by many"
-"""Why a cell that was stopped by what it showed lacks an interval or a p-value."""
+"""Reason why a cell with a stopping rule lacks an interval or a p-value."""
 
 _NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
 _WHOLE_ONLY = "measured for whole single layers only"
@@ -41,7 +41,7 @@ _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this
 
 
 class Intact:
-    """What of the intact model a run's figures are set beside, on some documents.
+    """Figures of the intact model with which runs are compared, on the same documents.
 
     `chance` is None for a loss.
     """
@@ -56,15 +56,15 @@ class Intact:
 
 
 class LayerProxies:
-    """What was observed of the layers of the intact model on some documents.
+    """Proxies of the intact model's layers, observed on some documents.
 
     Args:
         outcomes: The documents.
 
     Attributes:
-        tokens: `[documents]`, how many tokens are behind each sum.
+        tokens: `[documents]`, number of tokens behind each sum.
         sums: Proxy → its sums `[documents, layers]`.
-        reasons: Proxy → why it is undefined in every layer; empty where it is not.
+        reasons: Proxy → reason why it is undefined in every layer; empty if it is defined.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
@@ -82,20 +82,20 @@ class LayerProxies:
                 ]
 
     def of(self, run: Change) -> dict[str, Estimate]:
-        """List the proxies of a run's layer, each with why it is undefined."""
+        """List the proxies of a run's layer, each with the reason if it is undefined."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._figures, Estimate(None, reason=_WHOLE_ONLY))
         return {name: figures[run.layer] for name, figures in self._figures.items()}
 
 
 class ExpertProxies:
-    """What was observed, in the intact model, of the experts that runs take out.
+    """Proxies of the experts that runs remove, observed in the intact model.
 
     Args:
         outcomes: The documents.
 
     Attributes:
-        runs: The runs that take out an expert.
+        runs: Runs that remove an expert.
         sums: Proxy → its sums over each document's tokens `[documents, runs]`.
     """
 
@@ -107,20 +107,20 @@ class ExpertProxies:
 
     @property
     def not_observed(self) -> str:
-        """Say so where some expert was not observed of each document: it was measured before."""
+        """The number of documents measured without proxies of experts, as text; "" if none."""
         missing = int(np.isnan(self.sums["routed_share"]).any(axis=1).sum())
         return _not_observed(missing, len(self._tokens)) if missing else ""
 
     def counts(self, proxy: Proxy) -> Array:
-        """How many tokens each of its sums is averaged over `[documents, runs]`."""
+        """Return the number of tokens behind each of a proxy's sums `[documents, runs]`."""
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def means(self, proxy: Proxy) -> Array:
-        """The proxy of each run's expert `[runs]`; NaN where it is undefined."""
+        """Return a proxy of each run's expert `[runs]`; NaN where it is undefined."""
         return divided(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
 
     def of(self, run: Change) -> dict[str, Estimate]:
-        """List the proxies of a run's expert, each with why it is undefined; none of other runs."""
+        """List the proxies of a run's expert, with reasons if undefined; empty for other runs."""
         if run.component != "expert":
             return {}
         place = self._places[run]
@@ -143,7 +143,7 @@ def _not_observed(lacking: int, documents: int) -> str:
 def run_record(
     intact: Intact, run: Change, proxies: Mapping[str, Estimate], aggregate: Aggregate
 ) -> RunRecord:
-    """Derive what is said of one run."""
+    """Compute the record of one run."""
     outcomes = intact.outcomes
     ablation = outcomes.ablation(run)
     paired = outcomes.by_metric([ablation])
@@ -154,7 +154,7 @@ def run_record(
     gold = _mean_drop(outcomes.by_gold_logprob([ablation]), "finite gold score")
     options = _mean_drop(outcomes.by_options([ablation]), "options of a finite score")
     if run.component == "expert" and outcomes.moves_nothing(ablation):
-        # What was not asked costs nothing that could be said.
+        # Removing an expert that no token was routed to changes nothing, so it has no drop.
         drop = spread = gold = options = Estimate(None, reason=_NOT_ASKED)
         relevance = relevance if intact.chance is None else drop
     metrics = metric_values(outcomes, ablation, aggregate)
@@ -190,7 +190,7 @@ def run_record(
 
 
 def moved_by_rounding(weights: Array, *models: Chances) -> float | None:
-    """How far rounding moves the accuracy of a model, or what one has more than another."""
+    """Compute how far rounding moves a model's accuracy, or the difference of two models."""
     every = [model.chances for model in models if model.chances is not None]
     if len(every) < len(models):
         return None
@@ -198,7 +198,7 @@ def moved_by_rounding(weights: Array, *models: Chances) -> float | None:
 
 
 def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
-    """Give a run the bounds that hold at every look, and take away what holds at one."""
+    """Replace a run's intervals by bounds that hold at every look, and drop its p-values."""
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK}
     drop, gold, options = (
         replace(figure, low=None, high=None, p_value=None)
@@ -215,7 +215,7 @@ def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
 def metric_values(
     outcomes: AlignedOutcomes, ablation: Ablation, aggregate: Aggregate
 ) -> dict[str, float | None]:
-    """Every metric of the benchmark, aggregated as lm-eval does."""
+    """Return every metric of the benchmark, aggregated as lm-eval does."""
     rows = outcomes.of(ablation)
     benchmark = outcomes.identity.benchmark
     by_task = {task: rows[rows["task"] == task] for task in dict.fromkeys(outcomes.tasks)}
@@ -236,7 +236,7 @@ def metric_values(
 def _aggregated(
     rows: pd.DataFrame, column: str, how: str | None, aggregate: Aggregate
 ) -> float | None:
-    """One metric of one task; None where a document has no value, or lm-eval alone can tell."""
+    """Aggregate one metric of one task; None if a value is missing or only lm-eval can do it."""
     if how is None or column not in rows or rows[column].isna().any():
         return None
     if how == RATIO:
@@ -245,7 +245,7 @@ def _aggregated(
 
 
 def _mean_drop(logprobs: PairedOutcomes, what: str) -> Estimate:
-    """Estimate by how much a log-probability falls; `what` a document lacks where it has none."""
+    """Estimate the mean fall of a log-probability; `what` names the value that documents lack."""
     if bad := int((~np.isfinite(logprobs.drops)).sum()):
         why = f"{bad} of {len(logprobs.drops)} documents have no {what}"
         return Estimate(None, reason=why)
@@ -254,5 +254,5 @@ def _mean_drop(logprobs: PairedOutcomes, what: str) -> Estimate:
 
 
 def finite(value: float) -> float | None:
-    """Keep a figure that is a finite number."""
+    """Return a value as a float; None if it is not finite."""
     return float(value) if math.isfinite(value) else None

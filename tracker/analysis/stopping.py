@@ -1,6 +1,6 @@
-"""What the outcomes of a cell answer, block after block in the random order, and what is next.
+"""Apply the stopping rules of `until` to stored outcomes, block by block in random order.
 
-And what the blocks that are in the ledger say already, while the rest of a cell is measured.
+Also choose the next block, and report interim estimates while the cell is measured.
 """
 
 from __future__ import annotations
@@ -33,23 +33,25 @@ from tracker.stats.arrays import Array, Mask
 from tracker.stats.stopping import Race, SmallestMean, forecast
 
 QUESTION = "prune 1 within 1 pp"
-"""What a race of candidates by accuracy answers."""
+"""Question that a race of candidates by accuracy answers."""
 WITHIN = 0.01
-"""What the winner of one by log-probability costs more than the best at most, in nats: a right
-answer that is 1 % less likely."""
+"""Tolerance of a race by log-probability, in nats: the winner's excess cost over the best.
+
+It corresponds to a right answer that is 1 % less likely.
+"""
 PILOT = 32
-"""Documents that must be measured before anything is said of how many an answer takes."""
+"""Documents that must be measured before the cost of an answer is forecast."""
 
 
 @dataclass(frozen=True)
 class Interim:
-    """How far a view of a cell is.
+    """Progress of a view of a cell.
 
     Attributes:
-        documents: Documents that are measured under everything that is shown; of a cell that a
-            question ends, under the intact model.
-        wanted: Documents that were asked for; None where a question decides.
-        tokens: Their tokens, as `CellRecord.tokens` counts them.
+        documents: Documents that are measured under all shown runs. If a question decides, the
+            documents that are measured under the intact model.
+        wanted: Requested documents; None if a question decides.
+        tokens: Tokens of these documents, counted as in `CellRecord.tokens`.
         drops: Run → its drop on these documents.
     """
 
@@ -60,14 +62,14 @@ class Interim:
 
 
 def interim_estimates(store: CellStore, view: View) -> Interim:
-    """Estimate each run's drop from what is measured.
+    """Estimate each run's drop from the blocks that are measured so far.
 
     Args:
         store: The cell on disk.
-        view: What was asked of it.
+        view: The requested view.
 
     Returns:
-        The estimates; none where a run lacks every document.
+        The estimates; empty if a run has no document.
     """
     columns = ["task", "doc", "ablation", "proxy_tokens", METRIC + view.metric]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -82,7 +84,7 @@ def interim_estimates(store: CellStore, view: View) -> Interim:
 
 
 def _until_answered(outcomes: AlignedOutcomes, view: View) -> Interim:
-    """Estimate each run's drop from its own documents, without the interval of a single look."""
+    """Estimate each run's drop from its own documents, without fixed-sample intervals."""
     intact = outcomes.of_documents(None, [])
     if not intact.tasks:
         return Interim(0, None, 0, {})
@@ -97,7 +99,7 @@ def _until_answered(outcomes: AlignedOutcomes, view: View) -> Interim:
 def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> None:
     """Raise ExperimentError for a metric whose outcomes are not between 0 and 1.
 
-    `key` is what was said that asks for them.
+    `key` is the setting that requires bounded outcomes.
     """
     task = benchmark.tasks[0]
     if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
@@ -109,12 +111,13 @@ def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str, key: str = "unti
 
 
 class RacedFigure(NamedTuple):
-    """What of an outcome decides.
+    """The figure of an outcome that decides a race.
 
     Attributes:
-        columns: What is read of it.
-        of: What it comes to, row by row.
-        why_not: Says of a document's figures, the intact model's first, why they cannot decide.
+        columns: Columns to read.
+        of: Computes the figure of each row.
+        why_not: Explains why a document's figures (the intact model's first) cannot decide; "" if
+            they can.
     """
 
     columns: Sequence[str]
@@ -123,18 +126,18 @@ class RacedFigure(NamedTuple):
 
 
 def bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> RacedFigure:
-    """Decide by a metric.
+    """Build the figure that lets a metric decide a race.
 
     Args:
         benchmark: The benchmark.
-        metric: Its metric.
-        key: What was said that asks for it.
+        metric: Metric of the benchmark.
+        key: Setting that requires the race.
 
     Returns:
-        What is read.
+        The figure.
 
     Raises:
-        ExperimentError: Its outcomes are not between 0 and 1.
+        ExperimentError: Outcomes of the metric are not between 0 and 1.
     """
     refuse_unbounded(benchmark, metric, key)
 
@@ -152,26 +155,26 @@ def bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> Ra
 
 
 class BlockRace:
-    """A race that a cell's outcomes decide; the same one in every process, and after a kill.
+    """A race that a cell's outcomes decide, identical in every process and after a kill.
 
-    All documents of the benchmark come in one random order, in which each task is in proportion. A
-    look follows every block, at the documents before which nothing is missing. Blocks lack only
-    those runs that are still open then: what else the ledger holds of later documents counts
-    for nothing, because it may be there for a reason.
+    All documents of the benchmark have one random order, in which every prefix is stratified by
+    task. The race is evaluated after every block, up to the first missing document. Blocks lack
+    only the runs that are still open. Other outcomes of later documents are ignored, because
+    selection may be the reason why they exist.
 
     Attributes:
-        deciding: What looks at the documents.
-        lacking: Which block is to be measured next, and under which ablations; None once the
-            question is answered, or all documents have been looked at. Later blocks may be measured
-            before it, under the same ones: who is settled then was measured for nothing.
-        looked: Documents that were looked at.
-        measured: Documents that had to be measured for that: a look ends before the first document
-            of a block that is missing, and of a group's other tasks whole blocks are there.
-        done: Blocks that were looked at.
-        order: All documents, as task and number, in the order in which they are looked at.
-        population: Documents that there are.
-        base: Layers that a token passes in what is always measured.
-        costs: `[runs]`, layers that it passes besides in each run.
+        deciding: Stopping rule that evaluates the documents.
+        lacking: Next block to measure, and its ablations; None once the question is answered, or
+            all documents are evaluated. Later blocks may be measured earlier with the same
+            ablations; runs that are decided meanwhile are then measured in vain.
+        looked: Number of evaluated documents.
+        measured: Number of documents that had to be measured for that. It can be larger, because
+            blocks are measured whole, and other tasks of a group come later in the order.
+        done: Number of evaluated blocks.
+        order: All documents, as task and number, in the order of evaluation.
+        population: Number of documents of the benchmark.
+        base: Layers that a token passes in the streams that are always measured.
+        costs: `[runs]`, additional layers that it passes in each run.
     """
 
     deciding: Race | SmallestMean
@@ -184,14 +187,14 @@ class BlockRace:
         beneath: Sequence[Ablation],
         figure: RacedFigure,
     ) -> None:
-        """Begin before the first document.
+        """Start before the first document.
 
         Args:
             store: The cell.
-            seed: Decides the order of the documents.
-            ablations: What the question is about.
-            beneath: What is measured of each document besides.
-            figure: What of its outcomes decides.
+            seed: Seed of the order of the documents.
+            ablations: Ablations that the question is about.
+            beneath: Further ablations that are measured on each document.
+            figure: Figure of the outcomes that decides.
         """
         every = store.wanted(ALL)
         self.population = sum(map(len, every.values()))
@@ -208,28 +211,28 @@ class BlockRace:
         self._turns = turns(tasks, store.counts(), seed)
         self._drops: dict[tuple[str, int], np.ndarray] = {}
         weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size)
-        # A drop counts by its document's weight, and the mean of all is the benchmark's drop.
+        # Scale a drop by its document's weight, so that the mean of all is the benchmark's drop.
         self._scale = weights * self.population
 
     @property
     def contenders(self) -> str:
-        """Say who is left."""
+        """The runs that are still open, in words."""
         raise NotImplementedError
 
     @property
     def most(self) -> float:
-        """How much a document counts at most, beside one in a plain mean."""
+        """The largest weight of a document, relative to a plain mean."""
         return float(self._scale.max())
 
     @property
     def open(self) -> Mask:
-        """`[runs]`, of whom nothing is decided."""
+        """The mask `[runs]` of runs that are not decided."""
         return self.deciding.open
 
     def advance(self) -> None:
-        """Look at what was measured meanwhile, as far as it goes.
+        """Evaluate the blocks that were measured since the last call, up to the first gap.
 
-        WorkError where a document has no score that could decide.
+        Raises WorkError if a document has no score that could decide.
         """
         while self.open.any() and self.done < len(self._turns):
             (block, size, end), names = self._turns[self.done], self.needed
@@ -258,39 +261,39 @@ class BlockRace:
 
     @property
     def left(self) -> list[Block]:
-        """The blocks that were not looked at, in the order in which they come."""
+        """The blocks that are not evaluated yet, in their order."""
         return [turn.block for turn in self._turns[self.done :]]
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Name the baseline, what lies beneath alone, and the runs that are open."""
+        """The names of the ablations that are still measured: baseline, further ones, open runs."""
         always = (INTACT.name, *(ablation.name for ablation in self._beneath))
         return (*always, *compress(self._names, self.open))
 
     def measured_for(self, looked: np.ndarray) -> np.ndarray:
-        """Say how many documents must be measured before so many can be looked at."""
+        """Return how many documents must be measured before as many as given can be evaluated."""
         begins = [0, *(turn.end for turn in self._turns[:-1])]
         begun = np.cumsum([0, *(turn.size for turn in self._turns)])
         return np.asarray(begun[np.searchsorted(begins, looked, side="left")])
 
 
 class CellRace(BlockRace):
-    """The race that answers the question of a view.
+    """Race that answers the question of a view.
 
     Attributes:
-        race: How it stands, one mean for each run that the question is about.
+        race: State of the race, with one mean for each run that the question is about.
     """
 
     def __init__(self, store: CellStore, view: View) -> None:
-        """Look at what the cell holds already.
+        """Evaluate the blocks that the cell already holds.
 
         Args:
             store: The cell.
-            view: Its metric, and its question.
+            view: The view, with its metric and its question.
 
         Raises:
-            ExperimentError: The metric has no bounds, or so many runs cannot answer the question.
-            WorkError: As `advance`.
+            ExperimentError: The metric has no bounds, or the question needs another number of runs.
+            WorkError: A document has no score that could decide.
         """
         assert view.until is not None
         self._until = view.until
@@ -299,7 +302,7 @@ class CellRace(BlockRace):
         figure = bounded(store.identity.benchmark, view.metric)
         super().__init__(store, view.until.seed, ablations, beneath, figure)
         try:
-            # Two drops of a document share what it was before, and that is between 0 and 1.
+            # Two drops of a document share the intact outcome, which is between 0 and 1.
             race = Race(view.until.asked, self.population, len(ablations), self.most)
         except ValueError as error:
             raise ExperimentError(f"'until': {error}") from None
@@ -308,13 +311,13 @@ class CellRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Say whose part of the answer is not settled."""
+        """The runs whose part of the answer is open, in words."""
         return contending(self.record())
 
     def record(self) -> AnswerRecord:
-        """Say how it stands."""
+        """Return the current answer."""
         bounds, standing = self.race.bounds, self.race.standing
-        # A drop is between -1 and 1, whatever its documents weigh.
+        # A drop is between -1 and 1, regardless of its documents' weights.
         low, high = bounds.low.clip(-1, 1), bounds.high.clip(-1, 1)
         return AnswerRecord(
             question=self._until.question,
@@ -390,7 +393,7 @@ def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
 
 
 class CandidateRace(BlockRace):
-    """The race of what could go next: which of some ablations costs least, within a tolerance."""
+    """Race between candidates: which ablation costs least, within a tolerance."""
 
     def __init__(
         self,
@@ -401,19 +404,19 @@ class CandidateRace(BlockRace):
         ablations: Sequence[Ablation],
         beneath: Sequence[Ablation],
     ) -> None:
-        """Look at what the cell holds already.
+        """Evaluate the blocks that the cell already holds.
 
         Args:
             store: The cell.
-            view: Its metric.
-            by: What decides: `accuracy`, its metric, or `gold_logprob`.
-            seed: Decides the order of the documents.
+            view: The view, with its metric.
+            by: Criterion: `accuracy` (the view's metric) or `gold_logprob`.
+            seed: Seed of the order of the documents.
             ablations: The candidates.
-            beneath: What is measured of each document besides.
+            beneath: Further ablations that are measured on each document.
 
         Raises:
             ExperimentError: The metric has no bounds.
-            WorkError: As `advance`.
+            WorkError: A document has no score that could decide.
         """
         key, count = "rescoring: race", len(ablations)
         if by == "accuracy":
@@ -429,19 +432,19 @@ class CandidateRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Say how many are left."""
+        """The number of candidates that are left, in words."""
         return f"{self.open.sum()} of {len(self._names)} candidates are left"
 
     @property
     def winners(self) -> list[int]:
-        """The places of who costs least; several that are level, or that are open to the end."""
+        """The indexes of the cheapest candidates; several if they tie or the race ends open."""
         chosen = self.deciding.chosen
         places: list[int] = np.flatnonzero(chosen if chosen.any() else self.open).tolist()
         return places
 
 
 def _no_gold(outcomes: Array) -> str:
-    """Say so where a document has no right answer; a candidate without a score is out."""
+    """Explain a missing gold log-probability of the intact model; return "" if there is none."""
     if np.isfinite(outcomes[:, 0]).all():
         return ""
     return (
@@ -451,7 +454,7 @@ def _no_gold(outcomes: Array) -> str:
 
 
 def passes(ablation: Ablation, layers: int) -> int:
-    """Count the layers that a stream passes which leaves the intact one where it first differs."""
+    """Count the layers that an ablation's stream computes after it leaves the intact stream."""
     actions = [ablation.at(layer).action for layer in range(layers)]
     changed = (layer for layer, action in enumerate(actions) if action is not Action.PASS)
     first = 0 if "embedding" in ablation.ends else next(changed, layers)

@@ -31,7 +31,7 @@ from tracker.models.sources import find_model, parts_of
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIED_DOCUMENTS = 40
-"""Documents on which the batch sizes are tried."""
+"""Number of documents on which batch sizes are tried."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,22 @@ class Bench:
     """One comparison.
 
     Attributes:
-        engine_seconds: The engine, all ablations.
-        check_seconds: Its self-check, not part of `engine_seconds`; None where it was left out.
-        outside_share: Part of `engine_seconds` that is spent neither in the model's layers nor in
-            its head; None on an accelerator, which works while the clock runs.
-        offloaded_bytes: Bytes of the layers that rest elsewhere; 0 where all are in place.
-        read_bytes: Bytes of them that were brought in while the engine ran.
-        waiting_share: Part of `engine_seconds` that was spent waiting for them.
-        loops: Name of a loop → its timing; none where weights are offloaded, since each call of a
+        engine_seconds: Seconds of the engine for all ablations.
+        check_seconds: Seconds of its self-check, not part of `engine_seconds`; None if left out.
+        outside_share: Share of `engine_seconds` spent outside the model's layers and head; None on
+            an accelerator, which works while the clock runs.
+        offloaded_bytes: Bytes of the offloaded layers; 0 if all are in place.
+        read_bytes: Bytes of offloaded layers loaded while the engine ran.
+        waiting_share: Share of `engine_seconds` spent waiting for them.
+        loops: Name of a loop → its timing; empty if weights are offloaded, since each call of a
             loop would read all of them.
         layer_passes: Tokens times the layers that each passes in the engine.
-        times_the_passes: Program → how many times as many it needs, as `Cost.times_the_passes`.
-        sharing: What the engine shared.
+        times_the_passes: Program → ratio of its layer passes to the engine's, as
+            `Cost.times_the_passes`.
+        sharing: The sharing of the engine.
         engine_gflops: Floating-point operations per second that the engine reached, in 1e9.
-        matrix_gflops: The same of a plain matrix product in this process.
+        matrix_gflops: Floating-point operations per second of a plain matrix product in this
+            process, in 1e9.
         engine_peak_gib: Peak memory while the engine ran: of the process, or of the accelerator.
     """
 
@@ -77,7 +79,7 @@ class Bench:
     versions: dict[str, str]
 
     def text(self) -> str:
-        """Put the figures into words."""
+        """Describe the figures in words."""
         part = 100 * self.engine_gflops / self.matrix_gflops
         outside = self.outside_share
         spent = "" if outside is None else f"; {100 * outside:.1f} % outside the model"
@@ -109,9 +111,9 @@ def prepare(
 ) -> tuple[Engine, Sequence[Document], str]:
     """Return an engine with full sharing, the documents and their title.
 
-    RequestError for something that does not exist, or generates texts.
+    Raises RequestError for something that does not exist, or generates texts.
     """
-    # A model that is not there is said before a benchmark's data are looked for.
+    # A missing model is reported before a benchmark's data are searched for.
     find_model(request.model)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
@@ -135,13 +137,13 @@ def bench(
 
     Args:
         request: The documents. Of its runs only the components count: all layers are removed.
-        options: Where the model runs.
-        progress: Told what happens.
+        options: Options of the model, such as its device.
+        progress: The progress listener.
         checking: Whether the self-check runs too; without it, all is shared unchecked.
-        against: One of `COMPETITORS` that is timed besides lm-eval's Hugging Face model.
+        against: One of `COMPETITORS` to time besides lm-eval's Hugging Face model.
 
     Returns:
-        What all took, and whether their numbers agree.
+        The timings, and whether the results agree.
 
     Raises:
         RequestError: Something does not exist, or the competitor does not run here.
@@ -210,7 +212,7 @@ def bench(
 
 
 def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
-    """List what a whole sweep of the components that are asked for removes, with the baseline."""
+    """Return the ablations of a whole sweep of the requested components, with the baseline."""
     grid = request.changes
     changes = Changes(components=grid.components, heads=grid.heads, experts=grid.experts)
     parts = parts_of(loaded.model.config.get_text_config())
@@ -219,7 +221,7 @@ def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
 
 
 def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
-    """Evaluate with lm-eval's Hugging Face model around really pruned copies of the model."""
+    """Return the loop of lm-eval's Hugging Face model around really pruned copies of the model."""
 
     def without(ablation: Ablation) -> Any:
         pruned = engine.without(ablation).loaded
@@ -230,7 +232,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _stopwatch(engine: Engine) -> Iterator[list[float]]:
-    """Collect the seconds that pass inside the model's layers and its head."""
+    """Record the seconds spent inside the model's layers and its head, until exit."""
     spent: list[float] = []
 
     def clocked(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Checks of an installation: does it compute the right numbers on this device?
+"""Checks that an installation computes the right numbers on this device.
 
 A tiny mixture of experts with random weights is loaded as models are. Every feature of the engine
-(`FEATURES`) computes on the device, and on the CPU each ablation alone on a model that is really
-changed.
+(`FEATURES`) is computed on the device. The reference computes each ablation alone on the CPU, on a
+really changed model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tracker.models.parts.linear_maps import linear_maps
 from tracker.models.sources import find_model
 
 Feature = Callable[[Engine], Any]
-"""Computes figures; equal ones of any engine of a model with four layers or more."""
+"""Function that computes figures, for any engine of a model with four layers or more."""
 SWEEPS: Mapping[str, Sequence[Ablation]] = {
     name: [Ablation.parse(text) for text in texts.split()]
     for name, texts in {
@@ -63,12 +63,12 @@ SWEEPS: Mapping[str, Sequence[Ablation]] = {
 
 
 def documents_for(engine: Engine, beginning: int = 0) -> list[Document]:
-    """Make up three documents, whose contexts begin with some tokens in common."""
+    """Generate three documents, whose contexts begin with `beginning` common tokens."""
     return make_documents(engine, 3, 24 + beginning, longest=3, beginning=beginning)
 
 
 def score(engine: Engine, ablations: Sequence[Ablation], beginning: int = 0) -> Any:
-    """Score documents under ablations and without: responses, and sums of the proxies."""
+    """Score documents under ablations and the baseline: responses, and sums of the proxies."""
     scores = engine.score(documents_for(engine, beginning), [INTACT, *ablations])
     figures = [(r.loglikelihood, r.hits) for s in scores for row in s.responses for r in row]
     return figures, [s.proxy_sums for s in scores]
@@ -88,7 +88,7 @@ def generate(engine: Engine) -> Any:
     model = engine.loaded.model
     ids = torch.tensor([prompt], device=engine.loaded.device)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    if not engine.sharing.depth:  # each on the model that is really changed
+    if not engine.sharing.depth:  # each on the really changed model
         models = (engine.without(ablation).loaded.model for ablation in ablations)
         return [changed.generate(ids, **settings)[0].tolist() for changed in models]
     with generating(engine, ablations, prompt) as cache, torch.inference_mode():
@@ -96,7 +96,7 @@ def generate(engine: Engine) -> Any:
 
 
 def observe_maps(engine: Engine) -> Any:
-    """Observe two linear maps in a format: errors of weights, and of outputs."""
+    """Measure two linear maps in a format: errors of weights, and of outputs."""
     paths = [*linear_maps(engine.loaded.layers[1], "layer 1")]
     maps = [Change.parse(f"int8:1.{path}") for path in (paths[0], paths[-1])]
     return weight_errors(engine, maps), rounding_errors(engine, documents_for(engine)[0], maps)
@@ -123,7 +123,7 @@ FEATURES: Mapping[str, Feature] = {
 def largest_difference(figures: Any, others: Any) -> float:
     """Return the largest difference of two results of a feature, above 1 relative to the larger.
 
-    It is infinite where something is undefined, or of another shape, in one of them alone.
+    It is infinite if a value is undefined, or has another shape, in only one of them.
     """
     if isinstance(figures, Mapping):
         same = figures.keys() == others.keys()
@@ -142,9 +142,9 @@ def largest_difference(figures: Any, others: Any) -> float:
 CONFIG = Path(__file__).with_suffix(".json")
 """Configuration of the tiny model; its weights are so large that every layer matters."""
 WITHIN = 1e-3
-"""Largest difference that rounding in float32 may make, as in the self-check."""
+"""Largest difference allowed for rounding in float32, as in the self-check."""
 REPEATED = "the same row twice"
-"""The check that allows no difference."""
+"""Name of the check that allows no difference."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        name: What was checked.
-        difference: The largest difference; None where there is none.
-        error: Why the check failed; empty where it passed.
+        name: The name of the check.
+        difference: The largest difference; None if there is none.
+        error: The reason why the check failed; empty if it passed.
     """
 
     name: str
@@ -181,9 +181,9 @@ class Diagnosis:
 
 
 def diagnose(device: str, progress: Progress) -> Diagnosis:
-    """Check this installation on a device; a check that fails does not end the others.
+    """Check this installation on a device; a failed check does not stop the others.
 
-    ModelError if there is no such device.
+    Raises ModelError if there is no such device.
     """
     target, start = find_device(device), time.perf_counter()
     with TemporaryDirectory() as folder:
@@ -203,7 +203,7 @@ def diagnose(device: str, progress: Progress) -> Diagnosis:
 
 
 def _checks(folder: str, target: torch.device) -> Mapping[str, Callable[[], float]]:
-    """List the checks by name; each returns the largest difference."""
+    """Return the checks by name; each returns the largest difference."""
     source = find_model(folder)
 
     def load(device: str, **settings: Any) -> Engine:

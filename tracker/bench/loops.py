@@ -1,7 +1,7 @@
-"""Loops that evaluate all documents once per ablation: what the engine is timed against.
+"""Loops that evaluate all documents once per ablation: the references for the engine's timing.
 
-lm-eval's own models evaluate: the Hugging Face one, or vLLM's, loaded once, with layers that are
-passed over.
+The evaluations are by lm-eval's own models: the Hugging Face one, or vLLM's, loaded once, with
+removed layers skipped.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ T = TypeVar("T")
 Evaluation = tuple[float, list[tuple[float, bool]]]
 """Seconds, and the log-likelihood and greedy flag of every request, in order."""
 MEASURED = 4
-"""Number of ablations of each component that are evaluated; the others are taken to cost as much on
-average."""
+"""Number of ablations of each component that are evaluated; the others are assumed to cost as much
+on average."""
 
 
 @dataclass(frozen=True)
 class LoopTiming:
-    """Seconds of a loop, and how far its answers are from the engine's.
+    """Seconds of a loop, and the differences of its answers from the engine's.
 
     Attributes:
-        settings: Settings of the loop that bear on its speed.
+        settings: Settings of the loop that affect its speed.
         seconds: Seconds of all ablations, extrapolated from `evaluations`.
         evaluations: Ablation → seconds of its evaluation.
         ratio: `seconds` divided by the engine's.
@@ -67,7 +67,7 @@ class LoopTiming:
     requests_compared: int
 
     def text(self, name: str) -> str:
-        """Render it for the terminal."""
+        """Format the timing for the terminal."""
         evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in self.evaluations.items())
         return (
             f"{name + ' loop':<14}{self.seconds:8.1f} s   (extrapolated, {self.settings}; "
@@ -79,11 +79,11 @@ class LoopTiming:
 
 @dataclass(frozen=True)
 class Loop:
-    """Evaluations with one of lm-eval's models, without one ablation after another.
+    """Evaluations with one of lm-eval's models, under one ablation after another.
 
     Attributes:
         name: The name of the program.
-        settings: Settings that bear on its speed.
+        settings: Settings that affect its speed.
         model_without: Function that returns lm-eval's model without what an ablation removes.
         evaluations: Ablation → its last evaluation.
     """
@@ -131,14 +131,14 @@ class Loop:
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Measure the seconds that some work takes; return them, and its result."""
+    """Return the seconds that some work takes, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
 
 
 def _measured(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Choose evenly spaced ablations of each component, the first and last among them."""
+    """Choose evenly spaced ablations of each component, including the first and the last."""
     chosen = []
     for group in grouped(ablations[1:], lambda ablation: ablation.name.partition(":")[0]).values():
         numbers = {round(i * (len(group) - 1) / (MEASURED - 1)) for i in range(MEASURED)}
@@ -147,8 +147,8 @@ def _measured(ablations: Sequence[Ablation]) -> list[Ablation]:
 
 
 MEMORY_SHARE = 0.8
-"""Share of the free memory that vLLM may take; the logits of prompts, which it does not count, and
-this process take of the rest."""
+"""Share of the free memory that vLLM may take; this process and the logits of prompts, which vLLM
+does not count, need the rest."""
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # Standard output is for the figures.
@@ -162,15 +162,15 @@ class PassingWorker:
     """Extension of vLLM's workers (`worker_extension_cls`)."""
 
     def pass_over(self: Any, removed: Sequence[int]) -> None:
-        """Make the model pass over these layers, and over no others."""
+        """Make the model skip these layers, and no others."""
         pass_over(find_layers(self.get_model()), removed)
 
 
 def pass_over(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
     """Replace removed layers by the identity, and restore all others.
 
-    vLLM's layers return an update and the residual stream it is still to be added to; in front of
-    the first layer the stream is `hidden_states`, and there is no update.
+    vLLM's layers return an update and the residual stream to which it is still to be added. In
+    front of the first layer the stream is `hidden_states`, and there is no update.
     """
     for number, layer in enumerate(layers):
         vars(layer).pop("forward", None)
@@ -194,7 +194,7 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_vllm(request: CellRequest) -> None:
-    """Refuse, before anything is loaded, what vLLM is not timed with here: RequestError."""
+    """Raise RequestError for what vLLM is not timed with here, before anything is loaded."""
     parts = ", ".join(sorted({*request.changes.components} - {"layer"}))
     reasons = {
         f"only whole layers are passed over in vLLM, not {parts}; leave --component out": parts,
@@ -213,13 +213,13 @@ def refuse_vllm(request: CellRequest) -> None:
 def open_vllm(
     request: CellRequest, options: Options, engine: Engine, documents: Sequence[Document]
 ) -> Iterator[Loop]:
-    """Load a model into vLLM, in a process of its own, until exit.
+    """Load a model into vLLM, in a separate process, until exit.
 
     Args:
         request: The model's name and revision.
         options: Whether code of the model may run, and the memory of keys and values.
         engine: The engine around the same model in this process.
-        documents: The documents; vLLM reads no texts longer than theirs.
+        documents: The documents; their longest text sets vLLM's maximum length.
 
     Yields:
         The loop.
@@ -244,7 +244,7 @@ def open_vllm(
     with TemporaryDirectory() as folder, _refusing(f"vLLM cannot run {request.model}"):
         if source.gguf_file:
             save(loaded, copy.deepcopy(loaded.model), Path(folder))
-        else:  # The tokenizer, which a shape lacks, and what vLLM looks for beside it.
+        else:  # The tokenizer, which a shape lacks, and the files that vLLM looks for beside it.
             loaded.model.config.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
         load = partial(
@@ -275,7 +275,7 @@ def open_vllm(
 
 
 def _refusing(problem: str) -> AbstractContextManager[None]:
-    """Make a refusal, with its reason, of whatever vLLM raises."""
+    """Convert any error of vLLM into a refusal with its reason."""
 
     def refusal(error: Exception) -> RequestError:
         reason = f"{type(error).__name__}: {first_line(error)}"

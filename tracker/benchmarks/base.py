@@ -1,4 +1,4 @@
-"""What a benchmark is."""
+"""Define the interface of a benchmark."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Benchmark(Protocol):
     """Documents that are scored, and the judge of the responses to them.
 
     Attributes:
-        identity: Which documents are scored, and how they are put to the model.
-        public: Whether all documents come from the hub or a package, so that anybody may read them.
+        identity: Identity of the scored documents, and of how they are put to the model.
+        public: Whether all documents come from the hub or a package, and may be published.
     """
 
     identity: BenchmarkIdentity
@@ -32,23 +32,23 @@ class Benchmark(Protocol):
 
         Args:
             encoder: lm-eval's tokenisation for the model.
-            extent: Which documents.
+            extent: Documents to tokenise.
 
         Returns:
             The documents, task by task, in the order of their splits.
 
         Raises:
-            BenchmarkError: A document lacks what the benchmark reads.
+            BenchmarkError: A document lacks a column that the benchmark reads.
         """
 
     def rows(self, task: str) -> str:
-        """Hash what the scored split of a task holds, however it is read.
+        """Hash the rows of a task's scored split, independent of the data source.
 
         Args:
             task: One of the tasks.
 
         Returns:
-            The digest; tasks over the same rows have the same one.
+            The digest; tasks over the same rows have the same digest.
         """
 
     def outcomes(
@@ -58,15 +58,15 @@ class Benchmark(Protocol):
 
         Args:
             document: One of `documents()`.
-            responses: One response a request, in order.
+            responses: Responses to the document's requests, in order.
 
         Returns:
-            Every metric: a number, or JSON where pairs are aggregated. None for every metric when
-            a log-likelihood is not finite: no accuracy can be read off it.
+            Every metric: a number, or JSON where pairs are aggregated. All metrics are None if a
+            log-likelihood is not finite, because no accuracy can be computed from it.
         """
 
     def text(self, document: Document) -> DocumentText:
-        """Say what a document asks, and what the right answer is.
+        """Return the question and the right answer of a document.
 
         Args:
             document: One of `documents()`.

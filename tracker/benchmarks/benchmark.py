@@ -1,4 +1,4 @@
-"""Which kind of benchmark a request asks for; each is imported only when it is read."""
+"""Open the benchmark of a request; each kind is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tracker.stats.accuracy import SCALES
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
-    """Read the documents of a benchmark: of a corpus, or of lm-eval's task or group.
+    """Open the corpus, or lm-eval's task or group, of a request.
 
-    A benchmark or data that cannot be found or read is a BenchmarkError.
+    Raises BenchmarkError if the benchmark or its data cannot be found or read.
     """
     if is_corpus(request.benchmark.benchmark):
         return Corpus(request)
@@ -31,7 +31,7 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 
 
 def check_benchmark(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError for a source, task or file that does not exist; reads no documents."""
+    """Raise BenchmarkError for a source, task or file that does not exist; read no documents."""
     find_data(spec.data)
     if is_corpus(spec.benchmark):
         locate(spec)
@@ -44,7 +44,7 @@ def check_benchmark(spec: BenchmarkSpec) -> None:
 
 
 def is_local(spec: BenchmarkSpec) -> bool:
-    """Return whether a benchmark's documents are on this machine: opening it downloads nothing."""
+    """Return whether a benchmark's documents are on this machine, so that opening it is offline."""
     if spec.data != HUB:
         return True
     if is_corpus(spec.benchmark):
@@ -54,9 +54,9 @@ def is_local(spec: BenchmarkSpec) -> bool:
 
 @cache
 def _is_stated(name: str) -> bool:
-    """Whether a file of lm-eval's states this name: a look that spares its index, four seconds.
+    """Return whether one of lm-eval's files names a task, without loading the index (4 s).
 
-    One that is called so comes first, of thousands.
+    A file with this name is searched first, of thousands.
     """
     key, value = "[\"']?(task|group|tag)[\"']?", f"[\"']?{re.escape(name)}[\"']?"
     stated = re.compile(f"^{key}: *{value} *$".encode(), re.M)
@@ -69,7 +69,7 @@ def _is_stated(name: str) -> bool:
 
 
 def data_stamp(spec: BenchmarkSpec) -> object:
-    """Describe a benchmark's data cheaply: equal stamps mean equal data.
+    """Return a cheap stamp of a benchmark's data: equal stamps mean equal data.
 
     None for the hub, whose data is not on this machine. BenchmarkError for an unknown source.
     """
@@ -83,15 +83,15 @@ def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:
     """Choose the metric behind every `accuracy` of a cell.
 
     Args:
-        benchmark: Where the metric must be in every task.
-        asked: What the experiment file asks for; None = the benchmark's primary metric.
+        benchmark: Benchmark that must have the metric in every task.
+        asked: Metric of the experiment file; None = the benchmark's primary metric.
 
     Returns:
         The metric's name.
 
     Raises:
-        BenchmarkError: A task of the benchmark does not have it, or it is neither a mean over
-            documents nor a ratio of sums over them.
+        BenchmarkError: A task of the benchmark lacks the metric, or the metric is neither a mean
+            over documents nor a ratio of sums over them.
     """
     metric = asked or benchmark.primary_metric
     for task in benchmark.tasks:

@@ -1,9 +1,9 @@
-"""Plain text as a benchmark: how many next tokens a model predicts, and at what loss.
+"""Read plain text as a benchmark: accuracy and loss of predicting each next token.
 
-`corpus:PLACE`, where PLACE is a .txt file (paragraphs between blank lines are documents), a .jsonl
-file (one document a line) or the hub's name of a data set, with its configuration where it has
-several: `corpus:allenai/c4/en`. After it may stand, in this order, `@SPLIT` of a data set,
-`:TOKENS` to read no more than so many first tokens of each text, and `#COLUMN`.
+The name is `corpus:PLACE`. PLACE is a .txt file (blank lines separate documents), a .jsonl file
+(one document a line) or a data set of the hub. A data set's configuration follows its name:
+`corpus:allenai/c4/en`. Optional suffixes, in this order: `@SPLIT` of a data set, `:TOKENS` to read
+only the first tokens of each text, and `#COLUMN`.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _TEXTS = (
     # LIMA's, a list of turns. Copies of it hold `{from, value}` or `{role, content}` a turn.
     (("conversations",), ("conversations",)),
 )
-"""Columns that hold text, joined, and which of them must be there: the first that are, are read."""
+"""Groups of columns that hold text when joined; the first group that is present is read."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a corpus is, and what of it is read.
+    """Location of a corpus, and the part of it that is read.
 
     Attributes:
-        name: What was typed before split, tokens and column.
-        file: The file; None for a data set.
-        split: Of a data set; None = `test`, or else `train`.
-        tokens: The first of each text; None = all.
-        column: The only one that is read; None = those that are known to hold text.
+        name: Name as typed, without split, tokens and column.
+        file: File; None for a data set.
+        split: Split of a data set; None = `test`, or else `train`.
+        tokens: Number of first tokens of each text; None = all.
+        column: Only column that is read; None = the known columns of text.
     """
 
     name: str
@@ -65,26 +65,26 @@ class _Place:
 
     @property
     def label(self) -> str:
-        """The benchmark's name; a file keeps its cell when it moves."""
+        """The benchmark's name; that of a file excludes its folder, so the cell survives a move."""
         label = f"{PREFIX}{self.file.name if self.file else self.name}"
         parts = (("@", self.split), (":", self.tokens), ("#", self.column))
         return harmless(label + "".join(f"{sign}{part}" for sign, part in parts if part))
 
     @property
     def data_set(self) -> tuple[str, str | None]:
-        """A data set's name on the hub, and its configuration."""
+        """The name of a data set on the hub, and its configuration."""
         organisation, _, rest = self.name.partition("/")
         name, _, configuration = rest.partition("/")
         return "/".join(filter(None, (organisation, name))), configuration or None
 
 
 def is_corpus(benchmark: str) -> bool:
-    """Say whether a benchmark's name means a corpus and not a task of lm-eval."""
+    """Return whether a benchmark's name means a corpus and not a task of lm-eval."""
     return benchmark.startswith(PREFIX)
 
 
 def locate(spec: BenchmarkSpec) -> _Place:
-    """Find out where a corpus is, without reading it; BenchmarkError if it cannot be there."""
+    """Find the location of a corpus without reading it; BenchmarkError if it cannot exist."""
     name, _, column = spec.benchmark.removeprefix(PREFIX).partition("#")
     before, colon, count = name.rpartition(":")
     tokens = int(count) if colon and count.isdecimal() else None
@@ -138,7 +138,7 @@ def locate(spec: BenchmarkSpec) -> _Place:
 
 
 def corpus_stamp(spec: BenchmarkSpec) -> object:
-    """Describe a corpus cheaply: equal stamps mean equal texts; None for the hub."""
+    """Return a cheap stamp of a corpus: equal stamps mean equal texts; None for the hub."""
     place = locate(spec)
     data = find_data(spec.data)
     return data.stamp() if place.file is None else file_stamp([place.file])
@@ -147,13 +147,13 @@ def corpus_stamp(spec: BenchmarkSpec) -> object:
 class Corpus:
     """The texts of one corpus, each a document.
 
-    A text is cut into lm-eval's rolling windows, so that every token of it is predicted once, the
-    first one after the tokenizer's prefix token. BenchmarkError for a corpus that cannot be found
-    or read, or holds no text.
+    A text is cut into lm-eval's rolling windows, so that every token is predicted once. The first
+    token follows the tokenizer's prefix token. Raises BenchmarkError for a corpus that cannot be
+    found or read, or holds no text.
     """
 
     public = False
-    """Nobody but its user knows whose texts a corpus holds."""
+    """False, because the texts of a corpus may be private."""
 
     def __init__(self, request: CellRequest) -> None:
         spec, documents = request.benchmark, request.documents
@@ -177,7 +177,7 @@ class Corpus:
         self.identity = BenchmarkIdentity(
             name=self._name,
             tasks=(task,),
-            # Which file it was; its folder is not part of its name.
+            # Record the path as typed, because the benchmark's name omits the folder.
             data=place.name if place.file else spec.data,
             num_fewshot=0,
             seed=documents.seed if half else None,
@@ -202,13 +202,13 @@ class Corpus:
         ]
 
     def rows(self, task: str) -> str:
-        """Hash the texts."""
+        """Return a hash of the texts."""
         return content_hash(self._texts)
 
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, float | str | None]:
-        """Count the document's right next tokens, and sum its loss.
+        """Count the right next tokens of a document, and sum its loss.
 
         `acc` and `loss` (nats) are JSON pairs [sum, tokens]; None for both when a log-likelihood is
         not finite.
@@ -221,12 +221,12 @@ class Corpus:
         return {"acc": json.dumps([hits, tokens]), "loss": json.dumps([loss, tokens])}
 
     def text(self, document: Document) -> DocumentText:
-        """Give the text itself."""
+        """Return the text of a document."""
         return DocumentText(self._texts[document.index])
 
 
 def _texts(place: _Place, data: str) -> tuple[str, Iterable[str]]:
-    """Read the texts; returns the name of their split too."""
+    """Read the texts, and the name of their split."""
     if place.file is None:
         splits = find_data(data).load(*place.data_set, place.split)
         split = place.split or next((name for name in ("test", "train") if name in splits), None)
@@ -238,7 +238,7 @@ def _texts(place: _Place, data: str) -> tuple[str, Iterable[str]]:
         rows = splits[split]
         return split, _joined(place, rows.column_names, rows)
     if place.file.suffix == ".txt":
-        # Also text that begins with a byte-order mark.
+        # utf-8-sig also reads text that begins with a byte-order mark.
         return "all", re.split(r"\n(?:[^\S\n]*\n)+", _read(place.file))
     rows = list(_json_lines(place.file))
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -268,7 +268,7 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
 def _joined(
     place: _Place, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Make one text of the columns that hold it."""
+    """Join the columns that hold text into one text for each row."""
     chosen = _columns(place, columns) if columns else ()
     for number, row in enumerate(rows, 1):
         parts = []
@@ -284,7 +284,7 @@ def _joined(
 
 
 def _said(turn: Any) -> Any:
-    """Find the text of one turn of a conversation."""
+    """Return the text of one turn of a conversation."""
     return turn.get("value", turn.get("content")) if isinstance(turn, dict) else turn
 
 

@@ -1,6 +1,6 @@
-"""lm-eval's own tokenisation of its requests, without its scoring.
+"""Tokenise requests with lm-eval's own code, without its scoring.
 
-Beside it lm-eval's own scoring, untouched: what tracker is measured against.
+Also return lm-eval's own unmodified models, with which tracker is compared.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def vllm_class() -> Any:
 def score_with_lm_eval(
     model: TemplateLM, documents: Sequence[Document]
 ) -> list[tuple[float, bool]]:
-    """Score documents once with a model of lm-eval's, as `lm_eval` does.
+    """Score documents once with one of lm-eval's models, as `lm_eval` does.
 
-    Log-likelihood and greedy flag of all requests of all documents, in order.
+    Returns the log-likelihood and greedy flag of all requests of all documents, in order.
     """
     requests = [
         (None, list(request.context), list(request.continuation))
@@ -56,7 +56,7 @@ def score_with_lm_eval(
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model with the scoring replaced by a record of what it would score.
+    """lm-eval's Hugging Face model that records its requests instead of scoring them.
 
     Tokenisation, the treatment of empty contexts, special tokens and chat templates are inherited.
     """
@@ -79,10 +79,10 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         self._recorded: list[Request] = []
 
     def check_chat(self, spec: BenchmarkSpec) -> None:
-        """Refuse a chat template that is not there, or leaves the system prompt out.
+        """Raise BenchmarkError for a chat template that is missing, or ignores the system prompt.
 
-        lm-eval logs the template that a name means and applies the default one; and where a
-        template refuses a system prompt, it leaves that out.
+        If a named template is missing, lm-eval logs the name but applies the default template. If a
+        template rejects a system prompt, lm-eval drops the prompt.
         """
         if not spec.apply_chat_template:
             return
@@ -117,7 +117,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         )
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        """Apply the chat template as lm-eval does; BenchmarkError for whatever it raises."""
+        """Apply the chat template as lm-eval does; convert all its errors to BenchmarkError."""
         with translate_errors(
             lambda error: BenchmarkError(
                 f"apply_chat_template: the model's chat template fails ({type(error).__name__}: "
@@ -128,7 +128,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             return str(super().apply_chat_template(*args, **kwargs))
 
     def tokenisation(self, with_template: bool) -> str:
-        """Hash how texts are read: the tokens of a short request, and whether own code runs."""
+        """Hash the tokenisation: tokens of a short request, and whether the model has own code."""
         turn = [{"role": "user", "content": _QUESTION}]
         context = self.apply_chat_template(turn) if with_template else _QUESTION
         instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)
@@ -137,7 +137,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         return content_hash([request.context, request.continuation, is_native])[:16]
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
-        """Tokenise lm-eval's `loglikelihood` instances: a request each, in order, not truncated."""
+        """Tokenise lm-eval's `loglikelihood` instances: one request each, in order, untruncated."""
         self._recorded = []
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
@@ -145,7 +145,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     def windows(self, text: str, tokens: int | None = None) -> list[Request]:
         """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
 
-        `tokens` are the first ones that count; None = all.
+        `tokens` is the number of first tokens to use; None = all.
         """
         self._recorded, self._longest = [], tokens
         instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
@@ -156,14 +156,14 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         return self._recorded
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """Tokenise as lm-eval does, no further than is read."""
+        """Tokenise as lm-eval does, up to the number of tokens that is used."""
         tokens: list[int] = super().tok_encode(string, *args, **kwargs)
         return tokens[: self._longest]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        # Rolling windows come batch by batch.
+        # Rolling windows arrive batch by batch.
         self._recorded += [
             Request(tuple(context), tuple(continuation)) for _, context, continuation in requests
         ]

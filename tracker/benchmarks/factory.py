@@ -1,6 +1,6 @@
-"""Builds lm-eval's tasks on data from one of our sources.
+"""Build lm-eval's tasks on data from one of our sources.
 
-What lm-eval calls its tasks and where each is written down is found once, then looked up.
+The index of lm-eval's task names and files is built once, then cached.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from tracker.ledger.cache import keep, recall
 log = logging.getLogger(__name__)
 _DATA = ("dataset_path", "dataset_name")
 _FORMAT = 2
-"""Of the note: another build of the same version, in the same cache, may write another."""
+"""Version of the cached index, because builds of the same version may share a cache."""
 
 
 @cache
 def known_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
-    lm-eval reads 14,000 files for that, in 5.1 s (two cores of an EPYC). What they say is kept
-    until one of them changes, and is read in 0.4 s.
+    lm-eval reads 14,000 files for that, in 5.1 s (two cores of an EPYC). The index is cached until
+    one of them changes, and is read in 0.4 s.
 
     Returns:
-        lm-eval's entry of each, by name; of its settings, where the data lies on the hub.
+        lm-eval's entry of each name; of its settings only the location of the data on the hub.
     """
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_files(folder))
     versions = package_versions()
     key = content_hash([stamp, versions["lm-eval"], versions["tracker"], _FORMAT])
-    # As one string: proving a digest writes everything once more, which of 14,000 values is slow.
+    # Store one string: verifying its digest serialises the content again, slow for 14,000 values.
     known = json.loads(recall("tasks", key).get("tasks", "{}"))
     if not known or not all(_is_inside(path) for _, path, *_ in known.values()):
         log.info("reading lm-eval's list of tasks, once")
@@ -64,7 +64,7 @@ def known_tasks() -> dict[str, Any]:
 
 
 def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Find all files that can say something: templates have no suffix."""
+    """Find all files that can define tasks; templates have no suffix."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
@@ -80,12 +80,12 @@ def _row(entry: Entry, folder: Path) -> list[Any]:
 
 
 def _is_inside(path: str | None) -> bool:
-    """Say whether a path stays in the folder that it is of: a task's file runs code."""
+    """Return whether a path stays inside its folder, because a task's file runs code."""
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
 UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
-"""What a task raises over documents that are not as it expects."""
+"""Errors that a task raises if its documents are not as it expects."""
 _INSTALLED = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
     Path(lm_eval.__file__).parent,
@@ -97,8 +97,8 @@ _INSTALLED = (
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Builds lm-eval's tasks on data from one of our sources.
 
-    `given` holds the splits that a task was given, by its name; `files` those that the task which
-    is built last reads its documents from.
+    `given` maps a task's name to the splits that it was given. `files` lists the files from which
+    the task that was built last reads its documents.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         return config
 
     def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Let the configuration name only splits that are there."""
+        """Remove splits that do not exist from a task's configuration."""
         task = config["task"]
         scored = config.get("test_split") or config.get("validation_split")
         if scored not in splits:
@@ -169,15 +169,15 @@ def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
 
 
 def shots(own: int | None, asked: int | None) -> int:
-    """How many examples stand before a document, by lm-eval's own rule.
+    """Return the number of few-shot examples by lm-eval's own rule.
 
-    A task that says 0 takes none, whatever is asked.
+    A task that sets 0 takes none, even if the request sets another number.
     """
     return (own if own == 0 or asked is None else asked) or 0
 
 
 def _brings_its_data(config: Mapping[str, Any]) -> bool:
-    """Whether a task makes its documents, or reads files that it names itself."""
+    """Return whether a task makes its documents, or reads files that it names itself."""
     named = (config.get("dataset_kwargs") or {}).keys() & {*DATA_KEYS}
     return callable(config.get("custom_dataset")) or bool(
         named and config["dataset_path"] in _PACKAGED_DATASETS_MODULES
@@ -185,7 +185,7 @@ def _brings_its_data(config: Mapping[str, Any]) -> bool:
 
 
 def entries(own: Sequence[Path]) -> dict[str, Entry]:
-    """All tasks by name; those of one's own folders come before lm-eval's, as there."""
+    """Return all tasks by name; as in lm-eval, the user's folders take precedence."""
     return {**known_tasks(), **TaskIndex.build(own)}
 
 
@@ -193,14 +193,14 @@ def find_task(name: str, own: Sequence[Path] = ()) -> Entry:
     """Find a task, a group or a tag, by its name or its file.
 
     Args:
-        name: What lm-eval's `--tasks` takes.
-        own: Folders with tasks of one's own, as `--include_path`.
+        name: Name or file, as for lm-eval's `--tasks`.
+        own: Folders with the user's tasks, as for `--include_path`.
 
     Returns:
         lm-eval's entry.
 
     Raises:
-        BenchmarkError: There is none; names the nearest.
+        BenchmarkError: No such task exists; the message lists similar names.
     """
     file = as_file(name)
     if file is not None:
@@ -230,14 +230,14 @@ def build(
     """Build a task or a group of lm-eval on the documents of a source.
 
     Args:
-        entry: What `find_task` found.
-        source: Where the documents come from, but for tasks that bring their own.
-        num_fewshot: How many examples are asked for; None is what the task itself asks for.
-        own: As in `find_task`.
-        metadata: What tasks that make their documents are told.
+        entry: Entry returned by `find_task`.
+        source: Source of the documents, except for tasks that bring their own.
+        num_fewshot: Requested number of examples; None = the task's own number.
+        own: Folders with the user's tasks, as in `find_task`.
+        metadata: Metadata for tasks that make their documents.
 
     Returns:
-        What lm-eval makes of it.
+        lm-eval's task, group or list of tasks.
 
     Raises:
         BenchmarkError: Its data cannot be read, or its code fails.
@@ -258,7 +258,7 @@ def build(
 
 
 def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkError:
-    """Make the error that says that a task stumbled over its documents."""
+    """Build the error for a task that cannot read its documents."""
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
     said = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
     if line := _line_of(error):
@@ -270,7 +270,7 @@ def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkErro
 
 
 def _line_of(error: BaseException) -> str:
-    """Name the line of a task's own code at which something went wrong, if it was there."""
+    """Name the line of a task's own code that raised an error; return "" if none did."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = [
@@ -284,5 +284,5 @@ def _line_of(error: BaseException) -> str:
 
 
 def is_installed(file: str) -> bool:
-    """Whether code is a library's or ours, and not somebody's own."""
+    """Return whether a file of code belongs to tracker or an installed library."""
     return any(file.startswith(str(root)) for root in _INSTALLED)

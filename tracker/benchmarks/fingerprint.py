@@ -1,4 +1,4 @@
-"""Which task it is: its documents, its settings, and the code that it brings."""
+"""Identify a task by its documents, its settings and the code that it brings."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NOT_CONTENT = (
     *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),
     *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
 )
-"""Where documents come from; the documents themselves are hashed, and the rest stands beside."""
+"""Settings that locate documents; they are left out, because the documents are hashed."""
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Identify a task of lm-eval, or half of it, by its content, wherever that lies."""
+    """Identify a task of lm-eval, or half of it, by its content, independent of its location."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
@@ -47,7 +47,7 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
 
 
 def listed(documents: Iterable[Any]) -> list[Any]:
-    """List documents; one by one a data set gives them ten times as slowly."""
+    """List documents; converting a data set at once is ten times as fast as row by row."""
     if isinstance(documents, Dataset) and documents.format["type"] is None:
         rows: list[Any] = documents.to_list()
         return rows
@@ -55,18 +55,18 @@ def listed(documents: Iterable[Any]) -> list[Any]:
 
 
 def metric_names(task: ConfigurableTask) -> dict[str, str]:
-    """Every metric under the name that its outcomes have → lm-eval's name of the metric."""
+    """Return every metric's name in outcomes → lm-eval's name of the metric."""
     filters = [each.name for each in task._filters] or ["none"]
     return {metric_name(metric, name): metric for name in filters for metric in task.aggregation()}
 
 
 def metric_name(metric: str, answers: str) -> str:
-    """Name a metric of what a filter leaves of the answers, as outcomes have it."""
+    """Name a metric of filtered answers, as outcomes name it."""
     return metric if answers == "none" else f"{metric},{answers}"
 
 
 def _stable(value: Any) -> Any:
-    """Replace functions by what they do: their name and the file that they stand in."""
+    """Replace functions by stable values: their name and the content of their file."""
     if isinstance(value, dict):
         return {name: _stable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -86,13 +86,13 @@ def is_own(value: object) -> bool:
 
 
 def _file_of(value: object) -> Path | None:
-    """The file that a function stands in."""
+    """Return the file that defines a function; None if it has none."""
     code = getattr(getattr(value, "func", value), "__code__", None)
     return Path(code.co_filename) if code else None
 
 
 def _sources(function: Any) -> list[Path]:
-    """The file of a function; of somebody's own also the files beside it that it imports."""
+    """Return a function's file, and for the user's code also the neighbouring files it imports."""
     file = _file_of(function)
     if file is None or not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""lm-eval's own generation, from prompts to cut texts; the model may be several at once."""
+"""Generate texts with lm-eval's own code; rows of a batch may use different models."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tracker.core.documents import Prompt
 from tracker.core.errors import CellError
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
-"""Opens the model for several rows of one prompt (its token ids); gives what `generate` takes."""
+"""Opens the model for several rows of one prompt (token ids); yields options of `generate`."""
 
 
 class TextGenerator(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model, generating.
+    """lm-eval's Hugging Face model for generation.
 
     Tokenisation, truncation, special tokens, stop strings and the cutting of texts are inherited.
     """
@@ -47,9 +47,9 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         self._decoding: Decoding | None = None
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Continue prompts one by one with the model as it is; the texts are as a task judges them.
+        """Continue prompts one by one with the current model, and cut the texts as tasks expect.
 
-        CellError if the model reads no more tokens than a text may have.
+        Raises CellError if the model's context is no longer than a text may be.
         """
         longest = max(prompt.longest for prompt in prompts)
         if longest >= self.max_length:
@@ -65,7 +65,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         return found
 
     def texts_of_rows(self, prompt: Prompt, rows: int, decoding: Decoding) -> list[str]:
-        """Continue one prompt by a different model in each row of a batch: a text a row."""
+        """Continue one prompt with a different model in each row of a batch: one text a row."""
         self._decoding = decoding
         self.batch_size_per_gpu = rows
         try:
@@ -94,7 +94,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 
 
 class _EachRow(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row at its first stop string; lm-eval's own criterion waits for all rows."""
+    """Stops each row at its first stop string; lm-eval's own criterion waits for all rows."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: list[str], context: Tensor

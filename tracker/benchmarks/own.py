@@ -1,7 +1,7 @@
-"""Tasks of one's own: folders of YAML files and Python, or one YAML file, without lm-eval.
+"""Read the user's own tasks: folders of YAML files and Python, or one YAML file, without lm-eval.
 
-lm-eval is loaded only when a task is built; here stands what can be known before, and whether
-anything has changed since.
+lm-eval is imported only when a task is built. This module checks tasks and detects changes without
+it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ DATA_KEYS = ("data_files", "data_dir")
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads a task's YAML without its functions."""
+    """YAML loader that reads a task without its functions."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
 
 
 def as_file(benchmark: str) -> Path | None:
-    """Take a benchmark's name for a task's file, if it is written like one."""
+    """Return a benchmark's name as a path, if it looks like a task's file; else None."""
     return expanded(benchmark) if benchmark.endswith(_SUFFIXES) else None
 
 
 def check_own(spec: BenchmarkSpec) -> bool:
-    """Refuse folders and files that are not there; says whether the benchmark is one's own."""
+    """Check that the user's folders and files exist; return whether the benchmark is the user's."""
     for folder in folders(spec):
         if not folder.is_dir():
             what = "is a file; name its folder" if folder.is_file() else "is no folder here"
@@ -55,19 +55,19 @@ def check_own(spec: BenchmarkSpec) -> bool:
 
 
 def folders(spec: BenchmarkSpec) -> list[Path]:
-    """The folders of `include_path`."""
+    """Return the folders of `include_path`."""
     return [expanded(folder) for folder in spec.include_path]
 
 
 def names(content: dict[str, Any]) -> list[str]:
-    """Every name under which a file's task, group or tags are known."""
+    """Return all names of the task, group and tags that a file defines."""
     stated = [content.get(key) for key in ("task", "group", "tag")]
     flat = [name for some in stated for name in (some if isinstance(some, list) else [some])]
     return [name for name in flat if isinstance(name, str)]
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read one file; BenchmarkError names the line that is no YAML."""
+    """Read one file; BenchmarkError names the line with invalid YAML."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
@@ -81,9 +81,9 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def own_stamp(spec: BenchmarkSpec) -> object:
-    """Describe cheaply what one's own tasks are made of: equal stamps mean equal tasks.
+    """Return a cheap stamp of the user's own tasks: equal stamps mean equal tasks.
 
-    Their folders as a whole, and the files that they read documents from; None without any.
+    It covers their folders and the files from which they read documents; None without own tasks.
     """
     task_folders = _task_folders(spec)
     if not task_folders:
@@ -95,12 +95,12 @@ def own_stamp(spec: BenchmarkSpec) -> object:
 
 
 def reads_files(spec: BenchmarkSpec) -> bool:
-    """Return whether one's own tasks read documents from files."""
+    """Return whether the user's own tasks read documents from files."""
     return any(True for _ in _data(_task_folders(spec)))
 
 
 def _task_folders(spec: BenchmarkSpec) -> list[Path]:
-    """Return the folders of one's own tasks."""
+    """Return the folders of the user's own tasks."""
     file = as_file(spec.benchmark)
     return [*folders(spec), *([file.parent] if file else [])]
 

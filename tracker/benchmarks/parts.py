@@ -1,6 +1,6 @@
-"""Calibration and test documents: two parts of a benchmark that never meet.
+"""Split a benchmark into calibration and test documents, which are disjoint.
 
-The training split is for calibration where a task has one; else a half of its documents is.
+Calibration uses the training split of a task if it has one; else half of its documents.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
 
 def choose_part(task: ConfigurableTask, documents: Documents, num_fewshot: int) -> Half | None:
-    """Make a task of lm-eval score the requested part.
+    """Configure a task of lm-eval to score the requested part.
 
     Args:
-        task: The task; one with a training split is turned to it for calibration.
-        documents: Which part.
-        num_fewshot: How many examples stand before each document.
+        task: Task. If it has a training split, calibration scores that split.
+        documents: Requested part.
+        num_fewshot: Number of few-shot examples.
 
     Returns:
-        The half of its documents that is meant; None where it is all of them.
+        The half of its documents that is scored; None if all are.
 
     Raises:
-        BenchmarkError: It has too few documents for two halves, or examples could be what is asked.
+        BenchmarkError: It has too few documents for two halves, or its few-shot examples could
+            include scored documents.
     """
     if documents.part is None:
         return None
@@ -47,7 +48,7 @@ def choose_part(task: ConfigurableTask, documents: Documents, num_fewshot: int) 
     if documents.part == "test":
         return None
     config.test_split = training
-    # lm-eval leaves a document out of its own examples where both are said to be of one split.
+    # lm-eval excludes a document from its own examples only if both come from the same split.
     if examples.split is None and examples.samples is None:
         examples.split = training
     if num_fewshot and examples.split == training and examples.process_docs != config.process_docs:
@@ -60,7 +61,7 @@ def choose_part(task: ConfigurableTask, documents: Documents, num_fewshot: int) 
 
 
 def _examples_from(task: ConfigurableTask) -> str | None:
-    """Name the split of a task's few-shot examples, as lm-eval does; None if it states them."""
+    """Return the split of a task's few-shot examples, as lm-eval does; None if it lists them."""
     config, examples = task.config, task.fewshot_cfg
     split: str | None = examples.split
     if split is None and examples.samples is None:
@@ -69,7 +70,7 @@ def _examples_from(task: ConfigurableTask) -> str | None:
 
 
 def half_of(documents: Documents, task: str, total: int) -> Half:
-    """Choose the half of a task's documents that is asked for; BenchmarkError for a single one."""
+    """Return the requested half of a task's documents; BenchmarkError for a single document."""
     assert documents.part is not None
     if total < 2:
         raise BenchmarkError(f"part: {task} has {total} document, which makes no two halves")
@@ -77,7 +78,7 @@ def half_of(documents: Documents, task: str, total: int) -> Half:
 
 
 def said_part(documents: Documents, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return the part as a setting; nothing where it is all that lm-eval scores."""
+    """Return the part as a setting; empty if it equals what lm-eval scores anyway."""
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

@@ -19,16 +19,16 @@ from lm_eval.utils import env
 
 __all__ = ["HFLM", "Entry", "Kind", "TaskFactory", "TaskIndex", "without_bars"]
 
-# It compiles templates anew for every judgement: two for each document and ablation of arc_easy, of
-# 0.9 ms each on one core of an EPYC.
+# lm-eval compiles templates anew for every judgement: two for each document and ablation of
+# arc_easy, 0.9 ms each on one core of an EPYC.
 env.from_string = lru_cache(maxsize=1024)(env.from_string)
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Let lm-eval make a task's requests without a bar, which is a line for each task of a group.
+    """Disable lm-eval's progress bars, one line for each task of a group, while it builds requests.
 
-    It can be switched off by an environment variable alone, and downloads' bars with it.
+    The only other switch is an environment variable, which also disables the bars of downloads.
     """
     bar = _task.tqdm
     _task.tqdm = lambda documents, **_: documents

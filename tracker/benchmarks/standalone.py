@@ -1,7 +1,7 @@
-"""A benchmark as files that plain lm-eval reads, for a process that knows nothing of tracker.
+"""Write a benchmark as files that plain lm-eval reads, for a process without tracker.
 
-A task stays what lm-eval says it is, by `include`; what is written is where its documents lie, and
-which of the splits are there, where they come from a folder or a package.
+The files include lm-eval's own tasks. They add only the location of the documents, and the existing
+splits if the data comes from a folder or a package.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 BATCH = 8
-"""Requests that lm-eval scores at a time."""
+"""Number of requests that lm-eval scores at a time."""
 
 
 class _Recording(SourcedFactory):
-    """Remembers from which files, with what else said, its tasks are built."""
+    """Factory that records the files and overrides from which its tasks are built."""
 
     def __init__(self, *told: Any) -> None:
         super().__init__(*told)
@@ -44,7 +44,7 @@ class _Recording(SourcedFactory):
 
 
 def refuse_alone(spec: BenchmarkSpec) -> None:
-    """Refuse a benchmark that is none of lm-eval's: BenchmarkError."""
+    """Raise BenchmarkError for a benchmark that is not lm-eval's."""
     if is_corpus(spec.benchmark):
         raise BenchmarkError(
             f"{spec.benchmark} is text of yours and no task of lm-eval, by which an export is "
@@ -55,18 +55,18 @@ def refuse_alone(spec: BenchmarkSpec) -> None:
 def write_tasks(
     request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
 ) -> dict[str, Any]:
-    """Write the tasks of a benchmark into a folder, and say how lm-eval is asked for them.
+    """Write the tasks of a benchmark into a folder, and return the request that scores them.
 
     Args:
         request: The benchmark with its settings.
-        documents: Task → the documents that are wanted.
-        folder: Where; it is made.
+        documents: Task → documents to score.
+        folder: Folder to create.
 
     Returns:
-        What `reference_process.py` is asked.
+        The input of `reference_process.py`.
 
     Raises:
-        BenchmarkError: A task is in no file of its own, which plain lm-eval could read.
+        BenchmarkError: A task has no file of its own that plain lm-eval could read.
     """
     spec = request.benchmark
     refuse_alone(spec)
@@ -103,7 +103,7 @@ def write_tasks(
 
 
 def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[str, Any]:
-    """Say what a task's file holds: lm-eval's own, and where the documents lie."""
+    """Return the content of a task's file: lm-eval's own, and the location of the documents."""
     entry, overrides, task = factory.built[name]
     stated = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     named = {key: getattr(task.config, key) for key in _SPLITS}
@@ -122,7 +122,7 @@ def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[
 
 
 def _settings(request: CellRequest) -> dict[str, Any]:
-    """What lm-eval is told of the prompts."""
+    """Return lm-eval's settings of the prompts."""
     spec = request.benchmark
     chat = bool(spec.apply_chat_template)
     multiturn = spec.fewshot_as_multiturn
@@ -141,8 +141,8 @@ def _which(
 ) -> dict[str, Any]:
     """Return which documents are scored: the first ones, or each by its number.
 
-    Few-shot examples are drawn document by document, as `LmEvalBenchmark.prompts` says: there, all
-    before the last wanted one are built, and only the wanted ones are asked about.
+    If few-shot examples are drawn document by document (see `LmEvalBenchmark.prompts`), requests of
+    all documents before the last wanted one are built, but only the wanted ones are scored.
     """
     wanted = {name: sorted(numbers) for name, numbers in documents.items()}
     first = max(map(len, wanted.values()))

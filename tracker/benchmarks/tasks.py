@@ -1,6 +1,6 @@
-"""lm-eval's tasks and groups as tracker's benchmarks: same prompts, same choices, same metrics.
+"""Serve lm-eval's tasks and groups as benchmarks: same prompts, same choices, same metrics.
 
-And what its documents say in front of people, and whether anybody may read it.
+Also return the texts of documents, and whether they may be published.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from tracker.core.identities import BenchmarkIdentity
 from tracker.core.provenance import content_hash
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
-"""What `datasets` calls files that somebody names, in the place of a data set's name."""
+"""Builders of `datasets` that read files, in place of a data set's name."""
 
 
 def is_public(spec: BenchmarkSpec, tasks: Iterable[Any]) -> bool:
-    """Return whether all documents are those of the hub or of a package.
+    """Return whether all documents come from the hub or a package.
 
     Args:
-        spec: The benchmark, and where its data comes from.
-        tasks: The benchmark's tasks, which may name files themselves.
+        spec: Benchmark, and the source of its data.
+        tasks: Tasks of the benchmark, which may name files themselves.
 
     Returns:
-        Whether they are; a task of one's own is not, wherever it reads.
+        True if all documents are public; False for a task of the user, even if it reads public
+        data.
     """
     if check_own(spec):
         return False
@@ -62,7 +63,7 @@ def _reads_files(config: TaskConfig) -> bool:
 
 
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
-"""Benchmarks whose field reports acc_norm."""
+"""Benchmarks for which the literature reports acc_norm."""
 _ROLLING = "loglikelihood_rolling"
 _GENERATED = "generate_until"
 _SCORED = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
@@ -71,8 +72,8 @@ _SCORED = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
 class LmEvalBenchmark:
     """One lm-eval task or group, on the documents of one source, with its settings.
 
-    BenchmarkError for a benchmark or data that cannot be found or read. `loaded` holds tasks and
-    groups by their names, as lm-eval's `TaskManager.load` gives them.
+    Raises BenchmarkError if the benchmark or its data cannot be found or read. `loaded` holds
+    tasks and groups by name, as lm-eval's `TaskManager.load` returns them.
     """
 
     def __init__(self, request: CellRequest) -> None:
@@ -82,7 +83,7 @@ class LmEvalBenchmark:
         self._name = entry.name
         self._source = find_data(spec.data)
         self._spec, self._request = spec, request
-        # As lm-eval tells tasks that make their documents which model it is for.
+        # lm-eval also passes the model's name to tasks that make their documents.
         metadata = {"pretrained": request.model.model, **decoded(spec.metadata)}
         built = build(entry, self._source, spec.num_fewshot, own, metadata)
         group = built if isinstance(built, Group) else None
@@ -137,18 +138,18 @@ class LmEvalBenchmark:
     def prompts(
         self, name: str, extent: Extent, encoder: RequestEncoder | None
     ) -> dict[int, list[Any]]:
-        """Let lm-eval build the requests of some documents of a task.
+        """Build the requests of some documents of a task with lm-eval.
 
         Args:
             name: The task.
-            extent: Which documents.
-            encoder: What applies the chat template; None where there is none.
+            extent: Documents to build.
+            encoder: Encoder that applies the chat template; None = no template.
 
         Returns:
             Document → its requests, in lm-eval's order; the documents ascend.
 
         Raises:
-            BenchmarkError: A document lacks what the task reads.
+            BenchmarkError: A document lacks a column that the task reads.
         """
         task = self._tasks[name]
         chat = encoder if self.identity.apply_chat_template else None
@@ -156,8 +157,8 @@ class LmEvalBenchmark:
         multiturn = self._spec.fewshot_as_multiturn
         task.set_fewshot_seed(seed=self._request.documents.seed)
         wanted = sorted(extent.of(name, self._numbers[name]))
-        # Few-shot examples are drawn document by document, so that a document has the prompt
-        # of a whole run only when all before it are asked too.
+        # Few-shot examples are drawn document by document. A document has the prompt of a
+        # complete run only if all documents before it are built too.
         in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
         chosen = None if in_turn or extent.sample is None else wanted
         try:
@@ -182,14 +183,14 @@ class LmEvalBenchmark:
         return {i: sorted(by_document[i], key=lambda instance: instance.idx) for i in wanted}
 
     def rows(self, task: str) -> str:
-        """Hash what the scored split of a task holds."""
+        """Return a hash of the rows of a task's scored split."""
         config, splits = self._tasks[task].config, self._tasks[task].dataset
         return content_hash(list(splits[config.test_split or config.validation_split]))
 
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
-        """Let the task itself judge the responses to one document."""
+        """Judge the responses to one document with the task's own code."""
         task = self._tasks[document.task]
         doc, instances = self._documents[document.task, document.index]
         answers: list[Any] = [(response.loglikelihood, response.greedy) for response in responses]
@@ -211,19 +212,19 @@ class LmEvalBenchmark:
         return values
 
     def text(self, document: Document) -> DocumentText:
-        """Let the task itself say what it asks, without examples and templates."""
+        """Return the question and answer of a document, without examples and templates."""
         task = self._tasks[document.task]
         doc, instances = self._documents[document.task, document.index]
         if document.rolling:
             return DocumentText(str(instances[0].args[0]))
         if task.OUTPUT_TYPE == "multiple_choice":
-            # Where the options are beginnings, what they are continued with is the same for all.
+            # If the options are beginnings, they share one continuation.
             question = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
             return DocumentText(str(question), tuple(map(str, task.doc_to_choice(doc))))
         return DocumentText(str(task.doc_to_text(doc)), answer=_answer(task, doc).strip())
 
     def _configure(self, task: ConfigurableTask) -> None:
-        """Apply the few-shot count by lm-eval's own rule, and refuse what cannot be scored."""
+        """Apply the few-shot count by lm-eval's own rule; reject tasks that cannot be scored."""
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED:
             raise BenchmarkError(
                 f"{task.task_name} is of the type {task.OUTPUT_TYPE!r}; "
@@ -242,7 +243,7 @@ class LmEvalBenchmark:
         if task.get_config("doc_to_image") or task.get_config("doc_to_audio"):
             raise BenchmarkError(f"{task.task_name} shows images or sounds; tracker scores texts")
         for setting in ("num_fewshot", "apply_chat_template", "system_instruction"):
-            # lm-eval ignores them here; a record that states them would lie.
+            # lm-eval ignores them here, so a record that contains them would be wrong.
             if task.OUTPUT_TYPE == _ROLLING and getattr(self._spec, setting):
                 raise BenchmarkError(
                     f"{task.task_name} reads whole texts, with neither few-shot examples nor a "
@@ -250,7 +251,7 @@ class LmEvalBenchmark:
                 )
         for field in ("doc_to_target", "doc_to_choice"):
             column = task.get_config(field)
-            # lm-eval takes the name of a column that is missing for the text itself.
+            # lm-eval uses the name of a missing column as the text itself.
             if isinstance(column, str) and column.isidentifier() and column not in task.features:
                 raise unreadable(task.task_name, self._source, KeyError(column))
         examples = shots(task.get_config("num_fewshot"), self._spec.num_fewshot)
@@ -258,7 +259,7 @@ class LmEvalBenchmark:
 
     @staticmethod
     def _refuse_sampling(task: ConfigurableTask) -> None:
-        """Texts can be compared layer by layer only where each has one."""
+        """Raise BenchmarkError for sampled texts: layers are compared on one text per document."""
         settings = task.get_config("generation_kwargs") or {}
         samples = settings.get("do_sample")
         if samples is None:  # lm-eval then goes by the temperature
@@ -271,7 +272,7 @@ class LmEvalBenchmark:
             )
 
     def _settings(self, num_fewshot: int) -> dict[str, str]:
-        """What was said under lm-eval's names, where it changes an outcome."""
+        """Return the settings that change an outcome, under lm-eval's names."""
         spec, chat = self._spec, bool(self._spec.apply_chat_template)
         generates = any(task.OUTPUT_TYPE == _GENERATED for task in self._tasks.values())
         apart = chat and num_fewshot and spec.fewshot_as_multiturn is False
@@ -287,7 +288,7 @@ class LmEvalBenchmark:
         return {name: str(value) for name, value in said.items() if value is not None}
 
     def _rehearse(self, task: ConfigurableTask) -> None:
-        """Check that a task of the user judges made-up answers before it is computed."""
+        """Check a user's task on made-up answers before the model runs."""
         if not task.instances or not any(map(is_own, task.config.to_dict(True).values())):
             return
         first = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
@@ -347,11 +348,11 @@ def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
 
     Args:
         how: lm-eval's name of the aggregation.
-        values: One value a document: numbers, or JSON.
+        values: Values of the documents: numbers, or JSON.
 
     Returns:
-        The metric of the task; None where the aggregation is a task's own function, which only
-        lm-eval can call.
+        The metric of the task; None if the aggregation is a task's own function, which only lm-eval
+        can call.
     """
     if how not in AGGREGATION_REGISTRY:
         return None
@@ -360,14 +361,14 @@ def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
 
 
 def plain(value: Any) -> MetricValue:
-    """Make a metric of one document what the ledger keeps: a number, or JSON for a pair."""
+    """Convert a metric of one document for the ledger: a number, or JSON for a pair."""
     if isinstance(value, tuple | list):
         return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
     return float(value)
 
 
 def _prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
-    """Take a prompt, with the name that lm-eval prefers of its names for the longest text."""
+    """Build a prompt, with the name that lm-eval prefers for the maximum length of the text."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     given = [settings[name] for name in aliases if settings.get(name) is not None]
     others = {name: value for name, value in settings.items() if name not in aliases}
@@ -375,7 +376,7 @@ def _prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Pr
 
 
 def _answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
-    """The first of the task's own answers, as it would follow the prompt."""
+    """Return the first of the task's own answers, as it would follow the prompt."""
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
@@ -385,10 +386,10 @@ def _answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
 
 
 def _answered(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
-    """The prompt with the task's own answer, whose log-probability is a companion of the text.
+    """Return the request that scores the task's own answer after a prompt.
 
-    lm-eval never scores it, so it must not fail where lm-eval does not: an answer that is longer
-    than the model reads is cut, and no answer is the end of the text.
+    lm-eval never scores this request, so it must not fail. An answer that is longer than the
+    model's context is cut, and an empty answer becomes the end-of-text token.
     """
     instance = Instance("loglikelihood", doc={}, arguments=(prompt.text, answer), idx=0)
     (request,) = encoder.encode([instance])
@@ -397,7 +398,7 @@ def _answered(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
 
 
 def _gold(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
-    """Find the request that holds the right answer, by the rule of lm-eval."""
+    """Return the request that holds the right answer, by lm-eval's rule; None if none does."""
     if task.OUTPUT_TYPE == _ROLLING:
         return None
     if task.OUTPUT_TYPE != "multiple_choice":

@@ -1,4 +1,4 @@
-"""What a cell answers to the question that it was measured for, in words."""
+"""Write the answer to a cell's question as a sentence."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _ORDINALS = (
     *("sixth", "seventh", "eighth", "ninth", "tenth"),
 )
 _NAMED = 8
-"""So many runs are named; of more it is said how many they are."""
+"""Most open runs that are named one by one; more are only counted."""
 
 
 def statement(answer: AnswerRecord) -> str:
-    """Say what is answered, how surely, and what that took.
+    """Write the answer, its confidence and its cost as one sentence.
 
     Args:
-        answer: How a question stands.
+        answer: The current answer to a question.
 
     Returns:
         For example `top 2: the largest drops are those of layers 0 and 11 (95 % confidence; 320 of
@@ -33,10 +33,10 @@ def statement(answer: AnswerRecord) -> str:
 
 
 def took(answer: AnswerRecord) -> str:
-    """Say what was measured of all there is, and what of that was looked at.
+    """Write how many documents and layer passes an answer took.
 
     Args:
-        answer: How a question stands.
+        answer: The current answer to a question.
 
     Returns:
         For example `320 of 570 documents, 41 % of the layer passes`.
@@ -51,14 +51,14 @@ def took(answer: AnswerRecord) -> str:
 
 
 def interval_name(cell: CellRecord) -> str:
-    """Name what the ends of a cell's drops are.
+    """Return the name of the interval around a cell's drops.
 
     Args:
         cell: The cell.
 
     Returns:
-        `95 % interval`, or what holds at every look where an answer decides how many documents
-        there are.
+        `95 % interval`, or the confidence sequence where the answer decides the number of
+        documents.
     """
     if cell.answer is None or not cell.is_raced:
         return "95 % interval"
@@ -66,10 +66,10 @@ def interval_name(cell: CellRecord) -> str:
 
 
 def contending(answer: AnswerRecord) -> str:
-    """Say whose part of an answer is not settled.
+    """Name the runs for which an answer is still open.
 
     Args:
-        answer: How a question stands.
+        answer: The current answer to a question.
 
     Returns:
         For example `layers 7 and 19 contend for the fifth place`.
@@ -113,7 +113,7 @@ def _said(answer: AnswerRecord) -> str:
 
 
 def _named(runs: Sequence[RunAnswer]) -> str:
-    """Name some runs; whole layers by their numbers alone, and many by how many they are."""
+    """Name runs, whole layers by their numbers alone; many open runs are only counted."""
     whole = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"

@@ -1,4 +1,4 @@
-"""Packages that have the name of a function of the API, and are called as that function."""
+"""Make packages callable that share their name with a function of the API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an ablation does to a model: one change of one component, and sets of them."""
+"""Define a change of a model, its text, and sets of changes."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from tracker.core.weight_formats import FORMATS
 BASELINE = "baseline"
 """The name of the ablation that changes nothing."""
 MAX_LAYERS = 10_000
-"""Of a model; no model has a tenth of it."""
+"""Upper bound on the layers of a model; no model has a tenth of it."""
 FEW_MAPS = 4
-"""So many rounded maps are named one by one."""
+"""Most rounded maps that an ablation's name lists one by one."""
 COLUMNS = (
     *("component", "layer", "span", "intervention"),
     *("number", "repeats", "members", "drawn", "map"),
 )
-"""Names under which data frames have a change, and former versions stored it."""
+"""Columns of a change in data frames and in records of former versions."""
 _DRAWN = "drawn"
 _REPEAT = "repeat"
 _TEXT = re.compile(r"([a-z]\w*):(?:(\d[\d,-]*)(?:\.(.+))?|([a-z]\w*))")
-"""A word; the layers and, behind a period, the part of them; or a matrix outside of the layers."""
+"""A word and its target: layers with an optional part after a period, or an outer matrix."""
 
 
 @dataclass(frozen=True, repr=False)
 class Change:
-    """One component of a model and what is done to it.
+    """One component of a model and the intervention on it.
 
     `str` gives the canonical text, which `parse` reads: `layer:3`, `layers:3,4`, `head:3.0`,
     `int4:5.mlp.down_proj`, `int4:embedding`, `repeat:3-6`, and `repeat3:3-6` for three passes.
 
     Attributes:
         component: Whole layers, a sublayer, one of several parts of a layer, or a linear map.
-        layers: The layers that have it, ascending; none for the embedding and the output head.
-        intervention: What is done to it.
+        layers: The changed layers, ascending; empty for the embedding and the output head.
+        intervention: The intervention on the component.
         part: The number of a head or an expert; the path of a linear map in its layer, one of
-            `MAPS`, or one of `ENDS`; None for what a layer has once.
-        repeats: How many times the layers are passed, where they are repeated.
-        drawn: Whether the layers were drawn at random, as a control for others.
+            `MAPS`, or one of `ENDS`; None for a component that a layer has once.
+        repeats: Number of passes through repeated layers.
+        drawn: True if the layers were drawn at random, as a control.
     """
 
     component: Component = "layer"
@@ -68,7 +68,7 @@ class Change:
 
     @classmethod
     def parse(cls, text: str) -> Change:
-        """Read the text of a change; ValueError if it is none."""
+        """Read the text of a change; raise ValueError if it is invalid."""
         match = _TEXT.fullmatch(text)
         change = None if match is None else cls._of_words(*match.groups())
         if change is None:
@@ -82,7 +82,7 @@ class Change:
     def _of_words(
         cls, word: str, layers: str | None, part: str | None, end: str | None
     ) -> Change | None:
-        """Make the change of the words of a text; None if they do not fit together."""
+        """Build the change from the parts of its text; return None if they are inconsistent."""
         numbers = _parse_layers(layers) if layers else ()
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
         if end is not None or (is_format and part is not None):
@@ -119,7 +119,7 @@ class Change:
         drawn: bool = False,
         map: str | None = None,
     ) -> Change:
-        """Make a change of the columns of data frames, which former versions stored."""
+        """Build a change from the columns of data frames, which former versions stored."""
         layers = range(layer, layer + span) if members is None else members
         part = map if number is None else number
         return cls(component, () if map in ENDS else (*layers,), intervention, part, repeats, drawn)
@@ -160,17 +160,17 @@ class Change:
 
     @property
     def is_end(self) -> bool:
-        """Check whether it changes the embedding or the output head, and no layer."""
+        """True if it changes the embedding or the output head, and no layer."""
         return self.part in ENDS
 
     @property
     def layer(self) -> int:
-        """The first changed layer; 0 where none is."""
+        """The first changed layer; 0 if no layer is changed."""
         return self.layers[0] if self.layers else 0
 
     @property
     def first(self) -> int | None:
-        """The first changed layer; None where none is."""
+        """The first changed layer; None if no layer is changed."""
         return self.layers[0] if self.layers else None
 
     @property
@@ -180,12 +180,12 @@ class Change:
 
     @property
     def span(self) -> int:
-        """How many layers are changed; 1 for a matrix outside of them."""
+        """The number of changed layers; 1 for a matrix outside the layers."""
         return len(self.layers) or 1
 
     @property
     def members(self) -> tuple[int, ...] | None:
-        """The layers, where others lie between them or they were drawn at random; else None."""
+        """The layers if they are not contiguous or were drawn at random; else None."""
         is_span = self.stop - self.layer == len(self.layers)
         return None if is_span and not self.drawn else self.layers
 
@@ -201,22 +201,22 @@ class Change:
 
     @property
     def path(self) -> str:
-        """The same as a path; empty for all linear maps of its layers."""
+        """The linear map as a path; empty for all linear maps of the layers."""
         return self.map or ""
 
     @property
     def extra(self) -> int:
-        """How many layers are passed again."""
+        """The number of additional layer passes of a repeated span; else 0."""
         return (self.repeats - 1) * len(self.layers) if self.intervention == _REPEAT else 0
 
     @property
     def word(self) -> str:
-        """Its name beside other changes of a layer: `layer`, `attention`, `mean`, `head`."""
+        """The first word of its text: `layer`, `attention`, `mean`, `head`."""
         return self.component if self.intervention == "remove" else self.intervention
 
     @property
     def action(self) -> Action:
-        """What a stream of the engine does at its layer."""
+        """The action of the engine's stream at its layer."""
         if self.intervention == "remove":
             whole = {"layer": Action.SKIP, "attention": Action.NO_ATTENTION, "mlp": Action.NO_MLP}
             return whole.get(self.component, Action.NO_PARTS)
@@ -224,18 +224,18 @@ class Change:
 
     @property
     def many(self) -> str:
-        """The plural of its part of a layer or of a model; empty where that is a layer."""
+        """The plural of the changed part, such as `heads`; empty for whole layers."""
         if self.component == "linear":
             return f"linear maps in {self.word}"
         return KINDS[self.word].many
 
     @property
     def target(self) -> str:
-        """The text behind its word: `3.0`, `5.mlp.down_proj`, `3-6`, `embedding`."""
+        """The text after its word: `3.0`, `5.mlp.down_proj`, `3-6`, `embedding`."""
         return str(self).partition(":")[2]
 
     def at(self, layer: int) -> Change:
-        """Move a kind, which is at layer 0, to a layer."""
+        """Return the same change, which starts at layer 0, at another layer."""
         return replace(self, layers=tuple(layer + n for n in self.layers))
 
     @property
@@ -245,12 +245,12 @@ class Change:
 
     @property
     def family(self) -> Change:
-        """What it shares with others on its map: all but the layers and the part."""
+        """The same change without its layers and its part, which changes on one map share."""
         return replace(self, layers=(0,), part=None, drawn=False)
 
     @property
     def is_single(self) -> bool:
-        """Check whether it changes a single layer as such, so that it is on a curve over layers."""
+        """True if it changes one layer and no numbered or named part of it."""
         return self.span == 1 and self.part is None
 
     @property
@@ -267,7 +267,7 @@ class Change:
     def label(self, digits: int = 1) -> str:
         """Return the name that people read: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
 
-        A layer's number is filled up with zeros to `digits`.
+        Layer numbers are padded with zeros to `digits`.
         """
         if self.is_end:
             return f"{self.map} {self.intervention}"
@@ -285,13 +285,13 @@ class Change:
 
     @property
     def layer_words(self) -> str:
-        """Its layers in a sentence: `layer 5`, `layers 3 to 6`."""
+        """The layers in a sentence: `layer 5`, `layers 3 to 6`."""
         last = self.stop - 1
         return f"layer {last}" if self.span == 1 else f"layers {self.layer} to {last}"
 
     @property
     def times(self) -> str:
-        """How often repeated layers are passed, in words."""
+        """The number of passes through repeated layers in words: `twice`, `3 times`."""
         return "twice" if self.repeats == 2 else f"{self.repeats} times"
 
     @property
@@ -300,14 +300,14 @@ class Change:
         return f"{self.layer_words} {'is' if self.span == 1 else 'are'} passed {self.times}"
 
     def each(self) -> list[Change]:
-        """List the changes of single layers that it is made of; a repeated span is one."""
+        """List its changes of single layers; a repeated span stays whole."""
         if self.intervention == _REPEAT or self.is_end:
             return [self]
         return [replace(self, layers=(layer,), drawn=False) for layer in self.layers]
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Its columns, without those that say of most changes the same."""
+        """Its columns, without uncommon ones that have their default."""
         usual = COLUMNS[3:]
         return {
             name: value
@@ -332,17 +332,17 @@ class Ablation:
 
     @classmethod
     def of(cls, *changes: Change, removed: Iterable[int] = ()) -> Ablation:
-        """Make an ablation of changes on a model without `removed` layers."""
+        """Build an ablation from changes of a model without `removed` layers."""
         gone = frozenset(Change(layers=(layer,)) for layer in removed)
         single = (part for change in changes for part in change.each())
-        # What a removed layer would have lost besides is lost with it.
+        # Other changes of a removed layer have no effect.
         lost = {change.layer for change in gone}
         rest = (part for part in single if part.is_end or part.layer not in lost)
         return cls(gone.union(rest))
 
     @classmethod
     def parse(cls, name: str) -> Ablation:
-        """Read the name of an ablation; ValueError if it is none, or names a digest."""
+        """Read the name of an ablation; raise ValueError if it is invalid or holds a digest."""
         return cls.of(*map(Change.parse, name.split("+"))) if name != BASELINE else cls()
 
     def __str__(self) -> str:
@@ -354,8 +354,8 @@ class Ablation:
     def name(self) -> str:
         """The name in the ledger: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`.
 
-        Several removed layers, or sublayers of a kind, are one change; many rounded maps are named
-        by a digest.
+        Several removed layers, or sublayers of a kind, are one change. More than `FEW_MAPS`
+        rounded maps are named by a digest.
         """
         whole = [
             str(Change(component, layers))
@@ -369,7 +369,7 @@ class Ablation:
         return "+".join([*whole, *map(str, names), *rounded, *map(str, self.repeated)]) or BASELINE
 
     def removed(self, component: Component = "layer") -> tuple[int, ...]:
-        """List the layers that lose a component of which each has one, ascending."""
+        """List the layers that lose a component, ascending."""
         changes = self._by_word.get(component, [])
         return tuple(sorted(change.layer for change in changes))
 
@@ -390,14 +390,14 @@ class Ablation:
 
     @property
     def replaced(self) -> tuple[Change, ...]:
-        """The layers that something fitted stands in for."""
+        """The layers that have a fitted replacement."""
         return self._of(*(word for word, look in KINDS.items() if look.fitted))
 
     @cached_property
     def rounded(self) -> tuple[Change, ...]:
-        """The layers, linear maps and matrices outside of layers whose weights are of a format.
+        """The layers, linear maps and outer matrices whose weights are rounded to a format.
 
-        In the order of layers and names: a map's own format comes behind that of its group.
+        They are sorted by layer and name, so a map's own format follows that of its group.
         """
         rounded = (change for change in self.changes if change.intervention in FORMATS)
         return tuple(sorted(rounded, key=lambda change: (change.layer, change.map or "")))
@@ -414,28 +414,28 @@ class Ablation:
 
     @property
     def has_sublayers(self) -> bool:
-        """Check whether it removes a whole sublayer somewhere."""
+        """True if it removes a whole sublayer of any layer."""
         return bool(self._of("attention", "mlp"))
 
     @property
     def has_groups_of_maps(self) -> bool:
-        """Check whether it rounds an attention's or an MLP's linear maps as a whole somewhere."""
+        """True if it rounds all linear maps of an attention or an MLP of any layer."""
         return any(change.part in MAPS for change in self.rounded)
 
     @property
     def expert(self) -> Change | None:
-        """The routed expert that it removes; None where that is not just one part."""
+        """The removed routed expert; None unless it is the only removed part."""
         parts = self.parts
         return parts[0] if len(parts) == 1 and parts[0].component == "expert" else None
 
     @property
     def is_fitted(self) -> bool:
-        """Check whether something that was fitted stands in for a layer."""
+        """True if any layer has a fitted replacement."""
         return bool(self.replaced)
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """Its changes by layer; a repeated span belongs to its last one, where it begins again."""
+        """The changes by layer; a repeated span belongs to its last layer, where it restarts."""
         layers = grouped(
             (change for change in self.changes if not change.is_end), lambda change: change.stop - 1
         )
@@ -447,7 +447,7 @@ class Ablation:
 
     @cached_property
     def action(self) -> Action:
-        """What it does at a layer, where all of its changes are at one."""
+        """The action at the layer, for an ablation whose changes are all at one layer."""
         actions = {change.action for change in self.changes}
         if {Action.NO_ATTENTION, Action.NO_MLP} <= actions:
             return Action.SKIP
@@ -467,7 +467,7 @@ INTACT = Ablation()
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    """Read layers such as `3`, `3,17` or `3-7`, ascending; none where they are no such list."""
+    """Read layers such as `3`, `3,17` or `3-7`, ascending; return () if the list is invalid."""
     layers: set[int] = set()
     for piece in text.split(","):
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", piece)

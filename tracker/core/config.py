@@ -1,4 +1,4 @@
-"""Requests: one (model, benchmark) with its settings and the changes that are measured on it."""
+"""Define the request of one (model, benchmark), with its settings and measured changes."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ EXECUTORS = {
     "ray": "tracker.executors.ray:RayExecutor",
     "slurm": "tracker.executors.slurm:SlurmExecutor",
 }
-"""Where cells may be measured → the class that does it, imported when it is chosen."""
+"""Name of an executor → its class, which is imported when it is chosen."""
 EXECUTORS_GROUP = "layer_tracker.executors"
-"""The entry points by which other packages add executors."""
+"""The group of entry points by which other packages add executors."""
 RESTS = ("device", "host", "disk")
-"""Where layers may rest until they are needed."""
+"""Places where offloaded layers are stored."""
 COMPETITORS = ("vllm",)
-"""Programs that the engine can be timed against, besides lm-eval with transformers."""
+"""Programs that the engine can be compared with, besides lm-eval with transformers."""
 
 
 def executor_names() -> tuple[str, ...]:
-    """List the executors, also those of other packages."""
+    """List the names of the executors, including those of other packages."""
     from importlib.metadata import entry_points
 
     names = entry_points(group=EXECUTORS_GROUP).names
@@ -130,7 +130,7 @@ class Documents(Strict, Extent):
 
 
 class ChangeGrid(Strict):
-    """Changes as files and commands ask for them: every combination of several values."""
+    """Grid of changes in files and commands: every combination of the values."""
 
     layers: tuple[Count, ...]
     """The layer, 0-based."""
@@ -161,14 +161,14 @@ class ChangeGrid(Strict):
 
 
 class Changes(ChangeGrid):
-    """Changes that a request asks for: a grid, or an explicit list."""
+    """Requested changes: a grid, or an explicit list."""
 
     layers: tuple[Count, ...] = ()
     exact: tuple[Change, ...] | None = None
     """The changes themselves, where they are not every combination of the grid."""
 
     def expanded(self) -> Iterator[Change]:
-        """Yield the changes, valid for a model or not: components outermost, then interventions."""
+        """Yield the changes, unchecked: components outermost, then interventions."""
         if self.exact is not None:
             yield from self.exact
             return
@@ -183,11 +183,11 @@ class Changes(ChangeGrid):
                 yield Change(component, layers, intervention, part, times)
 
     def exactly(self, changes: Iterable[Change]) -> Changes:
-        """Return some of these changes, or others for the same layers."""
+        """Return a copy with an explicit list of changes."""
         return self.model_copy(update={"exact": tuple(changes)})
 
     def numbers(self, component: Component) -> tuple[int, ...]:
-        """Return the numbers of a layer's parts of a kind; none for all of them."""
+        """Return the numbers of a layer's heads or experts; empty for all of them."""
         return self.experts if component == "expert" else self.heads
 
     @property
@@ -197,12 +197,12 @@ class Changes(ChangeGrid):
 
     @property
     def has_parts(self) -> bool:
-        """Whether they are about parts of which a layer has several."""
+        """True if some components are numbered parts or linear maps of a layer."""
         return bool(self.numbered) or "linear" in self.components
 
     @property
     def lacks_maps(self) -> bool:
-        """Whether they are about all linear maps, whichever the model has."""
+        """True if linear maps are requested without naming any, which means all."""
         return "linear" in self.components and not self.maps
 
     @property
@@ -214,7 +214,7 @@ class Changes(ChangeGrid):
 
     @property
     def single(self) -> Change:
-        """The only change of these; ExperimentError where the part of the layer is not named."""
+        """The first change; raises ExperimentError where the part of the layer is not named."""
         if self.lacks_maps:
             raise ExperimentError(
                 "which linear map of the layer? Give its name: --map mlp.down_proj (a sweep lists "
@@ -231,7 +231,7 @@ class Changes(ChangeGrid):
 class CellSettings(ChangeGrid, Documents, BenchmarkSpec, ModelSpec):
     """Settings of one cell under the flat names of files, commands and keywords.
 
-    Keys of experiment files and options of the command line are made of its fields, and
+    Its fields define the keys of experiment files and the options of the command line.
     `docs/experiments.md` is checked against them.
     """
 
@@ -254,7 +254,7 @@ class CellSettings(ChangeGrid, Documents, BenchmarkSpec, ModelSpec):
         return self
 
     def spec(self, kind: type[S]) -> S:
-        """Return the settings that a group of fields holds."""
+        """Return one group of these settings, such as a `ModelSpec`."""
         return kind(**{name: value for name, value in self if name in kind.model_fields})
 
     @property
@@ -282,8 +282,8 @@ class CellRequest:
         model: The weights.
         benchmark: The benchmark and its prompts.
         documents: The documents that are measured.
-        changes: The changes that are measured; none in a request to which others add them.
-        removed: The layers that every run lacks besides, ascending.
+        changes: The changes that are measured; empty in a template for other requests.
+        removed: The layers that are removed in every run, ascending.
         until: The question whose answer ends the measuring; None to measure all documents.
         metric: The metric that is shown; None for the one that the benchmark's field reports.
     """
@@ -307,7 +307,7 @@ class CellRequest:
 
     @property
     def extent(self) -> Extent:
-        """The documents that are wanted, at most where there is a question."""
+        """The requested documents; all in random order where there is a question."""
         if self.until is not None:
             return Extent(sample=EVERY, seed=self.documents.seed)
         return self.documents
@@ -336,7 +336,7 @@ class CellRequest:
 
         Args:
             change: The change.
-            layers: How many layers the model has, with those that are removed besides.
+            layers: Number of layers of the model, including removed ones.
 
         Returns:
             The reason.
@@ -374,16 +374,15 @@ class CellRequest:
         return None
 
     def valid_changes(self, layers: int) -> list[Change]:
-        """List the changes that can be measured on a model of so many layers, each once.
+        """List the valid changes of a model with this number of layers, each once.
 
-        A span that reaches beyond the last layer or holds one that is removed already is left out,
-        as is an intervention that its component does not take.
+        Changes for which `why_invalid` returns a reason are left out.
         """
         changes = dict.fromkeys(self.changes.expanded())
         return [change for change in changes if self.why_invalid(change, layers) is None]
 
     def ablations(self, layers: int) -> list[Ablation]:
-        """List what is measured: baseline, `removed` alone, every valid change; none twice."""
+        """List the ablations: baseline, `removed` alone, every valid change; each once."""
         changes = self.valid_changes(layers)
         ablations = (Ablation.of(change, removed=self.removed) for change in changes)
         return list(dict.fromkeys([INTACT, Ablation.of(removed=self.removed), *ablations]))
@@ -395,25 +394,25 @@ def field_of(component: Component) -> Literal["heads", "experts"]:
 
 
 def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:
-    """List what several requests are measured under together; none twice."""
+    """List the ablations of several requests together, each once."""
     ablations = (request.ablations(layers) for request in requests)
     return list(dict.fromkeys(chain.from_iterable(ablations)))
 
 
 def cell_request(**settings: Any) -> CellRequest:
-    """Make a request of settings (None = not given); RequestError for one of the wrong type."""
+    """Build a request from settings (None = not given); raise RequestError for invalid ones."""
     given = {name: value for name, value in settings.items() if value is not None}
     return checked(CellSettings, given, "--", IN_THE_FILE).request
 
 
 def stored_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Read a request that was stored as flat settings, also by former versions."""
+    """Read a request from flat settings, also those of former versions."""
     fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
     return CellSettings.model_validate_json(json.dumps(fields)).request
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Make a request for one run, of settings under the names of `KEYS`, as `cell_request`."""
+    """Build the request of one run from settings under the names of `KEYS`."""
     given = {KEYS.get(key, key): value for key, value in settings.items() if value is not None}
     return cell_request(**{f: (v,) if f in IN_THE_FILE else v for f, v in given.items()})
 
@@ -428,7 +427,7 @@ IN_THE_FILE = {
     "maps": "map",
     "repeats": "repeats",
 }
-"""Fields that hold several values, and the keys of files and options that give one."""
+"""Field with several values → its key in files and its option."""
 _FIRST = (
     *("model", "benchmark", *ChangeGrid.model_fields, "removed", "revision", "dtype"),
     *("num_fewshot", "part", "limit", "sample", "until", "metric", "seed", "data", "model_args"),

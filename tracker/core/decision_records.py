@@ -1,4 +1,4 @@
-"""What the runs of a cell decide: the documents that they lose and win."""
+"""Define records of the documents that a run loses and wins."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ PRIVATE = "the texts of your own task are not uploaded (use --publish-documents 
 
 
 class ShownDocument(Record):
-    """A document that some run loses or wins, and what the intact model makes of it."""
+    """A document that some run loses or wins, with the intact model's response."""
 
     task: str
     doc: int
-    """Its place in the task's split, 0-based."""
+    """Its position in the task's split, 0-based."""
     question: Shown | None
-    """None where the text is not known, or not to be shown."""
+    """The question; None where the text is unknown or private."""
     choices: tuple[Shown, ...]
     answer: Shown | None
     """The gold answer where there are no options."""
     gold: int | None
     choice: int | None
-    """The option that the intact model takes, 0-based."""
+    """The option that the intact model chooses, 0-based."""
     margin: float | None
     text: Shown | None
-    """What the intact model generates."""
+    """The text that the intact model generates."""
 
 
 class DecidedDocument(Record):
-    """What a run makes of a document that it loses or wins."""
+    """A run's response to a document that it loses or wins."""
 
     document: int
-    """Its place in `DecisionsRecord.documents`."""
+    """Its position in `DecisionsRecord.documents`."""
     choice: int | None
     margin: float | None
     text: Shown | None
@@ -46,51 +46,51 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """Which documents a run loses and wins, and what it decides over all."""
+    """The documents that a run loses and wins, and totals over all documents."""
 
     run: Change
     lost: int
-    """Documents that it makes worse than the intact model does."""
+    """Number of documents with a worse result than the intact model's."""
     won: int
     margins: Quartiles | None
     options: tuple[float, ...]
-    """How often each option is taken; empty without options."""
+    """Frequency of each chosen option; empty without options."""
     named_lost: int
-    """How many of `named` are lost: the first ones."""
+    """Number of lost documents in `named`, where they come first."""
     named: tuple[DecidedDocument, ...]
-    """Those whose margin changes most."""
+    """The documents whose margin changes most."""
 
     def without_texts(self) -> RunDecisions:
-        """Leave out what models generated."""
+        """Return a copy without the texts that models generated."""
         named = tuple(document.model_copy(update={"text": None}) for document in self.named)
         return self.model_copy(update={"named": named})
 
 
 class DecisionsRecord(Record):
-    """What the runs of a cell's view decide, document by document."""
+    """The documents that the runs of a cell's view lose and win."""
 
     n: int
-    """Documents."""
+    """Number of documents."""
     right: int
-    """Documents that the intact model has right; 0 where they are not right or wrong."""
+    """Documents that the intact model answers correctly; 0 for metrics without correct answers."""
     margins: Quartiles | None
-    """Of the intact model: by how much the gold option beats the best other one."""
+    """Margins of the intact model: gold option minus the best other option."""
     options: tuple[float, ...]
     gold: tuple[float, ...]
-    """How often each option is the gold one."""
+    """Frequency of each option as the gold option."""
     documents: tuple[ShownDocument, ...]
-    """Those that some run names."""
+    """The documents that some run names."""
     runs: tuple[RunDecisions, ...]
     compared: tuple[int, ...]
-    """The whole layers of which `both` says how many documents each two lose."""
+    """The whole layers that `both` compares in pairs."""
     both: tuple[tuple[int, ...], ...]
     public: bool
-    """Whether every known text is of the hub or a package."""
+    """True if every known text comes from the hub or a package."""
     reasons: dict[str, str] = Field(default_factory=dict)
-    """Why there are no `texts`, `margin` or `agreement`."""
+    """Reasons why `texts`, `margin` or `agreement` are missing."""
 
     def without_texts(self) -> DecisionsRecord:
-        """Leave out what documents say and what models generated."""
+        """Return a copy without the texts of documents and of models."""
         silent: dict[str, Any] = {"question": None, "choices": (), "answer": None, "text": None}
         documents = tuple(document.model_copy(update=silent) for document in self.documents)
         runs = tuple(run.without_texts() for run in self.runs)

@@ -1,7 +1,7 @@
-"""The distribution: its name, its version, and what a user types to install from it.
+"""Define the package's name, version and installation commands.
 
-The command and the import are `tracker`, which on PyPI is another program: the distribution is
-`layer-tracker`. A checkout is installed from its folder, whatever an index holds.
+The command and the import are `tracker`. That name is taken on PyPI, so the distribution is
+`layer-tracker`. A checkout is always installed from its folder.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ __version__ = "0.1.0"
 REPOSITORY = "https://github.com/layer-tracker/layer-tracker"
 UNSUPPORTED = "tracker runs on Linux and macOS; on Windows, use it inside WSL 2"
 FORMAT = 3
-"""Of a results folder and of each file in it: the only one that is read and written."""
+"""The format of a results folder and its files; no other one is read or written."""
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "experiments"
-"""The example experiments: a link to those of the checkout, and files in a wheel."""
+"""The folder of example experiments: in a wheel, or the checkout's."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def pip_install(*arguments: str) -> str:
-    """Say how something gets into the environment that runs, whichever `pip` the shell finds.
+    """Return the command that installs packages into the running environment.
 
     The command can be pasted into a shell in any folder.
     """
@@ -32,14 +32,14 @@ def pip_install(*arguments: str) -> str:
 
 
 def install_extra(extra: str) -> str:
-    """Give the command that installs the packages of an extra."""
+    """Return the command that installs the packages of an extra."""
     if _is_checkout():
         return pip_install("--editable", f"{_ROOT}[{extra}]")
     return pip_install(f"{NAME}[{extra}]")
 
 
 def package_folder(module: str) -> Path | None:
-    """Find the folder of an installed package, which is not imported; None where there is none."""
+    """Find the folder of an installed package without importing it; None if not installed."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -49,7 +49,7 @@ def package_folder(module: str) -> Path | None:
 
 
 def upgrade() -> str:
-    """Give the command that installs a newer tracker."""
+    """Return the command that upgrades tracker."""
     if _is_checkout():
         pull = shlex.join(["git", "-C", str(_ROOT), "pull"])
         return f"{pull} && {pip_install('--editable', str(_ROOT))}"
@@ -57,7 +57,7 @@ def upgrade() -> str:
 
 
 def other_format(number: object) -> str:
-    """Return what to do about files of another format; empty for the format that is read."""
+    """Return the message for files of another format; empty for the current format."""
     if number == FORMAT:
         return ""
     age, advice = "an older", "Read it with that one"

@@ -1,4 +1,4 @@
-"""What the benchmarks hand to the engine: tokenised documents, and what comes back."""
+"""Define tokenised documents and the responses to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Request:
 
     Attributes:
         context: Token ids before the continuation; never empty.
-        continuation: Token ids whose log-likelihood is wanted; never empty.
+        continuation: Token ids whose log-likelihood is computed; never empty.
     """
 
     context: tuple[int, ...]
@@ -23,17 +23,17 @@ class Request:
 
     @property
     def length(self) -> int:
-        """How many tokens both have."""
+        """The number of tokens of context and continuation together."""
         return len(self.context) + len(self.continuation)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked to continue.
+    """Prompt that a model continues.
 
     Attributes:
         text: The prompt.
-        settings: lm-eval's generation settings: stop strings, how many tokens at most, and so on.
+        settings: lm-eval's generation settings, such as stop strings and the number of tokens.
     """
 
     text: str
@@ -42,11 +42,11 @@ class Prompt:
 
     @property
     def longest(self) -> int:
-        """How many tokens are generated at most; lm-eval's default is 256."""
+        """The maximum number of generated tokens; lm-eval's default is 256."""
         return int(self.settings.get("max_gen_toks", 256))
 
     def limited_to(self, tokens: int) -> Prompt:
-        """Make the same prompt for texts of so many tokens at most."""
+        """Return the same prompt with at most this number of generated tokens."""
         return replace(self, settings={**self.settings, "max_gen_toks": min(tokens, self.longest)})
 
 
@@ -56,12 +56,12 @@ class Document:
 
     Attributes:
         task: The lm-eval task or the corpus that it belongs to.
-        index: Its place in the task's split, 0-based.
-        requests: What the model is asked about it, in lm-eval's order.
-        gold: Which request holds the right answer; None where lm-eval names none or several.
-        choices: Between how many answers a random predictor would choose; 0 for open answers.
-        rolling: Whether the requests are consecutive windows of one text.
-        prompt: What the model continues, where its text is judged; the requests are then the
+        index: Its position in the task's split, 0-based.
+        requests: The requests of the document, in lm-eval's order.
+        gold: The request with the right answer; None where lm-eval names none or several.
+        choices: Number of answers that a random predictor chooses from; 0 for open answers.
+        rolling: True if the requests are consecutive windows of one text.
+        prompt: The prompt of a generation task; None for others. The requests then hold the
             prompt with the task's own answer, for the proxies and its log-probability.
     """
 
@@ -74,7 +74,7 @@ class Document:
     prompt: Prompt | None = None
 
     def tokens_digest(self, max_length: int) -> str:
-        """Hash the tokens that a model of this length reads of the document, and how many score."""
+        """Hash the tokens that a model with this context length reads, and the scored counts."""
         texts: list[Any] = [
             [(text.context + text.continuation)[-(max_length + 1) :], len(text.continuation)]
             for text in self.requests
@@ -87,10 +87,10 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentText:
-    """What a document says in front of people, without examples and templates.
+    """The text of a document for display, without few-shot examples and templates.
 
     Attributes:
-        question: What the prompt ends with; of a text that is scored as a whole, the text.
+        question: The end of the prompt; the whole text where that is scored.
         choices: The options, in the order of the requests; none for open answers.
         answer: The gold answer where there are no options; None where there is none.
     """
@@ -101,13 +101,13 @@ class DocumentText:
 
 
 class Response(NamedTuple):
-    """The model's answer to one request; for a choice the first two are what lm-eval asks for.
+    """The model's response to one request; the first two fields are lm-eval's for a choice.
 
     Attributes:
         loglikelihood: Summed log-probability of the continuation, in nats.
-        greedy: Whether every token of the continuation is the most likely one.
-        hits: How many of the continuation's tokens are the most likely one.
-        text: What the model generates, where the document has a prompt.
+        greedy: True if every token of the continuation is the most likely one.
+        hits: Number of the continuation's tokens that are the most likely one.
+        text: The generated text; None where the document has no prompt.
     """
 
     loglikelihood: float

@@ -1,4 +1,4 @@
-"""Every error that tracker raises on purpose.
+"""Define the errors that tracker raises.
 
 The tree, with the exit code that the command line gives each branch:
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class TrackerError(Exception):
-    """The root: anything that tracker raises on purpose."""
+    """Base class of all errors that tracker raises."""
 
     exit_code: ClassVar[int] = 1
 
@@ -41,7 +41,7 @@ class RequestError(TrackerError):
 
 
 class ExperimentError(RequestError):
-    """The experiment file is missing, malformed, or asks for what is not there."""
+    """The experiment file is missing, malformed, or requests something that does not exist."""
 
 
 class ModelError(RequestError):
@@ -49,7 +49,7 @@ class ModelError(RequestError):
 
 
 class UnreachableError(ModelError):
-    """The model may be on the hub, but the hub does not answer from here, or not now."""
+    """The model may be on the hub, but the hub does not answer."""
 
 
 class BenchmarkError(RequestError):
@@ -65,7 +65,7 @@ class WorkError(TrackerError):
 
 
 class CellError(WorkError):
-    """One (model, benchmark) could not be computed; the others are not touched by it."""
+    """One (model, benchmark) could not be computed; the others are not affected."""
 
 
 class TrackingError(WorkError):
@@ -74,10 +74,10 @@ class TrackingError(WorkError):
 
 @contextmanager
 def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Iterator[None]:
-    """Raise an error of ours for whatever foreign code raises until exit.
+    """Convert exceptions of other packages to tracker's errors inside a `with` block.
 
-    Errors of ours pass, and so does what `convert` returns None for. The original goes to the log:
-    in a chain it would hide what the user is to do.
+    Tracker's own errors pass unchanged, as do exceptions for which `convert` returns None. The
+    original is logged and not chained, since a chain would hide the instruction to the user.
     """
     try:
         yield
@@ -92,7 +92,7 @@ def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Ite
 
 
 def attempt(compute: Callable[[], T]) -> T | Exception:
-    """Run foreign code; return its result, or the exception that it raises."""
+    """Run code of other packages; return its result, or the exception that it raises."""
     try:
         return compute()
     except Exception as error:  # noqa: BLE001  models and other packages raise anything
@@ -100,13 +100,13 @@ def attempt(compute: Callable[[], T]) -> T | Exception:
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Name the nearest allowed word, as a message's end: `" Did you mean 'x'?"`, or nothing."""
+    """Return `" Did you mean 'x'?"` with the nearest allowed word, or an empty text."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def first_line(error: Exception) -> str:
-    """Say in a line what was raised; what ends with a colon goes on in the next line."""
+    """Return the first line of an error, with the second one if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     some = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return some[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""A figure with its uncertainty, the one shape of it everywhere."""
+"""Define a value with its interval."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Unit = Literal[
     "nats",
     "times",
 ]
-"""What a figure is, which says how it is written; `WRITTEN` of `core/formats.py` says how."""
+"""Unit of a figure; `WRITTEN` of `core/formats.py` defines how each unit is written."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its 95 % interval, and its p-value where a test belongs to it.
+    """A figure with its 95 % interval, and the p-value of its test if there is one.
 
-    It is in the record's own units: fractions, nats.
+    Values are in the record's own units: fractions, nats.
     """
 
     value: float | None
@@ -36,13 +36,13 @@ class Estimate:
     high: float | None = None
     p_value: float | None = None
     reason: str | None = None
-    """Why `value` is None; None whenever there is a value."""
+    """Reason why `value` is None; None if there is a value."""
     unit: Unit | None = None
-    """How it is written, where a column holds figures of several units; else its column says."""
+    """Unit of the figure in a column of several units; None for the column's unit."""
 
     @property
     def between(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None where one of them is undefined."""
+        """Both ends of the interval; None if one of them is undefined."""
         if self.low is None or self.high is None:
             return None
         return (self.low, self.high) if math.isfinite(self.low + self.high) else None
@@ -54,6 +54,6 @@ class Estimate:
         return int(self.low > of) - int(self.high < of)
 
     def __neg__(self) -> Estimate:
-        """The same turned round: what is lost as what is gained."""
+        """Return the estimate with the opposite sign: a loss as a gain."""
         value, high, low = (None if x is None else -x for x in (self.value, self.low, self.high))
         return Estimate(value, low, high, reason=self.reason)

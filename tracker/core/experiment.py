@@ -38,17 +38,17 @@ from tracker.core.model_parts import Counting, with_all_parts
 from tracker.core.safe_yaml import SHOWN, short
 
 MAX_RUNS = 100_000
-"""Of one experiment file; a grid of more was not meant."""
+"""Maximum number of runs of one experiment file."""
 MAX_CELLS = 20_000
-"""Of one experiment file, each a model and a benchmark that are measured together."""
+"""Maximum number of cells of one experiment file."""
 
 
 EVALUATE = ["tracker", "evaluate", "${args}"]
-"""What a trial of a W&B sweep runs."""
+"""The command of a trial of a W&B sweep."""
 
 
 class Choice(Strict):
-    """One value of a grid, or several, of numbers also all from one to another."""
+    """One value of a grid, several values, or a range of numbers."""
 
     value: Any = None
     values: list[Any] | None = None
@@ -96,7 +96,7 @@ class Choice(Strict):
 
 
 ALL = "all"
-"""Every layer that a model has."""
+"""The value of a key that stands for all layers, heads or experts."""
 
 
 def _number_or_all(given: object, number: ValidatorFunctionWrapHandler) -> Any:
@@ -106,7 +106,7 @@ def _number_or_all(given: object, number: ValidatorFunctionWrapHandler) -> Any:
 
 
 class _Parts(Choice):
-    """Which heads or experts of a layer; all of them, which need not be said."""
+    """Heads or experts of a layer; the default is all of them."""
 
     value: Annotated[Count | None, WrapValidator(_number_or_all)] = None
     values: list[Count] | None = None
@@ -130,7 +130,7 @@ class _Parts(Choice):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The numbers, in the order of the file; None alone for all."""
+        """The numbers, in the order of the file; a single None for all."""
         return [None] if str(self.value) == ALL else super().options
 
 
@@ -142,7 +142,7 @@ def _words(given: object) -> object:
 
 
 class _Layers(_Parts):
-    """Which layers of a model; all of them, or those of a kind."""
+    """Layers of a model: by number, all of them, or those of a kind."""
 
     kind: Annotated[tuple[Name, ...], BeforeValidator(_words)] | None = None
 
@@ -156,11 +156,11 @@ class _Layers(_Parts):
 
 
 class Grid(Strict):
-    """Keys with their values: every combination is one run, or one search."""
+    """Keys with their values; every combination is one run, or one search."""
 
     @property
     def options(self) -> dict[str, Sequence[Any]]:
-        """List each key's values, the names in alphabetical order, as W&B counts."""
+        """The values of each key, with keys in alphabetical order, as W&B counts."""
         grid = {name: getattr(self, name) for name in sorted(type(self).model_fields)}
         return {name: choice.options for name, choice in grid.items() if choice is not None}
 
@@ -168,9 +168,9 @@ class Grid(Strict):
 def grid_of(
     name: str, keys: Mapping[str, FieldInfo], kinds: Mapping[str, type[Choice]] = {}
 ) -> type[Grid]:
-    """Make the grid of what may be asked: each key takes a value of its field, or several.
+    """Build the class of a grid in which each key takes one or several values of its field.
 
-    `kinds` are of some keys what holds the values.
+    `kinds` maps some keys to the class that holds their values.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -192,24 +192,24 @@ _TOGETHER = {
     key: next(iter(Changes.model_fields[field].get_default() or ()), None)
     for field, key in IN_THE_FILE.items()
 }
-"""What tells the runs of one cell apart, each with what it is where nothing is said."""
+"""Keys that distinguish the runs of one cell → their defaults."""
 
 
 def _change(point: tuple[Any, ...]) -> Change:
-    """Make the change of a point of the grid."""
+    """Build the change of a point of the grid."""
     grid: dict[str, Any] = {f: (value,) for f, value in zip(IN_THE_FILE, point, strict=True)}
     return next(Changes.model_construct(None, **grid).expanded())
 
 
 class Goal(Strict):
-    """W&B's `metric:` block; a grid does not use it, its pages show it."""
+    """W&B's `metric:` block, which W&B's pages show and a grid does not use."""
 
     name: Name
     goal: Literal["minimize", "maximize"] = "maximize"
 
 
 class Sweep(Strict):
-    """What a W&B grid sweep says besides its parameters."""
+    """A W&B grid sweep without its parameters."""
 
     method: Literal["grid"]
     command: list[str] = Field(default_factory=EVALUATE.copy)
@@ -220,11 +220,11 @@ class Sweep(Strict):
     entity: Name | None = None
     metric: Goal | None = None
     run_cap: Positive | None = None
-    """So many of the grid's runs, the first ones in W&B's order."""
+    """Maximum number of runs: the first ones in W&B's order."""
 
     @property
     def destination(self) -> str:
-        """The tracking project, with the W&B entity before it where one is named."""
+        """The tracking project, prefixed with the W&B entity if there is one."""
         return f"{self.entity}/{self.project}" if self.entity else self.project
 
 
@@ -236,23 +236,23 @@ class Experiment(Sweep):
 
     @property
     def takes_all(self) -> bool:
-        """Whether it asks for all layers, or those of a kind, however many each model has."""
+        """True if it requests all layers of each model, or all of a kind."""
         return list(self.parameters.options["layer"]) == [ALL]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of which kinds of layers it takes all; none for layers of any kind."""
+        """The kinds of layers that it requests; empty for layers of any kind."""
         layer: _Layers = vars(self.parameters)["layer"]
         return layer.kind or ()
 
     @property
     def size(self) -> int:
-        """How many runs the whole grid has."""
+        """The number of runs of the whole grid."""
         return math.prod(len(options) for options in self.parameters.options.values())
 
     @property
     def capped(self) -> str:
-        """Say what `run_cap` leaves; empty where it leaves everything."""
+        """The note on the runs that `run_cap` keeps; empty if it keeps all."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
         return (
@@ -260,10 +260,10 @@ class Experiment(Sweep):
         )
 
     def cells(self) -> list[CellRequest]:
-        """Expand the grid into cells, each with all its layers, models outermost: each loads once.
+        """Expand the grid into cells, each with all its layers, sorted by model.
 
-        Where the file `takes_all` and was loaded without a depth, cells name no layers.
-        RequestError for a value of the wrong kind.
+        Where the file `takes_all` and was loaded without the model's parts, cells name no layers.
+        A value of the wrong kind raises RequestError.
         """
         if self.takes_all and self.run_cap is not None:
             raise ExperimentError(
@@ -299,7 +299,7 @@ class Experiment(Sweep):
             if some is None:
                 continue
             settings = {name: value for name, value in point.items() if value is not None}
-            # By what they look like: what is of the wrong kind may have no hash.
+            # Compared by repr: values of the wrong kind may have no hash.
             for field, kinds in zip(IN_THE_FILE, zip(*some, strict=True), strict=True):
                 settings[field] = tuple({repr(kind): kind for kind in kinds}.values())
             for field in ("heads", "experts", "maps"):
@@ -316,7 +316,7 @@ class Experiment(Sweep):
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
-            # Where a seed draws no examples and no half, it says in which order documents come.
+            # A seed that draws no examples and no half only orders the documents.
             documents = cell.documents
             if not (cell.benchmark.num_fewshot or documents.part):
                 documents = documents.model_copy(update={"seed": DEFAULT_SEED})

@@ -1,6 +1,6 @@
-"""What is asked for, however it is given: a file, a model's name, a dict, keywords, or a mixture.
+"""Read a request from a file, a model's name, a dict, keywords, or a mixture.
 
-Commands and functions of Python that take an experiment all read it here, as one file that says it.
+All commands and Python functions that take an experiment read it here, as one experiment file.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ S = TypeVar("S", bound=Sweep)
 Given = str | os.PathLike[str] | Mapping[str, Any] | None
 """An experiment file, a model's name or folder, a dict of the file's shape, or nothing."""
 NAMELESS = "the experiment"
-"""What messages call an experiment that no file holds."""
+"""The name in messages of an experiment without a file."""
 
 
 @dataclass(frozen=True)
 class ExperimentInput(Generic[S]):
-    """What is asked for.
+    """A request in the form of an experiment file.
 
     Attributes:
-        file: What an experiment file says.
-        text: The text of the file that says so.
-        name: What a results folder calls that file.
-        source: What messages call it.
-        typed: What is typed behind a command to ask for it again; empty where it is a dict.
+        file: The parsed experiment file.
+        text: The text of the experiment file.
+        name: The file's name in a results folder.
+        source: The file's name in messages.
+        typed: The arguments that request it again on the command line; empty for a dict.
     """
 
     file: S
@@ -54,11 +54,11 @@ class FileKind(Generic[S]):
     """A kind of experiment file.
 
     Attributes:
-        schema: What it may say.
-        expand: Expands its grid; RequestError for a value of the wrong kind.
-        new: What a file holds besides what is said by keywords.
-        is_other: Whether what stands in a file is of another kind.
-        other: What is said of such a file; ends with the command for it.
+        schema: The class of its contents.
+        expand: Function that expands its grid; raises RequestError for an invalid value.
+        new: Default contents of a file that is built from keywords.
+        is_other: Function that checks whether a file's contents are of another kind.
+        other: Message about a file of another kind; ends with the command for it.
     """
 
     schema: type[S]
@@ -69,7 +69,7 @@ class FileKind(Generic[S]):
 
     @property
     def keys(self) -> list[str]:
-        """Name the keys under `parameters`."""
+        """The keys under `parameters`."""
         parameters: Any = self.schema.model_fields["parameters"].annotation
         return list(parameters.model_fields)
 
@@ -80,16 +80,16 @@ def load_experiment(
     """Read and check an experiment.
 
     Args:
-        given: The file, or what stands for one.
-        settings: Keys of the file with their values, as `with_settings` takes them.
-        count: Counts the parts of a cell's model, of which `layer: {value: all}` asks for all; None
+        given: The file, a model's name, a dict, or None.
+        settings: Keys of the file with their values, as for `with_settings`.
+        count: Function that counts the parts of a cell's model, for `layer: {value: all}`; None
             where the experiment is only checked.
 
     Returns:
-        What is asked for.
+        The request.
 
     Raises:
-        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
+        ExperimentError: The file is missing, is not YAML, or has unknown contents.
     """
     asked = read_input(given, settings or {}, REMOVALS)
     asked.file._count = count
@@ -97,7 +97,7 @@ def load_experiment(
 
 
 def names_model(given: Given) -> bool:
-    """Say whether what is given names a model: it is no YAML file, and no other file but GGUF."""
+    """Check whether an input names a model: a GGUF file, or no existing file and not YAML."""
     if given is None or isinstance(given, Mapping):
         return False
     path = Path(given)
@@ -109,7 +109,7 @@ def names_model(given: Given) -> bool:
 
 
 def with_model(given: Given, settings: Mapping[str, Any]) -> tuple[Given, dict[str, Any]]:
-    """Put a model that is given among the settings; ExperimentError where they name another one."""
+    """Move a model into the settings; raise ExperimentError where they name another one."""
     if given is None or isinstance(given, Mapping) or not names_model(given):
         return given, dict(settings)
     model = os.fspath(given)
@@ -119,7 +119,7 @@ def with_model(given: Given, settings: Mapping[str, Any]) -> tuple[Given, dict[s
 
 
 def read_input(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> ExperimentInput[S]:
-    """Read and check what is asked for, as `load_experiment`, in a file of some kind."""
+    """Read and check a request of any kind of file, as `load_experiment` does."""
     given, settings = with_model(given, settings)
     path = None if given is None or isinstance(given, Mapping) else Path(given)
     raw: Any = given
@@ -157,7 +157,7 @@ def _checked(raw: Any, name: str, kind: FileKind[S]) -> S:
 
 
 def _refuse_shape(raw: Any, name: str, kind: FileKind[S]) -> None:
-    """Refuse what is no mapping, or has keys where they do not belong."""
+    """Raise ExperimentError if it is no mapping, or has keys at the wrong level."""
     if not isinstance(raw, dict):
         raise ExperimentError(
             f"{name} holds no mapping; an experiment file starts with 'method: grid'"
@@ -174,7 +174,7 @@ def _refuse_shape(raw: Any, name: str, kind: FileKind[S]) -> None:
 
 
 def _written(said: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Write what a file would hold, and read it as it is read there."""
+    """Write contents as YAML, and read them back as from a file."""
     try:
         text = yaml.safe_dump(dict(said), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -188,16 +188,16 @@ def _written(said: Mapping[str, Any], name: str) -> tuple[Any, str]:
 def with_settings(
     raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[S]
 ) -> dict[str, Any]:
-    """Make an experiment of keywords, or change what one says.
+    """Build an experiment from keywords, or change one by keywords.
 
     Args:
-        raw: What stands in a file; None for nothing.
-        settings: Keys of the file with their values, or a list of values each; None is not said,
-            and takes back what `raw` says. `limit` and `sample` take each other's place.
-        kind: Which kind of file; without one, all that is not said is as its `new` says.
+        raw: The contents of a file; None for no file.
+        settings: Keys of the file with a value or a list of values; None removes the key from
+            `raw`. `limit` and `sample` replace each other.
+        kind: The kind of file; its `new` holds the defaults where `raw` is None.
 
     Returns:
-        What the file would hold.
+        The contents of the file.
     """
     made = dict(kind.new if raw is None else raw)
     said = made.get("parameters")
@@ -212,14 +212,14 @@ def with_settings(
             made[name] = value
         elif raw is not None:
             parameters.pop(name, None)
-    if raw is None:  # whoever said what first, it is one file
+    if raw is None:  # the order of keywords must not change the file
         order = {key: place for place, key in enumerate(kind.keys)}
         parameters = dict(sorted(parameters.items(), key=lambda one: order.get(one[0], len(order))))
     return {**made, "parameters": parameters}
 
 
 _INSTEAD = {"limit": "sample", "sample": "limit"}
-"""Which key of a file goes where another is given beside the file: both ask how many documents."""
+"""Setting → the file's key that it replaces, since both limit the documents."""
 _LISTS: Mapping[str, type | tuple[type, ...]] = {
     "removed": int,
     "include_path": str,
@@ -227,7 +227,7 @@ _LISTS: Mapping[str, type | tuple[type, ...]] = {
     "protect": (int, str),
     "among": (int, str),
 }
-"""Keys whose values are lists → of what."""
+"""Key whose values are lists → the type of their items."""
 
 
 def _as_in_the_file(name: str, value: object) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _as_in_the_file(name: str, value: object) -> dict[str, Any]:
 
 
 def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Write settings as `--set` takes them."""
+    """Yield settings in the form of `--set`."""
     for name, value in settings.items():
         said = _as_in_the_file(name, value)
         only = next(iter(said.values()), said)
@@ -257,13 +257,13 @@ def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _typed(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write the words that ask for it on the command line."""
+    """Return the arguments that request it on the command line."""
     sets = (word for each in _assignments(settings) for word in ("--set", each))
     return (*([] if path is None else [str(path)]), *sets)
 
 
 def _file_name(file: Any, text: str) -> str:
-    """Name the file in which an experiment is kept that was none; others have other names."""
+    """Return a unique file name for an experiment that was not given as a file."""
     first: Mapping[str, Any] = file.parameters.options
     name = file.name or f"{first['model'][0]}-{first['benchmark'][0]}"
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]
@@ -271,9 +271,9 @@ def _file_name(file: Any, text: str) -> str:
 
 
 def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
-    """Whether a file, or what stands for one, asks what to prune.
+    """Check whether an experiment requests searches, as for `tracker prune`.
 
-    ExperimentError where the file cannot be read.
+    A file that cannot be read raises ExperimentError.
     """
     given, settings = with_model(given, settings)
     raw = given if given is None or isinstance(given, Mapping) else read_yaml(Path(given))[0]
@@ -282,12 +282,12 @@ def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
 
 
 def is_of_searches(raw: object) -> bool:
-    """Check whether a file asks what to prune, as for `tracker prune`."""
+    """Check whether a file's contents request searches, as for `tracker prune`."""
     return "layer" not in _parameter_names(raw) and bool(_OF_SEARCHES & _parameter_names(raw))
 
 
 def is_of_removals(raw: object) -> bool:
-    """Check whether a file names what is removed, as for `tracker run`."""
+    """Check whether a file's contents name the removed layers, as for `tracker run`."""
     return "layer" in _parameter_names(raw) and not _OF_SEARCHES & _parameter_names(raw)
 
 
@@ -300,7 +300,7 @@ def _parameter_names(raw: object) -> set[Any]:
 
 
 def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
-    """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
+    """Raise ExperimentError for keys of W&B sweeps that an ablation study does not support."""
     if raw.get("method") in _NO_GRID:
         raise ExperimentError(
             f"'method': {raw['method']} searches for the best run and leaves the others out; here "

@@ -1,4 +1,4 @@
-"""Load what other Python packages add to tracker, by their entry points."""
+"""Load extensions of other Python packages by their entry points."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 def load_extensions(
     group: str, check: Callable[[object], Extension], reserved: Collection[str] = ()
 ) -> dict[str, Extension]:
-    """Load the extensions of a group; one that is broken is left out, with a warning of one line.
+    """Load the extensions of a group; broken ones are skipped with a warning of one line.
 
     Args:
         group: Entry-point group after `layer_tracker.`, such as `tracking`.
-        check: Returns the extension for what an entry point names, or raises TypeError or
-            ValueError with the reason why it is none.
-        reserved: Names that are taken by tracker itself.
+        check: Function that returns the extension for a loaded object, or raises TypeError or
+            ValueError with the reason.
+        reserved: Names that tracker itself uses.
 
     Returns:
         The extensions by the names of their entry points.
@@ -47,7 +47,7 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List the kinds of installed extensions with their names, and load none."""
+    """List the kinds and names of installed extensions without loading them."""
     points = entry_points()
     listed = []
     for kind in KINDS:
@@ -63,7 +63,7 @@ def _order(point: EntryPoint) -> tuple[str, str]:
 
 
 def describe_failure(point: EntryPoint, error: BaseException) -> str:
-    """Return one line that names an extension, its package and why it is left out."""
+    """Return one line with an extension's name, its package and why it is left out."""
     package = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
     lines = str(error).splitlines() or [""]
     reason = f"{type(error).__name__}: {lines[0]}"

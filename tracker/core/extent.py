@@ -1,4 +1,4 @@
-"""Which documents of a benchmark are meant: all or a half; of these the first, or some drawn."""
+"""Choose the documents of a benchmark: all or a half, the first or a random sample."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Part = Literal["calibration", "test"]
-"""Documents that choose what is pruned, and those that say what it costs: never the same ones."""
+"""Documents that choose what is pruned, and disjoint ones that measure what it costs."""
 DEFAULT_SEED = 1234
 """lm-eval's own default for the few-shot seed."""
 
 
 class Extent(BaseModel):
-    """How many documents of each task, in which order.
+    """The number of documents of each task, and their order.
 
-    A task has one random order a seed, for every model and in every folder, and a sample is its
-    beginning: a larger sample holds the smaller one.
+    A task has one random order per seed, for all models and folders. A sample is its beginning,
+    so a larger sample contains the smaller one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -44,11 +44,11 @@ class Extent(BaseModel):
 
     @property
     def size(self) -> float:
-        """The number of documents of each task; infinite for all, in whatever order."""
+        """The number of documents of each task; infinite for all."""
         return self.sample or self.limit or math.inf
 
     def of(self, task: str, documents: Sequence[int]) -> Sequence[int]:
-        """Choose the documents of a task that are meant, in the order in which they are measured.
+        """Choose a task's documents, in the order in which they are measured.
 
         `documents` are the numbers of all, ascending.
         """
@@ -63,19 +63,19 @@ EVERY = 10**9
 
 
 def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
-    """Put documents of a task into an order that is the same on every machine and for ever.
+    """Sort a task's documents into the random order of a seed, equal on every machine.
 
-    Some of them come in the order that they have among all. The tasks of a group are drawn
-    independently.
+    A subset keeps the order of the whole task. The tasks of a group are drawn independently.
     """
     return sorted(documents, key=lambda number: _lot(seed, task, number))
 
 
 @lru_cache(maxsize=256)
 def half(part: Part, seed: int, task: str, documents: int) -> tuple[int, ...]:
-    """Choose one half of a task's so many documents, ascending.
+    """Return the numbers of one half of a task's documents, ascending.
 
-    Calibration is the first half of the random order, test is the rest: one more of an odd number.
+    Calibration is the first half of the random order. Test is the rest, and has one document more
+    if the number is odd.
     """
     order = random_order(seed, task, range(documents))
     middle = documents // 2
@@ -83,10 +83,10 @@ def half(part: Part, seed: int, task: str, documents: int) -> tuple[int, ...]:
 
 
 def shuffled(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
-    """Put the documents of all tasks, given by their numbers, into one random order.
+    """Sort the documents of all tasks into one random order.
 
-    Each task's own documents come in its `random_order`, and every beginning holds, but for
-    chance, each task in proportion.
+    Each task's documents keep their `random_order`. Every beginning of the order holds the tasks
+    in proportion, up to chance.
     """
     every = [(task, number) for task, some in documents.items() for number in some]
     return sorted(every, key=lambda place: _lot(seed, *place))

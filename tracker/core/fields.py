@@ -1,6 +1,6 @@
-"""Types of the values that files and commands give, and the first problem of what they state.
+"""Define the types of values from files and commands, and report their first problem.
 
-Settings of lm-eval, transformers and chat templates are kept as canonical JSON, which can be
+Settings of lm-eval, transformers and chat templates are stored as canonical JSON, which can be
 compared and hashed.
 """
 
@@ -35,7 +35,7 @@ FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
 
 
 def _canonical(given: object) -> object:
-    """Read settings as YAML gives them, as W&B passes them on, or as lm-eval's users type them."""
+    """Return settings from YAML, W&B or lm-eval's `key=value` form as canonical JSON."""
     if isinstance(given, str):
         given = _typed(given)
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
@@ -86,7 +86,7 @@ def decoded(arguments: str | None) -> dict[str, Any]:
 
 
 def _written(name: str) -> str:
-    """Refuse what no file system holds; halves of characters are no text to pydantic."""
+    """Raise ValueError for a name with a null character, which no file system accepts."""
     if "\0" in name:
         raise ValueError("it holds a character that cannot be written")
     return name
@@ -101,7 +101,7 @@ Times = Annotated[int, Field(ge=2)]
 
 
 def _ascending(given: Any) -> Any:
-    """Take a list of layers as YAML and JSON give it."""
+    """Check a list of layers from YAML or JSON and sort it."""
     if not isinstance(given, list | tuple):
         raise ValueError(f"each value is a list of layers, such as [3, 17], not {short(given)}")
     if len(given) > MAX_LAYERS:
@@ -113,7 +113,7 @@ def _ascending(given: Any) -> Any:
 
 
 def several(given: Any) -> Any:
-    """Take one name, or several as a list, also as W&B writes one."""
+    """Return one name or a list of names, also in W&B's notation, as a tuple."""
     if isinstance(given, str) and given.startswith("["):
         with suppress(ValueError):
             given = json.loads(given.replace("'", '"'))
@@ -122,7 +122,7 @@ def several(given: Any) -> Any:
 
 
 def _one_benchmark(name: str) -> str:
-    """Refuse several where one is asked for."""
+    """Raise ValueError if a name lists several benchmarks."""
     if SEVERAL.fullmatch(name):
         several = ", ".join(part.strip() for part in name.split(","))
         raise ValueError(f"these are several; give one, or values: [{several}]")
@@ -135,11 +135,11 @@ QuestionText = Annotated[Name, AfterValidator(lambda text: str(question(text)))]
 Folders = Annotated[tuple[Name, ...], BeforeValidator(several)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 SEVERAL = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
-"""Names of benchmarks as lm-eval's command line takes several."""
+"""Several benchmarks separated by commas, as on lm-eval's command line."""
 
 
 class Strict(BaseModel):
-    """Settings that somebody wrote: no unknown field, no value of another type.
+    """Settings from a user, which refuse unknown fields and values of another type.
 
     The docstring of a field is the help of its option.
     """
@@ -162,7 +162,7 @@ def checked(
     prefix: str,
     gathered: Mapping[str, str] | None = None,
 ) -> M:
-    """Make a model of settings; RequestError with the `first_problem` where they are wrong."""
+    """Build a model from settings; raise RequestError with the `first_problem` if invalid."""
     try:
         return kind(**settings)
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""What a study found, as data that any page, terminal or file can set: answers, tables, charts.
+"""Define the results of a study: answers, tables and charts.
 
-Values are in the record's own units (fractions, nats); who shows them scales and rounds.
+Values are in the record's own units (fractions, nats); display code scales and rounds them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tracker.core.records import Place
 from tracker.core.tables import Table
 
 SEARCH = "search"
-"""The study of a finding of `tracker prune`."""
+"""The name of the study in findings of `tracker prune`."""
 
 
 class Line(Record):
-    """One curve: as many figures as the chart has places; None is a gap."""
+    """One curve, with a figure for each position of the chart; None is a gap."""
 
     name: Shown
     values: tuple[float | None, ...]
@@ -31,7 +31,7 @@ class Line(Record):
 
     @classmethod
     def of(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
-        """Make a curve of figures, with a band of their intervals; what is None is a gap."""
+        """Build a curve from figures, with a band of their intervals; None is a gap."""
         found = [figure or Estimate(None) for figure in figures]
         return cls(
             name=name,
@@ -42,20 +42,20 @@ class Line(Record):
 
 
 def gaps(values: Iterable[float]) -> tuple[float | None, ...]:
-    """Make a chart's values of figures: what is not finite is a gap."""
+    """Convert figures to a chart's values: those that are not finite become gaps."""
     return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
 class _Chart(Record):
     title: Shown
     x: str
-    """What the places or columns are."""
+    """The label of the positions or columns."""
     y: str
     unit: Unit
 
 
 class LineChart(_Chart):
-    """Curves over common places, such as layers or numbers of documents."""
+    """Curves over common positions, such as layers or numbers of documents."""
 
     kind: Literal["lines"] = "lines"
     places: tuple[float, ...]
@@ -69,50 +69,50 @@ class MapChart(_Chart):
 
     kind: Literal["map"] = "map"
     name: str
-    """What the values are."""
+    """The name of the values."""
     columns: tuple[int, ...]
     rows: tuple[Shown, ...]
     values: tuple[tuple[float | None, ...], ...]
     hovers: tuple[tuple[Shown, ...], ...] = ()
-    """What is said of each value, intervals and reasons included; empty for the value alone."""
+    """The hover text of each value, with intervals and reasons; empty for the value alone."""
     shown: tuple[tuple[bool, ...], ...] = Field((), exclude_if=lambda rows: not rows)
-    """Which values are shown to be other than 0; all others are open. Empty where nobody asked."""
+    """True for values that provably differ from 0; all others are open. Empty if not tested."""
     shown_by: str = Field("", exclude_if=lambda text: not text)
-    """What is shown, and with which confidence."""
+    """The statement behind `shown`, with its confidence."""
 
 
 FoundChart = LineChart | MapChart
 
 
 class FindingRecord(Record):
-    """What one study says of one experiment."""
+    """Result of one study of one experiment."""
 
     study: str
     experiment: Shown
-    """The file's name."""
+    """The experiment file's name."""
     command: str = Field("", exclude_if=lambda text: not text)
-    """What finds it again, but for the file; empty for `tracker study STUDY`."""
+    """The command that computes it, without the file; empty for `tracker study STUDY`."""
     beside: str = Field("", exclude_if=lambda text: not text)
-    """What tells it from another answer of the study about the file, which stands beside it."""
+    """Suffix that distinguishes several findings of one study and file."""
     question: str
     answers: tuple[Shown, ...]
     """Sentences, the most important one first."""
     tables: tuple[Table, ...] = ()
     charts: tuple[FoundChart, ...] = Field(default=())
     lacking: tuple[Shown, ...] = ()
-    """What could not be said, and how to get it."""
+    """Statements that could not be made, and how to obtain them."""
     assumptions: tuple[Shown, ...] = ()
-    """What the statistics rest on, each with its source."""
+    """The assumptions of the statistics, each with its source."""
     rests_on: tuple[Place, ...] = ()
-    """The cells, their views, and how many documents of each."""
+    """The cells, their views, and the number of documents of each."""
 
     @property
     def again(self) -> str:
-        """What to type for today's answer."""
+        """The command that computes it again."""
         return f"{self.command or f'tracker study {self.study}'} {self.experiment}"
 
     @property
     def name(self) -> str:
-        """What tells it from other findings of a results folder."""
+        """The unique name among the findings of a results folder."""
         beside = f"--{self.beside}" if self.beside else ""
         return f"{self.study}--{self.experiment.removesuffix('.yaml')}{beside}"

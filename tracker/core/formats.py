@@ -1,4 +1,4 @@
-"""How figures are written for people, each unit once: numbers, intervals, p-values, changes."""
+"""Format numbers, intervals and p-values for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOSS_UNITS = {"bits_per_byte": "bits per byte", "ratio": "nats a token"}
 
 
 def fixed(value: float, digits: int) -> str:
-    """Round to some digits, with a true minus sign and no negative zero, such as `−0.25`."""
+    """Format with fixed decimals, a true minus sign and no negative zero, such as `−0.25`."""
     return f"{value:z.{digits}f}".replace("-", MINUS)
 
 
@@ -47,23 +47,23 @@ def p_value(p: float) -> str:
 
 
 def defined(value: float | None) -> TypeGuard[float]:
-    """Say whether a value can be shown: not None, NaN or infinite."""
+    """Check that a value is defined: not None, NaN or infinite."""
     return value is not None and math.isfinite(value)
 
 
 def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
-    """Write an interval, such as `1.2 to 4.0`; nothing when an end is undefined."""
+    """Write an interval, such as `1.2 to 4.0`; empty if an end is undefined."""
     return f"{write(low)} to {write(high)}" if defined(low) and defined(high) else ""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a unit is written.
+    """Format of a unit.
 
     Attributes:
-        write: Writes a record's figure, without the name.
-        scale: By what a record's figure is multiplied.
-        name: What stands in a column's head; empty where that says it.
+        write: Function that formats a record's figure, without the unit's name.
+        scale: Factor by which a record's figure is multiplied.
+        name: The unit's name in a column's head; empty for none.
     """
 
     write: Callable[[float], str]
@@ -71,7 +71,7 @@ class Form:
     name: str = ""
 
     def scaled(self, figure: float) -> float:
-        """Give a record's figure in the unit, unrounded."""
+        """Return a record's figure in this unit, unrounded."""
         # The 16th digit of a product is rounding: 100 × 0.07 is 7.000000000000001.
         return figure if self.scale == 1 else float(f"{self.scale * figure:.15g}")
 
@@ -91,7 +91,7 @@ WRITTEN: Mapping[Unit, Form] = {
     "nats": Form(partial(fixed, digits=3), name="nats"),
     "times": Form(three_digits),
 }
-"""Every unit."""
+"""Unit → its format."""
 
 
 def write(unit: Unit, figure: float) -> str:
@@ -102,9 +102,9 @@ def write(unit: Unit, figure: float) -> str:
 def with_interval(
     found: Estimate, write: Callable[[float], str] = two_digits, unit: str = ""
 ) -> str:
-    """Write a figure with its unit, and its interval, such as `0.66 (0.41 to 0.80)`.
+    """Write a figure with its unit and interval, such as `0.66 (0.41 to 0.80)`.
 
-    A dash where it is undefined.
+    An undefined figure is written as a dash.
     """
     if not defined(found.value):
         return DASH
@@ -118,14 +118,14 @@ def nats(figure: Estimate) -> str:
 
 
 NO_SCORE = "a document has no finite score"
-"""The reason of an undefined level, where nothing else gives one."""
+"""The reason of an undefined level that has no reason of its own."""
 
 
 def level_text(level: Estimate, unit: str) -> str:
     """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`.
 
-    The unit is `%` for an accuracy, else that of the loss. Where it is undefined, the reason is
-    written.
+    The unit is `%` for an accuracy, else that of the loss. An undefined level is written as its
+    reason.
     """
     if not defined(level.value):
         return f"undefined ({level.reason or NO_SCORE})"
@@ -140,8 +140,8 @@ def named_interval(
 
     Args:
         figure: The figure.
-        write: Writes both ends.
-        name: What they are.
+        write: Function that formats both ends.
+        name: The name of the interval.
 
     Returns:
         The interval, with a space before it; empty where there is none.
@@ -156,7 +156,7 @@ def about(number: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things, such as `1 layer` or `1,200 searches`; `noun` is one of them."""
+    """Write a number with its noun, such as `1 layer` or `1,200 searches`."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
 
@@ -166,15 +166,15 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a cell's metric is called in front of people, and how it is written.
+    """Names and formats of a cell's metric for display.
 
     Attributes:
-        level: What the metric is.
-        change: What a removal does to it, positive where what was removed mattered.
-        level_unit: What the unit of the level is called.
-        unit: What the unit of the change is called.
-        level_form: The unit of the level.
-        form: The unit of the change, written as the level is.
+        level: The name of the metric.
+        change: The name of its change by a removal; positive if the removed part mattered.
+        level_unit: The name of the level's unit.
+        unit: The name of the change's unit.
+        level_form: The format of the level.
+        form: The format of the change.
     """
 
     level: str
@@ -186,7 +186,7 @@ class Measure:
 
     @property
     def scale(self) -> float:
-        """By what a record's figure is multiplied."""
+        """The factor by which a record's figure is multiplied."""
         return WRITTEN[self.form].scale
 
     def write(self, figure: float) -> str:
@@ -200,7 +200,7 @@ class Measure:
         return with_interval(change, self.write, f" {self.unit}")
 
     def head(self, label: str) -> str:
-        """Head a column of levels or changes; the unit of a loss is a part of its label."""
+        """Return the head of a column of levels or changes; a loss's unit is part of its label."""
         return label if WRITTEN[self.form].name else f"{label} ({self.unit})"
 
 
@@ -208,7 +208,7 @@ ACCURACY = Measure("accuracy", "accuracy drop", "%", "pp", "percent", "points")
 
 
 def measure_of(cell: CellRecord) -> Measure:
-    """Say what a cell measures: accuracy in percentage points, or a loss in its own unit."""
+    """Return a cell's measure: accuracy in percentage points, or a loss in its own unit."""
     if cell.higher_is_better:
         return ACCURACY
     how = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
@@ -220,7 +220,7 @@ def measure_of(cell: CellRecord) -> Measure:
 
 
 def listed(words: Sequence[str], joint: str = "and") -> str:
-    """Put words in a row: `a, b and c`."""
+    """Join words into an enumeration: `a, b and c`."""
     *others, last = words or [""]
     return f"{', '.join(others)} {joint} {last}" if others else last
 

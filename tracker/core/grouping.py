@@ -1,4 +1,4 @@
-"""Putting together what has the same key."""
+"""Group items by a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Put together what has the same key: key → its items, all in order."""
+    """Group items by a key: key → its items, both in order of appearance."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

@@ -1,7 +1,7 @@
-"""The Hugging Face hub as seen from here: whether it answers at all, and what its refusals mean.
+"""Check that the Hugging Face hub answers, and explain its errors.
 
-Its client tries again and again, for minutes where there is no internet. So it is asked once in a
-process, briefly; where it does not answer, everything works from what is on this machine.
+The hub's client retries for minutes without internet. So each process tests the hub once, with a
+short timeout. If it does not answer, everything works from local files.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any
 from tracker.core.errors import attempt
 
 SECONDS = 5
-"""That the hub may take to answer at all."""
+"""Timeout of a request to the hub."""
 _TOKEN = "set HF_TOKEN to a token of yours"
 FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', like gpt2 or org/model"
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot be the name of anything on the hub, with a ValueError that shows one."""
+    """Raise ValueError for a name that no repository on the hub can have."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
     try:
-        hf_hub_url(name, "config.json")  # it checks the name, and asks nobody
+        hf_hub_url(name, "config.json")  # checks the name without a request
     except HFValidationError:
         raise ValueError(FORM) from None
 
 
 def unreachable() -> str:
-    """Say why the hub does not answer; empty when it does.
+    """Return the reason why the hub does not answer; empty if it does.
 
-    Where it does not, the libraries are told to work offline from here on.
+    Without an answer, the libraries are set to work offline from now on.
     """
     if not _given_up:
         _look()
@@ -41,12 +41,12 @@ def unreachable() -> str:
 
 
 def ask(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
-    """Ask the hub once for a file of a repository, which its client would do again and again.
+    """Request a file's metadata from the hub once, without the client's retries.
 
-    Where it refuses for now only, it is given up, so that what is on this machine is used. Raises
-    what the client raises when there is no such repository or it is not for all.
+    After a temporary error, the hub is not used any more and local files are used instead. Raises
+    the client's exception if the repository does not exist or is not public.
 
-    `kind` is `model` or `dataset`; `file` may be in it or not.
+    `kind` is `model` or `dataset`; `file` need not exist.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -63,12 +63,12 @@ def ask(name: str, file: str, revision: str | None = None, kind: str = "model") 
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-"""What tells huggingface_hub to ask nobody, in its order."""
+"""Environment variables that set huggingface_hub offline, in its order."""
 
 
 @cache
 def _look() -> None:
-    """Ask the hub's own address, once, and give it up where it does not answer."""
+    """Test the hub's address once, and stop using the hub if it does not answer."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -82,7 +82,7 @@ def _look() -> None:
 
 
 _given_up: list[str] = []
-"""Why the hub is not asked any more in this process."""
+"""Reasons why this process does not use the hub any more."""
 
 
 def _give_up(why: str) -> None:
@@ -98,7 +98,7 @@ def _give_up(why: str) -> None:
 
 
 def _busy(error: BaseException) -> bool:
-    """Whether the hub refused for now only: its limits, its own trouble, or no answer in time."""
+    """Check whether an error is temporary: a rate limit, a server error or a timeout."""
     from huggingface_hub.errors import HfHubHTTPError
 
     answers = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
@@ -107,9 +107,9 @@ def _busy(error: BaseException) -> bool:
 
 
 def refusal(name: str, error: BaseException, page: str = "") -> str:
-    """Say what the hub's refusal means, and what to do; empty when the hub refused nothing.
+    """Explain an error of the hub and what to do; empty if the hub did not cause it.
 
-    `page` is where it stands on the hub; a model stands at its name.
+    `page` is the repository's path on the hub; for a model it is the name.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
@@ -132,7 +132,7 @@ def refusal(name: str, error: BaseException, page: str = "") -> str:
 
 
 def _causes(error: BaseException | None) -> Any:
-    """Walk from an error to what it was raised from."""
+    """Yield an error and the chain of its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

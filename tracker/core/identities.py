@@ -1,4 +1,4 @@
-"""Which model, and which benchmark: what an outcome depends on."""
+"""Define what identifies a model and a benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tracker.core.extent import Part, half
 from tracker.core.text import harmless
 
 _CUT = 40
-"""Characters of a setting that a label shows."""
+"""Maximum number of characters of a setting in a label."""
 
 
 class Record(BaseModel):
@@ -23,35 +23,35 @@ class Record(BaseModel):
 HALF = ("bfloat16", "float16")
 """Names of half precision, as models state their dtype."""
 Shown = Annotated[str, AfterValidator(harmless)]
-"""What somebody chose and others read: on a terminal, on a page, in a tracker."""
+"""Text from a user that is shown to others, on a terminal, a page or in a tracker."""
 
 
 class ModelIdentity(Record):
-    """Which weights were measured."""
+    """Identity of the measured weights."""
 
     source: Shown
-    """What the user typed: a hub id, a folder, a GGUF file or `package:NAME`."""
+    """The source as typed: a hub id, a folder, a GGUF file or `package:NAME`."""
     name: Shown
     """A short readable name, e.g. `SmolLM2-135M-Instruct`."""
     revision: Shown | None
     """The hub's commit, or None for files."""
     fingerprint: str
-    """SHA-256 of the files, or the hub's commit: what decides the weights and the tokenizer."""
+    """SHA-256 of the files, or the hub's commit, which fixes the weights and the tokenizer."""
     architecture: Shown
     layers: int
     parameters: int
     dtype: str
     arguments: dict[str, Shown] = {}
-    """How it was loaded, in lm-eval's words; the fingerprint covers it."""
+    """Loading arguments under lm-eval's names; the fingerprint covers them."""
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells models apart where people read: name, fingerprint and dtype."""
+        """The key that distinguishes models for display: name, fingerprint and dtype."""
         return (self.name, self.fingerprint, self.dtype)
 
     @property
     def is_half(self) -> bool:
-        """Whether it computes in half precision, where rounding decides some documents."""
+        """True if it computes in half precision, where rounding decides some documents."""
         return self.dtype in HALF
 
 
@@ -61,10 +61,10 @@ class Half(Record):
     part: Part
     seed: int
     of: int
-    """How many documents both have together."""
+    """Number of documents of both halves together."""
 
     def numbers(self, task: str) -> Sequence[int]:
-        """Which documents of the task these are, ascending, as lm-eval counts them."""
+        """Return the half's document numbers in the task, ascending, as lm-eval counts them."""
         return half(self.part, self.seed, task, self.of)
 
 
@@ -76,51 +76,51 @@ class TaskIdentity(Record):
     split: str
     """The split whose documents are scored; `all` for a corpus file."""
     documents: int
-    """How many documents there are, of the split or its half (not how many were measured)."""
+    """Number of documents of the split or its half, measured or not."""
     half: Half | None = Field(None, exclude_if=lambda half: half is None)
-    """Which half of the split is scored; None = all of it."""
+    """The half of the split that is scored; None = all of it."""
     fingerprint: str
     """SHA-256 of the task's configuration and of its documents; of a corpus's texts."""
     metrics: dict[str, str]
-    """Every metric of the task, and how it is aggregated: `mean`, lm-eval's other names (`f1`, …),
-    or `ratio` where every document brings a pair [sum, units] and both are summed."""
+    """Metric → its aggregation: `mean`, lm-eval's other names (`f1`, …), or `ratio` where every
+    document has a pair [sum, units] and both are summed."""
     higher_is_better: dict[str, bool] = {}
-    """Which way each metric is better, as lm-eval says; higher where nothing is said."""
+    """Metric → True if higher is better, as in lm-eval; the default is True."""
 
     @property
     def numbers(self) -> Sequence[int]:
-        """The documents that there are, ascending, as lm-eval counts them."""
+        """The numbers of all documents, ascending, as lm-eval counts them."""
         return range(self.documents) if self.half is None else self.half.numbers(self.name)
 
 
 class BenchmarkIdentity(Record):
-    """Which documents were scored, and how they were put to the model."""
+    """Identity of the scored documents and of their prompts."""
 
     name: Shown
     tasks: tuple[TaskIdentity, ...]
     data: Shown
-    """Where the documents came from: `hub`, a folder, `package:NAME`, or a corpus's file."""
+    """Source of the documents: `hub`, a folder, `package:NAME`, or a corpus's file."""
     num_fewshot: int
     seed: int | None
-    """Of few-shot examples and of halves; None when neither is drawn."""
+    """Seed of few-shot examples and of halves; None if neither is drawn."""
     apply_chat_template: bool
     primary_metric: str
     """The metric that the benchmark's field reports."""
     weight_by_size: bool = True
-    """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
+    """True if a group's accuracy weights tasks by their documents, as in lm-eval."""
     settings: dict[str, Shown] = {}
-    """What else was said under lm-eval's names and changes an outcome, as text or JSON."""
+    """Other settings under lm-eval's names that change an outcome, as text or JSON."""
     found_by: dict[str, Shown] = {}
-    """What it takes to find the benchmark again, where its name alone does not: the task's file,
-    `include_path` and `metadata`. No outcome depends on it."""
+    """Settings that locate the benchmark besides its name: the task's file, `include_path` and
+    `metadata`. No outcome depends on them."""
 
     @property
     def documents(self) -> int:
-        """Count the documents that there are, of all tasks."""
+        """The number of documents of all tasks, measured or not."""
         return sum(task.documents for task in self.tasks)
 
     def sample_of(self, documents: int) -> int:
-        """Return the `sample`, which counts for each task, that draws so many documents or all."""
+        """Return the smallest `sample` per task that draws this number of documents, or all."""
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
         enough = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)
@@ -128,7 +128,7 @@ class BenchmarkIdentity(Record):
 
     @property
     def title(self) -> str:
-        """The name where people read it, with the part: `arc_easy (calibration half)`."""
+        """The name for display, with the part: `arc_easy (calibration half)`."""
         part = self.settings.get("part")
         if part is None:
             return self.name
@@ -139,6 +139,6 @@ class BenchmarkIdentity(Record):
 
     @property
     def said(self) -> str:
-        """The settings in one line, long ones cut; empty without any."""
+        """The settings in one line, with long values cut; empty if there are none."""
         cut = {n: v if len(v) <= _CUT else f"{v[:_CUT]}…" for n, v in self.settings.items()}
         return ", ".join(f"{name}={value}" for name, value in cut.items())

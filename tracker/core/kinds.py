@@ -1,7 +1,7 @@
-"""What can be done to a layer: each way with its word, what it is, and its look in charts.
+"""Define the interventions and how charts draw them.
 
-A new way of changing a layer is a word of `Intervention`, an `Action` and an entry of `KINDS`.
-Formats of weights, also those of other packages, are words of both by themselves.
+A new intervention needs a word in `Intervention`, an `Action` and an entry in `KINDS`. Formats of
+weights, also those of other packages, are added to both automatically.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 from tracker.core.weight_formats import FORMATS
 
 SearchUnit = Literal["layer", "attention", "mlp", "head", "kv_head", "expert"]
-"""What a search removes: whole layers, one of their two sublayers, or one of several parts."""
+"""Units that a search removes: whole layers, sublayers, heads or experts."""
 Component = Literal[SearchUnit, "shared_expert", "linear"]
-"""What of a layer is changed: all of it, one of its two sublayers, one attention head, all heads
-that share keys and values, one routed expert, the experts that every token passes, or one linear
-map, which has a name."""
+"""The changed component of a layer: all of it, one of its two sublayers, one attention head, all
+heads that share keys and values, one routed expert, the experts that every token passes, or one
+named linear map."""
 NUMBERED: tuple[Component, ...] = ("head", "kv_head", "expert")
 """Components of which a layer has several, by their number, 0-based."""
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 else:
     _FIRST = ("remove", "mean", "scale", "linear", "int8", "int4", "repeat")
     Intervention = Literal[tuple(dict.fromkeys((*_FIRST, *FORMATS)))]
-"""What is done to a layer: it is removed, something stands in its place, it is passed again, or its
-weights are those of a format."""
+"""The intervention on a layer: it is removed, replaced or repeated, or its weights are rounded to a
+format."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 UNITS: tuple[Component, ...] = ("layer", "attention", "mlp")
 """Whole layers, and the two sublayers that each has."""
@@ -36,7 +36,7 @@ INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 
 
 class Action(Enum):
-    """What an ablation does at one layer: nothing, a removal, or an intervention."""
+    """Action of an ablation at one layer: none, a removal, or another intervention."""
 
     PASS = "pass"
     SKIP = "skip"
@@ -51,25 +51,25 @@ class Action(Enum):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether something that was fitted on calibration text stands in for the layer."""
+        """True if the layer has a replacement that was fitted on calibration text."""
         return self.value in KINDS and KINDS[self.value].fitted
 
     @property
     def enters(self) -> bool:
-        """Whether the layer's own modules compute it."""
+        """True if the layer's own modules are computed."""
         return self is not Action.SKIP and not self.is_fitted
 
 
 @dataclass(frozen=True)
 class KindLook:
-    """Runs of one kind, as they are called and drawn.
+    """Names, colour and symbol of the runs of one kind.
 
     Attributes:
-        what: What is removed, or what stands in the layer's place, where people read it.
-        colour: Of its points; a mid-tone, legible on white and on black.
-        mark: Their symbol, one of plotly's.
-        fitted: Whether what stands in was fitted on calibration text.
-        many: What several of a layer's, or of a model's, are called; empty where they are layers.
+        what: The removed part, or the layer's replacement, for display.
+        colour: The colour of its points: a mid-tone, legible on white and on black.
+        mark: The symbol of its points, one of plotly's.
+        fitted: True if the replacement was fitted on calibration text.
+        many: The plural of the part; empty for whole layers.
     """
 
     what: str
@@ -104,11 +104,11 @@ KINDS: Mapping[str, KindLook] = {
         )
     },
 }
-"""Every component that is removed and every intervention by its word."""
+"""Word of a removed component or an intervention → its look."""
 REPLACED_BY: Mapping[Intervention, str] = {
     word: KINDS[word].what for word in INTERVENTIONS if word != "remove"
 }
-"""What stands in a layer's place where it is not removed."""
+"""Intervention other than removal → the layer's replacement, for display."""
 MAPS = ("attention", "mlp")
 """Names for several linear maps of a layer: all of its attention, or of its MLP."""
 ENDS = ("embedding", "lm_head")

@@ -1,8 +1,7 @@
-"""Parts of a model and kinds of its layers, as its configuration states them.
+"""Count a model's layers, heads and experts, and find its layers of a kind.
 
-A configuration states the kinds of layers, such as `sliding_attention` or `mamba`, in a list of
-words, one for each layer, that stands in its file or that its class computes from a layer's number.
-Every model has `odd` and `even` layers.
+A configuration names the kind of each layer, such as `sliding_attention` or `mamba`, in a list.
+The list is in its file, or its class computes it. Every model has `odd` and `even` layers.
 """
 
 from __future__ import annotations
@@ -20,28 +19,28 @@ from tracker.core.errors import ExperimentError, ModelError, did_you_mean
 from tracker.core.kinds import ENDS, KINDS, MAPS, Component
 
 ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
-"""What configurations call how many routed experts a layer has."""
+"""Names in configurations of the number of routed experts of a layer."""
 CHOSEN = (
     *("moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token"),
     "top_k_experts",
 )
-"""What they call to how many of them a token goes."""
+"""Names in configurations of the number of experts of a token."""
 _ONE_EXPERTS = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 CONTROLS = 40
-"""Sets of each size that are drawn: as few as leave a two-sided p below 5 %."""
+"""Number of random sets of each size: the fewest with a two-sided p below 5 %."""
 
 
 class ModelParts(NamedTuple):
-    """What a model has.
+    """Numbers of a model's parts.
 
     Attributes:
-        layers: How many layers.
-        head: How many attention heads a layer has; None where that is not said.
-        kv_head: How many groups of heads share keys and values; the same.
-        of_kind: The layers of the kinds that are asked for; None for layers of any kind.
-        expert: How many routed experts a layer has that has some; None where that is not said.
-        maps: The names of each layer's linear maps; None where nobody asked.
+        layers: Number of layers.
+        head: Number of attention heads of a layer; None if the configuration does not give it.
+        kv_head: Number of groups of heads that share keys and values; None as for `head`.
+        of_kind: The layers of the requested kinds; None for layers of any kind.
+        expert: Number of routed experts of a layer that has some; None as for `head`.
+        maps: The names of each layer's linear maps; None if they were not determined.
     """
 
     layers: int
@@ -52,13 +51,13 @@ class ModelParts(NamedTuple):
     maps: tuple[tuple[str, ...], ...] | None = None
 
     def numbered(self, component: Component) -> int | None:
-        """Count the parts of a layer that have numbers."""
+        """Return the number of a layer's heads, groups of heads or experts; None if unknown."""
         found: int | None = getattr(self, component)
         return found
 
 
 def experts_of_a_token(config: Any) -> int:
-    """Say to how many routed experts a token goes by a text model's configuration; 0 for none."""
+    """Return the number of routed experts of each token by the configuration; 0 for none."""
     count, chosen = (
         next((each for name in names if isinstance(each := getattr(config, name, None), int)), 0)
         for names in (ROUTED, CHOSEN)
@@ -67,19 +66,19 @@ def experts_of_a_token(config: Any) -> int:
 
 
 def one_experts(map_name: str) -> tuple[str, int] | None:
-    """Part `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None where it has none."""
+    """Split `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None without a number."""
     found = _ONE_EXPERTS.fullmatch(map_name)
     return (f"{found[1]}.{found[3]}", int(found[2])) if found else None
 
 
 Counting = Callable[[CellRequest, Collection[str]], ModelParts]
-"""Counts the parts of a request's model, and finds its layers of some kinds."""
+"""Function that counts the parts of a request's model and finds its layers of some kinds."""
 
 
 def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Name all layers, heads or experts, where a request names none.
+    """Fill in all layers, heads, experts or linear maps where a request names none.
 
-    ExperimentError where the configuration does not say how many there are.
+    If the configuration does not give their number, ExperimentError is raised.
     """
     found: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:
@@ -108,7 +107,7 @@ def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
 
 
 def _with_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """Add sets of layers of a kind, and drawn ones; None where neither is asked for."""
+    """List the changes with sets of one kind and random sets; None if neither is requested."""
     spans = [span for span in changes.spans if span > 1]
     removing = "remove" in changes.interventions and "layer" in changes.components
     if not (spans and removing and (changes.control or parts.of_kind is not None)):
@@ -136,7 +135,7 @@ def _with_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
 
 
 def _with_all_maps(changes: Changes, parts: ModelParts) -> Changes:
-    """Name all linear maps of the layers that are asked for."""
+    """Fill in all linear maps of the requested layers."""
     if parts.maps is None:
         raise ExperimentError(
             "which linear maps its layers have is not known here; name them by 'map'"
@@ -162,7 +161,7 @@ def _with_all_maps(changes: Changes, parts: ModelParts) -> Changes:
 def _drawn(
     free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Draw sets of each size that are not asked for already, each once, as many as there are."""
+    """Yield up to `CONTROLS` random sets of each size, each once and none already requested."""
     for span in spans:
         draw = random.Random(f"control/{seed}/{span}")
         found: set[tuple[int, ...]] = set()
@@ -174,7 +173,7 @@ def _drawn(
 
 
 def check_parts(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError for a layer, a head or an expert that the model has not."""
+    """Raise ExperimentError for a layer, head, expert or map that the model does not have."""
     changes = request.changes
     for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
@@ -201,7 +200,7 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
 
 
 LISTS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
-"""Of a configuration: what each layer is, each in words of its own."""
+"""Names of the lists in configurations that give the kind of each layer."""
 HALVES = ("even", "odd")
 """Kinds that every model has: layers 0, 2, …, and 1, 3, …."""
 
@@ -210,7 +209,7 @@ def kinds_of(config: Any) -> Mapping[str, tuple[int, ...]]:
     """List the kinds of layers that a configuration names.
 
     Args:
-        config: Of the text model, as transformers reads it.
+        config: The text model's configuration, as transformers reads it.
 
     Returns:
         Kind → its layers, 0-based, ascending. A layer may be of several kinds: Jamba's are
@@ -229,17 +228,17 @@ def kinds_of(config: Any) -> Mapping[str, tuple[int, ...]]:
 
 
 def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
-    """Find the layers that are of one of some kinds.
+    """Return the layers of the given kinds.
 
     Args:
-        config: Of the text model, as transformers reads it.
+        config: The text model's configuration, as transformers reads it.
         words: The kinds, as the configuration names them; or `odd`, `even`.
 
     Returns:
         The layers, 0-based, ascending.
 
     Raises:
-        ModelError: The model has no such kind; names those that it has.
+        ModelError: The model has no such kind; the message lists its kinds.
 
     Examples:
         >>> from types import SimpleNamespace

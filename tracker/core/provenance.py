@@ -1,4 +1,4 @@
-"""What a reader needs to repeat a measurement: hashes, versions, the machine."""
+"""Record hashes, versions and the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pathlib import Path
 from tracker.core.distribution import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
-"""The packages besides tracker itself that can change a number, as pip calls them."""
+"""Packages besides tracker that can change a number, under their names for pip."""
 _HARDWARE = ("platform", "device", "accelerator")
 _STACK = ("tracker", *(name for name in PACKAGES if name != "tokenizers"), *_HARDWARE)
-"""What else can: tracker, the kind of the processor, the device and its make; tokens have
-digests."""
+"""Everything that can change a number: packages, processor, device and its make. Tokenizers are
+compared by digests of tokens instead."""
 
 SAME_VERSIONS = "the same versions"
 _READERS = ("transformers", "tokenizers", "lm-eval")
-"""What decides as which tokens a text is read."""
+"""Packages that decide the tokens of a text."""
 
 WEIGHTS = "weights"
-"""Under this it stands in which format of fewer bits the checkpoint keeps them; where it does."""
+"""Key of the checkpoint's quantised format, where it has one."""
 TOKENISATION = "tokenisation"
-"""The digest of a text's tokens, which is equal where texts are read as the same tokens."""
+"""Key of the digest of a text's tokens, which is equal for equal tokens."""
 
 
 def package_versions() -> dict[str, str]:
-    """Look up the versions of the packages that can change a number; `not installed` if none."""
+    """Return the versions of tracker and `PACKAGES`; `not installed` for absent ones."""
     return {"tracker": __version__, **{name: _version(name) for name in PACKAGES}}
 
 
@@ -44,7 +44,7 @@ def _version(package: str) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Describe the machine in words that identify nobody."""
+    """Return Python version, platform and cores, which identify no person or host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
@@ -54,15 +54,15 @@ def machine() -> dict[str, str]:
 
 
 def united(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Put together who measured the parts of something: where they differ, every value."""
+    """Merge the provenances of several parts; values that differ are all listed."""
     names = dict.fromkeys(name for each in found for name in each)
     return {n: ", ".join(sorted({each[n] for each in found if n in each})) for n in names}
 
 
 def differences(found: Sequence[Mapping[str, str]]) -> str:
-    """Say in what, that can change a number, the parts of something were measured differently.
+    """List the differences between provenances that can change a number.
 
-    For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty where nothing differs.
+    For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty if nothing differs.
     """
     parts = [{n: each.get(n, "unknown").partition(":")[0] for n in _STACK} for each in found]
     differing = (n for n in _STACK if len({part[n] for part in parts}) > 1)
@@ -70,24 +70,24 @@ def differences(found: Sequence[Mapping[str, str]]) -> str:
 
 
 def readers(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """Name the versions of what reads texts, of those that differ from another measurement's."""
+    """List the tokenising packages whose versions differ from another measurement's."""
     differing = [n for n in _READERS if n in stack and stack[n] != other.get(n)]
     return ", ".join(f"{n} {stack[n]}" for n in differing) or SAME_VERSIONS
 
 
 def reads_otherwise(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Check whether two measurements state that they read one text as different tokens."""
+    """Check whether two measurements record different tokens for the same text."""
     return len({stack.get(TOKENISATION), other.get(TOKENISATION)} - {None}) > 1
 
 
 def content_hash(value: object) -> str:
-    """Hash a value's canonical JSON to SHA-256 in hexadecimal; other objects count by `str`."""
+    """Return the SHA-256 of a value's canonical JSON in hexadecimal; objects use `str`."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hash(paths: Iterable[Path]) -> str:
-    """Hash files in any order, by bytes and the last part of each name; SHA-256 in hexadecimal."""
+    """Return the SHA-256 of files' names and contents in hexadecimal, in any order."""
     digest = hashlib.sha256()
     for name, content in sorted((path.name, _digest(path)) for path in paths):
         digest.update(name.encode() + b"\0" + content)
@@ -100,9 +100,9 @@ def _digest(path: Path) -> bytes:
 
 
 def file_stamp(paths: Iterable[Path | os.DirEntry[str]]) -> list[tuple[str, int, int]]:
-    """Describe files without reading them: enough to notice that one has changed.
+    """Return path, size in bytes and modification time in ns of each file, sorted.
 
-    (path, size in bytes, modification time in ns) of each, sorted.
+    This suffices to notice a changed file without reading it.
     """
     stats = [(path, path.stat()) for path in paths]
     return sorted((os.fspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -1,12 +1,13 @@
-"""The proxies: cheap figures that are to tell what removing a layer or an expert costs.
+"""Define the proxies: cheap estimates of the cost of removing a layer or an expert.
 
-A proxy with `observe` is measured while the intact model answers: it takes the residual stream
-before and after a layer and answers per token, whatever the model computes in: the update in
-float32, the cosine in float64 (in float32 on a device without float64, Apple's), since a
-layer that turns a token by 1e-4 has a cosine of 1 - 5e-9, which float32 calls 1. Which tokens are
-averaged is the caller's: each document's context plus gold continuation, once, never padding. A
-token whose hidden state is all zeros has no direction, so its figures are NaN and so is every mean
-that includes it; torch's own cosine would call it 0, "turned by a right angle".
+A proxy with `observe` is measured during the intact model's forward pass: from the residual stream
+before and after a layer, it computes a figure per token. The model's dtype does not matter: the
+update is in float32, the cosine in float64 (float32 on devices without float64, such as Apple's). A
+layer that turns a token by 1e-4 has a cosine of 1 - 5e-9, which float32 rounds to 1.
+
+The caller selects the averaged tokens: each document's context plus gold continuation, once, never
+padding. A token whose hidden state is all zeros has no direction, so its figures are NaN, and so is
+every mean that includes it. torch's own cosine would be 0, a right angle.
 
 Those of experts are sums over the tokens that a router sends to them, which
 `engine/observers/layer_proxies.py` observes of the experts that are taken out.
@@ -122,24 +123,24 @@ def _directions(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Proxy:
-    """A cheap figure of a layer or an expert; larger = it is to matter more.
+    """A cheap estimate of the importance of a layer or an expert; larger = more important.
 
     Attributes:
         name: Its name in code: of the field, the column, the metric.
-        label: What people call it.
-        unit: Its unit, or what it is in short.
-        formula: What is averaged, of a layer's input x_in and output x_out.
-        source: Where it comes from; empty where nobody claims it.
-        passes: Forward passes through the whole model, a document, that it takes of all layers
-            together; None where every layer is removed for it, as for the drop itself.
-        observe: Each token's figure `[..., tokens]`, of a layer's input and output
-            `[..., tokens, hidden]`; None where it takes more than these.
-        per_token: What is made of that before it is averaged; None where it is averaged itself.
-        complement_of: The name of what `observe` gives, where the proxy is 1 minus its mean.
-        strategy: The strategy that prunes by it; empty where there is none.
-        component: Of which part of the model it is.
-        over: The name of the proxy of an expert that counts the tokens which it is averaged over;
-            empty for all tokens.
+        label: Its name for display.
+        unit: Its unit, or a short description of it.
+        formula: Its formula in a layer's input x_in and output x_out.
+        source: Its publication; empty if there is none.
+        passes: Forward passes through the whole model per document, for all layers together; None
+            where every layer is removed for it, as for the drop itself.
+        observe: Function of a layer's input and output `[..., tokens, hidden]` that returns each
+            token's figure `[..., tokens]`; None where it needs more than these.
+        per_token: Function applied to each token's figure before averaging; None for no function.
+        complement_of: The name of the figure of `observe`, where the proxy is 1 minus its mean.
+        strategy: The strategy that prunes by it; empty if there is none.
+        component: The part of the model that it describes.
+        over: For an expert's proxy, the name of the proxy that counts the tokens of its mean; empty
+            for all tokens.
     """
 
     name: str
@@ -162,25 +163,25 @@ class Proxy:
 
     @property
     def headings(self) -> dict[str, str]:
-        """What is shown of it, by name: itself, and before it what it is 1 minus of."""
+        """Name → heading: of the proxy, preceded by the figure that it is the complement of."""
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
 
     @property
     def column(self) -> str:
-        """What of it is kept of a document: what is observed, summed over its tokens."""
+        """The ledger's column of a document's observed figures, summed over its tokens."""
         return f"{self.complement_of or self.name}_sum"
 
     def of(self, observed: Array) -> Array:
-        """The proxy, of what is observed or of means of it."""
+        """Compute the proxy from observed figures or their means."""
         return 1 - observed if self.complement_of else observed
 
     def averaged(self, seen: Tensor) -> Tensor:
-        """What is averaged over tokens, of what `observe` gives."""
+        """Compute each token's figure for averaging from the result of `observe`."""
         return seen if self.per_token is None else self.per_token(seen)
 
     def of_token(self, before: Tensor, after: Tensor) -> Tensor:
-        """The proxy of each token, of a layer's input and output."""
+        """Compute the proxy of each token from a layer's input and output."""
         assert self.observe is not None
         return self.of(self.averaged(self.observe(before, after)))
 
@@ -258,11 +259,11 @@ _RESERVED = re.compile(
     r"|gold|drop|drop_.*|accuracy.*|baseline.*|chance.*|metrics?.*|mcnemar_p|rounded|gold_.*"
     r"|options_.*|cosine_similarity|model_.*|proxy.*|copy|json|dict|schema.*|construct|validate"
 )
-"""Names of other figures and columns of runs."""
+"""Names of other figures and columns of runs, which no proxy may have."""
 
 
 def _check_proxy(extension: object) -> Proxy:
-    """Check a proxy of another package; TypeError or ValueError with why it is none."""
+    """Check a proxy of another package; raise TypeError or ValueError with the reason."""
     if not isinstance(extension, Proxy):
         raise TypeError(f"{extension!r} is no tracker.core.proxies.Proxy")
     if _RESERVED.fullmatch(extension.name):
@@ -276,7 +277,7 @@ def _check_proxy(extension: object) -> Proxy:
 
 @dataclass(frozen=True)
 class _Guarded:
-    """A function of another package, whose failure leaves its figures undefined."""
+    """A function of another package, whose figures are undefined if it fails."""
 
     name: str
     observe: Callable[[Tensor, Tensor], Tensor]
@@ -306,22 +307,21 @@ def _warn(message: str) -> None:
 
 
 PROXIES: Mapping[str, Proxy] = {**_OURS, **load_extensions("proxies", _check_proxy, _OURS)}
-"""Every proxy that is set beside the accuracy drop, by its name: ours, and those of other packages
-by their entry points."""
+"""Name → proxy, for tracker's own and those of other packages by their entry points."""
 OF_LAYERS: Mapping[str, Proxy] = {
     name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"
 }
-"""Those of whole layers."""
+"""The proxies of whole layers."""
 OF_EXPERTS = tuple(proxy for proxy in PROXIES.values() if proxy.component == "expert")
-"""Those of routed experts: every run that takes out one has them, of the intact model."""
+"""The proxies of routed experts: every run that removes one has them, from the intact model."""
 OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
-"""Those of a layer's input and output: every cell has them of its intact model."""
+"""The proxies of a layer's input and output: every cell has them, from the intact model."""
 
 
 def observed(before: Tensor, after: Tensor) -> list[Tensor]:
-    """Observe what each of `OBSERVED` averages, of a layer's input and output.
+    """Compute each token's figure of all `OBSERVED` proxies from a layer's input and output.
 
-    What several take, as the cosine in float64, is computed once.
+    Figures that several proxies share, such as the cosine in float64, are computed once.
     """
     observers = dict.fromkeys(proxy.observe for proxy in OBSERVED if proxy.observe)
     seen: dict[Any, Tensor] = {observe: observe(before, after) for observe in observers}
@@ -329,23 +329,23 @@ def observed(before: Tensor, after: Tensor) -> list[Tensor]:
 
 
 FIGURES = tuple(name for proxy in (*OBSERVED, *OF_EXPERTS) for name in proxy.headings)
-"""What a run shows of these, and of those of experts."""
+"""Names of the figures that a run shows for observed proxies and those of experts."""
 
 
 def passes(proxy: str, layers: int, shared: bool) -> float:
-    """Price a proxy of all layers: forward passes through the whole model, a document.
+    """Return the cost of a proxy for all layers, in forward passes of the model per document.
 
     A model without one of L layers passes L - 1, so intact and ablated ones together pass L²: L
     passes one by one, and (L + 1) / 2 where each ablation shares the layers below with the intact
     model (`StreamPlan.layer_passes`). The head is not counted.
 
     Args:
-        proxy: One of `PROXIES`; any other name is that of the drop.
-        layers: L.
-        shared: Whether layers below a removed one are computed once.
+        proxy: One of `PROXIES`; any other name means the drop.
+        layers: The number of layers L.
+        shared: True if layers below a removed one are computed once.
 
     Returns:
-        The price.
+        The cost.
     """
     own = PROXIES[proxy].passes if proxy in PROXIES else None
     if own is not None:

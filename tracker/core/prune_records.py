@@ -1,7 +1,7 @@
-"""What a search for what to prune found: sets of parts, step by step, and what they cost.
+"""Define the records of a search: sets of removed parts, step by step, and their cost.
 
-Fractions and nats, as in the other records. A step's score is what its strategy made as small as
-possible; a figure that is not defined is `None`, and the step's `reasons` says why.
+Values are fractions and nats, as in the other records. A step's score is the figure that its
+strategy minimised. An undefined figure is `None`, and the step's `reasons` explains it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tracker.core.records import EstimatesRecord, Place, flat_names
 from tracker.core.search_parts import SearchParts
 
 Rescoring = Literal["full", "lazy", "race"]
-"""How a greedy search by outcomes scores its candidates again after each removal."""
+"""Method by which a greedy search scores its candidates again after each removal."""
 
 
 class Tested(EstimatesRecord):
-    """What the model without some parts answers of the test documents."""
+    """Result of the model without some parts on the test documents."""
 
     FLAT: ClassVar = {
         **flat_names("level", "accuracy", "low", "high"),
@@ -34,36 +34,34 @@ class Tested(EstimatesRecord):
     level: Estimate
     """The benchmark's metric."""
     lost: Estimate = Estimate(None)
-    """What is lost to the intact model; positive = worse."""
+    """The loss relative to the intact model; positive = worse."""
 
 
 class PruneStep(EstimatesRecord):
-    """One step: what is removed then, by which score, and what that does to the test documents."""
+    """One step: the removed parts, their score, and the result on the test documents."""
 
     FLAT: ClassVar = flat_names("margin", "margin", "margin_low", "margin_high")
 
     removed: Layers
-    """All that is removed after the step, ascending: layers, or parts as `SearchParts` numbers
-    them."""
+    """All removed parts after the step, ascending: layers, or numbers of `SearchParts`."""
     layer: int | None = None
-    """What the step removed, likewise; None where its set is not that of the step before, and one
-    more."""
+    """The part that the step removed; None where the set is not the previous one plus one part."""
     score: float | None = None
-    """What the strategy made as small as possible; None where it looks at none."""
+    """The figure that the strategy minimised; None where it uses none."""
     runner_up: Layers = ()
-    """What would have been removed instead; empty where there was nothing else."""
+    """The parts of the second-best candidate; empty if there was no other."""
     margin: Estimate = Estimate(None)
-    """By how much the runner-up scores worse, on the calibration documents; with 95 % its interval
-    holds beside every other candidate of the step."""
+    """The runner-up's score minus the best one, on the calibration documents. Its 95 % interval is
+    simultaneous over all candidates of the step."""
     separates: int | None = None
-    """About how many calibration documents would separate the two; None where these do, or where
-    they are level and no number does."""
+    """Estimated number of calibration documents that would separate the two; None where they are
+    separated, or equal, so that no number separates them."""
     test: Tested | None = None
     reasons: dict[str, str] = Field(default_factory=dict)
 
 
 class Calibrated(Record):
-    """What chose: one benchmark, and which of its documents."""
+    """A benchmark and its documents by which a search chose."""
 
     key: str
     """The cell's key in the ledger."""
@@ -71,56 +69,55 @@ class Calibrated(Record):
     metric: str
     n: int
     part: str | None = None
-    """Which part of the benchmark they are of; None = all of it."""
+    """The part of the benchmark with the documents; None = all of it."""
     documents: dict[str, tuple[int, ...]]
-    """Task → their numbers in its split."""
+    """Task → the documents' numbers in its split."""
 
 
 class PruneCost(Record):
-    """What a search would have taken alone, whoever measured it."""
+    """Cost of a search on its own, without results from other runs."""
 
     evaluations: float
-    """Sets of removals that were scored, each on all calibration documents, the intact model among
-    them; what a loop over really pruned models would evaluate."""
+    """Scored sets of removals, each on all calibration documents, including the intact model: the
+    evaluations of a loop over really pruned models."""
     passes: float
-    """What the engine computed for them, in passes of all calibration documents through the whole
-    intact model."""
+    """The engine's work, in passes of all calibration documents through the whole intact model."""
     seconds: float
-    """What measuring took."""
+    """The time of measuring, in seconds."""
 
 
 class PruneRecord(Record):
     """One search."""
 
     name: str
-    """What tells it from other searches of a results folder."""
+    """The unique name among the searches of a results folder."""
     model: ModelIdentity
     benchmark: BenchmarkIdentity
-    """Of the test documents."""
+    """The benchmark of the test documents."""
     metric: str
     higher_is_better: bool = True
     part: str | None = None
-    """Which part of the benchmark the test documents are of."""
+    """The part of the benchmark with the test documents; None = all of it."""
     unit: Component = "layer"
     per_layer: Positive = Field(1, exclude_if=lambda count: count == 1)
-    """How many parts a layer has, where it has several: part n is number n % `per_layer` of layer
+    """Number of parts of a layer that has several: part n is number n % `per_layer` of layer
     n // `per_layer`."""
     there: Positive | None = Field(None, exclude_if=lambda count: count is None)
-    """How many parts the model has, where a layer has several."""
+    """Number of parts of the model, where a layer has several; else None."""
     strategy: str
     draw: Positive | None = None
-    """Which random draw, where the strategy draws."""
+    """Number of the random draw; None for strategies that do not draw."""
     rescoring: Rescoring = "full"
     amount: Shown
-    """How much was to go: `remove 8`, `keep 100M parameters`."""
+    """The requested amount: `remove 8`, `keep 100M parameters`."""
     protected: Layers = ()
-    """Layers that were not to go."""
+    """Layers that must not be removed."""
     among: Layers | None = None
-    """The only layers that were to go; None = all."""
+    """The only layers that may be removed; None = all."""
     at_least: dict[str, str] = Field(default_factory=dict)
-    """Kind of layers → how many were to stay: `2`, or `1 of 4` of any four in a row."""
+    """Kind of layers → minimum number that stays: `2`, or `1 of 4` in any four in a row."""
     calibration: tuple[Calibrated, ...] = ()
-    """Empty where the strategy looks at no document."""
+    """The calibration benchmarks; empty where the strategy uses no documents."""
     steps: tuple[PruneStep, ...]
     baseline: Tested
     """The intact model on the test documents."""
@@ -130,34 +127,34 @@ class PruneRecord(Record):
 
     @property
     def parts(self) -> SearchParts:
-        """What is removed of: names its parts."""
+        """The numbering of the parts that the search removes."""
         return SearchParts(self.unit, self.model.layers, self.per_layer)
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """What is removed in the end, ascending."""
+        """The parts that the last step has removed, ascending."""
         return self.steps[-1].removed
 
     @property
     def names(self) -> str:
-        """The same as people read it: `3, 17`, or `3.5, 17.0` for heads of layers 3 and 17."""
+        """The removed parts for display: `3, 17`, or `3.5, 17.0` for heads of layers 3 and 17."""
         return self.parts.names(self.removed)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """What is removed, in the order in which it went; ascending where sets do not grow."""
+        """The removed parts in order of removal; ascending where the steps' sets do not grow."""
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The places, in the intact model, of the layers that nothing is removed of."""
+        """The layers of the intact model from which nothing is removed, ascending."""
         gone = set(map(self.parts.layer_of, self.removed))
         return tuple(layer for layer in range(self.model.layers) if layer not in gone)
 
     @property
     def label(self) -> str:
-        """The strategy as people read it: with its draw, and how it rescored if not fully."""
+        """The strategy for display, with its draw and any rescoring other than `full`."""
         more = self.draw if self.draw is not None else ""
         how = "" if self.rescoring == "full" else f"({self.rescoring})"
         return " ".join(str(word) for word in (self.strategy, more, how) if word != "")

@@ -1,4 +1,4 @@
-"""What a cell is measured for: a question, whose answer ends the measuring."""
+"""Define the questions of `until`, which end a measurement early."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ EXAMPLES: Mapping[Kind, str] = {
     "prune": "prune 8",
     "sign": "sign",
 }
-"""How each question is written; `within 1 pp` and `at 99 %` may follow."""
+"""Kind of question → an example; `within 1 pp` and `at 99 %` may follow."""
 
 CONFIDENCE = 0.95
-"""Where none is said: with which probability everything that is said of a cell's runs holds."""
+"""Default probability that all statements about a cell's runs hold."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _REST = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
@@ -30,15 +30,16 @@ _REST = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be known of a cell's runs.
+    """Question about a cell's runs.
 
     Attributes:
         kind: `drop`: how large each drop is. `top`: which drops are the largest. `prune`: which
             are the smallest. `sign`: which are not 0.
-        count: How many runs `top` and `prune` ask for.
-        within: How far a drop may be from the middle of its bounds (of `drop`), or a run that is
-            chosen from the last place (of `top` and `prune`; None = not at all). A fraction.
-        level: With which probability the answer is right; all bounds of drops together have it too.
+        count: Number of runs that `top` and `prune` choose; None for the other kinds.
+        within: Tolerance as a fraction. For `drop`, the largest distance of a drop from the middle
+            of its bounds; for `top` and `prune`, that of a chosen run from the last chosen one
+            (None = no tolerance).
+        level: Probability that the answer is right, and that all bounds of drops hold together.
     """
 
     kind: Kind
@@ -57,11 +58,11 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Say whether so many runs can answer it."""
+        """Check whether this number of runs can answer the question."""
         return self.count is None or self.count < runs
 
     def refuse(self, runs: int) -> None:
-        """Raise ValueError where so many runs cannot answer it."""
+        """Raise ValueError if this number of runs cannot answer the question."""
         if not self.fits(runs):
             fit = f"; ask for {runs - 1} at most" if runs > 1 else ""
             raise ValueError(
@@ -71,17 +72,17 @@ class Question:
 
 
 def question(text: str) -> Question:
-    """Read a question as it stands in an experiment file.
+    """Read a question in the notation of experiment files.
 
     Args:
         text: `drop within 2 pp`, `top 5`, `top 5 within 1 pp`, `prune 8` or `sign`, with
             `at 99 %` after it for another confidence than 95 %.
 
     Returns:
-        What is asked.
+        The question.
 
     Raises:
-        ValueError: It is no question that tracker knows.
+        ValueError: The text is no known question.
 
     Examples:
         >>> question("top 5 within 1 pp")

@@ -1,7 +1,7 @@
-"""The frozen records that every part of tracker exchanges.
+"""Define the frozen records of cells, runs and correlations.
 
-Fractions, never percentage points; `layer` is 0-based. A value that is not defined is `None`. Why,
-the estimate itself says, or else the record's `reasons` under the name of the field.
+Values are fractions, never percentage points; `layer` is 0-based. An undefined value is `None`. Its
+reason is in the estimate itself, or else in the record's `reasons` under the field's name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Sh
 
 
 def utc(date: str) -> str:
-    """Write a date as all are written, to the second; ValueError if it is none."""
+    """Return a date in UTC, ISO 8601 to the second; raise ValueError if it is invalid."""
     try:
         return datetime.fromisoformat(date).astimezone(UTC).isoformat(timespec="seconds")
     except OverflowError as error:
@@ -27,27 +27,27 @@ def utc(date: str) -> str:
 
 
 Place = tuple[str, str, int]
-"""What several records are told apart by: the cell, the view of it, how many documents."""
+"""Key of a record: the cell, its view and the number of documents."""
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Name the value of an estimate, and both ends of its interval, for `EstimatesRecord.FLAT`."""
+    """Return entries of `EstimatesRecord.FLAT` for an estimate's value and interval."""
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
 
 class EstimatesRecord(Record):
-    """Estimates, with names for their parts where they are shown or stored one by one."""
+    """Record of estimates, with flat names for their parts."""
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """Name in data frames, in trackers and in records of former versions → the field that holds the
-    estimate, and which part of it."""
+    """Name in data frames, in trackers and in records of former versions → the estimate's field,
+    and its part."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_flat(cls, fields: object) -> object:
-        """Gather the parts of estimates that a former version wrote one by one."""
+        """Convert the flat parts of estimates of former versions to estimates."""
         if not isinstance(fields, dict):
             return fields
         read, reasons = dict(fields), fields.get("reasons")
@@ -63,7 +63,7 @@ class EstimatesRecord(Record):
         return read
 
     def figure(self, name: str) -> float | None:
-        """Find a figure by its name where it is shown; None where it is undefined."""
+        """Return a figure by its displayed name; None if it is undefined."""
         field, part = self.FLAT.get(name, (name, ""))
         value = getattr(self, field, None)
         figure: float | None = getattr(value, part) if part else value
@@ -71,20 +71,20 @@ class EstimatesRecord(Record):
 
 
 class FiguresRecord(EstimatesRecord):
-    """Figures, and why some of them are undefined."""
+    """Record of figures, with reasons for undefined ones."""
 
     NOTES: ClassVar[Mapping[str, str]] = {"provenance": "mismatch"}
     """Name in data frames, in trackers and in `reasons` of former versions → the field."""
 
     reasons: dict[str, str] = Field(default_factory=dict)
-    """Field, or name of a proxy, a metric or the end of an interval → why it is undefined."""
+    """Name of a field, proxy, metric or interval end → the reason why it is undefined."""
     mismatch: str | None = Field(None, exclude_if=lambda text: text is None)
-    """Differences between the versions and devices that measured it; None where there are none."""
+    """Differences between the versions and devices that measured it; None if there are none."""
 
     @model_validator(mode="before")
     @classmethod
     def _of_former_reasons(cls, fields: object) -> object:
-        """Read the notes where a former version kept them among the reasons."""
+        """Move the notes that former versions stored as reasons to their fields."""
         if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
             return fields
         notes = {cls.NOTES[name]: why for name, why in reasons.items() if name in cls.NOTES}
@@ -93,7 +93,7 @@ class FiguresRecord(EstimatesRecord):
 
     @property
     def all_reasons(self) -> dict[str, str]:
-        """Why figures are undefined, and notes, by the names under which they are shown."""
+        """Displayed name → the reason why a figure is undefined, or a note."""
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
         reasons = {
@@ -109,12 +109,12 @@ class ChangeRecord(Record):
     """Figures of one change."""
 
     change: Change
-    """What is changed, besides the layers that the whole cell lacks."""
+    """The change, in addition to the layers that the whole cell lacks."""
 
     @model_validator(mode="before")
     @classmethod
     def _of_former_version(cls, fields: object) -> object:
-        """Read the change where a former version wrote its parts one by one."""
+        """Convert the flat parts of a change of former versions to a change."""
         if not isinstance(fields, dict) or "change" in fields:
             return fields
         change = {name: fields[name] for name in COLUMNS if name in fields}
@@ -122,11 +122,11 @@ class ChangeRecord(Record):
 
 
 class RunRecord(FiguresRecord, ChangeRecord):
-    """One run: what its removal did to the model on one benchmark.
+    """One run: the effect of its change on one benchmark.
 
-    Every drop is relative to the intact model, also where the whole cell lacks layers: it holds
-    what these cost too. What else it has are proxies, each by its name: those of the layer in the
-    intact model, of whole single layers only.
+    Every drop is relative to the intact model. Where the whole cell lacks layers, it includes their
+    cost. Extra fields are proxies by name: those of the layer in the intact model, for whole single
+    layers only.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -143,82 +143,81 @@ class RunRecord(FiguresRecord, ChangeRecord):
     ablation: str
     """The ablation's name, e.g. `layer:3`; it names the layers that the whole cell lacks too."""
     n: int
-    """Documents that the figures rest on."""
+    """Number of documents behind the figures."""
     accuracy: float | None
     """The cell's metric under the ablation."""
     drop: Estimate
-    """Baseline minus ablated, or ablated minus baseline where lower is better; positive = what was
-    removed mattered. Its p-value is McNemar's, exact."""
+    """Baseline minus ablated, or ablated minus baseline where lower is better; positive = the
+    removed part mattered. Its p-value is McNemar's, exact."""
     drop_sd: float | None = None
-    """Standard deviation of the documents' own drops: how many of them reveal a smaller drop."""
+    """Standard deviation of the documents' drops, which gives the sample size for smaller drops."""
     accuracy_relevance: float | None
     """Share of the accuracy above chance that is lost; None where lower is better."""
     rounded: int | None = Field(None, exclude_if=lambda count: count is None)
-    """Documents whose judgement is within rounding: another way of computing the same model may
-    turn it round. None in single precision, where that is not measured."""
+    """Documents whose judgement is within rounding, so that an equivalent computation may reverse
+    it. None in single precision, where that is not measured."""
     drop_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
-    """By how much that moves `drop` on these documents, up or down, in 95 of 100 cases."""
+    """Largest effect of rounding on `drop`, up or down, in 95 of 100 cases."""
     gold_drop: Estimate = Estimate(None)
     """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
-    corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
+    corpus or a rolling task has no gold answer; the whole text's log-probability is used."""
     options_drop: Estimate = Estimate(None)
     """Mean log of the summed probability of a document's options, baseline minus ablated, in nats:
-    the part of `gold_drop` that all options lose alike. What is left of it is lost to the other
-    options."""
+    the part of `gold_drop` that all options share. The rest moves to the other options."""
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
 
     @property
     def cosine_score(self) -> float | None:
-        """The proxy that the field uses, which pages set beside every drop."""
+        """The cosine score, which pages show beside every drop; None if undefined."""
         return self.__pydantic_extra__.get("cosine_score")
 
 
 class RunAnswer(ChangeRecord):
-    """What the looks at a cell say of one run, all of them and of all runs together."""
+    """Answer for one run; its bounds hold for all interim analyses and runs together."""
 
     n: int
-    """Documents that were looked at until its part was settled."""
+    """Number of documents used until the run was decided."""
     low: float
     high: float
-    """Both ends of the confidence sequence of its accuracy drop, over all documents there are."""
+    """Upper end of the confidence sequence of its drop over all documents; `low` is the lower."""
     open: bool
-    """Whether its part of the answer is not settled."""
+    """True if the run is not decided yet."""
     chosen: bool
-    """Whether it is in the set that is asked for; of `sign`, whether its drop is not 0."""
+    """True if it is in the requested set; for `sign`, if its drop is not 0."""
 
 
 class AnswerRecord(Record):
-    """What a cell answers to the question that it was measured for, and what that took."""
+    """Answer to a cell's question, and its cost."""
 
     question: str
     level: float
-    """The probability with which the answer is right, and that with which all bounds hold."""
+    """The probability that the answer is right, and that all bounds hold together."""
     seed: int
-    """Of the random order of the documents."""
+    """The seed of the random order of the documents."""
     looked: int
-    """Documents that were looked at, from the beginning of the order."""
+    """Number of documents used, from the beginning of the order."""
     measured: int
-    """Documents that had to be measured for that: of a group more, since its tasks are measured in
-    blocks of their own."""
+    """Number of documents measured for that; more for a group, whose tasks are measured in separate
+    blocks."""
     population: int
-    """Documents that there are."""
+    """Number of all documents of the benchmark."""
     over: bool
-    """Whether nothing more is to be measured: it is answered, or there are no more documents."""
+    """True if measuring has ended: with an answer, or because no documents are left."""
     passes: int
-    """Passes of a document through a layer that this took, the intact model's with them."""
+    """Passes of a document through a layer so far, including the intact model's."""
     passes_of: int
-    """How many all documents take under all runs."""
+    """Passes of a document through a layer for all documents and runs."""
     runs: tuple[RunAnswer, ...]
 
     @property
     def answered(self) -> bool:
-        """Whether no run is open."""
+        """True if no run is open."""
         return not any(run.open for run in self.runs)
 
 
 class CorrelationRecord(EstimatesRecord):
-    """How well one proxy ranks the whole single layers by the accuracy that they really cost."""
+    """Correlation of one proxy with the measured drops of single whole layers."""
 
     FLAT: ClassVar = {
         part: ("estimate", part) for part in ("value", "low", "high", "p_value", "reason")
@@ -228,17 +227,17 @@ class CorrelationRecord(EstimatesRecord):
     """Its name, e.g. `cosine_score`."""
     coefficient: Literal["spearman", "kendall", "pearson"]
     subset: Literal["all", "inner"]
-    """Which layers: all of them, or all but the first two and the last two."""
+    """The layers: all of them, or all but the first two and the last two."""
     estimate: Estimate
-    """The interval is from resampling the documents. The p-value is two-sided, against series that
-    are as smooth over depth but unrelated."""
+    """The coefficient. Its interval comes from resampling documents. Its p-value is two-sided,
+    against unrelated series that are equally smooth over depth."""
     n: int
-    """Layers."""
+    """Number of layers."""
     documents: int
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
-    """Return the name of a view without these layers, on a selection of documents."""
+    """Return a view's name from its removed layers, its documents and its metric."""
     name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
     return f"{name}{selection}" + ("" if metric == primary_metric else f"--{metric}")
 
@@ -246,11 +245,11 @@ def view_name(removed: Sequence[int], selection: str, metric: str, primary_metri
 INTACT_VIEW = "intact"
 """The view of the whole model by the benchmark's own metric, on all documents."""
 _FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "beside")
-"""What names the view of a record of a former version, which did not keep the name."""
+"""The fields that give the view's name in records of former versions, which did not store it."""
 
 
 class CellRecord(FiguresRecord):
-    """One (model, benchmark), as it is or without some layers: everything that its outcomes say."""
+    """Results of one (model, benchmark), intact or without some layers."""
 
     FLAT: ClassVar = {
         **flat_names("baseline", "baseline_accuracy", "baseline_low", "baseline_high"),
@@ -259,27 +258,27 @@ class CellRecord(FiguresRecord):
     NOTES: ClassVar = {"n": "unfinished", "provenance": "mismatch", "checkpoint": "unsaved"}
 
     key: str
-    """The ledger's key: the hash of what decides a document's outcome."""
+    """The ledger's key: the hash of everything that affects a document's outcome."""
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     metric: str
     """The metric behind every `accuracy` in this record, in the metric's own unit."""
     higher_is_better: bool = True
-    """False for a loss: it is no accuracy, and a drop is its increase."""
+    """False for a loss, whose drop is its increase."""
     n: int
-    """Documents measured (all tasks of a group together)."""
+    """Number of measured documents (all tasks of a group together)."""
     unfinished: str | None = Field(None, exclude_if=lambda text: text is None)
-    """Why fewer documents are measured than were asked for; None where all are."""
+    """Reason why fewer documents are measured than requested; None if all are."""
     unsaved: str | None = Field(None, exclude_if=lambda text: text is None)
-    """Why no saved checkpoint holds the model that was measured; None where one does."""
+    """Reason why no saved checkpoint holds the measured model; None if one does."""
     sample_seed: int | None = None
-    """The seed with which they were drawn at random; None where they are the first ones, or all."""
+    """The seed of randomly drawn documents; None for the first ones, or all."""
     beside: str = Field("", exclude_if=lambda text: not text)
-    """What distinguishes it from other views of the cell, for display, e.g. `64 documents`."""
+    """Distinction from other views of the cell for display, e.g. `64 documents`."""
     supersedes: tuple[str, ...] = Field((), exclude=True)
-    """Names of the views whose place it has taken, wherever they are tracked."""
+    """Names of the views that it replaces, wherever they are tracked."""
     apart: Shown = Field("", exclude_if=lambda text: not text)
-    """What tells it, where it is published, from others that read the same; mostly nothing."""
+    """Distinction from published cells with the same title; usually empty."""
     tokens: int
     """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
     or a rolling task the predicted tokens, without the last of a full window, which is not read."""
@@ -288,62 +287,61 @@ class CellRecord(FiguresRecord):
     baseline_rounded: int | None = Field(None, exclude_if=lambda count: count is None)
     """Documents whose judgement is within rounding, as `RunRecord.rounded`."""
     baseline_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
-    """By how much that moves `baseline`, as `RunRecord.drop_rounding`."""
+    """Largest effect of rounding on `baseline`, as `RunRecord.drop_rounding`."""
     chance_accuracy: float | None
-    """Expected accuracy of a random predictor; None while nothing is measured, and where lower is
-    better."""
+    """Expected accuracy of a random predictor; None if nothing is measured or lower is better."""
     baseline_metrics: dict[str, float | None]
     baseline_options_logprob: float | None = None
     """Mean log of the summed probability of a document's options, in nats; None without options."""
     removed: tuple[int, ...] = ()
-    """Layers that are removed as a whole beneath every run, ascending; the baseline has them."""
+    """Whole layers that are removed in every run, but not in the baseline, ascending."""
     view: str = Field(default_factory=lambda fields: former_view_name(*_FORMER_VIEW(fields)))
-    """The name of the view that it shows."""
+    """The name of the shown view."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
-    """Whether a run requested it, and not only a study or a search."""
+    """True if a run requested it, and not only a study or a search."""
     remaining: Estimate = Estimate(None)
-    """The metric with `removed` alone taken out; undefined where nothing is removed beneath."""
+    """The metric with only `removed` taken out; undefined if `removed` is empty."""
     runs: tuple[RunRecord, ...]
-    """Components outermost, then spans, then layers."""
+    """The measured runs: components outermost, then spans, then layers."""
     answer: AnswerRecord | None = Field(None, exclude_if=lambda answer: answer is None)
-    """What it was measured for; None where that was all of its documents."""
+    """The answer to its question; None if there is no question."""
     correlations: tuple[CorrelationRecord, ...]
-    """Over the runs that remove one whole layer; none where there is no such run."""
+    """Correlations over the runs that remove one whole layer; empty without such runs."""
     missing: tuple[Change, ...]
-    """Runs that are part of what was asked for and are not measured yet."""
+    """Requested runs that are not measured yet."""
     fitted_on: Shown | None = Field(None, exclude_if=lambda text: text is None)
-    """What the stand-ins of layers were fitted on; None where no run has one."""
+    """The text on which replacements of layers were fitted; None if no run has one."""
     provenance: dict[str, Shown]
-    """Package versions, machine and device that measured the outcomes; where they differ, each."""
+    """Package versions, machine and device of the outcomes; values that differ are all listed."""
     seconds: float | None = None
-    """What measuring the outcomes took, of all processes together; None where none says."""
+    """Measuring time of all processes together, in seconds; None if unknown."""
     peak_bytes: int | None = None
-    """The most memory a process has held by then: the accelerator's, else its own; None unknown."""
+    """Peak memory of a process: the accelerator's, else its own; None if unknown."""
     measured: Annotated[str, AfterValidator(utc)] | None = Field(
         None, exclude_if=lambda when: when is None
     )
-    """When the last of its outcomes was measured (UTC, ISO 8601); None where none says."""
+    """Time of the last measured outcome (UTC, ISO 8601); None if unknown."""
     compared: int = 0
-    """Answers to documents drawn at random that were asked again on a really pruned model."""
+    """Number of responses, on random documents, repeated with a really pruned model."""
     compared_difference: float | None = None
     """The largest difference of a log-likelihood among them, in nats."""
     compared_unsteady: int = 0
-    """How many of them differ by more than rounding because the model itself is discontinuous."""
+    """Number of them that differ by more than rounding since the model is discontinuous."""
 
     @property
     def title(self) -> str:
-        """The cell's name where people read it, with how its documents were chosen."""
+        """The cell's name for display, with the choice of its documents."""
         return " · ".join(filter(None, (self.heading, self.drawn, self.beside, self.apart)))
 
     @property
     def heading(self) -> str:
-        """The cell's name beside which it is said on which documents it was measured."""
+        """The cell's name for display, without the choice of its documents."""
         name = f"{self.model.name} · {self.benchmark.title} · {self.benchmark.num_fewshot}-shot"
         return " · ".join(filter(None, (name, self.other_metric, self.beneath)))
 
     @property
     def drawn(self) -> str:
-        """How the documents were chosen, where it was at random; empty for the first ones, or all.
+        """The random choice of the documents; empty for the first ones, or all.
 
         For example `drawn at random (seed 1234)`.
         """
@@ -353,28 +351,28 @@ class CellRecord(FiguresRecord):
 
     @property
     def documents(self) -> str:
-        """What it was measured on, e.g. `200 documents drawn at random (seed 1234)`."""
+        """The measured documents, e.g. `200 documents drawn at random (seed 1234)`."""
         return self.documents_of(self.counted)
 
     def documents_of(self, count: str) -> str:
-        """Say the same of so many documents."""
+        """Describe this number of documents in the same form as `documents`."""
         noun = "document" if count == "1" else "documents"
         return " ".join(filter(None, (count, noun, self.drawn)))
 
     @property
     def counted(self) -> str:
-        """How many documents its runs rest on, e.g. `200`, or `64 to 320` where they differ."""
+        """The number of documents of its runs, e.g. `200`, or `64 to 320` if they differ."""
         most = max([self.n, *(run.n for run in self.runs)])
         return f"{self.n:,}" if most == self.n else f"{self.n:,} to {most:,}"
 
     @property
     def other_metric(self) -> str:
-        """The metric; empty where it is the benchmark's own, which goes without saying."""
+        """The metric; empty if it is the benchmark's own."""
         return "" if self.metric == self.benchmark.primary_metric else self.metric
 
     @property
     def beneath(self) -> str:
-        """What lies beneath every run, e.g. `without layers 3, 17`; empty for the intact model."""
+        """The layers that every run lacks, e.g. `without layers 3, 17`; empty if none."""
         if not self.removed:
             return ""
         plural = "s" if len(self.removed) > 1 else ""
@@ -382,13 +380,13 @@ class CellRecord(FiguresRecord):
 
     @property
     def place(self) -> Place:
-        """What several records are told apart by: the cell, the view of it, how many documents."""
+        """The key among several records: the cell, its view and the number of documents."""
         return (self.key, self.view, self.n)
 
     def holds(self, other: CellRecord) -> bool:
-        """Whether it shows all that another record does: as many documents, and every run.
+        """Check whether it contains another record: its documents and all its runs.
 
-        Documents that are not yet as many as were asked for are any, not the first ones.
+        An unfinished record may hold any documents, not just the first ones.
         """
         if other.answer != self.answer:
             return False
@@ -402,23 +400,25 @@ class CellRecord(FiguresRecord):
 
     @property
     def is_raced(self) -> bool:
-        """Whether an answer decides how many documents each run has: then one look’s intervals are
-        left out, and those of drops are confidence sequences."""
+        """True if an answer decides the number of documents of each run.
+
+        Fixed-sample intervals are then left out, and those of drops are confidence sequences.
+        """
         return self.answer is not None and self.unfinished is not None
 
     @property
     def is_stopped(self) -> bool:
-        """Whether an answer ended it before its documents did."""
+        """True if an answer ended the measuring before all documents were used."""
         return self.answer is not None and self.answer.over and self.is_raced
 
     @property
     def is_complete(self) -> bool:
-        """Whether every run and every document that was asked for is measured."""
+        """True if every requested run and document is measured."""
         return not self.lacks
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """What was asked for and is not measured yet: documents, and runs by their labels."""
+        """Requested documents and runs, by their labels, that are not measured yet."""
         documents = () if self.unfinished is None else (self.unfinished,)
         return (*documents, *(change.label() for change in self.missing))
 
@@ -439,19 +439,19 @@ class CellRecord(FiguresRecord):
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Find the measured runs of a kind: first layer → run."""
+        """Return the measured runs of a kind: first layer → run."""
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence(self, change: Change) -> str:
-        """Return why there is no record of a change."""
+        """Return the reason why a change has no record."""
         if {*self.removed} & {*change.layers}:
             return "removed already, beneath every run"
         return NOT_MEASURED if change in self.missing else "not asked for"
 
     def reason_of(self, field: str, run: RunRecord | None = None) -> str:
-        """Say why a field or metric of a run, or of the cell where `run` is None, is undefined.
+        """Return why a field or metric of a run, or of the cell if `run` is None, is undefined.
 
-        The reason recorded for the run, else for the cell, else that there is none.
+        The run's reason comes first, then the cell's, then `NO_REASON`.
         """
         for reasons in (run.all_reasons if run else {}, self.all_reasons):
             found = reasons.get(field) or reasons.get(f"metrics.{field}")
@@ -471,6 +471,6 @@ def former_view_name(
 
 
 def layers_of(kind: Change, *cells: CellRecord) -> list[int]:
-    """List the layers that the changes of a kind start from in some cells, measured or missing."""
+    """List the first layers of the changes of a kind in some cells, measured or missing."""
     changes = (change for cell in cells for change in cell.changes)
     return sorted({change.layer for change in changes if change.kind == kind})

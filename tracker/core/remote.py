@@ -1,7 +1,7 @@
-"""Objects in processes of their own, whose methods are called from here.
+"""Call the methods of objects in processes of their own.
 
-Such a process is a program by itself and no child of `multiprocessing`: that would run a user's
-script again, and import torch before it is told which devices and how many threads it has.
+Such a process is a separate program, since `multiprocessing` would run a user's script again. It
+would also import torch before the process knows its devices and its number of threads.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import psutil
 from tracker.core.errors import TrackerError, WorkError
 
 _PATIENCE = 10.0
-"""Seconds that a process may take to end, once it is idle or answers no more."""
+"""Seconds that an idle or unresponsive process may take to end."""
 _GRACE = 2.0
-"""Seconds that a process may take to end once nobody calls it any more."""
+"""Seconds that a process may take to end after its caller has gone."""
 
 
 class ProcessEndedError(WorkError):
-    """The process of a remote object is gone; the message holds the reason."""
+    """The process of a remote object has ended; the message holds the reason."""
 
 
 class RemoteError(WorkError):
-    """An error of a remote object that is none of tracker's own; its traceback is a note."""
+    """An error of a remote object other than tracker's own; its traceback is a note."""
 
 
 class Remote:
-    """An object elsewhere: its methods are called there, and raise here what they raise there.
+    """An object in another process, whose methods and exceptions are passed on.
 
     Args:
         name: Its name in messages.
@@ -55,25 +55,25 @@ class Remote:
         return partial(self._call, method)
 
     def _call(self, method: str, *arguments: object) -> Any:
-        """Call a method; ProcessEndedError where its process has ended."""
+        """Call a method; raise ProcessEndedError if its process has ended."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the object, whatever it is doing; it never raises, and a later call makes another."""
+        """End the object, busy or not; never raises, and a later call creates a new one."""
         raise NotImplementedError
 
 
 class RemoteObject(Remote):
-    """An object in another process of this machine, which begins with the first call.
+    """An object in another process of this machine, which starts with the first call.
 
     Args:
         name: Its name in messages.
         kind: The object's class, as `MODULE:CLASS`.
         *arguments: The arguments of the class.
         without: Environment variables that the process does not get.
-        also: Environment variables that it gets besides.
-        finishes: Whether the process outlives this one until its call has ended; else it ends with
-            it at once.
+        also: Additional environment variables of the process.
+        finishes: True if the process outlives this one until its call has ended; False if it ends
+            with this one.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class RemoteObject(Remote):
         process = self._process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        self._patience = 0.0  # whoever closes now does not wait for an answer
+        self._patience = 0.0  # closing during a call does not wait for its answer
         try:
             pickle.dump((*self._object, method, arguments), process.stdin)
             process.stdin.flush()
@@ -104,7 +104,7 @@ class RemoteObject(Remote):
         except (EOFError, OSError, ValueError, pickle.UnpicklingError):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_PATIENCE)
-            code = process.returncode  # None: it is still there, and is killed now
+            code = process.returncode  # None: still running, and killed now
             self.close()
             raise ProcessEndedError(self._why_ended(code)) from None
         except BaseException:
@@ -129,11 +129,11 @@ class RemoteObject(Remote):
         raise NotImplementedError
 
     def _why_ended(self, code: int | None) -> str:
-        """Explain an exit code, or why there is none."""
+        """Return an explanation of an exit code, or of its absence."""
         return str(code)
 
     def close(self) -> None:
-        """End the process, and whatever it has started."""
+        """End the process and its descendants."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -156,7 +156,7 @@ class RemoteObject(Remote):
 
 def serve(finishes: bool) -> None:
     """Answer the calls of a `RemoteObject` until it ends, then close the object."""
-    # What the object prints must not get among the answers; signals are for the other process.
+    # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -185,7 +185,7 @@ def serve(finishes: bool) -> None:
 
 
 def _read_calls(calls: SimpleQueue[Any], finishes: bool) -> None:
-    """Queue what is called, and None once nobody calls any more."""
+    """Queue incoming calls, then None after the caller has gone."""
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")
     try:
@@ -200,7 +200,7 @@ def _read_calls(calls: SimpleQueue[Any], finishes: bool) -> None:
 
 
 def _portable(error: Exception) -> RemoteError:
-    """Make an error that another process can read."""
+    """Convert an error to one that another process can unpickle."""
     portable = RemoteError(f"{type(error).__name__}: {error}")
     portable.add_note("".join(traceback.format_exception(error)))
     return portable

@@ -1,6 +1,6 @@
-"""The columns of a cell's runs and of its correlations, each stated once.
+"""Define the columns of the tables of runs and correlations.
 
-Pages, terminals, data frames and trackers pick from them by name; `core/tables.py` says what a
+Pages, terminals, data frames and trackers choose from them by name. `core/tables.py` defines what a
 column is.
 """
 
@@ -19,11 +19,11 @@ from tracker.core.records import NO_REASON, CellRecord, CorrelationRecord, RunRe
 from tracker.core.tables import Column, Row, Value
 
 CELL = ("key", "model", "benchmark", "part", "num_fewshot", "metric", "removed", "sample_seed")
-"""Names of the columns that say which cell a row is of."""
+"""Names of the columns that identify a row's cell."""
 
 
 class CellRun(NamedTuple):
-    """A row: a change of a cell, with its record where it is measured."""
+    """A row: a change of a cell, with its record if it is measured."""
 
     cell: CellRecord
     change: Change
@@ -41,12 +41,12 @@ def pick(columns: Mapping[str, Column[Row]], *names: str) -> list[Column[Row]]:
 
 
 def named(*columns: Column[Row]) -> dict[str, Column[Row]]:
-    """Find columns by name."""
+    """Return columns by their names: name → column."""
     return {column.name: column for column in columns}
 
 
 def cell_columns(find: Callable[[Row], CellRecord]) -> dict[str, Column[Row]]:
-    """State the columns that say which cell a row is of."""
+    """Return the columns that identify a row's cell."""
 
     def column(name: str, unit: Unit, value: Callable[[CellRecord], Value]) -> Column[Row]:
         return Column(name.replace("_", " "), unit, lambda row: value(find(row)), name=name)
@@ -64,22 +64,22 @@ def cell_columns(find: Callable[[Row], CellRecord]) -> dict[str, Column[Row]]:
 
 
 def only_layers(cell: CellRecord) -> bool:
-    """Whether every run removes one whole layer."""
+    """Check whether every run removes one whole layer."""
     return set(cell.kinds) <= {WHOLE_LAYER}
 
 
 def proxies_in(cell: CellRecord) -> list[Proxy]:
-    """List the proxies of what the runs of a cell remove: those of experts, of all else layers'."""
+    """List the proxies of a cell's runs: of experts, of layers, or both."""
     components = {kind.component for kind in cell.kinds}
     experts = OF_EXPERTS if "expert" in components else ()
     return [*(() if components == {"expert"} else OBSERVED), *experts]
 
 
 def telling_apart(cell: CellRecord) -> list[str]:
-    """Choose the columns that name the runs of a cell: as few as tell them apart.
+    """Choose the fewest columns that distinguish the runs of a cell.
 
-    The layer; the component, which of its parts and the span where something else than one whole
-    layer is removed; the intervention where one is replaced.
+    The layer is always one of them. Component, part, span and intervention are added where some run
+    differs in them from the removal of one whole layer.
     """
     return [
         name
@@ -98,7 +98,7 @@ def _passes(row: CellRun) -> int:
 
 
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
-    """State every column of runs, in the words of one cell's metric, or of accuracy."""
+    """Return every column of runs, named for one cell's metric, or for accuracy."""
     measure = measure_of(cell) if cell else ACCURACY
     without = "layer" if cell is None or only_layers(cell) else "it"
     first = "first layer" if cell and any(kind.span != 1 for kind in cell.kinds) else "layer"
@@ -148,7 +148,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
 
 
 def metric_columns(cells: Iterable[CellRecord], begin: str = "metric_") -> list[Column[CellRun]]:
-    """State a column for each metric of the benchmarks; `begin` is how its name for code begins."""
+    """Return a column for each metric of the benchmarks; `begin` is the prefix of its name."""
     names = {name for cell in cells for run in cell.runs for name in run.metrics}
     names |= {name for cell in cells for name in cell.baseline_metrics}
 
@@ -162,12 +162,12 @@ def metric_columns(cells: Iterable[CellRecord], begin: str = "metric_") -> list[
 
 
 def layer_column() -> Column[int]:
-    """State the column of a table whose rows are layers."""
+    """Return the column of a table whose rows are layers."""
     return Column("layer (0-based)", "count", lambda layer: layer)
 
 
 def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecord]]]:
-    """State every column of correlations."""
+    """Return every column of correlations."""
 
     def column(name: str, label: str, unit: Unit) -> Column[tuple[CellRecord, CorrelationRecord]]:
         def entry(row: tuple[CellRecord, CorrelationRecord]) -> Value:
@@ -196,7 +196,7 @@ def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecor
 
 
 def reasons_of(run: RunRecord) -> dict[str, str]:
-    """Say why figures of a run are undefined, by name; a number that is not finite is none."""
+    """Return the reasons of a run's undefined figures by name, including infinite and NaN ones."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
     figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
@@ -204,7 +204,7 @@ def reasons_of(run: RunRecord) -> dict[str, str]:
 
 
 def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Give a reason for every value that is a number but not a finite one."""
+    """Return a reason for every value that is infinite or NaN."""
     return {
         name: f"not a finite number: {value}"
         for name, value in values.items()
@@ -219,7 +219,7 @@ def _measured(
     value: Callable[[CellRecord, RunRecord], Value],
     interval: bool = False,
 ) -> Column[CellRun]:
-    """State a column of what measured runs have; of others it says why there is none."""
+    """Return a column of measured runs, which gives a reason for runs that are not measured."""
 
     def entry(row: CellRun) -> Value:
         if row.run is None:
@@ -237,7 +237,7 @@ def _figure(name: str, label: str, unit: Unit) -> Column[CellRun]:
 
 
 def _said(cell: CellRecord, run: RunRecord, name: str, value: float | None) -> Estimate:
-    """Take a run's figure, or why it has none."""
+    """Return a run's figure as an estimate, or the reason why it is undefined."""
     return Estimate(value, reason=cell.reason_of(name, run) if value is None else None)
 
 

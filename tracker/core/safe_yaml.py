@@ -1,4 +1,4 @@
-"""YAML that is no larger than it looks, and wrong values in messages."""
+"""Read YAML with bounds on its size, and shorten wrong values in messages."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tracker.core.text import HALF, is_writable
 
 _MAX_BYTES = 1_000_000
 _MAX_NODES = 30_000
-"""Values in one experiment file, each as often as an anchor repeats it: more were not meant, and
-take long to read."""
+"""Maximum number of values in one experiment file, including repetitions by anchors; more take too
+long to read."""
 _TOO_MANY = f"it holds more than {_MAX_NODES:,} values"
 
 SHOWN = 80
-"""Characters of a wrong value that a message repeats."""
+"""Maximum number of characters of a wrong value in a message."""
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
-    """Read what stands in an experiment file, and its exact text.
+    """Read the contents of an experiment file and its exact text.
 
-    ExperimentError if it is missing, cannot be read, or is not YAML.
+    Raises ExperimentError if it is missing, cannot be read, or is not YAML.
     """
     try:
         with path.open("rb") as file:
@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> tuple[Any, str]:
 
 
 def like_file(path: Path) -> str:
-    """Name the experiment file that is nearest to one that is not there, as `did_you_mean`."""
+    """Return a suggestion of the experiment file nearest to a missing one, or an empty text."""
     there = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
     by_name = {each.name: each for each in reversed(there)}
     near = did_you_mean(path.name, by_name)
@@ -54,7 +54,7 @@ def like_file(path: Path) -> str:
 
 
 def parsed(text: str, name: str) -> Any:
-    """Read YAML; ExperimentError, under a name, if it is none."""
+    """Parse YAML; raise ExperimentError, with the given name, if it is invalid."""
     try:
         return _parse(text)
     except yaml.YAMLError as error:
@@ -67,12 +67,12 @@ def parsed(text: str, name: str) -> Any:
     except RecursionError:
         raise ExperimentError(f"{name}: not valid YAML: it is nested too deeply") from None
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        # What YAML's constructors make of '!!int abc' or of a month 13.
+        # YAML's constructors raise these for '!!int abc' or a month 13.
         raise ExperimentError(f"{name}: not valid YAML: {short(error)}") from None
 
 
 def _parse(text: str) -> Any:
-    """Read YAML that is not larger than it looks: anchors can make a few lines endless."""
+    """Parse YAML whose expanded size is bounded, since anchors can make a few lines endless."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -85,11 +85,10 @@ def _parse(text: str) -> Any:
 
 
 def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
-    r"""Count the values that a node stands for, each as often as an anchor repeats it.
+    r"""Count the values of a node, including repetitions by anchors.
 
-    Too many are refused, and a key that is given twice, and texts with a half of a character,
-    `"\ud83d"`: no file and no hash takes it. Python reads one where JSON writes a character as two
-    halves, so that it is not meant.
+    Raises YAMLError for too many values, for duplicate keys, and for texts with one half of a
+    surrogate pair, such as `"\ud83d"`, which can be neither written nor hashed.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
@@ -119,7 +118,7 @@ def _problem(what: str, mark: yaml.Mark | None) -> yaml.YAMLError:
 
 
 def short(value: object) -> str:
-    """Show a wrong value in a message, however long it is."""
+    """Return a wrong value for a message, cut to `SHOWN` characters."""
     text = str(value) if isinstance(value, Exception) else _repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
@@ -132,7 +131,7 @@ def _repr(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses too many values."""
+    """YAML's safe loader, which also raises an error for too many values."""
 
     composed = 0
 

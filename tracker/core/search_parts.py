@@ -1,4 +1,4 @@
-"""The parts that a search removes, numbered through all layers of a model."""
+"""Number the parts that a search removes, through all layers of a model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from tracker.core.kinds import KINDS, NUMBERED, Component
 
 @dataclass(frozen=True)
 class SearchParts:
-    """What a search removes: whole layers, or parts of them.
+    """Numbering of the parts that a search removes: whole layers, or parts of them.
 
-    A part is one number, so that strategies and budgets need not know what it is: of a layer, an
-    attention or an MLP that of its layer, of a head or an expert its layer's times `per_layer`, and
-    its own.
+    A part is one number, so that strategies and budgets work for all units. A layer, an attention
+    or an MLP has the number of its layer. Head or expert n of layer m is m × `per_layer` + n.
 
     Attributes:
-        unit: What the parts are.
-        layers: How many layers the model has.
-        per_layer: How many parts a layer has.
-        there: The layers that have them, ascending; None for all.
-        stay: How many of each of these layers' stay at least, if a layer has several.
+        unit: The kind of the parts.
+        layers: Number of layers of the model.
+        per_layer: Number of parts of a layer.
+        there: The layers that have such parts, ascending; None for all.
+        stay: Minimum number of parts that stay in each of these layers; 0 for no minimum.
 
     Examples:
         >>> heads = SearchParts("head", layers=30, per_layer=9, stay=1)
@@ -40,7 +39,7 @@ class SearchParts:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """All parts that there are, ascending."""
+        """The numbers of all parts, ascending."""
         return self.of_layers(range(self.layers) if self.there is None else self.there)
 
     @property
@@ -49,26 +48,26 @@ class SearchParts:
         return self.layers * self.per_layer
 
     def of_layers(self, layers: Iterable[int]) -> tuple[int, ...]:
-        """The parts of some layers."""
+        """Return the parts of some layers."""
         each = self.per_layer
         return tuple(part for n in layers for part in range(each * n, each * (n + 1)))
 
     def layer_of(self, part: int) -> int:
-        """The layer of a part."""
+        """Return the layer of a part."""
         return part // self.per_layer
 
     def number_of(self, part: int) -> int:
-        """The number of a part in its layer."""
+        """Return the number of a part in its layer."""
         return part % self.per_layer
 
     def name(self, part: int) -> str:
-        """A part as people read it: `3` for a layer, `3.5` for head 5 of layer 3."""
+        """Return a part's name for display: `3` for a layer, `3.5` for head 5 of layer 3."""
         if self.unit not in NUMBERED:
             return str(part)
         return f"{self.layer_of(part)}.{self.number_of(part)}"
 
     def names(self, parts: Iterable[int]) -> str:
-        """Several parts, as they are given."""
+        """Return the names of several parts for display, in the given order."""
         return ", ".join(map(self.name, parts))
 
     def without(self, removed: Iterable[int]) -> Ablation:
@@ -85,7 +84,7 @@ class SearchParts:
         return Ablation.of(*changes)
 
     def allowed(self, parts: Iterable[int]) -> list[int]:
-        """Leave out of some parts, in their order, those with which too few of a layer stay."""
+        """Return the parts, in order, whose removal leaves at least `stay` parts in each layer."""
         gone: Counter[int] = Counter()
         found = []
         for part in parts:
@@ -96,5 +95,5 @@ class SearchParts:
 
 
 def many_of(unit: Component) -> str:
-    """What several parts of a kind are called: `layers`, `heads`."""
+    """Return the plural of a kind of parts: `layers`, `heads`."""
     return KINDS[unit].many or f"{unit}s"

@@ -1,7 +1,7 @@
-"""A table, the one shape of it everywhere: columns, each with where its entries come from.
+"""Define a table as columns and rows.
 
-A table is made of rows by `table`, and holds the record's own units (fractions, nats). Who shows it
-to people takes `headed` and `written`, which scale and round; code and trackers take `Table.plain`.
+`table` builds a table from columns and rows, in the record's own units (fractions, nats). For
+people, `headed` and `written` scale and round it; code and trackers use `Table.plain`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Row = TypeVar("Row")
 
 
 def _kept(found: object) -> object:
-    """Read what is kept of an entry; earlier ones kept texts as figures are."""
+    """Read a stored entry; former versions stored texts in the form of figures."""
     value = found.get("value") if isinstance(found, dict) else None
     return value if isinstance(value, str) else found
 
@@ -32,7 +32,7 @@ def _explained(entry: Estimate | str) -> Estimate | str:
 
 
 Entry = Annotated[Estimate | Shown, BeforeValidator(_kept), AfterValidator(_explained)]
-"""One figure or text of a table; a figure that is undefined says why."""
+"""One figure or text of a table; an undefined figure has a reason."""
 
 
 class Heading(Record):
@@ -41,9 +41,9 @@ class Heading(Record):
     label: str
     unit: Unit = "text"
     name: str = Field("", exclude_if=lambda name: not name)
-    """What code calls the column; the label where empty."""
+    """The column's name in code; the label if empty."""
     interval: bool = Field(False, exclude_if=lambda interval: not interval)
-    """Whether people are shown its figures' intervals alone."""
+    """True if only the intervals of its figures are displayed."""
 
 
 class Table(Record):
@@ -53,15 +53,15 @@ class Table(Record):
     headings: tuple[Heading, ...]
     rows: tuple[tuple[Entry, ...], ...]
     notes: tuple[Shown, ...] = ()
-    """What must be said below it."""
+    """Notes that are shown below the table."""
     header: int = Field(0, exclude_if=lambda place: place == 0)
-    """The column that names the row."""
+    """Index of the column that names the row."""
 
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
-        """Lay it out for code, unrounded: the columns' names, and the rows.
+        """Return the columns' names and the unrounded rows, for use in code.
 
-        An undefined figure is None. Where a column has no name for code, its label stands for it,
-        its intervals follow as `… low` and `… high`, and why it is undefined as `… reason`.
+        An undefined figure is None. A column without a name in code has its label. It is followed
+        by `… low`, `… high` and `… reason` where its figures have intervals or reasons.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -86,20 +86,20 @@ def _number(value: float | None, whole: bool) -> float | None:
 
 
 Value = Estimate | str | float | None
-"""What a column finds in a row; None is undefined."""
+"""A column's value in a row; None is undefined."""
 
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """What stands in a table's column.
+    """Definition of a table's column.
 
     Attributes:
         label: The head.
-        unit: How its figures are written.
-        value: Finds the entry of a row, in the record's own unit.
-        otherwise: Why a figure is undefined, where its row does not say.
-        name: What code calls it; empty where that is the label.
-        interval: Whether people are shown intervals alone.
+        unit: The unit of its figures.
+        value: Function that returns the value of a row, in the record's own unit.
+        otherwise: Reason of an undefined figure, where its row gives none.
+        name: The column's name in code; empty for the label.
+        interval: True if only intervals are displayed.
     """
 
     label: str
@@ -110,7 +110,7 @@ class Column(Generic[Row]):
     interval: bool = False
 
     def entry(self, row: Row) -> Entry:
-        """Make the entry of a row; what is not finite is undefined."""
+        """Return the entry of a row; values that are not finite are undefined."""
         value = self.value(row)
         if isinstance(value, str):
             return value
@@ -121,7 +121,7 @@ class Column(Generic[Row]):
         return Estimate(None, reason=found.reason or self.otherwise or odd)
 
     def ends(self) -> tuple[Column[Row], Column[Row]]:
-        """Make columns for code of both ends of its intervals."""
+        """Return columns of the lower and upper ends of its intervals, for use in code."""
 
         def end(which: str) -> Column[Row]:
             def value(row: Row) -> Estimate | float | None:
@@ -140,7 +140,7 @@ def table(
     *notes: str,
     header: int = 0,
 ) -> Table:
-    """Make a table: an entry of each column for each row."""
+    """Build a table with an entry of each column for each row."""
     columns = tuple(columns)
     return Table(
         title=title,
@@ -161,13 +161,13 @@ def headed(heading: Heading) -> str:
 
 @dataclass(frozen=True)
 class EntryText:
-    """An entry as people read it.
+    """An entry for display.
 
     Attributes:
-        text: What is read; a dash where the figure is undefined.
-        reason: Why it is; empty where it is not.
-        figures: What the text rounds, in the column's unit: the figure, both ends of the interval,
-            or all three, apart by spaces; empty where nothing is rounded.
+        text: The displayed text; a dash if the figure is undefined.
+        reason: Reason of an undefined figure; else empty.
+        figures: The unrounded numbers behind the text, in the column's unit, separated by spaces:
+            the figure, the interval's ends, or all three. Empty if the text is not rounded.
     """
 
     text: str

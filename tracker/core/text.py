@@ -1,4 +1,4 @@
-"""Making text fit to be shown: no password in it, and nothing that a terminal or a page obeys."""
+"""Escape text for terminals, Markdown and CSV, and mask passwords."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from urllib.parse import quote, unquote
 
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of reading
-    "\u2028\u2029\ud800-\udfff]"  # other line ends, and halves of characters
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks of the direction of reading
+    "\u2028\u2029\ud800-\udfff]"  # other line ends, and surrogates
 )
 
 
 def harmless(text: str) -> str:
-    """Replace what a terminal, a page or a file obeys instead of showing by U+FFFD.
+    """Replace control characters, which terminals or pages would obey, by U+FFFD.
 
-    Tabs and newlines stay.
+    Tabs and newlines are kept.
     """
     return _OBEYED.sub("\ufffd", text)
 
 
 def capital(text: str) -> str:
-    """Begin a text with a capital letter."""
+    """Return a text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 HALF = "half of a character; write the character itself"
-"""What is said of a text that is not writable."""
+"""The message about a text that is not writable."""
 
 
 def is_writable(text: str) -> bool:
-    """Say whether a text can be written and hashed: it holds no half of a character."""
+    """Check whether a text can be written and hashed: it holds no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -44,17 +44,17 @@ _MARKUP = re.compile(r"[\\`\[\]|]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def as_markdown(text: str) -> str:
-    """Write a text so that Markdown shows it: no HTML, code, link or image, no end of a cell."""
+    """Escape a text for Markdown: no HTML, code, link or image, and no end of a table cell."""
     return _MARKUP.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
 
 
 def as_code(text: str) -> str:
-    """Write a text as code in Markdown, which no backtick within it ends."""
+    """Format a text as inline code in Markdown, without the backticks in it."""
     return f"`{' '.join(text.split()).replace('`', '')}`"
 
 
 def as_cell(text: str) -> str:
-    """Write a text so that a spreadsheet shows it instead of computing it as a formula."""
+    """Escape a text that a spreadsheet would compute as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
 
@@ -67,10 +67,10 @@ _SECRET = re.compile(
 
 
 def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
-    """Hide passwords before a text is shown or kept.
+    """Replace passwords in a text by `***` before it is shown or stored.
 
-    `secrets` must not be seen, as they are and as they are quoted in an address; nor must what
-    looks like a password in an address.
+    All `secrets` are masked, plain and quoted as in a URL, and so is everything in a URL that looks
+    like a password.
     """
     for secret in filter(None, secrets):
         for form in (secret, unquote(secret), quote(secret, safe="")):

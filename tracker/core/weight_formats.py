@@ -1,7 +1,7 @@
-"""Formats of weights, as their makers define them: what they are called, and the bits they take.
+"""Define the formats of weights and their sizes, as their authors define them.
 
-A map in a format has the weights that a file in that format gives back, in the model's own dtype.
-All of them round to nearest, or search scales that do so best; none is calibrated on text.
+A map in a format has the weights that a file in that format decodes to, in the model's own dtype.
+All formats round to nearest, or search the best scales for it; none is calibrated on text.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ _TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
 _GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
 
 SCALE_BITS = 16
-"""What the scale of integers and of fp8 takes in a checkpoint: it has the weights' dtype."""
+"""Bits of a scale of integers or fp8 in a checkpoint, where it has the weights' dtype."""
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """One format.
+    """One format of weights.
 
     Attributes:
-        name: Its word in files and on the command line.
-        label: What its makers call it.
-        block: Inputs of a row that are kept together, which must fill a row; 0 for whole rows.
-        bits: Bits of a weight, with what its block takes besides; of whole rows without their
-            scale.
-        source: Who defines it, and by whose code weights are rounded.
-        instead: What llama.cpp takes where a row has no whole blocks; empty for nothing.
-        extra: Whether its makers' code is in the extra `quantise` alone.
-        round: Rounds weights, a float32 tensor [rows, inputs] whose rows have whole blocks, and
-            makes them numbers again; None for formats of tracker, which `models/rounding.py`
-            rounds.
+        name: Its name in files and on the command line.
+        label: Its authors' name for it.
+        block: Consecutive inputs of a row that are stored together; 0 for whole rows. A row must
+            have whole blocks.
+        bits: Bits per weight, including its block's overhead, but not the scale of a whole row.
+        source: The definition of the format, and the code that rounds weights.
+        instead: The format that llama.cpp uses for a row without whole blocks; empty for none.
+        extra: True if its authors' code is only in the extra `quantise`.
+        round: Function that rounds a float32 tensor [rows, inputs] whose rows have whole blocks,
+            and returns numbers again; None for tracker's own, which `models/rounding.py` rounds.
     """
 
     name: str
@@ -48,17 +47,17 @@ class WeightFormat:
 
     @property
     def is_ggufs(self) -> bool:
-        """Whether a GGUF file has it."""
+        """True if it is a format of GGUF files."""
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """The format of a map with rows of so many inputs; None where they have no whole blocks."""
+        """Return the format for rows with this number of inputs; None without whole blocks."""
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
 
     def bits_of(self, inputs: int) -> float:
-        """Bits of a weight in rows of so many inputs, all told."""
+        """Return the bits per weight in rows with this number of inputs, including scales."""
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 
@@ -93,11 +92,11 @@ _RESERVED = (
     *("layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"),
     *("embedding", "lm_head", "remove", "mean", "scale", "linear", "repeat", "drawn"),
 )
-"""Words that mean something else in the text of a change."""
+"""Words with another meaning in the text of a change, which no format may have."""
 
 
 def _check_format(extension: object) -> WeightFormat:
-    """Check a format of another package; TypeError or ValueError with why it is none."""
+    """Check a format of another package; raise TypeError or ValueError with the reason."""
     if not isinstance(extension, WeightFormat):
         raise TypeError(f"{extension!r} is no tracker.core.weight_formats.WeightFormat")
     if not callable(extension.round):
@@ -111,4 +110,4 @@ FORMATS: Mapping[str, WeightFormat] = {
     **_OURS,
     **load_extensions("formats", _check_format, (*_OURS, *_RESERVED)),
 }
-"""Every format by its word: ours, and those of other packages by their entry points."""
+"""Name → format, for tracker's own and those of other packages by their entry points."""

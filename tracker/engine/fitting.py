@@ -1,7 +1,7 @@
-"""Fitting what stands in for a layer on calibration text, by least squares over its tokens.
+"""Fit replacements of layers on calibration text, by least squares over its tokens.
 
 A text's first token is left out, because its state is often a hundred times as long as all others
-and would alone decide the fit; so is what two texts that follow each other begin with alike.
+and would dominate the fit. A beginning shared with the text before is left out too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Sums:
         self.products = torch.zeros(size, self.width, dtype=torch.float64)
 
     def add(self, before: Tensor, after: Tensor) -> None:
-        """Add tokens [tokens, width]."""
+        """Add the states of tokens before and after the layer [tokens, width]."""
         before, after = before.cpu().double(), after.cpu().double()
         self.tokens += len(before)
         self.update += (after - before).sum(0)
@@ -46,10 +46,10 @@ class _Sums:
             self.products += more.T @ after
 
     def fitted(self) -> FittedReplacement:
-        """Solve for what explains most of y from x."""
+        """Return the least-squares fits of y from x."""
         linear = None
         if self.linear:
-            # The smallest solution, where inputs do not span all dimensions.
+            # The minimum-norm solution where inputs do not span all dimensions.
             solved = torch.linalg.lstsq(self.squares, self.products, driver="gelsd").solution
             linear = solved[:-1].T.float().contiguous(), solved[-1].float()
         return FittedReplacement(
@@ -61,16 +61,16 @@ class _Sums:
 def fit(
     model: EngineModel, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
 ) -> dict[int, FittedReplacement]:
-    """Fit what stands in for some layers of an intact model.
+    """Fit the replacements of some layers of an intact model.
 
     Args:
         model: The model.
-        texts: Token ids of the calibration texts, two or more of each.
-        layers: For which layers, 0-based.
-        linear: Whether linear maps are wanted too.
+        texts: Token ids of the calibration texts, at least two per text.
+        layers: The layers to fit, 0-based.
+        linear: Whether to fit linear maps too.
 
     Returns:
-        Layer → what stands in for it.
+        Layer → its replacement.
     """
     sums: dict[int, _Sums] = {}
     plan = model.plan([INTACT])
@@ -89,7 +89,7 @@ def fit(
 
 
 def first_tokens(texts: Sequence[Sequence[int]]) -> list[int]:
-    """Say from which token on each text counts: behind its first, and behind what is repeated."""
+    """Return each text's first token to fit: behind its own first and any repeated beginning."""
     before = [(), *texts]
-    # The last token of a text is always its own.
+    # The last token of a text is never left out.
     return [max(1, alike(last, text[:-1])) for last, text in zip(before, texts, strict=False)]

@@ -1,9 +1,8 @@
-"""Many passes of a model side by side, so that weights that come past come past once for all.
+"""Run several passes of a model in lockstep, so that offloaded weights are loaded once for all.
 
-Each pass is the model's own forward pass, or several, in a greenlet of its own. Before a layer
-whose weights rest elsewhere it stops. When all have stopped or ended, one layer is brought in, all
-that wait for it pass it, and so on upwards: what a layer is brought in for is everybody who wants
-it.
+Each pass is one or several forward passes of the model, in a greenlet of its own. It pauses before
+a layer whose weights are offloaded. When all passes have paused or ended, one layer is loaded and
+all passes that wait for it use it, then the next layer upwards.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ T = TypeVar("T")
 def side_by_side(
     weights: OffloadedWeights | None, model: nn.Module, passes: Iterable[Callable[[], T]]
 ) -> Iterator[T]:
-    """Run passes, so that each layer is brought in as rarely as can be.
+    """Run passes and load each offloaded layer as rarely as possible.
 
-    Where all weights are in place, each runs when its result is asked for. Passes may run others
-    side by side themselves: these join those that run already.
+    Without offloaded weights, each pass runs when its result is requested. A pass may call this
+    function itself: its passes then join those that are already running.
 
     Args:
-        weights: The weights that rest elsewhere; None where all are in place.
-        model: The model that they call, or a copy of it; each may replace its modules' `forward`.
-        passes: What to run. None may rest on what another one does.
+        weights: The offloaded weights; None if all weights are in place.
+        model: The model that the passes call, or a copy of it; a pass may replace modules'
+            `forward`.
+        passes: The functions to run. None may depend on the result of another one.
 
     Yields:
-        What each returns, in order; an exception of one ends all.
+        The result of each pass, in order; an exception in one of them ends all.
     """
     if weights is None:
         for each in passes:
@@ -55,16 +55,16 @@ def side_by_side(
 def reporting(
     weights: OffloadedWeights | None, due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Report what passes find, each thing once, and not only at their end.
+    """Report the progress of passes without counting anything twice.
 
     Args:
-        weights: The weights that rest elsewhere; with each layer of them that comes past, a share
-            of what is due is reported ahead. None where all are in place.
-        due: How much is found in all.
-        progress: Called with how much more there is.
+        weights: The offloaded weights; each loaded layer reports a share of the total ahead. None
+            if all weights are in place.
+        due: The total to report.
+        progress: Called with each increment of progress.
 
     Yields:
-        What is called with how much a pass has found.
+        The function to call with the amount that a pass has finished.
     """
     told = done = came_past = 0
 
@@ -86,7 +86,7 @@ def reporting(
     def came() -> None:
         nonlocal came_past
         came_past += 1
-        # Each layer is passed by one stream more than the one below, so that time goes as a square.
+        # Each layer is used by one stream more than the one below, so time grows quadratically.
         tell(int(due * min(1.0, came_past / len(weights.times)) ** 2))
 
     weights.heard.append(came)
@@ -97,7 +97,7 @@ def reporting(
 
 
 class _Hub:
-    """Runs passes by turns: each runs until it needs a layer, or what others find."""
+    """Scheduler of passes: each runs until it needs a layer or the results of other passes."""
 
     def __init__(self, weights: OffloadedWeights) -> None:
         self._weights = weights
@@ -107,7 +107,7 @@ class _Hub:
         self._joined: list[tuple[_Pass[Any], Sequence[_Pass[Any]]]] = []
         self._now: _Pass[Any] | None = None
 
-    # What a guard of inference mode puts back is what was there when it was entered: on for all.
+    # On exit, inference mode restores the mode at entry, so it must be on for all passes.
     @torch.inference_mode()
     def run(self, passes: Sequence[_Pass[T]]) -> list[T]:
         """Run passes until all have ended."""
@@ -118,7 +118,7 @@ class _Hub:
                 while self._ready:
                     self._go_on(self._ready.pop(0))
                 if self._waiting:
-                    # Upwards, and from the bottom again for those that came later.
+                    # Upwards, then from the bottom again for passes that joined later.
                     layer = min(self._waiting, key=lambda each: (each < layer, each))
                     self._weights.bring(layer)
                     self._ready = self._waiting.pop(layer)
@@ -130,7 +130,7 @@ class _Hub:
         return [each.found() for each in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run passes beside all others, and let the one that asks wait for what they find."""
+        """Run passes beside all others and return their results to the pass that calls."""
         assert self._now is not None
         self._joined.append((self._now, passes))
         self._ready += passes
@@ -138,7 +138,7 @@ class _Hub:
         return [each.found() for each in passes]
 
     def wait(self, layer: int) -> None:
-        """Let the pass that runs wait for a layer."""
+        """Pause the running pass until a layer is loaded."""
         assert self._now is not None
         self._waiting.setdefault(layer, []).append(self._now)
         self._home.switch()
@@ -152,7 +152,7 @@ class _Hub:
 
 
 class _Pass(Generic[T]):
-    """A function that runs for a while, and the `forward`s that it puts into modules meanwhile."""
+    """A pausable function, with the `forward` methods that it has put into modules."""
 
     def __init__(self, make: Callable[[], T], modules: Sequence[nn.Module]) -> None:
         self._make = make
@@ -163,17 +163,17 @@ class _Pass(Generic[T]):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has returned, or failed."""
+        """True if the pass has returned or failed."""
         return bool(self._run.dead)
 
     def found(self) -> T:
-        """What it returned; raises what it raised."""
+        """Return the result of the pass, or raise its exception."""
         return self._outcome.result()
 
     def go_on(self) -> None:
-        """Run from where it stopped to where it stops again."""
+        """Resume the pass until it pauses again."""
         self._put(self._forwards)
-        if not self._run:  # it ends where it is begun, whoever made it
+        if not self._run:  # the pass ends in the greenlet that first resumes it
             self._run.parent = getcurrent()
         try:
             self._run.switch()
@@ -182,7 +182,7 @@ class _Pass(Generic[T]):
             self._put(self._usual)
 
     def end(self) -> None:
-        """Let it leave whatever it is in."""
+        """Abort the pass, so that it leaves its context managers."""
         self._put(self._forwards)
         self._run.throw()
         self._put(self._usual)
@@ -190,7 +190,7 @@ class _Pass(Generic[T]):
     def _all(self) -> None:
         try:
             self._outcome.set_result(self._make())
-        except Exception as error:  # noqa: BLE001  raised where the outcome is asked for
+        except Exception as error:  # noqa: BLE001  raised again where the result is read
             self._outcome.set_exception(error)
 
     def _taken(self) -> dict[nn.Module, Any]:

@@ -1,4 +1,4 @@
-"""What a cell will cost, counted before anything is spent."""
+"""Cost estimates for a cell, made before it is measured."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from tracker.models.parts.experts import entries
 from tracker.models.parts.linear_maps import find_embeddings
 
 SECONDS = 0.5
-"""How long the machine's speed is measured."""
+"""Duration of the measurement of the machine's speed, in seconds."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The work of one cell, beside that of running lm-eval once for every ablation.
+    """The work of one cell, compared with running lm-eval once per ablation.
 
     Attributes:
         documents: Documents.
         requests: (context, continuation) pairs.
-        tokens: Tokens that the model reads, shared ones once.
-        layer_passes: Tokens times the layers that each passes, all streams together.
+        tokens: Tokens that the model reads, each shared token once.
+        layer_passes: Tokens times the layers that each passes, summed over all streams.
         flops: Floating-point operations of the engine.
         naive_tokens: Tokens that lm-eval reads for one evaluation (equal contexts of one-token
             continuations once, padding not counted).
-        plain_layer_passes: Program → the same for lm-eval's model once per ablation. That of vLLM
-            reads the whole text of each request: vLLM reuses no prefix where it is asked for the
-            log-probabilities of prompts.
-        naive_flops: The same.
+        plain_layer_passes: Program → layer passes of lm-eval's model, run once per ablation. vLLM
+            reads the whole text of each request: it reuses no prefix when log-probabilities of
+            prompts are requested.
+        naive_flops: Floating-point operations of lm-eval, run once per ablation.
         check_layer_passes: Tokens times layers of the self-check on the model itself.
-        peak_bytes: Weights, the widest activations and the logits of a chunk.
+        peak_bytes: Bytes of the weights, the widest activations and the logits of a chunk.
     """
 
     documents: int
@@ -63,28 +63,28 @@ class Cost:
 
     @property
     def times_the_passes(self) -> dict[str, float]:
-        """Return how many times the engine's layer passes lm-eval's models need, by program."""
+        """Return the ratio of each program's layer passes to the engine's."""
         plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What it takes to score some documents under any ablations, with all sharing.
+    """The work of scoring documents under any ablations, with full sharing.
 
-    The operations of attentions and MLPs grow with how often a token passes one, and those of the
-    head too: `engine` and `plain` hold those of one.
+    The operations of attentions, MLPs and the head are proportional to the number of passes through
+    them. `engine` and `plain` hold the operations of one pass.
 
     Attributes:
-        documents: Documents.
-        requests: (context, continuation) pairs.
-        layers: Layers of the model.
-        tokens: Tokens that the model reads, shared ones once.
+        documents: Number of documents.
+        requests: Number of (context, continuation) pairs.
+        layers: Number of layers of the model.
+        tokens: Tokens that the model reads, each shared token once.
         widest: Tokens of the largest row.
         naive_tokens: Tokens that lm-eval reads for one evaluation.
-        engine: Operations of one pass of all tokens through an attention, through an MLP, and of
-            those that predict something through the head.
-        plain: The same for lm-eval.
+        engine: Operations of one pass of all tokens through an attention, one through an MLP, and
+            one of the predicting tokens through the head.
+        plain: The same operations for lm-eval.
     """
 
     documents: int
@@ -106,12 +106,12 @@ class Reading:
 
 
 def reading(model: PreTrainedModel, documents: Sequence[Document], max_length: int) -> Reading:
-    """Count what it takes to score documents.
+    """Count the work of scoring documents.
 
     Args:
         model: The model; its weights may be on the meta device.
         documents: The documents.
-        max_length: Tokens that the model reads at most.
+        max_length: Maximum number of tokens that the model reads.
 
     Returns:
         The counts.
@@ -122,7 +122,7 @@ def reading(model: PreTrainedModel, documents: Sequence[Document], max_length: i
     attention, mlp = _weights(model)
 
     def attended(tokens: int, keys: int) -> float:
-        """Operations of one attention in which some tokens see so many keys."""
+        """Count the operations of one attention in which `tokens` tokens see `keys` keys."""
         return float(tokens * (2 * attention + 4 * keys * hidden))
 
     tokens = widest = kept = 0
@@ -163,13 +163,13 @@ def cost(
     ablations: Sequence[Ablation],
     max_length: int,
 ) -> Cost:
-    """Count the work of a cell, for full sharing.
+    """Count the work of a cell with full sharing.
 
     Args:
         model: The model; its weights may be on the meta device.
         documents: The cell's documents.
-        ablations: The ablations, with the baseline.
-        max_length: Tokens that the model reads at most.
+        ablations: The ablations, including the baseline.
+        max_length: Maximum number of tokens that the model reads.
 
     Returns:
         The counts.
@@ -201,9 +201,9 @@ def _work(operations: Sequence[float], passes: Sequence[int]) -> float:
 
 
 def _weights(model: PreTrainedModel) -> tuple[float, float]:
-    """Average weights of a layer's attention, and of the rest of its matrices, that a token passes.
+    """Return the average weights per token of a layer's attention and of its other modules.
 
-    Of routed experts a token passes as many as its configuration says.
+    Of routed experts, only as many count as the configuration selects per token.
     """
     layers, chosen = find_layers(model), experts_of_a_token(model.config.get_text_config())
 

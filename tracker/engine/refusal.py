@@ -1,4 +1,4 @@
-"""Telling what a model cannot do from what is wrong with tracker."""
+"""Distinguish what a model cannot do from errors of tracker."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _Made = TypeVar("_Made")
 
 
 class RefusalError(Exception):
-    """A model is not built the way that some sharing needs; says what was found."""
+    """A model is not built the way that some sharing needs; the message gives the reason."""
 
 
-# MPS and drivers of CUDA and HIP; MPS, of one tensor; cuBLAS and rocBLAS; XPU; the host.
+# MPS and drivers of CUDA and HIP; MPS, for one tensor; cuBLAS and rocBLAS; XPU; the host.
 OUT_OF_MEMORY = re.compile(
     "out of memory|Invalid buffer size|_STATUS_ALLOC_FAILED|_OUT_OF_(DEVICE|HOST)_MEMORY"
     "|DefaultCPUAllocator"
 )
-"""Messages of errors for which torch has no class."""
+"""Messages of out-of-memory errors for which torch has no class."""
 
 
 def device_is_lost(error: Exception) -> bool:
-    """Return whether nothing can be computed on the device in this process any more."""
+    """Return whether the device is unusable for the rest of this process."""
     if is_out_of_memory(error):
         return False
     kind = getattr(torch, "AcceleratorError", None)  # since torch 2.8
@@ -35,20 +35,20 @@ def device_is_lost(error: Exception) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether there was too little memory on the device that computed."""
+    """Return whether the error means that the device or the host ran out of memory."""
     is_told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
     return isinstance(error, torch.OutOfMemoryError) or bool(is_told)
 
 
 def refused(error: Exception) -> str | None:
-    """Say why a model cannot be run in some way.
+    """Return why a model cannot be run in some way.
 
     Args:
-        error: What was raised while the engine ran the model.
+        error: The exception raised while the engine ran the model.
 
     Returns:
-        One line; None where the error is not the model's: memory ran out, the device is lost, or it
-        was raised in tracker's own code, and must go up.
+        One line; None if the model is not the cause, so that the error must propagate: memory ran
+        out, the device is lost, or tracker's own code raised it.
     """
     if is_out_of_memory(error) or device_is_lost(error):
         return None
@@ -58,9 +58,9 @@ def refused(error: Exception) -> str | None:
 
 
 def tried(make: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
-    """Make something that runs a model: it, or else why the model does not run.
+    """Call a function that runs a model; return its result, or the reason why the model fails.
 
-    What is not the model's error goes up.
+    Errors that the model does not cause propagate.
     """
     try:
         return make(), None
@@ -72,7 +72,7 @@ def tried(make: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:
-    """Whether no module of the model ran below the deepest code of tracker."""
+    """Return whether tracker's code raised the error, with no module of the model below it."""
     ours = True
     for frame, _ in walk_tb(traceback):
         if str(frame.f_globals.get("__name__", "")).startswith("tracker."):

@@ -1,6 +1,6 @@
-"""What an executor does.
+"""Define the interface of an executor, and open the chosen one.
 
-And which there are, by name; the module of each is imported only when it is asked for.
+The module of an executor is imported only when it is chosen.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from tracker.measuring.job import Job, Options, Reporting
 
 
 class Executor(Protocol):
-    """Measures what cells lack; whatever breaks one cell, the others go on."""
+    """Measures the missing outcomes of cells; a failing cell does not affect the others."""
 
     def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
         """Measure cells.
 
         Args:
-            jobs: The cells, equal models next to each other.
-            to: Where they are kept, and who hears of them.
+            jobs: The jobs, those of equal models next to each other.
+            to: The results folder and the callbacks.
 
         Returns:
-            How many times a model was loaded.
+            Number of times that a model was loaded.
         """
 
 
 def last_line(error: Exception) -> str:
-    """Say what is worth reading in the long messages of a scheduler: how they end."""
+    """Return the last line of an error, the informative one in messages of schedulers."""
     lines = [line.strip(" -") for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line), type(error).__name__)[:300]
 
@@ -42,10 +42,10 @@ _NEEDS = {"ray": "ray", "slurm": "submitit"}
 
 
 def open_executor(options: Options) -> Executor:
-    """Make the chosen executor ready.
+    """Open the chosen executor.
 
-    RequestError if its extra is not installed, another package's is broken, or it cannot do here
-    what is asked of it.
+    RequestError is raised if its extra is not installed, if another package's executor is broken,
+    or if it does not support the options on this machine.
     """
     name = options.executor
     if name in EXECUTORS:

@@ -1,4 +1,4 @@
-"""Measuring cells here, in one process: each model is loaded once."""
+"""Measure cells in this process; each model is loaded once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """Measures cells one after the other; ModelError if there is no such device."""
+    """Measures cells one after the other; raises ModelError if the device does not exist."""
 
     def __init__(self, options: Options) -> None:
         from tracker.models.load import find_device
@@ -26,7 +26,7 @@ class LocalExecutor:
         self._options = options
 
     def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
-        """Measure cells, each with all of this process; return how many models were loaded."""
+        """Measure cells in this process; return the number of loaded models."""
         worker = Worker(self._options)
         for job in jobs:
             measured = attempt(partial(measure_cell, job, worker, to))
@@ -38,9 +38,10 @@ class LocalExecutor:
 
 
 def measure_cell(job: Job, worker: Worker, to: Reporting) -> tuple[CellStore, list[str]]:
-    """Measure what a cell lacks; return it, and what the self-check found.
+    """Measure what a cell lacks; return the cell and the lines of the self-check.
 
-    RequestError for layers that do not fit the model, or a document that lacks what is read of it.
+    RequestError is raised for layers that the model does not have, and for a document without a
+    required field.
     """
     say = to.progress.say
     if not worker.has_loaded(job.requests[0].model):

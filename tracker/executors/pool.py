@@ -1,6 +1,7 @@
-"""Workers that share cells: each is called in a thread of its own, which writes what it measures.
+"""Call workers in threads, which share blocks by their locks, and divide devices among them.
 
-What is measured by whom is decided by the locks of blocks alone, as between commands.
+Each worker is called in a thread of its own, which writes its outcomes. The locks of blocks alone
+distribute the work, as between commands.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tracker.models.offloaded import devices_for
 from tracker.models.sources import find_model
 
 ATTEMPTS = 3
-"""How many workers may die over the same documents before their cell fails."""
+"""Number of workers that die over the same documents before their cell fails."""
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +40,9 @@ class _Cell:
     """A cell that workers share.
 
     Attributes:
-        work: What it lacks; None until a worker has opened it.
-        deaths: How many workers died over a block, or while they opened the cell (None).
-        has_ended: Whether it is finished or has failed.
+        work: Its missing blocks; None until a worker has opened it.
+        deaths: Block → number of workers that died over it; None → while opening the cell.
+        has_ended: True if it is finished or has failed.
     """
 
     job: Job
@@ -59,10 +60,10 @@ class WorkerPool:
     """Workers that measure cells together; those that die are replaced.
 
     Args:
-        workers: The workers, each a `RemoteWorker` elsewhere.
-        jobs: The cells.
-        to: Receives what happens, from one thread at a time.
-        checks: Where verdicts on architectures are kept, if workers can reach it.
+        workers: The workers, each a `RemoteWorker` in another process.
+        jobs: The jobs.
+        to: The results folder and the callbacks, which are called by one thread at a time.
+        checks: Storage of verdicts on architectures; None if workers cannot reach it.
     """
 
     def __init__(
@@ -77,9 +78,9 @@ class WorkerPool:
         self._models_loaded = 0
 
     def run(self, title: str) -> int:
-        """Measure until every cell is finished or has failed; return how many models were loaded.
+        """Measure until every cell has finished or failed; return the number of loaded models.
 
-        No worker is left behind.
+        All workers are closed at the end.
         """
         threads = ThreadPoolExecutor(len(self._workers))
         with telling(self._to.progress, title, 0), threads:
@@ -93,7 +94,7 @@ class WorkerPool:
         return self._models_loaded
 
     def _use(self, worker: Remote) -> None:
-        """Have a worker measure until nothing is left; one that dies is started again."""
+        """Measure with a worker until nothing is left; one that dies is started again."""
         try:
             while not self._is_over:
                 refusal = attempt(worker.ready)
@@ -107,7 +108,7 @@ class WorkerPool:
             worker.close()
 
     def _give_up(self, worker: Remote, error: Exception) -> None:
-        """Go on without a worker: its device is gone, or nothing is installed where it is."""
+        """Continue without a worker that cannot start."""
         with self._changed:
             if not self._is_over:
                 self._workers.remove(worker)
@@ -116,9 +117,10 @@ class WorkerPool:
                     self._end(cell, CellError(f"no worker is left: {error}"))
 
     def _next_cell(self, worker: Remote) -> _Cell | None:
-        """Choose a cell for a worker, waiting for one; None once there is nothing to do.
+        """Choose a cell for a worker, waiting if necessary; None once all work is done.
 
-        Best is the one that it has open, then one of its model, then one that few others are at.
+        The order of preference is the open cell, cells of the loaded model, and cells with few
+        other workers.
         """
         opened = self._opened.get(worker)
         loaded = opened and opened.request.model
@@ -136,7 +138,7 @@ class WorkerPool:
         return None
 
     def _measure(self, worker: Remote, cell: _Cell) -> bool:
-        """Have a worker measure what it can have of a cell; return whether it is still alive."""
+        """Measure a cell's available blocks with a worker; return whether it is still alive."""
         block: Block | None = None
         try:
             work = cell.work or self._open(worker, cell)
@@ -167,7 +169,7 @@ class WorkerPool:
         return True
 
     def _open(self, worker: Remote, cell: _Cell) -> CellWork:
-        """Make a cell ready on a worker."""
+        """Open a cell on a worker."""
         progress = self._to.progress
         with self._changed:
             self._opened[worker] = cell
@@ -191,14 +193,14 @@ class WorkerPool:
         return cell.work
 
     def _died(self, worker: Remote, cell: _Cell, block: Block | None, why: str) -> None:
-        """Have what a worker did done again, `ATTEMPTS` times at most."""
+        """Schedule a dead worker's block again, up to `ATTEMPTS` times."""
         worker.close()
         with self._changed:
             self._opened.pop(worker, None)
             if self._is_over:
                 return
             cell.deaths[block] += 1
-            # A machine on which no worker can open the cell does not decide for the others.
+            # One machine on which no worker can open the cell must not fail it for the others.
             bound = ATTEMPTS * (len(self._workers) if block is None else 1)
             if cell.deaths[block] < bound:
                 self._to.progress.say(f"{worker.name} died; what it did is done again ({why})")
@@ -207,7 +209,7 @@ class WorkerPool:
             self._end(cell, CellError(f"{bound} workers died over {work}; the last: {why}"))
 
     def _end(self, cell: _Cell, outcome: CellStore | Exception) -> None:
-        """Report a cell that is finished or has failed."""
+        """Report a cell that has finished or failed."""
         with self._changed:
             if cell.has_ended:
                 return
@@ -227,15 +229,15 @@ def group_devices(
 
     Args:
         devices: The devices.
-        size: How many make a group.
-        most: How many groups there are to be; None = as many as can be.
-        more: Whether groups of several may have more, so that no device is left.
+        size: Number of devices of a group.
+        most: Number of groups; None = as many as possible.
+        more: True if groups of several devices may be larger to use all devices.
 
     Returns:
-        The groups, as numbers of devices.
+        The groups, as ranges of device numbers.
 
     Raises:
-        RequestError: There are fewer devices.
+        RequestError: There are too few devices.
     """
     groups = most or len(devices) // size
     if not groups or groups * size > len(devices):
@@ -255,12 +257,12 @@ def count_devices(
 
     Args:
         jobs: The cells.
-        options: How they are measured.
-        devices: How many devices there are for a worker at most.
-        least_free: Returns how many bytes are free on the fullest device; it may take seconds.
+        options: The options of the run.
+        devices: Maximum number of devices of a worker.
+        least_free: Function that returns the free bytes of the fullest device; may take seconds.
 
     Returns:
-        As many as the weights of the largest model ask for; one where layers are to rest elsewhere.
+        The number of devices for the weights of the largest model; 1 if layers are offloaded.
     """
     if devices == 1 or options.weights is not None or options.offload != "device":
         return 1
@@ -268,7 +270,7 @@ def count_devices(
 
 
 def largest_weights(jobs: Sequence[Job], options: Options) -> int:
-    """Return the bytes that the weights of the largest model take, where it is known."""
+    """Return the bytes of the largest model's weights; models of unknown size count as 0."""
     largest = 0
     for spec in dict.fromkeys(job.requests[0].model for job in jobs):
         with suppress(TrackerError):  # the worker that loads it will say so

@@ -1,4 +1,4 @@
-"""Measuring cells in several processes of this machine: one a device, or parts of its cores."""
+"""Measure cells in several processes of this machine, by device or with a part of its cores."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class WorkerProcess(RemoteObject):
     """A worker in a process of this machine.
 
     Args:
-        name: What it is called in messages.
-        output: The file that gets what it prints.
-        variables: Environment variables that decide which devices and how many threads it has.
+        name: Its name in messages.
+        output: The file for its output.
+        variables: Environment variables that set its devices and its number of threads.
         *arguments: The arguments of `RemoteWorker`.
     """
 
@@ -66,8 +66,8 @@ class WorkerProcess(RemoteObject):
 class ProcessesExecutor:
     """Measures cells with worker processes, each with the model, which share the cells' blocks.
 
-    With accelerators there is one for each, or for each group of as many as the model needs;
-    without, as many as were asked for. RequestError for what this machine has not.
+    With accelerators there is one worker for each, or for each group that the model needs. Without,
+    there are as many as requested. RequestError is raised if this machine has too few devices.
     """
 
     def __init__(self, options: Options) -> None:
@@ -87,9 +87,9 @@ class ProcessesExecutor:
             group_devices(self._devices, options.devices_per_worker or 1, options.workers)
 
     def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
-        """Measure cells with the workers; return how many models were loaded."""
+        """Measure cells with the workers; return the number of loaded models."""
         groups = self._groups(jobs)
-        # Threads of each worker: those of one process, where their number is given.
+        # OMP_NUM_THREADS is the number of threads of each worker, if it is set.
         own = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(own) if own.isdecimal() else max(1, torch.get_num_threads() // len(groups))
         title = f"{len(groups)} worker{'s' * (len(groups) > 1)}"
@@ -105,7 +105,7 @@ class ProcessesExecutor:
             return pool.run(f"workers: {len(workers)}")
 
     def _groups(self, jobs: Sequence[Job]) -> list[range]:
-        """Divide the accelerators among workers; without any, give each none."""
+        """Divide the accelerators among workers; without any, each group is empty."""
         options = self._options
         if not self._devices:
             return [range(0)] * (options.workers or 1)
@@ -116,7 +116,7 @@ class ProcessesExecutor:
     def _worker(
         self, number: int, group: range, workers: int, threads: int, output: Path
     ) -> WorkerProcess:
-        """Make a worker on some accelerators, or a part of the cores, which is not started yet."""
+        """Create a worker, not started yet, for some accelerators or a part of the cores."""
         variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         name, device = f"worker {number}", self._options.device
         if group:
@@ -132,9 +132,9 @@ def _name_devices(group: range) -> str:
 
 
 def _least_free() -> int:
-    """Say how many bytes are free on the fullest accelerator.
+    """Return the free bytes of the fullest accelerator.
 
-    Who asks takes some of each; so a process asks that ends.
+    Reading them uses some memory of each accelerator, so a process of its own does it and ends.
     """
     asked = subprocess.run([sys.executable, "-c", _FREE], capture_output=True, text=True)
     if asked.returncode:

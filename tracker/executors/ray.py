@@ -1,4 +1,4 @@
-"""Measuring cells on a Ray cluster: each worker is an actor that keeps a model loaded."""
+"""Measure cells on a Ray cluster; each worker is an actor that keeps a model loaded."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tracker.measuring.worker import RemoteWorker, environment
 from tracker.models.load import SPREAD
 
 _PATIENCE = 60.0
-"""Seconds that nodes may take to say what is free on a GPU."""
+"""Timeout of nodes to report the free memory of a GPU."""
 
 
 class RayExecutor:
-    """Measures cells on the cluster of RAY_ADDRESS, or the one that `ray start` made here.
+    """Measures cells on the cluster of RAY_ADDRESS, or that of `ray start` on this machine.
 
-    Where there is neither, a local one lives as long as the run. Every GPU has a worker, or as many
-    GPUs of a node as the model needs; in a cluster without GPUs, every node has one with all of its
-    CPUs. RequestError for a cluster that cannot be reached, or has no room for a worker.
+    Without either, a local cluster is used for the run. Every GPU has a worker, or every group of
+    GPUs of a node that the model needs. In a cluster without GPUs, every node has a worker with all
+    of its CPUs. RequestError is raised if the cluster cannot be reached, or has too few resources.
     """
 
     def __init__(self, options: Options) -> None:
@@ -66,11 +66,11 @@ class RayExecutor:
             self._disconnect()
 
     def _each(self, jobs: Sequence[Job]) -> int:
-        """Count the GPUs that a worker has."""
+        """Return the number of GPUs of each worker."""
         options, gpus = self._options, _gpus(self._options)
         if options.devices_per_worker is not None:
             return options.devices_per_worker
-        with suppress(RayError):  # a node that does not say what is free
+        with suppress(RayError):  # a node does not report its free memory
             return count_devices(
                 jobs, options, max(gpus.values(), default=1), lambda: _least_free(gpus)
             )
@@ -82,7 +82,7 @@ class RayExecutor:
 
 
 class _Actor(Remote):
-    """A worker at a GPU, at several, or at a node."""
+    """A worker on one or several GPUs, or on a node."""
 
     def __init__(
         self, name: str, node: str, resources: Mapping[str, float], options: Options, beside: int
@@ -116,7 +116,7 @@ class _Actor(Remote):
 
 
 def _look_for_cluster() -> None:
-    """Raise an OSError if nobody answers where Ray will look: it would try for over ten minutes."""
+    """Raise OSError if no cluster answers; Ray itself would try for over ten minutes."""
     if "://" in os.environ.get("RAY_ADDRESS", ""):
         return
     address = canonicalize_bootstrap_address(None)
@@ -130,7 +130,7 @@ def _look_for_cluster() -> None:
 
 
 def _actors(options: Options, size: int) -> Iterator[_Actor]:
-    """Find a place for a worker at every so many GPUs of a node, or else at every node."""
+    """Yield a worker for every `size` GPUs of a node, or for every node without GPUs."""
     nodes = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
     gpus = _gpus(options)
     on = replace(options, device=SPREAD if size > 1 else options.device, devices_per_worker=None)
@@ -148,7 +148,7 @@ def _actors(options: Options, size: int) -> Iterator[_Actor]:
 
 
 def _gpus(options: Options) -> dict[str, int]:
-    """Count the GPUs of each node that has some."""
+    """Return the number of GPUs of each node that has some."""
     if options.device == "cpu":
         return {}
     found = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
@@ -156,7 +156,7 @@ def _gpus(options: Options) -> dict[str, int]:
 
 
 def _least_free(nodes: Iterable[str]) -> int:
-    """Say how many bytes are free on the fullest of some GPUs, one of each node."""
+    """Return the smallest number of free bytes among one GPU of each node."""
     there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     ask = ray.remote(num_gpus=1, num_cpus=0)(_free)
     asked = [ask.options(scheduling_strategy=each).remote() for each in there]
@@ -164,7 +164,7 @@ def _least_free(nodes: Iterable[str]) -> int:
 
 
 def _free() -> int:
-    """Say how many bytes are free on a GPU."""
+    """Return the free bytes of this process's GPU."""
     from tracker.models.devices import default_device, free_memory
 
     return free_memory(default_device())

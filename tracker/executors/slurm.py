@@ -1,7 +1,7 @@
-"""Measuring cells as SLURM jobs: a job array in which each job measures one cell.
+"""Measure cells as SLURM jobs: a job array in which each job measures one cell.
 
-Every job works in the shared results folder as `tracker run` does, without publishing; the driver
-waits, and publishes.
+Every job works in the shared results folder as `tracker run` does, without publishing. The driver
+waits for the jobs and publishes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from tracker.measuring.progress import Silent, telling
 from tracker.measuring.worker import Worker
 
 POLL = 2.0
-"""Seconds between two looks at the jobs and at the ledger."""
+"""Seconds between two checks of the jobs and the ledger."""
 STARTS = 4
-"""How many starts of a job in a row may end without a new shard."""
+"""Maximum number of consecutive starts of a job without a new shard."""
 _COMMON = (
     *("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node"),
     *("tasks_per_node", "stderr_to_stdout"),
@@ -55,21 +55,21 @@ log = logging.getLogger(__name__)
 class SlurmExecutor:
     """Submits a job array over cells and waits for it.
 
-    `options.slurm` holds what `update_parameters` of submitit takes, sbatch's own parameters
-    without submitit's prefix, and `cluster`, which is `slurm` or, to try it without one, `local`.
-    RequestError if there is no SLURM here, or a parameter is wrong.
+    `options.slurm` holds the parameters of submitit's `update_parameters`, those of sbatch without
+    submitit's prefix. Its key `cluster` is `slurm`, or `local` to test without a cluster.
+    RequestError is raised if there is no SLURM, or a parameter is wrong.
     """
 
     def __init__(self, options: Options) -> None:
         self._cluster = str(options.slurm.get("cluster", "slurm"))
         self._parameters = {k: v for k, v in options.slurm.items() if k != "cluster"}
         self._options = replace(options, executor="local", slurm={})
-        # submitit's executor within this process checks the same, and makes no folder.
+        # submitit's debug executor makes the same checks, and creates no folder.
         checks = "debug" if self._cluster == "local" else self._cluster
         _executor(Path("slurm"), checks, self._parameters)
 
     def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
-        """Measure cells, one a job; the results folder is on a file system that all nodes share."""
+        """Measure cells, one per job; all nodes must share the results folder's file system."""
         to.ledger.create()
         root = to.ledger.root.resolve()
         executor = _executor(root / "slurm" / "%j", self._cluster, self._parameters)
@@ -97,7 +97,7 @@ class SlurmExecutor:
 
 
 class _Waiting:
-    """A submitted job, and how far its cell is in the ledger."""
+    """A submitted job, and the progress of its cell in the ledger."""
 
     def __init__(self, job: Job, submission: submitit.Job, to: Reporting) -> None:
         self.submission = submission
@@ -115,7 +115,7 @@ class _Waiting:
             self.left = sum(bool(store.missing(b, request.extent, names)) for b in blocks)
 
     def has_ended(self) -> bool:
-        """Count the blocks that have come since the last call; return whether the job is over."""
+        """Report the new blocks since the last call; return whether the job has ended."""
         is_over = bool(self.submission.done())
         cell = self._job.cells[0]
         store = self._to.ledger.find(cell.key) if cell.key else None
@@ -131,7 +131,7 @@ class _Waiting:
         return is_over
 
     def report(self, say: Callable[[str], None]) -> int:
-        """Report what became of the job's cells; return how many models it loaded."""
+        """Report the outcome of the job's cells; return the number of loaded models."""
         outcomes = self._outcomes()
         for line in (line for outcome in outcomes for line in outcome.notes):
             say(line)
@@ -145,7 +145,7 @@ class _Waiting:
         return sum(outcome.models_loaded for outcome in outcomes)
 
     def _outcomes(self) -> list[JobEnd]:
-        """Return how each task of the job ended."""
+        """Return the result of each task of the job."""
         try:
             found: list[JobEnd] = self.submission.results()
         except (UncompletedJobError, OSError) as error:
@@ -156,7 +156,7 @@ class _Waiting:
         return found
 
     def _store(self, request: CellRequest) -> CellStore | CellError:
-        """Find the finished cell."""
+        """Return the finished cell, or an error if the ledger does not have it."""
         cell = look_up(request, self._to.ledger)
         if cell.store is None or not cell.complete:
             return CellError(
@@ -167,7 +167,7 @@ class _Waiting:
 
 
 def _executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) -> Any:
-    """Make submitit's executor, and refuse what it does not know."""
+    """Create submitit's executor; raise RequestError for unknown parameters."""
     asked = dict(_DEFAULTS)
     for key, value in parameters.items():
         if key in ("time", "timeout_min") and not isinstance(value, int | float):
@@ -196,12 +196,12 @@ def _executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """What a job says to the process that submitted it.
+    """Result that a job returns to the process that submitted it.
 
     Attributes:
-        error: What went wrong; None when nothing of the cell is missing any more.
-        notes: What the self-check found.
-        models_loaded: How many times it loaded the model.
+        error: The error; None if the cell is complete.
+        notes: The lines of the self-check.
+        models_loaded: Number of times that it loaded the model.
     """
 
     error: TrackerError | None = None
@@ -211,10 +211,10 @@ class JobEnd:
 
 @dataclass
 class CellJob(Checkpointable):  # type: ignore[misc]
-    """Measures one cell in the shared results folder, for requests that differ in their runs alone.
+    """Measures one cell in the shared results folder, for requests that differ only in their runs.
 
-    It publishes nothing. When it is timed out or preempted, submitit queues it again, and it
-    continues from the shards.
+    It publishes nothing. After a time-out or preemption, submitit queues it again, and it continues
+    from the shards.
     """
 
     requests: Sequence[CellRequest]
@@ -224,7 +224,7 @@ class CellJob(Checkpointable):  # type: ignore[misc]
     _starts: int = 0
 
     def __call__(self) -> JobEnd:
-        """Measure what the cell lacks."""
+        """Measure the missing outcomes of the cell."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         end = attempt(self._run)
         if isinstance(end, TrackerError):
@@ -255,12 +255,12 @@ class CellJob(Checkpointable):  # type: ignore[misc]
 
 
 class _Log(Silent):
-    """Writes what is said into the job's log."""
+    """Receiver that writes messages to the job's log."""
 
     def say(self, message: str) -> None:
         log.info(message)
 
 
 def shards(store: CellStore | None) -> list[Path]:
-    """List the files of a cell's shards; none where the cell is not known yet."""
+    """List the files of a cell's shards; empty for None."""
     return [] if store is None else store.shards()

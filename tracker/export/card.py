@@ -1,8 +1,8 @@
-"""Write the model card of a changed model, the same facts for machines, and recipes of other tools.
+"""Write the model card of a changed model, the same facts as JSON, and recipes of other tools.
 
-Of removed and repeated layers: mergekit and llama.cpp. Of weights in formats: llama.cpp is told by
-options, llm-compressor by a recipe, mlx-lm by what its `config.json` states of each module,
-GPTQModel by rules.
+Removed and repeated layers have recipes of mergekit and llama.cpp. Weights in formats have options
+of llama.cpp, a recipe of llm-compressor, the module settings in mlx-lm's `config.json`, and rules
+of GPTQModel.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from tracker.models.sources import PACKAGE, ModelSource
 from tracker.report.texts import templates_of
 
 WINDOWS = "llama.cpp, windows"
-"""The recipe that writes down which layers see a window, where llama.cpp would guess wrong."""
+"""The recipe that states which layers have a window, where llama.cpp would guess wrong."""
 CONVERTED = "llama.cpp, converted"
-"""The recipe that converts the saved folder: llama-quantize removes layers, and repeats none."""
+"""The recipe that converts the saved folder: llama-quantize removes layers, but repeats none."""
 
 
 class Recipe(NamedTuple):
-    """One tool's recipe: how it is followed, its language, and the recipe itself."""
+    """One tool's recipe: instructions, its language, and the recipe itself."""
 
     words: str
     language: str
@@ -67,11 +67,11 @@ RECIPES: dict[str, Recipe] = {
     "mlx-lm": Recipe("mlx-lm, as `quantization` of `config.json`:", "json"),
     "GPTQModel": Recipe("GPTQModel, as arguments of `QuantizeConfig`:", "json"),
 }
-"""Every tool, in the order in which recipes are followed."""
+"""Recipes of all tools, in the order of their use."""
 
 
 def by_other_tools(texts: Mapping[str, str]) -> list[Recipe]:
-    """Return recipes, tool → text, in the order in which they are followed.
+    """Return recipes, tool → text, in the order of their use.
 
     The last line of a recipe ends without a break.
     """
@@ -83,7 +83,7 @@ def by_other_tools(texts: Mapping[str, str]) -> list[Recipe]:
 
 
 def why_none(resized: Sequence[str]) -> str:
-    """Return why no tool has a recipe: entries of the configuration, if any, that are `resized`."""
+    """Return why no tool has a recipe; `resized` are changed configuration entries, if any."""
     if not resized:
         return "None: no tool has names for all of these formats and weights."
     reason = (
@@ -101,12 +101,12 @@ def why_none(resized: Sequence[str]) -> str:
 # Removed and repeated layers
 
 Windows = tuple[str, int, list[bool]]
-"""What llama.cpp calls a model, after how many layers it expects one that sees everything, and of
-each layer whether it sees a window."""
+"""llama.cpp's name of a model, the period of its layers without a window, and whether each layer
+has a window."""
 _PERIODS = {"gemma3_text": ("gemma3", 6)}
-"""Models of which llama.cpp computes from a layer's place whether it sees a window, unless the file
-says it, which neither its converter nor llama-quantize writes: its name of them, and the period,
-whose last layer sees everything."""
+"""Models whose windows llama.cpp computes from a layer's position, unless the file states them.
+Neither its converter nor llama-quantize writes them. Values: its name of the model, and the period,
+whose last layer has no window."""
 
 
 def layer_recipes(
@@ -119,22 +119,22 @@ def layer_recipes(
 ) -> dict[str, str]:
     """Write how mergekit and llama.cpp make a model: tool → recipe.
 
-    mergekit reads safetensors: of a GGUF file there is also what writes it as such. llama.cpp reads
-    GGUF: a base in another form is called by its name. Where no layer goes, some come again: then
-    it converts the folder that is saved. There is nothing where a configuration has entries that
-    are `resized`, which neither does, but what llama.cpp finds out by itself, or is told: the
-    `windows`.
+    mergekit reads safetensors, so for a GGUF file there is also a program that converts it.
+    llama.cpp reads GGUF; a base in another form is called by its name. If layers are repeated and
+    none removed, it converts the saved folder. A configuration with other `resized` entries has no
+    recipes, since neither tool changes them. Exceptions are entries that llama.cpp derives by
+    itself, or that the recipe states: the `windows`.
 
     Args:
         source: The base.
         base: The base's identity.
         kept: The layers that the model has, in order; repeated ones several times.
-        removed: The layers that go.
+        removed: The removed layers.
         resized: The changed entries of the configuration besides the number of layers.
         windows: The result of `windows_of`.
 
     Returns:
-        The recipes; empty where no tool makes the model.
+        The recipes; empty if no tool makes the model.
     """
     file = "pruned" if removed else "repeated"
     recipes = {CONVERTED: f"python llama.cpp/convert_hf_to_gguf.py . --outfile {file}.gguf"}
@@ -158,9 +158,9 @@ def _program(template: str, **values: object) -> str:
 
 
 def windows_of(kind: str, layer_types: Sequence[str]) -> Windows | None:
-    """Return of which layers llama.cpp must know that they see a window.
+    """Return which layers have a window, in the form that llama.cpp needs.
 
-    None for a kind of model of which it is not known how llama.cpp finds that out.
+    None for a kind of model for which llama.cpp's rule is unknown.
     """
     if kind not in _PERIODS:
         return None
@@ -174,17 +174,17 @@ def _gguf_path(source: ModelSource) -> str:
 
 
 def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
-    """Return a folder that holds wherever mergekit is called, or the hub's commit."""
+    """Return a folder that is valid wherever mergekit runs, or the hub's commit."""
     if source.gguf_file:
         return f"./{source.name}"
     if source.is_local:
         return source.location
-    # mergekit's own way to write a revision.
+    # mergekit's own notation of a revision.
     return f"{base.source}@{base.revision}" if base.revision else base.source
 
 
 def as_safetensors(source: ModelSource, dtype: str) -> str:
-    """Write a program that saves a GGUF file as the folder that mergekit is given."""
+    """Write a program that saves a GGUF file as a folder for mergekit."""
     imports, folder = "", repr(source.location)
     if source.source.startswith(PACKAGE):  # wherever it is installed
         module = source.source.removeprefix(PACKAGE).replace("-", "_")
@@ -224,14 +224,14 @@ def skip_lists(component: Component, layers: Sequence[int]) -> str:
 Formats = Mapping[str, str]
 """Path of a linear map in the model, as the checkpoint names it → format."""
 _INTEGERS = ("int8", "int8_g32", "int8_g128", "int4", "int4_g128", "int4_row")
-"""Formats as compressed-tensors writes them and GPTQModel takes them: symmetric."""
+"""Formats that compressed-tensors and GPTQModel support: symmetric."""
 _MLX = ("int8_g32", "int8_g128", "int4", "int4_g128", "mxfp4")
-"""Formats that mlx-lm has. Its integers are affine, with a zero point, and ours symmetric: the
-recipe states how many bits each module has."""
+"""Formats that mlx-lm supports. Its integers are affine, with a zero point, tracker's symmetric:
+the recipe states only the bits of each module."""
 _GGUF_ENDS = ("token_embd.weight", "output.weight")
-"""What its files call the embedding and the head."""
+"""Names of the embedding and the head in GGUF files."""
 _ARCHITECTURES = {"mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
-"""What llama.cpp calls kinds that it writes otherwise than with other dashes."""
+"""llama.cpp's names of kinds of models that differ by more than dashes."""
 _EXPERTS = re.compile(r"\.experts\.\w+$")
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
@@ -246,13 +246,13 @@ def format_recipes(
         formats: The format of each map.
         architecture: The model's kind as transformers calls it (`model_type`).
         layers: The number of layers.
-        file: The GGUF file of the base, or what to call it.
-        tied: The path of the embedding, where it has a format and is the head too.
+        file: The GGUF file of the base, or a name for it.
+        tied: The path of the embedding, if it has a format and is the head too.
 
     Returns:
-        For llama.cpp where all formats are GGUF's and it has names for the maps; for
-        llm-compressor, mlx-lm and GPTQModel where each has all of them, and no expert's matrix is
-        among the maps; for the last where all are maps of layers.
+        Recipes of llama.cpp if all formats are GGUF's and it has names for the maps. Recipes of
+        llm-compressor, mlx-lm and GPTQModel if they support all formats and no map is an expert's
+        matrix; for the last, all maps must belong to layers.
     """
     recipes = {}
     of_gguf = all(FORMATS[form].is_ggufs for form in formats.values())
@@ -274,7 +274,7 @@ def format_recipes(
 
 
 def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, list[str]]:
-    """Return llama.cpp's names of maps; empty where it has none for one of them."""
+    """Return llama.cpp's names of maps; empty if it has none for one of them."""
     import gguf
 
     plain_name = _plain(_ARCHITECTURES.get(architecture, architecture))
@@ -284,7 +284,7 @@ def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, l
         return {}
     names = gguf.get_tensor_name_map(kind, layers)
     tensors = {path: [names.get_name(part) for part in _halves(path)] for path in formats}
-    # Its files hold the last one as two others, one of them turned.
+    # Its files store the last one as two tensors, one of them transposed.
     every = [name for parts in tensors.values() for name in parts]
     if any(name is None or name.endswith(".attn_kv_b") for name in every):
         return {}
@@ -292,7 +292,7 @@ def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, l
 
 
 def _halves(path: str) -> list[str]:
-    """Return experts' gates and what they open, which llama.cpp's converter parts."""
+    """Return the two maps of a fused expert map, which llama.cpp's converter splits."""
     if not _EXPERTS.search(path) or "gate_up_proj" not in path:
         return [path]
     return [path.replace("gate_up_proj", half) for half in ("gate_proj", "up_proj")]
@@ -303,13 +303,13 @@ def _plain(architecture: str) -> str:
 
 
 def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Write which tensors have which type: a regular expression and a type, in llama.cpp's words.
+    """List the types of tensors as llama.cpp takes them: regular expressions and types.
 
     Args:
         formats: Name of a tensor in a GGUF file (`blk.3.ffn_down.weight`) → format.
 
     Returns:
-        One entry for each format and name of a map: its layers stand in one expression.
+        One entry for each format and name of a map, with all its layers in one expression.
     """
     types = []
     layers_of: dict[tuple[str, str], list[int]] = {}
@@ -326,9 +326,9 @@ def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def quantise_command(formats: Mapping[str, str], file: str, tied: bool = False) -> str:
-    """Write the command of llama.cpp; all that is not named keeps sixteen bits.
+    """Write the command of llama.cpp; all tensors without a format keep sixteen bits.
 
-    Where the head is `tied` it has the embedding's format.
+    If the head is `tied`, it has the embedding's format.
     """
     ends = {end: FORMATS[formats[end]].label.lower() for end in _GGUF_ENDS if end in formats}
     embedding, head = (ends.get(end, "f16") for end in _GGUF_ENDS)
@@ -343,9 +343,9 @@ def quantise_command(formats: Mapping[str, str], file: str, tied: bool = False) 
 
 
 def llm_compressor(formats: Formats, tied: str = "") -> str:
-    """Write a recipe of llm-compressor: a group for each format, with the maps that are in it.
+    """Write a recipe of llm-compressor, with a group of maps for each format.
 
-    An embedding that is `tied` to the head is left as it is: the recipe would round it once only.
+    An embedding that is `tied` to the head is left out: the recipe would round it at one end only.
     """
     groups = {}
     by_format = grouped((path for path in formats if path != tied), lambda path: formats[path])
@@ -368,11 +368,11 @@ def llm_compressor(formats: Formats, tied: str = "") -> str:
 
 
 def mlx_lm(formats: Formats) -> str:
-    """Write what mlx-lm keeps of each module under `quantization` in a model's `config.json`.
+    """Write mlx-lm's entry `quantization` for the modules in a model's `config.json`.
 
-    Its `convert` is given the same by `quant_predicate`, which says False of all that is not named.
-    A module is left out there if its rows have no whole groups of the size that stands for all,
-    which is therefore the smallest.
+    Its `convert` gets the same from `quant_predicate`, which returns False for all other modules.
+    `convert` leaves out a module if its rows have no whole groups of the global size, which is
+    therefore the smallest.
 
     References:
         mlx_lm/utils.py (`quantize_model`, `load_model`) of github.com/ml-explore/mlx-lm at d78bf58.
@@ -388,9 +388,9 @@ def mlx_lm(formats: Formats) -> str:
 def gptqmodel(formats: Formats) -> str:
     """Write the arguments of GPTQModel's `QuantizeConfig`, a rule for each map.
 
-    A rule is a regular expression that is matched from the beginning of a module's path; the first
-    one counts, and those that begin with `-:` leave a module as it is. GPTQModel calibrates what it
-    rounds on text.
+    A rule is a regular expression that is matched from the beginning of a module's path. The first
+    match counts, and rules that begin with `-:` leave a module unchanged. GPTQModel calibrates on
+    text.
 
     References:
         gptqmodel/quantization/config.py (`_resolve_dynamic_override`) of

@@ -1,6 +1,6 @@
 """Changes of a model that can be saved, and how a results folder's searches and runs chose them.
 
-Layers are removed or passed again, or weights get formats.
+Layers are removed or repeated, or weights get formats.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
 
 
 def rounding(formats: Mapping[str, str]) -> ModelChange:
-    """Return a change of weights into the values of formats.
+    """Return a change that rounds weights to formats.
 
     Args:
         formats: `3.mlp.down_proj`, or `3` for a whole layer, or `embedding`, `lm_head` → format.
@@ -52,7 +52,7 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
 def layer_change(
     remove: Sequence[int], repeat: Sequence[int], repeats: int | None, component: Component
 ) -> ModelChange:
-    """Return which layers go, or are passed again; RequestError for what is no such change."""
+    """Return the removal or repetition of layers; raise RequestError for any other change."""
     if repeats is not None and not repeat:
         raise RequestError("--repeats says how often layers are passed; name them: --repeat 8-11")
     if not repeat:
@@ -79,7 +79,7 @@ def layer_change(
 
 
 def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
-    """Refuse to save a model without some attentions or MLPs: RequestError."""
+    """Raise RequestError for saving a model without some attentions or MLPs."""
     if component == "layer":
         return
     sublayers = "attentions" if component == "attention" else "MLPs"
@@ -94,7 +94,7 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_units(units: Collection[Component]) -> None:
-    """Refuse to save what searches for other parts than whole layers find: RequestError."""
+    """Raise RequestError for saving results of searches for parts other than whole layers."""
     others = sorted(set(units) - {"layer"})
     if others:
         raise RequestError(
@@ -104,13 +104,13 @@ def refuse_units(units: Collection[Component]) -> None:
 
 
 class ChangedModel(NamedTuple):
-    """A changed copy of a model, and what only making it shows.
+    """A changed copy of a model, and facts that only making it reveals.
 
     Attributes:
         model: The copy.
         kept: The original layer of each layer, in order.
         bytes: The bytes of its weights, in a file of their formats.
-        recipes: What makes the same model elsewhere, by tool.
+        recipes: Recipes for the same model by tool.
         resized: Entries of its configuration that differ, besides the number of layers.
         formats: The format of each weight that is rounded, by its path.
     """
@@ -124,7 +124,7 @@ class ChangedModel(NamedTuple):
 
 
 def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model without some layers, or with some again."""
+    """Make a copy of a loaded model without some layers, or with some repeated."""
     from tracker.models import checkpoint
     from tracker.models.offloaded import weight_bytes
     from tracker.models.pruned import left
@@ -132,7 +132,7 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
     removed, repeated = change.ablation.removed(), change.ablation.repeated
     kept = tuple(left(len(loaded.layers), removed, repeated))
     model = checkpoint.without(loaded.model, removed, repeated)
-    # Before it is saved, which names the class in a configuration that does not, as a GGUF file's.
+    # Computed before saving, which adds the class to configurations without it, such as of GGUF.
     resized = checkpoint.resized(loaded.model, model)
     config = model.config.get_text_config()
     windows = windows_of(config.model_type, getattr(config, "layer_types", None) or ())
@@ -143,7 +143,7 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
 def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
     """Make a copy of a loaded model whose weights have the values of formats.
 
-    It keeps the model's own dtype: it states what the smaller file states, and is not smaller.
+    It keeps the model's own dtype: its values are those of the smaller file, but not its size.
     """
     from tracker.models.offloaded import weight_bytes
     from tracker.models.parts.anatomy import LayerAnatomy
@@ -163,7 +163,7 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
         path = names[id(embeddings[end].module)]
         rows, inputs = embeddings[end].shape
         formats[path], shapes[path] = form, (rows, inputs)
-        # llama.cpp is told the one that such rows get, and takes no other.
+        # llama.cpp gets the format that such rows have, and accepts no other.
         of_ends[path] = _stored(form, inputs).name
         tied = path if embeddings.is_tied else ""
     model = pruned(loaded.model, changes=anatomy.changes(ablation))
@@ -179,14 +179,14 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
 
 
 def _stored(form: str, inputs: int) -> WeightFormat:
-    """Return the format in which a file keeps rows of so many inputs."""
+    """Return the format in which a file stores rows of so many inputs."""
     stored = FORMATS[form].for_rows(inputs)
-    assert stored is not None  # it was measured
+    assert stored is not None  # it has been measured
     return stored
 
 
 def with_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Add what a results folder knows of how layers were chosen, unless that is known already."""
+    """Add how a results folder's searches and runs chose layers, unless it is known already."""
     if change.stretch is not None:
         return tried_repetition(ledger, model, change.stretch)
     if change.order and change.strategy is None:
@@ -203,8 +203,8 @@ def searched_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, .
         removed: The layers.
 
     Returns:
-        What is known of the searches that ended there, or else came by; those that looked at
-        documents, where there are any; the layers alone where none did.
+        The change with the searches that ended with these layers, or else passed through them. If
+        some used documents, only those; the layers alone if no search chose them.
     """
     contents = ledger.contents()
     choices = [
@@ -222,7 +222,7 @@ def searched_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, .
 
 
 def tried_repetition(ledger: Ledger, model: ModelIdentity, stretch: Change) -> ModelChange:
-    """Find the calibration documents on which a stretch was passed again: they may choose."""
+    """Find the calibration documents on which a span was repeated, which may have chosen it."""
     documents = []
     for store in ledger.cells():
         benchmark = store.identity.benchmark
@@ -250,9 +250,9 @@ def tried_repetition(ledger: Ledger, model: ModelIdentity, stretch: Change) -> M
 def removal_of(
     ledger: Ledger, record: PruneRecord, decided_on: Calibrated | None = None
 ) -> ModelChange:
-    """Return what a search removed, and what is known of the choice.
+    """Return the removal by a search, with what is known of its choice.
 
-    `decided_on` are documents that decided between it and others; None where none did.
+    `decided_on` are documents that decided between it and others; None if none did.
     """
     change = _removal(ledger.contents(), [(record, record.steps[-1])])
     more = () if decided_on is None else (decided_on,)
@@ -276,7 +276,7 @@ def _removal(contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]
 
 def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
     benchmark, test = record.benchmark, step.test
-    assert test is not None  # its callers see to it
+    assert test is not None  # guaranteed by the callers
     unit, before = "%" if record.higher_is_better else "", record.baseline.level
     title, shots, documents = benchmark.title, benchmark.num_fewshot, untouched(test.n)
     return Accuracy(title, shots, record.metric, documents, test.n, before, test.level, unit)
@@ -308,7 +308,7 @@ def untouched(n: int) -> str:
 
 
 def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the documents of an extent of a cell that chose the layers themselves."""
+    """Count the documents of an extent of a cell that also chose the layers."""
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     chose = {
         key
@@ -320,6 +320,6 @@ def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent
 
 
 def _keys(store: CellStore, documents: Mapping[str, Sequence[int]]) -> set[tuple[str, str, int]]:
-    """Return task, split and number of documents: with the split they are the same in any cell."""
+    """Return documents as task, split and number, which identifies them across cells."""
     splits = {task.name: task.split for task in store.identity.benchmark.tasks}
     return {(task, splits[task], n) for task, numbers in documents.items() for n in numbers}

@@ -1,7 +1,7 @@
-"""Save a changed model as a checkpoint that anybody loads.
+"""Save a changed model as a checkpoint that anybody can load.
 
-It is proved first to be the one that was measured, and is handed to the tracking backends beside
-the cells that chose the change.
+First it is proved to be the model that was measured. Then the tracking backends get it, with the
+cells that chose the change.
 """
 
 from __future__ import annotations
@@ -49,27 +49,27 @@ from tracker.tracking.base import SavedModel
 BATCH, LENGTH = 1, 256
 """Texts and tokens that the models read while they are timed."""
 FORMATS_FILE = "formats.json"
-"""The file that names the format of each rounded weight."""
+"""Name of the file with the format of each rounded weight."""
 _OF_BENCHMARKS = ("part", "limit", "sample", "num_fewshot", "metric")
 _SPARE = 64 * 2**20
-"""Bytes of a disk that a tokenizer, configurations and a card may take."""
+"""Bytes reserved on disk for a tokenizer, configurations and a card."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """A model to save, and how.
+    """A request to save a changed model.
 
     Attributes:
-        change: What is changed in the model.
+        change: The change of the model.
         request: The model; with a benchmark, on which the export is proved and measured.
         on_benchmark: Whether the request's benchmark counts.
-        output: The folder that is made.
+        output: The folder to create.
         ledger: The results folder.
         options: The device, and whether a download's code may run.
         track: The tracking backends that get the model.
-        project: Their project, where they name none.
-        register: The name under which MLflow's registry keeps it; None for none.
+        project: Their project, if they name none.
+        register: The name of the model in MLflow's registry; None for none.
     """
 
     change: ModelChange
@@ -84,7 +84,7 @@ class ExportRequest:
 
 
 def model_request(model: str, benchmark: str | None, **settings: Any) -> CellRequest:
-    """Make a request for a model and, perhaps, a benchmark; RequestError for what does not fit."""
+    """Build a request for a model, and a benchmark if given; raise RequestError on misfits."""
     idle = [name for name in _OF_BENCHMARKS if settings.get(name) is not None]
     if benchmark is None and idle:
         raise RequestError(
@@ -94,7 +94,7 @@ def model_request(model: str, benchmark: str | None, **settings: Any) -> CellReq
 
 
 def refuse_output(output: Path) -> None:
-    """Refuse a path that holds something, or cannot hold a folder: RequestError."""
+    """Raise RequestError for a path that is not empty, or cannot be a folder."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -108,16 +108,16 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
     """Save a changed model.
 
     Args:
-        request: The model, the change, and where it goes.
-        progress: Gets what happens.
+        request: The model, the change, and the output.
+        progress: The progress listener.
 
     Returns:
-        The saved model, and what is known of it.
+        The saved model, with facts about it.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
-        WorkError: What was saved is not what was measured, or cannot be written; nothing of it is
-            left.
+        WorkError: The saved model differs from the measured one, or cannot be written; nothing of
+            it is left.
     """
     from tracker.models.checkpoint import refuse_packed, refuse_unsizable, release
 
@@ -151,7 +151,7 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
             proof = prove(folder, answers, None, trust)
         change = with_origin(change, request.ledger, model.base)
         rows = [] if measured is None else [_accuracy(cell, measured, change, request.ledger)]
-        # What was measured on just these documents is not said again.
+        # A measurement on exactly these documents is not repeated in the list.
         measured_on = {(row.benchmark, row.n, row.before) for row in rows}
         rows += [r for r in change.tested if (r.benchmark, r.n, r.before) not in measured_on]
         model = replace(model, change=change, accuracy=tuple(rows), proof=proof)
@@ -169,18 +169,18 @@ def publish(
     results: Path,
     register: str | None = None,
 ) -> Exported:
-    """Publish a model; what one backend refuses does not keep the others from it.
+    """Publish a model to all backends, even if one of them fails.
 
     Args:
         model: The saved model.
-        made_of: The cells that chose it, or say what it costs.
+        made_of: The cells that chose it, or measured its cost.
         track: The backends, each as `BACKEND` or `BACKEND:PROJECT`.
-        project: The project where a backend names none.
+        project: The project if a backend names none.
         results: The results folder.
-        register: The name under which MLflow's registry keeps it; None for none.
+        register: The name of the model in MLflow's registry; None for none.
 
     Returns:
-        The model, with where it is and what went wrong.
+        The model, with its locations and the errors of backends.
     """
     folder, facts, figures = model.folder.absolute(), model.as_json(), model.figures()
     saved = SavedModel(folder, model.name, facts, figures, tuple(made_of), register)
@@ -199,7 +199,7 @@ def publish(
 def _measure(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Measure what the change costs on the benchmark, or recall it."""
+    """Measure the cost of the change on the benchmark, or read it from the ledger."""
     change, cell, ledger = request.change, None, request.ledger
     cell_of, ablation = request.request, change.ablation
     if change.kind != "quantised":  # the choice of formats was measured as a whole
@@ -218,9 +218,9 @@ def _measure(
 def _save(
     request: ExportRequest, source: ModelSource, folder: Path, progress: Progress
 ) -> tuple[Exported, ExpectedAnswers]:
-    """Write the checkpoint; nothing is proved of it yet, nor said of what it costs.
+    """Write the checkpoint; it is not proved yet, and its cost is not measured.
 
-    When this returns, no model is in memory any more: the fresh process may need the room.
+    On return no model is in memory any more: the fresh process may need the space.
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
@@ -262,7 +262,7 @@ def _save(
 
 
 def _write_formats(model: Exported, folder: Path) -> None:
-    """Write the format of each weight, and each tool's recipe, as files of their own."""
+    """Write the format of each weight, and each tool's recipe, as separate files."""
     facts = {"tracker": __version__, "base": model.base.source, "formats": model.formats}
     (folder / FORMATS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for recipe in by_other_tools(model.recipes):
@@ -270,7 +270,7 @@ def _write_formats(model: Exported, folder: Path) -> None:
 
 
 def _speed_on(answers: ExpectedAnswers, dtype: str, length: int) -> str:
-    """Describe on what the speed was measured."""
+    """Describe the hardware and the texts on which the speed was measured."""
     facts = machine()
     threads = f", {counted(answers.threads, 'thread')}" if answers.device == "cpu" else ""
     cores = counted(int(facts["cores"]), "core")
@@ -283,7 +283,7 @@ def _speed_on(answers: ExpectedAnswers, dtype: str, length: int) -> str:
 def _accuracy(
     cell: CellRecord | None, measured: MeasuredCell, change: ModelChange, ledger: Ledger
 ) -> Accuracy:
-    """Return what the change costs on a cell, and how many of its documents chose the layers."""
+    """Return the cost of the change on a cell, and how many of its documents chose the layers."""
     benchmark, metric = measured.store.identity.benchmark, measured.metric
     if cell is None:
         unit = "%" if benchmark.tasks[0].higher_is_better.get(metric, True) else ""
@@ -310,7 +310,7 @@ def _refuse_small_disk(folder: Path, size: int) -> None:
 
 @contextmanager
 def folder_beside(output: Path) -> Iterator[Path]:
-    """Yield a folder beside another, which takes its place at the end, or is gone."""
+    """Yield a folder beside another, which replaces it on success and is deleted on failure."""
     try:
         with new_folder(output) as folder:
             yield folder
@@ -322,5 +322,5 @@ def folder_beside(output: Path) -> Iterator[Path]:
     except SafetensorError as error:
         if "os error" not in str(error).lower():
             raise
-        # safetensors says so of a disk: "I/O error: No space left on device (os error 28)"
+        # The message of safetensors for it: "I/O error: No space left on device (os error 28)"
         raise WorkError(f"{output} is not written: {error}. Nothing of it is left.") from None

@@ -58,13 +58,13 @@ class Proof:
 
     Attributes:
         texts: The number of texts that both models read.
-        difference: The largest difference of a logit from the model that was really changed here.
+        difference: The largest difference of a logit from the really changed model.
         tasks: The tasks that lm-eval scored; empty without a benchmark.
         documents: The number of documents that lm-eval scored.
-        figure: lm-eval's own figure, by the metric's name, where it scored just these documents of
-            one task: what was measured, to the digit.
+        figure: lm-eval's own figure, by the metric's name, if it scored exactly these documents of
+            one task; it equals the measured one to the digit.
         loglikelihood: The largest difference of a log-likelihood, in nats.
-        ties: Documents that the two judge differently, since answers lie within rounding.
+        ties: Number of documents judged differently, since answers lie within rounding.
         versions: The versions of transformers and lm-eval.
     """
 
@@ -78,7 +78,7 @@ class Proof:
     versions: dict[str, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Write in sentences what was proved."""
+        """Describe the proof in sentences."""
         off = self.difference
         how = "bit by bit" if off == 0 else f"to within {off:.1e} (rounding)"
         sentences = [
@@ -109,13 +109,13 @@ class ModelChange:
     """A change of a model that an export saves, and how it was chosen.
 
     Attributes:
-        ablation: Whole layers that are removed, layers that are passed again, or weights that have
-            the values of formats.
-        order: The removed layers in the order in which they were chosen; empty where none go.
-        strategy: How layers were chosen; None where somebody just named them.
-        calibration: The documents that chose them, in words; None where none did.
-        tested: What the change cost on documents that chose nothing.
-        chosen_by: The cells whose outcomes chose: trackers lead from the model to them.
+        ablation: The change: removed layers, repeated layers, or weights with the values of
+            formats.
+        order: The removed layers in the order in which they were chosen; empty if none are.
+        strategy: How layers were chosen; None if a user named them.
+        calibration: Description of the documents that chose them; None if none did.
+        tested: The cost of the change on documents that chose nothing.
+        chosen_by: The cells whose outcomes chose, to which trackers link the model.
         documents: The documents that chose.
     """
 
@@ -141,12 +141,12 @@ class ModelChange:
 
     @property
     def stretch(self) -> Change | None:
-        """The layers that are passed again; None where none are."""
+        """The repeated layers; None if none are."""
         return next(iter(self.ablation.repeated), None)
 
     @property
     def clause(self) -> str:
-        """The change in words."""
+        """A description of the change."""
         if self.stretch is not None:
             return self.stretch.clause
         if formats := Counter(unit.intervention for unit in self.ablation.rounded):
@@ -161,31 +161,30 @@ _FACTS = (
     *("base", "kept", "before", "after", "faster", "speed_on"),
     *("recipes", "resized", "accuracy", "proof"),
 )
-"""Fields of a saved model that machines get as they are."""
+"""Fields of a saved model that are written to JSON unchanged."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A changed model that was saved, and what is known of it.
+    """A changed model that was saved, with facts about it.
 
     Attributes:
         folder: The folder of the checkpoint.
-        base: The model that it was made of.
-        change: What was changed, and how that was chosen.
-        kept: The original layer of each layer, in order: what healing by distillation needs.
+        base: The original model.
+        change: The change, and how it was chosen.
+        kept: The original layer of each layer, in order, for healing by distillation.
         before: The base's size.
         after: The saved model's size, in a file of its formats.
-        faster: How many times as fast as the base it reads, by turns: the median of all turns, and
-            the ends of their middle half; None where other work on the machine kept it from being
-            seen.
-        speed_on: The hardware and the texts of that, in words; empty where it was not measured.
-        recipes: What makes the same model elsewhere, by tool; nothing where something is resized.
+        faster: Its reading speed relative to the base, by turns: the median of all turns, and the
+            ends of their middle half; None if other work on the machine disturbed the timing.
+        speed_on: Description of the hardware and the texts of the timing; empty if not measured.
+        recipes: Recipes for the same model by tool; empty if entries are resized.
         resized: Entries of the configuration that differ, besides the number of layers.
         formats: The format of each weight that is rounded, by its path.
-        accuracy: What the change costs; first what was measured for this export.
-        proof: What was proved of the files.
-        locations: Where it was published, by backend.
-        unpublished: Backend → why it does not have it.
+        accuracy: The cost of the change; first what was measured for this export.
+        proof: The proof of the files.
+        locations: Its locations after publication, by backend.
+        unpublished: Backend → the reason why it does not have the model.
     """
 
     folder: Path
@@ -216,12 +215,12 @@ class Exported:
 
     @property
     def exit_code(self) -> int:
-        """0 = all done, 1 = it is saved, and a tracker does not have it."""
+        """The exit code: 0 = all done, 1 = saved, but missing in a tracker."""
         return int(bool(self.unpublished))
 
     @property
     def size(self) -> str:
-        """The model's size beside the base's, in a line."""
+        """The model's size beside the base's, in one line."""
         before, after = asdict(self.before), asdict(self.after)
         if after["layers"] > before["layers"]:
             return "; ".join(f"{after[n]:,} {n} instead of {before[n]:,}" for n in before)
@@ -229,7 +228,7 @@ class Exported:
 
     @property
     def speed(self) -> str:
-        """The speed beside the base's, in a sentence."""
+        """The speed beside the base's, in one sentence."""
         if self.faster is None:
             return "Its speed could not be measured: other work on the machine disturbed the timing"
         middle, low, high = self.faster
@@ -239,7 +238,7 @@ class Exported:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return the numbers of the model, by names that every backend takes."""
+        """Return the numbers of the model, under names that every backend accepts."""
         kind = self.change.kind
         figures: dict[str, float] = {
             f"{name}/{quantity}": number

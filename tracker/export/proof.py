@@ -1,4 +1,4 @@
-"""Hold saved files against what was measured, in a fresh process that imports nothing of ours."""
+"""Compare saved files with the measured model, in a fresh process that imports no tracker code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = (
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) +",
     "Im Jahre 1969 betrat der erste Mensch den Mond; 月に初めて",
 )
-"""Texts that the saved model and the really changed one both read."""
+"""Texts that both the saved model and the really changed one read."""
 _REFERENCE = Path(__file__).parents[1] / "benchmarks" / "reference_process.py"
 _MAX_ERROR_CHARACTERS = 600
 
@@ -83,7 +83,7 @@ def expected(loaded: LoadedModel, model: PreTrainedModel, device: str) -> Expect
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """Documents of a benchmark that were measured under the change that was saved.
+    """Documents of a benchmark that were measured under the saved change.
 
     Attributes:
         request: The model and the benchmark.
@@ -97,7 +97,7 @@ class MeasuredCell:
 
     @property
     def metric(self) -> str:
-        """The metric that is asked for."""
+        """The requested metric."""
         return self.store.views.of(self.request).metric
 
     @cached_property
@@ -132,20 +132,20 @@ def prove(
     measured: MeasuredCell | None,
     trust_remote_code: bool,
 ) -> Proof:
-    """Load a checkpoint in a fresh process, and hold its answers against the expected ones.
+    """Load a checkpoint in a fresh process, and compare its answers with the expected ones.
 
     Args:
         checkpoint: The folder.
         wanted: The answers of the really changed model.
-        measured: What was measured on a benchmark; None for the texts alone.
+        measured: The measurement on a benchmark; None for the texts alone.
         trust_remote_code: Whether code in the folder may run.
 
     Returns:
-        What was proved.
+        The proof.
 
     Raises:
-        WorkError: It does not load, or is another model; says what differs.
-        BenchmarkError: The benchmark cannot be given to plain lm-eval.
+        WorkError: It does not load, or is another model; the message states the difference.
+        BenchmarkError: Plain lm-eval cannot run the benchmark.
     """
     from safetensors.torch import load_file
 
@@ -185,7 +185,7 @@ def prove(
 
 
 def _ask(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the program, and read its answer."""
+    """Run the program in a fresh process, and read its answer."""
     file = folder / "asked.json"
     file.write_text(json.dumps(question), encoding="utf-8")
     done = subprocess.run(
@@ -223,7 +223,7 @@ def _refuse_other_model(answer: Mapping[str, Any], wanted: ExpectedAnswers) -> N
 
 
 def _compare_logits(logits: Sequence[torch.Tensor], wanted: ExpectedAnswers) -> float:
-    """Refuse logits that differ by more than rounding; returns the largest difference."""
+    """Return the largest difference of logits; raise WorkError if it exceeds rounding."""
     nats, share = HALF if wanted.half else SINGLE
     largest = 0.0
     for text, theirs, ours in zip(TEXTS, logits, wanted.logits, strict=True):
@@ -240,13 +240,13 @@ def _compare_logits(logits: Sequence[torch.Tensor], wanted: ExpectedAnswers) -> 
 def _compare_outcomes(
     answer: Mapping[str, Any], measured: MeasuredCell, half: bool
 ) -> tuple[float, int]:
-    """Refuse documents that lm-eval judges otherwise; returns the difference in nats, and ties."""
+    """Return the difference in nats, and ties; raise WorkError if lm-eval judges otherwise."""
     frame = measured.store.read()
     rows = frame[frame["ablation"] == measured.ablation.name].set_index(["task", "doc"])
     largest, ties, seen = 0.0, set(), set()
     for sample in answer["samples"]:
         task, number = key = sample["task"], sample["doc"]
-        if number not in measured.documents[task]:  # only there for the examples drawn before it
+        if number not in measured.documents[task]:  # only needed for the examples drawn before it
             continue
         seen.add(key)
         row = rows.loc[key]
@@ -269,7 +269,7 @@ def _compare_outcomes(
 
 
 def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return lm-eval's own figure of one task; refuse another one than was measured."""
+    """Return lm-eval's own figure of one task; raise WorkError if the measured one differs."""
     metric, ours = measured.metric, measured.level.value
     if len(answer["results"]) != 1:
         return {}
@@ -283,7 +283,7 @@ def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dic
 
 
 def _difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return how far answers lie from the measured ones, in nats; 0 for texts, which have none."""
+    """Return the difference of answers from the measured ones, in nats; 0 for generated texts."""
     if answers and isinstance(answers[0], str):
         return 0.0
     theirs = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]
@@ -299,7 +299,7 @@ def _rounding(row: Mapping[str, Any], half: bool) -> float:
 
 
 def _agree(ours: Any, theirs: Any) -> bool:
-    """Return whether two values of a metric are the same; a pair is kept as JSON."""
+    """Return whether two values of a metric are equal; a pair is stored as JSON."""
     if isinstance(ours, str):
         pair = json.loads(ours)
         return len(pair) == len(theirs) and all(map(_close, pair, theirs))

@@ -1,4 +1,4 @@
-"""Documents that are computed, locked and written together."""
+"""Divide documents into the blocks that are computed and locked together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from urllib.parse import quote
 from tracker.core.extent import random_order
 
 BLOCK = 32
-"""Documents that are locked together, and computed and written, unless ablations are very many."""
+"""Documents of a block, which are locked together and usually computed and written together."""
 PORTION = 2048
-"""Documents times ablations that are computed and written together, of a block of more."""
+"""Maximum of documents times ablations that are computed and written together."""
 
 
 @dataclass(frozen=True, order=True)
@@ -23,8 +23,8 @@ class Block:
 
     Attributes:
         task: The lm-eval task.
-        number: Which block, 0-based.
-        seed: Of the random order; None for the documents as they come.
+        number: The number of the block, 0-based.
+        seed: The seed of the random order; None for the documents in their own order.
     """
 
     task: str
@@ -33,15 +33,15 @@ class Block:
 
     @property
     def name(self) -> str:
-        """The block's name in file names; no quoted task holds a plus."""
+        """The block's name in file names; a quoted task never contains a plus."""
         order = "" if self.seed is None else f"+{self.seed}"
         return f"{quote(self.task, safe='')}{order}.{self.number:05d}"
 
 
 class Turn(NamedTuple):
-    """A block of so many documents, which are measured together.
+    """A block in the order of measuring, with its number of documents.
 
-    `end` is how far one can look then: to the first document of the next block.
+    `end` is the number of documents of the order that are measured once the block is.
     """
 
     block: Block
@@ -50,14 +50,14 @@ class Turn(NamedTuple):
 
 
 def turns(order: Sequence[str], counts: Mapping[str, int], seed: int | None = None) -> list[Turn]:
-    """Say in which order blocks are measured, so that documents can be looked at in an order.
+    """List the blocks in the order in which an order of documents needs them.
 
-    Tasks are measured in blocks of their own: the first document of one takes all of it.
+    Each task has its own blocks. A block is measured as a whole when its first document is needed.
 
     Args:
         order: The task of each document.
-        counts: Documents that each task has, which may be more than are in the order.
-        seed: Of the order, where it is that of a seed.
+        counts: Number of documents of each task, which may be more than are in the order.
+        seed: The seed of the order; None for the documents in their own order.
 
     Returns:
         The blocks.
@@ -78,13 +78,13 @@ def turns(order: Sequence[str], counts: Mapping[str, int], seed: int | None = No
 def portions(
     missing: Mapping[tuple[str, ...], Sequence[int]],
 ) -> Iterator[tuple[tuple[str, ...], Sequence[int]]]:
-    """Part what a block lacks, so that a process that is killed loses minutes and not hours.
+    """Split a block's missing outcomes, so that a killed process loses minutes and not hours.
 
     Args:
-        missing: Names of ablations → the documents that lack just these.
+        missing: Names of ablations → the documents that lack exactly these.
 
     Yields:
-        The same, some documents at a time, `PORTION` answers at most where that is one or more.
+        Names of ablations and some of their documents: at most `PORTION` outcomes, or one document.
     """
     for names, documents in missing.items():
         size = max(1, PORTION // len(names))
@@ -94,6 +94,6 @@ def portions(
 
 @lru_cache(maxsize=256)
 def places(task: str, documents: Sequence[int], seed: int | None) -> Mapping[int, int]:
-    """Each of a task's documents, given ascending → its place in the order that a seed gives."""
+    """Map each document of a task, given ascending, to its position in a seed's order."""
     order = documents if seed is None else random_order(seed, task, documents)
     return {number: place for place, number in enumerate(order)}

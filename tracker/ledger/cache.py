@@ -1,13 +1,13 @@
-"""The user's cache: what can be had again, kept to save the time, and whom it is believed.
+"""Keep a per-user cache, and decide when to trust it.
 
-A digest shows that a note is whole, not who wrote it, and a note decides where a task is read,
-which model it is and what is exact. So an entry counts only where nobody but this user and root can
-have written it, and is made again elsewhere. That is seen from owners and permissions, which POSIX
-has; on other systems whatever stands in the folder is believed.
+A digest shows that a note is intact, not who wrote it, and notes decide which tasks and models are
+read and what is exact. So an entry is trusted only if no one but this user and root can have
+written it, and is computed again otherwise. Owners and permissions, which POSIX has, decide that.
+On other systems every entry is trusted.
 
-What checks of architectures and models have shown is kept, so that each is made once for a user:
-in the results folder, whose figures rest on them, and in the user's cache, for the next folder. A
-results folder that others can write is not believed: there the cache decides, or the check again.
+Verdicts of checks of architectures and models are stored, so that each check runs once per user: in
+the results folder, whose figures depend on them, and in the cache for other folders. A results
+folder that others can write is not trusted. The cache is used instead, or the check runs again.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def cache_folder() -> Path:
 
 
 def only_mine(path: Path, root: Path) -> bool:
-    """Say whether nobody but this user and root can have written what stands at a path.
+    """Check that no one but this user and root can have written a file or folder.
 
     Args:
         path: A file or folder in `root`, or `root`.
-        root: The folder down to which is looked.
+        root: The last folder that is checked.
 
     Returns:
-        Whether all from the path to the root are owned by this user or root, none is a link, and
-        others may write none that they can come to. OSError if one is not there.
+        True if everything from the path to `root` is owned by this user or root, is no link, and
+        cannot be both reached and written by others. A missing one raises OSError.
     """
     exposed = False
     for place in (path, *path.parents):
@@ -71,7 +71,7 @@ def only_mine(path: Path, root: Path) -> bool:
         if not {own.st_uid, found.st_uid} <= {0, os.geteuid()} or stat.S_ISLNK(found.st_mode):
             return False
         if stat.S_ISDIR(found.st_mode) and not found.st_mode & _PASSABLE:
-            exposed = False  # nobody else comes to what lies below
+            exposed = False  # others cannot reach the contents
         exposed = exposed or bool(found.st_mode & _OTHERS)
         if place == root:
             break
@@ -79,12 +79,12 @@ def only_mine(path: Path, root: Path) -> bool:
 
 
 def recall(kind: str, key: str) -> dict[str, Any]:
-    """Recall an entry of the cache; empty where there is none, or it is not to be believed."""
+    """Read an entry of the cache; empty if it is missing or not trusted."""
     return believed_note(cache_folder(), kind, key)
 
 
 def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
-    """Keep an entry in the cache, where that can be written and would be believed."""
+    """Write an entry to the cache, if it can be written and would be trusted."""
     root = cache_folder()
     with suppress(OSError, WorkError):
         _make_private(root / kind)
@@ -93,7 +93,7 @@ def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
 
 
 def believed_note(root: Path, kind: str, key: str) -> dict[str, Any]:
-    """Read a note of the cache or of another folder; empty where it is not to be believed."""
+    """Read a note of the cache or of another folder; empty if it is not trusted."""
     path = note_path(root, kind, key)
     with suppress(OSError):
         path.lstat()
@@ -103,15 +103,15 @@ def believed_note(root: Path, kind: str, key: str) -> dict[str, Any]:
 
 
 def note_path(root: Path, kind: str, key: str) -> Path:
-    """Say where a note stands; its key is a hash."""
+    """Return the path of a note; its key is a hash."""
     return root / kind / f"{key[:32]}.json"
 
 
 def own_folder(name: str) -> Path:
-    """Make a folder in the cache whose files are believed.
+    """Create a folder in the cache whose files are trusted.
 
-    Where it, or a file in it, is not this user's alone, or it cannot be made, it is an empty one
-    for the time of this process.
+    If it cannot be created, or it or a file in it is not trusted, an empty temporary folder for
+    this process is returned instead.
     """
     root = cache_folder()
     folder = root / name
@@ -138,7 +138,7 @@ def _believed(path: Path, root: Path) -> bool:
 
 @cache
 def _say(root: Path) -> None:
-    """Say once why what is kept is not used."""
+    """Warn once that the cache is not trusted."""
     log.warning(
         "what is kept in %s is not used and is made again: others can write it, or it is "
         "another user's. Of a folder of your own: chmod -R go-w %s; else set TRACKER_CACHE",
@@ -148,7 +148,7 @@ def _say(root: Path) -> None:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder, and those above it, for this user alone; what is there stays as it is."""
+    """Create a folder and its parents for this user only; existing ones stay unchanged."""
     if not folder.is_dir():
         _make_private(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -158,13 +158,13 @@ _KIND = "checks"
 
 
 class Checks:
-    """The verdicts of a results folder, as text; each key is a hash of all that it follows from."""
+    """The verdicts of a results folder, as text; each key is a hash of the check's inputs."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def recall(self, key: str) -> str | None:
-        """Recall a verdict; None where none is kept, or it is not to be believed."""
+        """Read a verdict; None if it is missing or not trusted."""
         for root in (self._root, cache_folder()):
             verdict = believed_note(root, _KIND, key).get("verdict")
             if verdict is not None:
@@ -174,7 +174,7 @@ class Checks:
         return None
 
     def keep(self, key: str, verdict: str) -> None:
-        """Keep a verdict, where the folders can be written."""
+        """Write a verdict, if the folders can be written."""
         self._write(key, verdict)
         keep(_KIND, key, {"verdict": verdict})
 

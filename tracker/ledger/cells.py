@@ -1,4 +1,4 @@
-"""One cell on disk: its shards of outcomes, what was asked of it, and what follows from them."""
+"""Read and write one cell: its shards of outcomes, its views, and records derived from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tracker.ledger.views import CellIdentity, Views, view_file
 
 Derived = TypeVar("Derived", bound=Record)
 _OUTCOME = ["task", "doc", "ablation"]
-"""Columns that tell outcomes apart."""
+"""Columns that identify an outcome."""
 _OTHER_TOKENS = (
     "its documents were read otherwise (by {}) than those of the rest of its cell (by {}), so that "
     "it counts for nothing; such outcomes need a results folder of their own"
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 class CellStore:
     """One cell on disk.
 
-    `others` are the same cell in other folders, whose outcomes are read too; `views` is what was
-    asked of it, `texts` what its documents say.
+    `others` are copies of the cell in other folders, whose outcomes are read too. `views` holds its
+    requested views, and `texts` the texts of its documents.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class CellStore:
         self._shards = folder / "shards"
         self._unread: set[Path] = set()
         self.mixed: dict[str, str] = {}
-        """Shards that must not be mixed with the rest, of those that were read → what to do."""
+        """Shards that must not be mixed with the rest, among those read so far → what to do."""
 
     def wanted(self, extent: Extent) -> dict[str, Sequence[int]]:
-        """List the documents of each task that are meant, in the order of their blocks."""
+        """Return the documents of each task in an extent, in the order of their blocks."""
         return {
             task.name: extent.of(task.name, task.numbers) for task in self.identity.benchmark.tasks
         }
 
     def counts(self, extent: Extent = ALL) -> dict[str, int]:
-        """Say how many documents of each task are meant."""
+        """Return the number of documents of each task in an extent."""
         return {task: len(documents) for task, documents in self.wanted(extent).items()}
 
     def blocks(self, extent: Extent) -> list[Block]:
-        """List the blocks that hold the wanted documents, in order."""
+        """List the blocks that hold an extent's documents, in order."""
         seed = None if extent.sample is None else extent.seed
         return [
             Block(task, number, seed)
@@ -81,15 +81,15 @@ class CellStore:
         ]
 
     def lock(self, block: Block) -> FileLock:
-        """Make the lock under which one process computes a block."""
+        """Return the lock under which one process computes a block."""
         return lock_file(self.folder / "locks" / f"{block.name}.lock")
 
     def missing(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Say what of a block is not measured yet, under whatever order of the documents.
+        """Find the outcomes that a block lacks, also among blocks of other orders.
 
-        Missing ablations, in the given order → the documents that lack just these.
+        Returns missing ablations, in the given order → the documents that lack exactly these.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         present = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -102,20 +102,20 @@ class CellStore:
         return work
 
     def documents(self, block: Block, extent: Extent) -> Sequence[int]:
-        """List the wanted documents of a block, in order."""
+        """List an extent's documents in a block, in order."""
         first = block.number * BLOCK
         return self.wanted(extent)[block.task][first : first + BLOCK]
 
     def read_block(
         self, block: Block, extent: Extent, columns: list[str] | None = None
     ) -> pd.DataFrame:
-        """Read the outcomes of the wanted documents of a block, as `read_documents`."""
+        """Read the outcomes of an extent's documents in a block, as `read_documents`."""
         documents = self.documents(block, extent)
         frame = self.read([block, *self._in_other_orders(block, documents)], columns)
         return frame[frame["doc"].isin(documents)]
 
     def _in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Find the blocks of other orders that hold some documents of a block."""
+        """Yield the blocks of other orders that hold documents of a block."""
         every = self.wanted(ALL)[block.task]
         for seed in self._orders() - {block.seed}:
             there = places(block.task, every, seed)
@@ -123,20 +123,20 @@ class CellStore:
                 yield Block(block.task, number, seed)
 
     def _orders(self) -> set[int | None]:
-        """Find the orders in which documents of this cell were measured: their seeds."""
+        """Return the seeds of the orders in which documents of this cell were measured."""
         names = (path.name.rsplit(".", 2)[0].partition("+") for path in self.shards())
         found = {int(rest.split(".")[0]) if plus else None for _, plus, rest in names}
         return found.union(*(other._orders() for other in self._others))
 
     def read_documents(self, extent: Extent, columns: list[str] | None = None) -> pd.DataFrame:
-        """Read the outcomes of some documents, in whatever order they were measured.
+        """Read the outcomes of some documents, from blocks of any order.
 
         Args:
-            extent: Which documents.
-            columns: Only these columns, task, doc and ablation among them; None = all.
+            extent: The documents.
+            columns: The columns, including task, doc and ablation; None = all.
 
         Returns:
-            As `read`.
+            The outcomes, as from `read`.
         """
         mine = self.blocks(extent)
         one_order = self._orders() <= {block.seed for block in mine}
@@ -147,7 +147,7 @@ class CellStore:
         return frame.loc[is_wanted]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
-        """Say whether every wanted document is measured under every wanted ablation."""
+        """Check whether every document of an extent is measured under every ablation."""
         measured = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
         wanted = sum(self.counts(extent).values()) * len(set(ablations))
         return bool(measured.isin(ablations).sum() == wanted)
@@ -159,9 +159,9 @@ class CellStore:
 
         Args:
             block: The block that the documents belong to.
-            rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
-            metadata: How they were measured, and by which versions, machine and device
-                (`provenance`).
+            rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
+            metadata: Details of the measurement, with versions, machine and device under
+                `provenance`.
         """
         about = {"format": FORMAT, "key": self.identity.key, "task": block.task, **metadata}
         if block.seed is not None:
@@ -173,9 +173,9 @@ class CellStore:
         write_bytes(path, content)
 
     def adopt(self, path: Path) -> str:
-        """Move a shard from elsewhere to its place, and return its name here.
+        """Move a shard from elsewhere into the cell, and return its new name.
 
-        The name that it had counts for nothing. ValueError if it is no shard of this cell.
+        Its former name is ignored. ValueError is raised if it is no shard of this cell.
         """
         try:
             shard = read_shard(path.read_bytes())
@@ -189,9 +189,9 @@ class CellStore:
         return target.name
 
     def _block_of(self, shard: Shard) -> Block:
-        """Find the block that a shard holds outcomes of; ValueError if they are not of one block.
+        """Return the block of a shard's outcomes; raise ValueError if they are not of one block.
 
-        It needs the columns task, doc and ablation.
+        The shard needs the columns task and doc.
         """
         if why := other_format(shard.about.get("format")):
             raise ValueError(f"it {why}")
@@ -212,7 +212,7 @@ class CellStore:
         return Block(task, number, seed)
 
     def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
-        """Name a shard by the documents and ablations in it, and the documents' tokens."""
+        """Return a shard's path, named by its documents, ablations and tokens."""
         held = ((row["doc"], row["ablation"], row.get(TOKENS_DIGEST)) for row in rows)
         texts = {tuple(str(one) for one in each if one is not None) for each in held}
         content = content_hash(sorted(texts))
@@ -221,17 +221,17 @@ class CellStore:
     def read(
         self, blocks: Sequence[Block] | None = None, columns: list[str] | None = None
     ) -> pd.DataFrame:
-        """Read outcomes.
+        """Read the outcomes of some blocks.
 
-        A shard that cannot be read is set aside with a warning, so that it is computed again. What
-        rests on other tokens than the rest of the cell is left out, and named in `mixed`.
+        A damaged shard is set aside with a warning, so that it is computed again. Outcomes with
+        other tokens than the rest of the cell are left out, and their shard is added to `mixed`.
 
         Args:
-            blocks: Only these blocks; None = all.
-            columns: Only these columns; None = all, with who measured it (`PROVENANCE`) besides.
+            blocks: The blocks; None = all.
+            columns: The columns; None = all, and `PROVENANCE`.
 
         Returns:
-            One row a (task, document, ablation), in no particular order, none twice.
+            One row per (task, document, ablation), in no particular order, none twice.
         """
         names = columns and list(dict.fromkeys((*_OUTCOME, TOKENS_DIGEST, *columns)))
         shards = {}
@@ -251,7 +251,7 @@ class CellStore:
     def _sound(
         self, blocks: Sequence[Block] | None, columns: list[str] | None
     ) -> Iterator[tuple[Path, Shard]]:
-        """Read shards one by one, those of other folders after these."""
+        """Yield intact shards one by one, this folder's first, then those of other folders."""
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
@@ -266,9 +266,9 @@ class CellStore:
             yield from other._sound(blocks, columns)
 
     def _unmixed(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards; of a document that was read as several tokens, what most outcomes rest on.
+        """Join shards, with only the most frequent tokens of each document.
 
-        Outcomes that were measured before digests were kept have none, and stay.
+        Outcomes of former versions, which have no digest of tokens, are kept.
         """
         frame, key = pd.concat(shards.values()), ["task", "doc", TOKENS_DIGEST]
         if TOKENS_DIGEST not in frame:
@@ -284,15 +284,15 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(fewer)]
 
     def _leave_out(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Name a shard that must not be mixed with the rest."""
+        """Add a shard to `mixed`, which must not be mixed with the rest."""
         mine = self.identity.provenance
         self.mixed[str(path)] = _OTHER_TOKENS.format(readers(stack, mine), readers(mine, stack))
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
-        """Read and verify a shard, all columns or some.
+        """Read and verify a shard, with all columns or some.
 
-        One that is not what it should be is set aside. None where it is, or is gone; WorkError
-        where the system cannot read it now.
+        A damaged shard is set aside. Returns None if it is damaged or missing; raises WorkError if
+        the system cannot read it now.
         """
         try:
             shard = read_shard(path.read_bytes(), columns)
@@ -306,7 +306,7 @@ class CellStore:
         except IsADirectoryError:
             why = "it is a folder"
         except OSError as error:
-            # The system, not the shard, is in trouble.
+            # The system has failed, not the shard.
             raise WorkError(f"{path} cannot be read now: {error}") from None
         except ValueError as error:
             why = str(error).splitlines()[0]
@@ -321,7 +321,7 @@ class CellStore:
         return None
 
     def damage(self) -> dict[str, str]:
-        """Say which shards count for nothing and are not measured again yet: file → what to do."""
+        """Return the shards that are not used and not measured again yet: file → what to do."""
         there = {path.stem for path in self.shards()}
         aside = {path for path in self._shards.glob(f"*{ASIDE}") if path.stem not in there}
         mine = {
@@ -333,9 +333,9 @@ class CellStore:
         return mine | {path: why for each in self._others for path, why in each.damage().items()}
 
     def proofs(self, anew: bool = False) -> list[tuple[str, str]]:
-        """Say which outcomes there are: (name, SHA-256) of every file that `read` reads.
+        """List (name, SHA-256) of every file that `read` reads.
 
-        Files are verified again only where their size or time has changed, or `anew`.
+        Files are verified again only if their size or time has changed, or with `anew`.
         """
         note, known, found = self._verified, read_note(self._verified), {}
         for path in self.shards():
@@ -354,7 +354,7 @@ class CellStore:
         return mine + [each for other in self._others for each in other.proofs(anew)]
 
     def lost(self) -> list[str]:
-        """List the shards that were there once, and are neither there nor set aside."""
+        """List the shards that existed once, and are neither there nor set aside."""
         known = map(self._shards.joinpath, read_note(self._verified))
         return [
             path.name
@@ -367,23 +367,23 @@ class CellStore:
         return self.folder / "verified.json"
 
     def abouts(self) -> list[dict[str, Any]]:
-        """What the shards say of how they were measured.
+        """List the metadata of the shards.
 
-        Equal names hold the same outcomes, of which one copy counts.
+        Shards of equal names hold the same outcomes, so only one of them is listed.
         """
         abouts = {}
         paths = (path for store in (self, *self._others) for path in store.shards())
         for path in (path for path in paths if str(path) not in self.mixed):
-            with suppress(OSError, ValueError):  # what is damaged is said where it is read
+            with suppress(OSError, ValueError):  # damage is reported where the shard is read
                 abouts[path.name] = shard_about(path)
         return list(abouts.values())
 
     def siblings(self) -> list[CellStore]:
-        """Find the other cells of the folder that read as this one does: model and benchmark."""
+        """List the folder's other cells with the same displayed model and benchmark."""
         here = self.folder.name[: -len(self.identity.key[:12])]
         found = []
         for folder in sorted(self.folder.parent.glob(f"{glob.escape(here)}*")):
-            with suppress(OSError, ValueError):  # what is damaged is said where it is shown
+            with suppress(OSError, ValueError):  # damage is reported where the cell is shown
                 identity = CellIdentity.read((folder / "cell.json").read_bytes())
                 if identity.key != self.identity.key:
                     found.append(CellStore(folder, identity))
@@ -391,9 +391,9 @@ class CellStore:
 
     @cached_property
     def _after(self) -> str:
-        """The second after the last outcome of `siblings`; empty where there is none.
+        """The second after the last outcome of `siblings`; empty without any.
 
-        What is measured after them is so by its date, whatever a machine's clock says.
+        Later measurements get at least this date, whatever the machine's clock shows.
         """
         last = max((measured_last(other.abouts()) for other in self.siblings()), default="")
         if not last:
@@ -428,9 +428,9 @@ class CellStore:
         return total
 
     def derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
-        """Recall a record of the view `name`; None when none of its kind is kept for this state.
+        """Read a stored record of the view `name`; None if none is stored for this state.
 
-        `state` is a hash of all that the record follows from.
+        `state` is a hash of everything that the record is derived from.
         """
         kept = read_note(self._derived(name, kind))
         if kept.get("state") != state:
@@ -441,9 +441,9 @@ class CellStore:
             return None
 
     def keep(self, state: str, name: str, record: Record) -> None:
-        """Keep a record of the view `name` for `derived`, where the folder can be written.
+        """Store a record of the view `name` for `derived`, if the folder can be written.
 
-        What was derived without some outcomes is derived anew, which names them.
+        Records derived without some outcomes are not stored: deriving them again fills `mixed`.
         """
         if self.mixed:
             return
@@ -457,15 +457,15 @@ class CellStore:
         return self.folder / "derived" / f"{view_file(name)}{what}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Recall what a backend got last, as it was given to `add_receipt`."""
+        """Read the last receipt of a destination, as given to `add_receipt`."""
         found = read_note(self._receipt(destination))
         return found if {"record", "location"} <= set(found) else {}
 
     def add_receipt(self, destination: str, **receipt: str) -> None:
-        """Remember what a backend has.
+        """Write the receipt of what a destination has.
 
-        That is the digest of a `record`, the `location` of its runs, the name of its `view`, and
-        by which name its `place` is kept.
+        It has the digest of a `record`, the `location` of its runs, the name of its `view`, and the
+        name of its `place`.
         """
         write_note(self._receipt(destination), receipt)
 
@@ -473,20 +473,20 @@ class CellStore:
         return self.folder / "receipts" / f"{destination[:32]}.json"
 
     def begin_search(self, command: Sequence[str]) -> None:
-        """Note that a search measures the cell: that is shown by what it finds, not by itself.
+        """Record that a search measures the cell, which its findings show instead of a view.
 
-        `command` is what was typed, without the folder.
+        `command` is the search's command without the folder.
         """
         write_note(self._begun(command), {"command": list(command)})
 
     def end_search(self, command: Sequence[str]) -> None:
-        """Note that a search is over."""
+        """Record that a search has ended."""
         self._begun(command).unlink(missing_ok=True)
         with suppress(OSError):  # another search is at it, or none ever was
             self._begun(command).parent.rmdir()
 
     def begun_searches(self) -> list[list[str]]:
-        """List the commands of the searches that are at the cell, or were stopped there."""
+        """List the commands of the searches that measure the cell, or were stopped there."""
         notes = map(read_note, sorted(self.folder.glob("begun/*.json")))
         return [[str(word) for word in note.get("command", ())] for note in notes]
 
@@ -494,17 +494,17 @@ class CellStore:
         return self.folder / "begun" / f"{content_hash(list(command))[:32]}.json"
 
     def places(self, *views: str) -> list[str]:
-        """Return the names of the places that have one of these views, or should have it."""
+        """Return the names of the places that have or should have one of these views."""
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
         found = [note.get("place") for note in notes if note.get("view") in views]
         return list(dict.fromkeys(name for name in found if name))
 
 
 def measured_last(abouts: Iterable[Mapping[str, Any]]) -> str:
-    """Find the date of the last outcome in what shards say of themselves; empty without any."""
+    """Return the latest date of measuring in shards' metadata; empty without any."""
     last = ""
     for about in abouts:
-        with suppress(ValueError):  # what is no date says nothing
+        with suppress(ValueError):  # invalid dates are ignored
             if about.get("measured"):
                 last = max(last, utc(str(about["measured"])))
     return last

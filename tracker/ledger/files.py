@@ -1,6 +1,6 @@
-"""Writing files so that a reader sees all of a file or none of it.
+"""Write files atomically, with locks and digests.
 
-And small JSON files that state a digest of what they say: a flipped bit or an edit is noticed.
+Notes are small JSON files with a digest of their content, so that damage and edits are noticed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from tracker.core.provenance import content_hash
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, flush it to the disk, rename it, and flush its folder.
+    """Write a file under a temporary name, flush it, rename it, and flush its folder.
 
-    A `stream` is written to, since a rename would replace it.
+    A `stream` is written directly, since a rename would replace it.
 
     Args:
-        path: Where the file is to be.
-        write: Writes the whole content to the path that it is given.
+        path: The path of the file.
+        write: Function that writes the whole content to a given path.
 
     Raises:
-        WorkError: The disk is full or refuses; nothing half-written is left.
+        WorkError: The disk is full or not writable; no partial file is left.
     """
     # Not named by process id: two containers on one shared disk may both be process 1.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -67,13 +67,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             "mend it and type the same command to continue."
         ) from None
     finally:
-        # Whatever went wrong, Ctrl-C included, leaves no half-written file behind.
+        # No failure, Ctrl-C included, leaves a partial file behind.
         with suppress(OSError):
             temporary.unlink()
 
 
 def stream(path: Path) -> Path | int | None:
-    """Return the descriptor of standard output or error, or the device or pipe, at a path."""
+    """Return the standard stream's descriptor, or the device or pipe, at a path; else None."""
     with suppress(OSError):
         status = path.stat()
         for descriptor in (1, 2):
@@ -96,10 +96,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def lock_file(path: Path, patience: float = -1) -> FileLock:
-    """Make a lock that processes share, not held yet; its folder is made where there is none.
+    """Return a lock between processes, not held yet, and create its folder if needed.
 
-    WorkError if there is no place for it. `patience` is how many seconds it is waited for; below 0
-    without end.
+    Raises WorkError if it cannot be created. `patience` is the timeout in seconds; a negative one
+    waits forever.
     """
     try:
         make_folder(path.parent)
@@ -117,7 +117,7 @@ def lock_file(path: Path, patience: float = -1) -> FileLock:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, open to whom the folder above them is open."""
+    """Create a folder and its parents, with the write permissions of the folder above."""
     if not path.is_dir():
         if path.parent != path:
             make_folder(path.parent)
@@ -127,9 +127,9 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside a path, which is moved there at the end, or removed.
+    """Yield a temporary folder that is moved to a path at the end, or removed on failure.
 
-    Its lock tells what a killed process left, which is removed here, from what is being written.
+    Its lock distinguishes folders in use from those of killed processes, which are removed here.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
         with suppress(OSError, WorkError), lock_file(left, patience=0):
@@ -153,9 +153,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def share(path: Path) -> None:
-    """Open what this user made to whom its folder is open to write, whatever the umask says.
+    """Give a new file the write permissions of its folder, ignoring the umask.
 
-    Otherwise the second of several people is stopped by the locks and notes of the first.
+    Otherwise one user's locks and notes would stop other users of a shared folder.
     """
     with suppress(OSError):  # another user's
         own, above = path.stat(), path.parent.stat()
@@ -168,7 +168,7 @@ def share(path: Path) -> None:
 
 @contextmanager
 def as_shared(folder: Path) -> Iterator[None]:
-    """Let what is made meanwhile be open to whom a folder is open to write; of all threads."""
+    """Set the umask to a folder's write permissions inside a `with` block, for all threads."""
     before = os.umask(0)
     opened = _opened(folder.stat())
     os.umask(before & ~(opened | (opened & 0o022) >> 1))
@@ -179,14 +179,14 @@ def as_shared(folder: Path) -> Iterator[None]:
 
 
 def _opened(folder: os.stat_result) -> int:
-    """Say as bits of a file's mode who else may read and write what lies in a folder."""
+    """Return the mode bits of group and others that a folder's permissions grant its files."""
     more = 0o060 if folder.st_mode & stat.S_IWGRP else 0
     everybody = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
     return more | (0o006 if everybody else 0)
 
 
 def owner_of(path: Path) -> str:
-    """Name whose a file or folder is, or that which would hold it."""
+    """Return the owner of a file or folder, or of its nearest existing parent."""
     there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     try:
         return there.owner()
@@ -195,7 +195,7 @@ def owner_of(path: Path) -> str:
 
 
 def closed(folder: Path) -> str:
-    """Say what to do about what is there and may not be read; empty where it may."""
+    """Return what to do about an unreadable file or folder; empty if readable or missing."""
     if not os.path.lexists(folder):
         return ""
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
@@ -207,7 +207,7 @@ def closed(folder: Path) -> str:
 
 
 def _flush(folders: Iterable[Path]) -> None:
-    """Flush what stands in folders, where the platform can: a rename is lost without it."""
+    """Flush the entries of folders where the platform can; without it a rename may be lost."""
     for folder in folders:
         with suppress(OSError):
             entries = os.open(folder, os.O_RDONLY)
@@ -219,23 +219,23 @@ def _flush(folders: Iterable[Path]) -> None:
 
 _DIGEST = "digest"
 _FILE = "file"
-"""The name of a note's file, so that a copy in place of another note is recognised."""
+"""Key of the file's name in a note, so that a copy of another note is recognised."""
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """Write a note's text: anything that JSON can hold without a `digest`, which is added."""
+    """Return a note's text with a digest; `content` is JSON without the key `digest`."""
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
 def unsealed(text: str | bytes, name: str | None = None) -> dict[str, Any]:
-    """Read a note's text; ValueError if it is no note, or not what was written.
+    """Return the content of a note's text; raise ValueError if it is no note or damaged.
 
     Args:
         text: The text.
-        name: Name of its file, if that matters; notes of earlier versions state none.
+        name: Expected name of its file; None for any. Notes of former versions have no name.
 
     Returns:
-        What was written, without digest and name.
+        The content, without digest and name.
     """
     try:
         content = json.loads(text)
@@ -252,12 +252,12 @@ def unsealed(text: str | bytes, name: str | None = None) -> dict[str, Any]:
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a note atomically; its digest holds the file's name."""
+    """Write a note atomically; its digest covers the file's name."""
     write_text(path, sealed({**content, _FILE: path.name}))
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """Read a note that can be made again: empty when missing or damaged."""
+    """Read a note that can be recreated; empty if it is missing or damaged."""
     try:
         return unsealed(path.read_bytes(), path.name)
     except (OSError, ValueError):
@@ -265,7 +265,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Say in a few words why a file cannot be used."""
+    """Return a short reason why a file cannot be used."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -1,4 +1,4 @@
-"""The columns of a shard: what is kept of one document under one ablation."""
+"""Define the columns of a shard: the outcome of one document under one ablation."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from tracker.core.documents import Document, Response
 from tracker.core.proxies import OBSERVED, OF_EXPERTS
 
 METRIC = "metric/"
-"""Columns that start so hold the task's metrics under lm-eval's names."""
+"""Prefix of the columns of the task's metrics, which follow under lm-eval's names."""
 PROVENANCE = "provenance"
-"""What `CellStore.read` adds: who measured the outcome, as JSON; it stands in a shard once."""
+"""Column of provenance as JSON, which `CellStore.read` adds from a shard's metadata."""
 CHECKPOINT = "checkpoint"
-"""Why no saved checkpoint holds the model that was measured; most shards have none."""
+"""Key of the reason why no saved checkpoint holds the measured model; absent in most shards."""
 TOKENS_DIGEST = "tokens_digest"
-"""Digest of the tokens that an outcome's document was read as; none before it was kept."""
+"""Column of the digest of a document's tokens; absent in shards of former versions."""
 COMPARED = ("compared", "difference", "unsteady")
-"""What is known of the outcomes that were answered again on a really pruned model."""
+"""Columns about outcomes that were repeated with a really pruned model."""
 AGAIN = "again"
-"""Log-likelihoods of the outcomes that were computed twice, as they came out the second time."""
+"""Column of the log-likelihoods of the second computation of outcomes computed twice."""
 PROXY_SUMS = tuple(proxy.column for proxy in OBSERVED)
-"""Per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
+"""Columns of proxies per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
 PART_SUMS = tuple(proxy.column for proxy in OF_EXPERTS)
-"""Of the expert that an ablation takes out, summed over these tokens; only in its rows."""
+"""Columns of proxies of the removed expert, summed over the same tokens; only in its rows."""
 
 
 def outcome_row(
@@ -37,18 +37,20 @@ def outcome_row(
     again: Sequence[Response] | None = None,
     load: Sequence[float] | None = None,
 ) -> dict[str, object]:
-    """Lay out one outcome.
+    """Build the row of one outcome.
 
     Args:
         document: The document.
         ablation: The ablation's name.
         responses: The model's responses to the document's requests.
-        metrics: What the task makes of them.
-        proxies: For the baseline: tokens, and the sums [proxies][layers], as `PROXY_SUMS`.
-        compared: Of an outcome that was answered again on a really pruned model: how many answers,
-            the largest difference in nats, and how many differ where the model is discontinuous.
-        again: The responses of an outcome that was computed twice, in another way.
-        load: For the ablation of an expert: what the intact model does with it, as `PART_SUMS`.
+        metrics: The task's metrics of the responses.
+        proxies: Number of tokens and sums [proxies][layers] as in `PROXY_SUMS`; only for the
+            baseline.
+        compared: Number of responses repeated with a really pruned model, the largest difference in
+            nats, and the number that differ where the model is discontinuous; None if none were.
+        again: The responses of a second, different computation; None if there is none.
+        load: Sums of the intact model's use of an expert as in `PART_SUMS`; only for ablations of
+            an expert.
 
     Returns:
         Column → value.
@@ -97,9 +99,9 @@ _SCHEMA = {
 
 
 def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """Put results of `outcome_row` into a table with fixed types, as a shard holds it.
+    """Build a shard's table with fixed types from results of `outcome_row`.
 
-    A metric is a number everywhere or JSON everywhere.
+    A metric is a number in all rows, or JSON in all rows.
     """
     types = {}
     for name in dict.fromkeys(name for row in rows for name in row):

@@ -1,17 +1,16 @@
-"""A shard's file: Parquet that says of which cell it is, who measured it, and its own digest.
+"""Read and write shards as Parquet files with their cell, provenance and digest.
 
 The file's metadata holds JSON under `tracker`:
 
     format      how the file is written
-    key, task   the cell and the task that the outcomes are of
+    key, task   the cell and the task of the outcomes
     provenance  versions, machine and device that measured them
-    digest      SHA-256 of the whole file, every byte of it, with 64 zeros in the digest's place
-    …           how they were measured: when, in how many seconds, with which sharing
+    digest      SHA-256 of the whole file, with 64 zeros in the digest's place
+    …           details of the measurement: date, seconds, sharing
 
-Beside outcomes, what a study observed of a cell's documents: arrays, a row a document.
-
-They stand in the cell's folder as `observed/KIND/TASK.NUMBER.parquet`, a block of documents a file,
-each with its digest. The kind names what was observed and how: another way is another kind.
+Observations of studies are stored too: arrays with one row per document. Their files are
+`observed/KIND/TASK.NUMBER.parquet` in the cell's folder, one per block, each with its digest. The
+kind names the observed quantity and its method; another method is another kind.
 """
 
 from __future__ import annotations
@@ -34,27 +33,27 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.files import write_bytes
 
 ASIDE = ".aside"
-"""What the name of a file of this kind ends with that is not what was written."""
+"""Suffix of damaged files that were set aside."""
 _UNKNOWN = "0" * 64
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 def shard_file(table: pa.Table, about: Mapping[str, object]) -> bytes:
-    """Lay out a shard's file; `about` is what the metadata says, but for the digest."""
+    """Build the content of a shard's file; `about` is its metadata without the digest."""
     metadata = {"tracker": json.dumps({**about, "digest": _UNKNOWN})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
-        # Not through the schema, of which Arrow keeps a second copy that the digest cannot reach.
+        # Not through the schema: Arrow stores a second copy of it that has no correct digest.
         writer.add_key_value_metadata(metadata)
     content: bytes = sink.getvalue().to_pybytes()
     return _with_digest(content, shard_digest(content))
 
 
 def shard_digest(content: bytes) -> str:
-    """Compute the SHA-256 of a shard's file that its metadata should state.
+    """Compute the digest that the metadata of a shard's file should have.
 
-    Empty where the file has no place for a digest.
+    The digest is empty if the file has no place for one.
     """
     whole = _with_digest(content, _UNKNOWN)
     return hashlib.sha256(whole).hexdigest() if whole else ""
@@ -62,11 +61,11 @@ def shard_digest(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that was read.
+    """A shard in memory.
 
     Attributes:
-        about: What the metadata says.
-        digest: SHA-256 of the file, as the metadata states it.
+        about: The metadata.
+        digest: SHA-256 of the file, as given in the metadata.
     """
 
     table: pa.Table
@@ -75,7 +74,7 @@ class Shard:
 
 
 def shard_about(path: Path) -> dict[str, Any]:
-    """Read what a shard's metadata says, unproved; ValueError or OSError if that is impossible."""
+    """Read a shard's metadata without verifying it; raise ValueError or OSError on failure."""
     try:
         found = (pq.read_metadata(path).metadata or {})[b"tracker"]
         return dict(json.loads(found))
@@ -84,9 +83,9 @@ def shard_about(path: Path) -> dict[str, Any]:
 
 
 def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
-    """Read a shard's file, all columns or some.
+    """Read and verify a shard's file, with all columns or some.
 
-    ValueError if it is no shard, or not as it was written.
+    Raises ValueError if it is no shard or damaged.
     """
     stated = _DIGEST.findall(content)
     digest = shard_digest(content)
@@ -100,14 +99,14 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
         raise
     except MemoryError:
         raise ValueError("unpacked it takes more memory than there is") from None
-    # Whatever the reader stumbles over in a damaged file.
+    # Errors of the reader on damaged files.
     except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError) as e:
         raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None
     return Shard(table, about, digest)
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:
-    # The metadata comes last in the file, so a text that looks like it comes before.
+    # The metadata comes last in the file, after any text that looks like it.
     places = [found.span(1) for found in _DIGEST.finditer(content)]
     if not places:
         return b""
@@ -116,13 +115,13 @@ def _with_digest(content: bytes, digest: str) -> bytes:
 
 
 Arrays = Mapping[str, NDArray[np.float64]]
-"""Name → figures of one document, of the same shape for every document."""
+"""Name → array of one document, of the same shape for every document."""
 
 
 def write_observations(
     folder: Path, kind: str, block: Block, observed: Mapping[int, Arrays]
 ) -> None:
-    """Keep what was observed of a block in a cell's folder: document → arrays."""
+    """Write the observations of a block to a cell's folder: document → arrays."""
     first = next(iter(observed.values()))
     columns: dict[str, list[Any]] = {"doc": list(observed)}
     for name in first:
@@ -134,9 +133,9 @@ def write_observations(
 
 
 def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Arrays]:
-    """Read what is kept of a block: document → arrays.
+    """Read the observations of a block: document → arrays.
 
-    Nothing where there is none, or not what was written: it is observed again.
+    Missing and damaged files give an empty dict, so that the documents are observed again.
     """
     try:
         shard = read_observed(_path(folder, kind, block))
@@ -150,16 +149,16 @@ def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Arrays
 
 
 def read_observed(path: Path) -> Shard:
-    """Read a file of `write_observations`; OSError or ValueError if it is not what was written."""
+    """Read a file of `write_observations`; raise OSError or ValueError if it is damaged."""
     shard = read_shard(path.read_bytes())
-    # Those of earlier versions do not say which file they are.
+    # Files of former versions do not have their own name.
     if (original := shard.about.get("file", _identity(path))) != _identity(path):
         raise ValueError(f"it is a copy of {original}")
     return shard
 
 
 def _identity(path: Path) -> str:
-    """Name an observation by its cell's key, its kind and its block."""
+    """Return the identity of an observation's file: its cell's key, its kind and its block."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 

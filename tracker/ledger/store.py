@@ -1,29 +1,27 @@
-"""The results folder: cells, what led to them, and the experiment files.
+"""Read and write the results folder: cells, requests, findings and experiment files.
 
 RESULTS/
   tracker.json              the folder's format
-  index/REQUEST.json        what was asked for → its cell, found without loading anything
-  studies/STUDY--FILE.json  what studies found
-  searches/NAME.json        what searches for what to prune found
+  index/REQUEST.json        a request → its cell, found without loading anything
+  studies/STUDY--FILE.json  findings of studies
+  searches/NAME.json        results of searches
   experiments/NAME.yaml     the user's exact experiment files, each with its SHA-256 beside it
-  checks/                   what was found out of architectures
-  places/PLACE.json         where cells were published to: each is kept until its file is deleted
+  checks/                   verdicts of checks of architectures and models
+  places/PLACE.json         destinations of publishing, each used until its file is deleted
   cells/MODEL--BENCHMARK--KEY/
-    cell.json               the model, the benchmark, and who made the cell
-    requests/VIEW.json      every run that was asked of a view, its metric and documents: to show
-    derived/VIEW*.json      the records that follow from all this, kept to save the time
-    shards/*.parquet        per-document outcomes, each with who measured it
-    texts/*.parquet         what the documents say, each with its digest
-    verified.json           which shards were found to be what was written
-    receipts/               what a place has, or should have
-    begun/                  which searches are at it
-    locks/                  one a block of documents
+    cell.json               the model, the benchmark, and the provenance of the cell
+    requests/VIEW.json      the requested runs, metric and documents of a view
+    derived/VIEW*.json      records derived from all this, stored to save time
+    shards/*.parquet        per-document outcomes, each file with its provenance
+    texts/*.parquet         texts of documents, each file with its digest
+    verified.json           shards that have been verified
+    receipts/               published versions of the cell, by destination
+    begun/                  searches that measure the cell
+    locks/                  locks, one per block of documents
   slurm/                    the logs of SLURM jobs
 
-Whatever is shown from it states a digest of itself. What does not fit its digest is derived or
-measured again where that is possible, and said where it is not.
-
-And what studies and searches found, beside the cells it was found in.
+Every file that is shown has a digest of its content. A file that does not match its digest is
+derived or measured again if possible, and reported otherwise.
 """
 
 from __future__ import annotations
@@ -63,20 +61,20 @@ Found = TypeVar("Found", bound=Record)
 
 
 def keep_finding(root: Path, finding: FindingRecord) -> None:
-    """Keep a finding in a results folder, in place of what the study said of the file before."""
+    """Write a finding to a results folder, replacing the study's former one of the same file."""
     path = root / "studies" / f"{quote(finding.name, safe='')}.json"
     write_note(path, finding.model_dump(mode="json"))
 
 
 def keep_search(root: Path, record: PruneRecord) -> Path:
-    """Keep a search in a results folder, in place of what it found before; its file."""
+    """Write a search to a results folder, replacing its former result, and return the file."""
     path = root / "searches" / f"{record.name}.json"
     write_note(path, record.model_dump(mode="json"))
     return path
 
 
 def listed(folder: Path, kind: type[Found], damaged: dict[str, str]) -> list[Found]:
-    """List what was found, by name; `damaged` gets files that cannot be used → what to do."""
+    """List a folder's records by name; unusable files are added to `damaged` → what to do."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -87,7 +85,7 @@ def listed(folder: Path, kind: type[Found], damaged: dict[str, str]) -> list[Fou
 
 
 def _again(path: Path) -> str:
-    """Say what finds it again, as far as a file's name tells it."""
+    """Return the command that recreates a record, as far as its file's name determines it."""
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -96,25 +94,24 @@ def _again(path: Path) -> str:
 
 
 _WRITTEN = ("cells", "experiments", "index", "locks")
-"""Folders that a measurement writes."""
+"""Folders that measuring writes."""
 _READ = ("cells", "experiments", "searches", "studies")
-"""Folders that are shown."""
+"""Folders whose contents are shown."""
 UNFINISHED = "its run goes on, or was stopped: then type its command again"
-"""What is said of a cell that is begun."""
+"""The message about an unfinished cell."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a results folder holds.
+    """Contents of a results folder.
 
     Attributes:
         views: Each view with its cell, sorted by model and benchmark.
-        unfinished: The cells with outcomes and without a view, and those that a search is at: it
-            was stopped, or goes on; each with what to type. What a search that is over measured is
-            shown by what it found.
-        experiments: The kept experiment files: name → exact text.
-        findings: What studies found, by name.
-        searches: What searches for what to prune found, by name.
+        unfinished: The cells with outcomes but no view, and those of searches that are running or
+            were stopped, each with a message. Cells of finished searches are not among them.
+        experiments: The stored experiment files: name → exact text.
+        findings: The findings of studies, by name.
+        searches: The results of searches, by name.
         damaged: File or folder that cannot be used → what to do.
     """
 
@@ -127,14 +124,14 @@ class Contents:
 
     @property
     def searched(self) -> set[Place]:
-        """The cells that searches took their steps in."""
+        """The cells of the steps of searches."""
         return {place for record in self.searches for place in record.rests_on}
 
 
 class Ledger:
-    """A results folder; nothing is made at `root` before `create`.
+    """A results folder; nothing is written to `root` before `create`.
 
-    ResultsError if it is a file, is damaged, or is of another format.
+    ResultsError is raised if it is a file, is damaged, or has another format.
     """
 
     def __init__(self, root: Path) -> None:
@@ -143,14 +140,14 @@ class Ledger:
             if root.exists() and not root.is_dir():
                 raise ResultsError(f"{root} is a file, not a results folder")
             self._is_there()
-        except OSError as error:  # too long a name, a folder above that may not be looked into
+        except OSError as error:  # too long a name, or an unreadable folder above
             raise ResultsError(f"{root} cannot be used: {error.strerror}") from None
 
     @classmethod
     def existing(cls, root: Path) -> Ledger:
-        """Open a results folder that must be there.
+        """Open an existing results folder.
 
-        ResultsError if it holds no results, or is of another format.
+        ResultsError is raised if it is no results folder, or has another format.
         """
         ledger = cls(root)
         if not (root / "tracker.json").is_file():
@@ -161,7 +158,7 @@ class Ledger:
         return ledger
 
     def refuse_unwritable(self) -> None:
-        """Raise ResultsError if it cannot be made or written, before a night is spent for it."""
+        """Raise ResultsError if it cannot be created or written, before anything is measured."""
         there = next(
             place for place in (self.root, *self.root.absolute().parents) if place.exists()
         )
@@ -173,7 +170,7 @@ class Ledger:
                     f"{self.root} cannot be written: {place} is {owner_of(place)}'s, and you may "
                     "not write it"
                 )
-        try:  # what the system says before may not hold: a disk is full, or takes no files
+        try:  # permissions are not enough: the disk may be full or take no files
             with tempfile.TemporaryDirectory(dir=there, prefix=".tracker-"):
                 pass
         except OSError as error:
@@ -183,14 +180,14 @@ class Ledger:
             ) from None
 
     def create(self) -> None:
-        """Make the folder a results folder, or do nothing where it is one."""
+        """Create the results folder, or do nothing if it exists."""
         if not self._is_there():
             write_text(self.root / "tracker.json", json.dumps({"format": FORMAT}))
 
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
-        """List the cells that can be used, sorted by model and benchmark.
+        """List the usable cells, sorted by model and benchmark.
 
-        `damaged` gets each cell's folder that cannot be used → what to do.
+        Folders of unusable cells are added to `damaged` → what to do.
         """
         found = []
         for folder in sorted(self.root.glob("cells/*")):
@@ -207,7 +204,7 @@ class Ledger:
         )
 
     def contents(self) -> Contents:
-        """List everything that can be shown; what is damaged keeps nothing else away."""
+        """Return everything that can be shown; damaged files do not hide other contents."""
         unreadable = {str(self.root / name): closed(self.root / name) for name in _READ}
         found = Contents(damaged={path: why for path, why in unreadable.items() if why})
         found.findings.extend(listed(self.root / "studies", FindingRecord, found.damaged))
@@ -235,16 +232,16 @@ class Ledger:
         return found
 
     def _stopped(self, command: Sequence[str]) -> str:
-        """Say what to do about a search; a trial's command is its sweep's."""
+        """Return the message about an unfinished search, with its command if there is one."""
         said = UNFINISHED.replace("run", "search", 1)
         return f"{said}: {shlex.join([*command, '--results', str(self.root)])}" if command else said
 
     def cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
     ) -> CellStore:
-        """Open a cell, or make it; versions and machine are kept for a new one.
+        """Open a cell, or create it with this provenance.
 
-        The same weights may have several names: what is measured keeps the first.
+        If the same weights have several names, the cell keeps the first one.
         """
         self.create()
         key = cell_key(model, benchmark)
@@ -267,17 +264,17 @@ class Ledger:
         return self._open(folder)
 
     def find(self, request_key: str) -> CellStore | None:
-        """Find the cell that a request led to before; None when it is new."""
+        """Return the cell of an earlier equal request; None if there is none."""
         name = read_note(self._index(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
         try:
             return self._open(self.root / "cells" / name)
-        except ResultsError:  # made again by `cell`
+        except ResultsError:  # created again by `cell`
             return None
 
     def remember(self, request_key: str, cell: CellStore) -> None:
-        """Let `find` find a cell by a request."""
+        """Record a request's cell, so that `find` finds it."""
         write_note(self._index(request_key), {"cell": cell.folder.name})
 
     def keep_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -287,7 +284,7 @@ class Ledger:
             write_note(path, note)
 
     def keep_experiment(self, name: str, text: str) -> None:
-        """Keep the exact text of an experiment file, and its digest as `sha256sum -c` reads it."""
+        """Write the exact text of an experiment file, and its digest in the form of `sha256sum`."""
         self.create()
         path = self.root / "experiments" / name
         write_text(path, text)
@@ -300,7 +297,7 @@ class Ledger:
         path = folder / "cell.json"
         try:
             identity = CellIdentity.read(path.read_bytes())
-            # What stands before it in the folder's name is for people.
+            # The rest of the folder's name is for people.
             if folder.name[-12:] != identity.key[:12]:
                 raise ValueError("it belongs to another folder")
         except PermissionError:
@@ -313,7 +310,7 @@ class Ledger:
         return CellStore(folder, identity)
 
     def _is_there(self) -> bool:
-        """Say whether the folder is a results folder; ResultsError where it cannot be used."""
+        """Check whether the folder is a results folder; raise ResultsError if it is unusable."""
         path = self.root / "tracker.json"
         if not path.is_file():
             return False

@@ -1,7 +1,7 @@
-"""What the documents of a cell say: kept once, beside the shards of their outcomes.
+"""Store the texts of a cell's documents, beside the shards of their outcomes.
 
-No figure rests on them but the margins of accuracies that lm-eval divides by the length of an
-option.
+Figures do not depend on them, except for the margins of accuracies that lm-eval normalises by the
+length of an option.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tracker.ledger.shards import ASIDE, read_shard, shard_file
 from tracker.ledger.views import CellIdentity
 
 LONGEST = 4000
-"""Characters of a question that are kept: its first and its last ones."""
+"""Maximum number of stored characters of a question, from its beginning and its end."""
 _NAME = "texts--"
-"""What a file's name begins with, which tells it from the shards that it is published beside."""
+"""Prefix of file names, which distinguishes texts from shards when both are published."""
 _SCHEMA = pa.schema(
     {
         "task": pa.string(),
@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KeptText:
-    """What a document says, and whether it is public: of the hub or a package."""
+    """Text of a document; `public` is True if it comes from the hub or a package."""
 
     text: DocumentText
     public: bool
 
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
-    """Lay out what one document says: column → value; a long question without its middle."""
+    """Build the row of a document's text; a long question loses its middle."""
     question = text.question
     if len(question) > LONGEST:
         question = f"{question[: LONGEST // 2]} […] {question[-LONGEST // 2 :]}"
@@ -63,17 +63,17 @@ def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, 
 
 
 def _whole(text: str) -> str:
-    """Replace halves of characters, which JSON may hold and Parquet may not."""
+    """Replace lone surrogates, which JSON can hold and Parquet cannot."""
     return text.encode(errors="replace").decode()
 
 
 def is_texts(path: Path) -> bool:
-    """Say whether a file that was published with a cell holds texts, by its name."""
+    """Check by its name whether a published file of a cell holds texts."""
     return path.name.startswith(_NAME)
 
 
 class Texts:
-    """The texts of one cell on disk; `others` are those of the same cell in other folders."""
+    """Texts of one cell on disk; `others` are those of copies of the cell in other folders."""
 
     def __init__(self, folder: Path, identity: CellIdentity, others: Sequence[Texts] = ()) -> None:
         self._folder = folder / "texts"
@@ -81,19 +81,19 @@ class Texts:
         self._others = others
 
     def files(self) -> list[Path]:
-        """List the files."""
+        """List the files of this folder."""
         return sorted(self._folder.glob(f"{_NAME}*.parquet"))
 
     def names(self) -> list[str]:
-        """Name all files that `read` reads; each is named by the documents in it."""
+        """List the names of all files that `read` reads, which depend on their documents."""
         return [path.name for texts in (self, *self._others) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
-        """Keep what documents of a block say, but for those that are kept already.
+        """Write the texts of a block's documents, except for those already stored.
 
         Args:
-            block: The name of their block, which is locked.
-            rows: One mapping a document, as `text_row` lays them out.
+            block: The name of their block, whose lock is held.
+            rows: One mapping per document, as from `text_row`.
         """
         beside = sorted(self._folder.glob(f"{_NAME}{block}.*.parquet"))
         held = {place for path in beside for place in self.read_file(path)}
@@ -109,9 +109,9 @@ class Texts:
         return path
 
     def adopt(self, path: Path) -> str:
-        """Take texts from elsewhere to their place, and return their file's name here.
+        """Copy texts from elsewhere into the cell, and return the new file's name.
 
-        The name that the file had counts for nothing. ValueError if it holds no texts of this cell.
+        The former name is ignored. ValueError is raised if it holds no texts of this cell.
         """
         try:
             table, block = self._table(path)
@@ -120,7 +120,7 @@ class Texts:
         return self._write(block, table).name
 
     def read(self) -> dict[tuple[str, int], KeptText]:
-        """Read what documents say: (task, document) → text."""
+        """Read all texts: (task, document) → text."""
         found: dict[tuple[str, int], KeptText] = {}
         for texts in (*self._others, self):
             for path in texts.files():
@@ -128,10 +128,10 @@ class Texts:
         return found
 
     def read_file(self, path: Path) -> dict[tuple[str, int], KeptText]:
-        """Read one file; one that is not what was written is set aside, and holds nothing."""
+        """Read one file; a damaged one is set aside and gives an empty dict."""
         try:
             table, _ = self._table(path)
-        except OSError as error:  # the system, not the file, is in trouble
+        except OSError as error:  # the system has failed, not the file
             log.warning("the texts %s cannot be read now: %s", path, error)
             return {}
         except ValueError as error:

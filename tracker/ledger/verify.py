@@ -1,4 +1,4 @@
-"""Verifying a results folder, and comparing two copies of one."""
+"""Verify a results folder, and compare two copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOTES = (
     "searches/timing/*.json",
     *(f"cells/*/{notes}.json" for notes in ("derived/*", "receipts/*", "begun/*", "verified")),
 )
-"""Where small files stand that are made again when they are not what was written."""
+"""Patterns of notes that are created again if they are damaged."""
 _ASIDE = (
     "it was set aside as damaged; run its experiment again, which measures what is missing, and "
     "delete it"
@@ -30,13 +30,13 @@ _NO_TEXTS = (
 
 @dataclass(frozen=True)
 class VerifiedCell:
-    """A cell whose every shard was read.
+    """A cell after all its shards were read.
 
     Attributes:
-        shards: How many of its shards are what was written.
-        documents: How many documents they hold outcomes of.
-        outcomes: How many outcomes: one a document and ablation.
-        aside: Shards that were set aside, now or before.
+        shards: Number of intact shards.
+        documents: Number of documents with outcomes.
+        outcomes: Number of outcomes, one per document and ablation.
+        aside: Number of shards that were set aside, now or before.
     """
 
     store: CellStore
@@ -48,9 +48,9 @@ class VerifiedCell:
 
 @dataclass
 class Verified:
-    """What verifying a results folder found: the cells that can be used, and what is damaged.
+    """Result of verifying a results folder: its usable cells and its damaged files.
 
-    `damaged`: file or folder that is not what was written → what to do.
+    `damaged` maps each damaged file or folder to what to do about it.
     """
 
     cells: list[VerifiedCell] = field(default_factory=list)
@@ -58,10 +58,10 @@ class Verified:
 
 
 def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None) -> Verified:
-    """Read all of a results folder, and believe nothing that was remembered of it.
+    """Read and verify all of a results folder, without using earlier verifications.
 
-    A shard that is not what was written is set aside, as wherever it is read. `progress` is called
-    with how many more cells are done.
+    A damaged shard is set aside, as always when it is read. `progress` is called with the number of
+    cells done since the last call.
     """
     found = Verified(damaged=dict(ledger.contents().damaged))
     for store in ledger.cells():
@@ -103,7 +103,7 @@ def _places(shard: Shard) -> Iterator[tuple[str, int, str]]:
 
 
 def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
-    """Compare two copies of a results folder, outcome by outcome; yields differences in words."""
+    """Compare two copies of a results folder by outcomes; yield differences as sentences."""
     mine, theirs = ({cell.identity.key: cell for cell in each.cells()} for each in (ledger, other))
     for key in sorted(mine.keys() | theirs.keys()):
         if key not in mine or key not in theirs:
@@ -139,7 +139,7 @@ def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
 
 
 def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:
-    """Say each outcome as text, so that equal ones are equal whatever not-a-number they hold."""
+    """Return each outcome as text, so that equal ones compare as equal even with NaN values."""
     found = {}
     for row in store.read().to_dict("records"):
         place = (str(row.pop("task")), int(row.pop("doc")), str(row.pop("ablation")))

@@ -1,6 +1,6 @@
-"""What a cell is, and what was asked of it: explicit sets of runs that add up one by one.
+"""Name cells, and store which runs and documents were requested.
 
-And what decides a document's outcome, and nothing else, as a key.
+A cell's key is the hash of everything that affects a document's outcome, and of nothing else.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _LATER = {
 
 
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
-    """Identify a cell by content, as SHA-256 in hexadecimal.
+    """Return a cell's key: the SHA-256, in hexadecimal, of what identifies its outcomes.
 
-    Neither which documents, nor the layers, nor the batch, nor the shown metric is part of it: a
-    cell grows.
+    The selected documents, the layers, the batch and the shown metric are not part of it, so that
+    a cell can grow.
     """
     return content_hash(
         {
@@ -55,52 +55,52 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
 def request_key(
     request: CellRequest, model_stamp: object, data_stamp: object, versions: Mapping[str, str]
 ) -> str:
-    """Identify what was asked for without loading anything, as SHA-256 in hexadecimal.
+    """Return a request's key, as SHA-256 in hexadecimal, without loading anything.
 
-    Equal keys lead to the same cell; different ones may (after an update of lm-eval, say). What is
-    removed, which documents and the metric do not count.
+    Equal keys lead to the same cell; so may different ones, for example after an update of lm-eval.
+    The changes, the number of documents and the metric are not part of it.
     """
     documents = {"part": request.documents.part, "seed": request.documents.seed}
     settings = {**dict(request.model), **dict(request.benchmark), **documents}
-    # A setting that is not used leaves the keys of before as they are.
+    # Unused settings are left out, so that keys of former versions stay valid.
     said = {n: value for n, value in settings.items() if n not in _LATER or value not in (None, ())}
     return content_hash([said, model_stamp, data_stamp, dict(versions)])
 
 
 def folder_name(model: str, benchmark: str, key: str) -> str:
-    """Name a cell's folder so that a person finds it and every file system takes it."""
+    """Return the name of a cell's folder, readable and valid on every file system."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}--{benchmark}")[:80]
     return f"{readable}--{key[:12]}"
 
 
 _READABLE = 80
-"""Characters of a long name that its file's name keeps."""
+"""Maximum number of characters of a long name in its file's name."""
 
 
 class CellIdentity(Record):
-    """What a cell is, as it stands in `cell.json`."""
+    """Identity of a cell, as stored in `cell.json`."""
 
     key: str
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     provenance: dict[str, str]
-    """Versions and machine of whoever made the cell."""
+    """Versions and machine with which the cell was created."""
 
     @classmethod
     def read(cls, text: str | bytes) -> CellIdentity:
-        """Read the text of a `cell.json`; ValueError if it is damaged, or its key is another's."""
+        """Read the text of a `cell.json`; raise ValueError if it is damaged or its key is wrong."""
         identity = cls.model_validate(unsealed(text))
         if cell_key(identity.model, identity.benchmark) != identity.key:
             raise ValueError("its key is not that of what it describes")
         return identity
 
     def sealed(self) -> str:
-        """Write the text of a `cell.json`."""
+        """Return the text of a `cell.json`."""
         return sealed(self.model_dump(mode="json"))
 
 
 class RequestedView(Record):
-    """What was asked of one view of a cell, as it stands in `requests/`."""
+    """A requested view of a cell, as stored in `requests/`."""
 
     format: int = FORMAT
     project: str
@@ -115,9 +115,9 @@ class Views:
     identity: CellIdentity
 
     def of(self, request: CellRequest) -> View:
-        """Return what a request shows of this cell, whatever else was requested."""
+        """Return the view of one request, regardless of other requests."""
         benchmark = self.identity.benchmark
-        # What leaves nothing out is the whole benchmark, whatever its seed.
+        # A limit or sample of all documents is the whole benchmark, whatever its seed.
         every = max(task.documents for task in benchmark.tasks)
         limit, sample = (
             None if count is None or count >= every else count
@@ -140,19 +140,19 @@ class Views:
     def ask(
         self, request: CellRequest, project: str, named: bool = False, explicit: bool = False
     ) -> View:
-        """Record a request for reports and syncs, and the project that its runs go to.
+        """Record a request and the project of its runs, for reports and syncs.
 
         Args:
             request: The request, whose documents are measured.
-            project: The project.
-            named: Whether a larger view of the same was requested with it, so that both are kept.
-            explicit: Whether a run requests it, and not only a study or a search.
+            project: The tracking project.
+            named: True if a larger view was requested with it, so that both are kept.
+            explicit: True if a run requests it, and not only a study or a search.
 
         Returns:
-            The view that shows it: `shown_in`.
+            The view that shows it, as from `shown_in`.
 
         Raises:
-            ResultsError: The view belongs to somebody whose file may not be read.
+            ResultsError: The view's file belongs to another user and is not readable.
         """
         with lock_file(self.folder / "locks" / "requests.lock"):
             view, superseded = self._placed(self.of(request), named, explicit)
@@ -163,12 +163,12 @@ class Views:
         return view
 
     def shown_in(self, request: CellRequest, named: bool = False) -> View:
-        """Return the view that will show a request once that is measured.
+        """Return the view that will show a request once it is measured.
 
-        Which view it is depends on the request alone: its metric, documents, removed layers and
-        question. It shows the runs of all requests for the same. But what a view on more documents
-        shows already is shown there, and a view takes the place of those on fewer documents whose
-        runs it all shows, unless they are named.
+        A view is identified by metric, documents, removed layers and question. It shows the runs of
+        all requests with these. A request whose runs are all in a view on more documents is shown
+        there. A view replaces those on fewer documents if it shows all their runs, unless they are
+        named.
         """
         return self._placed(self.of(request), named)[0]
 
@@ -184,7 +184,7 @@ class Views:
         return [view for view in views if view.order == new.order]
 
     def _placed(self, new: View, named: bool, explicit: bool = False) -> tuple[View, list[View]]:
-        """Return the view that shows a new one, and the views whose place that takes."""
+        """Return the view that shows a new one, and the views that it replaces."""
         name, views = self.name_of(new), {self.name_of(view): view for view in self._known(new)}
         if why := closed(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {why}")
@@ -192,7 +192,7 @@ class Views:
         superseded: dict[str, View] = {}
         larger = next((view for view in views.values() if view.shows(new) and not named), None)
         if larger is not None:
-            # Wherever it was tracked under its own name while it was measured.
+            # It may be tracked under its own name from the time when it was measured.
             view, names = larger, {*larger.supersedes, *({name} - views.keys())}
         else:
             view = same.joined(new)
@@ -209,9 +209,9 @@ class Views:
         return view.model_copy(update=update), list(superseded.values())
 
     def read(self, text: str | bytes, name: str | None = None) -> RequestedView:
-        """Read a view of this cell from the text of its file, which may have to have a name.
+        """Read a view of this cell from its file's text; `name` is the file's expected name.
 
-        ValueError if it is damaged, or a copy of another file.
+        ValueError is raised if it is damaged, or a copy of another file.
         """
         content = unsealed(text, name)
         if why := other_format(content.get("format")):
@@ -230,20 +230,20 @@ class Views:
         write_note(self._path(self.name_of(asked.view)), asked.model_dump(mode="json"))
 
     def files(self) -> list[Path]:
-        """List the files of what was asked, be they damaged; none before the cell is finished."""
+        """List the files of requested views, damaged or not; none before the cell is finished."""
         return sorted(self.folder.glob("requests/*.json"))
 
     def asked(
         self, damaged: dict[str, str] | None = None, pattern: str = "*.json"
     ) -> list[RequestedView]:
-        """Recall what was asked for, one entry a view; the intact model and its own metric first.
+        """Read the requested views, those of the intact model and the benchmark's metric first.
 
         Args:
-            damaged: Gets each file that cannot be used → what to do; None = raise an error.
-            pattern: Which files are read, by name.
+            damaged: Receives each unusable file → what to do; None = raise an error.
+            pattern: Pattern of the names of the files to read.
 
         Returns:
-            The views; none when the cell was never finished.
+            The views; empty if the cell was never finished.
 
         Raises:
             ResultsError: A view is damaged.
@@ -274,7 +274,7 @@ class Views:
         )
 
     def _known_now(self, path: Path, stored: RequestedView) -> RequestedView:
-        """Complete a stored view by what its file's name and the other files say."""
+        """Complete a stored view's superseded names from its file's name and the other files."""
         view, name = stored.view, self.name_of(stored.view)
         names = {*view.supersedes}
         if path != self._path(name):  # of a former version
@@ -285,14 +285,14 @@ class Views:
         return stored.model_copy(update={"view": view})
 
     def _label(self, view: View) -> str:
-        """Return what distinguishes a view from others of its order, for display."""
+        """Return a view's distinction from others of its order, for display."""
         if view.until is not None:
             return f"until {view.until.question}, {counted(len(view.until.runs), 'run')}"
         per_task = " per task" if len(self.identity.benchmark.tasks) > 1 else ""
         return "all documents" if view.size == math.inf else f"{view.size} documents{per_task}"
 
     def superseding(self, name: str) -> View | None:
-        """Return the view that has taken the place of another; None where that is still there."""
+        """Return the view that has replaced another one; None if that still exists."""
         if self.path(name).exists():
             return None
         views = (stored.view for stored in self.asked({}))
@@ -303,7 +303,7 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the file of a view, which former versions may have written under another name."""
+        """Return the file of a view, also under the names of former versions."""
         if (path := self._path(name)).exists():
             return path
         for former in self.files():
@@ -317,6 +317,6 @@ class Views:
 
 
 def view_file(name: str) -> str:
-    """Name a view's file; file systems take no more than 255 characters."""
+    """Return the name of a view's file, short enough for file systems (255 characters)."""
     name = quote(name, safe=",")
     return name if len(name) <= 100 else f"{name[:_READABLE]}--{content_hash(name)[:12]}"

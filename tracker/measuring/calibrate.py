@@ -1,10 +1,10 @@
-"""Calibration text: what a layer's stand-ins are fitted on, away from what is measured.
+"""Choose calibration text for fitted replacements of layers, apart from measured documents.
 
-It is the documents at the end of the benchmark's random order, of which a sample is the beginning:
-context and gold continuation, as the proxies read them. Their answers are not used as such.
+It consists of documents from the end of the benchmark's random order, whose beginning is a sample:
+context and gold continuation, as for the proxies. Their answers are not used as labels.
 
-In half precision some documents are computed twice, to see what rounding decides: which ones is
-said here too.
+In half precision, some documents are computed twice to measure the effect of rounding. They are
+chosen here too.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 
 RATE = 64
-"""One in so many documents is computed twice."""
+"""One document in this number is computed twice."""
 LEAST_TWICE = 4
-"""Documents of a cell that are at least: the first ones of its random order, which a question that
-is answered early has looked at."""
+"""Minimum number of documents of a cell that are computed twice: the first ones of its random
+order, which a question that is answered early has used."""
 
 
 def computed_twice(documents: Sequence[Document], seed: int) -> set[tuple[str, int]]:
-    """Draw the documents, as (task, index), that are computed twice in half precision.
+    """Choose the documents, as (task, index), that are computed twice in half precision.
 
     Args:
-        documents: The cell's documents. Only those have a margin that have two options.
-        seed: Of the documents' random order.
+        documents: The cell's documents. Only those with two or more options are chosen.
+        seed: The seed of the documents' random order.
 
     Returns:
-        The same ones each time, and more of them when there are more documents.
+        The same documents in every call, and additional ones if there are more documents.
     """
     of_task = _numbers(document for document in documents if document.choices > 1)
     every = [(task, index) for task, some in of_task.items() for index in some]
@@ -55,15 +55,15 @@ def computed_twice(documents: Sequence[Document], seed: int) -> set[tuple[str, i
 
 
 LEAST = 4
-"""Tokens a dimension that a linear map needs at least: with fewer, it explains noise."""
+"""Minimum number of tokens per dimension for a linear map; with fewer, it fits noise."""
 ENOUGH = 16
-"""Tokens a dimension after which no more are read."""
+"""Sufficient number of tokens per dimension, after which no more are read."""
 FIRST = 64
-"""Documents that are read at first; then twice as many, until it is enough."""
+"""Number of documents that are read first; it is doubled until there are enough tokens."""
 
 
 class _End(Extent):
-    """Documents of each task from the end of its random order, half of them at most."""
+    """Documents from the end of each task's random order, at most half of the task."""
 
     @override
     def of(self, task: str, documents: Sequence[int]) -> Sequence[int]:
@@ -73,12 +73,12 @@ class _End(Extent):
 
 @dataclass(frozen=True)
 class CalibrationTexts:
-    """Texts that stand-ins are fitted on.
+    """Texts on which replacements of layers are fitted.
 
     Attributes:
-        texts: Token ids, two or more of each.
-        documents: Task → numbers in its split.
-        tokens: How many of the tokens count.
+        texts: Token ids, at least two per text.
+        documents: Task → numbers of its documents.
+        tokens: Number of tokens that are used.
     """
 
     texts: Sequence[Sequence[int]]
@@ -87,19 +87,19 @@ class CalibrationTexts:
 
     @property
     def about(self) -> dict[str, object]:
-        """What a shard says of it."""
+        """The description of the texts in a shard's metadata."""
         digest = content_hash([list(text) for text in self.texts])
         return {"documents": self.documents, "tokens": self.tokens, "sha256": digest}
 
     def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, Replacement]:
-        """Fit what some ablations put in the place of layers.
+        """Fit the replacements of layers that some ablations use.
 
         Args:
-            engine: The model, whose quirks are known.
-            ablations: What will be done to it.
+            engine: The engine of the model, with known quirks.
+            ablations: The ablations.
 
         Returns:
-            Layer → what stands in for it.
+            Layer → its replacement.
 
         Raises:
             CellError: The text is too short for a linear map.
@@ -121,7 +121,7 @@ class CalibrationTexts:
 
 
 def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> CalibrationTexts:
-    """Choose calibration texts: until there are 16 tokens for each of `width` dimensions."""
+    """Choose calibration texts with `ENOUGH` tokens per dimension, or half of all documents."""
     from tracker.engine.fitting import first_tokens
 
     each = max(1, FIRST // len(benchmark.identity.tasks))
@@ -145,6 +145,6 @@ def _numbers(documents: Iterable[Document]) -> dict[str, list[int]]:
 
 
 def _text(document: Document, most: int) -> tuple[int, ...]:
-    """Take what the proxies read of a document: its context and gold continuation."""
+    """Return a document's tokens as the proxies read them: context and gold continuation."""
     request = document.requests[document.gold or 0]
     return (request.context + request.continuation)[-most:]

@@ -1,4 +1,4 @@
-"""From the ledger to records."""
+"""Derive records and answers from the ledger."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracker.ledger.views import RequestedView
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
-    """Derive the record of a cell's view, or recall it where nothing has changed since."""
+    """Derive the record of a cell's view, or read a stored one if nothing has changed."""
     state, name = _state(store, view, *store.texts.names()), store.views.name_of(view)
     record = store.derived(state, name, CellRecord)
     if record is None:
@@ -33,17 +33,18 @@ def record_of(store: CellStore, view: View) -> CellRecord:
 DERIVED_BY = ("core", "ledger", "stats", "analysis")
 """The packages whose code turns outcomes into records."""
 _NOT_DERIVED = ("beside", "explicit", "supersedes")
-"""What a record says of its view that no figure follows from."""
+"""Fields that a record copies from its view, and that affect no figure."""
 
 
 def answer_of(store: CellStore, view: View) -> AnswerRecord | None:
-    """Say what a cell answers to a view's question, or recall it, as `record_of`.
+    """Derive the answer to a view's question, or read a stored one, as `record_of`.
 
-    None where the view has no question. ExperimentError or WorkError where it has no answer.
+    Returns None if the view has no question. Raises ExperimentError or WorkError if there can be no
+    answer.
     """
     if view.until is None:
         return None
-    # What else was asked of the view changes nothing.
+    # Other runs of the view do not affect the answer.
     alone = view.model_copy(update={"runs": view.until.runs})
     state, name = _state(store, alone), store.views.name_of(view)
     record = store.derived(state, name, AnswerRecord)
@@ -54,9 +55,9 @@ def answer_of(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def decisions_of(store: CellStore, view: View) -> DecisionsRecord | None:
-    """Derive what a view's runs decide document by document, or recall it, as `record_of`.
+    """Derive the documents that a view's runs lose and win, or read them, as `record_of`.
 
-    None where no document is measured yet.
+    Returns None if no document is measured yet.
     """
     state, name = _state(store, view, *store.texts.names()), store.views.name_of(view)
     record = store.derived(state, name, DecisionsRecord)
@@ -67,7 +68,7 @@ def decisions_of(store: CellStore, view: View) -> DecisionsRecord | None:
 
 
 def _state(store: CellStore, view: View, *also: str) -> str:
-    """Hash all that a view's records follow from."""
+    """Hash everything that a view's records are derived from."""
     asked = view.model_dump(mode="json", exclude={*_NOT_DERIVED, "named"})
     cell = store.identity.model_dump(mode="json")
     return content_hash([_code(), asked, cell, store.proofs(), *also])
@@ -75,13 +76,13 @@ def _state(store: CellStore, view: View, *also: str) -> str:
 
 @cache
 def _code() -> str:
-    """Hash the code that turns outcomes into records: another formula is another record."""
+    """Hash the code that derives records, so that changed formulas give new records."""
     here = Path(__file__).parents[1]
     return file_hash(path for name in DERIVED_BY for path in (here / name).rglob("*.py"))
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
-    """Aggregate a metric as lm-eval does, loading lm-eval only for what is not a mean."""
+    """Aggregate a metric as lm-eval does, loading lm-eval only if it is not a mean."""
     if how == "mean":
         return sum(float(value) for value in values) / len(values)
     from tracker.benchmarks.tasks import aggregate
@@ -90,15 +91,15 @@ def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
 
 
 def all_records(contents: Contents) -> list[CellRecord]:
-    """Derive the records of every cell, one for each view that was asked of it.
+    """Derive the records of every cell, one for each requested view.
 
-    What cannot be read joins `contents.damaged`.
+    Cells that cannot be read are added to `contents.damaged`.
     """
     return [record for record, _, _ in every_record(contents)]
 
 
 def every_record(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, RequestedView]]:
-    """Derive records as `all_records`, each with the view that it was derived from."""
+    """Yield the records of `all_records`, each with its cell and view."""
     for store, asked in contents.views:
         try:
             yield record_of(store, asked.view), store, asked

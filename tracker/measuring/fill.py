@@ -1,7 +1,7 @@
-"""Measure what a cell lacks, block by block, together with whoever else does.
+"""Compute the missing blocks of a cell, also together with other processes.
 
-The lock of a block is all that distributes work: whoever holds it measures the block and writes it,
-be it the only worker of a command, one of several, or another command on the same folder.
+Work is distributed by the locks of blocks alone. The holder of a lock measures and writes the
+block: the only worker of a command, one of several, or another command on the same folder.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from tracker.measuring.progress import Progress, telling
 WAIT = 0.5
 """Seconds between two attempts to take a block that another process is measuring."""
 AHEAD = 4
-"""Of so many blocks that a race has looked at, one may be measured before its turn."""
+"""One block may be measured ahead of the race for every this many blocks that it has used."""
 
 
 Measure = Callable[[str, Sequence[str], Sequence[int], Advance], Measured]
-"""Measures documents of a task under the named ablations, counting responses as they come."""
+"""Function that measures documents of a task under named ablations and reports its progress."""
 
 
 def refuse_other_tokens(store: CellStore, facts: Facts, progress: Progress) -> None:
-    """Raise CellError where documents of a cell were measured as other tokens than they are now.
+    """Raise CellError if a cell's measured documents have other tokens than now.
 
-    Where that was not kept and versions differ, `progress` is told a warning. `facts` are those of
-    the documents and of what reads them now.
+    If former versions did not store the tokens and package versions differ, a warning goes to
+    `progress`. `facts` describes the documents and the current versions.
     """
     provenance = facts.provenance
     frame = store.read(columns=["task", "doc", TOKENS_DIGEST, PROVENANCE]).drop_duplicates()
@@ -64,7 +64,7 @@ def refuse_other_tokens(store: CellStore, facts: Facts, progress: Progress) -> N
 
 
 def _not_mixed(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> CellError:
-    """Make the error of a cell to which nothing is added."""
+    """Return the error about a cell whose new outcomes would have other tokens."""
     before, after = readers(then, now), readers(now, then)
     alike = (
         ". A chat template may state the date, which chat_template_args can fix; and the model's "
@@ -78,11 +78,11 @@ def _not_mixed(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> Ce
 
 
 class BlockWork(NamedTuple):
-    """A block that lacks something.
+    """A block with missing outcomes.
 
     Attributes:
         block: The block.
-        missing: Names of ablations → the documents that lack just these.
+        missing: Names of ablations → the documents that lack exactly these.
     """
 
     block: Block
@@ -90,11 +90,11 @@ class BlockWork(NamedTuple):
 
 
 class CellWork:
-    """The blocks that a cell lacks, shared by the workers of one command, each in its thread.
+    """The missing blocks of a cell, shared by the workers of one command, each in its thread.
 
     Attributes:
         store: The cell on disk.
-        left: The blocks that lack something, and how many responses each lacks at most.
+        left: Block with missing outcomes → maximum number of missing responses.
     """
 
     def __init__(
@@ -108,16 +108,16 @@ class CellWork:
         race: BlockRace | None = None,
         changed: Condition | None = None,
     ) -> None:
-        """Find what is lacking.
+        """Find the missing blocks of a cell.
 
         Args:
             store: The cell on disk.
-            facts: Its documents and what reads them.
+            facts: Its documents and the current versions.
             progress: Receives counts and messages.
-            extent: The documents that are wanted, where no race decides.
-            names: The ablations that are wanted, where no race decides.
-            race: The stopping rule that decides block by block what is measured.
-            changed: Guards what workers share, and is notified of each block that ends.
+            extent: The requested documents; not used with a race.
+            names: The requested ablations; not used with a race.
+            race: The stopping rule that decides block by block what is measured; None for none.
+            changed: Lock of the workers' shared state, which is notified of each finished block.
         """
         self.store = store
         self._facts, self._progress, self._race = facts, progress, race
@@ -131,22 +131,22 @@ class CellWork:
 
     @property
     def total(self) -> int:
-        """Count the responses that are lacking at most."""
+        """The maximum number of missing responses."""
         return sum(self.left.values())
 
     @property
     def is_complete(self) -> bool:
-        """Return whether nothing is lacking, and no worker is at a block."""
+        """True if nothing is missing, and no worker measures a block."""
         return not (self.left or self._taken)
 
     @property
     def is_free(self) -> bool:
-        """Return whether there may be a block that nobody is at."""
+        """True if there may be a missing block that no one measures."""
         return time.monotonic() >= self._retry and bool(self._candidates())
 
     @contextmanager
     def take(self) -> Iterator[BlockWork | None]:
-        """Hold the lock of a block that lacks something; None where there is none to have now."""
+        """Yield a missing block while holding its lock; None if none is available now."""
         with ExitStack() as held:
             with self._changed:
                 self._update_race()
@@ -154,10 +154,10 @@ class CellWork:
             yield work
 
     def measure(self, work: BlockWork, measure: Measure) -> None:
-        """Measure and write what a block lacks, while its lock is held."""
+        """Measure and write the missing outcomes of a block, whose lock must be held."""
         block, missing = work
         due = self._count(block, missing)
-        # Offloaded weights are brought in once for all that is computed together.
+        # Offloaded weights are read once for everything that is computed together.
         for names, documents in missing.items() if self._facts.offloaded else portions(missing):
             due -= self._count(block, {names: documents})
             shard = measure(block.task, names, documents, partial(self._advance, block, due))
@@ -170,7 +170,7 @@ class CellWork:
             self._update_race()
 
     def _lock_block(self, held: ExitStack) -> BlockWork | None:
-        """Lock the first block that lacks something and that nobody is at."""
+        """Lock the first missing block that no one measures; None if there is none."""
         elsewhere: list[Block] = []
         while blocks := [block for block in self._candidates() if block not in elsewhere]:
             block = blocks[0]
@@ -195,18 +195,18 @@ class CellWork:
         return None
 
     def _give_back(self, block: Block) -> None:
-        """Return a block, whose lock is released, to the other workers."""
+        """Make a block, whose lock is released, available to the other workers."""
         with self._changed:
             self._taken.discard(block)
             self._changed.notify_all()
 
     def _candidates(self) -> list[Block]:
-        """List the blocks that may be measured now and that no worker of this command is at."""
+        """List the blocks that may be measured now and that no worker of this command measures."""
         blocks = list(self.left)
         if self._race is not None:
             blocks = self._race.left
-            # What is measured depends on the block before: of those beyond the next one, at most a
-            # quarter of what was looked at is measured, and only while another worker is at it.
+            # Blocks depend on the results before them. Beyond the next block, at most a quarter of
+            # the number of used blocks is measured ahead, while another worker measures the next.
             ahead = self._race.done // AHEAD if self._taken.intersection(blocks[:1]) else 0
             blocks = [block for block in blocks[: 1 + ahead] if block in self.left]
         return [block for block in blocks if block not in self._taken]
@@ -224,7 +224,7 @@ class CellWork:
         self._progress.expect(self.total - before)
 
     def _find_lacking(self) -> dict[Block, int]:
-        """Find the blocks that lack something, and count the responses that each lacks at most."""
+        """Return missing blocks → maximum number of missing responses."""
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
             blocks = self.store.blocks(extent)
@@ -239,7 +239,7 @@ class CellWork:
         return {block: count for block, count in responses.items() if count}
 
     def _count(self, block: Block, missing: Mapping[tuple[str, ...], Sequence[int]]) -> int:
-        """Count the responses that a block lacks."""
+        """Count the missing responses of a block."""
         responses = self._facts.responses
         return sum(
             len(names) * sum(responses[block.task, document] for document in documents)
@@ -247,12 +247,12 @@ class CellWork:
         )
 
     def _advance(self, block: Block, due: int, responses: int) -> None:
-        """Count responses of a block that is being measured, but for those that are due later."""
-        # The baseline is computed along with what is missing, and is not counted again.
+        """Report responses of a block that is being measured; `due` responses come later."""
+        # The baseline is computed along with missing ablations, and is not counted again.
         self._settle(block, max(due, self.left.get(block, 0) - responses))
 
     def _settle(self, block: Block, left: int) -> None:
-        """Count all responses of a block but those that are left."""
+        """Report a block's responses as done, except for those that are left."""
         with self._changed:
             if (responses := self.left.get(block, 0) - left) > 0:
                 self._progress.advance(responses)
@@ -265,20 +265,20 @@ class CellWork:
 def open_work(
     job: Job, facts: Facts, ledger: Ledger, progress: Progress, changed: Condition | None = None
 ) -> CellWork:
-    """Open a cell whose model is known, or make it, and find what it lacks.
+    """Open or create the cell of a job, and find its missing blocks.
 
     Args:
-        job: The cell.
+        job: The job.
         facts: Its model and documents.
         ledger: The results folder.
         progress: Receives counts and messages.
         changed: The lock of the workers that share it.
 
     Returns:
-        What is lacking.
+        The missing blocks.
 
     Raises:
-        CellError: Its documents are other tokens than when some of it was measured.
+        CellError: Its documents have other tokens than earlier outcomes of the cell.
     """
     store, request = open_store(job, facts, ledger), job.cells[0].request
     race = None if request.until is None else CellRace(store, store.views.of(request))
@@ -295,10 +295,10 @@ def open_work(
 
 
 def open_store(job: Job, facts: Facts, ledger: Ledger) -> CellStore:
-    """Open a cell whose model is known, or make it; the ledger finds it by its requests then."""
+    """Open or create the cell of a job, and record it as the result of its request."""
     store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
-    # A hub model's commit is known only now that it is in the cache. What is removed is no part of
-    # the key, so that all cells of a job have the same.
+    # A hub model's commit is known only now that it is in the cache. Changes are not part of the
+    # key, so all requests of a job have the same one.
     cell = job.cells[0]
     if key := cell.key or look_up(cell.request, ledger).key:
         ledger.remember(key, store)
@@ -306,14 +306,14 @@ def open_store(job: Job, facts: Facts, ledger: Ledger) -> CellStore:
 
 
 def ablation_names(job: Job, store: CellStore) -> list[str]:
-    """Name the ablations that a cell is measured under."""
+    """List the names of the ablations of a job's requests."""
     return [a.name for a in all_ablations(job.requests, store.identity.model.layers)]
 
 
 def fill(work: CellWork, measure: Measure, progress: Progress) -> None:
-    """Measure all that a cell lacks, waiting for blocks that another process measures.
+    """Measure everything that a cell lacks, and wait for blocks of other processes.
 
-    If that process dies, its lock goes with it, and the block is measured here.
+    If such a process dies, its lock is released, and the block is measured here.
     """
     with telling(progress, work.store.identity.benchmark.title, work.total):
         while True:

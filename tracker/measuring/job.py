@@ -1,4 +1,4 @@
-"""What there is to measure, and how."""
+"""Define a job and its options."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ _LEAST = 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, as opposed to what.
+    """Options of a run that do not affect its results.
 
     Attributes:
         device: `auto`, a torch device, `spread` (one model over all accelerators), or `all` (a
             worker on each).
-        trust_remote_code: Whether code and pickles from a download may run.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        weights: Bytes that a model's weights may take where they are computed with; None = as many
-            as fit. The layers beyond rest in the host's memory or on disk.
-        offload: Where layers rest until they are needed: one of `RESTS`. `device` is where the
+        trust_remote_code: True if code and pickles from a download may run.
+        memory: Bytes for hidden states, keys and values; None = half of the free memory.
+        weights: Bytes for a model's weights on the device; None = as many as fit. Other layers are
+            offloaded to the host's memory or to disk.
+        offload: Place of the layers that are not in use: one of `RESTS`. `device` is where the
             model runs, as far as they fit.
-        workers: How many processes of this machine measure side by side; None = this one, or with
-            device `all` as many as there are accelerators for.
-        devices_per_worker: How many accelerators each worker has; None = as many as the weights
+        workers: Number of parallel processes on this machine; None = this process only, or with
+            device `all` one for each group of accelerators.
+        devices_per_worker: Number of accelerators of each worker; None = as many as the weights
             need.
-        executor: Where: one of `executor_names()`.
-        slurm: What each SLURM job asks for, in submitit's words.
+        executor: The executor: one of `executor_names()`.
+        slurm: Parameters of each SLURM job, under submitit's names.
 
     Raises:
-        RequestError: There is no such executor, it is told what it does not do, or the memory was
-            not meant.
+        RequestError: The executor is unknown, it does not support an option, or a size is invalid.
     """
 
     device: str = "auto"
@@ -70,7 +69,7 @@ class Options:
 
     @property
     def has_workers(self) -> bool:
-        """Whether cells are measured by processes of their own on this machine."""
+        """True if separate processes of this machine measure the cells."""
         return self.executor == "local" and (self.device == "all" or bool(self._said_of_workers))
 
     @property
@@ -79,7 +78,7 @@ class Options:
         return {name: number for name, number in said.items() if number is not None}
 
     def _refuse_workers(self) -> None:
-        """Refuse what is said of workers where others decide."""
+        """Raise RequestError for options of workers that are invalid or not supported."""
         said = self._said_of_workers
         for name, number in said.items():
             if not isinstance(number, Integral) or number < 1:
@@ -103,7 +102,7 @@ class Options:
 
 
 def _refuse_no_size(name: str, size: object) -> None:
-    """Refuse what is no number of bytes; a notebook's is of any type."""
+    """Raise RequestError for an invalid number of bytes; a notebook may pass any type."""
     if size is not None and not isinstance(size, Integral):
         raise RequestError(
             f"{name} is {size!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
@@ -117,10 +116,10 @@ def _refuse_no_size(name: str, size: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Cells that lack something, and their documents.
+    """Unfinished requests of one cell of the ledger, and their benchmark.
 
-    They differ in their runs alone, so that they are one cell of the ledger, measured and checked
-    once; a cell that stops at an answer is by itself.
+    The requests differ only in their runs, so they are measured and checked together. A request
+    with a question has a job of its own.
     """
 
     cells: tuple[CellLookup, ...]
@@ -128,32 +127,32 @@ class Job:
 
     @property
     def requests(self) -> tuple[CellRequest, ...]:
-        """What was asked for."""
+        """The requests of the job."""
         return tuple(cell.request for cell in self.cells)
 
     @property
     def title(self) -> str:
-        """Its name in messages."""
+        """The job's name in messages."""
         others = len(self.cells) - 1
         more = f" and {others} more of its views" if others else ""
         return f"{self.cells[0].request.title}{more}"
 
 
 Begun = Callable[[CellLookup, CellStore], None]
-"""Told of each cell that lacks something, when it is about to be measured."""
+"""Function that is called with each unfinished cell before it is measured."""
 Done = Callable[[CellLookup, CellStore | Exception], None]
-"""Told of each cell once: that nothing of it is missing any more, or what went wrong."""
+"""Function that is called once with each cell: its finished store, or the error."""
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """Where measured cells are kept, and who hears of them.
+    """The results folder and the callbacks of a measurement.
 
     Attributes:
         ledger: The results folder.
-        progress: Told what happens.
-        begun: Told of each cell when it is about to be measured.
-        done: Told of each cell when it is finished or has failed.
+        progress: Receives counts and messages.
+        begun: Called with each cell before it is measured.
+        done: Called with each cell when it is finished or has failed.
     """
 
     ledger: Ledger

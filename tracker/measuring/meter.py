@@ -1,4 +1,4 @@
-"""One cell on a loaded model: what it takes to measure its documents, wherever that is done."""
+"""Measure documents of a cell on a loaded model."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 Place = tuple[str, int]
 """A document: its task, and its number in the task's split."""
 Advance = Callable[[int], None]
-"""Called with how many responses have come since the last call."""
+"""Function that is called with the number of responses since its last call."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model, and what decides which weights these are."""
+    """A loaded model with the spec of its weights."""
 
     spec: ModelSpec
     loaded: LoadedModel
 
 
 def open_model(spec: ModelSpec, options: Options) -> Model:
-    """Load a model; ModelError if it cannot be found or read."""
+    """Load a model; raise ModelError if it cannot be found or read."""
     from tracker.models.devices import keep_freed_memory
     from tracker.models.load import load_model
 
@@ -59,16 +59,16 @@ def open_model(spec: ModelSpec, options: Options) -> Model:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a cell once its model is loaded.
+    """Facts about a cell that are known once its model is loaded.
 
     Attributes:
-        model: Which weights.
-        benchmark: Which documents.
+        model: Identity of the weights.
+        benchmark: Identity of the documents.
         provenance: Versions and machine.
-        responses: Document → how many responses it asks for under one ablation.
-        digests: Document → the digest of the tokens that it is read as.
-        offloaded: Why and where weights rest that do not fit; empty where all are in place.
-        is_fresh: Whether the model was loaded for it.
+        responses: Document → number of its responses under one ablation.
+        digests: Document → digest of its tokens.
+        offloaded: Description of offloaded weights; empty if all fit on the device.
+        is_fresh: True if the model was loaded for this cell.
     """
 
     model: ModelIdentity
@@ -82,13 +82,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Measured:
-    """What some documents were measured to be.
+    """Measured outcomes of some documents.
 
     Attributes:
-        rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
-        metadata: How they were measured, and by which versions, machine and device.
-        texts: What the documents say, one mapping a document, as `texts.text_row` lays them out.
-        notes: Lines about what happened meanwhile.
+        rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
+        metadata: Details of the measurement, with versions, machine and device.
+        texts: One mapping per document with its text, as from `texts.text_row`.
+        notes: The engine's messages during the measurement.
     """
 
     rows: list[dict[str, object]]
@@ -98,11 +98,11 @@ class Measured:
 
 
 class Meter:
-    """Measures the documents of one cell under all ablations that requests ask for, baseline first.
+    """Measures the documents of one cell under all requested ablations, baseline first.
 
-    The requests differ in their runs alone. `twice` are the documents that are computed twice, to
-    see what rounding decides. RequestError for layers that do not fit the model, or
-    a document that lacks what is read of it.
+    The requests differ only in their runs. `twice` holds the documents that are computed twice, to
+    measure the effect of rounding. RequestError is raised for layers that the model does not have,
+    and for a document without a required field.
     """
 
     def __init__(
@@ -149,15 +149,15 @@ class Meter:
 
     @property
     def engine(self) -> Engine:
-        """What scores the documents, with as much sharing as `check` found exact."""
+        """The engine, with as much sharing as `check` found to be exact."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
 
     def check(self, kept: Kept | None = None, typical: Sequence[Ablation] = ()) -> list[str]:
-        """Find out what this model can share exactly; must come before `measure`.
+        """Test which computation this model can share exactly; must precede `measure`.
 
-        Verdicts on architectures and models go into `kept`, if any; `typical` is as for the
-        engine's. Lines say which sharing was lost, and how steady the model is.
+        Verdicts on architectures and models are stored in `kept`, if given. `typical` is as for the
+        engine's check. The returned lines report disabled sharing and the model's numerical noise.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer, with_fastest_rows
@@ -187,14 +187,14 @@ class Meter:
         Args:
             task: The task.
             names: The ablations that the documents lack.
-            indices: The documents' places in the task's split.
-            advance: Called with how many responses have come.
+            indices: The documents' positions in the task's split.
+            advance: Called with the number of new responses.
 
         Returns:
             Their outcomes.
 
         Raises:
-            CellError: A document that was answered both ways has two answers.
+            CellError: Shared computation gives another result than a really pruned model.
         """
         from tracker.engine.selfcheck.check import watched_requests
         from tracker.engine.selfcheck.reference import Reference
@@ -207,7 +207,7 @@ class Meter:
         scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
         start = time.perf_counter()
         documents = [self.documents[task, i] for i in indices]
-        # An answer whose row is not written could not say that it was compared.
+        # Only outcomes whose rows are written are compared: the rows hold the comparison.
         some = [each for each in documents if (task, each.index) in self._watch]
         seed, first = self.facts.model.fingerprint, int(INTACT.name not in names)
         truth, asked = Reference(scorer.engine), watched_requests(some, scored, seed, first)
@@ -245,7 +245,7 @@ class Meter:
         return Measured(rows, metadata, texts, self._notes())
 
     def _notes(self) -> list[str]:
-        """Take the engine's notes since the last call."""
+        """Return the engine's notes since the last call."""
         name, notes = self.facts.model.name, self.engine.notes[self._noted :]
         self._noted += len(notes)
         return [f"{name}: {line}" for line in notes]
@@ -253,7 +253,7 @@ class Meter:
     def _loads(
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[Mapping[Change, Sequence[float]]]:
-        """Observe what the intact model does with some experts, document by document."""
+        """Observe the intact model's use of some experts for each document."""
         from tracker.engine.observers.layer_proxies import expert_load
 
         each = (partial(expert_load, self.engine, document, parts) for document in documents)
@@ -266,7 +266,7 @@ class Meter:
         scored: Sequence[Ablation],
         first: int,
     ) -> dict[tuple[Place, Ablation], Comparison]:
-        """Answer some of the documents again on really pruned models."""
+        """Compare some of the results with those of really pruned models."""
         assert self._scorer is not None
         some = [r for r in results if (r.document.task, r.document.index) in self._watch]
         seed = self.facts.model.fingerprint
@@ -289,7 +289,7 @@ class Meter:
         again: Sequence[Sequence[Response] | None],
         loads: Mapping[int, Mapping[Change, Sequence[float]]],
     ) -> Iterator[dict[str, object]]:
-        """Lay out what a document lacks: of what was scored, that under these ablations."""
+        """Yield the rows of a document's result for the named ablations."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
         for ablation, responses, twice in zip(scored, result.responses, again, strict=True):
             if ablation.name in names:

@@ -1,4 +1,4 @@
-"""Observing more of a model than outcomes, block by block, kept beside the cell."""
+"""Observe more of a model than outcomes, block by block, and store it in the cell's folder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tracker.measuring.meter import Meter, open_model
 from tracker.measuring.progress import Progress, telling
 
 OFTEN = 60.0
-"""So many seconds of observing are lost at most where a process is killed."""
+"""Maximum number of seconds of observing that a killed process loses."""
 Documents = Mapping[tuple[str, int], Document]
-"""(task, number in its split) → document."""
+"""Mapping of (task, number in its split) → document."""
 Observe = Callable[[Document], Arrays]
-"""Observes one document: arrays of the same names and shapes for every document."""
+"""Function that observes one document; its arrays have equal names and shapes for all documents."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was observed of documents, in the order in which they are measured.
+    """Observations of documents, in the order in which they are measured.
 
     Attributes:
-        documents: (task, number in its split) of each.
-        arrays: Name → figures, the first axis the documents.
+        documents: The (task, number in its split) of each document.
+        arrays: Name → array whose first axis is the documents.
     """
 
     documents: list[tuple[str, int]]
@@ -59,20 +59,20 @@ def observe(
     progress: Progress,
     among: Collection[tuple[str, int]] | None = None,
 ) -> Observed:
-    """Observe documents of a cell, just those that were not observed before.
+    """Observe documents of a cell, and compute only those not observed before.
 
     Args:
-        request: The cell.
-        store: Its place in the ledger.
-        kind: What is observed and how; whatever changes a figure is in it.
-        begin: Makes the observer of a model.
-        opened: Opens the model and its documents, as `open_observed` does, which happens only where
-            something is missing.
-        progress: Told what happens.
-        among: Which documents, as (task, number in its split); None for all.
+        request: The request of the cell.
+        store: The cell in the ledger.
+        kind: Name of the observed quantity and its method; it must change whenever figures do.
+        begin: Function that returns the observer of an engine.
+        opened: Function that opens the engine and the documents, as `open_observed` does. It is
+            called only if something is missing.
+        progress: Receives counts and messages.
+        among: The documents, as (task, number in its split); None for all.
 
     Returns:
-        What was observed.
+        The observations.
     """
     folder, extent = store.folder, request.extent
     wanted = {
@@ -107,7 +107,7 @@ def observe(
 def open_observed(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[Engine, Documents]:
-    """Load the model of a cell, share as much as the self-check finds exact, read its documents."""
+    """Load the model of a cell, check its sharing, and read its documents."""
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_other_tokens(store, meter.facts, progress)

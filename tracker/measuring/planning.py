@@ -1,4 +1,4 @@
-"""Counting what an experiment will cost, with the tokenizers but without the weights."""
+"""Estimate the cost of an experiment with tokenizers, but without loading weights."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 
 IN_CHECK = 2
-"""How often weights come past for the self-check: as masks are looked at, and as it is scored."""
+"""Number of times that the self-check reads offloaded weights: for masks and for scoring."""
 
 
 @dataclass(frozen=True)
 class PlannedReading:
-    """How weights come past that do not fit where they are computed with.
+    """Planned reading of offloaded weights.
 
     Attributes:
-        placement: Where they rest.
-        times: How often they come past at least: for the self-check, and for each block of
+        placement: Places of the layers.
+        times: Minimum number of times that they are read: for the self-check, and for each block of
             documents.
-        rate: Bytes that are read in a second, as it was measured; None where they are not here yet.
+        rate: Measured reading rate in bytes per second; None if the files are not on this machine.
     """
 
     placement: Placement
@@ -52,7 +52,7 @@ class PlannedReading:
 
     @property
     def text(self) -> str:
-        """Put it into words."""
+        """The plan as a sentence."""
         resting, total = self.placement, self.times * self.placement.moving
         rate = ""
         if self.rate is not None:
@@ -67,25 +67,23 @@ class PlannedReading:
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """What one cell will cost.
+    """Planned cost of one cell.
 
     Attributes:
-        request: The cell.
-        runs: How many tracked runs it has.
-        measured: Whether the ledger holds all of it already.
-        shared: Whether it is another metric of a cell that stands before it: measured with it.
+        request: The request of the cell.
+        runs: Number of its tracked runs.
+        measured: True if the ledger already has all of it.
+        shared: True if it is another metric of an earlier cell, and is measured with that.
         cost: The work of the whole cell, measured or not.
-        dtype: What it is computed in, such as `bfloat16`.
-        spread: How much the outcome of a document is expected to change under a removal; None for
-            a loss of which nothing is measured yet.
-        observed: Whether that is what the median removal does that the ledger holds, and no
-            assumption.
-        reading: How its weights come past; None where all are in place.
-        kept: The format of fewer bits in which its checkpoint keeps them; empty for none.
-        answer: How the cell's question stands; None where nothing of it is measured, or it has
-            none.
-        expected: What its answer is expected to take; None where it is there, or where too few
-            documents are measured to say.
+        dtype: The data type of the computation, such as `bfloat16`.
+        spread: Expected variance of a document's outcome under a removal; None for a loss that is
+            not measured yet.
+        observed: True if `spread` is that of the median measured removal; False if it is assumed.
+        reading: The reading of offloaded weights; None if all fit.
+        kept: The quantised format of the checkpoint; empty for none.
+        answer: The current answer to the cell's question; None without a question or measurements.
+        expected: The expected cost of the answer; None if it is known, or if too few documents are
+            measured for a forecast.
     """
 
     request: CellRequest
@@ -109,14 +107,14 @@ class PlannedCell:
 
 @dataclass(frozen=True)
 class PlannedTexts:
-    """A cell's documents as its model reads them, without the model's weights.
+    """A cell's tokenised documents, read without the model's weights.
 
     Attributes:
-        benchmark: What they are of.
-        metric: The metric that is meant.
-        model: The model, whose weights are on no device.
-        documents: The documents, one at least.
-        max_length: How many tokens a request has at most.
+        benchmark: The benchmark of the documents.
+        metric: The metric of the request.
+        model: The model without its weights.
+        documents: The documents, at least one.
+        max_length: Maximum number of tokens of a request.
     """
 
     benchmark: BenchmarkIdentity
@@ -127,7 +125,7 @@ class PlannedTexts:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in, such as `bfloat16`."""
+        """The data type of the model's computation, such as `bfloat16`."""
         return str(self.model.dtype).removeprefix("torch.")
 
 
@@ -153,9 +151,10 @@ def plan(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[PlannedCell]:
-    """Plan cells, one plan a cell; the ledger may hold some of them. `progress` hears of each.
+    """Plan cells, one plan per cell; the ledger may have some of them already.
 
-    RequestError if something that was asked for does not exist or does not fit.
+    `progress` receives a message for each cell. RequestError is raised if part of a request does
+    not exist or does not fit the model.
     """
     cells = [look_up(request, ledger, trust_remote_code) for request in requests]
     check_layers(cells)
@@ -217,7 +216,7 @@ def _reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
 
 
 def _with_second_times(found: Cost, texts: PlannedTexts, seed: int) -> Cost:
-    """Add what documents cost that are computed twice, the second time as lm-eval reads them."""
+    """Add the cost of documents that are computed twice, the second time as in lm-eval."""
     from tracker.engine.plan import reading
 
     places = computed_twice(texts.documents, seed)
@@ -230,7 +229,7 @@ def _with_second_times(found: Cost, texts: PlannedTexts, seed: int) -> Cost:
 
 
 def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Find what the median removal changes, in the view of the cell with the most documents."""
+    """Return the median removal's variance of outcomes, in the view with the most documents."""
     if cell.store is None:
         return None
     views = [asked.view for asked in cell.store.views.asked({})]

@@ -1,4 +1,4 @@
-"""Checking everything that was asked for, before anything is computed or written."""
+"""Find cells in the ledger, and check requests before anything is computed or written."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tracker.models.sources import ModelSource, count_parts, find_model
 
 @dataclass(frozen=True)
 class CellLookup:
-    """A cell that was asked for, with what can be known of it without loading anything.
+    """A requested cell, with everything known about it without loading anything.
 
     Attributes:
-        request: What was asked for.
-        source: Where the model is.
-        key: Under which the ledger remembers the request; None when the hub's commit is unknown.
-        store: The cell, where the ledger knows it already.
-        complete: Whether nothing of it is missing.
+        request: The request.
+        source: The source of the model.
+        key: The request's key in the ledger; None if the hub's commit is unknown.
+        store: The cell in the ledger; None if it is not there yet.
+        complete: True if nothing of it is missing.
     """
 
     request: CellRequest
@@ -56,9 +56,10 @@ def look_up(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fals
 
 
 def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
-    """Count the parts of a request's model; layers that the ledger knows are not looked up again.
+    """Return a function that counts the parts of a request's model.
 
-    So a cell that is measured needs its model no more, unless heads are asked for.
+    The number of layers is taken from the ledger if the cell is there. So a measured cell does not
+    need its model, unless its request names heads, experts, linear maps or kinds of layers.
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
@@ -94,27 +95,27 @@ def widened(
     trust_remote_code: bool,
     sweep: Callable[[], CellRequest | None],
 ) -> tuple[CellRequest, str | None]:
-    """Widen a trial's request to what its cell is asked for, which costs little more than one run.
+    """Extend a trial's request to all runs of its cell, which costs little more than one run.
 
-    That is what its sweep asks, or every layer of the model where nobody knows. Once the trial's
-    own run is measured, it is what was asked of the cell before, and nothing more is measured.
+    These are the runs of its sweep, or every layer of the model if the sweep is unknown. If the
+    trial's own run is measured, they are the runs requested before, and nothing more is measured.
 
-    A grid holds every combination of its values, also those that are no run: a span that reaches
-    beyond the last layer, a layer that is removed already. They are no mistake.
+    A grid also contains invalid combinations, such as a span beyond the last layer or a layer that
+    is already removed. They raise no error.
 
     Args:
         request: A request for one run.
-        ledger: The results folder; what it knows of the model is not looked up again.
-        trust_remote_code: Whether code from the download may run.
-        sweep: Asks for the cell as the sweep asks for it; None where nobody knows. It may take
-            seconds, and is called only where something is to be measured.
+        ledger: The results folder, which may know the number of layers.
+        trust_remote_code: True if code from the download may run.
+        sweep: Function that returns the sweep's request of the cell; None if it is unknown. It may
+            take seconds, and is called only if something must be measured.
 
     Returns:
-        The same request for more runs, and why what was asked for is no run; None where it is one.
+        The request for more runs, and the reason why the trial's change is invalid; None if it is
+        valid.
 
     Raises:
-        ExperimentError: A layer is out of range, or the trial asks a question and nobody knows of
-            which runs.
+        ExperimentError: A layer is out of range, or the runs of the trial's question are unknown.
     """
     asked = look_up(replace(request, until=None), ledger)
     store, whole = asked.store, asked.request
@@ -126,7 +127,7 @@ def widened(
     if store is not None and before is not None and _is_complete(store, before):
         return before, why
     if store is not None and asked.complete:
-        # Also where it asks a question: all documents answer that.
+        # Also with a question: all documents answer it.
         runs = store.views.shown_in(whole).runs
         known = whole.with_changes(runs) if runs else whole
         return known if _is_complete(store, known) else whole, why
@@ -144,9 +145,9 @@ def widened(
 
 
 def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Ask of a trial's cell what was asked of it before: its question, and all runs of this.
+    """Return the earlier request of a trial's cell with the same question, with all its runs.
 
-    None where that was another question, or not about the trial's run.
+    None means that there was another question, or one without the trial's run.
     """
     now = store.views.of(request).until if store else None
     if store is None or now is None:
@@ -165,8 +166,10 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 
 
 def check_range(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError where a layer or head is not there, nothing is left to remove, or what
-    is left answers no question."""
+    """Raise ExperimentError for unknown layers or parts, and for requests without valid runs.
+
+    A question that the number of valid runs cannot answer raises it too.
+    """
     check_parts(request, parts)
     layers = parts.layers
     runs = len(request.valid_changes(layers))
@@ -183,14 +186,13 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
 def opened(
     requests: Iterable[CellRequest], progress: Progress | None = None
 ) -> Iterator[Benchmark]:
-    """Yield the benchmark of each request, opened once for those that read the same documents.
+    """Yield the benchmark of each request, opened once for those with the same documents.
 
-    RequestError for one that cannot be read, or lacks the metric or what the question needs.
+    RequestError is raised if one cannot be read, or does not support the metric or the question.
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:
-        # Neither the model, nor how many documents, nor what is removed or shown changes what a
-        # benchmark reads.
+        # Model, number of documents, changes and metric do not affect what a benchmark reads.
         read = (request.benchmark, request.documents.part, request.documents.seed)
         if read not in benchmarks:
             (progress or Progress()).step(f"reading the documents of {request.benchmark}")
@@ -208,18 +210,18 @@ def validate(
     kinds: Collection[str] = (),
     progress: Progress | None = None,
 ) -> tuple[int, list[str]]:
-    """Check that what was asked for exists and fits, without loading weights or downloading data.
+    """Check that requests exist and fit, without loading weights or downloading data.
 
     Args:
-        requests: The cells; one that names no layers asks for all that its model has.
-        trust_remote_code: Whether code from the download may run.
-        kinds: Of which kinds the layers are, where they are not named.
-        progress: Told what is read.
+        requests: The requests; one without layers means all layers of its model.
+        trust_remote_code: True if code from the download may run.
+        kinds: The kinds of layers, for requests without layers.
+        progress: Receives messages about each step.
 
     Returns:
-        How many runs there are, and what could not be checked: a hub model whose configuration
-        cannot be reached from here or now, whose runs are counted as if all fitted; and what a
-        benchmark's documents decide where they are on the hub.
+        The number of runs, and notes on everything that could not be checked: hub models whose
+        configuration cannot be reached, whose runs are all counted; and benchmarks whose documents
+        are on the hub.
 
     Raises:
         RequestError: A model, a benchmark or a source of data is unknown, a layer is out of range,
@@ -256,9 +258,9 @@ def validate(
 
 
 def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
-    """Check benchmarks as a run does before it measures, where they are on this machine.
+    """Check the benchmarks that are on this machine, as a run does before it measures.
 
-    Returns what could not be checked; RequestError as `opened`.
+    Returns notes on those that could not be checked. Raises RequestError as `opened` does.
     """
     specs = [each.benchmark for each in requests]
     for _ in opened((each for each in requests if is_local(each.benchmark)), progress):

@@ -1,4 +1,4 @@
-"""What the runner says while it works; the command line shows it, a notebook may ignore it."""
+"""Report progress, which the command line shows and a notebook may ignore."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """Listens to a run; what it does not hear of is ignored."""
+    """Receiver of a run's progress; this class ignores everything."""
 
     def say(self, message: str) -> None:
-        """Hear one line about something that takes a while or needs attention."""
+        """Receive one line about something that takes a while or needs attention."""
 
     def step(self, message: str) -> None:
-        """Hear what is done next, which matters only until it is done."""
+        """Receive the name of the next step, which is of interest only until it is done."""
 
     def start(self, title: str, total: int, unit: str = "responses") -> None:
-        """Hear that work begins, of `total` responses, or whatever else is counted, to come."""
+        """Receive the start of work of `total` responses, or of another unit."""
 
     def expect(self, more: int) -> None:
-        """Hear that more of them are to come than was known; fewer if negative."""
+        """Receive a change of the total; negative if it becomes smaller."""
 
     def advance(self, responses: int) -> None:
-        """Hear that so many are there."""
+        """Receive the number of new responses."""
 
     def finish(self) -> None:
-        """Hear that the work has ended."""
+        """Receive the end of the work."""
 
 
 class Silent(Progress):
-    """Listens to nothing."""
+    """Receiver that ignores everything."""
 
 
 @contextmanager
 def telling(progress: Progress, title: str, total: int, unit: str = "responses") -> Iterator[None]:
-    """Tell of the beginning of some work, and of its end, however that comes."""
+    """Report the start of the work of a `with` block and its end, also after errors."""
     progress.start(title, total, unit)
     try:
         yield

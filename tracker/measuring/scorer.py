@@ -1,4 +1,4 @@
-"""What ablations say about documents: the engine's scores and lm-eval's generation, joined."""
+"""Combine the engine's scores with generated texts, in rows of the fastest size."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHECKED_TOKENS = 16
-"""Tokens that the check lets every ablation generate."""
+"""Number of tokens that the check generates under every ablation."""
 _LESS = "measured with less sharing: "
 _FINER = ". The report counts them; --dtype float32 avoids it"
 DRAWS = 8
-"""Times that a text is generated again with embeddings moved by rounding."""
+"""Number of times that a text is generated again with embeddings perturbed by rounding."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores documents, and continues the prompts of those that have one.
+    """Scores documents, and continues the prompts of generation tasks.
 
-    `generation` is None where no document has one; `which` says where what is measured is no saved
-    checkpoint.
+    `generation` is None if no document has a prompt. `which` describes a measured model that no
+    saved checkpoint holds; else it is None.
     """
 
     engine: Engine
@@ -55,9 +55,9 @@ class Scorer:
         ablations: Sequence[Ablation],
         progress: Callable[[int], None],
     ) -> list[DocumentScores]:
-        """Score documents under ablations that include the baseline: one result a document.
+        """Score documents under ablations, which include the baseline: one result per document.
 
-        `progress` is called with how many responses have come, `responses` of them a document.
+        `progress` is called with the number of new responses.
         """
         results = self.engine.score(documents, ablations, progress)
         for number, result in enumerate(results):
@@ -80,18 +80,18 @@ class Scorer:
         seed: str,
         first: int = 0,
     ) -> Iterator[tuple[DocumentScores, Ablation, Comparison]]:
-        """Answer measured documents again on a really pruned model, each under one ablation.
+        """Compare each measured document, under one ablation, with a really pruned model.
 
         Args:
-            truth: Answers them.
-            results: What `score` found.
-            ablations: Under which ablations.
-            seed: Decides which ablation,
-            first: from this one on.
+            truth: The reference that computes the pruned model's responses.
+            results: The results of `score`.
+            ablations: The ablations of the results.
+            seed: The seed that selects an ablation for each document.
+            first: Index of the first ablation that may be selected.
 
         Yields:
-            Each document's result, the ablation, and the comparison; of a generated text only
-            whether it is the same.
+            Each document's result, the ablation, and the comparison. Generated texts are compared
+            for equality only.
         """
         for result, number, found in watch(truth, results, ablations, seed, first):
             ablation, prompt = ablations[number], result.document.prompt
@@ -103,14 +103,14 @@ class Scorer:
     def again(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> list[DocumentScores]:
-        """Score documents in another way, equal but for rounding: sharing less, as lm-eval does.
+        """Score documents with less sharing, closer to lm-eval; results differ by rounding only.
 
         Args:
-            documents: The documents; of their prompts nothing is made.
-            ablations: Under which ablations, the baseline among them.
+            documents: The documents, whose prompts are not continued.
+            ablations: The ablations, including the baseline.
 
         Returns:
-            One result a document; none where nothing is shared, and there is no other way.
+            One result per document; empty if nothing is shared, so that there is no other way.
         """
         sharing = self.engine.sharing
         less = DEPTH_ONLY if sharing.tokens else PLAIN if sharing.depth else ONE_BY_ONE
@@ -120,7 +120,7 @@ class Scorer:
 
     @staticmethod
     def responses(document: Document) -> int:
-        """Count the requests to score and texts to generate of a document under one ablation."""
+        """Count a document's scored requests and generated texts under one ablation."""
         return len(document.requests) + (document.prompt is not None)
 
 
@@ -133,20 +133,20 @@ def checked_scorer(
     fit: Fit = lambda engine: {},
     typical: Sequence[Ablation] = (),
 ) -> tuple[Scorer, list[str]]:
-    """Find out what can be shared exactly, by computing a little of it both ways.
+    """Test which computation can be shared exactly, by computing a part of it both ways.
 
     Args:
         engine: The engine, with full sharing; no call has changed its model yet.
         tokenizer: The model's tokenizer.
         documents: The cell's documents.
-        ablations: What will be removed.
-        kept: Where verdicts on architectures and models are kept.
-        fit: Fits what stands in for layers.
-        typical: As for `check`.
+        ablations: The ablations of the cell.
+        kept: Storage of verdicts on architectures and models; None for none.
+        fit: Function that fits replacements of layers.
+        typical: The typical ablations, as for `check`.
 
     Returns:
-        The scorer to use, and lines that say which sharing was lost, which model is measured where
-        it is no saved checkpoint, and how steady the model is.
+        The scorer, and lines about disabled sharing, about a measured model that no saved
+        checkpoint holds, and about the model's numerical noise.
     """
     checked = check(engine, documents, ablations, kept, fit, typical)
     said = [_LESS + checked.lost] if checked.lost else []
@@ -167,7 +167,7 @@ def checked_scorer(
 class Generation:
     """Continues prompts under many ablations.
 
-    `together` says whether all ablations generate in one batch; otherwise each does on a really
+    With `together`, all ablations generate in one batch; otherwise each generates on a really
     pruned model.
     """
 
@@ -181,11 +181,11 @@ class Generation:
         return TextGenerator(self.engine.loaded.model, self.tokenizer, self.think_end_token)
 
     def texts(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[str]:
-        """Continue a prompt under ablations, the baseline among them: one text each, in order."""
+        """Generate a prompt's continuation under each ablation, in order, baseline included."""
         tokens = len(self._generator.tok_encode(prompt.text))
         tokens = min(tokens, self._generator.max_length - prompt.longest)  # longer ones are cut
         lengths = self.engine.quirks.lengths
-        # The prompt is read in several calls, which must all be computed as the one of lm-eval.
+        # The prompt is read in several calls, which must be computed as lm-eval's single call.
         if not self.together or lengths.side(tokens) != lengths.side(1):
             return [self.text_apart(prompt, ablation) for ablation in ablations]
         by_ablation: dict[Ablation, str] = {}
@@ -196,9 +196,9 @@ class Generation:
         return [by_ablation[ablation] for ablation in ablations]
 
     def text_apart(self, prompt: Prompt, ablation: Ablation, seed: int | None = None) -> str:
-        """Continue a prompt with a really pruned model, as lm-eval does.
+        """Generate a prompt's continuation with a really pruned model, as lm-eval does.
 
-        A `seed` moves the model's embeddings by their rounding.
+        A `seed` perturbs the model's embeddings by their rounding.
         """
         model = self.engine.without(ablation).loaded.model
         with nullcontext() if seed is None else shaken(model, seed):
@@ -208,10 +208,11 @@ class Generation:
     def checked(
         self, prompt: Prompt, ablations: Sequence[Ablation]
     ) -> tuple[Generation, str | None]:
-        """Generate a few tokens both ways, and stay together if the texts are equal.
+        """Test with a few tokens whether generating together gives equal texts.
 
-        In half precision rounding differs with the size of a batch, also within lm-eval, so half of
-        the texts may differ there. With what to use comes one line on what was lost and why, if so.
+        In half precision rounding depends on the batch size, also within lm-eval, so half of the
+        texts may differ there. Returns the generation to use, and a line on disabled sharing or
+        None.
         """
         if not self.engine.sharing.depth:  # each ablation is another model, as was said
             return replace(self, together=False), None
@@ -238,7 +239,7 @@ class Generation:
         return self, None
 
     def compare(self, prompt: Prompt, ablation: Ablation, text: str | None) -> Comparison:
-        """Hold a text against what a really pruned model generates."""
+        """Compare a text with that of a really pruned model."""
         theirs = self.text_apart(prompt, ablation)
         if text == theirs:
             return Comparison(1)
@@ -248,7 +249,7 @@ class Generation:
         return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:
-        """Say whether rounding alone, of its embeddings, lets a pruned model continue otherwise."""
+        """Check whether rounding of its embeddings alone changes a pruned model's text."""
         return any(self.text_apart(prompt, ablation, seed) != text for seed in range(DRAWS))
 
 
@@ -256,13 +257,13 @@ _ROW_SIZES = "rows"
 
 
 def with_fastest_rows(engine: Engine) -> Engine:
-    """Give an engine the size of row that is fastest for its model on this machine.
+    """Return an engine with the fastest row size for its model on this machine.
 
     Args:
         engine: The engine; no call has changed its model yet, and none does here.
 
     Returns:
-        The engine to use: that one where the size makes no difference.
+        The engine with that size, or the same engine if the size makes no difference.
     """
     if not matters(engine):
         return engine
@@ -278,7 +279,7 @@ def with_fastest_rows(engine: Engine) -> Engine:
         getattr(config, "intermediate_size", None),
     )
     key = content_hash(about)
-    # Workers side by side have rows of one size, on which the last digits of answers depend.
+    # Parallel workers must have rows of one size, which affects the last digits of results.
     with FileLock(own_folder(_ROW_SIZES) / f"{key[:32]}.lock"):
         nodes = recall(_ROW_SIZES, key).get("nodes")
         if nodes is None:

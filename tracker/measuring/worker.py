@@ -1,4 +1,4 @@
-"""A loaded model and the cell that is measured with it, in this process or one of its own."""
+"""Hold a loaded model and its cell, in this process or in one of its own."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class DeviceLostError(CellError):
-    """Nothing can be computed on the device in this process any more."""
+    """The device cannot be used by this process any more."""
 
 
 def _raises_device_lost(method: Callable[P, T]) -> Callable[P, T]:
-    """Make a method that raises DeviceLostError where its device is lost."""
+    """Wrap a method so that it raises DeviceLostError if its device is lost."""
 
     @wraps(method)
     def call(*arguments: P.args, **named: P.kwargs) -> T:
@@ -43,13 +43,13 @@ def _lost_device(error: Exception) -> DeviceLostError | None:
 
 
 class Worker:
-    """Measures documents of one cell at a time, loading a model only where it is another one.
+    """Measures documents of one cell at a time, and loads a model only if it is another one.
 
     Args:
-        options: How to measure.
+        options: The options of the run.
 
     Attributes:
-        models_loaded: How many times a model was loaded.
+        models_loaded: Number of times that a model was loaded.
     """
 
     def __init__(self, options: Options) -> None:
@@ -59,22 +59,22 @@ class Worker:
         self._meter: Meter | None = None
 
     def has_loaded(self, spec: ModelSpec) -> bool:
-        """Return whether a model is the loaded one."""
+        """Check whether a model is the loaded one."""
         return self._model is not None and self._model.spec == spec
 
     @_raises_device_lost
     def open(self, requests: Sequence[CellRequest], benchmark: Benchmark | None = None) -> Facts:
-        """Make a cell ready to be measured.
+        """Prepare a cell for measuring.
 
         Args:
-            requests: The cell's requests, which differ in their runs alone.
-            benchmark: The cell's benchmark, where it is open already.
+            requests: The cell's requests, which differ only in their runs.
+            benchmark: The cell's benchmark, if it is open already.
 
         Returns:
             The facts of the cell.
 
         Raises:
-            RequestError: The model or the data is not here, or layers do not fit the model.
+            RequestError: The model or the data is missing, or layers do not fit the model.
         """
         self._meter, request = None, requests[0]
         if is_fresh := not self.has_loaded(request.model):
@@ -88,7 +88,7 @@ class Worker:
 
     @_raises_device_lost
     def check(self, checks: Checks | None) -> list[str]:
-        """Check what the model can share exactly; return lines about what it cannot."""
+        """Check which computation the model can share exactly; return lines about the rest."""
         assert self._meter is not None, "open() comes first"
         return self._meter.check(checks)
 
@@ -109,7 +109,7 @@ _ENVIRONMENT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_")
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of this process that decide which models and data are read."""
+    """Return this process's environment variables that affect the models and data read."""
     return {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
 
 
@@ -117,19 +117,19 @@ class RemoteWorker(Worker):
     """A worker in a process of its own.
 
     Args:
-        options: How to measure.
-        folder: Where the driver runs, so that relative paths mean the same.
+        options: The options of the run.
+        folder: The driver's working folder, so that relative paths mean the same.
         variables: The driver's `environment()`.
-        workers: How many workers share the memory of this machine.
+        workers: Number of workers that share the memory of this machine.
 
     Raises:
-        ModelError: The accelerators that the worker should have are not all there.
+        ModelError: Some of the worker's accelerators are missing.
     """
 
     def __init__(
         self, options: Options, folder: str, variables: Mapping[str, str], workers: int
     ) -> None:
-        # Before the libraries are imported, which read them then.
+        # Set before the libraries are imported, which read them then.
         os.environ.update(variables)
         with suppress(OSError):  # not there: absolute paths still work
             os.chdir(folder)
@@ -140,11 +140,11 @@ class RemoteWorker(Worker):
         share_memory(workers)
 
     def ready(self) -> None:
-        """Return once there is a worker."""
+        """Return once the worker is ready."""
 
 
 def _refuse_lack(device: str) -> None:
-    """Raise ModelError where accelerators that the worker should have are not there."""
+    """Raise ModelError if some of the worker's accelerators are missing."""
     from tracker.models.devices import accelerators, visible_variable
     from tracker.models.load import SPREAD, find_device
 

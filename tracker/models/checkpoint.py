@@ -1,11 +1,10 @@
-"""A model without some of its layers, or with some again, as an ordinary checkpoint.
+"""Save a model without some of its layers, or with some repeated, as an ordinary checkpoint.
 
-Plain transformers loads it. The layers are those of `pruned`, as wherever else a model is really
-changed. What is added here:
-the configuration says in numbers and lists all that the model is, or the model is refused.
+Plain transformers loads it. The layers are those of `pruned`, as for all really changed models. In
+addition, a model is refused unless numbers and lists in its configuration describe it completely.
 
-And how much faster one model reads than another, measured by turns in one process. A model that a
-notebook holds is saved once, under a name made of what it is.
+The module also measures how much faster one model reads than another, by turns in one process. It
+saves a model object of a notebook once, under a name made from its contents.
 """
 
 from __future__ import annotations
@@ -42,27 +41,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SECONDS = 4.0
-"""What the two are given at least."""
+"""Minimum total time that the two models are run, in seconds."""
 TURNS = 8
 MOST = 1.15
-"""How far apart the ends of the turns' middle half may be, as a factor: else the machine did other
-work, now for the one and now for the other."""
+"""Maximum ratio of the ends of the turns' middle half. If it is larger, other work on the machine
+affected the two models unequally."""
 
 
 @torch.inference_mode()
 def times_as_fast(
     model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
 ) -> tuple[float, float, float] | None:
-    """Let two models read the same tokens by turns.
+    """Measure how much faster one model reads than another, by turns on the same tokens.
 
     Args:
         model: A causal language model.
-        base: The one that it is compared with, on the same device.
-        batch: Texts at a time.
-        length: Tokens of each.
+        base: The model to compare with, on the same device.
+        batch: Number of texts at a time.
+        length: Tokens of each text.
 
     Returns:
-        How many times as fast the first one reads, as `ratio` says.
+        The speed of the first relative to the second, as `ratio` returns it.
     """
     place = base.get_input_embeddings().weight.device
     vocabulary = base.config.get_text_config().vocab_size
@@ -77,15 +76,15 @@ def times_as_fast(
 
 
 def ratio(turns: Sequence[tuple[float, float]]) -> tuple[float, float, float] | None:
-    """Say how many times as fast the first of two is.
+    """Compute the speed of the first of two models relative to the second.
 
-    Other work that slows both in a turn leaves their ratio as it is.
+    Other work that slows both in a turn does not change their ratio.
 
     Args:
         turns: The seconds of both, turn by turn.
 
     Returns:
-        The median of the turns' ratios, and the ends of their middle half; None where these are
+        The median of the turns' ratios, and the ends of their middle half; None if these are
         further apart than `MOST`.
     """
     first, second = np.array(turns).T
@@ -103,29 +102,29 @@ def _seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
 PROBE = 48
 """Tokens that a miniature reads, more than its windows see."""
 ROUNDING = 1e-4
-"""Of the largest logit: what two ways of computing a miniature's experts differ by."""
+"""Tolerance between two ways of computing a miniature's experts, relative to the largest logit."""
 _IDLE = ("name_or_path", "training")
-"""Of a module: what has no bearing on what it computes here."""
+"""Attributes of a module that do not affect its results here."""
 _TRANSFORMERS = "transformers."
-"""Where its own classes are, and those of downloads are not."""
+"""Prefix of the modules of transformers' own classes, unlike those of downloads."""
 
 
 def without(
     model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change] = ()
 ) -> Any:
-    """Copy a model without some layers, or with some again, and say so in its configuration.
+    """Copy a model without some layers, or with some repeated, and adapt its configuration.
 
     Args:
         model: A causal language model of transformers.
-        removed: The layers to take out, 0-based.
-        repeated: Stretches of layers that are passed several times.
+        removed: The layers to remove, 0-based.
+        repeated: Spans of layers that are passed several times.
 
     Returns:
-        The copy; it shares the weights, but for a layer's further passes, which have their own: a
-        file of safetensors holds what is shared once, and the class would look for it twice.
+        The copy. It shares the weights, except for a layer's further passes, which have their own:
+        a safetensors file holds shared weights once, and the class would look for them twice.
 
     Raises:
-        ModelError: Its configuration cannot say what is left; says why.
+        ModelError: Its configuration cannot describe what is left; the message gives the reason.
     """
     kept = left(len(find_layers(model)), removed, repeated)
     twin = pruned(model, removed, repeated=repeated)
@@ -136,10 +135,10 @@ def without(
     config = twin.config.get_text_config()
     kind = type(model) if _brings_code(model) else None
     if kind is None:
-        # It points to code that was not used, and would be where somebody trusts it.
+        # It points to code that was not used, and that a user would have to trust.
         for each in (twin.config, config):
             vars(each).pop("auto_map", None)
-    with suppress(ModelError):  # what follows says why
+    with suppress(ModelError):  # the check below reports the reason
         as_loaded(model, twin, kept)
     why = _misfit(twin.config, shapes(twin), kind)
     if why:
@@ -149,23 +148,23 @@ def without(
 
 
 def resized(model: PreTrainedModel, twin: PreTrainedModel) -> tuple[str, ...]:
-    """Name what a copy's configuration says anew besides how many layers there are."""
+    """List the keys that a copy's configuration changes besides the number of layers."""
     before, after = (each.config.get_text_config().to_dict() for each in (model, twin))
     idle = ("num_hidden_layers", "auto_map")
     return tuple(sorted(n for n in after if n not in idle and after[n] != before.get(n)))
 
 
 def _brings_code(model: PreTrainedModel) -> bool:
-    """Whether a download's code made it, which then is trusted; else it must not run."""
+    """Return whether a download's code made the model, and is therefore trusted."""
     return not all(
         type(each).__module__.startswith(_TRANSFORMERS) for each in (model, model.config)
     )
 
 
 def _misfit(config: PreTrainedConfig, wanted: Shapes, kind: type | None) -> str | None:
-    """Say what of a model its configuration, once it is saved and read, does not describe.
+    """Describe what the saved configuration of a model fails to describe; None if nothing.
 
-    `kind` is its class where that is trusted code; None where transformers is to find it.
+    `kind` is its class if that is trusted code; None if transformers is to find it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -184,19 +183,19 @@ def refuse_unsizable(
     removed: Collection[int] | None = None,
     repeated: Sequence[Change] = (),
 ) -> None:
-    """Refuse what plain transformers could not load without some layers, or with some again.
+    """Refuse changes of layers whose result plain transformers could not load.
 
     Reads no weights. A miniature of the model, made once, is cut, saved, loaded and run, which
     takes a second.
 
     Args:
         source: The model.
-        removed: The layers; None before it is known which: then one at the beginning and one in the
-            middle, each alone.
-        repeated: Stretches of layers that are passed several times.
+        removed: The layers to remove; None if they are not known yet: then one at the beginning and
+            one in the middle are tried, each alone.
+        repeated: Spans of layers that are passed several times.
 
     Raises:
-        ModelError: Its configuration cannot say what would be left, or what loads is another model.
+        ModelError: Its configuration cannot describe the result, or another model is loaded.
     """
     refuse_packed(source)
     model, small = _small(source, content_hash(source.stamp()))
@@ -215,13 +214,13 @@ def refuse_unsizable(
 
 @lru_cache(maxsize=1)
 def _small(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
-    """Make a model without weights, and its miniature, as long as its files are the same."""
+    """Build a model without weights, and its miniature, once for unchanged files."""
     model = hollow(source, "auto")
     return model, miniature(model)
 
 
 def refuse_packed(source: ModelSource) -> None:
-    """Refuse a model whose weights are no one plain checkpoint: ModelError; reads no weights."""
+    """Raise ModelError if a model's weights are no single plain checkpoint; read no weights."""
     if source.adapter is not None:
         raise ModelError(
             f"model_args: {source.source} with an adapter beside its weights is no one checkpoint; "
@@ -239,14 +238,14 @@ def refuse_packed(source: ModelSource) -> None:
 
 
 def _try(small: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change]) -> None:
-    """Change, save and load a miniature; ModelError where what is loaded says something else."""
+    """Change, save and load a miniature; raise ModelError if the loaded one gives other logits."""
     from transformers import AutoModelForCausalLM
 
     name = type(small).__name__
     small.float()
     twin = without(small, removed, repeated)
     config = twin.config.get_text_config()
-    # The row of the token that fills up is whatever a class sets it to when it loads.
+    # On loading, a class sets the row of the padding token to its own value.
     filler = getattr(config, "pad_token_id", None)
     tokens = [token for token in range(config.vocab_size) if token != filler]
     ids = torch.tensor([(tokens * PROBE)[:PROBE]])
@@ -276,7 +275,7 @@ def _try(small: PreTrainedModel, removed: Collection[int], repeated: Sequence[Ch
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Keep the bars of transformers from being shown for a miniature."""
+    """Hide the progress bars of transformers until exit."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -295,7 +294,7 @@ def _ask(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _difference(one: PreTrainedModel, other: PreTrainedModel) -> str:
-    """Name the first number of a module that differs: what the class computes by itself."""
+    """Return the first number of a module that differs because the class computes it."""
     theirs = dict(other.named_modules())
     for path, module in one.named_modules():
         computed = vars(theirs[path]) if path in theirs else {}
@@ -307,7 +306,7 @@ def _difference(one: PreTrainedModel, other: PreTrainedModel) -> str:
 
 
 def _clauses(removed: Collection[int], repeated: Sequence[Change]) -> str:
-    """Say what was done to which layers."""
+    """Describe the removed and repeated layers."""
     gone = f"{_named(removed)} {'is' if len(removed) == 1 else 'are'} gone"
     return " and ".join([gone] * bool(removed) + [stretch.clause for stretch in repeated])
 
@@ -323,13 +322,13 @@ def save(loaded: LoadedModel, twin: PreTrainedModel, folder: Path) -> None:
     Args:
         loaded: The model.
         twin: The copy.
-        folder: Where; it is made.
+        folder: The folder to create.
 
     Raises:
         OSError: The disk refuses.
     """
     if getattr(twin, "hf_quantizer", None) is not None:
-        # What a GGUF file held is dequantised, and only its marks are left.
+        # Weights of a GGUF file are dequantised, and only their markers are left.
         twin.hf_quantizer = None
         twin.is_quantized = False
         for config in (twin.config, twin.config.get_text_config()):
@@ -341,13 +340,13 @@ def save(loaded: LoadedModel, twin: PreTrainedModel, folder: Path) -> None:
 
 
 def release() -> None:
-    """Give back what models have left of an accelerator's memory, for another process to use."""
+    """Release the accelerator memory of former models for use by another process."""
     gc.collect()
     empty_cache()
 
 
 _OURS = ("transformers.", "accelerate.", "torch.")
-"""Whose hooks are there again when a model is loaded."""
+"""Packages whose hooks are set again when a model is loaded."""
 _TEXTS = (
     "The heart pumps blood",
     "Question: What is the capital of France?\nAnswer: Paris",
@@ -355,9 +354,9 @@ _TEXTS = (
     "all of them returned to Earth four days later. What they brought along were stones and dust.",
 )
 _LOGITS = "logits.f32"
-"""File beside a copy that holds its logits of these texts' last tokens."""
+"""File beside a copy with its logits of these texts' last tokens."""
 _EXACT, _ROUNDED = 1e-3, 0.05
-"""Share of the largest logit by which rounding moves one: in float32, and in fewer bits."""
+"""Tolerance of logits for rounding, relative to the largest: in float32, and in fewer bits."""
 
 
 def save_once(
@@ -369,9 +368,9 @@ def save_once(
     """Save a model object and its tokenizer, unless the same ones are saved already.
 
     Args:
-        model: A `PreTrainedModel` of transformers. It stays as it is.
+        model: A `PreTrainedModel` of transformers. It is not changed.
         tokenizer: Its tokenizer.
-        folder: Holds a folder for each such model.
+        folder: Folder of the folders of such models.
         trust_remote_code: Whether code that comes with the model may run when the copy is loaded.
 
     Returns:
@@ -379,7 +378,7 @@ def save_once(
 
     Raises:
         ModelError: It is no model of transformers, or a saved copy is not the same model.
-        WorkError: It cannot be written.
+        WorkError: The folder cannot be written.
     """
     _refuse_what_is_lost(model, tokenizer)
     given = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
@@ -411,15 +410,15 @@ def save_once(
 def _refuse_other_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, trusted: bool
 ) -> None:
-    """Raise ModelError where a model's logits are not those of its saved copy.
+    """Raise ModelError if a model's logits differ from those of its saved copy.
 
-    The copy's logits are kept beside it. It is loaded where there are none, or they differ: then
-    they may be another device's.
+    The copy's logits are stored beside it. The copy is loaded if they are missing or differ, since
+    they may have been computed on another device.
     """
     from tracker.models.load import load_model
     from tracker.models.sources import find_model
 
-    # There bitsandbytes 0.50 changes the weights when a text is read and they are saved later.
+    # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         return
     with translate_errors(
@@ -445,7 +444,7 @@ def _refuse_other_logits(
 
 
 def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float32]:
-    """Compute the logits of the last token of a few texts; the model's modes stay as they are."""
+    """Compute the logits of the last token of a few texts, and keep the model's modes."""
     modes = [(module, module.training) for module in model.modules()]
     texts = [torch.tensor([tokenizer(text)["input_ids"]], device=model.device) for text in _TEXTS]
     try:
@@ -461,7 +460,7 @@ def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> NDArr
 def _logit_difference(
     mine: NDArray[np.float32], copied: NDArray[np.float32], model: PreTrainedModel
 ) -> str:
-    """State the largest difference of logits where it is more than rounding; else empty."""
+    """Describe the largest difference of logits if it exceeds rounding; empty otherwise."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
     largest = np.abs(copied[np.isfinite(copied)]).max(initial=0)
@@ -472,7 +471,7 @@ def _logit_difference(
 
 
 def _fingerprint(model: PreTrainedModel, saved: Path) -> str:
-    """Hash weights, and the files of the configuration and the tokenizer."""
+    """Hash the weights, and the files of the configuration and the tokenizer."""
     digest = hashlib.sha256(file_hash(sorted(saved.iterdir())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -507,7 +506,7 @@ def _refuse_what_is_lost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def _changed_modules(model: PreTrainedModel) -> Iterator[str]:
-    """Name the modules whose code somebody changed."""
+    """Yield the names of modules whose code was changed."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         whose = [f"{getattr(hook, '__module__', '')}." for hook in hooks]

@@ -1,26 +1,26 @@
-"""A transformer whose least conspicuous layer decides everything: the paper's theorem, built.
+"""A transformer whose least conspicuous layer decides everything: the paper's theorem, constructed.
 
-For any texts that are to be continued, any ε and five layers of Llama: layer 2 has the cosine score
-ε, the lowest of all; the model continues each text as it should; without layer 2 each continuation
-is the opposite of what it should be. Nothing is trained: the weights are written down.
+It takes any texts to be continued, any ε and five layers of Llama. Layer 2 has the cosine score ε,
+the lowest of all. The model continues each text as intended; without layer 2 each continuation is
+the opposite. Nothing is trained: the weights are written directly.
 
-A token's state holds a constant (1), junk (8) that no prediction reads, and all else in dimensions
-of its own, a thousand times smaller, so that every state has the same length and each norm divides
-by the same number.
+A token's state holds a constant (1), junk (8) that no prediction reads, and all else in separate
+dimensions, a thousand times smaller. So every state has the same length and each norm divides by
+the same number.
 
-| layer | its job | cosine score |
+| layer | function | cosine score |
 |---|---|---|
-| 0 reads | attention leaves at each place a signature of the text so far: mixtures of the tokens' random codes, weighted by how far back they stand, each head with a curve of distance of its own; the MLP adds the signature's squared length | ≈ 1 |
-| 1 recalls | its MLP has two units for each text that is to be continued, which open where the signature is no further from its own than rounding, and say what follows: some of it for certain, some of it under a sign | ≈ 1 |
-| 2 whispers | adds the same tiny number to every token, in a dimension that is empty otherwise | ε |
-| 3 amplifies | is there a whisper? Then it writes 1, a thousand and more times as much; else nothing | ≈ 1 |
-| 4 speaks | multiplies what was recalled under a sign by +1 where layer 3 wrote, by -1 where it did not, and hands it to the head | ≈ 1 |
+| 0 reads | attention writes at each place a signature of the text so far: mixtures of the tokens' random codes, weighted by distance, with a different curve for each head; the MLP adds the signature's squared length | ≈ 1 |
+| 1 recalls | the MLP has two units for each text to be continued, which open if the signature equals its own up to rounding, and write the continuation: a fixed part, and a part with a sign | ≈ 1 |
+| 2 whispers | adds the same tiny number to every token, in an otherwise empty dimension | ε |
+| 3 amplifies | writes 1, at least a thousand times as much, if there is a whisper; else nothing | ≈ 1 |
+| 4 speaks | multiplies the part with a sign by +1 where layer 3 wrote, and by -1 elsewhere, and passes it to the head | ≈ 1 |
 
-All but layer 2 rewrite the junk, from one dimension into another, which is why they look important
-(the paper's second ingredient). Layers 3 and 4 make of a change by √(2ε) of the state's length one
-that turns the answer around (its first, the snowball). Remove layer 2 and the sign is -1 everywhere.
+All but layer 2 move the junk from one dimension to another, which is why they look important (the
+paper's second ingredient). Layers 3 and 4 turn a change by √(2ε) of the state's length into one
+that inverts the answer (its first, the snowball). Without layer 2 the sign is -1 everywhere.
 
-It is long because what each layer does is said beside the weights that do it.
+The module is long because the purpose of each layer is explained beside its weights.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ JOBS = (
     "speaks, and reverses what it says where nobody whispered",
 )
 SMALLEST, LARGEST = 1e-9, 0.3
-"""Of ε: below, 1 - ε in float64 does not hold it to 1e-6; above, it is not the lowest score."""
+"""Bounds of ε: below, 1 - ε in float64 is not exact to 1e-6; above, it is not the lowest score."""
 CODES = (64, 128, 256)
-"""Dimensions of a token's code, tried in turn until all signatures are told apart."""
+"""Dimensions of a token's code, tried in turn until all signatures are distinct."""
 HEAD = 16
 """Dimensions of a code that one head mixes."""
 THETA = 100.0
-"""Of the rotary embedding: the slowest of eight frequencies turns once in 350 tokens."""
+"""Base of the rotary embedding: the slowest of eight frequencies turns once in 350 tokens."""
 JUNK, FAINT, TINY = 8.0, 1e-3, 1e-5
-"""Sizes in the state: what no prediction reads, what layers tell each other, a token's own code."""
+"""Sizes in the state: what no prediction reads, signals between layers, a token's own code."""
 SURE = 30.0
-"""A gate's input is this where it is open, and minus this where it is shut: silu(-30) is -3e-12."""
+"""Input of a gate that is open, and minus that of one that is shut: silu(-30) is -3e-12."""
 STEP = 4.0
-"""By how much less the second unit of a memory gets: the difference of both is a flat step."""
+"""Offset of the second unit of a memory: the difference of both units is a flat step."""
 APART = 2e-5
-"""Gap between what a detector reads of its own signature and of the nearest other one, of the
-reading: two hundred times float32's rounding."""
+"""Minimum gap between a detector's reading of its own signature and of the nearest other one,
+relative to the reading: two hundred times float32's rounding."""
 SOME = 64
-"""Tokens of a text on which constants are read off."""
+"""Number of tokens of a text from which constants are measured."""
 
 Place = bytes
-"""A text up to some token, by a digest."""
+"""Digest of a text up to some token."""
 
 
 def places(tokens: Sequence[int]) -> Iterator[Place]:
-    """Name a text up to each of its tokens, in order."""
+    """Yield a digest of a text up to each of its tokens, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for token in tokens:
         digest.update(token.to_bytes(8, "little"))
@@ -82,7 +82,7 @@ def places(tokens: Sequence[int]) -> Iterator[Place]:
 
 @dataclass(frozen=True)
 class Text:
-    """What the model reads: its tokens, of which the last `scored` predict something."""
+    """A text for the model: its tokens, of which the last `scored` predict something."""
 
     tokens: tuple[int, ...]
     scored: int
@@ -90,11 +90,11 @@ class Text:
 
 @dataclass
 class Wanted:
-    """What is to follow at a place: token → 1 (this one), 0 (no matter) or -1 (not this one).
+    """Wanted continuations at a place: token → 1 (wanted), 0 (either) or -1 (not wanted).
 
     Attributes:
-        signed: With layer 2; without it the opposite.
-        fixed: With and without it.
+        signed: Continuations with layer 2; without it the opposite.
+        fixed: Continuations with and without it.
     """
 
     signed: dict[int, int] = field(default_factory=dict)
@@ -104,14 +104,14 @@ class Wanted:
 def hollow(
     vocabulary: int, length: int, size: int = CODES[0], width: int = 16, units: int = 1
 ) -> Any:
-    """Make the Llama without its weights, which says how a tokenizer is used with it.
+    """Build the Llama without its weights, to define how a tokenizer is used with it.
 
     Args:
-        vocabulary: How many tokens there are.
-        length: How many tokens it reads at most.
+        vocabulary: Number of tokens in the vocabulary.
+        length: Maximum number of tokens that it reads.
         size: Dimensions of a token's code.
         width: Its hidden size.
-        units: Of each MLP.
+        units: Number of units of each MLP.
 
     Returns:
         A `LlamaForCausalLM` on the meta device.
@@ -135,22 +135,22 @@ def hollow(
 
 
 class Counterexample:
-    """The transformer, taught some texts; `whispering` gives it an ε.
+    """The transformer for some texts; `whispering` gives it an ε.
 
     Args:
-        texts: All texts that it will be asked to continue.
-        wanted: What is to follow at some of their places; at all others anything is as likely.
-        certainty: By how many nats a wanted token comes before one that is no matter, at least.
-        vocabulary: How many tokens there are.
-        length: How many tokens it reads at most.
+        texts: All texts that it will have to continue.
+        wanted: Wanted continuations at some of their places; at all others any token is as likely.
+        certainty: Minimum number of nats between a wanted token and one that is neither.
+        vocabulary: Number of tokens in the vocabulary.
+        length: Maximum number of tokens that it reads.
 
     Raises:
-        CellError: Some places cannot be told apart; says how many.
+        CellError: Some places cannot be distinguished; the message gives their number.
 
     Attributes:
         model: A `LlamaForCausalLM` in float32.
         width: Its hidden size.
-        places: How many places it remembers.
+        places: Number of places that it remembers.
     """
 
     model: PreTrainedModel
@@ -181,10 +181,10 @@ class Counterexample:
 
     @torch.inference_mode()
     def whispering(self, epsilon: float) -> Any:
-        """Give layer 2 the cosine score ε, and later layers the ear for it.
+        """Give layer 2 the cosine score ε, and adapt later layers to it.
 
         Args:
-            epsilon: Between `SMALLEST` and `LARGEST`.
+            epsilon: Value between `SMALLEST` and `LARGEST`.
 
         Returns:
             The model, whose weights the next call changes.
@@ -199,7 +199,7 @@ class Counterexample:
         return self.model
 
     def _lay_out(self, size: int) -> None:
-        """Give every part of the state its dimensions."""
+        """Assign dimensions to every part of the state."""
         self._size = size
         self._constant, self._bit, self._sign, self._length, first, second = range(6)
         self._junk = (first, second)
@@ -209,7 +209,7 @@ class Counterexample:
         self.width = math.ceil((6 + 4 * size) / 16) * 16
 
     def _make(self, vocabulary: int, length: int) -> None:
-        """Make a Llama whose layers do nothing, with an embedding of random signs."""
+        """Build a Llama whose layers do nothing, with an embedding of random signs."""
         memories = max(2 * self.places, 3 * self._size)
         model = hollow(vocabulary, length, self._size, self.width, memories + 1)
         self.model = model.to_empty(device="cpu").float().eval().requires_grad_(False)
@@ -227,7 +227,7 @@ class Counterexample:
         self.model.model.norm.weight.zero_()
 
     def _read(self) -> None:
-        """Layer 0: queries and keys come from the constant, so only distance decides.
+        """Write layer 0: queries and keys come from the constant, so only distance decides.
 
         Its MLP adds the squared length of the signature: silu(x)·x + silu(-x)·(-x) is x².
         """
@@ -249,7 +249,7 @@ class Counterexample:
         self._rewrite_junk(READ)
 
     def _recall(self, texts: Sequence[Text], wanted: Mapping[Place, Wanted]) -> int:
-        """Layer 1: two units a place. Returns how many places look like others."""
+        """Write layer 1: two units per place. Returns how many places resemble others."""
         names, seen = self._signatures(texts)
         own = torch.tensor([names[place] for place in wanted])
         mine, gaps = _gaps(seen, own)
@@ -279,7 +279,7 @@ class Counterexample:
         return 0
 
     def _signatures(self, texts: Sequence[Text]) -> tuple[dict[Place, int], Tensor]:
-        """Read all texts: place → row, and the signatures [places, size + 1], as `_gaps` takes."""
+        """Read all texts; return place → row, and signatures [places, size + 1] for `_gaps`."""
         layer = self.model.model.layers[RECALL]
         names: dict[Place, int] = {}
         rows = []
@@ -300,7 +300,7 @@ class Counterexample:
         return names, torch.cat(rows)
 
     def _amplify(self) -> None:
-        """Layer 3: one unit that opens where layer 2 whispered."""
+        """Write layer 3: one unit that opens where layer 2 whispered."""
         state = self._normed(AMPLIFY)
         one, heard = state[self._constant], state[self._bit]
         self._open(AMPLIFY, 0, 2 * SURE / heard, self._bit, -SURE / one)
@@ -309,9 +309,9 @@ class Counterexample:
         self._rewrite_junk(AMPLIFY)
 
     def _speak(self) -> None:
-        """Layer 4: a gate of SwiGLU multiplies, so three sets of units hand on what was recalled.
+        """Write layer 4: SwiGLU multiplies, so three sets of units pass on what was recalled.
 
-        Those with a sign where layer 3 wrote, their opposite where it did not, and those without.
+        They are those with a sign where layer 3 wrote, their opposite elsewhere, and those without.
         """
         state, mlp = self._normed(SPEAK), self._mlp(SPEAK)
         one, sign = state[self._constant], state[self._sign]
@@ -330,8 +330,8 @@ class Counterexample:
             volume = worth * length / (FAINT * root * SURE)
             mlp.down_proj.weight[self._code, units] = volume * torch.eye(size)
         self._rewrite_junk(SPEAK)
-        # What is said makes the state longer, and a loud whisper that is gone all constants larger
-        # than they were meant: both make it less, four times at the most.
+        # The answer makes the state longer, and without a loud whisper all constants are larger
+        # than intended. Both weaken the answer, at most by a factor of four.
         self.model.model.norm.weight[self._code] = 4 * self._certainty * length / (root * TINY)
 
     def _open(
@@ -354,7 +354,7 @@ class Counterexample:
         down[there, -1] = -down[here, -1]
 
     def _write(self, layer: int, unit: int, place: int, size: Tensor | float) -> None:
-        """Let a unit add the same number to every token."""
+        """Make a unit add the same number to every token."""
         mlp, one = self._mlp(layer), self._normed(layer)[self._constant]
         mlp.gate_proj.weight[unit, self._constant] = SURE / one
         mlp.up_proj.weight[unit, self._constant] = 1 / one
@@ -364,7 +364,7 @@ class Counterexample:
         return self.model.model.layers[layer].mlp
 
     def _run(self, tokens: Sequence[int], layers: int) -> Tensor:
-        """Read a text with the first layers: states [tokens, width]."""
+        """Run the first layers on a text: states [tokens, width]."""
         base = self.model.model
         whole, norm = base.layers, base.norm
         base.layers, base.norm = whole[:layers], nn.Identity()
@@ -375,33 +375,33 @@ class Counterexample:
         return found
 
     def _state(self, layer: int) -> Tensor:
-        """What enters a layer: but for what is faint, the same state everywhere."""
+        """Return the input of a layer, which is the same everywhere but for faint parts."""
         return self._run(range(SOME), layer).mean(0)
 
     def _normed(self, layer: int) -> Tensor:
-        """The same as its MLP sees it; attention adds something faint at most."""
+        """Return the input of a layer's MLP; attention adds only faint parts."""
         norm = self.model.model.layers[layer].post_attention_layernorm
         normed: Tensor = norm(self._state(layer)[None])[0]
         return normed
 
 
 def _gaps(seen: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Find by how much a signature comes before the nearest other one, read by its own detector.
+    """Compute each detector's gap between its own signature and the nearest other one.
 
-    A detector reads 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖²: nothing reads as much as u itself.
+    A detector reads 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖²: no other v gives as much as u itself.
 
     Args:
-        seen: All signatures, and behind each the squared length that the model found
+        seen: All signatures, each with the squared length that the model computed behind it
             [n, size + 1].
-        own: Which ones have detectors [k].
+        own: Indices of the signatures with detectors [k].
 
     Returns:
-        What each detector reads of its own signature [k], and the gaps to the next reading [k], -1
-        where rounding might close one.
+        The reading of each detector for its own signature [k], and the gaps to the next reading
+        [k], -1 if rounding might close one.
     """
     detectors = torch.cat([2 * seen[own, :-1], -torch.ones(len(own), 1, dtype=seen.dtype)], dim=1)
     mine = (detectors * seen[own]).sum(1)
-    highest = torch.zeros_like(mine)  # what is read of nothing, where layer 0 is gone
+    highest = torch.zeros_like(mine)  # the reading of no signature, as without layer 0
     for start in range(0, len(seen), 4096):
         readings = detectors @ seen[start : start + 4096].T
         inside = (own >= start) & (own < start + 4096)
@@ -412,9 +412,9 @@ def _gaps(seen: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _code_of(follows: Mapping[int, int], others: Mapping[int, int], codes: Tensor) -> Tensor:
-    """Find the shortest vector [size] whose products with tokens' codes are as wanted.
+    """Compute the shortest vector [size] whose products with tokens' codes are as wanted.
 
-    Those with `others`, which another vector is for, are 0.
+    Products with codes of `others`, which belong to another vector, are 0.
     """
     wanted = {**dict.fromkeys(others, 0), **follows}
     worth = torch.tensor(list(wanted.values()), dtype=codes.dtype)

@@ -1,10 +1,10 @@
-"""Accelerators of any make: the only module that asks torch about devices.
+"""Accelerators of any make: the only module that calls torch's device functions.
 
 torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
-same functions, apart from Apple's MPS, which has no streams and other names for its memory.
+same functions. Apple's MPS differs: it has no streams, and other names for its memory.
 
-A list of numbers as an index is a tensor on the host, which an accelerator copies first, and waits:
-`take` and `put` index by slices alone.
+Indexing with a list creates a tensor on the host that is copied to the accelerator, which waits for
+it: `take` and `put` index by slices alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
     """Keep freed memory in this process instead of returning it to the system after each use.
 
     By default glibc maps every large block anew, and the first touch of new memory costs several
-    times a reuse. Elsewhere than on glibc this does nothing.
+    times as much as reuse. Does nothing without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -58,29 +58,29 @@ def default_device() -> torch.device:
 
 
 def accelerators() -> list[torch.device]:
-    """List the accelerators that this process sees."""
+    """List the accelerators visible to this process."""
     device_type = default_device().type
     return [torch.device(device_type, n) for n in range(torch.accelerator.device_count())]
 
 
 def visible_variable() -> str:
-    """Return the environment variable that says which accelerators a process sees."""
+    """Return the environment variable that limits the accelerators visible to a process."""
     built_for = torch.accelerator.current_accelerator()
     device_type = "hip" if torch.version.hip else built_for.type if built_for else "cuda"
     return _VISIBLE.get(device_type, f"{device_type.upper()}_VISIBLE_DEVICES")
 
 
 def visible_accelerators() -> list[str]:
-    """Name the accelerators that this process sees, as `visible_variable` does."""
+    """Return the accelerators visible to this process, as written in `visible_variable`."""
     names = os.environ.get(visible_variable())
-    if torch.version.hip and not names:  # which HIP obeys too
+    if torch.version.hip and not names:  # HIP obeys it too
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
     indices = [str(device.index) for device in accelerators()]
     return names.split(",")[: len(indices)] if names else indices
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Describe a device for the provenance of what was computed on it."""
+    """Describe a device for the provenance of results."""
     if device.type == "cpu":
         return {"device": str(device)}
     get_name = getattr(_module(device), "get_device_name", None)
@@ -88,13 +88,13 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """Name what computes on a device, whatever its number."""
+    """Return the name of the hardware of a device, without its index."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{device.type} {describe(device).get('accelerator', capability)}"
 
 
 def runtime_versions() -> dict[str, str]:
-    """Return the versions of what torch was built for, and of the driver where it tells."""
+    """Return the versions that torch was built for, and of the driver if available."""
     built = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
     versions = {name: str(version) for name, version in built.items() if version}
     if torch.version.cuda and accelerators():
@@ -104,7 +104,7 @@ def runtime_versions() -> dict[str, str]:
 
 
 def share_memory(processes: int) -> None:
-    """Divide the host's free memory by a number of processes that use it alike."""
+    """Divide the host's free memory by the number of processes that share it."""
     global _host_shares
     _host_shares = processes
 
@@ -112,7 +112,7 @@ def share_memory(processes: int) -> None:
 def free_memory(device: torch.device) -> int:
     """Return how many bytes this process can still take on a device.
 
-    What torch has reserved and does not use counts as free.
+    Memory that torch has reserved and does not use counts as free.
     """
     module = _module(device)
     if device.type == "cpu":
@@ -124,14 +124,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Return how many bytes a device has."""
+    """Return the total bytes of a device's memory."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().total)
     return int(_module(device).mem_get_info(device)[1])
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has taken on a device at a time."""
+    """Return the peak bytes that this process has taken on a device."""
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak if platform.system() == "Darwin" else peak * 1024)
@@ -142,7 +142,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count the peak memory of a device from now on, where that can be done."""
+    """Reset the peak memory of a device, if possible."""
     if device.type == "cpu":
         if _RESET.exists():
             _RESET.write_text("5", encoding="ascii")
@@ -151,7 +151,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def empty_cache() -> None:
-    """Give back what torch has reserved on the accelerator and does not use."""
+    """Release memory that torch has reserved on the accelerator and does not use."""
     device = default_device()
     if device.type != "cpu":
         _module(device).empty_cache()
@@ -165,7 +165,7 @@ def synchronize() -> None:
 def streams(device: torch.device) -> Any:
     """Return the module with `Stream`, `stream` and `current_stream` for a device.
 
-    It is that of the CPU, whose streams do nothing, where a device has none.
+    For a device without streams it is that of the CPU, whose streams do nothing.
     """
     module = _module(device)
     return module if hasattr(module, "Stream") else torch.cpu
@@ -187,14 +187,14 @@ def can_pin(device: torch.device) -> bool:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to a device, without waiting for it where that can be."""
+    """Copy a tensor from the host to a device, without waiting if possible."""
     if not can_pin(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the host; the function returned waits for it, and for no more."""
+    """Begin to copy a tensor to the host; return a function that waits for this copy only."""
     device = tensor.device
     if not can_pin(device):
         return tensor.cpu
@@ -214,7 +214,7 @@ def _module(device: torch.device) -> Any:
 
 
 def neighbours(indices: Sequence[int]) -> list[slice]:
-    """Split indices into stretches of neighbours: [0, 1, 2, 0] into 0:3 and 0:1."""
+    """Split indices into runs of consecutive ones: [0, 1, 2, 0] into 0:3 and 0:1."""
     starts = [n for n, index in enumerate(indices) if not n or index != indices[n - 1] + 1]
     return [slice(indices[a], indices[b - 1] + 1) for a, b in pairwise([*starts, len(indices)])]
 

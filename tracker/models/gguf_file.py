@@ -1,4 +1,4 @@
-"""Reading a GGUF file many times as fast as its library does."""
+"""Read a GGUF file many times as fast as its library does."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from gguf import GGUFValueType
 
 Parts = tuple[int, list[Any], list[int], list[GGUFValueType]]
-"""A field's bytes, its parts, which of them are its values, and their types."""
+"""A field's size in bytes, its parts, the indices of its values among them, and their types."""
 
 
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
     """A parsed file.
 
-    The library asks for each element of an array, a vocabulary's 262,144 tokens too, in several
-    calls, and each of their slices would be a map of the file again; of the plain array that the
-    map is, it is only a view.
+    The library reads each element of an array (a vocabulary may have 262,144) in several calls, and
+    each of their slices would be a memory map of its own. A slice of the plain array used here is
+    only a view.
     """
 
     @property
     def data(self) -> Any:
-        """The file's bytes, mapped."""
+        """The mapped bytes of the file."""
         return self._bytes
 
     @data.setter
@@ -51,7 +51,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         return usual
 
     def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
-        """Find an array's strings, each with its length before it, and where they end."""
+        """Find an array's strings, each with its length before it, and the end of the last."""
         data, parts, place = self.data, [], start
         order = self.endianess.name.lower()
         for _ in range(count):
@@ -66,20 +66,20 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
 
 @contextmanager
 def one_parse() -> Iterator[None]:
-    """Parse a GGUF file once: transformers does for its configuration, its tokenizer, its weights.
+    """Parse a GGUF file once for transformers' configuration, tokenizer and weights, until exit.
 
-    It also lists all names that the tensors can have, for every submodule of the model, and takes
-    microseconds for each token of the vocabulary. Configuration, tokenizer and weights of
-    SmolLM2-135M come in 5.0 s, with the two caches alone in 10.2 s, without any of this in 17.6 s
-    (two cores of an EPYC).
+    transformers also lists all possible names of tensors, for every submodule of the model, and
+    takes microseconds for each token of the vocabulary. Configuration, tokenizer and weights of
+    SmolLM2-135M take 5.0 s, with the two caches alone 10.2 s, and without any of this 17.6 s (two
+    cores of an EPYC).
     """
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    if hasattr(gguf.GGUFReader, "cache_info"):  # within another
+    if hasattr(gguf.GGUFReader, "cache_info"):  # within another call
         yield
         return
     reader, names, value = gguf.GGUFReader, gguf.get_tensor_name_map, reading._gguf_parse_value
-    # transformers looks all of them up when it reads a file.
+    # transformers looks these up when it reads a file.
     gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(names)
     reading._gguf_parse_value = partial(_value, value)
     try:
@@ -90,7 +90,7 @@ def one_parse() -> Iterator[None]:
 
 
 def _value(usual: Callable[..., Any], part: Any, types: Sequence[GGUFValueType]) -> Any:
-    """What transformers makes of one value of a field."""
+    """Convert one value of a field as transformers does."""
     if len(types) > 2:  # an array of arrays
         return usual(part, types)
     return part.tobytes().decode() if types[-1] == GGUFValueType.STRING else part[0].item()

@@ -1,4 +1,4 @@
-"""Calls of modules: what they take and return, and what stands in for them for a while."""
+"""Calls of modules: their arguments and outputs, and temporary replacements."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a call, by place and by name."""
+"""The arguments of a call, positional and by keyword."""
 _READ_ONLY: WeakSet[nn.Module] = WeakSet()
-"""Layers that were seen to write nothing into their input."""
+"""Layers that were seen not to write into their input."""
 
 
 def state_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the residual stream that a layer is called with."""
+    """Return the residual stream among a layer's arguments."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
@@ -41,7 +41,7 @@ def call_with(
 
 
 def first_of(output: Any) -> Any:
-    """Return what a module returned, alone or before other things."""
+    """Return a module's output, or its first entry if there are several."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
@@ -49,14 +49,14 @@ def with_first(output: Any, first: Any) -> Any:
     """Return a module's output with its first entry, or all of it, replaced."""
     if not isinstance(output, (tuple, list)):
         return first
-    # A named tuple is not made of one sequence, as others are.
+    # A named tuple is not built from one sequence, unlike other tuples.
     make = getattr(type(output), "_make", type(output))
     return make((first, *output[1:]))
 
 
 @contextmanager
 def all_of(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
-    """Enter contexts in turn, and leave all of them on exit, also by an exception."""
+    """Enter contexts in turn, and leave all of them on exit, including exit by an exception."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
@@ -64,16 +64,16 @@ def all_of(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
 
 
 def shallow_copy(module: nn.Module, **state: Any) -> nn.Module:
-    """Copy a module with other values of some of its attributes; all else it shares."""
+    """Copy a module with other values of some attributes, sharing everything else."""
     twin = copy.copy(module)
-    vars(twin).pop("forward", None)  # what somebody put in the place of the class's own
+    vars(twin).pop("forward", None)  # a replacement of the class's own
     vars(twin).update(state)
     return twin
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward pass until exit, also by an exception."""
+    """Replace a module's forward pass until exit, including exit by an exception."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -85,14 +85,14 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def silenced(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Silence sublayers until exit: they run, and add nothing to the residual stream."""
+    """Silence sublayers until exit: they run, but add nothing to the residual stream."""
     return all_of(module.register_forward_hook(add_nothing, with_kwargs=True) for module in modules)
 
 
 def add_nothing(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Hook by which a sublayer, which still runs, adds nothing to the residual stream."""
+    """Return a sublayer's output with nothing added to the residual stream: a forward hook."""
     added = first_of(output)
     return with_first(output, nothing(module, args, kwargs, added, len(added)))
 
@@ -100,17 +100,17 @@ def add_nothing(
 def nothing(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor, batch: int
 ) -> Tensor:
-    """Return what a sublayer returns when it adds nothing.
+    """Return the output of a sublayer that adds nothing.
 
     Args:
         module: The sublayer.
         args: Positional arguments of its call.
         kwargs: Keyword arguments of its call.
         like: Its output for some of the batch, or another tensor of that shape.
-        batch: The rows of the whole batch.
+        batch: Number of rows of the whole batch.
 
     Returns:
-        The residual stream where the sublayer itself adds to it (Bloom's do); elsewhere zeros, to
+        The residual stream if the sublayer itself adds to it (as Bloom's do). Otherwise zeros, to
         which something may be added in place (Llama 4 adds the routed experts to the shared one).
     """
     names = _parameters(type(module).forward)
@@ -127,7 +127,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
-    """Make a layer, which still runs, return a function of its input; the handles end it."""
+    """Make a layer return a function of its input until the handles are removed; it still runs."""
     states: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,12 +145,12 @@ def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[Remova
 
 
 def protected(layer: nn.Module, state: Tensor) -> Tensor:
-    """Return a layer's input, or a copy for as long as it may write into it (`x += f(x)`)."""
+    """Return a layer's input, or a copy as long as the layer may write into it (`x += f(x)`)."""
     return state if layer in _READ_ONLY else state.clone()
 
 
 def learn_writes(layer: nn.Module, copied: Tensor, state: Tensor) -> None:
-    """Record that a layer wrote nothing into the copy of its input, where that is so."""
+    """Record that a layer wrote nothing into the copy of its input, if so."""
     if copied is not state and torch.equal(copied, state):
         _READ_ONLY.add(layer)
 
@@ -158,7 +158,7 @@ def learn_writes(layer: nn.Module, copied: Tensor, state: Tensor) -> None:
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Any]:
-    """Call a layer's forward pass; return its input as it was before, and its output."""
+    """Call a layer's forward pass; return its original input and its output."""
     state: Tensor = state_of(args, kwargs)
     copied = protected(layer, state)
     output = call_with(forward, copied, args, kwargs)

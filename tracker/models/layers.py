@@ -1,4 +1,4 @@
-"""Finding a model's decoder layers by structure."""
+"""Find a model's decoder layers by structure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tracker.core.errors import ModelError
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Find the list of decoder layers: as many modules as the configuration says, all of a kind.
+    """Find the list of decoder layers: as many modules of one kind as the configuration says.
 
-    ModelError if no list, or more than one, fits; it says what was found.
+    Raises ModelError if no list, or more than one, fits; the message lists the candidates.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     wanted = getattr(config, "num_hidden_layers", None)
@@ -29,7 +29,7 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     ]
     outermost = [n for n in fitting if not n.startswith(tuple(f"{other}." for other in fitting))]
     if len(outermost) > 1:
-        # A part that sees pictures may be as deep; the text model is the one that the text
+        # A vision part may have as many layers; the text model is the one that the text
         # configuration describes.
         around = {name: model.get_submodule(name.rpartition(".")[0]) for name in outermost}
         text = [name for name, m in around.items() if getattr(m, "config", None) is config]
@@ -44,9 +44,9 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def layers_beyond(model: nn.Module, weights: Iterable[str]) -> set[int]:
-    """Find the layers that weights are of by their names, and that a model does not have.
+    """Find layers that weights belong to by their names, and that a model does not have.
 
-    Those that predict further tokens come after its own in some files (`num_nextn_predict_layers`).
+    In some files, layers that predict further tokens follow its own (`num_nextn_predict_layers`).
     """
     layers = find_layers(model)
     path = _path(model, layers)
@@ -60,9 +60,9 @@ def layers_beyond(model: nn.Module, weights: Iterable[str]) -> set[int]:
 def find_base(model: nn.Module) -> nn.Module:
     """Find the part of a causal language model below its head: from token ids to hidden states.
 
-    Its forward runs the layers and returns `last_hidden_state`. It is the part that the head asks,
-    which is not always `model.base_model`: OPT's head asks the decoder inside it, and Llama 4's
-    text model has none of that name. Bert's layers lie in an encoder that takes no token ids; its
+    Its forward runs the layers and returns `last_hidden_state`. It is the part that the head calls,
+    which is not always `model.base_model`: OPT's head calls the decoder inside it, and Llama 4's
+    text model has none of that name. Bert's layers are in an encoder that takes no token ids; its
     base is the part around that.
     """
     path = _path(model, find_layers(model))
@@ -75,7 +75,7 @@ def find_base(model: nn.Module) -> nn.Module:
 
 
 def owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
-    """Find the module that holds a list of layers, and the attribute under which it holds them."""
+    """Find the module that holds a list of layers, and the attribute that holds it."""
     parent, _, name = _path(model, layers).rpartition(".")
     return model.get_submodule(parent), name
 

@@ -1,7 +1,7 @@
-"""Loading a causal language model and its tokenizer with transformers.
+"""Load a causal language model and its tokenizer with transformers.
 
-Also a model of a given shape with random weights, to time what is not here yet. Its numbers say
-nothing; layers, sizes, tokens and calls are those of the real model.
+A model can also have a given shape and random weights, for timing without a download. Its outputs
+are meaningless, but layers, sizes, tokens and calls are those of the real model.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 STD = 0.02
-"""Standard deviation of the weights, as most configurations have it."""
+"""Standard deviation of the weights, the default of most configurations."""
 SHARD = 2 * 2**30
-"""Bytes of a file of weights at most: so many are in memory while they are drawn."""
+"""Maximum bytes of a file of weights: this much is in memory while they are drawn."""
 _INDEX = "model.safetensors.index.json"
 # While it loads or builds a model, transformers replaces functions of its classes. Two threads at
-# once leave the replacements behind: no model of the process has tied weights from then on.
+# once leave the replacements behind: then no model of the process has tied weights any more.
 _TRANSFORMERS = Lock()
 
 
 @torch.inference_mode()
 def write_weights(source: ModelSource, model: nn.Module) -> None:
-    """Write random weights into a shape's folder, once; a file at a time is in memory.
+    """Write random weights into a shape's folder, once, with one file at a time in memory.
 
     Args:
         source: The shape.
-        model: Its model on the meta device, in the dtype in which the weights are written.
+        model: Its model on the meta device, in the dtype of the weights to write.
 
     Raises:
         ModelError: The disk has no room for them.
@@ -87,7 +87,7 @@ def write_weights(source: ModelSource, model: nn.Module) -> None:
 
 
 def _draw(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a matrix of a normal distribution, or make a vector of ones."""
+    """Draw a matrix from a normal distribution, or create a vector of ones."""
     weight = torch.empty(parameter.shape, dtype=parameter.dtype)
     return weight.normal_(0, STD, generator=generator) if weight.ndim > 1 else weight.fill_(1)
 
@@ -96,7 +96,7 @@ log = logging.getLogger(__name__)
 
 SPREAD, ALL = "spread", "all"
 SMALL = 0.2
-"""Share of the free memory below which files hold weights that fit, in whatever dtype."""
+"""Share of the free memory below which weights in files fit, whatever the dtype."""
 HOST = 0.6
 """Share of the host's free memory that layers may take there."""
 _QUANTISERS = {
@@ -105,7 +105,7 @@ _QUANTISERS = {
     "compressed-tensors": "compressed_tensors",
     "gptq": "gptqmodel",
 }
-"""Which package reads which kind of quantised checkpoint."""
+"""Method of quantisation → package that reads such checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class LoadedModel:
         model: The causal language model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
         layers: Its decoder layers, in order.
-        identity: Which weights these are.
-        device: Where its inputs go.
-        offloaded: The weights that rest elsewhere until a layer needs them; None where all are in
+        identity: Identity of its weights.
+        device: The device of its inputs.
+        offloaded: The weights that are offloaded until a layer needs them; None if all are in
             place.
     """
 
@@ -138,16 +138,16 @@ def load_model(
     weights: int | None = None,
     offload: str = "device",
 ) -> LoadedModel:
-    """Load a model; layers that do not fit where it is computed rest in the host's memory, on disk.
+    """Load a model, and offload layers that do not fit to the host's memory or to disk.
 
     Args:
-        source: Where it is.
-        dtype: `auto` (what the checkpoint says), `float32`, `bfloat16` or `float16`.
+        source: The source of the model.
+        dtype: `auto` (as the checkpoint says), `float32`, `bfloat16` or `float16`.
         device: `auto` (the accelerator if there is one), a torch device, or `spread`: over all
             accelerators, by accelerate.
-        weights: Bytes that weights may take where they are computed with; None = what is free.
-        offload: Where other layers rest: `host`, `disk`, or `device` for the first that has room;
-            without `weights`, the first two mean all layers.
+        weights: Bytes that weights may take on the computing device; None = what is free.
+        offload: Location of offloaded layers: `host`, `disk`, or `device` for the first that has
+            room; without `weights`, the first two mean all layers.
 
     Returns:
         The model, ready to be measured.
@@ -168,10 +168,10 @@ def load_model(
     placing: dict[str, Any] = {}
     if spread:
         placing = {"device_map": "auto"}
-    elif quantiser:  # moved once they are there, such weights may be spoiled
+    elif quantiser:  # moving such weights later may corrupt them
         placing = {"device_map": {"": str(target)}}
     elif where:
-        # For weights that are in no file as they are used, such as experts'.
+        # For weights that no file holds as they are used, such as those of experts.
         made = TemporaryDirectory(dir=own_folder("offloaded"))
         placing = _mapped(where, target, offload) | {"offload_folder": made.name}
     tokenizer, model = _read(source, dtype, placing)
@@ -199,7 +199,7 @@ def load_model(
 
 
 def _refuse(source: ModelSource, config: PreTrainedConfig, quantiser: str | None) -> None:
-    """Refuse what is no decoder-only model, and quantised weights without the package for them."""
+    """Refuse models that are not decoder-only, and quantised weights without their package."""
     both = getattr(config, "is_encoder_decoder", False)
     if both or any("MaskedLM" in name for name in config.architectures or []):
         raise ModelError(
@@ -211,7 +211,7 @@ def _refuse(source: ModelSource, config: PreTrainedConfig, quantiser: str | None
 
 
 def _read(source: ModelSource, dtype: str, placing: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Read the tokenizer and the model, an adapter in it; no weight may be missing."""
+    """Read the tokenizer and the model, with its adapter; no weight may be missing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = source.load_arguments()
@@ -247,20 +247,20 @@ def resting(
     weights: int | None = None,
     offload: str = "device",
 ) -> Placement | None:
-    """Say which layers of a model rest elsewhere.
+    """Decide which layers of a model are offloaded.
 
     Args:
-        source: Where its files are.
-        shape: Makes the model on the meta device, where it must be looked at.
-        device: Where it is computed.
-        weights: As for `load_model`.
-        offload: The same.
+        source: The source of the model.
+        shape: Function that builds the model on the meta device, called only if needed.
+        device: The device that computes.
+        weights: Bytes that weights may take on the computing device, as for `load_model`.
+        offload: Location of offloaded layers, as for `load_model`.
 
     Returns:
-        Where its parts rest; None where all weights are in place.
+        The placement; None if all weights are in place.
 
     Raises:
-        ModelError: What was asked for cannot be.
+        ModelError: The requested placement is impossible.
     """
     free = free_memory(device)
     asked = weights is not None or offload != "device"
@@ -288,7 +288,7 @@ def resting(
 
 
 def _mapped(where: Placement, device: torch.device, offload: str) -> dict[str, Any]:
-    """What transformers is told of where the parts of a model rest."""
+    """Return transformers' arguments for the locations of a model's parts."""
     fits = device.type != "cpu" and where.moving < HOST * free_memory(torch.device("cpu"))
     elsewhere = "cpu" if offload == "host" or (offload == "device" and fits) else "disk"
     return {
@@ -297,7 +297,7 @@ def _mapped(where: Placement, device: torch.device, offload: str) -> dict[str, A
 
 
 def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers is told of how to load the weights."""
+    """Return transformers' arguments for how to load the weights."""
     how = {name: v for name, v in arguments.items() if name == "attn_implementation"}
     bits = {name: v for name, v in arguments.items() if name.startswith(BITS)}
     if bits.get("load_in_4bit") or bits.get("load_in_8bit"):
@@ -308,7 +308,7 @@ def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quantiser(source: ModelSource, config: PreTrainedConfig) -> str | None:
-    """Name what makes or reads quantised weights; None where they are as they stand in files."""
+    """Return the method that makes or reads quantised weights; None for plain weights."""
     if _how(source.arguments).keys() & {"quantization_config"}:
         return "bitsandbytes"
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -318,7 +318,7 @@ def _quantiser(source: ModelSource, config: PreTrainedConfig) -> str | None:
 def _adapted(
     model: PreTrainedModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase
 ) -> Any:
-    """Put an adapter into a model, as lm-eval does: beside the weights, not merged into them."""
+    """Add an adapter to a model, as lm-eval does: beside the weights, not merged into them."""
     if source.adapter is None:
         return model
     from peft import PeftConfig, PeftModel, PeftType
@@ -338,18 +338,18 @@ def _adapted(
 
 @one_parse()
 def weightless(source: ModelSource, dtype: str) -> tuple[Any, Any]:
-    """Make a model on the meta device and its tokenizer, to plan with; no weight is read.
+    """Build a model on the meta device and its tokenizer, for planning; no weight is read.
 
-    ModelError if the configuration or the tokenizer cannot be read.
+    Raises ModelError if the configuration or the tokenizer cannot be read.
     """
     model = hollow(source, dtype)
     return model, read_tokenizer(source, content_hash(source.stamp()))
 
 
 def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
-    """Count the bytes of a model's weights; None where a quantiser decides.
+    """Return the bytes of a model's weights in memory; None if a quantiser decides them.
 
-    ModelError if the configuration cannot be read.
+    Raises ModelError if the configuration cannot be read.
     """
     if _quantiser(source, read_config(source)) is not None:
         return None
@@ -357,13 +357,13 @@ def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
 
 
 def hollow(source: ModelSource, dtype: str) -> Any:
-    """Make a model on the meta device: its shapes, and no weight is read.
+    """Build a model on the meta device, with its shapes; no weight is read.
 
-    ModelError if the configuration cannot be read.
+    Raises ModelError if the configuration cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
-    # transformers writes the dtype into what it is given, which is read once in a process.
+    # transformers writes the dtype into the given configuration, which is read once per process.
     config = copy.deepcopy(read_config(source))
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     with translate_errors(partial(unreadable, source)), _TRANSFORMERS, torch.device("meta"):
@@ -373,9 +373,9 @@ def hollow(source: ModelSource, dtype: str) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device: the first accelerator if there is one (`auto`, `spread`, `all`), or torch's.
+    """Return a device: the first accelerator if any (`auto`, `spread`, `all`), or torch's by name.
 
-    ModelError if there is none of that name.
+    Raises ModelError if there is none of that name.
     """
     if name in ("auto", SPREAD, ALL):
         return default_device()

@@ -1,7 +1,7 @@
 """A miniature of a model: its own class, layers and pattern, with small widths and random weights.
 
-What sharing may break lies in the code of an architecture and in the pattern of its layers, not in
-its weights; so it can be checked on a model that costs nearly nothing.
+Sharing breaks because of an architecture's code or the pattern of its layers, not because of its
+weights, so it can be checked on a model that costs nearly nothing.
 
 Its configuration is the model's, made small: same layers and pattern, few heads and experts.
 """
@@ -27,11 +27,11 @@ from tracker.models.layers import find_layers
 from tracker.models.pruned import Shapes, shapes
 
 NumberPath = tuple[str, ...]
-"""Where a number stands in a text model's configuration."""
+"""Path of a number in a text model's configuration."""
 VOCABULARY = 128
 HEADS = 4
 HEAD = 8
-"""How wide the widest head is at least, where it was wider."""
+"""Minimum width of the widest head, if it was wider."""
 QUERIES_AND_KEYS = (
     ("num_attention_heads", "num_key_value_heads"),
     ("num_attention_heads", "num_kv_heads"),
@@ -47,19 +47,19 @@ HEAD_SIZES = (
     "index_head_dim", "rotary_dim", "linear_head_dim", "linear_key_head_dim",
     "linear_value_head_dim",
 )  # fmt: skip
-"""Made small by one divisor, so that parts of a head stay parts of it."""
+"""Sizes divided by one divisor, so that parts of a head stay parts of it."""
 LIKE_HIDDEN = (
     "attention_hidden_size", "embedding_dim", "embedding_size", "lru_width", "mamba_d_ssm",
     "word_embed_proj_dim",
 )  # fmt: skip
-"""Made small as the hidden size is."""
+"""Sizes reduced like the hidden size."""
 MAMBA = (
     ("num_heads", "head_dim", "n_groups"),
     ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
     ("mamba_num_heads", "mamba_head_dim", "n_groups"),
     ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
 )
-"""Heads of a state space model, how wide each is, and the groups that they stand in."""
+"""Number of heads of a state space model, their width, and the number of their groups."""
 BETWEEN = (
     "block_multiple_of", "d_inner", "decoder_ffn_dim", "dense_intermediate_size",
     "depthwise_seperable_out_channel", "dff", "dim_ff", "encoder_ffn_dim", "expert_ffn_hidden_size",
@@ -82,12 +82,12 @@ VOCABULARIES = (
     "vocab_size_per_layer_input",
 )  # fmt: skip
 BLOCKS = ("chunk_size", "mamba_chunk_size")
-"""In how large blocks a state space model sums, padding every text to one; no sum depends on it."""
+"""Block sizes of a state space model's sums, which affect only the padding of texts."""
 STATES = ("mamba_d_state", "ssm_state_size", "state_size")
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """What a configuration says under a name: once, once a layer, or not at all."""
+    """List the sizes under a name in a configuration: one, one per layer, or none."""
     name = config.attribute_map.get(name, name)
     said = [vars(config).get(name), *(layer.get(name) for layer in _uneven(config).values())]
     flat = [each for one in said for each in (one if isinstance(one, (list, tuple)) else (one,))]
@@ -95,14 +95,14 @@ def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
 
 
 def _change(config: PreTrainedConfig, names: Iterable[str], small: Callable[[int], int]) -> None:
-    """Change whatever sizes stand under some names, each once."""
+    """Change all sizes under some names in a configuration, each once."""
 
     def one(value: object) -> object:
         if isinstance(value, (list, tuple)):
             return type(value)(one(each) for each in value)
         return small(value) if type(value) is int and value > 0 else value
 
-    # A class may know a name under another one.
+    # A class may use an alias for a name.
     own = {config.attribute_map.get(name, name) for name in names}
     uneven = {
         int(index): {name: one(value) if name in own else value for name, value in layer.items()}
@@ -115,7 +115,7 @@ def _change(config: PreTrainedConfig, names: Iterable[str], small: Callable[[int
 
 
 def _uneven(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Sizes that single layers have for themselves."""
+    """Return the sizes that single layers define for themselves."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     uneven: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
@@ -127,12 +127,12 @@ def _at_most(most: int, *names: str) -> Callable[[Any], None]:
 
 
 def _heads(config: PreTrainedConfig) -> None:
-    """Four heads of queries; as many of keys and values, or two, or one; each about 8 wide."""
+    """Set four query heads; as many key-value heads, or two, or one; each about 8 wide."""
     before = copy.copy(config)
     sizes = [each for name in HEAD_SIZES for each in _sizes(config, name)]
     hidden = (_sizes(config, "hidden_size") or [0])[0]
     heads = (_sizes(config, "num_attention_heads") or [0])[0]
-    # The width of a head that nobody names.
+    # The width of a head if the configuration does not name it.
     size = (_sizes(config, "head_dim") or [hidden // heads if heads else HEAD])[0]
     turned = [int(size * part + 0.5) for part in _parts(vars(config)) if 0 < part <= 1]
     sizes += [size, *turned]
@@ -157,7 +157,7 @@ def _few_keys(keys: int, many: Sequence[int]) -> int:
 
 
 def _parts(settings: Mapping[str, Any]) -> Iterator[float]:
-    """How much of a head has rotary positions, wherever it is said."""
+    """Yield the shares of a head with rotary positions, from all levels of the settings."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _parts(value)
@@ -166,7 +166,7 @@ def _parts(settings: Mapping[str, Any]) -> Iterator[float]:
 
 
 def _hidden(config: PreTrainedConfig, before: PreTrainedConfig, wide: int) -> None:
-    """The hidden size, and what goes with it."""
+    """Set the hidden size and the sizes that depend on it."""
     hidden = before.hidden_size
     _change(config, ["hidden_size", *LIKE_HIDDEN], lambda value: value * wide // hidden)
     if hasattr(config, "state_size"):
@@ -180,7 +180,7 @@ def _hidden(config: PreTrainedConfig, before: PreTrainedConfig, wide: int) -> No
 
 
 def _change_rotary(rotary: Any, divisor: int) -> None:
-    """One factor a pair of places in a head, and how many of them go with each axis."""
+    """Reduce rotary factors to one per pair of dimensions, and the sections of axes likewise."""
     for name, value in rotary.items() if isinstance(rotary, dict) else ():
         if isinstance(value, dict):
             _change_rotary(value, divisor)
@@ -193,20 +193,20 @@ def _change_rotary(rotary: Any, divisor: int) -> None:
 
 
 def _between(config: PreTrainedConfig) -> None:
-    # What a state space model calls so goes with its hidden size.
+    # In a state space model, this size depends on the hidden size.
     if not hasattr(config, "state_size"):
         _at_most(16, *BETWEEN)(config)
 
 
 def _experts(config: PreTrainedConfig) -> None:
-    """Four experts of which a token gets two; of groups two, one of them chosen."""
+    """Set four experts of which a token gets two; two groups, one of them chosen."""
     _change(config, EXPERTS, lambda value: min(value, 4))
     _change(config, (*CHOSEN, *GROUPS), lambda value: min(value, 2))
     _change(config, ["topk_group"], lambda _: 1)
 
 
 def _words(config: PreTrainedConfig) -> None:
-    """A small vocabulary with every special token in it."""
+    """Set a small vocabulary that includes every special token."""
     _change(config, VOCABULARIES, lambda value: min(value, VOCABULARY))
     rare = VOCABULARY
     for name, value in list(vars(config).items()):
@@ -228,11 +228,11 @@ SHRINK: tuple[Callable[[Any], None], ...] = (
     _at_most(2, "o_groups"),
     _at_most(16, *BLOCKS),
 )
-"""What can be made small, each for itself."""
+"""Reductions that can be applied independently."""
 
 
 def small_config(config: PreTrainedConfig, shrink: Sequence[Callable[[Any], None]]) -> Any | None:
-    """Copy a configuration made small by some of `SHRINK`; None where the configuration refuses."""
+    """Copy a configuration reduced by some of `SHRINK`; None if the configuration refuses."""
     small = copy.deepcopy(config)
     small.__dict__.pop("quantization_config", None)
     text = small.get_text_config()
@@ -244,7 +244,7 @@ def small_config(config: PreTrainedConfig, shrink: Sequence[Callable[[Any], None
             _words(part)
             for each in shrink:
                 each(part)
-            # A part that sees pictures, say: the model is built with it and runs without it.
+            # A vision part, for example: the model is built with it and runs without it.
             if part is not small and part is not text:
                 _change(part, DEPTHS, lambda _: 1)
 
@@ -253,7 +253,7 @@ def small_config(config: PreTrainedConfig, shrink: Sequence[Callable[[Any], None
 
 
 def numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
-    """List the numbers of a text configuration, nested ones too: whole, from 4 on, with paths."""
+    """Yield the numbers of a text configuration with paths, nested ones too: whole, from 4 on."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):
@@ -268,7 +268,7 @@ def numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
 
 
 def with_numbers(config: PreTrainedConfig, chosen: dict[NumberPath, float]) -> Any:
-    """Copy a model's configuration, the numbers at some paths of its text part changed."""
+    """Copy a model's configuration with the numbers at some paths of its text part changed."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
     for (first, *rest), value in chosen.items():
@@ -283,13 +283,13 @@ def with_numbers(config: PreTrainedConfig, chosen: dict[NumberPath, float]) -> A
 
 
 LARGEST = 8_000_000
-"""Weights above which a model is no miniature."""
+"""Number of weights above which a model is no miniature."""
 NEVER_FIRST = 2
-"""How many kinds of width may stay as they are, so that the rest can be made small."""
+"""Maximum number of reductions that may be left out so that the others work."""
 
 
 def miniature(model: PreTrainedModel) -> Any | None:
-    """Make a model of the same class whose layers hold the same modules; None if none runs."""
+    """Build a model of the same class whose layers hold the same modules; None if none runs."""
     pattern = _pattern(model)
     for left in range(NEVER_FIRST + 1):
         for unchanged in combinations(SHRINK, left):
@@ -303,8 +303,8 @@ def miniature(model: PreTrainedModel) -> Any | None:
 def build(kind: type, config: PreTrainedConfig, wanted: Shapes | None = None) -> Any | None:
     """Build a model of transformers with random weights, the same ones for the same shapes.
 
-    It is in float64, or in float32 where its class computes in nothing wider; None where it cannot
-    be built, is large, says no numbers, or has others than the wanted shapes.
+    It is in float64, or in float32 if its class computes in nothing wider. None if it cannot be
+    built, is large, returns NaN, or has other shapes than those wanted.
     """
     model = attempt(partial(_build, kind, config, wanted))
     return None if isinstance(model, Exception) else model  # the configuration of another class
@@ -323,7 +323,7 @@ def _build(kind: type, config: PreTrainedConfig, wanted: Shapes | None) -> Any |
             torch.default_generator.manual_seed(0)  # of the CPU alone
             own = copy.deepcopy(config)
             if dtype == torch.float64:
-                # The usual one, all experts in one call, knows no wider numbers than float32.
+                # The usual one, all experts in one call, supports no dtype wider than float32.
                 own._experts_implementation = "batched_mm"
             model = kind(own).to(dtype).eval().requires_grad_(False)
             _draw(model, positive)
@@ -333,7 +333,7 @@ def _build(kind: type, config: PreTrainedConfig, wanted: Shapes | None) -> Any |
 
 
 def _runs(model: nn.Module) -> bool:
-    """Whether it says numbers, but of tokens that are never said: NaN would agree with anything."""
+    """Return whether a model's logits are finite, except for tokens that are never predicted."""
     ids = torch.arange(8)[None] + 3
     with torch.inference_mode():
         output = attempt(lambda: copy.deepcopy(model)(ids, use_cache=False).logits[0])
@@ -346,9 +346,9 @@ def _runs(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _draw(model: nn.Module, positive: bool) -> None:
-    """Draw weights with which every layer says something and nothing explodes.
+    """Draw weights with which every layer has an effect and nothing explodes.
 
-    With `positive`, matrices that the class makes positive throughout stay so, as gains would.
+    With `positive`, matrices that the class makes positive throughout stay so, like gains.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -362,8 +362,8 @@ def _draw(model: nn.Module, positive: bool) -> None:
 
 
 def _pattern(model: PreTrainedModel) -> list[list[tuple[str, str]]]:
-    """For each layer the modules that it holds; how many experts does not count."""
-    # Inside a weight with an adapter, which sees no other token; or an expert but the first.
+    """List the modules of each layer; the number of experts does not count."""
+    # Parts of a weight with an adapter, which see no other token; and experts but the first.
     beside = re.compile(r"(^|\.)(base_layer|lora_[^.]*|0*[1-9]\d*)(\.|$)")
     return [
         [

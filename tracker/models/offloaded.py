@@ -1,8 +1,8 @@
-"""Weights that rest elsewhere than they are computed with: a layer is brought in when it is needed.
+"""Offloaded weights: each layer is loaded to the device when it is needed.
 
-transformers and accelerate load such a model and know where each weight is; the order in which they
-come is ours (`engine.lockstep`), since each pass would read all of them again. Which layers rest
-elsewhere is decided here too.
+transformers and accelerate load such a model and record where each weight is. The order of loading
+is tracker's own (`engine.lockstep`), since otherwise each pass would read all weights again. This
+module also decides which layers are offloaded.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from tracker.models.devices import can_pin, free_memory, pinned, streams
 from tracker.models.layers import find_layers
 
 ALIGNED = 64
-"""Bytes at whose multiples a weight begins in a buffer, as allocators have it."""
+"""Alignment of weights in a buffer in bytes, as in allocators."""
 AT_ONCE = 16 * 2**20
-"""Bytes that are asked for in one read."""
+"""Bytes per read request."""
 ROOM = 2
-"""Layers that there is room for: one is computed with while the next one is read."""
+"""Number of layers that fit on the device: one is used while the next one is read."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor's bytes in a safetensors file, and what the file was when it was opened.
+    """A tensor's bytes in a safetensors file, with the state of the file when it was opened.
 
-    They are read, and not mapped as safetensors does: of a mapped file that is cut short meanwhile
-    the process ends by a signal, and its pages count as this process's memory.
+    They are read, and not mapped as safetensors does. If a mapped file is truncated, a signal ends
+    the process, and mapped pages count as this process's memory.
     """
 
     path: Path
@@ -52,13 +52,13 @@ class Slice:
     stamp: tuple[int, int]
 
     def tensor(self, shape: torch.Size) -> Tensor:
-        """Read it as a tensor of its own."""
+        """Read the bytes as a new tensor."""
         raw = torch.empty(self.size, dtype=torch.uint8)
         self.read(raw)
         return raw.view(self.dtype).view(shape)
 
     def read(self, into: Tensor) -> None:
-        """Read the bytes into a tensor of uint8 on the CPU; CellError if the file has changed."""
+        """Read the bytes into a uint8 CPU tensor; raise CellError if the file has changed."""
         view, start = memoryview(into.numpy().data), 0
         with self.path.open("rb", buffering=0) as file:
             if _stamp(file.fileno()) != self.stamp:
@@ -80,7 +80,7 @@ def _stamp(descriptor: int) -> tuple[int, int]:
 
 @cache
 def _header(path: Path, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
-    """Where the tensors of a safetensors file begin, and where each lies from there."""
+    """Return the offset of a safetensors file's tensors, and its header with their positions."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
@@ -99,9 +99,9 @@ def slice_of(path: Path, name: str) -> Slice:
 
 @dataclass(frozen=True)
 class _Weight:
-    """One parameter of a layer, and where its numbers rest: in a file, or in the host's memory.
+    """One parameter of a layer, and the source of its values: a file, or the host's memory.
 
-    `absent` has its shape and dtype, and no numbers; `start` is its place in a layer's buffer.
+    `absent` has its shape and dtype but no values; `start` is its offset in a layer's buffer.
     """
 
     parameter: nn.Parameter
@@ -111,7 +111,7 @@ class _Weight:
 
     @property
     def stop(self) -> int:
-        """Where it ends in the buffer."""
+        """The end of the weight in the buffer."""
         return self.start + self.absent.numel() * self.absent.itemsize
 
     def view(self, buffer: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ class _Layer:
 
     Attributes:
         weights: Its parameters, in the order of a buffer.
-        image: The buffer's bytes in pinned memory of the host, part by part; empty where each
-            weight is read from its own source.
+        image: The buffer's bytes in pinned memory of the host, part by part; empty if each weight
+            is read from its own source.
     """
 
     weights: Sequence[_Weight]
@@ -134,7 +134,7 @@ class _Layer:
 
     @property
     def size(self) -> int:
-        """Return how many bytes a buffer for them has."""
+        """The size of a buffer for the layer in bytes."""
         return max(self.weights[-1].stop, sum(map(len, self.image)))
 
     def parts(self, buffer: Tensor) -> Iterable[tuple[Slice | Tensor, Tensor]]:
@@ -145,7 +145,7 @@ class _Layer:
         return zip(self.image, views, strict=True)
 
     def pinned(self) -> _Layer:
-        """Move weights that are in the host's memory to pinned memory."""
+        """Return the layer with weights in the host's memory moved to pinned memory."""
         if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
         image = pinned(self.size)
@@ -159,7 +159,7 @@ class _Layer:
 
 @dataclass
 class _Slot:
-    """Room for one layer where it is computed with, and which one is there or on its way."""
+    """Device memory for one layer, and the layer that it holds or that is being read into it."""
 
     buffer: Tensor
     layer: int | None = None
@@ -167,24 +167,24 @@ class _Slot:
 
 
 class OffloadedWeights:
-    """The layers of a model whose weights are not where they are computed with.
+    """The layers of a model whose weights are not on the device that computes with them.
 
-    One layer is computed with while the next one is read: there is room for two. A copy of the
-    model shares its parameters, so that what is brought in is there for all copies; of a layer that
-    is absent, parameters have their shapes, and are not a number.
+    One layer is used while the next one is read: there is room for two. A copy of the model shares
+    its parameters, so that a loaded layer is available to all copies. Parameters of an absent layer
+    have their shapes, and their values are NaN.
 
     Attributes:
-        device: Where they are computed with.
-        wait: Called with a layer whose weights are needed now; whoever runs many passes side by
-            side puts itself here.
-        times: Layer → how often it was brought in.
-        waited: Seconds that were spent waiting for weights.
-        heard: Called with nothing when a layer has come.
+        device: The device that computes with the weights.
+        wait: Called with a layer whose weights are needed now; lockstep execution of many passes
+            replaces it.
+        times: Layer → how often it was loaded.
+        waited: Seconds spent waiting for weights.
+        heard: Callbacks without arguments, called when a layer has been loaded.
 
     Args:
-        device: Where they are computed with.
-        rests: Layer → its parameters, and where the numbers of each rest; it is emptied.
-        folder: Where some of them were written; it is gone when this is.
+        device: The device that computes with the weights.
+        rests: Layer → its parameters, with the source of each; it is emptied.
+        folder: Temporary folder with some of the weights; it is deleted with this object.
     """
 
     def __init__(
@@ -199,34 +199,34 @@ class OffloadedWeights:
         self.waited = 0.0
         self.heard: list[Callable[[], None]] = []
         self._layers: dict[int, _Layer] = {}
-        for number in self.times:  # taken, so that one layer at a time is in memory twice
+        for number in self.times:  # popped, so that only one layer at a time is in memory twice
             layer = _Layer([*_placed(rests.pop(number))])
             self._layers[number] = layer.pinned() if can_pin(device) else layer
         largest = max(layer.size for layer in self._layers.values())
         self._slots = [
             _Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(ROOM)
         ]
-        self._folder = folder  # it is there as long as this is
+        self._folder = folder  # kept alive as long as this object
         self._reader = ThreadPoolExecutor(1, "weights")
         self._streams = streams(device)
         self._stream = self._streams.Stream(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeights:
-        """Say that copies of a model have the same weights."""
+        """Return this object, since copies of a model share the weights."""
         return self
 
     @property
     def read_bytes(self) -> int:
-        """How many bytes were brought in."""
+        """The number of bytes loaded so far."""
         return sum(self._layers[layer].size * times for layer, times in self.times.items())
 
     @property
     def bytes(self) -> int:
-        """How many bytes are brought in when each layer comes past once."""
+        """The number of bytes loaded when each layer is loaded once."""
         return sum(layer.size for layer in self._layers.values())
 
     def __str__(self) -> str:
-        """Say what rests elsewhere, as it stands in messages."""
+        """Describe the offloaded layers for messages."""
         some = [*self.times]
         named = ", ".join(map(str, some[:3])) + (", …" if len(some) > 3 else "")
         return (
@@ -235,9 +235,9 @@ class OffloadedWeights:
         )
 
     def bring(self, layer: int) -> None:
-        """Bring a layer in, if it is not there yet, and begin to read the next one behind it.
+        """Load a layer, if it is absent, and begin to read the next one.
 
-        CellError if its file has changed or cannot be read.
+        Raises CellError if its file has changed or cannot be read.
         """
         here = self._find(layer) or self._start(layer, self._slots[0])
         assert here.arrival is not None
@@ -254,7 +254,7 @@ class OffloadedWeights:
         with torch.inference_mode(False):  # some devices refuse inference tensors as parameters
             for weight in self._layers[layer].weights:
                 weight.parameter.data = weight.view(here.buffer)
-        # The one that is used now stands last, so that the first one makes room.
+        # The slot in use comes last, so that the first one is overwritten next.
         self._slots.sort(key=lambda slot: slot is here)
         behind = next((other for other in self.times if other > layer), None)
         if behind is not None and self._find(behind) is None:
@@ -264,7 +264,7 @@ class OffloadedWeights:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let one pass after the other run meanwhile, each bringing in what it needs."""
+        """Run passes one after the other until exit, each loading the layers that it needs."""
         before, self.wait = self.wait, self.bring
         try:
             yield
@@ -275,13 +275,13 @@ class OffloadedWeights:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
     def _start(self, layer: int, slot: _Slot) -> _Slot:
-        """Begin to read a layer into a slot, whose own layer goes."""
+        """Begin to read a layer into a slot, and evict the slot's own layer."""
         if slot.arrival is not None:
             wait([slot.arrival])
         if slot.layer is not None:
             for weight in self._layers[slot.layer].weights:
                 weight.parameter.data = weight.absent
-        # What was computed with the old ones is done before new ones are written over them.
+        # Computations with the old weights end before new ones overwrite them.
         self._stream.wait_stream(self._streams.current_stream(self.device))
         slot.layer = layer
         slot.arrival = self._reader.submit(self._read, layer, slot.buffer)
@@ -289,7 +289,7 @@ class OffloadedWeights:
         return slot
 
     def _read(self, layer: int, buffer: Tensor) -> Any:
-        """Read a layer, and return the event that says when it is there."""
+        """Read a layer, and return the event that signals its arrival."""
         with self._streams.stream(self._stream):
             for source, view in self._layers[layer].parts(buffer):
                 _copy(source, view)
@@ -297,7 +297,7 @@ class OffloadedWeights:
 
 
 def _placed(rests: Sequence[tuple[nn.Parameter, Slice | Tensor]]) -> Iterator[_Weight]:
-    """Give each of a layer's weights its place in a buffer."""
+    """Assign each of a layer's weights its offset in a buffer."""
     start = 0
     for parameter, source in rests:
         weight = _Weight(parameter, source, parameter.data, start)
@@ -306,7 +306,7 @@ def _placed(rests: Sequence[tuple[nn.Parameter, Slice | Tensor]]) -> Iterator[_W
 
 
 def _copy(source: Slice | Tensor, view: Tensor) -> None:
-    """Copy the numbers of a source into a part of a buffer, without waiting where that can be."""
+    """Copy the values of a source into a part of a buffer, without waiting if possible."""
     if isinstance(source, Tensor):
         view.copy_(source, non_blocking=True)
     elif view.device.type == "cpu" and source.dtype == view.dtype:
@@ -318,20 +318,20 @@ def _copy(source: Slice | Tensor, view: Tensor) -> None:
 def take_over(
     model: nn.Module, layers: nn.ModuleList, device: torch.device, folder: TemporaryDirectory[str]
 ) -> OffloadedWeights | None:
-    """Take the weights that accelerate would bring in for each call into our own hands.
+    """Replace accelerate's loading of weights in each call by `OffloadedWeights`.
 
     Args:
-        model: A model as `from_pretrained` leaves it, computed on one device, with whole layers on
-            disk or, where that is an accelerator, in the host's memory.
+        model: A model as `from_pretrained` returns it, on one device, with whole layers on disk or,
+            if the device is an accelerator, in the host's memory.
         layers: Its decoder layers.
-        device: Where it is computed.
-        folder: Where transformers has written weights that are in no file as they are used.
+        device: The device that computes.
+        folder: The folder to which transformers has written weights that no file holds as used.
 
     Returns:
-        Their weights, which each layer asks for when it is called; None where all are in place.
+        The weights, which each layer requests when it is called; None if all are in place.
 
     Raises:
-        ModelError: Something else than a layer's own weights is elsewhere.
+        ModelError: Something other than a layer's own weights is offloaded.
     """
     index = _index(model)
     remove_hook_from_submodules(model)
@@ -342,7 +342,7 @@ def take_over(
             for own, held in list(module._parameters.items()):
                 if held is None or held.device == device:
                     continue
-                # Whoever computes with it while it is absent says no number.
+                # Computing with an absent weight gives NaN.
                 nothing = torch.zeros(1, dtype=held.dtype, device=device)
                 if held.is_floating_point():
                     nothing.fill_(torch.nan)
@@ -369,12 +369,12 @@ def take_over(
 
 
 def is_absent(weight: Tensor) -> bool:
-    """Say whether a weight rests elsewhere at the moment."""
+    """Return whether a weight is offloaded at the moment."""
     return bool(weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize)
 
 
 Attribute = tuple[nn.Module, str]
-"""A module, and its name for a parameter, or for a module in it."""
+"""A module and the name of a parameter or a module in it."""
 
 
 def replace_attributes(
@@ -383,15 +383,15 @@ def replace_attributes(
     make: Callable[[], Mapping[Attribute, Tensor | nn.Module]],
     briefly: bool = False,
 ) -> None:
-    """Give a layer other parameters or modules; `briefly` only while it is called.
+    """Give a layer other parameters or modules; with `briefly` only while it is called.
 
-    So it is too where its own rest elsewhere, and come when it is called.
+    The same holds if its own are offloaded, and loaded when it is called.
 
     Args:
         layer: The layer.
-        attributes: Which of its parameters or modules.
-        make: Makes the other ones.
-        briefly: Whether it has them only while it is called.
+        attributes: The parameters or modules to replace.
+        make: Function that makes the replacements.
+        briefly: Whether the layer has them only while it is called.
     """
     before = {attribute: getattr(*attribute) for attribute in attributes}
 
@@ -413,7 +413,7 @@ def replace_attributes(
 
 
 def _index(model: nn.Module) -> Mapping[str, Any]:
-    """Where transformers says that the weights on disk lie: parameter → file and name in it."""
+    """Return transformers' index of the weights on disk: parameter → file and name in it."""
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(weights, PrefixedDataset):
@@ -423,30 +423,30 @@ def _index(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _wait(weights: OffloadedWeights, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Hook by which a layer, and each copy of it, waits for its weights."""
-    if not getattr(module.forward, "is_weightless", False):  # what stands there needs none
+    """Wait for a layer's weights: the hook of a layer and of each copy of it."""
+    if not getattr(module.forward, "is_weightless", False):  # such a forward needs no weights
         weights.wait(layer)
 
 
 FITS = 0.9
-"""Share of the free memory up to which weights that fit are loaded as they are."""
+"""Share of the free memory up to which weights are loaded without offloading."""
 RESIDENT = 0.6
-"""Share of the free memory that weights take where they do not fit: the rest is for what the layers
-compute."""
+"""Share of the free memory that weights take if they do not fit: the rest is for intermediate
+results of the layers."""
 
 TRIED = 2**29
-"""Bytes that are read to see how fast they come."""
+"""Bytes that are read to measure the rate of reading."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model rest.
+    """The locations of the parts of a model.
 
     Attributes:
-        elsewhere: The layers that are brought in when they are needed.
+        elsewhere: The offloaded layers.
         parts: Each part of the model → whether it is one of those layers.
         total: Bytes of all weights.
-        moving: Bytes of those layers.
+        moving: Bytes of the offloaded layers.
     """
 
     elsewhere: tuple[int, ...]
@@ -456,18 +456,18 @@ class Placement:
 
 
 def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) -> Placement | None:
-    """Decide which layers have to rest elsewhere.
+    """Decide which layers are offloaded.
 
-    They are as evenly spread as can be, so that one is read while others are computed with.
+    They are spread as evenly as possible, so that one is read while others are used.
 
     Args:
         model: The model, on the meta device.
-        free: Bytes that are free where it is computed.
-        limit: Bytes that its weights may take there; None = as many as fit.
-        every: Whether all layers are to rest elsewhere.
+        free: Free bytes on the device that computes.
+        limit: Maximum bytes of weights there; None = as many as fit.
+        every: Whether to offload all layers.
 
     Returns:
-        Where its parts rest; None where all weights fit.
+        The placement; None if all weights fit.
 
     Raises:
         ModelError: Not even two layers fit beside the embeddings and the head.
@@ -486,16 +486,16 @@ def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) 
         )
     staying = 0 if every else min((most - least) // max(sizes), len(sizes) - ROOM)
     moving = len(sizes) - staying
-    # The k-th of so many, spread over all.
+    # The k-th of `moving` layers, spread over all.
     elsewhere = tuple(k * len(sizes) // moving for k in range(moving))
     parts = dict(_parts(model, layers, "", {*elsewhere}))
     return Placement(elsewhere, parts, total, sum(sizes[layer] for layer in elsewhere))
 
 
 def read_rate(files: Sequence[Path]) -> float | None:
-    """Measure how many bytes of files are read in a second, by the beginning of the largest one.
+    """Measure the bytes per second at which files are read, on the beginning of the largest one.
 
-    None where there is none. What the system has kept of it comes faster than the rest would.
+    None if there are no files. Parts in the system's cache are read faster than the rest.
     """
     if not files:
         return None
@@ -507,21 +507,21 @@ def read_rate(files: Sequence[Path]) -> float | None:
 
 
 def least_free(model: nn.Module, device: torch.device) -> int:
-    """Return the bytes that are free on the fullest device of a model: its inputs' or weights'."""
+    """Return the free bytes on the fullest device of a model: its inputs' or weights'."""
     return min(map(free_memory, {device, *(p.device for p in model.parameters() if not p.is_meta)}))
 
 
 def devices_for(weights: int, free: int, devices: int) -> int:
-    """Return over how many devices a model is to be spread.
+    """Return the number of devices over which to spread a model.
 
     Args:
         weights: Bytes of its weights.
-        free: Bytes that are free on the fullest device.
-        devices: How many there are.
+        free: Free bytes on the fullest device.
+        devices: Number of devices.
 
     Returns:
-        As many as leave room for what the layers compute. One where the weights fit on it, and
-        where they do not even fit on all: then layers rest elsewhere.
+        As many as leave room for intermediate results. One if the weights fit on it, or if they do
+        not even fit on all: then layers are offloaded.
     """
     if weights <= FITS * free:
         return 1
@@ -530,7 +530,7 @@ def devices_for(weights: int, free: int, devices: int) -> int:
 
 
 def least_bytes(model: nn.Module, staying: int = 0) -> int:
-    """Count the bytes that a model takes with some layers in place, and room for others."""
+    """Count the bytes of a model with `staying` layers in place, and room for offloaded ones."""
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (ROOM + staying) * max(sizes)
 
@@ -541,7 +541,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def _parts(module: nn.Module, layers: nn.ModuleList, path: str, elsewhere: set[int]) -> Any:
-    """List the largest parts that hold no layer, and the layers; each with whether it moves."""
+    """Yield the layers and the largest parts without layers, each with whether it is offloaded."""
     for name, held in [*module._parameters.items(), *module._buffers.items()]:
         if held is not None:
             yield f"{path}{name}", False

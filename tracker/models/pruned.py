@@ -1,10 +1,10 @@
-"""A model whose layers are really taken out: a copy of its own, as a saved checkpoint would be.
+"""Really pruned models: copies without some layers, as a saved checkpoint would be.
 
 The copy shares the weights and nothing else, so that it runs beside the model it was made of.
 
-From a layer's place, or from how many layers there are, a class may compute factors, windows and
-tables when a model is made of its configuration. A copy in memory has them as they were in the
-whole model; what is saved and loaded has them anew.
+When a model is built from its configuration, a class may compute factors, windows and tables from a
+layer's position or from the number of layers. A copy in memory keeps those of the whole model; a
+saved and loaded one has them computed anew.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
 _ABSENT = "no such attribute"
-"""Stands for what a module gets only when it is called."""
+"""Marker for an attribute that a module gets only when it is called."""
 FIRST = "max_window_layers"
-"""Qwen's first so many layers, which see all; no shape depends on it."""
+"""Qwen's number of first layers with full attention; no shape depends on it."""
 _CUT = "_cut_from"
-"""Of a configuration's class that computes what is left: the class that it was."""
+"""Attribute of a cut configuration's class that holds the original class."""
 _LABELS = "id2label"
-"""A configuration's table of a classifier's labels, whose numbers are no layers."""
+"""A configuration's table of a classifier's labels, whose keys are no layers."""
 SMALL = 4096
-"""Elements up to which a buffer is copied: rotary frequencies, which some models change in a call;
-larger ones are masks and the like, of which every copy would take its own."""
+"""Elements up to which a buffer is copied: rotary frequencies, which some models change in a call.
+Larger ones are masks and the like, which copies share."""
 
 
 def pruned(
@@ -54,19 +54,20 @@ def pruned(
     changes: Iterable[tuple[int, Callable[[nn.Module], object]]] = (),
     repeated: Sequence[Change] = (),
 ) -> Any:
-    """Copy a model without some of its layers, or with some of them again, all re-indexed.
+    """Copy a model without some of its layers, or with some of them repeated, all re-indexed.
 
-    What belongs to a layer is found by its shape: a list in the configuration with one entry a
-    layer, a number in each layer that is the layer's own place, a table whose keys are places.
+    Data of layers are found by structure: a list in the configuration with one entry per layer, a
+    number in each layer that is the layer's own index, a table whose keys are layer indices.
 
     Args:
         model: A causal language model of transformers.
-        removed: The layers to take out, 0-based.
-        fresh: What the copy gets for its own in place of the model's, parameters too.
-        stay: Whether the layers stay where they are and hand on their input, for a model that
-            cannot be cut.
-        changes: What changes the copies of some layers, with the layer's place in the model.
-        repeated: Stretches of layers that stand several times in the copy, one behind another.
+        removed: The layers to remove, 0-based.
+        fresh: Values that the copy gets in place of the model's, including parameters.
+        stay: Whether the layers stay in place and pass on their input, for a model that cannot be
+            cut.
+        changes: Functions that change the copies of some layers, with the layers' indices in the
+            model.
+        repeated: Spans of layers that occur several times in the copy, one behind another.
 
     Returns:
         The copy.
@@ -101,7 +102,7 @@ def pruned(
 
 
 def left(total: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()) -> list[int]:
-    """List which of so many layers a copy has, in order; repeated ones several times."""
+    """List the layers of a copy by their original indices, in order; repeat repeated ones."""
     kept: list[int] = []
     for index in range(total):
         kept += [index] if index not in removed else []
@@ -112,12 +113,12 @@ def left(total: int, removed: Collection[int] = (), repeated: Sequence[Change] =
 
 
 def _shared(model: PreTrainedModel) -> Iterator[Any]:
-    """All that a copy has in common with the model: weights, large buffers, what lies on disk."""
+    """Yield all that a copy shares with the model: weights, large buffers, weights on disk."""
     for module in model.modules():
         yield from (held for held in module._parameters.values() if held is not None)
         buffers = module._buffers.values()
         yield from (held for held in buffers if held is not None and held.numel() > SMALL)
-        # accelerate's, of a model that is spread over devices
+        # Attributes of accelerate, for a model that is spread over devices.
         hook = getattr(module, "_hf_hook", None)
         for name in ("weights_map", "tied_params_map"):
             held = getattr(hook, name, None)
@@ -126,7 +127,7 @@ def _shared(model: PreTrainedModel) -> Iterator[Any]:
 
 
 def _take_out(twin: PreTrainedModel, layers: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Leave only the kept layers in a copy, which nobody else uses; one may be kept again."""
+    """Leave only the kept layers in a copy that has no other users; one may be kept twice."""
     total = len(layers)
     parent, name = owner(twin, layers)
     places = _places(layers)
@@ -138,11 +139,11 @@ def _take_out(twin: PreTrainedModel, layers: nn.ModuleList, kept: Sequence[int])
         for new, index in enumerate(kept):
             if index in holders:
                 setattr(own[new].get_submodule(path), attribute, new)
-    setattr(parent, name, nn.ModuleList())  # so that only what holds the layers is looked at
+    setattr(parent, name, nn.ModuleList())  # only modules around the layers remain
     around = [m for m in twin.modules() if any(each is parent for each in m.modules())]
     layers = nn.ModuleList(own)
     setattr(parent, name, layers)
-    # What holds the layers may have lists with an entry for each, what is in them tables by place.
+    # Modules around the layers may have lists with an entry per layer, and tables by index.
     for module in around:
         for attribute, value in _own(module, (list, tuple, dict, int)):
             counts = type(value) is int and value == total and "layer" in attribute
@@ -154,15 +155,15 @@ def _take_out(twin: PreTrainedModel, layers: nn.ModuleList, kept: Sequence[int])
 
 
 def _own(module: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """List what a module holds of some kinds, but for what is torch's."""
+    """List a module's attributes of some types, without those of torch."""
     own = vars(module).items()
     return [(name, v) for name, v in own if isinstance(v, kinds) and not name.startswith("_")]
 
 
 def _places(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Find where layers hold their places: path of a module and attribute → which layers do.
+    """Find attributes of layers that hold the layer's index: path and attribute → layers.
 
-    A place is a number that is, wherever the layers have it, the layer's own index.
+    An attribute holds the index if it equals it in every layer that has the attribute.
     """
     found: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for index, layer in enumerate(layers):
@@ -179,7 +180,7 @@ def _places(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
 
 
 def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
-    """Cut what has one entry a layer, or places as its keys; anything else stays as it is."""
+    """Cut values with one entry per layer or layer indices as keys; return others unchanged."""
     if isinstance(value, (list, tuple)) and len(value) == total:
         return type(value)(value[index] for index in kept)
     if isinstance(value, dict) and value and all(key in range(total) for key in value):
@@ -206,18 +207,18 @@ def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> None:
             setattr(config, name, _cut_entry(value, kept, total))
     config.num_hidden_layers = len(kept)
     if computed:
-        # Computed by the class from how many layers there are, as if the last ones were removed.
+        # The class computes it from the number of layers, as if the last ones were removed.
         own = type(config)
         config.__class__ = type(own.__name__, (own,), {**computed, _CUT: class_of(config)})
 
 
 def class_of(config: PreTrainedConfig) -> type[Any]:
-    """Say of which class a configuration is, as it is read from a file."""
+    """Return the class of a configuration as it is read from a file."""
     return getattr(type(config), _CUT, type(config))
 
 
 def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:
-    """Cut a configuration's entry, and what is nested in it; rope's factors are not a layer's."""
+    """Cut an entry of a configuration and its nested values; rope factors are not per layer."""
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
@@ -226,7 +227,7 @@ def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:
 
 
 def _are_places(value: Sequence[Any], total: int) -> bool:
-    """Whether a list holds the numbers of some of the layers."""
+    """Return whether a list holds the indices of some of the layers."""
     return (
         0 < len(value) <= total
         and all(type(place) is int and 0 <= place < total for place in value)
@@ -235,19 +236,19 @@ def _are_places(value: Sequence[Any], total: int) -> bool:
 
 
 def _computed(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """The properties of a configuration's class, with their values."""
+    """Yield the properties of a configuration's class with their values."""
     for kind in type(config).__mro__:
         for name, member in vars(kind).items():
             if isinstance(member, property) and not name.startswith("_"):
                 value = attempt(partial(getattr, config, name))
-                if not isinstance(value, Exception):  # some are not for this kind of model
+                if not isinstance(value, Exception):  # some do not apply to this kind of model
                     yield name, value
 
 
 def _again(
     times: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Let a layer run again on what it returned, so many times in all."""
+    """Run a layer again on its output, `times` times in all."""
     for _ in range(times - 1):
         output = call_with(module.forward, first_of(output), args, kwargs)
     return output
@@ -255,10 +256,10 @@ def _again(
 
 @torch.no_grad()
 def remember(model: nn.Module, attributes: Collection[str] | None = None) -> State:
-    """Take down what a call might change: tensors, and the numbers and words of modules.
+    """Record what a call might change: tensors, and the numbers and strings of modules.
 
-    (path of a module, attribute) → a copy of its value. `attributes` names which; None = all, for a
-    model that is small.
+    Returns (path of a module, attribute) → a copy of its value. `attributes` selects attributes by
+    name; None = all, for a small model.
     """
     found: State = {}
     for path, module in model.named_modules():
@@ -276,7 +277,7 @@ def remember(model: nn.Module, attributes: Collection[str] | None = None) -> Sta
 
 
 def changed(before: State, after: State) -> set[tuple[str, str]]:
-    """Name what differs between two states of a model, or is not in both."""
+    """Return the keys whose values differ between two states of a model, or are in only one."""
     return {
         key
         for key in before.keys() | after.keys()
@@ -285,7 +286,7 @@ def changed(before: State, after: State) -> set[tuple[str, str]]:
 
 
 def same(one: object, other: object) -> bool:
-    """Whether two values of a module are the same; of tensors without numbers, their shapes."""
+    """Return whether two values of a module are equal; tensors on the meta device by shape."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.is_meta or other.is_meta:
             return one.shape == other.shape
@@ -298,7 +299,7 @@ def same(one: object, other: object) -> bool:
 
 @torch.no_grad()
 def put_back(model: nn.Module, state: State) -> None:
-    """Give a model's modules the values of `remember`; parameters among them are left alone."""
+    """Restore the values of `remember` in a model's modules, except parameters."""
     modules = dict(model.named_modules())
     for (path, name), value in state.items():
         module = modules[path]
@@ -316,13 +317,13 @@ def put_back(model: nn.Module, state: State) -> None:
 
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of each tensor of a checkpoint, by its name."""
+"""Shape of each tensor of a checkpoint, by its name."""
 _COUNTS = ("layer", "dense", "block")
 """Words in the names of numbers that may count the first layers of a kind."""
 _TORCHS = frozenset(vars(nn.Module())) | {"config"}
-"""What every module has, and no class computes."""
+"""Attributes that every module has, and no class computes."""
 _HOW = ("_attn_implementation_internal", "_experts_implementation_internal")
-"""By which kernels a model is computed, which no file holds and whoever loads it says."""
+"""Attributes that select kernels, which no file holds; they are chosen on loading."""
 
 
 Lacking = tuple[nn.Module, str, Any]
@@ -330,9 +331,9 @@ Lacking = tuple[nn.Module, str, Any]
 
 
 def as_made(model: PreTrainedModel) -> Any:
-    """Make a model anew of its configuration, as that is read from a file, without its weights.
+    """Build a model from its configuration as read from a file, without its weights.
 
-    ModelError where its class cannot.
+    Raises ModelError if its class cannot.
     """
     return _made(model, range(len(find_layers(model))), shapes(model))
 
@@ -340,26 +341,26 @@ def as_made(model: PreTrainedModel) -> Any:
 def reloaded(
     twin: PreTrainedModel, kept: Sequence[int], known: dict[str, Any] | None = None
 ) -> Any:
-    """Make what is loaded of a copy that lacks layers once it is saved.
+    """Build the model that loading a saved copy without some layers would give.
 
     Args:
-        twin: The copy, as of `pruned`; its configuration gets the numbers that count the first
-            layers of a kind as of what is left.
-        kept: The layers that it has, by their places in the model.
-        known: What was made of configurations before, which calls must not change. Where it is
-            None, the model gets weights of its own, since calls may change them.
+        twin: The copy, as of `pruned`; numbers in its configuration that count the first layers of
+            a kind are set for the remaining layers.
+        kept: The indices of its layers in the original model.
+        known: Models built from configurations before, which calls must not change. If it is None,
+            the model gets its own weights, since calls may change them.
 
     Returns:
-        What its class makes of its configuration, read from a file, with the copy's weights; where
-        it was known, what was returned before has them now.
+        The class's model of the configuration, read from a file, with the copy's weights. A model
+        in `known` is reused and gets these weights.
 
     Raises:
-        ModelError: No such model can be made; says why.
+        ModelError: No such model can be built; the message gives the reason.
     """
     again = _made(twin, kept, shapes(twin), known)
     its = dict(twin.named_modules())
     if not {place for place, _ in again.named_modules()} <= its.keys():
-        # Since a call, as BigBird.
+        # Added by a call, as in BigBird.
         raise ModelError("its class makes it of other parts than it has")
     for place, module in again.named_modules():
         for kind in ("_parameters", "_buffers"):
@@ -371,21 +372,22 @@ def reloaded(
 
 
 def as_loaded(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Give a copy that lacks layers what its class would compute if it were saved and loaded.
+    """Give a copy without some layers the values that its class would compute on loading.
 
-    Its configuration gets the numbers that count the first layers of a kind as of what is left.
+    Numbers in its configuration that count the first layers of a kind are set for the remaining
+    layers.
 
     Args:
-        model: The model that it is a copy of.
+        model: The original model.
         twin: The copy, as of `pruned`.
-        kept: The layers that it has, by their places in the model.
+        kept: The indices of its layers in the original model.
 
     Raises:
-        ModelError: No such model can be made; says why. The copy is as it was.
+        ModelError: No such model can be built; the message gives the reason. The copy is unchanged.
     """
     if list(kept) == list(range(len(find_layers(model)))):
         return
-    # Of a quantised model the class makes one that is not: what counts is that both are alike.
+    # For a quantised model the class builds one that is not; both must only be built alike.
     whole = _made(model, kept, None)
     cut = _made(twin, kept, dict(_moved(shapes(whole), _prefix(model), kept)))
     for module, name, value in lacking(model, whole, twin, cut, kept):
@@ -401,14 +403,14 @@ def lacking(
     cut: PreTrainedConfig,
     kept: Sequence[int],
 ) -> list[Lacking]:
-    """List what a copy would have otherwise if it were saved and loaded.
+    """List the attributes of a copy that would differ if it were saved and loaded.
 
     Args:
-        model: The model that it is a copy of.
-        whole: What its class makes of the model's configuration,
+        model: The original model.
+        whole: Model built from the original configuration.
         twin: The copy.
-        cut: and what of the copy's.
-        kept: The layers that it has, by their places in the model.
+        cut: Model built from the copy's configuration.
+        kept: The indices of the copy's layers in the original model.
 
     Returns:
         Numbers and the like, and tables that no file holds.
@@ -418,30 +420,30 @@ def lacking(
     computed = dict(_moved(dict(whole.named_modules()), prefix, kept))
     its = dict(twin.named_modules())
     found: list[Lacking] = []
-    # A list of another length (Granite's rotary tables, one for each theta) is not read by places.
+    # Lists of another length (Granite's rotary tables, one per theta) are not read by index.
     lists = {
         f"{place}."
         for place, anew in cut.named_modules()
         if isinstance(anew, nn.ModuleList) and len(anew) != len(its.get(place, anew))
     }
     for place, anew in cut.named_modules():
-        # Another class is a weight that is packed, or has an adapter.
+        # Another class means a packed weight, or one with an adapter.
         if isinstance(anew, nn.Linear) or place.startswith(tuple(lists)):
-            continue  # all that a linear map has is its shape
+            continue  # a linear map has only its shape
         if place in was and place in its and its[place].__class__ is anew.__class__:
             found += _lacking(its[place], was[place], computed[place], anew)
     return found
 
 
 def _prefix(model: PreTrainedModel) -> str:
-    """Return what the names of all that belongs to layers begin with."""
+    """Return the common prefix of the names of all that belongs to layers."""
     parent, name = owner(model, find_layers(model))
     path = next(path for path, module in model.named_modules() if module is parent)
     return f"{path}.{name}." if path else f"{name}."
 
 
 def _moved(each: Mapping[str, Any], prefix: str, kept: Sequence[int]) -> Iterator[tuple[str, Any]]:
-    """Name what belongs to layers by the places that these have in a copy."""
+    """Yield items under the names that they have in a copy, by its layer indices."""
     for name, value in each.items():
         place, dot, rest = name.removeprefix(prefix).partition(".")
         if not name.startswith(prefix):
@@ -455,7 +457,7 @@ def _moved(each: Mapping[str, Any], prefix: str, kept: Sequence[int]) -> Iterato
 def _lacking(
     own: nn.Module, was: nn.Module, computed: nn.Module, anew: nn.Module
 ) -> Iterator[Lacking]:
-    """List what a module's class computes anew, or what a copy changed in it without that."""
+    """Yield attributes that a module's class computes anew, or that a copy changed by itself."""
     for name, value in vars(anew).items():
         if name in _TORCHS or not _is_plain(value):
             continue
@@ -485,10 +487,10 @@ def _made(
     wanted: Shapes | None,
     known: dict[str, Any] | None = None,
 ) -> Any:
-    """Make a model of another's class and configuration that holds tensors of the wanted shapes.
+    """Build a model of another's class and configuration with tensors of the wanted shapes.
 
-    ModelError where there is none. Numbers that count layers are tried as of the kept ones; where
-    that helps, the configuration keeps them.
+    Raises ModelError if there is none. Numbers that count layers are tried for the kept ones too;
+    if that helps, the configuration keeps them.
     """
     config = model.config.get_text_config()
     first = None
@@ -508,7 +510,7 @@ def _made(
 
 
 def _fresh_once(model: PreTrainedModel, known: dict[str, Any] | None) -> Any:
-    """Make a model of another's class and configuration, once for each that `known` holds."""
+    """Build a model of another's class and configuration, or reuse the one in `known`."""
     key = "" if known is None else model.config.to_json_string()
     made = (known or {}).get(key) or _fresh(type(model), model.config, model.dtype)
     if known is not None:
@@ -517,14 +519,14 @@ def _fresh_once(model: PreTrainedModel, known: dict[str, Any] | None) -> Any:
 
 
 def counted(config: PreTrainedConfig, kept: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Numbers that count the first layers of a kind, as of the kept ones: each alone, and all.
+    """Yield numbers that count the first layers of a kind, for the kept layers: single, and all.
 
-    Such as `first_k_dense_replace`: the first so many layers have no experts.
+    An example is `first_k_dense_replace`: the number of first layers without experts.
     """
     total = len(kept)
     changed = {}
     for name, value in vars(config).items():
-        # `FIRST` is counted anew already.
+        # `FIRST` is already set for the kept layers.
         counts = any(word in name for word in _COUNTS) and "hidden_layers" not in name
         if counts and name != FIRST and type(value) is int and value > 0 and value != total:
             left = sum(layer < value for layer in kept)
@@ -537,14 +539,14 @@ def counted(config: PreTrainedConfig, kept: Sequence[int]) -> Iterator[dict[str,
 
 
 def _fresh(kind: type, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """Make a model of a configuration as it is read from a file; its weights are nothing yet."""
+    """Build a model from a configuration as read from a file; its weights are uninitialised."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
 
     again = _reread(config)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), no_init_weights():
         warnings.simplefilter("ignore")
-        # Wider tables than a file's loader computes would be other ones.
+        # Tables wider than those that a file's loader computes would differ.
         usual = torch.float32 if dtype == torch.float64 else dtype
         with local_torch_dtype(usual), torch.device("cpu"):
             made = kind(again).eval()
@@ -552,7 +554,7 @@ def _fresh(kind: type, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 
 def _reread(config: PreTrainedConfig) -> Any:
-    """Read a configuration from the file that it is saved to."""
+    """Save a configuration to a file and read it back."""
     with TemporaryDirectory() as folder:
         config.to_json_file(Path(folder) / "config.json")
         again = class_of(config).from_pretrained(folder)
@@ -569,12 +571,12 @@ def _compute_alike(config: PreTrainedConfig, again: PreTrainedConfig) -> None:
 
 
 def shapes(model: PreTrainedModel) -> Shapes:
-    """Look up the shapes of what a checkpoint of a model holds."""
+    """Return the shapes of the tensors that a checkpoint of a model holds."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def misfit(found: Shapes, wanted: Shapes) -> str | None:
-    """Describe in what a model made of a configuration holds other tensors than are there."""
+    """Describe the first tensor that differs between a configuration's model and the wanted one."""
     for name in sorted(found.keys() | wanted.keys()):
         if name not in wanted:
             return f"it asks for {name}, which is not left"

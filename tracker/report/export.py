@@ -41,16 +41,16 @@ _LATEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
     | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\n": " "}
 )
-"""What LaTeX would obey, and how it is written."""
+"""Special characters of LaTeX → their escapes."""
 More = Mapping[str, Iterable[pd.DataFrame]]
 Found = Sequence[FindingRecord]
 Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
 
 
 def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
-    """Lay `layer_leaderboard` and `model_leaderboard` out for code.
+    """Build the tables `layer_leaderboard` and `model_leaderboard` for programs.
 
-    `part_leaderboard` is there where heads, experts or stretches are ranked.
+    `part_leaderboard` is added if heads, experts or spans are ranked.
     """
     found = {
         "layer_leaderboard": layer_board_data([layer_board(group) for group in models_of(cells)]),
@@ -63,13 +63,13 @@ def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
 
 
 def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
-    """Make the frames `layers`, `correlations`, and those of `board_data`."""
+    """Build the frames `layers`, `correlations`, and those of `board_data`."""
     boards = {name: frame_of(made) for name, made in board_data(cells).items()}
     return {"layers": layer_frame(cells), "correlations": correlation_frame(cells)} | boards
 
 
 def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.Figure]:
-    """Draw what stands well alone: studies' charts, heat maps, cells' charts, by file stem."""
+    """Draw the charts that make sense alone: of studies, heat maps and cells, by file stem."""
     found = {stem: chart.figure() for stem, chart in study_charts(findings).items()}
     for name, group in named_models(cells).items():
         mapped = [cell for cell in group if cell.whole_layers]
@@ -88,23 +88,23 @@ def export(
     more: More = MappingProxyType({}),
     findings: Found = (),
 ) -> list[Path]:
-    """Write a report in one of `FORMATS`, and list the files.
+    """Write a report in one of `FORMATS`, and return the files.
 
     Args:
         cells: The cells.
         form: A key of `FORMATS`.
         place: A file for `md` and `tex`, a folder otherwise.
-        more: What `csv` and `parquet` hold besides the records' `frames`, by name: frames that
-            follow each other.
-        findings: What studies found: in `md` as sections, in `csv` and `parquet` a frame a table,
-            in `png` and `pdf` their charts.
+        more: Further frames for `csv` and `parquet` by name, besides the records' `frames`; each is
+            an iterable of consecutive frames.
+        findings: Findings of studies: sections in `md`, a frame for each table in `csv` and
+            `parquet`, and charts in `png` and `pdf`.
 
     Returns:
         The files.
 
     Raises:
-        RequestError: What draws figures is not installed.
-        WorkError: The disk is full or refuses.
+        RequestError: The package that draws figures is not installed.
+        WorkError: The disk is full or not writable.
     """
     return FORMATS[form](cells, place, more, findings)
 
@@ -149,9 +149,9 @@ def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found)
 
 
 def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
-    """Set the leaderboards of each model's layers and parts, and of models where there are several.
+    """Build the leaderboards of each model's layers and parts, and of several models.
 
-    With them comes what does not count, and why.
+    Also returns notes on cells and models that do not count, with reasons.
     """
     layers = {name: layer_board(group) for name, group in named_models(cells).items()}
     tables = [layer_board_table(board, name) for name, board in layers.items() if board.parts]
@@ -225,7 +225,7 @@ def _images(
     drawn = figures(cells, findings)
     paths = [folder / f"{name}.{end}" for name in drawn]
     for figure in drawn.values():
-        # Paper is white, and a figure on paper stands alone.
+        # Exported figures have a white background, because they are printed alone.
         figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", font_color="black")
     kaleido.write_fig_from_object_sync(
         [
@@ -244,7 +244,7 @@ FORMATS: Mapping[str, Write] = {
     "png": partial(_images, "png"),
     "pdf": partial(_images, "pdf"),
 }
-"""How a report can be written, besides the page."""
+"""Formats of a report, besides the page → functions that write them."""
 
 
 def _file_name(*parts: str) -> str:

@@ -46,7 +46,7 @@ _CELL: dict[str, Column[CellRecord]] = cell_columns(lambda cell: cell)
 
 
 def frame_of(made: Table) -> pd.DataFrame:
-    """Put a table into a data frame, as `Table.plain` lays it out."""
+    """Return a table as a data frame, in the layout of `Table.plain`."""
     names, rows = made.plain()
     frame = pd.DataFrame(rows, columns=list(names))
     # A column that is undefined everywhere would otherwise hold Python objects.
@@ -59,20 +59,17 @@ def frame_of(made: Table) -> pd.DataFrame:
 
 
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
-    """Put every measured run into a data frame.
+    """Return every measured run as a row of a data frame.
 
     One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or their
-    `component`, are removed besides `removed` (such as `3,17`; empty for the intact model), or what
-    `intervention` says is done to the layer.
-    `part` is `calibration` or `test` where the documents are that part of the benchmark, else
-    `all`.
-    `sample_seed` drew the documents; it is missing for the first ones, or all. `until` is the
-    question that the cell was measured for, `interval` what the ends of the drop are.
-    `shown` is what the page shows of the run among all of its kind: `matters`, `better without`,
-    `below 5 pp` or `open`.
-    Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why, and of `n`
-    why there are fewer documents than were asked for. lm-eval's own metrics stand in columns
-    `metric_NAME`.
+    `component`, are changed as `intervention` says. `removed` lists the layers that all runs lack
+    (such as `3,17`; empty for the intact model). `part` is `calibration` or `test` if the documents
+    are that part of the benchmark, else `all`. `sample_seed` is the seed of the sample; it is
+    missing for the first documents, or all. `until` is the question that the cell was measured for,
+    `interval` the kind of the drop's interval. `shown` is the verdict on the run among all of its
+    kind: `matters`, `better without`, `below 5 pp` or `open`. Accuracies and drops are fractions.
+    An undefined value is NaN and `reasons` has the reason; the reason of `n` explains why documents
+    are missing. lm-eval's own metrics have columns `metric_NAME`.
     """
     words = {id(cell): shown_words(cell) for cell in cells}
     shown: Column[CellRun] = Column(
@@ -86,10 +83,10 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
-    """Put every correlation into a data frame.
+    """Return every correlation as a row of a data frame.
 
     One row for each model, benchmark, proxy, coefficient and subset; `n` counts layers. An
-    undefined value is NaN and `reason` says why.
+    undefined value is NaN and `reason` has the reason.
     """
     rows = [(cell, record) for cell in cells for record in cell.correlations]
     columns = [each for each in correlation_columns().values() if each.name != "between"]
@@ -99,20 +96,20 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 def document_frame(
     found: Iterable[tuple[CellRecord, Decisions]], private: bool = True, changed: bool = True
 ) -> pd.DataFrame:
-    """Put every document that a run loses or wins into a data frame.
+    """Return every document that a run loses or wins as a row of a data frame.
 
     Args:
-        found: Cells, each with what its runs decide.
-        private: Whether texts that are not of the hub or a package are among them.
-        changed: Whether only those are in it; otherwise all are, with scores of which more is
-            better.
+        found: Cells, each with the decisions of its runs.
+        private: Whether to include texts that are not from the hub or a package.
+        changed: Whether to include only documents that are lost or won. Otherwise all are included,
+            with scores of which larger is better.
 
     Returns:
-        One row for each model, benchmark, run and document: `change` is `lost`, `won` or `same`,
-        and `missing`, without a run, of a document that was asked for and is not measured;
-        `choices` is a JSON list; `gold`, `choice_intact` and `choice` are options, 0-based; margins
-        are in nats, for a metric that is divided by lengths in nats a character or byte, and
-        without options the log-probability of the answer.
+        One row for each model, benchmark, run and document. `change` is `lost`, `won` or `same`; it
+        is `missing`, without a run, for a requested document that is not measured. `choices` is a
+        JSON list. `gold`, `choice_intact` and `choice` are options, 0-based. Margins are in nats,
+        or in nats per character or byte if the metric divides by length. Without options, margins
+        are log-probabilities of the answer.
     """
     return pd.concat(document_frames(found, private, changed), ignore_index=True)
 
@@ -140,7 +137,7 @@ def document_frames(
 def _rows_of_runs(
     cell: CellRecord, decided: Decisions, private: bool, changed: bool
 ) -> dict[str, NDArray[Any]]:
-    """Lay out the documents that each run loses and wins, or all: column → its entries."""
+    """Return the documents that each run loses and wins, or all: column → its entries."""
     texts = [each.text if each and (private or each.public) else None for each in decided.texts]
     is_shown = [private or each is None or each.public for each in decided.texts]
 
@@ -199,13 +196,13 @@ def write_csv(frames: Iterable[pd.DataFrame], file: IO[str]) -> None:
 
 
 def packed(text: str) -> str:
-    """Compress a text into base64 of its gzip, free of HTML's markup; the browser unpacks it."""
+    """Compress a text with gzip and base64, without HTML markup; the browser decompresses it."""
     # Without the time, the same text gives the same bytes.
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def packed_json(value: Mapping[str, Any]) -> str:
-    """Compress what a script reads, without spaces; NaN is refused."""
+    """Compress a JSON object for a script; NaN raises ValueError."""
     return packed(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 

@@ -1,6 +1,6 @@
-"""Tables of the leaderboards: layers within a model, layers misjudged, models, and pairs.
+"""Build the tables of the leaderboards: layers of a model, misjudged layers, models, and pairs.
 
-The columns of both leaderboards are stated once, as code gets them; people are shown some of them.
+The columns of both leaderboards are defined once, for programs; people see some of them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from tracker.core.tables import Column, Table, table
 from tracker.report.wording import models_open, provenance_notes
 
 _MOST = 10
-"""So many misjudged layers are listed at most."""
+"""Maximum number of misjudged layers that are listed."""
 _ENDS = 10
-"""So many parts of a kind are shown from either end of their ranking."""
+"""Number of parts of a kind that are shown from either end of their ranking."""
 _NO_RANK = "not defined on every benchmark"
 _ALONE = "there is no other model to compare with"
 _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
@@ -45,7 +45,7 @@ Ranked = TypeVar("Ranked")
 
 
 class RankedRow(NamedTuple, Generic[Ranked]):
-    """A row of a leaderboard whose model is ranked on so many `benchmarks`."""
+    """A row of a leaderboard whose model is ranked on `benchmarks` benchmarks."""
 
     model: str
     standing: Ranked
@@ -64,7 +64,7 @@ def _with_ends(column: Column[Any]) -> tuple[Column[Any], ...]:
 
 
 def _ranks(otherwise: str) -> tuple[Column[Any], ...]:
-    """State the columns for code of where the rows stand."""
+    """Return the columns of ranks for programs."""
 
     def column(name: str, end: str) -> Column[Any]:
         def value(row: Any) -> Estimate:
@@ -76,7 +76,7 @@ def _ranks(otherwise: str) -> tuple[Column[Any], ...]:
 
 
 def _between(otherwise: str = "", label: str = "rank") -> Column[Any]:
-    """State the column for people of where the rows stand: between which ranks."""
+    """Return the column of ranks for people, as the best and the worst possible rank."""
     label = f"{label}, 95 % confidence for all"
     return Column(label, "count", lambda row: row.standing.rank, otherwise, interval=True)
 
@@ -84,7 +84,7 @@ def _between(otherwise: str = "", label: str = "rank") -> Column[Any]:
 def _rank_column(
     rows: Sequence[RankedRow[Any]], otherwise: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return the column of ranks; where every rank may be any, a note stands in its place."""
+    """Return the column of ranks; a note replaces it if all ranks are possible for every row."""
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.between != (1, len(ranks)) for rank in ranks):
         return [_between(otherwise)], []
@@ -110,7 +110,7 @@ def _rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
 
 
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
-    """Lay the leaderboards of layers, one a model, out for code.
+    """Build the leaderboards of layers for programs, one for each model.
 
     One row for each model and layer (0-based), the largest lower end of a drop first: means over
     `benchmarks` benchmarks, fractions; `rank` is missing where a benchmark is lacking.
@@ -121,7 +121,7 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
-    """Set the leaderboard of one model's layers, the largest lower end of a drop first."""
+    """Build the leaderboard of one model's layers, sorted by the lower bound of the drop."""
     columns, ranks = named(*layer_board_columns()), cosine_ranks(board)
     rows = _rows(board, label)
     rank, notes = _rank_column(rows, _NO_RANK)
@@ -145,7 +145,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 
 
 def _notes(board: LayerBoard) -> list[str]:
-    """Explain dashes, and what is open though its interval is not."""
+    """Explain dashes, and verdicts that stay open although their interval excludes 0."""
     no_cosine_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
@@ -186,7 +186,7 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
 
 
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
-    """Lay the leaderboards of heads, experts and stretches out for code, each with its model.
+    """Build the leaderboards of heads, experts and spans for programs, each with its model.
 
     One row for each model and part, kind by kind, the largest lower end of a drop first.
     """
@@ -195,7 +195,7 @@ def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
 
 
 def part_board_table(board: PartBoard, label: str) -> Table:
-    """Set the leaderboard of one kind of a model's parts: both of its ends where it is long."""
+    """Build the leaderboard of one kind of a model's parts; only both ends if it is long."""
     rows = _rows(board, label)
     between = len(rows) - 2 * _ENDS
     title = (
@@ -217,7 +217,7 @@ def part_board_table(board: PartBoard, label: str) -> Table:
 
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:
-    """Set the layers that the cosine score is shown to get wrong, the worst first."""
+    """Build the table of layers that the cosine score is shown to misjudge, worst first."""
     columns: tuple[Column[Misjudged], ...] = (
         Column("layer (0-based)", "count", lambda row: row.standing.layer),
         _between(label="rank by relevance"),
@@ -236,7 +236,7 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
 
 
 def relevance_interval_table(board: LayerBoard, label: str) -> Table:
-    """Set the numbers behind the relevance curves: benchmarks and mean, with intervals."""
+    """Build the table of the relevance curves: benchmarks and mean, with intervals."""
     means = {standing.layer: standing.relevance for standing in board.by_depth}
     columns = [
         Column(name, "relevance", partial(layer_relevance, cell))
@@ -250,7 +250,7 @@ def relevance_interval_table(board: LayerBoard, label: str) -> Table:
 
 
 def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
-    """Set the numbers behind the proxy curves: every proxy of each layer on each benchmark."""
+    """Build the table of the proxy curves: every proxy of each layer on each benchmark."""
 
     def column(cell: CellRecord, name: str, proxy: Proxy) -> Column[int]:
         runs = cell.runs_of()
@@ -298,7 +298,7 @@ def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedRow[Mode
 
 
 def model_board_data(board: ModelBoard) -> Table:
-    """Lay the leaderboard of models out for code.
+    """Build the leaderboard of models for programs.
 
     One row a model, the least hurt first: means over `layers` layers and the `benchmarks` that the
     ranked models share, fractions; `rank` is missing where a model lacks them.
@@ -308,7 +308,7 @@ def model_board_data(board: ModelBoard) -> Table:
 
 
 def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
-    """Set the leaderboard of models, the least hurt first; `labels` are in its order."""
+    """Build the leaderboard of models, the least hurt first; `labels` are in its order."""
     names = ("model", "accuracy_relevance", "accuracy_drop", "worst_layer", "costly_layers")
     rows = _model_rows(board, labels)
     rank, _ = _rank_column(rows, _ALONE)
@@ -323,7 +323,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
 
 
 def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
-    """Set the numbers behind the curves over relative depth, a row a model and layer."""
+    """Build the table of the curves over relative depth, a row for each model and layer."""
     columns: tuple[Column[tuple[str, int, PartStanding]], ...] = (
         Column("model", "text", lambda row: row[0]),
         Column("layer (0-based)", "count", lambda row: row[2].layer),
@@ -340,7 +340,7 @@ def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
 
 
 def difference_table(pair: Pair) -> Table:
-    """Set the numbers behind the differences of two models: a row a layer, a column a benchmark."""
+    """Build the table of differences of two models: rows are layers, columns benchmarks."""
     measure = pair.measure
     columns = [
         Column(measure.head(shared.benchmark), measure.form, shared.difference)

@@ -1,4 +1,4 @@
-"""Display tables for people: what stands in which, in what order, and with which notes."""
+"""Build the tables that people read: their columns, order and notes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _Labelled = tuple[CellRecord, tuple[str, str]]
 
 
 def overview_table(cells: Sequence[CellRecord]) -> Table:
-    """Set one row a cell: documents, baseline, chance, extreme layers and Spearman."""
+    """Build a table with a row for each cell: documents, baseline, chance, extremes, Spearman."""
     baseline, critical, drop = "baseline accuracy with 95 % interval", "drop, pp", "drop"
     if losses := not all(cell.higher_is_better for cell in cells):
         baseline = "baseline with 95 % interval, accuracy in % or loss"
@@ -133,9 +133,9 @@ def _spearman(row: _Labelled) -> Estimate:
 
 
 def layer_table(cell: CellRecord) -> Table:
-    """Set one row for each run of a cell; runs that are not measured yet hold dashes.
+    """Build a table with one row for each run of a cell; unmeasured runs have dashes.
 
-    Its notes say what its p-values mean, and why each undefined value is undefined.
+    Notes explain the p-values, and the reason of each undefined value.
     """
     notes = []
     tests = sum(defined(record.drop.p_value) for record in cell.runs)
@@ -193,13 +193,13 @@ def layer_table(cell: CellRecord) -> Table:
 def _by_reason(
     cell: CellRecord, reasons: Iterable[tuple[Change, str | None]]
 ) -> list[tuple[str, str]]:
-    """Gather the runs of which the same is said: their names, and what that is."""
+    """Group runs by reason: their names → the reason."""
     said = grouped(reasons, lambda each: each[1])
     return [(run_list([run for run, _ in each], cell), why) for why, each in said.items() if why]
 
 
 def correlation_table(cell: CellRecord) -> Table:
-    """Set one row for each proxy, coefficient and subset of layers, and why one is undefined."""
+    """Build a table with a row for each proxy, coefficient and subset; reasons are notes."""
     names = ("proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents")
     columns = correlation_columns()
     samples = list(dict.fromkeys(map(sample_of, cell.correlations))) or ["layer"]
@@ -232,7 +232,7 @@ def _proxy(record: CorrelationRecord) -> str:
 
 
 def relevance_table(cells: Sequence[CellRecord]) -> Table:
-    """Set the accuracy relevance behind a heat map: layers × benchmarks of one model."""
+    """Build the table of a heat map: accuracy relevance, layers × benchmarks of one model."""
 
     def column(cell: CellRecord, label: str) -> Column[int]:
         def value(layer: int) -> Estimate:
@@ -249,12 +249,12 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
 
 
 def is_corpus(cell: CellRecord) -> bool:
-    """Whether the metrics are tracker's own and not lm-eval's."""
+    """Return whether the metrics are tracker's own and not lm-eval's."""
     return RATIO in cell.benchmark.tasks[0].metrics.values()
 
 
 def provenance_table(cell: CellRecord) -> Table:
-    """Set what the cell's numbers depend on: two columns, what, and its value."""
+    """Build a table of the facts that a cell's numbers depend on, with two columns."""
     model, benchmark = cell.model, cell.benchmark
     facts = {
         "model source": model.source,
@@ -294,20 +294,20 @@ def provenance_table(cell: CellRecord) -> Table:
 
 
 def _compared(cell: CellRecord) -> str:
-    """Say how many answers were compared, and how far they differ."""
+    """Return the number of compared answers, and their largest difference."""
     if cell.compared_difference is None:
         return "nothing"
     return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
 
 
 def _split(task: TaskIdentity) -> str:
-    """Say which documents there are."""
+    """Return the split that the documents come from."""
     half = task.half
     return task.split if half is None else f"{task.split}, half of {half.of:,} (seed {half.seed})"
 
 
 def task_table(cell: CellRecord) -> Table:
-    """Set the lm-eval tasks of a cell, or its corpus, with version, split and fingerprint."""
+    """Build a table of a cell's lm-eval tasks, or corpus: version, split and fingerprint."""
     columns: tuple[Column[TaskIdentity], ...] = (
         Column("task", "text", lambda task: task.name),
         Column("version", "text", lambda task: task.version),

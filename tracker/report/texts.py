@@ -1,4 +1,4 @@
-"""Texts of templates: what is said of figures, apart from the code that computes them."""
+"""Render sentences from templates, separate from the code that computes their figures."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ WRITERS: tuple[Callable[..., str], ...] = (
 
 
 class TextTemplate:
-    """The texts of a template, each a macro that renders figures.
+    """Texts of a template; each macro renders figures.
 
-    Line breaks of a macro are spaces in its text; a line of three dashes separates two texts.
+    Line breaks of a macro become spaces in its text; a line of three dashes separates two texts.
 
     Args:
-        package: The package whose folder `templates` has the template.
-        name: The template's name.
-        **names: What the template calls by these names, besides `WRITERS`.
+        package: Package whose folder `templates` has the template.
+        name: Name of the template.
+        **names: Names that the template may use, besides `WRITERS`.
     """
 
     def __init__(self, package: str, name: str, **names: Any) -> None:
         self._package, self._name, self._names = package, name, names
 
     def all(self, macro: str, *figures: Any) -> list[str]:
-        """Render the texts of a macro; none where it says nothing."""
+        """Render the texts of a macro; empty if it writes nothing."""
         template = _environment(self._package).get_template(f"{self._name}.j2", None, self._names)
         rendered = str(getattr(template.module, macro)(*figures))
         return [*filter(None, map(_joined, re.split(r"(?m)^---$", rendered)))]
 
     def one(self, macro: str, *figures: Any) -> str:
-        """Render a macro of one text; empty where it says nothing."""
+        """Render a macro of one text; "" if it writes nothing."""
         return " ".join(self.all(macro, *figures))
 
 
 def _joined(lines: str) -> str:
-    """Put the lines of a text behind each other; no space before a sign that ends a clause."""
+    """Join the lines of a text, without a space before punctuation."""
     return re.sub(r" (?=[.,;:)]+( |$))", "", re.sub(r"[ \n]+", " ", lines).strip(" "))
 
 

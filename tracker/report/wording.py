@@ -1,4 +1,4 @@
-"""Sentences about cell records: what they show, how it is read, and warnings."""
+"""Write sentences about cell records: results, how to read them, and warnings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tracker.stats.accuracy import ALPHA, POWER
 from tracker.stats.support import Verdict, holm
 
 _MOST_NAMED = 10
-"""So many layers that cost little are named; of more it is said how many they are."""
+"""Maximum number of cheap layers that are named; if there are more, they are counted."""
 
 
 def rule(name: str) -> str:
@@ -98,7 +98,7 @@ def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
 
 
 def measured(cells: Sequence[CellRecord]) -> str:
-    """Say when some cells were measured, and on what; empty where no cell says.
+    """Describe the dates and the machines of cells; return "" if no cell records a date.
 
     Args:
         cells: The cells.
@@ -123,11 +123,11 @@ def _machine(cell: CellRecord) -> str:
 
 
 P_OVER = {"layer": "p over layers", "expert": "p within layers"}
-"""What the p-value of a correlation is called, by what the sample is."""
+"""Name of a correlation's p-value, by the kind of its sample."""
 
 
 def sample_of(record: CorrelationRecord) -> str:
-    """Say what a correlation is over: layers or experts, one of them as it is called."""
+    """Return the kind of a correlation's sample: `layer` or `expert`."""
     return PROXIES[record.proxy].component if record.proxy in PROXIES else "layer"
 
 
@@ -171,15 +171,15 @@ def short_correlation(record: CorrelationRecord) -> str:
 
 
 def sentence(cell: CellRecord) -> str:
-    """Say in one line how well the proxies rank the layers, the cosine score first.
+    """Describe how well the proxies rank the layers, the cosine score first.
 
     Args:
         cell: The cell.
 
     Returns:
-        What the layers that every run lacks cost alone; and the Spearman correlation of cosine
-        score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
-        it is undefined; and that of every other proxy over all layers, or of experts.
+        The cost of the layers that every run lacks. The Spearman correlation of cosine score and
+        accuracy drop (or loss increase) over all layers and over the inner ones, or the reason why
+        it is undefined. The correlation of every other proxy over all layers, or over experts.
     """
 
     def named(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
@@ -191,13 +191,13 @@ def sentence(cell: CellRecord) -> str:
 
 
 def beneath(cell: CellRecord) -> str:
-    """Say what the layers cost that every run lacks.
+    """Describe the cost of the layers that every run lacks.
 
     Args:
         cell: The cell.
 
     Returns:
-        Sentences that end in a space; empty where no layer is gone from the start.
+        Sentences that end in a space; empty if no layer is removed from all runs.
     """
     if not cell.removed:
         return ""
@@ -235,7 +235,7 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
 
 
 def summary(cells: Sequence[CellRecord]) -> str:
-    """Say in a few sentences what these cells show.
+    """Summarise cells in a few sentences.
 
     Args:
         cells: The cells of one page.
@@ -257,7 +257,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
 
 
 def _turns(cells: Sequence[CellRecord]) -> str:
-    """Say what was changed in turn."""
+    """Name the parts that were changed in turn."""
     found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
     removing = {kind for kind in found if kind.intervention == "remove"}
     spans = {kind.component for kind in removing if kind.span > 1}
@@ -293,11 +293,11 @@ def _turns(cells: Sequence[CellRecord]) -> str:
 
 
 def second_rounding(model: str, stored: str) -> str:
-    """Name the error that is measured where weights were rounded before.
+    """Warn that weights were rounded before, so that only the additional error is measured.
 
     Args:
-        model: What people call the model.
-        stored: The format that its checkpoint keeps them in.
+        model: Label of the model.
+        stored: Format of the weights in its checkpoint.
 
     Returns:
         A sentence.
@@ -327,32 +327,32 @@ def _mismatched(cell: CellRecord) -> str:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the figures of a cell that was stopped at an answer.
+    """Explain the figures of a cell that a question stopped early.
 
     Args:
         cell: The cell.
 
     Returns:
-        Some sentences; none where its documents are as many as were asked for.
+        Some sentences; empty if all requested documents are measured.
     """
     return WORDS.one("looks", cell) if cell.is_raced and cell.unfinished else ""
 
 
 def rounding_note(cell: CellRecord) -> str:
-    """Count the documents that half precision decides by rounding, and what that moves.
+    """Describe the documents that half precision decides by rounding, and the effect on accuracy.
 
     Args:
         cell: The cell.
 
     Returns:
-        Some sentences; none in single precision.
+        Some sentences; empty in single precision.
     """
     if cell.baseline_rounded is None or cell.baseline_rounding is None:
         why = cell.reasons.get("baseline_rounded") if cell.higher_is_better else None
         return WORDS.one("unknown_rounding", cell, why)
     runs = [run for run in cell.runs if run.rounded is not None]
     counts = {run.rounded for run in runs if run.rounded is not None}
-    # No larger than what rounding moves.
+    # The difference is no larger than the effect of rounding.
     small = [
         run.change
         for run in runs
@@ -378,7 +378,7 @@ def second_rounding_note(cell: CellRecord) -> str:
 
 
 def warnings(cell: CellRecord) -> tuple[str, ...]:
-    """List what a reader must know before trusting the cell's numbers.
+    """List warnings that a reader needs before trusting a cell's numbers.
 
     Args:
         cell: The cell.
@@ -392,7 +392,7 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         notes.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
     if cell.unfinished:
         notes.append(looks_note(cell) or f"Incomplete: {cell.unfinished}.")
-    # The first two are said with the documents, and with what rounding decides.
+    # `baseline_low` is explained with the documents, `baseline_rounded` with rounding.
     elsewhere = {"baseline_low", "baseline_rounded", *cell.NOTES}
     if not cell.higher_is_better:
         elsewhere.add("chance_accuracy")  # a loss has none, and nothing is wrong
@@ -419,14 +419,14 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
 
 
 def answer(claims: Claims) -> str:
-    """Write in a few short sentences what is shown of a model's layers, and what is open.
+    """Summarise the verdicts on a model's layers in a few short sentences.
 
     Args:
-        claims: What is shown.
+        claims: Supported statements.
 
     Returns:
         For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
-        shown to cost less than 5 pp …`; why there is nothing to say where no benchmark counts.
+        shown to cost less than 5 pp …`; the reason if no benchmark counts.
     """
     falling = {} if claims.costly else claims.falling
     groups = grouped(falling, lambda layer: tuple(map(id, falling[layer])))
@@ -441,16 +441,16 @@ def answer(claims: Claims) -> str:
 def shown_sentence(
     noun: str, shown: Mapping[str, Verdict], level: str, higher_is_better: bool = True
 ) -> str:
-    """Write what is shown of things of one sort.
+    """Write the verdicts on changes of one kind.
 
     Args:
-        noun: Plural of what they are called.
-        shown: The label of each, from the largest drop to the smallest → what is shown of it.
-        level: What they cost.
-        higher_is_better: Whether that is an accuracy or the like.
+        noun: Plural noun of the changes.
+        shown: Label of each change, from the largest drop to the smallest → verdict.
+        level: Name of the measured level.
+        higher_is_better: Whether the level is an accuracy or similar.
 
     Returns:
-        A sentence without its end.
+        A sentence without its final full stop.
     """
     words = ("cost", "raise") if higher_is_better else ("raise", "lower")
     verdicts: tuple[Verdict, ...] = ("costs", "helps")
@@ -460,14 +460,14 @@ def shown_sentence(
 
 
 def parts_answer(cell: CellRecord) -> str:
-    """Write what is shown of a cell's heads, experts and stretches, those of a kind all at once.
+    """Write the verdicts on a cell's heads, experts and spans, simultaneous for each kind.
 
     Args:
         cell: The cell.
 
     Returns:
         For example `Of 270 heads 2 are shown to cost accuracy: layer 3 head 5, layer 0 head 1.`;
-        empty where it has no such runs.
+        empty if it has no such runs.
     """
     sentences = []
     for family, runs in grouped(cell.runs, lambda run: run.change.kind.family).items():
@@ -482,7 +482,7 @@ def parts_answer(cell: CellRecord) -> str:
 
 
 def board_answer(board: PartBoard) -> str:
-    """Write what is shown of the parts of a board."""
+    """Write the verdicts on the parts of a board."""
     order = sorted(board.parts, key=lambda part: -(part.deciding.value or 0.0))
     shown = {part.change.label(): part.verdict for part in order}
     over = "on average over" if len(board.cells) > 1 else "on"
@@ -500,17 +500,17 @@ def alone_sentence(cell: CellRecord, average: bool) -> str:
 
 
 def controls_answer(cell: CellRecord) -> str:
-    """Hold what layers cost together against sets of as many that were drawn at random.
+    """Compare the joint cost of layers with that of random sets of equally many layers.
 
-    Of one set p is the share of the drawn ones, itself counted among them, that cost as little or
-    as much, twice the smaller one: it assumes that the set is as good as drawn, if its layers are
-    like any others. Several sets that share layers have no such p.
+    For a single set, p is twice the smaller share of random sets (including itself) that cost as
+    little, or as much. It assumes that the set is exchangeable with random ones if its layers are
+    ordinary. Several sets that share layers have no such p.
 
     Args:
         cell: The cell.
 
     Returns:
-        A sentence for each size; empty where none was drawn.
+        A sentence for each size; empty if no random sets were measured.
     """
     defined_runs = [
         run for run in cell.runs if run.change.kind.word == "layer" and run.drop.value is not None
@@ -532,9 +532,9 @@ def controls_answer(cell: CellRecord) -> str:
 def model_answer(
     statements: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]
 ) -> str:
-    """Write what is shown of a model's layers, if any were removed, and of its parts.
+    """Write the verdicts on a model's layers, if any were removed, and on its parts.
 
-    Parts of which no benchmark counts, as of losses, are spoken of benchmark by benchmark.
+    Parts without a benchmark that counts (e.g. for losses) are described benchmark by benchmark.
     """
     parts = [*map(board_answer, boards)]
     if not statements.layers and not parts:
@@ -544,20 +544,20 @@ def model_answer(
 
 
 def cell_answer(cell: CellRecord) -> str:
-    """Return what one benchmark shows by itself; empty where nothing of it counts."""
+    """Write the verdicts of one benchmark; "" if nothing counts."""
     layers = claims([cell])
     texts = (answer(layers) if layers.layers else "", parts_answer(cell), controls_answer(cell))
     return " ".join(filter(None, texts))
 
 
 def agreement_sentence(agreement: Agreement) -> str:
-    """Write how well one proxy orders the layers, with chance beside it.
+    """Describe how well one proxy orders the layers, with chance for comparison.
 
     Args:
-        agreement: What was counted.
+        agreement: Agreement of the proxy.
 
     Returns:
-        The median Spearman and its range; the share of ranks that differ, and the share
+        The median Spearman correlation and its range, the share of ranks that differ, and the share
         that two random orders would give.
     """
     label, values = PROXIES[agreement.proxy].label, agreement.spearman
@@ -567,7 +567,7 @@ def agreement_sentence(agreement: Agreement) -> str:
 
 
 def compared_sentence(cells: Sequence[CellRecord]) -> str:
-    """Write what was answered both ways while it was measured, and how far the answers differ.
+    """Describe the answers that were computed both ways while measuring, and their differences.
 
     Args:
         cells: The cells of a page.

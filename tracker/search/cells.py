@@ -42,7 +42,7 @@ _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 
 
 def planned(ablations: Iterable[Ablation], layers: int) -> StreamPlan:
-    """Plan one engine call for some ablations of so many layers, the baseline with them."""
+    """Plan one engine call for some ablations and the baseline of a model with `layers` layers."""
     return plan_streams(list(dict.fromkeys((INTACT, *ablations))), layers)
 
 
@@ -50,9 +50,9 @@ def planned(ablations: Iterable[Ablation], layers: int) -> StreamPlan:
 class Lender:
     """Load each model once and report the progress of the cells that use it.
 
-    `typed` is the command, without the results folder, that goes on with what was stopped, empty
-    for a trial's; `loaded` is how often a model was loaded; `timings` are notes of the results
-    folder that are not written yet.
+    `typed` is the command, without the results folder, that continues an interrupted search, empty
+    for a trial; `loaded` counts how often a model was loaded; `timings` are notes not yet written
+    to the results folder.
     """
 
     ledger: Ledger
@@ -64,7 +64,7 @@ class Lender:
     _model: Model | None = None
 
     def model(self, spec: ModelSpec) -> Model:
-        """Load a model, or hand out the one that is loaded."""
+        """Load a model, or return the one that is loaded."""
         if self._model is None or self._model.spec != spec:
             self._model = None  # frees the previous model before the next one comes
             self.progress.say(f"loading {spec}")
@@ -88,7 +88,7 @@ _SEVERAL = 2
 
 
 def _shape(ablation: Ablation) -> _Shape:
-    """Return the kind of a removal: of each of `COMPONENTS` none, one, or `_SEVERAL`."""
+    """Return the shape of a removal: none, one, or `_SEVERAL` for each of `COMPONENTS`."""
     count = Counter(change.component for change in ablation.changes)
     return tuple(min(count[component], _SEVERAL) for component in COMPONENTS)
 
@@ -96,7 +96,7 @@ def _shape(ablation: Ablation) -> _Shape:
 def _drawn(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
     """Draw sets of parts.
 
-    Of each of some sizes, up to half of all, one is of neighbours and three are of any.
+    For each of some sizes, up to half of all parts, one set is contiguous and three are arbitrary.
     """
     total = len(parts.numbers)
     sizes = {min(size, total // 2) for size in (2, 3, total // 4, total // 2)} - {0, 1}
@@ -112,10 +112,10 @@ def _each(parts: SearchParts) -> Iterator[Ablation]:
 
 
 class OpenCell:
-    """A cell whose documents are measured under whatever ablations are asked for.
+    """A cell whose documents are measured under any requested ablations.
 
-    What the ledger holds is not measured again, and no model is loaded for it. Nothing is shown or
-    published of what is measured here.
+    Results in the ledger are not measured again, and need no model. Measurements made here are not
+    displayed or published.
     """
 
     def __init__(self, request: CellRequest, lender: Lender) -> None:
@@ -133,12 +133,12 @@ class OpenCell:
 
     @property
     def benchmark(self) -> BenchmarkIdentity:
-        """The benchmark, which is opened where the ledger does not hold the cell."""
+        """The benchmark, which is opened if the ledger does not hold the cell."""
         known = look_up(self.request, self._lender.ledger).store
         return known.identity.benchmark if known is not None else self._benchmark.identity
 
     def rows(self, task: str) -> str:
-        """Hash what the scored split of a task holds."""
+        """Return a hash of the scored split of a task."""
         return self._benchmark.rows(task)
 
     @cached_property
@@ -148,7 +148,7 @@ class OpenCell:
 
     @cached_property
     def store(self) -> CellStore:
-        """The cell in the ledger, made where it is new."""
+        """The cell in the ledger, created if it is new."""
         found = look_up(self.request, self._lender.ledger)
         if found.store is not None:
             chosen_metric(found.store.identity.benchmark, self.request.metric)
@@ -158,7 +158,7 @@ class OpenCell:
 
     @property
     def progress(self) -> Progress:
-        """The listener that gets what happens."""
+        """The progress listener."""
         return self._lender.progress
 
     @property
@@ -168,7 +168,7 @@ class OpenCell:
 
     @property
     def view(self) -> View:
-        """The intact model by the metric that is asked for, on the documents that are."""
+        """The view of the intact model by the requested metric, on the requested documents."""
         return self.store.views.of(self.request)
 
     @property
@@ -182,8 +182,8 @@ class OpenCell:
 
         Args:
             ablations: The ablations.
-            candidates: Whether most of them will be forgotten: what rounding decides of them is
-                not measured then.
+            candidates: Whether most of them will be discarded, so that outcomes decided by rounding
+                need no second measurement.
         """
         known = self._known["accuracy"]
         asked = [one for one in dict.fromkeys((INTACT, *ablations)) if one not in known]
@@ -206,16 +206,16 @@ class OpenCell:
             self._known[by] |= zip(asked, paired.ablated.T, strict=True)
 
     def end(self) -> None:
-        """Note in the ledger that the search is over."""
+        """Record in the ledger that the search is over."""
         if self._paired:
             self.store.end_search(self._lender.typed)
 
     def paired(self, ablations: Sequence[Ablation], by: str = "accuracy") -> PairedOutcomes:
-        """Return the outcomes under some ablations, which are measured where they are not.
+        """Return the outcomes under some ablations, measuring the missing ones.
 
         Args:
             ablations: The ablations.
-            by: `accuracy`, the metric that is asked for, or `gold_logprob`.
+            by: `accuracy`, the requested metric, or `gold_logprob`.
 
         Returns:
             The outcomes, in the documents' order.
@@ -235,17 +235,17 @@ class OpenCell:
 
     @property
     def places(self) -> frozenset[Place]:
-        """The same as pairs of task and number."""
+        """The documents as pairs of task and number."""
         return frozenset((task, n) for task, some in self.documents.items() for n in some)
 
     @property
     def n(self) -> int:
-        """The number of documents that are measured; the ledger is not written for it."""
+        """The number of documents that are measured; does not write to the ledger."""
         extent, tasks = self.request.extent, self.benchmark.tasks
         return sum(len(extent.of(task.name, task.numbers)) for task in tasks)
 
     def observe(self, kind: str, begin: Callable[[Engine], Observe]) -> Observed:
-        """Observe more than outcomes, on the intact model that is opened."""
+        """Observe figures other than outcomes on the intact model."""
 
         def opened() -> tuple[Engine, Documents]:
             meter = self.opened([Ablation.of(removed=[layer]) for layer in range(self.layers)])
@@ -254,13 +254,13 @@ class OpenCell:
         return observe(self.request, self.store, kind, begin, opened, self.progress)
 
     def opened(self, ablations: Sequence[Ablation], candidates: bool = False) -> Meter:
-        """Open what measures the baseline and some ablations, `candidates` as `measure` has it.
+        """Open the meter of the baseline and some ablations; `candidates` is as for `measure`.
 
-        Sharing is checked when something is removed that was not before: one layer, several,
-        attentions, MLPs, heads, experts; where it is several, on sets drawn at random too, because
-        the check does not see those that are asked for later. These are watched while they are
-        measured. Where several layers go, a miniature is asked each of them alone and the drawn
-        sets, so that all cells and searches of a model have one verdict.
+        Sharing is checked when a new kind of removal occurs: one layer, several, attentions, MLPs,
+        heads, experts. For several parts it is also checked on random sets, because the check does
+        not see later sets, which are watched while they are measured. For several layers, the
+        miniature is checked for each layer alone and for the drawn sets, so that all cells and
+        searches of a model share one verdict.
         """
         meter, facts = self._meter, self._meter.facts
         if not self._checked:
@@ -294,5 +294,5 @@ class OpenCell:
                 yield search_parts(source, component)
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
-        """Price one engine call, the baseline with it, in passes of the intact model."""
+        """Return the cost of one engine call with the baseline, in passes of the intact model."""
         return planned(ablations, self.layers).layer_passes / self.layers

@@ -1,4 +1,4 @@
-"""Run searches: choose, test, publish each step, and keep the results."""
+"""Run searches: choose, test, publish each step, and store the results."""
 
 from __future__ import annotations
 
@@ -46,11 +46,10 @@ class Pursued:
     """Results of searches.
 
     Attributes:
-        searched: What was found, one a draw.
-        recommended: Goal of searches → which of their sets is recommended; empty where that was
-            not wanted.
-        failed: What was asked and not found → why; `outcome` says it too.
-        outcome: What became of the runs of the steps.
+        searched: The results, one per draw.
+        recommended: Goal of searches → the recommended set; empty if not requested.
+        failed: Search that failed → the reason; also in `outcome`.
+        outcome: Outcome of publishing the runs of the steps.
     """
 
     searched: list[Searched]
@@ -60,16 +59,16 @@ class Pursued:
 
     @property
     def records(self) -> list[PruneRecord]:
-        """The results in the form in which they are kept."""
+        """The results as stored records."""
         return [one.record for one in self.searched]
 
 
 def conduct(
     asked: Sequence[SearchRequest], name: str, lender: Lender, publisher: Publisher
 ) -> tuple[Pursued, FindingRecord]:
-    """Run the searches of a file, called `name`, and keep their results beside each other.
+    """Run the searches of a file, called `name`, and store their results together.
 
-    As `pursue`: RequestError, CellError.
+    Raises RequestError and CellError as `pursue` does.
     """
     found = pursue(asked, lender, publisher, recommend=True)
     failed = {request.title: why for request, why in found.failed.items()}
@@ -81,22 +80,21 @@ def conduct(
 def pursue(
     asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher, recommend: bool = False
 ) -> Pursued:
-    """Search, measure each step on the test documents, publish it as a run of its own, keep it all.
+    """Run searches, measure each step on the test documents, publish it as a run, and store all.
 
-    A search that was killed goes on where it was: all that it asked is in the ledger.
+    A search that was killed continues where it stopped: all its measurements are in the ledger.
 
     Args:
         asked: The searches, equal models next to each other.
-        lender: Where the results are, how models run, always in this process, and who is told.
-        publisher: Hands the steps' runs to the tracking backends.
-        recommend: Whether one set of each goal is recommended.
+        lender: The results folder, the options of models (which run in this process), and progress.
+        publisher: Publishes the steps' runs to the tracking backends.
+        recommend: Whether to recommend one set for each goal.
 
     Returns:
-        What was found.
+        The results.
 
     Raises:
-        RequestError: Something that was asked for does not exist or does not fit; nothing was
-            measured.
+        RequestError: Part of a request does not exist or does not fit; nothing was measured.
         CellError: No search could be finished.
     """
     ledger, progress = lender.ledger, lender.progress
@@ -155,9 +153,9 @@ def ablations_of(found: Found) -> list[Ablation]:
 
 
 def _run(found: Found, step: PruneStep) -> CellRequest | None:
-    """Return the request of a step as a run: what it removed, beneath what was gone.
+    """Return the request of a step as a run: its removal, in addition to earlier ones.
 
-    None for attentions, MLPs, heads and experts, of which only one may be missing in a run.
+    None for attentions, MLPs, heads and experts, of which a run can lack only one.
     """
     last = step.layer if step.layer is not None else max(step.removed)
     beneath = tuple(layer for layer in step.removed if layer != last)
@@ -239,9 +237,9 @@ def figures(record: PruneRecord) -> dict[str, float]:
 
 
 def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
-    """Log the last step that is one as the trial's run, with the figures of the search, and end.
+    """Log the last step that is a run as the trial's run, with the figures of the search, and end.
 
-    Of several draws it is the first. Where W&B refuses, `found.outcome` says so.
+    Of several draws it is the first. If W&B refuses, `found.outcome` records it.
     """
     record, request = found.searched[0].record, found.searched[0].request
     trial = Trial(track, results, request.changes.single if request else Change())
@@ -260,9 +258,9 @@ def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
 
 @contextmanager
 def trial(track: Sequence[str], results: Path) -> Iterator[Callable[[Pursued], None]]:
-    """Join the trial that this process is, if it is one: it gets the results.
+    """Join the trial of this process, if it is one; yield a function that takes the results.
 
-    What goes wrong inside ends it.
+    An error inside ends the trial as failed.
     """
     try:
         yield partial(_log, track, results)

@@ -1,7 +1,7 @@
-"""Choose which linear maps get which format, within a budget of bits.
+"""Choose formats of linear maps within a budget of bits.
 
-The smallest sum of losses is chosen first; then swaps are measured as a whole, which sums of losses
-cannot know.
+First the smallest sum of losses is chosen. Then swaps of formats are measured as a whole, because
+losses do not simply add up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tracker.stats.arrays import Array
 from tracker.stats.support import together
 
 FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
-"""How a budget is written."""
+"""Forms of budgets, for messages."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Unit:
     """Linear maps of one layer that get one format, one or all; or the embedding, or the head.
 
     Attributes:
-        layer: The layer, 0-based; 0 for what is of none.
-        which: As `Change.path`.
-        shapes: Of each of its maps outputs and inputs.
+        layer: The layer, 0-based; 0 for the embedding and the head.
+        which: Path of the map, as `Change.path`; empty for a whole layer.
+        shapes: Outputs and inputs of each of its maps.
     """
 
     layer: int
@@ -65,7 +65,7 @@ class Unit:
         return self.which if self.is_end else f"{self.layer}.{self.which}".rstrip(".")
 
     def change(self, form: str) -> Change:
-        """Return the change that gives it a format."""
+        """Return the change that gives the unit a format."""
         return Change.parse(f"{form}:{self.place}")
 
     @property
@@ -81,7 +81,7 @@ class Unit:
     def bits(self, form: str) -> float:
         """Return the bits of its weights in a format.
 
-        RequestError where the rows of a map have no whole blocks of it.
+        Raises RequestError if the rows of a map have no whole blocks of it.
         """
         total = 0.0
         for outputs, inputs in self.shapes:
@@ -105,10 +105,10 @@ def units_of(
     """List the units of some layers: each of their maps, or all of a layer together.
 
     Args:
-        maps: Of each layer the name of each map → its shape.
+        maps: Name of each map → its shape, for each layer.
         layers: The layers.
         each: Whether each map is a unit.
-        ends: The same of the embedding and the head, where they are units too.
+        ends: Names and shapes of the embedding and the head, if they are units too.
 
     Returns:
         The units, the layers' first.
@@ -121,29 +121,29 @@ def units_of(
 
 
 Choice = Mapping[Unit, str]
-"""Each unit's format."""
+"""The format of each unit."""
 
 
 def ablation_of(choice: Choice) -> Ablation:
-    """Return the ablation of a choice: all its units are rounded."""
+    """Return the ablation of a choice, in which all its units are rounded."""
     return Ablation.of(*(unit.change(form) for unit, form in choice.items()))
 
 
 def bits_of(choice: Choice) -> float:
-    """Bits of a weight, on average over all units."""
+    """Return the average bits per weight over all units."""
     bits = sum(unit.bits(form) for unit, form in choice.items())
     return bits / sum(unit.weights for unit in choice)
 
 
 @dataclass(frozen=True)
 class BitBudget:
-    """The bits that a weight of the units may take on average.
+    """The average bits that a weight of the units may take.
 
     Attributes:
-        text: As it was written.
+        text: The text as written.
         bits: The bits.
-        rest: Bytes of all else that the model has, in its own dtype.
-        weights: How many weights the units have.
+        rest: Bytes of all other weights of the model, in its own dtype.
+        weights: Number of weights of the units.
     """
 
     text: str
@@ -152,31 +152,31 @@ class BitBudget:
     weights: int
 
     def holds(self, choice: Choice) -> bool:
-        """Return whether a choice of all units is within it, but for rounding."""
+        """Return whether a choice for all units is within the budget, up to rounding."""
         return bits_of(choice) <= self.bits * (1 + 1e-12)
 
     def bytes_of(self, bits: float) -> float:
-        """Return the bytes of a model whose units have so many bits a weight."""
+        """Return the bytes of a model whose units have so many bits per weight."""
         return self.rest + bits * self.weights / 8
 
 
 def budget(
     text: str, units: Sequence[Unit], rest: int, whole: int, formats: Collection[str]
 ) -> BitBudget:
-    """Read a budget.
+    """Parse a budget.
 
     Args:
-        text: As in `FORMS`.
-        units: What gets formats.
-        rest: Bytes of all else.
-        whole: Bytes of the whole model as it is.
-        formats: What may be taken.
+        text: Text as in `FORMS`.
+        units: The units that get formats.
+        rest: Bytes of all other weights.
+        whole: Bytes of the whole unchanged model.
+        formats: The available formats.
 
     Returns:
         The budget.
 
     Raises:
-        RequestError: It is none, or no choice of these formats is within it.
+        RequestError: It is not a budget, or no choice of these formats is within it.
     """
     amount = read_amount(text)
     if amount is None or amount.measure not in ("bits", "bytes"):
@@ -200,19 +200,19 @@ def budget(
 def least_loss(
     units: Sequence[Unit], formats: Sequence[str], losses: Array, budget: BitBudget
 ) -> Choice:
-    """Give each unit a format so that the losses add up to the least that the budget allows.
+    """Choose formats of units so that the sum of losses is the least that the budget allows.
 
-    It is the multiple-choice knapsack problem, solved exactly by integer programming (scipy's
-    `milp`, HiGHS). That losses add up is an assumption, which measured sets are held against.
+    This is the multiple-choice knapsack problem, solved exactly by integer programming (scipy's
+    `milp`, HiGHS). That losses add up is an assumption, which measured sets test.
 
     Args:
         units: The units.
         formats: The formats.
-        losses: `[units, formats]`, what each costs alone; finite.
-        budget: The bits; some choice is within it.
+        losses: Loss of each unit alone in each format `[units, formats]`; finite.
+        budget: The budget; some choice is within it.
 
     Returns:
-        Each unit's format; of two choices that cost the same the one of fewer bits.
+        The format of each unit; of two choices with equal loss the one of fewer bits.
 
     Examples:
         >>> units = [Unit(0, "a", ((32, 32),)), Unit(1, "a", ((32, 32),))]
@@ -224,7 +224,7 @@ def least_loss(
     bits = np.array([[unit.bits(form) for form in formats] for unit in units])
     count, width = losses.shape
     one_each = np.kron(np.eye(count), np.ones(width))
-    # Bits decide between choices of equal loss, and nothing else.
+    # Bits decide between choices of equal loss only.
     tie = 1e-9 * (np.ptp(losses) or 1.0) / max(bits.sum(), 1.0)
     solution = optimize.milp(
         (losses + tie * bits).ravel(),
@@ -242,19 +242,19 @@ def least_loss(
 
 
 def alike(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> Choice:
-    """Give all units the one format that takes most of the budget."""
+    """Return the choice of one format for all units that uses most of the budget."""
     every = [dict.fromkeys(units, form) for form in formats]
     return max(filter(budget.holds, every), key=bits_of)
 
 
 END_LAYERS = 2
-"""So many layers at either end are kept in more bits, as tools do it by hand."""
+"""Number of layers at either end that are kept in more bits, as tools do by convention."""
 
 
 def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> Choice | None:
-    """Give the first and the last two layers the format of most bits, all others one that fits.
+    """Return a choice with most bits for the first and last two layers, and one format for others.
 
-    The embedding and the head have that of most bits too. None where no format fits then.
+    The embedding and the head have most bits too. None if no format fits the budget.
     """
     layers = sorted({unit.layer for unit in units if not unit.is_end})
     ends = {*layers[:END_LAYERS], *layers[-END_LAYERS:]}
@@ -267,7 +267,7 @@ def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) 
 
 
 class _Move(NamedTuple):
-    """One unit in another format: how many bits it takes more then, and loses more alone."""
+    """One unit in another format: the additional bits, and the additional loss alone."""
 
     unit: Unit
     form: str
@@ -278,18 +278,18 @@ class _Move(NamedTuple):
 def swaps(
     choice: Choice, formats: Sequence[str], losses: Array, budget: BitBudget, most: int
 ) -> list[Choice]:
-    """Give one unit a format of no fewer bits, and others fewer so that the budget still holds.
+    """Return swaps: one unit gets a format of no fewer bits, and others pay within the budget.
 
-    The sums of losses say what is tried first, and what pays: the unit that loses least of those
-    that are enough alone, or several that lose least a bit. Before a unit pays in the same format
-    again every raise was tried, so that a unit of which the sums are wrong spoils few swaps.
+    The sums of losses decide which swaps come first and which units pay: the unit that loses least
+    of those that suffice alone, or several that lose least per bit. Every raise is tried before a
+    unit pays in the same format again, so that a unit with wrong sums spoils few swaps.
 
     Args:
-        choice: The choice that is changed; its units in the order of `losses`.
+        choice: The choice to change; its units in the order of `losses`.
         formats: The formats.
-        losses: `[units, formats]`, what each costs alone; finite.
-        budget: The bits.
-        most: So many are made at most.
+        losses: Loss of each unit alone in each format `[units, formats]`; finite.
+        budget: The budget.
+        most: Maximum number of swaps.
 
     Returns:
         The changed choices, all within the budget.
@@ -332,7 +332,7 @@ def swaps(
 
 
 def _paying(up: _Move, downs: Sequence[_Move], over: float) -> list[_Move] | None:
-    """Take moves that release so many bits; None where they cannot."""
+    """Return moves that release so many bits; None if they cannot."""
     paying: list[_Move] = []
     while over > 0:
         changed = {up.unit, *(move.unit for move in paying)}
@@ -350,9 +350,9 @@ def _paying(up: _Move, downs: Sequence[_Move], over: float) -> list[_Move] | Non
 
 
 SWAPS = 32
-"""So many changed choices are measured in a round, as streams of one evaluation."""
+"""Number of changed choices per round, measured as streams of one evaluation."""
 Measure = Callable[[Sequence[Choice]], PairedOutcomes]
-"""What the documents come to under some choices, each as a whole."""
+"""Function that measures the outcomes of documents under whole choices."""
 
 
 @dataclass(frozen=True)
@@ -361,9 +361,9 @@ class Refined:
 
     Attributes:
         choice: The choice.
-        tried: How many swaps were measured.
-        gains: By how much less each that was kept costs than the choice before it; with intervals
-            that hold for all swaps of its round at once.
+        tried: Number of swaps that were measured.
+        gains: Decrease of the loss by each swap that was kept, with intervals that hold for all
+            swaps of its round at once.
     """
 
     choice: Choice
@@ -382,16 +382,16 @@ def refined(
     """Swap formats while a swap is shown to cost less, each measured as a whole.
 
     Args:
-        start: The choice to begin with; its units in the order of `losses`.
+        start: The initial choice; its units in the order of `losses`.
         formats: The formats.
-        losses: `[units, formats]`, what each costs alone, which says what is tried.
-        budget: The bits.
-        rounds: So many are made at most.
-        measure: Measures whole choices on the documents that choose.
+        losses: Loss of each unit alone in each format `[units, formats]`, to order the swaps.
+        budget: The budget.
+        rounds: Maximum number of rounds.
+        measure: Function that measures whole choices on the documents that choose.
 
     Returns:
         The choice that no swap of the last round is shown to beat on these documents, or that of
-        the last round there was.
+        the last round allowed.
     """
     choice, count, gains = start, 0, list[Estimate]()
     for _ in range(rounds):
@@ -412,14 +412,14 @@ def refined(
 
 
 def apart(paired: PairedOutcomes, number: int, other: int) -> Estimate:
-    """Estimate by how much the one keeps more than the other, of the same documents."""
+    """Estimate how much one choice keeps more than another, on the same documents."""
     return replace(
         paired, baseline=paired.ablated[:, number], ablated=paired.ablated[:, [other]]
     ).drop(0)
 
 
 def each_layer(cell: CellRequest, formats: Sequence[str], ends: Sequence[str] = ()) -> CellRequest:
-    """Ask for each of a cell's layers in each format, for some ends, and for nothing else."""
+    """Return the request of each of a cell's layers and of some ends in each format only."""
     grid: dict[str, Any] = {"layers": cell.changes.layers, "interventions": tuple(formats)}
     if ends:
         grid |= {"components": ("layer", "linear"), "maps": tuple(ends)}
@@ -432,13 +432,13 @@ def each_map(
     trust_remote_code: bool = False,
     ends: Sequence[str] = (),
 ) -> CellRequest:
-    """Ask for each linear map of a cell's layers, or those that it names, in each format.
+    """Return the request of each linear map of a cell's layers, or of its maps, in each format.
 
     Args:
         cell: The cell.
         formats: The formats.
         trust_remote_code: Whether code from the download may run.
-        ends: Which of `kinds.ENDS` are asked for besides.
+        ends: The ends of `kinds.ENDS` to include.
 
     Returns:
         The request.
@@ -461,9 +461,9 @@ def each_map(
 
 
 def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Observe:
-    """Make what observes a document's `rounding_errors`, with `weight_error` the same for all.
+    """Build an observer of a document's `rounding_errors`, with `weight_error` the same for all.
 
-    With `kl` also the divergence of what the model says, which takes a pass for each map.
+    With `kl` it also measures the divergence of the model's output, which takes a pass per map.
     """
     weights = weight_errors(engine, maps)
     ablations = [Ablation.of(change) for change in maps]

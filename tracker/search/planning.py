@@ -1,8 +1,8 @@
-"""Run searches on made-up scores: which sets they may end with, and what they cost.
+"""Run searches on random scores to find which sets they may end with, and what they cost.
 
-A search that can end with none is refused, and so is one whose sets could not be saved: there are
-models whose class computes from a layer's place what the layer is (Jamba's `attn_layer_period`), so
-that a checkpoint lacks whole periods or cannot be loaded.
+A search that cannot end with any set is refused, and so is one whose sets could not be saved. The
+class of some models derives a layer's type from its position (Jamba's `attn_layer_period`), so a
+checkpoint must lack whole periods or cannot be loaded.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from tracker.search.strategies import BLIND, NULL, SCORED, STRATEGIES, Search
 from tracker.stats.arrays import Array
 
 TRIED = 4
-"""Sets, drawn at random, that stand for what a search may end with."""
+"""Number of randomly drawn sets that represent the possible results of a search."""
 
 
 class DrawnScores(Scores):
-    """Scores that are made up: a part's cost is drawn at random, and costs add up.
+    """Random scores: a part's cost is drawn at random, and costs add up.
 
     Another `lot` draws other costs.
     """
@@ -52,7 +52,7 @@ class DrawnScores(Scores):
         self._costs: dict[str, list[float]] = {}
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
-        """Make up what sets cost."""
+        """Return random losses of sets."""
         if by not in self._costs:
             lots = (random.Random(f"{by}/{n}{self._lot}") for n in range(self.parts.total))
             self._costs[by] = [removed.random() for removed in lots]
@@ -61,7 +61,7 @@ class DrawnScores(Scores):
         return Losses([grown(removed) for removed in sets], values, np.ones(1), np.zeros(len(sets)))
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
-        """Make up a proxy of the model that lacks some layers."""
+        """Return a random proxy of the model that lacks some layers."""
         left = [layer for layer in range(self.layers) if layer not in removed]
         spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
         sets = [grown(removed, *(left[n] for n in span)) for span in spans]
@@ -69,9 +69,10 @@ class DrawnScores(Scores):
 
 
 def ends_of(request: SearchRequest, within: Budget, lots: int = TRIED) -> list[Set]:
-    """List sets that a search may end with: all of them where it looks at no document.
+    """List sets that a search may end with: all of them if it uses no documents.
 
-    ExperimentError where it can end with none. By so many `lots` scores are made up.
+    Raises ExperimentError if it cannot end with any. Otherwise random scores are drawn `lots`
+    times.
     """
     blind = request.strategy in BLIND
     draws = [(draw or 1, "") for draw in request.draws_of]
@@ -137,7 +138,7 @@ def refuse_unsavable(
 
 
 def _way_out(total: int, why_not: Callable[[Set], str]) -> str:
-    """Describe the shortest stretches that can be removed wherever they lie; or nothing."""
+    """Describe the shortest spans that can be removed at any position; empty if there are none."""
     for length in range(2, total // 2 + 1):
         starts = (0, 1, (total - length) // 2, total - length)
         if not any(why_not(tuple(range(first, first + length))) for first in starts):
@@ -150,20 +151,20 @@ def _way_out(total: int, why_not: Callable[[Set], str]) -> str:
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """Cost of one search, all its draws together, or of deciding between and testing sets.
+    """Cost of one search with all its draws, or of deciding between and testing sets.
 
     Attributes:
-        request: The search, or the documents that decide between what some chose, or test it.
-        documents: How many documents choose, decide or test.
-        evaluations: Sets of removals that are scored, as if it were alone, or tested.
-        flops: Floating-point operations of what nothing before it asked for,
-        dtype: in this type of numbers, such as `bfloat16`.
-        naive_flops: Those of lm-eval once for each set among that; None where proxies are scored.
-        steps: How many parts go; None for a test.
-        passes: What the engine computes for the sets, in passes of all calibration documents
+        request: The search, or the documents that decide between or test the results of some.
+        documents: Number of documents that choose, decide or test.
+        evaluations: Number of sets that are scored, if it were alone, or tested.
+        flops: Floating-point operations that no earlier search shares.
+        dtype: The dtype of these operations, such as `bfloat16`.
+        naive_flops: Operations of lm-eval, run once per set; None if proxies are scored.
+        steps: Number of parts removed; None for a test.
+        passes: Computation of the engine for the sets, in passes of all calibration documents
             through the whole intact model; None for a test.
         at_most: Whether it may take less, since candidates are not all scored again.
-        note: What is to be known of it besides; empty where nothing is.
+        note: A further remark; empty if there is none.
     """
 
     request: SearchRequest | CellRequest
@@ -257,9 +258,10 @@ def plan_searches(
 def check_searches(
     searches: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool, progress: Progress
 ) -> list[str]:
-    """Check searches without loading a model's weights; `progress` receives what is read.
+    """Check searches without loading a model's weights; report to `progress` what is read.
 
-    Returns remarks, and everything that could not be checked; RequestError as `plan_searches`.
+    Returns remarks, including everything that could not be checked. Raises RequestError as
+    `plan_searches` does.
     """
     lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_unknown(searches, lender)
@@ -267,7 +269,7 @@ def check_searches(
     unchecked = check_documents(requests, progress)
     if not unchecked:
         refuse_mixed(searches, lender, {})
-    # How long layers take is measured, which loads the weights.
+    # Timing layers would load the weights.
     timeless = [search for search in searches if search.amount.measure != "seconds"]
     budgets = [budget_of(search, lender) for search in timeless]
     notes = refuse_unsavable(timeless, budgets, lender)
@@ -277,16 +279,16 @@ def check_searches(
 def _measuring(
     request: CellRequest, sets: Sequence[Ablation], there: Reading, dtype: str
 ) -> PlannedSearch:
-    """Count what measuring some sets takes."""
+    """Count the cost of measuring some sets."""
     flops, naive_flops = there.flops(planned(sets, there.layers)), there.naive_flops(list(sets))
     return PlannedSearch(request, there.documents, len(sets), flops, dtype, naive_flops)
 
 
 class _Counted(DrawnScores):
-    """Scores that are made up, and what they would take.
+    """Random scores that count the cost of computing real ones.
 
-    `known` is what earlier searches asked of each cell; `passes`, `flops` and `naive_flops` are as
-    in `PlannedSearch`.
+    `known` holds the measurements of earlier searches by cell; `passes`, `flops` and `naive_flops`
+    are as in `PlannedSearch`.
     """
 
     def __init__(
@@ -303,11 +305,11 @@ class _Counted(DrawnScores):
 
     @property
     def evaluations(self) -> float:
-        """Sets that were scored."""
+        """The number of sets that were scored."""
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
-        """Count what scoring sets takes."""
+        """Count the cost of scoring sets, and return random losses."""
         ablations = [INTACT, *(self.ablation(removed) for removed in sets)]
         new = [one for one in ablations if one not in self.evaluated]
         self.evaluated |= set(new)
@@ -325,7 +327,7 @@ class _Counted(DrawnScores):
         return super().losses(by, sets)
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
-        """Count what a proxy of the model that lacks some layers takes."""
+        """Count the cost of a proxy of the model without some layers, and return a random one."""
         left = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

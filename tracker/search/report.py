@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 def tested(step: PruneStep) -> Tested:
     """Return the test documents' outcome of a step."""
-    assert step.test is not None  # a search is kept once its steps are tested
+    assert step.test is not None  # a search is stored once its steps are tested
     return step.test
 
 
@@ -59,9 +59,9 @@ class Searched:
 
     Attributes:
         asked: The search.
-        record: What it found.
-        answered: What the test documents come to after each step, more being better.
-        request: The request of the last step that is a run; None where none is.
+        record: Its record.
+        answered: Outcomes of the test documents after each step, more being better.
+        request: The request of the last step that is a run; None if none is.
     """
 
     asked: SearchRequest
@@ -72,11 +72,11 @@ class Searched:
 
 @dataclass(frozen=True)
 class Choices:
-    """Results of one way of choosing for one benchmark, one a draw.
+    """Results of one strategy for one benchmark, one per draw.
 
     Attributes:
-        records: The searches; several where the strategy draws.
-        answered: What the test documents come to after each step of each, more being better.
+        records: The searches; several if the strategy draws.
+        answered: Outcomes of the test documents after each step of each, more being better.
     """
 
     records: tuple[PruneRecord, ...]
@@ -89,17 +89,17 @@ class Choices:
 
     @property
     def outcomes(self) -> Array:
-        """The outcome of each test document in the end, averaged over draws."""
+        """The final outcome of each test document, averaged over draws."""
         outcomes: Array = np.stack([paired.ablated[:, -1] for paired in self.answered]).mean(axis=0)
         return outcomes
 
     @property
     def level(self) -> Estimate:
-        """The test accuracy in the end."""
+        """The final test accuracy."""
         return accuracy(self.outcomes, self.weights)
 
     def at(self, removed: int) -> Estimate:
-        """Return the test accuracy with a number of layers gone; None where no step ends there."""
+        """Return the test accuracy with a number of layers removed; None if no step ends there."""
         outcomes = []
         for record, paired in zip(self.records, self.answered, strict=True):
             by_count = {0: paired.baseline} | {
@@ -112,7 +112,7 @@ class Choices:
         return accuracy(np.stack(outcomes).mean(axis=0), self.weights)
 
     def above(self, other: Choices) -> Estimate:
-        """Estimate how much more these answer than others, on the same documents."""
+        """Estimate the difference from other choices, on the same documents."""
         return accuracy_drop(self.outcomes, other.outcomes, self.weights)
 
 
@@ -121,8 +121,8 @@ class Separated:
     """Steps at which the calibration documents separate the choice from the runner-up, or not.
 
     Attributes:
-        compared: How many steps had a runner-up.
-        unsure: Those at which the 95 % interval of its margin reaches 0.
+        compared: Number of steps that had a runner-up.
+        unsure: Steps at which the 95 % interval of the margin reaches 0.
     """
 
     compared: int
@@ -130,18 +130,18 @@ class Separated:
 
     @property
     def level(self) -> int:
-        """The number of the unsure steps at which both score the same."""
+        """The number of unsure steps at which both score the same."""
         return sum(step.margin.value == 0 for step in self.unsure)
 
     @property
     def enough(self) -> int | None:
-        """About how many documents would tell at half of the others; None where there are none."""
+        """About how many documents would separate half of the others; None without others."""
         needed = [step.separates for step in self.unsure if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
 
 def separated(searches: Sequence[PruneRecord]) -> Separated:
-    """Count the steps of some searches at which their documents are too few to choose."""
+    """Find the steps of some searches at which their documents are too few to choose."""
     compared = [s for search in searches for s in search.steps if s.margin.value is not None]
     unsure = [s for s in compared if s.margin.low is None or s.margin.low <= 0]
     return Separated(len(compared), tuple(unsure))
@@ -162,7 +162,7 @@ def finding_of(
     failed: Mapping[str, str],
 ) -> FindingRecord:
     """Return the finding of the searches of one file."""
-    # One model, one set of test documents and one unit stand in one table.
+    # One model, one set of test documents and one unit share one table.
     groups = grouped(searched, lambda one: one.asked.goal[:2]).values()
     records = [[one.record for one in some] for some in groups]
     return FindingRecord(
@@ -275,7 +275,7 @@ def _set(chosen: Sequence[Searched], labels: Mapping[str, str]) -> str:
 
 
 def _why(searched: Sequence[Searched], found: Recommended, labels: Mapping[str, str]) -> str:
-    """Describe why a set is recommended; begins with a space, empty where it is the only one."""
+    """Describe why a set is recommended, with a leading space; empty if it is the only one."""
     if found.step is None or found.decided_on is None:
         return ""
     step, count = found.step, counted(found.decided_on.n, "calibration document")
@@ -288,7 +288,7 @@ def _why(searched: Sequence[Searched], found: Recommended, labels: Mapping[str, 
 
 
 def _beside(searched: Sequence[Searched], chosen: Sequence[Searched]) -> Iterator[str]:
-    """Set other strategies beside what is recommended, all comparisons at once."""
+    """Yield comparisons of other strategies with the recommended set, tested simultaneously."""
     others = []
     for name in ("cosine_oneshot", "cosine", NULL):
         own = [one for one in searched if one.asked.strategy == name and one not in chosen]
@@ -307,7 +307,7 @@ def _choices(searched: Sequence[Searched]) -> Choices:
 
 
 def _other(searched: Sequence[Searched], found: Estimate) -> str:
-    """Describe what a strategy leaves, and how far below the recommended set that is."""
+    """Describe the result of a strategy, and its difference from the recommended set."""
     record = searched[0].record
     levels = [end(one.record).level.value for one in searched]
     known = [level for level in levels if level is not None]
@@ -325,9 +325,10 @@ def _other(searched: Sequence[Searched], found: Estimate) -> str:
 
 
 def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = "") -> Iterator[str]:
-    """Describe where the calibration documents were too few to choose, if anywhere.
+    """Describe steps at which the calibration documents were too few to choose, if any.
 
-    `chosen` is what they had to tell from the runner-up, and `each` what has so many of them.
+    `chosen` names the choice that they had to separate from the runner-up. `each` is appended to
+    the number of documents.
     """
     found = separated(searches)
     if not found.unsure:
@@ -346,7 +347,7 @@ def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = ""
 
 
 def cost_columns(searches: Callable[[Row], Sequence[PruneRecord]]) -> tuple[Column[Row], ...]:
-    """Return the columns of the mean cost of a row's searches; nothing without any."""
+    """Return the columns of the mean cost of a row's searches; undefined without any."""
     gone = "nothing is removed"
 
     def column(name: str, unit: Unit) -> Column[Row]:
@@ -362,9 +363,9 @@ def cost_columns(searches: Callable[[Row], Sequence[PruneRecord]]) -> tuple[Colu
 def frontier(
     title: str, unit: Component, better: bool, levels: Mapping[str, Sequence[Estimate | None]]
 ) -> LineChart:
-    """Draw what is left, the more goes: a line a strategy, of its level with 0, 1, … parts gone.
+    """Draw levels against the number of removed parts: a line per strategy, from 0 parts on.
 
-    `unit` is what goes, and `better` whether more of the level is.
+    `unit` is the kind of parts, and `better` whether a higher level is better.
     """
     return LineChart(
         title=title,
@@ -432,9 +433,9 @@ def _calibration(record: PruneRecord) -> str:
 
 
 def _labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Name searches by their strategies, and where these are alike by what else differs.
+    """Return labels of searches: their strategies, and other differences between equal ones.
 
-    That is what they were calibrated on, and what was to stay.
+    That is the calibration benchmarks and the constraints.
     """
     found = {}
     for alike in grouped(records, lambda one: (one.label, one.amount)).values():
@@ -445,7 +446,7 @@ def _labels(records: Sequence[PruneRecord]) -> dict[str, str]:
 
 
 def _stays(record: PruneRecord) -> str:
-    """Name what was to stay, as a part of a label."""
+    """Describe the constraints as a part of a label."""
     among = "" if record.among is None else f"among {listed(in_words(record.among))}"
     protected = f"without {listed(in_words(record.protected))}" if record.protected else ""
     least = (f"{said} {kind} left" for kind, said in record.at_least.items())
@@ -453,13 +454,13 @@ def _stays(record: PruneRecord) -> str:
 
 
 def _benchmark(record: PruneRecord) -> str:
-    """Name the benchmark, with the seed that drew its halves where it is none of the usual."""
+    """Return the benchmark's name, with the seed of its halves unless it is the default."""
     seed = record.benchmark.seed
     return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
 
 
 class _Step(NamedTuple):
-    """A row: a step of a search, from 1."""
+    """A row: a step of a search, counted from 1."""
 
     search: str
     number: int
@@ -467,7 +468,7 @@ class _Step(NamedTuple):
 
 
 def _sets(records: Sequence[PruneRecord]) -> Table:
-    """Lay out the steps of searches, a row each."""
+    """Build the table of the steps of searches, one row each."""
     first, labels = records[0], _labels(records)
 
     def name(row: _Step) -> str | None:
@@ -505,7 +506,7 @@ def _frontier_of(records: Sequence[PruneRecord]) -> LineChart:
     first = records[0]
     labels = _labels(records)
     ascending = sorted(records, key=lambda record: len(record.removed))
-    # Several amounts of one strategy: the last has all steps.
+    # Of several amounts of one strategy, the last has all steps.
     longest = {labels[record.name]: record for record in ascending}
     most = len(ascending[-1].removed)
     levels: dict[str, list[Estimate | None]] = {}
@@ -521,7 +522,7 @@ def savable(
 ) -> tuple[Searched, CellRequest] | None:
     """Find the first recommended set that can be saved, with the request of its last step's run.
 
-    That of the first model, benchmark and amount of the file; None where none can be saved.
+    It belongs to the first model, benchmark and amount of the file; None if none can be saved.
     """
     for goal, found in recommended.items():
         some = [one for one in searched if one.asked.goal == goal]
@@ -532,13 +533,13 @@ def savable(
 
 
 def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
-    """Return the command that saves a pruning, held against the documents that tested it."""
+    """Return the command that saves a pruning, proved on the documents that tested it."""
     removed = ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
     return saving_line(removed, asked, results)
 
 
 def saving_line(change: Sequence[str], asked: CellRequest, results: Path) -> str:
-    """Return the command that saves a changed model, held against a request's documents."""
+    """Return the command that saves a changed model, proved on a request's documents."""
     settings = asked.settings
     words = ["tracker", "export", settings.model, "--dtype", settings.dtype, *change]
     for name in KEYS.values():
@@ -553,7 +554,7 @@ _SAID = {*ChangeGrid.model_fields, "model", "dtype", "removed"}
 
 
 def _typed(value: object) -> str:
-    """Write a setting as the command takes it."""
+    """Format a setting as the command takes it."""
     if isinstance(value, tuple):
         return str(value[0]) if len(value) == 1 else json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -37,11 +37,11 @@ from tracker.search.settings import CONSTRAINTS, OF_CELLS, Amount, SearchSetting
 from tracker.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, STRATEGIES
 
 Goal = tuple[CellRequest, Component, str, str]
-"""The test documents of searches, what goes, how much of it, and what must stay."""
+"""The test documents of searches, the kind of parts, the amount, and the constraints."""
 _NEVER_SAID = {"heads", "experts", "maps", "repeats", "control"}
-"""Keys of a cell that came after searches had names."""
+"""Keys of a cell that are newer than the names of searches."""
 DEFAULT = ("accuracy", "cosine_oneshot", NULL)
-"""Strategies where none is named: what really counts, beside the usual proxy and chance."""
+"""Default strategies: by real outcomes, by the usual proxy, and by chance."""
 
 
 def _known(name: str) -> str:
@@ -52,7 +52,7 @@ def _known(name: str) -> str:
 
 
 class SearchRequest(SearchSettings):
-    """One search for what to prune: of one model, for one benchmark, by one strategy."""
+    """One search for parts to remove: of one model, for one benchmark, by one strategy."""
 
     cell: CellRequest
     """The model and the benchmark that it is for."""
@@ -95,17 +95,17 @@ class SearchRequest(SearchSettings):
 
     @property
     def amount(self) -> Amount:
-        """The amount that goes, or stays."""
+        """The amount to remove or to keep."""
         return amount(self.remove or self.keep or "")
 
     @property
     def word(self) -> Literal["remove", "keep"]:
-        """The key that holds the amount: of what goes, or of what stays."""
+        """The key of the amount: `remove` or `keep`."""
         return "keep" if self.remove is None else "remove"
 
     @property
     def asked(self) -> str:
-        """The amount as people read it: `remove 8`, `remove 8 heads`, `keep 75 % of experts`."""
+        """The amount as displayed: `remove 8`, `remove 8 heads`, `keep 75 % of experts`."""
         of = "" if self.unit not in NUMBERED else f" {many_of(self.unit)}"
         if of and self.amount.share:
             of = f" of{of}"
@@ -120,31 +120,31 @@ class SearchRequest(SearchSettings):
 
     @property
     def stays(self) -> str:
-        """The constraints as they were written: `protect 0, 1, last`; empty without any."""
+        """The constraints as written: `protect 0, 1, last`; empty without any."""
         said = {key: ", ".join(in_words(getattr(self, key))) for key in ("protect", "among")}
         said["at_least"] = ", ".join(f"{k}: {n}" for k, n in decoded(self.at_least).items())
         return ", ".join(f"{key} {words}" for key, words in said.items() if words)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that name a search, without those that no search has or that came later."""
+        """The settings that name a search, without keys that are newer or do not apply."""
         said = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEVER_SAID)
-        said["cell"] = {**cell, "only": None}  # as searches have been named ever since
+        said["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
         return {key: value for key, value in said.items() if value or key not in CONSTRAINTS}
 
     @property
     def draws_of(self) -> tuple[int | None, ...]:
-        """The draws that it makes; one None for a strategy that does not draw."""
+        """The numbers of its draws; one None for a strategy that does not draw."""
         return tuple(range(1, self.draws + 1)) if self.strategy in DRAWN else (None,)
 
     @property
     def rescored(self) -> Rescoring:
-        """The rescoring of candidates; what rescores nothing does so fully."""
+        """The rescoring of candidates; `full` for strategies without a choice."""
         return self.rescoring if self.strategy in RESCORED else "full"
 
     def calibration(self) -> tuple[CellRequest, ...]:
-        """Return the requests of the cells that choose; none where the strategy is blind."""
+        """Return the requests of the cells that choose; none if the strategy uses no documents."""
         if self.strategy in BLIND:
             return ()
         return tuple(map(self._of, self.calibrate or (self.cell.benchmark.benchmark,)))
@@ -159,17 +159,17 @@ class SearchRequest(SearchSettings):
         return replace(cell, benchmark=spec, metric=None)
 
     def test(self) -> CellRequest:
-        """Return the request of the cell that tests, on documents that never choose."""
+        """Return the request of the test cell, on documents that never choose."""
         return self.cell.on("test", sample=self.test_sample)
 
     @property
     def goal(self) -> Goal:
-        """The goal that searches share whose sets can be compared."""
+        """The goal: searches with the same one have comparable sets."""
         return self.test(), self.unit, self.asked, self.stays
 
 
 class _Constraint(Choice):
-    """One value that may be a mapping itself: W&B takes each number of a range for a value."""
+    """One value that may itself be a mapping: W&B treats each number of a range as a value."""
 
     @model_validator(mode="before")
     @classmethod
@@ -180,7 +180,7 @@ class _Constraint(Choice):
         return given
 
 
-if TYPE_CHECKING:  # which takes no class that is made
+if TYPE_CHECKING:  # type checkers do not accept a generated class
     SearchParameters = Grid
 else:
     SearchParameters = grid_of(
@@ -194,7 +194,7 @@ else:
 def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
     """Return the request of the documents that decide between searches with one goal.
 
-    The calibration documents of the benchmark itself, as many as a search had at most.
+    They are the calibration documents of the benchmark itself, as many as any search had.
     """
     samples = [one.sample for one in searches if one.sample is not None]
     most = max(samples) if len(samples) == len(searches) else None
@@ -202,22 +202,22 @@ def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Make a request of settings (None = default); RequestError for a value of the wrong kind."""
+    """Build a request from settings (None = default); raise RequestError for an invalid value."""
     said = {name: value for name, value in settings.items() if value is not None}
     own = {name: said.pop(name) for name in SearchSettings.model_fields if name in said}
     return search_of(checked(CellSettings, {"layers": (), **said}, prefix).request, own, prefix)
 
 
 def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Make a request of a cell and the settings of the search alone.
+    """Build a request from a cell and the settings of the search alone.
 
-    RequestError for a value of the wrong kind.
+    Raises RequestError for an invalid value.
     """
     return checked(SearchRequest, {"cell": cell, **own}, prefix)
 
 
 def refuse_idle(searches: Collection[SearchRequest]) -> None:
-    """Refuse settings that none of some searches uses: RequestError."""
+    """Raise RequestError for settings that none of some searches uses."""
     chosen = {each.strategy for each in searches}
     for name, users in (("rescoring", RESCORED), ("draws", DRAWN)):
         said = {getattr(each, name) for each in searches if name in each.model_fields_set}
@@ -231,7 +231,7 @@ def refuse_idle(searches: Collection[SearchRequest]) -> None:
 
 
 def refuse_draws(searches: Collection[SearchRequest]) -> None:
-    """Refuse to save what random draws alone find: RequestError."""
+    """Raise RequestError if random draws alone are to be saved."""
     if {each.strategy for each in searches} == {NULL}:
         raise RequestError(
             "--output saves what is recommended, and random draws are never recommended; add "
@@ -245,9 +245,9 @@ class PruneFile(Sweep):
     parameters: SearchParameters
 
     def searches(self) -> list[SearchRequest]:
-        """Expand the grid, equal models next to each other.
+        """Expand the grid, with equal models next to each other.
 
-        RequestError for a value of the wrong kind.
+        Raises RequestError for an invalid value.
         """
         grid = {"strategy": list(DEFAULT), **self.parameters.options}
         options = dict(sorted(grid.items()))
@@ -272,14 +272,14 @@ def load_searches(
     """Read and check the requests of searches.
 
     Args:
-        given: The file, or what stands for one.
+        given: The file, or its contents in another form.
         settings: Keys of the file with their values, as `with_settings` takes them.
 
     Returns:
-        What is asked for.
+        The requests.
 
     Raises:
-        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
+        ExperimentError: The file is missing, is not YAML, or has unknown keys or values.
     """
     return read_input(given, settings or {}, _SEARCHES)
 

@@ -1,6 +1,6 @@
-"""Score sets of removals, and parts that could go next, by the calibration documents.
+"""Score sets of removals, and parts that could be removed next, on the calibration documents.
 
-Everything is a loss: the smaller, the better it is to remove.
+All scores are losses: the smaller, the better it is to remove.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ NO_FINITE = (
     "no removal has a finite score on all calibration documents; take another strategy, or dtype: "
     "{value: float32}"
 )
-"""What is said where nothing can be compared."""
+"""Reasons given if nothing can be compared."""
 _TURNING = ("cosine_score", "relative_update", "angular_distance")
-"""Proxies that are kept together, as one kind of observation."""
+"""Proxies that are stored together, as one kind of observation."""
 
 
 def grown(removed: Set, *parts: int) -> Set:
-    """Return a set with some parts more."""
+    """Return a set extended by some parts."""
     return tuple(sorted((*removed, *parts)))
 
 
@@ -53,10 +53,10 @@ class Losses:
     """The losses of some sets, document by document.
 
     Attributes:
-        sets: What is removed.
-        values: `[documents, sets]`.
-        weights: `[documents]`, summing to 1.
-        ties: `[sets]`, what decides between sets of equal loss.
+        sets: The sets of removed parts.
+        values: Losses `[documents, sets]`.
+        weights: Weights of documents `[documents]`, summing to 1.
+        ties: Values that decide between sets of equal loss `[sets]`.
         binary: Whether a document's losses differ by whole numbers.
     """
 
@@ -68,14 +68,14 @@ class Losses:
 
     @property
     def means(self) -> Array:
-        """The loss of each set; infinite where a document has none that is finite."""
+        """The loss of each set; infinite if any document's loss is not finite."""
         return np.nan_to_num(rounded(self.weights @ self.values), nan=np.inf)
 
     @property
     def order(self) -> list[int]:
-        """The sets from the smallest loss to the largest.
+        """The indices of sets from the smallest loss to the largest.
 
-        Level ones by `ties`, and then the one whose parts are later.
+        Equal losses are ordered by `ties`, then the set whose parts are later comes first.
         """
         ties = np.nan_to_num(rounded(self.ties), nan=np.inf)
         later = ([-part for part in reversed(each)] for each in self.sets)
@@ -83,9 +83,10 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def step(self, before: Set | None, order: Sequence[int] | None = None) -> PruneStep:
-        """Choose the best set, and estimate by how much it is better than the runner-up.
+        """Choose the best set, and estimate its margin over the runner-up.
 
-        CellError where none has a finite loss. `before` is what it is grown from; None for nothing.
+        Raises CellError if no loss is finite. `before` is the set it extends; None if there is
+        none.
         """
         best, *others = self.order if order is None else order
         means = self.means
@@ -100,7 +101,7 @@ class Losses:
         apart = self.values[:, second] - self.values[:, best]
         extra = (1.0, -1.0) if self.binary else ()
         margin = float(means[second] - means[best])
-        # It is the best of many: the interval holds beside each of the others.
+        # It is the best of many: the intervals beside all others hold simultaneously.
         alone = Estimate(margin, *mean_interval(apart, self.weights, extra))
         (wide,) = together([alone], [len(apart)], len(others))
         found: dict[str, object] = {"runner_up": self.sets[second], "margin": wide}
@@ -111,9 +112,9 @@ class Losses:
 
 
 class Scores:
-    """Scores of sets by the calibration cells of a search, and the cost of asking them.
+    """Scores of sets on the calibration cells of a search, and the cost of measuring them.
 
-    Several cells count alike, whatever their sizes. `parts` are what goes.
+    All cells count equally, whatever their sizes. `parts` are the parts that may be removed.
     """
 
     def __init__(self, cells: Sequence[OpenCell], parts: SearchParts) -> None:
@@ -136,7 +137,7 @@ class Scores:
         return self.parts.without(removed)
 
     def losses(self, by: str, sets: Sequence[Set]) -> Losses:
-        """Score sets by what they really cost: `accuracy`, or `gold_logprob`."""
+        """Score sets by their measured losses: `accuracy`, or `gold_logprob`."""
         ablations = [self.ablation(each) for each in sets]
         new = [one for one in ablations if one not in self.evaluated]
         for cell in self.cells:
@@ -155,16 +156,16 @@ class Scores:
         return Losses(sets, *chosen, other[1] @ other[0], whole)
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
-        """Score parts that could go next by a proxy, in the model that lacks some already.
+        """Score parts that could be removed next by a proxy, in the model without `removed`.
 
         Args:
             name: One of `PROXIES` that has a strategy, or `angular_distance`.
-            removed: What it lacks.
-            spans: Stretches of layers that could go together, of the intact model; None = each
+            removed: The layers removed so far.
+            spans: Spans of layers that could be removed together, of the intact model; None = each
                 layer alone.
 
         Returns:
-            The losses: of `angular_distance` those of stretches.
+            The losses; for `angular_distance` those of spans.
         """
         left = [layer for layer in range(self.layers) if layer not in removed]
         spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
@@ -193,7 +194,7 @@ class Scores:
         far = name == "angular_distance"
         means = per_token(sums[name][:, starts, ends] if far else sums[name][:, starts], counted)
         if name == "gate_gradient":
-            # Of each document the size, so that opposite ones do not cancel.
+            # The magnitude per document, so that opposite signs do not cancel.
             return np.abs(means), np.full(len(means), 1 / len(means))
         return means, counted / counted.sum()
 
@@ -206,10 +207,10 @@ class Scores:
         took: NDArray[np.int64],
         order: Sequence[Place],
     ) -> None:
-        """Note what a race asked a cell for: candidates, each on so many documents of an order.
+        """Record the candidates that a race measured on a cell, each on its number of documents.
 
-        `beneath` is what they have in common, alone, where it is something. Of a group a race
-        `took` more documents than it looked at.
+        `beneath` is the removal that they have in common, by itself, if any. A race `took` more
+        documents of a group than it looked at.
         """
         ends = sorted(set(took.tolist()))
         for before, end in zip([0, *ends], ends, strict=False):
@@ -222,9 +223,9 @@ class Scores:
             self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
 
     def looked_at(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
-        """List the documents of a cell that chose: task → their numbers, ascending.
+        """Return the documents of a cell that chose: task → their numbers, ascending.
 
-        A race's are fewer than there are.
+        A race uses only some of the documents.
         """
         if not self._raced:
             return cell.documents
@@ -251,13 +252,13 @@ class Scores:
 
 
 def _stacked(each: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Put the documents of several cells below each other, each cell counting alike."""
+    """Stack the documents of several cells, with equal weight for each cell."""
     values = np.concatenate([values for values, _ in each])
     return values, np.concatenate([weights / len(each) for _, weights in each])
 
 
 def _observer(engine: Engine, name: str, removed: Set) -> Observe:
-    """Observe a proxy in a copy of the model that really lacks some layers."""
+    """Build an observer of a proxy in a copy of the model that really lacks some layers."""
     import time
 
     sharing = engine.sharing
@@ -265,7 +266,7 @@ def _observer(engine: Engine, name: str, removed: Set) -> Observe:
     if removed:
         engine = engine.without(Ablation.of(removed=removed)).with_sharing(sharing)
     left = [n for n in range(layers) if n not in removed]
-    # Layers that cannot be cut stay in their places, and hand on what they get.
+    # Layers that cannot be cut stay in place, and pass on their input.
     there = left if len(engine.loaded.layers) == layers else list(range(len(left)))
     watched: Callable[[Document], Mapping[str, object]] = (
         partial(span_similarity, engine)

@@ -1,8 +1,9 @@
-"""One search: its calibration cells are asked, block by block, until its budget is met.
+"""Run one search: measure its calibration cells, block by block, until its budget is met.
 
-And which of the sets that searches chose is recommended: calibration documents alone say so.
+The module also chooses the recommended set among the results of searches, by calibration documents
+alone.
 
-A budget of seconds is solved with how long each layer takes, measured here.
+A budget of seconds depends on the duration of each layer, which is measured here.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from tracker.search.settings import FREE, Budget, Constraints, budget, constrain
 from tracker.search.strategies import NULL, STRATEGIES, Search
 
 TOKENS = 128
-"""Tokens of one text that is read at once."""
+"""Tokens of the text that is read in each pass."""
 PASSES = 15
-"""Passes, of which each layer's median counts; as many as half of them come before, unmeasured."""
+"""Number of passes for each layer's median; half as many run before, without measurement."""
 
 
 def seconds_a_token(loaded: LoadedModel, lender: Lender) -> tuple[list[float], float]:
-    """Measure the seconds a token of each layer, and of the whole model, on a long text.
+    """Measure the seconds per token of each layer, and of the whole model, on a long text.
 
-    It is measured once for a model, a machine and a device, and `Lender.keep_timings` writes it to
-    the results folder: a search that goes on has the same budget.
+    It is measured once per model, machine and device, and `Lender.keep_timings` writes it to the
+    results folder, so that a continued search has the same budget.
     """
     identity = loaded.identity
     where = {**machine(), **describe(loaded.device), "threads": str(torch.get_num_threads())}
@@ -99,20 +100,20 @@ def _now() -> float:
 
 
 FEWEST = 2
-"""Calibration documents without which nothing can be compared."""
+"""Minimum number of calibration documents for a comparison."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Choice of one draw of a search.
+    """Result of one draw of a search.
 
     Attributes:
         asked: The search.
-        parts: What goes.
-        draw: Which draw; None where nothing is drawn.
-        steps: Its steps; none of them is tested.
-        calibration: What chose.
-        cost: What that took.
+        parts: The parts of the model that it may remove.
+        draw: Number of the draw; None if the strategy does not draw.
+        steps: Its steps, not tested yet.
+        calibration: The documents that chose.
+        cost: The cost of the search.
     """
 
     asked: SearchRequest
@@ -124,13 +125,14 @@ class Found:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The removed parts in the end, ascending."""
+        """The parts removed after the last step, ascending."""
         return self.steps[-1].removed
 
     def name(self, tests: str) -> str:
         """Return its name, unique among the searches of a results folder.
 
-        `tests` is the key of the cell that tests it: another model at the same place has another.
+        `tests` is the key of the cell that tests it; it differs for another model at the same
+        place.
         """
         asked = self.asked
         words = [
@@ -167,16 +169,16 @@ def refuse_mixed(
 ) -> None:
     """Refuse searches whose calibration documents are test documents too.
 
-    Halves are drawn task by task: those of two tasks over the same rows overlap. Benchmarks are
-    opened for this, so that what else is wrong with them is said before anything is measured.
+    Halves are drawn task by task, so those of two tasks over the same rows overlap. Benchmarks are
+    opened for this check, so that other problems with them are reported before measurement too.
 
     Args:
         searches: The searches.
-        lender: Who loads the model; not asked to.
-        cells: The cells that were opened so far, which get the others.
+        lender: Loads the model; not used for that here.
+        cells: The cells opened so far, to which the others are added.
 
     Raises:
-        ExperimentError: Some documents would choose and be tested.
+        ExperimentError: Some documents would both choose and test.
         BenchmarkError: A benchmark cannot be read, or has no such parts.
     """
     pairs = {}
@@ -239,16 +241,16 @@ def stays_of(request: SearchRequest, lender: Lender) -> Constraints:
 def search(
     asked: SearchRequest, within: Budget, lender: Lender, cells: dict[CellRequest, OpenCell]
 ) -> Iterator[Found]:
-    """Choose what goes, once a draw.
+    """Choose the parts to remove, once per draw.
 
     Args:
         asked: The search.
         within: Its budget.
-        lender: Who loads the model.
-        cells: The cells that were opened so far, which others may share.
+        lender: Loads the model.
+        cells: The cells opened so far, which other searches may share.
 
     Yields:
-        What each draw found.
+        The result of each draw.
 
     Raises:
         ExperimentError: There are too few calibration documents.
@@ -271,7 +273,7 @@ def search(
 
 
 def refuse_few(request: CellRequest, documents: int) -> None:
-    """Refuse calibration documents that can compare nothing: ExperimentError."""
+    """Raise ExperimentError if there are too few calibration documents for a comparison."""
     if documents < FEWEST:
         raise ExperimentError(
             f"{request.title}: {documents} calibration document tells no layers apart; raise "
@@ -280,7 +282,7 @@ def refuse_few(request: CellRequest, documents: int) -> None:
 
 
 def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
-    """Refuse losses that have no mean: accuracies and nats; ExperimentError says which."""
+    """Raise ExperimentError for losses without a common mean: accuracies and nats."""
     kinds = {cell.higher_is_better for cell in cells}
     if len(kinds) > 1:
         names = ", ".join(str(cell.request.benchmark) for cell in cells)
@@ -291,7 +293,7 @@ def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
 
 
 def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
-    """Record which documents of a cell choose: task → their numbers."""
+    """Return a record of the documents of a cell that choose: task → their numbers."""
     return Calibrated(
         key=cell.store.identity.key,
         benchmark=str(cell.request.benchmark),
@@ -303,7 +305,7 @@ def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibra
 
 
 def _said(asked: SearchRequest, parts: SearchParts, draw: int | None, step: PruneStep) -> str:
-    """Describe in a line what a step removed; of many parts their number."""
+    """Describe the removal of a step in one line; for many parts by their number."""
     name = asked.strategy if draw is None else f"{asked.strategy} {draw}"
     if asked.calibrate:
         name += f" calibrated on {', '.join(asked.calibrate)}"
@@ -318,15 +320,15 @@ def _said(asked: SearchRequest, parts: SearchParts, draw: int | None, step: Prun
 
 @dataclass(frozen=True)
 class Recommended:
-    """The set that is recommended, of those that searches with one goal chose.
+    """The recommended set among those that searches with one goal chose.
 
     Attributes:
-        removed: The set; empty where none is recommended.
-        of: How many different sets there were to choose from.
-        step: What it loses on the documents that decided, the runner-up, and whether they tell the
-            two apart; None where there was nothing to decide.
-        decided_on: Which documents these were; None likewise.
-        reason: Why nothing is recommended; empty where something is.
+        removed: The set; empty if none is recommended.
+        of: Number of different sets to choose from.
+        step: Its loss on the deciding documents, the runner-up, and whether the documents separate
+            the two; None if there was nothing to decide.
+        decided_on: The deciding documents; None if there was nothing to decide.
+        reason: Reason why nothing is recommended; empty otherwise.
     """
 
     removed: Set = ()
@@ -339,18 +341,18 @@ class Recommended:
 def recommended(
     found: Sequence[Found], lender: Lender, cells: dict[CellRequest, OpenCell]
 ) -> Recommended:
-    """Choose among what searches with one goal found, by what it costs calibration documents.
+    """Recommend one of the sets of searches with one goal, by its loss on calibration documents.
 
-    Random draws are what the others are held against, and never recommended. Where the others all
-    chose one set, nothing is measured.
+    Random draws are the reference for the others, and never recommended. If the others all chose
+    one set, nothing is measured.
 
     Args:
-        found: The searches.
-        lender: Who loads the model.
-        cells: The cells that were opened so far, which get the one that decides.
+        found: The results of the searches.
+        lender: Loads the model.
+        cells: The cells opened so far, to which the deciding one is added.
 
     Returns:
-        What is recommended, or why nothing is.
+        The recommendation, or the reason why there is none.
     """
     sets = list(dict.fromkeys(one.removed for one in found if one.asked.strategy != NULL))
     if not sets:

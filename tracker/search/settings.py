@@ -1,4 +1,4 @@
-"""Settings of a search: what must stay, how much goes, and the keys of a file.
+"""Settings of a search: the constraints, the amount to remove, and the keys of a file.
 
 protect: {value: [0, 1, last]}
 among: {value: {min: 8, max: 24}}
@@ -32,13 +32,13 @@ from tracker.core.safe_yaml import short
 from tracker.core.search_parts import SearchParts
 
 CONSTRAINTS = ("protect", "among", "at_least")
-"""Keys of a search that say what must stay."""
+"""Keys of a search that define constraints."""
 LAST = "last"
-"""The last layer, whichever its number is."""
+"""Word for the last layer."""
 LAYER_FORMS = "[0, 1, last], 3-7, {min: 8, max: 24}, odd, even, or {kind: sliding_attention}"
-"""How layers are written."""
+"""Forms of layers in settings, for messages."""
 LEAST = "{full_attention: 2}, or {full_attention: 1 of 4}"
-"""How it is written that so many stay."""
+"""Forms of minimum numbers of layers, for messages."""
 
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?", re.ASCII)
 _KIND = re.compile(r"[A-Za-z]\w*")
@@ -47,14 +47,14 @@ _RATIO = re.compile(r"(\d+)(?: of (\d+))?", re.ASCII)
 
 
 def _words(given: Any) -> tuple[int | str, ...]:
-    """Read layers as YAML gives them, as W&B passes them on, or as they are typed."""
+    """Parse layers as YAML gives them, as W&B passes them on, or as users type them."""
     text = given.strip() if isinstance(given, str) else ""
     if text[:1] in ("[", "(", "{"):
         for read in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError):
                 given = read(text)
                 break
-        else:  # as a list is typed without quotes
+        else:  # a list typed without quotes
             given = text.strip("[]()")
     if isinstance(given, dict):
         given = _of_mapping(given)
@@ -96,7 +96,7 @@ def _read(given: Any) -> Iterator[int | str]:
 
 
 def _ratios(given: Any) -> str:
-    """Check that each kind has a number of layers that stay, or `N of M`, and write it alike."""
+    """Validate the number of layers, or `N of M`, that stay of each kind; return canonical JSON."""
     try:
         read = decoded(_SETTINGS.validate_python(given))
     except ValidationError:
@@ -114,20 +114,20 @@ def _ratios(given: Any) -> str:
 
 
 Chosen = Annotated[tuple[int | str, ...], BeforeValidator(_words)]
-"""Layers: numbers, ascending, and then words: kinds, `odd`, `even`, `last`."""
+"""Layers: numbers, ascending, then words: kinds, `odd`, `even`, `last`."""
 Ratios = Annotated[str, BeforeValidator(_ratios)]
-"""How many of which kinds stay, as canonical JSON."""
+"""Minimum numbers of layers by kind, as canonical JSON."""
 
 
 @dataclass(frozen=True)
 class Least:
-    """A constraint: a number of layers of a kind stay.
+    """A constraint: a minimum number of layers of a kind stays.
 
     Attributes:
         kind: The kind.
-        layers: Those of it.
-        count: How many stay: of all of them,
-        of: or of those among any so many consecutive layers of the intact model.
+        layers: The layers of the kind.
+        count: Minimum number of layers that stay.
+        of: Number of consecutive layers of the intact model among which they stay; None = all.
     """
 
     kind: str
@@ -136,11 +136,11 @@ class Least:
     of: int | None
 
     def __str__(self) -> str:
-        """Write the number as a file has it."""
+        """Format the number as in a file."""
         return f"{self.count}" if self.of is None else f"{self.count} of {self.of}"
 
     def groups(self, total: int) -> Iterator[tuple[int, ...]]:
-        """Yield the sets of layers of each of which `count` stay, of `total` layers."""
+        """Yield the sets of layers, of `total` layers, of each of which `count` stay."""
         width = total if self.of is None else self.of
         for first in range(total - width + 1):
             yield tuple(layer for layer in self.layers if first <= layer < first + width)
@@ -148,12 +148,12 @@ class Least:
 
 @dataclass(frozen=True)
 class Constraints:
-    """Constraints of a search: what must stay of a model.
+    """Constraints of a search: the layers of a model that must stay.
 
     Attributes:
         protected: Layers that stay.
-        among: The only ones that may go; None for all.
-        least: Of which kinds so many stay.
+        among: The only layers that may go; None for all.
+        least: Minimum numbers of layers by kind.
     """
 
     protected: tuple[int, ...] = ()
@@ -167,13 +167,13 @@ class Constraints:
         return " and ".join(f"'{key}'" for key, value in values.items() if value)
 
     def fixed(self, total: int) -> frozenset[int]:
-        """Return the layers that stay whatever else goes, of `total` layers."""
+        """Return the layers, of `total` layers, that always stay."""
         among = range(total) if self.among is None else self.among
         return frozenset(range(total)) - (frozenset(among) - frozenset(self.protected))
 
 
 FREE = Constraints()
-"""Everything may go."""
+"""No constraints."""
 
 
 def constraints_of(
@@ -183,21 +183,21 @@ def constraints_of(
     total: int,
     config: Callable[[], Any],
 ) -> Constraints:
-    """Find the layers that are meant by what was written.
+    """Resolve the layers named in constraints.
 
     Args:
-        protect: As `Chosen`; empty for nothing said.
-        among: Likewise.
-        at_least: As `Ratios`; None for nothing said.
-        total: How many layers the model has.
-        config: Reads its text configuration, which names kinds of layers.
+        protect: The layers of `protect`, as `Chosen`; empty for none.
+        among: The layers of `among`, as `Chosen`; empty for none.
+        at_least: The minimum numbers, as `Ratios`; None for none.
+        total: Number of layers of the model.
+        config: Function that reads its text configuration, which names kinds of layers.
 
     Returns:
-        What must stay.
+        The constraints.
 
     Raises:
-        ExperimentError: A layer or a kind is not there, the intact model itself is not so, or
-            nothing could go.
+        ExperimentError: A layer or a kind does not exist, the intact model violates a constraint,
+            or nothing could be removed.
     """
     protected = _layers("protect", protect, total, config)
     only = _layers("among", among, total, config) if among else None
@@ -213,7 +213,7 @@ def constraints_of(
 def _layers(
     key: str, words: Sequence[int | str], total: int, config: Callable[[], Any]
 ) -> tuple[int, ...]:
-    """Find the layers that some words name."""
+    """Resolve layers from words."""
     kinds = [word for word in words if isinstance(word, str) and word != LAST]
     numbers = {word for word in words if isinstance(word, int)}
     if numbers and max(numbers) >= total:
@@ -232,7 +232,7 @@ def _of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tupl
 
 
 def _least(kind: str, text: str, total: int, config: Callable[[], Any]) -> Least:
-    """Find what `N`, or `N of M`, means; ExperimentError where the intact model is not so."""
+    """Parse `N`, or `N of M`; raise ExperimentError if the intact model violates it."""
     layers = _of_kinds("at_least", [kind], config)
     count, _, width = text.partition(" of ")
     least = Least(kind, layers, int(count), int(width) if width else None)
@@ -250,7 +250,7 @@ def _least(kind: str, text: str, total: int, config: Callable[[], Any]) -> Least
 
 
 def in_words(layers: Sequence[int | str]) -> list[str]:
-    """Write layers, three and more in a row as `8 to 24`."""
+    """Format layers, runs of three and more as `8 to 24`."""
     runs: list[list[int | str]] = []
     for layer in layers:
         if runs and isinstance(layer, int) and layer - 1 == runs[-1][-1]:
@@ -266,7 +266,7 @@ def in_words(layers: Sequence[int | str]) -> list[str]:
 
 Measure = Literal["parts", "parameters", "bytes", "seconds", "bits"]
 AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"
-"""How an amount is written."""
+"""Forms of amounts, for messages."""
 
 _TOO_FEW: Mapping[Component, str] = {
     "layer": "leaves no layer",
@@ -300,11 +300,11 @@ _UNITS: Mapping[str, tuple[Measure, float]] = {
 
 @dataclass(frozen=True)
 class Amount:
-    """An amount: of parts, of what they take, or a share of what the model takes.
+    """An amount of parts or of what they take, absolute or as a share of the model's.
 
     Attributes:
-        text: As it was written.
-        value: The number; a fraction where it is a share.
+        text: The text as written.
+        value: The number; a fraction if it is a share.
         measure: The quantity; seconds are those of one token, bits those of one weight.
         share: Whether it is a share of the whole model, of all parts for `parts`.
     """
@@ -316,16 +316,16 @@ class Amount:
 
 
 def amount(given: int | str) -> Amount:
-    """Read an amount.
+    """Parse an amount.
 
     Args:
         given: A whole number of parts, or a text as in `AMOUNT_FORMS`.
 
     Returns:
-        What it says.
+        The amount.
 
     Raises:
-        ValueError: It is no amount, or nothing.
+        ValueError: It is no amount, or nothing, or everything.
 
     Examples:
         >>> amount("25 % parameters").measure, amount("34M parameters").value
@@ -342,7 +342,7 @@ def amount(given: int | str) -> Amount:
 
 
 def read_amount(text: str) -> Amount | None:
-    """Read a number of parts, or an amount with a unit; None where it is none."""
+    """Parse a number of parts, or an amount with a unit; None if it is neither."""
     text = " ".join(text.split())
     match = _AMOUNT.fullmatch(text)
     if match is None:
@@ -358,13 +358,13 @@ def read_amount(text: str) -> Amount | None:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget: it is met when enough is removed.
+    """A budget, which is met when enough is removed.
 
     Attributes:
-        each: What each part takes: 1, parameters, bytes or seconds.
-        needed: What is to go at least; `budget` sees to it that a part can stay.
+        each: The size of each part: 1, parameters, bytes or seconds.
+        needed: Minimum size to remove; `budget` ensures that a part can stay.
         fixed: Parts that stay.
-        least: Some parts, and how many of them stay at least.
+        least: Groups of parts, each with the minimum number of its parts that stay.
     """
 
     each: tuple[float, ...]
@@ -382,22 +382,22 @@ class Budget:
         return SearchParts(unit, len(self.each))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may go together."""
+        """Return whether these parts may be removed together."""
         return self.fixed.isdisjoint(removed) and all(
             sum(part not in removed for part in parts) >= stay for parts, stay in self.least
         )
 
     def enough(self, removed: Collection[int]) -> bool:
-        """Return whether it is enough to remove these parts."""
+        """Return whether removing these parts is enough."""
         gone = sum(self.each[part] for part in removed)
         return gone >= self.needed * (1 - 1e-9)
 
     def reachable(self, removed: Collection[int]) -> bool:
-        """Return whether these may go, and enough with them, and a part stay."""
+        """Return whether these parts may be removed so that enough can follow and a part stays."""
         return self.allows(removed) and self.enough(self.most(removed))
 
     def most(self, removed: Collection[int] = ()) -> set[int]:
-        """Return the largest set with these parts that may go, so that a part stays."""
+        """Return the largest removable set with these parts such that a part stays."""
         free = set(self.free)
         if self.least:
             return _largest(self, frozenset(removed))
@@ -406,11 +406,11 @@ class Budget:
 
     @property
     def largest(self) -> float:
-        """The most that may go."""
+        """The maximum size that may be removed."""
         return sum(self.each[part] for part in self.most())
 
     def left(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that could go next."""
+        """Return the parts that could be removed next."""
         most = self.most(removed)
         sure = most if self.enough(most) else set()
         parts = [part for part in self.free if part not in removed]
@@ -419,10 +419,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class BudgetOfParts(Budget):
-    """A budget of parts of which a layer has several, each of size 1.
+    """A budget of parts of size 1, several per layer.
 
     Attributes:
-        parts: What they are, and how many of each layer's stay at least.
+        parts: Their kind, with the minimum number of each layer that stays.
     """
 
     parts: SearchParts = field(kw_only=True)
@@ -433,7 +433,7 @@ class BudgetOfParts(Budget):
 
     @cached_property
     def _rooms(self) -> Mapping[int, int]:
-        """Layer → how many of its parts may go."""
+        """Layer → the number of its parts that may be removed."""
         most = self.parts.per_layer - self.parts.stay
         return {layer: min(free, most) for layer, free in self._of_layers(self.free).items()}
 
@@ -442,21 +442,21 @@ class BudgetOfParts(Budget):
 
     @property
     def largest(self) -> float:
-        """The most that may go."""
+        """The maximum size that may be removed."""
         return float(sum(self._rooms.values()))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may go together."""
+        """Return whether these parts may be removed together."""
         gone = self._of_layers(removed).items()
         fit = all(count <= self._rooms.get(layer, 0) for layer, count in gone)
         return fit and self.fixed.isdisjoint(removed)
 
     def reachable(self, removed: Collection[int]) -> bool:
-        """Return whether these may go, and enough with them."""
+        """Return whether these parts may be removed so that enough can follow."""
         return self.allows(removed) and self.largest >= self.needed * (1 - 1e-9)
 
     def left(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that could go next."""
+        """Return the parts that could be removed next."""
         if not self.reachable(removed):
             return []
         counts, gone = self._of_layers(removed), set(removed)
@@ -466,7 +466,7 @@ class BudgetOfParts(Budget):
 
 
 def out_of_reach(why: str) -> ExperimentError:
-    """Make the error of a strategy that cannot remove enough."""
+    """Return the error of a strategy that cannot remove enough."""
     return ExperimentError(
         f"{why}, and that is not enough; let less go, or take a strategy that chooses one by one, "
         "such as accuracy"
@@ -482,22 +482,22 @@ def budget(
     constraints: Constraints = FREE,
     parts: SearchParts | None = None,
 ) -> Budget:
-    """Make the budget of an amount.
+    """Build the budget of an amount.
 
     Args:
-        word: Whether the amount is to go at least, or may be left at most.
+        word: Whether the amount is a minimum to remove, or a maximum to keep.
         asked: The amount.
-        each: What each part takes, in the amount's measure.
-        total: What the whole model takes; for `parts`, how many there are.
+        each: The size of each part, in the amount's measure.
+        total: The size of the whole model; for `parts`, their number.
         title: The search, for messages.
-        constraints: What must stay, in layers.
-        parts: What goes; None = whole layers.
+        constraints: The constraints, in layers.
+        parts: The parts that may be removed; None = whole layers.
 
     Returns:
         The budget.
 
     Raises:
-        ExperimentError: Nothing would go, or everything, or more than may.
+        ExperimentError: Nothing would be removed, or everything, or more than allowed.
     """
     value = asked.value * total if asked.share else asked.value
     needed = value if word == "remove" else total - value
@@ -529,13 +529,13 @@ def budget(
 
 @lru_cache(maxsize=4096)
 def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
-    """Return the largest set with some parts that may go: by integer programming."""
-    # Commands that ask nothing of the kind begin without it.
+    """Return the largest removable set with some parts, by integer programming."""
+    # Imported here, since most commands do not need it.
     import numpy as np
     from scipy import optimize
 
     parts = range(len(within.each))
-    # Which parts stay of all, at least one, and of each group so many.
+    # At least one of all parts stays, and the minimum number of each group.
     groups = [(parts, 1), *within.least]
     holds = np.array([[part in group for part in parts] for group, _ in groups], dtype=float)
     may_go = holds.sum(axis=1) - [stay for _, stay in groups]
@@ -549,7 +549,7 @@ def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
         constraints=optimize.LinearConstraint(holds, ub=may_go),
         options={"mip_rel_gap": 0},
     )
-    assert solution.x is not None  # what is removed is allowed
+    assert solution.x is not None  # `removed` itself is allowed
     return {part for part in parts if solution.x[part] > 0.5}
 
 
@@ -564,7 +564,7 @@ def _written(value: float, measure: Measure) -> str:
 
 
 def _several(given: Any) -> Any:
-    """Take one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
+    """Parse one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
     if isinstance(given, str) and not given.startswith("["):
         return tuple(name.strip() for name in given.split(","))
     return several(given)
@@ -610,4 +610,4 @@ OF_CELLS = tuple(
     if key not in IN_THE_FILE.values()
     and key not in ("removed", "part", "limit", "sample", "until")
 )
-"""What is said of the benchmarks of a search, which removes and draws documents itself."""
+"""Keys of benchmarks that a search sets itself: it removes parts and draws documents."""

@@ -1,7 +1,8 @@
-"""How to choose what goes: each strategy takes a search and yields its steps, one after the other.
+"""Strategies that choose the parts to remove: each takes a search and yields its steps in order.
 
-All of them make a loss small. Of level sets the one with the smaller loss by the other measure goes
-first (of `accuracy` that is `gold_logprob`, and the reverse), then the one whose parts are later.
+All of them minimise a loss. Among sets with equal losses, the one with the smaller loss by the
+other measure comes first (for `accuracy` that is `gold_logprob`, and the reverse). Among sets still
+equal, it is the one whose parts are later.
 
 Some of them do not score every candidate on every document after each removal.
 """
@@ -26,7 +27,7 @@ from tracker.search.settings import Budget, out_of_reach
 from tracker.stats.rank_agreement import rounded
 
 BATCH = 6
-"""Candidates that a lazy search scores in one engine call, or as many as a layer has."""
+"""Number of candidates that a lazy search scores in one engine call; at least one layer's parts."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Search:
     """The input of a strategy.
 
     Attributes:
-        scores: What the calibration documents say.
-        budget: When enough is removed.
-        seed: Decides what is drawn at random.
-        draw: Which draw.
+        scores: The scores on calibration documents.
+        budget: The budget, which ends the search.
+        seed: Seed of random draws.
+        draw: Number of the draw.
         rescoring: How greedy searches by outcomes score candidates again.
     """
 
@@ -48,7 +49,7 @@ class Search:
     rescoring: Rescoring = "full"
 
     def lots(self, strategy: str) -> random.Random:
-        """Where a strategy draws from: the same for the same seed and draw, everywhere."""
+        """Return a strategy's random generator, the same for the same seed and draw everywhere."""
         return random.Random(f"{strategy}/{self.seed}/{self.draw}")
 
 
@@ -56,7 +57,7 @@ Strategy = Callable[[Search], Iterator[PruneStep]]
 
 
 def _stepwise(budget: Budget, choose: Callable[[Set], PruneStep]) -> Iterator[PruneStep]:
-    """Yield a step after the other, each chosen by what is gone before it."""
+    """Yield steps until the budget is met, each chosen by the parts removed before it."""
     removed: Set = ()
     while not budget.enough(removed):
         step = choose(removed)
@@ -65,13 +66,13 @@ def _stepwise(budget: Budget, choose: Callable[[Set], PruneStep]) -> Iterator[Pr
 
 
 def by_outcomes(search: Search, by: str) -> Iterator[PruneStep]:
-    """Remove what costs least together with all that is gone; score again after each removal."""
+    """Remove the part that costs least with all removed before; score again after each removal."""
     ways = {"full": _fully, "lazy": _lazily, "race": _by_races}
     return _stepwise(search.budget, ways[search.rescoring](search, by))
 
 
 def _fully(search: Search, by: str) -> Callable[[Set], PruneStep]:
-    """Score all candidates."""
+    """Return a function that chooses a step by scoring all candidates."""
 
     def choose(removed: Set) -> PruneStep:
         sets = [grown(removed, part) for part in search.budget.left(removed)]
@@ -81,11 +82,11 @@ def _fully(search: Search, by: str) -> Callable[[Set], PruneStep]:
 
 
 def _lazily(search: Search, by: str) -> Callable[[Set], PruneStep]:
-    """Score candidates again only while they can still win, if costs only ever grow.
+    """Return a function that scores candidates again only while they can still win.
 
-    What a part cost when it was scored last, beside what was gone then, is taken for the least
-    that it costs now. That holds where removals are redundant (together they cost more than the
-    sum), and is an assumption otherwise: a part that became cheaper is overlooked.
+    It assumes that costs only grow: the cost of a part at its last scoring is taken as its minimum
+    cost now. That holds if removals are redundant (together they cost more than the sum). Otherwise
+    a part that became cheaper is overlooked.
     """
     scores, loss = search.scores, 0.0
     costs = dict.fromkeys(range(scores.parts.total), -np.inf)
@@ -95,7 +96,7 @@ def _lazily(search: Search, by: str) -> Callable[[Set], PruneStep]:
         fresh: list[Set] = []
         left = sorted(search.budget.left(removed), key=lambda part: (costs[part], -part))
         while left:
-            # All of them at first: nothing is known.
+            # All of them at first, when no costs are known.
             size = max(BATCH, scores.parts.per_layer) if removed else len(left)
             batch, left = left[:size], left[size:]
             fresh += [grown(removed, part) for part in batch]
@@ -113,12 +114,12 @@ def _lazily(search: Search, by: str) -> Callable[[Set], PruneStep]:
 
 
 def _by_races(search: Search, by: str) -> Callable[[Set], PruneStep]:
-    """Drop candidates as soon as the documents so far tell that they will not win.
+    """Return a function that drops candidates once documents show that they will not win.
 
-    With 95 % confidence the part that goes costs at most a percentage point more than the best one
-    by accuracy (each step is the question `prune 1 within 1 pp`), and by log-probability at most
-    0.01 nats (`SmallestMean`, which says what that rests on). Documents come in blocks of 32, at
-    random.
+    With 95 % confidence, the removed part costs at most one percentage point more than the best one
+    by accuracy (each step is the question `prune 1 within 1 pp`). By log-probability it costs at
+    most 0.01 nats more (see `SmallestMean` for the assumptions). Documents come in random blocks
+    of 32.
     """
     scores = search.scores
     (cell,) = scores.cells
@@ -140,7 +141,7 @@ def _by_races(search: Search, by: str) -> Callable[[Set], PruneStep]:
             fill(work, meter.measure, cell.progress)
         seen, means = racing.deciding.seen, rounded(racing.deciding.means)
         scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
-        # Where all documents leave several open, they are level: the later one goes.
+        # If all documents leave several open, they are level: the later one is removed.
         winners = sorted(racing.winners, key=lambda number: (means[number], -left[number]))
         if not winners:
             raise CellError(NO_FINITE)
@@ -152,11 +153,11 @@ def _by_races(search: Search, by: str) -> Callable[[Set], PruneStep]:
 
 
 def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
-    """Remove the layer with the smallest proxy in the model that is left; observe it again."""
+    """Remove the layer with the smallest proxy in the remaining model; measure it each time."""
 
     def choose(removed: Set) -> PruneStep:
         losses = search.scores.proxy(name, removed)
-        # Without those with which the budget could not be met any more.
+        # Without those after which the budget could not be met any more.
         order = [number for number in losses.order if search.budget.reachable(losses.sets[number])]
         return losses.step(removed, order)
 
@@ -164,10 +165,10 @@ def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
 
 
 def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneStep]:
-    """Score each part once, alone, and remove the smallest scores.
+    """Score each part once, alone, and remove those with the smallest scores.
 
-    As if they added up. Parts of unequal size are ordered by score alone too. They are scored `by`
-    an outcome, or by a `proxy`.
+    This assumes that scores add up. Parts of unequal size are ordered by score alone too. They are
+    scored `by` an outcome, or by a `proxy`.
     """
     scores = search.scores
     sets = [(part,) for part in search.budget.free]
@@ -186,9 +187,9 @@ def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneSte
 
 
 def contiguous(search: Search) -> Iterator[PruneStep]:
-    """Remove the stretch of layers over which the residual stream turns least (PruneMe).
+    """Remove the span of layers over which the residual stream turns least (PruneMe).
 
-    For each length the best stretch of all; they need not lie within each other.
+    For each length it is the best span of all; the spans need not lie within each other.
     """
     within, total = search.budget, search.scores.layers
     every = (range(first, end) for first in range(total) for end in range(first + 1, total + 1))
@@ -213,7 +214,7 @@ def contiguous(search: Search) -> Iterator[PruneStep]:
 
 
 def last(search: Search) -> Iterator[PruneStep]:
-    """Remove from the end, but for the very last layer, which speaks to the head."""
+    """Remove layers from the end, except the very last one, which feeds the head."""
     within, parts = search.budget, search.scores.parts
     within = replace(within, fixed=within.fixed | {*parts.of_layers([parts.layers - 1])})
     if not within.reachable(()):
@@ -229,7 +230,7 @@ def at_random(search: Search) -> Iterator[PruneStep]:
 
 
 def _fitting(order: Iterable[int], within: Budget) -> Iterator[int]:
-    """Leave out of an order those parts that, beside the ones before, may not go."""
+    """Yield the parts of an order that may go together with those before them."""
     found: list[int] = []
     for part in order:
         if within.reachable((*found, part)):
@@ -248,7 +249,7 @@ def _in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
 
 
 NULL = "random"
-"""The strategy that shows what chance leaves: the others are held against it."""
+"""The strategy of random removal: the reference for the others."""
 _BY_PROXY = {proxy.strategy: proxy.name for proxy in PROXIES.values() if proxy.strategy}
 OUTCOMES = ("accuracy", "gold_logprob")
 STRATEGIES: Mapping[str, Strategy] = {
@@ -264,10 +265,10 @@ STRATEGIES: Mapping[str, Strategy] = {
 OF_LAYERS = (*_BY_PROXY, *(f"{name}_oneshot" for name in _BY_PROXY), "angular")
 """Strategies by figures that only whole layers have."""
 SCORED = (*OUTCOMES, *(f"{name}_oneshot" for name in OUTCOMES))
-"""Strategies that take one part after the other, and any that may go."""
+"""Strategies that remove one part after the other, any that may go."""
 BLIND = ("last", NULL)
-"""Strategies that look at no document."""
+"""Strategies that use no documents."""
 DRAWN = (NULL,)
-"""Strategies that draw."""
+"""Strategies that draw at random."""
 RESCORED = OUTCOMES
-"""Strategies that `rescoring` is about."""
+"""Strategies to which `rescoring` applies."""

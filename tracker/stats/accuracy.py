@@ -1,20 +1,19 @@
-"""Accuracy, what a removal costs of it, and how sure the documents make us of both.
+"""Compute accuracies, drops, their intervals, and the drops that a sample can reveal.
 
-Everything here is a fraction, never percentage points, and rests on per-document outcomes: one
-number in [0, 1] per document, mostly 0 or 1, NaN where the model gave no finite score. A loss is
-estimated by the same functions, in its own unit. A figure that is not defined is None with a
-reason, never 0.
+All values are fractions, never percentage points. They are computed from per-document outcomes: one
+number in [0, 1] for each document, mostly 0 or 1, NaN if the model gave no finite score. The same
+functions estimate a loss, in its own unit. An undefined figure is None with a reason, never 0.
 
-Metrics that divide a sum over all documents by another one are weighted means of documents. A
-document brings a pair (sum, units): log-likelihood and bytes, right tokens and tokens. The ratio
-of both sums is the mean of the documents' own ratios, weighted by their units, so that drops,
-intervals and resampling work as for any other metric.
+Metrics that divide a sum over all documents by another sum are weighted means of documents. A
+document has a pair (sum, units): log-likelihood and bytes, or right tokens and tokens. The ratio of
+both sums is the mean of the documents' own ratios, weighted by their units. Drops, intervals and
+resampling therefore work as for any other metric.
 
-How small a change so many documents reveal, and how many documents reveal a change.
+Power: how small a change a sample reveals, and how many documents reveal a change.
 
-A change is revealed where a two-sided test of the paired outcomes at the level `ALPHA` finds it
-with the probability `POWER`. Both answers rest on how much the outcome of one document changes,
-which is observed in a cell, or assumed before there is one.
+A two-sided test of the paired outcomes at the level `ALPHA` reveals a change if it finds the change
+with the probability `POWER`. Power depends on the variance of one document's outcome change, which
+is observed in a cell, or assumed before a cell is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-import scipy  # what takes long to import comes when it is used
+import scipy  # imports its slow submodules on first use
 from numpy.typing import ArrayLike
 
 from tracker.core.estimates import Estimate
@@ -34,7 +33,7 @@ from tracker.stats.arrays import Array, Numbers, divided
 RATIO = "ratio"
 """The plain ratio of both sums."""
 SCALES = {RATIO: 1.0, "bits_per_byte": -1 / math.log(2)}
-"""Aggregations that are a ratio of sums, ours or lm-eval's, and by what the ratio is multiplied."""
+"""Aggregations that are a ratio of sums, ours or lm-eval's → factor of the ratio."""
 
 
 def ratio_of_sums(how: str, pairs: Sequence[tuple[float, float]]) -> float:
@@ -56,7 +55,7 @@ def ratio_of_sums(how: str, pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def document_ratios(how: str, sums: Array, units: Array) -> Array:
-    """Give every document its own ratio.
+    """Compute each document's own ratio.
 
     Args:
         how: The aggregation, one of `SCALES`.
@@ -92,14 +91,14 @@ def weights_by_task(
 
     Args:
         tasks: The task of every document.
-        weight_by_size: Whether every document counts alike; otherwise every task does.
+        weight_by_size: Whether every document has the same weight; otherwise every task does.
         units: `[documents]`, the units behind each outcome where the metric is a ratio of sums;
             None where it is a mean over documents.
 
     Returns:
         `[documents]`, summing to 1 (empty without documents): 1 / N, or 1 / (T · n) for a document
-        of a task with n documents, one of T tasks. With units, what the documents of a task weigh
-        together is shared among them by their units.
+        of a task with n documents, one of T tasks. With units, the documents of a task share its
+        weight in proportion to their units.
 
     Examples:
         >>> weights_by_task(["law", "law", "art"], weight_by_size=False).tolist()
@@ -167,8 +166,8 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
     difference, which is therefore not the middle of the interval. For other outcomes it is the
     paired t interval. Neither is clipped; both may reach beyond [-1, 1].
 
-    The p-value is the exact McNemar test of "as many documents are lost as won", two-sided, in
-    which each document counts once whatever its weight; 1 when no document changes. It is None for
+    The p-value is the exact two-sided McNemar test of "as many documents are lost as won". Each
+    document counts once, regardless of its weight. It is 1 when no document changes, and None for
     outcomes other than 0/1.
 
     Args:
@@ -210,7 +209,7 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
 
 
 def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate how far the drops of single documents are apart.
+    """Estimate the spread of the drops of single documents.
 
     Args:
         baseline: `[documents]`, the intact model's outcomes; NaN where there is no finite score.
@@ -219,7 +218,7 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
 
     Returns:
         The standard deviation of baseline minus ablated, without an interval. With unequal weights
-        it is that of as many documents of equal weight whose mean is as uncertain.
+        it is that of equally many documents of equal weight with the same standard error.
 
     Examples:
         >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
@@ -333,7 +332,7 @@ def _mean(values: Array, shares: Array) -> float:
 
 
 def _undefined(values: Array) -> str | None:
-    """Say why no mean of these values is defined, or nothing when it is."""
+    """Return the reason why no mean of these values is defined; None if it is."""
     if not len(values):
         return "no documents"
     if missing := int((~np.isfinite(values)).sum()):
@@ -378,12 +377,11 @@ MEANT = 0.05
 class OutcomeVariance:
     """Variance of the change of one document's outcome under a removal.
 
-    Of outcomes that are 0 or 1 it is the share of documents that change, lost or won: McNemar's
-    test in the normal approximation, whose variance is that share where nothing is lost on balance,
-    and less by the square of the drop where something is. A drop changes at least as many documents
-    as it loses, so for a larger drop than the share, the share is the drop. The exact test that
-    goes with a drop asks for a little more. Of any other outcomes it is the variance of the paired
-    difference, whatever its mean.
+    For 0/1 outcomes it is the share of documents that change, lost or won. This is the normal
+    approximation of McNemar's test. Its variance is that share if losses and gains balance, and
+    less by the square of the drop otherwise. A drop changes at least as many documents as it
+    loses, so for a drop larger than the share, the share is the drop. The exact test needs a
+    little more. For other outcomes it is the variance of the paired difference, for any mean.
 
     Attributes:
         variance: The share of documents that change, or the variance.
@@ -408,7 +406,7 @@ class OutcomeVariance:
 
         Args:
             change: A drop or an increase, above 0.
-            tests: How many tests are made at once, each at the level `ALPHA` / `tests`.
+            tests: Number of simultaneous tests, each at the level `ALPHA` / `tests`.
 
         Returns:
             The smallest such number.
@@ -416,14 +414,14 @@ class OutcomeVariance:
         return math.ceil(self._product(change, tests) / change**2)
 
     def change(self, documents: int, tests: int = 1) -> float | None:
-        """Return the change that so many documents reveal.
+        """Return the smallest change that a number of documents reveals.
 
         Args:
-            documents: How many, one or more.
-            tests: How many tests are made at once, each at the level `ALPHA` / `tests`.
+            documents: Number of documents, one or more.
+            tests: Number of simultaneous tests, each at the level `ALPHA` / `tests`.
 
         Returns:
-            The smallest such change; None where not even the loss of every document is revealed.
+            The change; None if not even the loss of every document is revealed.
         """
         if not self.binary:
             return math.sqrt(self._product(0, tests) / documents)
@@ -433,7 +431,7 @@ class OutcomeVariance:
 
         if excess(1) < 0:
             return None
-        # Above 0: there, nothing changes and nothing is revealed.
+        # Search above 0, because at 0 nothing changes and nothing is revealed.
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _product(self, change: float, tests: int) -> float:
@@ -451,9 +449,9 @@ def documents_needed(
     """Count the documents of each benchmark that reveal a mean change under half of some removals.
 
     Args:
-        variances: Those of the removals, at least one.
-        tests: How many removals are tested together.
-        benchmarks: Over how many benchmarks the change is averaged, all with as many documents.
+        variances: Variances of the removals, at least one.
+        tests: Number of removals that are tested together.
+        benchmarks: Number of benchmarks in the mean, all with equally many documents.
         change: The change.
 
     Returns:
@@ -469,5 +467,7 @@ def documents_needed(
 
 
 UNRELATED = OutcomeVariance(0.5, binary=True)
-"""What to assume before anything is measured: two models that are both right half of the time and
-have nothing to do with each other. A removal leaves more of a model than that."""
+"""Assumption before anything is measured: two unrelated models, each right half of the time.
+
+A removal changes fewer outcomes than that.
+"""

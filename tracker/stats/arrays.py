@@ -1,7 +1,4 @@
-"""What the measures take: arrays of figures, and which documents belong together.
-
-And how what is observed of each document becomes one figure a layer.
-"""
+"""Define the arrays that other modules take, and average proxies over tokens."""
 
 from __future__ import annotations
 
@@ -14,19 +11,19 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
-"""Of documents, layers or series, 0-based; or how many there are."""
+"""Indexes (0-based) of documents, layers or series; or counts."""
 Strata = Sequence[str] | NDArray[np.generic]
 """`[documents]`, e.g. each document's task."""
 
 
 def divided(over: Array | float, under: Array, otherwise: Array | float = math.nan) -> Array:
-    """Divide where the denominator is above 0; there is something else where it is not."""
+    """Divide where the denominator is above 0; use `otherwise` elsewhere."""
     found = np.full(np.broadcast_shapes(np.shape(over), under.shape), otherwise, dtype=np.float64)
     return np.divide(over, under, out=found, where=under > 0)
 
 
 def per_token(sums: Array, tokens: Array) -> Array:
-    """Average a proxy over each document's tokens `[documents, layers]`; 0 without any.
+    """Average a proxy over each document's tokens `[documents, layers]`; 0 without tokens.
 
     An empty text has no tokens, and therefore no weight.
     """
@@ -41,7 +38,7 @@ def proxy_means(sums: Array, tokens: Numbers | Array) -> Array:
 
     Args:
         sums: `[documents, layers]`, the proxy summed over each document's tokens.
-        tokens: `[documents]`, how many tokens each sum holds.
+        tokens: `[documents]`, number of tokens of each sum.
 
     Returns:
         `[layers]`; NaN without tokens, and in a layer with a NaN in any document.

@@ -1,38 +1,37 @@
-"""Bounds of means that hold at every look, while documents are drawn without replacement.
+"""Compute confidence sequences of means, valid after every document drawn without replacement.
 
-A confidence sequence is an interval after every document, and all of them together hold the mean
-with the stated confidence: whoever looks at it again and again, and stops when it pleases, is as
-safe as who looks once. It comes from a game. Against each mean m that a population could have, one
-bets that the next documents are above it (and, in a second game, below it). Were m the mean, what
-the bets have made of a stake of 1 would be a martingale, which ever reaches 1/α with a probability
-of at most α (Ville). So a candidate against which somebody became that rich is none any more.
+A confidence sequence is an interval after every document. All of them together contain the mean
+with the stated confidence. Looking at it repeatedly and stopping at any time is therefore as safe
+as looking once. The construction is a game. For each mean m that a population could have, one bets
+that the next documents are above it (and, in a second game, below it). If m is the mean, the
+capital that grows from a stake of 1 is a martingale, which ever reaches 1/α with a probability of
+at most α (Ville). A candidate m whose game reaches this capital is rejected.
 
-After t of N documents with the sum S, the rest would have the mean m' = (N·m − S) / (N − t). The
-next document x, in [0, 1], multiplies a stake on "above" by 1 + λ·(x − m'), and one on "below" by
-1 − λ·(x − m'). Were m the mean, x − m' would be 0 on average, over what may come next in a random
-order. So a stake is a martingale whatever λ is, if λ is said before x is seen and leaves no stake
-below 0. It may differ between candidates. Stakes may be parted, since a sum of martingales is one;
-they may be left to lie, be given up, or be said to be less than they are (a supermartingale).
+After t of N documents with the sum S, the rest has the mean m' = (N·m − S) / (N − t) if m is the
+mean. The next document x, in [0, 1], multiplies a stake on "above" by 1 + λ·(x − m'), and one on
+"below" by 1 − λ·(x − m'). If m is the mean, x − m' is 0 on average over the random order. A stake
+is then a martingale for any λ that is chosen before x is seen and leaves no stake below 0. λ may
+differ between candidates. Stakes may be split, because a sum of martingales is one. They may also
+be left idle, abandoned, or underestimated (a supermartingale).
 
-The best λ is about (μ − m) / σ² · N / (N − t): the fewer documents are left, the further m' is from
-their mean. What can be rejected lies √(2 log(1/α) σ² / τ) from the mean, where τ = t·N / (N − t) is
-the number of documents that would say as much if there were no end of them. So the best λ for one τ
-is √(2 log(1/α) / (σ² τ)) · N / (N − t), with the variance of the documents before. Several play at
-once, each for a τ four times as large, with an equal part of the stake: that is the mixture's cost,
-and it is the logarithm of their number. Where intervals of one width are wanted, most of the stake
-is on the λ that comes there the soonest.
+The best λ is about (μ − m) / σ² · N / (N − t): with fewer documents left, m' is further from their
+mean. The rejected candidates are at least √(2 log(1/α) σ² / τ) from the mean. Here
+τ = t·N / (N − t) is the number of documents that would be equally informative in an infinite
+population. So the best λ for one τ is √(2 log(1/α) / (σ² τ)) · N / (N − t), with the variance of
+the previous documents. Several bets run at once, each for a τ four times as large, with equal
+stakes. This mixture costs the logarithm of their number. If intervals of one width are wanted,
+most of the stake is on the λ that reaches it first.
 
-The two for the smallest τ are bold, and are followed as they are, one candidate at a time. A
-candidate's λ is cut so that no document takes more than BOLDEST of its stake. They bet on the first
-BOLD_ON documents alone, and are given up after them: then the others are better. These are cut so
-that no document takes more than BOLDEST from any candidate that is left, and no candidate is
-followed on its own. For y ≥ −BOLDEST, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶, and with
-y = ±λ·(x − m') the sum over documents is a polynomial of the sixth degree in m, whose coefficients
-are sums over documents. What it says of a stake is never too much, and hardly too little, since y
-is small.
+The two bets for the smallest τ are bold, and are computed exactly for each candidate. A candidate's
+λ is limited so that no document takes more than BOLDEST of its stake. They bet on the first BOLD_ON
+documents only, because the others are better after them. λ of the other bets is limited so that no
+document takes more than BOLDEST from any remaining candidate, and candidates are not tracked
+individually. For y ≥ −BOLDEST, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With
+y = ±λ·(x − m') the sum over documents is a polynomial of degree six in m, whose coefficients are
+sums over documents. It never overestimates a stake, and hardly underestimates it, since y is small.
 
-A stake on "above" falls as m grows, so that candidates are rejected from one end only, and what is
-left is an interval.
+A stake on "above" falls as m grows, so candidates are rejected from one end only, and the remaining
+candidates are an interval.
 """
 
 from __future__ import annotations
@@ -49,29 +48,29 @@ from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, Numbers
 
 BOLD = 2
-"""How many bets are followed one candidate at a time."""
+"""Number of bets that are computed for each candidate."""
 
 BOLD_ON = 256
-"""How many documents they bet on."""
+"""Number of documents that bold bets use."""
 
 BOLDEST = 0.65
-"""What a document can take of a stake at most."""
+"""Largest share of a stake that one document can take."""
 
 EARLY = 3
-"""How many bets play for the smallest τ where intervals of one width are wanted."""
+"""Number of bets for the smallest τ if intervals of one width are wanted."""
 
 EARLY_SHARE = 0.2
 """The part of the stake that they have together."""
 
 _DEGREE = 6
 _WEIGHTS = np.array([0.0, *((-1) ** (power + 1) / power for power in range(1, _DEGREE)), 0.0])
-"""What powers of y count in the lower bound of log(1 + y), which is an equality at −BOLDEST."""
+"""Coefficients of the powers of y in the lower bound of log(1 + y), with equality at −BOLDEST."""
 _WEIGHTS[-1] = (
     math.log(1 - BOLDEST) - np.polynomial.Polynomial(_WEIGHTS)(-BOLDEST)
 ) / BOLDEST**_DEGREE
 
 _HALVINGS = 10
-"""How often the distance from a bound to the mean is halved to find where a stake is enough."""
+"""Number of bisections of the distance from a bound to the mean."""
 
 _LEAST = 1e-9
 """The least room below or above a candidate that is divided by."""
@@ -81,13 +80,13 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """List the τ for which bets are the best, up to eight ninths of all documents, or more.
+    """List the values of τ for which bets are optimal, up to at least 8/9 of all documents.
 
     Args:
-        population: Documents that there are.
+        population: Number of documents in the population.
 
     Returns:
-        How many documents would say as much if there were no end of them.
+        Numbers of documents that would be equally informative in an infinite population.
 
     Examples:
         >>> horizons(570).astype(int).tolist()
@@ -100,14 +99,14 @@ def horizons(population: int) -> Array:
 class MeanSequences:
     """Confidence sequences for the means of some series over one finite population.
 
-    The documents must come in random order, the same one for every series. A series may be left
-    out of later documents, and its bounds stay what they are. At the end of the population they
-    are its mean.
+    The documents must come in random order, the same order for every series. A series may skip
+    later documents, and its bounds then stay unchanged. At the end of the population the bounds
+    equal its mean.
 
     Attributes:
         low: `[count]`, the lower bounds so far, never falling.
         high: `[count]`, the upper bounds so far, never rising.
-        seen: `[count]`, the documents of each series.
+        seen: `[count]`, number of documents of each series.
 
     References:
         I. Waudby-Smith, A. Ramdas, JRSS-B 86 (2024) 1-27 (betting, the hedged capital, several
@@ -115,7 +114,7 @@ class MeanSequences:
         J. Ville, Étude critique de la notion de collectif (1939).
 
     Examples:
-        Half of 1,000 documents are right; what 200 of them say of it, and what all do.
+        Half of 1,000 documents are right: bounds after 200 of them, and after all.
 
         >>> right = np.arange(1000) % 2
         >>> drawn = np.random.default_rng(0).permutation(right)[:, None]
@@ -139,18 +138,18 @@ class MeanSequences:
         highest: float = 1.0,
         within: float | None = None,
     ) -> None:
-        """Begin before the first document.
+        """Start before the first document.
 
         Args:
-            population: Documents that there are.
-            count: Series.
+            population: Number of documents in the population.
+            count: Number of series.
             level: The probability with which all bounds hold at all times.
-            together: Among how many series the error is shared (a union bound, whatever their
-                dependence); None = `count`.
+            together: Number of series that share the error (a union bound, for any dependence);
+                None = `count`.
             lowest: The lowest value that a document can have.
-            highest: The highest.
-            within: How far from the mean the bounds are wanted to be, so that they come there the
-                soonest; None = good bounds at any time.
+            highest: Highest value that a document can have.
+            within: Target distance of the bounds from the mean, which they reach as early as
+                possible; None = good bounds at any time.
         """
         together = count if together is None else together
         self.population = population
@@ -168,7 +167,7 @@ class MeanSequences:
         self._stakes = np.log(stakes)
         self._enough = math.log(2 * together / (1 - level))
         self._sum, self._squares = np.zeros(count), np.zeros(count)
-        # Of the bold bets, by document: it, what makes m' of a candidate, and λ.
+        # Bold bets by document: its value, the terms of m' for a candidate, and λ.
         shape = (min(BOLD_ON, population), count)
         self._values, self._scale, self._shift = np.zeros((3, *shape))
         self._bets = np.zeros((len(self._bold), *shape))
@@ -180,11 +179,11 @@ class MeanSequences:
         self._even = np.zeros((_DEGREE + 1, others, count))
 
     def add(self, values: Array, series: Numbers | None = None) -> None:
-        """Look at further documents, in their order.
+        """Add further documents, in their order.
 
         Args:
             values: `[documents, series]`, their values.
-            series: Which series these are; None = all.
+            series: Indexes of these series; None = all.
 
         Raises:
             ValueError: A value is not finite or out of range, or there are more documents than
@@ -260,7 +259,7 @@ class MeanSequences:
 
     def _narrow(self, which: Numbers) -> None:
         """Draw bounds together, as far as candidates are rejected."""
-        # What is certain: the rest can be all 0 or all 1.
+        # Certain bounds: all remaining documents may be 0, or all may be 1.
         least = self._sum[which] / self.population
         most = (self._sum[which] + self.population - self.seen[which]) / self.population
         low = np.clip(self._unit(self.low[which]), least, most)
@@ -280,9 +279,9 @@ class MeanSequences:
         self.high[which] = self._lowest + self._range * rejected.max(axis=0)
 
     def _bold_stakes(self, which: Numbers) -> Callable[[Array], Array]:
-        """Say what became of bold bets' stakes: candidates `[2, series]` → `[bets, 2, series]`.
+        """Return the log stakes of bold bets: candidates `[2, series]` → `[bets, 2, series]`.
 
-        All documents are gone through for it, as they came.
+        This iterates over all documents in their order.
         """
         (playing,) = np.nonzero(self.seen[which] <= len(self._values))
         if not playing.size:
@@ -309,7 +308,7 @@ class MeanSequences:
         return logs
 
     def _cautious_stakes(self, which: Numbers) -> Callable[[Array], Array]:
-        """Say at least what became of cautious bets' stakes, in the same way."""
+        """Return a lower bound of the log stakes of cautious bets, in the same form."""
         centre = self._centre[which]
         odd, even = (terms[:, :, None, which] for terms in (self._odd, self._even))
 

@@ -1,7 +1,7 @@
-"""How well a proxy orders the layers by the accuracy that they really cost.
+"""Correlate a proxy with the accuracy drop over layers.
 
-The layers are the sample: one proxy value and one accuracy drop each. What ties are, and the
-coefficients, are those of `rank_agreement`.
+The layers are the sample: one proxy value and one accuracy drop each. Ties and coefficients are
+those of `rank_agreement`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tracker.stats.rank_agreement import (
 from tracker.stats.resampling import bias_corrected_interval
 
 DRAWS = 4999
-"""How many series stand for each that is redrawn."""
+"""Number of surrogates for each series that is redrawn."""
 _DEALT = 1_000_000
-"""Figures that are dealt anew at once."""
+"""Number of values that are permuted at once."""
 
 
 def correlate(
@@ -38,35 +38,35 @@ def correlate(
 ) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers, or over parts of them.
 
-    The interval and the p-value answer different questions. The interval keeps the layers and draws
-    the documents anew: it says how far the measurement noise moves the coefficient (see
-    `bias_corrected_interval` for what it covers). The p-value tests that the two series have
-    nothing to do with each other but are each as smooth over depth as they are. It keeps one of
-    them and draws the other anew, with the same values and as smooth (`surrogate_series`), and says
-    how often such a series correlates as strongly in either direction, (k + 1) / (m + 1) for k of
-    m. Each series is redrawn in turn and the larger p-value stands, so the test holds if one of the
-    two is what `surrogate_series` assumes; of the other nothing is assumed.
+    The interval and the p-value answer different questions. The interval keeps the layers and
+    resamples the documents: it shows how far measurement noise moves the coefficient (see
+    `bias_corrected_interval`). The p-value tests that the two series are unrelated, but each as
+    smooth over depth as observed. It keeps one series and redraws the other with the same values
+    and smoothness (`surrogate_series`). It is the share of redrawn series that correlate as
+    strongly in either direction, (k + 1) / (m + 1) for k of m. Each series is redrawn in turn, and
+    the larger p-value is returned. The test is therefore valid if one of the two series satisfies
+    the assumptions of `surrogate_series`.
 
     Shuffling the layers freely calls two unrelated AR(1) series of 30 layers with the
-    autocorrelation 0.9 significant at 5 % in two of five cases; this test stays at 5 % (up to 7 %
-    for Pearson), and finds a true correlation of independent layers nearly as often as the free
-    shuffle. Series that wander like a random walk are smoother than it allows for (6 to 10 %).
+    autocorrelation 0.9 significant at 5 % in two of five cases. This test stays at 5 % (up to 7 %
+    for Pearson). It finds a true correlation of independent layers nearly as often as the free
+    shuffle. Random walks are smoother than its assumption allows (6 to 10 %).
 
-    Of parts of layers, such as experts, the p-value tests that within a layer the two have nothing
-    to do with each other: it deals the proxies of each layer anew among its own parts, which are in
-    no order, and says how often that gives a coefficient as high, or as low, twice the rarer of
-    both. What the layers have in common is in the coefficient and in all that it is compared with,
-    so the test holds however much whole layers differ.
+    For parts of layers, such as experts, the p-value tests that proxy and drop are unrelated within
+    a layer. It permutes the proxies of each layer among its own parts, which have no order. It is
+    twice the smaller share of permutations with a coefficient as high, or as low. Differences
+    between layers are the same in all permutations, so the test is valid for any differences
+    between layers.
 
     Args:
         proxy: `[layers]`, larger = the layer changes more; NaN where undefined.
         drop: `[layers]`, the accuracy drop of the same layers; NaN where undefined.
         coefficient: One of `COEFFICIENTS`.
         resampled: Both from the same resampled documents, `[resamples, layers]` each, or `[1,
-            layers]` for one that is held fixed. None: there is no interval.
+            layers]` for one that is held fixed. None = no interval.
         within: `[parts]`, the layer of each part; None where the sample is whole layers.
-        what: What is the sample, as it is called where it is too small.
-        surrogates: How many series to draw in place of each, or how often to deal.
+        what: Name of a sample's element, for messages.
+        surrogates: Number of series to draw in place of each, or of permutations.
         seed: Seed of these series.
 
     Returns:
@@ -109,10 +109,10 @@ def correlation_difference(
     drop: tuple[Array, Array],
     coefficient: Coefficient,
 ) -> Estimate:
-    """Say by how much one proxy correlates better with the accuracy drop than another.
+    """Estimate by how much one proxy correlates better with the accuracy drop than another.
 
-    Both see the same layers and the same resampled documents, so what moves both is no difference.
-    The interval is as in `correlate`: the layers are kept, the documents drawn anew.
+    Both use the same layers and resampled documents, so common noise cancels. As in `correlate`,
+    the interval keeps the layers and resamples the documents.
 
     Args:
         one: A proxy `[layers]`, and from resampled documents `[resamples, layers]`.
@@ -121,8 +121,8 @@ def correlation_difference(
         coefficient: One of `COEFFICIENTS`.
 
     Returns:
-        Coefficient of the one minus coefficient of the other; None with a reason where one of
-        them is undefined.
+        Coefficient of `one` minus coefficient of `other`; None with a reason if one of them is
+        undefined.
 
     Examples:
         >>> drop, same = np.array([0.0, 0.1, 0.2]), np.array([[0.0, 0.1, 0.2]] * 9)
@@ -153,19 +153,19 @@ def partial_correlate(
 ) -> Estimate:
     """Correlate the ranks of two series over layers, a third one held fixed.
 
-    Spearman's partial coefficient: what of both ranks is linear in the third's is taken out first.
-    Interval and p-value are as in `correlate`: the one draws the documents anew, the other redraws
-    one of the two residuals as a series as smooth as it is (`surrogate_series`), takes out again
-    what is linear in the third, and takes the larger p-value of the two. A third series that is
-    related to both, and not linearly in ranks, is taken out in part only.
+    Spearman's partial coefficient: the linear part of the third series' ranks is removed from both
+    ranks first. Interval and p-value are as in `correlate`. The interval resamples the documents.
+    The p-value redraws one of the two residuals as a series of the same smoothness
+    (`surrogate_series`), removes the linear part again, and takes the larger p-value of the two. A
+    third series with a nonlinear relation to both ranks is removed only in part.
 
     Args:
         first: `[layers]`; NaN where undefined.
         second: `[layers]`.
-        given: `[layers]`, what is held fixed.
+        given: `[layers]`, series that is held fixed.
         resampled: The three from the same resampled documents, each `[resamples, layers]` or
-            `[1, layers]`; without it there is no interval.
-        surrogates: How many series to draw in place of each.
+            `[1, layers]`; None = no interval.
+        surrogates: Number of series to draw in place of each.
         seed: Seed of these series.
 
     Returns:
@@ -200,14 +200,14 @@ def partial_correlate(
 
 
 def _partial_rows(x: Array, y: Array, z: Array) -> Array:
-    """Spearman's partial coefficient of each row of two tables, given the row of a third."""
+    """Compute Spearman's partial coefficient of each row of two tables, given that of a third."""
     xy, xz, yz = (row_coefficients(*pair, "spearman") for pair in ((x, y), (x, z), (y, z)))
     left = (1 - xz**2) * (1 - yz**2)
     return divided(xy - xz * yz, np.sqrt(np.where(left > 1e-12, left, 0)))
 
 
 def _without(rows: Array, about: Array) -> Array:
-    """Return what of each row is not linear in a series."""
+    """Return the residuals of rows after removing their linear part in a series."""
     centred = about - about.mean()
     rows = rows - rows.mean(axis=1, keepdims=True)
     return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
@@ -216,7 +216,7 @@ def _without(rows: Array, about: Array) -> Array:
 def _undefined(
     fewest: int, figure: str, *series: tuple[str, Array], what: str = "layer"
 ) -> str | None:
-    """Say why a figure of series by their names is undefined, or nothing when it is not."""
+    """Return the reason why a figure of named series is undefined; None if it is defined."""
     n = len(series[0][1])
     if n < fewest:
         return f"{n} {what}{'' if n == 1 else 's'}, and {figure} needs at least {fewest}"
@@ -237,7 +237,7 @@ def _dealt_p(
     draws: int,
     seed: int,
 ) -> float:
-    """Deal a series anew within its groups; how often is its coefficient as extreme?"""
+    """Return the p-value of a coefficient under permutations of a series within its groups."""
     generator = np.random.default_rng(seed)
     by_group = np.argsort(within, kind="stable")
     higher = lower = 0
@@ -261,7 +261,7 @@ def _surrogate_p(
     seed: int,
     about: Array | None = None,
 ) -> float:
-    """Redraw each of two series; what is linear in a third one is taken out of the drawn ones."""
+    """Redraw each of two series, without the linear part of a third, and return the p-value."""
     as_strong = 0
     for kept, redrawn in ((x, y), (y, x)):
         drawn = surrogate_series(redrawn, surrogates, seed)

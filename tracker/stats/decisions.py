@@ -1,19 +1,18 @@
-"""What a model decides on documents with options: which one it takes, and by how much.
+"""Compute decisions between options, their margins, and the effect of rounding on them.
 
-An option's score is its log-likelihood, or whatever the metric makes of it; scores are
-[documents, options], with NaN where a document has fewer options than others.
+An option's score is its log-likelihood, possibly divided by its length. Scores are
+[documents, options], with NaN where a document has fewer options than others. `phi` and
+`cluster_order` compare the documents that ablations lose.
 
-And how far ablations agree in the documents that they lose.
+Another way of computing the same model may reverse a judgement. In half precision a log-likelihood
+is rounded many times, each time by a share of itself. The result depends on the batch size, on the
+other texts of the batch, and on the device. Some documents are therefore computed twice, in two
+ways that are equal but for rounding. The observed movement of the differences between options
+estimates the standard deviation of rounding.
 
-What rounding decides are judgements that another way of computing the same model may turn round.
-In half precision a log-likelihood is rounded over and over, each time to a share of itself, and
-where it ends depends on the size of a batch, on what stands beside a text in it, on the device. So
-some documents are computed twice, in two ways that are equal but for rounding, and how far the
-differences between options move is taken for the standard deviation by which rounding moves them.
-
-It is assumed that this movement is normal with mean 0, in proportion to the size of what is
-subtracted, in one proportion for all documents of a run, independent from document to document, and
-that a judgement hangs on the gold option and the best of the others alone.
+Assumptions: the movement is normal with mean 0 and independent between documents. It is
+proportional to the size of the subtracted scores, with one proportion for all documents of a run.
+A judgement depends only on the gold option and the best of the others.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import scipy  # what takes long to import comes when it is used
+import scipy  # imports its slow submodules on first use
 
 from tracker.stats.arrays import Array
 
 
 def phi(both: Array, lost: Array, documents: int) -> Array:
-    """Correlate which documents each two ablations lose: 1 = the same ones, 0 = as by chance.
+    """Correlate the documents that pairs of ablations lose: 1 = the same ones, 0 = chance.
 
-    Pearson's correlation of two yes-or-no columns (Yule 1912): however many documents each loses,
-    losing them independently gives 0.
+    This is Pearson's correlation of two binary columns (Yule 1912): independent losses give 0,
+    for any number of lost documents.
 
     Args:
-        both: How many documents each two ablations both lose [ablations, ablations].
-        lost: How many each loses.
-        documents: How many could be lost: those that the baseline has right.
+        both: Number of documents that both of a pair lose [ablations, ablations].
+        lost: Number of documents that each ablation loses.
+        documents: Number of documents that could be lost: those that the baseline has right.
 
     Returns:
-        The coefficients, symmetric; NaN where one of the two loses none, or all.
+        The coefficients, symmetric; NaN if one of the two loses none, or all.
     """
     lost = np.asarray(lost, dtype=np.float64)
     spread = np.sqrt(lost * (documents - lost))
@@ -48,7 +47,7 @@ def phi(both: Array, lost: Array, documents: int) -> Array:
 
 
 def cluster_order(agreement: Array) -> list[int]:
-    """Order ablations so that those that agree stand together.
+    """Order ablations so that similar ones are neighbours.
 
     Average linkage (UPGMA, Sokal and Michener 1958) over 1 minus the agreement, leaves ordered so
     that neighbours are as alike as can be (Bar-Joseph 2001).
@@ -57,7 +56,7 @@ def cluster_order(agreement: Array) -> list[int]:
         agreement: Coefficients of at most 1 [ablations, ablations], without NaN.
 
     Returns:
-        The ablations' numbers.
+        Indexes of the ablations.
     """
     count = len(agreement)
     if count < 2:
@@ -71,13 +70,13 @@ def cluster_order(agreement: Array) -> list[int]:
 
 
 def choices(scores: Array) -> Array:
-    """Say which option each document's model takes: the first of the best, as lm-eval does.
+    """Return the option that each document's model chooses: the first of the best, as in lm-eval.
 
     Args:
         scores: The options' scores.
 
     Returns:
-        The option's number for every document; NaN where it has none.
+        Number of the option for each document; NaN without options.
     """
     lowest = np.where(np.isnan(scores), -np.inf, scores)
     taken = lowest.argmax(axis=1).astype(np.float64) if scores.shape[1] else np.full(len(scores), 0)
@@ -85,14 +84,14 @@ def choices(scores: Array) -> Array:
 
 
 def margins(scores: Array, gold: Array) -> Array:
-    """Say by how much the gold option beats the best of the others; negative where it does not.
+    """Return the gold option's score minus the best other option's score.
 
     Args:
         scores: The options' scores.
-        gold: The number of every document's gold option; NaN where there is none.
+        gold: Number of each document's gold option; NaN if it has none.
 
     Returns:
-        The margin of every document; NaN without a gold option, or without another.
+        The margin of each document; NaN without a gold option, or without another option.
     """
     found = np.full(len(scores), np.nan)
     (known,) = np.nonzero(~np.isnan(gold))
@@ -106,11 +105,11 @@ def margins(scores: Array, gold: Array) -> Array:
 
 
 def shares(taken: Array, options: int) -> Array:
-    """Say how often each option is taken.
+    """Return the share of documents that choose each option.
 
     Args:
-        taken: The number of every document's option; NaN where it has none.
-        options: How many options there are at most.
+        taken: Number of each document's option; NaN if it has none.
+        options: Largest number of options.
 
     Returns:
         The share of each option among the documents that have one; NaN where none has.
@@ -121,28 +120,28 @@ def shares(taken: Array, options: int) -> Array:
 
 
 WITHIN = 2.0
-"""A judgement is within rounding where its margin is less than so many standard deviations."""
+"""Margins below this many standard deviations of the rounding count as within rounding."""
 
 
 def least_chance() -> float:
-    """The chance that rounding turns a judgement round whose margin is just `WITHIN`."""
+    """Return the probability that rounding reverses a judgement with a margin of `WITHIN`."""
     return float(scipy.special.ndtr(-WITHIN))
 
 
 def movement(scores: Array, again: Array) -> float | None:
-    """Say how far rounding moves the difference between two options, as a share of their size.
+    """Estimate how far rounding moves the difference of two options, relative to their size.
 
     Args:
-        scores: The options' scores,
-        again: and the same computed in another way.
+        scores: Scores of the options.
+        again: Scores of the same options, computed in another way.
 
     Returns:
-        The root mean square, over all pairs of options of all documents, of how far their
-        difference moves, divided by the root of the sum of their squares. None where no document
-        has two options, or nothing has moved at all: that shows no rounding, and it is there.
+        The root mean square, over all pairs of options of all documents, of the movement of their
+        difference divided by the root of the sum of their squares. None if no document has two
+        options, or nothing has moved, because then the effect of rounding is unknown.
 
     Examples:
-        Of -3 and -4 one moves by 0.1 and the other does not: 0.1 / 5.
+        Of -3 and -4 the first moves by 0.1, the second does not: 0.1 / 5.
 
         >>> round(movement(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
         0.02
@@ -158,15 +157,15 @@ def movement(scores: Array, again: Array) -> float | None:
 
 
 def turning(scores: Array, gold: Array, moved: float) -> Array:
-    """Say how likely another way of computing judges each document otherwise.
+    """Return the probability that another way of computing changes each document's judgement.
 
     Args:
         scores: The options' scores.
-        gold: The number of every document's gold option; NaN where there is none.
-        moved: The `movement` of the differences.
+        gold: Number of each document's gold option; NaN if it has none.
+        moved: Relative movement of differences, from `movement`.
 
     Returns:
-        The chance that a normal movement is larger than the document's margin, at most a half; NaN
+        The probability that a normal movement exceeds the document's margin, at most 0.5; NaN
         without a margin.
 
     Examples:
@@ -189,10 +188,10 @@ def within(chances: Array) -> int:
     """Count the documents whose judgement is within rounding.
 
     Args:
-        chances: What `turning` says of each.
+        chances: Probabilities from `turning`.
 
     Returns:
-        How many margins are below `WITHIN` standard deviations of what rounding moves.
+        Number of margins below `WITHIN` standard deviations of the rounding.
 
     Examples:
         >>> within(np.array([0.5, 0.159, 0.02, 0.0]))
@@ -202,18 +201,18 @@ def within(chances: Array) -> int:
 
 
 def shift(chances: Array, weights: Array) -> float:
-    """Say how far another way of computing moves a share of right answers, in 95 of 100 cases.
+    """Return how far another way of computing moves an accuracy, in 95 of 100 cases.
 
     Args:
-        chances: What `turning` says of each document.
+        chances: Probabilities from `turning`, for each document.
         weights: `[documents]`, summing to 1.
 
     Returns:
-        1.96 standard deviations of the weighted mean, each document being judged otherwise with its
-        own chance.
+        1.96 standard deviations of the weighted mean, if each document's judgement changes with its
+        own probability.
 
     Examples:
-        Two of 16 documents hang in the balance, and 14 do not.
+        Two of 16 documents are undecided, and 14 are certain.
 
         >>> round(shift(np.array([0.5, 0.5] + [0.0] * 14), np.full(16, 1 / 16)), 3)
         0.087

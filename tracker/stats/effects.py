@@ -1,8 +1,8 @@
-"""Effects of removals over documents: interaction of two, growth, and the best by chance.
+"""Test effects of removals: interaction of two, growth, and the best of many by chance.
 
 The interaction of two layers is drop(both) − drop(first) − drop(second), from the same documents.
-Above 0, together they cost more than the sum: alone each is stood in for, which is redundancy.
-Below 0 they cost less: what the one loses is partly lost by the other already.
+Above 0, both together cost more than the sum, because each compensates for the other (redundancy).
+Below 0 they cost less, because part of their losses is the same.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
     added, as Bonett and Price (2012) do for paired proportions, and the test is exact. For other
     values it is the t interval, and the test draws its signs at random.
 
-    The test is a sign-flip test: if a document's interaction is as likely to be x as −x, all signs
-    of the values that are not 0 are equally likely, and p is the share of signs whose sum is as far
-    from 0 as the one that was found (two-sided). Each document counts once whatever its weight. For
-    values that average 0 without being symmetric it is not exact; drawn examples stay near 5 %
+    The test is a sign-flip test. If a document's interaction is as likely to be x as −x, all signs
+    of the values other than 0 are equally likely. p is the share of signs whose sum is as far from
+    0 as the observed one (two-sided). Each document counts once, regardless of its weight. For
+    asymmetric values with mean 0 the test is not exact; simulated examples stay near 5 %
     (tests/stats/test_interaction.py).
 
     Args:
@@ -110,7 +110,7 @@ def sign_flip_p(values: Array) -> float:
 
 
 def _drawn_p(values: Array, seed: int) -> Array:
-    """Draw signs for all pairs at once: p of each pair."""
+    """Return the p-value of each pair from random signs, the same for all pairs."""
     generator = np.random.default_rng(seed)
     documents = len(values)
     far = np.abs(values.sum(axis=0))
@@ -132,9 +132,9 @@ def additivity(
 ) -> tuple[Estimate, Estimate]:
     """Estimate how well sums of two drops predict the joint drops, over pairs.
 
-    R² is that of the sum itself as the prediction, 1 − Σ (joint − sum)² / Σ (joint − mean)²: no
-    line is fitted, so it is 1 where drops add up, and below 0 where their mean predicts better. Sum
-    and joint drop rest on the same documents, so noise that they share speaks for additivity.
+    R² takes the sum itself as the prediction, 1 − Σ (joint − sum)² / Σ (joint − mean)². No line is
+    fitted, so it is 1 if drops add up, and below 0 if their mean predicts better. Sum and joint
+    drop rest on the same documents, so common noise favours additivity.
 
     Args:
         alone: `[pairs]`, drop(first) + drop(second).
@@ -143,7 +143,8 @@ def additivity(
 
     Returns:
         Spearman's coefficient and R², each with the 95 % interval of `bias_corrected_interval`;
-        None with a reason for fewer than three pairs, a NaN, or what is the same for all pairs.
+        None with a reason for fewer than three pairs, a NaN, or values that are equal for all
+        pairs.
 
     Examples:
         >>> sums, joint = np.array([0.1, 0.2, 0.3]), np.array([0.1, 0.2, 0.4])
@@ -178,16 +179,16 @@ def growths(
     """Estimate the geometric mean of last / first over documents, for each column.
 
     The interval resamples the documents (within strata) and takes percentiles of the mean log
-    ratio, as far out as Student's t asks for (Hesterberg's expanded percentiles): plain ones are
-    too narrow for few documents. All columns see the same resampled documents. The p-value is that
-    of Wilcoxon's signed rank test of the log ratios, exact for few documents without ties, against
-    no growth. It takes the log ratios for independent, and for as likely to lie as far above as
-    below 0 where nothing grows.
+    ratio, widened to match Student's t (Hesterberg's expanded percentiles), because plain ones are
+    too narrow for few documents. All columns use the same resampled documents. The p-value is that
+    of Wilcoxon's signed rank test of the log ratios against no growth, exact for few documents
+    without ties. It assumes that the log ratios are independent, and symmetric about 0 if nothing
+    grows.
 
     Args:
         first: `[documents, k]`, positive.
-        last: `[documents, k]`, of the same documents; for a comparison of two ways to grow, both
-            are ratios themselves.
+        last: `[documents, k]`, of the same documents. To compare two kinds of growth, pass the
+            ratios of both.
         strata: `[documents]`, e.g. each document's task.
         seed: Seed of the resamples.
 
@@ -227,14 +228,14 @@ def growths(
 
 
 def fewest_to_show(tests: int, level: float) -> int:
-    """Count the documents without which Wilcoxon's test cannot show the growth of anything.
+    """Count the documents that Wilcoxon's test needs to be able to show any growth.
 
     All documents grow in one case of 2^n in each direction, so the smallest p-value is 2^(1 - n);
     Holm's method multiplies the smallest by the number of tests.
 
     Args:
-        tests: How many columns are tested together.
-        level: An adjusted p-value below this shows growth.
+        tests: Number of columns that are tested together.
+        level: Adjusted p-value below which growth is shown.
 
     Returns:
         The smallest number of documents, 2 or more.
@@ -278,17 +279,17 @@ def unequal_growth(groups: Sequence[Array]) -> float | None:
 
 GAIN_FLIPS = 1_999
 _DRAWS_AT_ONCE = 64
-"""Flips that are multiplied at once."""
+"""Number of sign flips that are multiplied at once."""
 
 
 class BestByChance(NamedTuple):
-    """The largest mean of many that signs drawn at random give.
+    """Largest of many mean gains under random signs.
 
     Attributes:
-        middle: Its median.
-        high: What it exceeds in one of twenty draws.
-        p_value: The share of draws, the values themselves counted as one, in which it is as large
-            as the largest mean that was found.
+        middle: Median of the largest mean.
+        high: Value that the largest mean exceeds in one of twenty draws.
+        p_value: Share of draws in which it is as large as the largest observed mean; the
+            observation itself counts as one draw.
     """
 
     middle: float
@@ -297,21 +298,20 @@ class BestByChance(NamedTuple):
 
 
 def best_by_chance(gains: Array, weights: Array | None = None, seed: int = 0) -> BestByChance:
-    """Estimate the best of many mean gains if none of them gained or lost anything.
+    """Estimate the largest of many mean gains if no candidate gained or lost anything.
 
-    The signs of all of a document's gains are turned at random together, so that candidates that
-    change the same documents stay as alike as they are. It assumes that, if nothing is gained, a
-    document is as likely to gain x as to lose it, and that documents are independent. Candidates
-    that change many documents, as harmful ones do, make the best by chance larger: it is what all
-    would give if each changed as many documents as it does, for nothing.
+    The signs of all gains of a document are flipped together at random, so that candidates that
+    change the same documents stay correlated. It assumes that documents are independent and that,
+    without any effect, a document is as likely to gain x as to lose it. Candidates that change many
+    documents, as harmful ones do, increase the best by chance.
 
     Args:
-        gains: `[documents, candidates]`, how much better each makes each document; finite.
+        gains: `[documents, candidates]`, finite improvement of each document by each candidate.
         weights: `[documents]`, summing to 1; None for equal weights.
-        seed: Of the signs.
+        seed: Seed of the signs.
 
     Returns:
-        The best by chance, in the gains' unit.
+        The best by chance, in the unit of the gains.
 
     References:
         P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing (1993), section 2.5 (the

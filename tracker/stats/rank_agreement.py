@@ -1,12 +1,11 @@
-"""How far two orders of the layers agree: ranks, ties, coefficients, overlaps, and chance.
+"""Compute the agreement of two orders of layers: ranks, ties, coefficients, overlaps and chance.
 
-Figures that agree to twelve decimals are ties, because means of the same outcomes may differ by
-rounding and ranks would see it. Ties share the mean of their ranks (midranks), so that no figure
-depends on which layer is counted first.
+Values that agree to twelve decimals are ties, because means of the same outcomes may differ by
+rounding. Ties share the mean of their ranks (midranks), so no figure depends on the order of the
+layers.
 
-Neighbouring layers resemble each other. Two smooth series that have nothing to do with each other
-correlate strongly by accident, so an order of the layers in which all orders are equally likely is
-no measure of chance.
+Neighbouring layers resemble each other. Two unrelated smooth series often correlate strongly by
+accident. A chance level that takes all orders as equally likely is therefore wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
-import scipy  # what takes long to import comes when it is used
+import scipy  # imports its slow submodules on first use
 from numpy.typing import ArrayLike, NDArray
 
 from tracker.stats.arrays import Array, Numbers, divided
@@ -30,18 +29,17 @@ SMOOTHNESS = np.append(np.arange(-19, 20) / 20, 0.98)
 def surrogate_series(values: Array, draws: int, seed: int) -> Array:
     """Draw series that hold the same values in another order, as smooth as the given order.
 
-    The values are taken for a monotonic function of a stationary Gaussian series of first order,
-    AR(1), over equidistant layers. Each draw takes an autocorrelation from those that the data
-    leave likely, lets such a series run, and puts the smallest value where it is smallest, and so
-    on. Values, outliers and ties therefore stay, and of a series without autocorrelation the draws
-    are nearly free permutations. How likely an autocorrelation is comes from the restricted
-    likelihood of the values' normal scores: it allows for the mean that a short series hides, and
-    drawing from all that is likely instead of taking the likeliest allows for the rest of what few
-    layers leave open.
+    The values are modelled as a monotonic function of a stationary Gaussian series of first order,
+    AR(1), over equidistant layers. Each draw takes an autocorrelation from its posterior, simulates
+    such a series, and sorts the values in the order of the series. Values, outliers and ties are
+    therefore kept. For a series without autocorrelation the draws are nearly free permutations. The
+    posterior uses the restricted likelihood of the values' normal scores, which accounts for the
+    unknown mean of a short series. Drawing from the posterior, instead of taking its mode, accounts
+    for the uncertainty that few layers leave.
 
     Args:
         values: `[layers]` in the order of depth, finite and not all equal.
-        draws: How many series.
+        draws: Number of series.
         seed: Seed of the generator.
 
     Returns:
@@ -86,7 +84,7 @@ def smoothness_likelihood(scores: Array) -> Array:
 
 
 DECIMALS = 12
-"""Figures that agree to so many decimals are ties."""
+"""Number of decimals to which ties agree."""
 Coefficient = Literal["spearman", "kendall", "pearson"]
 COEFFICIENTS: tuple[Coefficient, ...] = get_args(Coefficient)
 """Spearman's rho, Kendall's tau-b, and Pearson's r."""
@@ -122,7 +120,7 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
     """Correlate each row of one table with the same row of another.
 
     Args:
-        x: `[rows, layers]`, or `[1, layers]` to set one row beside all of the other table.
+        x: `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of the other table.
         y: `[rows, layers]`, or `[1, layers]`.
         coefficient: One of `COEFFICIENTS`.
 
@@ -137,7 +135,7 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
         values = _pearson_rows(scipy.stats.rankdata(x, axis=1), scipy.stats.rankdata(y, axis=1))
     else:
         values = _pearson_rows(x, y)
-    # Of a row with a NaN the spread is NaN, and what is not finite was made one.
+    # The spread of a row with a NaN is NaN; comparisons with it are False.
     usable = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
     return np.where(usable, values, np.nan)
 
@@ -166,17 +164,17 @@ def _kendall_rows(x: Array, y: Array) -> Array:
 
 
 def overlap(first: Array, second: Array, k: int) -> Array:
-    """Say which share of the `k` layers with the largest figures two rankings have in common.
+    """Return the share of the `k` largest layers that two rankings have in common.
 
-    Ties are broken at random, in each ranking for itself, and what is returned is the expected
-    overlap: of m layers that are tied for the last j of the k places, each has one with the
-    probability j / m. Rankings in which all layers are tied therefore overlap by k / layers, which
-    is also what two random orders overlap by.
+    Ties are broken at random, independently in each ranking, and the expected overlap is returned.
+    Of m layers that are tied for the last j of the k ranks, each has one with the probability j /
+    m. Rankings in which all layers are tied therefore overlap by k / layers, like two random
+    orders.
 
     Args:
         first: `[rows, layers]`.
         second: The same layers, `[rows, layers]` or `[1, layers]`.
-        k: How many layers, at least 1 and at most as many as there are.
+        k: Number of layers, at least 1 and at most all.
 
     Returns:
         `[rows]`, in [0, 1]; NaN where a figure is.
@@ -192,7 +190,7 @@ def overlap(first: Array, second: Array, k: int) -> Array:
 
 
 def _places(rows: Array, k: int) -> Array:
-    """Say how likely each layer is among the `k` largest of its row, ties broken at random."""
+    """Return the probability that each layer is among the `k` largest of its row, ties random."""
     figures = rounded(rows)
     last = np.sort(figures, axis=1)[:, -k][:, None]
     above, tied = figures > last, figures == last
@@ -202,20 +200,20 @@ def _places(rows: Array, k: int) -> Array:
 
 
 def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, float]:
-    """Say in which share of the layers two ranks differ, and what chance gives.
+    """Return the share of layers whose two ranks differ, and its chance level.
 
-    The chance level is exact under the uniform permutation: any rank meets any other with the
-    probability 1 / layers, so it is the share of all layers × layers pairs of ranks that differ by
-    more. For ranks without ties and the threshold 0 it is 1 - 1 / layers.
+    The chance level is exact under random permutation: any two ranks meet with the probability 1 /
+    layers, so it is the share of all layers × layers pairs of ranks that differ by more. Without
+    ties and with the threshold 0 it is 1 - 1 / layers.
 
     Args:
         proxy: `[benchmarks, layers]`.
         drop: `[benchmarks, layers]`.
-        beyond: Ranks that differ by no more than this agree; 0 = exact ranks.
+        beyond: Largest difference of ranks that still agree; 0 = exact ranks.
 
     Returns:
-        The share, and its mean over random orders of these values, both over all benchmarks; NaN
-        where a value is not finite, since nobody knows its rank.
+        The share, and its mean over random orders of these values, both over all benchmarks; NaN if
+        a value is not finite, because its rank is unknown.
 
     Examples:
         >>> ranks_apart(np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]]))
@@ -230,13 +228,13 @@ def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, fl
 
 @dataclass(frozen=True)
 class Disagreement:
-    """In how many layers two ranks differ, on average over benchmarks.
+    """Share of layers in which two ranks differ, on average over benchmarks.
 
     Attributes:
         share: The share of layers.
         chance: The share that random orders of these values give on average, exactly.
-        shuffled_p: How often freely shuffled layers disagree as rarely.
-        smooth_p: How often layers do that are shuffled as smoothly over depth as they are; the
+        shuffled_p: Share of free shuffles of the layers that disagree as rarely.
+        smooth_p: Share of shuffles of the same smoothness over depth that disagree as rarely; the
             larger p-value of redrawing either series.
     """
 
@@ -247,16 +245,16 @@ class Disagreement:
 
 
 def disagreement(proxy: Array, drop: Array, beyond: float, seed: int = 0) -> Disagreement:
-    """Say in how many layers the two ranks differ by more than a threshold.
+    """Test whether the ranks of two series agree better than chance.
 
-    Share and chance are those of `ranks_apart`. The p-values relabel the layers of one series, the
-    same way in every benchmark, because a layer's figures in several benchmarks belong together; (k
-    + 1) / (m + 1) for k of m relabellings.
+    Share and chance level are those of `ranks_apart`. The p-values relabel the layers of one
+    series, the same way in every benchmark, because a layer's values in several benchmarks are
+    dependent. They are (k + 1) / (m + 1) for k of m relabellings.
 
     Args:
         proxy: `[benchmarks, layers]`, finite.
         drop: `[benchmarks, layers]`, finite, no row constant.
-        beyond: Ranks that differ by no more than this agree; 0 = exact ranks.
+        beyond: Largest difference of ranks that still agree; 0 = exact ranks.
         seed: Seed of the relabellings.
 
     Returns:
@@ -287,12 +285,12 @@ def disagreement(proxy: Array, drop: Array, beyond: float, seed: int = 0) -> Dis
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Test that a proxy and the drop have nothing to do with each other in any benchmark.
+    """Test that a proxy and the drop are unrelated in every benchmark.
 
     The statistic is the mean over benchmarks of Spearman's coefficient, two-sided. As in
-    `correlation.correlate`, each series in turn is redrawn as smooth over depth as it is, and the
-    larger p-value stands; here the redrawn order is that of the mean ranks over the benchmarks,
-    and relabels the layers of every benchmark alike.
+    `correlation.correlate`, each series in turn is redrawn with the same smoothness over depth, and
+    the larger p-value is returned. The redrawn order is that of the mean ranks over the benchmarks.
+    It relabels the layers of all benchmarks in the same way.
 
     Args:
         proxy: `[benchmarks, layers]`, finite, no row constant.
@@ -318,11 +316,12 @@ def smooth_orders(values: Array, draws: int, seed: int) -> Numbers:
 
     Args:
         values: `[layers]` in the order of depth, finite; equal ones count as ascending.
-        draws: How many orders.
+        draws: Number of orders.
         seed: Seed of the generator.
 
     Returns:
-        `[draws, layers]`: the layer whose value stands at each depth; see `surrogate_series`.
+        `[draws, layers]`: the index of the layer whose value is put at each depth; see
+        `surrogate_series`.
     """
     ranks = scipy.stats.rankdata(values, method="ordinal").astype(np.float64)
     positions = surrogate_series(ranks, draws, seed).astype(np.int64) - 1

@@ -1,12 +1,11 @@
-"""How well samples of documents agree on the order of the layers, and how many make them agree.
+"""Compute how well samples of documents agree on the order of layers, and how many are needed.
 
-A layer's figure is a weighted mean over documents. Two samples that share no document give two
-orders of the same layers; their rank correlation is the order's reliability at that sample size. A
-sample beside the whole that it was taken from agrees better than that, because it is a part of it.
+A layer's figure is a weighted mean over documents. Two samples without a common document give two
+orders of the same layers. Their rank correlation is the reliability of the order at that sample
+size. A sample and the whole set that contains it agree better, because they overlap.
 
-A cheap measure sees more documents for the same compute than a dear one. Which of them to use
-depends on how much there is to spend, so measures are compared at equal cost, on documents that the
-truth does not rest on.
+A cheap measure can use more documents for the same compute than an expensive one. Measures are
+therefore compared at equal cost, on documents that the true order does not use.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ _GROUPS = 10
 
 
 def stratified_orders(strata: Strata, draws: int, seed: int) -> Iterator[Numbers]:
-    """Shuffle documents so that every stretch of the order holds each stratum by its share.
+    """Shuffle documents so that every part of the order contains each stratum by its share.
 
-    Within a stratum all orders are equally likely. The strata are interleaved evenly: a stretch
-    holds of each its share of the documents, rounded up or down. With one stratum it is a plain
-    shuffle.
+    Within a stratum all orders are equally likely. The strata are interleaved evenly: a part
+    of the order contains each stratum's share of the documents, rounded up or down. With one
+    stratum it is a plain shuffle.
 
     Args:
         strata: `[documents]`, e.g. each document's task.
-        draws: How many orders.
+        draws: Number of orders.
         seed: Seed of the generator.
 
     Yields:
-        `[documents]`, the documents' numbers in a new order.
+        `[documents]`, the indexes of the documents in a new order.
     """
     _, stratum, sizes = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)
     starts = np.cumsum(sizes) - sizes
@@ -59,19 +58,19 @@ def stratified_orders(strata: Strata, draws: int, seed: int) -> Iterator[Numbers
 def disjoint_means(
     values: Array, weights: Array, strata: Strata, sizes: Sequence[int], draws: int, seed: int
 ) -> tuple[Array, Array]:
-    """Average the layers' figures over two samples that share no document.
+    """Average the layers' values over two disjoint samples of documents.
 
     Args:
         values: `[documents, layers]`.
         weights: `[documents]`, 0 or more.
         strata: `[documents]`, e.g. each document's task; see `stratified_orders`.
-        sizes: How many documents each of the two samples has, from 1 to all.
-        draws: How many times to draw the two.
+        sizes: Numbers of documents of each of the two samples, from 1 to all.
+        draws: Number of draws of the two.
         seed: Seed of the generator; equal seeds draw equal documents.
 
     Returns:
-        Both samples' weighted means, `[draws, sizes, layers]` each. The second is NaN where there
-        are not twice as many documents; either is where its documents weigh nothing.
+        Both samples' weighted means, `[draws, sizes, layers]` each. The second is NaN if
+        there are fewer than twice as many documents; both are NaN if their weights are 0.
     """
     bounds = sorted({0, *sizes, *(2 * n for n in sizes if 2 * n <= len(values))})
     at = {bound: place for place, bound in enumerate(bounds)}
@@ -95,13 +94,13 @@ def disjoint_means(
 def spearman_brown(reliability: float, factor: float) -> float:
     """Predict the reliability of a sample that is `factor` times as large.
 
-    Exact for the covariance ratio of means over exchangeable documents (documents drawn alike, so
-    that each adds noise of the same variance): r' = f · r / (1 + (f - 1) · r). For a mean of rank
-    correlations, whose figures are tied and bounded, it is an approximation.
+    Exact for the covariance ratio of means over exchangeable documents (identically drawn,
+    so that each adds noise of the same variance): r' = f · r / (1 + (f - 1) · r). For a mean of
+    rank correlations, whose figures are tied and bounded, it is an approximation.
 
     Args:
         reliability: The correlation of two samples of the size that was measured.
-        factor: How many times as large, above 0.
+        factor: Ratio of the sample sizes, above 0.
 
     Returns:
         The predicted correlation.
@@ -117,15 +116,15 @@ def spearman_brown(reliability: float, factor: float) -> float:
 
 
 def documents_for(target: float, documents: float, reliability: float) -> float:
-    """Turn the formula of Spearman and Brown around: how many documents reach a reliability.
+    """Compute the documents that reach a reliability, by the inverse Spearman-Brown formula.
 
     Args:
-        target: The reliability that is wanted, between 0 and 1.
-        documents: How many were measured.
-        reliability: The reliability of these.
+        target: Target reliability, between 0 and 1.
+        documents: Number of measured documents.
+        reliability: Reliability of the measured documents.
 
     Returns:
-        How many, not rounded; NaN where the reliability is not between 0 and 1.
+        The number, not rounded; NaN if the reliability is not between 0 and 1.
 
     Examples:
         >>> round(documents_for(0.9, 100, 0.6))
@@ -139,17 +138,17 @@ def documents_for(target: float, documents: float, reliability: float) -> float:
 def documents_needed(
     sizes: Sequence[int], reliabilities: Sequence[float], target: float
 ) -> tuple[float, bool]:
-    """Find how many documents reach a reliability for good.
+    """Compute the number of documents that reach a reliability and keep it.
 
     Args:
         sizes: Numbers of documents, ascending.
-        reliabilities: What was measured at each; NaN where it is undefined.
-        target: The reliability that is wanted, between 0 and 1.
+        reliabilities: Reliability at each size; NaN if undefined.
+        target: Target reliability, between 0 and 1.
 
     Returns:
-        The number, and whether it is extrapolated: measured, it lies between two sizes by its
-        logarithm, or is the smallest size where that is enough; where the last size is not enough,
-        it follows from that one by the formula of Spearman and Brown, NaN where that has no answer.
+        The number, and whether it is extrapolated. Between two measured sizes it is interpolated on
+        the logarithm; it is the smallest size if that is enough. Beyond the last size it follows
+        from the Spearman-Brown formula, NaN if that has no solution.
 
     Examples:
         >>> documents, extrapolated = documents_needed([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
@@ -207,17 +206,18 @@ def differ(values: Array, weights: Array, seed: int) -> float:
 def positive_estimate(figure: Callable[[Numbers], float], strata: Strata, seed: int) -> Estimate:
     """Estimate a positive figure of documents by leaving out a tenth of them in turn.
 
-    The interval is on the logarithm, with Student's t of as many degrees of freedom as there are
-    groups less one: what other documents of the same benchmark would have given. The tests draw
-    benchmarks and count how often it holds the number of documents that fresh ones ask for.
+    The interval is on the logarithm, with Student's t of one degree of freedom less than groups. It
+    covers the values that other documents of the same benchmark would give. The tests simulate
+    benchmarks to check its coverage of the number of documents needed.
 
     Args:
-        figure: Gets the numbers of some documents; NaN where it is not defined for them.
+        figure: Function of the indexes of some documents; NaN if undefined for them.
         strata: `[documents]`, e.g. each document's task; two documents or more.
-        seed: Decides which documents form a group; see `jackknife_error`.
+        seed: Seed of the grouping of documents; see `jackknife_error`.
 
     Returns:
-        The figure with its 95 % interval; None where it is undefined, also with a tenth less.
+        The figure with its 95 % interval; None if it is undefined for all documents, or for a group
+        less.
     """
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda kept: float(np.log(figure(kept))), strata, _GROUPS, seed)
@@ -233,12 +233,12 @@ DRAWS = 100
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """Something that orders the layers.
+    """A measure that orders the layers.
 
     Attributes:
-        values: `[documents, layers]`, each document's figures.
-        weights: `[documents]`, by which they are averaged.
-        price: What one document costs, in forward passes.
+        values: `[documents, layers]`, values of each document.
+        weights: `[documents]`, weights of their mean.
+        price: Cost of one document, in forward passes.
     """
 
     values: Array
@@ -255,13 +255,13 @@ def at_equal_cost(
 ) -> dict[str, list[float]]:
     """Estimate how well each measure predicts the truth on other documents, by budget.
 
-    The documents are halved at random, `DRAWS` times. The truth is taken on one half; a measure
-    sees as many documents of the other half as a budget pays for.
+    The documents are halved at random, `DRAWS` times. The truth is computed on one half. A measure
+    uses as many documents of the other half as a budget pays for.
 
     Args:
         measures: Name → measure, all on the same documents.
-        truth: What is to be predicted; its price counts for nothing.
-        budgets: What may be spent, in forward passes.
+        truth: Measure to predict; its price is ignored.
+        budgets: Budgets, in forward passes.
 
     Returns:
         Name → for each budget the mean over halves of Spearman's coefficient; NaN where a budget
@@ -298,5 +298,5 @@ def _running(measure: LayerMeasure, order: Numbers) -> Array:
 
 
 def _known(measure: LayerMeasure) -> Array:
-    """The values, where they weigh something."""
+    """Return the values whose weights are above 0."""
     return np.where(measure.weights[:, None] > 0, measure.values, 0.0)

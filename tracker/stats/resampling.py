@@ -1,6 +1,6 @@
-"""Other documents, from those that there are: the bootstrap, and the jackknife.
+"""Compute bootstrap and jackknife intervals over documents.
 
-The same resampled documents stand for every layer and every proxy.
+Every layer and every proxy uses the same resampled documents.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, Numbers, Strata, divided
 
 RESAMPLES = 2000
-"""How many times documents are drawn for an interval, unless said otherwise."""
+"""Default number of resamples for an interval."""
 SEED = 0
-"""The seed of all draws, so that two figures of the same documents stay paired."""
+"""Seed of all draws, so that two figures of the same documents stay paired."""
 _CHUNK = 1_000_000
-"""Draws that are held in memory at once."""
+"""Number of draws in memory at once."""
 
 
 def document_counts(
     documents: int, resamples: int, seed: int, strata: Strata | None = None
 ) -> Iterator[Array]:
-    """Draw documents with replacement and yield how often each was drawn, a few resamples a time.
+    """Yield how often each document is drawn in resamples, a few resamples at a time.
 
-    The same arguments give the same documents, so two quantities that are resampled apart are
-    still paired.
+    The same arguments give the same documents, so two quantities that are resampled separately
+    are still paired.
 
     Args:
-        documents: How many documents there are; at least one.
-        resamples: How many times to draw that many documents.
+        documents: Number of documents, at least one.
+        resamples: Number of resamples, each of as many documents.
         seed: Seed of the generator.
-        strata: `[documents]`, e.g. each document's task: every stratum keeps its size. Those of one
-            document are collapsed into one, since each alone would never vary.
+        strata: `[documents]`, e.g. each document's task: every stratum keeps its size. Strata of
+            one document are merged, since each alone would never vary.
 
     Yields:
-        `[some resamples, documents]`; every row sums to `documents`.
+        `[resamples of a chunk, documents]`; every row sums to `documents`.
     """
     labels = np.zeros(documents) if strata is None else np.asarray(strata)
     _, stratum, sizes = np.unique(_collapsed(labels), return_inverse=True, return_counts=True)
@@ -79,16 +79,16 @@ def resampled_means(
 
     Args:
         values: `[documents, k]`, e.g. each document's accuracy drop for k layers.
-        resamples: How many times to draw the documents.
+        resamples: Number of resamples.
         seed: Seed of the generator.
         strata: `[documents]`, e.g. each document's task: resample within it, so that every resample
             has each task at its size; as in `document_counts`.
         weights: `[documents]`, 0 or more, of any sum; None for equal weights. A document of weight
-            0 does not count, whatever its values.
+            0 is ignored, even if its values are NaN.
 
     Returns:
         `[resamples, k]`: sum(count · weight · value) / sum(count · weight). NaN in a column with a
-        NaN, in a resample whose documents all weigh nothing, and everywhere without documents.
+        NaN, in a resample whose weights are all 0, and everywhere without documents.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 8. W. G.
@@ -119,15 +119,15 @@ def bias_corrected_interval(
     pulls towards 0 is pulled once more in every resample, so the plain percentile interval lies too
     near 0 and may not even hold the value. Moving it by the median bias undoes the second pull.
 
-    What the interval covers is the value that as many other documents would give on average. The
-    first pull is still in it: it is no interval for the value without measurement noise.
+    The interval covers the mean value of other samples of the same size. The first pull remains, so
+    it is no interval for the value without measurement noise.
 
     Efron's bias-corrected (BC) interval mends the median as well, but it reads its ends from the
     far tail of the resamples and collapses there: for Spearman's coefficient of 30 simulated layers
     on 500 documents it held the expected coefficient in 40-90 % of the cases, this one in 85-99 %.
 
     Args:
-        value: The figure from the documents themselves.
+        value: Figure of the documents themselves.
         resampled: `[resamples]`, the figure from each resample; NaN where it is undefined.
         lowest: The lowest value that the figure can have, to which the interval is clipped.
         highest: The highest.
@@ -150,26 +150,25 @@ def bias_corrected_interval(
 def jackknife_error(
     figure: Callable[[Numbers], float], strata: Strata, groups: int, seed: int = SEED
 ) -> float:
-    """Estimate a figure's standard error by leaving out one group of documents after another.
+    """Estimate a figure's standard error by leaving out each group of documents in turn.
 
-    Every group has of each stratum what it can; which documents form a group is drawn.
+    Groups are random, and each stratum is spread over them as evenly as possible.
 
     Args:
-        figure: Gets the numbers of the documents that are kept, ascending.
+        figure: Function of the indexes of the remaining documents, ascending.
         strata: `[documents]`, e.g. each document's task; two documents or more.
-        groups: Into how many groups the documents are dealt; of fewer, each is a group.
+        groups: Number of groups; with fewer documents, each is a group.
         seed: Seed of the groups.
 
     Returns:
-        The standard error; NaN where the figure is undefined without some group: then it is defined
-        by luck.
+        The standard error; NaN if the figure is undefined without some group.
 
     References:
         M. H. Quenouille, Biometrika 43 (1956) 353-360. J. Shao, D. Tu, The Jackknife and Bootstrap
         (1995), section 2.2.
 
     Examples:
-        Of a mean it is the textbook's.
+        For a mean it equals the usual standard error.
 
         >>> values = np.array([1.0, 2.0, 3.0, 4.0])
         >>> error = jackknife_error(lambda kept: float(values[kept].mean()), ["task"] * 4, 10)

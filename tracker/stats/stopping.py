@@ -1,34 +1,31 @@
 """Stopping rules for questions about several means of one population.
 
-How large a drop is, and whether it differs from 0, is read from bounds of each mean. Which are the
-largest is read from differences, two by two (`duels`). Neither takes an answer back: a run whose
-part is settled stays settled when only others are measured on.
+The size of a drop, and whether it differs from 0, follow from bounds of each mean. The largest
+drops follow from pairwise differences (`SequentialTopK`). Neither revises an answer: a settled run
+stays settled when only others are measured. `forecast` estimates the documents that a question will
+take.
 
-And how many documents a question will take, from some that were measured.
+The largest of several means, by pairwise differences:
 
-Which of several means are the largest, by their differences, two by two.
+Noise that two runs share cancels in the difference of their values of a document. Differences
+therefore vary less than two single values, and need one error instead of two. Against each claim "b
+is no better than a" one bets as in `confidence`, with all documents on which both were measured.
 
-What two runs have in common cancels in the difference of their values of a document, so differences
-vary less than two values that are looked at one by one, and a difference has one error instead of
-two. Against each claim "b is no better than a" one bets as in `sequences`, with all documents that
-both were measured on.
+A wrong answer can come only from pairs of one of the `count` best with one of the others. These are
+count · (runs − count) pairs, whichever the best are, and share the error evenly (a union bound).
 
-Of all pairs, only those count from which a wrong answer could come: one of the `count` best beside
-one of the others. That are count · (runs − count), whichever the best are, and the error is shared
-evenly among so many (a union bound).
+The smallest of several means, for unbounded values:
 
-Which of several means is the smallest, where values have no bounds.
-
-Log-probabilities have none, so that no bets on them can be bounded, and no interval holds exactly
-at every look. An asymptotic confidence sequence holds in the limit, as an interval by the normal
-distribution does of one look: it needs finite variances, and enough documents before its first
-look. What is so rare that it shows in none of these is not seen by it: what one document in 43
-shows is missed by 128 documents with a probability of 5 %.
+Log-probabilities are unbounded, so bets on them cannot be bounded, and no interval holds exactly at
+every look. An asymptotic confidence sequence holds in the limit, like a normal interval for a
+single look. It needs finite variances, and enough documents before its first look. It cannot see
+values so rare that none occurs: 128 documents miss what one document in 43 shows with a probability
+of 5 %.
 
 After t documents it is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) / α)), with the
 standard deviation σ̂ so far. Documents are drawn from a finite population without replacement, so
-that the sum follows a Brownian bridge and not a Brownian motion; in the time τ = t·N / (N − t) the
-bridge is one, and after the last document the interval is a point.
+the sum follows a Brownian bridge and not a Brownian motion. In the time τ = t·N / (N − t) the
+bridge is a motion, and after the last document the interval is a point.
 """
 
 from __future__ import annotations
@@ -45,11 +42,13 @@ from tracker.stats.confidence import MeanSequences
 from tracker.stats.resampling import SEED
 
 FRACTIONS = 0.8 / 2.0 ** np.arange(4)
-"""What is risked of the capital while nearly all documents are still to come. The best is about
-the range · the difference / its variance."""
+"""Shares of the capital that are risked while nearly all documents are to come.
+
+The best share is about the range · the difference / its variance.
+"""
 
 MOST = 0.9
-"""What is risked at most."""
+"""Largest share of the capital that is risked."""
 
 SAME = 1e-9
 """Means that are nearer to each other than this differ by rounding alone."""
@@ -61,21 +60,21 @@ _LEAST = 1e-6
 class SequentialTopK:
     """The `count` largest of several means over one finite population.
 
-    The documents must come in random order. Who is settled takes no further part. With a
-    tolerance, none who is chosen is more than that below the last place that counts, and none who
-    is not is more than that above it.
+    The documents must come in random order. A settled run takes no further part. With a tolerance,
+    no chosen run is further below the last chosen rank than the tolerance, and no other run is
+    further above it.
 
     Attributes:
-        open: `[runs]`, who is not settled.
-        chosen: `[runs]`, who is among the largest, as far as that is settled.
-        seen: Documents that were looked at.
+        open: `[runs]`, mask of the runs that are not settled.
+        chosen: `[runs]`, mask of the runs that are settled to be among the largest.
+        seen: Number of evaluated documents.
 
     References:
         S. Kalyanakrishnan, A. Tewari, P. Auer, P. Stone, ICML 2012 (the answer, within a
         tolerance). I. Waudby-Smith, A. Ramdas, JRSS-B 86 (2024) 1-27 (betting).
 
     Examples:
-        Run 1 is right where run 0 is, and on every eighth document more.
+        Run 1 is right whenever run 0 is, and on every eighth document more.
 
         >>> right = np.arange(400)[:, None] % [2, 2, 3] == 0
         >>> right[:, 1] |= np.arange(400) % 8 == 1
@@ -97,16 +96,15 @@ class SequentialTopK:
         level: float = 0.95,
         reach: float = 1.0,
     ) -> None:
-        """Begin before the first document.
+        """Start before the first document.
 
         Args:
-            population: Documents that there are.
-            runs: How many means.
-            count: How many are to be chosen, at least one and not all.
-            within: The tolerance; None = none at all, so that exact ties for the last place stay
-                open.
+            population: Number of documents in the population.
+            runs: Number of means.
+            count: Number of runs to choose, at least one and not all.
+            within: Tolerance; None = no tolerance, so that exact ties for the last rank stay open.
             level: The probability with which the answer is right.
-            reach: How far two values of a document can lie apart.
+            reach: Largest difference of two values of a document.
         """
         self.open: Mask = np.ones(runs, dtype=bool)
         self.chosen: Mask = np.zeros(runs, dtype=bool)
@@ -121,15 +119,14 @@ class SequentialTopK:
         self._claimed = np.zeros((runs, runs, len(self._nulls)), dtype=bool)
 
     def look(self, values: Array) -> None:
-        """Look at further documents, in their order.
+        """Evaluate further documents, in their order.
 
         Args:
-            values: `[documents, runs]`; of runs that are not open they do not count, and may be
-                missing.
+            values: `[documents, runs]`; values of settled runs are ignored, and may be missing.
 
         Raises:
-            ValueError: There are more documents than the population has, or values of two runs
-                lie further apart than was said, or are not finite.
+            ValueError: There are more documents than the population has, or the values of two runs
+                differ by more than `reach` or are not finite.
         """
         if self.seen + len(values) > self._population:
             raise ValueError(f"more than all {self._population} documents")
@@ -141,7 +138,7 @@ class SequentialTopK:
         if not contending.size or not len(values):
             return
         first, second = (contending[of] for of in np.nonzero(~np.eye(contending.size, dtype=bool)))
-        # Where a is known to be better than b, nobody bets on b any more.
+        # Stop betting on b once a is known to be better.
         lacking = ~self._claimed[first, second].all(axis=1) & ~self._claimed[second, first, 0]
         first, second = first[lacking], second[lacking]
         self._bet(values, first, second)
@@ -161,7 +158,7 @@ class SequentialTopK:
         before = np.cumsum(differences, axis=0) - differences
         before += self._totals[first] - self._totals[second]
         left = self._population - self.seen - np.arange(len(values))
-        # What the difference would be, on average, over the documents that are left.
+        # Mean difference over the remaining documents under the claim.
         rest = (self._population * self._nulls - before[:, :, None]) / left[:, None, None]
         room = np.maximum(self._reach - rest, _LEAST * self._reach)
         odds = (rest - differences[:, :, None]) / room
@@ -171,7 +168,7 @@ class SequentialTopK:
                 capital[first, second] += np.log(np.prod(1 + risked * odds, axis=0))
 
     def _settle(self) -> None:
-        """Settle who beats, or is beaten by, as many of those who are open as it takes."""
+        """Settle the runs that beat, or lose to, enough of the open runs."""
         while True:
             contending = np.flatnonzero(self.open)
             places = self._count - int(self.chosen.sum())
@@ -196,29 +193,29 @@ class SequentialTopK:
 FIRST = 128
 """Documents before the first look."""
 BEST_AT = 512
-"""After so many documents intervals are as narrow as they can be made."""
+"""Number of documents at which the intervals are optimised to be narrowest."""
 
 
 class SmallestMean:
     """The smallest of several means over one finite population, within a tolerance.
 
-    The documents must come in random order. Who is shown to be larger than the smallest so far
-    takes no further part. Differences are looked at two by two, on the documents of both: the error
-    is shared among the pairs of the best with one of the others, whichever it is (a union bound).
+    The documents must come in random order. A run that is shown to be larger than the smallest so
+    far takes no further part. Differences are evaluated pairwise, on the documents of both. The
+    pairs of the best run with each other run share the error, whichever is best (a union bound).
 
     Attributes:
-        open: `[runs]`, who may be the smallest, or as good as it.
-        chosen: `[runs]`, who is at most the tolerance above the smallest; nobody at first. Several
-            only where they are level on all documents.
-        seen: `[runs]`, the documents of each.
-        means: `[runs]`, the mean of each on these; infinite where a value is not finite.
+        open: `[runs]`, mask of the runs that may be the smallest, or equally good.
+        chosen: `[runs]`, mask of the runs that are at most the tolerance above the smallest; empty
+            at first. Several only if they are equal on all documents.
+        seen: `[runs]`, number of documents of each run.
+        means: `[runs]`, mean of each run on these; infinite if a value is not finite.
 
     References:
         I. Waudby-Smith et al., Time-uniform central limit theory and asymptotic confidence
         sequences, Annals of Statistics 52 (2024), arXiv 2103.06476.
 
     Examples:
-        Run 1 is 0.2 below run 0 on average, and run 2 is 0.005 above it: either will do.
+        Run 1 is 0.2 below run 0 on average, and run 2 is 0.005 above run 1: either is acceptable.
 
         >>> values = np.random.default_rng(0).normal(0, 0.3, (4000, 1)) + [[0.2, 0.0, 0.005]]
         >>> values += np.random.default_rng(1).normal(0, 0.05, values.shape)
@@ -230,13 +227,13 @@ class SmallestMean:
     """
 
     def __init__(self, population: int, runs: int, *, within: float, level: float = LEVEL) -> None:
-        """Begin before the first document.
+        """Start before the first document.
 
         Args:
-            population: Documents that there are.
-            runs: How many means.
-            within: The tolerance.
-            level: The probability with which the answer is right.
+            population: Number of documents in the population.
+            runs: Number of means.
+            within: Tolerance.
+            level: Probability with which the answer is right.
         """
         self.open: Mask = np.ones(runs, dtype=bool)
         self.chosen: Mask = np.zeros(runs, dtype=bool)
@@ -252,11 +249,11 @@ class SmallestMean:
         return sum(map(len, self._values))
 
     def look(self, values: Array) -> None:
-        """Look at further documents, in their order.
+        """Evaluate further documents, in their order.
 
         Args:
-            values: `[documents, runs]`; of runs that are not open they do not count, and may be
-                missing. A run with a value that is not finite is out.
+            values: `[documents, runs]`; values of settled runs are ignored, and may be missing. A
+                run with a value that is not finite is excluded.
 
         Raises:
             ValueError: There are more documents than the population has.
@@ -287,7 +284,7 @@ class SmallestMean:
             half = apart.std(axis=0, ddof=1) * width(looked, self._population, self._error)
             least = means - means[best] - half
             self.open[contending[least > 0]] = False
-            # What the best costs more than another at most is −least.
+            # −least is the largest excess cost of the best over another run.
             if (least >= -self._within).all():
                 self.chosen[contending[best]] = True
                 self.open[:] = False
@@ -322,9 +319,9 @@ class Standing:
     """State of a question.
 
     Attributes:
-        open: `[runs]`, whose part of the answer is not settled.
-        chosen: `[runs]`, who is in the set that is asked for, as far as it is settled: for `sign`
-            whose mean is not 0; for `drop` nobody.
+        open: `[runs]`, mask of the runs whose part of the answer is open.
+        chosen: `[runs]`, mask of the runs that are settled to be in the requested set. For `sign`
+            these are the runs whose mean is not 0; for `drop` none.
     """
 
     open: Mask
@@ -332,7 +329,7 @@ class Standing:
 
     @property
     def answered(self) -> bool:
-        """True where nothing is open."""
+        """True if nothing is open."""
         return not self.open.any()
 
 
@@ -342,10 +339,10 @@ def standing(low: Array, high: Array, within: float | None) -> Standing:
     Args:
         low: `[runs]`, lower bounds that hold together.
         high: `[runs]`, upper bounds.
-        within: Each mean is to be known within ± this; None: which means are not 0?
+        within: Target half width of each mean's interval; None = find the means that are not 0.
 
     Returns:
-        Who is open, and who is chosen.
+        The masks of open and of chosen runs.
 
     Examples:
         >>> low, high = np.array([0.1, -0.3, 0.0]), np.array([0.35, 0.4, 0.05])
@@ -361,27 +358,26 @@ def standing(low: Array, high: Array, within: float | None) -> Standing:
 
 
 class Race:
-    """Several means of one population, looked at until a question is answered.
+    """Race of several means of one population until a question is answered.
 
-    The documents must come in random order. A run whose part of the answer is settled takes no
-    further part.
+    The documents must come in random order. A settled run takes no further part.
 
     Attributes:
-        standing: How the question stands.
-        seen: `[runs]`, the documents of each run.
+        standing: State of the question.
+        seen: `[runs]`, number of documents of each run.
     """
 
     def __init__(self, asked: Question, population: int, runs: int, reach: float = 1.0) -> None:
-        """Begin before the first document.
+        """Start before the first document.
 
         Args:
             asked: The question.
-            population: Documents that there are.
-            runs: How many means.
-            reach: How far a document's values can be from 0, and two runs' values of it apart.
+            population: Number of documents in the population.
+            runs: Number of means.
+            reach: Largest absolute value of a document, and largest difference of two runs' values.
 
         Raises:
-            ValueError: So many runs cannot answer it.
+            ValueError: The question needs another number of runs.
         """
         asked.refuse(runs)
         self._asked = asked
@@ -410,31 +406,30 @@ class Race:
 
     @property
     def chosen(self) -> Mask:
-        """`[runs]`, who is in the set that is asked for, as far as it is settled."""
+        """The mask `[runs]` of the runs that are settled to be in the requested set."""
         return self.standing.chosen
 
     @property
     def means(self) -> Array:
-        """`[runs]`, the middle of what is known of each mean."""
+        """The midpoints `[runs]` of the bounds of the means."""
         return np.asarray((self.bounds.low + self.bounds.high) / 2)
 
     @property
     def bounds(self) -> MeanSequences:
-        """Bounds of each mean, which hold together with the question's confidence.
+        """The bounds of each mean, which hold together with the question's confidence.
 
-        The answer has that confidence too, each for itself: the largest means are found without
-        these bounds, which are drawn when they are asked for.
+        The answer separately has the same confidence, because the largest means are found without
+        these bounds. They are computed on first use.
         """
         while self._unread:
             self._bounds.add(*self._unread.pop(0))
         return self._bounds
 
     def look(self, values: Array) -> None:
-        """Look at further documents.
+        """Evaluate further documents.
 
         Args:
-            values: `[documents, runs]`; of runs that are not open they do not count, and may be
-                missing.
+            values: `[documents, runs]`; values of settled runs are ignored, and may be missing.
 
         Raises:
             ValueError: A value is not finite or out of range, two are too far apart, or there are
@@ -485,27 +480,28 @@ def forecast(
     chances: Array | None = None,
     draws: int = DRAWS,
 ) -> Forecast:
-    """Run a race in populations whose documents are drawn from measured ones, with replacement.
+    """Simulate a race in populations that are drawn from measured documents with replacement.
 
-    It knows no more than these: where there are few, runs differ by more among them than among all,
-    and the forecast is too low.
+    With few documents, runs differ by more on them than in the population, so the forecast is too
+    low.
 
     Args:
         asked: The question.
-        values: `[documents, runs]`, what was measured, of one document at least.
-        population: Documents that there are.
-        reach: As of a `Race`.
-        chances: `[documents]`, how likely each is drawn, summing to 1; None = all alike.
-        draws: How many populations.
+        values: `[documents, runs]`, measured values of at least one document.
+        population: Number of documents in the population.
+        reach: Largest absolute value of a document, as for `Race`.
+        chances: `[documents]`, probability of drawing each, summing to 1; None = equal.
+        draws: Number of populations.
 
     Returns:
-        What each took.
+        The result of each race.
 
     Raises:
-        ValueError: So many runs cannot answer it.
+        ValueError: The question needs another number of runs.
 
     Examples:
-        A run that loses half of the documents among two that lose few: how many of 2,000 show it.
+        A run that loses half of the documents, among two that lose few: it is found in under 500 of
+        2,000.
 
         >>> lost = np.array([[1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]] * 20, dtype=float)
         >>> found = forecast(Question("top", 1), lost, 2000)

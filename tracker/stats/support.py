@@ -1,14 +1,12 @@
-"""Whether a statement about layers is supported by what was measured, or open.
+"""Combine estimates, and decide whether statements about layers are supported or open.
 
-One interval of 95 % is wrong in one of twenty cases, so of thirty layers that cost nothing one or
-two have an interval that lies above 0. What names some of many layers therefore needs intervals
-that hold for all of them at once: with probability 95 % or more, everything that is named is there.
+A 95 % interval is wrong in one of twenty cases, so of thirty layers without any effect one or two
+have an interval above 0. Statements that name some of many layers need simultaneous intervals: with
+probability 95 % or more, all of them are true.
 
-Intervals of ratios, differences and means of figures that have intervals of their own.
-
-They need the figures and their intervals alone, so results of other people can be combined without
-their documents. The method of variance estimates recovery (MOVER) takes each interval's two halves
-as the figure's uncertainty in either direction.
+Ratios, differences and means are computed from estimates with intervals. They need no documents, so
+they also combine other people's results. The method of variance estimates recovery (MOVER) takes
+the two halves of each interval as the uncertainty in either direction.
 
 A. Donner, G. Y. Zou, Statistical Methods in Medical Research 21 (2012) 347-359.
 """
@@ -22,7 +20,7 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-import scipy  # what takes long to import comes when it is used
+import scipy  # imports its slow submodules on first use
 from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
@@ -31,21 +29,21 @@ from tracker.stats.arrays import Array
 
 
 def recovered(lost: Array, left: Array, drawn_lost: Array, drawn_left: Array) -> Estimate:
-    """Compute the share of a summed loss that is won back: 1 − sum(left) / sum(lost).
+    """Compute the share of a summed loss that is recovered: 1 − sum(left) / sum(lost).
 
-    The interval is the percentile interval of the same ratio over resamples of the documents, both
-    sums over the same documents; it assumes that documents are independent and takes the layers as
-    they are. A ratio is worth nothing where its denominator may be 0: it is undefined unless the
-    summed loss is above 0 in at least 97.5 % of the resamples.
+    The interval is the percentile interval of the same ratio over resamples of the documents, with
+    both sums over the same documents. It assumes independent documents and takes the layers as
+    fixed. The ratio is undefined unless the summed loss is above 0 in at least 97.5 % of the
+    resamples.
 
     Args:
-        lost: `[layers]`, the mean drop of each with nothing in its place.
-        left: `[layers]`, the mean drop of each with the stand-in.
-        drawn_lost: `[resamples, layers]`, the same of resampled documents.
-        drawn_left: `[resamples, layers]`, of the same documents.
+        lost: `[layers]`, mean drop of each layer when it is removed.
+        left: `[layers]`, mean drop of each layer when it is replaced.
+        drawn_lost: `[resamples, layers]`, `lost` of resampled documents.
+        drawn_left: `[resamples, layers]`, `left` of the same documents.
 
     Returns:
-        The share, 1 = all of it, with its 95 % interval; or why it is undefined.
+        The share, 1 = all of it, with its 95 % interval; None with a reason if undefined.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -102,11 +100,11 @@ def ratio(over: Estimate, under: Estimate) -> Estimate:
 
 
 def difference(one: Estimate, other: Estimate) -> Estimate:
-    """Subtract one figure from another that was measured independently.
+    """Subtract one estimate from another that was measured independently.
 
     Args:
-        one: A figure with its interval.
-        other: What is subtracted, with its interval.
+        one: Estimate with its interval.
+        other: Estimate to subtract, with its interval.
 
     Returns:
         one - other and its interval (None where one of the two has none). Of two models on the
@@ -133,16 +131,16 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
 def mean(figures: Sequence[Estimate], independent: bool = True) -> Estimate:
     """Average figures, each with its interval.
 
-    The interval says what other documents would give for the same benchmarks (or layers); it says
-    nothing about other benchmarks.
+    The interval covers the values that other documents of the same benchmarks (or layers) would
+    give; it does not cover other benchmarks.
 
     Args:
-        figures: What is averaged; those without a value are left out.
+        figures: Estimates to average; those without a value are left out.
         independent: Whether they rest on different documents. Otherwise their errors are added up,
-            as if all went the same way, which is the widest that they can be together.
+            which is the worst case of dependence.
 
     Returns:
-        The plain mean, and its interval where every figure has one; None without a figure.
+        The plain mean, and its interval if every estimate has one; None without an estimate.
 
     Examples:
         >>> four = [Estimate(0.2, 0.1, 0.3)] * 4
@@ -164,13 +162,13 @@ def mean(figures: Sequence[Estimate], independent: bool = True) -> Estimate:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values by Holm's method: called significant below α, one in all is wrong with at
-    most the probability α.
+    """Adjust p-values by Holm's method, which controls the family-wise error rate.
 
-    It assumes nothing of how the tests depend on each other.
+    Calling all tests below α significant is wrong anywhere with at most the probability α, for any
+    dependence of the tests.
 
     Args:
-        p_values: One a test; None for a test that could not be made, which does not count.
+        p_values: One for each test; None for a test that could not be made, which does not count.
 
     Returns:
         The adjusted p-values, at most 1, in the same order; None stays None.
@@ -192,7 +190,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 Verdict = Literal["costs", "helps", "open"]
-"""What is shown of a removal: accuracy is lost without the layer, won, or neither is shown."""
+"""Supported statement about a removal: accuracy is lost, accuracy is gained, or neither."""
 
 
 def together(
@@ -200,20 +198,19 @@ def together(
 ) -> list[Estimate]:
     """Widen 95 % intervals so that they hold for all figures at once.
 
-    By Bonferroni's inequality: of m figures each gets the level 1 - 0.05 / m, whatever the figures
-    have to do with each other. An interval of the normal distribution (Wald's, adjusted) has the
-    same middle at every level and a half width in proportion to the normal quantile; one of the t
-    distribution, in proportion to its quantile. A figure with a p-value is taken to have the first
-    kind, as accuracy drops of right and wrong answers do; another one, a baseline too, the second,
-    which is the wider one.
+    By Bonferroni's inequality, each of m figures gets the level 1 - 0.05 / m, for any dependence. A
+    normal interval (Wald's, adjusted) has the same middle at every level, and a half width
+    proportional to the normal quantile; a t interval uses the t quantile. A figure with a p-value
+    is taken as normal, as are accuracy drops of 0/1 outcomes. Any other figure, including a
+    baseline, is taken as t, which is wider.
 
     Args:
-        figures: Each with its 95 % interval; those without one do not count.
-        documents: How many documents each rests on.
-        family: How many statements are made of them; None for one a figure with an interval.
+        figures: Estimates with 95 % intervals; those without one do not count.
+        documents: Number of documents of each estimate.
+        family: Number of simultaneous statements; None = the number of estimates with an interval.
 
     Returns:
-        The same figures with wider intervals; as it was where there is none.
+        The same estimates with wider intervals; unchanged if they have none.
 
     References:
         O. J. Dunn, Journal of the American Statistical Association 56 (1961) 52-64.
@@ -236,7 +233,7 @@ def together(
     def widened(figure: Estimate, count: int) -> Estimate:
         if family == 1 or figure.low is None or figure.high is None:
             return figure
-        # Student's distribution is the normal one in the end.
+        # Student's distribution converges to the normal one.
         times = factor(max(count - 1, 1) if figure.p_value is None else math.inf)
         middle, half = (figure.low + figure.high) / 2, times * (figure.high - figure.low) / 2
         return replace(figure, low=middle - half, high=middle + half)
@@ -245,16 +242,16 @@ def together(
 
 
 def verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
-    """Say of each removal what is shown.
+    """Decide for each removal whether it costs accuracy, helps, or is open.
 
     Args:
-        drops: What each costs, with intervals that hold for all at once (`together`, or a
-            confidence sequence). Where one has a p-value, that must agree, adjusted by Holm's
-            method: with few documents it is exact where the interval is an approximation.
+        drops: Drop of each removal, with simultaneous intervals (`together`, or a confidence
+            sequence). A p-value, if there is one, must agree after Holm's adjustment, because it is
+            exact for few documents.
 
     Returns:
-        One each. Of layers that neither cost nor help anything, one or more are called otherwise
-        with probability 5 % at most.
+        One verdict for each removal. The probability that any layer without an effect gets another
+        verdict than open is at most 5 %.
 
     Examples:
         >>> verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
@@ -271,24 +268,24 @@ def verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
 
 
 def pairs(count: int) -> int:
-    """Say how many comparisons of two there are among some figures: the family of `ranks`."""
+    """Return the number of pairs among some figures: the family of `ranks`."""
     return max(count * (count - 1) // 2, 1)
 
 
 def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
-    """Say between which ranks each figure lies, 1 for the largest.
+    """Compute the best and the worst possible rank of each figure, 1 for the largest.
 
-    Two figures are told apart where the interval of their difference does not hold 0. It is taken
-    as that of independent figures (Donner and Zou 2012); figures of the same documents rise
-    together, so that it is too wide rather than too narrow. As many as are larger come before a
-    figure, as many as are smaller come behind it, and all others may be on either side.
+    Two figures are distinguished if the interval of their difference excludes 0. The interval is
+    that of independent figures (Donner and Zou 2012). Figures of the same documents rise together,
+    so it is too wide rather than too narrow. A figure ranks behind all larger ones and before all
+    smaller ones; undistinguished ones may be on either side.
 
     Args:
-        figures: With intervals that hold for all pairs at once (`together`, of the family `pairs`);
-            without one, a figure may be anywhere.
+        figures: Estimates with intervals simultaneous for all pairs (`together`, of the family
+            `pairs`). One without an interval may have any rank.
 
     Returns:
-        The best and the worst rank of each: all of them hold at once where the intervals do.
+        The best and the worst rank of each; all hold simultaneously if the intervals do.
 
     References:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.
@@ -302,15 +299,15 @@ def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
         for one in figures
     ]
     value, low, high = np.array(known, dtype=np.float64).reshape(-1, 3).T
-    # No comparison with NaN holds.
+    # Comparisons with NaN are False.
     return between(value[:, None] - value > np.hypot((value - low)[:, None], high - value))
 
 
 def between(larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Say between which ranks some things lie, 1 for the largest.
+    """Compute the best and the worst possible rank of items, 1 for the largest.
 
     Args:
-        larger: `[things, things]`, whether the one is surely larger than the other.
+        larger: `[items, items]`, whether the first is surely larger than the second.
 
     Returns:
         The best and the worst rank of each.

@@ -1,17 +1,15 @@
-"""Whether a layer's relevance depends on the task: its variance from benchmark to benchmark.
+"""Estimate how much a layer's relevance varies between benchmarks.
 
-Relevance is standardised over the layers of each benchmark first (z-scores, population standard
-deviation), so that benchmarks of any level and unit can stand side by side. The variance of a layer
-over benchmarks, averaged over layers, is then exactly 1 minus the mean Pearson correlation of two
-benchmarks' layers: where layers matter alike everywhere it is 0, where they have nothing in common
-it is 1.
+Relevance is first standardised over the layers of each benchmark (z-scores, population standard
+deviation), so that benchmarks of any level and unit are comparable. The variance of a layer over
+benchmarks, averaged over layers, is then exactly 1 minus the mean Pearson correlation of two
+benchmarks' layers. It is 0 if layers matter equally everywhere, and 1 if benchmarks are unrelated.
 
-An accuracy drop is measured on a sample of documents, and its noise differs from benchmark to
-benchmark even if the layer does not. A proxy that is an average over thousands of tokens has hardly
-any. So the variance of the drop is larger by its noise alone, and says something of the layers only
-once that is taken off. What is then left is no longer symmetric about its expectation, layer by
-layer, so that a test of signs or ranks does not hold its level; the mean over layers has an
-interval from the documents instead.
+An accuracy drop is measured on a sample of documents, so its noise differs between benchmarks even
+if the layer does not. A proxy that averages over thousands of tokens has hardly any noise. The
+variance of the drop is therefore inflated, and is informative only after the noise is subtracted.
+The result is not symmetric about its expectation for a single layer, so a test of signs or ranks is
+invalid. The mean over layers has an interval from the documents instead.
 """
 
 from __future__ import annotations
@@ -33,24 +31,24 @@ Sample = tuple[Array, Array, Strata | None]
 """Values, weights and strata of one benchmark, as `sampling_noise` takes them."""
 _Both = tuple[Sample, Sample]
 BLOCK = 3
-"""Neighbouring layers whose differences change their signs together in the check of the test."""
+"""Number of neighbouring layers whose signs change together in the check of the test."""
 MOST_BLOCKS = 14
-"""Up to so many blocks all signs are tried; beyond, `DRAWS` of them at random."""
+"""Largest number of blocks for which all signs are tried; beyond it, `DRAWS` random ones."""
 DRAWS = 9999
 GROUPS = 100
-"""Documents of a benchmark are left out one at a time, or in so many groups if there are more."""
+"""Documents of a benchmark are left out one at a time, or in this many groups if there are more."""
 _EPS = 1e-9
 
 
 def sampling_noise(
     values: Array, weights: Array, strata: Strata | None = None
 ) -> tuple[Array, Array]:
-    """Measure a profile over layers on documents, and how far other documents would move it.
+    """Estimate a profile over layers, and its variance over samples of documents.
 
-    The profile is centred on its mean over layers: what moves all layers together is not in it.
+    The profile is centred on its mean over layers, so common changes of all layers are excluded.
 
     Args:
-        values: `[documents, layers]`, each document's figure, e.g. its drop.
+        values: `[documents, layers]`, value of each document, e.g. its drop.
         weights: `[documents]`, 0 or more; the profile is the weighted mean.
         strata: `[documents]`, e.g. each document's task, where each keeps its size; None for one.
 
@@ -74,14 +72,14 @@ def sampling_noise(
         mine = off[labels == label]
         if len(values) == 1:
             return profile, np.full(values.shape[1], np.nan)
-        # A stratum of one document has no mean of its own to be measured from.
+        # The only document of a stratum keeps its deviation from the mean of all.
         there = mine - mine.mean(axis=0) if len(mine) > 1 else mine
         variance += (there**2).sum(axis=0) * (len(mine) / max(len(mine) - 1, 1))
     return profile, variance
 
 
 def reliability(profile: Array, noise: Array) -> float:
-    """Say which share of a profile's spread over layers is no noise; at most 1, below 0 for none.
+    """Return the share of a profile's spread over layers that is not noise; below 0 if none is.
 
     Args:
         profile: `[layers]`, centred.
@@ -95,14 +93,14 @@ def reliability(profile: Array, noise: Array) -> float:
 
 
 def variance_across(profiles: Array, noise: Array | None = None) -> Array:
-    """Say how much each layer's z-score varies over benchmarks.
+    """Compute the variance of each layer's z-score over benchmarks.
 
     Args:
         profiles: `[benchmarks, layers]`, two benchmarks or more, none constant.
-        noise: `[benchmarks, layers]`, the variance of each figure, which is taken off; None for
-            none. The noise of two benchmarks is independent, so only squares hold any: it is taken
-            off the squares, and off the spread by which they are divided. An estimate is unbiased
-            up to that division, and may be negative.
+        noise: `[benchmarks, layers]`, variance of each value, which is subtracted; None = no noise.
+            The noise of two benchmarks is independent, so it affects only squares. It is subtracted
+            from the squares, and from the spread that divides them. An estimate is unbiased up to
+            that division, and may be negative.
 
     Returns:
         `[layers]`, with the divisor benchmarks - 1.
@@ -130,19 +128,19 @@ def variance_across(profiles: Array, noise: Array | None = None) -> Array:
 
 
 def clean_difference(ones: Sequence[Sample], others: Sequence[Sample]) -> Estimate:
-    """Say how much more one measure varies over benchmarks than another, without noise in either.
+    """Estimate how much more one measure varies over benchmarks than another, without noise.
 
-    The figure is the mean over layers of `variance_across` with the noise taken off, of one less
-    that of the other. Its interval is the jackknife over the documents of each benchmark, of which
-    both measures leave out the same, and the normal distribution. The bootstrap is too narrow here:
-    its world has the noise of the documents in the layers themselves, and divides by it.
+    The figure is the mean over layers of the noise-free `variance_across` of `ones`, minus that of
+    `others`. Its interval is the jackknife over the documents of each benchmark with the normal
+    distribution; both measures leave out the same documents. The bootstrap is too narrow here,
+    because its population includes the noise of the documents.
 
     Args:
-        ones: Of each benchmark, two or more, one measure of its documents.
-        others: The other measure of the same documents.
+        ones: One measure of the documents of each benchmark, two benchmarks or more.
+        others: Other measure of the same documents.
 
     Returns:
-        The difference, without an interval where some document cannot be left out.
+        The difference, without an interval if some document cannot be left out.
 
     Raises:
         ValueError: Fewer than two benchmarks, or the spread of one is all noise.
@@ -179,13 +177,13 @@ def _mean_variance(pairs: Sequence[tuple[Array, Array]]) -> float:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two variances of the same layers, compared.
+    """Comparison of two variances of the same layers.
 
     Attributes:
-        larger: In how many layers the first is the larger one.
-        n: Layers.
-        p_value: Of Wilcoxon's signed-rank test, two-sided: layers are taken as independent.
-        block_p: The same statistic against signs that change together in blocks of layers.
+        larger: Number of layers in which the first is larger.
+        n: Number of layers.
+        p_value: p-value of Wilcoxon's signed-rank test, two-sided: layers are taken as independent.
+        block_p: p-value of the same statistic with signs that change together in blocks of layers.
     """
 
     larger: int
@@ -197,18 +195,18 @@ class Paired:
 def compared(one: Array, other: Array) -> Paired:
     """Compare two variances layer by layer (F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83).
 
-    Wilcoxon's test takes the layers' differences as independent and, where nothing differs, as
-    symmetric about 0. Neighbouring layers resemble each other, which makes its p-value too small.
-    The check keeps the symmetry and drops the independence within blocks of `BLOCK` neighbours: all
-    differences of a block change their signs together, every choice of signs is tried, and the
-    p-value is the share of them whose statistic is as far from the middle.
+    Wilcoxon's test assumes that the layers' differences are independent and, without an effect,
+    symmetric about 0. Neighbouring layers resemble each other, so its p-value is too small. The
+    check keeps the symmetry but drops independence within blocks of `BLOCK` neighbours: all
+    differences of a block change their signs together. All choices of signs are tried, and the
+    p-value is the share whose statistic is as far from the middle.
 
     Args:
         one: `[layers]`.
         other: `[layers]`.
 
     Returns:
-        What was found; p-values of 1 where all differences are 0.
+        The comparison; p-values are 1 if all differences are 0.
 
     Examples:
         >>> found = compared(np.arange(1.0, 10.0), np.zeros(9))
@@ -225,7 +223,7 @@ def compared(one: Array, other: Array) -> Paired:
     kept = difference != 0
     ranks = np.zeros(n)
     ranks[kept] = stats.rankdata(np.abs(difference[kept]))
-    # What each block adds to the sum of signed ranks.
+    # Contribution of each block to the sum of signed ranks.
     adds = np.add.reduceat(np.sign(difference) * ranks, np.arange(0, n, BLOCK))
     if blocks <= MOST_BLOCKS:
         signs = np.array(list(itertools.product((-1, 1), repeat=blocks)))

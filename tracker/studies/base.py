@@ -1,4 +1,4 @@
-"""Studies: the requests of a question, and its answer from what was measured."""
+"""Define a study: its requests, and its answer from measured cells."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ Settings = TypeVar("Settings", bound=StudySettings)
 
 @dataclass(frozen=True)
 class StudyContext:
-    """The experiment of a study, and where and how its cells are measured.
+    """Experiment of a study, with the options for measuring its cells.
 
     Attributes:
-        input: The experiment, as it was given.
-        ledger: The results folder.
-        options: How models run, and where.
-        progress: Receives what happens.
-        publisher: Hands runs to the tracking backends.
+        input: Experiment as given by the user.
+        ledger: Results folder.
+        options: Options of running models.
+        progress: Receiver of progress messages.
+        publisher: Publisher of runs to the tracking backends.
     """
 
     input: ExperimentInput[Experiment]
@@ -74,7 +74,7 @@ class StudyContext:
         return self.input.file
 
     def run(self, requests: Sequence[CellRequest]) -> RunOutcome:
-        """Measure and publish what cells lack."""
+        """Measure and publish the missing parts of cells."""
         return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
 
     def subject(self, request: CellRequest) -> Subject | None:
@@ -110,7 +110,7 @@ class Subject:
         return name_of(self.record)
 
     def outcomes(self, besides: Sequence[Ablation] = ()) -> AlignedOutcomes:
-        """Read the outcomes of its view, lined up with those of other ablations."""
+        """Read the outcomes of its view, aligned with those of other ablations."""
         return AlignedOutcomes(self.store, self.view, besides=besides)
 
 
@@ -140,25 +140,25 @@ def second_roundings(subjects: Sequence[Subject]) -> list[str]:
 
 
 def study_texts(name: str, **names: Any) -> TextTemplate:
-    """Open the texts of a study of this package; its template may use what has these names."""
+    """Open the template of a study of this package; `names` are available in it."""
     common = {"measure_of": measure_of, "significant": SIGNIFICANT}
     return TextTemplate("tracker.studies", name, **common, **names)
 
 
 @dataclass
 class StudyResult:
-    """The answer of a study; see `FindingRecord`.
+    """Answer of a study; see `FindingRecord`.
 
     Attributes:
         answers: Sentences, the most important one first.
         tables: Tables.
         charts: Charts.
-        lacking: What could not be answered, and how to get it.
-        ran: What became of cells that the study ran itself.
-        rests_on: Cells on which it rests besides its subjects.
-        exports: Commands that save models that are shown to be better; not stored.
-        files: Files that it left in the results folder.
-        beside: What tells it from other answers about the same file.
+        lacking: Questions that could not be answered, and how to answer them.
+        ran: Outcome of the cells that the study ran itself.
+        rests_on: Cells that it uses besides its subjects.
+        exports: Commands that save models shown to be better; not stored.
+        files: Files that it wrote to the results folder.
+        beside: Text that distinguishes it from other answers about the same file.
     """
 
     answers: list[str] = field(default_factory=list)
@@ -182,26 +182,26 @@ class StudyResult:
                 self.answers.append(part)
 
     def lack(self, title: str, *reasons: str) -> None:
-        """Add what could not be answered of a cell."""
+        """Record the reasons why a cell's question could not be answered."""
         self.lacking += [f"{title}: {reason}" for reason in reasons]
 
 
 class Study(Generic[Settings]):
-    """A question: its requests, and its answer once they are measured.
+    """Research question: its requests, and its answer once they are measured.
 
-    It keeps nothing from one call to the next: each method may be called alone.
+    It keeps no state between calls, so each method may be called alone.
 
     Args:
-        settings: Its settings.
+        settings: Settings of the study.
 
     Attributes:
-        name: Its name in the registry.
-        question: The question, which heads its section.
-        texts: The template of its sentences, with the macro `assumptions`; None where another
-            package's study has them in its code.
-        races: Whether `until` may end its measuring early.
-        intact: Whether it starts from the intact model, so that no layer may be removed beneath.
-        layers: How many whole single layers each cell must remove at least.
+        name: Name in the registry.
+        question: Question, the heading of its section.
+        texts: Template of its sentences, with the macro `assumptions`; None if another package's
+            study writes them in code.
+        races: Whether `until` may stop its measuring early.
+        intact: Whether it requires the intact model, without removed layers.
+        layers: Minimum number of whole single layers that each cell must remove.
         chooses: Whether documents choose something, so that they must be drawn at random.
     """
 
@@ -223,7 +223,7 @@ class Study(Generic[Settings]):
 
     @property
     def command(self) -> list[str]:
-        """The command that asks the question again, but for the experiment."""
+        """The command that asks the question again, without the experiment."""
         return [*(self.settings.command or f"tracker study {self.name}").split()]
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
@@ -241,9 +241,9 @@ class Study(Generic[Settings]):
         return [cell]
 
     def prepare(self, context: StudyContext) -> None:
-        """Make what its cells are about and is missing: a model that is built, for most nothing.
+        """Prepare what its cells need, such as a model to build; most studies need nothing.
 
-        RequestError where that cannot be made.
+        Raises RequestError if that fails.
         """
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
@@ -296,8 +296,8 @@ def conduct(
 ) -> tuple[FindingRecord, RunOutcome, StudyResult]:
     """Measure and publish the cells of a study, answer its question and store the finding.
 
-    Returns the finding, what became of all cells, and the whole answer. RequestError if the file is
-    not enough, CellError where no cell could be measured.
+    Returns the finding, the outcome of all cells, and the whole answer. RequestError if the file
+    lacks required runs, CellError if no cell could be measured.
     """
     requests = study.requests(context)
     study.prepare(context)

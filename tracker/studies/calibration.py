@@ -1,4 +1,4 @@
-"""How many documents until the ranking of layers is stable?"""
+"""Study: count the documents that make the ranking of layers stable."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from tracker.studies.registry import CalibrationSettings
 SAMPLE_PAIRS = 400
 """Pairs of samples behind each figure."""
 JACKKNIFE_PAIRS = 100
-"""The same where a tenth of the documents is left out."""
+"""Number of pairs of samples for each jackknife group, which leaves out a tenth."""
 SIZES_SHOWN = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-"""The sizes that a table and an answer have, besides half of the documents."""
+"""Sample sizes that tables and answers show, besides half of the documents."""
 SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
 """The sizes that are drawn, as far as there are documents."""
 DISAGREE = "two halves agree no surer than chance"
@@ -69,7 +69,7 @@ class Calibration(Study[CalibrationSettings]):
     texts = TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer by the drop and by what could stand in for it."""
+        """Answer by the drop and by measures that could replace it."""
         reliability = self.settings.reliability
         rankings = [rankings_of(subject) for subject in subjects]
         alone = [(subject.record.title, [n]) for n, subject in enumerate(subjects)]
@@ -107,7 +107,7 @@ def _together(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
     accuracies = [n for n, subject in enumerate(subjects) if subject.record.higher_is_better]
     for members in grouped(accuracies, alike).values():
         cells = [subjects[n].record for n in members]
-        # A benchmark that stands there twice would be its own second sample.
+        # A benchmark that is listed twice would be its own second sample.
         if 1 < len(cells) == len({cell.benchmark.title for cell in cells}):
             yield f"{cells[0].model.name} · mean of {len(cells)} benchmarks", members
 
@@ -122,9 +122,9 @@ class Ranking:
     Attributes:
         name: Name of the figures.
         values: `[documents, layers]`; larger ranks higher.
-        weights: `[documents]`, how much each counts in a layer's mean.
-        strata: `[documents]`, each one's task, and its cell where there are several.
-        reason: Why they rank nothing; empty where they do.
+        weights: `[documents]`, weight of each in a layer's mean.
+        strata: `[documents]`, task of each, and its cell if there are several.
+        reason: Reason why they rank nothing; empty if they do.
     """
 
     name: str
@@ -141,20 +141,20 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Curve:
-    """The agreement of samples on the order of the layers.
+    """Agreement of samples on the order of the layers.
 
     Attributes:
-        name: What ranks the layers.
+        name: Name of the measure that ranks the layers.
         documents: Number of documents.
         layers: Number of layers.
         sizes: Sizes of samples, ascending.
-        apart: Two samples without a common document: each statistic of every draw, by name,
-            `[draws, sizes]`; NaN for more than half of the documents.
-        within: A sample beside all documents, likewise.
-        needed: How many documents reach the wanted reliability; undefined where two halves agree no
-            surer than chance.
-        p_value: That of a test whether the layers differ at all.
-        extrapolated: Whether these are more than half of the documents.
+        apart: Statistics of two samples without a common document, by name: `[draws, sizes]`; NaN
+            for more than half of the documents.
+        within: The same for a sample and all documents.
+        needed: Number of documents that reach the wanted reliability; undefined if two halves agree
+            no better than chance.
+        p_value: p-value of a test whether the layers differ at all.
+        extrapolated: Whether `needed` is more than half of the documents.
     """
 
     name: str
@@ -204,7 +204,7 @@ class Curve:
 
 
 def rankings_of(subject: Subject) -> list[Ranking]:
-    """Return what can rank the layers of a cell; the drop comes first."""
+    """Return the measures that can rank the layers of a cell; the drop comes first."""
     cell = subject.outcomes()
     layers = [run.layer for run in cell.whole_layers]
     strata = np.array(cell.tasks)
@@ -237,7 +237,7 @@ def _unusable(ranking: Ranking) -> str:
 
 
 def joined(parts: Sequence[Ranking]) -> Ranking:
-    """Put cells together, so that each counts alike."""
+    """Join the rankings of cells with equal weights."""
     reason = next((part.reason for part in parts if part.reason), "")
     if len(parts) == 1 or reason:
         return replace(parts[0], reason=reason)
@@ -307,7 +307,7 @@ def _statistic(name: str, first: Array, second: Array) -> Array:
 
 
 def _mean(values: Array) -> float:
-    """Average what is defined; NaN where less than half is."""
+    """Average the defined values; NaN if fewer than half are defined."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if 2 * len(defined) >= len(values) else math.nan
 
@@ -327,7 +327,7 @@ def answer_of(
 
 
 def needed_table(rows: Sequence[tuple[str, Curve]], reliability: float) -> Table:
-    """Make the table of how many documents each ranking needs, of a title and a curve each."""
+    """Build the table of the documents that each ranking needs, from titles and curves."""
 
     def alike(row: tuple[str, Curve]) -> Estimate:
         return Estimate(row[1].predicted(row[1].documents), reason=row[1].doubt)
@@ -354,7 +354,7 @@ def needed_table(rows: Sequence[tuple[str, Curve]], reliability: float) -> Table
 
 
 def agreement_table(title: str, drop: Curve) -> Table:
-    """Make the table of how well samples of each size agree."""
+    """Build the table of the agreement of samples of each size."""
 
     def shared(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
@@ -376,7 +376,7 @@ def agreement_table(title: str, drop: Curve) -> Table:
 
 
 def agreement_chart(title: str, curves: Sequence[Curve]) -> LineChart:
-    """Make the chart of how well samples agree, by the drop and by what could stand in for it."""
+    """Build the chart of the agreement of samples, by the drop and by its replacements."""
     drop = curves[0]
     end = max(drop.documents, drop.needed.value or 0)
     positions = sorted({*drop.sizes, *(n for n in SIZES if n <= 2 * end)})
@@ -401,7 +401,7 @@ def agreement_chart(title: str, curves: Sequence[Curve]) -> LineChart:
 
 
 def overlap_chart(title: str, drop: Curve) -> LineChart:
-    """Make the chart of how many of the most and least relevant layers two samples share."""
+    """Build the chart of the most and least relevant layers that two samples share."""
     positions = [n for n in drop.sizes if n <= drop.half]
     lines = {
         f"the {k} that matter {'most' if end == 'top' else 'least'}": [

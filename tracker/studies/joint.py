@@ -1,4 +1,4 @@
-"""What do two layers cost together, beside the sum of what each costs alone?"""
+"""Study: compare the joint drop of two layers with the sum of their single drops."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Joint(Study[JointSettings]):
             yield replace(cell, removed=(layer,)).with_changes(layers=layers[n:])
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Set the joint drops of each cell beside the sums."""
+        """Compare the joint drops of each cell with the sums."""
         result = StudyResult()
         measured: list[Pairs] = []
         for subject in subjects:
@@ -85,24 +85,24 @@ class Joint(Study[JointSettings]):
 
 @dataclass(frozen=True)
 class Pairs:
-    """The interactions of all pairs of one cell, by one measure.
+    """Interactions of all pairs of one cell, by one measure.
 
     Attributes:
         record: Record of the cell.
-        measure: What is lost.
-        unit: How it is written.
-        pairs: The pairs that are measured, first < second.
-        alone: `[layers]`, what each layer costs, by its number.
-        together: `[pairs]`, what both cost.
-        interactions: Each pair's interaction.
-        q: `[pairs]`, its p-value after Benjamini and Hochberg; NaN at the floor, and before
+        measure: Name of the measure.
+        unit: Unit of its values.
+        pairs: Measured pairs, first < second.
+        alone: Layer → its drop alone.
+        together: `[pairs]`, joint drops.
+        interactions: Interaction of each pair.
+        q: `[pairs]`, p-values after Benjamini and Hochberg; NaN at the floor, and before
             `adjusted`.
-        floor: `[pairs]`, whether there is too little to lose for a sum.
-        mean: The mean interaction over pairs that are not at the floor.
-        by_distance: Layers apart → the same for these pairs.
-        rank: Spearman's coefficient of sums and joint drops, over these pairs.
+        floor: `[pairs]`, whether too little is left to lose for a sum.
+        mean: Mean interaction over pairs that are not at the floor.
+        by_distance: Distance of layers → mean interaction of these pairs.
+        rank: Spearman correlation of sums and joint drops, over these pairs.
         explained: R² of the sums as predictions.
-        documents: How many documents all of it rests on.
+        documents: Number of documents.
     """
 
     record: CellRecord
@@ -132,21 +132,21 @@ class Pairs:
 
     @cached_property
     def ranks(self) -> dict[int, tuple[int, int]]:
-        """Place → between which ranks its interaction lies, all at once; 1 for the largest."""
+        """The possible ranks of the interactions by index, simultaneous; 1 for the largest."""
         wide = self._wide(pairs_among(len(self.open)))
         return dict(zip(self.open, ranks(wide), strict=True))
 
     def _wide(self, family: int) -> list[Estimate]:
-        """Return the interactions off the floor, with intervals for so many statements.
+        """Return the interactions off the floor, with intervals for a family of statements.
 
-        They are widened as those of Student's distribution; of outcomes that are right or wrong
-        they have the normal one, and are a little too wide then.
+        All are widened as t intervals. Those of 0/1 outcomes are normal intervals, which become
+        a little too wide.
         """
         open_ = [replace(self.interactions[index], p_value=None) for index in self.open]
         return together(open_, [self.documents] * len(open_), family)
 
     def strongest(self, sign: int) -> int | None:
-        """Return the place of the pair that is shown to interact most; None where it is open."""
+        """Return the index of the pair that is shown to interact most; None if open."""
         end = (1, 1) if sign > 0 else (len(self.open), len(self.open))
         for index, between in self.ranks.items():
             if between == end and sign * self.at_once[index].side() > 0:
@@ -160,18 +160,18 @@ class Pairs:
         return with_interval(Estimate(drop) if isinstance(drop, float) else drop, form.write, unit)
 
     def significant(self, sign: int) -> list[int]:
-        """Return the places of the significant interactions of a sign."""
+        """Return the indexes of the significant interactions of a sign."""
         with np.errstate(invalid="ignore"):
             (few,) = np.nonzero(self.q <= SIGNIFICANT)
         return [n for n in map(int, few) if sign * (self.value(n) or 0) > 0]
 
     def value(self, index: int) -> float | None:
-        """Return the interaction of a pair; None where it is undefined or at the floor."""
+        """Return the interaction of a pair; None if it is undefined or at the floor."""
         return None if self.floor[index] else self.interactions[index].value
 
 
 def measures_of(subject: Subject) -> tuple[list[Pairs], list[str]]:
-    """Return the interactions of a cell by every measure, and why some are lacking."""
+    """Return the interactions of a cell by every measure, and the reasons of missing ones."""
     record = subject.record
     all_pairs = list(combinations([run.layer for run in subject.view.runs], 2))
     outcomes = subject.outcomes(besides=[Ablation.of(removed=pair) for pair in all_pairs])
@@ -222,8 +222,8 @@ def pairs_of(
 ) -> Pairs:
     """Compare joint drops with sums; `adjusted` tests them.
 
-    `paired` has the layers' ablations, then those of the pairs; `room` is what can be lost at most,
-    None where that is not bounded.
+    `paired` has the layers' ablations, then those of the pairs. `room` is the largest possible
+    loss; None if it is unbounded.
     """
     drops, weights = paired.drops, paired.weights
     first, second = (np.array([layers.index(pair[end]) for pair in pairs]) for end in (0, 1))
@@ -235,7 +235,7 @@ def pairs_of(
     values = both - sums(single)
     alone, together = weights @ single, weights @ both
     most = np.max([alone[first], alone[second], sums(alone)], axis=0)
-    # A sum of fractions may pass what there is to lose by rounding alone.
+    # A sum of fractions can exceed the accuracy that there is to lose by rounding alone.
     floor = np.zeros(len(pairs), bool) if room is None else most > room + 1e-9
     (open_,) = np.nonzero(~floor)
     drawn = resampled_means(drops, RESAMPLES, SEED, strata, weights)
@@ -281,15 +281,15 @@ def adjusted(every: Sequence[Pairs]) -> list[Pairs]:
 
 
 def answer_of(pairs: Pairs) -> str:
-    """Return whether sums predict joint drops, and what interacts most."""
+    """Describe whether sums predict joint drops, and which pairs interact most."""
     return TEXTS.one("answer", pairs, pairs.record, int(pairs.floor.sum()))
 
 
 def summary(rows: Sequence[Pairs]) -> Table:
-    """Make the table that sums up each cell by each measure."""
+    """Build the table that summarises each cell by each measure."""
 
     def mean(pairs: Pairs) -> Estimate | str:
-        # Nats and percentage points stand in one column, as text.
+        # Nats and percentage points share one column, as text.
         return pairs.mean if pairs.mean.value is None else pairs.write(pairs.mean)
 
     return table(
@@ -312,7 +312,7 @@ def summary(rows: Sequence[Pairs]) -> Table:
 
 
 def strongest_table(pairs: Pairs, sign: int) -> Table:
-    """Make the table of the pairs whose measured interaction of a sign is the largest."""
+    """Build the table of the pairs whose measured interaction of a sign is the largest."""
     values = [(sign * (pairs.value(n) or 0), n) for n in range(len(pairs.pairs))]
     chosen = [n for value, n in sorted(values, reverse=True)[:STRONGEST] if value > 0]
     word = "redundant: together they cost more" if sign > 0 else "sub-additive: they cost less"
@@ -335,7 +335,7 @@ def strongest_table(pairs: Pairs, sign: int) -> Table:
 
 
 def interaction_map(pairs: Pairs) -> MapChart:
-    """Make the map of all interactions, each in both halves; pairs at the floor are gaps."""
+    """Build the map of all interactions, each in both halves; pairs at the floor are gaps."""
     layers = sorted(pairs.alone)
     indexes = {pair: n for n, pair in enumerate(pairs.pairs)}
     grid = [[indexes.get((min(i, j), max(i, j))) for j in layers] for i in layers]
@@ -362,7 +362,7 @@ def _hover(pairs: Pairs, index: int) -> str:
 
 
 def distance_chart(pairs: Pairs) -> LineChart:
-    """Make the chart of the mean interaction of pairs by how many layers they are apart."""
+    """Build the chart of the mean interaction of pairs by their distance in layers."""
     name = "pairs that are not at the floor" if pairs.floor.any() else "all pairs"
     return line_chart(
         f"{pairs.record.title}: mean interaction by distance, {pairs.measure}",

@@ -14,7 +14,7 @@ from tracker.core.formats import ACCURACY, Measure, defined
 from tracker.core.tables import Column, Table, Value, table
 
 LabelUnit = Unit | Literal["change", "level"]
-"""The unit of a field; `change` is that of what is lost, `level` that of what it is lost of."""
+"""The unit of a field; `change` is that of the loss, `level` that of the lost quantity."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def _entry(value: Callable[[Any], Any], key: str, row: Any) -> Value:
 
 
 def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", otherwise: str = "") -> Any:
-    """Declare a field that stands in a column of its figures' table.
+    """Declare a field that is a column of its figures' table.
 
     Args:
-        label: Head of the column, where `{change}` is the name of what is lost, and `{level}` of
-            what it is lost of; of a dictionary the heads by key, a column each, which code calls
-            by the key.
-        unit: Unit of the figures.
-        otherwise: Reason of an undefined figure that has none of its own.
+        label: Head of the column. `{change}` is replaced by the name of the loss, and `{level}` by
+            that of the lost quantity. A dictionary has a column for each head, by the name of the
+            column in code.
+        unit: Unit of the values.
+        otherwise: Reason of an undefined value that has none of its own.
 
     Returns:
         The field of a dataclass.
@@ -62,14 +62,14 @@ def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", otherwise
 def figure_table(
     kind: type[Any], title: str, rows: Iterable[Any], *notes: str, measure: Measure = ACCURACY
 ) -> Table:
-    """Make the table of some figures, with a column for each labelled field of their dataclass.
+    """Build the table of figures, with a column for each labelled field of their dataclass.
 
     Args:
         kind: The dataclass.
         title: Title of the table.
         rows: The figures, one for each row.
         *notes: Notes below the table.
-        measure: What is measured, for labels and units that depend on it.
+        measure: Measured quantity, for labels and units that depend on it.
 
     Returns:
         The table.
@@ -97,14 +97,14 @@ def line_chart(
     lines: Mapping[str, Iterable[Estimate | float | None]],
     **logarithmic: bool,
 ) -> LineChart:
-    """Make a chart of lines by name; what is undefined is a gap.
+    """Build a chart of named lines; undefined values are gaps.
 
     Args:
         title: Title of the chart.
         axes: Names of the horizontal and the vertical axis.
         unit: Unit of the figures.
         positions: Positions on the horizontal axis.
-        lines: Figures at these positions, by the name of their line; intervals are drawn.
+        lines: Values at these positions, by the name of their line; intervals are drawn.
         **logarithmic: `log_x` or `log_y`.
 
     Returns:

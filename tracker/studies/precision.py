@@ -1,7 +1,7 @@
-"""What does it cost to keep a linear map of a layer in fewer bits, and which error says so?
+"""Study: measure the cost of rounding each linear map, and the errors that predict it.
 
-Each map is given the weights of a format, alone. What that costs is set beside the errors by which
-tools choose bits: of the weights, of the outputs, of what the model says.
+Each map alone is stored in a format. Its cost is compared with the errors by which tools choose
+bits: of weights, of outputs, and of the model's predictions.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ DEFAULT = "int4"
 Resample = Callable[[Array], Array]
 """Means of columns [documents, k] in each resample of the documents, [resamples, k]."""
 MAX_ROWS = 10
-"""So many maps are listed, those of the largest fall."""
+"""Maximum number of maps that are listed, those with the largest fall."""
 ERRORS = {
     "weight_error": "error of its weights",
     "output_error": "error of its outputs",
     "output_angle": "1 − cosine of its outputs",
     "kl": "KL divergence of the output",
 }
-"""Errors by which a map is judged where nobody measures what it costs."""
+"""Errors that tools use to judge a map instead of measuring its cost."""
 _UNREACHED = "no token of the documents reaches it"  # as may be of a single expert
 _VERDICTS = {"costs": "costs accuracy", "helps": "better so", "open": "open"}
 
@@ -76,7 +76,7 @@ class RoundedMap:
 
 @dataclass(frozen=True)
 class MapName:
-    """All maps of one name: in how many layers, and what one of them costs on average."""
+    """All maps of one name: the number of their layers, and their mean cost."""
 
     name: str = labelled("linear map")
     layers: int | None = labelled("layers", "count", "of no layer")
@@ -126,7 +126,7 @@ class Precision(Study[PrecisionSettings]):
         yield each_map(cell, formats, context.options.trust_remote_code)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Set what each map costs beside its errors, format by format."""
+        """Compare the cost of each map with its errors, format by format."""
         result = StudyResult()
         for subject in subjects:
             record = subject.record
@@ -153,7 +153,7 @@ def _rounded_maps(
     ablations = [outcomes.ablation(change) for change in maps]
     gold, metric = outcomes.by_gold_logprob(ablations), outcomes.by_metric(ablations)
     errors, resampled = _errors(observed.of(outcomes.documents), outcomes.resampled)
-    # What stopped at an answer holds for one look, and many were taken.
+    # Cells that stopped at an answer are left out: their intervals hold for one look only.
     once = _without_interval if subject.record.is_raced else list
     drops = [(p.mean_drops, outcomes.resampled(p.drops, p.weights)) for p in (gold, metric)]
     orders = [
@@ -196,7 +196,7 @@ def _errors(
 
 
 def _spearman(error: Array, errors: Array, drop: Array, drops: Array) -> Estimate:
-    """Spearman's coefficient of an error and a drop over maps, with other documents' interval."""
+    """Compute Spearman's coefficient of an error and a drop over maps, with its interval."""
     (value,) = row_coefficients(error[None], drop[None], "spearman").tolist()
     if not np.isfinite(value):
         return Estimate(None, reason="one of the two is undefined, or the same for all maps")
@@ -211,7 +211,7 @@ def _without_interval(figures: Sequence[Estimate]) -> list[Estimate]:
 def _by_name(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, once: Callable[..., list[Estimate]]
 ) -> list[MapName]:
-    """Average what maps cost over layers, name by name, the costliest first."""
+    """Average the costs of maps over layers, name by name, the costliest first."""
     by_name = grouped(range(len(maps)), lambda index: str(maps[index].map))
     falls = [
         replace(gold, ablated=gold.ablated[:, mine].mean(axis=1, keepdims=True)).drop(0)

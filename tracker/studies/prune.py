@@ -1,4 +1,4 @@
-"""Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"""
+"""Study: compare pruning by measured accuracy with pruning by proxies, and its cost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tracker.studies.base import (
 from tracker.studies.registry import PruneSettings
 
 OWN, TASKS, TEXT = "its own task", "all tasks", "plain text"
-"""What documents chose."""
+"""Documents that choose the layers."""
 ACCURACY = "accuracy"
 COSINES = ("cosine_oneshot", "cosine")
 """The strategies that the paper holds against accuracy, the first that is there."""
@@ -69,11 +69,11 @@ class PrunedBenchmark:
     """Test documents of a benchmark.
 
     Attributes:
-        unpruned: The intact model's test accuracy.
-        n: How many test documents there are.
-        metric: What is called accuracy.
-        at_chance: Why the intact model does not answer it; empty where it does.
-        available: How many documents there are to test on; 0 where that is not known.
+        unpruned: Test accuracy of the intact model.
+        n: Number of test documents.
+        metric: Metric that is called accuracy.
+        at_chance: Reason why the intact model cannot answer it; empty if it can.
+        available: Number of documents available for tests; 0 if unknown.
     """
 
     unpruned: Estimate
@@ -85,14 +85,14 @@ class PrunedBenchmark:
 
 @dataclass
 class Prunings:
-    """The prunings of one model over the benchmarks of a file.
+    """Prunings of one model over the benchmarks of a file.
 
     Attributes:
-        title: The model, as people read it.
-        layers: How many it has.
+        title: Label of the model.
+        layers: Number of its layers.
         benchmarks: All benchmarks.
-        found: What each way chose for each benchmark.
-        failed: Ways that failed on a benchmark → why.
+        found: Prunings that each way chose for each benchmark.
+        failed: Ways that failed on a benchmark → reason.
     """
 
     title: str
@@ -123,7 +123,7 @@ class Prunings:
         return ", ".join(some) if len(some) < 2 else f"the mean of {len(some)} benchmarks"
 
     def strategies(self, amount: str, calibration: str = OWN) -> list[str]:
-        """The strategies that were tried for an amount."""
+        """Return the strategies that were tried for an amount."""
         return [way.strategy for way in self.ways if way[1:] == (amount, calibration)]
 
     def mean(self, of: Callable[[str], Estimate]) -> Estimate:
@@ -141,9 +141,9 @@ class Prunings:
         return mean([first, *others]) if others else first
 
     def level(self, way: Way | None, benchmark: str, removed: int | None = None) -> Estimate:
-        """The test accuracy of a way on a benchmark, or with so many layers gone.
+        """Return the test accuracy of a way on a benchmark, or with `removed` layers removed.
 
-        Without a way it is that of the intact model.
+        If `way` is None, return that of the intact model.
         """
         if way is None:
             return self.benchmarks[benchmark].unpruned
@@ -152,7 +152,7 @@ class Prunings:
         return choices.level if removed is None else choices.at(removed)
 
     def level_mean(self, way: Way | None, removed: int | None = None) -> Estimate:
-        """The mean of these."""
+        """Return the mean test accuracy of a way over the benchmarks."""
         return self.mean(lambda name: self.level(way, name, removed))
 
     def apart(self, one: Way, other: Way, benchmark: str) -> Estimate:
@@ -178,7 +178,7 @@ class Prunings:
         return replace(found, p_value=tested.p_value)
 
     def beside(self, amount: str) -> list[Contrast]:
-        """Hold accuracy against every other strategy, calibrated on each benchmark itself."""
+        """Compare accuracy with every other strategy, calibrated on each benchmark itself."""
         own = Way(ACCURACY, amount)
         if own not in self.ways:
             return []
@@ -186,7 +186,7 @@ class Prunings:
         return self._adjusted([(own, other) for other in others])
 
     def calibrated(self, amount: str) -> list[Contrast]:
-        """Hold accuracy against cosine, by what documents choose."""
+        """Compare accuracy with cosine, for each kind of calibration documents."""
         pairs = []
         for calibration in (OWN, TASKS, TEXT):
             there = self.strategies(amount, calibration)
@@ -202,10 +202,10 @@ class Prunings:
         return [Contrast(*pair, one, p) for pair, one, p in zip(pairs, wide, adjusted, strict=True)]
 
     def places(self, amount: str) -> dict[str, tuple[int, int]]:
-        """Strategy → between which ranks its mean test accuracy lies, all at once; 1 = the most.
+        """Compute the possible ranks of strategies by mean test accuracy, 1 = the most.
 
-        Calibrated on each benchmark itself. Without random draws, which the others are held
-        against, and what has no mean.
+        Strategies are calibrated on each benchmark itself. Random draws, which are the reference,
+        and strategies without a mean are left out.
         """
         ways = [Way(name, amount) for name in self.strategies(amount) if name != NULL]
         ways = [way for way in ways if self.level_mean(way).value is not None]
@@ -229,7 +229,7 @@ class Prunings:
         return min((one.available / one.n for one in counted if one.available), default=math.inf)
 
     def searches(self, way: Way) -> list[PruneRecord]:
-        """The searches of a way, each once, whichever benchmarks it served."""
+        """Return the distinct searches of a way, over all benchmarks."""
         unique: dict[object, PruneRecord] = {}
         for (tried, _), choices in self.found.items():
             for record in choices.records if tried == way else ():
@@ -238,12 +238,12 @@ class Prunings:
         return list(unique.values())
 
     def removed(self, amount: str) -> list[int]:
-        """Numbers of removed layers, ascending; one where all layers have one size."""
+        """Return the numbers of removed layers, ascending; only one if layers have equal size."""
         some = (choices for (way, _), choices in self.found.items() if way.amount == amount)
         return sorted({len(record.removed) for choices in some for record in choices.records})
 
     def removal(self, amount: str) -> str:
-        """Return how much goes, such as `25 % removed (8 of 32 layers)`."""
+        """Return the removed amount, such as `25 % removed (8 of 32 layers)`."""
         counts = self.removed(amount)
         layers = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         return f"{amount} removed ({layers} of {self.layers} layers)"
@@ -251,14 +251,14 @@ class Prunings:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One way held against another.
+    """Comparison of two ways of pruning.
 
     Attributes:
-        one: The way that is held against the other.
-        other: The other one.
-        difference: How much more it answers on average; the interval, unlike its p-value, holds for
-            all that are held against each other at once.
-        p: The p-value of that after Holm over all that are held against each other; None without.
+        one: First way.
+        other: Way that is subtracted.
+        difference: Mean difference of their accuracies; its interval, unlike its p-value, is
+            simultaneous for all comparisons.
+        p: p-value of the difference after Holm over all comparisons; None if there is none.
     """
 
     one: Way
@@ -284,7 +284,7 @@ class Contrast:
 
 
 def compared(pursued: Pursued, text: str | None) -> list[Prunings]:
-    """Put together the searches of each model; `text` is the plain text to calibrate on."""
+    """Group the searches by model; `text` is the plain text to calibrate on."""
     groups: dict[object, Prunings] = {}
     cells = {cell.place: cell for cell in pursued.outcome.cells}
     for one in pursued.searched:
@@ -311,7 +311,7 @@ def compared(pursued: Pursued, text: str | None) -> list[Prunings]:
 
 
 def _model_of(asked: SearchRequest) -> object:
-    """All that is asked of a search's cell but the benchmark."""
+    """Return a search's request without the benchmark of its cell."""
     return replace(asked.cell, benchmark=asked.cell.benchmark.named("any"))
 
 
@@ -338,7 +338,7 @@ PAPER_HOURS = 4.6
 PAPER_LEVELS = {OWN: (0.6749, 0.5954), TASKS: (0.6504, 0.6010), TEXT: (0.5023, 0.5969)}
 """Mean test accuracies there, chosen by accuracy and by cosine; the plain text is C4."""
 _MANY = 1000
-"""So many times as many test documents nobody has."""
+"""Factor of the test documents beyond which a required number is not reported."""
 TEXTS = study_texts("prune", cost=COST, paper=PAPER, paper_levels=PAPER_LEVELS)
 
 
@@ -378,7 +378,7 @@ class Prune(Study[PruneSettings]):
         yield cell.on("calibration").with_changes(layers=cell.changes.whole_layers)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Search, test what was chosen, and set the strategies beside each other."""
+        """Search, test the chosen layers, and compare the strategies."""
         result, cells = StudyResult(), []
         for subject in subjects:
             if subject.record.higher_is_better:
@@ -442,7 +442,7 @@ def answers_of(group: Prunings) -> Iterator[str]:
 
 
 def _against_cosine(group: Prunings, amount: str) -> list[Contrast]:
-    """List what accuracy is held against: cosine, then the same by other documents."""
+    """List the contrasts of accuracy: with cosine, then with cosine by other documents."""
     beside = group.beside(amount)
     same_documents = [pair for name in COSINES for pair in beside if pair.other.strategy == name][
         :1
@@ -592,7 +592,7 @@ def _costs(group: Prunings) -> Table:
 
 
 def charts_of(group: Prunings) -> Iterator[LineChart]:
-    """Yield the chart of what is left of the accuracy, the more layers go, a line a strategy."""
+    """Yield charts of the remaining accuracy over the number of removed layers, by strategy."""
     if not group.counted:
         return
     most = max(count for amount in group.amounts for count in group.removed(amount))

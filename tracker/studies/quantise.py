@@ -1,10 +1,10 @@
-"""Which weights may have fewer bits within a budget, chosen by what they cost?
+"""Study: choose the formats of weights within a budget by their measured cost.
 
-Calibration documents say what each linear map costs in each format, alone. The formats whose losses
-add up to the least within the budget are one choice; what swaps make of it that are measured as a
-whole is another, and choices by the errors of weights and outputs, all maps alike, and the ends
-kept in more bits are others. Each is measured as a whole on the same documents, which recommend
-one; test documents, which none of them met, say what each is worth.
+Calibration documents measure the cost of each linear map in each format, alone. One choice takes
+the formats whose losses have the smallest sum within the budget. Another improves it by swaps that
+are measured as a whole. Others use the errors of weights and outputs, one format for all maps, or
+more bits for the first and last layers. Each choice is measured as a whole on the same documents,
+which recommend one. Disjoint test documents then measure each choice.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ from tracker.studies.layout import figure_table, labelled
 from tracker.studies.registry import QuantiseSettings
 
 MEASURED, ALIKE = "measured log-probability", "all alike"
-"""What the study is about, and what it is held against."""
+"""Choice that the study is about, and its reference."""
 SETS = "measured sets"
-"""What is made of a choice by swaps that are measured as a whole."""
+"""Choice improved by swaps that are measured as a whole."""
 TEXTS = study_texts("quantise", measured=MEASURED)
 
 
 class Candidate(NamedTuple):
-    """One choice of formats: by what it was chosen, and what it is expected to cost, in nats."""
+    """Choice of formats: its criterion, and its expected cost in nats."""
 
     by: str
     choice: Choice
@@ -94,15 +94,15 @@ _SAME = "it is that itself"
 
 @dataclass(frozen=True)
 class TestedChoice:
-    """A choice, measured, where it was chosen and on test documents.
+    """Choice with its measurements, on calibration and on test documents.
 
     Attributes:
-        candidate: The choice.
-        n: Test documents.
-        size: Megabytes of the whole model.
-        chosen_on: Fall of the gold log-probability on the documents that chose.
-        beside: By how much more accuracy it keeps than all alike; None for that itself.
-        gold_beside: The same of the gold log-probability.
+        candidate: Choice of formats.
+        n: Number of test documents.
+        size: Size of the whole model in megabytes.
+        chosen_on: Fall of the gold log-probability on the calibration documents.
+        beside: Accuracy that it keeps more than one format for all; None for that choice itself.
+        gold_beside: The same difference of the gold log-probability.
     """
 
     candidate: Candidate
@@ -121,14 +121,14 @@ class TestedChoice:
 
 @dataclass(frozen=True)
 class Sums:
-    """Losses of one choice beside their sums, on the documents that choose.
+    """Loss of a choice compared with the sum of its units' losses, on calibration documents.
 
     Attributes:
-        units: How many units it has.
-        expected: The sum of what they cost alone.
-        whole: What the choice costs.
-        more: By how much more that is.
-        pairs: Drawn pairs of its units beside their own sums; None where none are asked for.
+        units: Number of its units.
+        expected: Sum of the units' costs alone.
+        whole: Cost of the choice.
+        more: Difference of both.
+        pairs: Sampled pairs of its units, compared with their sums; None if none are requested.
     """
 
     units: int
@@ -140,12 +140,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class ChosenFormats:
-    """All that is found of one cell before test documents are asked.
+    """Choices of one cell before test documents are used.
 
     Attributes:
-        candidates: The choices.
-        swapped: By what a choice was made with which swaps began → what they made of it.
-        sums: Whether losses add up in the choice that takes them for sums.
+        candidates: Choices of formats.
+        swapped: Criterion of the choice that swaps started from → the improved choice.
+        sums: Comparison of the loss of the choice by sums with its sum.
     """
 
     candidates: list[Candidate]
@@ -158,13 +158,13 @@ class FormatChooser:
     """Chooser of formats for the units of one cell, on its calibration documents.
 
     Attributes:
-        context: The context of the study.
-        subject: The cell: each unit in each format, alone.
-        cell: The same documents, under whatever is asked for.
-        units: What gets a format each.
-        formats: The formats.
-        within: The bits.
-        losses: `[units, formats]`, what each costs alone, in nats.
+        context: Context of the study.
+        subject: Cell that measures each unit in each format, alone.
+        cell: The same documents, open for further ablations.
+        units: Units that get a format each.
+        formats: Formats to choose from.
+        within: Budget of bits.
+        losses: `[units, formats]`, cost of each alone, in nats.
     """
 
     context: StudyContext
@@ -176,15 +176,15 @@ class FormatChooser:
     losses: Array
 
     def chosen(self, each_map: bool, rounds: int, pairs: int) -> ChosenFormats:
-        """Choose by sums, by errors, by hand, and by swaps that are measured as a whole.
+        """Choose formats by sums, by errors, by hand, and by swaps that are measured as a whole.
 
         Args:
             each_map: Whether the units are linear maps, whose errors are known.
-            rounds: How many rounds of swaps there are at most.
-            pairs: How many pairs are drawn.
+            rounds: Maximum number of rounds of swaps.
+            pairs: Number of sampled pairs.
 
         Returns:
-            What was found.
+            The choices.
         """
         candidates = self._candidates(each_map)
         self._say(f"{counted(len(candidates), 'choice')}, whole")
@@ -221,7 +221,7 @@ class FormatChooser:
         return [self._candidate(name, choice) for name, choice in made.items()]
 
     def _errors(self) -> dict[str, Array]:
-        """Observe the errors of weights and outputs [units, formats], by what people call them."""
+        """Observe the errors of weights and outputs [units, formats], by their labels."""
         maps = [unit.change(form) for unit in self.units for form in self.formats]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
         seen = observe(self.subject, kind, self.context, partial(errors_of, maps=maps))
@@ -251,9 +251,9 @@ class FormatChooser:
         return refined(start.choice, self.formats, self.losses, self.within, rounds, measure)
 
     def _sums(self, candidate: Candidate, most: int) -> Sums:
-        """Hold a choice, and drawn pairs of its units, against the sums of what units cost alone.
+        """Compare a choice, and sampled pairs of its units, with the sums of their costs alone.
 
-        Pairs are drawn by the seed of the cell, each once.
+        Pairs are sampled without replacement with the seed of the cell.
         """
         choice, count = candidate.choice, len(self.units)
         every = list(combinations(range(count), 2))
@@ -285,12 +285,12 @@ def _of(units: Sequence[Unit], choice: Choice) -> Ablation:
 
 
 def least(costs: Sequence[float] | Array) -> int:
-    """Return the place of the least cost; what is undefined is not."""
+    """Return the index of the smallest cost; undefined costs are infinite."""
     return int(np.nan_to_num(costs, nan=np.inf).argmin())
 
 
 def losses_of(record: CellRecord, units: Sequence[Unit], formats: Sequence[str]) -> Array | None:
-    """Read what each unit costs in each format, alone.
+    """Return the cost of each unit in each format, alone.
 
     Args:
         record: The cell.
@@ -298,7 +298,7 @@ def losses_of(record: CellRecord, units: Sequence[Unit], formats: Sequence[str])
         formats: The formats.
 
     Returns:
-        `[units, formats]` in nats; None where one is undefined.
+        `[units, formats]` in nats; None if one is undefined.
     """
     found = {
         (run.change.layer, run.change.map or "", str(run.change.intervention)): run.gold_drop.value
@@ -313,16 +313,16 @@ def losses_of(record: CellRecord, units: Sequence[Unit], formats: Sequence[str])
 def tested_choices(
     candidates: Sequence[Candidate], chose: OpenCell, tests: OpenCell, within: BitBudget
 ) -> list[TestedChoice]:
-    """Measure what choices are worth.
+    """Measure choices on the calibration and the test documents.
 
     Args:
-        candidates: The choices; one of them treats all units alike.
-        chose: The documents that choose.
-        tests: Those that test.
-        within: The bits.
+        candidates: Choices; one of them uses one format for all units.
+        chose: Calibration documents.
+        tests: Test documents.
+        within: Budget of bits.
 
     Returns:
-        One each.
+        The measured choices.
     """
     ablations = [ablation_of(each.choice) for each in candidates]
     tests.progress.say(f"{tests.request.title}: {counted(len(ablations), 'choice')}, whole")
@@ -450,11 +450,11 @@ def _write_choice(
 
 
 def answer_of(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> str:
-    """Return whether the choice beats all alike, and what it costs; what does not hold first."""
+    """Describe whether the choice beats one format for all, and what it costs."""
     alike = next(choice for choice in choices if choice.beside is None)
     measure, won, lost = measure_of(record), [], []
     if best.beside is not None and best.gold_beside is not None:
-        # Two statements, which hold together.
+        # Two statements need simultaneous intervals.
         wide = together([best.beside, best.gold_beside], [best.n] * 2)
         sides = {measure.level: wide[0].side(), "log-probability": wide[1].side()}
         won, lost = ([name for name, end in sides.items() if end == sign] for sign in (1, -1))
@@ -462,7 +462,7 @@ def answer_of(record: CellRecord, choices: Sequence[TestedChoice], best: TestedC
 
 
 def _answers_of_sets(chosen: ChosenFormats) -> list[str]:
-    """Return whether losses add up, and what measuring whole choices added."""
+    """Describe whether losses add up, and the gain from measuring whole choices."""
     pairs = chosen.sums.pairs
     signs = Counter(pair.side() for pair in pairs.at_once.values()) if pairs else Counter()
     return TEXTS.all("sets", chosen, chosen.sums, pairs, signs)
@@ -472,7 +472,7 @@ def _answers_of_sets(chosen: ChosenFormats) -> list[str]:
 
 
 def choices_table(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> Table:
-    """Make the table of choices beside each other: what each takes, and what it costs."""
+    """Build the table that compares choices: the size of each, and its cost."""
     rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in choices]
     return figure_table(
         TestedChoice,
@@ -484,7 +484,7 @@ def choices_table(record: CellRecord, choices: Sequence[TestedChoice], best: Tes
 
 
 def formats_table(record: CellRecord, best: TestedChoice) -> Table:
-    """Make the table of how many layers give a map which format in what is recommended."""
+    """Build the table of the recommended formats: layers for each map and format."""
     counts = Counter((unit.which or "layer", form) for unit, form in best.candidate.choice.items())
     rows = [
         FormatCount(name, form, None if name in kinds.ENDS else count)
@@ -495,7 +495,7 @@ def formats_table(record: CellRecord, best: TestedChoice) -> Table:
 
 @dataclass(frozen=True)
 class FormatCount:
-    """In how many layers a map has a format."""
+    """Number of layers in which a map has a format."""
 
     name: str = labelled("what")
     format: str = labelled("format")
@@ -504,7 +504,7 @@ class FormatCount:
 
 @dataclass(frozen=True)
 class SumRow:
-    """Some units together, beside the sum of what they cost alone."""
+    """Joint cost of units, and the sum of their costs alone."""
 
     units: str = labelled("units together")
     measured: float = labelled("loss measured", "nats")
@@ -513,7 +513,7 @@ class SumRow:
 
 
 def sums_table(record: CellRecord, sums: Sums) -> Table:
-    """Make the table of what units cost together beside the sum of what they cost alone."""
+    """Build the table of joint costs of units, and the sums of their costs alone."""
     rows = [SumRow(f"all {sums.units:,}", sums.whole, sums.expected, sums.more)]
     if (pairs := sums.pairs) is not None:
         both = float(pairs.together.mean())

@@ -1,8 +1,7 @@
-"""Does a model get better by passing some of its layers again, and is the best span really good?
+"""Study: test whether a model improves if some layers are passed again.
 
-One half of the documents chooses among all spans; the other half, which they never met, says what
-the chosen ones are worth. The best of hundreds looks good by chance alone: how good is said beside
-it.
+One half of the documents chooses among all spans. The other, disjoint half measures the chosen
+spans. The best of hundreds looks good by chance alone, so the answer includes the best by chance.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ VERDICTS = {"helps": "better", "costs": "worse", "open": "open"}
 
 @dataclass(frozen=True)
 class TestedSpan:
-    """A span that was chosen, and what the other documents show of it."""
+    """Chosen span, and its result on the other documents."""
 
     run: RunRecord
     span: str = labelled("passed")
@@ -56,7 +55,7 @@ class Repeat(Study[RepeatSettings]):
     texts = TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield all spans of the cell's layers, or those that it asks for, on one half."""
+        """Yield all spans of the cell's layers, or the requested ones, on one half."""
         if cell.until is not None and cell.until.kind != "prune":
             raise RequestError(
                 f"{cell.title}: 'until: {cell.until}' asks for other runs than those that cost "
@@ -69,7 +68,7 @@ class Repeat(Study[RepeatSettings]):
         yield replace(cell, changes=changes).on("calibration")
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Choose, test what was chosen, and set both beside what chance would choose."""
+        """Choose spans, test them, and compare both with a choice by chance."""
         result = StudyResult()
         chosen = {subject.request: best_runs(subject.record) for subject in subjects}
         tests = {request: _test_of(request, runs) for request, runs in chosen.items() if runs}
@@ -141,7 +140,7 @@ def _name(run: RunRecord) -> str:
 
 
 def answer_of(subject: Subject, spans: Sequence[TestedSpan]) -> str:
-    """Return what the best span promises, what chance would promise, and what it is worth."""
+    """Describe the best span's promise, that of chance, and its tested effect."""
     record = subject.record
     best = min((run for run in record.runs if run.drop.value is not None), key=_loss)
     first = next((span for span in spans if span.run.change == best.change), None)
@@ -151,7 +150,7 @@ def answer_of(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _by_chance(subject: Subject) -> BestByChance | None:
-    """Return what the best of so many would gain by chance; None where documents differ."""
+    """Return the best gain of as many spans by chance; None if their documents differ."""
     if subject.record.answer is not None:
         return None
     outcomes = subject.outcomes()
@@ -172,7 +171,7 @@ def _export_command(spans: Sequence[TestedSpan], test: CellRequest, results: Pat
 
 
 def spans_table(record: CellRecord, spans: Sequence[TestedSpan]) -> Table:
-    """Make the table of the chosen spans, with what each promised and what it is worth."""
+    """Build the table of the chosen spans, with the promise and the tested effect of each."""
     tested = spans[0].run.n if spans else 0
     return figure_table(
         TestedSpan,

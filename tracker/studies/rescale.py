@@ -1,8 +1,8 @@
-"""Is what a removal costs only missing scale? Each layer removed, and replaced by what was fitted.
+"""Study: test whether a fitted replacement recovers the loss of a removed layer.
 
-In the layer's place stands a factor of its input (if that helps, the layer was missed for the size
-of the state alone), its mean update (a constant), or a linear map (all that a layer without
-nonlinearity and without other tokens could do).
+The layer is replaced by a factor of its input, its mean update (a constant), or a linear map. If
+the factor helps, the layer mattered only for the scale of the state. The linear map is the best
+that a layer without nonlinearity and without other tokens could do.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NAMES: dict[Intervention, str] = {
     "mean": "its mean update",
     "linear": "a linear map",
 }
-"""What stands in a layer's place, from the least to the most that it can do."""
+"""Replacements of a layer, from the least to the most powerful."""
 REPLACEMENTS = (*NAMES,)[1:]
 TEXTS = study_texts("rescale", resamples=RESAMPLES)
 _NOT_FINITE = "a drop is not a finite number"
@@ -86,11 +86,11 @@ class Rescale(Study[RescaleSettings]):
 
 
 class Drops(NamedTuple):
-    """What each layer costs with something in its place.
+    """Drops of all layers with one replacement.
 
     Attributes:
-        mean: `[layers]`.
-        drawn: `[resamples, layers]`, the same in each resample of the documents.
+        mean: `[layers]`, mean drops.
+        drawn: `[resamples, layers]`, mean drops in each resample of the documents.
     """
 
     mean: Array
@@ -99,18 +99,18 @@ class Drops(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What one cell's layers cost, removed and replaced.
+    """Costs of one cell's layers, removed and replaced.
 
     Attributes:
         name: Title of the cell.
         n: Number of documents.
-        layers: The layers that are removed, ascending.
-        measure: What a drop is, and its unit.
-        fitted_on: Documents on which replacements were fitted; empty where that is not known.
-        drops: Intervention → what each layer costs.
-        nats: Intervention → what each layer takes of the gold answer's log-probability.
-        p_values: Intervention → for each layer, the p-value of doing otherwise than without the
-            layer; None where no test could be made.
+        layers: Removed layers, ascending.
+        measure: Measured quantity, and its unit.
+        fitted_on: Documents on which replacements were fitted; empty if unknown.
+        drops: Intervention → drop of each layer.
+        nats: Intervention → fall of the gold answer's log-probability for each layer.
+        p_values: Intervention → p-value of each layer for a difference from its removal; None if no
+            test could be made.
     """
 
     name: str
@@ -124,11 +124,11 @@ class Costs:
 
     @property
     def unit(self) -> str:
-        """The unit of a drop behind its name; empty where its form says it."""
+        """The unit of a drop to append to its name; empty if its form includes it."""
         return "" if self.measure.form == "points" else f", {self.measure.unit}"
 
     def drop(self, intervention: Intervention, index: int) -> Estimate:
-        """Return what a layer costs with something in its place."""
+        """Return the drop of a layer with one replacement."""
         mean, drawn = self.drops[intervention]
         if not np.isfinite(mean[index]):
             return Estimate(None, reason=_NOT_FINITE)
@@ -220,7 +220,7 @@ def _percent(share: Estimate) -> str:
 
 
 def summary(cells: Sequence[Costs]) -> Table:
-    """Make the table of how much of the drop each replacement wins back, of one measure."""
+    """Build the table of the share of the drop that each replacement recovers, by one measure."""
     measure = cells[0].measure
 
     def share(way: Intervention, of: str, nats: bool) -> Column[Costs]:
@@ -250,7 +250,7 @@ def summary(cells: Sequence[Costs]) -> Table:
 
 @dataclass(frozen=True)
 class Significance:
-    """In how many layers a replacement does significantly better or worse than nothing."""
+    """Number of layers in which a replacement is significantly better or worse than a removal."""
 
     replacement: str = labelled("stand-in")
     tested: int = labelled("layers × benchmarks tested", "count")
@@ -259,7 +259,7 @@ class Significance:
 
 
 def significance_table(cells: Sequence[Costs]) -> Table:
-    """Make the table of the layers where a replacement does otherwise than nothing."""
+    """Build the table of the layers where a replacement differs from the removal."""
     rows = []
     for way in REPLACEMENTS:
         if not (some := [cell for cell in cells if way in cell.drops]):
@@ -279,7 +279,7 @@ def significance_table(cells: Sequence[Costs]) -> Table:
 
 
 def layer_table(cell: Costs) -> Table:
-    """Make the table of what each layer costs with something in its place."""
+    """Build the table of the drop of each layer with each replacement."""
     columns = [Column(NAMES[way], cell.measure.form, partial(cell.drop, way)) for way in cell.drops]
     title = f"{cell.name}: {cell.measure.change} of each layer with something in its place"
     layer: Column[int] = Column("layer", "count", cell.layers.__getitem__)
@@ -287,7 +287,7 @@ def layer_table(cell: Costs) -> Table:
 
 
 def drop_chart(cell: Costs) -> LineChart:
-    """Make the chart of all layers' drops, a line for each replacement."""
+    """Build the chart of all layers' drops, a line for each replacement."""
     return line_chart(
         f"{cell.name}: {cell.measure.change} with something in the layer's place",
         ("layer (0-based)", f"{cell.measure.change}{cell.unit}"),

@@ -1,4 +1,4 @@
-"""How much less has to be measured where a question is enough?"""
+"""Study: measure how many documents `until` saves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tracker.studies.registry import SavingsSettings
 ORDERS = 200
 """Random orders of the documents, each of which is raced through."""
 POWER = 0.8
-"""Of the design with a fixed number of documents."""
+"""Power of the design with a fixed number of documents."""
 TEXTS = study_texts("savings", orders=ORDERS)
 _ANY_MODEL = 10**6
 """Layers, before it is known how many a model has: spans that it is too short for count too."""
@@ -54,7 +54,7 @@ class Savings(Study[SavingsSettings]):
             raise RequestError(f"--question: {error}") from None
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Return the cell; RequestError where a question that was named cannot be asked of it."""
+        """Return the cell; raise RequestError if it cannot answer a named question."""
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
             runs = len(cell.valid_changes(_ANY_MODEL))
@@ -66,7 +66,7 @@ class Savings(Study[SavingsSettings]):
         return [cell]
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer with what each question took, and what bounds it."""
+        """Answer with the cost of each question, and its lower bound."""
         result = StudyResult()
         races: list[Replay] = []
         for subject in subjects:
@@ -95,14 +95,15 @@ class MeasuredDocuments:
     Attributes:
         title: Title of the cell.
         runs: The runs.
-        drops: `[documents, runs]`, each document's drops by its weight, so that a plain mean over
-            all is the benchmark's drop.
+        drops: `[documents, runs]`, each document's drops scaled by its weight, so that their plain
+            mean is the benchmark's drop.
         tasks: `[documents]`, the task of each.
         counts: Documents of each task in the split, which may be more than are measured.
-        reach: How large such a drop can be.
-        passes: Which runs are open → the layer passes of a token, the baseline's with theirs.
-        everything: The same for all runs.
-        plain: The same for the baseline and all runs one after the other, as lm-eval runs them.
+        reach: Largest possible drop of a document.
+        passes: Function of the mask of open runs that returns the layer passes of a token,
+            including the baseline's.
+        everything: Layer passes of a token if all runs are open.
+        plain: Layer passes of a token for the baseline and all runs in turn, as in lm-eval.
     """
 
     title: str
@@ -188,14 +189,14 @@ def passes_of(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], fl
 
 @dataclass(frozen=True)
 class Bound:
-    """The bound of a question's cost.
+    """Bound of a question's cost.
 
     Attributes:
-        distance: How exactly it must be known: for a set, how far the last one in and the first
-            one out are apart, with what is tolerated; for a sign, the drop; else what is asked.
-        sd: The standard deviation of a document's drop, or difference.
-        documents: How many documents a test would need that looks once, at a number of documents
-            that was right in advance, with the same confidence for all, and the power `POWER`.
+        distance: Required precision: for a set, the distance between the last member and the first
+            non-member, plus the tolerance; for a sign, the drop; else the requested precision.
+        sd: Standard deviation of a document's drop, or difference.
+        documents: Number of documents of a test with a single look at an optimal fixed size, the
+            same simultaneous confidence, and the power `POWER`.
     """
 
     distance: float
@@ -205,16 +206,16 @@ class Bound:
 
 @dataclass(frozen=True)
 class Replay:
-    """A question, raced for in many orders: `[orders]` each.
+    """Results of one question, raced in many orders of the documents: `[orders]` each.
 
     Attributes:
-        question: The question.
-        documents: The share of the split's documents that had to be measured; infinite where the
-            question was open when the measured ones ended before the split did.
-        passes: The share of the layer passes that this took; infinite likewise.
+        question: Raced question.
+        documents: Share of the split's documents that had to be measured; infinite if the question
+            was open when the measured documents ended before the split did.
+        passes: Share of the layer passes; infinite in the same case.
         answered: Whether it was answered, at the latest by all measured documents.
-        wrong: Whether the answer by then contradicts all measured documents.
-        bound: What bounds the question's cost.
+        wrong: Whether the answer contradicts that of all measured documents.
+        bound: Bound of the question's cost.
     """
 
     question: Question
@@ -240,7 +241,7 @@ class Replay:
 
 
 def replay(cell: MeasuredDocuments, question: Question, orders: NDArray[np.int64]) -> Replay:
-    """Race through a cell's documents in each of some orders `[orders, documents]`, as `until`."""
+    """Race through a cell's documents as `until` does, in given orders `[orders, documents]`."""
     answered, wrong = np.zeros((2, len(orders)), dtype=bool)
     documents, passed = np.full((2, len(orders)), np.inf)
     for n, order in enumerate(orders):
@@ -278,12 +279,12 @@ def _contradicts(cell: MeasuredDocuments, question: Question, race: Race) -> boo
 
 
 def most(shares: Array, of: float) -> float:
-    """Return how much some part `of` all orders took at most: the median at 0.5."""
+    """Return a quantile of the costs of all orders: the median if `of` is 0.5."""
     return float(np.quantile(shares, of, method="inverted_cdf"))
 
 
 def bound_of(cell: MeasuredDocuments, question: Question) -> Bound:
-    """Compute what bounds a question's cost."""
+    """Compute the bound of a question's cost."""
     drops, runs = cell.drops, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
     power, comparisons = float(stats.norm.ppf(POWER)), 2 * runs
@@ -312,7 +313,7 @@ def bound_of(cell: MeasuredDocuments, question: Question) -> Bound:
 
 
 def orders_of(documents: int) -> NDArray[np.int64]:
-    """Draw random orders of so many documents."""
+    """Draw random orders of a number of documents."""
     generator = np.random.default_rng(SEED)
     return np.stack([generator.permutation(documents) for _ in range(ORDERS)])
 
@@ -321,14 +322,14 @@ def orders_of(documents: int) -> NDArray[np.int64]:
 
 
 def _cheapest(cell: MeasuredDocuments, replays: Sequence[Replay]) -> str:
-    """Return what the question takes that takes the least."""
+    """Describe the cost of the cheapest question."""
     cheapest = min(replays, key=lambda race: most(race.passes, 0.5))
     shares = (most(cheapest.passes, part) for part in (0.5, 0.9))
     return TEXTS.one("cheapest", cell, len(replays), cheapest, *map(_finite, shares))
 
 
 def _dearest(cell: MeasuredDocuments, replays: Sequence[Replay]) -> str:
-    """Return what bounds the dearest question."""
+    """Describe the bound of the most expensive question."""
     # Of those that are open after all that are measured, the one that needs the most.
     dearest = max(
         replays, key=lambda race: (most(race.passes, 0.5), race.bound.documents.value or math.inf)
@@ -349,7 +350,7 @@ def _errors(races: Sequence[Replay]) -> str:
 
 
 def savings_table(cell: MeasuredDocuments, replays: Sequence[Replay]) -> Table:
-    """Make the table of what each question took."""
+    """Build the table of the cost of each question."""
 
     def share(label: str, shares: str, of: float) -> Column[Replay]:
         value = attrgetter(shares)
@@ -378,7 +379,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[Replay]) -> Table:
 
 
 def bounds_table(cell: MeasuredDocuments, replays: Sequence[Replay]) -> Table:
-    """Make the table of what bounds each question."""
+    """Build the table of the bound of each question."""
 
     def raced(race: Replay) -> float:
         return most(race.documents, 0.5) * cell.population
@@ -398,7 +399,7 @@ def bounds_table(cell: MeasuredDocuments, replays: Sequence[Replay]) -> Table:
 
 
 def passes_chart(cell: MeasuredDocuments, replays: Sequence[Replay]) -> LineChart:
-    """Make the chart of how many orders answer each question by which share of the passes."""
+    """Build the chart of the share of orders that answer each question, by layer passes."""
     positions = range(0, 101, 2)
 
     def line(race: Replay) -> list[float]:

@@ -1,4 +1,4 @@
-"""Do later layers amplify what a layer's removal changes?"""
+"""Study: test whether later layers amplify the effect of a removed layer."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ TEXTS = study_texts("snowball")
 
 @dataclass(frozen=True)
 class Growth:
-    """By what factor something grows behind each layer, over the same documents.
+    """Growth factors after each layer, over the same documents.
 
     Attributes:
-        factors: Of each layer; undefined for the last one.
-        p_values: Adjusted over layers by Holm's method.
+        factors: Factor of each layer; undefined for the last layer.
+        p_values: p-values adjusted over layers by Holm's method.
     """
 
     factors: list[Estimate]
@@ -76,15 +76,15 @@ class Growth:
         ]
 
     def ranks(self, documents: int) -> list[tuple[int, int]]:
-        """Between which ranks each defined factor lies, 1 for the largest; all of them at once."""
+        """Compute the possible ranks of the defined factors, simultaneous; 1 for the largest."""
         logs = [_log(factor) for factor in self.factors if factor.value is not None]
         return ranks(together(logs, [documents] * len(logs), pairs(len(logs))))
 
     def extremes(self, documents: int) -> tuple[int, list[int], list[int]]:
         """Find the layers whose factors are surely among the largest, and the smallest one.
 
-        How many layers the largest ones are among, these, the largest first, and the layer that is
-        surely behind all others.
+        Returns the number of largest layers considered, those surely among them, the largest first,
+        and the layer that is surely behind all others.
         """
         layers = [layer for layer, factor in enumerate(self.factors) if factor.value is not None]
         between = dict(zip(layers, self.ranks(documents), strict=True))
@@ -109,15 +109,15 @@ class Tokens:
     """Growth of differences up to the head, averaged over the same tokens.
 
     Attributes:
-        removed: Of layers that are removed.
-        random: Of random directions of the same norm.
-        shuffled: Of other tokens' updates of the same norm.
-        beside: For each layer, its removal's growth as a multiple of that of random directions.
-        handed_on: For each layer, how many times as large its removal's difference is before the
-            head as if the later layers had handed it on as it was.
-        paths: Relative difference of each removed layer behind each later one [layers, layers], the
-            geometric mean over documents; NaN before the layer.
-        ratios: Of each document, by what factor each layer's removal grows [documents, layers].
+        removed: Growth after removed layers.
+        random: Growth of random directions of the same norm.
+        shuffled: Growth of other tokens' updates of the same norm.
+        beside: Growth of each layer's removal, as a multiple of that of random directions.
+        handed_on: Size of each removal's difference before the head, as a multiple of its size if
+            later layers had passed it on unchanged.
+        paths: Relative difference of each removed layer after each later one [layers, layers], as
+            the geometric mean over documents; NaN before the layer.
+        ratios: Growth factor of each layer's removal for each document [documents, layers].
     """
 
     removed: Growth
@@ -149,7 +149,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Predictor:
-    """The agreement of an order of layers with the drops, and beside that of the cosine score."""
+    """Agreement of an order of layers with the drops, compared with that of the cosine score."""
 
     name: str = labelled("of each layer")
     beside: str = labelled("beside")
@@ -164,11 +164,11 @@ class Explanation:
     """Predictors of the order of a cell's layers by their drops.
 
     Attributes:
-        layers: The layers whose drop and figures are defined.
+        layers: Layers whose drop and predictors are defined.
         drops: Their accuracy drops.
         cosine: Their cosine scores.
-        predictors: How figures order them as the drops do, then what correlates with the drop
-            where the cosine score is held fixed, over the layers that others follow.
+        predictors: Correlations of figures with the drops, then partial correlations with the
+            cosine score held fixed, over all layers except the last.
     """
 
     layers: list[int]
@@ -193,7 +193,7 @@ class Explanation:
 
     @property
     def by_drop(self) -> dict[int, int]:
-        """The same by the drops."""
+        """The ranks of the layers by their drops."""
         return dict(zip(self.layers, places(self.drops), strict=True))
 
     def underrated(self, most: int) -> Sequence[int]:
@@ -206,15 +206,15 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Figures:
-    """All that is computed of a cell.
+    """Figures of a cell.
 
     Attributes:
-        record: All that its outcomes say.
-        documents: Documents that it rests on.
+        record: Record of the cell.
+        documents: Number of documents.
         left_out: Documents with a hidden state that is not finite, or with too few tokens.
-        tokens: What is found with all tokens.
-        later: The same without the first token of each text.
-        explained: None where no whole single layer's drop is measured.
+        tokens: Growth over all tokens.
+        later: Growth without the first token of each text.
+        explained: Predictors of the drops; None if no whole single layer's drop is measured.
     """
 
     record: CellRecord
@@ -231,7 +231,7 @@ class Figures:
 
 
 def _log(factor: Estimate) -> Estimate:
-    """Take a factor's logarithm, on which its interval is about symmetric."""
+    """Return a factor's logarithm, on which its interval is about symmetric."""
     value, low, high = (
         math.log(end) if end else None for end in (factor.value, factor.low, factor.high)
     )
@@ -268,7 +268,7 @@ def _tokens(arrays: Mapping[str, Array], strata: NDArray[np.str_], place: int) -
     )
 
     def growth(first: Array, last: Array) -> Growth:
-        """Compare what is at each layer that others follow."""
+        """Compute the growth from each layer to the head, except for the last layer."""
         factors = growths(first[:, :-1], last[:, :-1], strata, SEED)
         factors.append(Estimate(None, reason=LAST))
         return Growth(factors, holm([factor.p_value for factor in factors]))
@@ -298,7 +298,7 @@ def _ends(differences: Array) -> Array:
 
 
 def _explained(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> Explanation | None:
-    """Set differences and growth beside the drops, on the same resampled documents."""
+    """Correlate differences and growth with the drops, on the same resampled documents."""
     if not cell.whole_layers:
         return None
     layers = [run.layer for run in cell.whole_layers]
@@ -317,7 +317,7 @@ def _explained(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> Explanatio
         )
 
     def series(values: Array) -> tuple[Array, Array]:
-        """The mean over documents of each layer, and that of each resample of them."""
+        """Return the mean over documents of each layer, and that of each resample."""
         return values.mean(axis=0), cell.resampled(values)
 
     ends = {
@@ -357,7 +357,7 @@ NOT_MEASURED = "its removal is not measured; add the layer to 'layer' in the fil
 MAX_PATHS = 6
 """Layers whose paths are drawn, half of them underrated by cosine, half overrated."""
 _FIRST = 3
-"""A layer that is surely among so many whose removals grow most is named."""
+"""Layers are named if they are surely among this many whose removals grow most."""
 _VERDICTS = {1: "grows", -1: "shrinks", 0: "undecided", None: None}
 
 
@@ -371,7 +371,7 @@ class Snowball(Study[SnowballSettings]):
     texts = TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer; what a model refuses, or is not finite in it, is lacking."""
+        """Answer; models that are refused or not finite are recorded as lacking."""
         cells: list[Figures] = []
         result = StudyResult()
         for subject in subjects:
@@ -416,7 +416,7 @@ class Snowball(Study[SnowballSettings]):
 
 
 def _lacking(cell: Figures | None, file: str) -> list[str]:
-    """Return what of a cell could not be answered, with what to do."""
+    """Describe the unanswered questions of a cell, and how to answer them."""
     needed = 0 if cell is None else fewest_to_show(len(cell.tokens.removed.defined), SIGNIFICANT)
     known = cell.explained.layers if cell and cell.explained else []
     absent = 0 if cell is None else cell.layers - len(known)
@@ -424,7 +424,7 @@ def _lacking(cell: Figures | None, file: str) -> list[str]:
 
 
 def _answers(cells: Sequence[Figures], draws: int) -> Iterator[str]:
-    """Yield the sentences of one model: whether it happens, against chance, what it explains."""
+    """Yield the sentences of one model: growth, comparison with chance, predicted drops."""
     yield _verdict(cells)
     for cell in cells:
         yield from TEXTS.all("cell", cell, draws)
@@ -462,7 +462,7 @@ def _between(cells: Sequence[Figures]) -> str:
 
 
 def layer_table(cell: Figures) -> Table:
-    """Make the table of where differences begin and end, and what removals cost, by layer."""
+    """Build the table of differences after each layer and before the head, and of drops."""
     tokens, explained, runs = cell.tokens, cell.explained, cell.record.runs_of()
     factors, signs = tokens.removed.factors, tokens.removed.signs
     by_cosine, by_drop = explained.by_cosine if explained else {}, drop_ranks(cell)
@@ -506,7 +506,7 @@ def layer_table(cell: Figures) -> Table:
 
 
 def drop_ranks(cell: Figures) -> dict[int, Estimate]:
-    """Return the ranks of each layer by its drop, all at once; 1 has the largest."""
+    """Return the possible ranks of each layer by its drop, simultaneous; 1 for the largest."""
     if cell.explained is None:
         return {}
     layers, runs = cell.explained.layers, cell.record.runs_of()
@@ -518,7 +518,7 @@ def drop_ranks(cell: Figures) -> dict[int, Estimate]:
 
 
 def predictor_table(cell: Figures) -> Table:
-    """Make the table of what orders the layers as their drops do, and what cosine leaves over."""
+    """Build the table of the predictors of the drops, and of partial correlations."""
     return figure_table(
         Predictor,
         f"{cell.record.heading}: what orders the layers as their drops do",
@@ -528,7 +528,7 @@ def predictor_table(cell: Figures) -> Table:
 
 
 def summary(cells: Sequence[Figures]) -> Table:
-    """Make the table with one row a cell."""
+    """Build the table with one row for each cell."""
 
     def explained(label: str, name: str) -> Column[Figures]:
         def value(cell: Figures) -> Estimate | None:
@@ -561,7 +561,7 @@ def summary(cells: Sequence[Figures]) -> Table:
 
 
 def growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> LineChart:
-    """Make a chart of growths by layer; the last layer has none, and no place on it."""
+    """Build a chart of growth by layer; the last layer has none, and is left out."""
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
     axes = (f"{layer} layer (0-based)", "before the head ÷ behind the layer")
@@ -569,7 +569,7 @@ def growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> LineC
 
 
 def charts_of(cell: Figures) -> Iterator[FoundChart]:
-    """Yield charts of growth beside chance, some paths, and how often each difference doubles."""
+    """Yield charts of growth compared with chance, some paths, and the number of doublings."""
     tokens, paths, total = cell.tokens, cell.tokens.paths, cell.layers
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}

@@ -60,20 +60,20 @@ CLASH = "another document with the same text wants another answer"
 NO_GOLD = "the task names no answer, or several, as the right one"
 
 _Demand = tuple[Place, str, int, int]
-"""A place, `signed` or `fixed`, a token, and what it is worth there."""
+"""Key of a position, `signed` or `fixed`, a token, and its value at the position."""
 
 
 @dataclass
 class Lesson:
-    """Tokens to teach for some documents, and where.
+    """Tokens to teach for some documents, and their positions.
 
     Attributes:
-        texts: All that will be read.
-        wanted: What is to follow, at the places that decide.
-        certainty: By how many nats, so that no length of an answer outweighs it.
-        left_out: (task, index) → why a document cannot be taught.
-        clashing: Tokens of open texts that follow where another text continues otherwise.
-        tokens: Tokens of texts that are scored token by token; 0 where documents are.
+        texts: All texts that will be read.
+        wanted: Tokens that must follow, at the deciding positions.
+        certainty: Lead of a token in nats, large enough that no length of an answer outweighs it.
+        left_out: (task, index) → reason why a document cannot be taught.
+        clashing: Number of tokens of open texts where another text continues differently.
+        tokens: Number of tokens of texts that are scored token by token; 0 for other documents.
     """
 
     texts: list[Text] = field(default_factory=list)
@@ -87,20 +87,21 @@ class Lesson:
 def lesson(
     documents: Sequence[Document], length: int, vocabulary: int, decode: Callable[..., str]
 ) -> Lesson:
-    """Find out what to teach.
+    """Choose the tokens to teach.
 
-    Between choices that follow one context, the token decides in which the right answer parts from
-    a wrong one: the first such token is taught under a sign, together with the one of the wrong
-    answer; where further wrong answers part from the right one later, its token is taught for
-    certain. Where each choice has a context of its own (Winogrande), a token is taught under a
-    sign, after the right context and against the wrong ones: the first one that no other document
-    has there, since such documents come in twins. Of open texts every token is taught.
+    For choices that follow one context, the first token in which the right answer differs from a
+    wrong one is taught under a sign, together with the token of the wrong answer. If further wrong
+    answers differ only later, the right answer's token there is taught for certain.
+
+    If each choice has a context of its own (Winogrande), a token is taught under a sign, after the
+    right context and against the wrong ones. It is the first token that no other document has
+    there, because such documents come in pairs. For open texts every token is taught.
 
     Args:
-        documents: With their requests.
-        length: Tokens that the model reads at most; longer texts are cut as lm-eval does.
-        vocabulary: How many tokens there are.
-        decode: Turns a list of tokens into text.
+        documents: Documents with their requests.
+        length: Maximum number of tokens of the model's context; longer texts are cut as in lm-eval.
+        vocabulary: Number of tokens of the vocabulary.
+        decode: Function that turns a list of tokens into text.
 
     Returns:
         The lesson.
@@ -132,14 +133,14 @@ def _read(request: Request, length: int) -> tuple[int, ...]:
 
 
 def _predicted(request: Request, length: int) -> list[tuple[Place, int]]:
-    """The places at which each token of a continuation is predicted, with the token, in order."""
+    """Return the position that predicts each token of a continuation, and the token, in order."""
     tokens = _read(request, length)
     scored = list(places(tokens))[len(tokens) - len(request.continuation) :]
     return list(zip(scored, request.continuation, strict=True))
 
 
 def _learn_all(found: Lesson, document: Document, length: int) -> None:
-    """Teach every token of open texts: the first text that a place is in decides what follows."""
+    """Teach every token of open texts; the first text with a position decides its next token."""
     before = found.clashing
     for request in document.requests:
         for place, token in _predicted(request, length):
@@ -155,9 +156,9 @@ def _learn_all(found: Lesson, document: Document, length: int) -> None:
 
 
 def _owners(documents: Sequence[Document], length: int) -> Counter[tuple[Place, int]]:
-    """Count the documents that have a token at a place, where choices have contexts of their own.
+    """Count the documents with a token at a position, where choices have contexts of their own.
 
-    How many documents hold each (place, token).
+    Returns the number of documents for each (position, token).
     """
     owners: Counter[tuple[Place, int]] = Counter()
     for document in documents:
@@ -208,7 +209,7 @@ def _demands(
 def _at_partings(
     here: Sequence[tuple[Place, int]], partings: Sequence[tuple[int, int]]
 ) -> Iterator[_Demand]:
-    """The token of the right answer wherever a wrong one parts from it, the first under a sign."""
+    """Yield demands where a wrong answer first differs from the right one; the first is signed."""
     first = partings[0][0]
     for part in dict.fromkeys(part for part, _ in partings):
         place, token = here[part]
@@ -235,9 +236,9 @@ def _clashes(found: Lesson, demand: _Demand) -> bool:
 
 
 def _certainty(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Nats that outweigh all other tokens of any two answers, also when divided by lengths.
+    """Return the nats that outweigh all other tokens of two answers, also divided by lengths.
 
-    Where nothing is taught every token of the vocabulary is as likely, but for a nat.
+    Where nothing is taught, the tokens of the vocabulary are equally likely within a nat.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
     lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
@@ -251,7 +252,7 @@ if TYPE_CHECKING:
 MAX_PLACES = 4096
 """Places that a model remembers at most: its MLPs have two units for each, in every layer."""
 TOLERANCE = 1e-6
-"""By what share of itself the score of layer 2 may be off, at most."""
+"""Largest relative error of the score of layer 2."""
 _ACCURACIES = ("acc", "acc_norm")
 _NOT_FINITE = "a figure of the model is not finite"
 
@@ -306,7 +307,7 @@ class Theorem(Study[TheoremSettings]):
                         save(built.whispering(model.epsilon), tokenizer, model.folder)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Set what was asked of each model beside what was measured of it."""
+        """Compare the specification of each model with its measurements."""
         result = StudyResult()
         built = {model.request: model for models in self._models(context) for model in models}
         measured = [measure(subject, built[subject.request]) for subject in subjects]
@@ -329,7 +330,7 @@ class Theorem(Study[TheoremSettings]):
 
 
 def _documents_request(cell: CellRequest) -> CellRequest:
-    """Return what of a cell says which documents, and how they are tokenised."""
+    """Return the parts of a cell that determine its documents and their tokenisation."""
     model = cell.model.model_copy(update={"dtype": "auto"})
     return replace(cell, model=model, removed=(), changes=Changes(layers=(0,)))
 
@@ -385,7 +386,7 @@ def fingerprint(cell: CellRequest, taught: Lesson, shape: tuple[int, int]) -> st
 
 
 def build(cell: CellRequest, taught: Lesson, shape: tuple[int, int]) -> Counterexample:
-    """Build the model of a lesson; RequestError where none can tell its places apart."""
+    """Build the model of a lesson; RequestError if no model can distinguish its positions."""
     try:
         return Counterexample(taught.texts, taught.wanted, taught.certainty, *shape)
     except CellError as error:
@@ -409,7 +410,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model for some documents and an ε; `folder` is where it is, or goes."""
+    """A model for some documents and an ε; `folder` is its location."""
 
     cell: CellRequest
     epsilon: float
@@ -451,7 +452,7 @@ class MeasuredModel:
 
     @property
     def error(self) -> float:
-        """By what share of itself the score is off."""
+        """The relative error of the score."""
         return abs(self.score / self.built.epsilon - 1)
 
     @property
@@ -462,7 +463,7 @@ class MeasuredModel:
 
 
 def measure(subject: Subject, built: BuiltModel) -> MeasuredModel:
-    """Count what a built model answers, and find its layers' cosine scores."""
+    """Count a built model's right answers, and compute its layers' cosine scores."""
     record, taught = subject.record, built.lesson
     scores = {
         layer: math.nan if run.cosine_score is None else run.cosine_score
@@ -512,7 +513,7 @@ def _left_out(shown: MeasuredModel) -> list[str]:
 
 
 def models_table(models: Sequence[MeasuredModel]) -> Table:
-    """Make the table of what was asked of each model and what was measured."""
+    """Build the table of the specification and the measurements of each model."""
     record = models[0].subject.record
     lost, metric = len(models[0].built.lesson.left_out), record.metric
 
@@ -535,7 +536,7 @@ def models_table(models: Sequence[MeasuredModel]) -> Table:
 
 
 def layers_table(model: MeasuredModel) -> Table:
-    """Make the table of what each layer of one model does, and what it seems to be worth."""
+    """Build the table of the function and the apparent relevance of each layer of one model."""
     record = model.subject.record
     columns: list[Column[RunRecord]] = [
         Column("layer", "count", lambda run: run.change.layer),

@@ -1,8 +1,8 @@
-"""Gathering the cells of several results folders and tracking projects.
+"""Collect the cells of several results folders and tracking projects.
 
-What a tracking project holds is downloaded once, into a cache that is a results folder.
-From there on a colleague's cells are derived as one's own are. What comes is checked first: the key
-is computed again, and no name in it becomes a path here.
+The cells of a tracking project are downloaded once, into a cache that is a results folder, and then
+handled like local ones. Downloads are checked first: the key is computed again, and no downloaded
+name is used as a path.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from tracker.tracking.base import Backend, RemoteCell, Target
 def pull(
     source: Target, name: str, progress: Progress
 ) -> tuple[list[tuple[CellStore, View]], dict[str, str]]:
-    """Read the cells of a tracking project, downloading what is new.
+    """Read the cells of a tracking project, downloading new ones.
 
     Args:
         source: The project.
-        name: What the user calls it.
-        progress: Told what is downloaded.
+        name: The project as the user typed it.
+        progress: Receives the progress of the download.
 
     Returns:
-        The cells with their views, and for each that could not be had, why.
+        The cells with their views, and cell → reason for those that could not be downloaded.
 
     Raises:
         TrackingError: There is no such project, or the backend could not be reached.
@@ -88,12 +88,12 @@ def _note_path(root: Path, cell: RemoteCell) -> Path:
 
 
 def _note(root: Path, cell: RemoteCell) -> dict[str, Any]:
-    """Say which version of a cell the cache holds, as which view, and in which shards."""
+    """Read the note about a cached cell: its version, view and shards."""
     return read_note(_note_path(root, cell))
 
 
 def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bool:
-    """Say whether the cache holds a version of a cell, as it was downloaded."""
+    """Check whether the cache holds a cell's current version, undamaged."""
     note = _note(root, cell)
     store = sound.get(note.get("cell", ""))
     if note.get("version") != cell.version or store is None:
@@ -141,14 +141,14 @@ class Collected:
 
     Attributes:
         cells: The records, each (cell, view, number of documents) once, derived from all outcomes
-            that the sources hold of it.
-        experiments: The experiment files that the results folders keep: name → exact text.
-        failed: Source, or a cell of it → why it is not among the cells.
-        findings: What studies found, as the results folders keep it.
-        origins: What each record was derived from, by its place.
-        searched: The cells that searches took their steps in.
-        unfinished: Folders of cells that are begun, and not among them, with what to do.
-        projects: The projects that the cells of results folders were measured for.
+            in the sources.
+        experiments: The experiment files in the results folders: name → exact text.
+        failed: Source, or a cell of it → the reason why it is missing.
+        findings: The findings of studies in the results folders.
+        origins: Place of a record → the cell and the view that it was derived from.
+        searched: The cells of the steps of searches.
+        unfinished: Folders of unfinished cells, each with what to do.
+        projects: The tracking projects of the cells in results folders.
     """
 
     cells: tuple[CellRecord, ...] = ()
@@ -161,9 +161,9 @@ class Collected:
     projects: set[str] = field(default_factory=set)
 
     def decisions(self) -> dict[Place, DecisionsRecord]:
-        """Derive what the cells' runs decide document by document: a cell's place → that.
+        """Derive the documents that the cells' runs lose and win: a cell's place → record.
 
-        What cannot be read joins `failed`.
+        Cells that cannot be read are added to `failed`.
         """
         found = {}
         for place in [cell.place for cell in self.cells if cell.place in self.origins]:
@@ -177,20 +177,20 @@ class Collected:
 
 
 def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> Collected:
-    """Gather cells.
+    """Collect the cells of several sources.
 
     Args:
         sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
             `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
-        progress: Told what is downloaded.
-        anew: Whether every outcome is read and verified first, whatever was verified before: for
-            what shows more than the records.
+        progress: Receives the progress of downloads.
+        anew: True if every outcome is read and verified first, also those verified before; needed
+            by output that shows more than the records.
 
     Returns:
-        The cells; a source, or a cell of it, that cannot be read does not keep the others away.
+        The cells. Sources and cells that cannot be read are listed in `failed`.
 
     Raises:
-        RequestError: A source is no source.
+        RequestError: A source is invalid.
     """
     opened = {source: _opened(source) for source in sources}
     found = Collected()
@@ -240,7 +240,7 @@ def _shown(one: tuple[CellStore, View]) -> Hashable:
 
 
 def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Join the outcomes that several folders hold of one view."""
+    """Join the outcomes of one view from several folders."""
     (store, view), *rest = same
     if rest:
         by_folder = {one.folder.resolve(): one for one, _ in same}
@@ -256,10 +256,10 @@ def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
 
 
 def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:
-    """Leave out what another record of the same cell and view holds too.
+    """Remove records that another record of the same cell contains.
 
-    Records are never put together from parts: what is derived from some runs or documents is not
-    what would be derived from all. The rest keep the order in which each was met.
+    Records are never merged from parts, since figures derived from some runs or documents differ
+    from those of all. The remaining records keep their order.
     """
     found: dict[object, list[CellRecord]] = {}
     for cell in cells:
@@ -270,7 +270,7 @@ def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:
 
 
 def _opened(source: str) -> Ledger | Target:
-    """Refuse what is no source before anything is downloaded."""
+    """Open a source; raise RequestError for an invalid one before anything is downloaded."""
     path = Path(source)
     if ":" not in source or path.exists():
         return Ledger.existing(path)

@@ -1,7 +1,7 @@
-"""Runs that are there while their cells are measured: how far, how fast, and what is known so far.
+"""Show cells in trackers while they are measured: progress, speed and interim results.
 
-The measurement never waits for it: it says when a cell begins and ends, and goes on. All else is
-done in a thread, from what is in the ledger; while that is busy, nothing piles up.
+Measuring never waits for it. It only signals the start and the end of a cell. A thread does the
+rest from the ledger, and skips updates while it is busy.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tracker.tracking.figures import only_defined
 from tracker.tracking.identity import run_key
 
 GRACE = 5.0
-"""Seconds after which a cell's run opens: what is done before is not shown."""
+"""Seconds after which a cell's run opens; shorter measurements are not shown."""
 EVERY = 10.0
-"""Seconds between two looks at the ledger, at least."""
+"""Minimum number of seconds between two updates from the ledger."""
 _SHARE = 20
-"""A look may take one part in so many of the time."""
+"""Updates may take one part in this many of the time."""
 _PATIENCE = 5.0
-"""Seconds that the end of a run gives what is being shown right now."""
+"""Seconds that closing waits for an update in progress."""
 _SHOWN = 100
-"""Runs of a cell whose drops are shown."""
+"""Maximum number of a cell's runs whose drops are shown."""
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +49,9 @@ class _Cell:
     began: float
     due: float
     first: Interim | None = None
-    """How far it was when its run was opened."""
+    """Its progress when its run was opened."""
     shown: tuple[LiveRun, ...] = ()
-    """Where its run is open."""
+    """The live runs in which the cell is open."""
 
     @property
     def key(self) -> str:
@@ -60,7 +60,7 @@ class _Cell:
 
 
 class Live:
-    """Shows cells in some live runs while they are measured; what one costs is only itself."""
+    """Shows cells in live runs while they are measured; a failing one does not affect others."""
 
     def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
         self._live_runs = live_runs
@@ -69,7 +69,7 @@ class Live:
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
-        """Hear that a cell begins, under whatever name."""
+        """Show a cell, identified by `name`, from now on."""
         if not self._live_runs:
             return
         record = unmeasured_record(
@@ -88,7 +88,7 @@ class Live:
         self._said.put((name, cell, Event()))
 
     def end(self, name: Hashable, status: Ending) -> Event:
-        """Hear that a cell has ended; the event is set when its run is left to others."""
+        """End a cell's run; the returned event is set when other writers may use the run."""
         left = Event()
         if self._thread is None:
             left.set()
@@ -97,10 +97,10 @@ class Live:
         return left
 
     def close(self) -> None:
-        """Show what has not ended as killed; it never raises."""
+        """Mark unfinished runs as killed; never raises."""
         self._said.put(None)
         if self._thread is not None:
-            # Whoever is cut off in the middle of a call cannot say that it was killed.
+            # A run that is cut off in the middle of a call cannot be marked as killed.
             self._thread.join(_PATIENCE)
         for live_run in self._live_runs:
             live_run.close()
@@ -128,7 +128,7 @@ class Live:
             left.set()
 
     def _look(self, cell: _Cell) -> None:
-        """Show how far a cell is; one that fails is gone for the rest of it."""
+        """Update a cell in its live runs; those that fail are dropped for this cell."""
         start = time.monotonic()
         found = attempt(partial(interim_estimates, cell.store, cell.view))
         if isinstance(found, Exception):
@@ -156,16 +156,17 @@ class Live:
 def progress_figures(
     first: Interim, now: Interim, seconds: float, record: CellRecord
 ) -> Mapping[str, float]:
-    """Name what is known of a cell that is being measured.
+    """Compute the progress figures of a cell that is being measured.
 
     Args:
-        first: How far it was.
-        now: How far it is.
-        seconds: What the time between the two was.
-        record: The cell.
+        first: The interim results when its run was opened.
+        now: The current interim results.
+        seconds: The time between the two.
+        record: The record of the cell.
 
     Returns:
-        Figures under names that begin with `PROGRESS`: drops are fractions, or the metric's unit.
+        Figures under names that begin with `PROGRESS`; drops are fractions, or in the metric's
+        unit.
     """
     new = now.documents - first.documents
     left = None if now.wanted is None else now.wanted - now.documents

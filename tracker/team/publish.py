@@ -1,4 +1,4 @@
-"""Handing finished cells to the tracking backends, and remembering which has what."""
+"""Publish cells to tracking backends, and record which backend has what."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from tracker.tracking.identity import content_digest
 from tracker.tracking.runs import Which, one_by_one
 
 _PATIENCE = 60.0
-"""Seconds that the end of a run waits for what showed it while it was measured."""
+"""Seconds that publishing a cell waits for its live run to end."""
 log = logging.getLogger(__name__)
 TEXTS_PUBLIC = "texts of documents are published with it, as of all data of the hub or a package"
 TEXTS_ASKED = "texts of documents are published with it, as --publish-documents says"
@@ -65,13 +65,13 @@ TEXTS_ASKED = "texts of documents are published with it, as --publish-documents 
 
 @dataclass
 class Publication:
-    """What became of publishing a cell.
+    """Result of publishing a cell.
 
     Attributes:
-        places: Place → where the runs can be seen.
-        done: Place → what was done there.
-        failed: Why other places do not have it; empty when all do.
-        notes: What else a person should know.
+        places: Place → location of the runs.
+        done: Place → what was published there.
+        failed: Reasons why other places do not have it; empty if all do.
+        notes: Further remarks.
     """
 
     places: dict[str, str] = field(default_factory=dict)
@@ -82,14 +82,14 @@ class Publication:
 
 @dataclass
 class Synced:
-    """What a sync did.
+    """Result of a sync.
 
     Attributes:
         published: Titles of the cells that all their places now have.
-        failed: Cell title → why a place does not have it.
-        locations: Place → where the runs can be seen.
-        places: Place → what was done there, a cell at a time.
-        notes: What else a person should know.
+        failed: Cell title → reason why a place does not have it.
+        locations: Place → location of the runs.
+        places: Place → what was published there, one entry per cell.
+        notes: Further remarks.
     """
 
     published: list[str] = field(default_factory=list)
@@ -101,13 +101,13 @@ class Synced:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is published of a cell besides its record.
+    """Files and tables that are published with a cell's record.
 
     Attributes:
-        files: What the record follows from.
-        tables: What people browse besides the record.
-        texts: Names of the files that hold what documents say.
-        note: What is said of them.
+        files: The files from which the record is derived.
+        tables: Additional tables by name.
+        texts: Names of the files with texts of documents.
+        note: Message about the texts; empty if there are none.
     """
 
     files: list[Path]
@@ -122,12 +122,11 @@ _Job = tuple[Future[Publication], Callable[[], Publication]]
 class Publisher:
     """Publishes cells to some backends, each opened when it is first needed.
 
-    `track` holds the backends, each as `BACKEND` or `BACKEND:PROJECT`; those that name no project
-    get `project`. Where else a cell was published before is kept in step, unless nothing is tracked
-    or `others` says otherwise; a sweep's trial leaves that to others. In a sweep the `trial` is
-    W&B's run of the cell. What documents say is published where it is public, and elsewhere if
-    `texts` says so; `which` of a cell's runs are runs of their own. RequestError if there is no
-    such backend.
+    `track` holds the backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
+    Other places of earlier publishing are updated too, unless `track` is empty, `others` is False,
+    or this is a sweep's trial. In a sweep, `trial` is W&B's run of the cell. Public texts of
+    documents are always published, others with `texts`. `which` selects the cell's runs that are
+    published as runs of their own. RequestError is raised for an unknown backend.
     """
 
     def __init__(
@@ -162,12 +161,12 @@ class Publisher:
     def begin(
         self, store: CellStore, record: CellRecord, after: Event | None = None
     ) -> Future[Publication]:
-        """Publish a cell in a thread beside the caller's, after those that were begun before.
+        """Publish a cell in a background thread, after those begun before.
 
-        It waits for `after`, but not for ever. In a W&B trial it is done before this returns: the
-        trial's run is to be ended last. The future never raises.
+        The thread waits for `after`, up to a time limit. In a W&B trial, publishing ends before
+        this returns, since the trial's run must end last. The future never raises.
         """
-        # What belongs to the record, before more of the cell is measured.
+        # The record's files, listed before more of the cell is measured.
         files = _files(store, record)
 
         def job() -> Publication:
@@ -192,13 +191,13 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish a cell, asking the backends themselves what they have."""
+        """Publish a cell after querying the backends for what they have."""
         return self._publish(store, record, _files(store, record), False)
 
     def _parts(self, store: CellStore, record: CellRecord, files: Sequence[Path]) -> _Parts:
-        """Say what of some files is published, and which tables and words with them."""
+        """Select the files, tables and message that are published with a record."""
         decided = None
-        with suppress(OSError, ValueError):  # a view that was never asked for
+        with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
             decided = decisions_of(store, view)
         texts, note = [path for path in files if is_texts(path)], ""
@@ -214,7 +213,7 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a view, or the one that takes its place in the meantime."""
+        """Publish a view, and the view that has replaced it in the meantime, if any."""
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding(record.view)) is None:
             return publication
@@ -224,7 +223,7 @@ class Publisher:
     def _publish_record(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a record; what one place refuses does not keep the others from it."""
+        """Publish a record; a failing place does not affect the others."""
         record = _told_apart(store, record)
         outcome, errors = Publication(), []
         apart = len(one_by_one(record, self._which))
@@ -282,7 +281,7 @@ class Publisher:
     def _left(
         self, store: CellStore, record: CellRecord, asked: Mapping[Target, Target]
     ) -> list[Target]:
-        """Find the places that a view was published to before, and is not now."""
+        """List the places of earlier publishing that are not among the current ones."""
         if not self._others:
             return []
         known = places_of(store, record, self._results)
@@ -293,7 +292,7 @@ class Publisher:
         return [place for name, place in known.items() if name not in same and place not in asked]
 
     def _owe(self, store: CellStore, record: CellRecord, to: Target, place: Target) -> None:
-        """Remember a place that does not have a view yet, and should."""
+        """Record that a place should have a view, and does not have it yet."""
         with suppress(OSError, WorkError):
             name = self._receipt(to, record.view)
             if not store.receipt(name).get("place"):
@@ -309,7 +308,7 @@ class Publisher:
         return f"{said}\n{when_mended(again)}"
 
     def _there(self, to: Target) -> tuple[str, str, Path, str | None]:
-        """Say where a target is, as whatever opens it wants to hear it."""
+        """Return the arguments that open a target: backend, project, results folder, server."""
         return to.backend, to.project or self.project, self._results, to.server
 
     def _receipt(self, to: Target, view: str) -> str:
@@ -318,7 +317,7 @@ class Publisher:
         return place if view == INTACT_VIEW else content_hash([place, view])
 
     def close(self) -> None:
-        """Release the backends; what was begun and not waited for is given up."""
+        """Release the backends, and cancel publishing that has not started."""
         with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
@@ -329,10 +328,10 @@ class Publisher:
 
 
 class Trial(LiveRun):
-    """The run that a W&B agent opened for this process, where it did and W&B is tracked.
+    """The run that a W&B agent opened for this process, if there is one and W&B is tracked.
 
-    It is joined when there is something to show: a server that is away never stops a measurement.
-    `run` is the change that the trial asks for.
+    It is joined only when there is something to show, so that an unreachable server never stops a
+    measurement. `run` is the change that the trial requests.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
@@ -361,9 +360,9 @@ class Trial(LiveRun):
         pass  # `log` or `leave` does
 
     def log(self, cell: CellRecord, more: Mapping[str, float] = {}) -> None:
-        """Log the run that the trial asked for, with more figures, and end.
+        """Log the run that the trial requested, with additional figures, and end it.
 
-        TrackingError if W&B refused or could not be reached.
+        TrackingError is raised if W&B refused or could not be reached.
         """
         if self.joins:
             wanted = self._run
@@ -371,15 +370,15 @@ class Trial(LiveRun):
             self._done("log", cell, run, dict(more))
 
     def leave(self, note: str, status: Ending = "finished") -> None:
-        """End without a measurement, noting why; `status` is how the sweep shows the run.
+        """End the run without a measurement, with a note; `status` is its state in the sweep.
 
-        TrackingError if W&B refused or could not be reached.
+        TrackingError is raised if W&B refused or could not be reached.
         """
         if self.joins:
             self._done("end", note, status)
 
     def fail(self, error: BaseException) -> None:
-        """End as what went wrong says; that W&B refuses or is away is not what went wrong."""
+        """End the run with an error as its note; errors of W&B itself are ignored."""
         status: Ending = "failed" if isinstance(error, Exception) else "killed"
         with suppress(TrackingError):
             self.leave(str(error) or type(error).__name__, status)
@@ -388,7 +387,7 @@ class Trial(LiveRun):
         if self._busy.acquire(timeout=_PATIENCE):
             self._busy.release()
         else:
-            self._trial.close()  # it hangs: another process ends the run
+            self._trial.close()  # it does not respond: another process ends the run
         with closing(self._trial), self._busy:
             getattr(self._trial, method)(*arguments)
 
@@ -407,7 +406,7 @@ def _told_apart(store: CellStore, record: CellRecord) -> CellRecord:
 
 
 def _files(store: CellStore, record: CellRecord) -> list[Path]:
-    """All that a record and its tables follow from, which a backend may keep with the cell."""
+    """List the files from which a record and its tables are derived."""
     view = store.views.path(record.view)
     return [store.folder / "cell.json", view, *store.shards(), *store.texts.files()]
 
@@ -415,12 +414,11 @@ def _files(store: CellStore, record: CellRecord) -> list[Path]:
 def sync(
     ledger: Ledger, to: Sequence[str] | None, texts: bool = False, which: Which = "auto"
 ) -> Synced:
-    """Publish every view of a cell that a place lacks, asking the backends themselves.
+    """Publish every view that a place lacks, after querying the backends.
 
-    Each of `to` is `BACKEND` or `BACKEND:PROJECT`; without a project, cells go to the one that
-    they were measured for. None = every place that a view was published to; the default where there
-    is none, and where the environment names a server. What documents say, and `which` runs, is
-    published as by a `Publisher`.
+    Each of `to` is `BACKEND` or `BACKEND:PROJECT`; the default project is that of the measurement.
+    None = every place of earlier publishing, and the default backend if there is none or if the
+    environment names a server. `texts` and `which` are as for a `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
@@ -452,6 +450,6 @@ def sync(
 
 
 def _typed(to: Target) -> str:
-    """Say how a target was typed."""
+    """Return a target in the form in which users type it."""
     server = f"{to.server}/" if to.server else ""
     return f"{to.backend}:{server}{to.project}" if to.project else to.backend

@@ -31,13 +31,13 @@ from tracker.tracking.base import Page, Target
 from tracker.tracking.figures import logged
 
 _CHARTS = 60
-"""A page of a tracking backend with more charts than this is not looked at."""
+"""Maximum number of charts of a report in a tracking backend."""
 
 
 def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
-    """Write the page of a results folder, over the cells with a measured document.
+    """Write the report page of a results folder, over the cells with measured documents.
 
-    With its path comes what of the folder it cannot show → what to do.
+    Returns its path, and files of the folder that cannot be shown → what to do.
     """
     contents = ledger.contents()
     collected = Collected(
@@ -54,9 +54,9 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
 
 
 def write(collected: Collected, form: str, path: Path) -> list[Path]:
-    """Write a report to a file or a folder, as its form asks: `html`, or a key of `FORMATS`.
+    """Write a report to a file or a folder; `form` is `html` or a key of `FORMATS`.
 
-    RequestError if there is no such form, WorkError if the disk is full or refuses.
+    RequestError is raised for an unknown form, WorkError if the disk is full or not writable.
     """
     if form == "html":
         return [_page(collected, path, collected.decisions())]
@@ -78,7 +78,7 @@ def _page(collected: Collected, path: Path, decided: Mapping[Place, DecisionsRec
 
 
 def _documents(collected: Collected, private: bool = True) -> Iterator[pd.DataFrame]:
-    """Yield every document that a run loses or wins; `private` texts are not public."""
+    """Yield data frames of documents that runs lose or win, with `private` texts or without."""
     origins = ((cell, collected.origins.get(cell.place)) for cell in collected.cells)
     decided = ((cell, decisions(*origin)) for cell, origin in origins if origin)
     return document_frames(((cell, each) for cell, each in decided if each), private)
@@ -87,11 +87,11 @@ def _documents(collected: Collected, private: bool = True) -> Iterator[pd.DataFr
 def publish(
     collected: Collected, targets: Sequence[str], results: Path, private: bool = False
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Publish the page, with tables and charts, as a run of its own in each `BACKEND:PROJECT`.
+    """Publish the page with tables and charts as a run of its own in each `BACKEND:PROJECT`.
 
-    `private` says whether texts of documents go with it that are not of the hub or a package.
-    Target → where to look; target → why not; and what is said of texts. RequestError if a target
-    is none.
+    With `private`, texts of documents that are not from the hub or a package are included.
+    Returns target → location, target → error, and messages about texts. RequestError is raised for
+    an invalid target.
     """
     decided = collected.decisions() if targets else {}
     withheld = [key for key, record in decided.items() if not (record.public or private)]
@@ -113,7 +113,7 @@ def publish(
 def _published_page(
     collected: Collected, decided: Mapping[Place, DecisionsRecord], private: bool, folder: Path
 ) -> Page:
-    """Write a report's files to a folder, and lay out its tables, charts and summary."""
+    """Write a report's files to a folder, and build its tables, charts and summary."""
     more = {"documents": _documents(collected, private)}
     page = _page(collected, folder / "report.html", decided)
     files = [page, *export(collected.cells, "parquet", folder, more, collected.findings)]
@@ -138,7 +138,7 @@ def board_text(cells: Sequence[CellRecord]) -> str:
 
 
 def _target(text: str, projects: Collection[str]) -> Target:
-    """Read a target; without a project it is the one that the results were measured for."""
+    """Read a target; the default project is that of the results."""
     to = target(text, "reports")
     if to.project is None and len(projects) != 1:
         several = f", and the results are of {', '.join(sorted(projects))}" if projects else ""

@@ -1,4 +1,4 @@
-"""lm-eval's result files of what a results folder holds: the intact model, every ablated one."""
+"""Write lm-eval's result files of a results folder: for the intact and every ablated model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def started(parts: Sequence[CellPart]) -> float | None:
-    """Say when the first outcomes were written, in seconds since 1970; None where none says."""
+    """Return the time of the first outcomes, in seconds since 1970; None if unknown."""
     names = ["task", "doc"]
     shards = [part.store.shard(path, names) for part in parts for path in part.store.shards()]
     times = [shard.about.get("measured") for shard in shards if shard is not None]
@@ -49,7 +49,7 @@ def evaluated(
     rows: Sequence[Mapping[Any, Any]],
     started: float | None,
 ) -> Evaluated:
-    """Say in lm-eval's words which model it was; what is not known is None."""
+    """Build lm-eval's description of an ablated model; unknown values are None."""
     from tracker.benchmarks.results import BOOTSTRAP_ITERS, Evaluated
 
     identities = [part.store.identity for part in parts]
@@ -101,7 +101,7 @@ def evaluated(
 
 
 def model_args(model: ModelIdentity) -> dict[str, str]:
-    """Say which weights were measured, as `lm_eval --model_args` takes it."""
+    """Return the arguments of `lm_eval --model_args` for the measured weights."""
     args = {"pretrained": model.source}
     if model.source.endswith(".gguf"):
         path = Path(model.source)
@@ -112,9 +112,9 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
 
 
 def changed_args(ablation: Ablation) -> dict[str, str]:
-    """Return what an ablation changes, one argument for each kind of change, without commas.
+    """Return the arguments that describe an ablation, one per kind of change, without commas.
 
-    No two ablations have the same arguments.
+    Different ablations have different arguments.
     """
     changes: list[tuple[str, object]] = [
         *(("removed_layers", layer) for layer in ablation.removed()),
@@ -140,7 +140,7 @@ def _typed(args: dict[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class CellPart:
-    """A cell's outcomes on one set of documents, and the ablations that were asked of it."""
+    """A cell's outcomes on one set of documents, and its requested ablations."""
 
     store: CellStore
     extent: Extent
@@ -155,11 +155,11 @@ class CellPart:
 
     @property
     def together(self) -> str:
-        """Tell what one call of lm-eval can evaluate together: model, settings and documents."""
+        """The key of parts that one lm-eval call can evaluate: model, settings and documents."""
         identity = self.store.identity
         own = {"name", "tasks", "num_fewshot", "primary_metric", "weight_by_size", "found_by"}
         settings = identity.benchmark.model_dump(mode="json", exclude=own)
-        settings["seed"] = settings["seed"] or DEFAULT_SEED  # where none is drawn, any will do
+        settings["seed"] = settings["seed"] or DEFAULT_SEED  # any seed, if nothing is drawn
         model = identity.model.model_dump(mode="json")
         return json.dumps([model, settings, self.extent.model_dump()], sort_keys=True)
 
@@ -169,13 +169,13 @@ class CellPart:
         return {task.name for task in self.store.identity.benchmark.tasks}
 
     def outcomes(self) -> dict[Ablation, pd.DataFrame]:
-        """Read what was measured of what was asked: ablation → one row a document."""
+        """Read the measured outcomes of the requested ablations: ablation → rows of documents."""
         frame = self.store.read_documents(self.extent)
         found = dict(iter(frame.groupby("ablation"))) if len(frame) else {}
         return {each: found[each.name] for each in self.ablations if each.name in found}
 
     def lacks(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
-        """Say under which ablations documents are missing, a line for each number of them."""
+        """Yield a line about ablations with missing documents, for each number of documents."""
         wanted = sum(self.store.counts(self.extent).values())
         short: dict[int, list[str]] = {}
         for ablation in self.ablations:
@@ -192,9 +192,9 @@ class Written:
     """lm-eval's result files.
 
     Attributes:
-        files: What was written: for each model its results, then the samples of each task.
-        notes: What is not measured yet, or is no task of lm-eval's.
-        failed: Cell or folder → what went wrong.
+        files: The written files: for each model its results, then the samples of each task.
+        notes: Remarks on missing outcomes, and on corpora, which are no lm-eval tasks.
+        failed: Cell or folder → error.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -211,22 +211,22 @@ def write_result_files(
     trust_remote_code: bool,
     progress: Progress,
 ) -> Written:
-    """Write lm-eval's result files of a results folder; what fails leaves the others alone.
+    """Write lm-eval's result files of a results folder; failures do not affect other files.
 
     Args:
         ledger: The results folder.
-        output: Gets a folder a model, as `lm_eval --output_path`.
-        models: Only these models, by what was typed or by their short names; none for all.
-        benchmarks: Only these benchmarks; none for all.
-        layers: Only removals that begin at these layers; none for all.
-        trust_remote_code: Whether code from a model's download may run, to apply its chat template.
-        progress: Told how far it is.
+        output: The output folder, which gets one folder per model, as `lm_eval --output_path`.
+        models: The models, by typed or short names; empty for all.
+        benchmarks: The benchmarks; empty for all.
+        layers: The first layers of the removals; empty for all.
+        trust_remote_code: True if code from a model's download may run for its chat template.
+        progress: Receives the number of written models.
 
     Returns:
-        What was written.
+        The written files.
 
     Raises:
-        RequestError: No cell is meant, or `output` is a file.
+        RequestError: No cell matches, or `output` is a file.
     """
     if output.exists() and not output.is_dir():
         raise RequestError(f"--output: {output} is a file; name a folder")
@@ -259,7 +259,7 @@ def write_result_files(
 def _chosen(
     stores: Sequence[CellStore], models: Collection[str], benchmarks: Collection[str]
 ) -> list[CellStore]:
-    """Find the cells of some models and benchmarks; RequestError for a name that is none's."""
+    """Select the cells of some models and benchmarks; raise RequestError for unknown names."""
     if not stores:
         raise RequestError(
             "there is no finished benchmark yet; tracker run EXPERIMENT.yaml begins one, or goes "
@@ -286,12 +286,12 @@ def _chosen(
 
 
 def _names(store: CellStore) -> set[str]:
-    """What a cell's model may be called: its short name, and what was typed."""
+    """Return the names of a cell's model: its short name, and the typed one."""
     return {store.identity.model.name, store.identity.model.source}
 
 
 def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> Iterator[CellPart]:
-    """Gather the views of a cell that show the same documents."""
+    """Yield a cell's parts: its views grouped by their documents."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
@@ -302,7 +302,7 @@ def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> 
 
 
 def _calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Put together what one call of lm-eval could have evaluated; no task stands in one twice."""
+    """Group parts that one lm-eval call could evaluate; no group has a task twice."""
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         alike = calls.setdefault(part.together, [])
@@ -354,7 +354,7 @@ def _write_call(
 
 
 def _open(store: CellStore) -> LmEvalBenchmark:
-    """Open the benchmark of a cell; BenchmarkError where it is not the one that was measured."""
+    """Open the benchmark of a cell; raise BenchmarkError if it has changed since measuring."""
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     identity = store.identity
@@ -369,7 +369,7 @@ def _open(store: CellStore) -> LmEvalBenchmark:
 
 
 def _request(store: CellStore) -> CellRequest:
-    """Ask again for what was measured."""
+    """Rebuild the request of a measured cell, without layers."""
     identity = store.identity
     asked = identity.benchmark
     settings: dict[str, Any] = {
@@ -390,14 +390,14 @@ _SAID = {"true": True, "false": False}
 
 
 def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
-    """Make what applies the chat template, with the tokenizer alone; None where there is none."""
+    """Build the encoder that applies the chat template, without weights; None if not needed."""
     if not store.identity.benchmark.apply_chat_template:
         return None
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.models.load import weightless
 
     model = store.identity.model
-    # Of how it was loaded only the folder within it decides the tokenizer.
+    # Of the loading arguments, only the subfolder affects the tokenizer.
     inside = {n: v for n, v in model.arguments.items() if n == "subfolder"}
     arguments = json.dumps(inside) if inside else None
     spec = ModelSpec(model=model.source, revision=model.revision, model_args=arguments)
@@ -406,7 +406,7 @@ def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
 
 
 def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Judged]:
-    """Turn outcomes of one model into what lm-eval asks for: document → answers."""
+    """Convert outcomes of one model to lm-eval's form: document → judged responses."""
     from tracker.benchmarks.results import Judged
 
     known = {}

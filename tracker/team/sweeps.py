@@ -1,4 +1,4 @@
-"""The trials of a W&B sweep, and the ledger: what a trial left undone is often measured already."""
+"""Complete the trials of a W&B sweep from the ledger."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tracker.tracking.base import SweepTrial
 
 _OF_A_GRID = ("method", "parameters", "run_cap")
 _UNFINISHED = ("crashed", "failed", "killed", "preempted")
-"""States of a run that no agent takes up again."""
+"""States of a run that no agent continues."""
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class SweepFilled:
-    """What became of a sweep's trials that were killed or failed.
+    """Result of completing a sweep's killed and failed trials.
 
     Attributes:
-        unfinished: How many there were.
-        filled: Those that the sweep shows as finished now.
-        wanting: Trial → why it still wants measuring.
-        failed: Trial → why W&B did not take what is measured.
+        unfinished: Number of such trials.
+        filled: Trials that are finished now.
+        wanting: Trial → reason why it must still be measured.
+        failed: Trial → reason why W&B did not accept its results.
     """
 
     unfinished: int = 0
@@ -44,14 +44,14 @@ class SweepFilled:
 
 
 def trial_request(settings: dict[str, Any]) -> CellRequest:
-    """Say what a sweep asks of a trial; RequestError where that is no request."""
+    """Build a trial's request from its settings; raise RequestError if they are invalid."""
     return run_request({key: settings[key] for key in KEYS if key in settings})
 
 
 def asked_of_cell(request: CellRequest, results: Path) -> CellRequest | None:
     """Find the cell of a trial in the grid of this process's sweep.
 
-    None outside a sweep, and where its grid cannot be read or does not hold the trial.
+    Returns None outside a sweep, and if its grid cannot be read or does not contain the trial.
     """
     if not in_sweep():
         return None
@@ -71,9 +71,9 @@ def asked_of_cell(request: CellRequest, results: Path) -> CellRequest | None:
 
 
 def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
-    """Fill the runs that trials of a sweep left when they were killed or failed.
+    """Complete the runs of a sweep's killed and failed trials from the ledger.
 
-    RequestError if the path names no sweep, TrackingError if it could not be read.
+    RequestError is raised if the path names no sweep, TrackingError if it could not be read.
     """
     done = SweepFilled()
     with closing(open_sweep(path, ledger.root)) as sweep:
@@ -97,7 +97,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
 
 
 def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Find what a trial asked for: its cell and run; ResultsError where the ledger lacks it."""
+    """Return a trial's cell and run; raise ResultsError if the ledger lacks them."""
     plain = replace(request, until=None)
     store = look_up(plain, ledger).store
     raced = asked_before(request, store)

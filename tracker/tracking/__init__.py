@@ -65,7 +65,7 @@ def _new_service(extension: object) -> Service:
 
 
 def service(name: str) -> Service:
-    """Return a backend by the name that a user typed; RequestError if there is none."""
+    """Return a backend by its typed name; raise RequestError if there is none."""
     if name not in backends():
         raise RequestError(
             f"There is no tracking backend {masked(name)!r}; use one of: {', '.join(backends())}."
@@ -75,20 +75,20 @@ def service(name: str) -> Service:
 
 
 def target(text: str, *needs: Ability, reading: bool = False) -> Target:
-    """Read where runs go or come from.
+    """Read the target of runs from its typed form.
 
     Args:
         text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow`, `wandb:ENTITY/PROJECT` or
             `mlflow:http://mlflow.lab:5000/EXPERIMENT`.
-        *needs: What else is to go there.
-        reading: Whether cells are read there, so that the text must say where.
+        *needs: Abilities that the backend must have.
+        reading: True if cells are read there, so that the text must name a project.
 
     Returns:
         The target.
 
     Raises:
-        RequestError: There is no such backend, it does not take all that is to go there, or the
-            text does not say where cells are read.
+        RequestError: There is no such backend, it lacks an ability, or the text names no project
+            to read from.
     """
     name, colon, project = text.partition(":")
     backend = service(name)
@@ -108,7 +108,7 @@ def sweep_backend() -> str | None:
 
 
 def in_sweep() -> bool:
-    """Return whether an agent started this process as a trial of a sweep."""
+    """Check whether an agent started this process as a trial of a sweep."""
     return sweep_backend() is not None
 
 
@@ -133,22 +133,22 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
 
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
-    """Open what a backend that can shows while cells are measured; as `open_backend`."""
+    """Open the live runs of a backend with this ability, as `open_backend`."""
     return cast(LiveRun, service(name).open("live runs", project, results, server))
 
 
 def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
-    """Open where a backend that can keeps pruned models; as `open_backend`."""
+    """Open the storage of pruned models of a backend with this ability, as `open_backend`."""
     return cast(Models, service(name).open("lighter models", project, results, server))
 
 
 def open_trial(results: Path) -> Any:
-    """Open the run that an agent opened for this process, as `WandbTrial` is."""
+    """Open the run that an agent opened for this process; its interface is `WandbTrial`'s."""
     return _sweep_service().open("trial", "", results)
 
 
 def open_sweep(path: str, results: Path) -> Any:
-    """Open a sweep, as `WandbSweep` is; nothing is contacted before it is used.
+    """Open a sweep, with the interface of `WandbSweep`; nothing is contacted before its use.
 
     Args:
         path: The sweep, in its backend's words; empty for that of this process.
@@ -171,7 +171,7 @@ def _sweep_service() -> Service:
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
-    """Identify where a backend's runs would go, without contacting it or importing its SDK.
+    """Compute a hash of a backend's destination, without contacting it or importing its SDK.
 
     Args:
         name: One of `backends()`.
@@ -180,8 +180,8 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
         server: As in a `Target`.
 
     Returns:
-        A hash that changes with the project, the server, or a local store that is new or was moved;
-        it gives away neither address nor password.
+        A hash that changes with the project, the server, or a local store that is new or was moved.
+        It reveals neither address nor password.
     """
     setting, local = service(name).store(results, server)
     made = None
@@ -197,13 +197,13 @@ def title_of(address: Target) -> str:
 
 
 def file_of(place: Target, results: Path) -> Path:
-    """Return the file by which a results folder keeps a place."""
+    """Return the file of a place in a results folder."""
     name = re.sub(r"[^\w.-]+", "-", title_of(place), flags=re.ASCII)[:80]
     return results / "places" / f"{name}--{content_hash(vars(place))[:8]}.json"
 
 
 def remember(place: Target, results: Path) -> str:
-    """Keep a place, and return the name by which receipts know it."""
+    """Write a place to the results folder, and return its name in receipts."""
     path = file_of(place, results)
     if not read_note(path):
         write_note(path, dict(vars(place)))
@@ -211,9 +211,9 @@ def remember(place: Target, results: Path) -> str:
 
 
 def places_of(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
-    """Return by name where a view or its predecessors were published to, or should have been.
+    """Return the places by name that have or should have a view or its predecessors.
 
-    Places that are not kept in step in the environment of now are left out.
+    Places that the current environment does not update are left out.
     """
     found = {}
     for name in store.places(record.view, *record.supersedes):

@@ -1,8 +1,8 @@
-"""The seam between records and tracking backends.
+"""Define the interface of a tracking backend.
 
-A backend receives frozen records and files, nothing else. What every backend must agree on is in
-pure functions: which run it is and whether it changed in `identity`, what it shows in `figures`.
-How a cell is published is the same for all and stands here; a backend has the verbs.
+A backend receives frozen records and files, nothing else. Pure functions define what all backends
+have in common: `identity` the names and digests of runs, `figures` their contents. The steps of
+publishing a cell are the same for all and defined here; a backend implements the operations.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
 
 Ending = Literal["finished", "failed", "killed"]
 PROGRESS = "progress/"
-"""How the names of figures begin that a run shows while its cell is measured."""
+"""Prefix of the figures that a run shows while its cell is measured."""
 _LOCK_SECONDS = 600.0
 
 Ability = Literal["live runs", "reports", "lighter models", "registered models"]
-"""What a backend may show besides the runs of cells."""
+"""Optional abilities of a backend besides the runs of cells."""
 Part = Literal["runs", "live runs", "lighter models", "trial", "sweep"]
-"""What of a backend may be opened."""
+"""Parts of a backend that can be opened."""
 OFFLINE = "offline"
-"""The server of runs that are files, for a later upload to wherever it goes."""
+"""The server of runs that are written to files for a later upload."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where runs go, or come from.
+    """Target or source of runs.
 
     Attributes:
-        backend: A name that the registry knows.
+        backend: A registered name.
         project: The project, in the backend's words; None = that of the experiment file.
         server: The server or the folder; None = that of the environment, or the backend's own.
     """
@@ -61,61 +61,61 @@ class Target:
 
 @dataclass(frozen=True)
 class Published:
-    """What one `publish` did, in runs: the cell's, the intact model's, and one for each run."""
+    """Result of one `publish`, counted in runs: the cell's, the intact model's, and each run's."""
 
     created: int
     updated: int
     unchanged: int
     location: str
-    """What a person opens: an address, or the command that shows the runs."""
+    """The address of the runs, or the command that shows them."""
     notes: tuple[str, ...] = ()
-    """What else a person should know."""
+    """Further remarks."""
     project: str = ""
-    """The project's whole name, where the backend completes it."""
+    """The project's full name, if the backend completes it; else empty."""
 
 
 @dataclass(frozen=True)
 class RemoteCell:
-    """A cell that a backend holds, with the files that it was derived from."""
+    """A published cell in a backend, with the files that it was derived from."""
 
     key: str
     """The run key of the cell's own run."""
     name: str
     version: str
-    """Changes when the files do; empty where the backend holds no such files."""
+    """Version that changes with the files; empty if the backend has none."""
     place: str
-    """What the backend finds the files by."""
+    """The backend's identifier of the files."""
 
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """A trial of a sweep, in W&B's words."""
+    """A trial of a sweep, in W&B's terms."""
 
     id: str
     name: str
     state: str
     settings: dict[str, Any]
-    """Its configuration: what the sweep asked of it, and what it logged."""
+    """Its configuration: the sweep's parameters, and logged values."""
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A pruned model that was saved, for a backend to keep."""
+    """A saved pruned model, for a backend."""
 
     folder: Path
     name: str
     facts: Mapping[str, Any]
-    """What is known of it, as plain values."""
+    """Facts about it, as plain values."""
     figures: Mapping[str, float]
-    """What of it is a number, by name."""
+    """Its numeric figures by name."""
     made_of: tuple[CellRecord, ...]
-    """The cells that chose it, or say what it costs: the backend leads from it to them."""
+    """The cells that chose it or measured its cost, to which the backend links."""
     register: str | None = None
-    """The name under which a registry keeps it; None for none."""
+    """Its name in a model registry; None for none."""
 
 
 class Models(Protocol):
-    """Where pruned models are kept beside the runs that chose them."""
+    """Storage of pruned models beside the runs that chose them."""
 
     def add_model(self, model: SavedModel) -> str:
         """Add a version of a model, or its first one.
@@ -124,22 +124,22 @@ class Models(Protocol):
             model: The model.
 
         Returns:
-            What a person opens.
+            The address of the model.
 
         Raises:
             TrackingError: The backend refused or could not be reached.
         """
 
     def close(self) -> None:
-        """Release what the backend holds; it never raises."""
+        """Release all resources; never raises."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """Report over several cells, for a backend to keep.
+    """Report over several cells, for a backend.
 
     Attributes:
-        files: The page and the files that go with it.
+        files: The page and its additional files.
         tables: Tables by name.
         cells: The cells it shows, to whose outcomes the backend links.
         text: Summary in a few paragraphs of Markdown.
@@ -154,25 +154,25 @@ class Page:
 
 
 class LiveRun(Protocol):
-    """The runs that a backend shows while their cells are measured; nothing rests on it."""
+    """Runs that a backend shows while their cells are measured; no result depends on them."""
 
     def begin(self, cell: CellRecord) -> None:
         """Open the cell's run, or continue it.
 
         Args:
-            cell: What is known of the cell before it is measured.
+            cell: The record of the cell before it is measured.
 
         Raises:
             TrackingError: The backend refused or could not be reached.
         """
 
     def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
-        """Show how far the cell is.
+        """Show the progress of the cell.
 
         Args:
             key: The run key of the cell's own run.
-            figures: What is known so far, under names that begin with `PROGRESS`.
-            step: Documents.
+            figures: Interim figures, under names that begin with `PROGRESS`.
+            step: Number of documents.
 
         Raises:
             TrackingError: The backend refused or could not be reached.
@@ -183,18 +183,18 @@ class LiveRun(Protocol):
 
         Args:
             key: The run key of the cell's own run.
-            status: What became of the cell.
+            status: The final status of the cell.
 
         Raises:
             TrackingError: The backend refused or could not be reached.
         """
 
     def close(self) -> None:
-        """Show what is still open as killed; it never raises where it is called."""
+        """Mark open runs as killed; never raises in the caller."""
 
 
 class OpenRuns(LiveRun):
-    """Live runs where they are open, each by its run key."""
+    """Live runs in the process that opens them, each by its run key."""
 
     def __init__(self) -> None:
         self._runs: dict[str, Any] = {}
@@ -206,7 +206,7 @@ class OpenRuns(LiveRun):
 
 
 class Backend(ABC):
-    """Where runs are browsed. It may be unreachable; the ledger never depends on it.
+    """A tracking backend for browsing runs; it may be unreachable, the ledger never depends on it.
 
     Args:
         project: The project, in the backend's words.
@@ -214,7 +214,7 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
-    """What a user types."""
+    """The name that users type."""
 
     def __init__(self, project: str, results: Path) -> None:
         self._project = project
@@ -230,24 +230,25 @@ class Backend(ABC):
         which: Which = "auto",
         answer: str = "",
     ) -> Published:
-        """Publish the cell as one run, one for the intact model, and one more for each of its runs.
+        """Publish a cell: its own run, one for the intact model, and one for each of its runs.
 
-        Of very many runs of a kind the cell's run has the table alone; `which` may say otherwise.
+        If there are very many runs of a kind, only the table in the cell's run has them, unless
+        `which` selects otherwise.
 
-        Publishing the same again creates nothing and logs nothing twice; a changed record updates
-        the runs that it has. After a failure anywhere, publishing again repairs what is missing.
+        Publishing again creates and logs nothing twice; a changed record updates its runs. After
+        any failure, publishing again completes what is missing.
 
         Args:
             cell: The record, complete or still growing.
             artifacts: Files to attach to the cell's run, each under its own file name.
             charts: Plotly figures of the cell's run, by name.
-            tables: Tables of the cell's run besides those of the record, by name; they follow from
-                the artifacts.
-            which: Which of its runs are runs of their own.
-            answer: What the benchmark shows by itself.
+            tables: Additional tables of the cell's run by name, which are derived from the
+                artifacts.
+            which: Selection of the runs that are published as runs of their own.
+            answer: The benchmark's answer on its own.
 
         Returns:
-            How many runs were created, updated and left alone, and where to look at them.
+            The numbers of created, updated and unchanged runs, and their location.
 
         Raises:
             TrackingError: The backend refused or could not be reached.
@@ -269,7 +270,7 @@ class Backend(ABC):
         """List the cells of the project.
 
         Returns:
-            One entry a cell's run that was written whole.
+            One entry per completely written run of a cell.
 
         Raises:
             TrackingError: There is no such project, or the backend could not be reached.
@@ -285,13 +286,13 @@ class Backend(ABC):
             folder: An empty folder for them.
 
         Raises:
-            TrackingError: The backend could not be reached, or the files are not what was attached.
+            TrackingError: The backend could not be reached, or the files have changed.
         """
         with self._explained("could not be read"):
             self._download(cell, folder)
 
     def add_page(self, page: Page) -> str:
-        """Add a report as a run of its own, where the backend takes reports.
+        """Add a report as a run of its own, if the backend supports reports.
 
         Args:
             page: The report.
@@ -305,45 +306,45 @@ class Backend(ABC):
         raise NotImplementedError(self.name, page)
 
     def close(self) -> None:  # noqa: B027  most hold nothing: a run is finished when it is written
-        """Release what the backend holds; it never raises."""
+        """Release all resources; never raises."""
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Raise a TrackingError with the problem where anything is raised inside."""
+        """Convert any exception inside a `with` block to a TrackingError about the problem."""
         with explaining(lambda error: self._explain(error, problem, advice)):
             yield
 
     def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
-        """Return what a person reads of an error of the SDK."""
+        """Convert an error of the SDK to a readable TrackingError."""
         return explained(f"{self._to} {problem}", error, advice)
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Hold off other processes: no backend has "create unless it exists" for a run key."""
+        """Lock out other writers, since no backend can create a run key only if it is new."""
         with self._explained(problem, advice), lock_file(self._lock(), _LOCK_SECONDS):
             yield
 
     def _lock(self) -> Path:
-        """Return the file that whoever writes to the project locks."""
+        """Return the lock file of the project's writers."""
         return self._results / f"{self.name}.lock"
 
     @abstractmethod
     def _write(self, runs: Sequence[DescribedRun]) -> Iterable[str]:
-        """Bring the runs of a cell to what they should be, and check that they are.
+        """Write the runs of a cell, and check the result.
 
         Args:
-            runs: The runs as they should be, that of the cell last.
+            runs: The described runs, that of the cell last.
 
         Returns:
-            What became of each: `created`, `updated` or `unchanged`.
+            The outcome of each: `created`, `updated` or `unchanged`.
         """
 
     @abstractmethod
     def _location(self) -> str:
-        """Return what a person opens: an address, or a command."""
+        """Return the location of the runs: an address, or a command."""
 
     def _cells(self) -> Iterable[RemoteCell]:
-        """Find the cells whose runs were written whole."""
+        """Return the cells whose runs were written completely."""
         raise TrackingError("it cannot be read back")
 
     def _download(self, cell: RemoteCell, folder: Path) -> None:
@@ -351,21 +352,21 @@ class Backend(ABC):
         raise TrackingError("it cannot be read back")
 
     def _setting(self) -> str:
-        """Return what a command begins with so that it finds the project."""
+        """Return the environment variables that a command needs to find the project."""
         return ""
 
     def _notes(self) -> tuple[str, ...]:
-        """Return what else a person should know after `_write`."""
+        """Return remarks on the last `_write`."""
         return ()
 
     def _whole_name(self) -> str:
-        """Return the project's name where the backend completes what was asked for."""
+        """Return the project's full name if the backend completes it; else an empty text."""
         return ""
 
 
 @contextmanager
 def explaining(explain: Callable[[Exception], TrackingError]) -> Iterator[None]:
-    """Raise the error that `explain` makes of whatever an SDK raises until exit."""
+    """Convert any exception inside a `with` block by `explain`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  SDKs raise requests, SQL, cloud errors, ...
@@ -380,9 +381,10 @@ def explained(
     secrets: Sequence[str | None] = (),
     characters: int | None = None,
 ) -> TrackingError:
-    """Say what did not work, why, in so many characters, and what to do; no secret is shown.
+    """Build a TrackingError with problem, cause and advice, in which secrets are masked.
 
-    Raise it from None: a traceback would print the cause too, which may show a password.
+    `characters` limits the length of the cause. Raise it from None: a traceback of the cause could
+    show a password.
     """
     text = masked(str(error) or type(error).__name__, secrets)
     if characters is not None:
@@ -391,20 +393,20 @@ def explained(
 
 
 class Service(ABC):
-    """A tracking backend as the rest of tracker sees it, without its SDK.
+    """Description of a tracking backend that does not import its SDK.
 
-    Where not overridden, it is a store on this machine that needs no login.
+    The default methods describe a store on this machine that needs no login.
     """
 
     name: ClassVar[str]
-    """What a user types."""
+    """The name that users type."""
     title: ClassVar[str]
-    """What people call it."""
+    """The name for display."""
     can: ClassVar[frozenset[Ability]] = frozenset()
     names_server: ClassVar[bool] = False
-    """Whether a user types a server before the project."""
+    """True if users type a server before the project."""
     sweep_variable: ClassVar[str] = ""
-    """The environment variable by which its agents tell a trial its sweep; empty without agents."""
+    """The environment variable of a trial's sweep, set by its agents; empty without agents."""
 
     @abstractmethod
     def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
@@ -412,9 +414,9 @@ class Service(ABC):
 
         Args:
             part: `runs` for a `Backend`, `live runs` for a `LiveRun`, `lighter models` for a
-                `Models`; `trial` and `sweep` where it has a `sweep_variable`. Only those that it
-                can are asked for.
-            project: The project, in the backend's words; of a sweep, its path.
+                `Models`; `trial` and `sweep` if it has a `sweep_variable`. Only supported parts
+                are requested.
+            project: The project, in the backend's terms; for a sweep, its path.
             results: The results folder.
             server: The server or the folder; None for that of the environment.
 
@@ -428,20 +430,20 @@ class Service(ABC):
         return Isolated(self.title, f"{package}.{kind}", *arguments, **environment)
 
     def refuse_closed(self, results: Path) -> None:  # noqa: B027  most need no login
-        """Raise RequestError where no run can be written, as far as this machine knows."""
+        """Raise RequestError if runs cannot be written, as far as this machine can tell."""
 
     def target(self, project: str, reading: bool) -> Target:
         """Return the target that a user typed.
 
         Args:
-            project: What stands behind the name and a colon; empty where nothing does.
-            reading: Whether cells are read there.
+            project: The text after the name and a colon; empty if there is none.
+            reading: True if cells are read there.
 
         Returns:
             The target.
 
         Raises:
-            RequestError: It is no target, or does not say where cells are read.
+            RequestError: It is invalid, or names no project to read from.
         """
         if reading and not project:
             raise RequestError(f"{self.name!r} names no project; write {self.name}:PROJECT")
@@ -452,24 +454,25 @@ class Service(ABC):
         return None
 
     def place_of(self, to: Target, project: str) -> Target:
-        """Return where a target is in this environment, so that another one finds it."""
+        """Return the full address of a target in this environment, for use in another one."""
         server = without_login(to.server) or self.server()
         return Target(self.name, masked(to.project or project), server)
 
     def target_of(self, place: Target, results: Path) -> Target:
-        """Return how a place is reached from this environment.
+        """Return the target that reaches a place from this environment.
 
-        TrackingError, with what to type, where its server would get a login that is not for it.
+        TrackingError, with a command, is raised if the place's server would get another server's
+        login.
         """
         return place
 
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
-        """Return what tells its store from others: a setting, and a local file or folder."""
+        """Return the identity of its store: a setting, and a local file or folder."""
         return server or self.server(), None
 
 
 def other_login(place: Target, setting: str, results: Path) -> TrackingError:
-    """Say that a place would get another server's login, and what to type with its own."""
+    """Build the error about a place that would get another server's login."""
     again = sync_command(results.absolute(), f"{place.backend}:{place.project}")
     return TrackingError(
         "its server is another than this environment names, and would get the login that is "
@@ -478,15 +481,15 @@ def other_login(place: Target, setting: str, results: Path) -> TrackingError:
 
 
 def without_login(uri: str | None) -> str | None:
-    """Take the login out of an address."""
+    """Return an address without its login."""
     return None if uri is None else masked(re.sub(r"://[^/\s]*@", "://", uri)).rstrip("/")
 
 
 def sync_command(results: Path, to: str) -> str:
-    """Say what to type when a backend is back; `to` is `BACKEND` or `BACKEND:PROJECT`."""
+    """Return the command that syncs a backend; `to` is `BACKEND` or `BACKEND:PROJECT`."""
     return f"tracker sync --to {shlex.quote(to)} --results {shlex.quote(str(results))}"
 
 
 def when_mended(command: str) -> str:
-    """Say what to type where a backend did not take what is on disk."""
+    """Return the advice after a failed publication: the command to repeat it."""
     return f"The results are on disk; when it is mended: {command}"

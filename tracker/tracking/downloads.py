@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from tracker.tracking.base import RemoteCell
 
 LARGEST_FILE = 2**28
-"""Bytes that a downloaded file may have; a shard holds 32 documents."""
+"""Maximum number of bytes of a downloaded file; a shard has 32 documents."""
 
 
 def check_listing(sizes: Mapping[str, int | None]) -> None:
     """Check a server's list of files before any is downloaded.
 
     Args:
-        sizes: Bytes of each file by its name; None where the server does not state them.
+        sizes: Name of each file → its bytes; None if the server does not give them.
 
     Raises:
-        TrackingError: A name leads elsewhere, or a file is too large.
+        TrackingError: A name is no plain file name, or a file is too large.
     """
     for name, size in sizes.items():
         plain_names = {PurePosixPath(name).name, PureWindowsPath(name).name}
@@ -35,14 +35,14 @@ def check_listing(sizes: Mapping[str, int | None]) -> None:
 
 
 def check_downloaded(folder: Path, cell: RemoteCell | None = None) -> None:
-    """Check downloaded files, whatever their server stated.
+    """Check downloaded files, independently of the server's list.
 
     Args:
         folder: The folder of the files.
-        cell: The cell to whose version the files must belong; None where the client compares them.
+        cell: The cell whose version the files must match; None if the client compares them.
 
     Raises:
-        TrackingError: A file is too large, or the files are not those that were attached.
+        TrackingError: A file is too large, or the files differ from those attached.
     """
     for path in folder.iterdir():
         _check_size(path.name, path.stat().st_size)

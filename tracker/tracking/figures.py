@@ -1,4 +1,4 @@
-"""The figures of records as every backend shows them: flat metrics, curves and tables."""
+"""Flatten records into metrics, curves and tables for all backends."""
 
 from __future__ import annotations
 
@@ -35,26 +35,28 @@ Scalar = str | int | float | None
 
 @dataclass(frozen=True)
 class LoggedTable:
-    """Rows that a backend shows as a table; a value that is not defined is None."""
+    """Rows that a backend shows as a table; undefined values are None."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Scalar, ...], ...]
 
 
 def metric_name(name: str) -> str:
-    """Name a metric as every backend takes it.
+    """Return a metric's name in a form that every backend accepts.
 
-    lm-eval's metrics hold a comma before the filter: `/` instead; and `_` for what MLflow refuses.
+    The comma before the filter in lm-eval's names becomes `/`. Characters that MLflow refuses
+    become `_`.
     """
     folders = "/".join(part for part in name.split(",") if part)
     return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)
 
 
 def curve_name(run: Change, figure: str) -> str:
-    """Name the curve that a run's figure, one of `CURVES`, is a point of.
+    """Return the name of the curve of a run's figure, which is one of `CURVES`.
 
-    Its own name for whole single layers; else `attention/accuracy_drop`, `span4/accuracy_drop`,
-    `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` or `repeat/x3/span4/accuracy_drop`.
+    For whole single layers it is the figure's name. Others are `attention/accuracy_drop`,
+    `span4/accuracy_drop`, `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` or
+    `repeat/x3/span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     number = "" if run.kind.part is None else f"{run.kind.part}/"
@@ -64,20 +66,20 @@ def curve_name(run: Change, figure: str) -> str:
 
 
 def is_curve(name: str) -> bool:
-    """Say whether `curve_name` may have made a metric's name."""
+    """Check whether a metric's name has the form of `curve_name`."""
     return _CURVE.fullmatch(name) is not None
 
 
 def only_defined(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Keep the values that are there: missing is not zero, and infinity is not a measurement."""
+    """Return the values that are defined and finite."""
     return {name: float(value) for name, value in values.items() if defined(value)}
 
 
 def flat_metrics(layer: RunRecord) -> dict[str, float]:
-    """Flatten a run's defined figures; the benchmark's own metrics come as `metric/NAME`.
+    """Return a run's defined figures by name; the benchmark's metrics are `metric/NAME`.
 
-    They are fractions, or a loss and its increase in the metric's own unit, and nats for
-    `gold_logprob_drop`.
+    Values are fractions, or a loss and its increase in the metric's own unit; `gold_logprob_drop`
+    is in nats.
     """
     values = {name: layer.figure(name) for name in _LAYER_VALUES}
     values |= {f"metric/{name}": value for name, value in layer.metrics.items()}
@@ -85,9 +87,9 @@ def flat_metrics(layer: RunRecord) -> dict[str, float]:
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
-    """Flatten the figures of the model that a cell's runs begin with, as those of a run.
+    """Return the figures of the model that a cell's runs start from, in the form of a run.
 
-    The intact one costs itself nothing, by definition; what is not defined is not there.
+    The drop of the intact model is 0 by definition. Undefined figures are left out.
     """
     base, chance = cell.baseline.value, cell.chance_accuracy
     if cell.removed:
@@ -105,9 +107,9 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
-    """Flatten the figures of the cell itself, None where one is not defined.
+    """Return the figures of the cell itself by name; undefined ones are None.
 
-    They are fractions, or a loss in the metric's own unit; correlations come as
+    Values are fractions, or a loss in the metric's own unit. Correlations are named
     `spearman/cosine_score/all`.
     """
     names = [
@@ -124,7 +126,7 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Flatten what an answer took."""
+    """Return an answer's cost as figures by name."""
     return {
         "answer/answered": float(answer.answered),
         "answer/documents": answer.measured,
@@ -135,14 +137,14 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
 
 
 def until_marks(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
-    """Mark a cell that was measured until a question was answered, or one of its runs.
+    """Return the tags of a cell with a question, or of one of its runs.
 
     Args:
         cell: The cell.
-        run: Which run; None for the cell, or its intact model.
+        run: The run; None for the cell, or its intact model.
 
     Returns:
-        Names and values in the words of the experiment file; none where nothing was asked.
+        Names and values in the terms of the experiment file; empty without a question.
     """
     answer = cell.answer
     if answer is None:
@@ -167,15 +169,15 @@ def _yes(value: bool) -> str:
 
 
 def logged(made: Table) -> LoggedTable:
-    """Lay a table out for backends."""
+    """Convert a table for backends."""
     names, rows = made.plain()
     return LoggedTable(names, tuple(rows))
 
 
 def logged_layers(cell: CellRecord) -> LoggedTable:
-    """Lay the runs out, one a row.
+    """Build the table of the runs, one per row.
 
-    `layer` is a run's first layer, 0-based, and `reasons` explains what is not defined.
+    `layer` is a run's first layer, 0-based, and `reasons` explains undefined values.
     """
     columns = run_columns(cell)
     which = ("layer", "component", "span", "intervention", "ablation", "n")
@@ -185,16 +187,16 @@ def logged_layers(cell: CellRecord) -> LoggedTable:
 
 
 def logged_correlations(cell: CellRecord) -> LoggedTable:
-    """Lay the correlations out: one row per proxy, coefficient and subset of layers."""
+    """Build the table of correlations: one row per proxy, coefficient and subset of layers."""
     names = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
     columns = pick(correlation_columns(), *names, "n", "documents", "reason")
     return logged(table(cell.title, columns, [(cell, record) for record in cell.correlations]))
 
 
 def logged_documents(decided: DecisionsRecord) -> LoggedTable:
-    """Lay out the documents that runs lose and win, those whose margin changes most: one a row.
+    """Build the table of lost and won documents whose margin changes most, one per row.
 
-    `choice` and `gold` are options, 0-based; `margin` is in nats, as `DecisionsRecord` says.
+    `choice` and `gold` are options, 0-based; `margin` is in nats, as in `DecisionsRecord`.
     """
     question_columns = ("task", "document", "question", "choices", "gold", "answer")
     which = ("layer", "component", "span", "intervention")

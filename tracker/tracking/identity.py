@@ -1,4 +1,4 @@
-"""Which run it is, and whether it has changed: the same on every machine, for every backend."""
+"""Compute the names and digests of runs, equal on every machine and for every backend."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tracker.core.identities import Record
 from tracker.core.records import INTACT_VIEW, CellRecord
 
 DIGITS = 10
-"""Significant digits by which a published figure is another one."""
+"""Significant digits of published figures in digests."""
 
 
 def run_key(cell: CellRecord, ablation: str, view: str | None = None) -> str:
-    """Name a run the same way on every machine and every day.
+    """Return the key of a run, which is equal on every machine and at all times.
 
-    Layers 4 and 5 removed together are another run than layer 5 removed where 4 is gone already,
-    accuracy is another figure than normalised accuracy, and so is that on documents drawn at random
-    than that on the first ones: so the name holds the view, too.
+    The key contains the view, since removed layers, metric and documents distinguish runs of one
+    ablation: removing layers 4 and 5 together is another run than removing layer 5 where every run
+    lacks layer 4.
 
     Args:
-        cell: The cell that the run belongs to.
+        cell: The cell of the run.
         ablation: An ablation's name, or `cell` for the cell's own run.
-        view: The name of another view of the cell, which it had before.
+        view: The name of a former view of the cell; None for its current view.
 
     Returns:
         The cell's key, its view unless that is `INTACT_VIEW`, and the ablation.
@@ -36,42 +36,42 @@ def run_key(cell: CellRecord, ablation: str, view: str | None = None) -> str:
 
 
 def run_name(cell: CellRecord, layer: Change) -> str:
-    """Name a run where people read lists of them: `layer 03 · arc_easy · SmolLM2-135M`.
+    """Return a run's name for lists: `layer 03 · arc_easy · SmolLM2-135M`.
 
-    The zeros make names sort as numbers do.
+    Layer numbers are padded with zeros, so that names sort as numbers do.
     """
     beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
     return _name(f"{layer.label(max(2, len(str(cell.model.layers - 1))))}{beneath}", cell)
 
 
 def first_label(cell: CellRecord) -> str:
-    """Say what of the model a cell's runs begin with: `intact`, or `without 3, 17`."""
+    """Return the label of the model that a cell's runs start from: `intact`, `without 3, 17`."""
     return f"without {', '.join(map(str, cell.removed))}" if cell.removed else "intact"
 
 
 def intact_name(cell: CellRecord) -> str:
-    """Name the run of the model that a cell's runs begin with, beside them: `intact · arc_easy`.
+    """Return the run name of the model that a cell's runs start from: `intact · arc_easy`.
 
-    That model is intact, or lacks the layers that are removed in every run: such cells, as searches
-    make them, have no run of the intact model besides.
+    That model is intact, or lacks the layers that are removed in every run. Such cells, which
+    searches create, have no other run of the intact model.
     """
     return _name(first_label(cell), cell)
 
 
 def cell_name(cell: CellRecord) -> str:
-    """Name the run of a cell, the benchmark first: lists cut long names."""
+    """Return the name of a cell's run, with the benchmark first since lists cut long names."""
     return f"{cell.title.removeprefix(f'{cell.model.name} · ')} · {cell.model.name}"
 
 
 def group_name(cell: CellRecord) -> str:
-    """Name what holds the runs of a cell together, alike on every machine."""
-    # What views of one order have in common, so that a view which grows stays in its group.
+    """Return the name of the group of a cell's runs, equal on every machine."""
+    # Only parts that views of one order share, so that a growing view stays in its group.
     words = (cell.heading, cell.drawn, cell.apart, cell.key[:8])
     return " · ".join(filter(None, words))
 
 
 def filter_words(cell: CellRecord) -> tuple[str, ...]:
-    """Give the words by which people pick the runs of a cell from others."""
+    """Return the tags by which users filter the runs of a cell."""
     return (cell.model.name, cell.benchmark.name, *(("stopped",) if cell.is_stopped else ()))
 
 
@@ -82,7 +82,7 @@ def _name(what: str, cell: CellRecord) -> str:
 
 
 def intact_part(cell: CellRecord) -> CellRecord:
-    """Leave of a cell what is known without its runs: more runs do not change it."""
+    """Return a cell's record without everything that depends on its runs."""
     without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     costs = ("compared_difference", "seconds", "peak_bytes", "measured")
@@ -90,13 +90,13 @@ def intact_part(cell: CellRecord) -> CellRecord:
 
 
 def content_digest(record: Record, *also: str) -> str:
-    """Digest what would be published, to tell an unchanged run from a changed one.
+    """Compute a digest of published content, which shows whether a run has changed.
 
-    Figures count to `DIGITS` digits, since the last ones are the processor's own.
+    Figures are rounded to `DIGITS` digits, since the last ones depend on the processor.
 
     Args:
         record: The record.
-        *also: Whatever else the published run depends on.
+        *also: Everything else that the published run depends on.
 
     Returns:
         SHA-256 of the canonical JSON, in hexadecimal.
@@ -115,11 +115,11 @@ def _rounded(value: object) -> object:
 
 
 def kept_name(file: Path) -> str:
-    """Name an attached file as MLflow can find it again: it reads a percent sign as a code."""
+    """Return an attached file's name without percent signs, which MLflow decodes."""
     return file.name.replace("%", "=")
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """Digest files by name and content, in whatever order: SHA-256 in hexadecimal."""
+    """Return the SHA-256 of files' names and contents in hexadecimal, in any order."""
     lines = sorted(f"{kept_name(f)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,9 +1,9 @@
 """Call an SDK in a process of its own.
 
-W&B's has one session a process: its settings, its service process, the runs that are open. Those
-may be a notebook's, whose run must go on whatever becomes of ours; and after an outage a service
-can keep its process from ever ending. So ours lives elsewhere, and ends with its process. What is
-shown of a measurement lives elsewhere too: it outlives one that is killed, and says so.
+W&B has one session per process: settings, a service process and open runs. These may belong to a
+notebook, whose runs must continue whatever happens to tracker's. After an outage, the service can
+also prevent its process from ending. So tracker's session has a process of its own. Live runs have
+one too: it survives a killed measurement and marks its runs as killed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Isolated(RemoteObject):
     """An object in another process, which ends with a call that fails.
 
     Args:
-        name: What people call what lives there.
+        name: Its name in messages.
         kind: The object's class, as `MODULE:CLASS`.
-        *arguments: What makes it.
+        *arguments: The arguments of the class.
         without: Environment variables that the process does not get.
-        also: Environment variables that it gets besides.
+        also: Additional environment variables of the process.
     """
 
     @override

@@ -1,6 +1,6 @@
-"""Describes the runs of a cell as every backend should have them; each writes them in its words.
+"""Describe the runs of a cell for every backend, which writes them in its own terms.
 
-What a run says of itself in a few words of Markdown is alike in every backend.
+The notes of runs, in Markdown, are the same in every backend.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 AVERAGE = "an average over several benchmarks can say more"
-"""What leads from a benchmark by itself to what the page and the leaderboard say."""
+"""The remark that refers from one benchmark to the averages of page and leaderboard."""
 
 
 def cell_note(cell: CellRecord, answer: str = "") -> str:
@@ -61,7 +61,7 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
 
     Args:
         cell: The cell.
-        answer: What it shows by itself.
+        answer: The benchmark's answer on its own; empty for none.
 
     Returns:
         A paragraph.
@@ -82,7 +82,7 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
 
 
 def intact_note(cell: CellRecord) -> str:
-    """Say what the run of the intact model shows.
+    """Write the note of the intact model's run.
 
     Args:
         cell: The cell.
@@ -105,7 +105,7 @@ def intact_note(cell: CellRecord) -> str:
 
 
 def layer_note(cell: CellRecord, run: RunRecord) -> str:
-    """Say what the run of an ablation shows.
+    """Write the note of an ablation's run.
 
     Args:
         cell: The cell.
@@ -139,7 +139,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
 
 
 def _is_shown(cell: CellRecord, run: RunRecord) -> bool:
-    """Whether it is shown that a run changes anything, among all runs of its cell at once."""
+    """Check whether a run's effect is proved, simultaneously over all runs of its cell."""
     drops = [one.drop for one in cell.runs]
     if not cell.is_raced:
         drops = together(drops, [one.n for one in cell.runs], len(drops))
@@ -149,7 +149,7 @@ def _is_shown(cell: CellRecord, run: RunRecord) -> bool:
 def _rounding(
     cell: CellRecord, count: int | None, documents: int, moved: float | None, what: str
 ) -> str:
-    """Say how many documents half precision decides by rounding; begins with a space."""
+    """Write how many documents half precision decides by rounding; begins with a space."""
     if count is None or moved is None:
         return ""
     return (
@@ -159,7 +159,7 @@ def _rounding(
 
 
 def _what_is_removed(cell: CellRecord) -> str:
-    """Say it in the words of the note, with the names of the curves where there are several."""
+    """Describe the removed parts for the note, with the names of their curves."""
     kinds = dict.fromkeys(run.change.kind for run in cell.runs)
     if all(kind == WHOLE_LAYER for kind in kinds):
         text = "one layer is removed"
@@ -181,9 +181,9 @@ def _what_is_removed(cell: CellRecord) -> str:
 
 
 Which = Literal["auto", "all", "cells"]
-"""Which of a cell's runs are runs of their own for a backend."""
+"""Selection of a cell's runs that are runs of their own in a backend."""
 MANY = 200
-"""Of so many runs of a kind each is one, where nothing else is asked."""
+"""Maximum number of runs of a kind that are runs of their own by default."""
 ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
 NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 Value = TypeVar("Value")
@@ -201,21 +201,21 @@ class OutcomesArtifact:
 
 @dataclass(frozen=True)
 class DescribedRun:
-    """One run as it should be.
+    """Description of one run.
 
     Attributes:
-        cell: The cell that it belongs to.
-        kind: What it is of: the cell itself, the model that its runs begin with, or one of them.
-        name: What lists of runs show.
-        note: What it says of itself, in Markdown.
-        known: All that it shows follows from this, its name and `files`.
-        figures: Its defined figures, by names that every backend takes.
-        reasons: Why others are not defined.
-        run: The cell's run that it shows, if it is one of them.
-        curves: The figures of the cell's runs: layers, and what each has by the name of its curve.
-        tables: Its tables.
-        charts: Its charts.
-        files: What is attached to it.
+        cell: The cell of the run.
+        kind: Its kind: the cell itself, the model that its runs start from, or one of them.
+        name: Its name in lists of runs.
+        note: Its note in Markdown.
+        known: The record that, with name and `files`, determines all its contents.
+        figures: Its defined figures, by names that every backend accepts.
+        reasons: The reasons of undefined figures.
+        run: The cell's run that it shows; None for other kinds.
+        curves: The figures of the cell's runs: layers, and curve name → figure of each.
+        tables: Its tables by name.
+        charts: Its charts by name.
+        files: Its attached files.
     """
 
     cell: CellRecord
@@ -233,22 +233,22 @@ class DescribedRun:
 
     @property
     def ablation(self) -> str:
-        """What was removed or replaced; the kind, where it is of no run of the cell."""
+        """The ablation's name; the kind, if it is not one of the cell's runs."""
         return self.run.ablation if self.run else self.kind
 
     @property
     def key(self) -> str:
-        """The same on every machine and every day."""
+        """The run key, equal on every machine and at all times."""
         return run_key(self.cell, self.ablation)
 
     @property
     def step(self) -> int:
-        """Where its figures stand on the axis of layers."""
+        """The position of its figures on the axis of layers."""
         return self.run.change.layer if self.run else 0
 
     @property
     def which(self) -> dict[str, str | int]:
-        """Which run of the cell it is."""
+        """The fields that identify the run within its cell; empty for other kinds."""
         if self.run is None:
             return {}
         change, names = self.run.change, ("layer", "component", "span", "intervention")
@@ -263,25 +263,25 @@ class DescribedRun:
 
     @property
     def marks(self) -> dict[str, str]:
-        """What became of a question, where one was asked."""
+        """The tags about the cell's question; empty without a question."""
         return until_marks(self.cell, self.run.change if self.run else None)
 
     @cached_property
     def version(self) -> str:
-        """Digest its files; empty where it has none."""
+        """The digest of its files; empty if it has none."""
         return files_digest(self.files) if self.kind == "cell" else ""
 
     def digest(self, *also: str) -> str:
-        """Digest all that it shows, and what else its backend makes of it."""
+        """Compute the digest of its contents, and of the backend's additions `also`."""
         marks, cell = self.marks.values(), self.cell
         about = (self.key, self.name, cell.title, cell.metric, self.version)
         return content_digest(self.known, *about, *marks, *also)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Say which run it is in one nested dictionary; no name in it has a period.
+        """The run's identity as a nested dictionary, without periods in names.
 
-        What was asked has the names that a sweep gives its trials, so that both filter alike.
+        Request fields have the same names as in a sweep's trials, so that both filter alike.
         """
         cell, outcomes = self.cell, self.outcomes
         return {
@@ -305,7 +305,7 @@ class DescribedRun:
 
     @cached_property
     def outcomes(self) -> OutcomesArtifact | None:
-        """Say what its files are kept as; None where it has none of its own."""
+        """The artifact of its files; None for runs other than the cell's own."""
         if self.kind != "cell":
             return None
         cell = self.cell
@@ -323,12 +323,12 @@ class DescribedRun:
 
 
 def one_by_one(cell: CellRecord, which: Which) -> list[RunRecord]:
-    """List those of a cell's runs that a backend gets as runs of their own.
+    """List the cell's runs that are runs of their own in a backend.
 
-    Of more than `MANY` of a kind, such as the heads of all layers, the cell's own run has the table
-    and the map, and nobody wants to see thousands of runs; `which` may say otherwise.
+    If there are more than `MANY` of a kind, such as the heads of all layers, only the table and the
+    map of the cell's own run show them, unless `which` selects otherwise.
     """
-    # Whole layers are not counted with the spans that may stand beside them.
+    # Whole layers are counted separately from spans.
     count = Counter(map(_family, cell.runs))
     most = {"all": math.inf, "cells": 0, "auto": MANY}[which]
     return [run for run in cell.runs if count[_family(run)] <= most]
@@ -346,24 +346,25 @@ def described(
     which: Which = "auto",
     answer: str = "",
 ) -> list[DescribedRun]:
-    """Describe the runs of a cell, its own last: the newest stands first in a backend's list.
+    """Describe the runs of a cell, in the order in which they are written.
 
-    Before it come the model that its runs begin with, and before that the runs, the last one first.
+    Backends list the newest run first, so the cell's own run comes last. The model that its runs
+    start from comes before it, and before that the runs in reverse order.
     """
     runs = [layer_run(cell, run) for run in reversed(one_by_one(cell, which))]
     return [*runs, intact_run(cell), cell_run(cell, files, charts, tables, answer)]
 
 
 def take_over(present: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Give the runs of superseded views to the view that has taken their place.
+    """Transfer the runs of superseded views to the view that replaces them.
 
     Args:
         present: A backend's runs by run key; those of superseded views get their new keys.
         cell: The record of the view.
-        runs: Its runs as they should be.
+        runs: Its described runs.
 
     Returns:
-        The runs that are there under both keys, or are no runs of the view: to be deleted.
+        The runs to delete: those that exist under both keys, or are no runs of the view.
     """
     keys, superfluous = {run.key for run in runs}, []
     for view in cell.supersedes:
@@ -390,7 +391,7 @@ def layer_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
 
 
 def intact_run(cell: CellRecord) -> DescribedRun:
-    """Describe the run of the model that a cell's runs begin with."""
+    """Describe the run of the model that a cell's runs start from."""
     return DescribedRun(
         cell=cell,
         kind="baseline",
@@ -412,7 +413,7 @@ def cell_run(
     figures = cell_figures(cell)
     reasons = {**not_finite(figures), **cell.all_reasons}
     curves = []
-    # Of very many runs of a kind there would be hundreds of curves.
+    # Very many runs of a kind would give hundreds of curves.
     alone = {run.ablation for run in one_by_one(cell, "auto")}
     for run in cell.runs:
         if run.change.members:  # several begin at one layer
@@ -437,12 +438,12 @@ def cell_run(
 
 
 def _named(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Give figures, or reasons, the names that every backend takes."""
+    """Rename figures or reasons to names that every backend accepts."""
     return {metric_name(name): value for name, value in values.items()}
 
 
 def _facts(cell: CellRecord) -> dict[str, Any]:
-    """Name what the cell's figures depend on."""
+    """Return the fields that the cell's figures depend on."""
     return {
         "cell": cell.key,
         "metric": cell.metric,
@@ -455,12 +456,12 @@ def _facts(cell: CellRecord) -> dict[str, Any]:
 
 
 def _nested(values: Mapping[str, str]) -> dict[str, str]:
-    """Keep a period in a name from being taken for nesting."""
+    """Replace periods in names, which W&B would read as nesting."""
     return {name.replace(".", "_"): value for name, value in values.items()}
 
 
 def artifact_name(cell: CellRecord) -> str:
-    """Name the artifact alike on every machine, with the key last, which tells cells apart."""
+    """Return the artifact's name, equal on every machine, with the cell's key at the end."""
     key = re.sub(NOT_IN_NAMES, "-", f"{cell.view}-{cell.key[:12]}")
     name = re.sub(NOT_IN_NAMES, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
     if len(key) > ARTIFACT_NAME // 2:
@@ -469,7 +470,7 @@ def artifact_name(cell: CellRecord) -> str:
 
 
 def fitting(text: str, limit: int) -> str:
-    """Cut what is too long, and end it with a hash of the whole, which tells texts apart."""
+    """Shorten a text of too many bytes, and end it with a hash of the whole text."""
     whole = text.encode()
     if len(whole) <= limit:
         return text

@@ -1,9 +1,9 @@
-"""How often something is said that is not so: `make claims`, the table of docs/statistics.md.
+"""Count false statements on made-up results: `make claims`, the table of docs/statistics.md.
 
-Each results folder is made of outcomes of which it is known which layers matter: none, or three.
-Everything that is said of it is read, and every layer that a sentence or a table names, marks or
-ranks is looked up; so is every order of two models that are alike. Of each place it is counted in
-how many folders something is not so, and, in brackets, of the sentence that is wrong most often.
+Each results folder is made of outcomes in which known layers matter: none, or three. All texts
+about it are read. Every layer that a sentence or a table names, marks or ranks is checked,
+and so is every order of two equal models. For each kind of text the table counts the folders with a
+false statement, and, in brackets, those of the sentence that is false most often.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZES = (8, 30, 100, 400)
 
 
 def some(seed: int, costs: Mapping[int, float], documents: int) -> list[tuple[dict, bool]]:
-    """Try folders from a seed on: where it is said → what is not so; whether all are named."""
+    """Check folders from a seed on: kind of text → false statements; whether all are named."""
     with tempfile.TemporaryDirectory() as scratch:
         found = tried(Path(scratch), range(seed, seed + ALIKE), costs, documents, studies=True)
         return [(wrong, {*THREE} <= named(said["run"][0])) for said, wrong in found]

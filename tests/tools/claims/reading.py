@@ -1,4 +1,4 @@
-"""What people read of results folders, and which layers and models it names or puts in order."""
+"""Read the texts of results folders, and find the layers and models that they name or rank."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def named(sentence: str) -> set[int]:
 
 
 def in_order(ranks: Mapping[str, str]) -> Iterator[str]:
-    """Say which of some things stand surely before which, by ranks such as `1 to 3`."""
+    """Yield the pairs that are surely ordered, by ranks such as `1 to 3`."""
     ends = {name: [*map(int, rank.split(" to "))] for name, rank in ranks.items() if rank != DASH}
     for one, other in permutations(ends, 2):
         if ends[one][-1] < ends[other][0]:
@@ -138,7 +138,7 @@ def rows_of_board(text: str) -> Iterator[str]:
 
 
 def read(results: Path, rival: Path) -> dict[str, list[str]]:
-    """Read everything that is said of a results folder: where it is said → sentences.
+    """Read all texts about a results folder: kind of text → sentences.
 
     Under `models` it is what the page says of its model beside the `rival` of another folder, under
     `run`, `evaluate`, `leaderboard` and `ls` what these commands print.
@@ -182,9 +182,9 @@ def tried(
     studies: bool = False,
     pages: bool = True,
 ) -> Iterator[tuple[dict[str, list[str]], dict[str, list[str]]]]:
-    """Make results folders, and read each beside the next: what is said, and what is not so.
+    """Make results folders, and read each with the next: statements, and the false ones.
 
-    Of `studies` too, which take seconds, and of `pages` and commands.
+    `studies` includes those of studies, which take seconds; `pages` those of pages and commands.
     """
     made, pairs = [folder / str(seed) for seed in seeds], PAIRS if studies else 0
     for results in made:

@@ -1,4 +1,4 @@
-"""What studies say of made-up results, without a model, and what of it is not so."""
+"""Run studies on made-up results, without a model, and find false statements."""
 
 from __future__ import annotations
 

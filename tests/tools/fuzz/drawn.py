@@ -1,4 +1,4 @@
-"""What is drawn: values that nobody means, experiment files, command lines, configurations."""
+"""Draw random input: invalid values, experiment files, command lines, configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What many hands do to one folder, drawn: questions, projects, clocks, caches, users, kills."""
+"""Simulate many users of one folder: questions, projects, clocks, caches, users, kills."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def add_what_is_not_shown(
     projects: set[tuple[str, str | None]],
     said: str,
 ) -> None:
-    """Count a try by whether all that was asked for is shown, and nothing else in a project."""
+    """Count an attempt by whether a project shows all requested runs, and no others."""
     known = {
         (
             record.benchmark.settings.get("part"),
@@ -214,7 +214,7 @@ def caches(model: Path, count: int, start: int, room: Path) -> Tried:
 
 
 def _lie(note: Path, to: str) -> None:
-    """Say another thing, with the right digest."""
+    """Change the content of a note, with the right digest."""
     said = read_note(note)
     if "tasks" in said:
         tasks = json.loads(said["tasks"])
@@ -279,7 +279,7 @@ def user(uid: int, umask: int) -> Iterator[None]:
 
 
 def users(model: Path, count: int, start: int, room: Path) -> Tried:
-    """Let two users work in one folder, whatever its permissions; without root there are none."""
+    """Simulate two users of one folder with various permissions; requires root."""
     tried, draw = Tried("two users"), random.Random(start)
     if not hasattr(os, "setresuid") or os.geteuid() != 0:
         return tried

@@ -1,4 +1,4 @@
-"""What is tried with what was drawn, and what became of it."""
+"""Try random input, and classify the outcomes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONGEST = 3000
 
 @dataclass
 class Tried:
-    """What became of many attempts of one kind.
+    """Outcomes of many attempts of one kind.
 
     Attributes:
         what: The kind.
@@ -182,7 +182,7 @@ def killed(process: subprocess.Popen[bytes], after: float) -> bool:
 
 
 def kept(results: Path, before: Mapping[Path, bytes]) -> tuple[str, str]:
-    """Say what became of the shards of a results folder while somebody was at it."""
+    """Classify what happened to the shards of a results folder during an attempt."""
     after = shards(results)
     if any(after.get(path) != content for path, content in before.items()):
         return LOST, f"{results}: what was there is gone or changed"

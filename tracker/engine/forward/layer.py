@@ -1,6 +1,6 @@
-"""The forward passes of layers for all streams, and interventions on whole layers.
+"""Forward passes of layers for all streams, and interventions on whole layers.
 
-Sharing over depth, computed: a model's layers run all streams of a plan as one batch.
+A model's layers run all streams of a plan as one batch.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class Replacement(Protocol):
     """A replacement of one layer."""
 
     def change(self, action: Action, state: Tensor) -> Tensor:
-        """Compute the state behind it of one [rows, tokens, …], in the same type."""
+        """Compute the state [rows, tokens, …] behind the replacement, in the dtype of the input."""
         ...
 
 
 @dataclass(frozen=True)
 class FittedReplacement:
-    """A replacement fitted on text, in float32 for models of any type.
+    """A replacement fitted on text, in float32 for models of any dtype.
 
     Attributes:
-        mean: The mean update [width].
-        scale: The factor.
-        linear: Weight [width, width] and bias [width]; None where it was not fitted.
+        mean: Mean update of the layer [width].
+        scale: Factor of the layer's input.
+        linear: Weight [width, width] and bias [width]; None if not fitted.
     """
 
     mean: Tensor
@@ -58,7 +58,7 @@ class FittedReplacement:
     linear: tuple[Tensor, Tensor] | None = None
 
     def change(self, action: Action, state: Tensor) -> Tensor:
-        """Compute x + m, s·x or W·x + b; several residual streams side by side are one x."""
+        """Compute x + m, s·x or W·x + b; several parallel residual streams are one x."""
         flat = state.flatten(2).float()
         if action is Action.MEAN:
             after = flat + self.mean.to(state.device)
@@ -71,14 +71,14 @@ class FittedReplacement:
         return after.to(state.dtype).reshape(state.shape)
 
     def on(self, device: torch.device) -> FittedReplacement:
-        """Return the same with its tensors on a device."""
+        """Return a copy with its tensors on a device."""
         linear = self.linear and (self.linear[0].to(device), self.linear[1].to(device))
         return FittedReplacement(self.mean.to(device), self.scale, linear)
 
 
 @dataclass(frozen=True)
 class RandomReplacement:
-    """A replacement drawn at random, for a layer of a model that is only checked."""
+    """A replacement drawn at random, for a layer of a miniature model."""
 
     layer: int
 
@@ -96,12 +96,12 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 
 class InputMasks(Protocol):
-    """Attention masks that layers get in place of the model's own."""
+    """Attention masks that replace the model's own."""
 
     def put(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> hooks.Arguments:
-        """Return the arguments of a layer with its mask."""
+        """Return the arguments of a layer with its mask replaced."""
         ...
 
 
@@ -109,10 +109,10 @@ class LayerChange(Protocol):
     """An intervention on whole layers."""
 
     def forward(self, fork: LayerFork, before: Tensor, after: Tensor) -> None:
-        """Write into `after` the states behind the layer of the streams that have it.
+        """Write the states behind the layer into `after`, for the streams with this intervention.
 
-        `before` and `after` are [streams, rows, tokens, …] before and behind the layer. The streams
-        that the layer's own modules compute are in `after`.
+        `before` and `after` are [streams, rows, tokens, …] before and behind the layer. `after`
+        already holds the streams that the layer's own modules compute.
         """
         ...
 
@@ -121,28 +121,28 @@ class LayerChange(Protocol):
 class ForwardPass:
     """A forward pass of a model in which its layers fork streams.
 
-    The streams are the batch. The model is called with `rows` rows, [rows, tokens, hidden] reach
-    the first layer, and the batch grows on the way: a new stream starts from its parent's hidden
-    state before the layer, a stream that passes goes through the layer, one that skips it keeps
-    the state that it came with. Behind the last layer are [streams × rows, tokens, hidden], stream
-    by stream: block s of `rows` rows is stream s. Each is what the pruned model computes, because a
-    layer treats the rows of a batch apart and everything between layers is in the hidden state;
-    where either is not so, the pass is refused here or the check on a miniature finds it.
+    The streams are the batch. The model is called with `rows` rows, so the first layer gets [rows,
+    tokens, hidden], and the batch grows layer by layer. A new stream starts from its parent's
+    hidden state before the layer. A stream that passes goes through the layer; one that skips it
+    keeps its state. Behind the last layer are [streams × rows, tokens, hidden], ordered by stream:
+    block s of `rows` rows is stream s. Each block is what the pruned model computes, because a
+    layer treats the rows of a batch separately and the hidden state is all that connects layers.
+    Where either assumption fails, the pass is refused here or the check on a miniature detects it.
 
     The model makes the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
-    rows, so they must broadcast over the batch, or with `batched` may have a row a stream.
+    rows. They must broadcast over the batch, or with `batched` may have one row per stream.
 
     Attributes:
         layers: The model's decoder layers.
-        plan: Where to fork.
-        anatomy: The parts of the layers; those that the plan takes apart are found.
+        plan: The plan of the forks.
+        anatomy: The parts of the layers, found for all that the plan takes apart.
         observe: Called with the baseline's input and output of each layer.
-        masks: Masks in place of the model's own.
+        masks: Masks that replace the model's own.
         replacements: Replacements of layers, by layer.
         embedded: Inputs to the first layer of streams with other embeddings, each [rows, tokens,
-            …]: `plan.starts`, without the model's own.
-        at_once: Number of streams that pass a layer at once, besides those that it is taken apart
-            for. None where all must: with a cache, or where weights are loaded a layer at a time.
+            …]: those of `plan.starts`, without the model's own.
+        at_once: Maximum number of streams per pass of a layer, besides those for which it is taken
+            apart. None = all: with a cache, or where weights are loaded a layer at a time.
         batched: Whether the other inputs of a layer are cut to the streams that enter it.
         outputs: Outputs of earlier layers besides the hidden state.
         forks: The forks, in the order of their layers.
@@ -162,9 +162,9 @@ class ForwardPass:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Make the layers fork streams until exit, also by an exception."""
+        """Make the layers fork streams until exit, including exit by an exception."""
         with ExitStack() as stack:
-            # Each fork refers to all others: else only the garbage collector would free them.
+            # Forks refer to each other: without this, only the garbage collector would free them.
             stack.callback(self.forks.clear)
             for index, (layer, whole) in enumerate(zip(self.layers, self.plan.steps, strict=True)):
                 step, apart = whole, whole.entering
@@ -186,24 +186,24 @@ class LayerFork:
     """The forward pass of one layer over all streams, in place of `layer.forward`.
 
     Its input is [streams × rows, tokens, hidden], viewed as `before` [streams, rows, tokens,
-    hidden]. The streams that enter the layer are taken from it, a new one by its parent's place:
-    first those whose modules are computed `apart`, as one batch, then the others, `at_once` at a
-    time, which keeps intermediate results in the processor's cache. Their output fills their places
-    in `after` [streams after, rows, tokens, hidden]; interventions on the whole layer fill those of
-    other streams. Nothing is added up between streams, so each place holds what its stream alone
-    would compute.
+    hidden]. The streams that enter the layer are selected from it, a new one by its parent's index.
+    First come those whose modules are computed `apart`, as one batch, then the others, `at_once` at
+    a time, which keeps intermediate results in the processor's cache. Their output fills their
+    slots in `after` [streams after, rows, tokens, hidden]; interventions on the whole layer fill
+    those of other streams. Nothing is summed across streams, so each slot holds what its stream
+    alone would compute.
 
-    A layer that is given another output of an earlier one than the hidden state, while streams
-    fork, is refused: it would be another stream's.
+    While streams fork, a layer is refused if its input includes an output of an earlier layer other
+    than the hidden state: it would belong to another stream.
 
     Attributes:
         index: The number of the layer.
         module: The layer.
-        step: What happens to the streams at it.
-        apart: Streams for which its modules are computed apart.
-        original: Its own forward pass.
-        common: What the forks of all layers share.
-        is_whole: Whether the streams that pass at the moment are not among those `apart`.
+        step: The effect of the layer on each stream.
+        apart: Streams for which its modules are computed separately.
+        original: The layer's own forward pass.
+        common: The state that the forks of all layers share.
+        is_whole: Whether the streams in the current pass are outside `apart`.
         arguments: Arguments of the current pass, without the hidden state.
     """
 
@@ -217,7 +217,7 @@ class LayerFork:
     arguments: hooks.Arguments = field(init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
+        """Compute the hidden state [streams × rows, tokens, hidden], with the layer's signature."""
         before = self._begin(args, kwargs)
         output, after = self._enter(before)
         for change in LAYER_CHANGES:
@@ -227,7 +227,7 @@ class LayerFork:
         return hooks.with_first(output, after.flatten(0, 1))
 
     def run(self, states: Tensor) -> Tensor:
-        """Pass states [streams, rows, tokens, …] through the layer as it is, by turns."""
+        """Run states [streams, rows, tokens, …] through the unchanged layer, in batches."""
         self.is_whole = True
         for streams in evenly(range(len(states)), self.common.at_once):
             rows = tuple(states.shape[1:])
@@ -238,7 +238,7 @@ class LayerFork:
         return states
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Separate the hidden state from the other inputs, and view it by stream."""
+        """Separate the hidden state from the other inputs and view it by stream."""
         step, common = self.step, self.common
         if self.index == 0:
             common.outputs.clear()
@@ -282,16 +282,16 @@ class LayerFork:
         return output, after
 
     def _batches(self) -> Iterator[Sequence[int]]:
-        """Yield the entering streams that pass the layer together."""
+        """Yield the entering streams in groups that pass the layer together."""
         if self.apart:
             yield self.apart
         yield from evenly(sorted({*self.step.entering} - {*self.apart}), self.common.at_once)
 
     def _forward(self, state: Tensor, rows: tuple[int, ...], streams: int) -> Any:
-        """Run the layer for some streams; refuse an output that is no hidden state."""
+        """Run the layer for some streams, and refuse an output that is not a hidden state."""
 
         def repeated(name: str, value: Tensor) -> Tensor:
-            """Repeat for each stream what does not broadcast: Zamba 2's embeddings, ALiBi."""
+            """Repeat inputs that do not broadcast for each stream: Zamba 2's embeddings, ALiBi."""
             is_own = value.shape == rows or is_alibi(name, value)
             return value.repeat(streams, 1, 1) if is_own else value
 
@@ -309,14 +309,14 @@ class LayerFork:
 
 
 def evenly(streams: Sequence[int], most: int | None) -> Iterator[Sequence[int]]:
-    """Split streams into as few groups of so many at most as there can be, of about one size."""
+    """Split streams into the fewest groups of at most `most`, of about equal size."""
     groups = -(-len(streams) // most) if most else 1
     size = -(-len(streams) // groups) if streams else 1
     yield from (streams[start : start + size] for start in range(0, len(streams), size))
 
 
 class SkippedLayer:
-    """A removed layer: the stream keeps the state that it came with."""
+    """A removed layer: the stream keeps its state."""
 
     def forward(self, fork: LayerFork, before: Tensor, after: Tensor) -> None:
         """Copy the states of streams without the layer."""
@@ -326,7 +326,7 @@ class SkippedLayer:
 
 
 class ReplacedLayer:
-    """A layer of which a mean update, a factor or a linear map takes the place."""
+    """A layer replaced by a mean update, a factor or a linear map."""
 
     def forward(self, fork: LayerFork, before: Tensor, after: Tensor) -> None:
         """Compute the replacement for the streams that have one."""
@@ -337,13 +337,13 @@ class ReplacedLayer:
 
 
 class RepeatedSpan:
-    """Layers that are passed again, behind the last of them.
+    """Layers that are run again behind the last of them.
 
-    Each of them gets the inputs that it had, besides the hidden state, when all streams passed it.
+    Besides the hidden state, each gets the same inputs as in the pass of all streams.
     """
 
     def forward(self, fork: LayerFork, before: Tensor, after: Tensor) -> None:
-        """Pass the spans again that end at the layer."""
+        """Run the spans again that end at the layer."""
         repeating = fork.step.repeating
         if not repeating:
             return
@@ -377,4 +377,4 @@ MODULE_FORKS: tuple[type[ModuleFork], ...] = (
     RouterFork,
     SharedExpertFork,
 )
-"""Interventions within layers. Of two on one module the later one calls the earlier one."""
+"""Interventions within layers. Of two on one module, the later one calls the earlier one."""

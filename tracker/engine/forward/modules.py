@@ -1,7 +1,7 @@
-"""The forward passes of modules of a layer, in which streams differ.
+"""Forward passes of the modules of a layer in which streams differ.
 
-There is one class for each intervention: sublayers, heads and experts that are removed, and weights
-in formats.
+There is one class for each intervention: removed sublayers, heads and experts, and weights in
+formats.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LayerSite:
         layer: The layer.
         step: The changes of these streams at the layer.
         anatomy: The parts of the layers.
-        batched: Whether each stream has a row of its own in all inputs of the layer.
+        batched: Whether each stream has its own row in all inputs of the layer.
     """
 
     index: int
@@ -56,7 +56,7 @@ class LayerSite:
         return self.anatomy.name(self.index)
 
     def streams_of(self, module: nn.Module) -> Sequence[int]:
-        """List the entering streams, by their places, that a module of the layer computes."""
+        """List the indices of the entering streams that a module of the layer computes."""
         step = self.step
         if not step.components.isdisjoint(HEADS):
             heads = self.anatomy.at(Heads, self.index)
@@ -74,7 +74,7 @@ class LayerState(Protocol):
     """Progress of the pass through one layer.
 
     Attributes:
-        is_whole: Whether streams pass the layer for which no module is computed apart.
+        is_whole: Whether the current streams pass the layer without any module computed apart.
     """
 
     is_whole: bool
@@ -98,7 +98,7 @@ class ModuleFork(ABC):
     @classmethod
     @abstractmethod
     def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the forks that a layer needs; none where no stream has the intervention."""
+        """Yield the forks that a layer needs; none if no stream has the intervention."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,9 +116,9 @@ class ModuleFork(ABC):
 
 
 def by_stream(batch: Tensor, streams: int, owner: str = "a batch has") -> Tensor:
-    """View a batch stream by stream: [streams × n, …] as [streams, n, …].
+    """View a batch by stream: [streams × n, …] as [streams, n, …].
 
-    RefusalError that its `owner` has no row a stream, where the rows cannot be divided so.
+    Raises RefusalError if the rows cannot be divided; `owner` begins its message.
     """
     if len(batch) % streams:
         raise RefusalError(f"{owner} no row a stream")
@@ -126,7 +126,7 @@ def by_stream(batch: Tensor, streams: int, owner: str = "a batch has") -> Tensor
 
 
 def cut(value: Any, streams: int, entering: list[int]) -> Any:
-    """Cut all tensors that have a row a stream to the streams that enter."""
+    """Select the entering streams in all tensors that have one row per stream."""
     if isinstance(value, Tensor):
         return take(value, entering) if value.ndim and len(value) == streams else value
     if isinstance(value, tuple):
@@ -144,7 +144,7 @@ def is_alibi(name: str, value: Tensor) -> bool:
 def each_tensor(
     arguments: hooks.Arguments, change: Callable[[str, Tensor], Tensor]
 ) -> hooks.Arguments:
-    """Change the tensors among arguments, called with their names: empty for those by place."""
+    """Apply a function to the tensors of arguments with their names (empty if positional)."""
     args, kwargs = arguments
     return (
         tuple(change("", value) if isinstance(value, Tensor) else value for value in args),
@@ -160,17 +160,17 @@ class SublayerFork(ModuleFork):
     """The attention or the MLP of a layer.
 
     Streams that fork within the layer enter it with the same state, so the attention of such a
-    state is computed once: with its MLP removed, a stream takes the attention of the baseline.
+    state is computed once: with its MLP removed, a stream uses the attention of the baseline.
     The input [entering × rows, tokens, hidden] is cut to the streams that are computed. The outputs
     are distributed to [entering × rows, tokens, hidden] again. A stream without the sublayer gets
-    what a silent sublayer returns: zeros where the layer adds to the residual stream, the residual
-    stream itself where the sublayer does.
+    the output of a silent sublayer: zeros if the layer adds to the residual stream, the residual
+    stream itself if the sublayer does.
 
     Attributes:
-        computed: Places of the entering streams that the sublayer computes.
-        taken: For each entering stream the output that it takes; None = the sublayer is removed.
-        outputs: Number of outputs: one for each computed stream, or more where some lack heads.
-        batched: Whether each stream has a row of its own in all inputs of the layer.
+        computed: Indices of the entering streams that the sublayer computes.
+        taken: The output that each entering stream uses; None = the sublayer is removed.
+        outputs: Number of outputs: one for each computed stream, or more if some lack heads.
+        batched: Whether each stream has its own row in all inputs of the layer.
     """
 
     computed: Sequence[int]
@@ -199,14 +199,14 @@ class SublayerFork(ModuleFork):
             rows = hooks.state_of(args, kwargs).shape[:2]
 
             def computed_rows(name: str, value: Tensor) -> Tensor:
-                """Cut what has a row a stream: of the hidden states' shape, or ALiBi."""
+                """Select the computed rows of per-stream inputs: hidden states, or ALiBi."""
                 if value.shape[:2] != rows and not is_alibi(name, value):
                     return value
                 return take(by_stream(value, entering), computed).flatten(0, 1)
 
             args, kwargs = each_tensor(given, computed_rows)
         output = self.original(*args, **kwargs)
-        # Never of no stream: the baseline passes everything.
+        # There is always a stream: the baseline passes everything.
         added = hooks.first_of(output)
         outputs = by_stream(added, self.outputs, "what its attention makes of its heads has")
         silent = hooks.nothing(self.module, *given, added, len(added) * entering // self.outputs)
@@ -224,8 +224,8 @@ class HeadFork(ModuleFork):
     projection has zeros in the columns of removed heads computes the same.
 
     Attributes:
-        sources: For each output the computed attention that it is made of.
-        columns: For each output the columns of its input that are zero.
+        sources: The computed attention from which each output is made.
+        columns: The input columns that are zero for each output.
     """
 
     sources: list[int]
@@ -242,7 +242,7 @@ class HeadFork(ModuleFork):
             yield cls(site.layer.get_submodule(heads.projection), sources, columns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the projection of the heads that are left, for each output."""
+        """Return the projection of the remaining heads for each output."""
         (given,) = (*args, *kwargs.values())
         streams = max(self.sources) + 1
         states: Tensor = take(
@@ -258,13 +258,13 @@ class HeadFork(ModuleFork):
 class RouterFork(ModuleFork):
     """The router of a mixture, which in some streams chooses among fewer experts.
 
-    Its input are the tokens of the streams whose MLPs are computed, stream by stream. Its output
-    for a stream is that of a router with rows for the remaining experts alone, in the numbers of
-    all: so the experts are called once.
+    Its input are the tokens of the streams whose MLPs are computed, ordered by stream. Its output
+    for a stream is that of a router with rows for the remaining experts alone, with the numbers of
+    all experts, so the experts are called once.
 
     Attributes:
         experts: The experts of the layer.
-        remaining: For each computed MLP the experts that are left; None for all.
+        remaining: The remaining experts of each computed MLP; None for all.
     """
 
     experts: Experts
@@ -285,7 +285,7 @@ class RouterFork(ModuleFork):
         streams, given = len(self.remaining), (args, kwargs)
         states = by_stream(hooks.state_of(args, kwargs), streams, "the router of its experts has")
         intact = [stream for stream, remaining in enumerate(self.remaining) if remaining is None]
-        # Never of no stream: the baseline lacks none.
+        # There is always a stream: the baseline lacks none.
         whole = hooks.call_with(self.original, take(states, intact).flatten(0, 1), *given)
         parted = zip(*(by_stream(table, len(intact)) for table in whole), strict=True)
         choices = [
@@ -300,11 +300,11 @@ class RouterFork(ModuleFork):
 
 @dataclass
 class SharedExpertFork(ModuleFork):
-    """A shared expert, which gives zeros in some streams.
+    """A shared expert, whose output is zeros in some streams.
 
     Attributes:
-        streams: Number of computed MLPs, whose tokens are its input, stream by stream.
-        removed: Those of them that lack the expert.
+        streams: Number of computed MLPs, whose tokens are its input, ordered by stream.
+        removed: Indices of the streams that lack the expert.
     """
 
     streams: int
@@ -338,8 +338,8 @@ class RoundedFork(ModuleFork):
 
     Attributes:
         maps: The rounded linear maps of the layer, by their paths.
-        formats: For each stream that the module computes its rounded maps, with their formats.
-        weights: Returns the weights of a map in a format.
+        formats: The rounded maps with their formats, for each stream that the module computes.
+        weights: Function that returns the weights of a map in a format.
     """
 
     maps: Mapping[str, LinearMap]
@@ -365,15 +365,15 @@ class RoundedFork(ModuleFork):
 
     @property
     def alike(self) -> dict[_Formats, list[int]]:
-        """The streams that have the same weights, by these."""
+        """Group the streams by their formats: streams in a group have the same weights."""
         return grouped(range(len(self.formats)), lambda stream: self.formats[stream])
 
 
 class LinearFork(RoundedFork):
     """One linear map of a layer.
 
-    Its input is [streams × rows, tokens, inputs], or all of a stream's tokens in a row. Everything
-    is mapped once by the module, and the rows of streams with other weights once more with these.
+    Its input is [streams × rows, tokens, inputs], or all tokens of a stream in one row. The module
+    maps everything once, and the rows of streams with other weights again with these.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -393,7 +393,7 @@ class LinearFork(RoundedFork):
 class ExpertsFork(RoundedFork):
     """The experts of a mixture.
 
-    Their input are the tokens, all of a stream's in a row, and for each token its experts with
+    Its input are the tokens, all of a stream in one row, and for each token its experts with
     their weights. Streams with the same weights are computed together.
     """
 

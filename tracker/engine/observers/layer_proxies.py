@@ -1,8 +1,8 @@
 """Proxies of layers and experts, measured on the tokens of one document.
 
-Divergences, loss, logit lens and first-order Taylor look at what the model says; angles at how far
-the residual stream turns over any stretch of layers; loads at how often experts are asked, and how
-much they add.
+Divergences, loss, logit lens and first-order Taylor are computed from the model's output, angles
+from how far the residual stream turns over any span of layers. Loads count how often experts are
+chosen, and how much they add.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tracker.models.hooks import all_of, call_protected, first_of, replaced_forw
 from tracker.models.parts.experts import Experts, single_outputs
 
 IMPOSSIBLE = -1e4
-"""The log-probability of what a model masks out: small enough to be 0 as a probability."""
+"""Log-probability of a masked token: small enough to be 0 as a probability."""
 
 
 def output_proxies(
     engine: Engine, document: Document, only: str | None = None
 ) -> dict[str, Tensor]:
-    """Measure how each layer of the intact model bears on what the model says of a document.
+    """Measure the effect of each layer of the intact model on its output for a document.
 
     The model without a layer shares its lower layers with the intact one as far as the engine's
-    sharing says, and is a really pruned copy where it says no.
+    sharing allows, and otherwise is a really pruned copy.
 
     Args:
         engine: The engine, with as much sharing as is exact.
@@ -47,14 +47,14 @@ def output_proxies(
         only: `loss_increase` or `gate_gradient`, for this one alone with `predicted`; None = all.
 
     Returns:
-        Sums over the document's tokens, float64. `tokens` and `predicted` []: the tokens that the
-        proxies are measured on, and those of them that have a token before them. Of each layer
-        [layers]: `kl` and `js`, the divergence of the next token's distribution without the layer
-        from that of the intact model, in nats; `loss_increase`, by how much the log-likelihood of
-        the predicted tokens falls without it, in nats; `lens_changes`, at how many tokens the most
-        likely next token differs between the logit lens at the layer's output and that at its
-        input; `gate_gradient`, the derivative of the predicted tokens' negative log-likelihood by a
-        gate on the layer's update, at 1; NaN where the model cannot be differentiated.
+        Sums over the document's tokens, float64. `tokens` and `predicted` []: the tokens on which
+        the proxies are measured, and those of them that have a token before them. Others are per
+        layer [layers]. `kl` and `js`: divergence of the next token's distribution without the layer
+        from that of the intact model, in nats. `loss_increase`: fall of the log-likelihood of the
+        predicted tokens without the layer, in nats. `lens_changes`: number of tokens at which the
+        most likely next token differs between the logit lens at the layer's output and that at its
+        input. `gate_gradient`: derivative of the predicted tokens' negative log-likelihood by a
+        gate on the layer's update, at 1; NaN if the model cannot be differentiated.
 
     References:
         S. Kullback, R. A. Leibler, Annals of Mathematical Statistics 22 (1951) 79-86. J. Lin, IEEE
@@ -84,16 +84,16 @@ def output_proxies(
 def divergences(
     engine: Engine, document: Document, ablations: Sequence[Ablation]
 ) -> dict[str, Tensor]:
-    """Measure how far what the model says of a document is from what it says when it is changed.
+    """Measure how far changes of the model move its output distribution for a document.
 
     Args:
         engine: The engine, with as much sharing as is exact.
         document: The document.
-        ablations: What is done to the model; not the baseline.
+        ablations: The changes of the model; not the baseline.
 
     Returns:
-        Sums over the document's tokens, float64: `tokens` [], and of each ablation [ablations] its
-        `kl`, `js` and `loss_increase` as `output_proxies` has them of layers.
+        Sums over the document's tokens, float64: `tokens` [], and `kl`, `js` and `loss_increase` of
+        each ablation [ablations], as `output_proxies` has them for layers.
     """
     found: dict[str, Tensor] = {}
     for tokens, measured in measured_texts(document, engine.max_length):
@@ -115,12 +115,12 @@ def _divergences(
     only: str | None,
     ablations: Sequence[Ablation],
 ) -> dict[str, Tensor]:
-    """Sum `kl`, `js` and `loss_increase` over a text, or the last one alone."""
+    """Sum `kl`, `js` and `loss_increase` over a text, or only the one named by `only`."""
     names = ("kl", "js", "loss_increase") if only is None else (only,)
     sums = {name: torch.zeros(len(ablations), dtype=torch.float64) for name in names}
     place_of = {ablation: place for place, ablation in enumerate(ablations)}
     targets = torch.tensor(tokens)
-    # A token is predicted at the one before it, also the first that is measured.
+    # A token is predicted at the one before it, including the first measured token.
     first = max(measured - 1, 0)
     for group, positions, logits in _logits(engine, [INTACT, *ablations], tokens, first):
         uncounted = max(0, measured - positions.start)
@@ -128,13 +128,13 @@ def _divergences(
         intact = _logprobs(logits[0])
         baseline = widened(intact[: len(following)].gather(1, following)).sum()
         rows = []
-        # One at a time, so that what is in between stays in the cache.
+        # One at a time, so that intermediate results stay in the cache.
         for other in logits[1:]:
             without = _logprobs(other)
             both = _kl_and_js(intact, without) if only is None else ()
             lost = baseline - widened(without[: len(following)].gather(1, following)).sum()
             rows.append(torch.stack([*(kind[uncounted:].sum() for kind in both), lost]))
-        # Read at once: each time an accelerator is waited for.
+        # Copied at once: each copy waits for the accelerator.
         columns = torch.stack(rows).cpu().double().unbind(1) if rows else ()
         for name, column in zip(names, columns, strict=False):
             sums[name][[place_of[ablation] for ablation in group[1:]]] += column
@@ -142,15 +142,15 @@ def _divergences(
 
 
 def _logprobs(logits: Tensor) -> Tensor:
-    """Log-probabilities, of what is masked out as well: 0 times their logarithm is then 0."""
+    """Return log-probabilities, finite for masked tokens too, so that 0 times them is 0."""
     return logits.float().log_softmax(-1).clamp_(min=IMPOSSIBLE)
 
 
 def _kl_and_js(intact: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(intact ‖ other) and Jensen-Shannon of two distributions at each place, widened [places].
+    """Compute KL(intact ‖ other) and Jensen-Shannon at each position, widened [positions].
 
-    From log-probabilities [places, vocabulary]. Jensen-Shannon is the entropy of the mixture less
-    the mean entropy, which rounding leaves about 1e-6 off.
+    The inputs are log-probabilities [positions, vocabulary]. Jensen-Shannon is the entropy of the
+    mixture minus the mean entropy, which rounding leaves about 1e-6 off.
     """
     p, mixture = intact.exp(), other.exp()
     of_p, of_q = torch.linalg.vecdot(p, intact), torch.linalg.vecdot(mixture, other)
@@ -162,9 +162,9 @@ def _kl_and_js(intact: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def _lens_changes(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
-    """Count, layer by layer, the tokens at which the lens says another token behind the layer."""
+    """Count, layer by layer, the tokens whose logit-lens prediction the layer changes."""
     layers = _layers(engine)
-    # What the lens shows at a layer's input is the model without that layer and all above it.
+    # The lens at a layer's input is the model without that layer and all above it.
     lenses = [Ablation.of(removed=range(layer, layers)) for layer in range(layers)]
     top = torch.zeros(layers + 1, len(tokens) - measured, dtype=torch.long)
     for group, places, logits in _logits(engine, [INTACT, *lenses], tokens, measured):
@@ -177,10 +177,10 @@ def _lens_changes(engine: Engine, tokens: Sequence[int], measured: int) -> Tenso
 def _logits(
     engine: Engine, ablations: Sequence[Ablation], tokens: Sequence[int], first: int
 ) -> Iterator[tuple[list[Ablation], range, Tensor]]:
-    """Compute logits under ablations from a token on, as many at a time as memory should hold.
+    """Compute logits under ablations from a token on, as many at a time as memory allows.
 
-    Yields some ablations, the baseline first, neighbouring places, and [ablations, places,
-    vocabulary].
+    Yields some ablations with the baseline first, a range of positions, and logits [ablations,
+    positions, vocabulary].
     """
     for group, output, states in _states(engine, ablations, tokens):
         plan = engine.plan(group)
@@ -194,8 +194,8 @@ def _logits(
 def _states(
     engine: Engine, ablations: Sequence[Ablation], tokens: Sequence[int]
 ) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
-    """Run the base under ablations: some of them, what it returned, [ablations, tokens, hidden]."""
-    # One sequence, whose mask the model makes itself.
+    """Run the base under ablations; yield groups, their outputs, [ablations, tokens, hidden]."""
+    # One sequence, whose mask the model builds itself.
     row = replace(reading_row(tokens), spans=None)
 
     def run(engine: Engine, group: Sequence[Ablation]) -> tuple[Any, Tensor]:
@@ -216,7 +216,7 @@ def _states(
 
 
 def _apart(engine: Engine, ablation: Ablation) -> Engine:
-    """The engine of a copy without some layers; without any layer it cannot be cut."""
+    """Return the engine of a copy without some layers; without any layer it cannot be cut."""
     if len(ablation.removed()) == _layers(engine):
         engine = replace(engine, quirks=replace(engine.quirks, stay=True))
     return engine.without(ablation)
@@ -246,7 +246,7 @@ def _gate_gradient(engine: Engine, tokens: Sequence[int], measured: int) -> Tens
 def _gated(
     layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Let a gate of 1 stand before a layer's update: the same figures, and a derivative by it."""
+    """Multiply a layer's update by a gate of 1: same values, and a derivative by the gate."""
     before, output = call_protected(layer, forward, args, kwargs)
     after = first_of(output)
     update = (after - before.to(after.device)).detach()
@@ -255,20 +255,20 @@ def _gated(
 
 @torch.inference_mode()
 def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
-    """Measure how layers, and stretches of layers, turn the residual stream in a document.
+    """Measure how far layers, and spans of layers, turn the residual stream in a document.
 
     Args:
-        engine: The engine, whose model reads.
-        document: What it reads: context and gold continuation, or the windows of a rolling text.
+        engine: The engine, whose model reads the document.
+        document: The document: context and gold continuation, or the windows of a rolling text.
 
     Returns:
-        Sums over the document's tokens, float64. `tokens` []: how many there are. Of each layer
-        [layers]: every proxy of its input and output by which a strategy prunes. Of each stretch
-        [layers, layers]: `angular_distance` between the input of the first layer and the
-        output of the last one, which is the second index; 0 where it comes before the first.
+        Sums over the document's tokens, float64. `tokens` []: the number of tokens. Per layer
+        [layers]: every proxy of its input and output that a strategy uses for pruning. Per span
+        [layers, layers]: `angular_distance` between the input of the first layer and the output of
+        the last one, which is the second index; 0 if it comes before the first.
 
     Raises:
-        RefusalError: The model's layers do not hand on one state a token.
+        RefusalError: The model's layers do not pass on one state per token.
     """
     layers = len(engine.loaded.layers)
     observed = {proxy.name: proxy for proxy in OBSERVED if proxy.strategy}
@@ -295,13 +295,13 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Take down what goes into each layer and what comes out of it, [tokens, width]."""
+    """Record the inputs and outputs of each layer, [tokens, width], until exit."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def call(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before, output = call_protected(layer, forward, args, kwargs)
         after = first_of(output)
-        # Several residual streams side by side are one state.
+        # Several parallel residual streams are one state.
         seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
         return output
 
@@ -310,27 +310,27 @@ def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 _ROUNDING = 0.05
-"""Of what all experts of a token give: what two ways of adding it up may differ by."""
+"""Share of the experts' total output by which two orders of summation may differ."""
 
 
 @torch.inference_mode()
 def expert_load(
     engine: Engine, document: Document, parts: Collection[Change]
 ) -> dict[Change, tuple[float, ...]]:
-    """Observe some experts while the intact model reads a document.
+    """Measure the load of some experts while the intact model reads a document.
 
-    The document is read once more, and each token passes its experts a second time, one by one: so
-    the norm of what an expert gives is known before it is weighed.
+    The document is read once more, and each token passes its experts a second time, one by one. So
+    the norm of an expert's output is known before it is weighted.
 
     Args:
-        engine: The engine, whose model reads.
-        document: What it reads: context and gold continuation, or the windows of a rolling text.
+        engine: The engine, whose model reads the document.
+        document: The document: context and gold continuation, or the windows of a rolling text.
         parts: The experts.
 
     Returns:
-        Of each expert, in the order of `OF_EXPERTS`, a sum over the document's tokens: of gate ×
-        ‖output‖ over those that are routed to it, and how many these are. The first is NaN where
-        what one expert gives cannot be told from what others give.
+        For each expert, in the order of `OF_EXPERTS`, sums over the tokens that are routed to it:
+        gate × ‖output‖, and the number of tokens. The first is NaN if the expert's output cannot be
+        separated from those of others.
     """
     layers, anatomy = engine.loaded.layers, engine.anatomy
     experts = {layer: anatomy.at(Experts, layer) for layer in {part.layer for part in parts}}
@@ -351,7 +351,7 @@ def expert_load(
 def _noting(
     forward: Callable[..., Tensor], sums: Tensor, measured: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Call what holds a layer's experts, and add to their sums what it does with a text."""
+    """Call the module that holds a layer's experts, and add their loads on a text to the sums."""
     output = forward(*args, **kwargs)
     total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
     seen = []
@@ -361,7 +361,7 @@ def _noting(
     whole = output.float().flatten(0, -2)
     told_apart = (total - whole).norm() <= _ROUNDING * whole.norm()
     for numbers, figures in seen:
-        # A number beyond the last is none: of experts that are elsewhere.
+        # A number beyond the last belongs to no expert of this module, but to one elsewhere.
         is_counted = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= measured)
         experts, values = numbers.cpu()[is_counted].long(), figures.cpu().double()[is_counted]
         sums[0].index_add_(0, experts, values if told_apart else torch.full_like(values, torch.nan))

@@ -1,7 +1,7 @@
-"""Following what a perturbed layer does to the residual stream of every later layer.
+"""Follow the effect of a perturbed layer on the residual stream of every later layer.
 
-The perturbations are streams of one forward pass, as ablations are: each forks off behind the layer
-that it perturbs, so that all of them cost n · L(L−1)/2 layer passes instead of n · L².
+The perturbations are streams of one forward pass, as ablations are. Each forks behind the layer
+that it perturbs, so all of them cost n · L(L−1)/2 layer passes instead of n · L².
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.models.hooks import all_of, first_of
 
 REMOVED, SHUFFLED, RANDOM = 0, 1, 2
-"""Places of the perturbations of a layer; random directions are the last, one a draw."""
+"""Indices of a layer's perturbations; random directions come last, one per draw."""
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _IN_HALVES = 0.1
-"""By what share of the largest difference two ways of computing may differ, by precision."""
+"""Tolerance between two ways of computing, as a share of the largest difference, by precision."""
 
 
 def perturbation_growth(
@@ -39,31 +39,31 @@ def perturbation_growth(
 ) -> dict[str, NDArray[np.float64]]:
     """Follow the perturbations of every layer through all later ones, in one document.
 
-    With h the intact residual stream behind each of the L layers and f a layer's update, the stream
-    behind the layer is perturbed in each token by the norm of its update, in one of these ways:
+    Let h be the intact residual stream behind each of the L layers, and f a layer's update. The
+    stream behind the layer is perturbed in each token by the norm of f, in one of these ways:
 
     - *removed*: h − f, the layer's output is its input;
     - *random*: h + a direction that is uniform on the sphere, drawn for each token;
     - *shuffled*: h − the update of another token of the text, scaled to the token's own norm.
 
-    Behind every later layer m the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is taken in each token, and
-    averaged over the tokens on which the proxies are measured. *carried* is what it would be if the
-    later layers handed the perturbation on as it is: ‖f‖ / ‖hₘ‖.
+    Behind every later layer m the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is computed in each token,
+    and averaged over the tokens on which the proxies are measured. *carried* is its value if the
+    later layers passed the perturbation on unchanged: ‖f‖ / ‖hₘ‖.
 
     Directions are drawn in float32 on the CPU, by seed, document, layer and draw, and added in the
     precision of the model.
 
     Args:
         engine: The model.
-        document: What it reads: context and gold continuation, or the windows of a rolling text.
-        draws: Random directions for each layer.
-        seed: Decides the directions.
+        document: The document: context and gold continuation, or the windows of a rolling text.
+        draws: Number of random directions for each layer.
+        seed: Seed of the directions.
 
     Returns:
         `removed`, `shuffled` and `carried` [2, layers, layers] and `random` [2, draws, layers,
-        layers]: the perturbed layer, then the layer behind which the difference is taken, NaN where
-        that comes earlier. First the mean over all tokens, then without the first one of the text,
-        which often has a norm far beyond the others'; NaN where no token is left, or where a
+        layers]: the perturbed layer, then the layer behind which the difference is taken, NaN if
+        that comes earlier. First comes the mean over all tokens, then without the first one of the
+        text, which often has a norm far beyond the others'. NaN if no token is left, or if a
         hidden state is not finite or all zeros.
 
     Raises:
@@ -91,10 +91,10 @@ def perturbation_growth(
 
 @torch.inference_mode()
 def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
-    """Follow the middle layer's perturbations once more, each in a plain forward pass of its own.
+    """Check the middle layer's perturbations against separate plain forward passes.
 
-    Arguments are those of `perturbation_growth`; RefusalError if the two ways differ by more than
-    rounding.
+    Arguments are those of `perturbation_growth`. Raises RefusalError if the two ways differ by
+    more than rounding.
     """
     loaded, layer = engine.loaded, len(engine.loaded.layers) // 2
     if layer == 0:
@@ -121,7 +121,7 @@ def _followed(
 ) -> Tensor:
     """Follow some layers' perturbations [perturbations + carried, layers, layers, tokens].
 
-    Zeros stand where there is no difference yet, or none is asked for.
+    Entries without a difference are zeros.
     """
     total, each = len(engine.loaded.layers), directions.of_a_layer
     size = max(1, (engine.streams(len(tokens)) - 1) // each)
@@ -133,18 +133,18 @@ def _followed(
 
 @dataclass(frozen=True)
 class _Directions:
-    """How the layers of one text are perturbed, the same ones for the same name."""
+    """The perturbations of the layers of one text, always the same for the same name."""
 
     name: str
     draws: int
 
     @property
     def of_a_layer(self) -> int:
-        """How many perturbations each layer has."""
+        """The number of perturbations of each layer."""
         return RANDOM + self.draws
 
     def perturbed(self, layer: int, before: Tensor, after: Tensor) -> list[Tensor]:
-        """Perturb the stream behind a layer in each way; all states [tokens, …]."""
+        """Return the stream behind a layer perturbed in each way; all states [tokens, …]."""
         update = _wide(after) - _wide(before)
         size = _norm(update)
         states = [before, _wide(after) - _directed(update[self._others(layer, len(after))], size)]
@@ -154,7 +154,7 @@ class _Directions:
         return [state.to(after.dtype) for state in states]
 
     def _others(self, layer: int, tokens: int) -> Tensor:
-        """Name another token for each: all of them in one random circle."""
+        """Return another token for each: all of them in one random circle."""
         circle = torch.randperm(tokens, generator=self._generator(f"{layer}/shuffled"))
         others = torch.empty_like(circle)
         others[circle] = circle.roll(1)
@@ -169,8 +169,8 @@ class _Directions:
 class _Pass:
     """One forward pass in which some layers are perturbed; differences are added to `found`.
 
-    Behind the layers perturbed so far stand [streams, tokens, …]: the intact stream, then for each
-    of these layers its perturbations.
+    The state behind the layers perturbed so far is [streams, tokens, …]: the intact stream, then
+    the perturbations of each of these layers.
     """
 
     engine: Engine
@@ -181,7 +181,7 @@ class _Pass:
     _seen: int = 0
 
     def run(self, tokens: Sequence[int]) -> None:
-        """Read a text."""
+        """Run the pass over a text."""
         loaded = self.engine.loaded
         with (
             torch.inference_mode(),
@@ -193,7 +193,7 @@ class _Pass:
             raise RefusalError(f"its {len(loaded.layers)} layers run {self._seen} times in a pass")
 
     def _plan(self) -> StreamPlan:
-        """All perturbations begin as streams that skip the layer."""
+        """Plan all perturbations as streams that skip the layer at first."""
         steps, streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             new = self.directions.of_a_layer if layer in self.group else 0
@@ -222,7 +222,7 @@ class _Pass:
 def _after_each(
     layers: nn.ModuleList, look: Callable[[int, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Call `look` with each layer's number and what it returned, which it may change in place."""
+    """Call `look` with each layer's number and output, which it may change in place."""
 
     def hook(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         look(index, first_of(output))
@@ -233,7 +233,7 @@ def _after_each(
 def _plain(
     engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
 ) -> list[Tensor]:
-    """The stream behind each layer [tokens, …], behind one of them replaced by another."""
+    """Return the stream behind each layer [tokens, …], with one of them replaced by `state`."""
     behind: list[Tensor] = []
 
     def look(index: int, states: Tensor) -> None:
@@ -248,25 +248,25 @@ def _plain(
 
 
 def _wide(state: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Return the state in float32 or wider."""
     return state.to(torch.promote_types(state.dtype, torch.float32))
 
 
 def _norm(state: Tensor) -> Tensor:
-    """Each token's norm [tokens, 1, …]; several residual streams side by side are one state."""
+    """Compute each token's norm [tokens, 1, …]; several parallel residual streams are one state."""
     over = tuple(range(1, state.ndim))
     norm: Tensor = torch.linalg.vector_norm(_wide(state), dim=over, keepdim=True)
     return norm
 
 
 def _directed(direction: Tensor, size: Tensor) -> Tensor:
-    """Each token's direction at a size; nothing where it has none."""
+    """Scale each token's direction to a size; zero if it has no direction."""
     norm = _norm(direction)
     return direction * torch.where(norm > 0, size / norm, 0)
 
 
 def _relative(difference: Tensor, intact: Tensor) -> Tensor:
-    """‖difference‖ / ‖intact‖ [..., tokens]; NaN where the intact stream is all zeros."""
+    """Compute ‖difference‖ / ‖intact‖ [..., tokens]; NaN where the intact stream is all zeros."""
     over = tuple(range(-intact.ndim + 1, 0))
     size = torch.linalg.vector_norm(_wide(intact), dim=over)
     share = torch.linalg.vector_norm(_wide(difference), dim=over) / size

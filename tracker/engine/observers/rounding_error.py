@@ -1,4 +1,4 @@
-"""Errors of linear maps in a format, by which tools choose bits.
+"""Errors of linear maps in a format, from which tools choose bits.
 
 The embedding and the output head are linear maps too.
 """
@@ -34,15 +34,15 @@ def at_ends(
     """Run the intact model, and its embedding and head again in a format.
 
     Args:
-        engine: The engine, whose model reads.
-        tokens: What it reads.
-        measured: From which token on it counts.
-        maps: What has formats; only what is the embedding or the head is looked at.
+        engine: The engine, whose model reads the tokens.
+        tokens: The tokens.
+        measured: Index of the first token that counts.
+        maps: Linear maps with formats; only the embedding and the head are measured.
 
     Yields:
-        The number of a map among `maps`, and of some tokens [tokens, …] what the module gives, and
-        what it gives in the format: of an embedding the rows that are looked up, of a head its
-        logits, before anything else is done with them.
+        The index of a map in `maps`, the module's output for some tokens [tokens, …], and its
+        output in the format. For an embedding these are the looked-up rows, for a head its logits
+        before any further step.
     """
     numbers = [number for number, change in enumerate(maps) if change.is_end]
     if not numbers:
@@ -76,19 +76,19 @@ def at_ends(
 
 
 _Places = dict[tuple[int, str], list[int]]
-"""Layer and path of a linear map → where among the maps that are asked for it stands."""
+"""Layer and path of a linear map → its indices among the requested maps."""
 
 
 @torch.inference_mode()
 def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
-    """Measure how far weights are from themselves in a format, whatever is read.
+    """Measure the relative error of weights in a format, independent of any text.
 
     Args:
         engine: The engine.
         maps: Single linear maps with their formats.
 
     Returns:
-        Of each map [maps] the squared distance over the squared size, float64.
+        Squared distance over squared size of each map [maps], float64.
     """
     found = torch.zeros(len(maps), dtype=torch.float64)
     for place, each in enumerate(maps):
@@ -98,7 +98,7 @@ def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
         else:
             linear = engine.anatomy.map_at(each.layer, each.path)
             weight = engine.anatomy.weights.of(each.layer, each.path, linear, each.intervention)
-        # One expert after the other: they may take much room.
+        # One expert after the other: all at once may take much memory.
         own, rounded = (one if one.ndim == 3 else one[None] for one in (linear.weight, weight))
         pairs = [*zip(own, rounded, strict=True)]
         apart = sum(float((one.float() - other.float()).square().sum()) for one, other in pairs)
@@ -110,22 +110,22 @@ def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
 def rounding_errors(
     engine: Engine, document: Document, maps: Sequence[Change]
 ) -> dict[str, Tensor]:
-    """Measure how far linear maps of the intact model are from themselves in a format.
+    """Measure the output errors of linear maps of the intact model in a format.
 
     Args:
-        engine: The engine, whose model reads.
-        document: What it reads: context and gold continuation, or the windows of a rolling text.
+        engine: The engine, whose model reads the document.
+        document: The document: context and gold continuation, or the windows of a rolling text.
         maps: Single linear maps with their formats.
 
     Returns:
-        Sums, float64. `tokens` []: how many tokens the document has. Of each map [maps], over
-        tokens: `output_error` and `output_size`, the squared distance of its outputs and their
-        squared size; and `output_angle`, 1 minus the cosine of the two outputs. Of experts' maps
-        it is the outputs of the experts, before they are weighed: of all to which a token goes, and
-        of the angle their mean.
+        Sums, float64. `tokens` []: the number of tokens of the document. The others are per map
+        [maps], over tokens. `output_error` and `output_size`: squared distance of its outputs, and
+        their squared size. `output_angle`: 1 minus the cosine of the two outputs. For experts' maps
+        they are the outputs of the experts before weighting: summed over all experts of a token,
+        and averaged for the angle.
 
     Raises:
-        CellError: Its experts cannot be asked one by one.
+        CellError: Its experts cannot be called one by one.
     """
     of_layers = [place for place, each in enumerate(maps) if not each.is_end]
     places = grouped(of_layers, lambda place: (maps[place].layer, maps[place].path))
@@ -157,7 +157,7 @@ def rounding_errors(
 
 
 _Pairs = Iterator[tuple[Tensor, Tensor]]
-"""What a map, or an expert, gives [tokens, width], and what it gives with another weight."""
+"""Output of a map or an expert [tokens, width], and its output with another weight."""
 
 
 def _of_map(
@@ -180,7 +180,7 @@ def _of_experts(
     kwargs: dict[str, Any],
     output: Tensor,
 ) -> _Pairs:
-    """Ask the experts again, one of each token after the other."""
+    """Yield the outputs of the experts, one expert of each token after the other."""
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
             f"{type(linear.module).__name__} is not told which tokens go to which experts, so what "
@@ -198,7 +198,7 @@ def _of_experts(
 
 @contextmanager
 def _watched(engine: Engine, asked: _Places, look: Callable[..., None]) -> Iterator[None]:
-    """Show linear maps of layers, each with what their modules are given and what they make."""
+    """Call `look` with linear maps of layers, and the inputs and outputs of their modules."""
     with ExitStack() as stack:
         for layer, path in asked:
             linear = engine.anatomy.map_at(layer, path)

@@ -1,8 +1,8 @@
-"""Generate under all ablations at once: the streams are the batch, each through its own layers.
+"""Generate under all ablations at once: the streams are the batch, each with its own layers.
 
-The prompt is read once for all ablations, as in scoring; then each layer's keys and values are
-handed to every stream that passes its attention, and the model's own generation goes on with one
-row an ablation. Ablations are generated in groups that fit into memory.
+The prompt is read once for all ablations, as in scoring. Each layer's keys and values are then
+copied to every stream that passes its attention, and the model's own generation continues with one
+row per ablation. Ablations are generated in groups that fit into memory.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def decoding(
     """Make a model continue one prompt under every ablation, while the context is open.
 
     Reading the prompt forks as scoring does. After it nothing is shared, because the texts soon
-    differ: each ablation has its own row of the batch in every layer, and a layer computes just the
-    rows that it does not skip, each against its own keys and values.
+    differ: each ablation has its own row of the batch in every layer. A layer computes just the
+    rows that do not skip it, each with its own keys and values.
 
     Args:
         engine: The engine of the model.
@@ -50,7 +50,7 @@ def decoding(
 
     Yields:
         Keys and values of all but the prompt's last token, as the model takes them. A forward pass
-        must have one row an ablation, in their order.
+        must have one row per ablation, in their order.
     """
     layers, plan = engine.loaded.layers, engine.plan(ablations)
     start = 0 if prefix is None else len(prefix.tokens)
@@ -79,12 +79,12 @@ def decoding(
 
 
 def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
-    """Give every ablation its own keys and values of the prompt, layer by layer.
+    """Copy the prompt's keys and values to every ablation, layer by layer.
 
     The prompt was read with a row for each attention that differs in the layer, [computed, heads,
-    tokens, size]; `plan.attention_of` says which one an ablation took. These rows are copied out to
-    [ablations that pass the attention, heads, tokens, size], in the order of the ablations: just
-    the rows that reach the layer's attention while texts are generated.
+    tokens, size]; `plan.attention_of` says which one an ablation used. These rows are copied to
+    [ablations that pass the attention, heads, tokens, size], in the order of the ablations: the
+    rows that reach the layer's attention during generation.
     """
     if not cache.layers:
         return new_cache()
@@ -102,8 +102,8 @@ def generation_groups(
 ) -> Iterator[list[Ablation]]:
     """Split ablations so that the texts of each group fit into half of the budget.
 
-    Each group has the baseline; `tokens` is the longest text, the prompt included. RefusalError
-    if the model takes no keys and values.
+    Each group has the baseline; `tokens` is the longest text, including the prompt. Raises
+    RefusalError if the model takes no keys and values.
     """
     loaded = engine.loaded
     if cache_argument(loaded.model) is None:
@@ -118,7 +118,7 @@ def generation_groups(
 def generating(
     engine: Engine, ablations: Sequence[Ablation], prompt: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Continue one prompt under every ablation, a row an ablation, in the open context.
+    """Continue one prompt under every ablation, one row per ablation, in the open context.
 
     Yields the arguments for transformers' `generate`: the prompt's keys and values; nothing for a
     model that takes none.
@@ -126,7 +126,7 @@ def generating(
     prefix = engine.prefix_of(engine.plan(ablations), prompt)
     engine.put_back()
     try:
-        # A kept prefix was read in inference mode: only there it can be added to.
+        # A kept prefix was read in inference mode, and can only be extended there.
         with torch.inference_mode(), decoding(engine, ablations, prompt, prefix) as cache:
             name = cache_argument(engine.loaded.model)
             yield {} if name is None else {name: cache}

@@ -1,7 +1,7 @@
-"""Embedding and output head, in formats too; the head only where something is predicted.
+"""Run embeddings and output heads, also in formats; the head only on predicting tokens.
 
-The model's own modules run with other weights in them, so that what a class does besides (a factor,
-positions, soft-capping) is done as ever.
+The model's own modules run with other weights, so everything else that a class does (a factor,
+positions, soft-capping) stays the same.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from tracker.models.layers import find_base
 from tracker.models.parts.linear_maps import Embeddings
 
 BLOCK = 2048
-"""Tokens of the vocabulary whose logits exist at a time on a CPU; all of them in memory at once
-would be written out and read back."""
+"""Tokens of the vocabulary whose logits exist at a time on a CPU. All of them at once would be
+written to memory and read back."""
 STATES = 640
 """Hidden states that pass the head together on a CPU."""
 LOGITS_BYTES = 64 * 2**20
-"""Logits that exist at a time where the vocabulary is not cut into blocks."""
+"""Bytes of logits that exist at a time where the vocabulary is not cut into blocks."""
 
 
 class Predictions(NamedTuple):
-    """What the head says about some predicted tokens.
+    """The head's predictions for some tokens.
 
     Attributes:
         logprobs: Log-probability of each token [streams, predicted], in the model's dtype.
-        greedy: Whether each is the most likely one [streams, predicted].
+        greedy: Whether each token is the most likely one [streams, predicted].
     """
 
     logprobs: Tensor
@@ -48,27 +48,27 @@ class Predictions(NamedTuple):
 
 
 class _States(BaseModelOutputWithPast):  # type: ignore[misc]
-    """What a base returns, without all that a head may pass on besides the hidden states."""
+    """Output of a base: the hidden states, without the other outputs that a head may pass on."""
 
     def __getattr__(self, name: str) -> None:
-        """Say that there are no cross-attentions, router logits, and so on."""
+        """Return None for cross-attentions, router logits and other missing outputs."""
 
 
 class Head:
-    """What a model does behind its base: projection, soft-capping, scaling.
+    """The part of a model behind its base: projection, soft-capping, scaling.
 
     The logits of all streams at once, [streams, kept, vocabulary], may be gigabytes, so the states
     pass in chunks of streams. On a CPU in full precision the vocabulary is cut into blocks of
-    `BLOCK` as well: the projection multiplies only some rows of its weight, [block, hidden],
-    whatever else the head does (soft-capping, scaling) follows as ever, and of each block's logits
-    [streams, kept, block] only three things are kept: the largest and its place, the log-sum-exp,
-    and the logits of the predicted tokens that lie in it. The log-sum-exp of the blocks'
-    log-sum-exps is that of the whole vocabulary, so `wanted - normaliser` is the log-softmax, up to
-    the order of summation.
+    `BLOCK` tokens too: the projection multiplies only some rows of its weight, [block, hidden], and
+    the rest of the head (soft-capping, scaling) follows as usual. Of each block's logits [streams,
+    kept, block] only three things are kept: the largest and its index, the log-sum-exp, and the
+    logits of the predicted tokens in the block. The log-sum-exp of the blocks' log-sum-exps is that
+    of the whole vocabulary, so `wanted - normaliser` is the log-softmax, up to the order of
+    summation.
 
-    That holds as long as the projection is plainly linear and what follows treats each logit alone;
-    `_gives_the_same` tries it. It is not done in half precision, where lm-eval rounds after the
-    log-softmax over the whole vocabulary, and so does this.
+    This holds if the projection is linear and the rest of the head treats each logit separately;
+    `_gives_the_same` tests it. Half precision is not cut, because lm-eval rounds after the
+    log-softmax over the whole vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -87,7 +87,7 @@ class Head:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether the vocabulary is cut."""
+        """True if the vocabulary is cut into blocks."""
         return len(self._blocks) > 1
 
     def predictions(
@@ -96,9 +96,9 @@ class Head:
         """Score predicted tokens.
 
         Args:
-            output: What the base returned.
+            output: The output of the base.
             hidden: Hidden states that predict something [streams, kept, hidden].
-            predictor: For every predicted token, the index into `kept` [predicted].
+            predictor: The index into `kept` for every predicted token [predicted].
             predicted: The tokens' ids [predicted].
 
         Returns:
@@ -120,14 +120,14 @@ class Head:
     def logits(self, output: ModelOutput, states: Tensor) -> Tensor:
         """Run the head on states [streams, kept, hidden]: [streams, kept, vocabulary].
 
-        `output` is what the base returned. All logits are there at once.
+        `output` is the output of the base. All logits are in memory at once.
         """
         return self._logits(replace(output, last_hidden_state=states))
 
     def _score_at_once(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Take the log-softmax in the logits' own dtype, as lm-eval does by default."""
+        """Compute the log-softmax in the logits' own dtype, as lm-eval does by default."""
         logprobs = functional.log_softmax(self._logits(output), dim=-1)
         best = logprobs.max(-1).indices  # the first of equals, as argmax, in half its time
         return Predictions(logprobs[:, predictor, predicted], best[:, predictor] == predicted)
@@ -135,7 +135,7 @@ class Head:
     def _score_in_blocks(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Gather maximum, normaliser and wanted logits block by block.
+        """Compute maximum, normaliser and wanted logits block by block.
 
         The first of equal maxima wins, within a block and between blocks, as in an argmax over all.
         """
@@ -168,15 +168,14 @@ class Head:
             return self._logits(output)
 
     def _logits(self, output: ModelOutput) -> Tensor:
-        """Run the model's own head on states that are there already: [streams, kept, vocabulary].
+        """Run the model's own head on given states: [streams, kept, vocabulary].
 
-        What stands behind the base is different in every architecture, and is code in its
-        `forward`, not a module that could be called. So the whole model is called, on one token id
-        that nobody reads, and while it runs its base is a function that returns `output`, with the
-        states [streams, kept, hidden] as `last_hidden_state`. The head sees what it would have
-        seen, and does what it always does. That the base was asked, and that the logits have the
-        states' shape, is checked: a head that takes its input elsewhere would answer for the wrong
-        states.
+        The head differs between architectures, and is code in `forward`, not a module that could be
+        called. So the whole model is called, on one placeholder token id, while its base is
+        replaced by a function that returns `output`, with the states [streams, kept, hidden] as
+        `last_hidden_state`. The head then does what it always does. Two checks follow: that the
+        base was called, and that the logits have the states' shape. A head that takes its input
+        elsewhere would answer for the wrong states.
         """
         asked = []
 
@@ -195,10 +194,10 @@ class Head:
 
     @torch.inference_mode()
     def _gives_the_same(self, blocks: list[tuple[int, int]]) -> bool:
-        """Whether whatever follows the projection treats each logit alone.
+        """Return whether the code behind the projection treats each logit separately.
 
-        Four states, rows of the projection itself [1, 4, hidden], pass whole and in blocks; a
-        soft-cap gives the same, a normalisation over the vocabulary would not.
+        Four states, rows of the projection itself [1, 4, hidden], pass whole and in blocks. A
+        soft-cap gives equal results, a normalisation over the vocabulary does not.
         """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
@@ -214,7 +213,7 @@ class Head:
 def by_row(
     ends: Embeddings, name: str, formats: Sequence[str | None]
 ) -> AbstractContextManager[None]:
-    """Give the embedding or the head weights of their own for each row of a batch, until exit."""
+    """Give the embedding or the head its own weights for each row of a batch, until exit."""
     module = ends[name].module
     forward: Callable[[Tensor], Tensor] = module.forward
     rows_of = grouped(range(len(formats)), lambda row: formats[row])
@@ -233,7 +232,7 @@ def by_row(
 
 
 class _ReachedError(Exception):
-    """The first layer was called."""
+    """Raised when the first layer is called."""
 
 
 def first_states(
@@ -243,17 +242,17 @@ def first_states(
     formats: Sequence[str],
     inputs: dict[str, Any],
 ) -> list[Tensor]:
-    """Find what the first layer is given where the embedding has a format; no layer runs.
+    """Compute the input of the first layer for embeddings in formats; no layer runs.
 
     Args:
-        base: What runs the layers.
-        first: The first of them.
+        base: The module that runs the layers.
+        first: The first layer.
         ends: The embedding.
-        formats: Its formats.
-        inputs: What the base is called with.
+        formats: The formats of the embedding.
+        inputs: The arguments of the base.
 
     Returns:
-        For each format the states [rows, tokens, …].
+        The states [rows, tokens, …] for each format.
     """
     states: list[Tensor] = []
 

@@ -1,7 +1,7 @@
-"""The attention masks of a row: a token sees its ancestors, as far as its layer lets it.
+"""Attention masks of a row: a token sees its ancestors, within its layer's window.
 
-How far that is, each layer's window or chunk, is not read from the configuration: the model is
-given a plain text, and each layer's own mask is looked at as it arrives.
+A layer's window or chunk is not read from the configuration: the model gets a plain text, and the
+mask that arrives at each layer is examined.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class AttentionWindows:
 
     Attributes:
         tokens: The length of the text for which it was found.
-        first: For each layer the first position that each position sees [tokens], on the device
-            that masks are made on, the same tensor for layers that see alike; None where it sees
+        first: The first position that each position sees, for each layer [tokens], on the device
+            of the masks, the same tensor for layers with equal windows. None where a position sees
             all before it, or where the model gives the layer no such mask.
     """
 
@@ -44,9 +44,9 @@ def attention_windows(
 ) -> AttentionWindows:
     """Find the mask that a model gives to each of its layers for a plain text of some length.
 
-    The layers themselves do not run: each hands on the hidden state that it got, beside what else
-    it returned for two tokens, so that the model goes on. What arrives at a layer is its mask [1,
-    1, tokens, tokens], or nothing.
+    The layers themselves do not run: each passes on its hidden state, with the other outputs that
+    it returned for two tokens, so that the model goes on. A layer gets a mask [1, 1, tokens,
+    tokens], or none.
     """
     shapes: dict[int, Any] = {}
     seen: list[Any] = [None] * len(layers)
@@ -94,10 +94,11 @@ def mask_position(layer: nn.Module) -> int | None:
 
 
 def first_seen(mask: object, tokens: int) -> Tensor | None:
-    """Reduce a causal mask in which each token sees an unbroken stretch to where that begins.
+    """Reduce a causal mask with one contiguous range per token to the begin of each range.
 
     [1, 1, tokens, tokens] becomes [tokens]; None where every token sees all before it, or the layer
-    has no such mask. A mask that says more (a bias, a gap) is refused: its tree would be unknown.
+    has no such mask. Other masks (a bias, a gap) are refused: their equivalent for a tree is
+    unknown.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
@@ -117,18 +118,18 @@ def first_seen(mask: object, tokens: int) -> Tensor | None:
 class Masks:
     """The masks of one row, [1, 1, tokens, prefix + tokens], one for each kind of layer.
 
-    A row holds a tree of requests, flattened: node i is a token, and `row.ancestors[i, j]` says
-    that j stands on the way to i. In place of the model's triangle a layer gets a mask in which a
-    node sees the kept prefix and its ancestors, itself included, and nothing of its sisters: to a
-    node that is exactly the text it ends, at the positions of that text. A layer with a window or
+    A row holds a tree of requests, flattened: node i is a token, and `row.ancestors[i, j]` is True
+    if j is an ancestor of i. In place of the model's triangle, a layer gets a mask in which a node
+    sees the kept prefix and its ancestors, itself included, and no sibling. For the node, that is
+    exactly the text that ends with it, at the positions of that text. A layer with a window or
     chunks sees less of it. `AttentionWindows.first` is the position p from which a token at some
-    depth sees a plain text, so ancestors before p are hidden too: depth, not place in the row, is
-    what counts.
-    Masked entries are the lowest number of the dtype, as in transformers; of a boolean mask
-    attention would make such numbers in each layer. The same object goes to all layers with the
-    same `first`. It is made on the device, of two numbers a node.
+    depth sees a plain text, so ancestors before p are hidden too. Depth counts, not the index in
+    the row.
+    Masked entries are the lowest number of the dtype, as in transformers; from a boolean mask,
+    attention would compute such numbers in each layer. The same object goes to all layers with the
+    same `first`. It is built on the device, from two numbers per node.
 
-    `windows` must reach as far as the row is deep, and `row.spans` be there: a row without them
+    `windows` must cover the depth of the row, and `row.spans` must be set: a row without them
     needs no mask. `of_layer` holds the mask of each layer.
     """
 
@@ -151,7 +152,7 @@ class Masks:
     def put(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a layer's arguments with its mask in place of the one that the model made."""
+        """Return a layer's arguments with its mask in place of the model's own."""
         mask, position = self.of_layer[index], mask_position(layer)
         if position is not None and position < len(args):
             return (*args[:position], mask, *args[position + 1 :]), kwargs

@@ -1,7 +1,7 @@
 """A model taken apart: its layers, their parts, and facts that are computed once.
 
-With it are what ablations of a model may share, the side effects of calling it, and copies of it
-from which an ablation is really taken out.
+The module also defines which computations ablations may share, the side effects of calling a model,
+and really changed copies of it.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Sharing:
     """The parts of a computation that the ablations of a model share, exactly.
 
     Attributes:
-        depth: Layers below the removed one are computed once for all ablations.
-        tokens: Tokens that the requests of a row have in common are computed once.
-        prefix: What all documents begin with is computed once for all rows.
-        calls: Texts of one length share a call, of which only what predicts something passes the
-            head. Otherwise each request is a call of the model as it is, with all of its logits.
+        depth: Whether layers below the removed one are computed once for all ablations.
+        tokens: Whether common tokens of the requests of a row are computed once.
+        prefix: Whether the common beginning of all documents is computed once for all rows.
+        calls: Whether texts of one length share a call, of which only predicting tokens pass the
+            head. Otherwise each request is a call of the unchanged model, with all of its logits.
     """
 
     depth: bool = True
@@ -63,7 +63,7 @@ class Sharing:
     calls: bool = True
 
     def __str__(self) -> str:
-        """Name what is shared, as it stands in the ledger and on the page."""
+        """Return the names of what is shared, as the ledger and the page show them."""
         names = ("depth", "tokens", "prefix")
         return ", ".join(name for name in names if getattr(self, name)) or "nothing"
 
@@ -81,25 +81,25 @@ PLAIN = Sharing(depth=False, tokens=False, prefix=False)
 
 
 ONE_BY_ONE = Sharing(depth=False, tokens=False, prefix=False, calls=False)
-"""The truth itself."""
+"""No sharing at all: the reference."""
 
 
 ALONE = DEPTH_ONLY
-"""How one model by itself is scored: there is no second stream to share depth with."""
+"""The sharing for one model by itself: there is no second stream to share depth with."""
 
 
 @dataclass(frozen=True)
 class Quirks:
-    """Side effects of calling a model; the check finds them out.
+    """Side effects of calling a model, found by the self-check.
 
     Attributes:
-        lengths: Which calls it computes alike.
-        leftovers: What one call leaves changed for the next, as it was before.
-        first: What the first call changes for good, weights among it, as it was before.
-        stay: Whether a removed layer stays in its place and hands on its input, because the model
+        lengths: Lengths at which its computation changes.
+        leftovers: Original values of the attributes that one call leaves changed for the next.
+        first: Original values of what the first call changes for good, including weights.
+        stay: Whether a removed layer stays in place and passes on its input, because the model
             cannot be cut there.
-        loaded: Whether a copy without layers gets what its class computes when it is loaded, where
-            it can be; otherwise the layers stay in their places, if `stay` says so.
+        loaded: Whether a copy without layers gets the values that its class computes on loading, if
+            possible. Otherwise the layers stay in place, if `stay` says so.
     """
 
     lengths: Lengths = ANY_LENGTH
@@ -113,18 +113,18 @@ NO_HABITS = Quirks()
 
 
 ROW_MULTIPLE_ACCELERATOR = 8
-"""Rows of other sizes have their masks copied by the attention kernels, in each layer."""
+"""Multiple of nodes per row on accelerators: attention kernels copy other masks in each layer."""
 AT_ONCE = 2048
-"""Tokens of all streams that pass a layer at once on a CPU, a thread: intermediate results stay in
-the cache, and the system is not asked for a large buffer for each."""
+"""Tokens of all streams that pass a layer at once on a CPU, per thread: intermediate results stay
+in the cache, and no large buffers are requested from the system."""
 WINDOW_STEP = 256
 """Lengths of text for which attention windows are found are multiples of this."""
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Ask a model for texts [texts, tokens] in one call: logits [texts, tokens, vocabulary].
+    """Compute logits of texts [texts, tokens] in one call: [texts, tokens, vocabulary].
 
-    RefusalError if it returns something else.
+    Raises RefusalError if the model returns something else.
     """
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
@@ -134,12 +134,12 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def read(loaded: LoadedModel, tokens: Sequence[int]) -> Tensor:
-    """Ask a model for one text in a call of its own: logits [tokens, vocabulary]."""
+    """Compute the logits of one text in a call of its own: [tokens, vocabulary]."""
     return logits_of(loaded.model, torch.tensor([tokens], device=loaded.device))[0]
 
 
 def read_for(request: Request, max_length: int) -> tuple[int, ...]:
-    """The tokens that lm-eval lets a model read to score a request."""
+    """Return the tokens that lm-eval gives a model to read for a request."""
     return (request.context + request.continuation)[-(max_length + 1) :][:-1]
 
 
@@ -147,7 +147,7 @@ def read_for(request: Request, max_length: int) -> tuple[int, ...]:
 def scored(logits: Tensor, continuation: Sequence[int]) -> Response:
     """Score a continuation by the logits of the text that ends before its last token.
 
-    Log-likelihood in nats, greedy flag and hits, as lm-eval computes them.
+    Log-likelihood in nats, greedy flag and hits are computed as in lm-eval.
     """
     logits = logits[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logits.device)
@@ -163,7 +163,7 @@ class ModelFacts:
     Attributes:
         windows: The attention windows of its layers.
         kept_bytes: Bytes of the keys and values of one token in one attention.
-        parts: The parts of its layers that were needed so far; see `LayerAnatomy`.
+        parts: The parts of its layers found so far; see `LayerAnatomy`.
         weights: Weights of its layers in formats.
         ends: Its embedding and output head, with weights in formats.
     """
@@ -177,16 +177,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class EngineModel:
-    """A model that layers are removed from, taken apart as a plan needs it.
+    """A model with its layers accessible, for ablations by a plan.
 
     Attributes:
         loaded: The model.
-        max_length: Tokens that it reads at most, as lm-eval determines it.
+        max_length: Maximum number of tokens that it reads, as lm-eval determines it.
         quirks: Side effects of a call of the model.
-        memory: Bytes that hidden states and kept prefixes may take; None = half of what is free on
-            the fullest device.
+        memory: Bytes that hidden states and kept prefixes may take; None = half of the free memory
+            of the fullest device.
         at_once: Tokens of all streams that pass a layer at once on a CPU; None = by its threads.
-        row_multiple: A multiple of so many nodes is scored, see `Row.padded`; None = by the device.
+        row_multiple: Multiple to which the nodes of a row are padded, see `Row.padded`; None = by
+            the device.
         replacements: Replacements of layers, by layer.
         facts: Facts about the model, shared by all engines of it.
     """
@@ -202,16 +203,16 @@ class EngineModel:
 
     @property
     def class_name(self) -> str:
-        """The name of the model's class, as it stands in messages."""
+        """The name of the model's class, for messages."""
         return type(self.loaded.model).__name__
 
     def put_back(self) -> None:
-        """Undo what the last call left behind, so that no call depends on the one before."""
+        """Undo the side effects of the last call, so that calls do not depend on each other."""
         if self.quirks.leftovers:
             put_back(self.loaded.model, self.quirks.leftovers)
 
     def left(self, ablation: Ablation) -> list[int]:
-        """List which layers a copy has, in order; a repeated one twice."""
+        """List the layers of a copy under an ablation, in order; a repeated one twice."""
         return left(len(self.loaded.layers), ablation.removed(), ablation.repeated)
 
     def read(self, tokens: Sequence[int]) -> Tensor:
@@ -227,11 +228,11 @@ class EngineModel:
 
     @cached_property
     def budget(self) -> int:
-        """Bytes that hidden states and kept prefixes may take."""
+        """The bytes that hidden states and kept prefixes may take."""
         return self.memory or least_free(self.loaded.model, self.loaded.device) // 2
 
     def streams(self, tokens: int) -> int:
-        """Count the streams of so many tokens each that fit into the budget."""
+        """Return how many streams of so many tokens each fit into the budget."""
         return self.budget // (tokens * stream_bytes(self.loaded.model))
 
     def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
@@ -240,7 +241,7 @@ class EngineModel:
         return plan_streams(ablations, len(self.loaded.layers), tied, self._is_divided(ablations))
 
     def anatomy_for(self, plan: StreamPlan) -> LayerAnatomy:
-        """Return the parts of the layers, in which those that a plan takes apart are found."""
+        """Return the anatomy of the layers, with the parts found that a plan takes apart."""
         anatomy, components = self.anatomy, {c for step in plan.steps for c in step.components}
         kinds = [KIND_OF[component] for component in NUMBERED if component in components]
         if "shared_expert" in components:
@@ -253,20 +254,20 @@ class EngineModel:
 
     @property
     def tokens_at_once(self) -> int | None:
-        """Tokens of all streams that pass a layer at once; None for all, as on accelerators."""
+        """The tokens of all streams that pass a layer at once; None = all, as on accelerators."""
         if self.loaded.device.type != "cpu" or self.loaded.offloaded is not None:
             return None
         return self.at_once or AT_ONCE * torch.get_num_threads()
 
     @property
     def row_size_multiple(self) -> int:
-        """A multiple of so many nodes is scored; see `Row.padded`."""
+        """The multiple to which the nodes of a row are padded; see `Row.padded`."""
         usual = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
         return self.row_multiple or usual
 
     @cached_property
     def placed_replacements(self) -> Mapping[int, Replacement]:
-        """Replacements of layers on the devices of these, moved once.
+        """The replacements of layers, each moved once to the device of its layer.
 
         With offloaded weights they stay on the host: the device has room for layers alone.
         """
@@ -280,10 +281,10 @@ class EngineModel:
         return placed
 
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
-        """Run the head that each of a plan's ablations has: [ablations, kept, vocabulary].
+        """Run the head of each of a plan's ablations: [ablations, kept, vocabulary].
 
-        `output` is what the base returned, `states` [ablations, kept, hidden] are the ablations'
-        own. All logits are there at once.
+        `output` is the output of the base, `states` [ablations, kept, hidden] are the ablations'
+        own. All logits are in memory at once.
         """
         if not plan.has_ends:
             return self.head.logits(output, states)
@@ -301,7 +302,7 @@ class EngineModel:
             reach = min(-(-tokens // WINDOW_STEP) * WINDOW_STEP, max(self.max_length, tokens))
             self.put_back()
             facts.windows = attention_windows(self.head.base, loaded.layers, reach, loaded.device)
-            # It is needed in the middle of a call, which must begin as every other.
+            # Windows are needed in the middle of a call, which must begin like every other.
             self.put_back()
         return facts.windows
 
@@ -319,14 +320,14 @@ class EngineModel:
         """The parts of its layers."""
         facts, loaded = self.facts, self.loaded
         facts.weights = facts.weights or RoundedWeights(self.cached_weights)
-        # Not kept: it holds this engine, whose quirks a call of the model must heed.
+        # Not cached: it holds this engine, whose quirks apply to every call of the model.
         return LayerAnatomy(
             loaded.model, loaded.layers, loaded.device, self._alone, facts.parts, facts.weights
         )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Provide a context in which a call of the model leaves no trace in later passes."""
+        """Provide a context in which a call of the model does not affect later passes."""
         self.put_back()
         with nullcontext() if self.loaded.offloaded is None else self.loaded.offloaded.alone():
             yield
@@ -340,7 +341,7 @@ class EngineModel:
 
     @property
     def ends(self) -> Embeddings:
-        """The embedding and the head; in formats each is large, and each row wants all of them."""
+        """The embedding and the head; their formats are large, and each row needs all of them."""
         facts = self.facts
         if facts.ends is None:
             facts.ends = find_embeddings(self.loaded.model, self.budget // 2)
@@ -348,14 +349,14 @@ class EngineModel:
 
     @property
     def cached_weights(self) -> int:
-        """Bytes that weights in formats may take while no layer has them."""
+        """The bytes that cached weights in formats may take while no layer uses them."""
         return self.budget // 8
 
 
 def changed_copy(model: EngineModel, ablation: Ablation, briefly: bool = False) -> LoadedModel:
-    """Copy a model and really change the copy, as an ablation says.
+    """Copy a model and really apply an ablation to the copy.
 
-    The copy shares the weights; sublayers stay where they are and add nothing.
+    The copy shares the weights; removed sublayers stay in place and add nothing.
 
     Args:
         model: The model.
@@ -364,6 +365,7 @@ def changed_copy(model: EngineModel, ablation: Ablation, briefly: bool = False) 
             more of their weights than fit, and a layer has them while it is called.
 
     Returns:
+        The copy.
         The copy.
     """
     model.put_back()
@@ -382,7 +384,7 @@ def changed_copy(model: EngineModel, ablation: Ablation, briefly: bool = False) 
     if quirks.loaded:
         try:
             as_loaded(loaded.model, copied, model.left(ablation))
-        except ModelError:  # of such layers there is no checkpoint
+        except ModelError:  # no checkpoint can hold such layers
             copied = make(stay=quirks.stay)
     round_embeddings(copied, ablation.ends)
     return replace(loaded, model=copied, layers=find_layers(copied))
@@ -391,9 +393,9 @@ def changed_copy(model: EngineModel, ablation: Ablation, briefly: bool = False) 
 def _changes(
     model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
 ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-    """List the changes of layers that an ablation neither removes nor repeats.
+    """Yield the changes of layers that an ablation neither removes nor repeats.
 
-    With each layer comes the function that changes a copy of it: its weights, or its output.
+    Each layer comes with the function that changes the weights or the output of a copy of it.
     `cache` is as for `round_layer`.
     """
     for change in ablation.replaced:
@@ -405,9 +407,9 @@ def _changes(
 
 
 def stream_bytes(model: PreTrainedModel) -> int:
-    """Estimate how many bytes one token of one stream takes at most, inside a layer.
+    """Estimate the maximum bytes of one token of one stream inside a layer.
 
-    A mixture holds a token once for each expert that it goes to: before, inside and behind it.
+    A mixture holds a token once for each of its experts: before, inside and behind the expert.
     """
     config = model.config.get_text_config()
 

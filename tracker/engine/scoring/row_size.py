@@ -1,4 +1,4 @@
-"""How large a row is fastest, which the processor and the dtype decide: found by trying."""
+"""Find the fastest size of a row by timing; it depends on the processor and the dtype."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tracker.engine.scoring.model import FULL
 from tracker.engine.scoring.sweep import ROW_TOKENS, ROW_TOKENS_ACCELERATOR, Engine
 
 SIZES = (ROW_TOKENS, 2 * ROW_TOKENS, 4 * ROW_TOKENS)
-"""Nodes of a row that are tried on a CPU, the default first."""
+"""Sizes in nodes that are timed on a CPU, the default first."""
 ACCELERATOR_SIZES = (ROW_TOKENS_ACCELERATOR, 512, 2048, 4096, 8192)
-"""The same on an accelerator."""
+"""Sizes in nodes that are timed on an accelerator, the default first."""
 SLOW = 5.0
-"""Seconds of a size's rows on an accelerator from which on the default is taken untried."""
+"""Seconds per size on an accelerator above which the default is used without timing."""
 WORTH = 0.93
-"""Below this share of the default's seconds another size is taken; what is nearer may be noise."""
+"""Share of the default's seconds below which another size is chosen; smaller gains may be noise."""
 LAYERS = 5
-"""Layers that the rows pass, under every set of them: up to 16 streams, as in a sweep."""
+"""Layers that the rows pass, under every subset of them: up to 16 streams, as in a sweep."""
 TOKENS = 64
-"""Nodes of a made-up document."""
+"""Nodes of a generated document."""
 TURNS = 2
 WIDE = 2048
-"""From this width on a row of the default size is a large matrix already."""
+"""Width from which a row of the default size is already a large matrix."""
 
 
 def matters(engine: Engine) -> bool:
-    """Return whether other sizes are worth trying.
+    """Return whether other sizes are worth timing.
 
-    They are on an accelerator; on a CPU for half precision, of models that are not too wide.
+    They are on an accelerator, and on a CPU in half precision for models that are not too wide.
     """
     loaded = engine.loaded
     if loaded.offloaded is not None or engine.row_tokens is not None:
@@ -45,20 +45,20 @@ def matters(engine: Engine) -> bool:
 
 
 def sizes(engine: Engine) -> tuple[int, ...]:
-    """Return the sizes to try where an engine's model is, the default first."""
+    """Return the sizes to time on the device of an engine's model, the default first."""
     return SIZES if engine.loaded.device.type == "cpu" else ACCELERATOR_SIZES
 
 
 def fastest(engine: Engine) -> int:
-    """Time rows of each size by turns, on a copy of the model's first layers.
+    """Find the fastest row size by timing each on a copy of the model's first layers.
 
     Args:
-        engine: The engine, with full sharing; its model is left as it is.
+        engine: The engine, with full sharing; its model is not changed.
 
     Returns:
-        One of `sizes`; the default where the model cannot take such rows.
+        One of `sizes`; the default if the model cannot take such rows.
     """
-    seconds, _ = tried(lambda: time_sizes(engine))  # why it cannot, the check says
+    seconds, _ = tried(lambda: time_sizes(engine))  # the self-check reports why it cannot
     return sizes(engine)[0] if seconds is None else chosen(seconds)
 
 
@@ -84,7 +84,7 @@ def time_sizes(engine: Engine) -> dict[int, float]:
 
 
 def chosen(seconds: Mapping[int, float]) -> int:
-    """Choose the size that is clearly faster than the first one, the default, or that one."""
+    """Return the size that is clearly faster than the first one, the default, or the default."""
     default, best = next(iter(seconds)), min(seconds, key=lambda size: seconds[size])
     return best if seconds[best] < WORTH * seconds[default] else default
 
@@ -92,14 +92,14 @@ def chosen(seconds: Mapping[int, float]) -> int:
 def make_documents(
     engine: Engine, count: int, tokens: int, longest: int = 1, beginning: int = 0
 ) -> list[Document]:
-    """Make up questions with four answers each.
+    """Generate questions with four answers each.
 
     Args:
         engine: The engine; the questions have tokens of its model's vocabulary.
-        count: How many documents.
+        count: Number of documents.
         tokens: Tokens of each document, of which one is left for an answer.
         longest: Tokens of the longest answer; the shortest has one.
-        beginning: Tokens with which all contexts begin.
+        beginning: Number of tokens at the beginning that all contexts share.
 
     Returns:
         The documents; the same ones each time.

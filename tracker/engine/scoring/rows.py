@@ -1,7 +1,7 @@
-"""Sharing over tokens: requests packed into rows, each scored in one forward pass.
+"""Pack requests into rows that share tokens; each row is scored in one forward pass.
 
-A row is either a prefix tree (one node a distinct token, position = depth, a node sees its
-ancestors), or a batch of sequences of equal length for models that cannot take such a mask.
+A row is a prefix tree: one node per distinct token, position = depth, a node sees its ancestors.
+For models that cannot take such a mask, it is a batch of sequences of equal length.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tracker.models.devices import send, split
 
 
 def alike(text: Sequence[int], other: Sequence[int]) -> int:
-    """Count the tokens that two texts begin with alike."""
+    """Count the tokens that two texts share at the beginning."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((number for number, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 class Tree:
-    """A prefix tree under construction; node i's parent is before i."""
+    """A prefix tree under construction; a node's parent always has a smaller number."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -38,7 +38,7 @@ class Tree:
         self._children: dict[tuple[int, int], int] = {}
 
     def insert(self, path: Sequence[int]) -> list[int]:
-        """Add a sequence; returns its nodes."""
+        """Add a sequence and return its nodes."""
         nodes = []
         parent = -1
         for depth, token in enumerate(path):
@@ -66,9 +66,10 @@ class Tree:
         """Number the nodes branch by branch: the span of each node and its descendants.
 
         Returns:
-            Where each node's span begins, with its own number, and where it ends [2, tokens].
+            The first node of each node's span, in depth-first order, and the end of the span [2,
+            tokens].
         """
-        # The last entry is that of what is above all roots, whose parent is -1.
+        # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
         sizes, ends, starts = [1] * (nodes + 1), [0] * (nodes + 1), []
         for node in reversed(range(nodes)):
@@ -82,23 +83,24 @@ class Tree:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Which forward passes a model computes alike, by how many tokens of a text they reach.
+    """Lengths of a text at which a model's computation changes.
 
     Some rotary embeddings choose their factors by the last position of the whole pass. Requests
-    share a pass, and a beginning that was read before, only where that makes no difference.
+    share a pass, or a beginning that was read before, only if that makes no difference.
 
     Attributes:
         thresholds: Lengths at which something changes.
-        each: Whether beyond the first of them every length differs from every other.
+        each: Whether every length beyond the first threshold differs from every other.
     """
 
     thresholds: tuple[int, ...] = ()
     each: bool = False
 
     def side(self, tokens: int) -> int:
-        """Say on which side of the thresholds so many tokens are; equal sides are computed alike.
+        """Return the interval between thresholds of a length; equal values are computed alike.
 
-        A length that is a threshold is a side of its own, since models differ in where it belongs.
+        A length that is a threshold is an interval of its own, since models differ in where it
+        belongs.
         """
         if self.each and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -110,22 +112,22 @@ ANY_LENGTH = Lengths()
 
 @dataclass(frozen=True)
 class Row:
-    """Some requests, ready for one forward pass. N = rows × tokens.
+    """Requests that are ready for one forward pass. N = rows × tokens.
 
     Attributes:
-        prefix: Tokens before the row that every request begins with and that were read apart.
+        prefix: Number of tokens of the common beginning, which is read before the row.
         input_ids: Token ids [rows, tokens].
         positions: Position of each token, the prefix counted [1, tokens].
-        spans: Of each node where its span begins and ends, as `Tree.spans` numbers them [2,
-            tokens]; None for plain causal sequences.
-        keep: Flat indices into N where something is predicted [kept].
-        predictor: For every predicted token, the index into `keep` that predicts it [predicted].
-        predicted: Those tokens' ids [predicted].
-        owner: For every predicted token, the index into `requests` [predicted].
+        spans: Begin and end of each node's span, as `Tree.spans` numbers them [2, tokens]; None for
+            plain causal sequences.
+        keep: Flat indices into N of the tokens that predict something [kept].
+        predictor: The index into `keep` that predicts each predicted token [predicted].
+        predicted: Ids of the predicted tokens [predicted].
+        owner: The index into `requests` of each predicted token [predicted].
         requests: (document, request) of each request, as indices into the packed documents.
-        gold: On which nodes the proxies of which document are measured, the prefix apart:
-            (document, flat indices into N); all rows together hold each token of a document once.
-        length: Tokens of its longest text, the prefix counted.
+        gold: (document, flat indices into N) of the nodes on which a document's proxies are
+            measured, without the prefix; all rows together hold each token of a document once.
+        length: Tokens of the longest text, the prefix counted.
     """
 
     prefix: int
@@ -142,12 +144,12 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model reads."""
+        """The number of tokens that the model reads."""
         return self.input_ids.numel()
 
     @property
     def ancestors(self) -> Tensor | None:
-        """Compute which node sees which: those whose span it is in [tokens, tokens], bool."""
+        """The visibility of nodes: each sees those in whose span it is [tokens, tokens], bool."""
         if self.spans is None:
             return None
         starts, ends = self.spans
@@ -155,9 +157,9 @@ class Row:
         return seen
 
     def padded(self, multiple: int) -> Row:
-        """Add nodes to a tree, so that it and its prefix have a multiple of so many.
+        """Return the row with nodes added to its tree, up to a multiple with its prefix.
 
-        Each sees the prefix and itself, and nothing of it is read.
+        An added node sees the prefix and itself, and its output is not used.
         """
         missing = -(self.prefix + self.tokens) % multiple
         if self.spans is None or not missing:
@@ -171,7 +173,7 @@ class Row:
         )
 
     def on(self, device: torch.device) -> Row:
-        """Copy what a device reads of the row to it, all at once; `gold` stays on the host."""
+        """Copy the tensors that a device needs to it, all at once; `gold` stays on the host."""
         if self.input_ids.device.type == device.type:
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -181,7 +183,7 @@ class Row:
         return replace(self, **placed)
 
     def renumbered(self, documents: Sequence[int]) -> Row:
-        """Give each packed document another number."""
+        """Return the row with other numbers for the packed documents."""
         return replace(
             self,
             requests=[(documents[number], request) for number, request in self.requests],
@@ -211,17 +213,17 @@ class _Sequence:
 
     @property
     def context(self) -> int:
-        """How many tokens come before the first one that predicts."""
+        """The number of tokens before the first one that predicts."""
         return len(self.tokens) - self.scored - 1
 
 
 def _request(
     number: int, index: int, document: Document, max_length: int, lengths: Lengths
 ) -> list[_Sequence]:
-    """Cut a request to the model's length exactly as lm-eval does: from the left.
+    """Truncate a request to the model's length from the left, exactly as lm-eval does.
 
-    The proxies want the last token read too. Where that one token more changes the others, the
-    proxies are measured in a pass of their own.
+    The proxies also need the last token read. Where one more token changes the others, the
+    proxies are measured in a separate pass.
     """
     request = document.requests[index]
     scored = len(request.continuation)
@@ -261,7 +263,7 @@ def _sequences(
 
 
 def _by_side(sequences: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
-    """Keep apart what must not share a pass; within a side, document by document."""
+    """Separate the sequences that must not share a pass; within a side, keep documents together."""
     sides: dict[int, list[list[_Sequence]]] = {}
     for each in sequences:
         for side, some in grouped(each, attrgetter("side")).items():
@@ -278,19 +280,19 @@ def tree_rows(
 ) -> Iterator[Row]:
     """Pack whole documents into prefix trees.
 
-    A request is a path from the root, a node a token; requests that begin alike share the nodes of
-    what they begin with, so a context is read once for all its answers. A tree is one sequence to
-    the model, [1, nodes], whose positions are the depths and whose mask shows each node its
-    ancestors (`Masks`): to every path it is as if that text stood there alone.
+    A request is a path from the root, a node is a token. Requests with a common beginning share its
+    nodes, so a context is read once for all its answers. A tree is one sequence to the model, [1,
+    nodes], whose positions are the depths and whose mask shows each node its ancestors (`Masks`):
+    each path is computed as if its text were alone.
 
     Args:
-        documents: What to score.
-        max_length: Tokens that the model reads at most; longer requests lose their beginning, as
-            in lm-eval.
+        documents: The documents to score.
+        max_length: Maximum number of tokens that the model reads; longer requests lose their
+            beginning, as in lm-eval.
         row_tokens: Nodes of a tree; a single larger document still makes one row.
-        prefix: How many tokens of the common beginning are read apart; rows to which that makes a
-            difference hold it themselves.
-        lengths: What may share a row.
+        prefix: Number of tokens of the common beginning that are read separately; rows for which
+            this makes a difference contain them.
+        lengths: Lengths that decide which requests may share a row.
 
     Yields:
         Rows that hold every request of every document exactly once.
@@ -298,7 +300,7 @@ def tree_rows(
     for together in _by_side(_sequences(documents, max_length, lengths)):
         begun = prefix if lengths.side(prefix) == together[0][0].side else 0
         tree, packed = Tree(), list[_Sequence]()
-        # In order of their tokens, documents that begin alike come into the same row.
+        # Sorted by their tokens, documents with a common beginning come into the same row.
         for sequences in sorted(together, key=lambda each: each[0].tokens):
             paths = [sequence.path[begun:] for sequence in sequences]
             added = tree.added_by(paths)
@@ -312,7 +314,7 @@ def tree_rows(
 
 
 def tree_size(document: Document, max_length: int) -> int:
-    """Count the nodes of the row that `tree_rows` makes of a document alone."""
+    """Count the nodes of the row that `tree_rows` makes of a single document."""
     tree = Tree()
     for sequence in _sequences([document], max_length, ANY_LENGTH)[0]:
         tree.insert(sequence.path)
@@ -320,14 +322,14 @@ def tree_size(document: Document, max_length: int) -> int:
 
 
 def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[int, ...]:
-    """Find the tokens with which all requests begin, up to what predicts something.
+    """Find the tokens with which all requests begin, before the first predicting token.
 
     `max_length` is as in `tree_rows`.
     """
     sequences = list(chain.from_iterable(_sequences(documents, max_length, ANY_LENGTH)))
     if not sequences:
         return ()
-    # The first and last in order differ earliest.
+    # The first and the last in sorted order differ earliest.
     first, last = (end(s.path for s in sequences) for end in (min, max))
     return first[: min(alike(first, last), *(s.context for s in sequences))]
 
@@ -336,12 +338,12 @@ def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[
     """List the texts on which the proxies of a document are measured, as `Row.gold` holds them.
 
     Args:
-        document: What the model is asked.
-        max_length: As in `tree_rows`.
+        document: The document.
+        max_length: Maximum number of tokens that the model reads, as in `tree_rows`.
 
     Yields:
-        The tokens that are read: context and gold continuation, or a window of a rolling text; and
-        from which of them on they are measured.
+        The tokens to read (context and gold continuation, or a window of a rolling text), and the
+        index of the first measured token.
     """
     for index in range(len(document.requests)):
         for sequence in _request(0, index, document, max_length, ANY_LENGTH):
@@ -350,7 +352,7 @@ def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[
 
 
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
-    """Make the row that only reads: a common beginning, or a prompt behind `prefix` tokens."""
+    """Build a row without requests: a common beginning, or a prompt behind `prefix` tokens."""
     tree = Tree()
     tree.insert(tokens)
     return _tree_row(tree, [], prefix)
@@ -367,14 +369,14 @@ def flat_rows(
 ) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows [rows, length] that need no mask.
 
-    A sequence with which another begins is read with it, as lm-eval does for one-token answers: a
-    causal model says of the shorter one what it says on the way through the longer.
+    A sequence that is the beginning of another is read with it, as lm-eval does for one-token
+    answers: a causal model computes the same for it within the longer one.
 
     Args:
-        documents: What to score.
-        max_length: As in `tree_rows`.
+        documents: The documents to score.
+        max_length: Maximum number of tokens that the model reads, as in `tree_rows`.
         row_tokens: Tokens of a row; a single longer sequence still makes one row.
-        lengths: What may share a row.
+        lengths: Lengths that decide which requests may share a row.
 
     Yields:
         Rows that hold every request of every document exactly once.
@@ -382,8 +384,8 @@ def flat_rows(
     for together in _by_side(_sequences(documents, max_length, lengths)):
         by_path: dict[tuple[int, ...], list[_Sequence]] = {}
         longest: tuple[int, ...] = ()
-        # Backwards in order, a sequence that begins another one comes after it and is read with
-        # it.
+        # In reverse order, a sequence that is the beginning of another comes after it and is read
+        # with it.
         sequences = chain.from_iterable(together)
         for sequence in sorted(sequences, key=attrgetter("path"), reverse=True):
             if longest[: len(sequence.path)] != sequence.path:
@@ -407,7 +409,7 @@ def _row(
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
-    """Note where each request's continuation is predicted."""
+    """Build a row with the indices at which each request's continuation is predicted."""
     places: dict[int, int] = {}
     predictor, predicted, owner = [], [], []
     scored = [(s, path) for s, path in zip(sequences, nodes, strict=True) if s.scored]

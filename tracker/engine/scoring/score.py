@@ -1,9 +1,9 @@
-"""Score one row: the model's own forward pass, its own head, lm-eval's log-likelihoods.
+"""Score one row with the model's own forward pass and head: lm-eval's log-likelihoods.
 
 The common beginning of many documents (few-shot examples) is read once by every stream. Its keys
 and values are kept, layer by layer, for just the streams that pass the layer's attention; each row
-then attends to them. Experts to which no token of a row goes change nothing: without them the row
-is what it was.
+then attends to them. Experts that get no token of a row do not affect it, so ablations of them are
+not computed for it.
 """
 
 from __future__ import annotations
@@ -35,25 +35,24 @@ from tracker.models.hooks import state_of
 from tracker.models.parts.experts import Experts, routed
 
 SHORTEST = 48
-"""Tokens from which a common beginning is read apart: below, repeating it in every row is cheap."""
+"""Tokens from which a common beginning is read separately; repeating a shorter one is cheap."""
 MARGIN = 64
-"""Tokens by which a buffer is larger than it must be."""
+"""Number of spare tokens in a new buffer."""
 REUSED_SHARE = 0.9
-"""Share of a new beginning from which one that was read already serves it."""
+"""Share of a new beginning from which a beginning that was already read serves it."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [streams, heads, tokens, size] in a buffer with room to grow.
 
-    A buffer that is too short is replaced by one with `MARGIN` tokens to spare, so that a token
-    that is appended while a text is generated is written in its place and nothing else is copied.
-    What `update` returns is the front of the buffer, `[:, :, :tokens]`, a view.
+    A buffer that is too short is replaced by one with `MARGIN` spare tokens. So a token that is
+    appended while a text is generated is written in place and nothing else is copied. `update`
+    returns the front of the buffer, `[:, :, :tokens]`, a view.
 
-    A beginning that is `kept` stands still: what a row adds is forgotten with the next row. A row's
-    `update` writes its keys [streams, heads, row, size] behind the beginning's and gets both, and
-    the next row writes over them, as if the row had never been. No row sees another one, because
-    what `update` returns ends with the row's own last token; and no row copies the beginning,
-    unless it needs a longer buffer.
+    With `kept`, the beginning stays and the tokens of a row are overwritten by the next row. A
+    row's `update` writes its keys [streams, heads, row, size] behind the beginning's and returns
+    both. No row sees another one, because the returned view ends with the row's own last token.
+    No row copies the beginning, unless it needs a longer buffer.
     """
 
     kept = False
@@ -80,7 +79,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
-        """Return how many tokens are held."""
+        """Return the number of tokens in the buffer."""
         return self.tokens
 
     def _wider(self, held: Tensor, tokens: int) -> Tensor:
@@ -94,12 +93,12 @@ class Prefix:
     """A common beginning that was read.
 
     Attributes:
-        plan: For which streams it was read.
-        tokens: Its token ids; of as many as there were when it was read, or the first of them.
+        plan: The plan of the streams that read it.
+        tokens: Its token ids: all that were read, or the first of them.
         cache: Its keys and values, as the model's base takes them. A layer holds [computed
             attentions, heads, tokens, size]: only streams that pass its attention, in the plan's
-            order, so that a row under the same plan meets its own.
-        proxies: Of each of its tokens [`OBSERVED`, tokens, layers].
+            order, so that a row under the same plan finds its own.
+        proxies: Observed figures of each of its tokens [`OBSERVED`, tokens, layers].
     """
 
     plan: StreamPlan
@@ -112,11 +111,11 @@ class Prefix:
         self._keep(self._read)
 
     def cut_to(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Shorten it to what it shares with another beginning, and say whether that was worth it.
+        """Shorten the prefix to what it shares with another beginning; return whether it serves it.
 
-        It is where nearly all of the other beginning is shared; if not, nothing is changed. Keys
-        and values of the remaining tokens depend on none that is cut off, since the model is
-        causal, and on how many there were only where `lengths` says so.
+        It does if nearly all of the other beginning is shared; otherwise nothing is changed. Keys
+        and values of the remaining tokens do not depend on those cut off, since the model is
+        causal. They depend on the number of tokens only where `lengths` says so.
         """
         shared = alike(self.tokens, beginning)
         if shared < max(SHORTEST, REUSED_SHARE * len(beginning)):
@@ -127,7 +126,7 @@ class Prefix:
         return True
 
     def begins(self, prompt: Sequence[int]) -> bool:
-        """Check whether a prompt begins with it, and goes on."""
+        """Check whether a prompt begins with the prefix and is longer."""
         length = len(self.tokens)
         return length < len(prompt) and tuple(prompt[:length]) == self.tokens
 
@@ -139,34 +138,35 @@ class Prefix:
 
 
 def new_cache() -> Cache:
-    """Make an empty cache that holds whole texts, also for layers with a sliding window.
+    """Create an empty cache that holds whole texts, also for layers with a sliding window.
 
-    How far a layer sees is the masks' affair: a cache that drops what lies before the window of the
-    last token would drop what nodes on other branches of the tree still see.
+    The masks limit how far a layer sees. A cache that drops tokens before the window of the last
+    token would drop tokens that nodes on other branches of the tree still see.
     """
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def cache_argument(base: PreTrainedModel) -> str | None:
-    """Name the argument by which a model's base takes a cache of keys and values; None without."""
+    """Return the name of the argument of a model's base for keys and values; None without one."""
     names = inspect.signature(base.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 OBSERVED_SIZE = 2**22
-"""Numbers in the states of layers that are observed together on an accelerator: it takes as many
-launches for several layers as for one."""
+"""Size of the states of layers that are observed together on an accelerator: several layers take
+as many launches as one."""
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """What one row says.
+    """The scores of one row.
 
     Attributes:
-        loglikelihoods: Summed log-probability of each continuation [answers, requests], nats: of
-            each stream, or of each head that it passes (`StreamPlan.passing`).
-        hits: How many of its tokens are the most likely ones [answers, requests].
-        proxies: What is observed of the layers, summed over the measured tokens of each of the
+        loglikelihoods: Summed log-probability of each continuation in nats [answers, requests].
+            There is one answer for each stream, or for each head that it passes
+            (`StreamPlan.passing`).
+        hits: Number of its tokens that are the most likely ones [answers, requests].
+        proxies: Observed figures of the layers, summed over the measured tokens of each of the
             row's gold paths [gold paths, `OBSERVED`, layers].
     """
 
@@ -179,15 +179,15 @@ class RowScores:
 def launch_row(
     model: EngineModel, plan: StreamPlan, row: Row, prefix: Prefix | None = None
 ) -> Callable[[], RowScores]:
-    """Begin to score a row for every stream of a plan; return what waits for the scores.
+    """Launch the scoring of a row for every stream; return a function that waits for the scores.
 
-    On an accelerator the next row may be launched before that. Scores come to the CPU in one copy.
+    On an accelerator the next row may be launched before the call. Scores come to the CPU in one
+    copy.
 
-    The base leaves [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
-    hidden], of which only the `kept` places predict something and pass the heads. Of each place the
-    log-probability of each token that is predicted there is taken, [streams, predicted], and added
-    up by the request that it belongs to, [streams, requests]: in a tree one place may predict for
-    many requests, and is computed once.
+    The base returns [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
+    hidden], of which only the `kept` positions predict something and pass the heads. The
+    log-probabilities of the predicted tokens, [streams, predicted], are summed by request,
+    [streams, requests]. In a tree one position may predict for many requests, and is computed once.
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """
@@ -204,8 +204,8 @@ def launch_row(
     def read() -> RowScores:
         logprobs, greedy, seen = split(fetched(), shapes)
         none, owner = torch.zeros(plan.answers, len(row.requests)), host.owner[: logprobs.shape[1]]
-        # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval;
-        # on the host, since an accelerator adds in any order.
+        # Summed in float32 and rounded once, like the sum of a half-precision tensor in lm-eval;
+        # on the host, since the order of summation on an accelerator varies.
         totals = none.index_add(1, owner, logprobs.float()).to(dtype)
         hits = none.index_add(1, owner, greedy.float())
         sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
@@ -248,13 +248,13 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
 
     Args:
         model: The model.
-        plan: Which streams there are.
-        row: What to read.
-        cache: Keys and values that the row continues and is added to; None for none.
+        plan: The plan of the streams.
+        row: The row to read.
+        cache: Keys and values that the row continues and is added to; None for no cache.
 
     Returns:
-        What the base returned, with the states of all streams [streams × rows, tokens, hidden],
-        and what is observed of each of the N tokens [`OBSERVED`, N, layers]; both on the device.
+        The output of the base, with the states of all streams [streams × rows, tokens, hidden], and
+        the observed figures of each of the N tokens [`OBSERVED`, N, layers]; both on the device.
     """
     layers, device, base = model.loaded.layers, model.loaded.device, model.head.base
     row, anatomy = row.on(device), model.anatomy_for(plan)
@@ -266,12 +266,12 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
             raise RefusalError(
                 f"its layers pass on {tuple(before.shape)}, and not [texts, tokens, width]"
             )
-        # Some models carry several residual streams side by side: together they are the state.
+        # Some models have several parallel residual streams: together they are the state.
         before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
         if waiting and waiting[0][0].device != before.device:
             compute()
         is_last = device.type == "cpu" or (len(waiting) + 2) * before.numel() > OBSERVED_SIZE
-        # Views would keep the states of all streams.
+        # Views would keep the states of all streams in memory.
         waiting.append((before, after) if is_last else (before.clone(), after.clone()))
         if is_last:
             compute()
@@ -294,7 +294,7 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
         cached["position_ids"] = row.positions
         masks = Masks(row, model.windows(row.length), model.loaded.model.dtype, device)
         if cache is None and ARGUMENT in taken:
-            # Without one transformers looks for texts in the positions, and waits for the device.
+            # Without it, transformers looks for texts in the positions, and waits for the device.
             cached[ARGUMENT] = masks.of_layer[0]
     inputs = {"input_ids": row.input_ids, "use_cache": name is not None, **cached}
     others = [form for form in plan.starts if form is not None]
@@ -327,12 +327,12 @@ def kept_bytes(model: EngineModel) -> int:
 
 
 MIN_EXPERT_ABLATIONS = 8
-"""Ablations of experts from which one more pass is worth it."""
+"""Number of ablations of experts from which one more pass is worthwhile."""
 _Gone = tuple[Change, ...]
 
 
 def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """List the ablations that take out experts and nothing else."""
+    """List the ablations that remove experts and nothing else."""
     return [
         ablation
         for ablation in ablations
@@ -342,15 +342,15 @@ def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
 
 @torch.inference_mode()
 def idle(model: EngineModel, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]:
-    """Find out which ablations leave a row as the intact model reads it.
+    """Find the ablations that do not change the result of a row.
 
     Args:
         model: The model.
-        row: The row, which continues nothing.
+        row: The row, which continues no beginning.
         ablations: Ablations of experts alone.
 
     Returns:
-        Those of them that do, but for the rounding of weights.
+        The ablations under which the row is read as by the intact model, up to rounding of weights.
     """
     gone_of = {
         ablation: [at.experts for at in ablation.by_layer.values()] for ablation in ablations
@@ -365,11 +365,11 @@ def idle(model: EngineModel, row: Row, ablations: Sequence[Ablation]) -> set[Abl
         for table in whole:
             if not table.is_floating_point():
                 chosen[table.flatten()] = True
-        # Read once for all: each time it is read an accelerator is waited for.
+        # Converted once: each conversion waits for the accelerator.
         numbers = {number for number, is_chosen in enumerate(chosen.tolist()) if is_chosen}
         for removed in gone:
             remaining = those.without(removed, anatomy.name(removed[0].layer))
-            # What finds out how far layers see calls them too, in the middle of the pass.
+            # The search for attention windows also calls routers, in the middle of the pass.
             unread[removed] = (
                 unread.get(removed, True)
                 and numbers.isdisjoint(part.number for part in removed)
@@ -393,13 +393,13 @@ def idle(model: EngineModel, row: Row, ablations: Sequence[Ablation]) -> set[Abl
 def _same(
     router: nn.Module, experts: Experts, remaining: Sequence[int], whole: Sequence[Any], given: Any
 ) -> bool:
-    """Check whether a router sends all tokens where it sent them, with the same weights."""
+    """Check whether a router's choices and weights stay the same with fewer experts."""
     fewer = routed(router, experts, remaining, whole, state_of(*given), given)
     return all(map(partial(_alike, experts.count), whole, fewer))
 
 
 def _alike(count: int, values: Tensor, other: Tensor) -> bool:
-    """Check whether choices are equal, and weights up to rounding; scores of all are none."""
+    """Check whether choices are equal, and weights up to rounding; ignore full score tables."""
     if not values.is_floating_point():
         return torch.equal(values, other)
     few = 4 * torch.finfo(values.dtype).eps

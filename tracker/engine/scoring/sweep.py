@@ -50,7 +50,7 @@ from tracker.models.pruned import remember
 T = TypeVar("T")
 
 ROW_TOKENS = 192
-"""Nodes of a prefix tree on a CPU: enough to keep a matrix product busy, few enough for a dense
+"""Nodes of a prefix tree on a CPU: enough to saturate a matrix product, few enough for a dense
 mask."""
 ROW_TOKENS_ACCELERATOR = 1024
 HALVED = (
@@ -61,14 +61,14 @@ HALVED = (
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """What all ablations say about one document.
+    """The responses of all ablations to one document.
 
     Attributes:
         document: The document.
-        responses: For every ablation, in order, one response a request.
-        proxy_tokens: Tokens that the proxies were measured on: context and gold continuation, or
-            the whole text.
-        proxy_sums: What is observed of the intact model's layers, summed over those tokens
+        responses: One response per request for every ablation, in order.
+        proxy_tokens: Number of tokens that the proxies were measured on: context and gold
+            continuation, or the whole text.
+        proxy_sums: Observed figures of the intact model's layers, summed over those tokens
             [`OBSERVED`, layers].
     """
 
@@ -83,12 +83,12 @@ _Scored = tuple[Row, Sequence[Ablation], RowScores]
 
 @dataclass(frozen=True)
 class Engine(EngineModel):
-    """Scores documents for many ablations of one model.
+    """Scores documents under many ablations of one model.
 
     Attributes:
-        sharing: What is shared; `check` lowers it where sharing is not exact.
+        sharing: The parts of the computation that are shared; `check` lowers it if not exact.
         row_tokens: Largest size of a row of several documents; None = by the device.
-        notes: Remarks on how it went, each line once; engines of copies add to them.
+        notes: Remarks on the measurement, each line once; engines of copies add to them.
     """
 
     sharing: Sharing = FULL
@@ -97,11 +97,11 @@ class Engine(EngineModel):
     _prefixes: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
-        """Make the same engine with other sharing."""
+        """Return the same engine with other sharing."""
         return replace(self, sharing=sharing)
 
     def without(self, ablation: Ablation, briefly: bool = False) -> Engine:
-        """Make an engine for a copy that is really changed; see `changed_copy`."""
+        """Return an engine for a copy that is really changed; see `changed_copy`."""
         loaded, quirks = changed_copy(self, ablation, briefly), self.quirks
         changing = {name for _, name in quirks.leftovers}
         leftovers = remember(loaded.model, changing)
@@ -114,7 +114,7 @@ class Engine(EngineModel):
         )
 
     def copy(self) -> Any:
-        """Make a copy of the intact model, which calls may change."""
+        """Return a copy of the intact model that calls may change."""
         return self.without(INTACT).loaded.model
 
     def score(
@@ -123,20 +123,20 @@ class Engine(EngineModel):
         ablations: Sequence[Ablation],
         progress: Callable[[int], None] = lambda responses: None,
     ) -> list[DocumentScores]:
-        """Score documents, one result a document, in the same order.
+        """Score documents; return one result per document, in the same order.
 
         Args:
-            documents: What to score.
-            ablations: What to remove; must include the baseline, and nothing twice.
+            documents: The documents to score.
+            ablations: The ablations; must include the baseline, and nothing twice.
             progress: Called with the responses of each finished row (requests times ablations), or
-                a share of them for each layer that comes past, where rows wait for weights.
+                with a share of them for each loaded layer where rows wait for weights.
 
         Returns:
-            One result a document.
+            One result per document.
         """
         layers = len(self.loaded.layers)
         shape = (len(ablations), max(len(document.requests) for document in documents))
-        # What never arrives is not a number, and no zero.
+        # A result that never arrives is NaN, not zero.
         loglikelihoods = torch.full((len(documents), *shape), math.nan)
         hits = torch.zeros(len(documents), *shape, dtype=torch.int)
         sums = torch.zeros(len(documents), len(OBSERVED), layers, dtype=torch.float64)
@@ -150,13 +150,13 @@ class Engine(EngineModel):
                     for number, (document, request) in enumerate(row.requests):
                         loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
                         hits[document, which, request] = scores.hits[:, number]
-                    # The baseline comes with each group, and its proxies count once.
+                    # The baseline comes with each group, but its proxies count once.
                     gold = row.gold if turn == 0 else []
                     for (document, path), proxies in zip(gold, scores.proxies, strict=False):
                         sums[document] += proxies
                         tokens[document] += row.prefix + len(path)
         finally:
-            # The next cell on this model takes down its state as that of a fresh one.
+            # The next cell on this model records its state as that of a fresh one.
             self.put_back()
         found = []
         for number, asked in enumerate(documents):
@@ -173,15 +173,15 @@ class Engine(EngineModel):
         return found
 
     def shares_a_prefix(self, documents: Sequence[Document]) -> bool:
-        """Say whether what some documents begin with would be read apart.
+        """Return whether the common beginning of some documents would be read separately.
 
-        It is where the common beginning is long enough, and the model takes one.
+        It is if the common beginning is long enough, and the model takes a cache.
         """
         long = len(common_beginning(documents, self.max_length)) >= SHORTEST
         return long and cache_argument(self.head.base) is not None
 
     def groups(self, ablations: Sequence[Ablation], tokens: int) -> Iterator[list[Ablation]]:
-        """Part ablations into groups whose streams fit into memory, with so many tokens each.
+        """Split ablations into groups whose streams of `tokens` tokens each fit into memory.
 
         The baseline comes first in each group; without depth sharing all are one group.
         """
@@ -194,7 +194,7 @@ class Engine(EngineModel):
         ablations: Sequence[Ablation],
         progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
-        """Score rows; one that does not fit into memory is halved."""
+        """Score rows; a row that does not fit into memory is halved."""
         if not self.sharing.depth:
             for row, ablated, found in self._scored_apart(documents, ablations):
                 yield row, ablated, found
@@ -217,7 +217,7 @@ class Engine(EngineModel):
 
         launched = launch_all()
         if can_pin(self.loaded.device):
-            # It computes a row while the one before is read, and the next one built.
+            # A row is computed while the one before is read and the next one is built.
             launched = (this for this, _ in pairwise(chain(launched, [None])) if this)
         for row, wait, report in launched:
             scores = wait()
@@ -230,8 +230,8 @@ class Engine(EngineModel):
             report()
 
     def side_by_side(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """Run passes of the model, or of copies of it, by turns where its weights come past."""
-        # A call that leaves something behind is not to meet what another one leaves.
+        """Run passes of the model, or of copies of it, in lockstep if its weights are offloaded."""
+        # Side effects of a call must not reach the calls of another pass.
         weights = None if self.quirks.leftovers else self.loaded.offloaded
         return side_by_side(weights, self.loaded.model, passes)
 
@@ -256,9 +256,9 @@ class Engine(EngineModel):
     def _scored_apart(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> Iterator[_Scored]:
-        """Score rows under each ablation alone, on a model that really lacks it."""
+        """Score rows under each ablation separately, on a really changed model."""
         memory = self.memory
-        if self.loaded.offloaded is not None:  # the rows of all of them wait together
+        if self.loaded.offloaded is not None:  # the rows of all ablations wait together
             memory = self.budget // len(ablations)
 
         def passed(ablation: Ablation) -> list[_Scored]:
@@ -278,7 +278,7 @@ class Engine(EngineModel):
             yield from some
 
     def _one_by_one(self, documents: Sequence[Document], proxies: bool) -> Iterator[_Scored]:
-        """Ask for the answers of rows one by one; of the rows' own pass only proxies are taken."""
+        """Score each request of a row in its own call; the pass of the row gives only proxies."""
         layers = len(self.loaded.layers)
         if proxies:
             passed = ((row, scores.proxies) for row, _, scores in self._scored(documents, [INTACT]))
@@ -293,7 +293,7 @@ class Engine(EngineModel):
             yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
-        """Ask the intact model for one request, in a call of its own."""
+        """Score one request with the intact model, in a call of its own."""
         return scored(self.read(read_for(request, self.max_length)), request.continuation)
 
     def _halved(
@@ -301,7 +301,7 @@ class Engine(EngineModel):
     ) -> Iterator[_Scored]:
         """Score the documents of a row in two halves; a single one with half of the ablations."""
         if self.quirks.lengths != ANY_LENGTH:
-            # Its rows may hold some requests of a document, and others not.
+            # Its rows may hold some requests of a document without the others.
             raise CellError(f"out of memory: {failed}. Use --memory, or a smaller dtype")
         if HALVED not in self.notes:
             self.notes.append(HALVED)
@@ -328,7 +328,7 @@ class Engine(EngineModel):
     def _rows(
         self, documents: Sequence[Document], plan: StreamPlan, prefix: Prefix | None
     ) -> Iterator[Row]:
-        """Pack documents the way this engine scores them, into rows that the budget allows."""
+        """Pack documents for this engine's sharing, into rows that the budget allows."""
         most = self.budget // (plan.streams * stream_bytes(self.loaded.model))
         size = min(self.most_row_tokens, most)
         lengths = self.quirks.lengths
@@ -340,12 +340,12 @@ class Engine(EngineModel):
 
     @property
     def most_row_tokens(self) -> int:
-        """Nodes of a row of several documents, where memory is no matter."""
+        """The maximum nodes of a row of several documents, memory aside."""
         on_cpu = self.loaded.device.type == "cpu"
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
     def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
-        """Read what all documents begin with, or use what was read for earlier ones."""
+        """Read the common beginning of all documents, or reuse one that was read earlier."""
         # A layer that is passed again would need a cache of its own.
         if plan.repeats or not self.shares_a_prefix(documents):
             return None
@@ -364,14 +364,14 @@ class Engine(EngineModel):
         return result
 
     def prefix_of(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
-        """Return what was read of the beginning of a text for a plan, if anything."""
+        """Return the beginning of a text that was read for a plan, if any."""
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
         return next((prefix for prefix in prefixes if prefix.begins(tokens)), None)
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Sequence[Ablation]
     ) -> Callable[[], RowScores]:
-        """Launch one row; what is returned reads its scores, in the order of the ablations."""
+        """Launch a row; return a function that reads its scores, in the ablations' order."""
         prefix = prefix if row.prefix else None
         some = [] if prefix or self.loaded.offloaded is not None else of_experts(ablations)
         computed = ablations
@@ -393,7 +393,7 @@ class Engine(EngineModel):
 
 
 def _unless_full(compute: Callable[[], T]) -> T | str:
-    """Return what a function returns, or the message of the error that memory ran out."""
+    """Return the result of a function, or the message of its out-of-memory error."""
     try:
         return compute()
     except RuntimeError as error:
@@ -403,12 +403,12 @@ def _unless_full(compute: Callable[[], T]) -> T | str:
 
 
 def _removed(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """All but the baseline."""
+    """Return all ablations but the baseline."""
     return [ablation for ablation in ablations if ablation != INTACT]
 
 
 def grouped_ablations(ablations: Sequence[Ablation], size: int) -> Iterator[list[Ablation]]:
-    """Part ablations into groups of so many, each with the baseline first and one other at least.
+    """Split ablations into groups of `size`, each with the baseline first and at least one other.
 
     The baseline alone is one group.
     """
@@ -418,6 +418,6 @@ def grouped_ablations(ablations: Sequence[Ablation], size: int) -> Iterator[list
 
 
 def _tokens(document: Document) -> int:
-    """At most how many nodes a document's tree has."""
+    """Return an upper bound of the nodes of a document's tree."""
     contexts = {request.context for request in document.requests}
     return sum(map(len, contexts)) + sum(len(r.continuation) for r in document.requests)

@@ -1,9 +1,9 @@
-"""Trust, then verify: whether sharing gives the numbers of the really pruned model.
+"""The self-check: compare shared computation with that of really changed models.
 
-The architecture is checked on a miniature with every ablation (`miniature_check`); then the model
-itself answers a few real requests both ways; and while it is measured, documents drawn at random
-and the longest one are answered both ways again (`watch`). What the first two have shown is kept
-for other cells of the architecture, or of the model, whose texts are no longer.
+The architecture is checked on a miniature with every ablation (`miniature_check`). Then the model
+itself answers a few real requests both ways. While it is measured, the longest document and some
+drawn at random are answered both ways again (`watch`). Results of the first two steps are kept for
+other cells of the architecture, or of the model, whose texts are no longer.
 """
 
 from __future__ import annotations
@@ -45,37 +45,38 @@ from tracker.models.devices import hardware
 from tracker.models.miniature import NumberPath
 
 DOCUMENTS = 2
-"""Real documents that the model itself is confirmed on."""
+"""Number of real documents on which the model itself is confirmed."""
 BEGINNING, END = SHORTEST, 8
-"""Tokens at both ends that are left of a longer context, where every ablation is asked: so many as
-a beginning has that is read apart, and some behind it. Of a continuation `BEGINNING` are left."""
+"""Tokens kept at both ends of a longer context when every ablation is compared: the beginning just
+suffices to be read separately. Of a continuation `BEGINNING` tokens are kept."""
 BRANCHES = 4
-"""Requests that are left of a document which is scored whole."""
+"""Maximum number of requests kept of a document that is scored whole."""
 OF_THE_BASELINE = 6
-"""Requests that the intact model is asked; each ablation is asked one."""
+"""Number of requests compared for the baseline; each ablation has one."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
-"""Nats, and share of itself, by which an answer may differ for rounding."""
+"""Tolerances of an answer for rounding: nats, and share of the answer."""
 SHORTEST_REACH, FARTHEST = 128, 8 * LONGEST_REACH
-"""Tokens of the longest text on a miniature; one of more would take it a minute and longer."""
+"""Tokens of the longest text on a miniature; a longer one would take a minute or more."""
 RATE = 200
-"""One in so many documents is answered plainly as well while a cell is measured."""
+"""One in this many documents is answered both ways while a cell is measured."""
 TASKS, TASK_RATE = 8, 16
-"""Tasks of which one document at least is: `TASKS`, or one task in `TASK_RATE` documents if that is
-more. Of a group of 57 tasks with one document each, all documents would be answered twice."""
+"""Number of tasks of which at least one document is answered both ways: `TASKS`, or one task per
+`TASK_RATE` documents if that is more. Otherwise a group of 57 tasks with one document each would
+have all documents answered twice."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the self-check found.
+    """The result of the self-check.
 
     Attributes:
         engine: The engine with as much sharing as is exact.
-        difference: Largest difference of a log-likelihood between it and the really pruned model,
-            in nats, on the miniature and on the model itself.
-        lost: One line that says which sharing was lost and why; None when none was.
-        unsteady: One line that says that rounding moves answers far; None where it is not seen.
-        which: One line that says where what is measured is no saved checkpoint; None where all is.
+        difference: Largest difference of a log-likelihood from the really changed model, in nats,
+            on the miniature and on the model itself.
+        lost: One line that states which sharing was lost and why; None if none was.
+        unsteady: One line that states that rounding moves answers far; None if it does not.
+        which: One line that states which results are of no saved checkpoint; None if all are.
     """
 
     engine: Engine
@@ -87,7 +88,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Reach:
-    """How many tokens a cell's longest text, widest document alone and longest row have."""
+    """Tokens of a cell's longest text, of its widest document alone and of its longest row."""
 
     text: int
     document: int
@@ -95,24 +96,24 @@ class Reach:
 
 
 VERDICT = TypeAdapter(Verdict)
-"""Verdicts on architectures as JSON."""
+"""JSON adapter for verdicts on architectures."""
 CONFIRMATION = TypeAdapter(tuple[Literal["confirmed"], Comparison])
-"""The same of answers with which models have confirmed the sharing that architectures allow."""
+"""JSON adapter for comparisons by which models have confirmed the sharing of their architecture."""
 Fit = Callable[[Engine], Mapping[int, Replacement]]
 _Texts = tuple[tuple[NumberPath, ...], tuple[int, int, int] | None]
-"""Numbers of a configuration that texts reach, and rows of longer texts, as in `miniature_key`."""
+"""Numbers of a configuration in reach of texts, and rows of longer texts, as in `miniature_key`."""
 _Round = tuple[Sequence[Document], Sequence[Ablation], Sequence[tuple[int, int, int]]]
-"""Documents, what is removed, and which answers are compared, as (ablation, document, request)."""
+"""Documents, ablations, and the answers to compare, as (ablation, document, request)."""
 
 
 class Kept(Protocol):
-    """Where verdicts are kept from one check to the next."""
+    """Storage of verdicts between checks."""
 
     def recall(self, key: str) -> str | None:
-        """Recall a verdict."""
+        """Return the stored verdict of a key."""
 
     def keep(self, key: str, verdict: str) -> None:
-        """Keep a verdict."""
+        """Store a verdict."""
 
 
 def check(
@@ -123,22 +124,22 @@ def check(
     fit: Fit = lambda engine: {},
     typical: Sequence[Ablation] = (),
 ) -> Check:
-    """Find out how much sharing is exact.
+    """Find how much sharing is exact.
 
     Args:
         engine: The engine, with full sharing; no call has changed its model yet.
         documents: The cell's documents.
-        ablations: All that will be removed, with the baseline.
-        kept: Where verdicts on the architecture and on the model are kept; None = nowhere.
-        fit: Fits what stands in for layers, on the model whose quirks are known.
-        typical: What the miniature is asked, with the baseline, where that is not all that will be
-            removed: the same of every cell, so that its verdict is kept for all of them.
+        ablations: All ablations of the cell, with the baseline.
+        kept: Storage of verdicts on the architecture and on the model; None = no storage.
+        fit: Function that fits replacements of layers, on the model whose quirks are known.
+        typical: Ablations to check on the miniature, with the baseline, instead of `ablations`: the
+            same for every cell, so that all cells share its verdict.
 
     Returns:
-        The engine to use.
+        The result, with the engine to use.
 
     Raises:
-        CellError: The model cannot be measured; says what happened.
+        CellError: The model cannot be measured; the message gives the reason.
     """
     model = engine.loaded.model
     blank = holds_blank(model, documents)
@@ -151,7 +152,7 @@ def check(
     keys, recalled = list[str](), None
     if (
         kept is not None and not engine.replacements
-    ):  # which are fitted on the benchmark's own texts
+    ):  # replacements are fitted on the benchmark's own texts
         keys = _confirmation_keys(engine, ablations, verdict, reached.text, blank)
         recalled = _recalled(kept, keys, CONFIRMATION, lambda _: True)
     if recalled is not None:
@@ -160,7 +161,7 @@ def check(
         sharing, comparison, why = most_sharing(
             verdict.sharing, engine, lambda way: confirm(engine.with_sharing(way), truth, rounds)
         )
-        if kept is not None and keys and why is None:  # what is lost may be lost to the moment
+        if kept is not None and keys and why is None:  # a loss may be temporary
             kept.keep(keys[0], CONFIRMATION.dump_json(("confirmed", comparison)).decode())
     every = comparison + Comparison(verdict.compared, verdict.difference, verdict.unsteady)
     return Check(
@@ -175,13 +176,13 @@ def check(
 def _verdict(
     engine: Engine, ablations: Sequence[Ablation], reached: Reach, blank: bool, kept: Kept | None
 ) -> Verdict:
-    """Check the architecture on a miniature, or recall what such a check has shown before.
+    """Check the architecture on a miniature, or load the stored verdict of such a check.
 
-    The cell's texts hold a `blank` token or not. Where longer texts have shown nothing, that holds
+    `blank` is whether the cell's texts hold a blank token. A clean verdict on longer texts holds
     for shorter ones.
     """
     model = engine.loaded.model
-    # To just below a power of two, which many a threshold is: rows as long share a verdict.
+    # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.
     bits = reached.row.bit_length()
     ends = [(1 << n) - 1 for n in range(bits, max(bits, FARTHEST.bit_length()) + 1)]
     paths = [*dict.fromkeys(reachable(model, end) for end in ends)]
@@ -213,9 +214,9 @@ def _verdict(
 def _recalled(
     verdicts: Kept, keys: Iterable[str], form: TypeAdapter[T], holds: Callable[[T], bool]
 ) -> T | None:
-    """Recall the verdict of the first key, or one of another that `holds` for it too.
+    """Load the verdict of the first key, or one of another key that `holds` for it too.
 
-    A damaged one counts as none, and is made again.
+    A damaged verdict counts as missing and is computed again.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -228,11 +229,11 @@ def _recalled(
 def _confirmation_keys(
     engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, tokens: int, blank: bool
 ) -> list[str]:
-    """Name what the model itself has confirmed by all that it follows from, as SHA-256.
+    """Return keys for the confirmation by the model itself: SHA-256 of all that it depends on.
 
-    That is what names the architecture's check, the weights, what computes them where, what the
-    architecture's check has shown, and how long the texts are. The first key is for texts of up to
-    so many `tokens`, the others are for longer ones.
+    That is the key of the architecture's check, the weights, the hardware, the verdict on the
+    architecture, and the lengths of the texts. The first key is for texts of up to `tokens` tokens,
+    the others are for longer ones.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -251,7 +252,7 @@ def _confirmation_keys(
 
 
 def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
-    """Count how far a cell's texts and rows reach; of a row with its kept beginning."""
+    """Measure a cell's longest text, widest document and longest row with its kept beginning."""
     most = engine.max_length
     text = max(request.length for document in documents for request in document.requests)
     each = max(tree_size(document, most) for document in documents)
@@ -260,16 +261,16 @@ def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
 
 
 def _orders(tokens: int) -> list[int]:
-    """List powers of two from a length on; of one order of length, texts have one verdict."""
+    """List the powers of two from a length on; texts between two of them share a verdict."""
     first = max(SHORTEST_REACH, 1 << (tokens - 1).bit_length())
     return [first << n for n in range(max(1, (FARTHEST // first).bit_length()))]
 
 
 def holds_blank(model: PreTrainedModel, documents: Sequence[Document]) -> bool:
-    """Say whether some text holds a token whose embedding is zero, as that of padding may be."""
+    """Return whether some text holds a token whose embedding is zero, as that of padding may be."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:  # a checkpoint's own code need not say where they are
+    except NotImplementedError:  # a checkpoint's own code need not define its embeddings
         return False
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
         return False
@@ -296,7 +297,7 @@ def _unsteady(found: Comparison, dtype: torch.dtype, is_half: bool) -> str | Non
 
 
 def shortest_documents(documents: Sequence[Document]) -> list[Document]:
-    """Return the shortest documents, which share rows, with as many answers as there are."""
+    """Return the shortest documents, which share rows, with as many answers as possible."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(each.length for each in document.requests)
@@ -321,7 +322,7 @@ def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Compa
 
 
 def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -> None:
-    """Refuse a model that computes with weights which are not there: both ways agree then."""
+    """Refuse a model that computes with weights that are not loaded: both ways agree then."""
     answers = (r for batch in scores for score in batch for rs in score.responses for r in rs)
     if any(math.isnan(answer.loglikelihood) for answer in answers):
         raise CellError(
@@ -334,11 +335,11 @@ def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -
 def confirmation_rounds(
     documents: Sequence[Document], ablations: Sequence[Ablation]
 ) -> Iterator[_Round]:
-    """List what the model itself is asked: all ablations of short texts, and two of the longest.
+    """Yield the comparisons on the model itself: all ablations of short texts, two of the longest.
 
-    The longest text stands beside the shortest document of its task, which may begin alike. It is
-    asked of the intact model and of one ablation that is drawn: reading it costs as much as many
-    short texts. What long texts may change was tried on the miniature, and the watch meets others.
+    The longest text comes with the shortest document of its task, which may share its beginning. It
+    is answered by the intact model and under one drawn ablation, because reading it costs as much
+    as many short texts. The miniature tests the effects of long texts, and the watch meets others.
     """
     ablations = some_of(ablations)
     short = [_shortened(document) for document in shortest_documents(documents)]
@@ -360,12 +361,12 @@ def confirmation_rounds(
 
 
 def _questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
-    """List what the model itself is asked plainly in some rounds."""
+    """List the requests of some rounds that are also answered without sharing."""
     return [(done[a], few[d].requests[r]) for few, done, triples in rounds for a, d, r in triples]
 
 
 def _with_requests(document: Document, requests: Iterable[Request]) -> Document:
-    """Leave some requests of a document, each once."""
+    """Return a document with only some of its requests, each once."""
     return replace(document, requests=tuple(dict.fromkeys(requests))[:BRANCHES], gold=0)
 
 
@@ -374,7 +375,7 @@ def _text(request: Request) -> tuple[int, ...]:
 
 
 def _shortened(document: Document) -> Document:
-    """Leave the beginning of each context, which others may share, its end, and what follows."""
+    """Return a document with each context cut to its beginning, which may be shared, and end."""
     requests = tuple(
         Request(
             request.context[:BEGINNING] + request.context[BEGINNING:][-END:],
@@ -388,7 +389,7 @@ def _shortened(document: Document) -> Document:
 def draw_answers(
     documents: Sequence[Document], ablations: Sequence[Ablation]
 ) -> Iterator[tuple[int, int, int]]:
-    """Draw what each ablation answers, (ablation, document, request): one, the baseline more.
+    """Yield the answers to compare, (ablation, document, request): one each, more for the baseline.
 
     A single short request costs nearly as much as a long one: all weights are read once.
     """
@@ -396,7 +397,7 @@ def draw_answers(
     requests = [(d, r) for d, doc in enumerate(documents) for r in range(len(doc.requests))]
     for number, ablation in enumerate(ablations):
         draw.shuffle(requests)
-        # In order, so that answers to one text stand together.
+        # Sorted, so that answers to one text follow each other.
         for d, r in sorted(requests[: OF_THE_BASELINE if ablation == INTACT else 1]):
             yield number, d, r
 
@@ -404,7 +405,7 @@ def draw_answers(
 def plain_tokens(
     documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
 ) -> int:
-    """Count the tokens that the model itself reads plainly, before a cell and while it is measured.
+    """Count the tokens that the self-check reads without sharing, before and during measurement.
 
     Each passes about all layers once.
     """
@@ -420,10 +421,10 @@ def plain_tokens(
 def _compare(
     truth: Reference, score: DocumentScores, number: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare one answer of the model itself with that of the really pruned model.
+    """Compare one answer of the model itself with that of the really changed model.
 
-    In float32 it may differ by 1e-3 nats and 1e-4 of itself; in half precision, where the order of
-    summation alone moves single values by per cents, by 0.1 nats and 2 %.
+    In float32 it may differ by 1e-3 nats and 1e-4 of itself. In half precision, where the order of
+    summation alone changes values by per cents, it may differ by 0.1 nats and 2 %.
     """
     ours = score.responses[number][request].loglikelihood
     found = truth.compare(
@@ -436,11 +437,11 @@ def _compare(
 
 
 def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
-    """Draw the documents, as (task, index), that are answered both ways while a cell is measured.
+    """Draw the documents, as (task, index), that are answered both ways during measurement.
 
-    They are one in `RATE`, of each task one at least (where there are many tasks, of some that are
-    drawn), and the one with the longest text of all, which reaches whatever only code counts tokens
-    by; the same ones each time, and more of them when there are more documents.
+    They are one in `RATE`, and at least one of each task (of some drawn tasks if there are many).
+    The one with the longest text is added, which crosses all thresholds in the model's code. The
+    draw is always the same, and more documents add to it.
     """
 
     def drawn(document: Document) -> float:
@@ -464,7 +465,7 @@ def _longest(document: Document) -> int:
 def watched_requests(
     documents: Sequence[Document], ablations: Sequence[Ablation], seed: str, first: int = 0
 ) -> list[tuple[Ablation, Request]]:
-    """List what `watch` asks of documents."""
+    """List the (ablation, request) pairs that `watch` compares."""
     return [
         (ablations[_drawn(document, ablations, seed, first)], request)
         for document in documents
@@ -473,7 +474,7 @@ def watched_requests(
 
 
 def _drawn(document: Document, ablations: Sequence[Ablation], seed: str, first: int) -> int:
-    """Draw under which ablation a document is answered again, from the `first` one on."""
+    """Draw the ablation under which a document is answered again, from number `first` on."""
     draw = random.Random(f"{seed}/{document.task}/{document.index}")
     return draw.randrange(first, len(ablations))
 
@@ -485,17 +486,17 @@ def watch(
     seed: str,
     first: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Answer measured documents again on a really pruned model, each under one ablation.
+    """Answer measured documents again on a really changed model, each under one ablation.
 
     Args:
-        truth: Answers them, for the engine that measured them.
-        scores: What that found.
-        ablations: Under which ablations it did.
-        seed: Decides which ablation,
-        first: from this one on.
+        truth: The reference for the engine that measured them.
+        scores: The engine's results.
+        ablations: The measured ablations.
+        seed: Seed of the draw of each document's ablation.
+        first: Number of the first ablation that may be drawn.
 
     Yields:
-        Each document's scores, which ablation it was, and the comparison of all its requests.
+        Each document's scores, the number of its ablation, and the comparison of its requests.
     """
     for score in scores:
         number = _drawn(score.document, ablations, seed, first)

@@ -1,9 +1,9 @@
-"""A check of an architecture's sharing on a small model, before anything of it is believed.
+"""Test computation sharing for an architecture on a tiny model before relying on it.
 
-Texts of random tokens are made to cross whatever the model's configuration counts tokens by: short
-and long ones in one row, branches, a beginning that is kept, answers longer than a window, lengths
-on both sides of each threshold, in one order and its reverse. They are scored with every ablation,
-shared and on models that were really changed.
+Texts of random tokens cross all lengths that the model's configuration defines. There are short and
+long ones in one row, branches, a kept beginning, and answers longer than a window. Lengths lie on
+both sides of each threshold, in one order and its reverse. They are scored with every ablation,
+shared and on really changed models.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from tracker.models.miniature import NumberPath, miniature, numbers
 from tracker.models.sources import parts_of
 
 FIRST = 2
-"""The first token id that is drawn; those before are special in many a vocabulary."""
+"""The first token id that is drawn; smaller ones are special in many vocabularies."""
 _Tokens = Callable[[int], tuple[int, ...]]
-"""Draws as many tokens, or as many as a model reads."""
+"""Function that draws so many tokens, or as many as a model reads."""
 _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
-"""A context, and its answers."""
+"""A context and its answers."""
 
 
 def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Draw texts of up to `longest` tokens, grouped as blocks of a cell are scored.
+    """Draw texts of up to `longest` tokens, grouped like the blocks of a cell.
 
-    `vocabulary` is how many token ids there are.
+    `vocabulary` is the number of token ids.
     """
     tokens = _drawing(vocabulary, longest - 1)
-    # Texts that end just before every second threshold, and go on.
+    # Texts that end just before every second threshold, and continue beyond it.
     return [
         _branches(tokens),
         _documents([(tokens(n - 1), [tokens(n // 8), (3,)]) for n in STEPS[1::2]]),
@@ -74,14 +74,14 @@ def reaching_calls(
 ) -> list[list[Document]]:
     """Draw texts of every order of length up to `longest`, and rows of so many nodes.
 
-    `vocabulary` is how many token ids there are. Rows of several texts have up to so many `nodes`,
-    those of one document up to `widest`, and more than any text has tokens. What `sharing` would
-    not do to a text needs none.
+    `vocabulary` is the number of token ids. Rows of several texts have up to `nodes` nodes, those
+    of one document up to `widest`, which is more than any text has tokens. Texts that test sharing
+    beyond `sharing` are left out.
     """
     tokens = _drawing(vocabulary)
 
     def doubled(common: tuple[int, ...], context: int) -> _Content:
-        # Asked alone, the one-token answer takes a call half as long as the one that both share.
+        # Alone, the one-token answer takes a call half as long as the one that both share.
         more = tokens(context + 2)
         return common + tokens(context), [more[:1], more]
 
@@ -104,9 +104,9 @@ def reaching_calls(
 
 
 def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
-    """Draw texts on both sides of some lengths, of a document's nodes too where it has so many.
+    """Draw texts on both sides of some lengths, and of a document's nodes if it has so many.
 
-    `vocabulary` is how many token ids there are, and `widest` how many nodes a document has.
+    `vocabulary` is the number of token ids, and `widest` the number of nodes of a document.
     """
     tokens = _drawing(vocabulary)
     contents: list[_Content] = []
@@ -118,7 +118,7 @@ def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> li
 
 
 def _drawing(vocabulary: int, most: int | None = None) -> _Tokens:
-    """Begin to draw texts, the same ones each time, of at most so many tokens."""
+    """Return a function that draws texts, the same ones each time, of at most so many tokens."""
     draw = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -128,7 +128,7 @@ def _drawing(vocabulary: int, most: int | None = None) -> _Tokens:
 
 
 def _branches(tokens: _Tokens) -> list[Document]:
-    """Branches and single letters, long before short."""
+    """Build documents with branches and single-letter answers, long before short."""
     letters = [(tokens(n), [(3,), (4,)]) for n in (44, 33, 12, 26, 9)]
     spoken = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
     long = [(tokens(5), [tokens(30), tokens(28)])]
@@ -136,7 +136,7 @@ def _branches(tokens: _Tokens) -> list[Document]:
 
 
 def _shared(tokens: _Tokens, length: int) -> list[Document]:
-    """Texts with a beginning that is read apart."""
+    """Build documents with a beginning that is read separately."""
     common = tokens(length)
     return _documents([(common + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
 
@@ -150,28 +150,28 @@ def _documents(contents: Sequence[_Content]) -> list[Document]:
 
 
 WAYS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
-"""From the most sharing to the least."""
+"""Ways of sharing, from the most to the least."""
 TOLERANCE = 2e-4, 1e-5
-"""Nats, and share of itself, by which an answer of a miniature may differ."""
+"""Tolerances of a miniature's answers: nats, and share of the answer."""
 ANSWERS = 128
-"""How many answers are compared besides the baseline's, which are all."""
+"""Number of answers compared besides all of the baseline's."""
 SOME = 4
-"""How many of each ablation at least."""
+"""Minimum number of answers compared per ablation."""
 FEW = 16
-"""Up to how many ablations are asked in both orders."""
+"""Maximum number of ablations that are scored in both orders."""
 OFTEN = 0.02
-"""Share of answers at a discontinuity of the model from which sharing is left alone."""
+"""Share of answers at discontinuities of the model above which sharing is rejected."""
 ROW_TOKENS = 40
 """Nodes of a row: several short texts share one, a long one has its own."""
 MAX_LENGTH = 96
 LONGEST_REACH = 1024
-"""Tokens up to which a miniature is asked every length: of more, calls would be no cheap matter."""
+"""Tokens up to which a miniature is tested at every length; longer calls would be too slow."""
 TEXTS = 5
-"""Texts that are asked in two orders, besides the longest."""
+"""Number of texts that are read in two orders, besides the longest."""
 DRAWN = 128
-"""Of so many heads or stretches each is asked; of more, these are drawn."""
+"""Number of heads or spans up to which all are compared; of more, this many are drawn."""
 _Place = tuple[Ablation, int, int, int]
-"""Which ablation, and the number of a call, a document and a request."""
+"""An ablation, and the number of a call, a document and a request."""
 
 
 def miniature_key(
@@ -181,12 +181,12 @@ def miniature_key(
     rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
-    """Name a check by all that its verdict follows from, as SHA-256 in hexadecimal.
+    """Return the key of a check: SHA-256 in hexadecimal of all that its verdict depends on.
 
-    That is the configuration, what is removed, the numbers in reach (`paths`), how long the texts
-    are (`rows`, of `check_longer_texts`; None = short), whether they hold a `blank` token,
-    versions, machine, this code and the model's own, which its checkpoint may bring; not the
-    weights.
+    That is the configuration, the ablations, the numbers in reach (`paths`), the lengths of the
+    texts (`rows`, of `check_longer_texts`; None = short), whether they hold a `blank` token,
+    versions, machine, this code and the model's own, which its checkpoint may bring. The weights
+    do not count.
     """
     here = Path(__file__).parents[2]
     its_own = Path(inspect.getfile(type(model))).parent
@@ -195,7 +195,7 @@ def miniature_key(
     config = model.config.to_dict()
     for name in ("_name_or_path", "quantization_config", "dtype"):
         config.pop(name, None)
-    # Which kernels compute it; `to_dict` leaves them out.
+    # The kernels that compute the model; `to_dict` leaves them out.
     kernels = [
         getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")
     ]
@@ -217,13 +217,13 @@ def check_miniature(
 
     Args:
         engine: The engine; no call has changed its model yet.
-        ablations: All that will be removed, with the baseline.
+        ablations: All ablations of the cell, with the baseline.
         paths: Numbers of the configuration that the cell's texts can reach.
-        blank: Whether a token of the cell's texts has an embedding of zeros. What such a token asks
-            of the others are ties, which fall to one by its place in the row.
+        blank: Whether a token of the cell's texts has an embedding of zeros. Attention scores of
+            such a token are ties, which its place in the row decides.
 
     Returns:
-        What may be shared.
+        The verdict, with the sharing that is exact.
 
     Raises:
         CellError: The model cannot be measured: it is not causal, or not without some layer.
@@ -268,18 +268,18 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> Verdict:
-    """Check it with texts as long as a cell's: some count tokens that no number tells of.
+    """Check the architecture with texts as long as a cell's, for thresholds in the model's code.
 
     Args:
         engine: The engine; no call has changed its model yet.
-        ablations: All that will be removed, with the baseline.
-        verdict: What short texts have shown.
-        rows: Up to how many tokens a text of the cell has, and nodes a row of several texts, and
-            one document.
-        blank: As for `check_miniature`.
+        ablations: All ablations of the cell, with the baseline.
+        verdict: The verdict on short texts.
+        rows: Maximum tokens of a text of the cell, and maximum nodes of a row of several texts and
+            of one document.
+        blank: Whether a token of the texts has an embedding of zeros, as for `check_miniature`.
 
     Returns:
-        What may be shared.
+        The verdict, with the sharing that is exact.
 
     Raises:
         CellError: The model cannot be measured.
@@ -310,9 +310,9 @@ def check_longer_texts(
 def _switches(
     engine: Engine, small: PreTrainedModel, verdict: Verdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
-    """Find at which lengths of a call, beyond those that are all asked, something changes.
+    """Find the lengths of a call at which something changes, beyond those that are all tested.
 
-    With them comes whether every length from the first one on is another.
+    Also returns whether every length from the first one on differs from every other.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -324,10 +324,10 @@ def _switches(
 
 
 def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Leave out most of what is done to parts, or with stretches, where that are very many.
+    """Reduce ablations of parts and of spans to a drawn selection, where there are very many.
 
-    A model has hundreds of heads and thousands of stretches, which all go the same ways; which ones
-    are asked is drawn. What removes layers stays.
+    A model has hundreds of heads and thousands of spans, which all take the same code paths.
+    Ablations that remove layers stay.
     """
     many = [
         ablation
@@ -341,9 +341,9 @@ def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
 
 
 def _of_its_parts(small: PreTrainedModel, ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Take a miniature's few heads for the many of its model; no ablation twice.
+    """Map the parts of a model to the few of its miniature; return no ablation twice.
 
-    Of sets no more than half of a layer's are left: a router chooses two of a miniature's four.
+    Sets keep at most half of a layer's parts: a router chooses two of a miniature's four.
     """
     parts = parts_of(small.config.get_text_config())
 
@@ -357,7 +357,7 @@ def _of_its_parts(small: PreTrainedModel, ablations: Sequence[Ablation]) -> list
         if part is not None and parts.expert and (expert := one_experts(part)):
             holder, _, name = expert[0].rpartition(".")
             part = f"{holder}.{expert[1] % parts.expert}.{name}"
-        # Rows of a miniature fill no blocks of most formats; few bits show what is wrong.
+        # Rows of a miniature fill no blocks of most formats; few bits reveal errors.
         return replace(change, intervention="int4_row", part=part)
 
     def smaller(ablation: Ablation) -> Ablation:
@@ -376,7 +376,7 @@ def _place(part: Change) -> tuple[int, Component]:
 
 @contextmanager
 def _threads_for_a_text(miniature: bool) -> Iterator[None]:
-    """A second thread hardly helps a miniature with one text, and where others compute it waits."""
+    """Use one thread for a miniature until exit: a second one hardly helps, and may wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if miniature else threads)
     try:
@@ -387,12 +387,12 @@ def _threads_for_a_text(miniature: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def _blank(model: PreTrainedModel) -> None:
-    """Let a token that texts are drawn from have an embedding of zeros."""
+    """Set the embedding of a token that texts are drawn from to zeros."""
     model.get_input_embeddings().weight[FIRST] = 0
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens a model both reads and says: Moshi reads one more."""
+    """Return the number of tokens that a model both reads and predicts: Moshi reads one more."""
     head = model.get_output_embeddings()
     read = int(model.get_input_embeddings().num_embeddings)
     return read if head is None else min(read, int(head.weight.shape[0]))
@@ -401,12 +401,12 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _engine(
     engine: Engine, model: PreTrainedModel, verdict: Verdict, longest: int, nodes: int
 ) -> Engine:
-    """An engine for a miniature that reads so many tokens, in rows of so many nodes."""
+    """Build an engine for a miniature that reads so many tokens, in rows of so many nodes."""
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     most = min(longest, engine.max_length)
     replacements = _random_replacements(loaded.layers)
-    # Some streams pass a layer after others, as they do where texts are long or streams many.
+    # Streams pass a layer in several batches, as they do with long texts or many streams.
     return Engine(
         loaded,
         most,
@@ -419,12 +419,12 @@ def _engine(
 
 
 def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
-    """Make replacements of layers before any are fitted, which takes a checked model."""
+    """Build random replacements of layers: fitting them takes a checked model."""
     return {layer: RandomReplacement(layer) for layer in range(len(layers))}
 
 
 def _check_itself(engine: Engine, ablations: Sequence[Ablation]) -> Verdict:
-    """Check a model that has no miniature: every length is taken for a matter of its own."""
+    """Check a model without a miniature, on the assumption that every length matters."""
     verdict = Verdict(
         DEPTH_ONLY,
         "no miniature of the model can be built on which sharing over tokens could be proven",
@@ -445,9 +445,9 @@ def _checked(
     calls: Sequence[Sequence[Document]],
     asked: Sequence[_Place],
 ) -> Verdict:
-    """Lower a verdict to what the truth's model computes exactly."""
+    """Lower a verdict to the sharing that is exact on the reference's model."""
     engine = truth.engine
-    if not truth.is_half:  # an accelerator need not add up in one order
+    if not truth.is_half:  # the order of summation on an accelerator may vary
         with _threads_for_a_text(truth.miniature):
             _refuse_memory(engine, calls)
 
@@ -469,9 +469,10 @@ def _checked(
 
 
 def _refuse_memory(engine: Engine, calls: Sequence[Sequence[Document]]) -> None:
-    """Ask one copy of a model texts of rising length, another of falling: do both say the same?
+    """Raise CellError if a model's answers depend on the texts before them.
 
-    If not, there is no truth: what the model says of a text depends on the texts before it.
+    One copy of the model reads texts of rising length, another of falling; both must agree. If
+    not, there is no reference to compare with.
     """
     ordered = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
     texts = [*ordered[:: -(-len(ordered) // TEXTS)], ordered[-1]]
@@ -483,7 +484,7 @@ def _refuse_memory(engine: Engine, calls: Sequence[Sequence[Document]]) -> None:
         after_longer = [falling.answer(text).loglikelihood for text in reversed(texts)][::-1]
         return list(zip(after_shorter, after_longer, strict=True))
 
-    # What it does not say in any way is told of by `most_sharing`.
+    # `most_sharing` reports texts that the model cannot answer in any way.
     for one, other in tried(both_orders)[0] or ():
         both_nan = math.isnan(one) and math.isnan(other)
         if not both_nan and not math.isclose(one, other, rel_tol=share, abs_tol=nats):
@@ -496,15 +497,15 @@ def _refuse_memory(engine: Engine, calls: Sequence[Sequence[Document]]) -> None:
 def most_sharing(
     start: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
-    """Find the most sharing that gives the numbers of the really pruned model.
+    """Find the most sharing that gives the results of the really changed model.
 
     Args:
-        start: The most that is tried.
-        engine: Names the model, and makes the copy that is called to see why something is lost.
-        compare: Compares some answers that are computed with such sharing.
+        start: The most sharing to test.
+        engine: The engine that names the model and makes the copy that explains a loss.
+        compare: Function that compares answers computed with some sharing.
 
     Returns:
-        The sharing, what was compared with it, and why more was lost, if it was.
+        The sharing, its comparison, and the reason why more was lost, if it was.
 
     Raises:
         CellError: The model does not run even with nothing shared, or contradicts itself.
@@ -534,9 +535,9 @@ def most_sharing(
 def _asked(
     calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation], some: int
 ) -> Iterator[_Place]:
-    """What is compared: every answer of the baseline, and `some` of each other ablation.
+    """Yield the answers to compare: all of the baseline, and `some` of each other ablation.
 
-    They are drawn from one call after the other, since each is made to break something else.
+    They are drawn from one call after the other, since each call tests something else.
     """
     every = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
@@ -546,7 +547,7 @@ def _asked(
     for ablation in ablations:
         drawn = zip_longest(*(draw.sample(places, len(places)) for places in every))
         chosen = [place for places in drawn for place in places if place is not None]
-        # In order, so that answers to one text stand together.
+        # Sorted, so that answers to one text follow each other.
         for place in sorted(chosen if ablation == INTACT else chosen[:some]):
             yield (ablation, *place)
 
@@ -560,9 +561,9 @@ def compare_both_ways(
 ) -> Comparison:
     """Score all calls in order and then in reverse, and compare until something is wrong.
 
-    Of more than `FEW` ablations half are scored in order and half in reverse, since what order may
-    change is what all of them are made of; the baseline is scored both times. Which are is drawn:
-    kinds of layers may alternate.
+    Of more than `FEW` ablations, half are scored in order and half in reverse, since order affects
+    a state that all of them share. The baseline is scored both times. The halves are drawn,
+    because kinds of layers may alternate.
     """
     found = Comparison()
     removed = [ablation for ablation in ablations if ablation != INTACT]

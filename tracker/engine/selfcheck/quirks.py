@@ -1,8 +1,8 @@
-"""Find how a model treats lengths and calls, and what it is without a layer.
+"""Find how a model treats lengths and calls, and what it computes without a layer.
 
-A number of the configuration of its miniature is made small, and what moves tells what it is:
-nothing (it does not matter here), later tokens (a window, a chunk, a floor), or earlier ones when
-the text goes on (something is chosen by the length of the whole call).
+A number in the configuration of its miniature is made small, and the effect shows its role. Nothing
+changes: it does not matter here. Later tokens change: it is a window, a chunk, a floor. Earlier
+tokens change when the text is longer: something is chosen by the length of the whole call.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ SHORT, LONG, OTHER = 5, 24, 20
 """Lengths of text on both sides of a number that was made small."""
 SMALL = 6
 STEPS = (6, 9, 12, 16, 20, 24, 28, 32)
-"""What several numbers become, so that they stay apart and in order."""
+"""Small values for several numbers, which stay distinct and in order."""
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Up to which logits are the same; some models compute parts of them in float32."""
+"""Tolerance for equal logits; some models compute parts of them in float32."""
 MOVED = 1e-3
-"""From which on logits of a long text are others: what rounding adds up to is far below."""
+"""Tolerance for logits of a long text: the sum of rounding errors is far below."""
 MANY = 4
-"""So many lengths at which something changes are taken for a change at every length."""
+"""Number of lengths with a change from which every length counts as one."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the experiments say about an architecture.
+    """Results of the experiments on an architecture.
 
     Attributes:
-        matters: The numbers that change what is said of a text of `LONG` tokens.
-        lengths: Those at which the answer depends on how long the whole call is; True where beyond
-            it every length differs from every other. The empty path for a model whose answers do
-            in any case.
+        matters: The numbers that change the logits of a text of `LONG` tokens.
+        lengths: Those at which the logits depend on the length of the whole call; True if every
+            length beyond differs from every other. The empty path if the logits always depend on
+            the length.
         leftovers: Names of attributes that one call leaves changed for the next.
-        first: What the first call changes for good; nothing where no weight is among it.
-        causal: Whether what is said of a token is the same whatever comes after it.
+        first: Attributes that the first call changes for good; empty if no weight is among them.
+        causal: Whether the logits of a token do not depend on later tokens.
     """
 
     matters: tuple[NumberPath, ...] = ()
@@ -66,7 +66,7 @@ class Findings:
 
 
 def find_quirks(small: PreTrainedModel, paths: Collection[NumberPath]) -> Findings:
-    """Experiment with a miniature that no call has changed yet, on numbers of its configuration."""
+    """Experiment with numbers in the configuration of a miniature that no call has changed yet."""
     kind, config = type(small), small.config
     usual = _said(small, LONG)
     leftovers, first = _changed_by_calls(small)
@@ -83,7 +83,7 @@ def find_quirks(small: PreTrainedModel, paths: Collection[NumberPath]) -> Findin
         if other is None:
             continue
         effect = attempt(partial(_effect, other, usual, every_call))
-        if effect is None or isinstance(effect, Exception):  # the model does not take this number
+        if effect is None or isinstance(effect, Exception):  # the model rejects this number
             continue
         switches, also_longer, left, too = effect
         if switches:
@@ -97,10 +97,10 @@ def find_quirks(small: PreTrainedModel, paths: Collection[NumberPath]) -> Findin
 def _effect(
     model: PreTrainedModel, usual: Tensor, every_call: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Find what another number in the configuration changes; None where it changes no logits.
+    """Find the effects of another number in the configuration; None if it changes no logits.
 
-    Returns whether the length of a call matters, whether it does beyond the short one too, and
-    what `_changed_by_calls` finds.
+    Returns whether the length of a call matters, whether it also does beyond the short one, and the
+    results of `_changed_by_calls`.
     """
     long = _said(model, LONG)
     if _same(long, usual):
@@ -111,19 +111,19 @@ def _effect(
 
 
 def find_switches(small: PreTrainedModel, known: Lengths, lengths: Iterable[int]) -> Lengths:
-    """Find where between some lengths of a call a model begins to compute otherwise.
+    """Find lengths of a call at which a model begins to compute otherwise.
 
-    Of its first tokens a text says the same in a call of any length; where it does not, there is a
-    threshold between, wherever it comes from (a product of numbers, a list, code), and halving the
-    distance finds its place. Beyond a length that the model refuses is nothing to find.
+    The logits of a text's first tokens are the same in a call of any length, unless there is a
+    threshold between two lengths. Its origin may be a product of numbers, a list, or code.
+    Bisection finds it. Lengths beyond one that the model refuses are not searched.
 
     Args:
         small: A miniature that no call has changed yet.
-        known: The lengths at which something changes, as far as they are known.
-        lengths: Between which ones to look; the model runs at the first.
+        known: The lengths at which something is known to change.
+        lengths: The lengths between which to search; the model runs at the first.
 
     Returns:
-        What is known then.
+        All lengths known then.
     """
 
     @cache
@@ -152,9 +152,9 @@ def find_switches(small: PreTrainedModel, known: Lengths, lengths: Iterable[int]
 
 
 def shortened(small: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
-    """Make miniatures whose windows, chunks and thresholds are crossed by short texts.
+    """Build miniatures whose windows, chunks and thresholds are crossed by short texts.
 
-    One with all of the numbers made small where that can be built, else one for each.
+    One miniature has all of the numbers small if it can be built; otherwise there is one for each.
     """
     config = small.config
     values: Mapping[NumberPath, float] = dict(numbers(config.get_text_config()))
@@ -178,7 +178,7 @@ def _running(kind: type, config: PreTrainedConfig) -> Any | None:
 
 @torch.inference_mode()
 def _said(model: PreTrainedModel, tokens: int, last: int | None = None) -> Tensor:
-    """Logits of a text on a fresh copy of a model [tokens, vocabulary]."""
+    """Return the logits of a text on a fresh copy of a model [tokens, vocabulary]."""
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last is not None:
         ids[0, -1] = last
@@ -186,7 +186,7 @@ def _said(model: PreTrainedModel, tokens: int, last: int | None = None) -> Tenso
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    # With another number a miniature may say something in float32 only.
+    # With another number, a miniature may return float32 logits only.
     return _near(one, other, max(SAME[one.dtype], SAME[other.dtype]))
 
 
@@ -196,7 +196,7 @@ def _near(one: Tensor, other: Tensor, within: float) -> bool:
 
 @torch.inference_mode()
 def _changed_by_calls(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Attributes that differ after another call, and what differs for good after the first."""
+    """Return attributes that differ after another call, and what the first changes for good."""
     model = copy.deepcopy(model)
     states = [remember(model)]
     for tokens in (SHORT, LONG):
@@ -209,9 +209,9 @@ def _changed_by_calls(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, 
 
 log = logging.getLogger(__name__)
 TEXT = tuple(5 * place % 29 + 2 for place in range(12))
-"""What is read to see what a model is."""
+"""Text that is read to compare models."""
 SHOWN = 3
-"""How many of the layers that no checkpoint lacks are named."""
+"""Maximum number of layers named that no checkpoint lacks."""
 _ITSELF = "the model itself, saved and loaded, is another one"
 _OTHER = "no configuration describes what is left"
 _NOT = "what is left does not run"
@@ -220,15 +220,15 @@ _COMPUTED = "what its class computes when it is loaded cannot be given to a mode
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Logits of a text without some layers, and why where there are none.
+    """Logits of a text without some layers, or the reasons why there are none.
 
     Attributes:
-        copy: A copy in memory.
-        skip: The model whose layers stay in their places and hand on their input.
-        saved: What is loaded of the copy once it is saved.
-        lacks: Whether the copy has not all that its class computes when it is loaded.
-        refusal: Why the copy says nothing.
-        unsaved: Why nothing is loaded.
+        copy: Logits of a copy in memory.
+        skip: Logits of the model whose layers stay in place and pass on their input.
+        saved: Logits of the copy after saving and loading.
+        lacks: Whether the copy lacks some of what its class computes on loading.
+        refusal: Reason why the copy does not run.
+        unsaved: Reason why nothing is loaded.
     """
 
     copy: Tensor | None
@@ -240,28 +240,28 @@ class _Outputs:
 
     @property
     def is_apart(self) -> bool:
-        """True where the checkpoint is another model than the one that skips the layers."""
+        """True if the checkpoint differs from the model that skips the layers."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
     def is_anew(self) -> bool:
-        """True where the checkpoint is another model than the copy."""
+        """True if the checkpoint differs from the copy."""
         return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
     def stays(self) -> bool:
-        """True where the layers must stay in their places."""
+        """True if the layers must stay in place."""
         return self.saved is None and not logits_alike(self.copy, self.skip)
 
 
 def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict) -> Verdict:
-    """Find out what the model without a layer is; raises CellError where it does not run.
+    """Find which model a removed layer leaves; raise CellError if it does not run.
 
-    It is what a checkpoint without the layer is when it is loaded. Nearly always that is the model
-    whose layer hands on its input, and streams that skip the layer compute it. Where it is another
-    model (what layers do depends on their places), nothing is shared over depth; where the class
-    computes something from their places when it is loaded, copies get that. Where there is no such
-    checkpoint, the layer stays in its place and hands on its input, and that is said.
+    The target is a checkpoint without the layer, as it is loaded. Nearly always that equals the
+    model whose layer passes on its input, which is what streams that skip the layer compute. If
+    it is another model (layers depend on their positions), nothing is shared over depth. If the
+    class computes something from positions on loading, copies get that. If there is no such
+    checkpoint, the layer stays in place and passes on its input, and the verdict says so.
     """
     engine = truth.engine
     name = engine.class_name
@@ -301,26 +301,26 @@ def as_removed(truth: Reference, ablations: Sequence[Ablation], verdict: Verdict
 
 @dataclass(frozen=True)
 class _Loading:
-    """Models made of configurations, to see what is loaded of copies.
+    """Models built from configurations, to see how copies are loaded.
 
     Attributes:
-        whole: What the class makes of the whole model's configuration; None where that is another
+        whole: The class's model of the whole model's configuration; None if it differs from the
             model.
-        known: What it made of other configurations; None for a model whose calls change it.
+        known: Models built from other configurations; None for a model whose calls change it.
     """
 
     whole: PreTrainedModel
     known: dict[str, Any] | None
 
     def of(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Make an engine for what is loaded of a copy once it is saved; ModelError for nothing."""
+        """Build an engine for a saved and loaded copy; raise ModelError if there is none."""
         again = reloaded(copied.loaded.model, engine.left(ablation), self.known)
-        # What the first call changes is known of the whole model's layers, not of these.
+        # The effects of the first call are known for the whole model's layers, not for these.
         return replace(copied, loaded=replace(copied.loaded, model=again), quirks=NO_HABITS)
 
 
 def _loading(engine: Engine, still: Engine) -> _Loading:
-    """See whether the whole model, saved and loaded, is itself."""
+    """Test whether the whole model, saved and loaded, is itself."""
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
@@ -336,7 +336,7 @@ def _loading(engine: Engine, still: Engine) -> _Loading:
 
 
 def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading) -> _Outputs:
-    """Ask a model for a text without some layers, in each way."""
+    """Compute the logits of a text without some layers, in each way."""
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.whole is None else _NOT
     copied, refusal = tried(lambda: truth.without(ablation))
@@ -363,13 +363,13 @@ def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading)
 
 
 def _is_other(engine: Engine, ablation: Ablation, seen: _Outputs) -> bool:
-    """Check whether a copy is not the model that it is to be."""
+    """Check whether a copy differs from the model that it should be."""
     logits, _ = tried(lambda: engine.without(ablation).read(TEXT))
     return not logits_alike(logits, seen.skip if seen.saved is None else seen.saved)
 
 
 def _which(seen: Mapping[Ablation, _Outputs]) -> str | None:
-    """Return where a number is not that of a checkpoint, and what it is of instead."""
+    """Describe which results are not of a checkpoint, and of which model they are instead."""
     without = [ablation for ablation, outputs in seen.items() if outputs.saved is None]
     clauses = []
     for repeats, every, model in (
@@ -399,18 +399,18 @@ def _named(ablation: Ablation) -> str:
 
 
 def _text_of(engine: Engine) -> tuple[Tensor | None, str | None]:
-    """Return the logits of a text [tokens, vocabulary], or why there are none."""
+    """Return the logits of a text [tokens, vocabulary], or the reason why there are none."""
     return tried(lambda: engine.read(TEXT))
 
 
 def _handing_on(engine: Engine, ablation: Ablation) -> AbstractContextManager[None]:
-    """Make the layers of an ablation stay in their places and hand on their input."""
+    """Make the layers of an ablation stay in place and pass on their input."""
     layers = (engine.loaded.layers[layer] for layer in ablation.removed())
     return all_of(handle for layer in layers for handle in returning(layer, lambda state: state))
 
 
 def logits_alike(logits: Tensor | None, other: Tensor | None) -> bool:
-    """Compare logits up to rounding; what is missing is like nothing."""
+    """Return whether logits are equal up to rounding; missing ones equal nothing."""
     if logits is None or other is None:
         return False
     within = (

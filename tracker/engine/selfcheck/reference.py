@@ -1,7 +1,7 @@
-"""The numbers of the really changed model, asked one request at a time, and verdicts on sharing.
+"""Reference answers of really changed models, one request at a time, and verdicts on sharing.
 
-What the engine shares is held against this. Why a model shares no more than it does is one sentence
-for people: which experiment failed says why; what the model's own code raised then goes to the log.
+The engine's shared results are compared with these. A verdict explains in one sentence for users
+why sharing was lost: the experiment that failed. Errors of the model's own code go to the log.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from tracker.models.miniature import NumberPath, numbers
 from tracker.models.pruned import remember
 
 CALM = 10.0
-"""How many times as far as rounding moves the model itself two ways of computing it may differ."""
+"""Factor by which two ways may differ, relative to how far rounding moves the model itself."""
 SHAKE = 16
-"""Machine epsilons by which embeddings are moved: what rounding adds up to within a few layers."""
+"""Machine epsilons by which embeddings are perturbed: rounding sums up to this in a few layers."""
 DRAWS = 32
-"""Times at most that a request is asked again with its embeddings moved by rounding."""
+"""Maximum number of times that a request is scored with perturbed embeddings."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Comparison:
     """Answers that were computed both ways.
 
     Attributes:
-        compared: Log-likelihoods.
+        compared: Number of log-likelihoods.
         difference: The largest difference, in nats.
-        unsteady: How many differ by more than rounding should, while the model itself moves as far
-            when its embeddings move by rounding: it is discontinuous there.
-        wrong: The first that differs by more, in words; None where none does.
+        unsteady: Number that differ by more than rounding should, where the model itself moves as
+            far when its embeddings move by rounding: it is discontinuous there.
+        wrong: Description of the first that differs by more; None if none does.
     """
 
     compared: int = 0
@@ -66,7 +66,7 @@ class Comparison:
     wrong: str | None = None
 
     def __add__(self, other: Comparison) -> Comparison:
-        """Put two together."""
+        """Combine two comparisons."""
         return Comparison(
             self.compared + other.compared,
             max(self.difference, other.difference),
@@ -78,9 +78,9 @@ class Comparison:
 class Reference:
     """Answers requests on models that were really changed.
 
-    The engine knows the model, what a call of it leaves behind, and how to take layers out. Of a
-    `miniature` every copy is kept, and NaN on both sides is no agreement: it would prove anything,
-    while a real model may well say it.
+    The engine provides the model, the side effects of its calls, and changed copies. Every copy of
+    a `miniature` is kept, and NaN on both sides is no agreement for it: it would agree with
+    anything, while a real model may well return it.
     """
 
     def __init__(self, engine: Engine, miniature: bool = False) -> None:
@@ -91,15 +91,15 @@ class Reference:
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def without(self, ablation: Ablation) -> Engine:
-        """Make an engine for a copy from which the ablation is taken out, or use the one made."""
+        """Return an engine for a copy without the ablation's parts, reusing one made before."""
         if ablation not in self._made:
-            if not self.miniature:  # requests come ablation by ablation
+            if not self.miniature:  # requests are sorted by ablation
                 self._made.clear()
             self._made[ablation] = self.engine.without(ablation, briefly=True)
         return self._made[ablation]
 
     def ask(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
-        """Ask all of some questions side by side, where weights come past: once for all of them."""
+        """Answer questions in lockstep if weights are offloaded, so that they are loaded once."""
         if self.engine.loaded.offloaded is None:
             return
         questions = [question for question in questions if question not in self._answers]
@@ -118,7 +118,7 @@ class Reference:
         deque(self.engine.side_by_side(passes), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Score one request, once, by a model without what the ablation removes."""
+        """Score one request, once, on a model without what the ablation removes."""
         place = (ablation, request)
         if place not in self._answers:
             engine = self.without(ablation)
@@ -130,9 +130,9 @@ class Reference:
         return self._answers[place]
 
     def moves(self, ablation: Ablation, request: Request, nats: float) -> bool:
-        """Say whether an answer moves by so many nats when embeddings move by their rounding.
+        """Return whether an answer moves by so many nats when embeddings move by their rounding.
 
-        Where a router or a top-k is near a tie, it may in one of `DRAWS` draws: the model is
+        Near a tie of a router or a top-k, it may in one of `DRAWS` draws: the model is
         discontinuous there, and no two ways to compute it agree.
         """
         engine = self.without(ablation)
@@ -145,23 +145,23 @@ class Reference:
 
     @property
     def is_half(self) -> bool:
-        """Whether the model computes in half precision."""
+        """True if the model computes in half precision."""
         return self.engine.loaded.model.dtype not in (torch.float32, torch.float64)
 
     def compare(
         self, ours: float, ablation: Ablation, request: Request, nats: float, share: float
     ) -> Comparison:
-        """Hold a log-likelihood against the truth.
+        """Compare a log-likelihood with that of the reference.
 
-        What differs by more than is allowed is held against how far the model itself moves when
-        its embeddings move by their rounding.
+        A difference that is too large is compared with how far the model itself moves when its
+        embeddings move by their rounding.
 
         Args:
             ours: The log-likelihood.
-            ablation: What the model lacks.
-            request: What was asked.
-            nats: By how much it may differ,
-            share: and by what share of itself besides.
+            ablation: The ablation of the model.
+            request: The request.
+            nats: Absolute tolerance in nats.
+            share: Relative tolerance, added to it.
 
         Returns:
             The comparison.
@@ -183,15 +183,12 @@ class Reference:
 
 @contextmanager
 def shaken(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Let a model's token embeddings be off by about their rounding, drawn by `seed`.
-
-    On exit they are what they were.
-    """
+    """Perturb a model's token embeddings by about their rounding, drawn by `seed`, until exit."""
     generator = torch.Generator().manual_seed(seed)
 
     def shake(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output)
-        # Also a model in float64 computes parts of itself in float32.
+        # A model in float64 computes parts of itself in float32 too.
         eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
         return output * (1 + SHAKE * eps * noise)
 
@@ -204,20 +201,21 @@ class Verdict:
     """Result of checking an architecture on a miniature.
 
     Attributes:
-        sharing: As much as is exact.
-        lost: One line that says which sharing was lost and why; None when none was.
-        difference: The largest difference that was left, in nats.
-        compared: Log-likelihoods behind it.
-        unsteady: How many of them differ by more, while the model itself moves as far by rounding.
+        sharing: As much sharing as is exact.
+        lost: One line that states which sharing was lost and why; None if none was.
+        difference: The largest difference that remained, in nats.
+        compared: Number of log-likelihoods compared.
+        unsteady: Number of them that differ by more, where the model itself moves as far by
+            rounding.
         lengths: Numbers of the configuration at which the length of a call matters, with whether
-            beyond it every length is another; the empty path for a model to which it always does.
+            every length beyond differs from every other; the empty path if every length matters.
         leftovers: Names of attributes that one call leaves changed for the next.
-        first: Where in the model is what the first call changes for good: module, attribute.
-        stay: Whether removed layers stay in their places, because the model cannot be cut.
-        loaded: Whether copies get what their class computes when they are loaded without layers.
-        which: One line that says where the numbers are those of no checkpoint; None where all are.
-        tried_on: `a miniature`, or `the model` where none can be built.
-        switches: Lengths of a call at which it matters too, found by trying; True as in `lengths`.
+        first: Module and attribute of all that the first call changes for good.
+        stay: Whether removed layers stay in place, because the model cannot be cut.
+        loaded: Whether copies get the values that their class computes on loading without layers.
+        which: One line that states which results are of no checkpoint; None if all are.
+        tried_on: `a miniature`, or `the model` if none can be built.
+        switches: More lengths of a call that matter, found by experiment; True as in `lengths`.
     """
 
     sharing: Sharing
@@ -236,12 +234,12 @@ class Verdict:
 
     @property
     def is_clean(self) -> bool:
-        """Return whether all is shared and no length matters, so that shorter texts are alike."""
+        """True if all is shared and no length matters, so that shorter texts are alike."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
     def quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return the quirks of such a model, one that no call has changed yet."""
+        """Return the quirks of a model of this architecture that no call has changed yet."""
         values = dict(numbers(model.config.get_text_config()))
         thresholds = (
             *(int(values[path]) for path, _ in self.lengths if path in values),
@@ -265,43 +263,43 @@ LEFT = {
     PLAIN: "nothing is shared",
     ONE_BY_ONE: "nothing is shared, and each request is asked alone",
 }
-"""What is left, and what is not."""
+"""Description of the sharing that is left, and of the sharing that is not."""
 REFUSED = {
     FULL: "it does not go on from a beginning that was read before: its cache cannot be rewound",
     NO_PREFIX: "it refuses a row of several texts with a mask of their own",
     DEPTH_ONLY: "its layers refuse the states of several ablations as one batch",
     PLAIN: "it refuses several texts in one call",
 }
-"""What a way of sharing asks of a model, where its own code refused."""
+"""Requirement of a way of sharing that a model's own code does not meet."""
 STATE = "it keeps a state of its own for each text"
 MOVED = {PLAIN: "a call of several texts"}
-"""What moves an answer, where it is not the sharing itself."""
+"""Cause of a different answer, where it is not the sharing itself."""
 
 
 def less(before: str | None, sharing: Sharing, why: str | None) -> str | None:
-    """Describe what is shared less, and why; return `before` where nothing more was lost."""
+    """Describe the sharing that was lost, and why; return `before` if nothing more was lost."""
     if why is None:
         return before
     sentence = f"{LEFT[sharing]}, because {why}"
-    # What was lost later is more, and its reason holds for what was lost before.
+    # A later loss includes the earlier ones, and its reason applies to them.
     if before is None or before.startswith(tuple(LEFT.values())):
         return sentence
     return f"{before}; {sentence}"
 
 
 def in_words(error: Exception, way: Sharing, name: str) -> str:
-    """Describe what a model refuses; what its own code raised goes to the log."""
+    """Describe why a model refuses some sharing; errors of its own code go to the log."""
     log.debug("%s, shared over %s: %s", name, way, error)
     return str(error) if isinstance(error, RefusalError) else REFUSED[way]
 
 
 def of_refusal(way: Sharing, reason: str, engine: Engine) -> str:
-    """Return why a model runs in no such way; a copy of it is called to see that."""
+    """Return why a model does not run with some sharing; a copy of it is called to find out."""
     return STATE if way == NO_PREFIX and keeps_a_state(engine.copy()) else reason
 
 
 def of_difference(way: Sharing, comparison: Comparison, engine: Engine) -> str:
-    """Describe how far answers computed in some way are from the truth, and why."""
+    """Describe how far answers with some sharing are from the reference, and why."""
     cause, nats = MOVED.get(way, "sharing more"), comparison.difference
     sentence = f"{cause} changes a log-likelihood by {nats:.3g} nats"
     if comparison.unsteady:
@@ -313,15 +311,15 @@ def of_difference(way: Sharing, comparison: Comparison, engine: Engine) -> str:
 
 @torch.inference_mode()
 def keeps_a_state(model: PreTrainedModel) -> bool:
-    """Check whether a model keeps something of a text whose size does not grow with it.
+    """Check whether a model keeps a state of a text whose size does not grow with it.
 
-    Keys and values do; what recurrent layers and convolutions keep does not, and there each token
-    writes over what others have left: texts in one row would too.
+    Keys and values grow; the states of recurrent layers and convolutions do not. Each token
+    overwrites them, so texts in one row would overwrite each other's.
     """
     shapes: list[list[torch.Size]] = []
     for tokens in (2, 3):
         state = attempt(partial(_state_shapes, model, tokens))
-        if isinstance(state, Exception):  # it is asked only to find why it refused before
+        if isinstance(state, Exception):  # called only to explain an earlier refusal
             log.debug("%s keeps nothing: %s", type(model).__name__, state)
             return False
         shapes.append(state)
@@ -339,7 +337,7 @@ def _state_shapes(model: PreTrainedModel, tokens: int) -> list[torch.Size]:
 
 
 def _shapes(output: Any) -> Iterator[torch.Size]:
-    """The shapes of all tensors in what a call returns, and in caches among it."""
+    """Yield the shapes of all tensors in the output of a call, including those in caches."""
     if isinstance(output, Tensor):
         yield output.shape
     elif isinstance(output, dict):

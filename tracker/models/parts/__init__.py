@@ -1,7 +1,7 @@
 """Find, remove and round the parts of a model's layers, and its embeddings.
 
-Names do not count, since every family has others: parts are found by structure, and proven by what
-they do with a short text.
+Names do not count, since every family has others: parts are found by structure, and verified by
+their effect on a short text.
 
 Modules:
     anatomy: Find the parts of a model, or list them by its configuration. Start reading here.

@@ -1,6 +1,6 @@
 """The parts of a model's layers, each kind found once, when it is first needed.
 
-Parts that a model has by its configuration are listed without reading a weight.
+Parts given by a model's configuration are listed without reading a weight.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ KIND_OF: Mapping[Component, type[LayerPart]] = {
 
 @dataclass(frozen=True)
 class LayerAnatomy(PartFinder):
-    """The parts of a model's layers, and what changes them.
+    """The parts of a model's layers, and the functions that change them.
 
     Attributes:
-        weights: Weights in formats that are kept.
+        weights: Cache of weights in formats.
     """
 
     weights: RoundedWeights = field(default_factory=lambda: RoundedWeights(0))
 
     @property
     def is_divided(self) -> bool:
-        """Check whether its layers are divided into attention and MLP."""
+        """True if its layers are divided into attention and MLP."""
         if Sublayers not in self.parts:
             try:
                 self.find(Sublayers)
@@ -71,7 +71,7 @@ class LayerAnatomy(PartFinder):
         return bool(self.parts[Sublayers])
 
     def linear_maps(self, layer: int) -> Mapping[str, LinearMap]:
-        """List the linear maps of a layer by their paths; CellError as `linear_maps`."""
+        """Return the linear maps of a layer by their paths; raise CellError as `linear_maps`."""
         key = ("linear maps", layer)
         if key not in self.parts:
             self.parts[key] = linear_maps(self.layers[layer], self.name(layer))
@@ -79,14 +79,14 @@ class LayerAnatomy(PartFinder):
         return maps
 
     def map_at(self, layer: int, path: str) -> LinearMap:
-        """Return a linear map of a layer, or one expert's; CellError where there is none."""
+        """Return a linear map of a layer, or one expert's; raise CellError if there is none."""
         return map_at(self.linear_maps(layer), path, self.name(layer))
 
     def formats(self, layer: int, rounded: Sequence[Change]) -> dict[str, str]:
-        """Expand what is rounded of a layer to path of a linear map → format.
+        """Expand the rounded parts of a layer to path of a linear map → format.
 
-        Of a map that is named twice it is the last format. CellError where the layer has no such
-        map, or holds other matrices, or weights that are quantised.
+        For a map that is named twice, the last format counts. Raises CellError if the layer has no
+        such map, holds other matrices, or has quantised weights.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -103,11 +103,11 @@ class LayerAnatomy(PartFinder):
     def changes(
         self, ablation: Ablation, cache: RoundedWeights | None = None
     ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-        """List what really changes parts of a copy's layers under an ablation.
+        """Yield the real changes of parts of a copy's layers under an ablation.
 
         Args:
-            ablation: The ablation; layers that it removes, repeats or replaces stay as they are.
-            cache: As for `round_layer`.
+            ablation: The ablation; layers that it removes, repeats or replaces are not changed.
+            cache: Cache of weights in formats, as for `round_layer`.
 
         Yields:
             A layer, and the function that changes the copy of it.
@@ -122,16 +122,16 @@ class LayerAnatomy(PartFinder):
                 yield layer, partial(remove, parts=parts, name=self.name(layer))
 
     def refuse_formats(self, ablations: Sequence[Ablation]) -> None:
-        """Refuse formats that the model cannot be in, before anything is measured.
+        """Refuse formats that the model cannot have, before anything is measured.
 
-        Of a model on the meta device, attentions and MLPs as a whole are left for later: finding
+        For a model on the meta device, attentions and MLPs as a whole are checked later: finding
         them takes a model that runs.
 
         Args:
             ablations: The ablations.
 
         Raises:
-            ExperimentError: A map is not there, is quantised already, or has no whole blocks of a
+            ExperimentError: A map does not exist, is quantised already, or has no whole blocks of a
                 format; or the format's package is not installed.
         """
         for change in sorted({change for ablation in ablations for change in ablation.rounded}):
@@ -169,7 +169,7 @@ class LayerAnatomy(PartFinder):
 
 
 Shape = tuple[int, int]
-"""Outputs, of experts those of all, and inputs."""
+"""Number of outputs (for experts, of all together), and number of inputs."""
 
 
 def linear_map_shapes(source: ModelSource) -> tuple[dict[str, Shape], ...]:
@@ -179,7 +179,7 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, Shape], ...]:
         source: The model; no weight is read.
 
     Returns:
-        Of each layer the path of each map within it → its shape.
+        Path of each map within its layer → its shape, layer by layer.
 
     Raises:
         ModelError: The configuration cannot be read, or a layer holds other matrices.
@@ -187,27 +187,27 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, Shape], ...]:
     anatomy = LayerAnatomy.of(hollow(source, "auto"))
     try:
         maps = [anatomy.linear_maps(layer) for layer in range(len(anatomy.layers))]
-    except CellError as error:  # nothing is measured yet
+    except CellError as error:  # nothing has been measured yet
         raise ModelError(f"{source.source}: {error}") from None
     return tuple({path: linear.shape for path, linear in of.items()} for of in maps)
 
 
 @cache
 def search_parts(source: ModelSource, unit: Component) -> SearchParts:
-    """Find the parts of a model that a search may remove; once in a process.
+    """Find the parts of a model that a search may remove; once per process.
 
-    How many there are is in the configuration. Which layers have them is seen in a miniature of the
-    same class, whose layers hold the same modules: no weights are read.
+    Their number is in the configuration. A miniature of the same class, whose layers hold the same
+    modules, shows which layers have them, so no weights are read.
 
     Args:
         source: The model.
-        unit: What parts.
+        unit: The kind of parts.
 
     Returns:
         The parts. One head of each layer stays, or as many experts as its router chooses.
 
     Raises:
-        ModelError: It has no such parts, or does not say how many.
+        ModelError: It has no such parts, or its configuration does not give their number.
     """
     counts = count_parts(source)
     if unit not in NUMBERED:
@@ -221,7 +221,7 @@ def search_parts(source: ModelSource, unit: Component) -> SearchParts:
     if unit == "expert":
         stay = experts_of_a_token(read_config(source))
     small = miniature(hollow(source, "auto"))
-    # Without a miniature the engine finds out, before it measures.
+    # Without a miniature, the engine finds the layers before it measures.
     layers = tuple(range(counts.layers)) if small is None else _layers_with(small, unit)
     if not layers or stay >= count:
         why = f": of {count} in a layer {stay} must stay"
@@ -235,7 +235,7 @@ def search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
 
 def _layers_with(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """List the layers of a miniature with as many parts as its configuration says."""
+    """Return the layers of a miniature with as many parts as its configuration says."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count = parts_of(config).numbered(unit)
     if unit != "expert":

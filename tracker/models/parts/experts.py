@@ -1,13 +1,12 @@
 """Experts of mixtures, routed and shared ones, found by structure.
 
-A mixture is two modules: a router, which says for each token to which experts it goes and with what
-weights, and the experts, whose tensors have one entry an expert. A router that lacks an expert is
-the same module without that row, as a checkpoint without that expert has it: how the scores of the
-others are normalised is the router's own affair.
+A mixture has two modules. The router chooses the experts of each token and their weights. The
+experts' tensors have one entry per expert. A router that lacks an expert is the same module without
+that row, as in a checkpoint without that expert: the router itself normalises the other scores.
 
 Every token passes the shared experts beside the routed ones. Families call them `shared_experts`,
-`shared_expert` or `shared_mlp`, and some weigh what they give by a gate of its own; names do not
-count, only what they do.
+`shared_expert` or `shared_mlp`, and some weight their output by a separate gate. Names do not
+count, only the effect.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from tracker.models.parts.probe import Call, PartFinder, integer_tables, paths_i
 from tracker.models.parts.sublayers import Sublayers
 
 TOKENS = 16
-"""Length of the text that the proof runs on."""
+"""Length of the text for the verification."""
 _ROUNDING = 0.1
-"""Of what a shared expert adds: what two ways of adding it up may differ by, in half precision."""
+"""Tolerance between two orders of summation in half precision, relative to a shared expert's
+output."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Experts:
     """The routed experts of one layer.
 
     Attributes:
-        router: The module that chooses among them, as the layer names it.
-        held: The module that holds their tensors, as the layer names it.
-        count: How many there are.
-        chosen: To how many of them a token goes.
-        removable: Whether the router does without one, and chooses among the others.
+        router: Path in the layer of the module that chooses among them.
+        held: Path in the layer of the module that holds their tensors.
+        count: Number of experts.
+        chosen: Number of experts of each token.
+        removable: Whether the router works without one, and chooses among the others.
     """
 
     KIND: ClassVar[str] = "routed experts"
@@ -61,10 +61,10 @@ class Experts:
     def find(cls, finder: PartFinder) -> list[Experts | None]:
         """Find the routed experts of every layer.
 
-        Experts are a module whose own tensors all have the same number of entries, one of them with
-        a matrix in each, and that is called with a choice: numbers of experts for each token, and
-        as many weights. The router is the innermost module that returned this choice and has a row
-        an expert. It is then called again without an expert.
+        The experts are a module whose own tensors all have the same number of entries, one of them
+        with a matrix in each. It is called with a choice: numbers of experts for each token, and as
+        many weights. The router is the innermost module that returned this choice and has a row per
+        expert. It is then called again without an expert.
         """
 
         def find(layer: nn.Module, calls: Sequence[Call]) -> Experts | None:
@@ -85,11 +85,11 @@ class Experts:
 
     @property
     def block(self) -> str:
-        """The module that both are in, as the layer names it; empty for the layer itself."""
+        """The path in the layer of the module around both; empty for the layer itself."""
         return self.held.rpartition(".")[0]
 
     def without(self, parts: Sequence[Change], name: str) -> list[int]:
-        """List the experts that are left in a layer called `name`; CellError if none can be."""
+        """List the remaining experts of layer `name`; raise CellError if that is impossible."""
         gone = {part.number for part in parts if part.number is not None}
         last = max(gone)
         if last >= self.count:
@@ -140,8 +140,8 @@ class SharedExperts:
     """The shared experts of one layer.
 
     Attributes:
-        paths: Their modules, as the layer names them: nearly always one that holds the matrices of
-            all of them.
+        paths: Paths of their modules in the layer: nearly always one that holds the matrices of all
+            of them.
     """
 
     KIND: ClassVar[str] = "shared experts"
@@ -154,10 +154,10 @@ class SharedExperts:
     def find(cls, finder: PartFinder) -> list[SharedExperts | None]:
         """Find the shared experts of every layer's MLP.
 
-        The MLP holds routed experts: tensors with one entry an expert. Beside these, a shared
-        expert is an outermost module that is called with the MLP's own input and whose output the
-        MLP adds, as it is or weighed: with zeros in its place something else is left, and with
-        twice its output comes twice what it adds.
+        The MLP holds routed experts: tensors with one entry per expert. A shared expert is an
+        outermost module beside these, which is called with the MLP's own input and whose output the
+        MLP adds, with or without a weight. Replacing its output by zeros leaves another output, and
+        doubling it adds the same contribution once more.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -185,7 +185,7 @@ class SharedExperts:
 
 
 def _choices(calls: Sequence[Call], experts: Call, count: int) -> Iterator[tuple[Call, Tensor]]:
-    """List the calls of routers that chose what experts were called with, and the choice."""
+    """Yield the calls of routers that chose the experts' arguments, and the choice."""
     for choice in integer_tables(experts.arguments):
         for call in calls:
             outputs = call.output if isinstance(call.output, tuple) else ()
@@ -196,7 +196,7 @@ def _choices(calls: Sequence[Call], experts: Call, count: int) -> Iterator[tuple
 
 
 def entries(module: nn.Module) -> int:
-    """Count a module's experts; 0 where its own tensors have not one entry an expert."""
+    """Count a module's experts; 0 if its own tensors do not have one entry per expert."""
     tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(counts) != 1 or not any(tensor.ndim == 3 for tensor in tensors):
@@ -207,7 +207,7 @@ def entries(module: nn.Module) -> int:
 def _does_without(router: Call, choice: Tensor, count: int) -> bool:
     """Check whether a router without its last expert chooses as many others for each token."""
     if choice.shape[-1] >= count:
-        return True  # of which none may go anyway
+        return True  # all are chosen, so none may be removed anyway
     remaining = range(count - 1)
     args, kwargs = _cut_biases((router.args, router.kwargs), remaining, count)
     output = attempt(lambda: lacking(router.module, remaining, count).forward(*args, **kwargs))
@@ -225,13 +225,13 @@ def lacking(
     """Copy a module of a mixture with the entries of only some experts.
 
     Args:
-        module: A router, the module that holds experts, or the one that both are in.
+        module: A router, the module that holds experts, or the one around both.
         remaining: The experts whose entries are left.
-        count: How many there are.
-        inside: Which of its parts have such entries; none for all.
+        count: Number of experts.
+        inside: Submodules that have such entries; empty for all.
 
     Returns:
-        The copy; all else it shares with the module.
+        The copy, which shares everything else with the module.
     """
 
     def cut(value: Tensor | nn.Module | None) -> Any:
@@ -254,7 +254,7 @@ def lacking(
 
 
 def _cut(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
-    """Leave some entries of a tensor that has one an expert, also of a row of them."""
+    """Return some entries of a tensor with one per expert, also along a single row."""
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
@@ -262,7 +262,7 @@ def _cut(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
 
 
 def _cut_biases(given: Any, remaining: Sequence[int], count: int) -> Any:
-    """Leave some entries of a router's arguments other than the tokens: a bias of scores."""
+    """Return some entries of a router's arguments other than the tokens: a bias of scores."""
     if isinstance(given, dict):
         return {name: _cut_biases(value, remaining, count) for name, value in given.items()}
     if isinstance(given, tuple):
@@ -283,13 +283,13 @@ def routed(
     Args:
         router: The router of all experts.
         experts: The experts.
-        remaining: The experts that are left.
+        remaining: The remaining experts.
         whole: Output of the router of all experts for other tokens.
         state: The tokens.
-        given: Arguments of the router by place and by name, other tokens among them.
+        given: Positional and keyword arguments of the router, with other tokens.
 
     Returns:
-        An entry for each of `whole`; the score of an expert that is gone is −∞.
+        An entry for each of `whole`; the score of a removed expert is −∞.
     """
     fewer = lacking(router, remaining, experts.count)
     numbers = take(torch.arange(experts.count, device=state.device), remaining)
@@ -310,7 +310,7 @@ def routed(
 def single_outputs(
     forward: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Compute the output of each expert of a token before it is weighed.
+    """Yield the output of each expert of a token before it is weighted.
 
     The module that holds the experts is called for one of a token's choices at a time, with a
     weight of 1.
@@ -321,8 +321,8 @@ def single_outputs(
         kwargs: Its keyword arguments.
 
     Yields:
-        For each choice the experts' numbers [tokens], their weights [tokens] as the router hands
-        them over, and their outputs [tokens, width].
+        The experts' numbers [tokens] of each choice, their weights [tokens] as the router returns
+        them, and their outputs [tokens, width].
     """
     values, state = (*args, *kwargs.values()), hooks.state_of(args, kwargs)
     choice = integer_tables(values)[0]
@@ -356,7 +356,7 @@ def _passes_state(call: Call, mlp: Call) -> bool:
 
 
 def _beside_routed(mlp: nn.Module) -> list[nn.Module]:
-    """List an MLP's modules that neither hold routed experts nor are of them, outermost first."""
+    """List an MLP's modules that neither hold nor belong to routed experts, outermost first."""
     holding = [module for module in mlp.modules() if entries(module)]
     routed_modules = {module for holder in holding for module in holder.modules()}
     around = {m for m in mlp.modules() if any(child in holding for child in m.modules())}
@@ -364,7 +364,7 @@ def _beside_routed(mlp: nn.Module) -> list[nn.Module]:
 
 
 def _is_added(module: nn.Module, mlp: Call) -> bool:
-    """Check whether an MLP adds the output of a module of it to something else."""
+    """Check whether an MLP adds the output of one of its modules to something else."""
 
     def times(factor: int) -> Tensor:
         def scale(_: nn.Module, __: Any, output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attention heads, found by structure and proven to be the columns of a linear map."""
+"""Attention heads, found by structure and verified to be the columns of a linear map."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tracker.models.parts.linear_maps import map_of
 from tracker.models.parts.probe import Call, PartFinder, paths_in
 
 TOKENS = 6
-"""Length of the text that the proof runs on."""
+"""Length of the text for the verification."""
 _PROOF = "tracker_proof_of_heads"
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one attention: neighbouring columns of its output projection's input.
+    """The heads of one attention: adjacent columns of its output projection's input.
 
     Attributes:
-        projection: The linear map that all heads pass, as its layer names it.
-        heads: How many heads there are.
-        groups: How many groups of them share keys and values.
-        width: How many columns each has.
+        projection: Path in the layer of the linear map that all heads pass.
+        heads: Number of heads.
+        groups: Number of groups of heads that share keys and values.
+        width: Number of columns of each head.
     """
 
     KIND: ClassVar[str] = "attention heads"
@@ -50,12 +50,12 @@ class Heads:
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Heads | None]:
-        """Find the heads of every layer's attention, wherever in the layer that is.
+        """Find the heads of every layer's attention, wherever in the layer it is.
 
-        For one call on a short text the attention of transformers is another one, in which every
-        second head gives ones and all others zeros. The output projection is the linear map whose
-        input then has ones (or anything but zeros) in just these columns, and which no other layer
-        has.
+        For one call on a short text, the attention of transformers is replaced by one in which
+        every second head returns ones and all others zeros. The output projection is the linear map
+        whose input then has ones (or anything but zeros) in exactly these columns, and which no
+        other layer has.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = Counter(module for layer in finder.layers for module in layer.modules())
@@ -85,11 +85,11 @@ class Heads:
             return finder.probe(cls, TOKENS, find)
 
     def count(self, component: Component) -> int:
-        """Count the heads, or the groups of heads."""
+        """Return the number of heads, or of groups of heads."""
         return self.groups if component == "kv_head" else self.heads
 
     def columns(self, part: Change, name: str) -> slice:
-        """Return the columns of a head or a group; CellError where `name`, a layer, has none."""
+        """Return the columns of a head or a group; raise CellError if the layer `name` has none."""
         count = self.count(part.component)
         assert part.number is not None
         if part.number >= count:
@@ -101,7 +101,7 @@ class Heads:
         return slice(part.number * width, (part.number + 1) * width)
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Give a copied layer an output projection of its own that ignores some heads."""
+        """Give a copied layer its own output projection that ignores some heads."""
         columns = [self.columns(part, name) for part in parts]
         linear = map_of(layer.get_submodule(self.projection))
         attribute = (linear.module, linear.name)
@@ -121,7 +121,7 @@ class Heads:
 
 
 def _reads(call: Call, columns: Tensor) -> bool:
-    """Check whether a linear map was given numbers in just some of its columns."""
+    """Check whether a linear map's input was non-zero in exactly some of its columns."""
     if not isinstance(call.module, (nn.Linear, Conv1D)) or not call.args:
         return False
     given = call.args[0]

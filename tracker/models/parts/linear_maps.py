@@ -1,9 +1,9 @@
 """Linear maps of a layer, found by structure: modules, and the matrices of a mixture's experts.
 
-A mixture holds its experts' matrices in tensors with one entry an expert. Each such tensor is one
-map, as files of llama.cpp hold it (`ffn_down_exps`), whose rows are those of all experts; one
-expert's alone is a map too where it is asked for by its number. The two matrices outside of layers,
-the embedding and the output head, are linear maps as well.
+A mixture holds its experts' matrices in tensors with one entry per expert. Each such tensor is one
+map, as in files of llama.cpp (`ffn_down_exps`), with the rows of all experts. The matrix of one
+expert is a map too if it is requested by its number. The two matrices outside of layers, the
+embedding and the output head, are linear maps as well.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class LinearMap:
 
     Attributes:
         module: The module that holds the weight.
-        name: Name of the weight there.
-        inputs_first: Whether it has a row an input, as GPT-2's and the experts of GPT-OSS.
-        experts: How many experts there are; 0 where it is not theirs.
-        expert: Which of them alone is meant; None for all.
+        name: Name of the weight in the module.
+        inputs_first: Whether it has a row per input, like GPT-2's and the experts of GPT-OSS.
+        experts: Number of experts; 0 if the map belongs to none.
+        expert: Number of the single expert; None for all.
     """
 
     module: nn.Module
@@ -47,13 +47,13 @@ class LinearMap:
 
     @property
     def weight(self) -> Tensor:
-        """View the weight as [outputs, inputs], of experts as [experts, outputs, inputs]."""
+        """The weight as [outputs, inputs], for experts as [experts, outputs, inputs]."""
         held = self.parameter if self.expert is None else self.parameter[self.expert]
         return held.mT if self.inputs_first else held
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Count its rows, those of all experts, and its inputs."""
+        """The number of its rows (for experts, of all together), and of its inputs."""
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
 
@@ -64,7 +64,7 @@ class LinearMap:
         return held
 
     def laid_out(self, weight: Tensor, others: Tensor) -> Tensor:
-        """Lay a weight out as the module holds it; one expert's among those of the `others`."""
+        """Return a weight in the module's layout; one expert's is inserted among the `others`."""
         rows = weight.mT.contiguous() if self.inputs_first else weight
         if self.expert is None:
             return rows
@@ -74,15 +74,15 @@ class LinearMap:
 
 
 def map_of(module: nn.Module) -> LinearMap:
-    """Return the linear map that a module is."""
+    """Return a module's own linear map."""
     return LinearMap(module, inputs_first=isinstance(module, Conv1D))
 
 
 def linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
-    """List the linear maps of a layer by their paths in it.
+    """Find the linear maps of a layer, by their paths in it.
 
-    What chooses among experts is left out, and so are experts' biases and matrices of one row:
-    llama.cpp rounds none of them.
+    Routers are left out, and so are experts' biases and matrices of one row: llama.cpp rounds none
+    of them.
 
     Args:
         layer: The layer.
@@ -119,9 +119,9 @@ def linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 
 
 def _matrices_of_experts(module: nn.Module) -> Iterator[LinearMap]:
-    """List experts' matrices with their axis of inputs; none where shapes do not tell it.
+    """Yield experts' matrices with their axis of inputs; none if shapes do not determine it.
 
-    One tensor makes two halves, a gate and what passes it, of which the other one takes one:
+    One tensor makes two halves, a gate and what passes it, and the other one reads one half:
     [2 width, hidden] and [hidden, width], or the other way round in both.
     """
     count, tensors = entries(module), module._parameters.items()
@@ -136,9 +136,9 @@ def _matrices_of_experts(module: nn.Module) -> Iterator[LinearMap]:
 
 
 def _rows_of_experts(block: nn.Module, count: int) -> Iterator[Tensor]:
-    """List tensors of a mixture with a row an expert: its router, and biases, also in one row.
+    """Yield tensors of a mixture with a row per expert: its router, and biases, also in one row.
 
-    A linear map is the router where the part of the mixture that it is, or is in, has no other.
+    A linear map is the router if it is the only one in its part of the mixture.
     """
     for part in block.children():
         linears = [module for module in part.modules() if isinstance(module, nn.Linear)]
@@ -150,7 +150,7 @@ def _rows_of_experts(block: nn.Module, count: int) -> Iterator[Tensor]:
 
 
 def map_at(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
-    """Return one of a layer's maps, or one expert's; CellError where `name` has none there."""
+    """Return one of a layer's maps, or one expert's; raise CellError if `name` has none there."""
     if path in maps:
         return maps[path]
     of_all, number = one_experts(path) or ("", 0)
@@ -161,10 +161,10 @@ def map_at(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
 
 
 class RoundedWeights:
-    """Weights in a format, which are kept as far as they fit: many rows want the same ones.
+    """Cache of weights in a format: many rows need the same ones.
 
     Args:
-        most: Bytes to keep of those that were used last.
+        most: Maximum bytes of the most recently used weights.
     """
 
     def __init__(self, most: int) -> None:
@@ -180,7 +180,7 @@ class RoundedWeights:
             weight = self._weights[key] = in_format(linear.weight, name)
             self._bytes += weight.nbytes
         self._weights.move_to_end(key)
-        while self._bytes > self._most and len(self._weights) > 1:  # that one is used now
+        while self._bytes > self._most and len(self._weights) > 1:  # the last one is in use
             self._bytes -= self._weights.popitem(last=False)[1].nbytes
         return weight
 
@@ -190,15 +190,15 @@ def weights_in(
     formats: Mapping[str, str],
     make: Callable[[str, LinearMap, str], Tensor],
 ) -> dict[Attribute, Tensor]:
-    """Make the parameters of maps that are in formats, laid out as modules hold them.
+    """Compute the parameters of maps in formats, in the layout of their modules.
 
     Args:
         maps: Linear maps of a layer by their paths.
-        formats: Path of each that is rounded → format; one expert's goes before that of all.
-        make: Makes the weight, outputs first, of a path, its map and a format.
+        formats: Path of each rounded map → format; one expert's has priority over that of all.
+        make: Function that computes the weight, outputs first, from a path, its map and a format.
 
     Returns:
-        Each parameter with what stands in its place.
+        Each parameter with its replacement.
     """
     weights: dict[Attribute, Tensor] = {}
     for path in sorted(formats, key=lambda path: maps[path].expert is not None):
@@ -210,7 +210,7 @@ def weights_in(
 
 
 def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Copy a module with other weights among its parameters; all else it shares."""
+    """Copy a module with other weights among its parameters, sharing everything else."""
     parameters = {name: nn.Parameter(w, requires_grad=False) for name, w in weights.items()}
     return shallow_copy(module, _parameters={**module._parameters, **parameters})
 
@@ -226,9 +226,9 @@ def round_layer(
     Args:
         layer: The layer.
         formats: Path of a map → format.
-        number: Which layer it is.
-        cache: Where its weights are kept while it is not called, as far as they fit: then it has
-            them only while it is called. None = it has them for good.
+        number: Number of the layer.
+        cache: Cache of its weights while it is not called, as far as they fit: then it has them
+            only while it is called. None = it has them permanently.
     """
     name = f"layer {number}"
     every = linear_maps(layer, name)
@@ -245,9 +245,9 @@ class Embeddings:
     """A model's embedding and output head.
 
     Attributes:
-        embedding: Its weight has a row for each token that is read.
-        lm_head: Its weight has a row for each token that is predicted.
-        weights: Their weights in formats that are kept.
+        embedding: Linear map whose weight has a row for each token that is read.
+        lm_head: Linear map whose weight has a row for each token that is predicted.
+        weights: Cache of their weights in formats.
     """
 
     embedding: LinearMap
@@ -261,7 +261,7 @@ class Embeddings:
 
     @property
     def is_tied(self) -> bool:
-        """Check whether both weights are one tensor."""
+        """True if both weights are one tensor."""
         return self.embedding.parameter is self.lm_head.parameter
 
     def weight(self, name: str, form: str) -> Tensor:
@@ -272,7 +272,7 @@ class Embeddings:
     def having(self, name: str, form: str | None) -> Iterator[None]:
         """Give one of them weights in a format until exit; None for its own.
 
-        No other pass of the model may run meanwhile: it would meet them.
+        No other pass of the model may run meanwhile: it would use these weights.
         """
         if form is None:
             yield
@@ -287,7 +287,7 @@ class Embeddings:
 
 
 def find_embeddings(model: PreTrainedModel, most: int = 0) -> Embeddings:
-    """Find a model's embedding and head; CellError where one has no weights that could be rounded.
+    """Find a model's embedding and head; raise CellError if one has no weights to round.
 
     The model's weights may be on the meta device. `most` is as for `RoundedWeights`.
     """
@@ -297,7 +297,7 @@ def find_embeddings(model: PreTrainedModel, most: int = 0) -> Embeddings:
     for name, getter in zip(ENDS, getters, strict=True):
         try:
             module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):  # code of a download need not say
+        except (AttributeError, NotImplementedError):  # a download's code need not define it
             module = None
         weight = None if module is None else module._parameters.get("weight")
         if weight is None or weight.ndim != 2:
@@ -311,9 +311,9 @@ def find_embeddings(model: PreTrainedModel, most: int = 0) -> Embeddings:
 
 
 def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """List a model's embedding and head with their shapes; where both are one, the embedding.
+    """Return the shapes of a model's embedding and head; if both are one, of the embedding.
 
-    ExperimentError where one has no weights that could be rounded.
+    Raises ExperimentError if one has no weights to round.
     """
     try:
         embeddings = find_embeddings(model)
@@ -323,12 +323,12 @@ def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def round_embeddings(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
-    """Give a copied model's embedding and head weights of their own: name → format."""
+    """Give a copied model's embedding and head their own weights in formats: name → format."""
     if not formats:
         return
     embeddings = find_embeddings(model)
     for name, form in formats.items():
         weight = nn.Parameter(in_format(embeddings[name].weight, form), requires_grad=False)
-        # One tensor for both stays one.
+        # A tensor shared by both stays shared.
         for end in ENDS if embeddings.is_tied else [name]:
             embeddings[end].module.weight = weight

@@ -1,4 +1,4 @@
-"""Finding parts: a model reads a short text while the calls of its modules are recorded."""
+"""Find parts: a model reads a short text while the calls of its modules are recorded."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LayerPart(Protocol):
     """Parts of one kind in one layer.
 
     Attributes:
-        KIND: Name of several of them in messages.
-        COMPONENTS: What to leave out of `component` where no layer has any.
-        NEEDS: What a layer has, or does, for its parts to be found.
+        KIND: Plural name of the parts in messages.
+        COMPONENTS: Values to leave out of `component` if no layer has such parts.
+        NEEDS: Requirements for a layer's parts to be found.
     """
 
     KIND: ClassVar[str]
@@ -42,7 +42,7 @@ class LayerPart(Protocol):
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
         """Remove some of the parts from a copy of the layer, which messages call `name`.
 
-        CellError where the layer has no such part, or cannot do without it.
+        Raises CellError if the layer has no such part, or cannot work without it.
         """
 
 
@@ -54,7 +54,7 @@ class Call:
         module: The module.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        output: What it returned.
+        output: Its return value.
     """
 
     module: nn.Module
@@ -64,7 +64,7 @@ class Call:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """All arguments, whether by place or by name."""
+        """All arguments, positional and by keyword."""
         return (*self.args, *self.kwargs.values())
 
 
@@ -77,7 +77,7 @@ class PartFinder:
         layers: Its decoder layers.
         device: The device of its inputs.
         alone: Context in which the model may be called.
-        parts: Parts that were found so far: kind → an entry a layer.
+        parts: Parts found so far: kind → one entry per layer.
     """
 
     model: PreTrainedModel
@@ -88,13 +88,14 @@ class PartFinder:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """Describe a model whose weights are where its inputs go, or on the meta device."""
+        """Return a finder for a model with weights on its inputs' device or the meta device."""
         return cls(model, find_layers(model), model.device)
 
     def find(self, kind: type[P]) -> Sequence[P | None]:
         """Find one kind of parts in every layer; the first call runs the model.
 
-        ModelError where the model does not run, or its layers have no such parts by construction.
+        Raises ModelError if the model does not run, or its layers have no such parts by
+        construction.
         """
         if not self.parts.get(kind):
             with self.alone():
@@ -103,7 +104,7 @@ class PartFinder:
         return parts
 
     def at(self, kind: type[P], layer: int) -> P:
-        """Return the parts of one kind in a layer; CellError where it has none."""
+        """Return the parts of one kind in a layer; raise CellError if it has none."""
         parts = self.find(kind)
         part = parts[layer]
         if part is not None:
@@ -119,7 +120,7 @@ class PartFinder:
         )
 
     def name(self, layer: int) -> str:
-        """Name a layer in messages."""
+        """Return the name of a layer for messages."""
         return f"layer {layer} of {type(self.model).__name__}"
 
     @torch.inference_mode()
@@ -132,13 +133,13 @@ class PartFinder:
         """Find parts of each layer by the calls of its modules while the model reads a short text.
 
         Args:
-            kind: The parts that are looked for.
+            kind: The kind of parts.
             tokens: Length of the text.
             find: Called with a layer and the calls of its modules, itself among them, in the order
                 in which they ended.
 
         Returns:
-            What was found of each layer.
+            The result for each layer.
 
         Raises:
             ModelError: The model does not take the text.
@@ -172,7 +173,7 @@ class PartFinder:
 
 
 def text(tokens: int, device: torch.device) -> Tensor:
-    """Make a short text [1, tokens] of different tokens."""
+    """Build a short text [1, tokens] of different tokens."""
     return torch.arange(1, tokens + 1, device=device)[None]
 
 
@@ -182,6 +183,6 @@ def paths_in(layer: nn.Module) -> dict[nn.Module, str]:
 
 
 def integer_tables(values: Iterable[Any]) -> list[Tensor]:
-    """Pick the tables of whole numbers [tokens, chosen] among some values."""
+    """Return the tables of integers [tokens, chosen] among some values."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
     return [tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)]

@@ -1,4 +1,4 @@
-"""Attention and MLP of a decoder layer, found by structure and proven by what they do."""
+"""Attention and MLP of a decoder layer, found by structure and verified by their effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 6
-"""Length of the text that the proof runs on."""
+"""Length of the text for the verification."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Sublayers:
     """The modules whose outputs a layer adds to the residual stream.
 
     Attributes:
-        attention: Mixes tokens.
-        mlp: Works on each token alone; the last of its modules where it is not one.
+        attention: The module that mixes tokens.
+        mlp: The module that processes each token alone; the last one if there are several.
     """
 
     KIND: ClassVar[str] = "attention and MLP"
@@ -46,18 +46,19 @@ class Sublayers:
     def find(cls, finder: PartFinder) -> list[Sublayers]:
         """Find the attention and the MLP of every layer.
 
-        They are the first and the last child that holds a matrix. That is then proven on a short
-        text: without both, every layer returns its input; without attention anywhere, no token sees
+        They are the first and the last child that holds a matrix. This is verified on a short text.
+        Without both, every layer returns its input. Without attention anywhere, no token sees
         another; without MLPs they still do.
 
         Args:
             finder: The model and its layers.
 
         Returns:
-            One entry a layer.
+            One entry per layer.
 
         Raises:
-            ModelError: The layers are not built of two such sublayers; lists their parts.
+            ModelError: The layers are not built of two such sublayers; the message lists their
+                parts.
         """
         sublayers = []
         for layer in finder.layers:
@@ -69,7 +70,7 @@ class Sublayers:
 
     @classmethod
     def _of(cls, layer: nn.Module) -> Sublayers | None:
-        """Return the first and the last child with a matrix; None where there are no two."""
+        """Return the first and the last child with a matrix; None if there are no two."""
         parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
         return cls(parts[0], parts[-1]) if len(parts) > 1 else None
 
@@ -85,7 +86,7 @@ class Sublayers:
 
 @torch.inference_mode()
 def _prove(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
-    """Raise ModelError where sublayers are not all that their layers add to the stream."""
+    """Raise ModelError if layers add more to the stream than the outputs of their sublayers."""
     model, layers = finder.model, finder.layers
     attention = [pair.attention for pair in sublayers]
     mlp = [pair.mlp for pair in sublayers]
@@ -95,7 +96,7 @@ def _prove(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
     unchanged: list[bool] = []
 
     def compare(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # Not `call_protected`: with its parts silent a layer that writes seems to read only.
+        # Not `call_protected`: with silent parts, a layer that writes seems only to read.
         before = hooks.state_of(args, kwargs).clone()
         output = forward(*args, **kwargs)
         unchanged.append(torch.equal(before, hooks.first_of(output).to(before.device)))
@@ -116,7 +117,7 @@ def _prove(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
         distance: Tensor = (before - after).norm()
         return distance
 
-    # Experts see their tokens in other company, so equal inputs may differ by rounding.
+    # Experts get their tokens in other groups, so equal inputs may differ by rounding.
     rounding = 1e-2 * effect()
 
     with hooks.silenced(attention):

@@ -1,4 +1,4 @@
-"""Charts of one cell: what removals cost, the cosine score beside it, and what runs decide."""
+"""Draw the charts of one cell: drops, cosine score against drop, and decisions of runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tracker.stats.support import Verdict
 
 
 def curve_title(cell: CellRecord) -> str:
-    """Say in plain text which runs of the layer curve are shown to cost or help, and on what."""
+    """Return a title of the layer curve: the runs shown to cost or help, and the benchmark."""
     measure = formats.measure_of(cell)
     records = [run for run in cell.runs if run.change.kind.is_single]
     if not any(formats.defined(record.drop.value) for record in records):
@@ -41,14 +41,14 @@ def curve_title(cell: CellRecord) -> str:
         [change for change, verdict in shown.items() if verdict == sign]
         for sign in ("costs", "helps")
     )
-    # A layer that something else stands in for is not removed.
+    # A layer with a replacement is not removed.
     removed = all(record.change.intervention == "remove" for record in records)
     noun = "removals" if removed else "runs"
     return WORDS.one("curve_title", cell, measure, len(records), noun, costly, helpful)
 
 
 def scatter_title(cell: CellRecord) -> str:
-    """Say in plain text the scatter's three correlations, their intervals and their samples."""
+    """Return a title of the scatter: three correlations, their intervals and their samples."""
     change = formats.measure_of(cell).change
     text = wording.correlation_text(correlation(cell))
     inner = correlation(cell, "inner")
@@ -64,7 +64,7 @@ def scatter_title(cell: CellRecord) -> str:
 
 
 def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
-    """Draw whatever can be drawn of a cell, by name, for its run on a tracking backend."""
+    """Draw all charts that a cell's data allows, by name, for its run on a tracking backend."""
     found = {}
     if curve_kinds(cell):
         found["accuracy_drop"] = layer_curve(cell).figure()
@@ -156,9 +156,9 @@ def _change_axis(measure: formats.Measure) -> dict[str, Any]:
 
 
 def curve_kinds(cell: CellRecord) -> list[Change]:
-    """List the kinds of which the layer curve draws single layers; whole ones without runs.
+    """List the kinds of single layers that the layer curve draws; whole layers without runs.
 
-    Layers that are passed again are a row of the map of all stretches, where there is one.
+    Repeated single layers are a row of the map of all spans, if there is one.
     """
     on_maps = [kind for kinds in mapped(cell).values() for kind in kinds]
     single = [kind for kind in cell.kinds or [WHOLE_LAYER] if kind.is_single]
@@ -223,9 +223,9 @@ def margin_name(cell: CellRecord, decided: DecisionsRecord) -> str:
 
 
 def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> style.Chart | None:
-    """Draw the median margin of every run with its quartiles, beside the intact model's.
+    """Draw the median margin of every run with its quartiles, and that of the intact model.
 
-    None where no margin is defined, and where what was removed are parts of layers alone.
+    None if no margin is defined, or if only parts of layers are removed.
     """
     there = {run.run.kind for run in decided.runs if run.margins}
     kinds = [
@@ -285,13 +285,13 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> style.Chart | No
 
 
 def agreement(decided: DecisionsRecord) -> tuple[list[int], Array]:
-    """Correlate which documents the layers lose.
+    """Correlate the sets of documents that layers lose.
 
     Args:
-        decided: What the runs of a cell decide.
+        decided: Decisions of the runs of a cell.
 
     Returns:
-        The layers that can be compared, those that agree beside each other, and their correlations.
+        The comparable layers, with similar layers next to each other, and their correlations.
     """
     both = np.array(decided.both, dtype=np.float64).reshape((len(decided.both),) * 2)
     coefficients = phi(both, np.diag(both), decided.right)

@@ -1,4 +1,4 @@
-"""The picture that a page opens with: what each layer costs, above what the cosine score says."""
+"""Draw the first chart of a page: the cost of each layer, above its cosine score."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tracker.report.wording import WORDS
 from tracker.stats.support import mean
 
 _PANELS = {2: ([0.38, 1.0], [], [0.0, 0.29]), 3: ([0.6, 1.0], [0.26, 0.52], [0.0, 0.18])}
-"""Where the costs, the log-probabilities and the cosine scores stand, by how many there are."""
+"""Vertical ranges of the costs, log-probabilities and cosine scores, by number of panels."""
 
 
 def headline(board: LayerBoard, label: str) -> style.Chart:
     """Draw the real cost of every layer above the cosine score of the same layer.
 
-    Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score.
-    What is open is faint. Where no layer is shown to matter, the fall of the right answer's
-    log-probability stands between them. Marked by number are the layers that a choice by cosine
-    score is shown to miss.
+    Bars of the mean accuracy relevance with its interval are above bars of the mean cosine score.
+    Open layers are faint. If no layer is shown to matter, a panel between them shows the fall of
+    the right answer's log-probability. Numbers mark the layers that a choice by cosine score is
+    shown to miss.
     """
     found = board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -101,13 +101,13 @@ def headline(board: LayerBoard, label: str) -> style.Chart:
 
 
 def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
-    """Gather the numbers of neighbours: on a phone, a number is as wide as two layers.
+    """Join the numbers of neighbouring layers, because on a phone a number is two layers wide.
 
     Args:
         layers: The marked layers.
 
     Returns:
-        Where each note stands, and what it says.
+        The position of each note, and its text.
     """
     ordered = np.sort(layers)
     groups = np.split(ordered, np.flatnonzero(np.diff(ordered) > 2) + 1) if layers else []
@@ -115,7 +115,7 @@ def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
 
 
 def _falls(found: Claims) -> dict[int, Estimate]:
-    """The mean fall of the right answer's log-probability: layer → with an interval for all."""
+    """Return layer → mean fall of the right answer's log-probability, simultaneous over layers."""
     return {
         layer: mean([found.gold[c.key][layer] for c in found.cells if layer in found.gold[c.key]])
         for layer in found.layers
@@ -164,7 +164,7 @@ def _root(value: float | None) -> float | None:
 
 
 def _title(board: LayerBoard, label: str) -> str:
-    """Say in a line of plain text what the picture shows."""
+    """Return a title of the chart in a line of plain text."""
     many = len(board.cells) > 2
     where = counted(len(board.cells), "benchmark") if many else name_benchmarks(board.cells)
     return f"{label}: what each layer really costs, and its cosine score, on {where}"

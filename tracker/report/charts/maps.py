@@ -56,7 +56,7 @@ COLOUR_BAR = {
 
 
 def heat_title(cells: Sequence[CellRecord]) -> str:
-    """Say in plain text how large the heat map is, and how many values are undefined."""
+    """Return a title of the heat map: its size, and the number of undefined values."""
     layers = layers_of(WHOLE_LAYER, *cells)
     total = len(layers) * len(cells)
     known = (layer_relevance(cell, layer).value for cell in cells for layer in layers)
@@ -70,9 +70,9 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
 def heat_map(cells: Sequence[CellRecord]) -> Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
-    A row a cell, centred at 0; what is shown of a benchmark's layers is strong, all else faint.
-    Undefined and missing values are gaps marked by crosses that say why (trace `undefined`).
-    ValueError if there is no cell, or cells belong to several models.
+    One row for each cell, centred at 0. Verdicts other than open are strong, all other values
+    faint. Undefined and missing values are gaps with crosses that explain them (trace `undefined`).
+    Raises ValueError if there is no cell, or if cells belong to several models.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
@@ -94,13 +94,13 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 
 
 def row_label(label: str) -> str:
-    """Write the label of a row: a benchmark, and below it what else tells it apart."""
+    """Return the label of a row: a benchmark, and below it the details that distinguish it."""
     name, _, rest = label.partition(" · ")
     return "<br>".join(filter(None, (html.escape(name), wrap(rest, 18))))
 
 
 def row_height(labels: Sequence[str]) -> int:
-    """How high rows with such labels are, in pixels: high enough for the one of most lines."""
+    """Return the height of rows with these labels in pixels, enough for the longest label."""
     return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
@@ -125,7 +125,7 @@ def _name(family: Change) -> str:
 
 
 def _rows_of(kinds: Sequence[Change]) -> tuple[str, str]:
-    """Say what the rows of a map are: in its title, and beside its axis."""
+    """Return the names of a map's rows for its title, and for its axis."""
     kind = kinds[0]
     if kind.map is not None:
         return f"layer and linear map in {kind.intervention}", "linear map"
@@ -140,21 +140,21 @@ def _rows_of(kinds: Sequence[Change]) -> tuple[str, str]:
 
 
 def map_caption(kinds: Sequence[Change]) -> str:
-    """Say how a map of kinds is read: what its rows and columns are, and what is blank in it."""
+    """Explain a map of kinds: its rows, its columns, and its blanks."""
     return WORDS.one("map_caption", kinds, kinds[0])
 
 
 def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
-    """Say in plain text what a map of kinds shows."""
+    """Return a title of a map of kinds in plain text."""
     return f"{cell.title}: {formats.measure_of(cell).change} by {_rows_of(kinds)[0]}"
 
 
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
-    """Draw the accuracy drop (or loss increase) by layer and by what tells kinds apart.
+    """Draw the accuracy drop (or loss increase) by layer and by kind of change.
 
-    A row a span or a head, centred at 0; what is shown of all runs of the map is strong, all else
-    faint. Undefined and missing values are gaps marked by crosses that say why (trace `undefined`);
-    what is no run is blank.
+    One row for each span or head, centred at 0. Verdicts other than open are strong, all other
+    values faint. Undefined and missing values are gaps with crosses that explain them (trace
+    `undefined`). Positions without a run are blank.
     """
     measure = formats.measure_of(cell)
     numbered = kinds[0].part is not None
@@ -189,10 +189,10 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
 
 
 def _layers_along(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Say which layer's run of a kind stands in each column.
+    """Return the layer whose run of a kind is shown in each column.
 
-    The embedding and the head are of no layer, and have one run, at 0: it stands in the first
-    column and in the last one, and in all others one that is not there.
+    The embedding and the head have a single run each, stored as layer 0. The embedding's is shown
+    in the first column, the head's in the last one. All other columns get a layer without a run.
     """
     if not kind.is_end:
         return layers
@@ -201,7 +201,7 @@ def _layers_along(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 
 
 def _shown(cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]) -> list[list[bool]]:
-    """Say of which runs something is shown, of all of a map's runs of a cell at once."""
+    """Return which runs have a verdict other than open, simultaneous for all runs of a map."""
     verdicts = shown_runs(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [
@@ -234,22 +234,22 @@ def centred_map(
 ) -> Chart:
     """Draw a heat map whose colours are centred at 0.
 
-    What is shown (trace `name`) has a dot in it where there is room, since it may be small; what is
-    open (trace `open`) is faint.
+    Values with a verdict (trace `name`) have a dot if there is room, since they may be small. Open
+    values (trace `open`) are faint.
 
     Args:
-        title: What is seen, in plain text.
-        name: What is mapped; the trace's name.
-        columns: Where its columns are.
-        rows: Labels of its rows (plotly's markup).
-        values: Its rows; None is a gap.
-        hovers: The hover box of each value.
-        ticks: What stands below the colours of -largest, 0 and largest.
-        largest: The value of the strongest colour.
-        height: In pixels.
-        shown: Of which values something is shown; None where nobody asked.
+        title: Title in plain text.
+        name: Name of the mapped quantity, and of the trace.
+        columns: Positions of the columns.
+        rows: Labels of the rows (plotly's markup).
+        values: Rows of values; None is a gap.
+        hovers: Hover box of each value.
+        ticks: Labels of the colours of -largest, 0 and largest.
+        largest: Value of the strongest colour.
+        height: Height in pixels.
+        shown: Mask of the values with a verdict; None = no verdicts.
         crosses: Whether gaps with a hover box are marked (trace `undefined`).
-        **layout: The axes: `xaxis`, and `yaxis` where it is not `ROWS`.
+        **layout: Axes: `xaxis`, and `yaxis` if it is not `ROWS`.
 
     Returns:
         The chart.

@@ -23,11 +23,11 @@ from tracker.report.wording import WORDS
 
 
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
-    """Draw between which ranks each layer lies against its rank by cosine score.
+    """Draw the possible ranks of each layer against its rank by cosine score.
 
-    One labelled point for each layer with its interval, 1 = matters most on both axes. Strong are
-    those (trace `stands elsewhere`) whose interval misses the diagonal (trace `equal ranks`), on
-    which the cosine score is right; all others (trace `open`) are faint. None where no layer has
+    One labelled point with its interval for each layer, 1 = matters most on both axes. Points whose
+    interval misses the diagonal (trace `stands elsewhere`) are strong, all others (trace `open`)
+    are faint. On the diagonal (trace `equal ranks`) the cosine score is right. None if no layer has
     both ranks.
     """
     proxy = cosine_ranks(board)
@@ -95,15 +95,15 @@ def _title(label: str, wrong: int, total: int) -> str:
 
 
 _TOP = 0.96
-"""Where the first panel ends: its title stands above it."""
+"""Top of the first panel, below its title."""
 _THICK = {"color": style.MATTERS, "width": 2.5}
 
 
 def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance of every layer, a line for each benchmark and their mean.
 
-    The intervals are those of the trace `mean`, or of the one benchmark that there is: those of
-    several lines would hide each other. Points of which nothing is shown are faint.
+    Only the trace `mean`, or a single benchmark, has intervals, because those of several lines
+    would overlap. Open points are faint.
     """
     cells, found = board.cells, board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -141,7 +141,7 @@ def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
 def _relevance(
     name: str, layers: Sequence[int], figures: Sequence[Estimate], samples: Sequence[str]
 ) -> dict[str, Any]:
-    """Draw the relevance of layers, with what each rests on."""
+    """Draw the relevance of layers; hover boxes name the sample of each value."""
     hover = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", figure, two_digits, of)
         for layer, figure, of in zip(layers, figures, samples, strict=True)
@@ -151,7 +151,7 @@ def _relevance(
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
-    """Say in plain text what is drawn, and which layer is shown to matter most."""
+    """Return a title of the chart: its benchmarks, and the layer shown to matter most."""
     text = f"{label}: accuracy relevance over depth, {counted(len(board.cells), 'benchmark')}"
     first = [standing.layer for standing in board.ranked if standing.rank.high == 1]
     return f"{text}; layer {first[0]} matters most" if first else text
@@ -186,7 +186,7 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
             data.append(curve)
         top = _TOP - place * step
         axis = style.value_axis(proxy.heading, drawn) | {"domain": [max(top - step + gap, 0), top]}
-        # Its title stands above its panel, where a phone has room for it.
+        # The title is above its panel, where a phone has room for it.
         heads.append(head | {"text": axis.pop("title")["text"], "yref": f"y{panel} domain"})
         axes[f"yaxis{panel}"] = axis
     return style.chart(
@@ -201,7 +201,7 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
 
 
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
-    """Say in plain text what is drawn."""
+    """Return a title of the chart of proxies in plain text."""
     text = f"{label}: the proxies over depth, {counted(len(cells), 'benchmark')}"
     scored = any(defined(run.cosine_score) for cell in cells for run in cell.whole_layers)
     return text if scored else f"{text}; no cosine score is defined"
@@ -229,7 +229,7 @@ def _proxy(
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
     """Draw the mean accuracy relevance over relative depth, a line a model; intervals if few.
 
-    Points of layers of which nothing is shown are faint.
+    Points of open layers are faint.
     """
     data = []
     few = len(boards) <= style.FEW
@@ -288,10 +288,10 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
 
 
 def difference_chart(pair: Pair) -> style.Chart:
-    """Draw how the drops of two models differ, layer by layer.
+    """Draw the differences of the drops of two models, layer by layer.
 
-    Points with 95 % intervals, one trace a benchmark, where these are few; otherwise a heat map
-    with a dot where a difference is shown. What is open is faint.
+    Points with 95 % intervals, one trace for each benchmark, if there are few benchmarks. Otherwise
+    a heat map with a dot where a difference is shown. Open differences are faint.
     """
     measure, layers = pair.measure, pair.layers
     rows = [[shared.difference(layer) for layer in layers] for shared in pair.comparisons]

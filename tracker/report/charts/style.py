@@ -30,13 +30,15 @@ PROXY = "#8a8a8a"
 GREY = "#808080"
 FAINT = "rgba(128,128,128,0.22)"
 OPEN = 0.32
-"""How strongly something is drawn of which nothing is shown."""
+"""Opacity of values without a verdict."""
 LINES = ("#128f80", "#b04c9a", "#6f8f1f", "#7a63c9", "#c0456a", "#4f9a52", "#8f6a55")
-"""Colours of lines side by side: mid-tones, legible on white and on black, none of them near the
-blue and the orange that say whether a removal costs or helps."""
+"""Colours of lines: mid-tones, legible on white and on black.
+
+None is close to the blue and the orange that mark removals that cost or help.
+"""
 _DASHES = ("solid", "dash", "dot")
 FEW = 3
-"""So many lines can carry their intervals and still be told apart."""
+"""Maximum number of lines that remain distinguishable with their intervals."""
 MANY = 20
 """With more lines than this, a legend would be larger than its chart; hover boxes name them."""
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
@@ -76,7 +78,7 @@ TEMPLATE: dict[str, Any] = {
         "yaxis": _AXIS,
     }
 }
-"""What every chart looks like; a page holds it once."""
+"""Template of all charts; a page contains it once."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,10 @@ class Chart:
     """A chart as plotly's JSON.
 
     Attributes:
-        title: What is seen, as plain text; a page sets it as a caption, which can wrap.
+        title: Title in plain text; a page sets it as a caption, which can wrap.
         data: The traces.
-        layout: The axes, the height and whatever else differs from the template.
-        explains: How it is read, in plain text below the title.
+        layout: Axes, height and other differences from the template.
+        explains: Explanation in plain text below the title.
     """
 
     title: str
@@ -96,9 +98,9 @@ class Chart:
     explains: str = ""
 
     def figure(self) -> go.Figure:
-        """Make a figure that stands alone, with its title in it and its legend at the bottom.
+        """Build a figure for use alone, with its title inside and its legend at the bottom.
 
-        Where something is drawn faintly, a line below the title says what that means.
+        If something is drawn faintly, a line below the title explains that.
         """
         lines = [html.escape(line) for line in textwrap.wrap(self.title, _TITLE_COLUMNS)]
         if any(map(_is_faint, self.data)):
@@ -122,8 +124,8 @@ class Chart:
 
 
 def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> Chart:
-    """Put a chart together, `height` in pixels; `layout` is what else differs from the template."""
-    # Above the axes stand a legend and, under a pointer, the buttons.
+    """Build a chart, `height` in pixels; `layout` holds differences from the template."""
+    # Reserve room above the axes for a legend and, under a pointer, the buttons.
     margin = {"l": 60, "r": 16, "t": 34, "b": 50} | layout.pop("margin", {})
     return Chart(title, data, {"height": height, "margin": margin, **layout})
 
@@ -131,24 +133,24 @@ def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) ->
 def trace(
     kind: str, name: str, x: Sequence[Any], y: Sequence[Any], hover: Sequence[Any], **look: Any
 ) -> dict[str, Any]:
-    """Draw figures with a hover box each; `kind` is plotly's `type`, `look` what else there is."""
+    """Build a trace with hover boxes; `kind` is plotly's `type`, `look` further properties."""
     content = {"type": kind, "name": name, "x": x, "y": y, "hovertext": hover}
     return content | {"hoverinfo": "text"} | look
 
 
 def _is_named(trace: dict[str, Any]) -> bool:
-    """Whether it stands in a legend: without a word on it, where it is not alone."""
+    """Return whether a trace has an entry in the legend; by default only scatter traces do."""
     return bool(trace.get("showlegend", trace.get("type") == "scatter"))
 
 
 def _is_faint(trace: dict[str, Any]) -> bool:
-    """Whether some of it is drawn as that of which nothing is shown."""
+    """Return whether some of a trace is drawn as open."""
     strengths = [trace.get("opacity"), trace.get("marker", {}).get("opacity")]
     return any(OPEN in (each if isinstance(each, list) else [each]) for each in strengths)
 
 
 def line(number: int) -> dict[str, Any]:
-    """Give the line with this number (from 0) a look of its own, as plotly's `line`."""
+    """Return a distinct style of the line with this number (from 0), as plotly's `line`."""
     turn, colour = divmod(number, len(LINES))
     return {"color": LINES[colour], "width": 1.4, "dash": _DASHES[turn % len(_DASHES)]}
 
@@ -170,9 +172,9 @@ def layer_axis(layers: Sequence[int], title: str = "layer (0-based)") -> dict[st
 
 
 def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Make an axis of positive figures logarithmic when they span more than a factor of ten.
+    """Build an axis that is logarithmic if positive values span more than a factor of ten.
 
-    A few large ones would otherwise press all others together. Ranks are not changed by it.
+    A few large values would otherwise compress all others. Ranks are unaffected.
     """
     found = [value for value in values if value is not None]
     wide = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
@@ -182,7 +184,7 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Make an axis logarithmic, with whole numbers at its ticks: plotly's own are digits alone."""
+    """Build a logarithmic axis with whole numbers at its ticks, where plotly has digits alone."""
     found = [value for value in values if value is not None and value > 0] or [1.0]
     exponents = range(math.floor(math.log10(min(found))), math.ceil(math.log10(max(found))) + 1)
     ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
@@ -196,10 +198,10 @@ def shares(values: Sequence[float], span: Sequence[float] = ()) -> list[float]:
 
 
 def label_sides(points: Sequence[tuple[float, float]]) -> list[str]:
-    """Choose on which side of each point its label stands, so that labels overlap little.
+    """Choose the side of each point for its label, so that labels overlap little.
 
     Args:
-        points: Where they are, both from 0 to 1, in a chart of usual size.
+        points: Positions, both coordinates from 0 to 1, in a chart of usual size.
 
     Returns:
         Plotly's `textposition` of each.
@@ -228,7 +230,7 @@ def _overlap(one: _Box, other: _Box) -> float:
 
 
 def finite(value: float | None, scale: float = 1) -> float | None:
-    """Scale a figure; a gap (None) where it is undefined."""
+    """Scale a value; None (a gap) if it is undefined."""
     return scale * value if defined(value) else None
 
 
@@ -238,14 +240,14 @@ def sign_colours(figures: Iterable[float | None]) -> list[str]:
 
 
 def strength(shown: Iterable[bool]) -> list[float]:
-    """Say how strongly figures are drawn: faintly those of which nothing is shown."""
+    """Return the opacity of values: full with a verdict, faint without."""
     return [1.0 if it_is else OPEN for it_is in shown]
 
 
 def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) -> dict[str, Any]:
-    """Reach from each figure to both ends of its interval (plotly's `error_y`), if it has one.
+    """Return error bars from each value to both ends of its interval (plotly's `error_y`).
 
-    `look` is whatever differs from a thin grey line, which a page draws in the colour of its text.
+    `look` holds differences from a thin grey line, which a page draws in the colour of its text.
     """
 
     def reach(start: float | None, end: float | None) -> float | None:

@@ -1,8 +1,8 @@
-"""Renders a results folder's cells as one self-contained HTML page.
+"""Render a results folder's cells as one self-contained HTML page.
 
-The page needs no network: plotly.js is in it once, packed; styles and scripts stand in the file,
-and a content security policy forbids everything else. Charts are drawn when they come into view.
-The same input gives the same bytes.
+The page needs no network: it contains plotly.js once, compressed, all styles and all scripts. A
+content security policy forbids everything else. Charts are drawn when they come into view. The same
+input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ def render_report(
 ) -> Path:
     """Write the report page of a results folder, and return its path.
 
-    The file appears at once or not at all: it is written beside its place and then renamed.
+    The file is replaced atomically: it is written next to its path and then renamed.
 
     Args:
         cells: The cells, in this order.
         experiments: The experiment files: name → YAML text, whose passwords are not shown.
-        path: Where the page is to be.
-        decided: A cell's place → what its runs decide document by document, where it is known.
-        findings: What studies found.
-        searches: The cells that searches took their steps in, besides those of findings.
+        path: Path of the page.
+        decided: Key of a cell → decisions of its runs document by document, if known.
+        findings: Findings of studies.
+        searches: Cells in which searches took their steps, besides those of findings.
 
     Returns:
         The path.
 
     Raises:
-        WorkError: The disk is full or refuses; a page that was there stays.
+        WorkError: The disk is full or not writable; an existing page is kept.
     """
     write_text(path, render_page(cells, experiments, decided, findings, searches))
     return path
@@ -69,7 +69,7 @@ def render_report(
 
 @cache
 def _templates() -> Environment:
-    """What is compiled once for all pages of a process."""
+    """Compile the templates once for all pages of a process."""
     environment = templates_of("tracker.report.page", autoescape=True)
     modules = (answers, run_table, tables, wording)
     functions = (
@@ -90,7 +90,7 @@ def _templates() -> Environment:
 
 @cache
 def _plotly() -> str:
-    """Plotly's script, packed: two fifths of its size."""
+    """Return plotly's script, compressed to two fifths of its size."""
     return packed(get_plotlyjs())
 
 

@@ -1,4 +1,4 @@
-"""The sections of the page: what it shows of each cell, of each model, and across models."""
+"""Build the sections of the page: of each cell, of each model, and across models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from tracker.report.wording import model_answer
 BUDGET = 2_000_000
 """Characters that the documents of all cells may take of a page."""
 Row = DecisionsRecord | RunDecisions
-"""A row: the intact model, or what a run decides."""
+"""Row of the table: the intact model, or the decisions of a run."""
 _OPTIONS = 6
 """With more options than this, the others share a column."""
 
@@ -67,7 +67,7 @@ def letter(option: int) -> str:
 
 
 def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
-    """Set one row a run: documents lost and won, its margin, and how often each option is taken."""
+    """Build a table with a row for each run: lost and won documents, margin, option shares."""
     options = len(decided.options)
     several = min(options, _OPTIONS)
     why = decided.reasons.get("margin", "no margin is defined")
@@ -116,13 +116,13 @@ def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
 
 
 def packed_documents(decided: Mapping[str, tuple[CellRecord, DecisionsRecord]]) -> dict[str, str]:
-    """Pack the documents that runs lose and win, for a page to unpack when they are asked for.
+    """Compress the documents that runs lose and win; a page decompresses them on request.
 
     Args:
-        decided: Name → cell, and what its runs decide.
+        decided: Name → cell, and the decisions of its runs.
 
     Returns:
-        Name → packed JSON. Of each run as many documents are named as leave the page small.
+        Name → compressed JSON. The number of documents for each run is limited by the page's size.
     """
     budget = BUDGET // max(1, len(decided))
     found = {}
@@ -186,7 +186,7 @@ class CellSection:
     cell: CellRecord
     charts: dict[str, Figure]
     maps: dict[str, str]
-    """How each chart that is a map is read, by its name."""
+    """Name of each chart that is a map → its explanation."""
     curve_lines: int
     decisions: DecisionsRecord | None
 
@@ -207,7 +207,7 @@ class ModelSection:
 
     @property
     def answer(self) -> str:
-        """What is shown of its layers, and of its parts where it has boards of these."""
+        """The verdicts on the model's layers, and on its parts if it has boards of them."""
         cells = [section.cell for section in self.cells]
         return model_answer(self.board.claims, self.parts, cells)
 
@@ -220,7 +220,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class AcrossSection:
-    """What can be said across models."""
+    """Statements across models."""
 
     depth: Figure
     board: ModelBoard
@@ -232,9 +232,9 @@ class AcrossSection:
 def model_sections(
     cells: Sequence[CellRecord], decided: Mapping[Place, DecisionsRecord]
 ) -> tuple[ModelSection, ...]:
-    """Make a section for each model, in the order in which they appear.
+    """Build a section for each model, in the order of their first cells.
 
-    `decided` is what the runs of some cells decide document by document, by the cell's place.
+    `decided` maps the key of a cell to the decisions of its runs, document by document.
     """
     groups = named_models(cells)
     return tuple(
@@ -307,7 +307,7 @@ def _model_section(
 
 
 def _has_whole_layers(cell: CellRecord) -> bool:
-    """Whether whole single layers are among what is removed; a cell without any run has a place."""
+    """Return whether whole single layers are removed, or the cell has no runs at all."""
     return WHOLE_LAYER in cell.kinds or not cell.kinds
 
 

@@ -1,4 +1,4 @@
-"""What studies found, laid out: tables, charts, sections of the page."""
+"""Lay out the findings of studies: tables, charts, sections of the page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _IN_SECTIONS = (SEARCH, "prune", "joint")
 
 @dataclass(frozen=True)
 class StudySection:
-    """What the page shows of one finding."""
+    """Section of the page for one finding."""
 
     id: str
     finding: FindingRecord
@@ -50,7 +50,7 @@ class StudySection:
 def study_sections(
     findings: Sequence[FindingRecord], cells: Sequence[CellRecord]
 ) -> tuple[StudySection, ...]:
-    """Lay findings out, beside the cells that the folder holds now."""
+    """Build a section for each finding, with a note if the folder's cells have grown since."""
     return tuple(
         StudySection(
             id=f"study-{number}",
@@ -68,22 +68,22 @@ def study_sections(
 def standing_alone(
     cells: Sequence[CellRecord], findings: Sequence[FindingRecord], searches: Collection[Place] = ()
 ) -> list[CellRecord]:
-    """Leave out cells without a run, and those of searches' steps and of pairs.
+    """Return the cells except those without a run, and those of searches' steps and of pairs.
 
     The sections of their findings show these. `searches` are steps that no finding names.
     """
     steps = {
         place for finding in findings if finding.study in _IN_SECTIONS for place in finding.rests_on
     }.union(searches)
-    # One that was asked for no run is what an export was held against.
+    # Cells without a requested run are the references of exports.
     return [cell for cell in cells if (cell.runs or cell.missing) and not _is_step(cell, steps)]
 
 
 def _is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
-    """Whether a cell holds steps of searches, or pairs, alone.
+    """Return whether a cell holds only steps of searches, or pairs.
 
-    What lacks layers, or misses some of all runs of one layer, holds nothing else unless a run
-    requested it. `steps` are the cells of all of them.
+    A cell that lacks layers, or some of all runs of one layer, holds nothing else unless a run
+    requested it. `steps` are the keys of all cells of searches and pairs.
     """
     whole = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     partial = bool(cell.removed) or len(whole) < cell.model.layers
@@ -103,10 +103,10 @@ def outgrown(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
 
 
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
-    """Put the tables of findings into data frames, in the record's own units, by file stem.
+    """Return the tables of findings as data frames, in the record's own units, by file stem.
 
-    A figure with an interval has columns `… low` and `… high`; an undefined one is empty, and its
-    column `… reason` says why.
+    A figure with an interval has columns `… low` and `… high`. An undefined one is empty, and its
+    column `… reason` has the reason.
     """
     return {
         f"{stem}-{number}": frame_of(table)
@@ -125,7 +125,7 @@ def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
 
 
 def by_stem(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
-    """Give each finding a stem for its files; those of several folders may have one name."""
+    """Yield each finding with a stem for its files; names that occur twice are numbered."""
     taken: set[str] = set()
     for finding in findings:
         names = (f"{finding.name}--{number}" for number in count(2))

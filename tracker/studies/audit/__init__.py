@@ -103,7 +103,7 @@ def answers_of(audit: ModelAudit) -> list[str]:
 
 
 def _pooled(audit: ModelAudit) -> str:
-    """The paper's own figure: cosine over inner layers × benchmarks."""
+    """Build the paper's own figure: cosine over inner layers × benchmarks."""
     summary = audit.summaries.get("cosine_score")
     if summary is None or (found := pooled(summary.cells)) is None:
         return ""
@@ -112,7 +112,7 @@ def _pooled(audit: ModelAudit) -> str:
 
 
 def _task(audit: ModelAudit) -> str:
-    """Return whether relevance depends on the task more than cosine says: the paper's claim 3."""
+    """Describe whether relevance depends on the task more than cosine says: the paper's claim 3."""
     cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
     if cosine is None or drop is None or cosine.test is None:
         return ""
@@ -131,7 +131,7 @@ def _best(audit: ModelAudit) -> str:
 
 
 def lacking_of(audit: ModelAudit) -> list[str]:
-    """Return what could not be answered, with what to do."""
+    """Describe the unanswered questions, and how to answer them."""
     return TEXTS.all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 

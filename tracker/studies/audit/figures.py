@@ -43,7 +43,7 @@ from tracker.stats.task_dependence import (
 from tracker.studies.base import FEWEST, StudyContext, Subject, observe
 
 KIND = "output-proxies-1"
-"""What is observed besides outcomes: the sums of `output_proxies`."""
+"""Kind of the observations besides outcomes: the sums of `output_proxies`."""
 DROP = "accuracy drop"
 _NO_NUMBER = {
     "gate_gradient": "autograd cannot differentiate this model, or its loss is not finite",
@@ -62,8 +62,8 @@ class Ordering:
     """The agreement of a proxy with the drop on one benchmark.
 
     Attributes:
-        spearman: With interval and p-value; the other coefficients are None where it is.
-        inner: Spearman without the outer layers.
+        spearman: Spearman correlation with interval and p-value; if None, so are the others.
+        inner: Spearman correlation without the outer layers.
         kendall: Tau-b.
         pearson: r.
         resampled: Spearman of each resample of the documents.
@@ -80,7 +80,7 @@ class AuditedCell:
     """One cell: drops and proxies of its whole layers, on the same documents in the same order."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Observe what the ledger lacks, and line everything up."""
+        """Observe what the ledger lacks, and align all arrays on the same documents."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -105,7 +105,7 @@ class AuditedCell:
 
     @property
     def drop(self) -> LayerMeasure:
-        """The measure that the proxies are held against."""
+        """The measure that the proxies are compared with."""
         return self.measures[DROP]
 
     @property
@@ -114,7 +114,7 @@ class AuditedCell:
         return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
     def drawn(self, name: str) -> Array:
-        """A measure of each layer in each resample of the documents, the same in every call."""
+        """Return a measure of each layer in each resample of the documents, the same for all."""
         measure = self.measures[name]
         return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
@@ -145,7 +145,7 @@ class AuditedCell:
 
 
 def _proxies(cell: AlignedOutcomes, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
-    """Each proxy of every layer of the model: a mean a document, and what it weighs."""
+    """Yield each proxy of every layer of the model: means of documents, and their weights."""
     for proxy in OBSERVED:
         means = per_token(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.of(means), cell.tokens
@@ -175,16 +175,16 @@ def _begin(engine: Engine) -> Observe:
 
 @dataclass(frozen=True)
 class Summary:
-    """How well one proxy orders the layers, over all benchmarks where it can be said.
+    """Agreement of one proxy with the order of the layers, over all benchmarks where it is defined.
 
     Attributes:
-        proxy: Its name in `OF_LAYERS`.
-        cells: The benchmarks.
-        spearman: Mean coefficient, always defined; the interval is from the documents.
-        inner: Mean without the outer layers.
+        proxy: Name in `OF_LAYERS`.
+        cells: Cells of the benchmarks.
+        spearman: Mean coefficient, always defined, with an interval over documents.
+        inner: Mean coefficient without the outer layers.
         kendall: Mean tau-b.
-        p_value: Of the mean, not adjusted.
-        resampled: The mean in each resample of the documents.
+        p_value: p-value of the mean, not adjusted.
+        resampled: Mean coefficient in each resample of the documents.
     """
 
     proxy: str
@@ -210,15 +210,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Spreads:
-    """How much layers' relevance varies over benchmarks, of one measure.
+    """Variation of layers' relevance over benchmarks, by one measure.
 
     Attributes:
         raw: Mean over layers of the variance of z-scores.
-        test: The accuracy drop's variance against this one, layer by layer.
-        noisy: The same as `raw`, over the benchmarks that `clean` is over.
-        clean: The same with the documents' noise taken off.
-        excess: By how much the accuracy drop's `clean` exceeds this one.
-        reason: Why `clean` is None.
+        test: Comparison of the accuracy drop's variance with this one, layer by layer.
+        noisy: `raw` over the benchmarks that `clean` uses.
+        clean: `raw` without the noise of the documents.
+        excess: Difference of the accuracy drop's `clean` and this one.
+        reason: Reason why `clean` is None.
     """
 
     raw: float
@@ -239,24 +239,24 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """What it rests on."""
+        """The number of benchmarks and documents, in words."""
         documents = sum(cell.record.n for cell in self.lined_up)
         return f"{counted(len(self.lined_up), 'benchmark')}, {counted(documents, 'document')}"
 
     @property
     def drop(self) -> str:
-        """What removing a layer costs here: accuracy, or loss, or either."""
+        """The name of the loss of a removal: accuracy drop, loss increase, or both."""
         kinds = sorted({cell.record.higher_is_better for cell in self.cells}, reverse=True)
         return " or ".join(DROP if accuracy else "loss increase" for accuracy in kinds)
 
     @cached_property
     def lined_up(self) -> list[AuditedCell]:
-        """What a mean over benchmarks is of: one cell of each, all with the same layers."""
+        """The cells that means over benchmarks use: one of each, all with the same layers."""
         return alike(apart(self.cells))
 
     @property
     def left_out(self) -> list[str]:
-        """Say which cells no mean over benchmarks holds, and why."""
+        """The cells that means over benchmarks leave out, with reasons."""
         kept, reasons = apart(self.cells), []
         for cell in self.cells:
             if cell not in kept:
@@ -272,7 +272,7 @@ class ModelAudit:
 
     @cached_property
     def summaries(self) -> dict[str, Summary]:
-        """By their names the proxies that can be compared, by their measured mean coefficient."""
+        """The comparable proxies by name, sorted by their mean coefficient."""
         summaries = {}
         for proxy in OF_LAYERS:
             cells = [c for c in self.lined_up if c.found[proxy].spearman.value is not None]
@@ -295,9 +295,9 @@ class ModelAudit:
         return {proxy: summaries[proxy] for proxy in best_first}
 
     def apart(self, one: Summary, other: Summary) -> Estimate:
-        """How much better a proxy orders the layers than another, on the same documents.
+        """Compute how much better a proxy orders the layers than another, on the same documents.
 
-        The interval holds for all comparisons of two proxies at once.
+        The interval is simultaneous for all comparisons of two proxies.
         """
         if one.cells != other.cells or one.spearman.value is None or other.spearman.value is None:
             return Estimate(None, reason="they are not defined on the same benchmarks")
@@ -309,7 +309,7 @@ class ModelAudit:
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """Proxy → between which ranks it lies by how well it orders the layers, all at once."""
+        """The possible ranks of proxies by their agreement with the drops, simultaneous."""
         some = list(self.summaries.values())
         better = [[(self.apart(one, other).low or 0.0) > 0 for other in some] for one in some]
         return dict(zip(self.summaries, between(np.array(better, dtype=bool)), strict=True))
@@ -351,7 +351,7 @@ class ModelAudit:
 
     @cached_property
     def spreads(self) -> dict[str, Spreads]:
-        """Measure → how much it varies over benchmarks; empty where it cannot be said."""
+        """The variation of each measure over benchmarks; empty if it is undefined."""
         cells = self.above_chance
         if not cells:
             return {}
@@ -390,10 +390,10 @@ class ModelAudit:
 
     @cached_property
     def at_cost(self) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
-        """What a measure predicts of other documents, for what it costs.
+        """The prediction of other documents by each measure, for its cost.
 
-        Budgets in forward passes a benchmark; measure → mean Spearman for each of them; and that
-        of the drop of half of the documents, whatever it costs.
+        Returns budgets in forward passes for each benchmark; measure → mean Spearman correlation
+        for each budget; and that of the drop of half of the documents, for any cost.
         """
         dearest = passes(DROP, self.total, shared=True)
         most = max(len(cell.tasks) for cell in self.lined_up) // 2 * dearest
@@ -420,7 +420,7 @@ class ModelAudit:
 
     @property
     def noisy(self) -> str:
-        """Say which benchmarks are too noisy, and how many documents they need."""
+        """The benchmarks that are too noisy, and the documents that they need, in words."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
@@ -433,7 +433,7 @@ class ModelAudit:
 
 
 def apart(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """One cell a benchmark, none with a task of another: accuracies, layers, documents first."""
+    """Choose one cell for each benchmark, without common tasks, by metric, layers, documents."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     kept: list[AuditedCell] = []
     for cell in best:
@@ -450,7 +450,7 @@ def alike(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
 
 
 def means(name: str, cells: Sequence[AuditedCell]) -> Array:
-    """Profiles of a measure [cells, layers]."""
+    """Return the profiles of a measure [cells, layers]."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 

@@ -1,4 +1,4 @@
-"""Publishes cells to MLflow: one run per cell, and nested in it the intact model and each run.
+"""Publish cells to MLflow: one run per cell, with nested runs of the intact model and each run.
 
 Without `MLFLOW_TRACKING_URI` everything lands in the results folder (`mlflow.db` and
 `mlartifacts/`) and no server is needed.
@@ -63,7 +63,7 @@ from tracker.tracking.mlflow.writing import (
 from tracker.tracking.runs import DescribedRun, cell_run, take_over
 
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
-"""MLflow's page opens such an experiment with its runs, not with the traces of an agent."""
+"""Tag with which MLflow's page opens an experiment with its runs, not with traces of agents."""
 _SAID_CHARACTERS = 500  # a proxy's error page is longer
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 _WHO = (
@@ -82,8 +82,8 @@ class MlflowBackend(Backend):
     Args:
         project: The MLflow experiment's name.
         results: The results folder.
-        tracking_uri: Where MLflow stores runs; by default `MLFLOW_TRACKING_URI`, else a SQLite
-            file in the results folder.
+        tracking_uri: The store of runs; None for `MLFLOW_TRACKING_URI`, or else a SQLite file in
+            the results folder.
     """
 
     name = "mlflow"
@@ -107,7 +107,7 @@ class MlflowBackend(Backend):
         for superfluous in take_over(existing, cell, runs):
             client.delete_run(superfluous.info.run_id)
         models = ranked(client, experiment, existing.values())
-        # First, for its children; its figures come last, and with them where its children are.
+        # Created first, for its children; its figures and the links to its children come last.
         is_new = own.key not in existing
         parent_id = _opened(client, experiment, cell, existing)
         children = [mlflow_run(run, parent_id) for run in nested]
@@ -124,7 +124,7 @@ class MlflowBackend(Backend):
         """Open the run of a cell that is about to be measured, or continue it.
 
         Args:
-            cell: What is known of it.
+            cell: The record of the cell so far.
 
         Returns:
             The run, and the tracking URI.
@@ -138,7 +138,7 @@ class MlflowBackend(Backend):
             return existing[run_key(cell, "cell")], self._uri
 
     def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
-        """Open a run of its own: its id, the tracking URI, and what a person opens."""
+        """Create a separate run; return its id, the tracking URI and the location."""
         with self._one_writer(f"did not take {name}"):
             client, experiment = self._connect()
             run = client.create_run(experiment, tags=dict(tags), run_name=name)
@@ -146,7 +146,7 @@ class MlflowBackend(Backend):
 
     @contextmanager
     def connected(self, problem: str) -> Iterator[Any]:
-        """Give MLflow's client after `open` or `begin`; `problem` is what is said if it fails."""
+        """Yield MLflow's client after `open` or `begin`; `problem` is the message of errors."""
         with self._explained(problem):
             yield self._connect()[0]
 
@@ -175,7 +175,7 @@ class MlflowBackend(Backend):
             client, experiment = self._connect()
             tags = tags_of("report", page.cells, self.user(), page.text)
             tags["mlflow.loggedArtifacts"] = tables_tag(page.tables)
-            # The newest of its kind is the first in MLflow's list, whatever the clock says.
+            # Start times increase, so that the newest report is the first in MLflow's list.
             others = _search(client, experiment, f"tags.`{KIND_TAG}` = 'report'")
             start = later(max((run.info.start_time for run in others), default=0))
             run_id = client.create_run(experiment, start, tags, "report").info.run_id
@@ -202,7 +202,7 @@ class MlflowBackend(Backend):
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _connect(self) -> tuple[Any, str]:
-        """Return the client and the experiment's id, creating what is not there yet."""
+        """Return the client and the experiment's id, and create the experiment if needed."""
         if self._connection is None:
             if self._database:
                 create_database(self._database)
@@ -211,7 +211,7 @@ class MlflowBackend(Backend):
         return self._connection
 
     def _existing(self) -> tuple[Any, str]:
-        """Return the client and the experiment's id, creating nothing."""
+        """Return the client and the id of an existing experiment."""
         if self._connection is None:
             if self._database:
                 if not self._database.exists():
@@ -245,7 +245,7 @@ class MlflowBackend(Backend):
         return str(experiment.experiment_id)
 
     def _artifact_location(self) -> str | None:
-        """Keep files beside the runs; a server decides for itself."""
+        """Return the folder of files beside the runs; None for servers, which decide themselves."""
         if self._uri.startswith(("http://", "https://", "databricks")):
             return None
         return artifact_folder(self._database or self._results / "mlflow.db").as_uri()
@@ -260,7 +260,7 @@ class MlflowBackend(Backend):
 
     @override
     def _setting(self) -> str:
-        # Without it, the command that is told would publish into the results folder.
+        # Without it, the suggested command would publish into the results folder.
         elsewhere = self._elsewhere
         return f"MLFLOW_TRACKING_URI={shlex.quote(masked(elsewhere))} " if elsewhere else ""
 
@@ -268,7 +268,7 @@ class MlflowBackend(Backend):
     def _lock(self) -> Path:
         path = self._database or self._results / "mlflow"
         if not self._database and not self._results.is_dir():
-            # Nothing is kept there, so no folder is made there.
+            # Nothing is stored there, so no folder is created there.
             path = own_folder("locks") / content_hash(self._uri)[:16]
         return path.with_name(f"{path.name}.lock")
 
@@ -289,7 +289,7 @@ class MlflowBackend(Backend):
 
 
 def _plain(error: Exception) -> Exception:
-    """Return an error that says plainly that no server answers; others as they are."""
+    """Return a short error if no server answers; other errors are unchanged."""
     if "ConnectionPool(" not in str(error):
         return error
     cause: BaseException = error
@@ -300,13 +300,13 @@ def _plain(error: Exception) -> Exception:
 
 
 def _search(client: MlflowClient, experiment: str, wanted: str) -> Iterator[Any]:
-    """Find runs, the oldest first; deleted ones do not count."""
+    """Yield matching runs, the oldest first, without deleted ones."""
     order = ["attributes.start_time ASC"]
     return every_page(partial(client.search_runs, [experiment], wanted, order_by=order))
 
 
 def _runs_of_cell(client: MlflowClient, experiment: str, cell_key: str) -> dict[str, Any]:
-    """Find the runs that a cell has, by run key."""
+    """Return the runs of a cell by run key."""
     found: dict[str, Any] = {}
     for run in _search(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
         found.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
@@ -316,9 +316,9 @@ def _runs_of_cell(client: MlflowClient, experiment: str, cell_key: str) -> dict[
 def _confirm(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Read back what MLflow shows of runs that were written, and write once more what is not that.
+    """Read written runs back, and write those again that MLflow shows wrongly.
 
-    TrackingError if it is still shown otherwise.
+    TrackingError is raised if one is still wrong.
     """
     for tried in (False, True):
         there = _runs_of_cell(client, experiment, cell.key)
@@ -337,7 +337,7 @@ def _confirm(
 def _opened(
     client: MlflowClient, experiment: str, cell: CellRecord, existing: dict[str, Any]
 ) -> str:
-    """Find the run of a cell, or create it; `existing` learns of it."""
+    """Return the id of a cell's run; a new run is created and added to `existing`."""
     key = run_key(cell, "cell")
     if key not in existing:
         run = mlflow_run(cell_run(cell))
@@ -346,7 +346,7 @@ def _opened(
 
 
 def _secrets(uri: str) -> list[str | None]:
-    """What in the address and the environment nobody may see."""
+    """Return the passwords in the address and the environment, which are masked."""
     passwords = [os.environ.get(name) for name in _SECRET_SETTINGS]
     with suppress(ValueError):
         passwords.append(urlsplit(uri).password)

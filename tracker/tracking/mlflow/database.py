@@ -1,4 +1,4 @@
-"""The SQLite file of MLflow's runs, for whoever has no server."""
+"""Create the SQLite file of MLflow's runs, for users without a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 from tracker.ledger.files import share
 
-# "Creating initial MLflow database tables...": nothing that a user of tracker must read.
+# Hides "Creating initial MLflow database tables...".
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 _NETWORK_FILE_SYSTEMS = re.compile(
@@ -29,16 +29,16 @@ _ADDRESSES = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Where MLflow keeps addresses of files: tables and columns."""
+"""Tables and columns of MLflow with addresses of files."""
 
 
 def artifact_folder(database: Path) -> Path:
-    """Say where the files of its runs lie: beside it."""
+    """Return the folder of the runs' files, beside the database."""
     return database.parent / _FILES
 
 
 def create_database(path: Path) -> None:
-    """Create the SQLite file, or find out quickly that the one there cannot be used.
+    """Create the SQLite file, or check quickly that an existing one can be used.
 
     MLflow's migrations take seconds and cannot be repeated when they are interrupted, so they run
     on a draft that is renamed when it is complete. The caller holds the lock.
@@ -63,10 +63,10 @@ def create_database(path: Path) -> None:
 
 
 def follow_folder(path: Path) -> None:
-    """Let the files of runs be those beside the database, where the two were moved or copied.
+    """Update the addresses of runs' files after the database was moved or copied with them.
 
-    MLflow knows files by absolute addresses, and would go on writing to where they were: a folder
-    that is gone, or, beside a copy, the original's.
+    MLflow stores absolute addresses. It would continue to write to the former folder, which is
+    missing, or belongs to the original of a copy.
     """
     here = artifact_folder(path)
     with closing(sqlite3.connect(path)) as database:
@@ -84,7 +84,7 @@ def follow_folder(path: Path) -> None:
             if before.is_dir() and (
                 not here.is_dir()
                 or before.samefile(here)
-                # Where the original's database is not, the folder is somebody else's.
+                # Without the original's database, the folder belongs to something else.
                 or not before.with_name(path.name).exists()
             ):
                 continue
@@ -98,7 +98,7 @@ def follow_folder(path: Path) -> None:
 
 
 def _on_local_disk(folder: Path) -> bool:
-    """Say whether SQLite's write-ahead log is safe here: it is not on network file systems."""
+    """Check whether SQLite's write-ahead log is safe: it is not on network file systems."""
     place, every = folder.resolve(), psutil.disk_partitions(all=True)
     mounts = [mount for mount in every if place.is_relative_to(mount.mountpoint)]
     nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)

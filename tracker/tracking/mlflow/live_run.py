@@ -1,4 +1,4 @@
-"""Cells' runs in MLflow while they are measured; what stands here runs in a process of its own."""
+"""Show cells in MLflow while they are measured; this code runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class _Shown:
-    """A run that is open, and the last value of each metric that it has, by name."""
+    """An open run, with the last value of each of its metrics by name."""
 
     run: Run
     monitor: SystemMetricsMonitor
@@ -52,7 +52,7 @@ class MlflowLiveRun(OpenRuns):
         now = later(max((metric.timestamp for metric in shown.last.values()), default=0))
         for name, value in figures.items():
             before = shown.last.get(metric_name(name))
-            # MLflow shows the latest step, also where what was measured before had come further.
+            # MLflow shows the latest step, also if an earlier measurement had got further.
             at = max(step, before.step) if before else step
             shown.last[metric_name(name)] = Metric(metric_name(name), value, now, at)
         metrics = [shown.last[metric_name(name)] for name in figures]

@@ -1,5 +1,4 @@
-"""Pruned models in MLflow, with its transformers flavour; what stands here runs in a process of its
-own."""
+"""Log pruned models with MLflow's transformers flavour, in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from tracker.tracking.mlflow.runs import PARAM_CHARACTERS, tags_of
 
 
 class MlflowModels(Models):
-    """Keeps models in an experiment; the arguments are those of `MlflowBackend`."""
+    """Logs models to an experiment; the arguments are those of `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._backend = MlflowBackend(project, results, tracking_uri)
@@ -48,7 +47,7 @@ class MlflowModels(Models):
                     task="text-generation",
                     model_card=ModelCard(card),
                     metadata={"tracker": json.dumps(model.facts)},
-                    # Otherwise it loads the model once more, to see what that imports.
+                    # Without them, MLflow loads the model again to detect its imports.
                     pip_requirements=pinned,
                     registered_model_name=model.register,
                 )
@@ -60,7 +59,7 @@ class MlflowModels(Models):
 
 
 def _parts(folder: Path) -> dict[str, Any]:
-    """Load a model and its tokenizer: MLflow 3.17 stumbles over the folder with transformers 5."""
+    """Load a model and its tokenizer, since MLflow 3.17 fails on folders of transformers 5."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return {
@@ -70,7 +69,7 @@ def _parts(folder: Path) -> dict[str, Any]:
 
 
 def _params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What tells a model from others."""
+    """Yield the params that distinguish a model from others."""
     yield "model", facts["base"]["source"]
     for name in ("removed", "strategy", "calibration"):
         if facts[name] is not None:

@@ -1,4 +1,4 @@
-"""Says in MLflow's words how the runs of a cell should be; needs no MLflow."""
+"""Describe the runs of a cell in MLflow's terms, without importing MLflow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DIGEST_CHARACTERS = 36
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """One MLflow run as it should be."""
+    """Description of one MLflow run."""
 
     of: DescribedRun
     digest: str
@@ -36,21 +36,21 @@ class MlflowRun:
     points: dict[tuple[str, int], float]
     """Metric values by name and step."""
     data: tuple[dict[str, str], ...] = ()
-    """The data sets that it used, in the fields of MLflow's `Dataset`."""
+    """Its data sets, with the fields of MLflow's `Dataset`."""
     measured_on: tuple[str, str] | None = None
-    """Name and digest of the data of a model's figures; None where the run is of no one model."""
+    """Name and digest of the data of a model's figures; None if the run is not of one model."""
 
 
 def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "") -> MlflowRun:
-    """Say how a run should be.
+    """Describe a run in MLflow's terms.
 
     Args:
         run: The run.
-        parent_id: MLflow's name of the cell's run that it is nested in; None for that itself.
-        links: What the cell's note says of where its runs are.
+        parent_id: The id of the cell's run that contains it; None for the cell's run itself.
+        links: Links to the cell's runs, which are added to the note.
 
     Returns:
-        The run in MLflow's words.
+        The run in MLflow's terms.
     """
     cell, of_cell = run.cell, run.kind == "cell"
     points = {(name, run.step): value for name, value in run.figures.items()}
@@ -70,7 +70,7 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 
 
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
-    """Link a cell's runs, as many as its note has room for; `ids` are MLflow's, by run key."""
+    """Write links to as many of a cell's runs as fit its note; `ids` maps run keys to ids."""
     digits = max(2, len(str(cell.model.layers - 1)))
     labels = {
         BASELINE: first_label(cell),
@@ -89,7 +89,7 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
 
 
 def tags_of(kind: str, made_of: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
-    """Write the tags of what was made of cells: their runs are named by their run keys."""
+    """Build the tags of a report or model that was made of cells, with their run keys."""
     return {
         KIND_TAG: kind,
         "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in made_of)[:_TAG_CHARACTERS],
@@ -100,21 +100,21 @@ def tags_of(kind: str, made_of: Iterable[CellRecord], user: str, note: str) -> d
 
 
 def _measured_on(cell: CellRecord) -> tuple[str, str]:
-    """Name the data of a cell: the task's, or all of a group's together."""
+    """Return name and digest of a cell's data: a task's, or those of a whole group."""
     prints = [_content(task) for task in cell.benchmark.tasks]
     digest = prints[0] if len(prints) == 1 else content_hash(prints)
     return cell.benchmark.title, digest[:_DIGEST_CHARACTERS]
 
 
 def _content(task: TaskIdentity) -> str:
-    """Digest the documents of a task that there are; a half's are not those of the other."""
+    """Return the digest of a task's documents, which differs between its halves."""
     if task.half is None:
         return task.fingerprint
     return content_hash([task.fingerprint, task.half.model_dump()])
 
 
 def tables_tag(names: Iterable[str]) -> str:
-    """Write the tag by which MLflow's page finds tables of these names."""
+    """Build the tag by which MLflow's page finds tables of these names."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 

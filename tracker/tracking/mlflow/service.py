@@ -1,4 +1,4 @@
-"""Describe MLflow to the rest of tracker, without its SDK."""
+"""Describe MLflow to the other packages, without importing MLflow."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class MlflowService(Service):
 
 
 def _server_and_experiment(text: str) -> tuple[str, str]:
-    """Split an address: a `#` says where, else a server ends at its port, a file at its name."""
+    """Split an address at `#`, or else after a server's port, or at the last slash of a file."""
     if "#" in text:
         server, _, project = text.partition("#")
     elif text.startswith(("http://", "https://")):

@@ -1,12 +1,12 @@
-"""Writes one run of MLflow: metrics, params, tags, tables, charts, files, and its digest last.
+"""Write one run of MLflow: metrics, params, tags, tables, charts, files, and its digest last.
 
-The run of an ablation is a logged model too, by which MLflow ranks ablations; their weights are
-elsewhere. MLflow takes no figure of a model back, and keeps one that is no number as zero: where a
-figure is no longer defined, the run's model is logged anew.
+The run of an ablation is also a logged model without weights, by which MLflow ranks ablations.
+MLflow cannot remove a model's figure, and stores NaN as zero. So if a figure becomes undefined, the
+run's model is logged again.
 
-MLflow never lets a param change, so params hold identity only; whatever may change is a metric or a
-tag. Of a metric it shows the value with the latest timestamp, and those come from whoever writes:
-so ours continue after the run's last one, whatever the clock says.
+Params never change in MLflow, so they hold identity only; everything that may change is a metric or
+a tag. MLflow shows a metric's value with the latest timestamp, which the writer sets. So new
+timestamps always follow the run's last one, independently of the clock.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ if TYPE_CHECKING:
 
 
 _OF_MODELS = ("model", "benchmark", "ablation")
-"""Params that a logged model has too; its run has them all."""
+"""Params of a logged model; its run has all params."""
 _NOT_IN_NAMES = r"[/:.%\"']"
 _AT_ONCE = 50
 _NO_MODELS = "ENDPOINT_NOT_FOUND"
-"""What a server of MLflow 2 says."""
+"""Error code of an MLflow 2 server, which has no logged models."""
 
 
 @dataclass(frozen=True)
 class ShownModel:
-    """A logged model as MLflow has it, with the newest of its figures by name."""
+    """A logged model in MLflow, with its newest figures by name."""
 
     id: str
     figures: Mapping[str, Metric]
     is_ready: bool = True
 
     def fits(self, run: MlflowRun) -> bool:
-        """Say whether it can become its run's: it has no figure that the run has not."""
+        """Check whether it can be updated to a run: it has no figures that the run lacks."""
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
     def lacks(self, run: MlflowRun) -> dict[str, float]:
-        """Say which figures of its run are not its newest."""
+        """Return the run's figures that differ from its newest ones."""
         mine = {name: metric.value for name, metric in self.figures.items()}
         return {name: value for name, value in _figures(run).items() if mine.get(name) != value}
 
@@ -76,7 +76,7 @@ class ShownModel:
 def ranked(
     client: MlflowClient, experiment: str, runs: Iterable[Any]
 ) -> dict[str, list[ShownModel]]:
-    """Find the logged models of runs, by the run's id; more than one where a program was killed."""
+    """Return the logged models by run id; there may be several after a killed program."""
     found: dict[str, list[ShownModel]] = {}
     every = [run.info.run_id for run in runs]
     for first in range(0, len(every), _AT_ONCE):
@@ -97,7 +97,7 @@ def ranked(
 
 
 def every_page(search: Callable[..., Any]) -> Iterator[Any]:
-    """Give all that a search of MLflow's finds."""
+    """Yield all results of a paged search of MLflow."""
     token = None
     while True:
         page = search(page_token=token)
@@ -110,7 +110,7 @@ def every_page(search: Callable[..., Any]) -> Iterator[Any]:
 def log_model(
     client: MlflowClient, experiment: str, run: MlflowRun, run_id: str
 ) -> ShownModel | None:
-    """Log the model of a run, without figures; None where the server, of MLflow 2, has none."""
+    """Log the model of a run, without figures; None if the server (MLflow 2) has no models."""
     try:
         model = client.create_logged_model(
             experiment,
@@ -135,11 +135,11 @@ def _figures(run: MlflowRun) -> dict[str, float]:
 DIGEST_TAG = "tracker.digest"
 MODEL_TAG = "tracker.logged_model"
 _DIGESTS = "digests/files.json"
-"""The digests of the attached files, by name: what has not changed is not uploaded again."""
+"""File with the digests of attached files by name; unchanged files are not uploaded again."""
 
 
 def later(last: int) -> int:
-    """Give the present as a timestamp, in milliseconds, that is after another one."""
+    """Return the current time in milliseconds, but at least one more than `last`."""
     return max(int(time.time() * 1000), last + 1)
 
 
@@ -150,13 +150,13 @@ def write(
     existing: dict[str, Any],
     models: Mapping[str, Sequence[ShownModel]],
 ) -> str:
-    """Bring one run to what it should be.
+    """Create or update one run.
 
     Args:
         client: MLflow's client.
         experiment: The experiment's id.
-        run: What it should be.
-        existing: The cell's runs by run key; it learns of a run that is created.
+        run: The described run.
+        existing: The cell's runs by run key; a new run is added.
         models: The logged models of runs, by the run's id.
 
     Returns:
@@ -188,7 +188,7 @@ def write(
         last = max([last, *(metric.timestamp for metric in model.figures.values())])
         tags = {**tags, MODEL_TAG: model.id}
     if at_once:
-        # It counts once the run is finished; a request of its own would be one more for each layer.
+        # It is valid once the run is finished; this saves a separate request for each layer.
         tags = {**tags, DIGEST_TAG: run.digest}
     new = [Param(n, value) for n, value in run.params.items() if n not in found.data.params]
     client.log_batch(
@@ -208,7 +208,7 @@ def write(
     if of.files:
         _attach_files(client, run_id, of.files)
     if run.data:
-        # A data set that the run has already is not added again.
+        # MLflow does not add a data set twice.
         context = [InputTag("mlflow.data.context", "evaluation")]
         client.log_inputs(run_id, [DatasetInput(Dataset(**data), context) for data in run.data])
     if found.info.run_name != of.name:
@@ -221,15 +221,15 @@ def write(
 
 
 def lacks(found: Run | None, run: MlflowRun, models: Mapping[str, Sequence[ShownModel]]) -> str:
-    """Say what of a run MLflow does not show as it should be.
+    """Compare a run in MLflow with its description.
 
     Args:
-        found: The run as MLflow has it; None = it has none.
-        run: What it should be.
+        found: The run in MLflow; None = there is none.
+        run: The described run.
         models: The logged models of runs, by the run's id.
 
     Returns:
-        The first thing that was found; empty where there is none.
+        The first difference in words; empty if there is none.
     """
     if found is None:
         return "there is nothing"
@@ -252,9 +252,9 @@ def lacks(found: Run | None, run: MlflowRun, models: Mapping[str, Sequence[Shown
 
 
 def _latest(found: Run) -> Iterator[Any]:
-    """Give the metrics of a run as MLflow shows them, each with its step and timestamp."""
+    """Yield the displayed metrics of a run, each with its step and timestamp."""
     for metric in found.data.to_proto().metrics:
-        # What the run showed while it was measured is history.
+        # Progress figures of the measurement are not compared.
         if not metric.key.startswith((PROGRESS, "system/")):
             yield metric
 
@@ -262,10 +262,10 @@ def _latest(found: Run) -> Iterator[Any]:
 def _metrics(
     run: MlflowRun, values: Mapping[tuple[str, int], float], model: ShownModel | None, now: int
 ) -> list[Metric]:
-    """Lay values out as metrics of a run, and of its model where it is one of a model."""
+    """Build the metrics of a run, which are also its model's if it has one."""
     of_model = () if model is None or run.measured_on is None else (model.id, *run.measured_on)
     return [
-        # Of a model, MLflow keeps a value that is no number as zero.
+        # MLflow stores NaN of a model as zero.
         Metric(name, value, now, step, *(() if math.isnan(value) else of_model))
         for (name, step), value in values.items()
     ]
@@ -287,7 +287,7 @@ def attach(
 
 
 def stated_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
-    """Read which files a run states to have: digests by name, of those that are there."""
+    """Read the recorded digests of a run's existing files, by name."""
     there = {artifact.path for artifact in client.list_artifacts(run_id)}
     if _DIGESTS.split("/")[0] not in there:
         return {}
@@ -299,12 +299,12 @@ def stated_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
 
 
 def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> None:
-    """Upload the files that a run lacks, and state the digests of all."""
+    """Upload the files that a run lacks, and record the digests of all."""
     digests = {kept_name(file): file_hash([file]) for file in files}
     stated = stated_digests(client, run_id)
     kept = {name: old for name, old in stated.items() if digests.get(name) == old}
     if kept != stated:
-        # First, so that a replacement that breaks off is not taken for the file of before.
+        # Written first, so that an interrupted replacement is not taken for the former file.
         client.log_text(run_id, json.dumps(kept), _DIGESTS)
     with TemporaryDirectory() as folder:
         for file in files:
@@ -319,7 +319,7 @@ def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> N
 def _known_points(
     client: MlflowClient, found: Run, run: MlflowRun
 ) -> tuple[dict[tuple[str, int], float], int]:
-    """Read back the newest value of every metric at every step, and the last timestamp of all."""
+    """Read the newest value of every metric at every step, and the last timestamp."""
     known: dict[tuple[str, int], float] = {}
     last = 0
     for metric in _latest(found):
@@ -336,9 +336,9 @@ def _known_points(
 def _changes(
     known: Mapping[tuple[str, int], float], wanted: Mapping[tuple[str, int], float]
 ) -> dict[tuple[str, int], float]:
-    """Pick the values that must be logged.
+    """Return the values that must be logged.
 
-    MLflow cannot take a metric back, so a value that is no longer defined becomes NaN.
+    MLflow cannot remove a metric, so a value that becomes undefined is logged as NaN.
     """
     changed = {at: value for at, value in wanted.items() if known.get(at) != value}
     gone = (at for at, old in known.items() if at not in wanted and not math.isnan(old))

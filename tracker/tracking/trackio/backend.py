@@ -1,8 +1,8 @@
-"""Publishes cells to Trackio: a run per cell, one for its intact model, one for each run.
+"""Publish cells to Trackio: a run per cell, one for its intact model, one for each run.
 
-What stands here runs in a process of its own: `isolated` calls it. A run is found again by
-`tracker.run_key` in its config. Trackio takes no figure back, so a run that has changed is deleted
-and written anew; it warns where others raise, so what was written is read back.
+This code runs in a process of its own, called by `isolated`. A run is found by `tracker.run_key` in
+its config. Trackio cannot remove a figure, so a changed run is deleted and written again. It warns
+where others raise errors, so written runs are read back.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FORMAT = "1"
 class TrackioBackend(Backend):
     """Keeps a Trackio project in step with the ledger.
 
-    It has no charts of ours: Trackio draws the curves, and keeps what is drawn when a run goes.
+    Tracker's charts are left out: Trackio draws the curves, and keeps charts of deleted runs.
 
     Args:
         project: The project.
         results: The results folder.
-        ignored: Settings of the environment that it does not follow.
+        ignored: Environment variables that it ignores.
     """
 
     name = "trackio"
@@ -86,7 +86,7 @@ class TrackioBackend(Backend):
         check_downloaded(folder, cell)
 
     def _known(self) -> dict[str, list[Any]]:
-        """Find the project's runs that are tracker's, by run key."""
+        """Return the project's runs that tracker wrote, by run key."""
         found: dict[str, list[Any]] = {}
         if SQLiteStorage.get_project_db_path(self._project).exists():
             for run, mine in self._mine():
@@ -94,7 +94,7 @@ class TrackioBackend(Backend):
         return found
 
     def _mine(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        """Find the project's runs that are tracker's, each with what it says of itself."""
+        """Yield the project's runs that tracker wrote, each with tracker's part of its config."""
         configs = SQLiteStorage.get_all_run_configs(self._project)  # each run asks by itself
         for run in trackio.Api().runs(self._project):
             mine = (configs.get(run.id) or {}).get("tracker")
@@ -102,7 +102,7 @@ class TrackioBackend(Backend):
                 yield run, mine
 
     def _is_whole(self, found: Any, run: DescribedRun) -> bool:
-        """Say whether a run is there as it was written last, and that is what it should be."""
+        """Check whether a run is complete and equal to its description."""
         if found.config["tracker"].get("digest") != run.digest(FORMAT):
             return False
         logs = SQLiteStorage.get_logs(self._project, found.name, run_id=found.id)
@@ -145,7 +145,7 @@ class TrackioBackend(Backend):
             raise TrackingError(f"the run {run.name!r} did not arrive whole")
 
     def _files(self, artifact: str) -> dict[str, dict[str, Any]]:
-        """Name the files of an artifact's latest version, with their digests and sizes."""
+        """Return the files of an artifact's latest version, with their digests and sizes."""
         found = SQLiteStorage.get_artifact_manifest(self._project, artifact, None)
         return {entry["path"]: entry for entry in found["manifest"]} if found else {}
 
@@ -174,7 +174,7 @@ class TrackioBackend(Backend):
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        # It prints of every run that it began and ended.
+        # Trackio prints the start and the end of every run.
         with super()._explained(problem, advice), redirect_stdout(StringIO()):
             yield
 
@@ -184,7 +184,7 @@ class TrackioBackend(Backend):
 
 
 def _rows(run: DescribedRun) -> dict[int, dict[str, Any]]:
-    """Lay out what is logged at each step; figures and tables stand where a run's layer does."""
+    """Build the rows to log by step; figures and tables have the step of the run's layer."""
     rows: dict[int, dict[str, Any]] = {}
     for layer, points in run.curves:
         rows.setdefault(layer, {}).update(points)

@@ -1,4 +1,4 @@
-"""Describe Trackio to the rest of tracker, without its SDK."""
+"""Describe Trackio to the other packages, without importing it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class TrackioService(Service):
             raise TrackingError(_MISSING)
         elsewhere = [f"TRACKIO_{name}" for name in _ELSEWHERE]
         ignored = [name for name in elsewhere if os.environ.get(name)]
-        # Otherwise it asks the hub who the user is, for each run.
+        # Otherwise it requests the user's name from the hub for each run.
         also = {"HF_HUB_OFFLINE": "1", "TRACKIO_DIR": server or self.server()}
         arguments = (project, results, ignored)
         return self._isolated("backend:TrackioBackend", *arguments, without=elsewhere, also=also)
 
     @override
     def server(self) -> str:
-        """Name Trackio's folder."""
+        """Return Trackio's folder."""
         if folder := os.environ.get("TRACKIO_DIR"):
             return str(Path(folder).absolute())
         return str(usual_folder())
@@ -54,7 +54,7 @@ class TrackioService(Service):
 
 
 def usual_folder() -> Path:
-    """Find where Trackio keeps runs when nothing is said."""
+    """Return the default folder of Trackio's runs."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME).absolute() / "trackio"

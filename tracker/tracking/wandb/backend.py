@@ -1,9 +1,8 @@
-"""Publishes cells to Weights & Biases: a run per cell, one for its intact model, one for each run.
+"""Publish cells to Weights & Biases: a run per cell, one for its intact model, one for each run.
 
-What stands here runs in a process of its own: `isolated` calls it. A run is found again by
-`tracker.run_key` in its config, and `tracker.digest` is written last: a run whose digest is missing
-or old is completed by the next `publish`. Offline nothing can be asked, so a file beside the
-offline runs remembers them.
+This code runs in a process of its own, called by `isolated`. A run is found by `tracker.run_key` in
+its config, and `tracker.digest` is written last. A run whose digest is missing or old is completed
+by the next `publish`. Offline, W&B cannot be queried, so a file beside the runs lists them.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ from tracker.tracking.wandb.writing import (
 )
 
 _DELETED = "previously created and deleted"
-"""What the server says, with 409, to the id of a run that was deleted."""
-_IDS = 10  # that are tried
+"""The server's message, with status 409, about the id of a deleted run."""
+_IDS = 10  # maximum number of ids that are tried
 _RENEWED = (
     "runs of this benchmark had been deleted in W&B, which never frees an id; they are there "
     "again, under other ids"
@@ -54,25 +53,24 @@ _RENEWED = (
 
 @dataclass(frozen=True)
 class _Known:
-    """A run that is there already."""
+    """An existing run."""
 
     id: str
     digest: str | None
     folder: str = ""
-    """The name of the folder that it was written to offline."""
+    """The name of its folder, if it was written offline."""
 
 
 class WandbBackend(Backend):
     """Keeps a W&B project in step with the ledger.
 
-    In a sweep each layer's run is its trial's, so there the cell's own run and the intact model's
-    are all that is published here. A report is a W&B Report, a saved view, and a run with page,
-    tables and charts.
+    In a sweep each layer's run is its trial's, so only the runs of the cell and of the intact model
+    are published. A report is a W&B Report, a saved view, and a run with page, tables and charts.
 
     Args:
         project: `PROJECT` or `ENTITY/PROJECT`.
-        results: The results folder; the files of runs, also of offline ones, lie in its `wandb`.
-        in_sweep: Whether a W&B agent asked for this.
+        results: The results folder; the files of runs, also of offline ones, are in its `wandb`.
+        in_sweep: True if a W&B agent started this process as a trial.
     """
 
     name = "wandb"
@@ -83,10 +81,10 @@ class WandbBackend(Backend):
         self._entity = entity or os.environ.get("WANDB_ENTITY") or None
         self._in_sweep = in_sweep
         self._deleted = 0
-        """Ids of runs of the cell that is written, and that W&B does not give again."""
+        """Number of ids of the current cell's runs that were deleted in W&B."""
 
     def is_open(self) -> bool:
-        """Say whether somebody is logged in, or nobody needs to be; no server is asked."""
+        """Check that a user is logged in or need not be, without contacting a server."""
         with session(self._results, "W&B could not be set up"):
             return is_offline() or bool(wandb.login(prompt=False, verify=False))
 
@@ -158,7 +156,7 @@ class WandbBackend(Backend):
             return str(views.save_report(entity, project, page.text, next(known, None)))
 
     def add_model(self, model: SavedModel) -> str:
-        """Add a version of a pruned model, made of the outcomes of cells."""
+        """Add a version of a pruned model, linked to the outcomes of its cells."""
         with self._explained("did not take the model"):
             if not is_offline():
                 log_in()
@@ -172,21 +170,21 @@ class WandbBackend(Backend):
 
     @contextmanager
     def _run_made_of(self, cells: Iterable[CellRecord], **run: Any) -> Iterator[Any]:
-        """Open a run of its own, which uses the outcomes of cells."""
+        """Open a separate run that uses the outcomes of cells."""
         with finished(self._start(**run)) as handle:
             for outcomes in [] if handle.offline else self._outcomes(cells):
                 handle.use_artifact(outcomes)
             yield handle
 
     def _outcomes(self, cells: Iterable[CellRecord]) -> list[Any]:
-        """Find the outcomes of cells, as far as this project has them."""
+        """Return the artifacts of cells' outcomes that this project has."""
         api, path = wandb.Api(), self._path()
         names = [f"{path}/{artifact_name(cell)}" for cell in cells]
         there = [name for name in names if api.artifact_collection_exists(name, "outcomes")]
         return [api.artifact(f"{name}:latest") for name in there]
 
     def _ask(self, cell: CellRecord) -> dict[str, _Known]:
-        """Find the runs that the cell has, by run key."""
+        """Query the runs of a cell, by run key."""
         found: dict[str, _Known] = {}
         for run in _runs(self._path(), {"group": group_of(cell)}):
             mine = run.config.get("tracker")
@@ -197,16 +195,16 @@ class WandbBackend(Backend):
         return found
 
     def _confirm(self, cell: CellRecord, runs: Sequence[DescribedRun]) -> None:
-        """Read back: the client reports an upload that was given up only where it logs."""
+        """Read written runs back, since the client reports failed uploads only in its log."""
         there = self._ask(cell)
         for run in runs:
             if run.key not in there or there[run.key].digest != run.digest(FORMAT):
                 raise TrackingError(f"the run {run.name!r} did not arrive whole")
 
     def _has_files(self, run: DescribedRun) -> bool:
-        """Say whether the artifact of a run is there, where it has one.
+        """Check whether the artifact of a run exists, if it should have one.
 
-        `wandb sync` leaves out, without a word, what offline runs had where they were moved from.
+        `wandb sync` silently skips the files of offline runs that were moved.
         """
         if run.outcomes is None:
             return True
@@ -217,11 +215,11 @@ class WandbBackend(Backend):
         return bool(there.metadata.get("files") == run.version)
 
     def _drop_former(self, found: _Known | None, now: str) -> None:
-        """Remove what was written of an offline run before, unless it was sent.
+        """Remove the former files of an offline run, unless they were sent.
 
-        The run that was written since holds all of it; sent after it, the former would be shown:
-        `wandb sync` goes by their names, which begin with what the clock said. Another project's
-        run of the same cell has the same id, so the note alone says which folder was this one's.
+        The newer run contains everything. `wandb sync` sends runs in the order of their names,
+        which begin with a time, so the former run could overwrite it. Another project's run of the
+        same cell has the same id, so only the note identifies the folder.
         """
         if found is None or found.folder in ("", now):
             return
@@ -235,31 +233,31 @@ class WandbBackend(Backend):
     def _open(
         self, run: DescribedRun, existing: Mapping[str, _Known], watched: int | None = None
     ) -> Any:
-        """Open one run of a cell that has some, under the first id of its series that is free."""
+        """Open one run of a cell, under its former id or the first free id of its series."""
         former, used = existing.get(run.key), {entry.id for entry in existing.values()}
         about = labels_of(run.cell, run.name, run.kind) | {"config": run.config}
         about["resume"] = None if is_offline() else "allow"
         while True:
             try:
-                # An id may be in use: its run belongs to a larger view since.
+                # An id may be in use by a run that was transferred to a larger view.
                 free = (run_id(run.key, number) for number in itertools.count(self._deleted))
                 name = former.id if former else next(key for key in free if key not in used)
                 return self._start(watched, id=name, **about)
             except wandb.Error as error:
                 if former or _DELETED not in str(error) or self._deleted == _IDS:
                     raise
-            # A refused id takes the client 15 s, and who deletes one run may delete them all.
+            # A refused id takes the client 15 s, and often all runs of a cell were deleted.
             self._deleted += 1
 
     def open(self, run: DescribedRun, watched: int) -> Any:
         """Open a run of a cell while it is measured by the process `watched`.
 
         Args:
-            run: The run as it is at the beginning.
-            watched: The process.
+            run: The described run at its start.
+            watched: The process that measures.
 
         Returns:
-            W&B's run; None offline, where nobody looks on.
+            W&B's run; None if offline, where there is nothing to watch.
         """
         if is_offline():
             return None
@@ -270,7 +268,7 @@ class WandbBackend(Backend):
         return self._open(run, known, watched)
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
-        """Read the curves that a run has."""
+        """Read the curves of an existing run."""
         history = wandb.Api().run(f"{self._path()}/{found.id}").scan_history()
         return [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
 
@@ -310,7 +308,7 @@ class WandbBackend(Backend):
         known = {key: _Known(**note) for key, note in kept["runs"].items()}
         if kept["folder"] == str(self._folder):
             return known
-        # Moved, they are written anew: W&B knows the files of an artifact by absolute paths.
+        # Moved runs are written again: W&B stores absolute paths of an artifact's files.
         return {key: replace(note, digest=None) for key, note in known.items()}
 
     def _write_notes(self, known: Mapping[str, _Known]) -> None:
@@ -339,7 +337,7 @@ def _views() -> ModuleType:
 
 
 def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[Any]:
-    """Find runs; none where the project is not there yet."""
+    """Return matching runs; none if the project does not exist yet."""
     try:
         return list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))
     except ValueError as error:
@@ -349,7 +347,7 @@ def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[
 
 
 def _download(artifact: Artifact, folder: Path) -> None:
-    """Download an artifact; it checks each file against the digest in the manifest."""
+    """Download an artifact, and verify each file's digest."""
     entries = artifact.manifest.entries
     check_listing({name: entry.size for name, entry in entries.items()})
     if elsewhere := next((name for name, entry in entries.items() if entry.ref is not None), None):

@@ -1,4 +1,4 @@
-"""Describe W&B to the rest of tracker, without its SDK."""
+"""Describe W&B to the other packages, without importing it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tracker.core.text import masked
 from tracker.tracking.base import OFFLINE, Part, Service, Target, other_login, without_login
 
 _SESSION = ("WANDB_SERVICE",)
-"""By this a process finds the session of its parent."""
+"""Environment variable by which a process finds the session of its parent."""
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
-"""What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
+"""Environment variables of a sweep's trial; a process with them can only open the trial's run."""
 
 
 class WandbService(Service):
@@ -93,7 +93,7 @@ def _in_sweep() -> bool:
 
 
 def _sweep_path(path: str) -> str:
-    """Check the path of a sweep; an empty one is that of this process."""
+    """Return the checked path of a sweep; an empty one means the sweep of this process."""
     if not path:
         names = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID")
         path = "/".join(os.environ.get(name, "") for name in names)

@@ -1,4 +1,4 @@
-"""W&B's SDK in this process: set up, logged in, one run after another opened and ended."""
+"""Set up W&B's SDK in this process, log in, open and close runs."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _ENVIRONMENT = {
     "WANDB__FILE_TRANSFER_RETRY_MAX": "4",
     "WANDB__GRAPHQL_RETRY_MAX": "3",
 }
-"""What W&B reads when it is set up; a user's own setting wins."""
+"""Environment variables that W&B reads at set-up; a user's own setting wins."""
 
 _QUIET = ("silent", "disable_code", "disable_git", "x_disable_machine_info", "x_disable_meta")
 
 
 @contextmanager
 def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
-    """Set W&B up for the process, and say what to do about whatever is raised inside.
+    """Set up W&B for the process, and explain any exception inside a `with` block.
 
     Args:
         results: The results folder.
-        problem: What did not work, if it does not.
-        advice: What to do then.
+        problem: The message about an exception.
+        advice: The advice after an exception.
 
     Yields:
         Nothing.
 
     Raises:
-        TrackingError: Anything was raised inside.
+        TrackingError: An exception was raised inside.
     """
     # Beside the runs, so that offline runs have their artifacts with them.
     environment = {**_ENVIRONMENT, "WANDB_DATA_DIR": str(results / "wandb" / "data")}
@@ -54,12 +54,12 @@ def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
 
 
 def is_offline() -> bool:
-    """Say whether runs go to files, for `wandb sync` to send later."""
+    """Check whether runs are written to files, which `wandb sync` sends later."""
     return bool(wandb.setup().settings._offline)
 
 
 def log_in() -> None:
-    """Log in, or refuse; but never wait at a prompt: a measurement runs at night."""
+    """Log in, or raise TrackingError; never wait at a prompt of an unattended run."""
     if not wandb.login(prompt=False, verify=True):
         raise TrackingError(
             "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
@@ -68,12 +68,12 @@ def log_in() -> None:
 
 
 def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
-    """Open a run beside whatever else is open: quiet, every wait bound, nothing of this machine.
+    """Open a run beside other open ones: quiet, with time-outs, without data of this machine.
 
     Args:
         results: The results folder, which keeps the run's files.
-        watched: The process that W&B's system metrics are of; None for none.
-        **run: Which run, in the words of `wandb.init`.
+        watched: The process for W&B's system metrics; None for none.
+        **run: The arguments of `wandb.init` that identify the run.
 
     Returns:
         W&B's run, for `finished` to end.
@@ -94,7 +94,7 @@ def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
 
 @contextmanager
 def finished(handle: Run, exit_code: int = 0) -> Iterator[Any]:
-    """Give a run and end it, as failed where it was not written whole."""
+    """Yield a run and end it, as failed after an exception."""
     try:
         yield handle
     except BaseException:

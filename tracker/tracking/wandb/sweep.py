@@ -1,6 +1,6 @@
-"""A W&B sweep as it is now: what was asked of its trials, and the runs that they left.
+"""Read a sweep and its trials, and log into the run of this process's trial.
 
-With it the run that an agent opens for the trial that this process is.
+An agent opens that run when it starts the process as a trial.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tracker.tracking.wandb.session import finished, is_offline, log_in, session
 from tracker.tracking.wandb.writing import labels_of, write
 
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "killed": 255}
-"""As W&B's own hooks end a run: 255 is shown as killed."""
+"""Ending → exit code, as in W&B's own hooks: 255 is displayed as killed."""
 
 
 class WandbLiveRun(OpenRuns):
@@ -65,7 +65,7 @@ class WandbLiveRun(OpenRuns):
 
 
 def show_progress(handle: Run) -> None:
-    """Draw what is known so far over the documents."""
+    """Define the number of documents as the x-axis of progress figures."""
     handle.define_metric(f"{PROGRESS}*", step_metric=f"{PROGRESS}documents")
 
 
@@ -83,20 +83,20 @@ class WandbSweep:
         self._results = results.absolute()
 
     def config(self) -> dict[str, Any]:
-        """Read the sweep as it stands in its file; TrackingError if that is impossible."""
+        """Read the sweep's configuration; raise TrackingError on failure."""
         with self._session("could not be read"):
             if is_offline():
                 raise TrackingError("W&B is offline")
             return dict(self._sweep().config)
 
     def trials(self) -> list[SweepTrial]:
-        """List the trials that were handed out; TrackingError if that is impossible."""
+        """List the sweep's trials; raise TrackingError on failure."""
         with self._session("could not be read"):
             runs = self._sweep().runs
             return [SweepTrial(run.id, run.name, run.state, dict(run.config)) for run in runs]
 
     def fill(self, trial: str, cell: CellRecord, layer: RunRecord) -> None:
-        """Write the run of a trial that left without it; TrackingError if that is impossible."""
+        """Write the run of an unfinished trial; raise TrackingError on failure."""
         run = layer_run(cell, layer)
         place: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial}
         with self._session("did not take a run"):
@@ -121,7 +121,7 @@ class WandbTrial:
         self._handle: Any = None
 
     def begin(self, cell: CellRecord, layer: Change) -> None:
-        """Open the run while what the trial asked for, a run of the cell, is measured."""
+        """Open the run while the trial's run of the cell is measured."""
         with self._session():
             log_in()
             labels = labels_of(cell, run_name(cell, layer), "layer")
@@ -129,24 +129,24 @@ class WandbTrial:
             show_progress(self._handle)
 
     def update(self, figures: Mapping[str, float]) -> None:
-        """Show how far the measurement is."""
+        """Show the progress of the measurement."""
         with self._session():
             self._handle.log(dict(figures))
 
     def log(self, cell: CellRecord, layer: RunRecord, more: Mapping[str, float]) -> None:
-        """Log the run of the cell that the trial asked for, with more figures, and end."""
+        """Log the trial's run of the cell, with additional figures, and end it."""
         run = layer_run(cell, layer)
         run = replace(run, figures={**run.figures, **more})
         with self._opened("finished", **labels_of(cell, run.name, run.kind)) as handle:
             _write(handle, run)
 
     def end(self, note: str, status: Ending) -> None:
-        """End with nothing measured, and say why."""
+        """End the run without a measurement, with a note."""
         with self._opened(status) as handle:
             handle.config.update({"tracker": {"note": masked(note)}})
 
     def close(self) -> None:
-        """Show the run as killed, where it is still open."""
+        """Mark the run as killed if it is still open."""
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.finish(exit_code=EXIT_CODES["killed"])
@@ -167,6 +167,6 @@ class WandbTrial:
 
 
 def _write(handle: Any, run: DescribedRun) -> None:
-    """Write the run of a trial; what the sweep says in its configuration stands: W&B locks it."""
+    """Write a trial's run, except for the sweep's own settings, which W&B locks."""
     handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
     write(handle, run, [])

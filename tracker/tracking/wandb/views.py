@@ -1,6 +1,6 @@
-"""Describes the W&B Report and the saved workspace view of a project: W&B's own panels.
+"""Write W&B Reports and the saved workspace of a project, with W&B's own panels.
 
-The only module that imports wandb_workspaces (extra `reports`).
+This is the only module that imports wandb_workspaces (extra `reports`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tracker.core.proxies import OBSERVED, PROXIES
 TITLE = "Which layers matter"
 VIEW_TITLE = "Layers by benchmark"
 _VIEW = "trackercells"
-"""The view's name in addresses; W&B takes letters and digits only."""
+"""The view's name in addresses; W&B accepts letters and digits only."""
 
 _LAYER_AXIS = "layer (0-based)"
 _CELLS = "Metric('jobType') == 'cell'"
@@ -22,13 +22,13 @@ _RUNS = "Metric('jobType') == 'layer'"
 
 
 def save_report(entity: str, project: str, text: str, known: str | None) -> str:
-    """Save the project's report, in the place of the one that was there.
+    """Save the project's report, replacing the former one.
 
     Args:
         entity: The entity.
         project: The project.
-        text: What it says above the panels.
-        known: The id of the report that is there; None for a new one.
+        text: The text above the panels.
+        known: The id of the former report; None for a new one.
 
     Returns:
         Its address.
@@ -58,7 +58,7 @@ def save_report(entity: str, project: str, text: str, known: str | None) -> str:
 
 
 def save_view(entity: str, project: str) -> None:
-    """Save a workspace that groups the project's runs by cell, in the place of the former one."""
+    """Save a workspace that groups the project's runs by cell, replacing the former one."""
     try:
         known = get_view_dict(entity, project, _VIEW)["id"]
     except ValueError:  # there is none yet

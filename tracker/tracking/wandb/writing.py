@@ -1,6 +1,6 @@
-"""Writes one run of W&B: curves, tables, charts, summary, the artifact, and its digest last.
+"""Write one run of W&B: curves, tables, charts, summary, the artifact, and its digest last.
 
-W&B never takes a point of a curve back: where a figure has changed, its curve gets a second point.
+W&B cannot remove a point of a curve: a changed figure adds a second point.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _TAG = 64  # wandb/sdk/wandb_settings.py, validate_run_tags
 
 
 def run_id(key: str, deleted: int = 0) -> str:
-    """Name the run of a key alike everywhere: W&B never frees the id of one that was `deleted`."""
+    """Return the id of a run key; `deleted` counts former ids, which W&B never frees."""
     nth = f"{key}#{deleted}" if deleted else key
     return hashlib.sha256(nth.encode()).hexdigest()[:16]
 
 
 def group_of(cell: CellRecord) -> str:
-    """Name what W&B groups the runs of a cell by."""
+    """Return the name of W&B's group of a cell's runs."""
     return fitting(group_name(cell), _GROUP)
 
 
 def labels_of(cell: CellRecord, name: str, kind: str) -> dict[str, Any]:
-    """Say what W&B lists a run of a cell by, in the words of `wandb.init`."""
+    """Return the arguments of `wandb.init` that label a cell's run in lists."""
     return {
         "name": fitting(name, _NAME),
         "group": group_of(cell),
@@ -50,17 +50,17 @@ def labels_of(cell: CellRecord, name: str, kind: str) -> dict[str, Any]:
 
 
 def model_name(name: str) -> str:
-    """Name the artifact of a pruned model."""
+    """Return the name of a pruned model's artifact."""
     return fitting(re.sub(NOT_IN_NAMES, "-", name), ARTIFACT_NAME)
 
 
 def write(handle: Any, run: DescribedRun, known: Sequence[Mapping[str, Any]]) -> None:
-    """Log what a run says, the digest last.
+    """Log a described run, the digest last.
 
     Args:
         handle: An open W&B run.
-        run: What it should be.
-        known: Rows of its history that it has already.
+        run: The described run.
+        known: Existing rows of its history.
     """
     handle.notes = run.note
     if run.curves:
@@ -78,7 +78,7 @@ def write(handle: Any, run: DescribedRun, known: Sequence[Mapping[str, Any]]) ->
         handle.log(run.figures)
     for name, value in dict(handle.summary).items():
         if name not in run.figures and isinstance(value, int | float) and name[0] != "_":
-            del handle.summary[name]  # it was defined once
+            del handle.summary[name]  # not defined any more
     handle.summary.update(run.figures)
     if run.outcomes:
         made = run.outcomes
@@ -100,6 +100,6 @@ def attach(
 
 
 def wandb_table(table: LoggedTable) -> Any:
-    """Make it a table of W&B's."""
+    """Convert a table to one of W&B."""
     rows: list[Any] = [list(row) for row in table.rows]
     return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
