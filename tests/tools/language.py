@@ -73,10 +73,9 @@ def docstring_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
     """Yield the docstrings of a module that begin with no verb of what is done."""
     for node in ast.walk(tree):
         if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Module)):
-            text = ast.get_docstring(node) or ""
-            if text.startswith(STARTS):
-                line = getattr(node, "lineno", 1)
-                yield Breach("docstring", f"{where}:{line}", text.splitlines()[0])
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            if first.startswith(STARTS) and not first.endswith("?"):  # a study is a question
+                yield Breach("docstring", f"{where}:{getattr(node, 'lineno', 1)}", first)
 
 
 def message_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:

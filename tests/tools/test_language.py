@@ -18,6 +18,7 @@ LONG = " ".join(["word"] * 31)
         ("def load(path, kept=None):\n    pass\n", ["name"]),
         ("for each in range(3):\n    found = each\n", ["name", "name"]),
         ('def size():\n    """What it takes."""\n', ["docstring"]),
+        ('class Costs:\n    """What does it take?"""\n', []),
         (f"MESSAGE = '{LONG}.'\n", ["long sentence"]),
         (f"MESSAGE = f'{LONG[:70]} {{size:,}} {LONG[70:]}.'\n", ["long sentence"]),
         (f"MESSAGE = '{LONG[:60]}. {LONG[60:].capitalize()}.'\n", []),

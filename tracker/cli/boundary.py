@@ -75,7 +75,7 @@ def _garbage_sought_rarely() -> Iterator[None]:
 
 
 def report_bug(error: Exception) -> None:
-    """Say in two lines that something of tracker's own broke, and keep what finds it."""
+    """Report an internal error in two lines, and save its traceback."""
     what = f"{type(error).__name__}: {first_line(error)}"
     say(f"tracker: this is a bug of tracker's: {what}", error=True)
     with tempfile.NamedTemporaryFile(

@@ -131,7 +131,7 @@ class ExecutorName(click.Choice[str]):
 
 
 class Elsewhere(Told):
-    """What may be elsewhere: what measures, and layers."""
+    """Options of the places where cells are measured and layers are kept."""
 
     executor: Annotated[str, ExecutorName()] = "local"
     """Where benchmarks are measured. local: on this machine. ray: on the Ray cluster that
@@ -211,7 +211,7 @@ def evaluate(project: str, **settings: Any) -> None:
 
 
 class Benching(Told):
-    """What is timed, and how it is said."""
+    """Options of the benchmark of the engine."""
 
     components: Annotated[tuple[str, ...], click.Choice(COMPONENTS)] = Field((), alias="component")
     """What of every layer is removed; may be given several times. Default: layer."""
@@ -345,7 +345,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> N
 def plan(
     experiment: Path | None, settings: dict[str, Any], gflops: float | None, **where: Any
 ) -> None:
-    """Say what an experiment will cost.
+    """Estimate what an experiment will cost.
 
     EXPERIMENT is a file; without one, the options say what is asked of a MODEL, as in 'tracker run'
     and 'tracker prune'. Nothing is measured.

@@ -287,7 +287,7 @@ OF_SEARCHES = tuple(key for key in SearchSettings.model_fields if key not in KEY
 
 
 def _known(change: tuple[str, Any]) -> tuple[str, Any]:
-    """Let a key pass that a file may have; UsageError for another one."""
+    """Check a key of an experiment file; raise UsageError for an unknown one."""
     known = [*KEYS, *OF_SEARCHES, *Sweep.model_fields]
     if change[0] not in known:
         near = did_you_mean(change[0], known)
@@ -296,9 +296,9 @@ def _known(change: tuple[str, Any]) -> tuple[str, Any]:
 
 
 def _file(experiment: str | None, settings: dict[str, Any]) -> Path | None:
-    """Say which file is meant; None where a model is, which `settings` then hold.
+    """Return the experiment file; None if a model is given, which `settings` then hold.
 
-    UsageError, with what to type, for what is neither, or not enough.
+    UsageError, with a command to type, if the word is neither or a setting is missing.
     """
     path = None if experiment is None else _path(experiment)
     if path is not None and not names_model(path):
@@ -331,7 +331,7 @@ def _path(text: str) -> Path:
 
 
 def _no_file(name: str) -> str:
-    """Say what a word is that is no experiment file, as the beginning of a message."""
+    """Describe a word that is no experiment file, as the beginning of a message."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise click.UsageError(
@@ -343,7 +343,7 @@ def _no_file(name: str) -> str:
 
 
 def _kind_of(hint: Any) -> dict[str, Any]:
-    """Say what is typed for a field of this type."""
+    """Return click's arguments for a field of this type."""
     kinds = [*get_args(hint)] if get_origin(hint) in (Union, UnionType) else [hint]
     kinds = [get_args(kind)[0] if get_origin(kind) is tuple else kind for kind in kinds]
     if bool in kinds:
@@ -364,10 +364,10 @@ def _kind_of(hint: Any) -> dict[str, Any]:
 
 
 class Told(BaseModel):
-    """What commands are told besides experiments: a schema, as `CellSettings` is of those.
+    """Schema of a command's options, besides the settings of experiments.
 
-    A type of click's own stands in the annotation, and what is typed is the alias if it is another
-    name. What is yes or no is a flag; what is a tuple may be given several times.
+    An annotation may hold a type of click's. An alias is the option's name, a bool is a flag, and a
+    tuple is an option that may be given several times.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -415,7 +415,7 @@ class Asking(Told):
 
 
 class WorkOptions(Told):
-    """How commands work, and where what they measure is kept."""
+    """Options of where commands run, and of the results folder."""
 
     results: Annotated[Path, Place()] = Path("results")
     """The results folder; several processes may share it."""
@@ -458,7 +458,7 @@ folder_argument = click.argument("folder", required=False, type=Place())
 
 
 def chosen(folder: Path | None, results: Path) -> Path:
-    """Say which results folder is meant where `folder_argument` and `results_option` may be."""
+    """Return the results folder of `folder_argument` or `results_option`."""
     if folder is None:
         return results
     source = click.get_current_context().get_parameter_source("results")

@@ -1,4 +1,4 @@
-"""How cells, leaderboards and plans look on the terminal."""
+"""Printing of cells, leaderboards and plans to the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def print_each(head: str, failed: Mapping[str, str]) -> None:
-    """Say of each thing what went wrong, and what to do."""
+    """Print each failure, with its reason."""
     for what, why in failed.items():
         say(f"{head}: {what}: {why}", error=True)
 
@@ -224,7 +224,7 @@ def benchmark_of(cell: CellRecord, extra: str) -> str:
 
 
 def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> None:
-    """Say how to see every figure, and what may be done next."""
+    """Print the commands that show every figure and that may follow."""
     from tracker.analysis.claims import claims
     from tracker.analysis.comparable import models_of
 
@@ -258,7 +258,7 @@ def print_finding(finding: FindingRecord) -> None:
 
 
 def _dashes(made: Table) -> Iterator[str]:
-    """Say why the dashes of a table stand there, and in which columns."""
+    """Yield the reasons for the dashes of a table, with their columns."""
     reasons: dict[str, dict[str, None]] = {}
     for row in made.rows:
         for entry, heading in zip(row, made.headings, strict=True):
@@ -321,7 +321,7 @@ _COMMAND = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL)
 
 
 def runnable(location: str) -> str:
-    """Let a printed command work as it stands, also where the environment is not activated."""
+    """Return a command that works also if the environment is not activated."""
     settings, program, rest = _COMMAND.fullmatch(location).groups()  # type: ignore[union-attr]
     beside = Path(sys.executable).parent / program
     if not rest or shutil.which(program) or not beside.is_file():
@@ -403,14 +403,14 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
 
 
 class _Rates:
-    """How many operations a second are assumed: what is stated, or measured in each dtype."""
+    """Floating-point operations per second: as stated, or as measured for each dtype."""
 
     def __init__(self, gflops: float | None) -> None:
         self._stated = gflops
         self._measured: dict[str, float] = {}
 
     def seconds(self, flops: float, dtype: str) -> float:
-        """Say how long so many operations take at least."""
+        """Return the least time that some operations take."""
         if self._stated is not None:
             return flops / (self._stated * 1e9)
         if dtype not in self._measured:
@@ -495,7 +495,7 @@ def print_plan_of_searches(
 
 
 def _until(cell: PlannedCell) -> str:
-    """Say what a cell's question will take, or what is needed to say it."""
+    """Describe the cost of a cell's answer, or the measurement that an estimate needs."""
     from tracker.analysis.stopping import PILOT
 
     if cell.answer is not None and cell.measured:
@@ -520,7 +520,7 @@ def _until(cell: PlannedCell) -> str:
 
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:
-    """Say which drop a planned cell would reveal, and how many documents the one that is meant."""
+    """Return the smallest drop that a planned cell detects, and the documents for the usual one."""
     from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:
@@ -541,7 +541,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_export(model: Exported) -> None:
-    """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
+    """Print a saved model: its accuracy, its size, its proof, and recipes of other tools."""
     from tracker.export.card import by_other_tools, why_none
 
     say()

@@ -1,4 +1,4 @@
-"""What the terminal shows: lines, tables and bars, without passwords and control characters.
+"""Output to the terminal: lines, tables and bars, without passwords and control characters.
 
 Everything that tracker prints goes through `say`, `table` or `Show`.
 """
@@ -50,7 +50,7 @@ def say_all(*lines: str, error: bool = False) -> None:
 
 
 def begin() -> None:
-    """Say at once what a command does first: what it imports for that takes seconds."""
+    """Announce the first step of a command, whose imports take seconds."""
     say("reading models and benchmarks", error=True)
 
 
@@ -119,7 +119,7 @@ class Show(Progress):
         self._due = time.monotonic() + FIRST
 
     def expect(self, more: int) -> None:
-        """Let the bar be longer, or shorter."""
+        """Change the total of the bar."""
         if self._bar is not None:
             (task,) = self._bar.tasks
             self._bar.update(task.id, total=(task.total or 0) + more)
@@ -176,7 +176,7 @@ def console(error: bool = False) -> Console:
 
 
 def quiet(debug: bool) -> None:
-    """Let only tracker speak: libraries' bars and notes say nothing that a user needs."""
+    """Silence the bars and notes of libraries, unless debugging."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not debug:
         # Nothing can be downloaded, so no bar of a library shows what a user waits for.
         os.environ.setdefault("TQDM_DISABLE", "1")
