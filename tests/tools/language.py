@@ -26,10 +26,13 @@ STARTS = ("Say", "Tell", "What", "Whether", "How", "Let ")
 """Beginnings of a docstring that describe nothing."""
 SHARED = {"log", "main", "T", "P", "Array", "Layers"}
 """Names that mean the same in each module that defines them."""
+HELP = ("tracker/cli/", "tracker/core/config.py", "tracker/search/settings.py")
+"""Modules whose docstrings are the help of commands and options."""
 MAX_WORDS = 30
 MAX_SUBJECT = 72
-_CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.DOTALL | re.MULTILINE)
-_BLOCK = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.)\s|\n(?=[|#>])")
+_CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|^ {4}\S.*?$", re.DOTALL | re.MULTILINE)
+"""Code of a page: between fences, or indented."""
+_BLOCK = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.)\s|\n(?=[|#>])|\n +[*\w]+: ")
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`*‘“(])")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -50,8 +53,8 @@ class Breach:
 
 
 def long_sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a text that have too many words; tables and code have none."""
-    for block in _BLOCK.split(_CODE.sub("", text)):
+    """Yield the sentences of a text that have too many words; tables have none."""
+    for block in _BLOCK.split(text):
         if not block.lstrip().startswith(("|", "#", "<", "[", "\b")):
             yield from (s for s in _END.split(block.strip()) if len(s.split()) > MAX_WORDS)
 
@@ -79,9 +82,11 @@ def docstring_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
 
 
 def message_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
-    """Yield the sentences of a module's texts that are too long."""
+    """Yield the sentences of a module's messages that are too long, and of help in docstrings."""
     nodes = [*ast.walk(tree)]
     inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    if not where.startswith(HELP):
+        inner |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     for node in nodes:
         if isinstance(node, ast.JoinedStr):
             parts = (v.value if isinstance(v, ast.Constant) else "x" for v in node.values)
@@ -135,7 +140,7 @@ def breaches(root: Path = ROOT) -> Iterator[Breach]:
         yield from message_breaches(tree, where)
     yield from shared_names(package)
     for page in (root / "README.md", root / "CONTRIBUTING.md", *sorted(root.glob("docs/**/*.md"))):
-        for sentence in long_sentences(page.read_text(encoding="utf-8")):
+        for sentence in long_sentences(_CODE.sub("", page.read_text(encoding="utf-8"))):
             yield Breach("long sentence", str(page.relative_to(root)), sentence)
 
 

@@ -20,6 +20,7 @@ LONG = " ".join(["word"] * 31)
         ('def size():\n    """What it takes."""\n', ["docstring"]),
         ('class Costs:\n    """What does it take?"""\n', []),
         (f"MESSAGE = '{LONG}.'\n", ["long sentence"]),
+        (f"'{LONG}.'\n", []),
         (f"MESSAGE = f'{LONG[:70]} {{size:,}} {LONG[70:]}.'\n", ["long sentence"]),
         (f"MESSAGE = '{LONG[:60]}. {LONG[60:].capitalize()}.'\n", []),
         (f'MESSAGE = """Examples:\n\n\b\n  {LONG}"""\n', []),
@@ -41,6 +42,13 @@ def test_a_name_has_one_meaning_in_a_package() -> None:
     assert (row.text, row.where) == ("DRAWS", "a.py, b.py")
 
 
-def test_tables_headings_and_code_of_a_page_are_no_sentences(tmp_path: Path) -> None:
-    page = f"# {LONG}\n\n| {LONG} |\n| {LONG} |\n\n```\n{LONG}\n```\n\n- Short.\n- {LONG}.\n"
-    assert [*language.long_sentences(page)] == [f"{LONG}."]
+def test_tables_and_headings_are_no_sentences() -> None:
+    text = f"# {LONG}\n\n| {LONG} |\n| {LONG} |\n\n- Short.\n- {LONG}.\n"
+    assert [*language.long_sentences(text)] == [f"{LONG}."]
+
+
+def test_code_of_a_page_is_no_sentence(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"```\n{LONG}\n```\n\n    {LONG}\n\n{LONG}.\n")
+    (tmp_path / "CONTRIBUTING.md").touch()
+    (row,) = language.breaches(tmp_path)
+    assert (row.kind, row.where, row.text) == ("long sentence", "README.md", f"{LONG}.")
