@@ -33,7 +33,7 @@ MAX_SUBJECT = 72
 _CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|^ {4}\S.*?$", re.DOTALL | re.MULTILINE)
 """Code of a page: between fences, or indented."""
 _BLOCK = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.)\s|\n(?=[|#>])|\n +[*\w]+: ")
-_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`*‘“(])")
+_END = re.compile(r"[.!?][*)”’]*\s+(?=[^a-z])")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
