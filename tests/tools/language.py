@@ -30,7 +30,7 @@ HELP = ("tracker/cli/", "tracker/core/config.py", "tracker/search/settings.py")
 """Modules whose docstrings are the help of commands and options."""
 MAX_WORDS = 30
 MAX_SUBJECT = 72
-_CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|^ {4}\S.*?$", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|^ {4}.*?$", re.DOTALL | re.MULTILINE)
 """Code of a page: between fences, or indented."""
 _BLOCK = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.)\s|\n(?=[|#>])|\n +[*\w]+: ")
 _END = re.compile(r"[.!?][*)”’]*\s+(?=[^a-z])")
