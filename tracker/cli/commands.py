@@ -69,7 +69,7 @@ class Main(Boundary):
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
-@click.option("--debug", is_flag=True, help="Show tracebacks and what the libraries say.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the messages of libraries.")
 def main(debug: bool) -> None:
     """Measure which layers of a language model matter, and track every measurement.
 
@@ -77,16 +77,16 @@ def main(debug: bool) -> None:
     Examples:
       tracker init                               write the example experiments
       tracker validate experiments/demo.yaml     check an experiment file
-      tracker plan experiments/demo.yaml         what it will cost
+      tracker plan experiments/demo.yaml         estimate time and memory
       tracker run experiments/demo.yaml          measure, track, report
-      tracker ls                                 what the results folder holds
-      tracker study audit experiments/demo.yaml  a question of the paper, answered
-      tracker prune experiments/prune.yaml       which layers can go, tested on other documents
-      tracker export MODEL --remove 3,17 …       a lighter model that anybody can load
-      tracker report                             the page, from any number of results
-      tracker leaderboard                        which layers matter, which models hold up
-      tracker sync                               publish what a tracker lacks
-      tracker log-samples --output lm-eval       lm-eval's own files, of every ablated model
+      tracker ls                                 list the results folder
+      tracker study audit experiments/demo.yaml  compare proxies with the accuracy drop
+      tracker prune experiments/prune.yaml       choose layers to remove, test on other documents
+      tracker export MODEL --remove 3,17 …       save a model without some layers
+      tracker report                             write the report page
+      tracker leaderboard                        rank layers and models
+      tracker sync                               publish runs that a tracker lacks
+      tracker log-samples --output lm-eval       write lm-eval's files for every ablated model
 
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
     """
@@ -134,16 +134,16 @@ class Elsewhere(Told):
     """Options of the places where cells are measured and layers are kept."""
 
     executor: Annotated[str, ExecutorName()] = "local"
-    """Where benchmarks are measured. local: on this machine. ray: on the Ray cluster that
-    RAY_ADDRESS names, or that 'ray start' made on this machine; where there is neither, on one that
-    lives as long as the run. slurm: in a job array, one job a benchmark; Ctrl-C cancels it."""
+    """Executor. local: this machine. ray: the Ray cluster of RAY_ADDRESS or of 'ray start', else a
+    cluster that ends with the run. slurm: a job array with one job per benchmark; Ctrl-C cancels
+    it."""
     slurm: Annotated[tuple[tuple[str, Any], ...], Setting()] = ()
-    """What each SLURM job asks for, in the words of submitit and sbatch; may be given several
-    times: partition=gpu, timeout_min=240 (default: 60), gpus_per_node=1, cpus_per_task=8,
-    mem_gb=64. cluster=local tries the same jobs without SLURM."""
+    """Setting of each SLURM job, as submitit and sbatch name it, e.g. partition=gpu,
+    timeout_min=240 (default: 60), gpus_per_node=1 or mem_gb=64. May be given several times.
+    cluster=local tries the same jobs without SLURM."""
     offload: Annotated[str, click.Choice(RESTS)] = "device"
-    """Where layers rest until they are needed: on the device, in the host's memory, on disk; all of
-    them, or with --weights those beyond it."""
+    """Location of layers until they are needed: the device, the host's memory, or disk. It applies
+    to all layers, or with --weights to those that exceed it."""
 
 
 @main.command()
@@ -155,9 +155,9 @@ def run(
 ) -> None:
     """Measure an experiment, or continue it.
 
-    EXPERIMENT is a file. Without one, give a MODEL: then --benchmark and the other options say what
-    would stand in a file. Beside a file, they take the place of what it says. Either is written
-    into the results folder as a file, and running that file is the same.
+    EXPERIMENT is a file. Instead of a file, give a MODEL and --benchmark. Options override the keys
+    of the file. The resulting experiment is saved in the results folder as a file, which can be run
+    again.
 
     \b
     Examples:
@@ -190,10 +190,10 @@ def run(
 def evaluate(project: str, **settings: Any) -> None:
     """Measure one layer: what a sweep's trial calls.
 
-    The first trial of a (model, benchmark) measures all that its sweep asks of it at once (outside
-    a sweep: all layers), which costs little more than one; the others find theirs in the results
-    folder and load no model. A trial whose span reaches beyond the last layer, or holds a removed
-    one, is no run: it says so and ends well.
+    The first trial of a (model, benchmark) measures all layers of its sweep at once (outside a
+    sweep: all layers), which costs little more than one. The other trials find their layer in the
+    results folder and load no model. A trial whose span reaches beyond the last layer, or contains
+    a removed one, prints a note and exits with 0.
 
     \b
     Example:
@@ -241,12 +241,13 @@ def bench(
 ) -> None:
     """Time the engine against lm-eval, layer by layer.
 
-    Both run side by side, and their numbers are compared. The loop is lm-eval's own Hugging Face
-    model on the really pruned model, at the fastest of a few batch sizes; it runs for the baseline
-    and four removals of each component, and is extrapolated to all. Where layers rest elsewhere it
-    is left out: each of its calls would read them all. One model and one benchmark are timed,
-    always with every layer. With --against vllm, lm-eval's vLLM model is timed too, where vLLM is
-    installed and runs on the model's device. The layer passes of all three are counted without it.
+    Both run side by side, and their numbers are compared. The loop runs lm-eval's Hugging
+    Face model without the layer, at the fastest of a few batch sizes. It runs for the baseline and
+    four removals of each component, and is extrapolated to all. It is left out if layers are
+    offloaded, because each of its calls would read all of them. One model and one benchmark are
+    timed, always with every layer. With --against vllm, lm-eval's vLLM model is timed too, if vLLM
+    is installed and runs on the model's device. The layer passes of all three are counted in any
+    case.
 
     A model that is not here can be timed by its shape, with random weights: shape:llama-3-8b,
     shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or shape:FOLDER_OR_ID; @8 behind it
@@ -285,9 +286,9 @@ def bench(
 def doctor(device: str, as_json: bool) -> None:
     """Check that this installation computes the right numbers on a device.
 
-    It takes about half a minute. A tiny model with random weights goes through every feature: on
-    the device as experiments do, and on the CPU with each ablation alone, on a model that is really
-    changed. A check that fails does not end the others; the exit code is then 1.
+    It takes about half a minute. A tiny model with random weights goes through every feature on the
+    device. The results are compared with a really changed model on the CPU, one ablation at a time.
+    A failed check does not stop the others; the exit code is then 1.
 
     
     Examples:

@@ -402,49 +402,47 @@ class Asking(Told):
     """Several layers, heads and experts, where a file's key takes one; and any key as in a file."""
 
     layer: Annotated[Sequence[int] | str | None, Layers(every=True)] = None
-    """The layers, such as 3,17 or 3-7. Default: all."""
+    """Layers to change, e.g. 3,17 or 3-7 (default: all)."""
     head: Annotated[Sequence[int] | None, Layers()] = None
-    """The heads of each layer, such as 0,3 or 0-3, or groups of heads, where component is head or
-    kv_head. Default: all."""
+    """Heads of each layer (component head), or groups of heads (component kv_head), e.g. 0,3 or 0-3
+    (default: all)."""
     expert: Annotated[Sequence[int] | None, Layers()] = None
-    """The routed experts of each layer, such as 0,3 or 0-3, where component is expert. Default:
-    all."""
+    """Routed experts of each layer (component expert), e.g. 0,3 or 0-3 (default: all)."""
     changes: Annotated[tuple[tuple[str, Any], ...], Setting(yaml=True)] = Field((), alias="set")
-    """A value for any key, as it would stand in a file: sample=50, benchmark=[arc_easy, piqa],
-    limit=null; may be given several times."""
+    """Value for any key of an experiment file, e.g. sample=50, benchmark=[arc_easy, piqa] or
+    limit=null. May be given several times."""
 
 
 class WorkOptions(Told):
     """Options of where commands run, and of the results folder."""
 
     results: Annotated[Path, Place()] = Path("results")
-    """The results folder; several processes may share it."""
+    """Results folder; several processes may share it."""
     track: Annotated[tuple[str, ...] | None, Backends()] = None
-    """Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or 'none'.
-    Default: mlflow; in the trial of a W&B sweep: wandb."""
+    """Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or none
+    (default: mlflow; in the trial of a W&B sweep: wandb)."""
     publish_documents: bool = False
-    """Publish what documents say also where they come from a folder or a corpus. Texts of the hub
-    or a package are always published."""
+    """Publish the texts of documents from a folder or a corpus, too. Texts from the hub or from a
+    package are always published."""
     runs: Literal["auto", "all", "cells"] = "auto"
-    """Which runs trackers get of a benchmark: one for each (all), or one for all, with their table
-    and maps (cells). auto: one for each, of up to 200 of a kind, such as layers or heads."""
+    """Tracked runs of a benchmark. all: one for each change. cells: a single one, with a table and
+    charts of all changes. auto: one for each change, up to 200 of a kind."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, …; 'spread': one model over all accelerators; 'all': a worker
-    with the model on each accelerator, where commands measure benchmarks."""
+    """Device: auto, cpu, cuda, cuda:1, mps, …. spread: one model over all accelerators. all: a
+    worker with its own model on each accelerator."""
     memory: Annotated[int | None, Bytes()] = None
-    """What hidden states, keys and values may take, e.g. 4GiB; default: half of what is free where
-    the model is."""
+    """Memory for hidden states, keys and values, e.g. 4GiB (default: half of the free memory of the
+    device)."""
     weights: Annotated[int | None, Bytes()] = None
-    """What the model's weights may take where it runs, e.g. 8GiB; default: all that fits. Other
+    """Memory for the model's weights on the device, e.g. 8GiB (default: all that fits). Other
     layers are read from the host's memory or from disk when they are needed."""
     workers: Positive | None = None
-    """So many processes measure side by side, each with the model. On CPUs they part the cores; on
-    accelerators see --device all. Default: this process alone."""
+    """Number of worker processes, each with its own model (default: none besides this process). On
+    CPUs they share the cores; for accelerators use --device all."""
     devices_per_worker: Positive | None = None
-    """How many accelerators each worker's model is spread over. Default: as many as its weights
-    need."""
+    """Number of accelerators for each worker's model (default: as many as its weights need)."""
     trust_remote_code: bool = False
-    """Run code and read pickles that come with a model. Off: safetensors and GGUF only."""
+    """Run code and read pickles that come with a model (default: safetensors and GGUF only)."""
 
 
 results_option = keys(WorkOptions, "results")

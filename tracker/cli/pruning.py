@@ -77,12 +77,11 @@ class Exporting(Told):
 def export(**settings: Any) -> None:
     """Save a model without some of its layers, or with some passed again.
 
-    It is a checkpoint that anybody loads. What is saved is held against what was measured before it
-    is moved into place: a fresh process loads it with plain transformers, where it must say what
-    the really changed model says here; with --benchmark plain lm-eval scores it there, and must
-    find the accuracy that was measured, to the digit. The folder also holds a model card and
-    tracker.json: what was changed, what that costs and saves, and how mergekit and llama.cpp make
-    the same model, where they can.
+    The result is a checkpoint that plain transformers loads. Before it is moved into place, a fresh
+    process loads it and must compute the same logits. With --benchmark, plain lm-eval scores it
+    there and must find exactly the measured accuracy. The folder also has a model card and
+    tracker.json. They list the changes, their cost and savings, and recipes for mergekit and
+    llama.cpp where these can make the same model.
 
     \b
     Examples:

@@ -28,12 +28,12 @@ class QuantiseOptions(QuantiseSettings):
 def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
     """Choose which weights may have fewer bits, and test the choice.
 
-    Each linear map of the layers in EXPERIMENT is measured in each format, alone, on as many
-    calibration documents as 'sample' says. The formats whose losses add up to the least within the
-    budget are one choice, and what swaps make of it that are shown to cost less as a whole is
-    another; others go by the errors that tools choose bits by, keep the ends in more bits, or treat
-    all maps alike. Each is measured as a whole, the calibration documents recommend one, and other
-    documents test them all. The same command continues what was stopped.
+    Each linear map of the layers in EXPERIMENT is measured alone in each format, on 'sample'
+    calibration documents. Several choices of formats within the budget are then measured as a
+    whole. One has the smallest sum of losses, and another improves it by swaps that are shown to
+    cost less. Others follow the errors by which tools choose bits, keep the embedding and the
+    output head in more bits, or treat all maps alike. Calibration documents recommend one choice;
+    other documents test all of them. The same command resumes a stopped one.
 
     \b
     Examples:

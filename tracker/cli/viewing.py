@@ -266,10 +266,10 @@ class Samples(Told):
 def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: Any) -> None:
     """Write lm-eval's own files of every model.
 
-    They are those of lm_eval --log_samples, of each measured model: results_DATE.json and
-    samples_TASK_DATE.jsonl of the intact model, and of the model without what each run removed:
-    model_args says it, as removed_layers=3. No model runs, but the benchmark's data is read again.
-    The files hold the texts of the documents.
+    The files are those of lm_eval --log_samples: results_DATE.json and samples_TASK_DATE.jsonl. The
+    intact model and the model of each run have their own; model_args tells them apart, e.g. by
+    removed_layers=3. No model runs, but the benchmark's data is read again. The files contain the
+    texts of the documents.
 
     \b
     Examples:

@@ -59,13 +59,13 @@ class ModelSpec(Strict):
     """The weights of a model; equal specs share one loaded model."""
 
     model: Name
-    """Hub id, folder, .gguf file, or package:NAME."""
+    """Model: hub id, folder, .gguf file, or package:NAME."""
     revision: Name | None = None
-    """The hub's branch, tag or commit."""
+    """Branch, tag or commit on the Hugging Face hub."""
     dtype: Dtype = "auto"
-    """Of the weights; auto: the checkpoint's own."""
+    """Data type of the weights; auto: that of the checkpoint."""
     model_args: Arguments | None = None
-    """How the model is loaded: peft=ADAPTER, load_in_4bit=True, …."""
+    """Arguments for loading the model, e.g. peft=ADAPTER or load_in_4bit=True."""
 
     def __str__(self) -> str:
         return self.model
@@ -80,29 +80,29 @@ class BenchmarkSpec(Strict):
     """A benchmark and its prompts, under lm-eval's names and with their meanings."""
 
     benchmark: BenchmarkName
-    """lm-eval's task or group, a YAML file, corpus:…"""
+    """Benchmark: a task or group of lm-eval, a YAML file, or corpus:FILE."""
     num_fewshot: Count | None = None
-    """As in lm-eval; default: the task's own."""
+    """Number of few-shot examples (default: that of the task)."""
     data: Name = "hub"
-    """hub, package:NAME or a folder."""
+    """Source of the benchmark's documents: hub, package:NAME or a folder."""
     include_path: Folders = ()
-    """A folder with tasks of your own, or a list of folders; their code runs."""
+    """Folder with your own tasks, or a list of folders. Their code runs."""
     system_instruction: Name | None = None
-    """The system prompt."""
+    """System prompt."""
     apply_chat_template: bool | Name = False
-    """true, or the template's name."""
+    """Chat template: true, or its name (default: none)."""
     fewshot_as_multiturn: bool | None = None
-    """As in lm-eval; default: yes, with a chat template."""
+    """Few-shot examples as turns of a chat (default: yes, with a chat template)."""
     chat_template_args: Arguments | None = None
-    """What the chat template is told."""
+    """Arguments of the chat template."""
     enable_thinking: bool | None = None
-    """Whether a text is thought over before its answer."""
+    """Let the model think before it answers. Needs think_end_token."""
     think_end_token: int | Name | None = None
-    """What of a generated text comes before it is no answer."""
+    """Token that ends the thinking; the answer is the text after it."""
     gen_kwargs: Arguments | None = None
-    """max_gen_toks=64,until=… or JSON, as all SETTINGS."""
+    """Arguments of generation, e.g. max_gen_toks=64,until=… or JSON."""
     metadata: Arguments | None = None
-    """For tasks that make their documents, such as RULER's."""
+    """Metadata for tasks that generate their documents, such as RULER."""
 
     @model_validator(mode="after")
     def _has_end_of_thinking(self) -> BenchmarkSpec:
@@ -125,39 +125,38 @@ class Documents(Strict, Extent):
     """Documents of a benchmark: all or a half; of these the first, or some drawn at random."""
 
     part: Part | None = None
-    """calibration or test documents, which never meet: the training split and the scored one, or
-    else two halves of the scored one, drawn with the seed; default: all that lm-eval scores."""
+    """Disjoint documents for choosing (calibration) and for testing (test). These are the training
+    split and the scored split, or else two random halves of the scored split (default: all that
+    lm-eval scores)."""
 
 
 class ChangeGrid(Strict):
     """Grid of changes in files and commands: every combination of the values."""
 
     layers: tuple[Count, ...]
-    """The layer, 0-based."""
+    """Layer to change, 0-based (default: all)."""
     components: tuple[Component, ...] = ("layer",)
-    """What of the layer is changed: all of it, one of its sublayers, or a part of these."""
+    """Component to change: the whole layer, one of its sublayers, or a part of a sublayer."""
     spans: tuple[Positive, ...] = (1,)
-    """How many layers are removed together, from that layer on."""
+    """Number of neighbouring layers that are removed together, from that layer on."""
     interventions: tuple[Intervention, ...] = ("remove",)
-    """What is done to the layer: it is removed; or replaced by its mean update, a factor or a
-    linear map of its input (fitted on calibration text); has weights of a format, such as int4 or
-    q4_k; or is passed again, with those that span holds."""
+    """Intervention. remove: remove it. mean, scale, linear: replace it by its mean update, a factor
+    or a linear map, fitted on calibration text. int4, q4_k, …: round its weights to a format.
+    repeat: pass the layers of the span again."""
     heads: tuple[Count, ...] = ()
-    """Which head of the layer, or group of heads, 0-based, where component is head or kv_head;
-    default: all that the model has."""
+    """Head of the layer (component head), or group of heads that share keys and values (component
+    kv_head), 0-based (default: all)."""
     experts: tuple[Count, ...] = ()
-    """Which routed expert of the layer, 0-based, where component is expert; default: all that the
-    model has."""
+    """Routed expert of the layer (component expert), 0-based (default: all)."""
     maps: tuple[Name, ...] = ()
-    """Which linear map of the layer, as the checkpoint names it (self_attn.q_proj, mlp.down_proj,
-    mlp.experts.down_proj for all experts, mlp.experts.7.down_proj for one), or all of its attention
-    or its mlp, where component is linear; or embedding, lm_head, which are of no layer; default:
-    each that its layers have, of all experts."""
+    """Linear map of the layer (component linear), by its name in the checkpoint: self_attn.q_proj,
+    mlp.down_proj, mlp.experts.down_proj (all experts), mlp.experts.7.down_proj (one). Also
+    attention or mlp for all maps of a sublayer, and embedding or lm_head (default: each map)."""
     repeats: tuple[Times, ...] = (2,)
-    """How often the layers are passed where intervention is repeat."""
+    """Number of passes through the layers (intervention repeat)."""
     control: Literal["random"] | None = None
-    """random: beside spans, 40 sets of as many of the model's layers, drawn with the seed: what
-    layers cost together that have nothing to do with each other."""
+    """random: measure also 40 random sets of as many layers as a span has, as a control for
+    spans."""
 
 
 class Changes(ChangeGrid):
@@ -236,12 +235,12 @@ class CellSettings(ChangeGrid, Documents, BenchmarkSpec, ModelSpec):
     """
 
     removed: Layers = ()
-    """Layers that are removed as a whole besides: 3,17 or 3-7 or [3, 17]."""
+    """Layers that are removed in every run, e.g. 3,17 or 3-7 or [3, 17]."""
     until: QuestionText | None = None
-    """A question, such as 'top 5', about all runs that are asked of the benchmark; its answer ends
-    the measuring."""
+    """Question about all runs of the benchmark, such as 'top 5'. Measuring stops once it is
+    answered."""
     metric: Name | None = None
-    """Default: the metric that the benchmark's field reports."""
+    """Metric (default: the one that is usually reported for the benchmark)."""
 
     @model_validator(mode="after")
     def _has_one_end(self) -> CellSettings:

@@ -27,11 +27,11 @@ class Extent(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     limit: Positive | None = None
-    """The first documents of each task; default: all."""
+    """Number of documents per task, from the first (default: all)."""
     sample: Positive | None = None
-    """So many documents of each task, drawn at random with the seed; not beside a limit."""
+    """Number of documents per task, drawn at random with the seed. Excludes a limit."""
     seed: int = DEFAULT_SEED
-    """Of few-shot examples, samples, and random strategies of searches."""
+    """Seed of few-shot examples, samples, and random strategies of searches."""
 
     @model_validator(mode="after")
     def _has_one_order(self) -> Extent:
