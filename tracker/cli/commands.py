@@ -214,10 +214,10 @@ class Benching(Told):
     """Options of the benchmark of the engine."""
 
     components: Annotated[tuple[str, ...], click.Choice(COMPONENTS)] = Field((), alias="component")
-    """What of every layer is removed; may be given several times. Default: layer."""
+    """Component of every layer to remove (default: layer). May be given several times."""
     against: Annotated[str | None, click.Choice(COMPETITORS)] = None
-    """What is timed besides lm-eval's Hugging Face model. vllm: vLLM, which must be installed,
-    loaded once, with layers passed over."""
+    """Program to time besides lm-eval's Hugging Face model. vllm: vLLM, which must be installed. It
+    is loaded once and skips layers."""
     as_json: bool = Field(False, alias="json")
     """Print the figures as JSON."""
 
@@ -313,8 +313,8 @@ def doctor(device: str, as_json: bool) -> None:
 def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> None:
     """Check an experiment without loading weights.
 
-    EXPERIMENT is a file; without one, the options say what is asked of a MODEL, as in 'tracker run'
-    and 'tracker prune'.
+    EXPERIMENT is a file. Instead of a file, give a MODEL and options, as for 'tracker run' and
+    'tracker prune'.
 
     \b
     Examples:
@@ -339,7 +339,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> N
     "--gflops",
     type=click.FloatRange(min=0, max=1e12, min_open=True, max_open=True),
     callback=finite,
-    help="The rate to assume, in GFLOP/s; default: measured here with a matrix product.",
+    help="Assumed rate in GFLOP/s (default: measured here with a matrix product).",
 )
 @trust
 @results_option
@@ -348,8 +348,8 @@ def plan(
 ) -> None:
     """Estimate what an experiment will cost.
 
-    EXPERIMENT is a file; without one, the options say what is asked of a MODEL, as in 'tracker run'
-    and 'tracker prune'. Nothing is measured.
+    EXPERIMENT is a file. Instead of a file, give a MODEL and options, as for 'tracker run' and
+    'tracker prune'. Nothing is measured.
 
     \b
     Examples:

@@ -44,22 +44,22 @@ class Exporting(Told):
     """Which model is saved, and where."""
 
     remove: Annotated[Sequence[int] | None, Layers()] = None
-    """The layers that go, 0-based: 3,17 or 3-7."""
+    """Layers to remove, 0-based, e.g. 3,17 or 3-7."""
     repeat: Annotated[Sequence[int] | None, Layers()] = None
-    """Layers that are passed again, one behind another: 8-11."""
+    """Neighbouring layers to pass again, e.g. 8-11."""
     repeats: Annotated[int | None, click.IntRange(min=2)] = None
-    """How often these are passed. Default: 2."""
+    """Number of passes through these layers (default: 2)."""
     output: Annotated[Path, Place()]
-    """The folder that is made."""
+    """New folder for the model."""
     component: Annotated[str, click.Choice(UNITS)] = "layer"
-    """Whole layers alone can be loaded by plain transformers; anything else is refused, with the
-    lists for code that skips attentions or MLPs."""
+    """Component to remove. Plain transformers can load a model only if whole layers are removed.
+    Anything else is refused, with the lists that code needs to skip attentions or MLPs."""
     benchmark: str | None = None
-    """What the change is measured on and the export proved, by plain lm-eval: a task or a group.
-    Default: none, and the logits of a few texts are the proof."""
+    """Task or group on which the change is measured, and plain lm-eval verifies the export
+    (default: none; the logits of a few texts are compared)."""
     track: Annotated[tuple[str, ...] | None, Backends()] = None
     """Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb,
-    wandb:ENTITY/PROJECT. Default: none."""
+    wandb:ENTITY/PROJECT (default: none)."""
 
 
 @main.command()
@@ -70,7 +70,9 @@ class Exporting(Told):
 @keys(CellSettings, *_OF_BENCHMARKS, defaults=False)
 @project_option(default="tracker")
 @keys(Exporting, "track")
-@click.option("--register", type=Word(), help="Register it in MLflow's registry under this name.")
+@click.option(
+    "--register", type=Word(), help="Name under which to register the model in MLflow's registry."
+)
 @machine
 @trust
 @results_option
@@ -104,7 +106,7 @@ def export(**settings: Any) -> None:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Save the recommended one in this new folder, as 'tracker export' does.",
+    help="New folder in which to save the recommended model, as 'tracker export' does.",
 )
 @project_option(help="Default: the file's, else tracker.")
 @running
@@ -113,12 +115,11 @@ def prune(
 ) -> None:
     """Search for what to prune, and test what was chosen.
 
-    EXPERIMENT says how much is to go ('remove' or 'keep') and by which strategies. So do the
-    options, in its place or beside it. Each strategy chooses on calibration documents, and these
-    recommend one of the sets. Each step is tested on other documents, as a tracked run. The sets,
-    what they answer, and what the searches cost are printed and join the report. The same command
-    continues a search that was stopped. The trial of a W&B sweep calls it without EXPERIMENT, for
-    one search.
+    EXPERIMENT gives the amount to remove ('remove' or 'keep') and the strategies; options override
+    it or replace it. Each strategy chooses a set on calibration documents, and these recommend one
+    of the sets. Each step is tested on other documents, as a tracked run. The sets, their accuracy
+    and the cost of the searches are printed and added to the report. The same command continues a
+    stopped search. The trial of a W&B sweep calls it without EXPERIMENT, for one search.
 
     \b
     Examples:

@@ -17,8 +17,8 @@ class QuantiseOptions(QuantiseSettings):
     """The options of `tracker quantise`: the study's settings, and where the choice is saved."""
 
     output: Path | None = None
-    """Save the recommended choice in this new folder, with what llama.cpp, llm-compressor, mlx-lm
-    and GPTQModel are given to make the smaller file, where they have its formats."""
+    """New folder in which to save the recommended choice. It has recipes for llama.cpp,
+    llm-compressor, mlx-lm and GPTQModel, if these support its formats."""
 
 
 @main.command()

@@ -33,11 +33,10 @@ class StudyGroup(click.Group):
 def study() -> None:
     """Answer a question of the paper or its reviewers.
 
-    The paper is arXiv 2605.14075. Each command below is one question, asked of all models and
-    benchmarks in EXPERIMENT: a file, or a MODEL with --benchmark, as 'tracker run' takes them. A
-    study measures just what its answer lacks: what the results folder holds already is not measured
-    again, and the rest is tracked. It prints its answer, and adds tables and charts to the report
-    in the results folder.
+    The paper is arXiv 2605.14075. Each command below answers one question for all models and
+    benchmarks in EXPERIMENT, which is a file, or a MODEL with --benchmark, as for 'tracker run'. A
+    study measures only what the results folder lacks, as tracked runs. It prints its answer and
+    adds tables and charts to the report.
 
     \b
     Examples:

@@ -44,10 +44,10 @@ class ReportOptions(Told):
     """Which report is written, and where."""
 
     form: Annotated[str, click.Choice(FORMATS)] = Field("html", alias="format")
-    """html: the page. md, tex: tables. csv, parquet: everything. png, pdf: figures."""
+    """Format. html: the page. md, tex: tables. csv, parquet: all data. png, pdf: figures."""
     output: Annotated[Path | None, Place()] = None
-    """A file for html, md and tex, a folder otherwise; default: in the results folder, or here
-    where there are several sources."""
+    """File for html, md and tex, folder for other formats (default: in the results folder, or here
+    if there are several sources)."""
 
 
 @main.command()
@@ -59,9 +59,8 @@ class ReportOptions(Told):
 def report(sources: tuple[str, ...], **settings: Any) -> None:
     """Write a report: a page, tables or figures.
 
-    It is over results folders and tracking projects; without SOURCES, over --results. A source is a
-    results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking project holds is
-    downloaded once.
+    Each of the SOURCES is a results folder, mlflow:URI/EXPERIMENT or wandb:ENTITY/PROJECT (default:
+    the folder of --results). A tracking project is downloaded once.
 
     \b
     Examples:
@@ -125,9 +124,9 @@ class Syncing(Told):
     """Where runs go."""
 
     to: Annotated[tuple[str, ...] | None, Backends()] = None
-    """Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT, trackio.
-    Without a project, each benchmark goes to that of its experiment.  [default: wherever each was
-    published before, else mlflow]"""
+    """Tracking backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT,
+    trackio (default: wherever each benchmark was published before, else mlflow). Without a project,
+    each benchmark goes to that of its experiment."""
 
 
 @main.command()
@@ -135,8 +134,8 @@ class Syncing(Told):
 @click.option(
     "--sweep",
     metavar="ENTITY/PROJECT/ID",
-    help="Instead: fill the runs of this W&B sweep whose trials were killed or failed, and say "
-    "which still want measuring.",
+    help="W&B sweep whose killed or failed trials are filled instead; trials that still lack "
+    "measurements are listed.",
 )
 @runs_option
 @documents_option
@@ -195,7 +194,7 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
 def list_cells(folder: Path | None, results: Path) -> None:
     """List what a results folder holds.
 
-    Without FOLDER it is that of --results.
+    Without FOLDER, the folder of --results is listed.
 
     \b
     Examples:
@@ -249,14 +248,14 @@ class Samples(Told):
     """Which result files are written, and where."""
 
     output: Annotated[Path, Place()]
-    """A folder that gets one folder a model, as lm_eval --output_path."""
+    """Output folder, with one folder per model, as lm_eval --output_path writes them."""
     model: Annotated[tuple[str, ...], Word()] = ()
-    """Only this model; may be repeated."""
+    """Model whose files are written (default: all). May be repeated."""
     benchmark: Annotated[tuple[str, ...], Word()] = ()
-    """Only this benchmark; may be repeated."""
+    """Benchmark whose files are written (default: all). May be repeated."""
     layer: Annotated[tuple[tuple[int, ...], ...], Layers()] = ()
-    """Only removals that begin at these layers, such as 3,17 or 3-7, and the intact model; may be
-    repeated."""
+    """First layers of the removals whose files are written besides the intact model's, e.g. 3,17 or
+    3-7 (default: all). May be repeated."""
 
 
 @main.command()
@@ -291,14 +290,14 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 @folder_argument
 @results_option
 @click.option(
-    "--against", type=Place(), help="A copy of the folder to compare with, outcome by outcome."
+    "--against", type=Place(), help="Copy of the folder to compare with, outcome by outcome."
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.
 
-    Without FOLDER it is that of --results. Every file states a digest of itself. A shard that does
-    not fit its own is set aside, and computed again when its experiment runs the next time. Exit
-    code 1 on any damage.
+    Without FOLDER, the folder of --results is verified. Every file contains its own digest. A shard
+    that does not match its digest is set aside, and computed again when its experiment runs the
+    next time. The exit code is 1 if anything is damaged.
 
     \b
     Examples:

@@ -577,31 +577,31 @@ class SearchSettings(Strict):
     """Settings of a search, beside those of its benchmarks, which are `CellSettings`."""
 
     strategy: Name
-    """How to choose, e.g. accuracy, cosine_oneshot, last, random."""
+    """Strategy of the search, e.g. accuracy, cosine_oneshot, last or random."""
     remove: Written | None = None
-    """What goes at least: 8, 25 %, 25 % parameters, 70 MB, 5 ms, …."""
+    """Minimum amount to remove, e.g. 8, 25 %, 25 % parameters, 70 MB or 5 ms."""
     keep: Written | None = None
-    """What stays at most: 22, 100M parameters, 200 MB, …."""
+    """Maximum amount to keep, e.g. 22, 100M parameters or 200 MB."""
     unit: SearchUnit = "layer"
-    """What goes."""
+    """Unit to remove."""
     protect: Chosen = ()
-    """Layers that stay: 0,1,last or 3-7 or odd, even, or a kind such as full_attention."""
+    """Layers to keep, e.g. 0,1,last or 3-7, odd, even, or a kind such as full_attention."""
     among: Chosen = ()
-    """The only layers that may go, written alike; default: all."""
+    """Layers that may be removed, in the same notation (default: all)."""
     at_least: Ratios | None = None
-    """How many of a kind stay, of all or of any so many layers in a row: full_attention=2,
-    'full_attention=1 of 4'."""
+    """Minimum number of layers of a kind to keep, of all or of each run of consecutive layers, e.g.
+    full_attention=2 or 'full_attention=1 of 4'."""
     calibrate: Annotated[tuple[Name, ...], BeforeValidator(_several)] = ()
-    """Benchmarks that choose, comma-separated; default: the benchmark itself."""
+    """Calibration benchmarks, comma-separated (default: the benchmark itself)."""
     sample: Positive | None = None
-    """Calibration documents of each task; default: all."""
+    """Number of calibration documents per task (default: all)."""
     test_sample: Positive | None = None
-    """Test documents of each task; default: all."""
+    """Number of test documents per task (default: all)."""
     rescoring: Rescoring = "full"
-    """How greedy searches score candidates after each removal: all of them (full), only those that
-    can still win (lazy), or on no more documents than it takes (race)."""
+    """Scoring of candidates after each removal of a greedy search. full: all candidates. lazy:
+    those that can still win. race: on as few documents as a decision takes."""
     draws: Positive = 3
-    """How often random strategies draw."""
+    """Number of draws of random strategies."""
 
 
 OF_CELLS = tuple(

@@ -45,13 +45,13 @@ class StudySettings(BaseModel):
 class AuditSettings(StudySettings):
     """Which proxy tells what a layer's removal costs?
 
-    A proxy is a figure that stands in for the accuracy drop, as the cosine score does.
-    This study removes each whole layer in EXPERIMENT, measures the accuracy that it costs, and sets
-    the proxies beside it: cosine score, angular distance, relative update, first-order Taylor,
-    logit-lens changes, perplexity, KL and Jensen-Shannon divergence, the gold answer's
-    log-probability. It says how well each orders the layers, beside chance, and for how many
-    forward passes; with two benchmarks or more also whether relevance depends on the task. At
-    least three layers; better all of them.
+    A proxy is a cheap figure that is used instead of the accuracy drop, such as the cosine score.
+    This study removes each whole layer in EXPERIMENT, measures its accuracy drop, and compares the
+    drops with nine proxies. These are cosine score, angular distance, relative update, first-order
+    Taylor, logit-lens change, perplexity, KL and Jensen-Shannon divergence, and the gold answer's
+    log-probability. It reports how well each proxy ranks the layers, compared with chance, and its
+    cost in forward passes. With two or more benchmarks, it also tests whether relevance depends on
+    the task. It needs at least three layers, and preferably all of them.
 
     \b
     Examples:
@@ -65,11 +65,10 @@ class AuditSettings(StudySettings):
 class CalibrationSettings(StudySettings):
     """How many documents until the ranking of layers is stable?
 
-    Random samples are drawn from the measured documents, and two of them that share none are asked
-    for the order of the layers: how well they agree is how far a ranking by so many documents can
-    be trusted. This is said of the accuracy drop and of the proxies, with the number of documents
-    that it takes. Nothing is measured but the runs in EXPERIMENT; the more documents, the better
-    the answer.
+    Two random samples of the measured documents, which share none, each rank the layers. Their
+    agreement shows how reliable a ranking by that many documents is. The study reports it for the
+    accuracy drop and for the proxies, with the number of documents that a reliable ranking takes.
+    It measures only the runs in EXPERIMENT; more documents give a better answer.
 
     \b
     Examples:
@@ -79,16 +78,16 @@ class CalibrationSettings(StudySettings):
 
     study = "tracker.studies.calibration:Calibration"
     reliability: float = Field(0.9, gt=0, lt=1)
-    """The rank correlation of two samples that is wanted."""
+    """Rank correlation of two samples that counts as reliable."""
 
 
 class JointSettings(StudySettings):
     """Do the drops of two layers add up?
 
-    Every two of the layers in EXPERIMENT are removed together, and what both cost is set beside the
-    sum of what each costs alone: more is called redundant, less sub-additive. 30 layers have 435
-    pairs, about ten times the work of the file itself. Name fewer layers or documents for a
-    first look.
+    Each pair of layers in EXPERIMENT is removed together, and its joint drop is compared with the
+    sum of both single drops. A pair that costs more than the sum is redundant, one that costs less
+    is sub-additive. 30 layers have 435 pairs, about ten times the work of the file itself. Use
+    fewer layers or documents for a first look.
 
     \b
     Examples:
@@ -102,11 +101,11 @@ class JointSettings(StudySettings):
 class PrecisionSettings(StudySettings):
     """What does it cost to keep one linear map in fewer bits, and which error says so?
 
-    Every linear map of the layers in EXPERIMENT is given the weights of a format, alone: of each
-    format that 'intervention' names, or int4. The study says what that costs, map by map and on
-    average over layers, and how well the errors by which tools choose bits order the maps: of the
-    weights, of the outputs, of what the model says. SmolLM2-135M has 210 maps, about seven times
-    the work of removing each layer.
+    Each linear map of the layers in EXPERIMENT is rounded alone, to each format of 'intervention'
+    or to int4. The study reports the cost map by map and on average over layers. It also reports
+    how well the errors by which tools choose bits rank the maps: errors of the weights, of the
+    outputs, and of the model's predictions. SmolLM2-135M has 210 maps, about seven times the work
+    of removing each layer.
 
     \b
     Examples:
@@ -121,12 +120,12 @@ class PrecisionSettings(StudySettings):
 class PruneSettings(StudySettings):
     """Does pruning by accuracy beat pruning by proxies?
 
-    Layers are searched, for each benchmark in EXPERIMENT, by several strategies: by the accuracy
-    that is left, by proxies, from the end, at random. As many documents as 'sample' says choose;
-    others test what was chosen. Accuracy and the cosine score are also calibrated on all
-    benchmarks together, and on plain text. The study says which strategy leaves the most, with
-    paired intervals, and what each search cost. It shares all that is measured with 'tracker
-    prune', and goes on where it was stopped.
+    For each benchmark in EXPERIMENT, several strategies choose layers: by the remaining accuracy,
+    by proxies, from the end, at random. They choose on 'sample' documents; other documents test the
+    choice. Accuracy and the cosine score are also calibrated on all benchmarks together, and on
+    plain text. The study reports which strategy keeps the most accuracy, with paired intervals, and
+    the cost of each search. It shares its measurements with 'tracker prune', and resumes where it
+    was stopped.
 
     \b
     Examples:
@@ -137,15 +136,15 @@ class PruneSettings(StudySettings):
 
     study = "tracker.studies.prune:Prune"
     remove: tuple[str, ...] = ("25 %", "50 %")
-    """How much goes, as in 'tracker prune'; may be given again."""
+    """Amount to remove, as in 'tracker prune'. May be given several times."""
     strategy: tuple[str, ...] = (
         *("accuracy", "gold_logprob", "taylor", "perplexity"),
         *("cosine_oneshot", "relative_update", "last", "random"),
     )
-    """How to choose, as in 'tracker prune'; may be given again."""
+    """Strategy, as in 'tracker prune'. May be given several times."""
     text: Path | None = None
-    """Plain text to calibrate on too: a .txt file with blank lines between documents, or a .jsonl
-    file."""
+    """Plain text for a further calibration: a .txt file with blank lines between documents, or a
+    .jsonl file."""
     test_sample: int | None = Field(None, ge=1)
     """Test documents of each task. Default: as many as choose."""
 
@@ -156,34 +155,34 @@ class QuantiseSettings(StudySettings):
     study = "tracker.studies.quantise:Quantise"
     command = "tracker quantise"
     budget: str
-    """How many bits there are: 4.5bpw (bits a weight of what gets formats), 80 MB, 2.1 GB or
-    25 % bytes (of the whole model)."""
+    """Budget of bits: 4.5bpw (bits per weight of the rounded maps), 80 MB, 2.1 GB or 25 % bytes (of
+    the whole model)."""
     format: Annotated[
         str, BeforeValidator(lambda given: given if isinstance(given, str) else ",".join(given))
     ] = "q3_k,q4_k,q6_k"
-    """The formats that may be taken, comma-separated, such as int4,int8."""
+    """Allowed formats, comma-separated, e.g. int4,int8."""
     by: Literal["map", "layer"] = "map"
-    """What gets a format of its own: each linear map, or each layer."""
+    """Unit that gets its own format: each linear map, or each layer."""
     test_sample: int | None = Field(None, ge=1)
     """Test documents of each task. Default: as many as choose."""
     embeddings: bool = False
-    """Give the embedding and the head formats too."""
+    """Choose formats for the embedding and the output head, too."""
     refine: int = Field(3, ge=0)
-    """Rounds of swaps at most: one unit in more bits, others in fewer, measured as a whole on the
-    calibration documents; a round keeps the best swap where that is shown to cost less. 0 for
-    none."""
+    """Maximum number of rounds of swaps. A swap gives one unit more bits and others fewer, and is
+    measured as a whole on the calibration documents. A round keeps the best swap if it is shown to
+    cost less. 0: none."""
     pairs: int = Field(20, ge=0)
-    """Pairs of units that are drawn, and measured together beside the sum of both. 0 for none."""
+    """Number of random pairs of units whose joint loss is compared with the sum. 0: none."""
 
 
 class RepeatSettings(StudySettings):
     """Does passing some layers again make the model better?
 
-    Every stretch of layers in EXPERIMENT is passed again behind its last layer, or those that
-    'layer', 'span' and 'intervention: repeat' name. As many documents as 'sample' says choose; the
-    best five are tested on others, which they never met, and what the best of so many would gain
-    by chance is said beside it. 30 layers have 465 stretches, about twenty times the work of
-    removing each layer; until="prune 5 within 2 pp" ends the choosing when its five are known.
+    Each span of neighbouring layers in EXPERIMENT is passed a second time, or only the spans of
+    'layer', 'span' and 'intervention: repeat'. The spans are chosen on 'sample' documents, and the
+    best five are tested on other documents. The study compares them with the gain that the best of
+    as many spans has by chance. 30 layers have 465 spans, about twenty times the work of removing
+    each layer. until="prune 5 within 2 pp" stops choosing when the five are known.
 
     \b
     Examples:
@@ -199,10 +198,10 @@ class RescaleSettings(StudySettings):
     """Is what a removal costs only missing scale?
 
     Each layer in EXPERIMENT is removed, and replaced by a factor of its input, by its mean update
-    and by a linear map of its input, all fitted on other documents. The study says how much of the
-    drop each of these wins back, whatever 'intervention' the file names: if a factor does, the
-    layer was missed for the size of the hidden state alone. About four times the work of removing
-    the layers.
+    and by a linear map of its input, all fitted on other documents. The study reports the share of
+    the drop that each replacement recovers, whatever 'intervention' the file has. If a factor
+    recovers it, only the size of the hidden state was missing. About four times the work of
+    removing the layers.
 
     \b
     Examples:
@@ -216,11 +215,11 @@ class RescaleSettings(StudySettings):
 class SavingsSettings(StudySettings):
     """How much less has to be measured where a question is enough?
 
-    'until' in an experiment file ends a benchmark when its question is answered. This study
-    measures the runs in EXPERIMENT in full, draws their documents in 200 random orders, and says
-    how many of them, and of the layer passes, each question would have taken, whether its answer
-    is that of all documents, and what bounds it: how far the runs in question are apart, and how
-    much documents differ. Leave 'until' out of the file.
+    'until' in an experiment file stops a benchmark when its question is answered. This study
+    measures the runs in EXPERIMENT in full and replays their documents in 200 random orders. It
+    reports the share of documents and of layer passes that each question takes, and whether its
+    answer is that of all documents. It also reports what limits the savings: the distance between
+    the runs in question, and the variation over documents. Leave 'until' out of the file.
 
     \b
     Examples:
@@ -238,17 +237,17 @@ class SavingsSettings(StudySettings):
         ),
         alias="question",
     )
-    """A question as 'until' takes it; may be given again."""
+    """Question, as for 'until'. May be given several times."""
 
 
 class SnowballSettings(StudySettings):
     """Do later layers amplify what a removal changes?
 
-    Each layer is removed, and perturbed by as much in random directions. The difference to the
-    intact residual stream, relative to it, is followed behind every later layer: where it is larger
-    at the end than right behind the layer, it snowballs. The study says in which layers it does, by
-    what factor, and whether that explains what the cosine score misjudges. Let 'layer' in
-    EXPERIMENT hold every layer: the accuracy that each removal costs is set beside the growth.
+    Each layer is removed, and perturbed by the same amount in random directions. The relative
+    difference to the intact residual stream is measured after every later layer. A change snowballs
+    if it is larger at the end than right after the layer. The study reports where this happens, by
+    what factor, and whether it explains the errors of the cosine score. 'layer' in EXPERIMENT
+    should name every layer, because the growth is compared with each layer's accuracy drop.
 
     \b
     Examples:
@@ -258,17 +257,17 @@ class SnowballSettings(StudySettings):
 
     study = "tracker.studies.snowball:Snowball"
     draws: int = Field(2, ge=1, le=1000)
-    """Random directions for each layer and token; each costs as much as all removals."""
+    """Number of random directions per layer and token; each costs as much as all removals."""
 
 
 class TheoremSettings(StudySettings):
     """Can the lowest cosine score decide every answer?
 
-    The paper proves that it can; this study builds the model that shows it. For the documents of
-    EXPERIMENT's benchmarks and each ε, a transformer of five layers is written down (the file's
-    model gives the tokenizer alone) and measured as any model is: layer 2 has the cosine score ε,
-    the lowest; the model answers every document, and none without layer 2. The checkpoints stay in
-    the results folder, in studies/theorem, for transformers or lm_eval.
+    The paper proves that it can; this study builds such a model. For each ε, it constructs a
+    transformer of five layers for the documents of EXPERIMENT's benchmarks, and measures it like
+    any other model. The file's model provides only the tokenizer. Layer 2 has the lowest cosine
+    score, ε. The model answers every document, and none without layer 2. The checkpoints stay in
+    studies/theorem of the results folder, for transformers or lm_eval.
 
     \b
     Examples:
@@ -278,7 +277,7 @@ class TheoremSettings(StudySettings):
 
     study = "tracker.studies.theorem:Theorem"
     epsilon: tuple[float, ...] = (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
-    """Cosine score of the deciding layer; may be given again."""
+    """Cosine score of the deciding layer. May be given several times."""
 
 
 STUDIES: Mapping[str, type[StudySettings]] = {
