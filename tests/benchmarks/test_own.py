@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from tests.helpers.own_tasks import ASKING, PAINT, YAML, write_tasks
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.core.config import CellRequest
+from tracker.core.config import CellRequest, ModelSpec
 from tracker.core.documents import Document
 from tracker.core.errors import BenchmarkError, RequestError
 from tracker.core.extent import ALL
 from tracker.core.identities import BenchmarkIdentity
 from tracker.ledger.views import request_key
+from tracker.measuring.prepare import opened
 
 
 @pytest.fixture
@@ -46,6 +48,19 @@ def documents_of(parts: tuple[Any, Any], *asked: Any, **settings: Any) -> list[D
     """Return the documents of a benchmark, with the settings of the request."""
     request = ask(*asked, **settings)
     return LmEvalBenchmark(request).documents(RequestEncoder(*parts, request.benchmark), ALL)
+
+
+def write_made(folder: Path, parameters: str, things: str) -> None:
+    """Write the task `made`, whose function makes a document of each thing."""
+    (folder / "made.py").write_text(
+        f"import datasets\n\ndef make({parameters}):\n"
+        f"    rows = [{{'thing': t, 'colours': ['red', 'blue'], 'right': 0}} for t in {things}]\n"
+        "    return {'test': datasets.Dataset.from_list(rows)}\n"
+    )
+    text = YAML.replace("task: paint", "task: made").replace("fewshot_split: train\n", "")
+    start, end = text.index("dataset_path"), text.index("test_split")
+    text = text[:start] + "custom_dataset: !function made.make\n" + text[end:]
+    (folder / "made.yaml").write_text(text)
 
 
 def same(identity: BenchmarkIdentity) -> BenchmarkIdentity:
@@ -321,16 +336,22 @@ class TestSettings:
         with pytest.raises(BenchmarkError, match="'bear' is not available"):
             documents("bear")
 
+    def test_documents_are_made_for_each_model(self, folder: Path) -> None:
+        """Was: a second model was measured on the documents that a task made for the first one."""
+        write_made(folder, "pretrained='', **settings", "[pretrained]")
+        models = ("first", "second", "first")
+        requests = [
+            replace(ask(task, folder), model=ModelSpec(model=name))
+            for name in models
+            for task in ("made", "paint")
+        ]
+        benchmarks = [*opened(requests)]
+        assert len({id(benchmark) for benchmark in benchmarks}) == 3
+        made = [benchmark.identity.tasks[0].fingerprint for benchmark in benchmarks[::2]]
+        assert made[0] == made[2] != made[1]
+
     def test_a_task_that_makes_its_documents(self, folder: Path, loaded: tuple[Any, Any]) -> None:
-        (folder / "made.py").write_text(
-            "import datasets\n\ndef make(things=(), **said):\n"
-            "    rows = [{'thing': t, 'colours': ['red', 'blue'], 'right': 0} for t in things]\n"
-            "    return {'test': datasets.Dataset.from_list(rows)}\n"
-        )
-        text = YAML.replace("task: paint", "task: made").replace("fewshot_split: train\n", "")
-        start, end = text.index("dataset_path"), text.index("test_split")
-        text = text[:start] + "custom_dataset: !function made.make\n" + text[end:]
-        (folder / "made.yaml").write_text(text)
+        write_made(folder, "things=(), **settings", "things")
         metadata = {"things": ["door", "roof"]}
         ours = make("made", folder, metadata=metadata)
         plain = asked(*loaded, "made", folder, metadata=metadata)

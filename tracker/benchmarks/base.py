@@ -22,10 +22,12 @@ class Benchmark(Protocol):
     Attributes:
         identity: Identity of the scored documents, and of how they are put to the model.
         public: Whether all documents come from the hub or a package, and may be published.
+        of_model: Whether its documents are made for one model.
     """
 
     identity: BenchmarkIdentity
     public: bool
+    of_model: bool
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Tokenise the documents.

@@ -154,6 +154,7 @@ class Corpus:
 
     public = False
     """False, because the texts of a corpus may be private."""
+    of_model = False
 
     def __init__(self, request: CellRequest) -> None:
         spec, documents = request.benchmark, request.documents

@@ -11,6 +11,7 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from datasets.exceptions import DatasetsError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from jinja2 import TemplateError
 from lm_eval.api.group import Group
-from lm_eval.api.task import Task
+from lm_eval.api.task import Task, TaskConfig
 from lm_eval.tasks import TaskManager
 
 from tracker.benchmarks.own import DATA_KEYS, as_file, data_files, located, read_task
@@ -94,6 +95,23 @@ _INSTALLED = (
 )
 
 
+@dataclass(frozen=True)
+class SourceSplits:
+    """Function that gives a task the splits of a source, where lm-eval expects a task's own."""
+
+    splits: Mapping[str, Any]
+
+    def __call__(self, **_: object) -> Mapping[str, Any]:
+        """Return the splits, whatever lm-eval's metadata are."""
+        return self.splits
+
+
+def makes_documents(config: TaskConfig) -> bool:
+    """Return whether a task makes its documents itself, for one model's tokenizer as a rule."""
+    own = config.custom_dataset
+    return callable(own) and not isinstance(own, SourceSplits)
+
+
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Builds lm-eval's tasks on data from one of our sources.
 
@@ -127,7 +145,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
             self._source.ask_hub(config["dataset_path"])
             return config
         splits = self._source.load(config["dataset_path"], config.get("dataset_name"))
-        config["custom_dataset"] = lambda **_: splits
+        config["custom_dataset"] = SourceSplits(splits)
         config["dataset_kwargs"] = None
         self._fit_splits(config, splits)
         self.given[config["task"]] = splits

@@ -18,7 +18,14 @@ from lm_eval.api.task import ConfigurableTask, TaskConfig
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.factory import UNREADABLE, build, find_task, shots, unreadable
+from tracker.benchmarks.factory import (
+    UNREADABLE,
+    build,
+    find_task,
+    makes_documents,
+    shots,
+    unreadable,
+)
 from tracker.benchmarks.fingerprint import is_own, metric_name, metric_names, task_identity
 from tracker.benchmarks.own import check_own, folders
 from tracker.benchmarks.parts import choose_part, said_part
@@ -98,6 +105,7 @@ class LmEvalBenchmark:
         self.identity = self._identify(group)
         self._numbers = {task.name: task.numbers for task in self.identity.tasks}
         self.public = is_public(spec, self._tasks.values())
+        self.of_model = any(makes_documents(task.config) for task in self._tasks.values())
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:

@@ -192,16 +192,19 @@ def opened(
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:
-        # Model, number of documents, changes and metric do not affect what a benchmark reads.
-        read = (request.benchmark, request.documents.part, request.documents.seed)
-        if read not in benchmarks:
+        # Number of documents, changes and metric do not affect what a benchmark reads. The model
+        # does if a task makes its documents, as RULER's do for a tokenizer.
+        key = (request.benchmark, request.documents.part, request.documents.seed)
+        benchmark = benchmarks.get(key) or benchmarks.get((key, request.model.model))
+        if benchmark is None:
             (progress or Progress()).step(f"reading the documents of {request.benchmark}")
-            benchmarks[read] = open_benchmark(request)
-        identity = benchmarks[read].identity
+            benchmark = open_benchmark(request)
+            benchmarks[(key, request.model.model) if benchmark.of_model else key] = benchmark
+        identity = benchmark.identity
         metric = chosen_metric(identity, request.metric)
         if request.until is not None:
             refuse_unbounded(identity, metric)
-        yield benchmarks[read]
+        yield benchmark
 
 
 def validate(
