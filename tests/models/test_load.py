@@ -18,6 +18,7 @@ from tests.helpers.llama_cpp import write_gguf
 from tracker.core.errors import ModelError
 from tracker.core.identities import ModelIdentity
 from tracker.models import gguf_file
+from tracker.models.checkpoint import refuse_unsizable
 from tracker.models.load import LoadedModel, bytes_to_load, load_model, weightless
 from tracker.models.sources import find_model
 
@@ -46,7 +47,12 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_llama) -> None:
     assert loaded.device == torch.device("cpu")
 
 
-def test_threads_load_one_after_the_other(tiny_llama, monkeypatch) -> None:
+def check_export(folder: Path) -> None:
+    refuse_unsizable(find_model(str(folder)), [1])
+
+
+@pytest.mark.parametrize("use", [load, check_export])
+def test_threads_load_one_after_the_other(tiny_llama, monkeypatch, use) -> None:
     """Was: after two loads at once, no model of the process had tied weights any more."""
     folder, load_with_transformers = tiny_llama(), transformers.AutoModelForCausalLM.from_pretrained
     started: list[str] = []
@@ -62,7 +68,7 @@ def test_threads_load_one_after_the_other(tiny_llama, monkeypatch) -> None:
     monkeypatch.setattr(transformers.PreTrainedModel, "tie_weights", tie_weights)  # restores it
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", observed)
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(load, [folder] * 6))
+        list(threads.map(use, [folder] * 6))
     assert transformers.PreTrainedModel.tie_weights is tie_weights
 
 

@@ -32,7 +32,7 @@ from tracker.core.provenance import content_hash, file_hash
 from tracker.ledger.files import make_folder, new_folder, write_bytes
 from tracker.models.devices import empty_cache
 from tracker.models.layers import find_layers
-from tracker.models.load import LoadedModel, hollow
+from tracker.models.load import TRANSFORMERS_LOCK, LoadedModel, hollow
 from tracker.models.miniature import miniature
 from tracker.models.pruned import Shapes, as_loaded, left, misfit, pruned, shapes
 from tracker.models.sources import BITS, ModelSource, read_config
@@ -172,7 +172,8 @@ def _misfit(config: PreTrainedConfig, wanted: Shapes, kind: type | None) -> str 
         with TemporaryDirectory() as folder, torch.device("meta"):
             config.save_pretrained(folder)
             read = AutoConfig.from_pretrained(folder, trust_remote_code=kind is not None)
-            return shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
+            with TRANSFORMERS_LOCK:
+                return shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
 
     found = attempt(read_back)  # a class may refuse lists of another length
     return first_line(found) if isinstance(found, Exception) else misfit(found, wanted)
@@ -260,9 +261,10 @@ def _try(small: PreTrainedModel, removed: Collection[int], repeated: Sequence[Ch
     with TemporaryDirectory() as folder, _no_bars(), reloading:
         twin.save_pretrained(folder)
         trust = {"trust_remote_code": _brings_code(small)}
-        again, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **trust
-        )
+        with TRANSFORMERS_LOCK:
+            again, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **trust
+            )
         left = [*loading["missing_keys"], *loading["unexpected_keys"]]
         heard = _ask(again.eval(), ids)
     far = float((said - heard)[..., tokens].abs().max())

@@ -51,7 +51,7 @@ SHARD = 2 * 2**30
 _INDEX = "model.safetensors.index.json"
 # While it loads or builds a model, transformers replaces functions of its classes. Two threads at
 # once leave the replacements behind: then no model of the process has tied weights any more.
-_TRANSFORMERS = Lock()
+TRANSFORMERS_LOCK = Lock()
 
 
 @torch.inference_mode()
@@ -220,7 +220,7 @@ def _read(source: ModelSource, dtype: str, placing: Mapping[str, Any]) -> tuple[
         if not source.gguf_file and not source.trust_remote_code:
             arguments["use_safetensors"] = True
         arguments |= {**placing, **_how(source.arguments)}
-        with _TRANSFORMERS:
+        with TRANSFORMERS_LOCK:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 source.location, dtype=dtype, output_loading_info=True, **arguments
             )
@@ -366,7 +366,7 @@ def hollow(source: ModelSource, dtype: str) -> Any:
     # transformers writes the dtype into the given configuration, which is read once per process.
     config = copy.deepcopy(read_config(source))
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
-    with translate_errors(partial(unreadable, source)), _TRANSFORMERS, torch.device("meta"):
+    with translate_errors(partial(unreadable, source)), TRANSFORMERS_LOCK, torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=kind or torch.float32, trust_remote_code=source.trust_remote_code
         )
