@@ -22,6 +22,7 @@ from tests.helpers import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.printing import runnable
+from tracker.core.errors import ExperimentError
 from tracker.core.experiment_input import load_experiment
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
@@ -61,6 +62,35 @@ def test_a_plan_is_refused_without_torch(model, experiment, tmp_path):
         "print(found.exit_code, '99 is out of range' in found.output, 'torch' in sys.modules)"
     )
     assert printed_by(code) == "2 True False"
+
+
+@pytest.mark.parametrize(
+    ("typed", "function"),
+    [
+        (("plan",), "tracker.api.plan"),
+        (("prune",), "tracker.api.prune"),
+        (("study", "audit"), "tracker.api.study"),
+        (("bench", "--model", "any", "--benchmark", "arc_easy"), "tracker.bench.compare.bench"),
+        (("log-samples", "--output", "lm-eval"), "tracker.api.log_samples"),
+    ],
+)
+def test_the_first_step_is_printed_before_long_work(experiment, monkeypatch, typed, function):
+    """Was: nothing until all was read, a minute later for a model of 262,144 tokens."""
+
+    def stop(*_arguments, **_settings):
+        raise ExperimentError("far enough")
+
+    monkeypatch.setattr(function, stop)
+    file = [] if "--output" in typed or "bench" in typed else [experiment("any")]
+    lines = cli(*typed, *file).output.splitlines()
+    assert lines == ["reading models and benchmarks", "tracker: far enough"]
+
+
+def test_python_frees_its_modules_when_it_ends():
+    """Was: frozen in five kinds of processes, so that nanobind reported thirty lines of leaks."""
+    last = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))"
+    command = [sys.executable, "-c", f"{last}; import tracker.cli"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "0\n"
 
 
 def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path):

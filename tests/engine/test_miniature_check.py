@@ -517,3 +517,12 @@ class Hidden(Placed):
         draw = torch.randn(1).item()
         for layer in self.model.layers:
             layer.scale = draw
+
+
+def test_a_full_memory_is_no_verdict(monkeypatch) -> None:
+    def compared(*_: Any) -> Comparison:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(miniature_check, "compare_both_ways", compared)
+    with pytest.raises(torch.OutOfMemoryError):
+        verdict_on("llama")

@@ -311,3 +311,8 @@ def test_a_trained_model_from_a_package(smollm2) -> None:
     with torch.inference_mode():
         best = smollm2.model(tokens.to(smollm2.device)).logits[0, -1].argmax()
     assert smollm2.tokenizer.decode(best) == " Paris"
+
+
+def test_spread_over_a_single_device(tiny_llama) -> None:
+    loaded = load_model(find_model(str(tiny_llama())), device="spread")
+    assert loaded.device == loaded.model.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import save_tokenizer
+from tests.helpers.ablations import single_layers
 from tests.helpers.families import FAMILIES
 from tests.helpers.lm_eval import (
     HFLM,
@@ -25,7 +27,10 @@ from tests.helpers.lm_eval import (
 )
 from tests.helpers.runs import Heard, outcomes, run
 from tracker.benchmarks import factory
+from tracker.core.documents import Prompt
 from tracker.core.records import CellRecord
+from tracker.engine.scoring.model import FULL
+from tracker.measuring.scorer import Generation
 from tracker.models.pruned import pruned as without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,3 +216,23 @@ def test_an_answer_that_cannot_be_scored_costs_no_text(
 ):
     write_rows(data / "openai/gsm8k/main", test=[{"question": "7?", "answer": answer}])
     as_lm_eval(tiny_llama(), (STOPS, 8, settings), num_fewshot=0, layer=[1, 2])
+
+
+def test_the_reason_for_generating_alone_is_in_words(monkeypatch) -> None:
+    """Was: what the model's own code raised."""
+    head = torch.nn.Linear(2, 2)
+
+    def texts(self, prompt, ablations):
+        if self.together:
+            head(torch.zeros(1, 3))
+        return [""] * len(ablations)
+
+    monkeypatch.setattr(Generation, "texts", texts)
+    engine = SimpleNamespace(sharing=FULL, loaded=SimpleNamespace(model=head))
+    prompt = Prompt("Question:", {"until": ["!"], "max_gen_toks": 4})
+    apart, why = Generation(engine, None).checked(prompt, single_layers([0]))
+    assert not apart.together
+    assert why == (
+        "each ablation generates alone, because its layers refuse the states of several ablations "
+        "as one batch"
+    )

@@ -23,6 +23,7 @@ from tracker.ledger.blocks import BLOCK, Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.measuring import worker as workers
 from tracker.measuring.derive import record_of
 from tracker.measuring.fill import AHEAD
 from tracker.measuring.job import Job, Options, Reporting
@@ -86,7 +87,7 @@ class Cells:
 
 
 def note(calls: list[tuple[Any, ...]], *call: Any) -> None:
-    """Remember what a worker was question."""
+    """Remember a call of a worker."""
     calls.append(call)
 
 
@@ -199,6 +200,15 @@ def test_nobody_is_left(shared):
     assert "worker 1 cannot start: the cluster is gone" in cells.heard.lines
     ends = {str(end) for end in cells.ends.values()}
     assert ends == {"no worker is left: the cluster is gone"}
+
+
+def test_a_lost_device_is_named_by_its_first_line(shared, monkeypatch):
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(workers, "open_model", lost)
+    with pytest.raises(DeviceLostError, match=r"^CUDA error: launch failure$"):
+        Worker(Options()).open(shared().requests)
 
 
 def test_one_worker_measures_what_is_needed_and_two_a_quarter_more(

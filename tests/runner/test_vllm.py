@@ -6,12 +6,14 @@ import sys
 from itertools import combinations
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
 from tests.conftest import cli, refused
 from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
+from tracker.bench import loops
 from tracker.bench.loops import PassingWorker, pass_over
 from tracker.core.changes import Ablation
 
@@ -66,3 +68,16 @@ def test_vllm_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
     refused(cli(*AGAINST), "cannot use the installed vLLM (OSError: libcudart.so.13: no such file)")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "vLLM is not installed in this environment; type pip"),
+        (["--component=mlp"], "not mlp"),
+        (["--model_args=load_in_8bit=true"], "model_args"),
+    ],
+)
+def test_requests_that_vllm_cannot_serve_are_refused_at_once(monkeypatch, options, reason) -> None:
+    monkeypatch.setattr(loops, "find_spec", lambda name: None)
+    refused(cli(*AGAINST, *options), reason, "leave --against out")
