@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 
@@ -21,6 +22,7 @@ from tests.conftest import TRACKER, cli, golden, printed, refused, save_llama
 from tests.helpers import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
+from tracker.cli.help import COMMAND_GROUPS
 from tracker.cli.printing import runnable
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment_input import load_experiment
@@ -112,6 +114,17 @@ def test_every_command_has_an_example(command):
     assert f"tracker {command}" in result
     named = [each.opts for each in main.commands[command].params if each.name == "results"]
     assert named in ([["--results"]], [])  # a results folder is named alike everywhere
+
+
+def test_help_lists_commands_and_options_in_groups_each_once():
+    """Was: one list of 45 options, and a usage line of 24 interventions."""
+    assert sorted(chain.from_iterable(COMMAND_GROUPS.values())) == sorted(main.commands)
+    help_of_run = printed("run", "--help")
+    options = re.findall(r"^  (--[\w-]+)", help_of_run, re.MULTILINE)
+    assert options[:5] == ["--benchmark", "--sample", "--layer", "--results", "--track"]
+    assert sorted(options) == sorted(p.opts[-1] for p in main.commands["run"].params[1:])
+    assert "q4_0|q4_1" not in help_of_run
+    assert "--num_fewshot" not in help_of_run
 
 
 def test_examples_are_written_and_files_that_exist_stay(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Exit codes: 0 all done, 1 some work failed, 2 invalid request.
 Modules:
     boundary: Turn every error into a message and an exit code.
     commands: Define `main` and the commands that measure, plan or check.
+    help: Print the help of commands in groups of options.
     options: Define the options that commands share, and their types.
     printing: Print records, plans and leaderboards.
     pruning: Define the commands prune and export.

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from tracker.cli.help import GroupedCommands
 from tracker.cli.terminal import say
 from tracker.core.distribution import REPOSITORY, UNSUPPORTED, __version__
 from tracker.core.errors import TrackerError, first_line
@@ -23,7 +24,7 @@ NEW_OBJECTS = 10_000
 """From how many on Python looks for garbage. A pass of the engine leaves none."""
 
 
-class Boundary(click.Group):
+class Boundary(GroupedCommands):
     """Turns whatever is raised into a message and an exit code.
 
     Errors of tracker say themselves what to do. What the system refuses (a full disk, a folder

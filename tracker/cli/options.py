@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from tracker.cli.help import DashedOption, GroupedCommand
 from tracker.core import fields
 from tracker.core.changes import MAX_LAYERS
 from tracker.core.config import IN_THE_FILE, KEYS, CellSettings
@@ -103,9 +104,8 @@ class Bytes(TextType):
 class Layers(TextType):
     """Layers such as 3,17 or 3-7, also as Python and JSON write a list, which W&B passes on."""
 
-    name = "layers"
-
-    def __init__(self, every: bool = False) -> None:
+    def __init__(self, every: bool = False, name: str = "layers") -> None:
+        self.name = name
         self._every = every
         """Whether `all` is allowed."""
 
@@ -190,7 +190,7 @@ class Backends(TextType):
         return () if names == ("none",) else names
 
 
-class TrialCommand(click.Command):
+class TrialCommand(GroupedCommand):
     """Takes `--name=None`, which is what W&B makes of a null in a grid, for nothing said."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -239,7 +239,7 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
             dashed = f"--{about.alias or name.replace('_', '-')}"
             typed = f"--{name}" if of_file or about.alias is None else name
             spelled = dict.fromkeys((typed, dashed))
-            function = click.option(*spelled, **told)(function)
+            function = click.option(*spelled, cls=DashedOption, **told)(function)
         return function
 
     return add
@@ -403,10 +403,10 @@ class Asking(Told):
 
     layer: Annotated[Sequence[int] | str | None, Layers(every=True)] = None
     """Layers to change, e.g. 3,17 or 3-7 (default: all)."""
-    head: Annotated[Sequence[int] | None, Layers()] = None
+    head: Annotated[Sequence[int] | None, Layers(name="heads")] = None
     """Heads of each layer (component head), or groups of heads (component kv_head), e.g. 0,3 or 0-3
     (default: all)."""
-    expert: Annotated[Sequence[int] | None, Layers()] = None
+    expert: Annotated[Sequence[int] | None, Layers(name="experts")] = None
     """Routed experts of each layer (component expert), e.g. 0,3 or 0-3 (default: all)."""
     changes: Annotated[tuple[tuple[str, Any], ...], Setting(yaml=True)] = Field((), alias="set")
     """Value for any key of an experiment file, e.g. sample=50, benchmark=[arc_easy, piqa] or

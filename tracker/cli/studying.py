@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tracker.cli.commands import main
+from tracker.cli.help import GroupedCommand
 from tracker.cli.options import asking, keys, running
 from tracker.cli.printing import print_study
 from tracker.cli.terminal import Show, begin, say
@@ -69,4 +70,4 @@ def _command(name: str, kind: type[StudySettings]) -> click.Command:
 
     answer.__doc__ = kind.__doc__
     command = asking()(keys(kind, *kind.model_fields)(running(answer)))
-    return click.command(name)(command)
+    return click.command(name, cls=GroupedCommand)(command)

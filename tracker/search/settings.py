@@ -608,6 +608,6 @@ OF_CELLS = tuple(
     key
     for key in KEYS
     if key not in IN_THE_FILE.values()
-    and key not in ("removed", "part", "limit", "sample", "until")
+    and key not in ("removed", "control", "part", "limit", "sample", "until")
 )
 """Keys of benchmarks that a search sets itself: it removes parts and draws documents."""
