@@ -185,14 +185,14 @@ def pytest_unconfigure() -> None:
 
 
 def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run of the tests, the same one for workers side by side."""
+    """Return a folder of this test session that parallel workers share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture
 def spy(monkeypatch) -> Callable[..., list[Any]]:
-    """Notes something of every call of a function, which is called as ever."""
+    """Record something about every call of a function, which still runs."""
 
     def spy(owner: Any, name: str, note: Callable[..., Any]) -> list[Any]:
         noted: list[Any] = []
@@ -245,7 +245,7 @@ def tiny_llama(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory) -> Path:
-    """A migrated SQLite store of MLflow: making one takes seconds, copying it does not."""
+    """Return a migrated SQLite store of MLflow: making one takes seconds, copying it does not."""
     from filelock import FileLock
 
     from tracker.tracking.mlflow.database import create_database

@@ -163,7 +163,7 @@ def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path):
 
 @pytest.fixture
 def held(asked) -> tuple[Any, Any]:
-    """A model object and its tokenizer."""
+    """Build a model object and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = asked["model"]

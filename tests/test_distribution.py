@@ -28,7 +28,7 @@ PARTS = (
 
 
 def files(*parts: str) -> set[str]:
-    """The files that some folders and names stand for."""
+    """Return the files that some folders and names stand for."""
     found = [path for part in parts for path in (ROOT / part, *(ROOT / part).rglob("*"))]
     there = (path for path in found if path.is_file() and "__pycache__" not in path.parts)
     return {str(path.relative_to(ROOT)) for path in there}
@@ -36,7 +36,7 @@ def files(*parts: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[set[str], zipfile.ZipFile]:
-    """The names in the source distribution, and the wheel that was built from it."""
+    """Build the source distribution and the wheel, and list their names."""
     # A copy: setuptools would hand out once more whatever an older build here had listed.
     copy = tmp_path_factory.mktemp("copy") / "checkout"
     copy.mkdir()

@@ -25,7 +25,7 @@ ASKED = {"model": "m", "benchmark": "b"}
 
 
 def grid(**values: object) -> str:
-    """A file of a model and a benchmark, with these values of each key."""
+    """Return a file of a model and a benchmark, with these values of each key."""
     said = {"model": ["m"], "benchmark": ["b"], **values}
     lines = [f"  {key}: {{values: {list(some)}}}\n" for key, some in said.items()]
     return "".join(["method: grid\nparameters:\n", *lines])
@@ -106,7 +106,7 @@ def test_what_is_typed_is_text():
 
 @pytest.fixture
 def file(tmp_path):
-    """An experiment file that is right but for its model, which nobody looks for."""
+    """Write an experiment file that is right, with a model that no test loads."""
     path = tmp_path / "x.yaml"
     path.write_text(grid(layer=[0]))
     return path

@@ -80,7 +80,7 @@ def view(store: CellStore, metric: str = "acc") -> View:
 
 
 def changed(study: Study, metric: str, name: str) -> Mapping[str, set[tuple[str, int]]]:
-    """The documents that are lost and won, by a plain loop."""
+    """Return the documents that are lost and won, by a plain loop."""
     found: dict[str, set[tuple[str, int]]] = {"lost": set(), "won": set()}
     for place in study.texts:
         before = study.score(place, "baseline", metric)

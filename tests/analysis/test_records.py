@@ -128,7 +128,7 @@ def record_of(store) -> Callable[..., CellRecord]:
 
 
 def naive_mean(items: list[Item], by_size: bool, value: Callable[[Item], float]) -> float:
-    """The mean over documents, or the plain mean of the tasks' means."""
+    """Return the mean over documents, or the plain mean of the tasks' means."""
     if by_size:
         return sum(map(value, items)) / len(items)
     by_task = defaultdict(list)
@@ -152,7 +152,7 @@ def naive_metric(items: list[Item], by_size: bool, ablation: str, name: str) -> 
 
 
 def naive_proxy(items: list[Item], number: int, layer: int) -> float:
-    """The mean over all tokens of all documents."""
+    """Return the mean over all tokens of all documents."""
     return sum(item.sums[number, layer] for item in items) / sum(item.tokens for item in items)
 
 

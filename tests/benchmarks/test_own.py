@@ -198,7 +198,7 @@ class TestFilesBesideTheTask:
 
     @pytest.fixture
     def beside(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """The folder of the tasks, with the rows in it and named by a relative name."""
+        """Write the folder of the tasks, with the rows in it and named by a relative name."""
         rows = folder.parent / "paint.jsonl"
         task = folder / "paint.yaml"
         task.write_text(task.read_text().replace(str(rows), rows.name))

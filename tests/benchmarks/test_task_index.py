@@ -29,7 +29,7 @@ def _empty(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder with one task, as if it were lm-eval's."""
+    """Write a folder with one task, as if it were lm-eval's."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "own.yaml").write_text("task: own\n")

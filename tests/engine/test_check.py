@@ -69,7 +69,7 @@ def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed
 
 
 def shallow():
-    """A Llama of two layers."""
+    """Return a Llama of two layers."""
     return tiny_model("llama", num_hidden_layers=2)
 
 

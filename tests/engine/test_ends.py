@@ -67,7 +67,7 @@ def _ablations(tied: bool) -> list[Ablation]:
 
 
 def _model(family: str):
-    """A tiny model, tied or not as its family is in its files."""
+    """Build a tiny model whose embeddings are tied or not, as in its family's files."""
     model = tiny_model(family)
     if (family in TIED) != find_embeddings(model).is_tied:
         head = model.get_output_embeddings()

@@ -130,7 +130,7 @@ def run(layers: Sequence[Any], hidden: Tensor, named: bool, *args: Any, **kwargs
 
 
 def without(layers: nn.ModuleList, ablation: Ablation, *given: Any, **kwargs: Any) -> Tensor:
-    """The same one ablation at a time, by leaving out."""
+    """Compute the same one ablation at a time, by leaving layers out."""
     for number, layer in enumerate(layers):
         layer.silent = "attention" if number in ablation.removed("attention") else ""
         layer.silent = "mlp" if number in ablation.removed("mlp") else layer.silent

@@ -71,7 +71,7 @@ class _Instead(nn.Module):
 
 
 def _changed(model, ablation):
-    """A second way to change a model: its layers wrapped in modules that do it by hand."""
+    """Change a model in a second way: wrap its layers in modules that do it by hand."""
     twin = copy.deepcopy(model)
     layers = find_layers(twin)
     for replaced in ablation.replaced:

@@ -38,7 +38,7 @@ class Without(nn.Module):
 
 
 def as_added(seen: torch.Tensor, hidden: float = float("-inf")) -> torch.Tensor:
-    """A mask as models add it to their scores."""
+    """Return a mask as models add it to their scores."""
     return torch.where(seen, 0.0, hidden)[None, None]
 
 

@@ -34,7 +34,7 @@ SOME = ("llama", "gemma3", "gpt2", "opt", "mixtral", "bloom")
 
 @pytest.fixture
 def both(tmp_path):
-    """A family's tiny model, loaded as it is and with all of its layers on disk."""
+    """Build a family's tiny model, loaded as it is and with all of its layers on disk."""
 
     def made(family, dtype="float32", **more):
         model = tiny_model(family).to(getattr(torch, dtype))

@@ -254,7 +254,7 @@ class TestRefusalsSayWhatHappened:
 
 
 def undecided(family: str) -> Any:
-    """A mixture of experts whose router cannot tell them apart within float32's rounding."""
+    """Build a mixture of experts whose router scores differ by less than float32's rounding."""
     model = tiny(family, num_hidden_layers=2)
     draw = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():

@@ -31,7 +31,7 @@ ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("attention:1"), Ablati
 
 
 def tiny_mixture(experts: int) -> Any:
-    """A mixture, a token of which goes to two experts of a layer."""
+    """Build a mixture that sends each token to two experts of a layer."""
     return make_registered("mixtral", **{"num_local_experts": experts})
 
 

@@ -23,7 +23,7 @@ Tokens = tuple[int, ...]
 
 
 def text(request: Request, max_length: int) -> Tokens:
-    """A request's tokens as lm-eval cuts them: the model reads all but the last."""
+    """Return a request's tokens as lm-eval cuts them: the model reads all but the last."""
     return (request.context + request.continuation)[-max_length - 1 :]
 
 

@@ -15,7 +15,7 @@ from tracker.models.parts.sublayers import Sublayers
 
 
 def passes(ablations, layers):
-    """A second, naive count: at each layer, the distinct histories that do not skip it."""
+    """Return a second, naive count: at each layer, the distinct histories that do not skip it."""
     return sum(
         len(
             {

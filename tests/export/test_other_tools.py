@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def tmp_path(tmp_path):
-    """A folder that goes at once: what is made here takes gigabytes."""
+    """Return a folder that is deleted at once: these tests write gigabytes."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 

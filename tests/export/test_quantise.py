@@ -33,7 +33,7 @@ BUDGET = {"budget": "6bpw", "format": ",".join(WORDS), "test_sample": 24}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """A tiny model within a budget, its results folder, and what was saved."""
+    """Write a tiny model within a budget, its results folder, and what was saved."""
     folder = tmp_path_factory.mktemp("quantise")
     model = save_llama(folder / "tiny", layers=2, hidden_size=64, intermediate_size=96)
     told = {"results": folder / "results", "output": folder / "saved", "track": []}

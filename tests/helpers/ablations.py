@@ -14,7 +14,7 @@ Recorded = TypeVar("Recorded", bound=EstimatesRecord)
 
 
 def single_layers(layers: Iterable[int]) -> list[Ablation]:
-    """The baseline, then the ablation of each layer alone."""
+    """Return the baseline, then the ablation of each layer alone."""
     return [INTACT, *(Ablation.parse(f"layer:{layer}") for layer in layers)]
 
 

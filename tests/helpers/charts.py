@@ -25,7 +25,7 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
 
 
 def grid(figure: go.Figure) -> list[list[float | None]]:
-    """The values of a map, strong and faint ones together."""
+    """Return the values of a map, of both strong and faint cells."""
     strong, faint = (trace.z for trace in figure.data if trace.type == "heatmap")
     return [
         [two if one is None else one for one, two in zip(*rows, strict=True)]

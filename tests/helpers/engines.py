@@ -46,13 +46,13 @@ def save_model(model: Any, folder: Path) -> ModelSource:
 
 
 def engine_of(model: Any, sharing: Sharing = FULL, **settings: Any) -> Engine:
-    """An engine for a model that was made here, or for that of a family by its name."""
+    """Build an engine for a given model, or for that of a family by its name."""
     model = tiny_model(model) if isinstance(model, str) else model
     return Engine(loaded(model), **{"max_length": MAX_LENGTH, "sharing": sharing, **settings})
 
 
 def asking(*asked: tuple[Sequence[int], Sequence[int]], index: int = 0, **more: Any) -> Document:
-    """A document of requests, each a context and a continuation."""
+    """Return a document of requests, each a context and a continuation."""
     requests = tuple(Request(tuple(context), tuple(answer)) for context, answer in asked)
     return Document("task", index, requests, **{"gold": 0, "choices": len(requests), **more})
 
@@ -164,13 +164,13 @@ def passed(model: Any, tokens: Sequence[int]) -> tuple[list[tuple[Tensor, Tensor
 
 @contextmanager
 def pruned(model: Any, removed: Collection[int]) -> Iterator[Any]:
-    """A model that really lacks the layers."""
+    """Return a model that really lacks the layers."""
     yield exported(model, removed)
 
 
 @contextmanager
 def skipped(model: Any, removed: Collection[int]) -> Iterator[Any]:
-    """The model with the layers' outputs replaced by their inputs: right for every architecture."""
+    """Replace the layers' outputs by their inputs, which is right for every architecture."""
     layers = find_layers(model)
     with ExitStack() as stack:
         for index in removed:

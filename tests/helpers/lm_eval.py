@@ -30,7 +30,7 @@ def evaluate(model: Any, **settings: Any) -> dict[str, Any]:
 
 
 def tasks_in(folder: Path, **settings: Any) -> lm_eval.tasks.TaskManager:
-    """The tasks of a folder, and no others."""
+    """Return the tasks of a folder, and no others."""
     return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False, **settings)
 
 
@@ -48,7 +48,7 @@ def write_plain(
 
 
 def parts(folder: Path) -> tuple[Any, Any]:
-    """A model and its tokenizer, as anybody loads them."""
+    """Return a model and its tokenizer, as anybody loads them."""
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 

@@ -51,7 +51,7 @@ class Store:
         return sorted((point.step, point.value) for point in history)
 
     def ranked(self, figure: str) -> list[Any]:
-        """The logged models that have a figure, as MLflow's page of models ranks them."""
+        """Return the logged models that have a figure, as MLflow's page of models ranks them."""
         models = self.client.search_logged_models(
             [self.experiment.experiment_id],
             order_by=[{"field_name": f"metrics.{figure}", "ascending": False}],

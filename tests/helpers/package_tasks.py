@@ -44,5 +44,5 @@ def plain_tasks_in(folder: Path) -> Any:
 
 @cache
 def shipped(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
-    """A benchmark on the package's data, built once."""
+    """Return a benchmark on the package's data, built once."""
     return make(benchmark, num_fewshot=num_fewshot)

@@ -42,7 +42,7 @@ def begun(order: list[tuple[str, int]], sizes: Mapping[str, int]) -> int:
 
 
 def raced(every: Outcomes, order: list[tuple[str, int]], by_size: bool = True) -> Race:
-    """The race over outcomes in an order, a look after each 32 of them."""
+    """Return the race over outcomes in an order, a look after each 32 of them."""
     weights = weights_by_task([task for task, _ in order], by_size) * len(order)
     drops = np.array([every[place][0] - every[place][1:] for place in order]) * weights[:, None]
     plain = Race(question("top 1"), len(order), RUNS, float(weights.max()))

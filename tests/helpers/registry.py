@@ -300,7 +300,7 @@ def _tiny(own: Any, family: str) -> dict[str, Any]:
 
 @cache
 def default_settings(own: Any) -> dict[str, Any]:
-    """The settings of a configuration's class, and their defaults."""
+    """Return the settings of a configuration's class and their defaults."""
     return {
         one.name: None if one.default is dataclasses.MISSING else one.default
         for one in dataclasses.fields(own)

@@ -47,14 +47,14 @@ def hooked(model: Any, hook: Callable[[int, Tensor, Tensor], Tensor | None]) -> 
 
 
 def loss(model: Any, ids: Tensor) -> float:
-    """The negative log-likelihood of all tokens but the first."""
+    """Return the negative log-likelihood of all tokens but the first."""
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
     return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
 
 
 def turned(model: Any, truth: Truth, of: Callable[[Tensor, Tensor], Tensor]) -> list[list[float]]:
-    """A figure of each stretch of layers, averaged over all tokens."""
+    """Compute a figure of each span of layers, averaged over all tokens."""
     total = len(layers_of(model))
     sums, tokens = torch.zeros(total, total, dtype=torch.float64), 0
     for ids in texts(truth):
@@ -80,13 +80,13 @@ def relative(before: Tensor, after: Tensor) -> Tensor:
 
 
 def perplexity(model: Any, truth: Truth) -> float:
-    """The mean negative log-likelihood of a predicted token."""
+    """Return the mean negative log-likelihood of a predicted token."""
     read = list(texts(truth))
     return sum(loss(model, ids) for ids in read) / sum(ids.shape[1] - 1 for ids in read)
 
 
 def naive_proxy(name: str, truth: Truth, removed: Set) -> dict[int, float]:
-    """A proxy of each layer of a really pruned model, by its place in the intact one."""
+    """Compute a proxy of each layer of a really pruned model, by its index in the intact one."""
     model = exported(truth.model, removed)
     left = [n for n in range(LAYERS) if n not in removed]
     if name == "perplexity":
@@ -103,7 +103,7 @@ def naive_proxy(name: str, truth: Truth, removed: Set) -> dict[int, float]:
 
 
 def gates(model: Any, truth: Truth) -> list[float]:
-    """The size of each document's derivative by a gate on a layer's update: by small steps."""
+    """Compute each document's derivative by a gate on a layer's update, by small steps."""
     step, found = 1e-3, []
     for gated in range(len(layers_of(model))):
         total = 0.0

@@ -32,12 +32,12 @@ Outcomes = Mapping[tuple[str, int], Sequence[float]]
 
 
 def mean(how: str, values: Sequence[Any]) -> float:
-    """Replacement of lm-eval's aggregation."""
+    """Replace lm-eval's aggregation."""
     return sum(values) / len(values)
 
 
 def asks(*layers: int, **changes: Any) -> CellRequest:
-    """A request for some layers; all where none is named."""
+    """Return a request for some layers; all where none is named."""
     settings = {"layers": layers or tuple(range(LAYERS)), **changes}
     return cell_request(model="m", benchmark="b", **settings)
 
@@ -99,7 +99,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 @pytest.fixture
 def cell_of(ledger: Ledger) -> Callable[..., CellStore]:
-    """A cell with nothing measured: `model` changes the model, all else the benchmark."""
+    """Build a cell with nothing measured: `model` changes the model, all else the benchmark."""
 
     def make(
         sizes: Mapping[str, int] | None = None,
@@ -115,7 +115,7 @@ def cell_of(ledger: Ledger) -> Callable[..., CellStore]:
 
 @pytest.fixture
 def cell(cell_of: Callable[..., CellStore]) -> CellStore:
-    """A cell of one task with 70 documents, so three blocks, and nothing measured."""
+    """Build a cell of one task with 70 documents, so three blocks, and nothing measured."""
     return cell_of()
 
 
@@ -134,7 +134,7 @@ def row(
     again: Sequence[float] | None = None,
     load: Sequence[float] | None = None,
 ) -> Row:
-    """An outcome, of which the options' log-likelihoods are `said`."""
+    """Build an outcome with these log-likelihoods of the options."""
     count = len(said) if choices is None else choices
     document = Document(task, doc, (), gold, count, rolling=rolling)
     first, second = (

@@ -23,7 +23,7 @@ Without = Callable[[Any, Collection[int]], Any]
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:
-    """The one list of modules that is as long as the configuration says."""
+    """Find the one list of modules that is as long as the configuration says."""
     wanted = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     return next(modules for modules in lists if len(modules) == wanted)
@@ -36,7 +36,7 @@ def skip(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 
 
 def without(model: Any, removed: Collection[int]) -> Any:
-    """A copy in which the layers return their input, whatever else they return."""
+    """Return a copy in which the layers return their input, whatever else they return."""
     ablated = copy.deepcopy(model)
     for index in removed:
         layers_of(ablated)[index].register_forward_hook(skip, with_kwargs=True)

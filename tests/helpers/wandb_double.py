@@ -461,7 +461,7 @@ class WandbDouble:
 
     @operation("upsertView", "UpsertView2")
     def _upsert_view(self, ask: Ask) -> Json:
-        """A report or a saved view; without an id it is a new one, whatever its name."""
+        """Store a report or a saved view; without an id it is a new one, whatever its name."""
         sent = {name: ask.variables.get(name) for name in ("name", "displayName", "type", "spec")}
         json.loads(sent["spec"])
         project = self.existing(ask.variables)

@@ -19,7 +19,7 @@ SAID = {"what": "was found"}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """A user's cache that is not there yet, as a process finds it that has said nothing."""
+    """Point to a user cache that does not exist yet, as in a fresh process."""
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "home" / "cache"))
     caching._say.cache_clear()
     caching._for_this_process.cache_clear()

@@ -26,7 +26,7 @@ BLOCK = Block("arc_easy", 0)
 
 @pytest.fixture
 def read(monkeypatch) -> list[list[str] | None]:
-    """The columns that are read, of each shard, from now on."""
+    """Record which columns are read of each shard from now on."""
     asked: list[list[str] | None] = []
 
     def reading(content: bytes, columns: list[str] | None = None) -> Any:

@@ -12,7 +12,7 @@ KEY = "0123456789abcdef" * 4
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """A user's cache of its own, beside the results folders."""
+    """Write a user's cache of its own, beside the results folders."""
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "checks"
 

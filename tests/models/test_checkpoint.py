@@ -45,7 +45,7 @@ def reloaded(model, folder):
 
 
 def source_of(variant, folder):
-    """A folder with the configuration alone: no weights are read."""
+    """Return a folder with the configuration alone: no weights are read."""
     variant.config().save_pretrained(folder)
     return find_model(str(folder))
 

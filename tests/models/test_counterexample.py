@@ -26,7 +26,7 @@ def _logits(model, tokens: tuple[int, ...]) -> torch.Tensor:
 
 
 def _without(model, layer: int):
-    """The model without a layer, by hand."""
+    """Return the model without a layer, by hand."""
     model.model.layers = torch.nn.ModuleList(
         each for number, each in enumerate(model.model.layers) if number != layer
     )
@@ -36,7 +36,7 @@ def _without(model, layer: int):
 
 @torch.inference_mode()
 def _states(model, tokens: tuple[int, ...]) -> list[torch.Tensor]:
-    """The residual stream before each layer and behind the last one, in float64."""
+    """Return the residual stream before each layer and behind the last one, in float64."""
     seen: list[torch.Tensor] = []
     hooks = [
         layer.register_forward_hook(

@@ -23,7 +23,7 @@ def weight(outputs: int = 24, inputs: int = 256) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, gguf.GGUFReader]:
-    """A llama of one layer, by llama.cpp's own program in each of its types."""
+    """Write a llama of one layer with llama.cpp's own program in each of its types."""
     pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
     folder = tmp_path_factory.mktemp("gguf")
     shapes = {"attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256)}

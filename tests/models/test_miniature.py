@@ -49,7 +49,7 @@ class Rooted(transformers.LlamaForCausalLM):
 
 
 def at_real_size(config, kind=None) -> nn.Module:
-    """A model with shapes and no weights."""
+    """Return a model with shapes and no weights."""
     with torch.device("meta"):
         return (kind or transformers.AutoModelForCausalLM.from_config)(config)
 
@@ -101,7 +101,7 @@ def test_a_miniature_is_the_same_model_made_small(kind, settings):
 
 
 def small_of(name: str, kind=None, **settings):
-    """The miniature of an architecture, of two layers unless it is said otherwise."""
+    """Build the miniature of an architecture, of two layers by default."""
     config = getattr(transformers, f"{name}Config")(**{"num_hidden_layers": 2, **settings})
     return miniature(at_real_size(config, kind))
 

@@ -41,7 +41,7 @@ def gguf() -> Path:
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """A hub cache as huggingface_hub lays it out, with one model in it."""
+    """Build a hub cache as huggingface_hub lays it out, with one model in it."""
     root = tmp_path / "hub"
     snapshot = root / "models--org--model" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)

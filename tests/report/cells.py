@@ -49,7 +49,7 @@ WHY = "none of these documents was computed twice"
 
 
 def halved(**changes: Any) -> CellRecord:
-    """A cell in bfloat16, whose layer 3 costs 4 pp for sure, of which rounding moves 5."""
+    """Build a cell in bfloat16 whose layer 3 costs 4 pp, of which rounding moves 5."""
     cell = build_cell(baseline_rounded=7, baseline_rounding=0.0123)
     runs = [run.model_copy(update={"rounded": 5, "drop_rounding": 0.01}) for run in cell.runs]
     drop = replace(runs[3].drop, value=0.04, low=0.01, high=0.07)
@@ -109,7 +109,7 @@ def numbered(record: RunRecord, **which: Any) -> RunRecord:
 
 
 def edition(text: str, measured: str | None, model: str = "SmolLM2", **changes: Any) -> CellRecord:
-    """A cell of a task that was edited: the same but for its fingerprint."""
+    """Return a cell of a task that was edited: the same but for its fingerprint."""
     cell = build_cell("our_sums", model=model)
     (task,) = cell.benchmark.tasks
     tasks = (task.model_copy(update={"fingerprint": digest(text)}),)

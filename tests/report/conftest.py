@@ -228,7 +228,7 @@ def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: in
 
 
 def as_read(table: Table) -> SimpleNamespace:
-    """A table as people read it: `labels`, and `rows` of texts with their reasons."""
+    """Read a table as people do: `labels`, and `rows` of texts with their reasons."""
     rows = [[written(e, h) for e, h in zip(r, table.headings, strict=True)] for r in table.rows]
     return SimpleNamespace(
         labels=list(map(headed, table.headings)), rows=rows, notes=table.notes, title=table.title

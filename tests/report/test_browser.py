@@ -56,14 +56,14 @@ def fixture_report(tmp_path_factory) -> Path:
 
 @pytest.fixture(name="page")
 def fixture_page(chromium, report) -> Iterator[Page]:
-    """The report as it is opened."""
+    """Return the report as it is opened."""
     with Visit(chromium, report, scroll=False) as visit:
         yield visit.page
 
 
 @pytest.fixture(scope="module", name="drawn")
 def fixture_drawn(chromium, report) -> Iterator[Page]:
-    """The report with every section open and every chart drawn, for all who only look at it."""
+    """Open the report with every section open and every chart drawn, for read-only tests."""
     with Visit(chromium, report, scroll=False) as visit:
         visit.open_all()
         yield visit.page

@@ -114,7 +114,7 @@ class TestFrame:
 
 @pytest.fixture(name="opened")
 def fixture_opened(chromium, tmp_path) -> Opened:
-    """Opens the documents of a page; with them come their rows."""
+    """Open the documents of a page and load their rows."""
 
     @contextmanager
     def opened(record: DecisionsRecord) -> Iterator[tuple[Locator, Locator]]:

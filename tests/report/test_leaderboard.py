@@ -104,7 +104,7 @@ def test_the_interval_that_decides_is_shown_and_orders():
 
 
 def as_heads(cell: CellRecord, *kept: RunRecord) -> CellRecord:
-    """The same figures of heads, two a layer; `kept` are its runs besides."""
+    """Build the same figures of heads, two a layer; `kept` are its other runs."""
     heads = [
         with_change(run, component="head", layer=run.change.layer // 2, number=run.change.layer % 2)
         for run in cell.runs
@@ -360,7 +360,7 @@ WHY = "stopped at the answer to 'top 2': 64 to 96 of 2000 documents were looked 
 
 
 def stopped(**changes: Any) -> CellRecord:
-    """A cell whose layers 0 and 1 were looked at longer than the others."""
+    """Return a cell whose layers 0 and 1 were looked at longer than the others."""
     cell = build_cell(n=64)
     longer = [
         one.model_copy(update={"n": 96}) if one.change.layer < 2 else one for one in cell.runs

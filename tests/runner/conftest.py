@@ -59,7 +59,7 @@ def forked(tmp_path_factory) -> Iterator[Callable[..., Fork]]:
 
 @pytest.fixture
 def long(tiny_llama, experiment) -> Path:
-    """A study that takes long enough for something to happen meanwhile."""
+    """Write a study that runs long enough to be interrupted."""
     return experiment(tiny_llama(), limit=5 * BLOCK + 5)
 
 

@@ -51,7 +51,7 @@ Truth = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A folder of data, with questions of the form that gsm8k has."""
+    """Write a folder of data, with questions of the form that gsm8k has."""
     splits = {
         split: [{"question": q, "answer": a} for q, a in pairs]
         for split, pairs in (("train", TRAIN), ("test", TEST))
@@ -91,7 +91,7 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
 
 
 def zeroed(module: Any, args: Any, output: Any) -> Any:
-    """A hook by which a sublayer adds nothing."""
+    """Return a hook by which a sublayer adds nothing."""
     return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
 
 
@@ -107,7 +107,7 @@ def pruned(model: Any, ablation: str) -> Any:
 
 
 def texts_of(results: Path) -> dict[str, list[str]]:
-    """The texts in the ledger of a single cell, by ablation, in the order of the documents."""
+    """Return the texts of the only cell in the ledger, by ablation, in document order."""
     return {
         str(name): rows["text"].to_list() for name, rows in outcomes(results).groupby("ablation")
     }

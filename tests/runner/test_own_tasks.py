@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path, tiny_llama) -> tuple[Path, Path]:
-    """A model's folder and a LoRA adapter's."""
+    """Write a model's folder and a LoRA adapter's."""
     from peft import LoraConfig, get_peft_model  # seconds, for every worker that collects
 
     base = tiny_llama()
@@ -142,7 +142,7 @@ def test_the_shipped_task_is_lm_evals(tmp_path, tiny_llama, monkeypatch):
 
 
 def source(base: Path, **arguments: Any) -> ModelSource:
-    """A model that is loaded in some way, as a request says it."""
+    """Load a model in some way, as a request would."""
     request = cell_request(
         model=str(base), benchmark="b", layers=(0,), model_args=arguments or None
     )

@@ -23,7 +23,7 @@ LAYERS = 4
 
 @pytest.fixture
 def study(tiny_llama, experiment):
-    """A study that takes long enough to be interrupted: some blocks of 5 ablations."""
+    """Build a study that takes long enough to be interrupted: some blocks of 5 ablations."""
 
     def study(documents: int) -> Path:
         model = tiny_llama(layers=LAYERS)

@@ -58,7 +58,7 @@ def project(tmp_path, monkeypatch) -> Project:
 
 
 def pull() -> tuple[list[object], str]:
-    """The records that were pulled, and why others were not."""
+    """Return the records that were pulled, and why others were not."""
     found, failed = pulling.pull(Target("mlflow", "layers"), "layers", Silent())
     return [record_of(*each) for each in found], "; ".join(failed.values())
 

@@ -31,7 +31,7 @@ Ran = Callable[..., Path]
 
 @pytest.fixture
 def of_all() -> str:
-    """The tests' cache, in which the model is checked once for all of them."""
+    """Use the tests' cache, in which the model is checked once for all tests."""
     return os.environ["TRACKER_CACHE"]
 
 
@@ -60,7 +60,7 @@ def ran(tiny_llama, experiment, of_all, tmp_path, monkeypatch) -> Ran:
 
 @pytest.fixture
 def team(template, tmp_path) -> tuple[str, MlflowClient]:
-    """An MLflow database that people share: as what they publish to, and its client."""
+    """Create a shared MLflow database: the target to publish to, and its client."""
     shutil.copy(template, tmp_path / "team.db")
     server = f"sqlite:///{tmp_path}/team.db"
     return f"mlflow:{server}/layers", MlflowClient(server)

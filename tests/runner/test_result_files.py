@@ -59,7 +59,7 @@ def row(number: int) -> dict[str, Any]:
 
 
 def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
-    """The same tasks twice: on data that tracker finds, and with lm-eval's own means alone."""
+    """Load the same tasks twice: on data that tracker finds, and by lm-eval alone."""
     for number, (name, (task, count)) in enumerate(TASKS["tasks"].items()):
         splits = {
             split: [row(100 * number + i) for i in range(rows)]
@@ -80,7 +80,7 @@ def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A model, measured on the four benchmarks; and lm-eval's tasks without tracker."""
+    """Build a model, measured on the four benchmarks; and lm-eval's tasks without tracker."""
     folder = tmp_path_factory.mktemp("study")
     ours, plain = write_tasks(folder / "tasks", folder / "DATA")
     shape = {"num_key_value_heads": 4, "max_position_embeddings": 64}
@@ -172,7 +172,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 
 def whole(folder: Path) -> Path:
-    """The files of all that the fixture measured, written once by the command."""
+    """Return the files of all that the fixture measured, written once by the command."""
     if not (folder / "ours").exists():
         code, said = invoke("--output", "ours")
         assert code == 0, said
@@ -182,7 +182,7 @@ def whole(folder: Path) -> Path:
 
 
 def written(folder: Path, benchmarks: list[str], name: str, **settings: Any) -> Path:
-    """The files of what is measured by other settings."""
+    """Return the files of what is measured by other settings."""
     measured = run(folder, benchmarks, name, **settings)
     done = tracker.log_samples(folder / f"ours-{name}", results=measured)
     assert (done.failed, done.notes) == ({}, [])
@@ -358,7 +358,7 @@ def test_what_lies_beneath_and_which_component_is_in_the_name(study):
 
 
 def model_id(results: dict[str, Any]) -> str:
-    """The id that every_eval_ever 0.3 gives a model (converters/lm_eval/adapter.py)."""
+    """Return the id that every_eval_ever 0.3 gives a model (converters/lm_eval/adapter.py)."""
     pairs = (part.partition("=") for part in results["config"]["model_args"].split(","))
     arguments = {name.strip(): value.strip() for name, _, value in pairs}
     return arguments.get("pretrained", results["model_name"])

@@ -47,7 +47,7 @@ def model(tiny_llama) -> Path:
 
 @pytest.fixture
 def texts(model) -> list[str]:
-    """The texts, and short ones whose second token is the one that the model finds most likely."""
+    """Return the texts, and short ones whose second token is the model's most likely one."""
     intact, tokenizer = parts(model)
     found = list(TEXTS)
     for first in string.ascii_letters:

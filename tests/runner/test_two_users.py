@@ -32,7 +32,7 @@ Typed = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A folder that everybody may look into, with a model and an experiment."""
+    """Write a folder that everybody may look into, with a model and an experiment."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     model = save_llama(folder / "tiny", layers=3)
@@ -75,7 +75,7 @@ def typed(place, monkeypatch) -> Typed:
 
 @pytest.fixture
 def annes(place, request) -> Path:
-    """A results folder to be, in a folder of Ann's."""
+    """Name a results folder in one of Ann's folders."""
     home = place / request.node.name
     home.mkdir()
     os.chown(home, ANN, ANN)

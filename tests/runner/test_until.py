@@ -191,7 +191,7 @@ DOCUMENTS = 400
 
 @pytest.fixture
 def asked(tiny_llama, experiment, tmp_path):
-    """A question that some of the documents answer."""
+    """Build a question that some of the documents answer."""
     settings = {"data": str(arc(tmp_path / "data", DOCUMENTS)), "limit": None, "until": QUESTION}
     return experiment(tiny_llama(seed=3), **settings)
 

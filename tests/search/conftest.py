@@ -43,7 +43,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of five layers, each of which changes what it says.
+    """Build a random Llama of five layers, each of which changes the output.
 
     Of more tokens than the rows of these tests have: its check is the same one for all of them.
     """
@@ -123,12 +123,12 @@ class Known:
         return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
 
     def search(self, count: int, **more: Any) -> Search:
-        """A search for so many of the parts."""
+        """Return a search for so many of the parts."""
         return Search(self, Budget((1.0,) * self.parts.total, count), **more)  # type: ignore[arg-type]
 
 
 def opened(request: CellRequest) -> tuple[Any, list[Document], int]:
-    """The model of a request, its documents in order, and how many tokens it reads."""
+    """Load the model of a request, its documents in order, and its number of tokens."""
     model = open_model(request.model, Options("cpu")).loaded
     encoder = RequestEncoder(model.model, model.tokenizer, request.benchmark)
     documents = open_benchmark(request).documents(encoder, request.extent)
@@ -182,7 +182,7 @@ def cell(
 
 
 def opened_cell(asked: SearchRequest, lender: Lender) -> OpenCell:
-    """The cell that chooses, whose sharing is checked on each layer, as for a whole search."""
+    """Measure the cell that chooses; its sharing is checked on each layer, as for a search."""
     cell = OpenCell(asked.calibration()[0], lender)
     cell.opened([Ablation.parse(f"layer:{layer}") for layer in range(LAYERS)])
     return cell

@@ -50,7 +50,7 @@ def asked(**said: Any) -> SearchRequest:
 
 
 def within(case: str) -> Budget:
-    """The budget of a search of layers of `KINDS`."""
+    """Return the budget of a search of layers of `KINDS`."""
     one = asked(strategy="last", **CASES[case][0])
     found = constraints_of(one.protect, one.among, one.at_least, LAYERS, lambda: CONFIG)
     return budget("remove", amount(GO), [1.0] * LAYERS, LAYERS, "t", found)

@@ -58,7 +58,7 @@ class PartsTruth(Truth):
         return all(self.per_layer - layers.count(n) >= self.stay for n in set(layers))
 
     def candidates(self, removed: Set) -> Iterator[Set]:
-        """A part more than a set, of those that may go."""
+        """Return each set with one more part of those that may be removed."""
         for part in self.all:
             more = tuple(sorted((*removed, part)))
             if part not in removed and self.fits(more):

@@ -100,7 +100,7 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: OpenCell) -> N
 
 
 def _order(cell: OpenCell) -> list[int]:
-    """The random order of the race's documents."""
+    """Return the random order of the race's documents."""
     return random_order(cell.request.documents.seed, "copa", cell.documents["copa"])
 
 

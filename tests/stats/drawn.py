@@ -38,7 +38,7 @@ def drops(documents: int, lost: float, won: float) -> Array:
 def layers_of(
     dice: np.random.Generator, documents: int, lost: Iterable[float], won: float
 ) -> Array:
-    """Drops `[documents, layers]`, each layer in an order of its own: its share lost, and won."""
+    """Draw drops `[documents, layers]`; each layer has its own order, share lost and share won."""
     return np.stack([dice.permutation(drops(documents, one, won)) for one in lost], axis=1)
 
 
@@ -64,7 +64,7 @@ def missed(sequence: MeanSequences, values: Array) -> Array:
 
 
 def errors(values: Array, level: float, within: float | None = None) -> float:
-    """The share of series, each for itself, that are missed."""
+    """Return the share of series that the intervals miss, each by itself."""
     sequence = MeanSequences(*values.shape, level=level, together=1, within=within)
     return float(missed(sequence, values).mean())
 

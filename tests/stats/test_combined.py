@@ -13,7 +13,7 @@ DRAWS = 400
 
 
 def outcomes(dice: np.random.Generator, n: int, before: float, kept: float, won: float) -> tuple:
-    """A model that is right with `before`; the removal keeps a right answer with `kept`."""
+    """Draw a model that is right with `before`; the removal keeps a right answer with `kept`."""
     right = dice.random(n) < before
     after = np.where(right, dice.random(n) < kept, dice.random(n) < won)
     return right.astype(float), after.astype(float)

@@ -121,7 +121,7 @@ def test_undefined_correlations(coefficient, proxy, drop, reason) -> None:
 
 
 def rejected(x: Array, y: Array, coefficient: str) -> float:
-    """The share of the pairs that are called significant at 5 %."""
+    """Return the share of the pairs that are called significant at 5 %."""
     p_values = [
         correlate(a, b, coefficient=coefficient, surrogates=199, seed=seed).p_value
         for seed, (a, b) in enumerate(zip(x, y, strict=True))

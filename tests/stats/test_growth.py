@@ -14,7 +14,7 @@ from tracker.stats.support import holm
 
 
 def growth(first, last, strata=None) -> Estimate:
-    """The growth of a single column."""
+    """Return the growth of a single column."""
     (found,) = growths(first[:, None], last[:, None], strata)
     return found
 

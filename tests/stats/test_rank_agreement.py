@@ -69,7 +69,7 @@ def test_ties_share_ranks_and_places() -> None:
 
 
 def _all_tops(figures: np.ndarray, k: int) -> list[set[int]]:
-    """The top k under every order of all layers, ties standing in each possible order."""
+    """Compute the top k under every order of all layers, with ties in each possible order."""
     orders = [
         order
         for order in permutations(range(len(figures)))

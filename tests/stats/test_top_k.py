@@ -21,7 +21,7 @@ def raced(duels: SequentialTopK, drawn: Array, block: int = BLOCK) -> Sequential
 
 
 def population(shares: list[float], documents: int, seed: int = 0) -> Array:
-    """Drops of some runs, of which each loses such a share of the documents and wins 3 %."""
+    """Draw drops of runs; each loses its share of the documents and wins 3 %."""
     return layers_of(np.random.default_rng(seed), documents, np.array(shares) + 0.03, 0.03)
 
 
@@ -144,7 +144,7 @@ CELLS = {
 
 
 def wrong(drawn: Array, races: int = 100, kind=SequentialTopK, within=None, reach=2) -> float:
-    """The share of races at 80 % whose answer, or what was settled of it, is wrong."""
+    """Return the share of races at 80 % whose answer, or what was settled of it, is wrong."""
     generator, errors = np.random.default_rng(3), 0
     means = drawn.mean(axis=0)
     for _ in range(races):
@@ -165,7 +165,7 @@ def test_no_more_errors_than_promised(cell: str, within: float | None) -> None:
 
 
 def paired(shares: list[float], documents: int) -> Array:
-    """Drops of runs from one intact model, which is right on six of ten: no two are 2 apart."""
+    """Draw drops of runs from one intact model, right on six of ten: no two are 2 apart."""
     generator, right = np.random.default_rng(4), 6 * documents // 10
     found = np.zeros((documents, len(shares)))
     for column, share in zip(found.T, shares, strict=True):

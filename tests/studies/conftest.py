@@ -74,18 +74,18 @@ def stores(path: Path, results: Path) -> list[CellStore]:
 
 
 def column(table: Table, label: str) -> list[Entry]:
-    """A column by its heading."""
+    """Return a column by its heading."""
     place = [heading.label for heading in table.headings].index(label)
     return [row[place] for row in table.rows]
 
 
 def plain(entries: Sequence[Entry]) -> list[object]:
-    """The figures and texts of entries."""
+    """Return the figures and texts of entries."""
     return [entry if isinstance(entry, str) else entry.value for entry in entries]
 
 
 def row_of(table: Table, *first: object) -> dict[str, Entry]:
-    """The row that begins with these values: heading → entry."""
+    """Return the row that begins with these values: heading → entry."""
     (row,) = (row for row in table.rows if plain(row[: len(first)]) == [*first])
     return {heading.label: entry for heading, entry in zip(table.headings, row, strict=True)}
 

@@ -30,7 +30,7 @@ N = 30
 
 
 def _outcomes(measured: Small) -> list[pd.DataFrame]:
-    """The ledger's rows of each cell of a file."""
+    """Return the ledger's rows of each cell of a file."""
     return [store.read() for store in stores(measured.path, measured.results)]
 
 
@@ -60,7 +60,7 @@ def _row(finding: FindingRecord, title: str, first: object) -> tuple[Entry, ...]
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Small:
-    """A study of a tiny model on two benchmarks."""
+    """Build a study of a tiny model on two benchmarks."""
     return small("calibration", tmp_path_factory.mktemp("study"), ["arc_easy", "copa"], N)
 
 

@@ -34,7 +34,7 @@ def _decode(tokens: Sequence[int]) -> str:
 
 
 def _loglikelihood(found: Lesson, request: Request, sign: int, length: int = 100) -> float:
-    """A language model that has just been taught the lesson, and nothing else."""
+    """Build a language model that has just been taught the lesson, and nothing else."""
     read = (*request.context, *request.continuation)[-(length + 1) :]
     total = 0.0
     at: list[Place] = list(places(read[:-1]))[-len(request.continuation) :]

@@ -33,7 +33,7 @@ def found(tmp_path_factory) -> Small:
 
 @pytest.fixture(scope="module")
 def opened(found):
-    """The cell, its model and its documents."""
+    """Return the cell, its model and its documents."""
     (store,) = Ledger(found.results).cells()
     (request,) = open_study("precision").requests(asked_for(found.done.experiment, found.results))
     how = (Ledger(found.results), Options(), Silent())
@@ -42,7 +42,7 @@ def opened(found):
 
 
 def _texts(documents):
-    """The tokens of each document's context and right answer; all of them count."""
+    """Return the tokens of each document's context and right answer; all of them count."""
     for document in documents.values():
         request = document.requests[document.gold]
         yield torch.tensor([[*request.context, *request.continuation]])
@@ -68,7 +68,7 @@ def _changed(model, layer, path, form):
 
 @torch.inference_mode()
 def _errors(model, layer, path, form, documents):
-    """The four errors of a map by plain passes of two models."""
+    """Return the four errors of a map by plain passes of two models."""
     twin = _changed(model, layer, path, form)
     made: list[torch.Tensor] = []
     before, after = (_module(m, layer, path) for m in (model, twin))

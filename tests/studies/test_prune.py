@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def studied(folder) -> api.Results:
-    """A study of a tiny model on two benchmarks."""
+    """Build a study of a tiny model on two benchmarks."""
     told = {"remove": [AMOUNT], "strategy": STRATEGIES, "text": folder / "text.txt"}
     return small("prune", folder, BENCHMARKS, DOCUMENTS, **told).done
 
@@ -96,7 +96,7 @@ def plain(
 
 
 def mean(values: dict[str, np.ndarray]) -> float:
-    """The mean over benchmarks."""
+    """Return the mean over benchmarks."""
     return float(np.mean([each.mean() for each in values.values()]))
 
 

@@ -81,7 +81,7 @@ def test_answers_are_those_that_are_stored(tmp_path):
 
 
 def _figures(table: Table) -> list[list[object]]:
-    """The entries of a table by its columns' names, with five digits."""
+    """Return the entries of a table by its columns' names, with five digits."""
     names, rows = table.plain()
     digits = [[f"{e:.5g}" if isinstance(e, int | float) else e for e in row] for row in rows]
     return [[*names], *digits]

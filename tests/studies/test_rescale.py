@@ -92,7 +92,7 @@ BITS = Measure("loss", "loss increase", "bits per byte", "bits per byte", "score
 
 
 def costs(measure: Measure = ACCURACY, scale: float = 0.1, p: float | None = 0.001) -> Costs:
-    """A cell of three layers: nothing costs 2 × `scale` on average, a factor 1.6, and so on."""
+    """Build a cell of three layers whose removal costs 2 × `scale` on average, a factor 1.6, …."""
     drops = {}
     for way, share in zip(NAMES, (1, 0.8, 0.6, 0.3), strict=True):
         mean = scale * np.array([1.0, 2, 3]) * share

@@ -34,7 +34,7 @@ SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
 
 
 def cell_of(values: np.ndarray, ablations: list[Ablation] | None = None) -> MeasuredDocuments:
-    """A cell of given drops, under whole layers where nothing else is said."""
+    """Build a cell of given drops, by default of whole layers."""
     passes = passes_of(ablations or [Ablation.parse(f"layer:{n}") for n in range(LAYERS)], LAYERS)
     runs = tuple(Change(layers=(n,)) for n in range(values.shape[1]))
     everything = passes(np.ones(len(runs), dtype=bool))
@@ -53,7 +53,7 @@ def cell() -> MeasuredDocuments:
 
 
 def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> dict[str, np.ndarray]:
-    """The same by whole races, one document's streams planned at a time."""
+    """Compute the same by whole races, planning one document's streams at a time."""
     asked, found = question(text), []
     for order in orders:
         race = Race(asked, cell.population, LAYERS)
@@ -154,7 +154,7 @@ def test_what_bounds_a_question(cell):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Small:
-    """A study of a tiny model."""
+    """Build a study of a tiny model."""
     folder = tmp_path_factory.mktemp("savings")
     return small("savings", folder, ["arc_easy"], N, questions=["top 1 within 5 pp", DROP])
 

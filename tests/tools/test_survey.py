@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def few(monkeypatch):
-    """A layer alone, and two together, in place of every layer."""
+    """Ablate a layer alone, and two together, in place of every layer."""
     monkeypatch.setattr(
         survey, "ABLATIONS", [INTACT, Ablation.parse("layer:0"), Ablation.parse("layers:1,2")]
     )

@@ -87,7 +87,7 @@ def _settings(monkeypatch) -> None:
 
 @pytest.fixture
 def results(template, tmp_path) -> Path:
-    """A results folder whose MLflow store exists and is empty."""
+    """Write a results folder whose MLflow store exists and is empty."""
     folder = tmp_path / "results"
     folder.mkdir()
     shutil.copy(template, folder / "mlflow.db")
@@ -96,7 +96,7 @@ def results(template, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def serving(template, tmp_path_factory) -> Iterator[MlflowServer]:
-    """A real `mlflow server`, for all tests of a worker."""
+    """Build a real `mlflow server`, for all tests of a worker."""
     with MlflowServer(tmp_path_factory.mktemp("server"), template) as server:
         yield server
 
@@ -137,14 +137,14 @@ def client(double, tmp_path) -> Client:
 
 @pytest.fixture
 def lent(client, double, monkeypatch) -> WandbDouble:
-    """The double, as the only W&B that this process knows of."""
+    """Install the double as the only W&B of this process."""
     client.lend(monkeypatch)
     return double
 
 
 @pytest.fixture
 def study(tiny_llama, experiment) -> Path:
-    """An experiment file: both layers of a tiny model, on six documents."""
+    """Write an experiment file: both layers of a tiny model, on six documents."""
     return experiment(tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark="copa")
 
 

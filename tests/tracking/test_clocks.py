@@ -35,7 +35,7 @@ def turn(monkeypatch) -> Callable[[float], None]:
 
 
 def other_figures(cell: CellRecord) -> CellRecord:
-    """The same cell on more documents: every drop is another, one is larger than before, and what
+    """Measure the same cell on more documents: every drop differs, one is larger, and what
     was defined of layer 1 is not any more."""
     layers = [
         with_figures(

@@ -240,7 +240,7 @@ def rows(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trackio(tmp_path_factory) -> Iterator[Isolated]:
-    """A folder of Trackio's that this process knows of, and who reads it."""
+    """Create a Trackio folder that this process knows, and its reader."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
         reader = Isolated("Trackio", "tests.tracking.trackio_reader:TrackioReader")

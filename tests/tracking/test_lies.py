@@ -50,7 +50,7 @@ class Lying(Answering):
 
 @pytest.fixture
 def lying(monkeypatch) -> Iterator[str]:
-    """The address of a server that says what `Lying` holds."""
+    """Serve the answers that `Lying` holds, and return the address."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with serving(Lying) as address:
         yield address

@@ -29,7 +29,7 @@ MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
 @pytest.fixture
 def mortal(serving) -> Iterator[MlflowServer]:
-    """The server, which a test may stop: it runs when the next one begins."""
+    """Start the server, which a test may stop: it runs when the next one begins."""
     yield serving
     if serving.process is None:
         serving.start()

@@ -30,7 +30,7 @@ from .conftest import cell_record
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Exported:
-    """A tiny model without two of its layers, and made-up accuracies."""
+    """Build a tiny model without two of its layers, and made-up accuracies."""
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as there:
         there.setattr(checkpoint, "SECONDS", 0.0)

@@ -56,7 +56,7 @@ def document_counts(
 
 
 def _collapsed(labels: NDArray[np.generic]) -> Numbers:
-    """Number strata, those of one document as one; a single such document joins the smallest."""
+    """Assign numbers to strata: those of one document are merged, one alone joins the smallest."""
     _, stratum, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     alone = sizes[stratum] == 1
     if alone.sum() == 1 and len(sizes) > 1:

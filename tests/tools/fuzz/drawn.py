@@ -49,7 +49,7 @@ TRICKS = [
 
 
 def experiment(model: str) -> dict[str, Any]:
-    """An experiment that is right."""
+    """Return an experiment that is right."""
     return {
         "method": "grid",
         "project": "layers",
@@ -103,7 +103,7 @@ def mutated(draw: st.DrawFn, whole: dict[str, Any]) -> Any:
 
 @st.composite
 def experiment_texts(draw: st.DrawFn, model: str) -> bytes:
-    """An experiment file, spoilt as values, as text or as bytes."""
+    """Return an experiment file, spoilt as values, as text or as bytes."""
     whole = experiment(model)
     found = draw(st.one_of(mutated(whole), st.just(whole), values))
     text = yaml.safe_dump(found, allow_unicode=draw(st.booleans()), sort_keys=False)
@@ -165,7 +165,7 @@ ARGUMENT = {"run": 1, "validate": 1, "plan": 1, "bench": 1, "report": 2, "leader
 
 @st.composite
 def command_lines(draw: st.DrawFn, known: list[str]) -> list[str]:
-    """A command with options, right and wrong; `known` begins with a folder, ends with a model."""
+    """Draw a command with options, right and wrong, of the folder and models `known`."""
     command = draw(st.sampled_from(sorted(OPTIONS)))
     words = texts | st.sampled_from([*map(str, NUMBERS)]) | st.text(max_size=8)
     line = [command]
@@ -183,6 +183,6 @@ def command_lines(draw: st.DrawFn, known: list[str]) -> list[str]:
 
 
 def configurations(whole: dict[str, Any]) -> st.SearchStrategy[str]:
-    """A `config.json` with nonsense in it."""
+    """Return a `config.json` with nonsense in it."""
     found = mutated(whole) | values
     return found.map(lambda found: json.dumps(found, default=str)) | st.text(max_size=30)

@@ -63,7 +63,7 @@ class Tree:
         return len(missing)
 
     def spans(self) -> Tensor:
-        """Number the nodes branch by branch: the span of each node and its descendants.
+        """Assign numbers to nodes branch by branch: the span of each node and its descendants.
 
         Returns:
             The first node of each node's span, in depth-first order, and the end of the span [2,
