@@ -28,6 +28,8 @@ SHARED = {"log", "main", "T", "P", "Array", "Layers"}
 """Names that mean the same in each module that defines them."""
 HELP = ("tracker/cli/", "tracker/core/config.py", "tracker/search/settings.py")
 """Modules whose docstrings are the help of commands and options."""
+COMMANDS = ("tracker/api.py", "tracker/cli/")
+"""Modules whose functions are commands, named like what they call."""
 MAX_WORDS = 30
 MAX_SUBJECT = 72
 _CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|^ {4}.*?$", re.DOTALL | re.MULTILINE)
@@ -100,11 +102,13 @@ def message_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
 
 
 def shared_names(trees: Iterable[tuple[str, ast.Module]]) -> Iterator[Breach]:
-    """Yield classes and constants that several modules of a package define."""
+    """Yield classes, constants and functions that several modules of a package define."""
     owners: dict[str, list[str]] = defaultdict(list)
     for where, tree in trees:
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
+                owners[node.name].append(where)
+            elif isinstance(node, _FUNCTIONS) and not where.startswith(COMMANDS):
                 owners[node.name].append(where)
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
