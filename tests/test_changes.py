@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tracker.core.changes import COLUMNS, FEW_MAPS, INTACT, Ablation, Change
+from tracker.core.changes import CHANGE_COLUMNS, INTACT, MAX_NAMED_MAPS, Ablation, Change
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import ExperimentError
 from tracker.core.kinds import Action
-from tracker.core.model_parts import CONTROLS, ModelParts, with_all_parts
+from tracker.core.model_parts import N_CONTROLS, ModelParts, fill_parts
 from tracker.core.provenance import content_hash
 from tracker.core.records import ChangeRecord
 from tracker.measuring.prepare import check_range
@@ -44,11 +44,11 @@ def test_a_change_is_read_back_from_its_text(text):
     assert str(change) == text
     assert Change.parse(text) == change
     assert ChangeRecord.model_validate_json(f'{{"change": "{text}"}}').change == change
-    fields = {name: getattr(change, name) for name in COLUMNS}
+    fields = {name: getattr(change, name) for name in CHANGE_COLUMNS}
     assert ChangeRecord.model_validate(fields).change == change, "as former versions wrote it"
     # A kind is the same change at layer 0.
     if not change.members:
-        assert change.kind.at(change.layer) == change
+        assert change.kind.at_layer(change.layer) == change
 
 
 def test_ranges_and_plurals_are_read_too():
@@ -64,7 +64,7 @@ NO_CHANGES = """
 
 
 @pytest.mark.parametrize("text", ["", *NO_CHANGES.split()])
-def test_what_is_no_change_is_refused(text):
+def test_invalid_changes_are_refused(text):
     with pytest.raises(ValueError, match=r"invalid change .* expected e\.g\. layer:3"):
         Change.parse(text)
 
@@ -81,35 +81,35 @@ def test_an_ablation_is_read_back_from_its_name(name):
     ablation = Ablation.parse(name)
     assert ablation.name == name
     # One set has one name and one hash, however it was written.
-    turned = Ablation.parse("+".join(reversed(name.split("+"))))
-    assert (turned, hash(turned)) == (ablation, hash(ablation))
+    reordered = Ablation.parse("+".join(reversed(name.split("+"))))
+    assert (reordered, hash(reordered)) == (ablation, hash(ablation))
     assert ablation.has_sublayers == ("attention" in name or "mlp:" in f" {name}".split("int4")[0])
 
 
 def test_a_mixture_of_formats_is_named_by_a_digest():
-    maps = [f"int4:{layer}.mlp" for layer in range(FEW_MAPS + 1)]
+    maps = [f"int4:{layer}.mlp" for layer in range(MAX_NAMED_MAPS + 1)]
     assert Ablation.parse("+".join(maps[1:])).name == "+".join(maps[1:])
     assert Ablation.parse("+".join(maps)).name == f"rounded:{content_hash(maps)[:16]}"
 
 
-def test_what_happens_at_each_layer():
+def test_actions_of_an_ablation_by_layer():
     ablation = Ablation.parse("layer:0+attention:1,3+mlp:2,3+repeat:4-5")
     # Both halves of a layer are the whole of it.
-    actions = [ablation.at(layer).action.name for layer in range(6)]
+    actions = [ablation.at_layer(layer).action.name for layer in range(6)]
     assert actions == ["SKIP", "NO_ATTENTION", "NO_MLP", "SKIP", "PASS", "REPEAT"]
-    assert {INTACT.at(layer).action for layer in range(5)} == {Action.PASS}
+    assert {INTACT.at_layer(layer).action for layer in range(5)} == {Action.PASS}
 
 
-def test_nothing_is_left_to_change_of_a_removed_layer():
+def test_changes_of_removed_layers_are_dropped():
     change = Change.parse("mlp:2,3")
-    assert Ablation.of(change, removed=(3,)).name == "layer:3+mlp:2"
-    assert Ablation.of(Change.parse("layer:2"), removed=(3, 1)).name == "layers:1,2,3"
-    assert Ablation.of() == INTACT
+    assert Ablation.from_changes(change, removed=(3,)).name == "layer:3+mlp:2"
+    assert Ablation.from_changes(Change.parse("layer:2"), removed=(3, 1)).name == "layers:1,2,3"
+    assert Ablation.from_changes() == INTACT
 
 
-def test_what_is_no_run_is_left_out():
-    def runs(**asked: object) -> list[tuple[int, int]]:
-        return [(run.layer, run.span) for run in request(**asked).valid_changes(4)]
+def test_invalid_runs_are_left_out():
+    def runs(**settings: object) -> list[tuple[int, int]]:
+        return [(run.layer, run.span) for run in request(**settings).valid_changes(4)]
 
     beyond = runs(spans=(1, 2, 4, 5))
     assert beyond == [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
@@ -120,72 +120,70 @@ def test_what_is_no_run_is_left_out():
     )
 
 
-def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once():
-    names = [each.name for each in request(layers=(0, 1), removed=(3,)).ablations(4)]
+def test_ablations_of_a_cell_are_unique():
+    names = [ablation.name for ablation in request(layers=(0, 1), removed=(3,)).ablations(4)]
     assert names == ["baseline", "layer:3", "layers:0,3", "layers:1,3"]
     assert request(layers=()).ablations(4) == [INTACT]
-    asked = request(components=("layer", "attention", "mlp"), spans=(1, 2, 3))
-    found = asked.ablations(4)
-    assert len(set(found)) == len(found) == 1 + 3 * (4 + 3 + 2)
-    assert found[0] == INTACT
+    grid_request = request(components=("layer", "attention", "mlp"), spans=(1, 2, 3))
+    ablations = grid_request.ablations(4)
+    assert len(set(ablations)) == len(ablations) == 1 + 3 * (4 + 3 + 2)
+    assert ablations[0] == INTACT
 
 
-def test_a_sublayer_that_is_to_be_replaced_says_why_it_is_no_run():
-    asked = request(layers=(3,), components=("attention",), interventions=("mean",))
-    with pytest.raises(ExperimentError, match=r"is a run \(mean is done to whole single"):
-        check_range(asked, ModelParts(30))
-    both = request(layers=(3,), components=("attention",), interventions=("remove", "mean"))
-    assert [run.intervention for run in both.valid_changes(30)] == ["remove"]
-    check_range(both, ModelParts(30))
+def test_replaced_sublayers_are_refused_with_the_reason():
+    mean_request = request(layers=(3,), components=("attention",), interventions=("mean",))
+    with pytest.raises(ExperimentError, match=r"is possible \(mean applies to single whole"):
+        check_range(mean_request, ModelParts(30))
+    mixed = request(layers=(3,), components=("attention",), interventions=("remove", "mean"))
+    assert [run.intervention for run in mixed.valid_changes(30)] == ["remove"]
+    check_range(mixed, ModelParts(30))
 
 
-def test_a_kind_with_a_span_is_neighbours_of_that_kind_and_controls_are_drawn():
-    parts = ModelParts(8, of_kind=(0, 1, 3, 4, 6))
-    asked = with_all_parts(request(layers=(), spans=(1, 3), control="random"), parts)
-    runs = asked.valid_changes(8)
-    alone = [run.layer for run in runs if run.span == 1]
-    assert alone == [0, 1, 3, 4, 6]
-    together = [run.layers for run in runs if run.span == 3 and not run.drawn]
-    assert together == [(0, 1, 3), (1, 3, 4), (3, 4, 6)]
-    drawn = [run.layers for run in runs if run.drawn]
-    assert len(drawn) == len({*drawn}) == CONTROLS
-    assert not {*drawn} & {*together}
-    assert all(len(some) == 3 and max(some) < 8 for some in drawn)
-    assert drawn == [run.layers for run in asked.valid_changes(8) if run.drawn]
-    assert {Ablation.of(run, removed=()).name for run in runs if run.span == 3} == {
-        f"layers:{','.join(map(str, some))}" for some in (*together, *drawn)
+def test_spans_of_a_kind_and_random_controls():
+    parts = ModelParts(8, kind_layers=(0, 1, 3, 4, 6))
+    filled = fill_parts(request(layers=(), spans=(1, 3), control="random"), parts)
+    runs = filled.valid_changes(8)
+    singles = [run.layer for run in runs if run.span == 1]
+    assert singles == [0, 1, 3, 4, 6]
+    spans = [run.layers for run in runs if run.span == 3 and not run.drawn]
+    assert spans == [(0, 1, 3), (1, 3, 4), (3, 4, 6)]
+    drawn_sets = [run.layers for run in runs if run.drawn]
+    assert len(drawn_sets) == len({*drawn_sets}) == N_CONTROLS
+    assert not {*drawn_sets} & {*spans}
+    assert all(len(layers) == 3 and max(layers) < 8 for layers in drawn_sets)
+    assert drawn_sets == [run.layers for run in filled.valid_changes(8) if run.drawn]
+    assert {Ablation.from_changes(run, removed=()).name for run in runs if run.span == 3} == {
+        f"layers:{','.join(map(str, layers))}" for layers in (*spans, *drawn_sets)
     }
     # In the order in which records keep them, each once.
     assert len({*runs}) == len(runs)
     assert [run.label() for run in runs if run.layers == (0, 1, 3)] == ["layers 0, 1, 3"]
-    neighbours = with_all_parts(request(layers=(), spans=(2,)), ModelParts(5, of_kind=(1, 2, 4)))
+    neighbours = fill_parts(request(layers=(), spans=(2,)), ModelParts(5, kind_layers=(1, 2, 4)))
     assert [run.label() for run in neighbours.valid_changes(5)] == ["layers 1–2", "layers 2, 4"]
 
 
-def test_what_a_kind_with_a_span_would_lose_is_refused():
+def test_spans_of_a_kind_refuse_other_components():
     """Was: spans of other components, and stretches, went without a word."""
-    parts = ModelParts(8, of_kind=(0, 1, 3))
-    for more in ({"interventions": ("remove", "repeat")}, {"components": ("layer", "mlp")}):
+    parts = ModelParts(8, kind_layers=(0, 1, 3))
+    for settings in ({"interventions": ("remove", "repeat")}, {"components": ("layer", "mlp")}):
         with pytest.raises(ExperimentError, match="in a file of their own"):
-            with_all_parts(request(layers=(), spans=(1, 2), **more), parts)
+            fill_parts(request(layers=(), spans=(1, 2), **settings), parts)
 
 
 def test_a_study_of_single_layers_leaves_sets_and_controls_out():
     """Was: they were measured with the layers that it asked for."""
-    asked = with_all_parts(
-        request(layers=(), spans=(1, 2), control="random"), ModelParts(6, of_kind=(0, 2, 4))
-    )
-    assert {change.drawn for change in asked.changes.expanded()} == {False, True}
-    alone = asked.with_changes(layers=asked.changes.layers)
-    assert [run.layers for run in alone.valid_changes(6)] == [(0,), (2,), (4,)]
-    assert with_all_parts(alone, ModelParts(6)) == alone
+    parts = ModelParts(6, kind_layers=(0, 2, 4))
+    filled_request = fill_parts(request(layers=(), spans=(1, 2), control="random"), parts)
+    assert {change.drawn for change in filled_request.changes.expand()} == {False, True}
+    single_request = filled_request.with_changes(layers=filled_request.changes.layers)
+    assert [run.layers for run in single_request.valid_changes(6)] == [(0,), (2,), (4,)]
+    assert fill_parts(single_request, ModelParts(6)) == single_request
 
 
-def test_controls_of_spans_are_others_than_the_spans():
-    asked = with_all_parts(
-        request(layers=(), spans=(2,), control="random", removed=(0,)), ModelParts(5)
-    )
-    runs = asked.valid_changes(5)
+def test_controls_differ_from_the_spans():
+    cell_request = request(layers=(), spans=(2,), control="random", removed=(0,))
+    filled_request = fill_parts(cell_request, ModelParts(5))
+    runs = filled_request.valid_changes(5)
     # Of the six pairs of four layers three are spans.
     assert [run.layers for run in runs if not run.drawn] == [(1, 2), (2, 3), (3, 4)]
     assert {run.layers for run in runs if run.drawn} == {(1, 3), (1, 4), (2, 4)}

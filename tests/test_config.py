@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.conftest import golden
-from tests.helpers.wandb_double import expand
+from tests.helpers.wandb_double import expand_grid
 from tracker.core.config import cell_request
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment
@@ -48,8 +48,8 @@ def load(tmp_path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 class TestShipped:
     def test_loads_and_expands(self, path):
-        asked = load_experiment(path)
-        experiment, text = asked.file, asked.text
+        request = load_experiment(path)
+        experiment, text = request.file, request.text
         assert text == path.read_text(encoding="utf-8")
         raw = yaml.safe_load(text)["parameters"]
         benchmarks = raw["benchmark"].get("values") or [raw["benchmark"]["value"]]
@@ -59,8 +59,8 @@ class TestShipped:
         assert {str(cell.benchmark) for cell in cells} == set(benchmarks)
         layer = raw["layer"]
         # How many "all" are is only known of a model.
-        every = () if "value" in layer else tuple(range(layer["min"], layer["max"] + 1))
-        assert {cell.changes.layers for cell in cells} == {every}
+        layers = () if "value" in layer else tuple(range(layer["min"], layer["max"] + 1))
+        assert {cell.changes.layers for cell in cells} == {layers}
 
     def test_opens_with_its_commands(self, path):
         lines = path.read_text().splitlines()
@@ -85,10 +85,16 @@ def test_the_grid_is_the_product_of_its_values(load):
         "  num_fewshot: {values: [0, 5]}\n  dtype: {value: bfloat16}\n  limit: {value: 10}\n"
         "  apply_chat_template: {value: true}\n  revision: {value: main}\n  metric: {value: acc}\n"
     )
-    said = {"revision": "main", "dtype": "bfloat16", "limit": 10, "metric": "acc", "data": "DATA"}
-    said |= {"layers": (0, 2), "apply_chat_template": True}
+    settings = {
+        "revision": "main",
+        "dtype": "bfloat16",
+        "limit": 10,
+        "metric": "acc",
+        "data": "DATA",
+    }
+    settings |= {"layers": (0, 2), "apply_chat_template": True}
     expected = {
-        cell_request(model=model, benchmark=benchmark, num_fewshot=shots, seed=seed, **said)
+        cell_request(model=model, benchmark=benchmark, num_fewshot=shots, seed=seed, **settings)
         for model, benchmark, shots, seed in itertools.product(
             ["b", "a"], ["piqa", "arc_easy"], [0, 5], [1, 2]
         )
@@ -98,13 +104,13 @@ def test_the_grid_is_the_product_of_its_values(load):
     assert len(cells) == len(expected) == 16
 
 
-def test_what_is_not_said_has_lm_evals_defaults(load):
+def test_defaults_are_those_of_lm_eval(load):
     (cell,) = load(MINIMAL).cells()
     assert cell == cell_request(model="m", benchmark="b", layers=(0,))
-    given = cell.settings
-    assert (given.limit, given.num_fewshot, given.metric, given.revision) == (None,) * 4
-    assert (given.seed, given.dtype, given.data) == (DEFAULT_SEED, "auto", "hub")
-    assert given.apply_chat_template is False
+    settings = cell.settings
+    assert (settings.limit, settings.num_fewshot, settings.metric, settings.revision) == (None,) * 4
+    assert (settings.seed, settings.dtype, settings.data) == (DEFAULT_SEED, "auto", "hub")
+    assert settings.apply_chat_template is False
     assert cell.title == "m × b"
 
 
@@ -137,7 +143,7 @@ SEEDS = "  seed: {values: [1, 2]}\n"
         ASKS + "  removed: {values: [[], [1]]}\n",
     ],
 )
-def test_what_is_another_cell_or_view_is_asked_beside_it(load, text):
+def test_other_cells_and_views_are_expanded_separately(load, text):
     head = MINIMAL.replace(BENCHMARK, "") if "benchmark" in text else MINIMAL
     assert len(load(head + text).cells()) == 2
 
@@ -155,43 +161,43 @@ def test_every_model_is_loaded_once(load):
 def test_all_layers_are_those_of_each_model(tmp_path, layer):
     path = tmp_path / "study.yaml"
     path.write_text(HEAD + "  model: {values: [aa, b]}\n" + BENCHMARK + f"  layer: {layer}\n")
-    asked = load_experiment(path, count=lambda asked, kinds: ModelParts(2 * len(str(asked.model))))
-    experiment, text = asked.file, asked.text
+    loaded = load_experiment(path, count=lambda cell, _: ModelParts(2 * len(str(cell.model))))
+    experiment, text = loaded.file, loaded.text
     assert [cell.changes.layers for cell in experiment.cells()] == [(0, 1, 2, 3), (0, 1)]
     assert "all" in text
     assert [cell.changes.layers for cell in load_experiment(path).file.cells()] == [(), ()]
 
 
-@pytest.mark.parametrize(("change", "said"), golden("experiments"))
-def test_what_is_wrong_is_said_under_its_name(load, change, said):
-    top = {"method": "grid"}
+@pytest.mark.parametrize(("change", "expected"), golden("experiments"))
+def test_errors_name_the_key(load, change, expected):
+    top_keys = {"method": "grid"}
     parameters = {"model": "{value: m}", "benchmark": "{value: b}", "layer": "{value: 0}"}
     for part in change.split(" | "):
         key, _, value = part.partition(":")
-        (top if key.startswith("/") else parameters)[key.removeprefix("/")] = value.strip()
-    asked = "".join(f"\n  {key}: {value}" for key, value in parameters.items() if value)
-    written = {"parameters": asked, **top}
+        (top_keys if key.startswith("/") else parameters)[key.removeprefix("/")] = value.strip()
+    grid = "".join(f"\n  {key}: {value}" for key, value in parameters.items() if value)
+    contents = {"parameters": grid, **top_keys}
     with pytest.raises(ExperimentError) as caught:
-        load("".join(f"{key}: {value}\n" for key, value in written.items() if value))
+        load("".join(f"{key}: {value}\n" for key, value in contents.items() if value))
     _, name, message = str(caught.value).partition("study.yaml")
     message = name + message if message.startswith(", ") else message.removeprefix(": ")
-    assert message == said or (said.endswith("…") and message.startswith(said[:-1]))
+    assert message == expected or (expected.endswith("…") and message.startswith(expected[:-1]))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        *((text, "holds no mapping") for text in ("", "- method: grid", "grid", "# a comment")),
+        *((text, "contains no mapping") for text in ("", "- method: grid", "grid", "# a comment")),
         ("method: grid\nparameters:\n  model: {value: m\n  layer: 0\n", "line 4: not valid YAML"),
         (MINIMAL + LAYER, "line 6: not valid YAML: the key 'layer' is given twice"),
     ],
 )
-def test_a_file_that_is_no_experiment(load, text, said):
-    with pytest.raises(ExperimentError, match=f"study.yaml.*{said}"):
+def test_files_without_an_experiment_are_refused(load, text, message):
+    with pytest.raises(ExperimentError, match=f"study.yaml.*{message}"):
         load(text)
 
 
-def test_a_flat_file_is_shown_as_it_should_be(load):
+def test_flat_files_are_refused_with_a_correction(load):
     with pytest.raises(ExperimentError) as caught:
         load("model: m\nbenchmark: arc_easy\nsample: 100\n")
     head, _, shape = str(caught.value).partition("Write:\n\n")
@@ -205,29 +211,29 @@ def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load):
     grid = HEAD + MODEL.replace("value: m", "values: [m2, m1]") + BENCHMARK
     grid += "  layer: {values: [5, 0, 3]}\n  component: {values: [mlp, layer]}\n"
     grid += "  span: {values: [2, 1]}\n  removed: {values: [[], [7]]}\n"
-    points = expand(yaml.safe_load(grid))
-    assert load(f"run_cap: {len(points)}\n{grid}").capped == ""
+    points = expand_grid(yaml.safe_load(grid))
+    assert load(f"run_cap: {len(points)}\n{grid}").cap_note == ""
     for cap in (1, 3, 11, 30, 47):
         experiment = load(f"run_cap: {cap}\n{grid}")
         cells = experiment.cells()
-        asked = {
+        runs = {
             (str(cell.model), cell.removed, run.component, run.span, run.layer)
             for cell in cells
             for run in cell.valid_changes(10)
         }
-        wanted = {
+        expected = {
             (p["model"], tuple(p["removed"]), p["component"], p["span"], p["layer"])
             for p in points[:cap]
         }
-        assert len(wanted) == cap
-        assert asked == wanted
+        assert len(expected) == cap
+        assert runs == expected
         assert len({(cell.model, cell.removed) for cell in cells}) == len(cells)
-        assert experiment.capped.startswith(f"run_cap: the first {cap} of the grid's 48 runs")
+        assert experiment.cap_note.startswith(f"run_cap: the first {cap} of the grid's 48 runs")
 
 
 def test_a_cap_leads_to_the_same_cell(load):
     """The requested runs are no part of the key of a cell."""
     grid = MINIMAL.replace("{value: 0}", "{min: 0, max: 3}")
-    (some,), (every,) = load("run_cap: 3\n" + grid).cells(), load(grid).cells()
-    assert [run.layer for run in some.valid_changes(4)] == [0, 1, 2]
-    assert request_key(some, "m", "d", {}) == request_key(every, "m", "d", {})
+    (capped_cell,), (full_cell,) = load("run_cap: 3\n" + grid).cells(), load(grid).cells()
+    assert [run.layer for run in capped_cell.valid_changes(4)] == [0, 1, 2]
+    assert request_key(capped_cell, "m", "d", {}) == request_key(full_cell, "m", "d", {})

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tests.tools.oldest import oldest
+from tests.tools.oldest import oldest_versions
 from tracker.core import distribution
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +28,10 @@ PARTS = (
 
 
 def files(*parts: str) -> set[str]:
-    """Return the files that some folders and names stand for."""
-    found = [path for part in parts for path in (ROOT / part, *(ROOT / part).rglob("*"))]
-    there = (path for path in found if path.is_file() and "__pycache__" not in path.parts)
-    return {str(path.relative_to(ROOT)) for path in there}
+    """Return the files of some folders and names."""
+    paths = [path for part in parts for path in (ROOT / part, *(ROOT / part).rglob("*"))]
+    existing = (path for path in paths if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(ROOT)) for path in existing}
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def built(tmp_path_factory) -> tuple[set[str], zipfile.ZipFile]:
         (copy / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / part, copy / part)
     (copy / "tracker/experiments").symlink_to("../experiments")
-    made = copy.parent / "dist"
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    dist = copy.parent / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(copy)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     name = f"layer_tracker-{tracker.__version__}"
-    assert {path.name for path in made.iterdir()} == {f"{name}-py3-none-any.whl", f"{name}.tar.gz"}
-    with tarfile.open(made / f"{name}.tar.gz") as archive:
+    assert {path.name for path in dist.iterdir()} == {f"{name}-py3-none-any.whl", f"{name}.tar.gz"}
+    with tarfile.open(dist / f"{name}.tar.gz") as archive:
         names = {member.name.removeprefix(f"{name}/") for member in archive if member.isfile()}
-    return names, zipfile.ZipFile(made / f"{name}-py3-none-any.whl")
+    return names, zipfile.ZipFile(dist / f"{name}-py3-none-any.whl")
 
 
 def test_the_source_distribution_can_build_demonstrate_and_test_itself(built):
@@ -64,17 +64,17 @@ def test_the_source_distribution_can_build_demonstrate_and_test_itself(built):
 
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     _, wheel = built
-    about = f"layer_tracker-{tracker.__version__}.dist-info/"
+    info = f"layer_tracker-{tracker.__version__}.dist-info/"
     names = set(wheel.namelist())
     examples = {f"tracker/{name}" for name in files("experiments")}
     package = files("tracker") | examples
-    assert {name for name in names if not name.startswith(about)} == package
+    assert {name for name in names if not name.startswith(info)} == package
     assert {"tracker/py.typed", "tracker/report/page/templates/report.html.j2"} <= names
-    assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    scripts = wheel.read(f"{about}entry_points.txt").decode()
+    assert wheel.read(f"{info}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    scripts = wheel.read(f"{info}entry_points.txt").decode()
     assert scripts.split() == ["[console_scripts]", "tracker", "=", "tracker.cli:main"]
-    metadata = HeaderParser().parsestr(wheel.read(f"{about}METADATA").decode())
-    assert metadata["Name"] == distribution.NAME == "layer-tracker"
+    metadata = HeaderParser().parsestr(wheel.read(f"{info}METADATA").decode())
+    assert metadata["Name"] == distribution.DISTRIBUTION_NAME == "layer-tracker"
     assert metadata["Version"] == tracker.__version__
     links = re.findall(r"\]\((.*?)\)|(?:src|srcset)=\"(.*?)\"", metadata.get_payload())
     targets = [link for groups in links for link in groups if link]
@@ -87,14 +87,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     extras = set(metadata.get_all("Provides-Extra", []))
     assert extras == {"ray", "slurm", "trackio", "figures", "quantise", "reports", "dev"}
     # Was: the extra `dev` asked an index for 'tracker', which is somebody else's.
-    needed = [re.split(r"[\[<>=!; ]", text)[0] for text in metadata.get_all("Requires-Dist", [])]
-    assert "tracker" not in needed
+    needs = [re.split(r"[\[<>=!; ]", text)[0] for text in metadata.get_all("Requires-Dist", [])]
+    assert "tracker" not in needs
 
 
 def test_the_metadata_describe_the_project_as_pypi_shows_it(built):
     _, wheel = built
-    about = f"layer_tracker-{tracker.__version__}.dist-info/METADATA"
-    metadata = HeaderParser().parsestr(wheel.read(about).decode())
+    info = f"layer_tracker-{tracker.__version__}.dist-info/METADATA"
+    metadata = HeaderParser().parsestr(wheel.read(info).decode())
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "The authors of tracker"
     assert "layer importance" in metadata["Keywords"].split(",")
@@ -106,8 +106,8 @@ def test_the_metadata_describe_the_project_as_pypi_shows_it(built):
     assert [text for text in classifiers if text.startswith("License")] == []
     versions = [text.rpartition(" ")[2] for text in classifiers if ":: Python :: 3." in text]
     assert metadata["Requires-Python"] == f">={versions[0]}"
-    tested = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
-    assert all(f'python: "{version}"' in tested for version in (versions[0], versions[-1]))
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    assert all(f'python: "{version}"' in workflow for version in (versions[0], versions[-1]))
 
 
 def test_the_newest_release_of_the_changelog_is_this_version():
@@ -120,7 +120,7 @@ def test_the_newest_release_of_the_changelog_is_this_version():
 def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound():
     """Was: huggingface_hub came only with others. `make oldest` runs the demo with the bounds."""
     modules = {"lm-eval": "lm_eval", "pyyaml": "yaml", "typing-extensions": "typing_extensions"}
-    declared = {modules.get(package, package) for package in oldest()}
+    declared = {modules.get(package, package) for package in oldest_versions()}
     trees = (ast.parse(path.read_text()) for path in (ROOT / "tracker").rglob("*.py"))
     imported: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
@@ -131,8 +131,8 @@ def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound():
     extras = {"ray", "submitit", "trackio", "kaleido", "wandb_workspaces"}
     extras |= {"bitsandbytes", "llama_cpp_py_sync", "vllm"}
     # With lm-eval[hf], with jinja2, with pydantic and transformers, which pin them.
-    bound = {"peft", "markupsafe", "pydantic_core", "tokenizers"}
-    missing = imported - declared - extras - bound - {"tracker", *sys.stdlib_module_names}
+    indirect = {"peft", "markupsafe", "pydantic_core", "tokenizers"}
+    missing = imported - declared - extras - indirect - {"tracker", *sys.stdlib_module_names}
     assert not missing
 
 
@@ -143,8 +143,8 @@ def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path):
     (folder / "pyproject.toml").touch()
     monkeypatch.setattr(distribution, "_ROOT", folder)
     pip = [sys.executable, "-m", "pip", "install", "--editable"]
-    assert shlex.split(distribution.install_extra("ray")) == [*pip, f"{folder}[ray]"]
-    pull, _, installs = distribution.upgrade().partition(" && ")
+    assert shlex.split(distribution.extra_command("ray")) == [*pip, f"{folder}[ray]"]
+    pull, _, installs = distribution.upgrade_command().partition(" && ")
     assert shlex.split(pull) == ["git", "-C", str(folder), "pull"]
     assert shlex.split(installs) == [*pip, str(folder)]
 
@@ -152,15 +152,15 @@ def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path):
 def test_hints_of_an_installed_wheel_name_the_distribution(monkeypatch, tmp_path):
     monkeypatch.setattr(distribution, "_ROOT", tmp_path)
     pip = [sys.executable, "-m", "pip", "install"]
-    assert shlex.split(distribution.install_extra("ray")) == [*pip, "layer-tracker[ray]"]
-    assert shlex.split(distribution.upgrade()) == [*pip, "--upgrade", "layer-tracker"]
+    assert shlex.split(distribution.extra_command("ray")) == [*pip, "layer-tracker[ray]"]
+    assert shlex.split(distribution.upgrade_command()) == [*pip, "--upgrade", "layer-tracker"]
 
 
-def test_nobody_is_told_to_install_the_other_tracker():
-    words = re.compile(r"""pip install [^`\n]*?(?<![-\w/])['"]?tracker\b|['"]tracker\[""")
-    texts = [*files("tracker", "experiments", ".ci"), "README.md", "CONTRIBUTING.md", "Makefile"]
-    told = [name for name in texts if words.search((ROOT / name).read_text(encoding="utf-8"))]
-    assert told == []
+def test_no_text_names_the_other_package():
+    pattern = re.compile(r"""pip install [^`\n]*?(?<![-\w/])['"]?tracker\b|['"]tracker\[""")
+    names = [*files("tracker", "experiments", ".ci"), "README.md", "CONTRIBUTING.md", "Makefile"]
+    offenders = [name for name in names if pattern.search((ROOT / name).read_text("utf-8"))]
+    assert offenders == []
 
 
 def test_every_extra_is_in_the_readme():

@@ -19,7 +19,7 @@ import yaml
 
 from tests.conftest import printed
 from tracker.cli import main
-from tracker.core.experiment_input import is_of_searches, load_experiment
+from tracker.core.experiment_input import is_search_file, load_experiment
 from tracker.search.request import load_searches
 
 ROOT = Path(__file__).parents[1]
@@ -53,21 +53,22 @@ def test_a_command_is_understood(page, command):
     group = click.Context(main, info_name="tracker")
     if words == ["--help"]:
         return
-    name, found, rest = main.resolve_command(group, words)
-    assert found is not None
+    name, subcommand, arguments = main.resolve_command(group, words)
+    assert subcommand is not None
     # Raises what the program would say of an option that is not there.
-    found.make_parser(click.Context(found, info_name=name, parent=group)).parse_args(rest)
+    context = click.Context(subcommand, info_name=name, parent=group)
+    subcommand.make_parser(context).parse_args(arguments)
 
 
 def test_there_are_commands():
     assert len(list(commands())) > 40
 
 
-def of_language(language: str) -> list[tuple[str, str]]:
+def blocks_in(language: str) -> list[tuple[str, str]]:
     return [(page.name, text) for page in PAGES for name, text in blocks(page) if name == language]
 
 
-@pytest.mark.parametrize(("page", "text"), of_language("yaml"))
+@pytest.mark.parametrize(("page", "text"), blocks_in("yaml"))
 def test_an_experiment_is_valid(page, text, tmp_path):
     raw = yaml.safe_load(text)
     if "parameters" not in raw:
@@ -82,13 +83,11 @@ def test_an_experiment_is_valid(page, text, tmp_path):
         }
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(raw))
-    (load_searches if is_of_searches(raw) else load_experiment)(path)
+    (load_searches if is_search_file(raw) else load_experiment)(path)
 
 
 def test_the_tutorial_quotes_its_file():
-    quoted, *_ = [
-        yaml.safe_load(text) for page, text in of_language("yaml") if page == "tutorial.md"
-    ]
+    quoted, *_ = [yaml.safe_load(text) for page, text in blocks_in("yaml") if page == "tutorial.md"]
     assert quoted.items() <= yaml.safe_load((ROOT / "experiments/demo.yaml").read_text()).items()
 
 
@@ -98,8 +97,8 @@ def programs() -> Iterator[tuple[str, str]]:
         for language, text in blocks(page):
             if language == "python":
                 yield page.name, text
-            here = re.findall(r"python - <<'END'\n(.*?)\nEND", text, re.DOTALL)
-            yield from ((page.name, program) for program in here if "layer_scan" not in program)
+            scripts = re.findall(r"python - <<'END'\n(.*?)\nEND", text, re.DOTALL)
+            yield from ((page.name, program) for program in scripts if "layer_scan" not in program)
             for program in re.findall(r'python -c "(.*?)"', text, re.DOTALL):
                 yield page.name, re.sub(r"\\\n\s*", "", program).lstrip("\n")
 

@@ -37,7 +37,7 @@ def test_wrong_numbers_and_errors_are_failures(monkeypatch):
     findings = {f["name"]: f for f in json.loads(result.stdout)["findings"]}
     assert len(findings) == CHECKS
     assert findings["heads"]["error"] == "RuntimeError: no kernel image is available"
-    assert findings["layers"]["difference"] > doctor.WITHIN
+    assert findings["layers"]["difference"] > doctor.MAX_ROUNDING
     assert findings["layers"]["error"]
     assert not findings["generation"]["error"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import golden
-from tests.helpers.mlflow_store import Store
-from tests.helpers.runs import arc
+from tests.helpers.mlflow_store import MlflowStoreReader
+from tests.helpers.runs import write_arc
 
 EXAMPLE = Path(__file__).parent / "helpers" / "example_extension"
 NAMES = {
@@ -51,21 +51,21 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run code in a process whose Python finds the packages of a folder."""
     path = os.pathsep.join([str(site), *filter(None, sys.path)])
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | environment | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert not done.returncode, done.stderr
-    return done
+    assert not result.returncode, result.stderr
+    return result
 
 
 def test_one_package_provides_an_extension_of_each_kind(
     example, tiny_llama, experiment, tmp_path, template
 ):
-    arc(tmp_path / "data", 8)
+    write_arc(tmp_path / "data", 8)
     database = shutil.copy(template, tmp_path / "mlflow.db")
     changes = ["remove", "sign1"]
     file = experiment(
@@ -78,25 +78,25 @@ def test_one_package_provides_an_extension_of_each_kind(
         ["run", *options, "--executor", "announced"],
         ["study", "parity", *options, "--at-least", "0.5"],
     )
-    done = run_python(
+    result = run_python(
         example,
         COMMANDS,
         json.dumps(commands),
         LAB_DATA=str(tmp_path),
         MLFLOW_TRACKING_URI=f"sqlite:///{database}",
     )
-    shown = done.stdout
-    listed = shown.partition("Extensions:")[2].partition("<run --help>")[0]
+    output = result.stdout
+    listed = output.partition("Extensions:")[2].partition("<run --help>")[0]
     assert [line.split()[:2] for line in listed.splitlines() if line.strip()] == [
         [kind, name] for kind, name in NAMES.items()
     ]
-    assert {line[-1] for line in shown.splitlines() if line.startswith("<")} == {"0"}, shown
+    assert {line[-1] for line in output.splitlines() if line.startswith("<")} == {"0"}, output
     for text in ("|announced]", ", sign1.", "parity", "--at-least", "1 jobs of example-extension"):
-        assert text in shown
+        assert text in output
     page = (results / "report.html").read_text()
     for text in ("update norm", "itself in sign1", "even layers cost", "lab:data"):
         assert text in page
-    store = Store(f"sqlite:///{database}", "layers")
+    store = MlflowStoreReader(f"sqlite:///{database}", "layers")
     entries = json.loads((results / "layers.json").read_text())
     assert entries.keys() == store.by_key.keys()
     norms = {key: entry["update_norm"] for key, entry in entries.items() if "update_norm" in entry}
@@ -153,20 +153,20 @@ seven = broken:__name__
 """
 USE = """
 import torch
-from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.sources import open_data_source
 from tracker.core.errors import BenchmarkError, CellError
 from tracker.core.proxies import OBSERVED, observed
-from tracker.models.rounding import in_format
-from tracker.studies.registry import STUDIES, studies
+from tracker.models.rounding import round_weight
+from tracker.studies.registry import STUDIES, load_studies
 from tracker.tracking import backends
 
 for _ in range(2):
     figures = observed(torch.ones(3, 2), torch.ones(3, 2))
 for proxy, figure in zip(OBSERVED, figures, strict=True):
     print(proxy.name, figure.isnan().all().item())
-assert {*studies()} == {*STUDIES}
+assert {*load_studies()} == {*STUDIES}
 assert list(backends()) == ["mlflow", "wandb", "trackio"]
-for call in (lambda: find_data("lab"), lambda: in_format(torch.ones(2, 2), "wrong")):
+for call in (lambda: open_data_source("lab"), lambda: round_weight(torch.ones(2, 2), "wrong")):
     try:
         call()
     except (BenchmarkError, CellError) as error:
@@ -182,14 +182,14 @@ def test_broken_extensions_of_all_kinds_take_nothing_down(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text(POINTS)
-    done = run_python(tmp_path, USE)
-    assert done.stdout.splitlines() == [
+    result = run_python(tmp_path, USE)
+    assert result.stdout.splitlines() == [
         *("cosine_score False", "angular_distance False", "relative_update False"),
         *("late True", "sums True"),
         "data: 'lab' cannot be opened: RuntimeError: out of order",
         "wrong cannot round weights: out of order",
     ]
-    lines = re.sub(" at 0x[0-9a-f]+", "", done.stderr).splitlines()
+    lines = re.sub(" at 0x[0-9a-f]+", "", result.stderr).splitlines()
     warnings = [line.partition("of broken 1.2 ")[2] or line for line in lines]
     assert sorted(warnings) == sorted(line for (line,) in golden("broken_extensions"))
 

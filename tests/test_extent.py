@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError
-from tracker.core.extent import ALL, Extent, random_order, shuffled
+from tracker.core.extent import ALL_DOCUMENTS, Extent, random_order, shuffle_documents
 
 
 def test_the_order_is_the_same_for_ever():
@@ -19,27 +19,27 @@ def test_a_sample_holds_the_smaller_ones():
     order = random_order(7, "piqa", range(1000))
     assert sorted(order) == list(range(1000))
     for size in (1, 10, 999):
-        assert Extent(sample=size, seed=7).of("piqa", range(1000)) == order[:size]
-    assert Extent(sample=2000, seed=7).of("piqa", range(1000)) == order
+        assert Extent(sample=size, seed=7).select("piqa", range(1000)) == order[:size]
+    assert Extent(sample=2000, seed=7).select("piqa", range(1000)) == order
 
 
-def test_it_is_no_pattern():
+def test_samples_show_no_pattern():
     """Of the first half of the numbers about half are drawn, and neighbours part."""
-    drawn = Extent(sample=500).of("piqa", range(1000))
+    drawn = Extent(sample=500).select("piqa", range(1000))
     assert 200 < sum(number < 500 for number in drawn) < 300
     assert sum(abs(a - b) == 1 for a, b in pairwise(drawn)) < 10
 
 
 def test_the_first_ones_and_all():
-    assert list(ALL.of("piqa", range(3))) == [0, 1, 2]
-    assert list(Extent(limit=2).of("piqa", range(3))) == [0, 1]
-    assert list(Extent(limit=9).of("piqa", range(3))) == [0, 1, 2]
+    assert list(ALL_DOCUMENTS.select("piqa", range(3))) == [0, 1, 2]
+    assert list(Extent(limit=2).select("piqa", range(3))) == [0, 1]
+    assert list(Extent(limit=9).select("piqa", range(3))) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("wrong", [{"sample": 0}, {"limit": -1}, {"sampel": 3}])
-def test_nonsense(wrong):
+@pytest.mark.parametrize("settings", [{"sample": 0}, {"limit": -1}, {"sampel": 3}])
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValidationError):
-        Extent(**wrong)
+        Extent(**settings)
 
 
 @pytest.mark.parametrize("names", ["limit and sample", "until and limit", "until and sample"])
@@ -52,12 +52,12 @@ def test_either_the_first_ones_or_some_drawn_or_until_an_answer(names):
 
 def test_the_documents_of_all_tasks_in_one_order():
     sizes = {"art": range(400), "law": range(1200), "zoo": range(1)}
-    order = shuffled(7, sizes)
+    order = shuffle_documents(7, sizes)
     for task, documents in sizes.items():
         mine = [number for name, number in order if name == task]
         assert mine == random_order(7, task, documents)
     assert len(order) == 1601
     # A beginning holds each task in proportion: 100 of 400, but for chance.
     assert 75 < sum(name == "art" for name, _ in order[:400]) < 125
-    assert order == shuffled(7, dict(reversed(sizes.items())))
-    assert order != shuffled(8, sizes)
+    assert order == shuffle_documents(7, dict(reversed(sizes.items())))
+    assert order != shuffle_documents(8, sizes)

@@ -26,13 +26,13 @@ ASKED = {"model": "m", "benchmark": "b"}
 
 def grid(**values: object) -> str:
     """Return a file of a model and a benchmark, with these values of each key."""
-    said = {"model": ["m"], "benchmark": ["b"], **values}
-    lines = [f"  {key}: {{values: {list(some)}}}\n" for key, some in said.items()]
+    keys = {"model": ["m"], "benchmark": ["b"], **values}
+    lines = [f"  {key}: {{values: {list(choices)}}}\n" for key, choices in keys.items()]
     return "".join(["method: grid\nparameters:\n", *lines])
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (BOMB, "it holds more than 30,000 values"),
         ("a: &a [*a]\n", "it holds itself, by an anchor"),
@@ -59,35 +59,38 @@ def grid(**values: object) -> str:
     ],
     ids=range(16),
 )
-def test_yaml_that_means_no_good_is_refused_in_one_line(tmp_path, text, said):
+def test_harmful_yaml_is_refused_in_one_line(tmp_path, text, expected):
     """Was: tracebacks; and a bomb of 371 bytes made an error of 28 MB."""
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(ExperimentError) as caught:
         load_experiment(path)
     message = str(caught.value)
-    assert said in message
+    assert expected in message
     assert len(message.splitlines()) == 1
     assert len(message) < len(str(path)) + 400
 
 
-def test_what_was_not_meant_is_refused_before_it_is_read_through(tmp_path, monkeypatch):
+def test_huge_files_are_refused_early(tmp_path, monkeypatch):
     """Was: 100,000 entries, or a million runs, were taken apart first, for half a minute."""
-    made, composed = [], []
-    monkeypatch.setattr(experiment, "CellSettings", lambda **said: made.append(said))
+    settings, composed = [], []
+    monkeypatch.setattr(experiment, "CellSettings", lambda **fields: settings.append(fields))
     compose = safe_yaml._Loader.compose_node
 
-    def counted(loader, *where):
-        composed.append(where)
-        return compose(loader, *where)
+    def count_nodes(loader, *arguments):
+        composed.append(arguments)
+        return compose(loader, *arguments)
 
-    monkeypatch.setattr(safe_yaml._Loader, "compose_node", counted)
+    monkeypatch.setattr(safe_yaml._Loader, "compose_node", count_nodes)
     path = tmp_path / "x.yaml"
-    for asked in ({"layer": [0], "removed": [list(range(100_000))]}, {"layer": MANY, "seed": MANY}):
-        path.write_text(grid(**asked))
+    for values in (
+        {"layer": [0], "removed": [list(range(100_000))]},
+        {"layer": MANY, "seed": MANY},
+    ):
+        path.write_text(grid(**values))
         with pytest.raises(ExperimentError):
             load_experiment(path)
-    assert not made
+    assert not settings
     assert len(composed) < 40_000
 
 
@@ -99,8 +102,8 @@ def test_a_grid_of_searches_is_refused_before_it_is_expanded(tmp_path):
         load_searches(path)
 
 
-def test_what_is_typed_is_text():
-    """Was: a bug of tracker's, from the first hash that it came to."""
+def test_invalid_unicode_is_refused():
+    """Was: an internal error, from the first hash that it came to."""
     refused(cli("evaluate", "--model", "a\udcff", "--benchmark", "b"), "is no UTF-8 text")
 
 
@@ -116,26 +119,26 @@ SMALL = "is {} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB"
 
 
 CALLS = {
-    "run": lambda file, **said: api.run(file, **said),
-    "study": lambda file, **said: api.study("audit", file, **said),
-    "prune": lambda file, **said: api.prune(**ASKED, strategy="accuracy", remove="1", **said),
-    "evaluate": lambda file, **said: api.evaluate(cell_request(**ASKED, layers=(0,)), **said),
-    "export": lambda file, **said: api.export("m", [0], file.parent / "lighter", **said),
+    "run": lambda file, **options: api.run(file, **options),
+    "study": lambda file, **options: api.study("audit", file, **options),
+    "prune": lambda file, **options: api.prune(**ASKED, strategy="accuracy", remove="1", **options),
+    "evaluate": lambda file, **options: api.evaluate(cell_request(**ASKED, layers=(0,)), **options),
+    "export": lambda file, **options: api.export("m", [0], file.parent / "lighter", **options),
 }
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    ("memory", "said"),
+    ("memory", "message"),
     [
         *((few, SMALL.format(few)) for few in (13, 0, -(2**30), True)),
         ("1,3,", "memory is '1,3,', which is no whole number of bytes; write 4 * 2**30 for 4GiB"),
         (float("nan"), "memory is nan, which is no whole number of bytes"),
     ],
 )
-def test_nor_was_it_from_python(call, memory, said, file):
+def test_invalid_memory_is_refused_in_python(call, memory, message, file):
     """Was: taken without a word; the command line alone refused it."""
-    with pytest.raises(RequestError, match=re.escape(said)):
+    with pytest.raises(RequestError, match=re.escape(message)):
         CALLS[call](file, memory=memory, results=file.parent / "results", track=())
     assert list(file.parent.iterdir()) == [file]
 

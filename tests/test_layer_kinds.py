@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tracker.core.errors import ModelError
-from tracker.core.model_parts import kinds_of, layers_of_kind
+from tracker.core.model_parts import layer_kinds, layers_of_kind
 
 EIGHT = {"num_hidden_layers": 8}
 
@@ -44,10 +44,12 @@ def test_layers_are_found_by_their_kind(config, words, layers):
     assert layers_of_kind(config, words) == layers
 
 
-def test_a_kind_that_is_not_there_is_refused_by_those_that_are():
-    assert kinds_of(LlamaConfig()) == {}
+def test_unknown_kinds_are_refused_with_the_known_ones():
+    assert layer_kinds(LlamaConfig()) == {}
     with pytest.raises(ModelError, match=r"'mamba': its configuration names none; odd and even"):
         layers_of_kind(LlamaConfig(), ["mamba"])
-    said = r"its kinds are linear_attention \(6\), full_attention \(2\); .* Did you mean 'full_att"
-    with pytest.raises(ModelError, match=said):
+    message = (
+        r"its kinds are linear_attention \(6\), full_attention \(2\); .* Did you mean 'full_att"
+    )
+    with pytest.raises(ModelError, match=message):
         layers_of_kind(Qwen3NextConfig(**EIGHT), ["ful_attention"])

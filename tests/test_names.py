@@ -14,22 +14,22 @@ PACKAGE = Path(tracker.__file__).parent
 
 def test_no_two_public_classes_have_one_name():
     """Was: three `Measured`. A study's class is named by its folder, as `Prune`."""
-    found: dict[str, list[str]] = defaultdict(list)
+    modules_by_class: dict[str, list[str]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found[node.name].append(str(path.relative_to(PACKAGE)))
-    assert len(found) > 200
-    assert {name: where for name, where in found.items() if len(where) > 1} == {}
+                modules_by_class[node.name].append(str(path.relative_to(PACKAGE)))
+    assert len(modules_by_class) > 200
+    assert {name: modules for name, modules in modules_by_class.items() if len(modules) > 1} == {}
 
 
-def test_the_table_of_mutants_names_what_is_there():
+def test_the_table_of_mutants_names_existing_files():
     """Was: seven modules' tests were in a file that had gone, and 27 modules had none."""
     root = PACKAGE.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    chosen = settings["tool"]["tracker"]["mutants"]
-    for place, tests in chosen.items():
-        assert (root / place).exists(), place
+    table = settings["tool"]["tracker"]["mutants"]
+    for module, tests in table.items():
+        assert (root / module).exists(), module
         for test in tests:
             file, *nodes = test.split("::")
             code = (root / file).read_text(encoding="utf-8") if nodes else ""
@@ -49,16 +49,16 @@ PRIVATE = {
 def test_no_test_imports_another_test_or_a_private_name():
     """Shared helpers are in `tests/helpers`."""
     tests = PACKAGE.parent / "tests"
-    of_tests, of_private_names = set(), set()
+    importers, private = set(), set()
     for path in tests.rglob("*.py"):
-        module = str(path.relative_to(tests))
+        test = str(path.relative_to(tests))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 package, *parts = (node.module or "").split(".")
                 names = [name.name for name in node.names]
                 if node.level or package == "tests":
-                    of_tests |= {module for n in (package, *parts, *names) if n.startswith("test_")}
+                    importers |= {test for n in (package, *parts, *names) if n.startswith("test_")}
                 if package == "tracker":
-                    of_private_names |= {module for n in names if n[0] == "_" != n[1]}
-    assert of_tests == set()
-    assert of_private_names <= PRIVATE
+                    private |= {test for n in names if n[0] == "_" != n[1]}
+    assert importers == set()
+    assert private <= PRIVATE

@@ -12,11 +12,11 @@ import tracker
 from tracker.core import provenance
 from tracker.core.provenance import (
     content_hash,
-    differences,
+    describe_machine,
     file_hash,
-    machine,
+    list_differences,
+    merge_provenances,
     package_versions,
-    united,
 )
 
 
@@ -31,8 +31,8 @@ def test_a_hash_is_the_sha256_of_canonical_json():
     expected = hashlib.sha256('{"a": 1, "b": "é"}'.encode()).hexdigest()
     assert content_hash({"b": "é", "a": 1}) == expected
     # The order of keys does not count; a tuple counts as a list, other objects by their text.
-    for one, other in (({"a": {"c": 2, "d": 3}}, {"a": {"d": 3, "c": 2}}), ((1, 2), [1, 2])):
-        assert content_hash(one) == content_hash(other)
+    for first, second in (({"a": {"c": 2, "d": 3}}, {"a": {"d": 3, "c": 2}}), ((1, 2), [1, 2])):
+        assert content_hash(first) == content_hash(second)
     assert content_hash([Path("a")]) == content_hash(["a"])
 
 
@@ -46,16 +46,16 @@ ONE = {"torch": "2.12.0", "cores": "2", "device": "cuda:0"}
 OTHER = {"torch": "2.13.0", "cores": "64", "device": "cuda:1"}
 
 
-def test_where_parts_differ_every_value_is_named():
+def test_merged_provenances_list_all_values():
     both = {"torch": "2.12.0, 2.13.0", "cores": "2, 64", "device": "cuda:0, cuda:1"}
-    assert united([ONE, OTHER, ONE]) == both
-    assert united([ONE]) == ONE
-    assert united([]) == {}
+    assert merge_provenances([ONE, OTHER, ONE]) == both
+    assert merge_provenances([ONE]) == ONE
+    assert merge_provenances([]) == {}
 
 
-def test_only_what_can_change_a_number_is_a_difference():
+def test_differences_list_relevant_versions_only():
     """Cores and the number of the accelerator are none."""
-    for parts, said in (
+    for parts, expected in (
         ([ONE, OTHER], "torch 2.12.0, 2.13.0"),
         ([ONE, {**ONE, "cores": "1"}], ""),
         ([ONE, {**ONE, "device": "cpu"}], "device cpu, cuda"),
@@ -63,10 +63,10 @@ def test_only_what_can_change_a_number_is_a_difference():
         ([ONE, {**ONE, "tokenizers": "0.22"}], ""),  # digests of tokens tell
         ([], ""),
     ):
-        assert differences(parts) == said
+        assert list_differences(parts) == expected
 
 
-def test_names_and_bytes_of_files_count_and_neither_order_folder_nor_time(tmp_path):
+def test_file_hashes_depend_on_names_and_contents_only(tmp_path):
     files = write(tmp_path / "one", a="1", b="2")
     original = file_hash(files)
     os.utime(files[0], (1, 1))
@@ -74,23 +74,23 @@ def test_names_and_bytes_of_files_count_and_neither_order_folder_nor_time(tmp_pa
     assert original == file_hash(files) == file_hash(reversed(files)) == file_hash(copies)
     changes = [{"a": "1", "b": "3"}, {"a": "2", "b": "1"}, {"a": "1", "c": "2"}, {"a": "1"}]
     changes += [{"a": "12", "b": ""}, {"a": "1", "b": "2", "c": ""}]
-    hashes = {file_hash(write(tmp_path / str(n), **some)) for n, some in enumerate(changes)}
+    hashes = {file_hash(write(tmp_path / str(n), **contents)) for n, contents in enumerate(changes)}
     assert len(hashes | {original}) == 7
 
 
 def test_versions_are_the_installed_ones(monkeypatch):
-    found = package_versions()
-    assert found["numpy"] == np.__version__
+    versions = package_versions()
+    assert versions["numpy"] == np.__version__
     names = {"tracker", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy"}
-    assert set(found) == names
-    monkeypatch.setattr(provenance, "PACKAGES", ("none-such",))
+    assert set(versions) == names
+    monkeypatch.setattr(provenance, "RECORDED_PACKAGES", ("none-such",))
     assert package_versions() == {"tracker": tracker.__version__, "none-such": "not installed"}
 
 
 def test_the_machine_identifies_nobody():
-    found = machine()
-    assert found["python"] == platform.python_version()
-    assert int(found["cores"]) >= 1
-    text = " ".join(found.values())
+    description = describe_machine()
+    assert description["python"] == platform.python_version()
+    assert int(description["cores"]) >= 1
+    text = " ".join(description.values())
     assert platform.node() not in text.split()
     assert getpass.getuser() not in text.split()

@@ -30,14 +30,14 @@ def test_against_torch_in_double_precision():
     after = before + 0.3 * torch.randn(2, 3, 5, 64, generator=generator)
     cosine = cosine_similarity(before, after)
     update = relative_update(before, after)
-    wide, wider = before.double(), after.double()
+    wide_before, wide_after = before.double(), after.double()
     assert cosine.shape == update.shape == (2, 3, 5)
-    expected = torch.nn.functional.cosine_similarity(wide, wider, dim=-1)
+    expected = torch.nn.functional.cosine_similarity(wide_before, wide_after, dim=-1)
     torch.testing.assert_close(cosine, expected, rtol=0, atol=1e-14)
-    expected = (wider - wide).norm(dim=-1) / wide.norm(dim=-1)
+    expected = (wide_after - wide_before).norm(dim=-1) / wide_before.norm(dim=-1)
     torch.testing.assert_close(update.double(), expected, rtol=1e-6, atol=0)
-    turned = math.acos(cosine[0, 0, 0].item()) / math.pi
-    assert angle(cosine)[0, 0, 0].item() == pytest.approx(turned, abs=1e-6)
+    expected_angle = math.acos(cosine[0, 0, 0].item()) / math.pi
+    assert angle(cosine)[0, 0, 0].item() == pytest.approx(expected_angle, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -60,8 +60,8 @@ def test_a_layer_that_hardly_turns_its_input(score, dtype):
     before[:, 7] = 0
     after = before.clone()
     after[:, 7] = before.double().norm(dim=1) * math.sqrt(score * (2 - score)) / (1 - score)
-    found = 1 - cosine_similarity(before, after)
-    assert found.tolist() == pytest.approx([score] * 6, rel=2e-6 if score < 1e-9 else 3e-7)
+    scores = 1 - cosine_similarity(before, after)
+    assert scores.tolist() == pytest.approx([score] * 6, rel=2e-6 if score < 1e-9 else 3e-7)
     angles = angular_distance(before, after) * math.pi
     assert angles.tolist() == pytest.approx([2 * math.asin(math.sqrt(score / 2))] * 6, rel=2e-6)
 
@@ -116,22 +116,22 @@ def test_every_token_counts_once():
         assert np.isnan(proxy_means(sums, np.array(tokens))).tolist() == undefined
 
 
-def test_who_only_reads_the_list_needs_no_torch():
-    read = "import tracker.core.proxies; from tracker.stats import accuracy, arrays, correlation"
-    code = f"import sys; {read}; assert 'torch' not in sys.modules"
+def test_proxies_are_listed_without_torch():
+    imports = "import tracker.core.proxies; from tracker.stats import accuracy, arrays, correlation"
+    code = f"import sys; {imports}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_what_several_proxies_take_is_computed_once(monkeypatch):
+def test_shared_figures_are_computed_once(monkeypatch):
     """Was: the cosine, in float64, once for each."""
     before, after = torch.randn(2, 5, 8)
-    alone = [one.averaged(one.observe(before, after)) for one in OBSERVED]
-    counting = {one.observe: Mock(wraps=one.observe) for one in OBSERVED}
-    several = tuple(replace(one, observe=counting[one.observe]) for one in OBSERVED)
-    monkeypatch.setattr(proxies, "OBSERVED", several)
-    together = observed(before, after)
-    assert sum(call.call_count for call in counting.values()) == len(counting) < len(OBSERVED)
-    for figure, expected in zip(together, alone, strict=True):
+    single_figures = [proxy.token_figure(proxy.observe(before, after)) for proxy in OBSERVED]
+    counters = {proxy.observe: Mock(wraps=proxy.observe) for proxy in OBSERVED}
+    counted_proxies = tuple(replace(proxy, observe=counters[proxy.observe]) for proxy in OBSERVED)
+    monkeypatch.setattr(proxies, "OBSERVED", counted_proxies)
+    figures = observed(before, after)
+    assert sum(call.call_count for call in counters.values()) == len(counters) < len(OBSERVED)
+    for figure, expected in zip(figures, single_figures, strict=True):
         assert torch.equal(figure, expected)
-    angular = [one.name for one in OBSERVED].index("angular_distance")
-    assert torch.equal(together[angular], angular_distance(before, after))
+    index = [proxy.name for proxy in OBSERVED].index("angular_distance")
+    assert torch.equal(figures[index], angular_distance(before, after))

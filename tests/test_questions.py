@@ -7,13 +7,13 @@ import re
 import pytest
 
 from tests.conftest import golden
-from tests.helpers.answers import answer, run
-from tracker.core.answers import contending, statement, took
-from tracker.core.questions import EXAMPLES, Question, question
+from tests.helpers.answers import answer_record, run_answer
+from tracker.core.answers import answer_cost, open_runs_text, statement
+from tracker.core.questions import QUESTION_EXAMPLES, Question, parse_question
 
 
 @pytest.mark.parametrize(
-    ("text", "meant"),
+    ("text", "expected"),
     [
         ("drop within 2 pp", Question("drop", within=0.02)),
         ("drop within 0.25pp", Question("drop", within=0.0025)),
@@ -26,56 +26,59 @@ from tracker.core.questions import EXAMPLES, Question, question
         ("sign at 95 %", Question("sign")),
     ],
 )
-def test_what_is_written_is_meant(text, meant):
-    assert question(text) == meant
-    assert question(str(meant)) == meant
+def test_questions_are_parsed(text, expected):
+    assert parse_question(text) == expected
+    assert parse_question(str(expected)) == expected
 
 
 def test_the_examples_are_questions():
-    assert {kind: str(question(text)) for kind, text in EXAMPLES.items()} == EXAMPLES
+    assert {
+        kind: str(parse_question(text)) for kind, text in QUESTION_EXAMPLES.items()
+    } == QUESTION_EXAMPLES
 
 
-@pytest.mark.parametrize(("text", "said"), golden("questions"))
-def test_what_is_no_question_says_what_would_be(text, said):
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
-        question(text)
+@pytest.mark.parametrize(("text", "message"), golden("questions"))
+def test_invalid_questions_are_refused_with_advice(text, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse_question(text)
 
 
-def test_a_question_that_so_many_runs_cannot_answer():
+def test_questions_with_too_few_runs_are_refused():
     for text, runs in (("top 5", 6), ("sign", 1), ("drop within 2 pp", 1)):
-        question(text).refuse(runs)
-    for text, runs, said in (
+        parse_question(text).check_runs(runs)
+    for text, runs, message in (
         ("top 40", 30, "top 40 of 30 runs chooses nothing; ask for 29 at most"),
         ("prune 6", 6, "prune 6 of 6 runs chooses nothing; ask for 5 at most"),
         ("top 1", 1, "top 1 of 1 run chooses nothing$"),
     ):
-        with pytest.raises(ValueError, match=said):
-            question(text).refuse(runs)
+        with pytest.raises(ValueError, match=message):
+            parse_question(text).check_runs(runs)
 
 
 MEASURED = "1,312 of 2,000 documents, 40 % of the layer passes"
 
 
-@pytest.mark.parametrize(("asked", "said"), golden("answers"))
-def test_what_is_said_of_layers(asked, said):
-    question, _, layers = asked.partition(": ")
+@pytest.mark.parametrize(("question_text", "sentence"), golden("answers"))
+def test_answers_about_layers(question_text, sentence):
+    question, _, layers = question_text.partition(": ")
     words = layers.removesuffix(" …").split()
-    runs = [run(int(word.lstrip("+?")), word.rstrip("0123456789")) for word in words]
-    found = answer(question, *runs, over=not layers.endswith("…"))
-    assert statement(found) == f"{question}: {said} (95 % confidence; {MEASURED})"
+    runs = [run_answer(int(word.lstrip("+?")), word.rstrip("0123456789")) for word in words]
+    record = answer_record(question, *runs, over=not layers.endswith("…"))
+    assert statement(record) == f"{question}: {sentence} (95 % confidence; {MEASURED})"
 
 
-def test_what_is_said_of_other_runs_and_of_signs():
-    parts = (run(3, "?", component="mlp"), run(5, "?", span=2))
-    assert contending(answer("top 1", *parts)) == "mlp 3 and layers 5–6 contend for the first place"
-    none = run(2, low=0, high=0)
-    found = answer("sign", run(0, "+"), run(1, "+", low=-0.2, high=-0.1), none)
-    said = "sign: the drops above 0 are those of layer 0, below 0 layer 1 ("
-    assert statement(found).startswith(said)
-    said = "sign: the drops above 0 are those of none, below 0 none ("
-    assert statement(answer("sign", none)).startswith(said)
+def test_answers_about_other_runs_and_signs():
+    parts = (run_answer(3, "?", component="mlp"), run_answer(5, "?", span=2))
+    expected = "mlp 3 and layers 5–6 contend for the first place"
+    assert open_runs_text(answer_record("top 1", *parts)) == expected
+    zero_run, negative_run = (run_answer(2, low=0, high=0), run_answer(1, "+", low=-0.2, high=-0.1))
+    record = answer_record("sign", run_answer(0, "+"), negative_run, zero_run)
+    expected = "sign: the drops above 0 are those of layer 0, below 0 layer 1 ("
+    assert statement(record).startswith(expected)
+    expected = "sign: the drops above 0 are those of none, below 0 none ("
+    assert statement(answer_record("sign", zero_run)).startswith(expected)
 
 
-def test_of_a_group_more_is_measured_than_looked_at():
-    found = answer("sign", run(0, "+"), looked=1018, measured=1312)
-    assert took(found) == f"{MEASURED}; looked at were 1,018, each task in proportion"
+def test_cost_of_an_answer_about_a_group():
+    record = answer_record("sign", run_answer(0, "+"), looked=1018, measured=1312)
+    assert answer_cost(record) == f"{MEASURED}; looked at were 1,018, each task in proportion"

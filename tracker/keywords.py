@@ -10,12 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar
 
-from tracker.core.extent import Part
+from tracker.core.extent import DocumentPart
 from tracker.core.fields import Dtype
 from tracker.core.kinds import Component, Intervention, SearchUnit
 from tracker.core.prune_records import Rescoring
 from tracker.measuring.progress import Progress
-from tracker.tracking.runs import Which
+from tracker.tracking.runs import RunSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ Where: TypeAlias = str | os.PathLike[str]
 """A file or a folder."""
 T = TypeVar("T")
 Values: TypeAlias = T | Sequence[T] | Mapping[str, object]
-"""A value, a list of values, or the range or list that a file has: `{"min": 0, "max": 9}`."""
+"""A value, a list of values, or a range or list as in files: `{"min": 0, "max": 9}`."""
 Arguments: TypeAlias = str | Mapping[str, object]
 """Settings of a library, as a mapping or as lm-eval writes them: `peft=ADAPTER,dtype=float32`."""
 Constraint: TypeAlias = str | Sequence[int | str] | Mapping[str, object]
@@ -32,7 +32,7 @@ Constraint: TypeAlias = str | Sequence[int | str] | Mapping[str, object]
 
 
 class WorkKeywords(TypedDict, total=False):
-    """Where and how models run, for every function that loads one.
+    """Keywords that say where and how models run, for every function that loads a model.
 
     Attributes:
         results: The results folder; default: `results`.
@@ -53,7 +53,7 @@ class WorkKeywords(TypedDict, total=False):
 
 
 class RunKeywords(WorkKeywords, total=False):
-    """Where and how models run, and where runs are published.
+    """Keywords that say where and how models run, and where runs are published.
 
     Attributes:
         track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`: one, or several as a list;
@@ -68,7 +68,7 @@ class RunKeywords(WorkKeywords, total=False):
 
     track: str | Sequence[str] | None
     publish_documents: bool
-    runs: Which
+    runs: RunSelection
     workers: int | None
     devices_per_worker: int | None
 
@@ -79,7 +79,7 @@ class BenchmarkKeywords(TypedDict, total=False):
     revision: Values[str | None]
     dtype: Values[Dtype]
     num_fewshot: Values[int | None]
-    part: Values[Part | None]
+    part: Values[DocumentPart | None]
     limit: Values[int | None]
     sample: Values[int | None]
     until: Values[str | None]
@@ -148,7 +148,7 @@ class PruneKeywords(RunKeywords, SearchKeywords, total=False):
 
 
 class StudyKeywords(ExperimentKeywords, total=False):
-    """Keywords of `study`: those of `run`, and the settings of the studies of this package."""
+    """Keywords of `study`: the keywords of `run`, and settings of the studies of this package."""
 
     reliability: float
     remove: Sequence[str]

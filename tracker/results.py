@@ -7,6 +7,8 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     from tracker.analysis.boards import LayerBoard
     from tracker.core.findings import FindingRecord
     from tracker.core.prune_records import PruneRecord
-    from tracker.export.facts import Exported
-    from tracker.team.collect import Collected
+    from tracker.export.facts import ExportedModel
+    from tracker.team.collect import CollectedCells
 
 
 def default_progress() -> Progress:
@@ -37,30 +39,30 @@ def default_progress() -> Progress:
 
 
 class Bar(Progress):
-    """Progress of a run below a notebook's cell: a bar, and lines above it."""
+    """Progress display below a notebook's cell: a bar, and lines of text above the bar."""
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
 
     def say(self, message: str) -> None:
-        """Print a line."""
+        """Print a line of text."""
         print(message)  # noqa: T201
 
     def start(self, title: str, total: int, unit: str = "responses") -> None:
-        """Open the bar of some work."""
+        """Show a new bar with a title and a total."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is plain text without ipywidgets
             from tqdm.auto import tqdm
         self._bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=False)
 
     def expect(self, more: int) -> None:
-        """Change the total of the bar."""
+        """Increase the total at which the bar is full."""
         if self._bar is not None:
             self._bar.total += more
             self._bar.refresh()
 
     def advance(self, responses: int) -> None:
-        """Move the bar."""
+        """Advance the bar by a number of steps."""
         if self._bar is not None:
             self._bar.update(responses)
 
@@ -72,8 +74,8 @@ class Bar(Progress):
 
 
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
-"""Formats of a report that are several files."""
-_ROWS = 10
+"""Formats of a report that consist of several files in a folder."""
+_MAX_ROWS = 10
 """Maximum number of layers in the table of a notebook or a terminal."""
 
 
@@ -89,8 +91,8 @@ class Results:
         folder: The results folder.
         experiment: The stored experiment file; None if there is none.
         finding: The finding of a study or searches: answers, tables, charts; else None.
-        searches: One record per search and draw: its steps, tested, and its cost.
-        exports: Commands that save each model that is proved to be better.
+        searches: One record per search and draw: the steps with their test results, and the cost.
+        exports: Commands that save the models that are proved to be better.
         saved: The saved recommended model; None if there is none.
         files: Additional written files.
         notes: Further remarks.
@@ -109,10 +111,10 @@ class Results:
     finding: FindingRecord | None = field(default=None, repr=False)
     searches: tuple[PruneRecord, ...] = field(default=(), repr=False)
     exports: tuple[str, ...] = ()
-    saved: Exported | None = field(default=None, repr=False)
+    saved: ExportedModel | None = field(default=None, repr=False)
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
-    sources: Collected | None = field(default=None, repr=False, compare=False)
+    sources: CollectedCells | None = field(default=None, repr=False, compare=False)
 
     @property
     def cells(self) -> tuple[CellRecord, ...]:
@@ -135,7 +137,7 @@ class Results:
         return self.table("documents")
 
     def table(self, name: str = "") -> pd.DataFrame:
-        """Return a table as a data frame: fractions, unrounded.
+        """Return a table of results as a data frame, with unrounded fractions.
 
         `layers` has a row per model, benchmark and run: `layer` is its first layer, 0-based, and
         `shown` the page's verdict on the run, simultaneous over all runs of its kind: `matters`,
@@ -155,8 +157,8 @@ class Results:
         drops hold for all layers together; `best_rank` and `worst_rank` bound the rank.
 
         Args:
-            name: One of these, or of the study's tables, `STUDY--EXPERIMENT-1`, …; empty for the
-                study's first table, and for `layers` where there is no study.
+            name: One of these tables, or of the study's tables, `STUDY--EXPERIMENT-1`, …; empty for
+                the study's first table, or for `layers` without a study.
 
         Returns:
             The data frame.
@@ -170,46 +172,45 @@ class Results:
             >>> results.table("documents").query("layer == 11 and change == 'lost'")
         """
         from tracker.report.export import board_data
-        from tracker.report.frames import correlation_frame, frame_of, layer_frame
+        from tracker.report.frames import correlation_frame, layer_frame, table_frame
         from tracker.report.page.studies import study_frames
 
         tables = study_frames([self.finding] if self.finding else [])
         name = name or next(iter(tables), "layers")
         if name in tables:
             return tables[name]
-        if name == "layers":
-            return layer_frame(self.cells)
-        if name == "correlations":
-            return correlation_frame(self.cells)
-        if name == "documents":
-            return self._documents()
+        builders: dict[str, Callable[[], pd.DataFrame]] = {
+            "layers": partial(layer_frame, self.cells),
+            "correlations": partial(correlation_frame, self.cells),
+            "documents": self._documents,
+        }
+        if name in builders:
+            return builders[name]()
         boards = board_data(self.cells)
         if name not in boards:
-            names = [*tables, "layers", "correlations", "documents", *boards]
-            raise RequestError(
-                f"there is no table {name!r}.{did_you_mean(name, names)} Tables here: "
-                f"{', '.join(names)}"
-            )
-        return frame_of(boards[name])
+            names = [*tables, *builders, *boards]
+            near, listing = did_you_mean(name, names), ", ".join(names)
+            raise RequestError(f"there is no table {name!r}.{near} Tables here: {listing}")
+        return table_frame(boards[name])
 
     def _documents(self) -> pd.DataFrame:
         """Build the table of all documents of the cells, under every run."""
-        from tracker.analysis.decisions import decisions
+        from tracker.analysis.decisions import derive_decisions
         from tracker.report.frames import document_frame
 
         origins = self._collected().origins if self.cells else {}
-        decided = [
-            (cell, decisions(*origins[cell.place])) for cell in self.cells if cell.place in origins
-        ]
-        return document_frame([(cell, each) for cell, each in decided if each], changed=False)
+        cells = [cell for cell in self.cells if cell.record_key in origins]
+        pairs = ((cell, derive_decisions(*origins[cell.record_key])) for cell in cells)
+        measured = [(cell, decisions) for cell, decisions in pairs if decisions]
+        return document_frame(measured, only_changed=False)
 
-    def _collected(self) -> Collected:
-        """Return the cells with their outcomes."""
+    def _collected(self) -> CollectedCells:
+        """Collect the cells together with their outcomes."""
         if self.sources is not None:
             return self.sources
-        from tracker.team.collect import collect
+        from tracker.team.collect import collect_cells
 
-        collected = collect([str(self.folder)], Silent())
+        collected = collect_cells([str(self.folder)], Silent())
         collected.cells = self.cells
         if self.finding is not None:
             collected.findings = (self.finding,)
@@ -232,27 +233,25 @@ class Results:
         Example:
             >>> results.plot().write_html("layers.html")
         """
-        from tracker.report.charts.headline import headline
+        from tracker.report.charts.headline import headline_chart
         from tracker.report.page.studies import study_charts
 
         charts = study_charts([self.finding] if self.finding else [])
         name = name or next(iter(charts), "")
         if name in charts:
-            return charts[name].figure()
+            return charts[name].to_figure()
         boards = {model: board for model, _, board in self._models()}
         names = [*charts, *boards]
         if not name and len(boards) > 1:
             raise RequestError(f"there are several models; name one: plot({names[0]!r})")
         name = name or next(iter(boards), "")
         if name not in boards:
-            near = did_you_mean(name, names)
-            raise RequestError(f"there is no model or chart {name!r} here.{near}")
+            suggestion = did_you_mean(name, names)
+            raise RequestError(f"there is no model or chart {name!r} here.{suggestion}")
         if not boards[name].parts:
-            reasons = (f"{label}: {reason}" for label, reason in boards[name].left_out.items())
-            raise RequestError(
-                f"no benchmark of {name} has a picture of all layers. {'; '.join(reasons)}"
-            )
-        return headline(boards[name], name).figure()
+            reasons = "; ".join(f"{label}: {text}" for label, text in boards[name].left_out.items())
+            raise RequestError(f"no benchmark of {name} has a picture of all layers. {reasons}")
+        return headline_chart(boards[name], name).to_figure()
 
     def save(self, output: str | os.PathLike[str], form: str = "") -> tuple[Path, ...]:
         """Write the results as a page, as tables or as figures.
@@ -260,7 +259,7 @@ class Results:
         Args:
             output: A file for `html`, `md` and `tex`, a folder for `csv`, `parquet`, `png` and
                 `pdf`.
-            form: One of these; empty for that of the file's name, and for `csv` in a folder.
+            form: One of these formats; empty for the file name's format, or for `csv` in a folder.
 
         Returns:
             The files.
@@ -277,12 +276,11 @@ class Results:
 
         path = Path(output)
         form = form or path.suffix[1:] or "csv"
-        in_folder = form in FOLDER_FORMS
-        if path.exists() and path.is_dir() != in_folder:
-            problem = f"a folder; name a file, as {path}/report"
-            problem = "a file; name a folder" if in_folder else problem
-            raise RequestError(f"--output: {path} is {problem}")
-        return tuple(reports.write(self._collected(), form, path))
+        if path.exists() and path.is_dir() != (form in FOLDER_FORMS):
+            advice = f"a folder; name a file, as {path}/report"
+            advice = advice if path.is_dir() else "a file; name a folder"
+            raise RequestError(f"--output: {path} is {advice}")
+        return tuple(reports.write_collected(self._collected(), form, path))
 
     @property
     def answer(self) -> str:
@@ -296,7 +294,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield each model's name, its answer (with the name if there are several) and layers."""
+        """Yield each model's name, answer (headed by the name if there are several) and layers."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer
@@ -308,18 +306,18 @@ class Results:
             yield name, f"{name}: {answer}" if len(groups) > 1 else answer, board
 
     def _render(self, line: Callable[[str], str], table: Callable[[pd.DataFrame], str]) -> str:
-        """Render the answers, the layers that matter most, and errors."""
-        from tracker.report.export import texts
+        """Render the answers, the layers with the largest drops, and errors."""
+        from tracker.report.export import text_frame
         from tracker.report.leaderboard import layer_board_table
 
         parts = [line(self.answer)] if self.finding or not self.cells else []
         for name, answer, board in self._models():
             parts.append(line(answer))
             if board.parts:
-                frame = texts(layer_board_table(board, name))
-                parts.append(table(frame.head(_ROWS)))
-                if len(frame) > _ROWS:
-                    parts.append(line(f"{_ROWS} of {len(frame)} layers; all are in .layers"))
+                frame = text_frame(layer_board_table(board, name))
+                parts.append(table(frame.head(_MAX_ROWS)))
+                if len(frame) > _MAX_ROWS:
+                    parts.append(line(f"{_MAX_ROWS} of {len(frame)} layers; all are in .layers"))
         problems = {**self.outcome.failed, **self.outcome.damaged}
         return "".join([*parts, *(line(f"{name}: {reason}") for name, reason in problems.items())])
 
@@ -331,7 +329,5 @@ class Results:
 
     def _repr_html_(self) -> str:
         """Return the text of `__str__` as HTML for a notebook."""
-        return self._render(
-            lambda text: f"<p>{html.escape(text)}</p>",
-            lambda frame: frame.to_html(index=False, border=0),
-        )
+        table = methodcaller("to_html", index=False, border=0)
+        return self._render(lambda text: f"<p>{html.escape(text)}</p>", table)

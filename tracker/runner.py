@@ -1,4 +1,4 @@
-"""Find, check, measure, record and publish cells."""
+"""Measure the cells of requests, then record and publish them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from tracker.benchmarks.benchmark import chosen_metric
+from tracker.benchmarks.base import Benchmark
+from tracker.benchmarks.benchmark import choose_metric
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest, Changes
 from tracker.core.errors import RequestError, TrackerError
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.core.model_parts import ModelParts
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.executors.base import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import record_of
+from tracker.measuring.derive import derive_record
 from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up, opened
+from tracker.measuring.prepare import (
+    CellLookup,
+    check_layers,
+    check_range,
+    find_cell,
+    open_benchmarks,
+)
 from tracker.measuring.progress import Progress
 from tracker.team.publish import Publication, Publisher
 
@@ -35,8 +42,8 @@ class RunOutcome:
     Attributes:
         cells: The finished cells' records, in the order of the request.
         failed: Cell title → error.
-        unpublished: Cell title → reason why a backend does not have it.
-        locations: Place → location of the runs.
+        unpublished: Cell title → reason why a backend does not have the cell.
+        locations: Tracking destination → location of the published runs.
         models_loaded: Number of times that a model was loaded.
         unwritten: Reason why the report page or the experiment's copy could not be written; empty
             if they were.
@@ -59,7 +66,7 @@ class RunOutcome:
         return int(bool(self.failed or self.unpublished or self.unwritten or self.unsaved))
 
     def joined(self, later: RunOutcome) -> RunOutcome:
-        """Return the combined outcome of these cells and of later ones."""
+        """Combine this outcome with the outcome of cells that were measured later."""
         return RunOutcome(
             cells=[*self.cells, *later.cells],
             failed=self.failed | later.failed,
@@ -85,7 +92,7 @@ def run_cells(
         publisher: Publishes finished cells to the tracking backends.
         options: The options of the run.
         progress: Receives counts and messages.
-        explicit: True if a run requests them, and not only a study or a search.
+        explicit: True if a run requests the cells, and not only a study or a search.
 
     Returns:
         The outcome.
@@ -95,34 +102,34 @@ def run_cells(
             written.
     """
     ledger.refuse_unwritable()
-    lookups = [look_up(request, ledger, options.trust_remote_code) for request in requests]
-    todo = [cell for cell in lookups if not cell.complete]
+    lookups = [find_cell(request, ledger, options.trust_remote_code) for request in requests]
+    unfinished_cells = [cell for cell in lookups if not cell.complete]
     for cell in lookups:
         if cell.store is not None:
-            chosen_metric(cell.store.identity.benchmark, cell.request.metric)
+            choose_metric(cell.store.identity.benchmark, cell.request.metric)
             check_range(cell.request, ModelParts(cell.store.identity.model.layers))
-            cell.store.views.shown_in(cell.request)  # raises if it is not readable
+            cell.store.views.display_view(cell.request)  # raises if it is not readable
     finisher = _Finisher(publisher, progress, [*requests], explicit)
-    if todo:
+    if unfinished_cells:
         progress.say("checking models and benchmarks")
-        check_layers(todo)
-        jobs = _jobs(todo)
+        check_layers(unfinished_cells)
+        jobs = _build_jobs(unfinished_cells)
         executor = open_executor(options)
     for cell in lookups:
         if cell.complete and cell.store is not None:
-            finisher.done(cell, cell.store)
+            finisher.finish(cell, cell.store)
     report, records = finisher.report, finisher.records
     try:
-        if todo:
-            to = Reporting(ledger, progress, finisher.begun, finisher.done)
-            report.models_loaded = executor.measure(jobs, to)
+        if unfinished_cells:
+            reporting = Reporting(ledger, progress, finisher.begin, finisher.finish)
+            report.models_loaded = executor.measure(jobs, reporting)
     except Exception:  # measured cells are published before any error is raised
         finisher.wait()
         raise
     # An interrupt does not wait for an upload: 'tracker sync' completes it.
     finisher.wait()
-    found = [records[request] for request in requests if request in records]
-    report.cells = list({record.place: record for record in found}.values())
+    cell_records = [records[request] for request in requests if request in records]
+    report.cells = list({record.record_key: record for record in cell_records}.values())
     return report
 
 
@@ -137,40 +144,41 @@ class _Finisher:
         self._publishing: deque[tuple[str, Future[Publication]]] = deque()
         self._publisher = publisher
         self._progress = progress
-        self._alone = len(requests) == 1
+        self._is_single = len(requests) == 1
         self._explicit = explicit
-        self._named = named_beside(requests)
-        self._shared: set[str] = set()
+        self._smaller = find_smaller_requests(requests)
+        self._shared_names: set[str] = set()
 
-    def begun(self, cell: CellLookup, store: CellStore) -> None:
-        """Show a cell while it is measured."""
-        named = cell.request in self._named
-        shown = store.views.shown_in(cell.request, named)
-        view = store.views.of(cell.request).model_copy(update={"supersedes": shown.supersedes})
-        self._publisher.live.begin(cell.request, store, view)
+    def begin(self, cell: CellLookup, store: CellStore) -> None:
+        """Publish that a cell's measurement has begun, so that backends show the cell."""
+        request, views = cell.request, store.views
+        names = views.display_view(request, request in self._smaller).supersedes
+        view = views.view_of(request).model_copy(update={"supersedes": names})
+        self._publisher.live.begin(request, store, view)
 
-    def done(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
+    def finish(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
         """Record and publish a finished cell, or report its error."""
         request, title, report = cell.request, cell.request.title, self.report
-        failed, named = isinstance(outcome, Exception), request in self._named
-        left = self._publisher.live.end(request, "failed" if failed else "finished")
+        has_failed, is_named = isinstance(outcome, Exception), request in self._smaller
+        live_runs = self._publisher.live.end(request, "failed" if has_failed else "finished")
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            shown = outcome.views.ask(request, self._publisher.project, named, self._explicit)
-            view = outcome.views.of(request)
-            if outcome.views.name_of(view) == outcome.views.name_of(shown):
-                view = shown.model_copy(update={"runs": view.runs})
+            views, project = outcome.views, self._publisher.project
+            shown_view = views.add_request(request, project, is_named, self._explicit)
+            view = views.view_of(request)
+            if views.view_name(view) == views.view_name(shown_view):
+                view = shown_view.model_copy(update={"runs": view.runs})
             # A backend shows all requested runs of the cell, not only those of this request.
-            whole = record_of(outcome, shown)
-            record = record_of(outcome, view)
-            note = "" if named else _shown_otherwise(view, shown, outcome.views.known(request))
+            shown_record = derive_record(outcome, shown_view)
+            record = derive_record(outcome, view)
+            note = "" if is_named else _view_note(view, shown_view, views.related_views(view))
         except Exception as error:  # whatever breaks one cell, the others go on
-            if isinstance(error, RequestError) and self._alone:
+            if isinstance(error, RequestError) and self._is_single:
                 raise
             log.debug("%s failed", title, exc_info=True)
-            known = isinstance(error, TrackerError)
-            report.failed[title] = str(error) if known else f"{type(error).__name__}: {error}"
+            is_expected = isinstance(error, TrackerError)
+            report.failed[title] = str(error) if is_expected else f"{type(error).__name__}: {error}"
             self._progress.say(f"{title} failed: {report.failed[title]}")
             return
         self.records[request] = record
@@ -178,78 +186,78 @@ class _Finisher:
             self._progress.say(f"{title}: {statement(record.answer)}")
         if note:
             self._progress.say(f"{title}: {note}")
-        mine, first = cell.source.name, record.model.name
-        if mine != first and mine not in self._shared:
-            self._shared.add(mine)
+        own_name, first_name = cell.source.name, record.model.name
+        if own_name != first_name and own_name not in self._shared_names:
+            self._shared_names.add(own_name)
             self._progress.say(
-                f"{mine} has the weights of {first}, which is measured here already: they share "
-                "their results, under that name"
+                f"{own_name} has the weights of {first_name}, which is measured here already: "
+                "they share their results, under that name"
             )
-        self._publishing.append((title, self._publisher.begin(outcome, whole, left)))
+        self._publishing.append((title, self._publisher.begin(outcome, shown_record, live_runs)))
         while self._publishing and self._publishing[0][1].done():
-            self._take()
+            self._report_next()
 
     def wait(self) -> None:
-        """Wait until publishing of all measured cells has ended."""
+        """Wait until all measured cells have been published."""
         while self._publishing:
-            self._take()
+            self._report_next()
 
-    def _take(self) -> None:
-        """Report the result of publishing the next cell."""
+    def _report_next(self) -> None:
+        """Wait for the next cell to be published, and report the result."""
         title, future = self._publishing.popleft()
         outcome = future.result()
-        self.report.locations.update(outcome.places)
+        self.report.locations.update(outcome.locations)
         for note in outcome.notes:
             self._progress.say(f"{title}: {note}")
-        if outcome.failed:
-            self.report.unpublished[title] = outcome.failed
-            self._progress.say(f"{title} is measured but not published: {outcome.failed}")
+        if outcome.error:
+            self.report.unpublished[title] = outcome.error
+            self._progress.say(f"{title} is measured but not published: {outcome.error}")
 
 
-def named_beside(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find the requests for which another one differs only in having more documents.
+def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
+    """Find each request from which another request differs only in having more documents.
 
-    Both are shown, since both numbers were requested.
+    Both requests are shown, since both numbers of documents were requested.
     """
-    sizes = {each: each.documents.size for each in requests if not each.until}
+    candidates = [request for request in requests if not request.until]
 
-    def alike(request: CellRequest) -> object:
+    def group_key(request: CellRequest) -> object:
         documents = request.documents.model_copy(update={"limit": None, "sample": None})
-        same = replace(request, documents=documents, changes=Changes())
-        return same, request.documents.sample is None
+        template = replace(request, documents=documents, changes=Changes())
+        return template, request.documents.sample is None
 
-    groups = ((same, max(map(sizes.__getitem__, same))) for same in grouped(sizes, alike).values())
-    return {request for same, most in groups for request in same if sizes[request] < most}
+    groups = group_by(candidates, group_key).values()
+    largest = ((group, max(request.documents.size for request in group)) for group in groups)
+    return {request for group, n in largest for request in group if request.documents.size < n}
 
 
-def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
-    """Return a note if a request is shown otherwise than requested; else an empty text."""
-    if asked.until is None and shown.size > asked.size:
-        key, count = ("limit", asked.limit) if asked.seed is None else ("sample", asked.sample)
-        all_of = shown.limit or shown.sample
+def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> str:
+    """Explain if a request is shown with more documents or beside other views; else empty."""
+    if view.until is None and shown_view.size > view.size:
+        key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
+        size = shown_view.limit or shown_view.sample
         return (
-            f"{all_of or 'all'} documents are known of these runs, and stay shown; to show {count} "
-            f"beside them, list both: {key}: {{values: [{count}, {all_of or 'null'}]}}"
+            f"{size or 'all'} documents are known of these runs, and stay shown; to show {count} "
+            f"beside them, list both: {key}: {{values: [{count}, {size or 'null'}]}}"
         )
-    several = [] if shown.until else [view for view in known if view.until is None]
-    others = [view.documents_asked for view in several if view.beside != shown.beside]
-    return f"shown beside what was asked for before: {'; '.join(others)}" if others else ""
+    others = [other for other in related_views if other.until is None and not shown_view.until]
+    texts = [other.request_text for other in others if other.beside != shown_view.beside]
+    return f"shown beside what was asked for before: {'; '.join(texts)}" if texts else ""
 
 
-def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
-    """Open all benchmarks before anything is measured, and group cells into jobs.
+def _build_jobs(cells: Sequence[CellLookup]) -> list[Job]:
+    """Open all benchmarks before any measurement, and group cells into jobs.
 
     Cells that differ only in their changed layers become one job.
     """
-    jobs: dict[object, Job] = {}
-    benchmarks = opened(cell.request for cell in todo)
-    for cell, benchmark in zip(todo, benchmarks, strict=True):
-        request = cell.request
-        # A race ends with its own question; a failed fit must not fail other interventions.
-        alike: object = request
-        if request.until is None:
-            done = request.changes.interventions
-            alike = (request.model, request.benchmark, request.documents, done)
-        others = jobs[alike].cells if alike in jobs else ()
-        jobs[alike] = Job((*others, cell), benchmark)
-    return list(jobs.values())
+
+    def group_key(pair: tuple[CellLookup, Benchmark]) -> object:
+        request = pair[0].request
+        if request.until is not None:  # a race ends with its own question
+            return request
+        # A failed fit must not fail other interventions.
+        return request.model, request.benchmark, request.documents, request.changes.interventions
+
+    benchmarks = open_benchmarks(cell.request for cell in cells)
+    groups = group_by(zip(cells, benchmarks, strict=True), group_key).values()
+    return [Job(tuple(cell for cell, _ in group), group[-1][1]) for group in groups]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
 
 import numpy as np
 import pytest
 
-from tests.helpers.stored_cells import asks, row, write_all
-from tracker.analysis.decisions import Decisions, decisions, decisions_record
+from tests.helpers.stored_cells import layer_request, make_row, write_rows_to_blocks
+from tracker.analysis.decisions import Decisions, decisions_record, derive_decisions
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.documents import Document, DocumentText
 from tracker.core.views import View
@@ -21,7 +20,10 @@ LAYERS = 4
 SIZES = {"geography": 40, "history": 9}
 NAMES = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]
 METRICS = ("acc", "acc_norm")
-DRAW = np.random.default_rng(11)
+RNG = np.random.default_rng(11)
+
+
+Key = tuple[str, int]
 
 
 class Study:
@@ -29,42 +31,49 @@ class Study:
 
     def __init__(self, open_answers: bool = False) -> None:
         self.answers: dict[tuple[str, int, str], list[float]] = {}
-        self.texts: dict[tuple[str, int], DocumentText] = {}
-        self.gold: dict[tuple[str, int], int] = {}
-        for task, size in SIZES.items():
-            for doc in range(size):
-                count = 1 if open_answers else int(DRAW.integers(2, 6))
-                self.gold[task, doc] = int(DRAW.integers(count))
-                words = tuple("x" * int(DRAW.integers(1, 9)) for _ in range(count))
-                choices = () if open_answers else words
-                answer = words[0] if open_answers else None
-                self.texts[task, doc] = DocumentText(f"{task} {doc}?", choices, answer)
-                for name in NAMES:
-                    # As a shard holds them: 32 bits.
-                    drawn = DRAW.normal(-5, 2, count).astype(np.float32)
-                    self.answers[task, doc, name] = [float(one) for one in drawn]
-        self.open = open_answers
+        self.texts: dict[Key, DocumentText] = {}
+        self.gold: dict[Key, int] = {}
+        for task, doc in ((task, doc) for task, size in SIZES.items() for doc in range(size)):
+            count = 1 if open_answers else int(RNG.integers(2, 6))
+            self.gold[task, doc] = int(RNG.integers(count))
+            words = tuple("x" * int(RNG.integers(1, 9)) for _ in range(count))
+            texts = ((), words[0]) if open_answers else (words, None)
+            self.texts[task, doc] = DocumentText(f"{task} {doc}?", *texts)
+            for name in NAMES:
+                # As a shard holds them: 32 bits.
+                scores = RNG.normal(-5, 2, count).astype(np.float32)
+                self.answers[task, doc, name] = [float(score) for score in scores]
+        self.has_open_answers = open_answers
 
-    def score(self, place: tuple[str, int], name: str, metric: str) -> float:
-        scores = self.scores(place, name, metric)
-        if self.open:
+    def score(self, document: Key, name: str, metric: str) -> float:
+        scores = self.scores(document, name, metric)
+        if self.has_open_answers:
             return float(scores[0] > -5)
-        return float(int(np.argmax(scores)) == self.gold[place])
+        return float(int(np.argmax(scores)) == self.gold[document])
 
-    def scores(self, place: tuple[str, int], name: str, metric: str) -> list[float]:
-        found = self.answers[(*place, name)]
-        if metric != "acc_norm" or self.open:
-            return found
-        return [x / len(c) for x, c in zip(found, self.texts[place].choices, strict=True)]
+    def scores(self, document: Key, name: str, metric: str) -> list[float]:
+        values, choices = self.answers[(*document, name)], self.texts[document].choices
+        if metric != "acc_norm" or self.has_open_answers:
+            return values
+        return [value / len(choice) for value, choice in zip(values, choices, strict=True)]
+
+    def changed(self, name: str, metric: str = "acc") -> tuple[set[Key], set[Key]]:
+        """Return the documents that are lost, and those that are won, by a plain loop."""
+        lost, won = set(), set()
+        for key in self.texts:
+            intact, score = self.score(key, "baseline", metric), self.score(key, name, metric)
+            if intact != score:
+                (lost if score < intact else won).add(key)
+        return lost, won
 
     def write(self, store: CellStore, texts: bool = True) -> None:
         rows = []
         for (task, doc), name in product(self.texts, NAMES):
             metrics = {m: self.score((task, doc), name, m) for m in METRICS}
-            about = {"gold": self.gold[task, doc], "choices": 0 if self.open else None}
-            said = self.answers[task, doc, name]
-            rows.append(row(doc, name, task, metrics=metrics, said=said, **about))
-        write_all(store, rows)
+            fields = {"gold": self.gold[task, doc], "choices": 0 if self.has_open_answers else None}
+            scores = self.answers[task, doc, name]
+            rows.append(make_row(doc, name, task, metrics=metrics, loglikelihoods=scores, **fields))
+        write_rows_to_blocks(store, rows)
         for (task, doc), text in self.texts.items() if texts else ():
             document = Document(task, doc, (), None, 0)
             store.texts.add(Block(task, doc // 32).name, [text_row(document, text, True)])
@@ -76,18 +85,11 @@ def two_tasks(cell_of) -> CellStore:
 
 
 def view(store: CellStore, metric: str = "acc") -> View:
-    return store.views.of(asks(metric=metric))
+    return store.views.view_of(layer_request(metric=metric))
 
 
-def changed(study: Study, metric: str, name: str) -> Mapping[str, set[tuple[str, int]]]:
-    """Return the documents that are lost and won, by a plain loop."""
-    found: dict[str, set[tuple[str, int]]] = {"lost": set(), "won": set()}
-    for place in study.texts:
-        before = study.score(place, "baseline", metric)
-        after = study.score(place, name, metric)
-        if before != after:
-            found["lost" if after < before else "won"].add(place)
-    return found
+def selected(decisions: Decisions, mask: np.ndarray) -> set[Key]:
+    return {decisions.documents[index] for index in np.flatnonzero(mask)}
 
 
 class TestDecisions:
@@ -95,121 +97,116 @@ class TestDecisions:
     def test_each_figure_is_that_of_a_plain_loop(self, two_tasks, metric):
         study = Study()
         study.write(two_tasks)
-        found = decisions(two_tasks, view(two_tasks, metric))
-        assert [text.text for text in found.texts] == [study.texts[p] for p in found.documents]
-        assert set(found.documents) == set(study.texts)
-        assert (found.binary, found.public, found.reasons) == (True, True, {})
-        every = [("baseline", found.baseline), *((f"layer:{r.layer}", d) for r, d in found.runs)]
-        assert [name for name, _ in every] == NAMES
-        for name, decided in every:
-            for number, place in enumerate(found.documents):
-                scores = study.scores(place, name, metric)
-                gold = study.gold[place]
+        derived = derive_decisions(two_tasks, view(two_tasks, metric))
+        assert [text.text for text in derived.texts] == [study.texts[p] for p in derived.documents]
+        assert set(derived.documents) == set(study.texts)
+        assert (derived.binary, derived.public, derived.reasons) == (True, True, {})
+        assert [f"layer:{run.layer}" for run, _ in derived.runs] == NAMES[1:]
+        models = [derived.baseline, *(model for _, model in derived.runs)]
+        for name, model in zip(NAMES, models, strict=True):
+            for index, document in enumerate(derived.documents):
+                scores = study.scores(document, name, metric)
+                gold = study.gold[document]
                 best = max(score for option, score in enumerate(scores) if option != gold)
-                assert decided.margin[number] == pytest.approx(scores[gold] - best)
-                assert decided.choice[number] == int(np.argmax(scores))
-                assert decided.score[number] == study.score(place, name, metric)
-            if name != "baseline":
-                wanted = changed(study, metric, name)
-                lost, won = found.lost(decided), found.won(decided)
-                assert {found.documents[n] for n in np.nonzero(lost)[0]} == wanted["lost"]
-                assert {found.documents[n] for n in np.nonzero(won)[0]} == wanted["won"]
+                assert model.margin[index] == pytest.approx(scores[gold] - best)
+                assert model.choice[index] == int(np.argmax(scores))
+                assert model.score[index] == study.score(document, name, metric)
+            masks = derived.lost_documents(model), derived.won_documents(model)
+            assert tuple(selected(derived, mask) for mask in masks) == study.changed(name, metric)
 
     def test_without_texts_only_what_needs_lengths_is_lost(self, two_tasks):
         study = Study()
-        assert decisions(two_tasks, view(two_tasks)) is None, "nothing is measured"
+        assert derive_decisions(two_tasks, view(two_tasks)) is None, "nothing is measured"
         study.write(two_tasks, texts=False)
-        plain = decisions(two_tasks, view(two_tasks, "acc"))
-        assert plain.reasons == {"texts": "what the documents say is not kept here"}
-        assert not np.isnan(plain.baseline.margin).any()
-        divided = decisions(two_tasks, view(two_tasks, "acc_norm"))
+        undivided = derive_decisions(two_tasks, view(two_tasks, "acc"))
+        assert undivided.reasons == {"texts": "the texts of the documents are not stored"}
+        assert not np.isnan(undivided.baseline.margin).any()
+        divided = derive_decisions(two_tasks, view(two_tasks, "acc_norm"))
         assert np.isnan(divided.baseline.margin).all()
         assert divided.reasons["margin"] == (
-            "acc_norm divides by the lengths of options, which are not known of 49 documents"
+            "acc_norm divides by the lengths of options, which are unknown for 49 documents"
         )
 
     def test_open_answers_have_no_options(self, two_tasks):
         study = Study(open_answers=True)
         study.write(two_tasks)
-        found = decisions(two_tasks, view(two_tasks))
-        assert found.options == 0
-        assert np.isnan(found.gold).all()
-        assert "stands for it" in found.reasons["margin"]
-        for number, place in enumerate(found.documents):
-            assert found.baseline.margin[number] == study.answers[(*place, "baseline")][0]
+        derived = derive_decisions(two_tasks, view(two_tasks))
+        assert derived.options == 0
+        assert np.isnan(derived.gold).all()
+        assert "stands for it" in derived.reasons["margin"]
+        for index, document in enumerate(derived.documents):
+            assert derived.baseline.margin[index] == study.answers[(*document, "baseline")][0]
 
     def test_a_loss_is_lost_where_it_grows(self, cell_of):
         store = cell_of(SIZES, METRICS, task={"higher_is_better": {"acc": False}})
         study = Study()
         study.write(store)
-        found = decisions(store, view(store))
-        (_, first), *_ = found.runs
-        wanted = changed(study, "acc", "layer:0")
-        assert {found.documents[n] for n in np.nonzero(found.lost(first))[0]} == wanted["won"]
-        assert not found.binary
-        assert decisions_record(found).both == ()
+        derived = derive_decisions(store, view(store))
+        (_, model), *_ = derived.runs
+        _, won = study.changed("layer:0")
+        assert selected(derived, derived.lost_documents(model)) == won
+        assert not derived.binary
+        assert decisions_record(derived).both == ()
 
 
 class TestRecord:
     @pytest.fixture
-    def found(self, two_tasks) -> Decisions:
+    def decisions(self, two_tasks) -> Decisions:
         self.study = Study()
         self.study.write(two_tasks)
-        return decisions(two_tasks, view(two_tasks))
+        return derive_decisions(two_tasks, view(two_tasks))
 
-    def test_it_counts_all_and_names_those_whose_margin_changes_most(self, found):
-        record = decisions_record(found, shown=3)
+    def test_it_counts_all_and_names_those_whose_margin_changes_most(self, decisions):
+        record, study = decisions_record(decisions, max_shown=3), self.study
         assert record.n == 49
-        right = [p for p in self.study.texts if self.study.score(p, "baseline", "acc")]
-        assert record.right == len(right)
-        for run, (_, decided) in zip(record.runs, found.runs, strict=True):
-            wanted = changed(self.study, "acc", f"layer:{run.run.layer}")
-            assert (run.lost, run.won) == (len(wanted["lost"]), len(wanted["won"]))
-            place = {p: n for n, p in enumerate(found.documents)}
-            change = decided.margin - found.baseline.margin
-            lost, won = run.named[: run.named_lost], run.named[run.named_lost :]
-            for named, kind, sign in ((lost, "lost", 1), (won, "won", -1)):
-                shown = [record.documents[one.document] for one in named]
-                truth = sorted(wanted[kind], key=lambda p: sign * change[place[p]])[:3]
-                assert [(one.task, one.doc) for one in shown] == truth
-                for one, doc in zip(named, shown, strict=True):
-                    number = place[doc.task, doc.doc]
-                    assert doc.question == self.study.texts[doc.task, doc.doc].question
-                    assert doc.choices == self.study.texts[doc.task, doc.doc].choices
-                    assert doc.gold == self.study.gold[doc.task, doc.doc]
-                    assert one.choice == decided.choice[number]
-                    assert one.margin == pytest.approx(decided.margin[number], rel=1e-3)
-                    assert doc.margin == pytest.approx(found.baseline.margin[number], rel=1e-3)
+        assert record.right == sum(study.score(key, "baseline", "acc") for key in study.texts)
+        indexes = {key: index for index, key in enumerate(decisions.documents)}
+        for run, (_, model) in zip(record.runs, decisions.runs, strict=True):
+            lost, won = study.changed(f"layer:{run.run.layer}")
+            assert (run.lost, run.won) == (len(lost), len(won))
+            change = model.margin - decisions.baseline.margin
+            halves = (lost, 1, run.named[: run.named_lost]), (won, -1, run.named[run.named_lost :])
+            for keys, sign, entries in halves:
+                documents = [record.documents[entry.document] for entry in entries]
+                largest = sorted(keys, key=lambda key: sign * change[indexes[key]])[:3]
+                assert [(entry.task, entry.doc) for entry in documents] == largest
+                for entry, document, key in zip(entries, documents, largest, strict=True):
+                    index, text = indexes[key], study.texts[key]
+                    assert (document.question, document.choices) == (text.question, text.choices)
+                    assert document.gold == study.gold[key]
+                    assert entry.choice == model.choice[index]
+                    assert entry.margin == pytest.approx(model.margin[index], rel=1e-3)
+                    margin = decisions.baseline.margin[index]
+                    assert document.margin == pytest.approx(margin, rel=1e-3)
 
-    def test_options_margins_and_what_two_layers_lose_are_of_all_documents(self, found):
-        record = decisions_record(found, shown=1)
-        for shares, taken in (
-            (record.options, found.baseline.choice.tolist()),
+    def test_options_margins_and_what_two_layers_lose_are_of_all_documents(self, decisions):
+        record = decisions_record(decisions, max_shown=1)
+        for shares, options in (
+            (record.options, decisions.baseline.choice.tolist()),
             (record.gold, list(self.study.gold.values())),
         ):
-            assert shares == pytest.approx([taken.count(option) / 49 for option in range(5)])
-        quartiles = np.quantile(found.baseline.margin, (0.25, 0.5, 0.75))
+            assert shares == pytest.approx([options.count(option) / 49 for option in range(5)])
+        quartiles = np.quantile(decisions.baseline.margin, (0.25, 0.5, 0.75))
         assert record.margins == pytest.approx(quartiles)
-        lost = [changed(self.study, "acc", f"layer:{layer}")["lost"] for layer in range(LAYERS)]
+        lost_sets = [self.study.changed(name)[0] for name in NAMES[1:]]
         assert record.compared == tuple(range(LAYERS))
-        assert record.both == tuple(tuple(len(a & b) for b in lost) for a in lost)
+        assert record.both == tuple(tuple(len(a & b) for b in lost_sets) for a in lost_sets)
 
     def test_long_questions_lack_their_middle(self, two_tasks):
         study = Study()
-        study.texts = {
-            place: DocumentText("a" * 999 + "b" * 999, text.choices)
-            for place, text in study.texts.items()
-        }
+        for key, text in study.texts.items():
+            study.texts[key] = DocumentText("a" * 999 + "b" * 999, text.choices)
         study.write(two_tasks)
-        record = decisions_record(decisions(two_tasks, view(two_tasks)))
-        assert {one.question for one in record.documents} == {f"{'a' * 150} … {'b' * 150}"}
+        record = decisions_record(derive_decisions(two_tasks, view(two_tasks)))
+        shortened = f"{'a' * 150} … {'b' * 150}"
+        assert {document.question for document in record.documents} == {shortened}
 
-    def test_it_survives_its_json_and_without_texts_nobodys_words_are_left(self, found):
-        record = decisions_record(found)
+    def test_it_survives_its_json_and_without_texts_nobodys_words_are_left(self, decisions):
+        record = decisions_record(decisions)
         assert DecisionsRecord.model_validate_json(record.model_dump_json()) == record
-        quiet = record.without_texts()
-        text = quiet.model_dump_json()
+        redacted = record.without_texts()
+        text = redacted.model_dump_json()
         assert "geography 1" not in text
         assert "xx" not in text
-        assert "--publish-documents" in quiet.reasons["texts"]
-        assert [run.lost for run in quiet.runs] == [run.lost for run in record.runs]
+        assert "--publish-documents" in redacted.reasons["texts"]
+        assert [run.lost for run in redacted.runs] == [run.lost for run in record.runs]

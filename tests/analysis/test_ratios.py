@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.helpers.stored_cells import asks, cell_record, row, write_all
+from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.tasks import aggregate
 from tracker.core.records import CellRecord
@@ -31,16 +31,16 @@ Texts = dict[str, dict[str, np.ndarray]]
 
 def make_texts(sizes: dict[str, int]) -> dict[str, Texts]:
     """Per task: `units`, and per ablation `hits` and `windows` (log-likelihoods), seeded."""
-    draw = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     tasks = {}
     for task, size in sizes.items():
-        units = draw.integers(5, 400, size=size).astype(float)
+        units = rng.integers(5, 400, size=size).astype(float)
         texts: Texts = {"all": {"units": units}}
         for number, name in enumerate(NAMES):
             rate = 0.6 if name == "baseline" else 0.1 * number
             texts[name] = {
-                "hits": draw.binomial(units.astype(int), rate).astype(float),
-                "windows": -units[:, None] * draw.uniform(0.5, 3 - rate, size=(size, 3)),
+                "hits": rng.binomial(units.astype(int), rate).astype(float),
+                "windows": -units[:, None] * rng.uniform(0.5, 3 - rate, size=(size, 3)),
             }
         tasks[task] = texts
     return tasks
@@ -54,9 +54,9 @@ def pairs(texts: Texts, name: str, metric: str) -> list[tuple[float, float]]:
 
 
 def ratio(texts: Texts, name: str, metric: str) -> float:
-    found = pairs(texts, name, metric)
+    sums = pairs(texts, name, metric)
     scale = {"bits_per_byte": -1 / math.log(2)}.get(metric, 1.0)
-    return scale * sum(s for s, _ in found) / sum(u for _, u in found)
+    return scale * sum(s for s, _ in sums) / sum(u for _, u in sums)
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def record_of(cell_of) -> Callable[..., CellRecord]:
         **changes: Any,
     ) -> CellRecord:
         sizes = {task: len(texts["all"]["units"]) for task, texts in tasks.items()}
-        better = {"higher_is_better": {name: better for name, (_, better) in KINDS.items()}}
-        how = {name: how for name, (how, _) in KINDS.items()}
-        cell, rows = cell_of(sizes, how, task=better, **changes), []
+        aggregations = {name: aggregation for name, (aggregation, _) in KINDS.items()}
+        better = {"higher_is_better": {name: is_better for name, (_, is_better) in KINDS.items()}}
+        cell, rows = cell_of(sizes, aggregations, task=better, **changes), []
         for task, texts in tasks.items():
             for (index, units), name in product(enumerate(texts["all"]["units"]), NAMES):
                 metrics: dict[str, str | None] = {
@@ -80,13 +80,14 @@ def record_of(cell_of) -> Callable[..., CellRecord]:
                 }
                 if undefined == (name, index):
                     metrics = dict.fromkeys(KINDS)
-                draw = np.random.default_rng(index)
-                sums = (units * draw.uniform(0.1, 0.9, size=(3, LAYERS))).tolist()
-                about = {"gold": None, "choices": 0, "rolling": True, "proxies": (int(units), sums)}
-                said = texts[name]["windows"][index]
-                rows.append(row(index, name, task, metrics=metrics, said=said, **about))
-        write_all(cell, rows)
-        return cell_record(cell, asks(), metric, aggregate)
+                rng = np.random.default_rng(index)
+                sums = (units * rng.uniform(0.1, 0.9, size=(3, LAYERS))).tolist()
+                fields = {"gold": None, "choices": 0, "rolling": True}
+                fields |= {"proxies": (int(units), sums), "metrics": metrics}
+                windows = texts[name]["windows"][index]
+                rows.append(make_row(index, name, task, loglikelihoods=windows, **fields))
+        write_rows_to_blocks(cell, rows)
+        return cell_record(cell, layer_request(), metric, aggregate)
 
     return record_of
 
@@ -95,12 +96,12 @@ def record_of(cell_of) -> Callable[..., CellRecord]:
 def test_every_figure_of_one_task(record_of, metric):
     texts = make_texts({"notes": 50})["notes"]
     record = record_of({"notes": texts}, metric)
-    better = KINDS[metric][1]
-    why = None if better else f"{metric} is no accuracy"
-    before = ratio(texts, "baseline", metric)
-    assert record.higher_is_better is better
-    assert record.baseline.value == pytest.approx(before, rel=1e-12)
-    assert record.baseline.low < before < record.baseline.high
+    is_better = KINDS[metric][1]
+    reason = None if is_better else f"{metric} is no accuracy"
+    intact = ratio(texts, "baseline", metric)
+    assert record.higher_is_better is is_better
+    assert record.baseline.value == pytest.approx(intact, rel=1e-12)
+    assert record.baseline.low < intact < record.baseline.high
     assert record.baseline_metrics == pytest.approx(
         {
             **{name: ratio(texts, "baseline", name) for name in ("acc", "loss", "bits_per_byte")},
@@ -108,22 +109,22 @@ def test_every_figure_of_one_task(record_of, metric):
         }
     )
     for layer in record.runs:
-        after = ratio(texts, layer.ablation, metric)
-        drop = before - after if better else after - before
-        assert layer.accuracy == pytest.approx(after, rel=1e-12)
+        ablated = ratio(texts, layer.ablation, metric)
+        drop = intact - ablated if is_better else ablated - intact
+        assert layer.accuracy == pytest.approx(ablated, rel=1e-12)
         assert layer.drop.value == pytest.approx(drop, rel=1e-9)
         assert layer.drop.low < drop < layer.drop.high
         assert layer.drop.p_value is None
         assert layer.reasons["mcnemar_p"] == "the outcomes are not all right or wrong"
-        lost = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
+        falls = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
         # Log-likelihoods are kept in single precision.
-        assert layer.gold_drop.value == pytest.approx(lost.mean(), rel=1e-5)
+        assert layer.gold_drop.value == pytest.approx(falls.mean(), rel=1e-5)
         assert "gold_logprob_drop" not in layer.reasons
-        relevance = pytest.approx(1 - after / before) if better else None
+        relevance = pytest.approx(1 - ablated / intact) if is_better else None
         assert layer.accuracy_relevance == relevance
-        assert layer.reasons.get("accuracy_relevance") == why
-    assert record.chance_accuracy == (0 if better else None)
-    assert record.reasons == ({} if better else {"chance_accuracy": why})
+        assert layer.reasons.get("accuracy_relevance") == reason
+    assert record.chance_accuracy == (0 if is_better else None)
+    assert record.reasons == ({} if is_better else {"chance_accuracy": reason})
 
 
 def test_the_interval_is_that_of_a_ratio_estimator(record_of):
@@ -132,15 +133,16 @@ def test_the_interval_is_that_of_a_ratio_estimator(record_of):
     record = record_of({"notes": texts}, "bits_per_byte")
     units = texts["all"]["units"]
     for layer in record.runs:
-        gain = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
-        gain /= math.log(2)
-        value = gain.sum() / units.sum()
+        losses = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
+        losses /= math.log(2)
+        value = losses.sum() / units.sum()
         share = units / units.sum()
-        error = math.sqrt(((gain - value * units) ** 2).sum() / (1 - share @ share)) / units.sum()
-        half = stats.t.ppf(0.975, 1 / (share @ share) - 1) * error
+        standard_error = (
+            math.sqrt(((losses - value * units) ** 2).sum() / (1 - share @ share)) / units.sum()
+        )
+        half_width = stats.t.ppf(0.975, 1 / (share @ share) - 1) * standard_error
         assert layer.drop.value == pytest.approx(value)
-        assert layer.drop.low == pytest.approx(value - half)
-        assert layer.drop.high == pytest.approx(value + half)
+        assert layer.drop.bounds == pytest.approx((value - half_width, value + half_width))
 
 
 @pytest.mark.parametrize("by_size", [True, False])
@@ -170,18 +172,18 @@ WEIGHTS = np.array([0.1, 0.2, 0.3, 0.4])
 
 
 def test_right_and_wrong_are_tested_as_such_of_a_loss_too():
-    before, after = np.array([0.0] * 8), np.array([[1.0]] * 6 + [[0.0]] * 2)
-    even = np.full(8, 1 / 8)
-    paired = PairedOutcomes(before, after, even, higher_is_better=False)
+    intact, ablated = np.array([0.0] * 8), np.array([[1.0]] * 6 + [[0.0]] * 2)
+    weights = np.full(8, 1 / 8)
+    paired = PairedOutcomes(intact, ablated, weights, higher_is_better=False)
     assert paired.drop(0).p_value == 2 / 2**6
-    assert paired.drop(0) == accuracy_drop(after[:, 0], before, even)
+    assert paired.drop(0) == accuracy_drop(ablated[:, 0], intact, weights)
     assert paired.drop_sd(0).value == pytest.approx(np.std(paired.drops, ddof=1))
 
 
 def test_a_document_without_an_outcome_has_no_drop_and_leaves_no_estimate():
-    before = np.array([1.0, math.nan, 1.0, 0.0])
-    after = np.array([[1.0, 0.0], [0.0, 0.0], [math.nan, 0.0], [0.0, 0.0]])
-    paired = PairedOutcomes(before, after, WEIGHTS)
+    intact = np.array([1.0, math.nan, 1.0, 0.0])
+    ablated = np.array([[1.0, 0.0], [0.0, 0.0], [math.nan, 0.0], [0.0, 0.0]])
+    paired = PairedOutcomes(intact, ablated, WEIGHTS)
     assert np.isnan(paired.drops).tolist() == [[0, 0], [1, 1], [1, 0], [0, 0]]
     assert paired.drop(0).value is None
     assert paired.drop(0).reason == "2 of 4 documents have no finite score"

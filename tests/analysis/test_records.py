@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,32 @@ import pytest
 from scipy import stats
 
 import tracker
-from tests.helpers.stored_cells import asks, cell_record, row, write_all
+from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.analysis import records, runs
 from tracker.analysis.paired import outcome_variance
 from tracker.core.proxies import OBSERVED, Proxy, relative_update
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import COMPARED
+from tracker.ledger.outcomes import COMPARED_COLUMNS
 from tracker.measuring.derive import DERIVED_BY
 from tracker.stats.accuracy import OutcomeVariance
 
 LAYERS = 8
-EVERY_LAYER = asks(*range(LAYERS))
+EVERY_LAYER = layer_request(*range(LAYERS))
 Z = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
+SCIPY = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}
 METRICS = {"acc": "mean", "acc_norm": "mean", "f1": "agreement", "own": "a_function_of_the_task"}
 
 
-def aggregate(how: str, values: Sequence[float | str]) -> float | None:
-    """Stands in for lm-eval's: a mean, a function of pairs, and one that only lm-eval can call."""
-    if how == "mean":
+def aggregate(aggregation: str, values: Sequence[float | str]) -> float | None:
+    """Replace lm-eval's: a mean, a function of pairs, and one that only lm-eval can call."""
+    if aggregation == "mean":
         return sum(values) / len(values)
-    if how == "agreement":
+    if aggregation == "agreement":
         pairs = [json.loads(value) for value in values]
-        return sum(gold == said for gold, said in pairs) / len(pairs)
+        return sum(gold == answer for gold, answer in pairs) / len(pairs)
     return None
 
 
@@ -57,32 +59,33 @@ class Item:
     loglikelihoods: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
 
+    def accuracy(self, ablation: str) -> float:
+        return self.metrics[ablation]["acc"]
+
 
 def make_items(sizes: dict[str, int], layers: Sequence[int] = range(LAYERS)) -> list[Item]:
     """Make documents in which later layers matter less, with a fixed seed."""
-    draw = np.random.default_rng(7)
+    rng = np.random.default_rng(7)
     items = []
-    for task, size in sizes.items():
-        for index in range(size):
-            choices = int(draw.integers(2, 6))
-            gold = int(draw.integers(choices))
-            tokens = int(draw.integers(3, 30))
-            per_token = draw.uniform(0.2, 0.9, size=(tokens, 3, LAYERS)) * np.linspace(
-                0.5, 1, LAYERS
-            )
-            item = Item(task, index, choices, gold, tokens, per_token.sum(axis=0))
-            for name in ["baseline", *(f"layer:{layer}" for layer in layers)]:
-                skill = 0.9 if name == "baseline" else 0.3 + 0.06 * int(name.split(":")[1])
-                right = draw.random() < skill
-                said = gold if right else (gold + 1) % choices
-                item.loglikelihoods[name] = list(draw.uniform(-9, -1, size=choices))
-                item.metrics[name] = {
-                    "acc": float(right),
-                    "acc_norm": float(draw.random() < skill),
-                    "f1": json.dumps([gold, said]),
-                    "own": float(right),
-                }
-            items.append(item)
+    for task, index in ((task, index) for task, size in sizes.items() for index in range(size)):
+        choices = int(rng.integers(2, 6))
+        gold = int(rng.integers(choices))
+        tokens = int(rng.integers(3, 30))
+        scale = np.linspace(0.5, 1, LAYERS)
+        sums = (rng.uniform(0.2, 0.9, size=(tokens, 3, LAYERS)) * scale).sum(axis=0)
+        item = Item(task, index, choices, gold, tokens, sums)
+        for name in ["baseline", *(f"layer:{layer}" for layer in layers)]:
+            skill = 0.9 if name == "baseline" else 0.3 + 0.06 * int(name.split(":")[1])
+            is_right = rng.random() < skill
+            answer = gold if is_right else (gold + 1) % choices
+            item.loglikelihoods[name] = list(rng.uniform(-9, -1, size=choices))
+            item.metrics[name] = {
+                "acc": float(is_right),
+                "acc_norm": float(rng.random() < skill),
+                "f1": json.dumps([gold, answer]),
+                "own": float(is_right),
+            }
+        items.append(item)
     return items
 
 
@@ -94,17 +97,17 @@ def store(cell_of) -> Callable[..., CellStore]:
         sizes = sizes or dict(Counter(item.task for item in items))
         cell = cell_of(sizes, METRICS, {"layers": LAYERS}, **changes)
         rows = [
-            row(
+            make_row(
                 *(item.index, name, item.task),
                 metrics=metrics,
-                said=item.loglikelihoods[name],
+                loglikelihoods=item.loglikelihoods[name],
                 gold=item.gold,
                 proxies=(item.tokens, item.sums.tolist()),
             )
             for item in items
             for name, metrics in item.metrics.items()
         ]
-        write_all(cell, rows)
+        write_rows_to_blocks(cell, rows)
         return cell
 
     return store
@@ -121,7 +124,7 @@ def record_of(store) -> Callable[..., CellRecord]:
         metric: str = "acc",
         **changes: Any,
     ) -> CellRecord:
-        request = asks(*layers, limit=limit)
+        request = layer_request(*layers, limit=limit)
         return cell_record(store(items, **changes), request, metric, aggregate)
 
     return record_of
@@ -144,8 +147,8 @@ def naive_metric(items: list[Item], by_size: bool, ablation: str, name: str) -> 
         return naive_mean(items, by_size, lambda item: item.metrics[ablation][name])
 
     def agrees(item: Item) -> float:
-        gold, said = json.loads(item.metrics[ablation][name])
-        return float(gold == said)
+        gold, answer = json.loads(item.metrics[ablation][name])
+        return float(gold == answer)
 
     # The agreement is a mean too, so its average over tasks is the same mean.
     return naive_mean(items, by_size, agrees)
@@ -159,49 +162,49 @@ def naive_proxy(items: list[Item], number: int, layer: int) -> float:
 def check(record: CellRecord, items: list[Item], by_size: bool, layers: Sequence[int]) -> None:
     """Compare every figure of a record with its naive computation."""
     n = len(items)
-    correct = naive_mean(items, by_size, lambda item: item.metrics["baseline"]["acc"])
+    baseline = naive_mean(items, by_size, lambda item: item.accuracy("baseline"))
     chance = naive_mean(items, by_size, lambda item: 1 / item.choices)
     assert record.n == n
     assert record.metric == "acc"
     assert record.tokens == sum(item.tokens for item in items)
-    assert record.baseline.value == pytest.approx(correct)
-    assert record.baseline.low < correct < record.baseline.high
+    assert record.baseline.value == pytest.approx(baseline)
+    assert record.baseline.low < baseline < record.baseline.high
     assert record.chance_accuracy == pytest.approx(chance)
     assert record.baseline_metrics == {
         name: pytest.approx(naive_metric(items, by_size, "baseline", name)) for name in METRICS
     }
     assert [layer.change.layer for layer in record.runs] == list(layers)
     for layer in record.runs:
-        check_layer(layer, items, by_size, correct, chance)
+        check_layer(layer, items, by_size, baseline, chance)
 
 
 def check_layer(
-    record: RunRecord, items: list[Item], by_size: bool, correct: float, chance: float
+    record: RunRecord, items: list[Item], by_size: bool, baseline: float, chance: float
 ) -> None:
     name = f"layer:{record.change.layer}"
-    ablated = naive_mean(items, by_size, lambda item: item.metrics[name]["acc"])
-    lost = sum(i.metrics["baseline"]["acc"] > i.metrics[name]["acc"] for i in items)
-    won = sum(i.metrics["baseline"]["acc"] < i.metrics[name]["acc"] for i in items)
-    tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1)) / 2 ** (lost + won)
+    ablated = naive_mean(items, by_size, lambda item: item.accuracy(name))
+    changes = [i.accuracy("baseline") - i.accuracy(name) for i in items]
+    n_lost, n_won = changes.count(1), changes.count(-1)
+    n = n_lost + n_won
+    tail = sum(math.comb(n, k) for k in range(min(n_lost, n_won) + 1)) / 2**n
     assert record.ablation == name
     assert record.n == len(items)
     assert record.accuracy == pytest.approx(ablated)
-    assert record.drop.value == pytest.approx(correct - ablated)
+    assert record.drop.value == pytest.approx(baseline - ablated)
     assert record.drop.low < record.drop.value < record.drop.high
     assert record.drop.p_value == pytest.approx(min(1, 2 * tail))
-    assert record.accuracy_relevance == pytest.approx(
-        1 - max(ablated - chance, 0) / (correct - chance)
-    )
+    relevance = 1 - max(ablated - chance, 0) / (baseline - chance)
+    assert record.accuracy_relevance == pytest.approx(relevance)
     cosine, angle, update = (naive_proxy(items, number, record.change.layer) for number in range(3))
     assert record.cosine_similarity == pytest.approx(cosine)
     assert record.cosine_score == pytest.approx(1 - cosine)
     assert record.angular_distance == pytest.approx(angle)
     assert record.relative_update == pytest.approx(update)
-    gold = naive_mean(
-        items,
-        by_size,
-        lambda i: i.loglikelihoods["baseline"][i.gold] - i.loglikelihoods[name][i.gold],
-    )
+
+    def gold_drop(item: Item) -> float:
+        return item.loglikelihoods["baseline"][item.gold] - item.loglikelihoods[name][item.gold]
+
+    gold = naive_mean(items, by_size, gold_drop)
     # Log-likelihoods are kept in single precision.
     assert record.gold_drop.value == pytest.approx(gold, abs=1e-5)
     assert record.metrics == {
@@ -230,23 +233,17 @@ def test_the_intervals_of_a_single_task(record_of):
     items = make_items({"arc_easy": 70})
     record = record_of(items)
     n, p = 70, record.baseline.value
-    middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    assert record.baseline.low == pytest.approx(middle - half)
-    assert record.baseline.high == pytest.approx(middle + half)
-    for layer in record.runs:
-        pairs = [
-            (i.metrics["baseline"]["acc"], i.metrics[f"layer:{layer.change.layer}"]["acc"])
-            for i in items
-        ]
-        lost = (pairs.count((1, 0)) + 1) / (n + 2)
-        won = (pairs.count((0, 1)) + 1) / (n + 2)
-        half = Z * math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
-        assert layer.drop.low == pytest.approx(lost - won - half)
-        assert layer.drop.high == pytest.approx(lost - won + half)
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half_width = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    assert record.baseline.bounds == pytest.approx((centre - half_width, centre + half_width))
+    for run in record.runs:
+        changes = [i.accuracy("baseline") - i.accuracy(run.ablation) for i in items]
+        lost, won = ((changes.count(sign) + 1) / (n + 2) for sign in (1, -1))
+        half_width = Z * math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
+        assert run.drop.bounds == pytest.approx((lost - won - half_width, lost - won + half_width))
         # The share that changes is all that a smaller drop depends on.
-        changed = sum(before != after for before, after in pairs) / n
-        assert outcome_variance(layer) == OutcomeVariance(pytest.approx(changed), binary=True)
+        share = pytest.approx(np.count_nonzero(changes) / n)
+        assert outcome_variance(run) == OutcomeVariance(share, binary=True)
 
 
 @pytest.mark.parametrize("by_size", [True, False])
@@ -254,8 +251,8 @@ def test_every_figure_of_a_group(record_of, by_size):
     items = make_items({"z/first": 37, "a::second": 5, "m": 64})
     check(record_of(items, name="group", weight_by_size=by_size), items, by_size, range(LAYERS))
     for name in ("acc", "f1"):
-        both = [naive_metric(items, each, "layer:1", name) for each in (True, False)]
-        assert both[0] != pytest.approx(both[1]), "else nothing would tell them apart"
+        weighted, plain = (naive_metric(items, size, "layer:1", name) for size in (True, False))
+        assert weighted != pytest.approx(plain), "else nothing would tell them apart"
     without_score(items, "layer:1")
     broken = record_of(items, name="other", weight_by_size=by_size).runs[1]
     assert broken.accuracy is broken.metrics["acc"] is None
@@ -265,18 +262,17 @@ def test_every_figure_of_a_group(record_of, by_size):
 def test_a_limit_below_what_is_measured(record_of, limit):
     items = make_items({"a": 40, "b": 12})
     record = record_of(items, limit=limit, name="group")
-    shown = [item for item in items if item.index < limit]
-    assert record.n == len(shown) == min(limit, 40) + min(limit, 12)
+    shown_items = [item for item in items if item.index < limit]
+    assert record.n == len(shown_items) == min(limit, 40) + min(limit, 12)
     assert record.unfinished is None
-    assert record.baseline.value == pytest.approx(
-        naive_mean(shown, True, lambda item: item.metrics["baseline"]["acc"])
-    )
+    expected = naive_mean(shown_items, True, lambda item: item.accuracy("baseline"))
+    assert record.baseline.value == pytest.approx(expected)
     if limit > 1:
-        check(record, shown, True, range(LAYERS))
+        check(record, shown_items, True, range(LAYERS))
 
 
 @pytest.mark.parametrize(
-    ("measured", "asked", "shown", "missing"),
+    ("layers", "requested", "shown", "missing"),
     [
         (range(LAYERS), [2, 5], [2, 5], []),
         ([0, 1, 2, 4], range(LAYERS), [0, 1, 2, 4], [3, 5, 6, 7]),
@@ -284,13 +280,14 @@ def test_a_limit_below_what_is_measured(record_of, limit):
     ],
 )
 def test_the_layers_that_were_asked_for_and_are_measured(
-    record_of, measured, asked, shown, missing
+    record_of, layers, requested, shown, missing
 ):
-    items = make_items({"arc_easy": 40}, layers=measured)
-    record = record_of(items, asked)
+    items = make_items({"arc_easy": 40}, layers=layers)
+    record = record_of(items, requested)
     check(record, items, True, shown)
     assert [run.layer for run in record.missing] == missing
-    assert {found.n for found in record.correlations if found.subset == "all"} == {len(shown)} - {0}
+    counts = {c.n for c in record.correlations if c.subset == "all"}
+    assert counts == {len(shown)} - {0}
 
 
 def test_a_layer_on_fewer_documents_narrows_all(store):
@@ -300,13 +297,13 @@ def test_a_layer_on_fewer_documents_narrows_all(store):
         if item.task == "a" and item.index in (0, 39):
             del item.metrics["layer:3"]
     cell = store(items, name="group", weight_by_size=False)
-    shared = [item for item in items if "layer:3" in item.metrics]
+    shared_items = [item for item in items if "layer:3" in item.metrics]
     record = cell_record(cell, EVERY_LAYER, "acc", aggregate)
-    assert len(shared) == 50
-    check(record, shared, False, range(LAYERS))
+    assert len(shared_items) == 50
+    check(record, shared_items, False, range(LAYERS))
     assert record.unfinished == "50 of 52 documents are measured so far"
     # A layer that is not shown does not narrow.
-    check(cell_record(cell, asks(0, 1), "acc", aggregate), items, False, [0, 1])
+    check(cell_record(cell, layer_request(0, 1), "acc", aggregate), items, False, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -370,9 +367,8 @@ def test_a_baseline_without_a_finite_score(record_of):
     assert "1 of 40 documents" in record.baseline.reason
     assert set(record.baseline_metrics.values()) == {None}
     for layer in record.runs:
-        assert layer.accuracy == pytest.approx(
-            naive_metric(items, True, f"layer:{layer.change.layer}", "acc")
-        )
+        expected = naive_metric(items, True, layer.ablation, "acc")
+        assert layer.accuracy == pytest.approx(expected)
         for name in DROPS:
             assert layer.figure(name) is None
             assert layer.all_reasons[name]
@@ -385,61 +381,65 @@ def test_a_document_without_a_gold_answer(record_of):
     for layer in record.runs:
         assert layer.accuracy is not None
         assert layer.gold_drop.value is None
-        assert layer.gold_drop.reason == "1 of 10 documents have no finite gold score"
+        assert layer.gold_drop.reason == "1 of 10 documents has no finite gold score"
 
 
 def test_a_hidden_state_that_is_not_finite(record_of):
     items = make_items({"arc_easy": 10})
     items[4].sums[:, 6] = math.nan
     record = record_of(items)
-    said = "a hidden state of a baseline token is not finite or is zero"
+    reason = "a hidden state of a baseline token is not finite or is zero"
     for name in ("cosine_similarity", "cosine_score", "angular_distance", "relative_update"):
-        assert (getattr(record.runs[6], name), record.runs[6].reasons[name]) == (None, said)
+        assert (getattr(record.runs[6], name), record.runs[6].reasons[name]) == (None, reason)
         assert getattr(record.runs[5], name) is not None
 
 
 def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(record_of, monkeypatch):
     """Shards from before there was the proxy lack its column."""
-    later = Proxy("later", "later", "ratio", observe=relative_update)
+    proxy = Proxy("later", "later", "ratio", observe=relative_update)
     for module in (records, runs):
-        monkeypatch.setattr(module, "OBSERVED", (*OBSERVED, later))
+        monkeypatch.setattr(module, "OBSERVED", (*OBSERVED, proxy))
     record = record_of(make_items({"arc_easy": 10}))
-    said = "not observed when 10 of 10 documents were measured"
-    assert all(run.figure("later") is None and run.reasons["later"] == said for run in record.runs)
-    correlations = [one for one in record.correlations if one.proxy == "later"]
-    assert [(one.estimate.value, one.estimate.reason) for one in correlations] == [(None, said)] * 6
+    reason = "not observed when 10 of 10 documents were measured"
+    for run in record.runs:
+        assert (run.figure("later"), run.reasons["later"]) == (None, reason)
+    estimates = [c.estimate for c in record.correlations if c.proxy == "later"]
+    assert [(estimate.value, estimate.reason) for estimate in estimates] == [(None, reason)] * 6
     assert all(run.cosine_score is not None for run in record.runs)
 
 
 def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell):
     """Most outcomes are not."""
+    checks = {
+        (0, "baseline"): (2, 0.25, 1),
+        (3, "layer:0"): (5, 0.125, 0),
+        (2, "layer:1"): (9, 9.0, 9),  # is not shown
+    }
     names = ("baseline", "layer:0", "layer:1")
-    compared = {(0, "baseline"): (2, 0.25, 1), (3, "layer:0"): (5, 0.125, 0)}
-    hidden = {(2, "layer:1"): (9, 9.0, 9)}
-    rows = [row(doc, name) for doc in range(4) for name in names]
+    rows = [make_row(doc, name) for doc in range(4) for name in names]
     cell.write(Block("arc_easy", 0), rows[: 3 * 2], {})
-    record = cell_record(cell, asks(0, limit=4))
+    record = cell_record(cell, layer_request(0, limit=4))
     assert (record.compared, record.compared_difference, record.compared_unsteady) == (0, None, 0)
-    for each in rows:
-        known = (compared | hidden).get((each["doc"], each["ablation"]), (None,) * 3)
-        each.update(zip(COMPARED, known, strict=True))
+    for row in rows:
+        values = checks.get((row["doc"], row["ablation"]), (None,) * 3)
+        row.update(zip(COMPARED_COLUMNS, values, strict=True))
     for path in cell.shards():
         path.unlink()
     cell.write(Block("arc_easy", 0), rows, {})
-    record = cell_record(cell, asks(0, limit=4))
+    record = cell_record(cell, layer_request(0, limit=4))
     assert (record.compared, record.compared_difference, record.compared_unsteady) == (7, 0.25, 1)
 
 
 def test_what_lies_beneath_is_weighted_as_all_else(cell_of):
     """Of a group whose tasks count alike: one document of the small one is as much as three."""
     cell = cell_of({"a": 3, "b": 1}, METRICS, weight_by_size=False)
-    for task, size in (("a", 3), ("b", 1)):
-        names = ("baseline", "layer:1", "layers:0,1")
-        rows = [row(doc, name, task, float(task == "a")) for doc in range(size) for name in names]
+    for task, documents in (("a", range(3)), ("b", range(1))):
+        keys = product(documents, ("baseline", "layer:1", "layers:0,1"))
+        rows = [make_row(doc, name, task, float(task == "a")) for doc, name in keys]
         cell.write(Block(task, 0), rows, {})
-    record = cell_record(cell, asks(0, removed=(1,)))
+    record = cell_record(cell, layer_request(0, removed=(1,)))
     assert record.baseline.value == record.remaining.value == 0.5
-    assert cell_record(cell, asks(0, removed=(2,))).remaining.reason == "not measured yet"
+    assert cell_record(cell, layer_request(0, removed=(2,))).remaining.reason == "not measured yet"
 
 
 class TestCorrelations:
@@ -452,32 +452,24 @@ class TestCorrelations:
         return record_of(items, weight_by_size=False)
 
     def test_the_values(self, record, items):
-        before, *after = (
-            naive_metric(items, False, name, "acc")
-            for name in ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))
-        )
-        drops = [before - one for one in after]
-        naive = {
-            "spearman": stats.spearmanr,
-            "kendall": stats.kendalltau,
-            "pearson": stats.pearsonr,
-        }
+        names = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]
+        intact, *ablated = (naive_metric(items, False, name, "acc") for name in names)
+        drops = [intact - accuracy for accuracy in ablated]
         proxies = ("cosine_score", "angular_distance", "relative_update")
-        each = {(c.proxy, c.coefficient, c.subset): c.estimate.value for c in record.correlations}
-        assert len(each) == len(record.correlations) == 3 * 3 * 2
-        pearson = {each[proxy, "pearson", "all"] for proxy in proxies}
+        values = {(c.proxy, c.coefficient, c.subset): c.estimate.value for c in record.correlations}
+        assert len(values) == len(record.correlations) == 3 * 3 * 2
+        pearson = {values[proxy, "pearson", "all"] for proxy in proxies}
         assert len(pearson) == 3, "else the naive values could come from the wrong proxy"
-        for found in record.correlations:
-            number = proxies.index(found.proxy)
-            values = [naive_proxy(items, number, layer) for layer in range(LAYERS)]
-            if found.proxy == "cosine_score":
-                values = [1 - value for value in values]
-            layers = slice(None) if found.subset == "all" else slice(2, LAYERS - 2)
-            expected = naive[found.coefficient](values[layers], drops[layers])[0]
-            assert found.estimate.value == pytest.approx(expected)
-            assert found.n == len(drops[layers])
-            assert found.documents == 52
-            estimate = found.estimate
+        for correlation in record.correlations:
+            number = proxies.index(correlation.proxy)
+            figures = [naive_proxy(items, number, layer) for layer in range(LAYERS)]
+            if correlation.proxy == "cosine_score":
+                figures = [1 - figure for figure in figures]
+            layers = slice(None) if correlation.subset == "all" else slice(2, LAYERS - 2)
+            expected = SCIPY[correlation.coefficient](figures[layers], drops[layers])[0]
+            estimate = correlation.estimate
+            assert estimate.value == pytest.approx(expected)
+            assert (correlation.n, correlation.documents) == (len(drops[layers]), 52)
             assert estimate.low <= estimate.value <= estimate.high
             assert 0 < estimate.p_value <= 1
 
@@ -486,15 +478,15 @@ class TestCorrelations:
         """Where all documents of a task are alike, drawing among them leaves nothing open."""
         items = make_items({"a": 6, "b": 4})
         for item in items:
-            first = item.task == "a"
+            is_first = item.task == "a"
             item.tokens = 10
-            item.sums = np.tile(np.linspace(1, 2 + first, LAYERS), (3, 1))
+            item.sums = np.tile(np.linspace(1, 2 + is_first, LAYERS), (3, 1))
             item.metrics["baseline"]["acc"] = 1.0
             for layer in range(LAYERS):
-                item.metrics[f"layer:{layer}"]["acc"] = float(layer > (4 if first else 2))
-        for found in record_of(items, weight_by_size=by_size).correlations:
-            assert found.estimate.low == pytest.approx(found.estimate.value)
-            assert found.estimate.high == pytest.approx(found.estimate.value)
+                item.metrics[f"layer:{layer}"]["acc"] = float(layer > (4 if is_first else 2))
+        for correlation in record_of(items, weight_by_size=by_size).correlations:
+            estimate = correlation.estimate
+            assert [estimate.low, estimate.high] == pytest.approx([estimate.value] * 2)
 
 
 def test_records_are_derived_anew_when_any_code_that_they_follow_from_changes():

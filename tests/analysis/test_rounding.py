@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.helpers.stored_cells import Row, asks, cell_record, row
+from tests.helpers.stored_cells import Row, cell_record, layer_request, make_row
 from tracker.core.documents import Document, DocumentText
 from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import AGAIN
+from tracker.ledger.outcomes import REPEATED_COLUMN
 from tracker.ledger.texts import text_row
-from tracker.stats.decisions import movement, shift, turning, within
+from tracker.stats.decisions import (
+    count_undecided,
+    flip_probabilities,
+    rounding_movement,
+    rounding_shift,
+)
 
 NAMES = ("baseline", "layer:0")
 DOCUMENTS, TWICE = 30, 6
 METRICS = ("acc", "acc_norm")
 
 
-def count(doc: int) -> int:
+def count_options(doc: int) -> int:
     """Return the number of options of a document."""
     return 3 if doc % 5 == 0 else 4
 
@@ -30,41 +36,39 @@ class Answers:
     """Log-likelihoods of three or four options, twice; one run moves more than the other."""
 
     def __init__(self) -> None:
-        draw = np.random.default_rng(3)
+        rng = np.random.default_rng(3)
         shape = (len(NAMES), DOCUMENTS, 4)
-        self.first = draw.normal(-8, 1, shape).astype(np.float32).astype(float)
-        far = np.array([0.01, 0.05])[:, None, None]
-        self.second = (self.first * (1 + far * draw.normal(size=shape))).astype(np.float32)
+        self.first = rng.normal(-8, 1, shape).astype(np.float32).astype(float)
+        noise = np.array([0.01, 0.05])[:, None, None]
+        self.second = (self.first * (1 + noise * rng.normal(size=shape))).astype(np.float32)
         self.first[:, ::5, 3] = self.second[:, ::5, 3] = np.nan
-        self.gold = draw.integers(3, size=DOCUMENTS)
-        self.words = [tuple("x" * n for n in draw.integers(1, 9, 4)) for _ in range(DOCUMENTS)]
+        self.tables = self.first, self.second
+        self.gold = rng.integers(3, size=DOCUMENTS)
+        self.words = [tuple("x" * n for n in rng.integers(1, 9, 4)) for _ in range(DOCUMENTS)]
 
-    def scores(self, number: int, divided: bool, second: bool = False) -> np.ndarray:
-        found = (self.second if second else self.first)[number].astype(float)
+    def scores(self, model: int, metric: str, is_second: bool = False) -> np.ndarray:
+        table = (self.second if is_second else self.first)[model].astype(float)
         lengths = np.array([[len(word) for word in words] for words in self.words])
-        return found / lengths if divided else found
+        return table / lengths if metric == "acc_norm" else table
 
     def rows(self) -> list[dict[str, Any]]:
-        found = []
-        for number, name in enumerate(NAMES):
-            judged = {
-                metric: np.nanargmax(self.scores(number, metric == "acc_norm"), axis=1) == self.gold
+        rows = []
+        for (model, name), doc in product(enumerate(NAMES), range(DOCUMENTS)):
+            first, second = (table[model, doc, : count_options(doc)] for table in self.tables)
+            metrics = {
+                metric: float(np.nanargmax(self.scores(model, metric)[doc]) == self.gold[doc])
                 for metric in METRICS
             }
-            for doc in range(DOCUMENTS):
-                first, second = (x[number, doc, : count(doc)] for x in (self.first, self.second))
-                metrics = {metric: float(right[doc]) for metric, right in judged.items()}
-                again = second if doc < TWICE else None
-                gold = int(self.gold[doc])
-                found.append(row(doc, name, metrics=metrics, said=first, gold=gold, again=again))
-        return found
+            fields = {"gold": int(self.gold[doc]), "second_lls": second if doc < TWICE else None}
+            rows.append(make_row(doc, name, metrics=metrics, loglikelihoods=first, **fields))
+        return rows
 
     def texts(self) -> list[dict[str, Any]]:
-        said = []
+        rows = []
         for doc, words in enumerate(self.words):
             document = Document("arc_easy", doc, (), None, 0)
-            said.append(text_row(document, DocumentText("?", words[: count(doc)]), True))
-        return said
+            rows.append(text_row(document, DocumentText("?", words[: count_options(doc)]), True))
+        return rows
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def half(cell_of) -> CellStore:
 
 def record_of(store: CellStore, rows: list[dict[str, Any]], metric: str = "acc") -> CellRecord:
     store.write(Block("arc_easy", 0), rows, {})
-    return cell_record(store, asks(0, limit=DOCUMENTS), metric)
+    return cell_record(store, layer_request(0, limit=DOCUMENTS), metric)
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
@@ -87,59 +91,59 @@ def test_each_run_is_held_against_what_moved_in_it(half, answers, metric):
     half.texts.add("arc_easy.0", answers.texts())
     record = record_of(half, answers.rows(), metric)
     weights, chances = np.full(DOCUMENTS, 1 / DOCUMENTS), []
-    for number in range(len(NAMES)):
-        one, other = (answers.scores(number, metric == "acc_norm", second) for second in (0, 1))
-        moved = movement(one[:TWICE], other[:TWICE])
-        chances.append(turning(one, answers.gold.astype(float), moved))
+    for model in range(len(NAMES)):
+        scores, repeated = (answers.scores(model, metric, second) for second in (False, True))
+        movement = rounding_movement(scores[:TWICE], repeated[:TWICE])
+        chances.append(flip_probabilities(scores, answers.gold.astype(float), movement))
     (run,) = record.runs
-    base, mine = chances
-    assert record.baseline_rounded == within(base)
-    assert record.baseline_rounding == pytest.approx(shift(base, weights), rel=1e-5)
-    assert run.rounded == within(mine)
+    baseline, ablated = chances
+    assert record.baseline_rounded == count_undecided(baseline)
+    assert record.baseline_rounding == pytest.approx(rounding_shift(baseline, weights), rel=1e-5)
+    assert run.rounded == count_undecided(ablated)
     assert 0 < record.baseline_rounded < run.rounded < DOCUMENTS
-    both = np.hypot(shift(base, weights), shift(mine, weights))
-    assert run.drop_rounding == pytest.approx(both, rel=1e-5)
+    expected = np.hypot(rounding_shift(baseline, weights), rounding_shift(ablated, weights))
+    assert run.drop_rounding == pytest.approx(expected, rel=1e-5)
     assert not {"rounded", "drop_rounding"} & {*run.reasons, *record.reasons}
 
 
-def refused(record: CellRecord) -> str:
-    """Why nothing is said, which is the same for the cell and its run."""
+def missing_reason(record: CellRecord) -> str:
+    """Return why no rounding is known, which is the same for the cell and its run."""
     (run,) = record.runs
     figures = (record.baseline_rounded, record.baseline_rounding, run.rounded, run.drop_rounding)
     assert figures == (None,) * 4
-    reasons = (record.reasons["baseline_rounded"], run.reasons["rounded"])
-    (why,) = {*reasons, run.reasons["drop_rounding"]}
-    return why
+    reasons = record.reasons["baseline_rounded"], run.reasons["rounded"]
+    (reason,) = {*reasons, run.reasons["drop_rounding"]}
+    return reason
 
 
 def test_lengths_that_are_not_known(half, answers):
-    assert "lengths of options, which are not known" in refused(
-        record_of(half, answers.rows(), "acc_norm")
-    )
+    record = record_of(half, answers.rows(), "acc_norm")
+    assert "lengths of options, which are unknown" in missing_reason(record)
 
 
-def the_same(row: Row) -> Row:
-    return row | ({AGAIN: row["loglikelihoods"]} if AGAIN in row else {})
+def repeat_exactly(row: Row) -> Row:
+    return row | ({REPEATED_COLUMN: row["loglikelihoods"]} if REPEATED_COLUMN in row else {})
+
+
+def drop_repeats(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != REPEATED_COLUMN}
+
+
+def invert_accuracy(row: Row) -> Row:
+    return row | {"metric/acc": 1 - row["metric/acc"]}
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "reason"),
     [
-        (
-            lambda row: {name: value for name, value in row.items() if name != AGAIN},
-            "none of these documents was computed twice",
-        ),
-        (the_same, "what was computed twice came out the same, to the last bit"),
-        (
-            lambda row: row | {"metric/acc": 1 - row["metric/acc"]},
-            "acc is not whether the best option is the gold one",
-        ),
-        (lambda row: row | {"choices": 0}, "there are no options that a margin could lie between"),
+        (drop_repeats, "none of these documents was computed twice"),
+        (repeat_exactly, "repeated computations agree to the last bit"),
+        (invert_accuracy, "acc is not whether the best option is the gold one"),
+        (lambda row: row | {"choices": 0}, "the documents have no answer options"),
     ],
-    ids=["of an older shard", "to the last bit", "another metric", "open answers"],
 )
-def test_what_shows_no_rounding_says_why(half, answers, change, why):
-    assert refused(record_of(half, [change(each) for each in answers.rows()])) == why
+def test_what_shows_no_rounding_says_why(half, answers, change, reason):
+    assert missing_reason(record_of(half, [change(row) for row in answers.rows()])) == reason
 
 
 def test_single_precision_says_nothing_of_it(cell_of, answers):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.lm_eval import parts
+from tests.helpers.lm_eval import load_model_parts
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.config import CellRequest, cell_request
@@ -26,7 +26,7 @@ def make(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> LmEvalB
 
 @pytest.fixture
 def loaded(tiny_llama: Callable[..., Path]) -> tuple[Any, Any]:
-    return parts(tiny_llama())
+    return load_model_parts(tiny_llama())
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ import torch
 
 from tests.benchmarks.conftest import ask as asked
 from tests.conftest import golden
-from tests.helpers.lm_eval import parts as load
-from tests.helpers.lm_eval import token_by_token, write_rows
+from tests.helpers.lm_eval import load_model_parts as load
+from tests.helpers.lm_eval import predict_tokens, write_rows
 from tracker.benchmarks.benchmark import data_stamp, open_benchmark
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL
+from tracker.core.extent import ALL_DOCUMENTS
 from tracker.core.provenance import content_hash
 
 LENGTH = 16
@@ -32,17 +32,17 @@ TEXT = (
 )
 
 
-def ask(place: str | Path, data: str | Path = "hub", **settings: Any) -> CellRequest:
-    return asked(f"corpus:{place}", data=str(data), **settings)
+def corpus_request(location: str | Path, data: str | Path = "hub", **settings: Any) -> CellRequest:
+    return asked(f"corpus:{location}", data=str(data), **settings)
 
 
-def texts(place: str | Path, data: str | Path = "hub") -> list[str]:
-    return Corpus(ask(place, data))._texts
+def read_texts(location: str | Path, data: str | Path = "hub") -> list[str]:
+    return Corpus(corpus_request(location, data))._texts
 
 
-def refusal(place: str | Path, data: str | Path = "hub", **settings: Any) -> str:
+def refusal(location: str | Path, data: str | Path = "hub", **settings: Any) -> str:
     with pytest.raises(BenchmarkError) as caught:
-        open_benchmark(ask(place, data, **settings))
+        open_benchmark(corpus_request(location, data, **settings))
     return str(caught.value)
 
 
@@ -68,9 +68,9 @@ def respond(model: Any, document: Document) -> list[Response]:
     responses = []
     for request in document.requests:
         ids = torch.tensor([request.context + request.continuation])
-        scored = len(request.continuation)
-        logprobs = model(ids[:, :-1]).logits[0, -scored:].log_softmax(-1)
-        target = ids[0, -scored:]
+        n_tokens = len(request.continuation)
+        logprobs = model(ids[:, :-1]).logits[0, -n_tokens:].log_softmax(-1)
+        target = ids[0, -n_tokens:]
         hits = logprobs.argmax(-1) == target
         total = logprobs.gather(1, target[:, None]).sum()
         responses.append(Response(float(total), bool(hits.all()), int(hits.sum())))
@@ -84,27 +84,28 @@ class TestFigures:
         model, tokenizer = parts
         # The model's own favourites, so that some predictions are right.
         start = tokenizer("The heart", return_tensors="pt").input_ids
-        liked = model.generate(start, max_new_tokens=LENGTH - 6, do_sample=False)[0]
-        notes.write_text(TEXT + "\n\n" + tokenizer.decode(liked).replace("\n", " "))
+        favourites = model.generate(start, max_new_tokens=LENGTH - 6, do_sample=False)[0]
+        notes.write_text(TEXT + "\n\n" + tokenizer.decode(favourites).replace("\n", " "))
         encoder = RequestEncoder(model, tokenizer)
-        corpus = open_benchmark(ask(f"{notes}:{longest}" if longest else notes))
+        corpus = open_benchmark(corpus_request(f"{notes}:{longest}" if longest else notes))
         total = 0
-        for document, text in zip(corpus.documents(encoder, ALL), texts(notes), strict=True):
+        documents = corpus.documents(encoder, ALL_DOCUMENTS)
+        for document, text in zip(documents, read_texts(notes), strict=True):
             ids = encoder.tok_encode(text)[:longest]
-            hits, loss = token_by_token(model, ids, encoder.prefix_token_id, LENGTH)
-            judged = corpus.outcomes(document, respond(model, document))
-            assert judged["acc"] == json.dumps([hits, len(ids)])
-            assert json.loads(judged["loss"]) == pytest.approx([loss, len(ids)], rel=1e-5)
+            hits, loss = predict_tokens(model, ids, encoder.prefix_token_id, LENGTH)
+            metrics = corpus.outcomes(document, respond(model, document))
+            assert metrics["acc"] == json.dumps([hits, len(ids)])
+            assert json.loads(metrics["loss"]) == pytest.approx([loss, len(ids)], rel=1e-5)
             total += hits
         assert total or longest == 1
-        whole = open_benchmark(ask(notes)).documents(encoder, ALL)
-        assert max(len(document.requests) for document in whole) > 2
-        assert max(len(encoder.tok_encode(text)) for text in texts(notes)) > LENGTH + 3
+        documents = open_benchmark(corpus_request(notes)).documents(encoder, ALL_DOCUMENTS)
+        assert max(len(document.requests) for document in documents) > 2
+        assert max(len(encoder.tok_encode(text)) for text in read_texts(notes)) > LENGTH + 3
 
     @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
     def test_a_window_that_is_not_finite(self, notes, parts, bad: float) -> None:
-        corpus = open_benchmark(ask(notes))
-        document = corpus.documents(RequestEncoder(*parts), ALL)[0]
+        corpus = open_benchmark(corpus_request(notes))
+        document = corpus.documents(RequestEncoder(*parts), ALL_DOCUMENTS)[0]
         responses = [Response(-1.0, False, 0) for _ in document.requests]
         responses[-1] = Response(bad, False, 1)
         assert corpus.outcomes(document, responses) == {"acc": None, "loss": None}
@@ -112,7 +113,7 @@ class TestFigures:
 
 class TestTexts:
     def test_paragraphs(self, notes) -> None:
-        assert [text.rstrip() for text in texts(notes)] == [
+        assert [text.rstrip() for text in read_texts(notes)] == [
             "The heart pumps the blood.\nIt is a muscle.",
             "Paris",
             ("The capital of France. " * 3).rstrip(),
@@ -121,7 +122,7 @@ class TestTexts:
     def test_windows_line_ends_and_a_byte_order_mark(self, tmp_path) -> None:
         path = tmp_path / "notes.txt"
         path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n")
-        assert [text.rstrip() for text in texts(path)] == ["one\ntwo", "three"]
+        assert [text.rstrip() for text in read_texts(path)] == ["one\ntwo", "three"]
 
     @pytest.mark.parametrize(
         ("row", "text"),
@@ -138,11 +139,11 @@ class TestTexts:
         ],
     )
     def test_columns(self, tmp_path, row: dict[str, object], text: str) -> None:
-        assert texts(write(tmp_path / "rows.jsonl", [row])) == [text]
+        assert read_texts(write(tmp_path / "rows.jsonl", [row])) == [text]
 
     def test_a_named_column(self, tmp_path) -> None:
         path = write(tmp_path / "rows.jsonl", [{"text": "no", "body": "yes"}])
-        corpus = Corpus(ask(f"{path}#body"))
+        corpus = Corpus(corpus_request(f"{path}#body"))
         assert corpus._texts == ["yes"]
         assert corpus.identity.name == "corpus:rows.jsonl#body"
         assert "no column 'bdy'. Did you mean 'body'? It has: text, body" in refusal(f"{path}#bdy")
@@ -151,13 +152,13 @@ class TestTexts:
         for split in ("train", "test"):
             write(tmp_path / f"DATA/GAIR/lima/{split}.jsonl", [{"conversations": [split, "b"]}])
         write(tmp_path / "DATA/TIGER-Lab/MathInstruct/train.jsonl", [{"content": "x"}])
-        for place, split, found in (
+        for data_set, split, expected in (
             ("GAIR/lima", "test", "test\nb"),
             ("TIGER-Lab/MathInstruct", "train", "x"),
         ):
-            corpus = Corpus(ask(place, tmp_path / "DATA"))
-            assert (corpus.identity.tasks[0].split, corpus._texts) == (split, [found])
-            assert corpus.identity.name == f"corpus:{place}"
+            corpus = Corpus(corpus_request(data_set, tmp_path / "DATA"))
+            assert (corpus.identity.tasks[0].split, corpus._texts) == (split, [expected])
+            assert corpus.identity.name == f"corpus:{data_set}"
             assert corpus.identity.data == str(tmp_path / "DATA")
 
     def test_of_the_hub_only_the_split_is_read(self, tmp_path, monkeypatch) -> None:
@@ -172,7 +173,7 @@ class TestTexts:
             "  - {split: validation, path: en/part.jsonl}\n---\n"
         )
         monkeypatch.chdir(tmp_path)
-        assert texts("some/c4/en@validation") == ["kept"]
+        assert read_texts("some/c4/en@validation") == ["kept"]
         assert "has no split 'test'" in refusal("some/c4/en@test")
         assert "cannot be read from the hub" in refusal("some/c4/en")
 
@@ -180,46 +181,47 @@ class TestTexts:
 class TestIdentity:
     def test_what_is_read_of_it_is_part_of_the_key(self, notes, tmp_path) -> None:
         """Other first tokens are other outcomes of the same texts."""
-        first, cut, more = (
-            open_benchmark(ask(f"{notes}{end}")).identity for end in ("", ":8", ":16")
+        whole, short, longer = (
+            open_benchmark(corpus_request(f"{notes}{end}")).identity for end in ("", ":8", ":16")
         )
-        assert first.tasks[0].fingerprint == cut.tasks[0].fingerprint
-        assert len({content_hash(i.model_dump(mode="json")) for i in (first, cut, more)}) == 3
-        assert (cut.name, cut.data) == ("corpus:notes.txt:8", str(notes))
-        home = write(tmp_path / "me@home" / "rows.jsonl", [{"text": "a"}])
-        assert open_benchmark(ask(f"{home}:3#text")).identity.name == "corpus:rows.jsonl:3#text"
+        assert whole.tasks[0].fingerprint == short.tasks[0].fingerprint
+        assert len({content_hash(i.model_dump(mode="json")) for i in (whole, short, longer)}) == 3
+        assert (short.name, short.data) == ("corpus:notes.txt:8", str(notes))
+        rows_path = write(tmp_path / "me@home" / "rows.jsonl", [{"text": "a"}])
+        benchmark = open_benchmark(corpus_request(f"{rows_path}:3#text"))
+        assert benchmark.identity.name == "corpus:rows.jsonl:3#text"
 
     def test_the_fingerprint_is_that_of_the_texts(self, notes, tmp_path) -> None:
-        first = open_benchmark(ask(notes)).identity
-        moved = tmp_path / "elsewhere" / "notes.txt"
-        moved.parent.mkdir()
-        moved.write_text(TEXT)
-        second = open_benchmark(ask(moved)).identity
-        assert (first.name, first.tasks) == (second.name, second.tasks)
+        identity = open_benchmark(corpus_request(notes)).identity
+        new_path = tmp_path / "elsewhere" / "notes.txt"
+        new_path.parent.mkdir()
+        new_path.write_text(TEXT)
+        new_identity = open_benchmark(corpus_request(new_path)).identity
+        assert (identity.name, identity.tasks) == (new_identity.name, new_identity.tasks)
         notes.write_text(TEXT + "!")
-        assert open_benchmark(ask(notes)).identity.tasks != first.tasks
+        assert open_benchmark(corpus_request(notes)).identity.tasks != identity.tasks
 
     def test_a_changed_file_has_another_stamp(self, notes) -> None:
-        first = data_stamp(ask(notes).benchmark)
-        assert data_stamp(ask(notes).benchmark) == first
+        stamp = data_stamp(corpus_request(notes).benchmark)
+        assert data_stamp(corpus_request(notes).benchmark) == stamp
         os.utime(notes, ns=(1, 1))
-        assert data_stamp(ask(notes).benchmark) != first
-        assert data_stamp(ask("GAIR/lima").benchmark) is None
-        assert data_stamp(ask("GAIR/lima", notes.parent).benchmark) is not None
+        assert data_stamp(corpus_request(notes).benchmark) != stamp
+        assert data_stamp(corpus_request("GAIR/lima").benchmark) is None
+        assert data_stamp(corpus_request("GAIR/lima", notes.parent).benchmark) is not None
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(("asked", "said"), golden("corpora"))
-    def test_what_cannot_be_read(self, notes, asked: str, said: str) -> None:
-        place, _, more = asked.removeprefix("NOTHING").partition(" | ")
-        settings = json.loads(more or "{}")
+    @pytest.mark.parametrize(("argument", "message"), golden("corpora"))
+    def test_what_cannot_be_read(self, notes, argument: str, message: str) -> None:
+        location, _, options = argument.removeprefix("NOTHING").partition(" | ")
+        settings = json.loads(options or "{}")
         folder = notes.parent
         (folder / "notes.pdf").write_text("x")
         (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
         write(folder / "other.jsonl", [{"prompt": "a", "completion": "b"}])
         write(folder / "some/dev/dev.jsonl", [{"text": "a"}])
         data = str(settings.pop("data", "{}")).format(folder)
-        assert said.format(folder) in refusal(place.format(folder), data, **settings)
+        assert message.format(folder) in refusal(location.format(folder), data, **settings)
 
     @pytest.mark.parametrize("name", ["notes.txt", "rows.jsonl"])
     @pytest.mark.parametrize("content", ["", "\n  \n\n"])

@@ -12,18 +12,18 @@ import pytest
 
 from tests.benchmarks.conftest import ask as asked_for
 from tests.conftest import golden
-from tests.helpers.lm_eval import Asked, evaluate, tasks_in, tokens_of, write_rows
-from tests.helpers.own_tasks import ASKING, PAINT, YAML, write_tasks
+from tests.helpers.lm_eval import RecordingModel, evaluate, folder_tasks, request_tokens, write_rows
+from tests.helpers.own_tasks import ASKING_MODULE, PAINT_ROWS, PAINT_TASK, write_tasks
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.config import CellRequest, ModelSpec
 from tracker.core.documents import Document
 from tracker.core.errors import BenchmarkError, RequestError
-from tracker.core.extent import ALL
+from tracker.core.extent import ALL_DOCUMENTS
 from tracker.core.identities import BenchmarkIdentity
 from tracker.ledger.views import request_key
-from tracker.measuring.prepare import opened
+from tracker.measuring.prepare import open_benchmarks
 
 
 @pytest.fixture
@@ -35,19 +35,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def ask(benchmark: str, folder: Path | None = None, **settings: Any) -> CellRequest:
-    own = {} if folder is None else {"include_path": [str(folder)]}
-    return asked_for(benchmark, **own, **settings)
+def task_request(benchmark: str, folder: Path | None = None, **settings: Any) -> CellRequest:
+    options = {} if folder is None else {"include_path": [str(folder)]}
+    return asked_for(benchmark, **options, **settings)
 
 
-def make(*asked: Any, **settings: Any) -> LmEvalBenchmark:
-    return LmEvalBenchmark(ask(*asked, **settings))
+def make(*arguments: Any, **settings: Any) -> LmEvalBenchmark:
+    return LmEvalBenchmark(task_request(*arguments, **settings))
 
 
-def documents_of(parts: tuple[Any, Any], *asked: Any, **settings: Any) -> list[Document]:
+def make_documents(parts: tuple[Any, Any], *arguments: Any, **settings: Any) -> list[Document]:
     """Return the documents of a benchmark, with the settings of the request."""
-    request = ask(*asked, **settings)
-    return LmEvalBenchmark(request).documents(RequestEncoder(*parts, request.benchmark), ALL)
+    request = task_request(*arguments, **settings)
+    encoder = RequestEncoder(*parts, request.benchmark)
+    return LmEvalBenchmark(request).documents(encoder, ALL_DOCUMENTS)
 
 
 def write_made(folder: Path, parameters: str, things: str) -> None:
@@ -57,13 +58,13 @@ def write_made(folder: Path, parameters: str, things: str) -> None:
         f"    rows = [{{'thing': t, 'colours': ['red', 'blue'], 'right': 0}} for t in {things}]\n"
         "    return {'test': datasets.Dataset.from_list(rows)}\n"
     )
-    text = YAML.replace("task: paint", "task: made").replace("fewshot_split: train\n", "")
+    text = PAINT_TASK.replace("task: paint", "task: made").replace("fewshot_split: train\n", "")
     start, end = text.index("dataset_path"), text.index("test_split")
     text = text[:start] + "custom_dataset: !function made.make\n" + text[end:]
     (folder / "made.yaml").write_text(text)
 
 
-def same(identity: BenchmarkIdentity) -> BenchmarkIdentity:
+def without_location(identity: BenchmarkIdentity) -> BenchmarkIdentity:
     """All that an outcome depends on."""
     return identity.model_copy(update={"found_by": {}})
 
@@ -75,20 +76,22 @@ def refusal(benchmark: str, folder: Path | None = None, **settings: Any) -> str:
     return str(caught.value)
 
 
-def asked(model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any) -> Asked:
+def record_requests(
+    model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any
+) -> RecordingModel:
     """Record the requests of plain lm-eval, given the same arguments."""
-    own = {name: settings.pop(name) for name in ("metadata",) if name in settings}
+    manager_options = {name: settings.pop(name) for name in ("metadata",) if name in settings}
     names = ("chat_template_args", "enable_thinking", "think_end_token")
-    of_model = {name: settings.pop(name) for name in names if name in settings}
-    plain = Asked(model, tokenizer, **of_model)
-    evaluate(plain, tasks=[task], task_manager=tasks_in(folder, **own), **settings)
-    return plain
+    model_options = {name: settings.pop(name) for name in names if name in settings}
+    lm = RecordingModel(model, tokenizer, **model_options)
+    evaluate(lm, tasks=[task], task_manager=folder_tasks(folder, **manager_options), **settings)
+    return lm
 
 
 class TestTheirTasks:
     def test_its_documents_are_lm_evals(self, folder: Path, loaded: tuple[Any, Any]) -> None:
-        documents = documents_of(loaded, "paint", folder)
-        assert tokens_of(documents) == asked(*loaded, "paint", folder).tokens
+        documents = make_documents(loaded, "paint", folder)
+        assert request_tokens(documents) == record_requests(*loaded, "paint", folder).tokens
         # Its own code leaves the bolt out.
         assert [document.choices for document in documents] == [2, 3, 2]
         text = loaded[1].decode(documents[0].requests[0].context)
@@ -99,7 +102,8 @@ class TestTheirTasks:
         by_name = make("paint", folder).identity
         by_file = make(str(folder / "paint.yaml")).identity
         monkeypatch.chdir(folder)
-        assert same(by_file) == same(make("paint.yaml").identity) == same(by_name)
+        for identity in (by_file, make("paint.yaml").identity):
+            assert without_location(identity) == without_location(by_name)
         assert by_name.name == "paint"
         # But what it takes to find it again.
         assert by_name.found_by == {"include_path": json.dumps([str(folder)])}
@@ -117,31 +121,31 @@ class TestTheirTasks:
     def test_its_fingerprint_covers_what_it_is_made_of(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: Any, task: str
     ) -> None:
-        before = make(task, folder).identity.tasks[0].fingerprint
-        assert make(task, folder).identity.tasks[0].fingerprint == before
+        fingerprint = make(task, folder).identity.tasks[0].fingerprint
+        assert make(task, folder).identity.tasks[0].fingerprint == fingerprint
         path = folder / file
         path.write_text(change(path.read_text()))
         monkeypatch.delitem(sys.modules, "words")
-        assert make(task, folder).identity.tasks[0].fingerprint != before
+        assert make(task, folder).identity.tasks[0].fingerprint != fingerprint
 
     def test_a_change_is_noticed_before_anything_is_loaded(self, folder: Path) -> None:
-        def stamp(*asked: Any) -> str:
-            request = ask(*asked)
+        def stamp(*arguments: Any) -> str:
+            request = task_request(*arguments)
             return request_key(request, "m", data_stamp(request.benchmark), {})
 
-        for asked in (("paint", folder), (str(folder / "says.yaml"),)):
-            before = stamp(*asked)
-            assert stamp(*asked) == before
+        for arguments in (("paint", folder), (str(folder / "says.yaml"),)):
+            old_stamp = stamp(*arguments)
+            assert stamp(*arguments) == old_stamp
             for path in (folder / "words.py", folder.parent / "paint.jsonl"):
                 path.write_text(path.read_text() + "\n")
-                after = stamp(*asked)
-                assert after != before
-                before = after
+                new_stamp = stamp(*arguments)
+                assert new_stamp != old_stamp
+                old_stamp = new_stamp
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("benchmark", "include_path", "said"),
+        ("benchmark", "include_path", "pattern"),
         [
             ("paint", "nowhere", "include_path: nowhere is no folder"),
             ("paint", "{}/paint.yaml", "is a file; name its folder"),
@@ -150,54 +154,54 @@ class TestRefusals:
             ("{}/wrong.yaml", None, r"wrong\.yaml, line 3: not valid YAML"),
         ],
     )
-    def test_no_such_folder_or_file(self, folder, benchmark, include_path, said) -> None:
+    def test_no_such_folder_or_file(self, folder, benchmark, include_path, pattern) -> None:
         (folder / "empty.yaml").write_text("output_type: multiple_choice\n")
         (folder / "wrong.yaml").write_text("task: wrong\ndoc_to_text: [\n")
-        own = None if include_path is None else Path(include_path.format(folder))
-        with pytest.raises(BenchmarkError, match=said):
-            check_benchmark(ask(benchmark.format(folder), own).benchmark)
+        task_folder = None if include_path is None else Path(include_path.format(folder))
+        with pytest.raises(BenchmarkError, match=pattern):
+            check_benchmark(task_request(benchmark.format(folder), task_folder).benchmark)
 
     @pytest.mark.parametrize(
-        ("code", "said"),
+        ("code", "pattern"),
         [
             ("import nonsense_of_mine\n", "asking.py, line 1: ModuleNotFoundError"),
             ("def ask(doc:\n", "asking.py, line 1: SyntaxError"),
-            (ASKING.replace("def ask", "def aks"), "has no function 'ask'"),
-            (ASKING.replace("['thing']", "['thnig']"), "asking.py, line 4: KeyError: 'thnig'"),
-            (ASKING.replace("docs.filter", "1 / 0 and docs.filter"), "line 7: ZeroDivisionError"),
+            (ASKING_MODULE.replace("def ask", "def aks"), "has no function 'ask'"),
+            (ASKING_MODULE.replace("['thing']", "['thnig']"), "py, line 4: KeyError: 'thnig'"),
+            (ASKING_MODULE.replace("docs.f", "1 / 0 and docs.f"), "line 7: ZeroDivisionError"),
         ],
     )
-    def test_code_that_fails(self, folder, loaded, code, said) -> None:
+    def test_code_that_fails(self, folder, loaded, code, pattern) -> None:
         (folder / "asking.py").write_text(code)
-        with pytest.raises(BenchmarkError, match=said):
-            documents_of(loaded, "paint", folder)
+        with pytest.raises(BenchmarkError, match=pattern):
+            make_documents(loaded, "paint", folder)
 
     @pytest.mark.parametrize(
-        ("result", "said"),
+        ("result", "pattern"),
         [
             ('{"accuracy": 1.0}', "metric_list names acc, and process_results gives accuracy"),
             ('{"acc": "yes"}', "process_results gives 'yes' for acc"),
             ('{"acc": 1.0}', None),
         ],
     )
-    def test_a_judge_that_lies(self, folder, loaded, result, said) -> None:
+    def test_a_judge_that_lies(self, folder, loaded, result, pattern) -> None:
         (folder / "asking.py").write_text(
-            f"{ASKING}\ndef judge(doc, results):\n    return {result}\n"
+            f"{ASKING_MODULE}\ndef judge(doc, results):\n    return {result}\n"
         )
         with (folder / "paint.yaml").open("a") as file:
             file.write("process_results: !function asking.judge\n")
-        if said is None:
-            assert documents_of(loaded, "paint", folder)
+        if pattern is None:
+            assert make_documents(loaded, "paint", folder)
             return
-        with pytest.raises(BenchmarkError, match=said):
-            documents_of(loaded, "paint", folder)
+        with pytest.raises(BenchmarkError, match=pattern):
+            make_documents(loaded, "paint", folder)
 
 
 class TestFilesBesideTheTask:
     """Was: "cannot be read from the hub", whatever was wrong with a file."""
 
     @pytest.fixture
-    def beside(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def task_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Write the folder of the tasks, with the rows in it and named by a relative name."""
         rows = folder.parent / "paint.jsonl"
         task = folder / "paint.yaml"
@@ -208,38 +212,40 @@ class TestFilesBesideTheTask:
         return folder
 
     @pytest.mark.parametrize("name", ["paint.jsonl", "[paint.jsonl]", "pa*.jsonl", "./paint.jsonl"])
-    def test_relative_names(self, beside: Path, loaded: tuple[Any, Any], name: str) -> None:
-        task = beside / "paint.yaml"
+    def test_relative_names(self, task_folder: Path, loaded: tuple[Any, Any], name: str) -> None:
+        task = task_folder / "paint.yaml"
         task.write_text(task.read_text().replace("paint.jsonl", name))
-        for request in (("paint", beside), (str(task),), ("both", beside)):
+        for request in (("paint", task_folder), (str(task),), ("both", task_folder)):
             assert make(*request).identity.tasks[0].documents == 3
-        texts = [str(d.requests[0].context) for d in documents_of(loaded, str(task))]
+        texts = [str(d.requests[0].context) for d in make_documents(loaded, str(task))]
         assert len({*texts}) == 3
 
-    def test_the_working_folder_comes_first_as_in_lm_eval(self, beside: Path) -> None:
-        write_rows(Path(), paint=PAINT[:2])
-        assert make("paint", beside).identity.tasks[0].documents == 2
+    def test_the_working_folder_comes_first_as_in_lm_eval(self, task_folder: Path) -> None:
+        write_rows(Path(), paint=PAINT_ROWS[:2])
+        assert make("paint", task_folder).identity.tasks[0].documents == 2
 
-    def test_a_file_that_does_not_exist_is_named(self, beside: Path) -> None:
-        (beside / "paint.jsonl").rename(beside / "pain.jsonl")
-        message = refusal("paint", beside)
+    def test_a_file_that_does_not_exist_is_named(self, task_folder: Path) -> None:
+        (task_folder / "paint.jsonl").rename(task_folder / "pain.jsonl")
+        message = refusal("paint", task_folder)
         assert "paint: there is no file paint.jsonl, from which" in message
         assert "Did you mean 'pain.jsonl'?" in message
         assert str(Path.cwd()) in message
         assert "hub" not in message
 
     @pytest.mark.parametrize(
-        ("line", "said"), [('{"thing": ', "JSON parse error"), ('{"right": 0}', "'thing'")]
+        ("line", "pattern"), [('{"thing": ', "JSON parse error"), ('{"right": 0}', "'thing'")]
     )
-    def test_a_file_that_cannot_be_read_is_named(self, beside: Path, line: str, said: str) -> None:
-        (beside / "paint.jsonl").write_text(line)
-        task = beside / "paint.yaml"
+    def test_a_file_that_cannot_be_read_is_named(
+        self, task_folder: Path, line: str, pattern: str
+    ) -> None:
+        (task_folder / "paint.jsonl").write_text(line)
+        task = task_folder / "paint.yaml"
         task.write_text(task.read_text().replace("!function asking.ask", '"{{thing.x}}"'))
         text = task.read_text().replace("process_docs: !function asking.prepare\n", "")
         task.write_text(text)
-        message = refusal("paint", beside)
-        assert f"paint cannot read its documents from {beside / 'paint.jsonl'}" in message
-        assert said in message
+        message = refusal("paint", task_folder)
+        assert f"paint cannot read its documents from {task_folder / 'paint.jsonl'}" in message
+        assert pattern in message
 
 
 SYSTEM = "You are a painter."
@@ -249,9 +255,11 @@ THINK = {"enable_thinking": True, "think_end_token": "</think>"}
 
 
 class TestSettings:
-    @pytest.mark.parametrize(("task", "told", "kept"), golden("settings"))
-    def test_the_model_is_asked_what_lm_eval_asks(self, folder, loaded, task, told, kept) -> None:
-        settings = json.loads(told)
+    @pytest.mark.parametrize(("task", "arguments", "stored"), golden("settings"))
+    def test_the_model_is_asked_what_lm_eval_asks(
+        self, folder, loaded, task, arguments, stored
+    ) -> None:
+        settings = json.loads(arguments)
         model, tokenizer = loaded
         tokenizer.chat_template = (
             "{% if enable_thinking is defined %}[{{ enable_thinking }}]{% endif %}"
@@ -259,10 +267,10 @@ class TestSettings:
             "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}"
         )
-        plain = asked(model, tokenizer, task, folder, **settings)
-        documents = documents_of(loaded, task, folder, **settings)
+        plain = record_requests(model, tokenizer, task, folder, **settings)
+        documents = make_documents(loaded, task, folder, **settings)
         if task == "paint":
-            assert tokens_of(documents) == plain.tokens
+            assert request_tokens(documents) == plain.tokens
         else:
             prompts = [(document.prompt.text, document.prompt.settings) for document in documents]
             assert prompts == plain.prompts
@@ -271,29 +279,29 @@ class TestSettings:
         of_before = {"apply_chat_template", "num_fewshot"} & settings.keys()
         without = make(task, folder, **{name: settings[name] for name in of_before}).identity
         ours = make(task, folder, **settings).identity
-        assert bool(ours.settings) is (kept == "in the key")
+        assert bool(ours.settings) is (stored == "in the key")
         assert (ours == without) is not bool(ours.settings)
 
     def test_what_contradicts_itself(self, folder: Path) -> None:
-        for task, settings, said in (
+        for task, settings, message in (
             ("paint", {**CHAT, **THINK}, "scores given answers"),
             ("says", {"enable_thinking": True}, "needs think_end_token"),
             ("says", {"gen_kwargs": {"do_sample": True}}, "samples its texts"),
             ("says", {"gen_kwargs": "temperature=0.7"}, "samples its texts"),
         ):
-            assert said in refusal(task, folder, **settings)
+            assert message in refusal(task, folder, **settings)
 
     @pytest.mark.parametrize(
-        ("template", "said"),
+        ("template", "pattern"),
         [
             ("{{ raise_exception('No system role!') }}", "refuses a system prompt"),
             ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "shows no"),
         ],
     )
-    def test_a_template_that_leaves_the_system_prompt_out(self, folder, loaded, template, said):
+    def test_a_template_that_leaves_the_system_prompt_out(self, folder, loaded, template, pattern):
         loaded[1].chat_template = template
-        with pytest.raises(BenchmarkError, match=said):
-            documents_of(loaded, "paint", folder, system_instruction=SYSTEM, **CHAT)
+        with pytest.raises(BenchmarkError, match=pattern):
+            make_documents(loaded, "paint", folder, system_instruction=SYSTEM, **CHAT)
 
     @pytest.mark.parametrize(
         ("template", "error"),
@@ -311,7 +319,7 @@ class TestSettings:
         """Was: the task's data was said to lack columns."""
         loaded[1].chat_template = template
         with pytest.raises(BenchmarkError) as caught:
-            documents_of(loaded, "paint", folder, **CHAT)
+            make_documents(loaded, "paint", folder, **CHAT)
         message = str(caught.value)
         assert f"apply_chat_template: the model's chat template fails ({error}" in message
         assert "columns" not in message
@@ -325,12 +333,12 @@ class TestSettings:
         def documents(name: Any) -> list[Document]:
             identity = make("paint", folder, apply_chat_template=name).identity
             assert identity.apply_chat_template is True
-            return documents_of(loaded, "paint", folder, apply_chat_template=name)
+            return make_documents(loaded, "paint", folder, apply_chat_template=name)
 
         assert documents("default") == documents(True)
         for name in ("default", "bare"):
-            plain = asked(model, tokenizer, "paint", folder, apply_chat_template=name)
-            assert plain.tokens == tokens_of(documents(True))
+            plain = record_requests(model, tokenizer, "paint", folder, apply_chat_template=name)
+            assert plain.tokens == request_tokens(documents(True))
         with pytest.raises(BenchmarkError, match="'bare' is another one"):
             documents("bare")
         with pytest.raises(BenchmarkError, match="'bear' is not available"):
@@ -341,35 +349,35 @@ class TestSettings:
         write_made(folder, "pretrained='', **settings", "[pretrained]")
         models = ("first", "second", "first")
         requests = [
-            replace(ask(task, folder), model=ModelSpec(model=name))
+            replace(task_request(task, folder), model=ModelSpec(model=name))
             for name in models
             for task in ("made", "paint")
         ]
-        benchmarks = [*opened(requests)]
+        benchmarks = [*open_benchmarks(requests)]
         assert len({id(benchmark) for benchmark in benchmarks}) == 3
-        made = [benchmark.identity.tasks[0].fingerprint for benchmark in benchmarks[::2]]
-        assert made[0] == made[2] != made[1]
+        fingerprints = [benchmark.identity.tasks[0].fingerprint for benchmark in benchmarks[::2]]
+        assert fingerprints[0] == fingerprints[2] != fingerprints[1]
 
     def test_a_task_that_makes_its_documents(self, folder: Path, loaded: tuple[Any, Any]) -> None:
         write_made(folder, "things=(), **settings", "things")
         metadata = {"things": ["door", "roof"]}
         ours = make("made", folder, metadata=metadata)
-        plain = asked(*loaded, "made", folder, metadata=metadata)
-        found = tokens_of(documents_of(loaded, "made", folder, metadata=metadata))
-        assert found == plain.tokens
-        assert len(found) == 4
+        plain = record_requests(*loaded, "made", folder, metadata=metadata)
+        tokens = request_tokens(make_documents(loaded, "made", folder, metadata=metadata))
+        assert tokens == plain.tokens
+        assert len(tokens) == 4
         other = make("made", folder, metadata={"things": ["door"]}).identity
         assert other.tasks[0].fingerprint != ours.identity.tasks[0].fingerprint
         # What changes no document changes nothing.
-        noted = make("made", folder, metadata={**metadata, "note": "today"}).identity
-        assert same(noted) == same(ours.identity)
+        noted_identity = make("made", folder, metadata={**metadata, "note": "today"}).identity
+        assert without_location(noted_identity) == without_location(ours.identity)
 
 
 MAX = '{"do_sample": false, "max_gen_toks": 4, "until": ["."]}'
 
 
 @pytest.mark.parametrize(
-    ("typed", "kept"),
+    ("typed", "stored"),
     [
         ({"until": ["."], "max_gen_toks": 4, "do_sample": False}, MAX),
         ('{"until": ["."], "max_gen_toks": 4, "do_sample": false}', MAX),
@@ -381,11 +389,11 @@ MAX = '{"do_sample": false, "max_gen_toks": 4, "until": ["."]}'
         ),
     ],
 )
-def test_settings_are_the_same_however_they_are_typed(typed: Any, kept: str) -> None:
-    assert ask("b", gen_kwargs=typed).benchmark.gen_kwargs == kept
+def test_settings_are_the_same_however_they_are_typed(typed: Any, stored: str) -> None:
+    assert task_request("b", gen_kwargs=typed).benchmark.gen_kwargs == stored
 
 
 def test_settings_that_are_not_used_leave_the_keys_of_before() -> None:
     # Printed by request_key before these settings existed.
     before = "06e4a17a7c9d8537fd1879af32e2efd73f4e6b92aca72dccf4c5d9285c841072"
-    assert request_key(ask("b"), "stamp", None, {}) == before
+    assert request_key(task_request("b"), "stamp", None, {}) == before

@@ -25,8 +25,8 @@ def test_the_oldest_and_the_newest_that_we_allow_is_this_one() -> None:
     examples otherwise, so it is to be looked at before it is let in.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [Requirement(each) for each in project["dependencies"]]
-    (lm_eval,) = [each for each in wanted if each.name == "lm-eval"]
+    requirements = [Requirement(text) for text in project["dependencies"]]
+    (lm_eval,) = [text for text in requirements if text.name == "lm-eval"]
     assert version("lm-eval") in lm_eval.specifier
     assert "0.4.12" not in lm_eval.specifier
     assert "0.4.14" not in lm_eval.specifier
@@ -54,25 +54,27 @@ def test_it_is_called_as_we_call_it(function, parameters: list[str]) -> None:
 
 
 def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
+    calls = []
     compile_it = private.env.compile
     monkeypatch.setattr(
         private.env,
         "compile",
-        lambda *given, **named: compiled.append(given) or compile_it(*given, **named),
+        lambda *arguments, **keywords: (
+            calls.append(arguments) or compile_it(*arguments, **keywords)
+        ),
     )
-    rendered = [apply_template("of {{n}} test documents", {"n": n}) for n in (3, 4)]
-    assert rendered == ["of 3 test documents", "of 4 test documents"]
-    assert len(compiled) == 1
+    texts = [apply_template("of {{n}} test documents", {"n": n}) for n in (3, 4)]
+    assert texts == ["of 3 test documents", "of 4 test documents"]
+    assert len(calls) == 1
 
 
 def test_no_other_module_leans_on_a_private_part() -> None:
     """A name that begins with an underscore, of a module of lm-eval."""
-    found = [
+    imports = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in sorted((ROOT / "tracker").rglob("*.py"))
         if path.name != "private.py"
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"(from|import) lm_eval\S*\._|from lm_eval\S* import _", line)
     ]
-    assert found == []
+    assert imports == []

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.conftest import make
-from tests.helpers.lm_eval import AGGREGATIONS, PLACES, write_rows
-from tests.helpers.lm_eval import parts as load_parts
+from tests.helpers.lm_eval import AGGREGATIONS, CORPUS_PATHS, write_rows
+from tests.helpers.lm_eval import load_model_parts as load_parts
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.documents import Response
 from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL, Extent
+from tracker.core.extent import ALL_DOCUMENTS, Extent
 
 LENGTH = 64
 """Tokens that the model reads."""
@@ -26,7 +26,7 @@ TEXTS = [" ".join(["Paris heart"] * count) for count in (1, 4, 60, 9, 200)]
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    for folder, column, split in PLACES.values():
+    for folder, column, split in CORPUS_PATHS.values():
         rows = [{column: text} for text in TEXTS]
         write_rows(tmp_path / "DATA" / folder, train=rows, **{split: rows})
     return tmp_path / "DATA"
@@ -44,7 +44,7 @@ def parts(tiny_llama: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
 def test_windows_predict_every_token_once(data, parts, bos: bool) -> None:
     model, tokenizer = parts(bos=bos)
     encoder = RequestEncoder(model, tokenizer)
-    documents = make("c4", data).documents(encoder, ALL)
+    documents = make("c4", data).documents(encoder, ALL_DOCUMENTS)
     assert [len(document.requests) for document in documents][:2] == [1, 1]
     assert len(documents[-1].requests) > 3
     for document, text in zip(documents, TEXTS, strict=True):
@@ -57,9 +57,9 @@ def test_windows_predict_every_token_once(data, parts, bos: bool) -> None:
 
 
 def test_a_text_without_tokens_is_a_document_without_requests(data, parts) -> None:
-    write_rows(data / PLACES["c4"][0], validation=[{"text": ""}, {"text": "Paris"}])
+    write_rows(data / CORPUS_PATHS["c4"][0], validation=[{"text": ""}, {"text": "Paris"}])
     benchmark = make("c4", data)
-    first, second = benchmark.documents(RequestEncoder(*parts()), ALL)
+    first, second = benchmark.documents(RequestEncoder(*parts()), ALL_DOCUMENTS)
     assert (first.requests, len(second.requests)) == ((), 1)
     assert benchmark.outcomes(first, [])["bits_per_byte"] == "[0, 0]"
 
@@ -74,7 +74,7 @@ def test_settings_that_lm_eval_ignores_are_refused(data, setting: dict[str, Any]
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_a_window_that_is_not_finite_leaves_the_document_without_outcome(data, parts, bad) -> None:
     benchmark = make("wikitext", data)
-    document = benchmark.documents(RequestEncoder(*parts()), ALL)[-1]
+    document = benchmark.documents(RequestEncoder(*parts()), ALL_DOCUMENTS)[-1]
     responses = [Response(-1.0, False, 0) for _ in document.requests]
     responses[1] = Response(bad, False, 0)
     assert benchmark.outcomes(document, responses) == dict.fromkeys(AGGREGATIONS)

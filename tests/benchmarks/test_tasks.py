@@ -16,18 +16,27 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from tests.benchmarks.conftest import PACKAGE, make
-from tests.helpers.lm_eval import TASKS, Asked, evaluate, parts, tasks_in, tokens_of, write_rows
-from tests.helpers.package_tasks import plain_tasks_in, rows, shipped
+from tests.helpers.lm_eval import (
+    TASKS,
+    RecordingModel,
+    evaluate,
+    folder_tasks,
+    load_model_parts,
+    request_tokens,
+    write_rows,
+)
+from tests.helpers.package_tasks import load_rows, package_benchmark, plain_package_tasks
 from tracker.benchmarks import factory
-from tracker.benchmarks.benchmark import chosen_metric
+from tracker.benchmarks.benchmark import choose_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import find_task
-from tracker.benchmarks.fingerprint import listed
-from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.fingerprint import list_rows
+from tracker.benchmarks.sources import open_data_source
 from tracker.benchmarks.tasks import aggregate
+from tracker.core.config import BenchmarkSpec
 from tracker.core.documents import Document, Response
 from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL, Extent
+from tracker.core.extent import ALL_DOCUMENTS, Extent
 
 PIQA = [
     {
@@ -54,9 +63,9 @@ def data(tmp_path) -> Path:
     return tmp_path / "DATA"
 
 
-def text_of(encoder: RequestEncoder, document: Document, request: int = 0) -> str:
-    asked = document.requests[request]
-    return encoder.tokenizer.decode([*asked.context, *asked.continuation])
+def decode_request(encoder: RequestEncoder, document: Document, request: int = 0) -> str:
+    tokens = document.requests[request]
+    return encoder.tokenizer.decode([*tokens.context, *tokens.continuation])
 
 
 def test_requests_are_made_without_a_bar(encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,18 +74,18 @@ def test_requests_are_made_without_a_bar(encoder, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "lm_eval.api.task.tqdm", lambda documents, **_: bars.append(documents) or documents
     )
-    assert len(shipped("copa").documents(encoder, Extent(limit=2))) == 2
+    assert len(package_benchmark("copa").documents(encoder, Extent(limit=2))) == 2
     assert not bars
 
 
 def test_an_unknown_one_names_the_nearest() -> None:
-    with pytest.raises(BenchmarkError, match=r"no task or group 'hellaswg'.*lm-eval ls") as one:
-        find_task("hellaswg")
-    assert "Did you mean 'hellaswag'?" in str(one.value)
+    with pytest.raises(BenchmarkError, match=r"no task or group 'hellaswg'.*lm-eval ls") as caught:
+        find_task(BenchmarkSpec(benchmark="hellaswg"))
+    assert "Did you mean 'hellaswag'?" in str(caught.value)
     assert "arc_easyy" in refusal("arc_easyy")
-    with pytest.raises(BenchmarkError, match="'qqqqqqqqqqqqqqqq'") as none:
-        find_task("qqqqqqqqqqqqqqqq")
-    assert "Did you mean" not in str(none.value)
+    with pytest.raises(BenchmarkError, match="'qqqqqqqqqqqqqqqq'") as other_caught:
+        find_task(BenchmarkSpec(benchmark="qqqqqqqqqqqqqqqq"))
+    assert "Did you mean" not in str(other_caught.value)
 
 
 class TestIdentity:
@@ -94,7 +103,7 @@ class TestIdentity:
         ],
     )
     def test_of_a_task(self, name: str, documents: int, primary: str, metrics: list[str]) -> None:
-        identity = shipped(name).identity
+        identity = package_benchmark(name).identity
         (task,) = identity.tasks
         assert (identity.name, task.name) == (name, name)
         assert (task.split, task.documents) == ("validation", documents)
@@ -105,17 +114,17 @@ class TestIdentity:
         assert len(task.fingerprint) == 64
 
     def test_of_a_group_and_a_tag(self) -> None:
-        identity = shipped("mmlu_stem").identity
+        identity = package_benchmark("mmlu_stem").identity
         sizes = {task.name: task.documents for task in identity.tasks}
         assert len(sizes) == 19
         for name, documents in sizes.items():
-            assert documents == len(rows("cais/mmlu", name.removeprefix("mmlu_"), "test"))
+            assert documents == len(load_rows("cais/mmlu", name.removeprefix("mmlu_"), "test"))
         assert (identity.weight_by_size, identity.primary_metric) == (True, "acc")
-        tag = shipped("ai2_arc").identity
+        tag = package_benchmark("ai2_arc").identity
         assert {task.name for task in tag.tasks} == {"arc_easy", "arc_challenge"}
 
     def test_a_metric_that_is_no_mean_keeps_its_name(self) -> None:
-        (task,) = shipped("cb").identity.tasks
+        (task,) = package_benchmark("cb").identity.tasks
         assert task.metrics == {"acc": "mean", "f1": "cb_multi_fi"}
 
 
@@ -127,15 +136,15 @@ class TestFingerprint:
     def test_rows_are_those_that_a_data_set_gives(self) -> None:
         rows = [{"q": "a", "choices": {"text": ["x", "y"]}, "more": [{"n": 1}, {"n": 2}]}]
         data = Dataset.from_list(rows)
-        shown = data.with_transform(lambda some: {"q": [each.upper() for each in some["q"]]})
-        assert listed(data) == [*data] == rows
-        assert listed(shown) == [*shown] == [{"q": "A"}]
+        transformed = data.with_transform(lambda batch: {"q": [*map(str.upper, batch["q"])]})
+        assert list_rows(data) == [*data] == rows
+        assert list_rows(transformed) == [*transformed] == [{"q": "A"}]
 
     def test_the_place_does_not_count(self, data) -> None:
-        (original,) = shipped("piqa").identity.tasks
-        shutil.copytree(find_data(PACKAGE).root / "piqa/plain_text", data / "baber/piqa")
+        (original,) = package_benchmark("piqa").identity.tasks
+        shutil.copytree(open_data_source(PACKAGE).root / "piqa/plain_text", data / "baber/piqa")
         assert self.fingerprint("piqa", data) == original.fingerprint
-        write_rows(data / "again/baber/piqa", validation=rows("baber/piqa", None))
+        write_rows(data / "again/baber/piqa", validation=load_rows("baber/piqa", None))
         assert self.fingerprint("piqa", data / "again") == original.fingerprint
 
     @pytest.mark.parametrize(
@@ -150,10 +159,10 @@ class TestFingerprint:
         write_rows(data / "a/baber/piqa", validation=PIQA, train=PIQA[:6])
         write_rows(data / "b/baber/piqa", validation=PIQA, train=PIQA[6:])
         for shots in (0, 2):
-            one, other = (
-                self.fingerprint("piqa", data / place, num_fewshot=shots) for place in "ab"
+            first, second = (
+                self.fingerprint("piqa", data / letter, num_fewshot=shots) for letter in "ab"
             )
-            assert (one == other) == (shots == 0)
+            assert (first == second) == (shots == 0)
 
     # Was: the names of unused splits are part of the configuration that
     # is hashed, so the hub (which has a train split) and the package (which has none) give two
@@ -172,9 +181,10 @@ class TestFingerprint:
             "from tests.benchmarks.conftest import make\n"
             f"for name in {names}:\n    print(make(name).identity.tasks[0].fingerprint)"
         )
-        place = Path(__file__).parents[2]
-        said = subprocess.check_output([sys.executable, "-c", code], cwd=place, text=True)
-        assert said.split() == [shipped(name).identity.tasks[0].fingerprint for name in names]
+        root = Path(__file__).parents[2]
+        output = subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True)
+        identities = [package_benchmark(name).identity for name in names]
+        assert output.split() == [identity.tasks[0].fingerprint for identity in identities]
 
 
 class TestRefusals:
@@ -200,10 +210,10 @@ class TestRefusals:
     )
     def test_texts_that_are_not_greedy(self, data, tmp_path, monkeypatch, settings, greedy) -> None:
         write_rows(data / "openai/gsm8k/main", train=SUMS, test=SUMS)
-        own = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
-        (tmp_path / "own.yaml").write_text(json.dumps({**own, "generation_kwargs": settings}))
-        index = tasks_in(tmp_path).task_index
-        monkeypatch.setattr(factory, "known_tasks", lambda: index)
+        content = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
+        (tmp_path / "own.yaml").write_text(json.dumps({**content, "generation_kwargs": settings}))
+        index = folder_tasks(tmp_path).task_index
+        monkeypatch.setattr(factory, "list_tasks", lambda: index)
         if greedy:
             assert make("own", data).identity.num_fewshot == 5
         else:
@@ -211,7 +221,7 @@ class TestRefusals:
 
     def test_a_split_that_is_not_there(self, data) -> None:
         """A folder's validation split does not stand in for the test split, as a package's does."""
-        shutil.copytree(find_data(PACKAGE).root / "ai2_arc", data / "allenai/ai2_arc")
+        shutil.copytree(open_data_source(PACKAGE).root / "ai2_arc", data / "allenai/ai2_arc")
         message = refusal("arc_easy", data)
         assert "scored on the split 'test'" in message
         assert "it holds: validation" in message
@@ -220,8 +230,8 @@ class TestRefusals:
     # takes the name of a missing column for the answer itself ("label" is no choice).
     @pytest.mark.parametrize("column", ["goal", "sol2", "label"])
     def test_a_column_that_is_not_there(self, data, column: str) -> None:
-        lacking = [{k: v for k, v in document.items() if k != column} for document in PIQA]
-        write_rows(data / "baber/piqa", validation=lacking)
+        documents = [{k: v for k, v in document.items() if k != column} for document in PIQA]
+        write_rows(data / "baber/piqa", validation=documents)
         message = refusal("piqa", data)
         assert f"piqa cannot read its documents from {data}" in message
         assert "columns" in message
@@ -244,7 +254,7 @@ class TestRefusals:
 
 class TestMetrics:
     @pytest.mark.parametrize(
-        ("task", "metric", "said"),
+        ("task", "metric", "text"),
         [
             (
                 "arc_easy",
@@ -256,9 +266,9 @@ class TestMetrics:
             ("cb", "f1", "choose acc"),
         ],
     )
-    def test_one_that_cannot_be(self, task: str, metric: str, said: str) -> None:
-        with pytest.raises(BenchmarkError, match=re.escape(said)):
-            chosen_metric(shipped(task).identity, metric)
+    def test_one_that_cannot_be(self, task: str, metric: str, text: str) -> None:
+        with pytest.raises(BenchmarkError, match=re.escape(text)):
+            choose_metric(package_benchmark(task).identity, metric)
 
     def test_aggregation_is_lm_evals(self) -> None:
         assert aggregate("mean", [1.0, 0.0, 0.0, 1.0]) == 0.5
@@ -271,44 +281,45 @@ class TestMetrics:
 
 class TestDocuments:
     def test_a_limit_is_a_prefix_with_fixed_examples(self, encoder) -> None:
-        benchmark = shipped("mmlu_anatomy", 5)
-        ten = benchmark.documents(encoder, Extent(limit=10))
-        assert len(ten) == 10
-        assert [document.index for document in ten] == list(range(10))
-        assert benchmark.documents(encoder, Extent(limit=3)) == ten[:3]
-        assert benchmark.documents(encoder, Extent(limit=10)) == ten
-        assert make("mmlu_anatomy", num_fewshot=5).documents(encoder, Extent(limit=4)) == ten[:4]
-        examples = rows("cais/mmlu", "anatomy", "dev")
-        text = text_of(encoder, ten[7])
-        places = [text.index(question) for question in examples["question"]]
-        assert places == sorted(places)
-        assert places[-1] < text.index(rows("cais/mmlu", "anatomy", "test")[7]["question"])
+        benchmark = package_benchmark("mmlu_anatomy", 5)
+        documents = benchmark.documents(encoder, Extent(limit=10))
+        assert len(documents) == 10
+        assert [document.index for document in documents] == list(range(10))
+        assert benchmark.documents(encoder, Extent(limit=3)) == documents[:3]
+        assert benchmark.documents(encoder, Extent(limit=10)) == documents
+        new = make("mmlu_anatomy", num_fewshot=5)
+        assert new.documents(encoder, Extent(limit=4)) == documents[:4]
+        examples = load_rows("cais/mmlu", "anatomy", "dev")
+        text = decode_request(encoder, documents[7])
+        positions = [text.index(question) for question in examples["question"]]
+        assert positions == sorted(positions)
+        assert positions[-1] < text.index(load_rows("cais/mmlu", "anatomy", "test")[7]["question"])
 
     def test_a_limit_is_a_prefix_with_drawn_examples(self, data, encoder) -> None:
         """These are drawn from a random generator that moves on with every document."""
         write_rows(data / "baber/piqa", validation=PIQA, train=[{**d, "label": 0} for d in PIQA])
         benchmark = make("piqa", data, num_fewshot=2)
-        all_of_them = benchmark.documents(encoder, ALL)
-        assert len(all_of_them) == 12
+        documents = benchmark.documents(encoder, ALL_DOCUMENTS)
+        assert len(documents) == 12
         for limit in (1, 5, 11):
-            assert benchmark.documents(encoder, Extent(limit=limit)) == all_of_them[:limit]
-        examples = {text_of(encoder, d).rsplit("Question:", 1)[0] for d in all_of_them}
+            assert benchmark.documents(encoder, Extent(limit=limit)) == documents[:limit]
+        examples = {decode_request(encoder, d).rsplit("Question:", 1)[0] for d in documents}
         assert len(examples) > 6
-        other = make("piqa", data, num_fewshot=2, seed=7)
-        assert other.identity.seed == 7
-        assert other.documents(encoder, ALL) != all_of_them
+        other_benchmark = make("piqa", data, num_fewshot=2, seed=7)
+        assert other_benchmark.identity.seed == 7
+        assert other_benchmark.documents(encoder, ALL_DOCUMENTS) != documents
 
     def test_gold_and_choices_are_those_of_the_data(self, encoder) -> None:
-        arc = rows("allenai/ai2_arc", "ARC-Challenge")
-        documents = shipped("arc_challenge").documents(encoder, ALL)
+        arc = load_rows("allenai/ai2_arc", "ARC-Challenge")
+        documents = package_benchmark("arc_challenge").documents(encoder, ALL_DOCUMENTS)
         assert len(documents) == len(arc) == 299
         for document, row in zip(documents, arc, strict=True):
             labels = row["choices"]["label"]
             assert labels[document.gold] == row["answerKey"]
             assert document.choices == len(document.requests) == len(labels)
             request = document.requests[document.gold]
-            said = encoder.tokenizer.decode(list(request.continuation))
-            assert said == " " + row["choices"]["text"][document.gold]
+            text = encoder.tokenizer.decode(list(request.continuation))
+            assert text == " " + row["choices"]["text"][document.gold]
         assert len({document.gold for document in documents}) >= 4
 
     @pytest.mark.parametrize(
@@ -324,15 +335,15 @@ class TestDocuments:
         ],
     )
     def test_gold_of_other_kinds_of_tasks(self, encoder, benchmark, path, name, gold) -> None:
-        documents = shipped(benchmark).documents(encoder, Extent(limit=20))
+        documents = package_benchmark(benchmark).documents(encoder, Extent(limit=20))
         assert [document.gold for document in documents] == [
-            gold(row) for row in rows(path, name).select(range(20))
+            gold(row) for row in load_rows(path, name).select(range(20))
         ]
 
     def test_an_answer_that_is_no_choice_has_no_gold(self, data, encoder) -> None:
         """As in the test splits of the hub whose labels are hidden."""
         write_rows(data / "baber/piqa", validation=[{**document, "label": -1} for document in PIQA])
-        documents = make("piqa", data).documents(encoder, ALL)
+        documents = make("piqa", data).documents(encoder, ALL_DOCUMENTS)
         assert {document.gold for document in documents} == {None}
         assert {document.choices for document in documents} == {2}
 
@@ -343,42 +354,42 @@ class TestDocuments:
         )
         benchmark = make("lambada_openai", data)
         assert benchmark.identity.primary_metric == "acc"
-        documents = benchmark.documents(encoder, ALL)
+        documents = benchmark.documents(encoder, ALL_DOCUMENTS)
         assert [(d.gold, d.choices, len(d.requests)) for d in documents] == [(0, 0, 1)] * 2
-        assert [text_of(encoder, document) for document in documents] == texts
-        judged = benchmark.outcomes(documents[1], [Response(-2.5, True, 0)])
-        assert judged == {"acc": 1.0, "perplexity": -2.5}
+        assert [decode_request(encoder, document) for document in documents] == texts
+        metrics = benchmark.outcomes(documents[1], [Response(-2.5, True, 0)])
+        assert metrics == {"acc": 1.0, "perplexity": -2.5}
         with pytest.raises(BenchmarkError, match="perplexity"):
-            chosen_metric(benchmark.identity, "perplexity")
+            choose_metric(benchmark.identity, "perplexity")
 
 
 class TestOutcomes:
     def test_one_judgement_does_not_colour_the_next(self, encoder) -> None:
-        benchmark = shipped("piqa")
+        benchmark = package_benchmark("piqa")
         first, second = benchmark.documents(encoder, Extent(limit=2))
-        for document, said, acc in (
+        for document, choice, acc in (
             (first, first.gold, 1.0),
             (first, 1 - first.gold, 0.0),
             (first, first.gold, 1.0),
             (second, second.gold, 1.0),
             (first, 1 - first.gold, 0.0),
         ):
-            responses = [Response(-1.0 if i == said else -5.0, False, 0) for i in range(2)]
+            responses = [Response(-1.0 if i == choice else -5.0, False, 0) for i in range(2)]
             assert benchmark.outcomes(document, responses)["acc"] == acc
 
     @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
-    @pytest.mark.parametrize("place", [0, 1])
-    def test_a_score_that_is_not_finite_has_no_outcome(self, encoder, value, place) -> None:
-        benchmark = shipped("piqa")
+    @pytest.mark.parametrize("position", [0, 1])
+    def test_a_score_that_is_not_finite_has_no_outcome(self, encoder, value, position) -> None:
+        benchmark = package_benchmark("piqa")
         (document,) = benchmark.documents(encoder, Extent(limit=1))
         responses = [Response(-1.0, False, 0), Response(-2.0, False, 0)]
-        responses[place] = Response(value, False, 0)
+        responses[position] = Response(value, False, 0)
         assert benchmark.outcomes(document, responses) == {"acc": None, "acc_norm": None}
 
 
 @pytest.fixture(scope="module")
 def plain_tasks(tmp_path_factory) -> Any:
-    return plain_tasks_in(tmp_path_factory.mktemp("tasks"))
+    return plain_package_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.mark.parametrize(
@@ -395,10 +406,10 @@ def plain_tasks(tmp_path_factory) -> Any:
     ],
 )
 def test_the_model_is_asked_what_lm_eval_asks(tiny_llama, plain_tasks, benchmark, shots, chat, bos):
-    model, tokenizer = parts(tiny_llama(bos=bos))
-    plain = Asked(model, tokenizer)
+    model, tokenizer = load_model_parts(tiny_llama(bos=bos))
+    lm = RecordingModel(model, tokenizer)
     evaluate(
-        plain,
+        lm,
         tasks=[f"plain_{benchmark}"],
         num_fewshot=shots,
         limit=6,
@@ -407,10 +418,10 @@ def test_the_model_is_asked_what_lm_eval_asks(tiny_llama, plain_tasks, benchmark
     )
     ours = make(benchmark, num_fewshot=shots, apply_chat_template=chat)
     assert ours.identity.apply_chat_template is chat
-    asked = tokens_of(ours.documents(RequestEncoder(model, tokenizer), Extent(limit=6)))
-    assert asked == plain.tokens
-    assert len(asked) >= 12
-    assert {context[0] == tokenizer.bos_token_id for context, _ in asked} == {bos}
+    tokens = request_tokens(ours.documents(RequestEncoder(model, tokenizer), Extent(limit=6)))
+    assert tokens == lm.tokens
+    assert len(tokens) >= 12
+    assert {context[0] == tokenizer.bos_token_id for context, _ in tokens} == {bos}
 
 
 class TestSamples:
@@ -421,20 +432,20 @@ class TestSamples:
         documents = ours.documents(RequestEncoder(model, tokenizer), Extent(sample=6))
         numbers = [document.index for document in documents]
         assert numbers == sorted(numbers) != list(range(6))
-        plain, task = Asked(model, tokenizer), f"plain_{benchmark}"
+        lm, task = RecordingModel(model, tokenizer), f"plain_{benchmark}"
         settings = {"num_fewshot": shots, "task_manager": plain_tasks}
-        evaluate(plain, tasks=[task], samples={task: numbers}, **settings)
-        assert tokens_of(documents) == plain.tokens
+        evaluate(lm, tasks=[task], samples={task: numbers}, **settings)
+        assert request_tokens(documents) == lm.tokens
 
     def test_drawn_examples_are_those_of_a_whole_run(self, data, encoder) -> None:
         """lm-eval draws them document by document, so that its own `samples` changes them."""
         write_rows(data / "baber/piqa", validation=PIQA, train=[{**d, "label": 0} for d in PIQA])
         benchmark = make("piqa", data, num_fewshot=2)
-        whole = benchmark.documents(encoder, ALL)
+        documents = benchmark.documents(encoder, ALL_DOCUMENTS)
         for size in (1, 5, 11):
-            drawn = benchmark.documents(encoder, Extent(sample=size))
-            assert drawn == [whole[document.index] for document in drawn]
-            assert len(drawn) == size
+            sample = benchmark.documents(encoder, Extent(sample=size))
+            assert sample == [documents[document.index] for document in sample]
+            assert len(sample) == size
 
 
 def test_an_empty_context_is_lm_evals(loaded) -> None:
@@ -444,10 +455,10 @@ def test_an_empty_context_is_lm_evals(loaded) -> None:
         Instance("loglikelihood", {}, arguments, index)
         for index, arguments in enumerate([("", "Paris"), ("The capital ", "of"), ("A", " heart")])
     ]
-    plain = Asked(model, tokenizer)
-    plain.loglikelihood(instances, disable_tqdm=True)
-    found = RequestEncoder(model, tokenizer).encode(instances)
-    assert [(request.context, request.continuation) for request in found] == plain.tokens
-    assert found[0].context == (tokenizer.bos_token_id,)
+    lm = RecordingModel(model, tokenizer)
+    lm.loglikelihood(instances, disable_tqdm=True)
+    requests = RequestEncoder(model, tokenizer).encode(instances)
+    assert [(request.context, request.continuation) for request in requests] == lm.tokens
+    assert requests[0].context == (tokenizer.bos_token_id,)
     # A trailing space moves into the continuation.
-    assert tokenizer.decode(list(found[1].continuation)) == " of"
+    assert tokenizer.decode(list(requests[1].continuation)) == " of"

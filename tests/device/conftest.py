@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.device.simulated import counters
-from tests.helpers.engines import MAX_LENGTH, loaded
+from tests.helpers.engines import MAX_LENGTH, wrap_model
 from tests.helpers.families import tiny_model
 from tracker.engine.scoring.sweep import Engine
 
@@ -36,7 +36,7 @@ def engines() -> Callable[..., tuple[Engine, Engine]]:
     def make(family: str, **settings: Any) -> tuple[Engine, Engine]:
         model = tiny_model(family)
         settings = {"row_tokens": 40, "row_multiple": 8, "memory": 2**28, **settings}
-        models = loaded(model), loaded(copy.deepcopy(model).to(DEVICE))
+        models = wrap_model(model), wrap_model(copy.deepcopy(model).to(DEVICE))
         on_device = replace(models[1], device=DEVICE)
         return Engine(models[0], MAX_LENGTH, **settings), Engine(on_device, MAX_LENGTH, **settings)
 

@@ -9,16 +9,22 @@ import pytest
 import torch
 
 from tests.conftest import cli
-from tests.helpers.engines import Memory, make_documents
+from tests.helpers.engines import VerdictMemory, make_documents
 from tests.helpers.families import FAMILIES
-from tracker.bench.doctor import FEATURES, SWEEPS, Feature, diagnose, largest_difference
+from tracker.bench.doctor import (
+    FEATURE_SWEEPS,
+    FEATURES,
+    EngineFeature,
+    diagnose,
+    largest_difference,
+)
 from tracker.core.changes import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.observers.layer_proxies import output_proxies
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check
+from tracker.engine.selfcheck.check import check_sharing
 from tracker.measuring.progress import Silent
 
 NO_EXPERTS = {"experts", "shared experts", "expert load"}
@@ -29,7 +35,7 @@ CHECKS = len(FEATURES) + 4
 """Features, a repeated row, offloading to the host and to disk, spreading."""
 
 
-def outcome(feature: Feature, engine: Engine) -> Any:
+def outcome(feature: EngineFeature, engine: Engine) -> Any:
     """Return what a feature computes, or why the model cannot be used so."""
     try:
         figures = feature(engine)
@@ -57,9 +63,11 @@ def test_less_sharing(engines, sharing):
 
 
 def test_the_self_check(engines):
-    verdicts, documents, layers = Memory(), make_documents(3), [INTACT, *SWEEPS["layers"]]
-    checks = [check(engine, documents, layers, verdicts) for engine in engines("llama")]
-    assert len({(c.difference, str(c.engine.sharing), c.lost) for c in checks}) == 1
+    verdicts = VerdictMemory()
+    documents = make_documents(3)
+    layers = [INTACT, *FEATURE_SWEEPS["layers"]]
+    checks = [check_sharing(engine, documents, layers, verdicts) for engine in engines("llama")]
+    assert len({(c.difference, str(c.engine.sharing), c.sharing_note) for c in checks}) == 1
     assert sum("confirmed" in text for text in verdicts.values()) == 2, "each device has its own"
 
 

@@ -13,15 +13,15 @@ import torch
 
 from tests.device.conftest import DEVICE
 from tests.device.simulated import counters
-from tests.helpers.engines import MAX_LENGTH, make_documents, same, save_model
+from tests.helpers.engines import MAX_LENGTH, assert_same_scores, make_documents, save_model
 from tests.helpers.families import tiny_model
-from tracker.bench.doctor import FEATURES, SWEEPS, largest_difference
+from tracker.bench.doctor import FEATURE_SWEEPS, FEATURES, largest_difference
 from tracker.core.changes import INTACT
 from tracker.engine.scoring import row_size
-from tracker.engine.scoring.sweep import HALVED, Engine
+from tracker.engine.scoring.sweep import HALVED_NOTE, Engine
 from tracker.models import devices
 from tracker.models.load import find_device, load_model
-from tracker.models.offloaded import least_bytes, weight_bytes
+from tracker.models.offloaded import min_weight_bytes, weight_bytes
 
 score_layers = FEATURES["layers"]
 
@@ -33,7 +33,7 @@ def load(tmp_path) -> Callable[..., Engine]:
     source = save_model(model, tmp_path)
 
     def make(device: str = "cpu", staying: int | None = None, **settings: Any) -> Engine:
-        weights = None if staying is None else least_bytes(model, staying)
+        weights = None if staying is None else min_weight_bytes(model, staying)
         loaded = load_model(source, "float32", device, weights=weights, **settings)
         return Engine(loaded, MAX_LENGTH, memory=2**28, row_tokens=40, row_multiple=8)
 
@@ -46,7 +46,7 @@ def load(tmp_path) -> Callable[..., Engine]:
 def test_layers_that_do_not_fit(load, device, staying, offload):
     """Two layers at a time, or one more that stays where it is computed."""
     engine = load(device, staying, offload=offload)
-    assert len(engine.loaded.offloaded.times) == 4 - staying
+    assert len(engine.loaded.offloaded.load_counts) == 4 - staying
     assert largest_difference(score_layers(engine), score_layers(load())) == 0
     assert counters.counts()["h2d pinned, does not block"] if offload == "host" else True
 
@@ -55,10 +55,10 @@ def test_layers_that_do_not_fit(load, device, staying, offload):
 def test_streams_that_do_not_wait_are_noticed(load, monkeypatch, method):
     """The test above would see weights that are used, or written over, too early."""
     engine = load("auto", 0, offload="host")
-    deaf = type("Deaf", (torch.Stream,), {method: lambda stream, other: None})
+    deaf_stream = type("Deaf", (torch.Stream,), {method: lambda stream, event: None})
 
     def make(stream: Any) -> Any:
-        return deaf(stream.stream_id, stream.device_index, stream.device_type)
+        return deaf_stream(stream.stream_id, stream.device_index, stream.device_type)
 
     current, weights = torch.sim.current_stream, engine.loaded.offloaded
     monkeypatch.setattr(torch.sim, "current_stream", lambda device: make(current(device)))
@@ -73,42 +73,49 @@ def test_pinned_memory_takes_what_the_weights_take(load):
     before = counters.pinned_bytes()
     engine = load("auto", 0, offload="host")
     pinned = counters.pinned_bytes() - before
-    assert 0 < pinned <= sum(weight_bytes(part) + devices.ROUNDED for part in engine.loaded.layers)
-    for size in (1, devices.ROUNDED, 5 * devices.ROUNDED, 7 * devices.ROUNDED - 1):
+    assert 0 < pinned <= sum(weight_bytes(p) + devices.PINNED_BLOCK for p in engine.loaded.layers)
+    for size in (1, devices.PINNED_BLOCK, 5 * devices.PINNED_BLOCK, 7 * devices.PINNED_BLOCK - 1):
         before = counters.pinned_bytes()
-        parts = devices.pinned(size)
-        assert counters.pinned_bytes() - before == -(-size // devices.ROUNDED) * devices.ROUNDED
+        parts = devices.allocate_pinned(size)
+        assert (
+            counters.pinned_bytes() - before
+            == -(-size // devices.PINNED_BLOCK) * devices.PINNED_BLOCK
+        )
         assert sum(map(len, parts)) >= size
         del parts
 
 
 def test_a_model_spread_over_devices(load):
     """accelerate's own map does not know the simulated device, so it is given one."""
-    engine, other = load(), load()
-    first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1")
-    last = ("model.layers.2", "model.layers.3", "model.norm", "lm_head")
-    device_map = dict.fromkeys(first, "sim:0") | dict.fromkeys(last, "sim:1")
-    model = accelerate.dispatch_model(other.loaded.model, device_map, main_device="sim:0")
-    spread = replace(other, loaded=replace(other.loaded, model=model, device=DEVICE))
+    engine, plain_engine = load(), load()
+    first_modules = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1")
+    last_modules = ("model.layers.2", "model.layers.3", "model.norm", "lm_head")
+    device_map = dict.fromkeys(first_modules, "sim:0") | dict.fromkeys(last_modules, "sim:1")
+    model = accelerate.dispatch_model(plain_engine.loaded.model, device_map, main_device="sim:0")
+    spread_engine = replace(
+        plain_engine, loaded=replace(plain_engine.loaded, model=model, device=DEVICE)
+    )
     for feature in ("layers", "attention and MLP", "repeated layers"):
-        assert largest_difference(*map(FEATURES[feature], (spread, engine))) == 0
+        assert largest_difference(*map(FEATURES[feature], (spread_engine, engine))) == 0
 
 
 @pytest.mark.parametrize("fits", [0.8, 0.5])
 def test_a_row_that_does_not_fit_is_halved(engines, monkeypatch, fits):
     """The device is full when all documents are read at once."""
     cpu, device = engines("llama", row_tokens=400)
-    documents, answered, ablations = make_documents(6), [], [INTACT, *SWEEPS["layers"]]
+    documents, progress, ablations = make_documents(6), [], [INTACT, *FEATURE_SWEEPS["layers"]]
     counters.reset_peak(0)
-    earlier = counters.memory(0)[3]  # of other tests
+    old_failures = counters.memory(0)[3]  # of other tests
     device.score(documents, ablations)
     allocated, _, peak, failures = counters.memory(0)
-    assert failures == earlier
+    assert failures == old_failures
     monkeypatch.setenv("SIM_MEMORY", str(int(allocated + (peak - allocated) * fits)))
-    same(device.score(documents, ablations, answered.append), cpu.score(documents, ablations))
-    assert device.notes == [HALVED]
-    assert counters.memory(0)[3] > earlier
-    assert sum(answered) >= sum(len(d.requests) for d in documents) * len(ablations)
+    assert_same_scores(
+        device.score(documents, ablations, progress.append), cpu.score(documents, ablations)
+    )
+    assert device.notes == [HALVED_NOTE]
+    assert counters.memory(0)[3] > old_failures
+    assert sum(progress) >= sum(len(d.requests) for d in documents) * len(ablations)
 
 
 def test_what_torch_keeps_for_later_is_free(engines):
@@ -137,11 +144,11 @@ def test_devices_are_found_by_torch(monkeypatch):
 
 def test_rows_of_several_sizes_are_tried(engines, monkeypatch):
     """On a device whatever the dtype; answers are those of any other size."""
-    monkeypatch.setattr(row_size, "ACCELERATOR_SIZES", (128, 64, 256))
+    monkeypatch.setattr(row_size, "ACCELERATOR_ROW_SIZES", (128, 64, 256))
     cpu, device = engines("llama", row_tokens=None)
-    assert not row_size.matters(cpu)
-    assert row_size.matters(device)
-    nodes = row_size.fastest(device)
+    assert not row_size.is_worth_timing(cpu)
+    assert row_size.is_worth_timing(device)
+    nodes = row_size.find_row_size(device)
     assert nodes in (64, 128, 256)
     pair = (replace(engine, row_tokens=nodes) for engine in (device, cpu))
     assert largest_difference(*map(score_layers, pair)) == 0

@@ -8,61 +8,66 @@ import pytest
 import torch
 
 from tests.helpers.ablations import single_layers
-from tests.helpers.engines import MAX_LENGTH, Memory, asking, engine_of, loaded, make_documents
+from tests.helpers.engines import (
+    MAX_LENGTH,
+    VerdictMemory,
+    engine_of,
+    make_document,
+    make_documents,
+    wrap_model,
+)
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
-from tracker.engine.scoring.rows import common_beginning, tree_rows
-from tracker.engine.scoring.score import SHORTEST
+from tracker.engine.scoring.rows import common_beginning, pack_tree_rows
+from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
 from tracker.engine.selfcheck.check import (
     VERDICT,
-    check,
+    check_sharing,
     confirm,
     confirmation_rounds,
-    holds_blank,
+    has_blank_token,
+    measure_reach,
     plain_tokens,
-    reach,
     watch,
     watched_documents,
 )
-from tracker.engine.selfcheck.miniature_check import WAYS
-from tracker.engine.selfcheck.reference import Reference, Verdict
+from tracker.engine.selfcheck.miniature_check import SHARING_LEVELS
+from tracker.engine.selfcheck.reference import Reference, SharingVerdict
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 
 
 def test_one_document_in_two_hundred_is_watched_and_one_a_task_at_least():
     """And stays watched when more come."""
-    documents = [
-        Document(task, index, (), None, 0) for task in ("one", "other") for index in range(2000)
-    ]
-    every = watched_documents(documents)
-    assert 12 <= len(every) <= 28
-    assert every == watched_documents(documents[::-1])
-    few = watched_documents([d for d in documents if d.index < 20])
-    assert {task for task, _ in few} == {"one", "other"}
-    drawn = {place for place in every if place[1] < 20}
-    assert few >= drawn
+    documents = [Document(task, i, (), None, 0) for task in ("one", "other") for i in range(2000)]
+    watched = watched_documents(documents)
+    assert 12 <= len(watched) <= 28
+    assert watched == watched_documents(documents[::-1])
+    few_watched = watched_documents([d for d in documents if d.index < 20])
+    assert {task for task, _ in few_watched} == {"one", "other"}
+    drawn_keys = {key for key in watched if key[1] < 20}
+    assert few_watched >= drawn_keys
 
 
 def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed():
     engine = engine_of("llama")
     scores = engine.score(make_documents(40), ABLATIONS)
 
-    def watched(seed, first=0):
+    def watched_numbers(seed, first=0):
         return [number for _, number, _ in watch(Reference(engine), scores, ABLATIONS, seed, first)]
 
-    found = list(watch(Reference(engine), scores, ABLATIONS, "seed"))
-    assert {number for _, number, _ in found} == {0, 1, 2, 3, 4}
-    assert set(watched("seed", first=2)) == {2, 3, 4}
-    assert [number for _, number, _ in found] == watched("seed") != watched("other")
-    assert [result.document for result, _, _ in found] == [s.document for s in scores]
-    for result, _, comparison in found:
+    results = list(watch(Reference(engine), scores, ABLATIONS, "seed"))
+    assert {number for _, number, _ in results} == {0, 1, 2, 3, 4}
+    assert set(watched_numbers("seed", first=2)) == {2, 3, 4}
+    assert [n for _, n, _ in results] == watched_numbers("seed") != watched_numbers("other")
+    assert [result.document for result, _, _ in results] == [s.document for s in scores]
+    for result, _, comparison in results:
         assert comparison.compared == len(result.document.requests)
         assert comparison.wrong is None
         assert comparison.difference < 1e-4
@@ -74,65 +79,73 @@ def shallow():
 
 
 def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
-    documents, kept, engine = make_documents(3), Memory(), engine_of(shallow())
-    asked = single_layers((0, 1))
-    first = check(engine, documents, asked, kept)
-    assert first.engine.sharing == FULL
+    documents, store, engine = make_documents(3), VerdictMemory(), engine_of(shallow())
+    ablations = single_layers((0, 1))
+    first_result = check_sharing(engine, documents, ablations, store)
+    assert first_result.engine.sharing == FULL
     # With short texts, with texts as long as these, and by the model itself.
     names = ("check_miniature", "check_longer_texts", "confirm")
-    made = [spy(module, name, lambda *_: True) for name in names]
-    assert check(engine, documents, asked, kept) == first
-    assert made == [[], [], []]
-    for place, (key, verdict) in enumerate(list(kept.items())):
+    calls_by_name = [spy(module, name, lambda *_: True) for name in names]
+    assert check_sharing(engine, documents, ablations, store) == first_result
+    assert calls_by_name == [[], [], []]
+    for index, (key, verdict) in enumerate(list(store.items())):
         # One of another kind is damaged too: a verdict on the architecture confirms nothing.
-        for damaged in ("{", list(kept.values())[2 * (place < 2)]):
-            kept[key] = damaged
-            assert check(engine, documents, asked, kept) == first
-            assert kept[key] == verdict
-        assert [len(calls) for calls in made] == [2 * (n <= place) for n in range(3)]
-    check(engine, documents, [*asked, Ablation.parse("mlp:1")], kept)
-    assert len(kept) == 6, "another ablation is another question"
+        for damaged in ("{", list(store.values())[2 * (index < 2)]):
+            store[key] = damaged
+            assert check_sharing(engine, documents, ablations, store) == first_result
+            assert store[key] == verdict
+        assert [len(calls) for calls in calls_by_name] == [2 * (n <= index) for n in range(3)]
+    check_sharing(engine, documents, [*ablations, Ablation.parse("mlp:1")], store)
+    assert len(store) == 6, "another ablation is another question"
 
 
 @pytest.fixture
 def times_asked(spy):
     """Check a cell; return how often its model itself was asked."""
-    verdicts, calls = Memory(), spy(module, "confirm", lambda *_: True)
+    verdicts, calls = VerdictMemory(), spy(module, "confirm", lambda *_: True)
 
-    def times_asked(engine, documents=(), ablations=ABLATIONS, **more):
+    def count_confirmations(engine, documents=(), ablations=ABLATIONS, **more):
         calls.clear()
-        check(engine, documents or make_documents(3), ablations, verdicts, **more)
+        check_sharing(engine, documents or make_documents(3), ablations, verdicts, **more)
         return len(calls)
 
-    return times_asked
+    return count_confirmations
 
 
 def test_what_a_model_has_confirmed_holds_for_texts_that_are_no_longer(times_asked):
     """Of whatever benchmark."""
     engine = engine_of("llama", max_length=1024)
-    long = asking(*((tuple(range(90)) * 2, (n,)) for n in (5, 6)))
-    first, other = make_documents(3), make_documents(4, seed=1, shared=60)
-    cells = (first, other, [long], [long, *make_documents(2)], first)
+    document = make_document(*((tuple(range(90)) * 2, (n,)) for n in (5, 6)))
+    documents_a, documents_b = make_documents(3), make_documents(4, seed=1, shared=60)
+    cells = (documents_a, documents_b, [document], [document, *make_documents(2)], documents_a)
     assert [times_asked(engine, documents) for documents in cells] == [1, 0, 1, 0, 0]
 
 
 def test_it_does_not_hold_of_other_weights_or_what_computes_them(times_asked, monkeypatch):
-    def of(model="llama", fingerprint="one", **settings):
+    def make_engine(model="llama", fingerprint="one", **settings):
         engine = engine_of(model, **settings)
         identity = engine.loaded.identity.model_copy(update={"fingerprint": fingerprint})
         return replace(engine, loaded=replace(engine.loaded, identity=identity))
 
-    half, eager = tiny_model("llama").bfloat16(), tiny_model("llama")
-    eager.set_attn_implementation("eager")
-    others = [of(fingerprint="other"), of(half), of(eager), of(row_tokens=50), of(max_length=90)]
-    assert [times_asked(engine) for engine in (of(), of(), *others)] == [1, 0, *[1] * len(others)]
-    assert times_asked(of(), ablations=ABLATIONS[:3])
+    half_model, eager_model = tiny_model("llama").bfloat16(), tiny_model("llama")
+    eager_model.set_attn_implementation("eager")
+    other_engines = [
+        make_engine(fingerprint="other"),
+        make_engine(half_model),
+        make_engine(eager_model),
+        make_engine(row_tokens=50),
+        make_engine(max_length=90),
+    ]
+    counts = [times_asked(engine) for engine in (make_engine(), make_engine(), *other_engines)]
+    assert counts == [1, 0, *[1] * len(other_engines)]
+    assert times_asked(make_engine(), ablations=ABLATIONS[:3])
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    assert times_asked(of())
-    monkeypatch.setattr(module, "hardware", lambda device: "another processor")
-    assert times_asked(of())
-    monkeypatch.setattr(module, "_verdict", lambda *_: Verdict(FULL, stay=True))
-    assert times_asked(of())
+    assert times_asked(make_engine())
+    monkeypatch.setattr(module, "hardware_name", lambda device: "another processor")
+    assert times_asked(make_engine())
+    verdict = SharingVerdict(FULL, in_place=True)
+    monkeypatch.setattr(module, "_judge_architecture", lambda *_: verdict)
+    assert times_asked(make_engine())
 
 
 def test_a_model_that_shared_less_is_asked_again(times_asked):
@@ -142,24 +155,24 @@ def test_a_model_that_shared_less_is_asked_again(times_asked):
     assert [times_asked(engine_of(model)) for _ in range(2)] == [3, 3]
 
 
-class Recalled(Memory):
+class StoredVerdict(VerdictMemory):
     """Recalls one verdict, whatever was checked: what follows from it is under test."""
 
     def __init__(self, *verdict, **more):
-        verdict = Verdict(*(verdict or (FULL,)), **{"compared": 100, **more})
+        verdict = SharingVerdict(*(verdict or (FULL,)), **{"compared": 100, **more})
         self.recall = lambda key: VERDICT.dump_json(verdict).decode()
 
 
 def checked(model, verdict=None):
-    verdict = Recalled() if verdict is None else verdict
-    return check(engine_of(model), make_documents(3), ABLATIONS, verdict)
+    verdict = StoredVerdict() if verdict is None else verdict
+    return check_sharing(engine_of(model), make_documents(3), ABLATIONS, verdict)
 
 
-def when_masked(model, then):
+def when_masked(model, change_output):
     """Change the output wherever the engine gives the first layer a mask of its own."""
 
     def hook(module, args, kwargs, output):
-        return output if kwargs["attention_mask"] is None else then(output)
+        return output if kwargs["attention_mask"] is None else change_output(output)
 
     model.model.layers[0].self_attn.register_forward_hook(hook, with_kwargs=True)
 
@@ -169,41 +182,38 @@ def fail(*_):
 
 
 def test_no_more_is_shared_than_the_verdict_allows():
-    verdict = Recalled(DEPTH_ONLY, "tokens were lost", 0.5, unsteady=3, stay=True)
-    found = checked("llama", verdict)
-    assert found.engine.sharing == DEPTH_ONLY
-    assert found.engine.quirks.stay
-    assert found.lost == "tokens were lost"
-    assert found.difference == 0.5
-    unsteady, compared = (int(word) for word in found.unsteady.split() if word.isdigit())
+    verdict = StoredVerdict(DEPTH_ONLY, "tokens were lost", 0.5, unsteady=3, in_place=True)
+    result = checked("llama", verdict)
+    assert result.engine.sharing == DEPTH_ONLY
+    assert result.engine.quirks.in_place
+    assert result.sharing_note == "tokens were lost"
+    assert result.difference == 0.5
+    unsteady, compared = (int(word) for word in result.unsteady_note.split() if word.isdigit())
     assert unsteady == 3
     assert compared > 100
-    nothing = checked("llama", Recalled(PLAIN, "all was lost"))
-    assert nothing.engine.sharing == PLAIN
-    assert (nothing.lost, nothing.unsteady) == ("all was lost", None)
-    assert 0 <= nothing.difference < 1e-3
+    plain_result = checked("llama", StoredVerdict(PLAIN, "all was lost"))
+    assert plain_result.engine.sharing == PLAIN
+    assert (plain_result.sharing_note, plain_result.unsteady_note) == ("all was lost", None)
+    assert 0 <= plain_result.difference < 1e-3
 
 
 def test_what_only_the_longest_text_shows_is_seen(monkeypatch):
     """Was: the shortest documents alone were asked."""
-    monkeypatch.setattr(reference, "DRAWS", 1)
+    monkeypatch.setattr(reference, "NOISE_DRAWS", 1)
     model = tiny_model("llama")
-    when_masked(
-        model, lambda output: (output[0] * (3 if output[0].shape[1] > 150 else 1), *output[1:])
-    )
+    when_masked(model, lambda out: (out[0] * (3 if out[0].shape[1] > 150 else 1), *out[1:]))
     documents = make_documents(5)
     engine = engine_of(model, max_length=512, row_tokens=100)
-    assert check(engine, documents, ABLATIONS, Recalled()).lost is None
-    documents.append(asking(*((tuple(range(3, 93)) * 2, (n, 5)) for n in (5, 6)), index=5))
-    assert check(engine, documents, ABLATIONS, Recalled()).engine.sharing == DEPTH_ONLY
+    assert check_sharing(engine, documents, ABLATIONS, StoredVerdict()).sharing_note is None
+    documents.append(make_document(*((tuple(range(3, 93)) * 2, (n, 5)) for n in (5, 6)), index=5))
+    assert check_sharing(engine, documents, ABLATIONS, StoredVerdict()).engine.sharing == DEPTH_ONLY
 
 
 def test_a_model_that_does_not_run_says_why():
     model = tiny_model("llama")
     model.model.layers[0].register_forward_hook(fail)
-    with pytest.raises(
-        CellError, match=r"^LlamaForCausalLM cannot be asked one request at a time: no such"
-    ):
+    message = "^LlamaForCausalLM cannot be asked one request at a time: no such"
+    with pytest.raises(CellError, match=message):
         checked(model)
 
 
@@ -216,33 +226,33 @@ def off(monkeypatch):
 
         def wrong(self, *rest):
             scores = honest(self, *rest)
-            for answers in (each for score in scores for each in score.responses):
+            for answers in (result for score in scores for result in score.responses):
                 if self.sharing in ways:
                     answers[:] = [a._replace(loglikelihood=a.loglikelihood - 1) for a in answers]
             return scores
 
         monkeypatch.setattr(Engine, "score", wrong)
-        monkeypatch.setattr(reference, "DRAWS", 1)
+        monkeypatch.setattr(reference, "NOISE_DRAWS", 1)
 
     return off
 
 
 def test_a_model_that_contradicts_itself_is_not_measured(off):
-    off(*WAYS, ONE_BY_ONE)
-    said = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats shared"
-    with pytest.raises(CellError, match=said):
+    off(*SHARING_LEVELS, ONE_BY_ONE)
+    message = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats with"
+    with pytest.raises(CellError, match=message):
         checked("llama")
 
 
 def test_what_several_texts_in_a_call_change_is_asked_one_by_one(off):
-    off(*WAYS)
-    found = checked("llama")
-    assert found.engine.sharing == ONE_BY_ONE
-    assert found.lost == (
+    off(*SHARING_LEVELS)
+    result = checked("llama")
+    assert result.engine.sharing == ONE_BY_ONE
+    assert result.sharing_note == (
         "nothing is shared, and each request is asked alone, because a call of several texts "
         "changes a log-likelihood by 1 nats"
     )
-    assert (found.difference, found.unsteady) == (0, None)
+    assert (result.difference, result.unsteady_note) == (0, None)
 
 
 class RoundsByLength(torch.nn.SiLU):
@@ -257,10 +267,10 @@ def test_half_precision_may_differ_by_more():
     model = tiny_model("llama")
     model.model.layers[1].mlp.act_fn = RoundsByLength()
     assert checked(model).engine.sharing != FULL
-    found = checked(model.bfloat16())
-    assert found.engine.sharing == FULL
-    assert found.unsteady is None
-    assert found.difference > 1e-3
+    result = checked(model.bfloat16())
+    assert result.engine.sharing == FULL
+    assert result.unsteady_note is None
+    assert result.difference > 1e-3
 
 
 def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read():
@@ -269,60 +279,62 @@ def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read():
     with torch.no_grad():
         model.get_input_embeddings().weight[5, 0] = 0  # one number of it, not all
 
-    def held(context: tuple[int, ...], said: tuple[int, ...]) -> bool:
-        plain = asking(((5, 6), (7,)), ((5,), (8,)))
-        return holds_blank(model, [plain, asking(((5,), (8,)), (context, said))])
+    def holds_blank_token(context: tuple[int, ...], continuation: tuple[int, ...]) -> bool:
+        plain_document = make_document(((5, 6), (7,)), ((5,), (8,)))
+        other_document = make_document(((5,), (8,)), (context, continuation))
+        return has_blank_token(model, [plain_document, other_document])
 
-    assert held((5, 0), (7,))
-    assert held((5,), (7, 0))
-    assert not held((5,), (7,))
+    assert holds_blank_token((5, 0), (7,))
+    assert holds_blank_token((5,), (7, 0))
+    assert not holds_blank_token((5,), (7,))
     # What a tokenizer says beyond the table is no matter of this.
-    assert not held((5, 10**6), (97,))
+    assert not holds_blank_token((5, 10**6), (97,))
 
 
 def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document():
     documents = make_documents(3, shared=30)
-    longest = max(row.tokens for each in documents for row in tree_rows([each], MAX_LENGTH, 1000))
-    model = loaded(tiny_model("llama"))
-    assert reach(Engine(model, MAX_LENGTH, row_tokens=50), documents).row == longest + 50
-    assert reach(Engine(model, MAX_LENGTH, row_tokens=10), documents).row == longest + 30
+    longest = max(row.tokens for d in documents for row in pack_tree_rows([d], MAX_LENGTH, 1000))
+    model = wrap_model(tiny_model("llama"))
+    assert measure_reach(Engine(model, MAX_LENGTH, row_tokens=50), documents).row == longest + 50
+    assert measure_reach(Engine(model, MAX_LENGTH, row_tokens=10), documents).row == longest + 30
 
 
 def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest(spy):
     """Thirty plain passes over texts of a thousand tokens would be most of the check."""
     context = tuple(3 + n % 90 for n in range(330))
-    documents = [
-        asking(*((context + (9,) * index, (n,)) for n in (5, 6, 7)), index=index)
-        for index in range(2)
-    ]
-    seen = spy(Engine, "score", lambda engine, *given: given)
-    read = spy(Engine, "read", lambda engine, tokens: len(tokens))
+    contexts = enumerate([context, (*context, 9)])
+    documents = [make_document(*((c, (n,)) for n in (5, 6, 7)), index=i) for i, c in contexts]
+    score_calls = spy(Engine, "score", lambda engine, *arguments: arguments)
+    read_lengths = spy(Engine, "read_logits", lambda engine, tokens: len(tokens))
     engine = engine_of("llama", max_length=1024)
     comparison = confirm(engine, Reference(engine), [*confirmation_rounds(documents, ABLATIONS)])
     assert (comparison.wrong, comparison.compared) == (None, 6 + 4 + 2 * 3)
-    (short, everything), (whole, two) = seen
-    assert (everything, len(two), two[0]) == (ABLATIONS, 2, INTACT)
-    assert two[1] in ABLATIONS[1:]
-    for long, cut in zip(documents, short, strict=True):
-        for one, other in zip(long.requests, cut.requests, strict=True):
-            assert other.context == one.context[:48] + one.context[-8:]
-            assert other.continuation == one.continuation
-    assert len(common_beginning(short, 1024)) >= SHORTEST, "it is read apart here too"
-    assert [document.requests for document in whole] == [d.requests for d in documents[::-1]]
-    assert sorted(read) == [56] * 6 + [331] * 2, "letters of one text are one call"
-    assert plain_tokens(documents, ABLATIONS, 1024) == sum(read) + 330 + 331
+    (short_documents, all_ablations), (whole_documents, two_ablations) = score_calls
+    assert (all_ablations, len(two_ablations), two_ablations[0]) == (ABLATIONS, 2, INTACT)
+    assert two_ablations[1] in ABLATIONS[1:]
+    for long_document, short_document in zip(documents, short_documents, strict=True):
+        for long_request, short_request in zip(
+            long_document.requests, short_document.requests, strict=True
+        ):
+            assert short_request.context == long_request.context[:48] + long_request.context[-8:]
+            assert short_request.continuation == long_request.continuation
+    assert len(common_beginning(short_documents, 1024)) >= MIN_PREFIX, "it is read apart here too"
+    assert [o.requests for o in whole_documents] == [d.requests for d in documents[::-1]]
+    assert sorted(read_lengths) == [56] * 6 + [331] * 2, "letters of one text are one call"
+    assert plain_tokens(documents, ABLATIONS, 1024) == sum(read_lengths) + 330 + 331
     # What is short is asked once, as it is.
     assert len([*confirmation_rounds(make_documents(2), ABLATIONS)]) == 1
 
 
 def test_what_is_read_plainly_is_what_was_planned(spy):
     documents = make_documents(3)
-    read = spy(Engine, "read", lambda engine, tokens: len(tokens))
-    engine = check(engine_of("llama"), documents, ABLATIONS, Recalled()).engine
-    watched = watched_documents(documents)
-    some = [d for d in documents if (d.task, d.index) in watched]
-    list(watch(Reference(engine), engine.score(some, ABLATIONS), ABLATIONS, "seed"))
-    assert sum(read) == plain_tokens(documents, ABLATIONS, MAX_LENGTH)
+    read_lengths = spy(Engine, "read_logits", lambda engine, tokens: len(tokens))
+    engine = check_sharing(engine_of("llama"), documents, ABLATIONS, StoredVerdict()).engine
+    watched_keys = watched_documents(documents)
+    watched_documents_list = [d for d in documents if (d.task, d.index) in watched_keys]
+    scores = engine.score(watched_documents_list, ABLATIONS)
+    list(watch(Reference(engine), scores, ABLATIONS, "seed"))
+    assert sum(read_lengths) == plain_tokens(documents, ABLATIONS, MAX_LENGTH)
 
 
 def test_a_second_cell_finds_the_model_as_the_first_one_did():
@@ -334,8 +346,8 @@ def test_a_second_cell_finds_the_model_as_the_first_one_did():
     config.rope_parameters = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}
     model = AutoModelForCausalLM.from_config(config).eval()
     documents = make_documents(4, shared=20)
-    before = model.model.rotary_emb.inv_freq.clone()
-    first = check(engine_of(model), documents, single_layers((0,)))
-    assert first.engine.quirks.leftovers
-    first.engine.score(documents, single_layers((0,)))
-    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    result = check_sharing(engine_of(model), documents, single_layers((0,)))
+    assert result.engine.quirks.leftovers
+    result.engine.score(documents, single_layers((0,)))
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)

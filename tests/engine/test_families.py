@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.ablations import single_layers
+from tests.helpers.ablations import parse_ablations, single_layers
 from tests.helpers.engines import (
-    agree,
-    answers,
+    assert_naive_scores,
+    assert_one_sentence,
     engine_of,
-    is_one_sentence,
     make_documents,
-    skipped,
+    naive_answers,
+    skipping_layers,
 )
 from tests.helpers.families import FAMILIES, tiny_model
-from tracker.core.changes import INTACT, Ablation
+from tracker.core.changes import Ablation
 from tracker.core.errors import ModelError
 from tracker.engine.scoring.model import FULL, PLAIN
-from tracker.engine.scoring.score import SHORTEST
-from tracker.engine.selfcheck.check import check
-from tracker.engine.selfcheck.reference import LEFT, STATE, keeps_a_state
-from tracker.models.hooks import silenced
+from tracker.engine.scoring.score import MIN_PREFIX
+from tracker.engine.selfcheck.check import check_sharing
+from tracker.engine.selfcheck.reference import REMAINING_SHARING, STATE, keeps_state
+from tracker.models.hooks import silenced_sublayers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 
@@ -34,12 +34,7 @@ ABLATIONS = [
     Ablation.parse("layers:0,3"),
 ]
 
-HALVES = [
-    INTACT,
-    *(Ablation.parse(f"attention:{layer}") for layer in (0, 1)),
-    *(Ablation.parse(f"mlp:{layer}") for layer in (0, 1)),
-    Ablation.parse("layer:2+attention:0+mlp:3"),
-]
+HALVES = parse_ablations("baseline attention:0 attention:1 mlp:0 mlp:1 layer:2+attention:0+mlp:3")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,25 +44,27 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class TestFamilies:
     def test_every_stream_is_the_ablated_model(self, family):
         model, documents = tiny_model(family), make_documents()
-        checked = check(engine_of(model, row_tokens=40), documents, ABLATIONS)
-        assert checked.engine.sharing == FAMILIES[family].sharing, checked.lost
-        if checked.engine.sharing == FULL:
-            assert checked.lost is None
+        result = check_sharing(engine_of(model, row_tokens=40), documents, ABLATIONS)
+        assert result.engine.sharing == FAMILIES[family].sharing, result.sharing_note
+        if result.engine.sharing == FULL:
+            assert result.sharing_note is None
         else:
-            assert f"{LEFT[checked.engine.sharing]}, because " in checked.lost
-            assert (STATE in checked.lost) == keeps_a_state(tiny_model(family))
-            is_one_sentence(checked.lost)
-        assert checked.difference < 1e-4
-        agree(checked.engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+            assert f"{REMAINING_SHARING[result.engine.sharing]}, because " in result.sharing_note
+            assert (STATE in result.sharing_note) == keeps_state(tiny_model(family))
+            assert_one_sentence(result.sharing_note)
+        assert result.difference < 1e-4
+        assert_naive_scores(
+            result.engine.score(documents, ABLATIONS), model, ABLATIONS, skipping_layers
+        )
 
     def test_without_sharing_too(self, family):
         """The reference of the self-check is right: layers really removed, the rest re-indexed."""
         model, documents = tiny_model(family), make_documents(2)
         scores = engine_of(model, PLAIN).score(documents, ABLATIONS)
-        agree(scores, model, ABLATIONS, skipped)
-        intact, *others = [[r.loglikelihood for r in each] for each in scores[0].responses]
-        for other in others:  # else these equalities would say nothing
-            assert max(abs(a - b) for a, b in zip(intact, other, strict=True)) > 0.05
+        assert_naive_scores(scores, model, ABLATIONS, skipping_layers)
+        intact_answers, *other_answers = [[r.loglikelihood for r in e] for e in scores[0].responses]
+        for answers in other_answers:  # else these equalities would say nothing
+            assert max(abs(a - b) for a, b in zip(intact_answers, answers, strict=True)) > 0.05
 
     def test_its_sublayers_too_or_it_is_refused(self, family):
         model, documents = tiny_model(family), make_documents(2)
@@ -79,23 +76,23 @@ class TestFamilies:
         engine = engine_of(model, FAMILIES[family].sharing, row_tokens=40)
         scores = engine.score(documents, HALVES)
         for column, ablation in enumerate(HALVES):
-            quiet = [
+            silent_modules = [
                 *(parts[layer].attention for layer in ablation.removed("attention")),
                 *(parts[layer].mlp for layer in ablation.removed("mlp")),
             ]
-            with skipped(model, ablation.removed()), silenced(quiet):
+            with skipping_layers(model, ablation.removed()), silenced_sublayers(silent_modules):
                 for score in scores:
-                    truth = answers(model, score.document)
-                    for ours, (loglikelihood, _) in zip(
-                        score.responses[column], truth, strict=True
+                    expected = naive_answers(model, score.document)
+                    for response, (loglikelihood, _) in zip(
+                        score.responses[column], expected, strict=True
                     ):
-                        assert ours.loglikelihood == pytest.approx(loglikelihood, abs=2e-4)
+                        assert response.loglikelihood == pytest.approx(loglikelihood, abs=2e-4)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].sharing == FULL])
 def test_a_long_common_beginning_is_read_once(family):
     """Kept keys and values, seen through each kind of layer's own mask."""
-    model, documents = tiny_model(family), make_documents(3, shared=SHORTEST + 2)
+    model, documents = tiny_model(family), make_documents(3, shared=MIN_PREFIX + 2)
     engine = engine_of(model, row_tokens=40)
-    assert engine.shares_a_prefix(documents)
-    agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+    assert engine.has_shared_prefix(documents)
+    assert_naive_scores(engine.score(documents, ABLATIONS), model, ABLATIONS, skipping_layers)

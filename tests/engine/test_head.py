@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.engines import changed
+from tests.helpers.engines import with_forward
 from tests.helpers.families import tiny_model
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import head as module
@@ -22,11 +22,11 @@ FAMILIES_IN_BLOCKS = ["llama", "phi", "gemma2", "granite", "cohere", "gpt2", "mi
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Cut a vocabulary of 97 tokens into four blocks, and 21 states into chunks."""
-    monkeypatch.setattr(module, "BLOCK", 30)
-    monkeypatch.setattr(module, "STATES", 14)
+    monkeypatch.setattr(module, "VOCABULARY_BLOCK", 30)
+    monkeypatch.setattr(module, "HEAD_STATES", 14)
 
 
-def both(model: Any) -> tuple[Predictions, torch.Tensor, torch.Tensor]:
+def score_both_ways(model: Any) -> tuple[Predictions, torch.Tensor, torch.Tensor]:
     """Score, for each state, its likeliest token, another, and the first and last of the blocks."""
     with torch.inference_mode():
         logits = model(IDS, use_cache=False).logits
@@ -35,10 +35,10 @@ def both(model: Any) -> tuple[Predictions, torch.Tensor, torch.Tensor]:
         tokens = [*logits[0].argmax(-1).tolist(), *range(0, 97, 4), 29, 30, 59, 60, 89, 90, 96]
         predicted = torch.tensor(tokens)
         predictor = torch.arange(len(tokens)) % 7
-        found = head.predictions(output, output.last_hidden_state, predictor, predicted)
+        predictions = head.predictions(output, output.last_hidden_state, predictor, predicted)
     logprobs = logits.log_softmax(-1)
     greedy = logits.argmax(-1)[:, predictor] == predicted
-    return found, logprobs[:, predictor, predicted], greedy
+    return predictions, logprobs[:, predictor, predicted], greedy
 
 
 @pytest.mark.usefixtures("small")
@@ -52,37 +52,37 @@ def test_blocks_say_what_the_whole_says(family: str) -> None:
     model = tiny_model(family)
     if model.lm_head.bias is not None:
         model.lm_head.bias.copy_(torch.linspace(-3, 3, 97))
-    assert Head(model).in_blocks
-    found, logprobs, greedy = both(model)
-    torch.testing.assert_close(found.logprobs, logprobs, atol=1e-5, rtol=1e-5)
-    assert torch.equal(found.greedy, greedy)
+    assert Head(model).has_blocks
+    predictions, logprobs, greedy = score_both_ways(model)
+    torch.testing.assert_close(predictions.logprobs, logprobs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(predictions.greedy, greedy)
     assert greedy.any()
     assert not any("forward" in vars(part) for part in (model, Head(model).base, model.lm_head))
 
 
 def test_a_small_vocabulary_is_not_cut() -> None:
     model = tiny_model("llama")
-    assert not Head(model).in_blocks
-    found, logprobs, greedy = both(model)
-    assert torch.equal(found.logprobs, logprobs)
-    assert torch.equal(found.greedy, greedy)
+    assert not Head(model).has_blocks
+    predictions, logprobs, greedy = score_both_ways(model)
+    assert torch.equal(predictions.logprobs, logprobs)
+    assert torch.equal(predictions.greedy, greedy)
 
 
 @pytest.mark.usefixtures("small")
 def test_double_precision_is_cut_and_half_precision_is_not(monkeypatch) -> None:
     """There lm-eval rounds after the log-softmax; states go through a few at a time."""
-    assert Head(tiny_model("llama").double()).in_blocks
+    assert Head(tiny_model("llama").double()).has_blocks
     model = tiny_model("llama").bfloat16()
-    assert not Head(model).in_blocks
+    assert not Head(model).has_blocks
     # Two texts of seven states with 97 logits of two bytes.
     monkeypatch.setattr(module, "LOGITS_BYTES", 2 * 7 * 97 * 2)
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
-    found, logprobs, greedy = both(model)
+    predictions, logprobs, greedy = score_both_ways(model)
     assert sizes == [3, 2, 1]
-    assert torch.equal(found.logprobs, logprobs)
-    assert found.logprobs.dtype == torch.bfloat16
-    assert torch.equal(found.greedy, greedy)
+    assert torch.equal(predictions.logprobs, logprobs)
+    assert predictions.logprobs.dtype == torch.bfloat16
+    assert torch.equal(predictions.greedy, greedy)
 
 
 @pytest.mark.usefixtures("small")
@@ -93,33 +93,33 @@ def test_of_equally_likely_tokens_the_first_is_the_greedy_one() -> None:
     states = output.last_hidden_state
     for token in (95, 40, 10):
         model.lm_head.weight[token] = 9 * states[0, 0]
-    found = Head(model).predictions(
+    predictions = Head(model).predictions(
         output, states[:1, :1], torch.tensor([0, 0, 0]), torch.tensor([95, 40, 10])
     )
-    assert found.greedy.tolist() == [[False, False, True]]
+    assert predictions.greedy.tolist() == [[False, False, True]]
 
 
-def mixing(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def normalise_logits(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Divide by the spread of all logits: a block by itself has another."""
     output = forward(*args, **kwargs)
     output.logits = output.logits / output.logits.std(-1, keepdim=True)
     return output
 
 
-class Own(nn.Linear):
+class CustomLinear(nn.Linear):
     """A projection of a class of its own, which may do more than a product."""
 
 
 @pytest.mark.usefixtures("small")
 def test_what_may_mix_logits_is_not_cut() -> None:
-    model = changed(tiny_model("llama"), mixing)
-    assert not Head(model).in_blocks
-    found, logprobs, greedy = both(model)
-    assert torch.equal(found.logprobs, logprobs)
-    assert torch.equal(found.greedy, greedy)
-    other = tiny_model("llama")
-    other.lm_head.__class__ = Own
-    assert not Head(other).in_blocks
+    model = with_forward(tiny_model("llama"), normalise_logits)
+    assert not Head(model).has_blocks
+    predictions, logprobs, greedy = score_both_ways(model)
+    assert torch.equal(predictions.logprobs, logprobs)
+    assert torch.equal(predictions.greedy, greedy)
+    other_model = tiny_model("llama")
+    other_model.lm_head.__class__ = CustomLinear
+    assert not Head(other_model).has_blocks
 
 
 def test_a_head_that_takes_something_else_is_refused() -> None:

@@ -36,10 +36,10 @@ print(grown >> 20, held().rss - resident >> 20)
 def test_what_is_freed_is_kept() -> None:
     """Taken from the heap, with 64 MB to spare, and not given back, though it is its end."""
     keep_freed_memory()
-    said = subprocess.check_output([sys.executable, "-c", KEEP], text=True)
-    grown, kept = map(int, said.split())
-    assert 360 <= grown < 370
-    assert kept >= 295
+    output = subprocess.check_output([sys.executable, "-c", KEEP], text=True)
+    n_grown, n_kept = map(int, output.split())
+    assert 360 <= n_grown < 370
+    assert n_kept >= 295
 
 
 def test_free_memory_is_what_programs_can_have() -> None:
@@ -49,11 +49,11 @@ def test_free_memory_is_what_programs_can_have() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "each"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)]
+    ("dtype", "itemsize"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)]
 )
-def test_a_stream_holds_states_and_the_inside_of_an_mlp(dtype, each: int) -> None:
+def test_a_stream_holds_states_and_the_inside_of_an_mlp(dtype, itemsize: int) -> None:
     model = tiny_model("llama").to(dtype)
-    assert stream_bytes(model) == (6 * 32 + 3 * 48) * each
+    assert stream_bytes(model) == (6 * 32 + 3 * 48) * itemsize
 
 
 def test_a_mixture_holds_a_token_once_for_each_of_its_experts() -> None:

@@ -18,9 +18,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.helpers.ablations import single_layers
-from tests.helpers.engines import MAX_LENGTH, changed, engine_of
+from tests.helpers.engines import MAX_LENGTH, engine_of, with_forward
 from tests.helpers.families import tiny_model
-from tests.helpers.mixtures import mixture
+from tests.helpers.mixtures import tiny_mixture
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError
@@ -32,10 +32,10 @@ from tracker.engine.selfcheck import miniature_check, quirks
 from tracker.engine.selfcheck.miniature_check import (
     check_longer_texts,
     probe_calls,
-    reachable,
+    reachable_numbers,
 )
-from tracker.engine.selfcheck.quirks import Findings, logits_alike
-from tracker.engine.selfcheck.reference import Comparison, Verdict
+from tracker.engine.selfcheck.quirks import QuirkFindings, logits_alike
+from tracker.engine.selfcheck.reference import Comparison, SharingVerdict
 from tracker.models.miniature import NumberPath
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -49,7 +49,7 @@ def verdict_on(
     ablations: Sequence[Ablation] = ABLATIONS,
     paths: Sequence[NumberPath] = (),
     blank: bool = False,
-) -> Verdict:
+) -> SharingVerdict:
     """Check an engine's model, or one, with no number in reach and no token without embedding."""
     engine = model if isinstance(model, Engine) else engine_of(model)
     return miniature_check.check_miniature(engine, ablations, paths, blank)
@@ -67,24 +67,24 @@ def key_of(
 
 @pytest.fixture
 def no_miniature(monkeypatch) -> None:
-    monkeypatch.setattr(miniature_check, "miniature", lambda model: None)
+    monkeypatch.setattr(miniature_check, "build_miniature", lambda model: None)
 
 
 class TestKey:
     def test_the_weights_and_where_they_come_from_do_not_count(self) -> None:
         key = key_of(tiny_model("llama"))
         assert len(key) == 64
-        other = tiny_model("llama").bfloat16()
-        other.model.norm.weight.mul_(2)
-        other.config._name_or_path = "elsewhere"
-        other.config.dtype = torch.bfloat16
-        other.config.quantization_config = {"bits": 4}
-        assert key_of(other) == key
+        other_model = tiny_model("llama").bfloat16()
+        other_model.model.norm.weight.mul_(2)
+        other_model.config._name_or_path = "elsewhere"
+        other_model.config.dtype = torch.bfloat16
+        other_model.config.quantization_config = {"bits": 4}
+        assert key_of(other_model) == key
 
     def test_all_that_the_verdict_follows_from_counts(self) -> None:
         model = tiny_model("llama")
-        other = tiny_model("llama")
-        other.config.rms_norm_eps = 0.5
+        other_model = tiny_model("llama")
+        other_model.config.rms_norm_eps = 0.5
         keys = [
             key_of(model),
             key_of(model, ABLATIONS[:-1]),
@@ -92,36 +92,38 @@ class TestKey:
             key_of(model, paths=()),
             key_of(model, rows=(256, 192, 256)),
             key_of(model, blank=True),
-            key_of(other),
+            key_of(other_model),
             key_of(tiny_model("qwen2")),
         ]
         # Two classes of one file, too.
         keys += [key_of(kind(model.config)) for kind in (Placed, NoTwo)]
         for kernels, name in (("_attn", "eager"), ("_experts", "grouped_mm")):
-            other = tiny_model("llama")
-            setattr(other.config, f"{kernels}_implementation", name)
-            keys.append(key_of(other))
+            other_model = tiny_model("llama")
+            setattr(other_model.config, f"{kernels}_implementation", name)
+            keys.append(key_of(other_model))
         assert len(set(keys)) == 12
 
     def test_the_code_and_what_runs_it_count(self, monkeypatch) -> None:
         model = tiny_model("llama")
         keys = [key_of(model)]
-        read: set[str] = set()
+        read_paths: set[str] = set()
 
         def file_hash(paths: Iterable[Path]) -> str:
-            read.update(f"{path.parent.name}/{path.name}" for path in paths)
+            read_paths.update(f"{path.parent.name}/{path.name}" for path in paths)
             return "another"
 
-        another = {name: lambda: {"another": "1"} for name in ("package_versions", "machine")}
-        for name, other in {"file_hash": file_hash, **another}.items():
+        replacements = {
+            name: lambda: {"another": "1"} for name in ("package_versions", "describe_machine")
+        }
+        for name, replacement in {"file_hash": file_hash, **replacements}.items():
             with monkeypatch.context() as patched:
-                patched.setattr(miniature_check, name, other)
+                patched.setattr(miniature_check, name, replacement)
                 keys.append(key_of(model))
         assert len(set(keys)) == 4
         tracker = Path(__file__).parents[2] / "tracker"
-        ours = [path for room in ("engine", "models") for path in (tracker / room).rglob("*.py")]
-        theirs = Path(modeling_llama.__file__).parent.glob("*.py")
-        assert read == {f"{path.parent.name}/{path.name}" for path in (*ours, *theirs)}
+        engine_paths = [path for f in ("engine", "models") for path in (tracker / f).rglob("*.py")]
+        model_paths = Path(modeling_llama.__file__).parent.glob("*.py")
+        assert read_paths == {f"{p.parent.name}/{p.name}" for p in (*engine_paths, *model_paths)}
 
     def test_code_that_a_checkpoint_brings_counts(self, tmp_path, monkeypatch) -> None:
         """Its authors change it without changing a name: what was proven no longer holds."""
@@ -137,10 +139,12 @@ class TestKey:
 
 
 def test_a_number_that_no_row_reaches_is_not_experimented_with() -> None:
-    near, far, farthest = (set(reachable(tiny_model("mistral"), n)) for n in (5, 255, 256))
-    assert near < farthest
-    assert farthest - far >= set(WINDOW)
-    assert ("sliding_window",) in near
+    near_numbers, far_numbers, farthest_numbers = (
+        set(reachable_numbers(tiny_model("mistral"), n)) for n in (5, 255, 256)
+    )
+    assert near_numbers < farthest_numbers
+    assert farthest_numbers - far_numbers >= set(WINDOW)
+    assert ("sliding_window",) in near_numbers
 
 
 def test_what_the_engine_must_know_is_looked_up_in_the_model_itself() -> None:
@@ -151,16 +155,16 @@ def test_what_the_engine_must_know_is_looked_up_in_the_model_itself() -> None:
         (("sliding_window",), False),
         (("no_such_number",), False),
     )
-    verdict = Verdict(FULL, lengths=lengths, stay=True)
-    quirks = verdict.quirks(model)
+    verdict = SharingVerdict(FULL, lengths=lengths, in_place=True)
+    quirks = verdict.make_quirks(model)
     assert quirks.lengths == Lengths((256, 5))
-    assert quirks.stay
+    assert quirks.in_place
     assert quirks.leftovers == quirks.first == {}
-    found = replace(verdict, switches=((1233, True),)).quirks(model)
-    assert found.lengths == Lengths((256, 5, 1233), each=True)
-    calm = Verdict(FULL, lengths=(((), True),)).quirks(model)
-    assert calm.lengths == Lengths((), each=True)
-    assert not calm.stay
+    switch_quirks = replace(verdict, switches=((1233, True),)).make_quirks(model)
+    assert switch_quirks.lengths == Lengths((256, 5, 1233), all_differ=True)
+    plain_quirks = SharingVerdict(FULL, lengths=(((), True),)).make_quirks(model)
+    assert plain_quirks.lengths == Lengths((), all_differ=True)
+    assert not plain_quirks.in_place
 
 
 class PlacedLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -181,7 +185,7 @@ class Placed(LlamaForCausalLM):  # type: ignore[misc]
             layer.__class__ = PlacedLayer
 
 
-def llama(kind: type) -> Any:
+def make_llama(kind: type) -> Any:
     """Make a model of a class of ours."""
     return kind(tiny_model("llama").config).eval()
 
@@ -193,28 +197,28 @@ class TestCheck:
     def test_an_architecture_that_shares_all(self) -> None:
         threads = torch.get_num_threads()
         verdict = verdict_on("llama")
-        assert (verdict.sharing, verdict.lost, verdict.unsteady) == (FULL, None, 0)
+        assert (verdict.sharing, verdict.sharing_note, verdict.unsteady) == (FULL, None, 0)
         assert 0 < verdict.difference < 2e-4
         assert (verdict.lengths, verdict.leftovers, verdict.first) == ((), (), ())
-        assert (verdict.stay, verdict.tried_on) == (False, "a miniature")
+        assert (verdict.in_place, verdict.tested_on) == (False, "a miniature")
         assert torch.get_num_threads() == threads
 
     @pytest.mark.usefixtures("no_miniature")
     def test_a_model_without_a_miniature_is_checked_itself(self, spy) -> None:
-        seen = spy(Engine, "score", lambda engine, documents, of: list(documents))
+        score_calls = spy(Engine, "score", lambda engine, documents, ablations: list(documents))
         engine = engine_of("llama")
         verdict = verdict_on(engine)
         # Always with the same texts, the first of those that miniatures are given.
         assert verdict_on(engine) == verdict
-        assert seen[2:] == seen[:2] == [seen[0], seen[0][::-1]]
-        assert seen[0] == probe_calls(97, MAX_LENGTH)[0][:4]
+        assert score_calls[2:] == score_calls[:2] == [score_calls[0], score_calls[0][::-1]]
+        assert score_calls[0] == probe_calls(97, MAX_LENGTH)[0][:4]
         assert verdict.sharing == DEPTH_ONLY
-        assert verdict.tried_on == "the model"
+        assert verdict.tested_on == "the model"
         assert verdict.difference < 2e-4
         # Four documents of two requests, each other ablation one of them, in both orders.
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
-        assert verdict.lost == (
+        assert verdict.sharing_note == (
             "no miniature of the model can be built on which sharing over tokens could be proven"
         )
         # No length is believed of it anyway.
@@ -222,31 +226,33 @@ class TestCheck:
 
     def test_a_checkpoint_whose_layers_moved_up_is_measured_and_shares_nothing(self) -> None:
         """It is what a pruned checkpoint is, and not the model with a layer that is skipped."""
-        engine = engine_of(llama(Placed))
+        engine = engine_of(make_llama(Placed))
         verdict = verdict_on(engine)
-        assert (verdict.sharing, verdict.lost, verdict.stay) == (PLAIN, APART, False)
+        assert (verdict.sharing, verdict.sharing_note, verdict.in_place) == (PLAIN, APART, False)
         # Without the last layer, the others stay where they are.
         assert verdict_on(engine, [INTACT, Ablation.parse("layer:3")]).sharing == FULL
 
     @pytest.mark.parametrize(("unsteady", "sharing"), [(20, FULL), (21, ONE_BY_ONE)])
     def test_one_answer_in_fifty_may_be_at_a_discontinuity(self, watched, unsteady, sharing):
         """A model that is so just as often cannot be made."""
-        watched.found = (Comparison(1000, 0.5, unsteady),)
+        watched.comparisons = (Comparison(1000, 0.5, unsteady),)
         verdict = verdict_on("llama")
-        assert replace(verdict, lost=None) == Verdict(sharing, None, 0.5, 1000, unsteady)
+        assert replace(verdict, sharing_note=None) == SharingVerdict(
+            sharing, None, 0.5, 1000, unsteady
+        )
 
     def test_what_is_not_causal_is_refused(self) -> None:
-        def looking(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        def add_last_logits(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             output.logits = output.logits + output.logits[:, -1:]
             return output
 
-        said = (
-            r"^Changed is not causal: what it says of a token depends on later tokens of the same "
-            r"call, so no two ways to ask it agree$"
+        message = (
+            r"^Changed is not causal: its logits of a token depend on later tokens of the same "
+            r"call, so no log-likelihood is well-defined$"
         )
-        with pytest.raises(CellError, match=said):
-            verdict_on(changed(tiny_model("llama"), looking))
+        with pytest.raises(CellError, match=message):
+            verdict_on(with_forward(tiny_model("llama"), add_last_logits))
 
 
 EXACT = [
@@ -263,30 +269,30 @@ EXACT = [
 
 @pytest.mark.parametrize(("family", "names"), EXACT)
 def test_parts_and_interventions_are_exact_on_a_miniature(family: str, names: str) -> None:
-    model = tiny_model("llama") if family == "llama" else mixture(family, 8)
+    model = tiny_model("llama") if family == "llama" else tiny_mixture(family, 8)
     verdict = verdict_on(model, [INTACT, *map(Ablation.parse, names.split())])
-    assert (verdict.sharing, verdict.lost) == (FULL, None)
+    assert (verdict.sharing, verdict.sharing_note) == (FULL, None)
 
 
 RIGHT = Comparison(100, 1e-6)
 WRONG = Comparison(9, 0.123456, 0, "document 0")
 
 
-class Watched:
+class FakeComparison:
     """Stands in for the comparison; remembers with which engine it was made."""
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
-        self.found: tuple[Comparison, ...] = (RIGHT,)
+        self.comparisons: tuple[Comparison, ...] = (RIGHT,)
 
     def __call__(self, engine: Engine, *_: Any) -> Comparison:
         self.engines.append(engine)
-        return self.found[min(len(self.engines), len(self.found)) - 1]
+        return self.comparisons[min(len(self.engines), len(self.comparisons)) - 1]
 
 
 @pytest.fixture
-def watched(monkeypatch) -> Watched:
-    watched = Watched()
+def watched(monkeypatch) -> FakeComparison:
+    watched = FakeComparison()
     monkeypatch.setattr(miniature_check, "compare_both_ways", watched)
     return watched
 
@@ -296,7 +302,7 @@ class TestMiniatures:
 
     @pytest.mark.usefixtures("watched")
     @pytest.mark.parametrize(
-        ("one", "other", "same"),
+        ("x", "y", "agree"),
         [
             (math.nan, math.nan, True),
             (math.nan, 0.0, False),
@@ -305,60 +311,62 @@ class TestMiniatures:
             (-1000.0, -1000.005, True),
         ],
     )
-    def test_both_copies_say_the_same_but_for_rounding(self, monkeypatch, one, other, same) -> None:
-        asked: list[Engine] = []
+    def test_both_copies_say_the_same_but_for_rounding(self, monkeypatch, x, y, agree) -> None:
+        asked_engines: list[Engine] = []
 
         def answer(engine: Engine, request: Request) -> Response:
-            asked.append(engine)
-            return Response(one if engine is asked[0] else other, False, 0)
+            asked_engines.append(engine)
+            return Response(x if engine is asked_engines[0] else y, False, 0)
 
         monkeypatch.setattr(Engine, "answer", answer)
-        monkeypatch.setattr(miniature_check, "as_removed", lambda truth, of, verdict: verdict)
-        said = f"says {one:g} nats of a text after shorter ones, and {other:g} after longer ones"
-        with nullcontext() if same else pytest.raises(CellError, match=said):
+        monkeypatch.setattr(
+            miniature_check, "find_removed_model", lambda truth, of, verdict: verdict
+        )
+        message = f"a text scores {x:g} nats after shorter texts, and {y:g} after longer ones"
+        with nullcontext() if agree else pytest.raises(CellError, match=message):
             assert verdict_on("llama").sharing == FULL
 
     def test_what_one_lost_the_next_is_not_asked(self, watched, monkeypatch) -> None:
-        wrong = Comparison(3, 0.25, 0, "document 0")
-        watched.found = (wrong, Comparison(10, 1e-3), wrong, RIGHT)
-        findings = Findings(matters=(("sliding_window",),))
+        wrong_comparison = Comparison(3, 0.25, 0, "document 0")
+        watched.comparisons = (wrong_comparison, Comparison(10, 1e-3), wrong_comparison, RIGHT)
+        findings = QuirkFindings(relevant_numbers=(("sliding_window",),))
         monkeypatch.setattr(miniature_check, "find_quirks", lambda *_: findings)
         verdict = verdict_on("mistral")
-        tried = [engine.sharing for engine in watched.engines]
-        assert tried == [FULL, NO_PREFIX, NO_PREFIX, DEPTH_ONLY]
+        tested_sharing = [engine.sharing for engine in watched.engines]
+        assert tested_sharing == [FULL, NO_PREFIX, NO_PREFIX, DEPTH_ONLY]
         assert (verdict.sharing, verdict.difference, verdict.compared) == (DEPTH_ONLY, 1e-3, 110)
 
     def test_what_differs_with_nothing_shared_is_asked_one_by_one(self, watched) -> None:
-        wrong = Comparison(3, 0.25, 2, "-1 nats shared")
-        watched.found = (*[wrong] * 4, Comparison(100, 0.5, 99))
+        wrong_comparison = Comparison(3, 0.25, 2, "-1 nats with sharing")
+        watched.comparisons = (*[wrong_comparison] * 4, Comparison(100, 0.5, 99))
         verdict = verdict_on("llama")
         # However often the model is discontinuous: nothing less is left to share.
         assert (verdict.sharing, verdict.unsteady) == (ONE_BY_ONE, 99)
-        watched.found = (wrong,)
+        watched.comparisons = (wrong_comparison,)
         watched.engines.clear()
-        with pytest.raises(CellError, match=r"^LlamaForCausalLM contradicts itself: -1 nats sh"):
+        with pytest.raises(CellError, match=r"^LlamaForCausalLM contradicts itself: -1 nats wi"):
             verdict_on("llama")
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_an_error_in_one_order_is_found(monkeypatch, reverse: bool) -> None:
     """The last answer of the last document, under the last ablation."""
-    honest, seen = Engine.score, []
+    original_score, score_calls = Engine.score, []
 
-    def wrong(self: Engine, documents: Sequence[Document], *rest: Any) -> Any:
-        seen.append(documents)
-        scores = honest(self, documents, *rest)
+    def score_wrongly(self: Engine, documents: Sequence[Document], *rest: Any) -> Any:
+        score_calls.append(documents)
+        scores = original_score(self, documents, *rest)
         is_reverse = documents[0].index > documents[-1].index
         if self.sharing == FULL and len(documents) == 3 and is_reverse == reverse:
             answers = scores[-1].responses[-1]
             answers[-1] = Response(answers[-1].loglikelihood - 0.5, False, 0)
         return scores
 
-    monkeypatch.setattr(Engine, "score", wrong)
+    monkeypatch.setattr(Engine, "score", score_wrongly)
     verdict = verdict_on("llama", ABLATIONS[:2])
     assert verdict.sharing == NO_PREFIX
     # What is wrong once is asked no further.
-    assert len(seen) == (4 + 1 if reverse else 3) + 8
+    assert len(score_calls) == (4 + 1 if reverse else 3) + 8
 
 
 class TestCut:
@@ -369,11 +377,11 @@ class TestCut:
         """Refuse models without layer 2: cut, or with the layer in its position."""
 
         def refuse(*stay: bool, error: Exception | None = None) -> None:
-            honest, honest_handing_on = Engine.without, quirks._handing_on
+            honest, honest_handing_on = Engine.ablate, quirks._skip_layers
 
-            def without(self: Engine, ablation: Ablation, **how: bool) -> Engine:
-                if 2 in ablation.removed() and self.quirks.stay in stay:
-                    raise error or RefusalError(f"no such model {self.quirks.stay:d}")
+            def ablate(self: Engine, ablation: Ablation, **how: bool) -> Engine:
+                if 2 in ablation.removed() and self.quirks.in_place in stay:
+                    raise error or RefusalError(f"no such model {self.quirks.in_place:d}")
                 return honest(self, ablation, **how)
 
             def refusing(*_: Any) -> None:
@@ -389,58 +397,58 @@ class TestCut:
                     yield
                     handle.remove()
 
-            monkeypatch.setattr(Engine, "without", without)
-            monkeypatch.setattr(quirks, "_handing_on", handing_on)
+            monkeypatch.setattr(Engine, "ablate", ablate)
+            monkeypatch.setattr(quirks, "_skip_layers", handing_on)
 
         return refuse
 
-    def checked(self, model: Any, *removed: tuple[int, ...]) -> Verdict:
-        return verdict_on(model, [INTACT, *(Ablation.of(removed=layers) for layers in removed)])
+    def checked(self, model: Any, *removed: tuple[int, ...]) -> SharingVerdict:
+        return verdict_on(model, [INTACT, *(Ablation.from_changes(removed=r) for r in removed)])
 
-    @pytest.mark.parametrize(("removed", "what"), [((2,), "layer 2"), ((1, 2), "layers 1, 2")])
-    def test_it_runs_in_no_way(self, refuse, watched, removed, what) -> None:
+    @pytest.mark.parametrize(("removed", "layers"), [((2,), "layer 2"), ((1, 2), "layers 1, 2")])
+    def test_it_runs_in_no_way(self, refuse, watched, removed, layers) -> None:
         refuse(False, True)
-        said = (
-            f"^LlamaForCausalLM does not run without {what} \\(no such model 0\\); "
+        message = (
+            f"^LlamaForCausalLM does not run without {layers} \\(no such model 0\\); "
             "leave it out of 'layer'$"
         )
-        with pytest.raises(CellError, match=said):
+        with pytest.raises(CellError, match=message):
             self.checked("llama", (0,), removed)
 
     def test_it_cannot_be_cut(self, refuse, watched) -> None:
         refuse(False)
         verdict = self.checked("llama", (0,), (2,))
-        assert (verdict.stay, verdict.sharing, verdict.lost) == (True, FULL, None)
-        assert watched.engines[0].quirks.stay
+        assert (verdict.in_place, verdict.sharing, verdict.sharing_note) == (True, FULL, None)
+        assert watched.engines[0].quirks.in_place
 
     def test_it_can_only_be_cut(self, refuse, watched) -> None:
         """Then it is a checkpoint, of which nothing proves that it is the model that skips."""
         refuse(True)
         verdict = self.checked("llama", (0,), (2,))
-        assert (verdict.stay, verdict.sharing, verdict.lost) == (False, PLAIN, APART)
+        assert (verdict.in_place, verdict.sharing, verdict.sharing_note) == (False, PLAIN, APART)
 
     def test_what_no_checkpoint_is_stays_in_its_place(self, watched) -> None:
         """The class cannot be made of two layers, so that it is nothing by its own nature."""
-        model = llama(NoTwo)
-        assert self.checked(model, (3,)).stay is False
-        alone = self.checked(model, (0, 1))
-        assert (alone.stay, alone.loaded, alone.sharing) == (True, False, FULL)
-        said = (
+        model = make_llama(NoTwo)
+        assert self.checked(model, (3,)).in_place is False
+        pair = self.checked(model, (0, 1))
+        assert (pair.in_place, pair.as_loaded, pair.sharing) == (True, False, FULL)
+        message = (
             "what is measured is the model whose layer stays in its place and hands on its input, "
             "not a saved checkpoint (no configuration describes what is left)"
         )
-        assert alone.which == f"whatever is removed, {said}"
+        assert pair.checkpoint_note == f"whatever is removed, {message}"
         # Beside a layer without which there is one, each is what it can be.
-        both = self.checked(model, (0,), (0, 1))
-        assert (both.stay, both.loaded, both.sharing) == (True, True, PLAIN)
-        assert both.which == f"without layers 0, 1, {said}"
+        verdict = self.checked(model, (0,), (0, 1))
+        assert (verdict.in_place, verdict.as_loaded, verdict.sharing) == (True, True, PLAIN)
+        assert verdict.checkpoint_note == f"without layers 0, 1, {message}"
 
     def test_a_layer_that_is_passed_again_does_not_hand_on_its_input(self, watched) -> None:
         """It was said to, as a removed one does."""
-        again = Ablation.parse("repeat:1")
-        for ablations in ([again], [Ablation.parse("layer:1"), again]):
+        repeat = Ablation.parse("repeat:1")
+        for ablations in ([repeat], [Ablation.parse("layer:1"), repeat]):
             verdict = verdict_on("jamba_eager", [INTACT, *ablations])
-            clauses = verdict.which.split("; ")
+            clauses = verdict.checkpoint_note.split("; ")
             assert clauses[-1] == (
                 "whatever is passed again, what is measured is the model that passes these layers "
                 "again in memory, not a saved checkpoint (no configuration describes what is left)"
@@ -450,9 +458,9 @@ class TestCut:
 
     def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(self, watched) -> None:
         """A model built from a configuration alone is no proof."""
-        verdict = self.checked(llama(Hidden), (0,))
-        assert "(the model itself, saved and loaded, is another one)" in verdict.which
-        assert verdict.stay
+        verdict = self.checked(make_llama(Hidden), (0,))
+        assert "(the model itself, saved and loaded, is another one)" in verdict.checkpoint_note
+        assert verdict.in_place
 
     @pytest.mark.parametrize(
         ("dtype", "same", "other"),
@@ -466,13 +474,13 @@ class TestCut:
     def test_logits_are_alike_up_to_rounding(self, dtype, same: float, other: float) -> None:
         """Small ones by so much, and large ones by so much of themselves."""
         for logit, unit in ((0.0, 1.0), (1000.0, 1001.0)):
-            one = torch.full((2, 3), logit, dtype=dtype)
-            for far, expected in ((same, True), (other, False)):
-                two = one.clone()
-                two[1, 2] += far * unit
+            logits = torch.full((2, 3), logit, dtype=dtype)
+            for shift, expected in ((same, True), (other, False)):
+                other_logits = logits.clone()
+                other_logits[1, 2] += shift * unit
                 # The tolerance is a share of the second.
-                assert logits_alike(two, one) == expected
-        assert not logits_alike(one, one[:1])
+                assert logits_alike(other_logits, logits) == expected
+        assert not logits_alike(logits, logits[:1])
 
     def test_sublayers_ask_for_no_cut(self, refuse, watched) -> None:
         refuse(False, True)
@@ -492,12 +500,12 @@ class TestCut:
     def test_rounding_is_no_nature(self, monkeypatch, request, watched, dtype, scale, sharing):
         """On a miniature, which computes in float64, and on models that have none."""
         monkeypatch.setattr(PlacedLayer, "scale", scale)
-        model = llama(Placed)
+        model = make_llama(Placed)
         if dtype is not None:
             model = model.to(dtype)
             request.getfixturevalue("no_miniature")
         verdict = self.checked(model, (0,))
-        assert (verdict.sharing, verdict.stay) == (sharing, False)
+        assert (verdict.sharing, verdict.in_place) == (sharing, False)
 
 
 class NoTwo(Placed):

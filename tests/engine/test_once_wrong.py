@@ -16,15 +16,24 @@ import pytest
 import torch
 
 from tests.helpers.ablations import single_layers
-from tests.helpers.cells import LETTERS, LONGROPE, MAX_LENGTH, TRAINED, Draw, measure, tiny
-from tests.helpers.engines import loaded
+from tests.helpers.cells import (
+    LETTER_ANSWERS,
+    LONGROPE,
+    MAX_LENGTH,
+    TRAINED_LENGTH,
+    DocumentGenerator,
+    long_documents,
+    measure_cell,
+    tiny_model_of,
+)
+from tests.helpers.engines import wrap_model
 from tests.helpers.families import FAMILIES
-from tests.helpers.truth import exported, truths, without
-from tests.tools.survey import saved_and_loaded
+from tests.helpers.truth import plain_loglikelihoods, pruned_copy, without_layers
+from tests.tools.survey import reload_without
 from tracker.core.documents import Document
-from tracker.engine.scoring.rows import tree_rows
+from tracker.engine.scoring.rows import pack_tree_rows
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check
+from tracker.engine.selfcheck.check import check_sharing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,63 +51,65 @@ class TestTheCheckSeesWhatItVouchesFor:
     """The first two documents fill a row each, so that no row that is checked has a branch."""
 
     def test_later_documents_share_rows(self, family):
-        documents = Draw().letters((120, 100, 40, 60, 30, 50), shared=8)
-        model = tiny(family, num_hidden_layers=2, **BY_ROW[family])
-        assert measure(model, documents, (0,)) == {FAMILIES[family].sharing}
+        documents = DocumentGenerator().letter_documents((120, 100, 40, 60, 30, 50), shared=8)
+        model = tiny_model_of(family, num_hidden_layers=2, **BY_ROW[family])
+        assert measure_cell(model, documents, (0,)) == {FAMILIES[family].sharing}
 
     def test_later_documents_branch(self, family):
-        draw = Draw()
-        documents = [*draw.letters((120, 100)), *draw.spoken((30, 40), (2, 3))]
-        measure(tiny(family, num_hidden_layers=2, **BY_ROW[family]), documents, (0,))
+        draw = DocumentGenerator()
+        documents = [*draw.letter_documents((120, 100)), *draw.long_documents((30, 40), (2, 3))]
+        measure_cell(tiny_model_of(family, num_hidden_layers=2, **BY_ROW[family]), documents, (0,))
 
 
-def gpt_neo(**settings: Any) -> Any:
-    """GPT-Neo with the window that its configuration has by default, or others."""
+def gpt_neo() -> Any:
+    """GPT-Neo with the window that its configuration has by default."""
     sizes = {"window_size": 256, "max_position_embeddings": 512, "num_hidden_layers": 2}
-    return tiny("gpt_neo", attention_types=[[["global", "local"], 1]], **{**sizes, **settings})
+    return tiny_model_of("gpt_neo", **BY_ROW["gpt_neo"], **sizes)
 
 
 class TestWindowsCountPositions:
     """GPT-Neo counts them in places of the row."""
 
     def test_one_later_document_is_wider_than_the_window(self):
-        draw = Draw(1)
-        documents = [*draw.spoken((30, 30), (2, 3)), *draw.spoken((40,), (170, 170))]
-        measure(gpt_neo(), documents, (0,), atol=1e-3)
+        draw = DocumentGenerator(1)
+        documents = draw.long_documents((30, 30), (2, 3))
+        documents += draw.long_documents((40,), (170, 170))
+        measure_cell(gpt_neo(), documents, (0,), atol=1e-3)
 
     def test_later_documents_fill_a_row_that_is_wider_than_the_window(self):
-        documents = Draw(2).letters((60,) * 8, shared=12)
-        measure(gpt_neo(), documents, (0,), row_tokens=1024)
+        documents = DocumentGenerator(2).letter_documents((60,) * 8, shared=12)
+        measure_cell(gpt_neo(), documents, (0,), row_tokens=1024)
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 ROTARY = {
-    "phi3": lambda: tiny(
+    "phi3": lambda: tiny_model_of(
         "phi3", sliding_window=None, rope_parameters=LONGROPE, num_hidden_layers=2,
-        original_max_position_embeddings=TRAINED,
+        original_max_position_embeddings=TRAINED_LENGTH,
     ),
-    "llama": lambda: tiny("llama", rope_parameters=LONGROPE, num_hidden_layers=2),
-    "minicpm3": lambda: tiny("minicpm3", rope_parameters=LONGROPE, num_hidden_layers=2),
-    "dynamic": lambda: tiny(
-        "llama", max_position_embeddings=TRAINED, rope_parameters=DYNAMIC, num_hidden_layers=2
+    "llama": lambda: tiny_model_of("llama", rope_parameters=LONGROPE, num_hidden_layers=2),
+    "minicpm3": lambda: tiny_model_of("minicpm3", rope_parameters=LONGROPE, num_hidden_layers=2),
+    "dynamic": lambda: tiny_model_of(
+        "llama", max_position_embeddings=TRAINED_LENGTH, rope_parameters=DYNAMIC,
+        num_hidden_layers=2,
     ),
 }  # fmt: skip
 BY_LENGTH = {
-    "short_beside_long": lambda draw: draw.spoken((20, 20, 30, 90), (2, 3)),
-    "prefix_below": lambda draw: draw.spoken((58, 58, 60, 65, 68), (2, 2), shared=56),
+    "short_beside_long": lambda draw: draw.long_documents((20, 20, 30, 90), (2, 3)),
+    "prefix_below": lambda draw: draw.long_documents((58, 58, 60, 65, 68), (2, 2), shared=56),
     # What is read is as long as the short factors reach; a gold request's last token is beyond.
-    "at_the_boundary": lambda draw: draw.spoken((63, 63), (2, 2)),
-    "letters_at_the_boundary": lambda draw: draw.letters((64, 64)),
-    "one_after_another": lambda draw: draw.letters((64, 120, 80)),
+    "at_the_boundary": lambda draw: draw.long_documents((63, 63), (2, 2)),
+    "letters_at_the_boundary": lambda draw: draw.letter_documents((64, 64)),
+    "one_after_another": lambda draw: draw.letter_documents((64, 120, 80)),
 }  # fmt: skip
 
 
-def told(family: str) -> dict[str, Any]:
+def truth_options(family: str) -> dict[str, Any]:
     """Return how a family is compared with the truth; MiniCPM3 scales by the number of layers."""
     return {
-        "says": "length" if family == "dynamic" else None,
+        "refusal": "length" if family == "dynamic" else None,
         "atol": 1e-3 if family == "minicpm3" else 2e-4,
-        "ablate": exported if family == "minicpm3" else without,
+        "ablate": pruned_copy if family == "minicpm3" else without_layers,
     }
 
 
@@ -108,34 +119,35 @@ class TestRotaryFactorsThatDependOnTheCall:
 
     @pytest.mark.parametrize("case", BY_LENGTH)
     def test_whatever_stands_beside_a_request(self, family, case):
-        measure(ROTARY[family](), BY_LENGTH[case](Draw(1)), (1,), **told(family))
+        documents = BY_LENGTH[case](DocumentGenerator(1))
+        measure_cell(ROTARY[family](), documents, (1,), **truth_options(family))
 
     def test_in_blocks_that_share_a_beginning(self, family):
         """The kept beginning is short, and a later block is long."""
-        documents = BY_LENGTH["prefix_below"](Draw(1))
-        measure(ROTARY[family](), documents, (1,), block=2, **told(family))
+        documents = BY_LENGTH["prefix_below"](DocumentGenerator(1))
+        measure_cell(ROTARY[family](), documents, (1,), block=2, **truth_options(family))
 
     def test_in_blocks_that_share_less_and_less(self, family):
         """The kept beginning was read beyond the threshold, and a later block needs less of it."""
-        draw = Draw(1)
-        common = draw.tokens(70)
+        draw = DocumentGenerator(1)
+        common = draw.draw_tokens(70)
         documents = [
-            draw.document(common[:shared] + draw.tokens(more), LETTERS)
+            draw.make_document(common[:shared] + draw.draw_tokens(more), LETTER_ANSWERS)
             for shared, more in ((70, 5), (70, 8), (70, 6), (58, 3), (58, 4), (58, 3))
         ]
-        measure(ROTARY[family](), documents, (1,), block=3, **told(family))
+        measure_cell(ROTARY[family](), documents, (1,), block=3, **truth_options(family))
 
 
 class TestThePlainPathIsThePrunedCheckpoint:
     """Also where more than `layer_types` has one entry a layer, or a call changes the weights."""
 
-    @pytest.mark.parametrize("ablate", [exported, without])
+    @pytest.mark.parametrize("ablate", [pruned_copy, without_layers])
     def test_other_lists_with_one_entry_a_layer(self, ablate):
-        model = tiny(
+        model = tiny_model_of(
             "granite_swa", num_hidden_layers=3, layer_rope_theta=[10000.0, 0, 500.0],
             layer_types=["full_attention", "sliding_attention", "full_attention"],
         )  # fmt: skip
-        measure(model, Draw().spoken((20, 20, 14), (1, 3)), (0, 1), ablate=ablate)
+        measure_cell(model, long_documents((20, 20, 14), (1, 3)), (0, 1), ablate=ablate)
 
     def test_weights_that_the_first_call_rescales(self):
         """Layer 0 holds a norm of its own, without which no checkpoint can be loaded.
@@ -143,9 +155,9 @@ class TestThePlainPathIsThePrunedCheckpoint:
         The checkpoint rescales at other places than the model that skips a layer, and its norms
         are not blind to that: the two differ by 2e-3 nats, in float64 too.
         """
-        model = tiny("rwkv", rescale_every=2, num_hidden_layers=3)
-        documents = Draw().spoken((9, 9, 7), (1, 3))
-        measure(model, documents, (1, 2), ablate=exported, says="weights|rescale")
+        model = tiny_model_of("rwkv", rescale_every=2, num_hidden_layers=3)
+        documents = long_documents((9, 9, 7), (1, 3))
+        measure_cell(model, documents, (1, 2), ablate=pruned_copy, refusal="weights|rescale")
 
 
 @pytest.mark.parametrize(
@@ -155,43 +167,45 @@ class TestThePlainPathIsThePrunedCheckpoint:
 )
 def test_a_factor_that_no_file_holds(kind, changes):
     """Their classes compute factors from a layer's place, or from how many layers there are."""
-    model = tiny(kind, num_hidden_layers=2, **changes)
-    documents = Draw().spoken((9, 9, 7), (1, 3))
+    model = tiny_model_of(kind, num_hidden_layers=2, **changes)
+    documents = long_documents((9, 9, 7), (1, 3))
     # The two kinds of truth are apart, or this would say nothing.
-    ways = (saved_and_loaded, without)
-    both = [truths(model, documents[:1], [(0,)], MAX_LENGTH, way) for way in ways]
-    assert max(abs(a - b) for a, b in zip(both[0][0][0], both[1][0][0], strict=True)) > 0.05
-    measure(model, documents, (0,), ablate=saved_and_loaded)
+    (reloaded,), (skipped,) = (
+        plain_loglikelihoods(model, documents[:1], [(0,)], MAX_LENGTH, ablate)
+        for ablate in (reload_without, without_layers)
+    )
+    assert max(abs(a - b) for a, b in zip(reloaded[0], skipped[0], strict=True)) > 0.05
+    measure_cell(model, documents, (0,), ablate=reload_without)
 
 
 def test_indices_that_later_layers_share():
     """Layer 1, before one that shares, is neither the first, the middle one nor the last."""
-    model = tiny(
+    model = tiny_model_of(
         "glm_moe_dsa", index_topk=4, n_group=1, mlp_layer_types=["dense"] * 4,
         indexer_types=["full", "full", "shared", "full"],
     )  # fmt: skip
-    says = "top-k|indices|besides|second output"
-    measure(model, Draw().spoken((14, 9), (1, 3)), (1, 2), ablate=exported, says=says)
+    message, documents = "top-k|indices|besides|second output", long_documents((14, 9), (1, 3))
+    measure_cell(model, documents, (1, 2), ablate=pruned_copy, refusal=message)
 
 
 class TestMasksAreWhatTheModelAsksFor:
     """Documents beyond the window come last, after those that are checked."""
 
     def test_a_mask_a_type_under_another_name(self):
-        model = tiny(
+        model = tiny_model_of(
             "dots3_note_text", use_dsa=False, sliding_window=30, mlp_layer_types=["dense"] * 2,
             num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
         )  # fmt: skip
-        measure(model, Draw().spoken((8, 8, 50, 60), (1, 3)), (0, 1))
+        measure_cell(model, long_documents((8, 8, 50, 60), (1, 3)), (0, 1))
 
     def test_a_window_that_the_model_does_not_use(self):
-        model = tiny("llama", sliding_window=30, num_hidden_layers=2)
-        measure(model, Draw().spoken((8, 8, 50, 60), (1, 3)), (0, 1))
+        model = tiny_model_of("llama", sliding_window=30, num_hidden_layers=2)
+        measure_cell(model, long_documents((8, 8, 50, 60), (1, 3)), (0, 1))
 
 
 def llama4(floor: int) -> Any:
     """Llama 4, whose layers without rotary positions scale queries from `floor` tokens on."""
-    return tiny(
+    return tiny_model_of(
         "llama4_text", attention_chunk_size=1000, floor_scale=floor, attn_scale=0.5,
         num_hidden_layers=2, layer_types=["chunked_attention", "full_attention"],
     )  # fmt: skip
@@ -199,17 +213,17 @@ def llama4(floor: int) -> Any:
 
 class TestTemperatureCountsPositions:
     def test_a_row_is_longer_than_the_floor(self):
-        measure(llama4(60), Draw().spoken((15, 15, 30, 30, 40, 40), (2, 2)), (0,))
+        measure_cell(llama4(60), long_documents((15, 15, 30, 30, 40, 40), (2, 2)), (0,))
 
     def test_a_row_after_a_kept_beginning(self):
         """Requests end below the floor, the row with its beginning above it."""
-        documents = Draw().spoken((62, 61, 62, 61, 62, 60), (2, 2), shared=58)
-        measure(llama4(80), documents, (0,))
+        documents = long_documents((62, 61, 62, 61, 62, 60), (2, 2), shared=58)
+        measure_cell(llama4(80), documents, (0,))
 
 
 def gemma4(per_layer: int = 0) -> Any:
     """Gemma 4; its global layers have heads of another size."""
-    return tiny(
+    return tiny_model_of(
         "gemma4_text", global_head_dim=16, sliding_window=20, num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=per_layer,
     )  # fmt: skip
@@ -217,9 +231,10 @@ def gemma4(per_layer: int = 0) -> Any:
 
 def test_heads_of_several_sizes():
     """The first documents share too little for a prefix, so that none was ever checked."""
-    draw = Draw()
-    documents = [*draw.spoken((20, 20), (1, 3)), *draw.spoken((64, 64), (1, 3), shared=60)]
-    measure(gemma4(), documents, (0, 1), block=2)
+    draw = DocumentGenerator()
+    documents = draw.long_documents((20, 20), (1, 3))
+    documents += draw.long_documents((64, 64), (1, 3), shared=60)
+    measure_cell(gemma4(), documents, (0, 1), block=2)
 
 
 STREAMS = "residual|streams|shape|dimension"
@@ -234,7 +249,7 @@ BUT_THE_EXPORT_RUNS = {
 
 def gemma3n() -> Any:
     """Gemma 3n, whose layers may differ in width; a table holds embeddings for all layers."""
-    return tiny("gemma3n_text", altup_num_inputs=2, sliding_window=16)
+    return tiny_model_of("gemma3n_text", altup_num_inputs=2, sliding_window=16)
 
 
 class TestRefusalsSayWhatHappened:
@@ -242,20 +257,19 @@ class TestRefusalsSayWhatHappened:
 
     @pytest.mark.parametrize("family", BUT_THE_EXPORT_RUNS)
     def test_a_pruned_copy_runs(self, family):
-        says, changes = BUT_THE_EXPORT_RUNS[family]
-        model = tiny(family, **changes)
-        measure(model, Draw().spoken((12, 9), (1, 3)), (0, 1), ablate=exported, says=says)
+        message, changes = BUT_THE_EXPORT_RUNS[family]
+        model, documents = tiny_model_of(family, **changes), long_documents((12, 9), (1, 3))
+        measure_cell(model, documents, (0, 1), ablate=pruned_copy, refusal=message)
 
     @pytest.mark.parametrize("model", [gemma3n, lambda: gemma4(8)], ids=["gemma3n", "gemma4"])
     def test_one_table_holds_embeddings_for_every_layer(self, model):
         """Gemma 3n is refused before that, for a list as `intermediate_size`."""
-        says = "pass on"
-        measure(model(), Draw().spoken((12, 9), (1, 3)), (0, 1), says=says)
+        measure_cell(model(), long_documents((12, 9), (1, 3)), (0, 1), refusal="pass on")
 
 
 def undecided(family: str) -> Any:
     """Build a mixture of experts whose router scores differ by less than float32's rounding."""
-    model = tiny(family, num_hidden_layers=2)
+    model = tiny_model_of(family, num_hidden_layers=2)
     draw = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if name.endswith(("router.weight", "gate.weight")) and len(weight) == 4:
@@ -267,7 +281,7 @@ DISCONTINUOUS = {
     "phimoe": lambda: undecided("phimoe"),
     "mixtral": lambda: undecided("mixtral"),
     # Its keys begin with equal scores, of which it keeps eight.
-    "doge": lambda: tiny("doge", keep_window_size=8, num_hidden_layers=2),
+    "doge": lambda: tiny_model_of("doge", keep_window_size=8, num_hidden_layers=2),
 }
 
 
@@ -276,14 +290,15 @@ class TestAModelThatIsDiscontinuous:
 
     @pytest.mark.parametrize("family", DISCONTINUOUS)
     def test_it_is_said(self, family):
-        documents = Draw(1).spoken((20, 14, 30), (2, 3))
-        says = "discontinu"
-        measure(DISCONTINUOUS[family](), documents, (0, 1), says=says, notes=says)
+        documents = long_documents((20, 14, 30), (2, 3), seed=1)
+        message = "discontinu"
+        measure_cell(DISCONTINUOUS[family](), documents, (0, 1), refusal=message, notes=message)
 
     def test_routing_that_mixes_the_tokens_of_a_call(self):
         """Doge's experts are chosen from the router's values of other tokens, later ones too."""
-        model = tiny("doge", is_moe=True, num_experts=16, num_experts_per_tok=4)
-        measure(model, Draw(1).spoken((20, 14, 30), (2, 3)), (0, 1), says="causal|later tokens")
+        model = tiny_model_of("doge", is_moe=True, num_experts=16, num_experts_per_tok=4)
+        documents = long_documents((20, 14, 30), (2, 3), seed=1)
+        measure_cell(model, documents, (0, 1), refusal="causal|later tokens")
 
 
 @pytest.mark.parametrize(
@@ -296,47 +311,47 @@ def test_a_token_whose_embedding_is_zero_ties_what_it_chooses_from(family, chang
 
     The short documents, which the model itself is confirmed on, hold none.
     """
-    model = tiny(family, num_hidden_layers=2, **changes)
+    model = tiny_model_of(family, num_hidden_layers=2, **changes)
     assert not model.get_input_embeddings().weight[0].any()
-    draw = Draw()
-    documents = draw.spoken((9, 8, 7), (1, 3))
+    draw = DocumentGenerator()
+    documents = draw.long_documents((9, 8, 7), (1, 3))
     for length in (20, 31, 24):
-        padded = (80 + length % 7, *draw.tokens(length), 0, 0, *draw.tokens(9))
-        documents.append(draw.document(padded, [draw.tokens(1), draw.tokens(3)]))
+        padded = (80 + length % 7, *draw.draw_tokens(length), 0, 0, *draw.draw_tokens(9))
+        documents.append(draw.make_document(padded, [draw.draw_tokens(1), draw.draw_tokens(3)]))
     assert not any(0 in request.context for d in documents[:3] for request in d.requests)
-    measure(model, documents, (0,))
+    measure_cell(model, documents, (0,))
 
 
 OURS = {
     "a mask": "tracker.engine.scoring.score.Masks",
-    "packing": "tracker.engine.scoring.sweep.tree_rows",
-    "a fork, inside the model's forward": "tracker.engine.forward.layer.by_stream",
+    "packing": "tracker.engine.scoring.sweep.pack_tree_rows",
+    "a fork, inside the model's forward": "tracker.engine.forward.layer.view_streams",
 }
 
 
 class TestErrorsOfOurOwn:
     @pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError])
-    @pytest.mark.parametrize("place", OURS)
-    def test_they_are_raised_and_no_refusal_of_the_model(self, monkeypatch, place, error):
-        def broken(*args: Any) -> Any:
+    @pytest.mark.parametrize("step", OURS)
+    def test_they_are_raised_and_no_refusal_of_the_model(self, monkeypatch, step, error):
+        def fail(*args: Any) -> Any:
             raise error("a bug of ours")
 
-        monkeypatch.setattr(OURS[place], broken)
-        engine = Engine(loaded(FAMILIES["llama"].model()), MAX_LENGTH)
+        monkeypatch.setattr(OURS[step], fail)
+        engine = Engine(wrap_model(FAMILIES["llama"].model()), MAX_LENGTH)
         with pytest.raises(error, match="a bug of ours"):
-            check(engine, Draw().spoken((9, 9), (1, 3)), single_layers((0, 1)))
+            check_sharing(engine, long_documents((9, 9), (1, 3)), single_layers((0, 1)))
 
     def test_a_score_that_never_arrived_is_not_zero(self, monkeypatch):
         """The packing loses the last answer of the last document."""
-        documents = Draw().spoken((9, 9), (1, 3))
+        documents = long_documents((9, 9), (1, 3))
 
-        def losing(given: Sequence[Document], *args: Any) -> Any:
-            *others, last = given
-            return tree_rows([*others, replace(last, requests=last.requests[:-1])], *args)
+        def pack_all_but_last(documents: Sequence[Document], *args: Any) -> Any:
+            last = replace(documents[-1], requests=documents[-1].requests[:-1])
+            return pack_tree_rows([*documents[:-1], last], *args)
 
-        monkeypatch.setattr("tracker.engine.scoring.sweep.tree_rows", losing)
-        engine = Engine(loaded(FAMILIES["llama"].model()), MAX_LENGTH)
+        monkeypatch.setattr("tracker.engine.scoring.sweep.pack_tree_rows", pack_all_but_last)
+        engine = Engine(wrap_model(FAMILIES["llama"].model()), MAX_LENGTH)
         scores = engine.score(documents, single_layers((0, 1)))
-        for ours in scores[-1].responses:
-            assert math.isfinite(ours[0].loglikelihood)
-            assert math.isnan(ours[-1].loglikelihood)
+        for responses in scores[-1].responses:
+            assert math.isfinite(responses[0].loglikelihood)
+            assert math.isnan(responses[-1].loglikelihood)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tracker.engine.refusal import RefusalError, device_is_lost, is_out_of_memory, refused
+from tracker.engine.refusal import RefusalError, is_device_lost, is_out_of_memory, refusal_reason
 
 ENGINE: dict[str, Any] = {"__name__": "tracker.engine.made_here"}
 exec("def ours(call):\n    return call()", ENGINE)
@@ -28,7 +28,7 @@ class Layer(nn.Module):
 MODEL = Layer()
 
 
-def raised(error: Exception, *callers: Callable[[Callable[[], Any]], Any]) -> Exception:
+def raise_below(error: Exception, *callers: Callable[[Callable[[], Any]], Any]) -> Exception:
     """Raise an error below some callers, the last one nearest to it, and return it."""
 
     def call() -> None:
@@ -54,13 +54,15 @@ def raised(error: Exception, *callers: Callable[[Callable[[], Any]], Any]) -> Ex
 )
 def test_whose_error_it_is_the_deepest_caller_decides(callers, is_the_models):
     """A model's is a reason to share less; ours, and what neither raised, goes up."""
-    assert refused(raised(KeyError("mask"), *callers)) == ("'mask'" if is_the_models else None)
+    assert refusal_reason(raise_below(KeyError("mask"), *callers)) == (
+        "'mask'" if is_the_models else None
+    )
 
 
 def test_a_refusal_of_ours_is_the_models_wherever_it_is_raised():
-    assert refused(ValueError("never raised")) is None
-    assert refused(RefusalError("its layers return nothing")) == "its layers return nothing"
-    assert refused(raised(RefusalError("so"), ours)) == "so"
+    assert refusal_reason(ValueError("never raised")) is None
+    assert refusal_reason(RefusalError("its layers return nothing")) == "its layers return nothing"
+    assert refusal_reason(raise_below(RefusalError("so"), ours)) == "so"
 
 
 KINDS = [RuntimeError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", RuntimeError)]
@@ -82,10 +84,10 @@ KINDS = [RuntimeError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError"
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_that_runs_out_is_known_by_its_message(kind, message):
     """torch raises these, and no device is lost by them."""
-    full = raised(kind(message), MODEL)
+    full = raise_below(kind(message), MODEL)
     assert is_out_of_memory(full)
-    assert not device_is_lost(full)
-    assert refused(full) is None
+    assert not is_device_lost(full)
+    assert refusal_reason(full) is None
 
 
 @pytest.mark.parametrize(
@@ -93,14 +95,14 @@ def test_memory_that_runs_out_is_known_by_its_message(kind, message):
     [("\n first\nsecond ", "first"), ("", "RefusalError"), (" \n", "RefusalError")],
 )
 def test_it_is_told_in_one_line(message, line):
-    assert refused(RefusalError(message)) == line
+    assert refusal_reason(RefusalError(message)) == line
 
 
 def test_it_is_told_shortly():
-    assert refused(RefusalError("ab" * 100)) == "ab" * 80
+    assert refusal_reason(RefusalError("ab" * 100)) == "ab" * 80
 
 
 def test_a_device_that_is_lost_is_no_models_refusal():
     lost = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be …")
-    assert device_is_lost(raised(lost, MODEL))
-    assert refused(lost) is None
+    assert is_device_lost(raise_below(lost, MODEL))
+    assert refusal_reason(lost) is None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from tests.helpers.engines import MAX_LENGTH, asking, make_documents
+from tests.helpers.engines import MAX_LENGTH, make_document, make_documents
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
 from tracker.engine.scoring.rows import (
@@ -15,19 +15,19 @@ from tracker.engine.scoring.rows import (
     Lengths,
     Row,
     common_beginning,
-    flat_rows,
-    tree_rows,
+    pack_flat_rows,
+    pack_tree_rows,
 )
 
 Tokens = tuple[int, ...]
 
 
-def text(request: Request, max_length: int) -> Tokens:
+def request_text(request: Request, max_length: int) -> Tokens:
     """Return a request's tokens as lm-eval cuts them: the model reads all but the last."""
     return (request.context + request.continuation)[-max_length - 1 :]
 
 
-def seen(row: Row, node: int, beginning: Tokens) -> Tokens:
+def visible_tokens(row: Row, node: int, beginning: Tokens) -> Tokens:
     """Return the tokens that a node attends to, ordered by position in the text."""
     tokens = row.input_ids.flatten()
     positions = row.positions.expand(row.input_ids.shape).flatten()
@@ -36,11 +36,11 @@ def seen(row: Row, node: int, beginning: Tokens) -> Tokens:
     else:
         nodes = row.ancestors[node].nonzero().flatten()
         nodes = nodes[positions[nodes].argsort()]
-    assert positions[nodes].tolist() == [row.prefix + place for place in range(len(nodes))]
+    assert positions[nodes].tolist() == [row.prefix + position for position in range(len(nodes))]
     return (*beginning[: row.prefix], *tokens[nodes].tolist())
 
 
-def hold(
+def check_rows(
     rows: Iterable[Row],
     documents: Sequence[Document],
     max_length: int,
@@ -51,36 +51,40 @@ def hold(
     predicted: dict[tuple[int, int], list[Tokens]] = {}
     measured: dict[int, list[Tokens]] = {}
     for row in rows:
-        reached = {len(text(documents[d].requests[i], max_length)) - 1 for d, i in row.requests}
+        text_lengths = {
+            len(request_text(documents[d].requests[i], max_length)) - 1 for d, i in row.requests
+        }
         assert row.ancestors is None or row.ancestors.dtype == torch.bool
-        assert len(row.keep) == len(row.keep.unique())
-        assert row.input_ids.dtype == row.keep.dtype == row.predictor.dtype == torch.long
+        assert len(row.predicting_nodes) == len(row.predicting_nodes.unique())
+        assert (
+            row.input_ids.dtype == row.predicting_nodes.dtype == row.predictor.dtype == torch.long
+        )
         assert row.predicted.dtype == row.owner.dtype == torch.long
-        assert row.predictor.unique().tolist() == list(range(len(row.keep)))
+        assert row.predictor.unique().tolist() == list(range(len(row.predicting_nodes)))
         assert row.owner.unique().tolist() == list(range(len(row.requests)))
-        for place, owner in enumerate(row.owner.tolist()):
-            before = seen(row, int(row.keep[row.predictor[place]]), beginning)
-            whole = (*before, int(row.predicted[place]))
-            predicted.setdefault(row.requests[owner], []).append(whole)
+        for index, owner in enumerate(row.owner.tolist()):
+            text = visible_tokens(row, int(row.predicting_nodes[row.predictor[index]]), beginning)
+            full_text = (*text, int(row.predicted[index]))
+            predicted.setdefault(row.requests[owner], []).append(full_text)
         for number, nodes in row.gold:
             assert nodes.dtype == torch.long
-            found = [seen(row, node, beginning) for node in nodes.tolist()]
+            texts = [visible_tokens(row, node, beginning) for node in nodes.tolist()]
             # What was read apart is measured where it is read.
-            skipped = [beginning[: end + 1] for end in range(row.prefix)]
-            measured.setdefault(number, []).extend(skipped + found)
-            reached.add(len(found[-1]))
-        assert len({lengths.side(tokens) for tokens in reached}) == 1
-    for number, each in enumerate(documents):
+            prefix_texts = [beginning[: end + 1] for end in range(row.prefix)]
+            measured.setdefault(number, []).extend(prefix_texts + texts)
+            text_lengths.add(len(texts[-1]))
+        assert len({lengths.side(tokens) for tokens in text_lengths}) == 1
+    for number, document in enumerate(documents):
         paths = []
-        for index, request in enumerate(each.requests):
-            whole = text(request, max_length)
-            first = len(whole) - len(request.continuation)
-            ends = range(first, len(whole))
-            assert predicted.pop((number, index)) == [whole[: end + 1] for end in ends]
-            if each.rolling or index == (each.gold or 0):
-                start = first if each.rolling else 0
-                end = min(len(whole), max_length)
-                paths += [whole[: place + 1] for place in range(start, end)]
+        for index, request in enumerate(document.requests):
+            full_text = request_text(request, max_length)
+            first = len(full_text) - len(request.continuation)
+            ends = range(first, len(full_text))
+            assert predicted.pop((number, index)) == [full_text[: end + 1] for end in ends]
+            if document.rolling or index == (document.gold or 0):
+                start = first if document.rolling else 0
+                end = min(len(full_text), max_length)
+                paths += [full_text[: index + 1] for index in range(start, end)]
         assert sorted(measured.pop(number)) == sorted(paths)
     assert not predicted
     assert not measured
@@ -88,20 +92,20 @@ def hold(
 
 def test_lengths_have_sides():
     assert Lengths().side(5) == Lengths().side(5000)
-    two = Lengths((10, 20))
-    assert len({two.side(n) for n in (9, 10, 11, 20, 21)}) == 5
-    assert two.side(11) == two.side(19)
-    each = Lengths((10,), each=True)
-    assert each.side(3) == each.side(9)
-    assert len({each.side(n) for n in (9, 10, 11, 12)}) == 4
-    assert Lengths((), each=True).side(3) != Lengths((), each=True).side(4)
+    two_thresholds = Lengths((10, 20))
+    assert len({two_thresholds.side(n) for n in (9, 10, 11, 20, 21)}) == 5
+    assert two_thresholds.side(11) == two_thresholds.side(19)
+    all_lengths = Lengths((10,), all_differ=True)
+    assert all_lengths.side(3) == all_lengths.side(9)
+    assert len({all_lengths.side(n) for n in (9, 10, 11, 12)}) == 4
+    assert Lengths((), all_differ=True).side(3) != Lengths((), all_differ=True).side(4)
 
 
 SHARED = make_documents(12, shared=9)
 BEGINNING = common_beginning(SHARED, MAX_LENGTH)
-ROLLING = asking(((0,), (4, 5, 6)), ((5, 6), (7, 8)), gold=None, rolling=True)
-OPEN = asking(((3, 1, 4), (1, 5)), ((3, 1), (4,)), gold=None)
-LENGTHS = [ANY_LENGTH, Lengths((14, 18)), Lengths((16,), each=True)]
+ROLLING = make_document(((0,), (4, 5, 6)), ((5, 6), (7, 8)), gold=None, rolling=True)
+OPEN = make_document(((3, 1, 4), (1, 5)), ((3, 1), (4,)), gold=None)
+LENGTHS = [ANY_LENGTH, Lengths((14, 18)), Lengths((16,), all_differ=True)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -109,17 +113,17 @@ LENGTHS = [ANY_LENGTH, Lengths((14, 18)), Lengths((16,), each=True)]
 @pytest.mark.parametrize("max_length", [MAX_LENGTH, 15])
 def test_every_token_is_predicted_from_its_own_text(lengths, row_tokens, max_length):
     documents = [*SHARED, ROLLING, OPEN]
-    flat = list(flat_rows(documents, max_length, row_tokens, lengths))
-    tree = list(tree_rows(documents, max_length, row_tokens, lengths=lengths))
-    hold(flat, documents, max_length, lengths=lengths)
-    hold(tree, documents, max_length, lengths=lengths)
+    flat = list(pack_flat_rows(documents, max_length, row_tokens, lengths))
+    tree = list(pack_tree_rows(documents, max_length, row_tokens, lengths=lengths))
+    check_rows(flat, documents, max_length, lengths=lengths)
+    check_rows(tree, documents, max_length, lengths=lengths)
     assert all(row.prefix == 0 for row in (*flat, *tree))
 
 
 def test_a_tree_holds_what_several_texts_begin_with_once():
-    (row,) = tree_rows(SHARED, MAX_LENGTH, 1000)
-    texts = [(r.context + r.continuation)[:-1] for each in SHARED for r in each.requests]
-    gold = [each.requests[each.gold] for each in SHARED]
+    (row,) = pack_tree_rows(SHARED, MAX_LENGTH, 1000)
+    texts = [(r.context + r.continuation)[:-1] for document in SHARED for r in document.requests]
+    gold = [document.requests[document.gold] for document in SHARED]
     texts += [request.context + request.continuation for request in gold]
     assert row.tokens == len({text[: end + 1] for text in texts for end in range(len(text))})
 
@@ -127,83 +131,87 @@ def test_a_tree_holds_what_several_texts_begin_with_once():
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("row_tokens", [1, 1000])
 def test_a_beginning_that_was_read_apart_belongs_to_the_text(lengths, row_tokens):
-    rows = list(tree_rows(SHARED, MAX_LENGTH, row_tokens, len(BEGINNING), lengths))
-    hold(rows, SHARED, MAX_LENGTH, BEGINNING, lengths)
+    rows = list(pack_tree_rows(SHARED, MAX_LENGTH, row_tokens, len(BEGINNING), lengths))
+    check_rows(rows, SHARED, MAX_LENGTH, BEGINNING, lengths)
     assert {row.prefix for row in rows} == ({9} if lengths is ANY_LENGTH else {0, 9})
 
 
 def test_a_row_is_as_full_as_its_size_allows():
-    documents = [asking(((n, n), (5,)), ((n, n), (6,)), gold=1) for n in range(6)]
-    assert [row.input_ids.shape for row in flat_rows(documents, 9, 9)] == [(3, 3), (3, 3)]
-    assert [row.input_ids.shape for row in flat_rows(documents, 9, 8)] == [(2, 3)] * 3
-    assert [row.input_ids.shape for row in flat_rows(documents, 9, 1)] == [(1, 3)] * 6
-    assert [row.tokens for row in tree_rows(documents, 9, 9)] == [9, 9]
-    assert [row.tokens for row in tree_rows(documents, 9, 8)] == [6, 6, 6]
-    assert [row.tokens for row in tree_rows(documents, 9, 1)] == [3] * 6
+    documents = [make_document(((n, n), (5,)), ((n, n), (6,)), gold=1) for n in range(6)]
+    assert [row.input_ids.shape for row in pack_flat_rows(documents, 9, 9)] == [(3, 3), (3, 3)]
+    assert [row.input_ids.shape for row in pack_flat_rows(documents, 9, 8)] == [(2, 3)] * 3
+    assert [row.input_ids.shape for row in pack_flat_rows(documents, 9, 1)] == [(1, 3)] * 6
+    assert [row.tokens for row in pack_tree_rows(documents, 9, 9)] == [9, 9]
+    assert [row.tokens for row in pack_tree_rows(documents, 9, 8)] == [6, 6, 6]
+    assert [row.tokens for row in pack_tree_rows(documents, 9, 1)] == [3] * 6
 
 
 def test_documents_that_begin_alike_share_a_row_in_whatever_order_they_come():
-    documents = [asking(((n % 2, 2, 3, 4), (5 + n, 1))) for n in range(4)]
-    assert [row.tokens for row in tree_rows(documents, 9, 8)] == [8, 8]
-    assert {row.requests[0][0] % 2 for row in tree_rows(documents, 9, 8)} == {0, 1}
+    documents = [make_document(((n % 2, 2, 3, 4), (5 + n, 1))) for n in range(4)]
+    assert [row.tokens for row in pack_tree_rows(documents, 9, 8)] == [8, 8]
+    assert {row.requests[0][0] % 2 for row in pack_tree_rows(documents, 9, 8)} == {0, 1}
 
 
 def test_what_begins_another_request_is_read_with_it():
-    documents = [asking(((1, 2), (3,)), ((1, 2, 3), (4, 5)), ((1, 2), (9,)), gold=1)]
-    (row,) = flat_rows(documents, 9, 1000)
+    documents = [make_document(((1, 2), (3,)), ((1, 2, 3), (4, 5)), ((1, 2), (9,)), gold=1)]
+    (row,) = pack_flat_rows(documents, 9, 1000)
     assert row.input_ids.tolist() == [[1, 2, 3, 4, 5]]
-    assert row.keep.tolist() == [2, 3, 1]
+    assert row.predicting_nodes.tolist() == [2, 3, 1]
 
 
 def test_the_last_token_is_not_read_with_a_request_that_it_would_change():
     """As long as a threshold, the whole text is read once more, for the proxies alone."""
-    documents = [asking(((1, 2), (3,)))]
-    for pack in (tree_rows, flat_rows):
+    documents = [make_document(((1, 2), (3,)))]
+    for pack in (pack_tree_rows, pack_flat_rows):
         rows = list(pack(documents, 9, 1000, lengths=Lengths((3,))))
         assert [(row.tokens, len(row.requests), len(row.gold)) for row in rows] == [
             (2, 1, 0),
             (3, 0, 1),
         ]
-        hold(rows, documents, 9, lengths=Lengths((3,)))
+        check_rows(rows, documents, 9, lengths=Lengths((3,)))
 
 
 def test_the_common_beginning_ends_where_requests_part_or_something_is_predicted():
-    def shared(*requests: tuple[Tokens, Tokens], max_length: int = 9) -> Tokens:
-        return common_beginning([asking(each) for each in requests], max_length)
+    def find_beginning(*requests: tuple[Tokens, Tokens], max_length: int = 9) -> Tokens:
+        return common_beginning([make_document(request) for request in requests], max_length)
 
     assert common_beginning([], 9) == ()
-    assert shared(((1, 2, 3, 4), (5,)), ((1, 2, 9, 4), (5,))) == (1, 2)
-    assert shared(((1, 2, 3), (5,)), ((1, 2, 3), (6,))) == (1, 2)
-    assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4, 5), (6,))) == (1, 2)
+    assert find_beginning(((1, 2, 3, 4), (5,)), ((1, 2, 9, 4), (5,))) == (1, 2)
+    assert find_beginning(((1, 2, 3), (5,)), ((1, 2, 3), (6,))) == (1, 2)
+    assert find_beginning(((1, 2, 3), (5,)), ((1, 2, 3, 4, 5), (6,))) == (1, 2)
     # Nothing parts where one request begins the other.
-    one_in_the_other = asking(((1, 2, 3), (4,)), ((1, 2, 3), (4, 5)), gold=1)
-    assert common_beginning([one_in_the_other], 9) == (1, 2)
+    nested_document = make_document(((1, 2, 3), (4,)), ((1, 2, 3), (4, 5)), gold=1)
+    assert common_beginning([nested_document], 9) == (1, 2)
     # Of the first only the last two tokens are left.
-    assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4), (6,)), max_length=2) == ()
-    assert shared(((1,), (5,)), ((1,), (6,))) == ()
+    assert find_beginning(((1, 2, 3), (5,)), ((1, 2, 3, 4), (6,)), max_length=2) == ()
+    assert find_beginning(((1,), (5,)), ((1,), (6,))) == ()
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("multiple", [1, 8, 64])
 def test_nodes_are_added_up_to_a_multiple(prefix, multiple):
-    (row,) = tree_rows(SHARED, MAX_LENGTH, 1000, prefix)
-    whole, nodes = row.padded(multiple), row.tokens
-    assert (prefix + whole.tokens) % multiple == 0
-    assert 0 <= whole.tokens - nodes < multiple
-    seen = whole.ancestors
-    assert torch.equal(seen[:nodes, :nodes], row.ancestors)
-    assert not seen[:nodes, nodes:].any()
-    assert torch.equal(seen[nodes:], torch.eye(whole.tokens, dtype=torch.bool)[nodes:])
-    assert (whole.positions[:, nodes:] == prefix).all()
-    assert (whole.keep, whole.gold, whole.length) == (row.keep, row.gold, row.length)
-    (flat, *_) = flat_rows(SHARED, MAX_LENGTH, 1000)
-    assert flat.padded(multiple) is flat
+    (row,) = pack_tree_rows(SHARED, MAX_LENGTH, 1000, prefix)
+    padded_row, nodes = row.pad_nodes(multiple), row.tokens
+    assert (prefix + padded_row.tokens) % multiple == 0
+    assert 0 <= padded_row.tokens - nodes < multiple
+    visible = padded_row.ancestors
+    assert torch.equal(visible[:nodes, :nodes], row.ancestors)
+    assert not visible[:nodes, nodes:].any()
+    assert torch.equal(visible[nodes:], torch.eye(padded_row.tokens, dtype=torch.bool)[nodes:])
+    assert (padded_row.positions[:, nodes:] == prefix).all()
+    assert (padded_row.predicting_nodes, padded_row.gold, padded_row.length) == (
+        row.predicting_nodes,
+        row.gold,
+        row.length,
+    )
+    (flat_row, *_) = pack_flat_rows(SHARED, MAX_LENGTH, 1000)
+    assert flat_row.pad_nodes(multiple) is flat_row
 
 
 def test_the_longest_continuation_that_a_model_can_score():
-    (row,) = tree_rows([asking(((1,), (2, 3, 4)))], 3, 1000)
+    (row,) = pack_tree_rows([make_document(((1,), (2, 3, 4)))], 3, 1000)
     assert row.predicted.tolist() == [2, 3, 4]
     with pytest.raises(CellError, match=r"a continuation of 4 tokens .* reads 1 to 3; lm-eval"):
-        list(tree_rows([asking(((1,), (2, 3, 4, 5)))], 3, 1000))
+        list(pack_tree_rows([make_document(((1,), (2, 3, 4, 5)))], 3, 1000))
     with pytest.raises(CellError, match="a continuation of 0 tokens"):
-        list(flat_rows([asking(((1,), ()))], 3, 1000))
+        list(pack_flat_rows([make_document(((1,), ()))], 3, 1000))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.helpers.ablations import single_layers
+from tests.helpers.ablations import parse_ablations, single_layers
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
 from tracker.engine.forward.layer import ForwardPass
@@ -14,63 +14,55 @@ from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 
 
-def passes(ablations, layers):
+def count_passes(ablations, layers):
     """Return a second, naive count: at each layer, the distinct histories that do not skip it."""
-    return sum(
-        len(
-            {
-                tuple(i for i in a.removed() if i < layer)
-                for a in ablations
-                if layer not in a.removed()
-            }
-        )
+    histories = {
+        (layer, tuple(i for i in ablation.removed() if i < layer))
         for layer in range(layers)
-    )
+        for ablation in ablations
+        if layer not in ablation.removed()
+    }
+    return len(histories)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 30])
 def test_single_layers_cost_a_triangle(layers):
     plan = plan_streams(single_layers(tuple(range(layers))), layers)
     assert plan.layer_passes == layers * (layers + 1) // 2
-    assert plan.streams == layers + 1
-    assert sorted(plan.stream_of) == list(range(layers + 1))
-    assert plan.stream_of[0] == 0
+    assert plan.n_streams == layers + 1
+    assert sorted(plan.final_streams) == list(range(layers + 1))
+    assert plan.final_streams[0] == 0
 
 
 def test_any_sets_are_shared_as_far_as_they_agree():
     sets = [()] + [s for n in (1, 2, 3) for s in itertools.combinations(range(6), n)]
-    ablations = [Ablation.of(removed=s) for s in reversed(sets)]
+    ablations = [Ablation.from_changes(removed=s) for s in reversed(sets)]
     plan = plan_streams(ablations, 6)
-    assert plan.layer_passes == passes(ablations, 6)
-    assert plan.streams == len(ablations)
-    assert plan.stream_of[-1] == 0
+    assert plan.layer_passes == count_passes(ablations, 6)
+    assert plan.n_streams == len(ablations)
+    assert plan.final_streams[-1] == 0
 
 
-SUBLAYERS = [
-    INTACT,
-    *(Ablation.parse(f"{c}:{x}") for c in ("layer", "attention", "mlp") for x in range(4)),
-    Ablation.parse("attention:0,1"),
-    Ablation.parse("layer:1+mlp:2"),
-]
+SUBLAYERS = parse_ablations(
+    "baseline layer:0 layer:1 layer:2 layer:3 attention:0 attention:1 attention:2 attention:3 "
+    "mlp:0 mlp:1 mlp:2 mlp:3 attention:0,1 layer:1+mlp:2"
+)
 
 
 def test_sublayers_share_what_is_before_them():
     """With its MLP removed, a layer's attention is its parent's; with its attention, none."""
     plan = plan_streams([INTACT, Ablation.parse("attention:1"), Ablation.parse("mlp:1")], 3)
-    assert [step.attention for step in plan.steps] == [(0,), (0, None, 0), (0, 1, 2)]
-    assert [step.mlp for step in plan.steps] == [(0,), (0, 1, None), (0, 1, 2)]
+    assert [step.attention_sources for step in plan.steps] == [(0,), (0, None, 0), (0, 1, 2)]
+    assert [step.mlp_sources for step in plan.steps] == [(0,), (0, 1, None), (0, 1, 2)]
     assert (plan.attention_passes, plan.mlp_passes) == (1 + 1 + 3, 1 + 2 + 3)
-    every = [INTACT, *(Ablation.parse(f"{c}:{x}") for c in ("attention", "mlp") for x in range(30))]
-    assert plan_streams(every, 30).layer_passes < 30 * 31
+    ablations = [
+        INTACT,
+        *(Ablation.parse(f"{c}:{x}") for c in ("attention", "mlp") for x in range(30)),
+    ]
+    assert plan_streams(ablations, 30).layer_passes < 30 * 31
 
 
-WHOLE = [
-    INTACT,
-    Ablation.parse("layer:0"),
-    Ablation.parse("layers:1,2"),
-    Ablation.parse("layers:1,3"),
-    Ablation.parse("layer:3"),
-]
+WHOLE = parse_ablations("baseline layer:0 layers:1,2 layers:1,3 layer:3")
 
 
 @pytest.mark.parametrize("ablations", [SUBLAYERS, SUBLAYERS[::-1], WHOLE])
@@ -84,7 +76,7 @@ def test_the_plan_is_what_is_executed(ablations):
     for layer in layers:
         layer.self_attn.o_proj.register_forward_hook(lambda *call: attentions.append(len(call[-1])))
         layer.mlp.down_proj.register_forward_hook(lambda *call: mlps.append(len(call[-1])))
-    with ForwardPass(layers, plan, anatomy).installed():
+    with ForwardPass(layers, plan, anatomy).install():
         model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
     assert (sum(attentions), sum(mlps)) == (plan.attention_passes, plan.mlp_passes)
 
@@ -92,12 +84,12 @@ def test_the_plan_is_what_is_executed(ablations):
 def test_the_model_is_what_it_was_also_after_an_exception():
     model = tiny_model("llama")
     ids = torch.randint(0, 90, (2, 9))
-    before = model(ids).logits
+    old_logits = model(ids).logits
     state = {name: value.clone() for name, value in model.state_dict().items()}
     plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
 
     def fork():
-        with ForwardPass(model.model.layers, plan).installed():
+        with ForwardPass(model.model.layers, plan).install():
             model.model(ids[:1], use_cache=False)
 
     def fail(*args):
@@ -109,6 +101,6 @@ def test_the_model_is_what_it_was_also_after_an_exception():
         pytest.raises(RuntimeError, match="in the middle"),
     ):
         fork()
-    assert torch.equal(model(ids).logits, before)
+    assert torch.equal(model(ids).logits, old_logits)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(layer) for layer in model.model.layers)

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from tests.helpers.ablations import single_layers
+from tests.helpers.ablations import parse_ablations, single_layers
 from tests.helpers.engines import (
     MAX_LENGTH,
-    agree,
-    agrees,
-    asking,
+    assert_naive_scores,
+    assert_same_responses,
+    assert_same_scores,
     engine_of,
     gold_tokens,
-    loaded,
+    make_document,
     make_documents,
-    passed,
-    same,
+    trace_layers,
+    wrap_model,
 )
 from tests.helpers.families import tiny_model
 from tracker.core.changes import INTACT, Ablation
@@ -32,7 +32,7 @@ from tracker.core.errors import CellError
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import generation, sweep
 from tracker.engine.scoring import model as model_module
-from tracker.engine.scoring.generation import generating, generation_groups
+from tracker.engine.scoring.generation import generation_groups, prepare_generation
 from tracker.engine.scoring.model import (
     DEPTH_ONLY,
     FULL,
@@ -42,18 +42,18 @@ from tracker.engine.scoring.model import (
     Quirks,
     stream_bytes,
 )
-from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, tree_rows
-from tracker.engine.scoring.score import SHORTEST
+from tracker.engine.scoring.rows import ANY_LENGTH, Lengths, pack_tree_rows
+from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check
-from tracker.models.pruned import remember
+from tracker.engine.selfcheck.check import check_sharing
+from tracker.models.pruned import record_state
 
 SINGLE = single_layers((0, 1, 2, 3))
 SIX = [*SINGLE, Ablation.parse("layers:1,2"), Ablation.parse("layers:0,3")]
 FULL_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
-def never(*args):
+def run_out_of_memory(*args):
     raise FULL_MEMORY
 
 
@@ -71,27 +71,27 @@ def test_every_stream_is_the_pruned_model_however_much_is_shared(family):
         for sharing in (FULL, DEPTH_ONLY, PLAIN, ONE_BY_ONE)
         for score in engine_of(model, sharing, row_tokens=40).score(make_documents(), SIX)
     ]
-    agree(scores, model, SIX)
+    assert_naive_scores(scores, model, SIX)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wrong_sharing_is_found(monkeypatch, dtype):
     """A mask that lets a choice see its sibling is wrong without an error: it must be noticed."""
     model = tiny_model("llama", num_hidden_layers=2).to(dtype)
-    honest, leaked = tree_rows, []
+    original_rows, leaked_rows = pack_tree_rows, []
 
-    def leaky(*args, **kwargs):
-        for row in honest(*args, **kwargs):
+    def leak_siblings(*args, **kwargs):
+        for row in original_rows(*args, **kwargs):
             row.spans[:] = torch.arange(row.tokens)
             row.spans[1] = row.tokens
-            leaked.append(row)
+            leaked_rows.append(row)
             yield row
 
-    monkeypatch.setattr(sweep, "tree_rows", leaky)
-    checked = check(engine_of(model), make_documents(), single_layers((0,)))
-    assert leaked
-    assert checked.engine.sharing == DEPTH_ONLY
-    assert "because sharing more changes a log-likelihood by" in checked.lost
+    monkeypatch.setattr(sweep, "pack_tree_rows", leak_siblings)
+    result = check_sharing(engine_of(model), make_documents(), single_layers((0,)))
+    assert leaked_rows
+    assert result.engine.sharing == DEPTH_ONLY
+    assert "because sharing more changes a log-likelihood by" in result.sharing_note
 
 
 def test_nothing_of_a_row_waits_for_the_garbage_collector():
@@ -103,7 +103,7 @@ def test_nothing_of_a_row_waits_for_the_garbage_collector():
     try:
         for _ in range(2):
             engine.score(make_documents(), SIX)
-            counts.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+            counts.append(sum(type(item) is torch.Tensor for item in gc.get_objects()))
     finally:
         gc.enable()
     assert counts[0] == counts[1]
@@ -113,22 +113,22 @@ def test_nothing_of_a_row_waits_for_the_garbage_collector():
 @pytest.mark.parametrize("shared", [6, 60])
 def test_rows_of_a_multiple_say_the_same(family, shared):
     documents = make_documents(shared=shared)
-    plain, padded = (
+    expected, scores = (
         engine_of(family, row_tokens=40, row_multiple=multiple).score(documents, SIX)
         for multiple in (1, 8)
     )
-    same(plain, padded)
+    assert_same_scores(expected, scores)
 
 
 def test_long_contexts_lose_their_beginning_as_in_lm_eval():
     model = tiny_model("llama")
-    draw = random.Random(3)
-    contexts = [[draw.randrange(97) for _ in range(MAX_LENGTH + 20)] for _ in range(3)]
-    long = asking(*((c, (n, 5, 7)[:n]) for n, c in enumerate(contexts, 1)), gold=1)
+    generator = random.Random(3)
+    contexts = [[generator.randrange(97) for _ in range(MAX_LENGTH + 20)] for _ in range(3)]
+    long_document = make_document(*((c, (n, 5, 7)[:n]) for n, c in enumerate(contexts, 1)), gold=1)
     ablations = single_layers((0, 3))
     for sharing in (FULL, DEPTH_ONLY):
-        scores = engine_of(model, sharing).score([long], ablations)
-        agree(scores, model, ablations)
+        scores = engine_of(model, sharing).score([long_document], ablations)
+        assert_naive_scores(scores, model, ablations)
         assert scores[0].proxy_tokens == MAX_LENGTH
 
 
@@ -142,15 +142,17 @@ def test_a_model_that_takes_no_positions_is_refused():
 def test_a_stream_that_is_not_finite_spoils_only_itself():
     model = tiny_model("llama")
     documents = make_documents(2)
-    clean = engine_of(model).score(documents, SINGLE)
+    clean_scores = engine_of(model).score(documents, SINGLE)
     model.model.layers[1].mlp.down_proj.weight[:] = float("nan")
-    spoilt = engine_of(model).score(documents, SINGLE)
-    for one, other in zip(clean, spoilt, strict=True):
-        for ablation, ours, theirs in zip(SINGLE, other.responses, one.responses, strict=True):
+    spoilt_scores = engine_of(model).score(documents, SINGLE)
+    for clean_score, spoilt_score in zip(clean_scores, spoilt_scores, strict=True):
+        for ablation, responses, clean_responses in zip(
+            SINGLE, spoilt_score.responses, clean_score.responses, strict=True
+        ):
             if ablation.removed() == (1,):
-                agrees(ours, theirs)
+                assert_same_responses(responses, clean_responses)
             else:
-                assert all(math.isnan(response.loglikelihood) for response in ours)
+                assert all(math.isnan(response.loglikelihood) for response in responses)
 
 
 def test_a_long_common_beginning_is_read_once_for_all_rows(read):
@@ -159,95 +161,92 @@ def test_a_long_common_beginning_is_read_once_for_all_rows(read):
     engine = engine_of(model, row_tokens=20)
     ablations = [*SINGLE, Ablation.parse("attention:1"), Ablation.parse("mlp:2")]
     documents = make_documents(9, shared=60)
-    first = [replace(d, requests=tuple(_after(d, 60, (7, 7)))) for d in documents[:3]]
-    for some in (first, documents[3:]):
-        scores = engine.score(some, ablations)
-        agree(scores, model, ablations[:5])
-        tokens = [len(gold_tokens(document)) for document in some]
+    first_documents = [
+        replace(d, requests=tuple(_insert_tokens(d, 60, (7, 7)))) for d in documents[:3]
+    ]
+    for read_documents in (first_documents, documents[3:]):
+        scores = engine.score(read_documents, ablations)
+        assert_naive_scores(scores, model, ablations[:5])
+        tokens = [len(gold_tokens(document)) for document in read_documents]
         assert [score.proxy_tokens for score in scores] == tokens
     assert read == [62]
     engine.score(make_documents(2, seed=5, shared=60), ablations)
     assert read == [62, 60]
 
 
-def _after(document, place, tokens):
+def _insert_tokens(document, index, tokens):
     for request in document.requests:
         context = request.context
-        yield replace(request, context=(*context[:place], *tokens, *context[place:]))
+        yield replace(request, context=(*context[:index], *tokens, *context[index:]))
 
 
 def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(spy):
-    sizes = spy(sweep, "launch_row", lambda parts, plan, row, _: (plan.streams, row.tokens))
+    sizes = spy(sweep, "launch_row", lambda parts, plan, row, _: (plan.n_streams, row.tokens))
     model = tiny_model("llama")
     documents = make_documents(6)
-    plenty = engine_of(model).score(documents, SIX)
+    expected = engine_of(model).score(documents, SIX)
     assert max(sizes)[0] == 7
     sizes.clear()
-    tight = engine_of(model, memory=3 * 40 * stream_bytes(model)).score(documents, SIX)
+    scores = engine_of(model, memory=3 * 40 * stream_bytes(model)).score(documents, SIX)
     assert all(streams * tokens <= 3 * 40 for streams, tokens in sizes)
-    same(tight, plenty)
+    assert_same_scores(scores, expected)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "said"),
+    ("lengths", "message"),
     [
         (ANY_LENGTH, "with a single document and a single ablation: .* a larger device"),
         # Requests of a document may stand in several rows there, which cannot be halved.
         (Lengths((10,)), ": CUDA out of memory. Use --memory, or a smaller dtype"),
     ],
 )
-def test_out_of_memory_with_nothing_left_to_halve_names_the_way_out(monkeypatch, lengths, said):
-    monkeypatch.setattr(sweep, "launch_row", never)
+def test_out_of_memory_with_nothing_left_to_halve_names_the_way_out(monkeypatch, lengths, message):
+    monkeypatch.setattr(sweep, "launch_row", run_out_of_memory)
     engine = engine_of("llama", quirks=Quirks(lengths=lengths))
-    with pytest.raises(CellError, match=f"^out of memory ?{said}$"):
+    with pytest.raises(CellError, match=f"^out of memory ?{message}$"):
         engine.score(make_documents(2), single_layers((0, 1)))
 
 
 @pytest.mark.parametrize(("fits", "sizes"), [(2, [1] * 6), (4, [3, 3]), (5, [4, 2]), (99, [6])])
 def test_texts_are_generated_for_as_many_ablations_as_fit(fits, sizes):
     """Half of the budget holds the keys and values of so many texts, the baseline's among them."""
-    model = loaded(tiny_model("llama"))
-    ablations = [
-        Ablation.parse("layer:3"),
-        INTACT,
-        *(Ablation.parse(f"mlp:{n}") for n in range(4)),
-        Ablation.parse("layers:1,2"),
-    ]
+    model = wrap_model(tiny_model("llama"))
+    ablations = parse_ablations("layer:3 baseline mlp:0 mlp:1 mlp:2 mlp:3 layers:1,2")
     # A key and a value for each of two heads of eight numbers, of ten tokens in four layers.
-    each = 2 * 2 * 8 * 4 * 10 * 4
-    engine = Engine(model, MAX_LENGTH, memory=2 * fits * each)
+    text_bytes = 2 * 2 * 8 * 4 * 10 * 4
+    engine = Engine(model, MAX_LENGTH, memory=2 * fits * text_bytes)
     groups = list(generation_groups(engine, ablations, 10))
     assert [len(group) - 1 for group in groups] == sizes
     assert all(group[0] == INTACT for group in groups)
     assert [a for group in groups for a in group[1:]] == [a for a in ablations if a != INTACT]
-    for alone in (Engine(model, MAX_LENGTH), engine):
-        assert list(generation_groups(alone, [INTACT], 10)) == [[INTACT]]
+    for tested_engine in (Engine(model, MAX_LENGTH), engine):
+        assert list(generation_groups(tested_engine, [INTACT], 10)) == [[INTACT]]
 
 
 def test_the_proxies_of_a_long_text_are_those_of_all_its_windows():
-    draw = random.Random(1)
-    windows = [((1,), [draw.randrange(3, 97) for _ in range(n)]) for n in (30, 30, 9)]
-    whole = asking(*windows, gold=None, rolling=True)
-    apart = [asking(window, gold=None, rolling=True) for window in windows]
+    generator = random.Random(1)
+    windows = [((1,), [generator.randrange(3, 97) for _ in range(n)]) for n in (30, 30, 9)]
+    document = make_document(*windows, gold=None, rolling=True)
+    window_documents = [make_document(window, gold=None, rolling=True) for window in windows]
     for row_tokens in (1, 1000):
         engine = engine_of("llama", row_tokens=row_tokens)
-        (score,) = engine.score([whole], [INTACT])
-        parts = [engine.score([window], [INTACT])[0] for window in apart]
-        assert score.proxy_tokens == sum(part.proxy_tokens for part in parts) > 60
-        together = sum(part.proxy_sums for part in parts)
-        torch.testing.assert_close(score.proxy_sums, together, atol=1e-3, rtol=1e-4)
+        (score,) = engine.score([document], [INTACT])
+        window_scores = [engine.score([window], [INTACT])[0] for window in window_documents]
+        assert score.proxy_tokens == sum(w.proxy_tokens for w in window_scores) > 60
+        proxy_sums = sum(window_score.proxy_sums for window_score in window_scores)
+        torch.testing.assert_close(score.proxy_sums, proxy_sums, atol=1e-3, rtol=1e-4)
 
 
 def test_weights_that_accelerate_brings_in_when_they_are_needed(tmp_path):
     """A model that is spread over devices: here its weights lie on disk until a module runs."""
     documents = make_documents(3, shared=50)
     ablations = [*SINGLE, Ablation.parse("attention:1"), Ablation.parse("mlp:2")]
-    truth = engine_of("llama").score(documents, ablations)
+    expected = engine_of("llama").score(documents, ablations)
     model = tiny_model("llama")
     accelerate.disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
     assert model.model.layers[2].mlp.up_proj.weight.device.type == "meta"
     for sharing in (FULL, PLAIN):
-        same(engine_of(model, sharing).score(documents, ablations), truth)
+        assert_same_scores(engine_of(model, sharing).score(documents, ablations), expected)
 
 
 @pytest.mark.parametrize("sharing", [FULL, PLAIN], ids=["full", "plain"])
@@ -256,24 +255,24 @@ def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs(sharing):
     model = tiny_model("llama")
     for read in make_documents(3, seed=2):
         gold = read.requests[read.gold]
-        seen, said = passed(model, gold.context + gold.continuation)
-        cosines = [torch.cosine_similarity(a, b, dim=-1).sum() for a, b in seen]
-        updates = [((b - a).norm(dim=-1) / a.norm(dim=-1)).sum() for a, b in seen]
+        layer_states, logits = trace_layers(model, gold.context + gold.continuation)
+        cosines = [torch.cosine_similarity(a, b, dim=-1).sum() for a, b in layer_states]
+        updates = [((b - a).norm(dim=-1) / a.norm(dim=-1)).sum() for a, b in layer_states]
         (score,) = engine_of(model, sharing).score([read], [INTACT])
         assert score.proxy_tokens == len(gold.context) + len(gold.continuation)
-        found = score.proxy_sums.float()
-        torch.testing.assert_close(found[0], torch.stack(cosines), atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(found[2], torch.stack(updates), atol=1e-3, rtol=1e-4)
-        likeliest = said[len(gold.context) - 1 : -1].argmax(-1).tolist()
-        right = sum(map(int.__eq__, likeliest, gold.continuation))
-        assert score.responses[0][read.gold].hits == right
+        proxy_sums = score.proxy_sums.float()
+        torch.testing.assert_close(proxy_sums[0], torch.stack(cosines), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(proxy_sums[2], torch.stack(updates), atol=1e-3, rtol=1e-4)
+        likeliest = logits[len(gold.context) - 1 : -1].argmax(-1).tolist()
+        n_right = sum(map(int.__eq__, likeliest, gold.continuation))
+        assert score.responses[0][read.gold].hits == n_right
 
 
 def test_what_is_shared_is_named():
     """As it stands in every shard: whoever reads an old one finds the same words."""
-    said = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
-    said |= {PLAIN: "nothing", ONE_BY_ONE: "nothing"}
-    assert {sharing: str(sharing) for sharing in said} == said
+    names = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
+    names |= {PLAIN: "nothing", ONE_BY_ONE: "nothing"}
+    assert {sharing: str(sharing) for sharing in names} == names
 
 
 class TestKeptBeginning:
@@ -288,50 +287,52 @@ class TestKeptBeginning:
         """Of which the beginning may take half again, beside the rows."""
         expected = engine_of("llama", NO_PREFIX).score(self.DOCUMENTS, [INTACT])
         engine = engine_of("llama", memory=2 * self.BYTES + spare)
-        same(engine.score(self.DOCUMENTS, [INTACT]), expected)
+        assert_same_scores(engine.score(self.DOCUMENTS, [INTACT]), expected)
         assert read == [60] * times
 
     def test_it_is_long_enough(self, read):
         engine = engine_of("llama")
-        for shared in (SHORTEST, SHORTEST - 1):
+        for shared in (MIN_PREFIX, MIN_PREFIX - 1):
             documents = make_documents(3, seed=2, shared=shared)
-            assert engine.shares_a_prefix(documents) == (shared == SHORTEST)
+            assert engine.has_shared_prefix(documents) == (shared == MIN_PREFIX)
             engine.score(documents, [INTACT])
-        assert read == [SHORTEST]
+        assert read == [MIN_PREFIX]
 
     def test_when_memory_runs_out_the_rows_hold_it(self, monkeypatch):
         expected = engine_of("llama", NO_PREFIX).score(self.DOCUMENTS, [INTACT])
-        monkeypatch.setattr(sweep, "read_prefix", never)
-        same(engine_of("llama").score(self.DOCUMENTS, [INTACT]), expected)
+        monkeypatch.setattr(sweep, "read_prefix", run_out_of_memory)
+        assert_same_scores(engine_of("llama").score(self.DOCUMENTS, [INTACT]), expected)
 
 
 def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(spy):
-    looked = spy(model_module, "attention_windows", lambda base, layers, tokens, device: tokens)
-    for most, asked, expected in (
+    lengths = spy(
+        model_module, "find_attention_windows", lambda base, layers, tokens, device: tokens
+    )
+    for max_length, row_lengths, expected in (
         (1000, (2, 256, 257, 3, 990, 1000), [256, 512, 1000]),
         (96, (2, 96), [96]),
         # A row may be longer than any of its texts.
         (96, (2, 130, 40), [96, 130]),
     ):
-        engine = engine_of("mistral", max_length=most)
-        windows = engine.windows
-        assert all(windows(tokens).tokens >= tokens for tokens in asked)
-        assert looked == expected
-        looked.clear()
+        engine = engine_of("mistral", max_length=max_length)
+        find_windows = engine.find_windows
+        assert all(find_windows(tokens).tokens >= tokens for tokens in row_lengths)
+        assert lengths == expected
+        lengths.clear()
 
 
 def test_a_model_without_a_cache_continues_no_prompt(monkeypatch):
     for module in (sweep, generation):
-        monkeypatch.setattr(module, "cache_argument", lambda base: None)
+        monkeypatch.setattr(module, "find_cache_argument", lambda base: None)
     engine = engine_of("llama")
-    assert not engine.shares_a_prefix(make_documents(3, shared=60))
+    assert not engine.has_shared_prefix(make_documents(3, shared=60))
     with pytest.raises(RefusalError, match=r"^it takes no cache of keys and values$"):
         list(generation_groups(engine, [INTACT], 10))
-    with generating(engine, [INTACT], [1, 2, 3]) as given:
-        assert given == {}
+    with prepare_generation(engine, [INTACT], [1, 2, 3]) as arguments:
+        assert arguments == {}
 
 
-def moody(model):
+def add_mood(model):
     """Add a state to a model that each call changes, which spoils the next call."""
     embeddings = model.get_input_embeddings()
     embeddings.mood = 0.0
@@ -341,7 +342,7 @@ def moody(model):
         return output * module.mood
 
     embeddings.register_forward_hook(spoil)
-    return Quirks(leftovers=remember(model, ("mood",)))
+    return Quirks(leftovers=record_state(model, ("mood",)))
 
 
 def test_one_by_one_only_the_intact_model_reads_rows_besides():
@@ -351,19 +352,19 @@ def test_one_by_one_only_the_intact_model_reads_rows_besides():
     requests = sum(len(document.requests) for document in documents)
     calls = []
 
-    def watch(module, args):
+    def count_layers(module, args):
         if isinstance(module, type(model.model)):
             calls.append(len(module.layers))
 
-    watching = register_module_forward_pre_hook(watch)
+    hook = register_module_forward_pre_hook(count_layers)
     engine = engine_of(model, ONE_BY_ONE, row_tokens=20)
     try:
         engine.score(documents, single_layers((1, 3)))
     finally:
-        watching.remove()
-    whole = len(model.model.layers)
-    assert calls.count(whole - 1) == 2 * requests
-    assert calls.count(whole) > requests
+        hook.remove()
+    n_layers = len(model.model.layers)
+    assert calls.count(n_layers - 1) == 2 * requests
+    assert calls.count(n_layers) > requests
 
 
 class TestLeftovers:
@@ -376,7 +377,7 @@ class TestLeftovers:
     @pytest.fixture
     def engine(self):
         model = tiny_model("llama")
-        return engine_of(model, row_tokens=20, quirks=moody(model))
+        return engine_of(model, row_tokens=20, quirks=add_mood(model))
 
     @pytest.mark.parametrize("sharing", [FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE])
     def test_no_call_depends_on_the_one_before(self, engine, truth, sharing):
@@ -385,25 +386,28 @@ class TestLeftovers:
         engine, ablations = engine.with_sharing(sharing), single_layers((1, 3))
         expected = truth.score(documents, ablations)
         for _ in range(2):
-            same(engine.score(documents, ablations), expected)
+            assert_same_scores(engine.score(documents, ablations), expected)
             assert engine.loaded.model.get_input_embeddings().mood == 0
         # A copy without a layer begins as the model did.
-        alone = engine.without(ablations[1]).score(documents, [INTACT])
-        for one, whole in zip(alone, expected, strict=True):
-            agrees(one.responses[0], whole.responses[1])
+        scores = engine.ablate(ablations[1]).score(documents, [INTACT])
+        for score, expected_score in zip(scores, expected, strict=True):
+            assert_same_responses(score.responses[0], expected_score.responses[1])
 
     def test_no_text_is_continued_by_what_was_asked_before(self, engine, truth):
         """Was: what a key takes was measured by a call, and the prompt was read after it."""
         prompt = list(range(3, 13))
-        for each in (truth, engine):
-            assert len(list(generation_groups(each, [INTACT, Ablation.parse("layer:1")], 20))) == 1
+        for tested_engine in (truth, engine):
+            assert (
+                len(list(generation_groups(tested_engine, [INTACT, Ablation.parse("layer:1")], 20)))
+                == 1
+            )
         with (
-            generating(truth, [INTACT], prompt) as expected,
-            generating(engine, [INTACT], prompt) as found,
+            prepare_generation(truth, [INTACT], prompt) as expected,
+            prepare_generation(engine, [INTACT], prompt) as cached,
         ):
-            pairs = zip(expected["cache"].layers, found["cache"].layers, strict=True)
-            assert all(torch.equal(one.keys, other.keys) for one, other in pairs)
+            layer_pairs = zip(expected["cache"].layers, cached["cache"].layers, strict=True)
+            assert all(torch.equal(e.keys, layer.keys) for e, layer in layer_pairs)
         assert engine.loaded.model.get_input_embeddings().mood == 0
-        with contextlib.suppress(InterruptedError), generating(engine, [INTACT], prompt):
+        with contextlib.suppress(InterruptedError), prepare_generation(engine, [INTACT], prompt):
             raise InterruptedError
         assert engine.loaded.model.get_input_embeddings().mood == 0

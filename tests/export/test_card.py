@@ -13,7 +13,7 @@ from tracker.core.changes import Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.export.card import card_text
 from tracker.export.changes import removal, rounding
-from tracker.export.facts import Accuracy, Exported, ModelChange, Proof, Size
+from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Proof, Size
 
 GOLDEN = Path(__file__).parent / "cards.md"
 NAME = "<img src=x onerror=alert(1)>|"
@@ -24,15 +24,17 @@ COSTS = (
     Accuracy("own", 2, "ppl", "9 texts", 9, Estimate(0.5, 0.4, 0.6), Estimate(None), "bits"),
 )
 PROOF = Proof(4, 0.0, ("copa",), 40, {"acc": 0.45}, 0.1, 1, {"transformers": "5", "lm-eval": "0.5"})
-PRUNED = Exported(
+PRUNED = ExportedModel(
     Path("lighter"), BASE, removal((2, 1)), (0, 3), Size(4, 1000, 4000), Size(2, 500, 2000),
     (1.271, 1.249, 1.3), "both by turns", {"llama.cpp": "quantize\n", "mergekit": "a: b\n"},
     accuracy=COSTS, proof=PROOF,
 )  # fmt: skip
 REPEATED = replace(
     PRUNED,
-    change=ModelChange(Ablation.of(Change.parse("repeat3:1-2")), calibration="9 documents"),
-    kept=(0, 1, 2, 1, 2, 1, 2, 3),
+    change=ModelChange(
+        Ablation.from_changes(Change.parse("repeat3:1-2")), calibration="9 documents"
+    ),
+    kept_layers=(0, 1, 2, 1, 2, 1, 2, 3),
     after=Size(8, 2000, 8000),
     proof=Proof(4, 1e-6),
 )
@@ -59,7 +61,7 @@ MODELS = {
 }
 
 
-def test_cards_and_the_terminal_say_what_they_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cards_and_terminal_match_the_golden_files(capsys: pytest.CaptureFixture[str]) -> None:
     text = ""
     for title, model in MODELS.items():
         card = card_text(model)

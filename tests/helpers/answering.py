@@ -8,19 +8,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 
-class Answering(BaseHTTPRequestHandler):
+class AnsweringHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def body(self) -> bytes:
+    def read_body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def answer(
         self, content: bytes, status: int = 200, kind: str = "application/json", **headers: str
     ) -> None:
         self.send_response(status)
-        about = {"Content-Type": kind, "Content-Length": str(len(content)), **headers}
-        for name, value in about.items():
+        all_headers = {"Content-Type": kind, "Content-Length": str(len(content)), **headers}
+        for name, value in all_headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -31,7 +31,7 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(handler: type[Answering]) -> Iterator[str]:
+def serve(handler: type[AnsweringHandler]) -> Iterator[str]:
     """Serve on loopback, and yield the address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()

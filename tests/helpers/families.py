@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from tests.helpers.registry import LAYERS, VOCABULARY, WINDOW, config_class, tiny
+from tests.helpers.registry import LAYERS, VOCABULARY, WINDOW, config_class, tiny_settings
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, Sharing
 
-SMALL = {
+SMALL_CONFIG = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -23,9 +23,9 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+MIXED_LAYERS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 FULL_FIRST = ["full_attention", "sliding_attention"] * 2
-HYBRID = ["linear_attention", "full_attention"] * 2
+HYBRID_LAYERS = ["linear_attention", "full_attention"] * 2
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,22 @@ class Family:
 
     Attributes:
         name: Its name in the tests.
-        of: The registry's name of its configuration's class.
+        registry_name: The registry's name of its configuration's class.
         changes: What its configuration has other than the registry's tiny one.
         sharing: What the self-check must find exact.
         sublayers: Whether its layers are an attention and an MLP, each adding to the stream.
     """
 
     name: str
-    of: str
+    registry_name: str
     changes: dict[str, Any]
     sharing: Sharing
     sublayers: bool
 
     def config(self) -> Any:
         """Make a tiny configuration."""
-        return config_class(self.of)(**{**tiny(self.of), **self.changes})
+        settings = {**tiny_settings(self.registry_name), **self.changes}
+        return config_class(self.registry_name)(**settings)
 
     def model(self, seed: int = 0) -> Any:
         """Make a random model in float32, its weights large enough that every layer matters."""
@@ -61,15 +62,15 @@ class Family:
 
 def _family(
     name: str,
-    of: str | None = None,
+    registry_name: str | None = None,
     sharing: Sharing = FULL,
     sublayers: bool = True,
     **changes: Any,
 ) -> Family:
-    return Family(name, of or name, changes, sharing, sublayers)
+    return Family(name, registry_name or name, changes, sharing, sublayers)
 
 
-ALL = [
+ALL_FAMILIES = [
     # Rotary positions, one kind of layer, in sequence and in parallel.
     _family("llama"),
     _family("llama_eager", "llama", attn_implementation="eager"),
@@ -91,22 +92,20 @@ ALL = [
     # Learned positions.
     _family("gpt2"),
     _family("opt"),
-    _family(
-        "opt_350m", "opt", word_embed_proj_dim=16, do_layer_norm_before=False, sublayers=False
-    ),
+    _family("opt_350m", "opt", word_embed_proj_dim=16, do_layer_norm_before=False, sublayers=False),
     # Sliding windows: in every layer, in some, with soft-capping, with positions of their own.
     _family("mistral"),
     _family(
         "qwen2_sliding", "qwen2", num_key_value_heads=2, use_sliding_window=True,
         sliding_window=WINDOW,
     ),
-    _family("gemma2", layer_types=MIXED),
+    _family("gemma2", layer_types=MIXED_LAYERS),
     _family("gemma3", "gemma3_text", layer_types=["sliding_attention"] * LAYERS),
-    _family("gemma3_mixed", "gemma3_text", layer_types=MIXED),
+    _family("gemma3_mixed", "gemma3_text", layer_types=MIXED_LAYERS),
     _family("cohere2", layer_types=FULL_FIRST, logit_scale=1.0),
-    _family("olmo3", layer_types=MIXED),
-    _family("exaone4", num_key_value_heads=2, sliding_window=WINDOW, layer_types=MIXED),
-    _family("gpt_oss", layer_types=MIXED),
+    _family("olmo3", layer_types=MIXED_LAYERS),
+    _family("exaone4", num_key_value_heads=2, sliding_window=WINDOW, layer_types=MIXED_LAYERS),
+    _family("gpt_oss", layer_types=MIXED_LAYERS),
     # Its local attention counts tokens in the row, whatever their positions are.
     _family("gpt_neo", sharing=DEPTH_ONLY),
     # Experts.
@@ -133,18 +132,18 @@ ALL = [
         "bamba_eager", "bamba", mamba_n_groups=2, attn_implementation="eager", sharing=DEPTH_ONLY,
         sublayers=False,
     ),
-    _family("qwen3_next", sharing=DEPTH_ONLY, layer_types=HYBRID),
+    _family("qwen3_next", sharing=DEPTH_ONLY, layer_types=HYBRID_LAYERS),
     _family("lfm2", sharing=DEPTH_ONLY),
     _family("falcon_h1", mamba_n_groups=2, sharing=DEPTH_ONLY, sublayers=False),
     _family(
-        "granite_hybrid", "granitemoehybrid", mamba_n_groups=2, layer_types=HYBRID,
+        "granite_hybrid", "granitemoehybrid", mamba_n_groups=2, layer_types=HYBRID_LAYERS,
         sharing=DEPTH_ONLY, sublayers=False,
     ),
 ]  # fmt: skip
-FAMILIES = {family.name: family for family in ALL}
+FAMILIES = {family.name: family for family in ALL_FAMILIES}
 
 
 def tiny_model(family: str, **changes: Any) -> Any:
     """Make a random model of a family, with weights large enough that layers matter."""
-    found = FAMILIES[family]
-    return replace(found, changes={**found.changes, **changes}).model()
+    plain = FAMILIES[family]
+    return replace(plain, changes={**plain.changes, **changes}).model()

@@ -15,139 +15,129 @@ from typing import Any
 from tracker.core.errors import TrackerError
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import all_records
+from tracker.measuring.derive import list_records
 
-KEPT = Path(__file__).parents[1] / "ledger" / "kept"
+KEPT_FOLDER = Path(__file__).parents[1] / "ledger" / "kept"
 """A folder of two views over three shards, as tracker wrote it, and the records that follow."""
 EXPERIMENT = "method: grid  # as it was run\n"
 
 
-def make(root: Path) -> Path:
+def make_results(root: Path) -> Path:
     """Make a results folder with everything in it that a folder may hold."""
-    shutil.copytree(KEPT, root, ignore=shutil.ignore_patterns("records.json"))
-    ledger = Ledger.existing(root)
-    ledger.keep_experiment("demo.yaml", EXPERIMENT)
+    shutil.copytree(KEPT_FOLDER, root, ignore=shutil.ignore_patterns("records.json"))
+    ledger = Ledger.open_existing(root)
+    ledger.write_experiment("demo.yaml", EXPERIMENT)
     (cell,) = ledger.cells()
-    ledger.cell(cell.identity.model, cell.identity.benchmark, {})
-    ledger.remember("f" * 64, cell)
+    ledger.open_cell(cell.identity.model, cell.identity.benchmark, {})
+    ledger.index_cell("f" * 64, cell)
     cell.add_receipt("mlflow", record="digest", location="http://there")
-    seen(root)
+    show_results(root)
     return root
 
 
-def files(root: Path) -> list[Path]:
+def damageable_files(root: Path) -> list[Path]:
     """List what a fault may hit: all but the locks."""
-    found = (path for path in sorted(root.rglob("*")) if path.is_file())
-    return [path for path in found if "locks" not in path.parts]
+    paths = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return [path for path in paths if "locks" not in path.parts]
 
 
 @contextmanager
-def listening() -> Iterator[list[str]]:
+def collect_warnings() -> Iterator[list[str]]:
     """Collect what is logged as a warning."""
-    heard: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("tracker")
     logger.addHandler(handler)
     try:
-        yield heard
+        yield messages
     finally:
         logger.removeHandler(handler)
 
 
-def seen(root: Path) -> tuple[Any, list[str]]:
+def show_results(root: Path) -> tuple[Any, list[str]]:
     """Look at a folder as `ls`, `report` and `sync` do.
 
     Returns:
         All output, and the warnings about it. Errors other than tracker's own are raised.
     """
-    with listening() as said:
+    with collect_warnings() as messages:
         try:
-            ledger = Ledger.existing(root)
+            ledger = Ledger.open_existing(root)
             contents = ledger.contents()
-            records = all_records(contents)
-            found = ledger.find("f" * 64)
-            receipts = [cell.receipt("mlflow") for cell in ledger.cells()]
+            records = list_records(contents)
+            cell = ledger.find("f" * 64)
+            receipts = [store.receipt("mlflow") for store in ledger.cells()]
         except TrackerError as error:
-            return None, [*said, str(error)]
-    said += [f"{path}: {what}" for path, what in contents.damaged.items()]
-    shown = (
-        [record.model_dump_json() for record in records],
-        contents.experiments,
-        found and found.folder.name,
-        receipts,
-    )
-    return shown, said
+            return None, [*messages, str(error)]
+    messages += [f"{path}: {problem}" for path, problem in contents.damaged.items()]
+    texts = [record.model_dump_json() for record in records]
+    return (texts, contents.experiments, cell and cell.folder.name, receipts), messages
 
 
-MADE_AGAIN = ("index", "receipts", "checks", "derived", "verified.json")
+DERIVED_PARTS = ("index", "receipts", "checks", "derived", "verified.json")
 """What is not missed when it is damaged: nothing is shown from it that cannot be made again."""
 
 
-def _but_what_it_took(text: str) -> str:
+def _without_costs(text: str) -> str:
     unknown = dict.fromkeys(("seconds", "peak_bytes", "measured"))
     return CellRecord.model_validate_json(text).model_copy(update=unknown).model_dump_json()
 
 
-def silent(root: Path, truth: Any, hit: Path) -> str:
+def silent_difference(root: Path, truth: Any, damaged_path: Path) -> str:
     """Return differences from the truth that are shown without a warning; "" if there are none."""
-    shown, said = seen(root)
-    if shown == truth or said:
+    output, messages = show_results(root)
+    if output == truth or messages:
         return ""
     # What measuring took is known of the shards that are there.
-    if hit.suffix == ".parquet" and shown is not None:
-        shown, truth = (
-            ([_but_what_it_took(text) for text in records], *rest)
-            for records, *rest in (shown, truth)
+    if damaged_path.suffix == ".parquet" and output is not None:
+        output, truth = (
+            ([*map(_without_costs, records)], *others) for records, *others in (output, truth)
         )
-    if shown == truth:
+    if output == truth:
         return ""
     # What is gone cannot speak: a view is not shown, a cell lacks documents or runs and says so.
-    if not os.path.lexists(root / hit) and all(
-        text in truth[0] or not CellRecord.model_validate_json(text).is_complete
-        for text in shown[0]
-    ):
-        return ""
-    if shown is not None and any(part in MADE_AGAIN for part in hit.parts):
-        # Its place is empty: looked up or published anew, never another's.
-        records, experiments, found, receipts = shown
-        if (
-            (records, experiments) == truth[:2]
-            and found in (None, truth[2])
-            and all(receipt in ({}, *truth[3]) for receipt in receipts)
-        ):
+    if not os.path.lexists(root / damaged_path):
+        new = (CellRecord.model_validate_json(text) for text in output[0] if text not in truth[0])
+        if not any(record.is_complete for record in new):
             return ""
-    return f"{hit}: shows something else and says nothing"
+    if output is not None and {*damaged_path.parts} & {*DERIVED_PARTS}:
+        # Its place is empty: looked up or published anew, never another's.
+        records, experiments, cell, receipts = output
+        is_same = (records, experiments) == truth[:2] and cell in (None, truth[2])
+        if is_same and all(receipt in ({}, *truth[3]) for receipt in receipts):
+            return ""
+    return f"{damaged_path}: shows something else and says nothing"
 
 
-def flip(path: Path, place: int) -> None:
+def flip_bit(path: Path, bit: int) -> None:
     """Flip one bit of a file; its time stays, as when a disk rots."""
     stat = path.stat()
     content = bytearray(path.read_bytes())
-    content[place // 8 % len(content)] ^= 1 << place % 8
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def _json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+def _change_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     try:
-        found = json.loads(path.read_text())
+        entry = json.loads(path.read_text())
     except ValueError:
         return
-    if isinstance(found, dict):
-        change(found)
-        path.write_text(json.dumps(found))
+    if isinstance(entry, dict):
+        change(entry)
+        path.write_text(json.dumps(entry))
 
 
-def _swap(path: Path) -> None:
-    others = sorted(other for other in path.parent.glob(f"*{path.suffix}") if other != path)
+def _swap_files(path: Path) -> None:
+    others = sorted({*path.parent.glob(f"*{path.suffix}")} - {path})
     if others:
-        mine, theirs = path.read_bytes(), others[0].read_bytes()
-        path.write_bytes(theirs)
-        others[0].write_bytes(mine)
+        first, second = path.read_bytes(), others[0].read_bytes()
+        path.write_bytes(second)
+        others[0].write_bytes(first)
 
 
-def _replace(path: Path, make_it: Callable[[], object]) -> None:
+def _replace_file(path: Path, make_it: Callable[[], object]) -> None:
     path.unlink()
     make_it()
 
@@ -163,11 +153,11 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "null": lambda path: path.write_text("null"),
     "nested": lambda path: path.write_text("[" * 100_000),
     "huge number": lambda path: path.write_text('{"format": 1e999, "key": ' + "9" * 5000 + "}"),
-    "unknown field": lambda path: _json(path, lambda found: found.update(unknown=1)),
-    "no digest": lambda path: _json(path, lambda found: found.pop("digest", None)),
+    "unknown field": lambda path: _change_json(path, lambda content: content.update(unknown=1)),
+    "no digest": lambda path: _change_json(path, lambda content: content.pop("digest", None)),
     "missing": lambda path: path.unlink(),
-    "a folder": lambda path: _replace(path, path.mkdir),
-    "a dangling link": lambda path: _replace(path, lambda: path.symlink_to("nowhere")),
-    "swapped": _swap,
+    "a folder": lambda path: _replace_file(path, path.mkdir),
+    "a dangling link": lambda path: _replace_file(path, lambda: path.symlink_to("nowhere")),
+    "swapped": _swap_files,
 }
 """What is done to a file, by name."""

@@ -6,7 +6,7 @@ from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
 from tracker.core.tables import Heading, Table
 
-HEADS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))
+HEADINGS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))
 
 
 ROWS = (
@@ -15,22 +15,22 @@ ROWS = (
 )
 
 
-TABLE = Table(title="What each layer costs", headings=HEADS, rows=ROWS)
+TABLE = Table(title="What each layer costs", headings=HEADINGS, rows=ROWS)
 
 
 CURVE = Line(name="a <b>", values=(0.1, None, 0.3), low=(0, None, 0.2), high=(1, None, 0.4))
 
 
-PLACES = {"x": "layer (0-based)", "y": "drop", "unit": "points"}
+CHART_AXES = {"x": "layer (0-based)", "y": "drop", "unit": "points"}
 
 
-LINES = LineChart(title="How it grows", places=(0, 1, 2), lines=(CURVE,), **PLACES)
+LINE_CHART = LineChart(title="How it grows", places=(0, 1, 2), lines=(CURVE,), **CHART_AXES)
 
 
-CELLS = {"columns": (0, 1), "rows": ("0", "1"), "values": ((None, 0.5), (-0.25, None))}
+MAP_CELLS = {"columns": (0, 1), "rows": ("0", "1"), "values": ((None, 0.5), (-0.25, None))}
 
 
-MAP = MapChart(title="All pairs", name="interaction", **PLACES, **CELLS)
+MAP_CHART = MapChart(title="All pairs", name="interaction", **CHART_AXES, **MAP_CELLS)
 
 
 FINDING = FindingRecord(
@@ -39,7 +39,7 @@ FINDING = FindingRecord(
     question="Do layers add up?",
     answers=("No.",),
     tables=(TABLE,),
-    charts=(LINES, MAP),
+    charts=(LINE_CHART, MAP_CHART),
     lacking=("piqa: at chance",),
     rests_on=(("key", "intact", 10),),
 )

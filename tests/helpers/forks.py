@@ -60,13 +60,13 @@ _COMMANDS += ("transformers.models.llama.modeling_llama", "tracker.benchmarks.ta
 _TRACKERS = ("tracker.tracking.mlflow.backend", "tracker.tracking.mlflow.models", "git")
 
 
-class Fork:
+class ForkedProgram:
     """A program that was begun, in a process of its own; it stands for a `Popen`."""
 
     stdin: IO[bytes]
     stdout: IO[bytes]
 
-    def __init__(self, pid: int, template: Template, output: Path | None = None) -> None:
+    def __init__(self, pid: int, template: ForkServer, output: Path | None = None) -> None:
         self.pid, self.returncode = pid, None
         self._template, self._output = template, output
 
@@ -74,38 +74,38 @@ class Fork:
         """Return whether it has ended."""
         return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, signal_number: int) -> None:
         """Send it a signal."""
-        os.kill(self.pid, number)
+        os.kill(self.pid, signal_number)
 
     def wait(self, timeout: float = 300) -> int:
         """Wait until it ends, so many seconds at most, and return its exit code."""
-        last = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         while self.returncode is None:
             if self.is_over():
                 self.returncode = self._template.request(ended=self.pid)
-            elif time.monotonic() > last:
+            elif time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
             else:
                 time.sleep(0.01)
         return self.returncode
 
-    def end(self) -> tuple[str, int]:
+    def finish(self) -> tuple[str, int]:
         """Wait until it ends, and return its output and its exit code."""
         code = self.wait()
         return self._output.read_text(), code
 
 
-class Template:
+class ForkServer:
     """A process that has imported some modules, and forks programs."""
 
     def __init__(self, imports: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._socket, theirs = socket.socketpair()
+        self._socket, child_socket = socket.socketpair()
         self._turn = threading.Lock()
-        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {**environment, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-P", "-c", _PROGRAM, *imports]
-        with theirs:
-            self._process = subprocess.Popen(command, stdin=theirs, env={**environment, **path})
+        with child_socket:
+            self._process = subprocess.Popen(command, stdin=child_socket, env=environment)
 
     def request(self, files: Sequence[int] = (), **request: object) -> int:
         """Send a request with open files to the process, and return its answer."""
@@ -115,22 +115,22 @@ class Template:
             self._socket.sendall(line[sent:])
             return int(self._socket.recv(100))
 
-    def begin(
+    def start_program(
         self,
         program: str,
         files: Sequence[int],
         environment: Mapping[str, str],
         folder: Path,
-        largest: int | None = None,
+        max_bytes: int | None = None,
     ) -> int:
         """Begin a program on its three standard files, and return its process's number.
 
-        No file that it writes may be larger than `largest` bytes.
+        No file that it writes may be larger than `max_bytes` bytes.
         """
-        about = {"environment": dict(environment), "folder": str(folder), "largest": largest}
-        return self.request(files, program=program, **about)
+        settings = {"environment": dict(environment), "folder": str(folder), "largest": max_bytes}
+        return self.request(files, program=program, **settings)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End whatever still runs."""
         for child in psutil.Process(self._process.pid).children():
             child.kill()
@@ -139,52 +139,53 @@ class Template:
 
 
 @contextmanager
-def forks(
+def forked_commands(
     folder: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[Callable[..., Fork]]:
+) -> Iterator[Callable[..., ForkedProgram]]:
     """Yield a function that starts commands of tracker; in the end, end what still runs."""
-    everything = {**os.environ, **(environment or {})}
-    template, names = Template(_COMMANDS, everything), count()
+    environment = {**os.environ, **(environment or {})}
+    template, names = ForkServer(_COMMANDS, environment), count()
 
-    def start(*arguments: object, largest: int | None = None) -> Fork:
+    def start_command(*arguments: object, largest: int | None = None) -> ForkedProgram:
         output = folder / f"output{next(names)}"
-        call = f"tracker.cli.main({[*map(str, arguments)]!r}, prog_name='tracker')"
-        with output.open("wb") as out, Path(os.devnull).open("rb") as nothing:
-            files = (nothing.fileno(), out.fileno(), out.fileno())
-            pid = template.begin(f"import tracker.cli; {call}", files, everything, folder, largest)
-        return Fork(pid, template, output)
+        words = [*map(str, arguments)]
+        program = f"import tracker.cli; tracker.cli.main({words!r}, prog_name='tracker')"
+        with output.open("wb") as written, Path(os.devnull).open("rb") as empty:
+            files = (empty.fileno(), written.fileno(), written.fileno())
+            pid = template.start_program(program, files, environment, folder, largest)
+        return ForkedProgram(pid, template, output)
 
     try:
-        yield start
+        yield start_command
     finally:
-        template.end()
+        template.close()
 
 
-class Trackers:
+class ForkedTrackers:
     """Forks of the processes that `Isolated` starts; it stands for `subprocess` there."""
 
     PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
 
     def __init__(self) -> None:
-        self._template: Template | None = None
+        self._template: ForkServer | None = None
         self._first = threading.Lock()
 
     def Popen(  # noqa: N802  as it is called
         self, command: Sequence[str], env: Mapping[str, str], stdin: int, stdout: int
-    ) -> Fork:
+    ) -> ForkedProgram:
         """Begin a program, to which and from which go pipes."""
         assert (stdin, stdout) == (self.PIPE, self.PIPE)
         with self._first:  # two threads may be the first to call
-            self._template = self._template or Template(_TRACKERS, os.environ)
+            self._template = self._template or ForkServer(_TRACKERS, os.environ)
         (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
-        pid = self._template.begin(command[-1], (their_in, their_out, 2), env, Path.cwd())
+        pid = self._template.start_program(command[-1], (their_in, their_out, 2), env, Path.cwd())
         for file in (their_in, their_out):
             os.close(file)
-        fork = Fork(pid, self._template)
+        fork = ForkedProgram(pid, self._template)
         fork.stdin, fork.stdout = os.fdopen(our_out, "wb"), os.fdopen(our_in, "rb")
         return fork
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End whatever still runs."""
         if self._template is not None:
-            self._template.end()
+            self._template.close()

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.helpers.answering import Answering, serving
+from tests.helpers.answering import AnsweringHandler, serve
 
 GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model is restricted"}
 
 
-class Hub:
+class HubDouble:
     """A double of the hub, with its answers and the recorded requests.
 
     Attributes:
@@ -20,19 +20,19 @@ class Hub:
         headers: Of the same answers.
         body: Of the same answers.
         silent: Whether it takes connections and never answers.
-        asked: Method and path of each request.
+        requests: Method and path of each request.
     """
 
     def __init__(self) -> None:
         self.address = ""
-        self.ended = threading.Event()
+        self.is_ended = threading.Event()
         self.reset()
 
     def reset(self) -> None:
         """Remove all content, and forget the recorded requests."""
         self.status, self.body, self.silent = 404, b"", False
         self.headers: dict[str, str] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
 
     def environment(self) -> dict[str, str]:
         """Return the environment of a process that should ask it."""
@@ -40,24 +40,24 @@ class Hub:
 
 
 @contextmanager
-def hub() -> Iterator[Hub]:
+def run_hub() -> Iterator[HubDouble]:
     """Run one."""
-    state = Hub()
+    state = HubDouble()
 
-    class Handler(Answering):
+    class Handler(AnsweringHandler):
         def handle_any(self) -> None:
-            state.asked.append(f"{self.command} {self.path}")
+            state.requests.append(f"{self.command} {self.path}")
             if state.silent:
-                state.ended.wait(120)
+                state.is_ended.wait(120)
                 return
-            about: dict[str, Any] = {"ETag": '"0123"', "X-Repo-Commit": "f" * 40}
+            headers: dict[str, Any] = {"ETag": '"0123"', "X-Repo-Commit": "f" * 40}
             if self.path == "/":
-                self.answer(b"", **about)
+                self.answer(b"", **headers)
             else:
-                self.answer(state.body, state.status, **about, **state.headers)
+                self.answer(state.body, state.status, **headers, **state.headers)
 
         do_GET = do_HEAD = do_POST = handle_any  # noqa: N815  the names that http.server calls
 
-    with serving(Handler) as state.address:
+    with serve(Handler) as state.address:
         yield state
-        state.ended.set()
+        state.is_ended.set()

@@ -36,9 +36,8 @@ def write_gguf(
 def _library() -> tuple[Any, Any, Any]:
     from llama_cpp_py_sync import _cffi_bindings as bindings
 
-    silent = bindings.ffi.callback(
-        "void(enum ggml_log_level, const char *, void *)", lambda *_: None
-    )
+    signature = "void(enum ggml_log_level, const char *, void *)"
+    silent = bindings.ffi.callback(signature, lambda *_: None)
     library = bindings.get_lib()
     library.llama_log_set(silent, bindings.ffi.NULL)
     return bindings.ffi, library, silent  # which must live as long as the library
@@ -46,9 +45,9 @@ def _library() -> tuple[Any, Any, Any]:
 
 def quantize(
     source: Path,
-    made: Path,
+    target: Path,
     layers: Sequence[int] = (),
-    to: int | str = COPY,
+    file_type: int | str = COPY,
     pure: bool = False,
     types: Sequence[tuple[str, str]] = (),
     embedding: str = "f16",
@@ -60,55 +59,54 @@ def quantize(
     --output-tensor-type are told too.
     """
     ffi, library, _ = _library()
-    asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
-    asked.nthread, asked.only_copy, asked.allow_requantize = 1, to == COPY, to != COPY
-    asked.pure = pure
+    defaults = library.llama_model_quantize_default_params()
+    parameters = ffi.new("llama_model_quantize_params *", defaults)
+    parameters.nthread, parameters.pure = 1, pure
+    parameters.only_copy, parameters.allow_requantize = file_type == COPY, file_type != COPY
     if types:
-        end = len(types)
-        asked.token_embedding_type = int(GGMLQuantizationType[embedding.upper()])
-        asked.output_tensor_type = int(GGMLQuantizationType[output.upper()])
+        parameters.token_embedding_type = int(GGMLQuantizationType[embedding.upper()])
+        parameters.output_tensor_type = int(GGMLQuantizationType[output.upper()])
         patterns = [ffi.new("char[]", pattern.encode()) for pattern, _ in types]
-        told = ffi.new("struct llama_model_tensor_override[]", end + 1)
-        for place, (pattern, (_, kind)) in enumerate(zip(patterns, types, strict=True)):
-            told[place].pattern = pattern
-            told[place].type = int(GGMLQuantizationType[kind.upper()])
-        told[end].pattern = ffi.NULL
-        asked.tt_overrides = told
-    asked.ftype = FLOAT32 if to == COPY else to
-    gone = ffi.new("int32_t[]", [*layers, -1])
-    asked.prune_layers = gone if layers else ffi.NULL
-    assert library.llama_model_quantize(str(source).encode(), str(made).encode(), asked) == 0
+        overrides = ffi.new("struct llama_model_tensor_override[]", len(types) + 1)
+        for index, (pattern, (_, kind)) in enumerate(zip(patterns, types, strict=True)):
+            overrides[index].pattern = pattern
+            overrides[index].type = int(GGMLQuantizationType[kind.upper()])
+        overrides[len(types)].pattern = ffi.NULL
+        parameters.tt_overrides = overrides
+    parameters.ftype = FLOAT32 if file_type == COPY else file_type
+    removed = ffi.new("int32_t[]", [*layers, -1])
+    parameters.prune_layers = removed if layers else ffi.NULL
+    assert library.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) == 0
 
 
-def obey(line: str, folder: Path) -> Path:
+def run_quantize_line(line: str, folder: Path) -> Path:
     """Obey a line that calls llama-quantize in a folder; says what it made."""
-    program, option, layers, source, made, how = shlex.split(line)
-    assert (program, option, how) == ("llama-quantize", "--prune-layers", COPY)
-    quantize(folder / source, folder / made, [int(layer) for layer in layers.split(",")])
-    return folder / made
+    program, option, layers, source, target, quantisation = shlex.split(line)
+    assert (program, option, quantisation) == ("llama-quantize", "--prune-layers", COPY)
+    quantize(folder / source, folder / target, [int(layer) for layer in layers.split(",")])
+    return folder / target
 
 
-def logits(file: Path, tokens: Sequence[int]) -> np.ndarray:
+def read_logits(file: Path, tokens: Sequence[int]) -> np.ndarray:
     """Read tokens in one go: the logits after each."""
     ffi, library, _ = _library()
-    model = library.llama_model_load_from_file(
-        str(file).encode(), library.llama_model_default_params()
-    )
+    parameters = library.llama_model_default_params()
+    model = library.llama_model_load_from_file(str(file).encode(), parameters)
     assert model != ffi.NULL
-    asked, count = library.llama_context_default_params(), len(tokens)
-    asked.n_ctx = asked.n_batch = asked.n_ubatch = max(64, count)
-    asked.n_threads = asked.n_threads_batch = 1
-    context = library.llama_init_from_model(model, asked)
+    parameters, count = library.llama_context_default_params(), len(tokens)
+    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(64, count)
+    parameters.n_threads = parameters.n_threads_batch = 1
+    context = library.llama_init_from_model(model, parameters)
     batch = library.llama_batch_init(count, 0, 1)
     batch.n_tokens = count
-    for place, token in enumerate(tokens):
-        batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
-        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+    for index, token in enumerate(tokens):
+        batch.token[index], batch.pos[index], batch.logits[index] = token, index, 1
+        batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
     assert library.llama_decode(context, batch) == 0
     width = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-    there = ffi.buffer(library.llama_get_logits(context), 4 * count * width)
-    found = np.frombuffer(there, dtype=np.float32).reshape(count, width).copy()
+    buffer = ffi.buffer(library.llama_get_logits(context), 4 * count * width)
+    logits = np.frombuffer(buffer, dtype=np.float32).reshape(count, width).copy()
     library.llama_batch_free(batch)
     library.llama_free(context)
     library.llama_model_free(model)
-    return found
+    return logits

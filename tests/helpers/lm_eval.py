@@ -22,37 +22,37 @@ SPLITS = ("training_split", "validation_split", "test_split")
 
 def evaluate(model: Any, **settings: Any) -> dict[str, Any]:
     """Run lm-eval's own loop, but do not let it ask pip, git and compilers what is installed."""
-    with pytest.MonkeyPatch.context() as there:
-        there.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
-        there.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
-        found: dict[str, Any] = lm_eval.simple_evaluate(model, bootstrap_iters=0, **settings)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        patch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
+        evaluation: dict[str, Any] = lm_eval.simple_evaluate(model, bootstrap_iters=0, **settings)
+    return evaluation
 
 
-def tasks_in(folder: Path, **settings: Any) -> lm_eval.tasks.TaskManager:
+def folder_tasks(folder: Path, **settings: Any) -> lm_eval.tasks.TaskManager:
     """Return the tasks of a folder, and no others."""
     return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False, **settings)
 
 
 def write_plain(
-    folder: Path, task: str, config: str, kind: str, files: Mapping[str, Path], more: str = ""
+    folder: Path, task: str, config: str, kind: str, files: Mapping[str, Path], extra_yaml: str = ""
 ) -> None:
     """Write a task `plain_…`: one of lm-eval's own, by its file, on files of some kind alone."""
     folder.mkdir(exist_ok=True)
-    listed = "".join(f"    {split}: {path}\n" for split, path in files.items())
-    without = "".join(f"{s}: null\n" for s in SPLITS if s.removesuffix("_split") not in files)
+    paths = "".join(f"    {split}: {path}\n" for split, path in files.items())
+    empty = "".join(f"{s}: null\n" for s in SPLITS if s.removesuffix("_split") not in files)
     (folder / f"plain_{task}.yaml").write_text(
         f"include: {TASKS / config}\ntask: plain_{task}\ndataset_path: {kind}\n"
-        f"dataset_name: null\n{without}dataset_kwargs:\n  data_files:\n{listed}{more}"
+        f"dataset_name: null\n{empty}dataset_kwargs:\n  data_files:\n{paths}{extra_yaml}"
     )
 
 
-def parts(folder: Path) -> tuple[Any, Any]:
+def load_model_parts(folder: Path) -> tuple[Any, Any]:
     """Return a model and its tokenizer, as anybody loads them."""
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def cut(model: Any, layer: int | None) -> Any:
+def cut_layer(model: Any, layer: int | None) -> Any:
     """Take a layer really out of a copy of a Llama."""
     model = copy.deepcopy(model)
     if layer is not None:
@@ -64,22 +64,22 @@ def cut(model: Any, layer: int | None) -> Any:
 
 
 @torch.no_grad()
-def token_by_token(model: Any, ids: list[int], prefix: int, length: int) -> tuple[int, float]:
+def predict_tokens(model: Any, ids: list[int], prefix: int, length: int) -> tuple[int, float]:
     """Predict one token at a time; a block of tokens sees up to the model's length before its end.
 
     How many are right, and the loss of all in nats.
     """
     hits, loss = 0, 0.0
-    for place, token in enumerate(ids):
-        end = min((place // length + 1) * length, len(ids))
-        context = [prefix, *ids][max(0, end - length) : place + 1]
+    for index, token in enumerate(ids):
+        end = min((index // length + 1) * length, len(ids))
+        context = [prefix, *ids][max(0, end - length) : index + 1]
         logprobs = model(torch.tensor([context])).logits[0, -1].log_softmax(-1)
         hits += int(logprobs.argmax()) == token
         loss -= float(logprobs[token])
     return hits, loss
 
 
-class Asked(HFLM):  # type: ignore[misc]
+class RecordingModel(HFLM):  # type: ignore[misc]
     """lm-eval's own model that records its requests and answers nothing."""
 
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
@@ -92,11 +92,11 @@ class Asked(HFLM):  # type: ignore[misc]
         return [(-1.0, False)] * len(requests)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        self.prompts = [(each.args[0], each.args[1]) for each in requests]
+        self.prompts = [(request.args[0], request.args[1]) for request in requests]
         return [""] * len(requests)
 
 
-def tokens_of(documents: Iterable[Any]) -> list[tuple[Any, Any]]:
+def request_tokens(documents: Iterable[Any]) -> list[tuple[Any, Any]]:
     """Return the requests of our documents in the form in which `Asked` records them."""
     return [(r.context, r.continuation) for document in documents for r in document.requests]
 
@@ -110,7 +110,7 @@ def write_rows(folder: Path, **splits: Iterable[Any]) -> Path:
     return folder
 
 
-PLACES = {
+CORPUS_PATHS = {
     "wikitext": ("EleutherAI/wikitext_document_level/wikitext-2-raw-v1", "page", "test"),
     "c4": ("allenai/c4/en", "text", "validation"),
 }

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from tests.conftest import save_tokenizer
-from tests.helpers.registry import Variant, make_registered, tiny
+from tests.helpers.registry import Variant, make_registered, tiny_settings
 from tracker.core.changes import Ablation, Change
 from tracker.models.layers import find_layers
 
@@ -28,7 +28,7 @@ MIXTURES = {
 """Families, and what their configurations call how many experts a layer has."""
 
 
-UNDIVIDED = {
+UNDIVIDED_MIXTURES = {
     "gemma4_text": "num_experts",
     "granitemoehybrid": "num_local_experts",
     "nemotron_h": "n_routed_experts",
@@ -41,7 +41,7 @@ UNDIVIDED = {
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
 
-MORE = {
+EXTRA_SETTINGS = {
     "deepseek_v3": ONE_GROUP,
     "nemotron_h": {
         **ONE_GROUP,
@@ -53,47 +53,43 @@ MORE = {
 }
 
 
-def mixture(family, experts=5, **more):
+def tiny_mixture(family, experts=5, **settings):
     """Make a tiny mixture, a token of which goes to two experts of a layer."""
-    count = (MIXTURES | UNDIVIDED)[family]
-    settings = {**tiny(family), **MORE.get(family, {}), count: experts, **more}
+    count = {(MIXTURES | UNDIVIDED_MIXTURES)[family]: experts}
+    settings = tiny_settings(family) | EXTRA_SETTINGS.get(family, {}) | count | settings
     return Variant(family, "plain", settings).model()
 
 
-def experts(layer, *numbers):
+def expert_ablation(layer, *numbers):
     """Take some experts of a layer out."""
-    return Ablation.of(*(Change.parse(f"expert:{layer}.{number}") for number in numbers))
+    return Ablation.from_changes(*(Change.parse(f"expert:{layer}.{number}") for number in numbers))
 
 
-def smaller(model, family, ablation):
+def without_experts(model, family, ablation):
     """Make a model of a configuration with fewer experts, and put its layers in a copy."""
     by_layer = {}
     for part in ablation.parts:
         by_layer.setdefault(part.layer, []).append(part.number)
     twin = copy.deepcopy(model)
-    for layer, gone in by_layer.items():
-        config, name = copy.deepcopy(model.config), (MIXTURES | UNDIVIDED)[family]
+    for layer, removed in by_layer.items():
+        config, name = copy.deepcopy(model.config), (MIXTURES | UNDIVIDED_MIXTURES)[family]
         count = getattr(config, name)
-        setattr(config, name, count - len(gone))
-        fewer = type(model)(config).float().eval().requires_grad_(False)
-        kept = [number for number in range(count) if number not in gone]
-        wanted = fewer.state_dict()
-        fewer.load_state_dict(
-            {
-                name: value
-                if value.shape == wanted[name].shape
-                else value.index_select(int(len(value) == 1), torch.tensor(kept))
-                for name, value in model.state_dict().items()
-            }
-        )
-        find_layers(twin)[layer] = find_layers(fewer)[layer]
+        setattr(config, name, count - len(removed))
+        smaller = type(model)(config).float().eval().requires_grad_(False)
+        experts = torch.tensor([number for number in range(count) if number not in removed])
+        weights = model.state_dict()
+        for name, value in smaller.state_dict().items():
+            if weights[name].shape != value.shape:
+                weights[name] = weights[name].index_select(int(len(weights[name]) == 1), experts)
+        smaller.load_state_dict(weights)
+        find_layers(twin)[layer] = find_layers(smaller)[layer]
     return twin
 
 
 def save_mixture(folder, family):
     """Make a folder with a tiny mixture whose rows fill blocks of 32, and a real tokenizer."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
-    shape = {name: size for name, size in sizes.items() if name in tiny(family)}
+    shape = {name: size for name, size in sizes.items() if name in tiny_settings(family)}
     shape |= {"vocab_size": save_tokenizer(folder, False), "num_hidden_layers": 2}
     model = make_registered(family, **shape)
     model.save_pretrained(folder)

@@ -12,14 +12,14 @@ from mlflow import MlflowClient
 
 from tracker.core.records import CellRecord
 from tracker.tracking.base import Published
-from tracker.tracking.figures import flat_metrics
+from tracker.tracking.figures import run_metrics
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
 
 PROJECT = "layers"
 
 
-class Store:
+class MlflowStoreReader:
     """Content of an MLflow store, as a reader sees it."""
 
     def __init__(self, uri: str, project: str = PROJECT) -> None:
@@ -38,19 +38,19 @@ class Store:
     def layer(self, cell: CellRecord, layer: int) -> Any:
         return self.by_key[run_key(cell, f"layer:{layer}")]
 
-    def shows(self, cell: CellRecord) -> None:
+    def assert_shows(self, cell: CellRecord) -> None:
         """All runs of the cell have its figures, and no others that are numbers."""
         assert run_key(cell, "baseline") in self.by_key
         assert self.cell(cell).data.metrics["n"] == cell.n
         for row in cell.runs:
-            shown = self.by_key[run_key(cell, row.ablation)].data.metrics
-            assert {n: v for n, v in shown.items() if not math.isnan(v)} == flat_metrics(row)
+            metrics = self.by_key[run_key(cell, row.ablation)].data.metrics
+            assert {n: v for n, v in metrics.items() if not math.isnan(v)} == run_metrics(row)
 
     def curve(self, cell: CellRecord, name: str) -> list[tuple[int, float]]:
         history = self.client.get_metric_history(self.cell(cell).info.run_id, name)
         return sorted((point.step, point.value) for point in history)
 
-    def ranked(self, figure: str) -> list[Any]:
+    def ranked_models(self, figure: str) -> list[Any]:
         """Return the logged models that have a figure, as MLflow's page of models ranks them."""
         models = self.client.search_logged_models(
             [self.experiment.experiment_id],
@@ -69,7 +69,7 @@ class Store:
         return Path(self.client.download_artifacts(run.info.run_id, path, str(folder))).read_bytes()
 
 
-def publish(results: Path, cell: CellRecord, *files: Path) -> Published:
+def publish_cell(results: Path, cell: CellRecord, *files: Path) -> Published:
     backend = MlflowBackend(PROJECT, results)
     try:
         return backend.publish(cell, files, {})

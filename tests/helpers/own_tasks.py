@@ -9,13 +9,13 @@ import yaml
 
 from tests.helpers.lm_eval import write_rows
 
-PAINT = [
+PAINT_ROWS = [
     {"thing": "pump", "colours": ["red", "blue"], "right": 0},
     {"thing": "animal", "colours": ["brown", "green", "grey"], "right": 2},
     {"thing": "bolt", "colours": ["grey", "pink"], "right": 0},
     {"thing": "heart", "colours": ["white", "red"], "right": 1},
 ]
-YAML = """\
+PAINT_TASK = """\
 task: paint
 tag: hues
 dataset_path: json
@@ -34,7 +34,7 @@ process_docs: !function asking.prepare
 metric_list:
   - metric: acc
 """
-ASKING = """\
+ASKING_MODULE = """\
 import words
 
 def ask(doc):
@@ -43,7 +43,7 @@ def ask(doc):
 def prepare(docs):
     return docs.filter(lambda doc: doc["thing"] != "bolt")
 """
-SAYS = """\
+SAYS_TASK = """\
 include: paint.yaml
 task: says
 tag: hues
@@ -57,25 +57,25 @@ generation_kwargs:
 metric_list:
   - metric: exact_match
 """
-GROUP = "group: both\ntask:\n  - paint\n  - says\n"
+GROUP_TASK = "group: both\ntask:\n  - paint\n  - says\n"
 
 
-def write_tasks(place: Path) -> Path:
+def write_tasks(parent: Path) -> Path:
     """Write a task with Python, one that includes it, a group and a tag; returns the folder."""
-    data = write_rows(place, paint=PAINT) / "paint.jsonl"
-    folder = place / "mine"
+    data = write_rows(parent, paint=PAINT_ROWS) / "paint.jsonl"
+    folder = parent / "mine"
     folder.mkdir()
-    (folder / "paint.yaml").write_text(YAML.format(data=data))
-    (folder / "says.yaml").write_text(SAYS)
-    (folder / "both.yaml").write_text(GROUP)
-    (folder / "asking.py").write_text(ASKING)
+    (folder / "paint.yaml").write_text(PAINT_TASK.format(data=data))
+    (folder / "says.yaml").write_text(SAYS_TASK)
+    (folder / "both.yaml").write_text(GROUP_TASK)
+    (folder / "asking.py").write_text(ASKING_MODULE)
     (folder / "words.py").write_text('LEAD = "Which colour has a"\n')
     return folder
 
 
-def write_choices(folder: Path, name: str, rows: Path, question: str, **more: Any) -> Path:
+def write_choices(folder: Path, name: str, rows: Path, question: str, **settings: Any) -> Path:
     """Write a task that asks a question about rows, with two colours to choose from; its file."""
-    told = {
+    task = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
@@ -87,14 +87,14 @@ def write_choices(folder: Path, name: str, rows: Path, question: str, **more: An
         "metric_list": [{"metric": "acc"}],
     }
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(told | more))
+    file.write_text(yaml.safe_dump(task | settings))
     return file
 
 
-def write_pair(place: Path) -> Path:
+def write_pair(parent: Path) -> Path:
     """Write two tasks that ask about the same rows, each in its own words; returns the folder."""
     rows = [{"q": f"Number {n}", "a": n % 2} for n in range(20)]
-    folder = write_rows(place / "pair", rows=rows)
-    for name, words in (("one", "{{q}}?"), ("other", "{{q}}, or what?")):
-        write_choices(folder, name, folder / "rows.jsonl", words, tag="both")
+    folder = write_rows(parent / "pair", rows=rows)
+    for name, template in (("one", "{{q}}?"), ("other", "{{q}}, or what?")):
+        write_choices(folder, name, folder / "rows.jsonl", template, tag="both")
     return folder

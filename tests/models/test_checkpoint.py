@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,18 +10,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.helpers.families import SMALL, tiny_model
+from tests.helpers.families import SMALL_CONFIG, tiny_model
 from tests.helpers.registry import families, make_registered
-from tests.helpers.truth import deeper
-from tests.tools.variants import find
+from tests.helpers.truth import deeper_copy
+from tests.tools.variants import find_variant
 from tracker.core.changes import Ablation, Change
 from tracker.core.errors import ModelError
-from tracker.models.checkpoint import refuse_unsizable, resized, save, without
+from tracker.models.checkpoint import check_layer_changes, config_changes, savable_copy, save_copy
 from tracker.models.layers import find_layers
 from tracker.models.load import load_model
 from tracker.models.offloaded import weight_bytes
-from tracker.models.pruned import left, pruned
-from tracker.models.pruned import reloaded as in_memory
+from tracker.models.pruned import prune_model, remaining_layers, simulate_reload
 from tracker.models.sources import find_model
 
 REMOVED = (0, 2)
@@ -34,17 +34,17 @@ def logits(model):
         return model.eval()(IDS, use_cache=False).logits
 
 
-def reloaded(model, folder):
+def save_and_load(model, folder):
     model.save_pretrained(folder)
-    again, found = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
-    return again
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return loaded
 
 
-def source_of(variant, folder):
+def config_source(variant, folder):
     """Return a folder with the configuration alone: no weights are read."""
     variant.config().save_pretrained(folder)
     return find_model(str(folder))
@@ -53,49 +53,40 @@ def source_of(variant, folder):
 NOT_SAVED = {
     "blt": "names None layers",
     "dory": "n_input_layers",
-    "emu3": "Unrecognized configuration class",
-    "gemma3n_text": "embed_tokens_per_layer",
-    "gemma4": "embed_tokens_per_layer",
-    "gemma4_text": "embed_tokens_per_layer",
-    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
-    "hrm_text": "cannot tell which modules",
-    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
-    "inkling2_loop_text": "it has no place for",
-    "inkling2_text": "it has no place for",
+    **dict.fromkeys(("emu3", "mllama"), "Unrecognized configuration class"),
+    **dict.fromkeys(("gemma3n_text", "gemma4", "gemma4_text"), "embed_tokens_per_layer"),
+    **dict.fromkeys(("glm_moe_dsa", "hy_v4"), "does not run without layers 0, 2: Shared DSA"),
+    **dict.fromkeys(("hrm_text", "longcat_flash"), "cannot tell which modules"),
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text", "zaya"), "it has no place for"),
     "jamba": "cannot say that layers 0, 2 are gone: it asks for",
-    "longcat_flash": "cannot tell which modules",
-    "mllama": "Unrecognized configuration class",
     "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
     "olmo_hybrid": "validate_architecture",
-    "recurrent_gemma": "it asks for",
-    "rwkv": "it asks for",
-    "zaya": "it has no place for",
+    **dict.fromkeys(("recurrent_gemma", "rwkv"), "it asks for"),
 }
-"""Families whose configuration cannot say that these layers are gone, and what is said of them."""
+"""Family whose configuration cannot describe a model without these layers → message."""
 
 
 @pytest.mark.parametrize("family", families())
-def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
-    variant = find(family, "plain")
+def test_saved_copy_is_the_pruned_model_or_refused(family, tmp_path):
+    variant = find_variant(family, "plain")
     model = variant.model()
     if family in NOT_SAVED:
         with pytest.raises(ModelError, match=NOT_SAVED[family]):
-            refuse_unsizable(source_of(variant, tmp_path), REMOVED)
+            check_layer_changes(config_source(variant, tmp_path), REMOVED)
         assert logits(model).isfinite().all(), "it can be measured all the same"
         return
-    twin = without(model, REMOVED)
-    again = reloaded(twin, tmp_path)
-    said = logits(again)
-    kept = twin.state_dict()
-    assert all(torch.equal(weight, kept[name]) for name, weight in again.state_dict().items())
+    clone = savable_copy(model, REMOVED)
+    loaded = save_and_load(clone, tmp_path)
+    loaded_logits, weights = logits(loaded), clone.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
     # On some processors a matrix product adds up in another order where weights lie otherwise.
-    assert torch.allclose(said, logits(twin), atol=1e-5)
-    assert again.config.get_text_config().num_hidden_layers == len(find_layers(model)) - 2
-    # What the self-check takes for it is made in memory.
-    kept = left(len(find_layers(model)), REMOVED)
-    made = in_memory(pruned(model, REMOVED), kept)
-    assert torch.allclose(logits(made), said, atol=1e-4)
-    assert not torch.allclose(said, logits(model), atol=1e-3), "they mattered"
+    assert torch.allclose(loaded_logits, logits(clone), atol=1e-5)
+    assert loaded.config.get_text_config().num_hidden_layers == len(find_layers(model)) - 2
+    # The self-check compares with a model that is built in memory.
+    indices = remaining_layers(len(find_layers(model)), REMOVED)
+    simulated = simulate_reload(prune_model(model, REMOVED), indices)
+    assert torch.allclose(logits(simulated), loaded_logits, atol=1e-4)
+    assert not torch.allclose(loaded_logits, logits(model), atol=1e-3), "they mattered"
 
 
 ONE_OF_EACH_KIND = {
@@ -122,143 +113,129 @@ ONE_OF_EACH_KIND = {
     # Blocks of other forms, other parts beside the text, layers that are not one list.
     **dict.fromkeys(("openai-gpt", "gemma3", "hrm_text", "blt"), ("plain",)),
 }
-"""Family → which of its variants."""
+"""Family → names of its variants."""
 
 
 @pytest.mark.parametrize(
     ("family", "name"), [(family, n) for family, names in ONE_OF_EACH_KIND.items() for n in names]
 )
-def test_what_is_not_refused_before_is_saved_right(family, name, tmp_path):
-    """The verdict falls on a miniature, before anything is searched; here on every kind."""
-    variant = find(family, name)
-    source, model = source_of(variant, tmp_path / "base"), variant.model()
-    # Without layers 0 and 2 is the matter of the test above.
-    for removed, again in (((1, 2), ()), ((), (Change.parse("repeat:1-2"),))):
+def test_accepted_changes_are_saved_correctly(family, name, tmp_path):
+    """Changes are accepted or refused by a miniature; here for every kind of architecture."""
+    variant = find_variant(family, name)
+    source, model = config_source(variant, tmp_path / "base"), variant.model()
+    for removed, repeated in (((1, 2), ()), ((), (Change.parse("repeat:1-2"),))):
         try:
-            refuse_unsizable(source, removed, repeated=again)
+            check_layer_changes(source, removed, repeated=repeated)
         except ModelError:
             continue
-        twin = without(model, removed, again)
-        again = reloaded(twin, tmp_path / f"{len(removed)}")
-        # What is saved has the usual attention, also where this variant computes it eagerly.
-        assert torch.allclose(logits(again), logits(twin), atol=1e-4)
+        clone = savable_copy(model, removed, repeated)
+        loaded = save_and_load(clone, tmp_path / f"{len(removed)}")
+        # The loaded model has the usual attention, also if this variant computes it eagerly.
+        assert torch.allclose(logits(loaded), logits(clone), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_mixed"])
-@pytest.mark.parametrize(
-    "stretch",
-    [
-        Change.parse("repeat:1-2"),
-        Change.parse("repeat3:0"),
-        Change.parse("repeat:0-3"),
-        Change.parse("repeat:2-3"),
-    ],
-)
-def test_layers_that_are_passed_again_are_saved_as_those_of_a_deeper_model(
-    family, stretch, tmp_path
-):
-    """One made of a configuration with more layers, with the weights by their names."""
-    model = tiny_model(family)
-    twin = without(model, (), [stretch])
-    again = reloaded(twin, tmp_path)
-    wanted = deeper(family, model, Ablation.of(stretch))
-    assert torch.equal(logits(again), logits(wanted))
-    assert not torch.allclose(logits(wanted), logits(model), atol=1e-3)
-    kinds = [getattr(each.config, "layer_types", None) for each in (again, wanted)]
-    assert kinds[0] == kinds[1]
-    # Really written as often as they are passed: nothing that is shared was dropped.
-    written = load_file(tmp_path / "model.safetensors")
-    assert sum(each.numel() for each in written.values()) == wanted.num_parameters()
-    assert twin.num_parameters() == wanted.num_parameters() > model.num_parameters()
+@pytest.mark.parametrize("repetition", ["repeat:1-2", "repeat3:0", "repeat:0-3", "repeat:2-3"])
+def test_repeated_layers_are_saved_as_a_deeper_model(family, repetition, tmp_path):
+    """The truth is built from a configuration with more layers, with weights by name."""
+    model, span = tiny_model(family), Change.parse(repetition)
+    clone = savable_copy(model, (), [span])
+    loaded = save_and_load(clone, tmp_path)
+    deeper = deeper_copy(family, model, Ablation.from_changes(span))
+    assert torch.equal(logits(loaded), logits(deeper))
+    assert not torch.allclose(logits(deeper), logits(model), atol=1e-3)
+    layer_types, expected = (getattr(m.config, "layer_types", None) for m in (loaded, deeper))
+    assert layer_types == expected
+    # A further pass has weights of its own: no shared ones were dropped.
+    weights = load_file(tmp_path / "model.safetensors").values()
+    assert sum(weight.numel() for weight in weights) == deeper.num_parameters()
+    assert clone.num_parameters() == deeper.num_parameters() > model.num_parameters()
     assert len(find_layers(model)) == model.config.num_hidden_layers == 4, "it is left alone"
 
 
 @pytest.mark.parametrize(
-    ("family", "stretch", "why"),
+    ("family", "refused", "accepted", "message"),
     [
-        ("jamba", Change.parse("repeat:1"), "cannot say that layer 1 is passed twice: it asks for"),
-        (
-            "deepseek_v3",
-            Change.parse("repeat:0-1"),
-            "cannot say that layers 0 to 1 are passed twice: ",
-        ),
-        ("llama", Change.parse("repeat:3-4"), "layer 4 is out of range: .* has 4 layers, 0 to 3"),
+        # Accepted: the period stays, and no first layer is repeated.
+        ("jamba", "repeat:1", "repeat:0-1", "that layer 1 is passed twice: it asks for"),
+        ("deepseek_v3", "repeat:0-1", "repeat:1-2", "that layers 0 to 1 are passed twice: "),
+        ("llama", "repeat:3-4", "repeat:3", "layer 4 is out of range: .* has 4 layers, 0 to 3"),
     ],
 )
-def test_a_stretch_that_no_configuration_says_is_refused(family, stretch, why, tmp_path):
-    source = source_of(find(family, "plain"), tmp_path)
-    with pytest.raises(ModelError, match=why):
-        refuse_unsizable(source, (), repeated=[stretch])
-    if family != "llama":  # the period stays, and no first layer comes again
-        whole = Change.parse("repeat:0-1") if family == "jamba" else Change.parse("repeat:1-2")
-        refuse_unsizable(source, (), repeated=[whole])
+def test_repetition_beyond_the_configuration_is_refused(
+    family, refused, accepted, message, tmp_path
+):
+    source = config_source(find_variant(family, "plain"), tmp_path)
+    with pytest.raises(ModelError, match=message):
+        check_layer_changes(source, (), repeated=[Change.parse(refused)])
+    check_layer_changes(source, (), repeated=[Change.parse(accepted)])
 
 
 def test_first_layers_of_a_kind_are_counted_anew():
     """DeepSeek's first layers have no experts, and the configuration says how many have not."""
     model = make_registered("deepseek_v3")
-    twins = [without(model, [layer]) for layer in (0, 2)]
-    assert [each.config.first_k_dense_replace for each in (model, *twins)] == [1, 0, 1]
+    clones = [savable_copy(model, [layer]) for layer in (0, 2)]
+    assert [m.config.first_k_dense_replace for m in (model, *clones)] == [1, 0, 1]
 
 
 def test_windows_begin_at_the_layer_where_they_began():
     """Qwen2 counts the first layers, which see all; its list by layer says the same."""
     model = _qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=4)
-    twin = without(model, [1, 3])
+    clone = savable_copy(model, [1, 3])
     full, sliding = "full_attention", "sliding_attention"
-    assert twin.config.layer_types == [full, full, sliding, sliding]
-    assert twin.config.max_window_layers == 2
+    assert clone.config.layer_types == [full, full, sliding, sliding]
+    assert clone.config.max_window_layers == 2
     assert model.config.max_window_layers == 4
     # mergekit and llama.cpp would leave both as they are.
-    assert resized(model, twin) == ("layer_types", "max_window_layers")
+    assert config_changes(model, clone) == ("layer_types", "max_window_layers")
     llama = tiny_model("llama")
-    assert resized(llama, without(llama, [1])) == ()
+    assert config_changes(llama, savable_copy(llama, [1])) == ()
 
 
-def _qwen2(**more):
-    config = transformers.Qwen2Config(**SMALL | {"num_hidden_layers": 6}, **more)
+def _qwen2(**settings):
+    config = transformers.Qwen2Config(**SMALL_CONFIG | {"num_hidden_layers": 6}, **settings)
     return transformers.Qwen2ForCausalLM(config)
 
 
 def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
-    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
-    twin = without(transformers.LlamaForCausalLM(config), [3])
-    again = reloaded(twin, tmp_path)
-    assert again.lm_head.weight is again.model.embed_tokens.weight
-    assert again.num_parameters() == twin.num_parameters()
-    assert weight_bytes(again) == weight_bytes(twin) == 4 * twin.num_parameters()
+    config = transformers.LlamaConfig(**SMALL_CONFIG, tie_word_embeddings=True)
+    clone = savable_copy(transformers.LlamaForCausalLM(config), [3])
+    loaded = save_and_load(clone, tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.num_parameters() == clone.num_parameters()
+    assert weight_bytes(loaded) == weight_bytes(clone) == 4 * clone.num_parameters()
 
 
 CODE = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XModel"}
 
 
-def change(file, **entries):
+def change_json(file, **entries):
     """Change entries of a JSON file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
 @pytest.mark.parametrize("form", ["here", "elsewhere"])
-def test_code_of_a_download_neither_runs_nor_stands_in_the_way(form, tiny_llama, tmp_path):
-    """A native class, whose files name code too: nobody trusted it."""
+def test_code_of_a_download_does_not_run_without_trust(form, tiny_llama, tmp_path):
+    """The class is transformers' own, and the files name code too."""
     code = tmp_path / "code"
     code.mkdir()
     lines = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit('ran')\n"
     base = tiny_llama(tmp_path / "base")
-    where = "" if form == "here" else f"{code}--"
-    for folder in (code, base):
-        for kind in ("configuration", "modeling", "tokenization"):
-            (folder / f"{kind}_x.py").write_text(lines)
-    named = {
-        "config.json": {kind: f"{where}{place}" for kind, place in CODE.items()},
-        "tokenizer_config.json": {"AutoTokenizer": [f"{where}tokenization_x.XTokenizer", None]},
+    prefix = "" if form == "here" else f"{code}--"
+    kinds = ("configuration", "modeling", "tokenization")
+    for folder, kind in itertools.product((code, base), kinds):
+        (folder / f"{kind}_x.py").write_text(lines)
+    code_names = {
+        "config.json": {kind: f"{prefix}{class_path}" for kind, class_path in CODE.items()},
+        "tokenizer_config.json": {"AutoTokenizer": [f"{prefix}tokenization_x.XTokenizer", None]},
     }
-    for file, names in named.items():
-        change(base / file, auto_map=names)
+    for file, names in code_names.items():
+        change_json(base / file, auto_map=names)
     source = find_model(str(base))
-    refuse_unsizable(source, [1])
+    check_layer_changes(source, [1])
     loaded = load_model(source, "float32")
-    save(loaded, without(loaded.model, [1]), tmp_path / "saved")
-    for file in named:
+    save_copy(loaded, savable_copy(loaded.model, [1]), tmp_path / "saved")
+    for file in code_names:
         assert "auto_map" not in json.loads((tmp_path / "saved" / file).read_text())
     assert loaded.model.config.auto_map, "the model is left alone"
     assert not (tmp_path / "ran").exists()
@@ -274,34 +251,30 @@ def test_code_that_is_trusted_runs(tiny_llama, tmp_path):
         "from transformers import LlamaForCausalLM\nfrom .configuration_x import XConfig\n\n"
         "class XModel(LlamaForCausalLM):\n    config_class = XConfig\n"
     )
-    change(base / "config.json", model_type="x", architectures=["XModel"], auto_map=CODE)
-    source = find_model(str(base))
-    with pytest.raises(ModelError, match="--trust-remote-code"):
-        refuse_unsizable(source, [1])
+    change_json(base / "config.json", model_type="x", architectures=["XModel"], auto_map=CODE)
     trusted = find_model(str(base), trust_remote_code=True)
-    refuse_unsizable(trusted, [1])
-    with pytest.raises(ModelError, match="--trust-remote-code"):
-        refuse_unsizable(source, [1])
+    for _ in range(2):  # trust is not remembered for the next call
+        with pytest.raises(ModelError, match="--trust-remote-code"):
+            check_layer_changes(find_model(str(base)), [1])
+        check_layer_changes(trusted, [1])
     loaded = load_model(trusted, "float32")
-    twin = without(loaded.model, [1])
-    save(loaded, twin, tmp_path / "saved")
-    again = transformers.AutoModelForCausalLM.from_pretrained(
+    clone = savable_copy(loaded.model, [1])
+    save_copy(loaded, clone, tmp_path / "saved")
+    reread = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved", trust_remote_code=True
     )
-    assert type(again).__name__ == "XModel"
-    assert torch.equal(logits(again), logits(twin))
+    assert type(reread).__name__ == "XModel"
+    assert torch.equal(logits(reread), logits(clone))
 
 
-def test_what_is_no_one_checkpoint_is_refused(tiny_llama, tmp_path):
+def test_impossible_removals_and_packed_weights_are_refused(tiny_llama, tmp_path):
     folder = tiny_llama()
-    for removed, why in (
-        ([4], "layer 4 is out of range: .* has 4 layers, 0 to 3"),
-        (range(4), "no layer would be left"),
-    ):
-        with pytest.raises(ModelError, match=why):
-            refuse_unsizable(find_model(str(folder)), removed)
+    out_of_range = "layer 4 is out of range: .* has 4 layers, 0 to 3"
+    for removed, message in (([4], out_of_range), (range(4), "no layer would be left")):
+        with pytest.raises(ModelError, match=message):
+            check_layer_changes(find_model(str(folder)), removed)
     config = transformers.AutoConfig.from_pretrained(folder)
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path / "packed")
-    with pytest.raises(ModelError, match=r"is quantised.*quantise what is exported"):
-        refuse_unsizable(find_model(str(tmp_path / "packed")), [1])
+    with pytest.raises(ModelError, match=r"is quantised.*quantise the exported model"):
+        check_layer_changes(find_model(str(tmp_path / "packed")), [1])

@@ -1,4 +1,4 @@
-"""The theorem's model does what its docstring says, layer by layer, on texts of any tokens."""
+"""Test the theorem's model against its description, layer by layer, on texts of any tokens."""
 
 from __future__ import annotations
 
@@ -9,56 +9,65 @@ import pytest
 import torch
 
 from tracker.core.errors import CellError
-from tracker.models.counterexample import LAYERS, WHISPER, Counterexample, Text, Wanted, places
+from tracker.models.counterexample import (
+    LAYER_COUNT,
+    WHISPER,
+    Continuations,
+    Counterexample,
+    Text,
+    prefix_digests,
+)
 
 VOCABULARY, LENGTH, CERTAINTY = 300, 64, 500.0
 
 
-def _teach(follows: dict[tuple[int, ...], Wanted], others: Sequence[tuple[int, ...]] = ()):
-    texts = [Text(tokens, 1) for tokens in [*follows, *others]]
-    wanted = {list(places(tokens))[-1]: each for tokens, each in follows.items()}
-    return Counterexample(texts, wanted, CERTAINTY, VOCABULARY, LENGTH)
+def build_model(
+    continuations: dict[tuple[int, ...], Continuations],
+    epsilon: float = 1e-8,
+    others: Sequence[tuple[int, ...]] = (),
+):
+    texts = [Text(tokens, 1) for tokens in [*continuations, *others]]
+    targets = {[*prefix_digests(tokens)][-1]: goal for tokens, goal in continuations.items()}
+    counterexample = Counterexample(texts, targets, CERTAINTY, VOCABULARY, LENGTH)
+    return counterexample.set_epsilon(epsilon)
 
 
 @torch.inference_mode()
-def _logits(model, tokens: tuple[int, ...]) -> torch.Tensor:
+def last_logits(model, tokens: tuple[int, ...]) -> torch.Tensor:
     return model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
 
 
-def _without(model, layer: int):
-    """Return the model without a layer, by hand."""
-    model.model.layers = torch.nn.ModuleList(
-        each for number, each in enumerate(model.model.layers) if number != layer
-    )
-    model.config.num_hidden_layers = LAYERS - 1
-    return model
+def remove_layer(model, layer: int) -> None:
+    """Remove a layer from the model itself."""
+    del model.model.layers[layer]
+    model.config.num_hidden_layers = LAYER_COUNT - 1
 
 
 @torch.inference_mode()
-def _states(model, tokens: tuple[int, ...]) -> list[torch.Tensor]:
+def layer_states(model, tokens: tuple[int, ...]) -> list[torch.Tensor]:
     """Return the residual stream before each layer and behind the last one, in float64."""
-    seen: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     hooks = [
         layer.register_forward_hook(
-            lambda _, args, output: seen.extend([args[0][0].double(), output[0].double()])
+            lambda _, args, output: states.extend([args[0][0].double(), output[0].double()])
         )
         for layer in model.model.layers
     ]
     model(torch.tensor([tokens]), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return [*seen[::2], seen[-1]]
+    return [*states[::2], states[-1]]
 
 
-def _scores(model, tokens: tuple[int, ...]) -> list[torch.Tensor]:
-    """1 - cosine by the law of cosines, from states in float64."""
-    found = []
-    for before, after in itertools.pairwise(_states(model, tokens)):
-        a, b = before.norm(dim=1), after.norm(dim=1)
-        longer = (after.square() - before.square()).sum(1) / (a + b)
-        gap = (after - before).square().sum(1) - longer.square()
-        found.append(gap / (2 * a * b))
-    return found
+def cosine_scores(model, tokens: tuple[int, ...]) -> list[torch.Tensor]:
+    """Compute 1 - cosine by the law of cosines, from states in float64."""
+    scores = []
+    for x, y in itertools.pairwise(layer_states(model, tokens)):
+        a, b = x.norm(dim=1), y.norm(dim=1)
+        growth = (y.square() - x.square()).sum(1) / (a + b)
+        gap = (y - x).square().sum(1) - growth.square()
+        scores.append(gap / (2 * a * b))
+    return scores
 
 
 PERMUTED = list(itertools.permutations((11, 12, 13, 14)))
@@ -68,56 +77,56 @@ PERMUTED = list(itertools.permutations((11, 12, 13, 14)))
 def taught():
     """24 orders of the same tokens, each with a continuation of its own."""
     return {
-        order: Wanted({100 + number: 1, 200 + number: -1}, {50: 0 if number % 2 else 1})
+        order: Continuations({100 + number: 1, 200 + number: -1}, {50: 0 if number % 2 else 1})
         for number, order in enumerate(PERMUTED)
     }
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1e-1, 1e-4, 1e-8, 1e-9])
-def test_every_token_has_the_score_and_it_is_the_lowest(taught, epsilon) -> None:
-    model = _teach(taught).whispering(epsilon)
+def test_every_token_has_the_lowest_score_in_the_whispering_layer(taught, epsilon) -> None:
+    model = build_model(taught, epsilon)
     for text in (PERMUTED[3], tuple(range(60)), (299, 299, 0)):
-        scores = _scores(model, text)
-        assert scores[WHISPER].tolist() == pytest.approx([epsilon] * len(text), rel=1e-6)
-        others = [float(scores[layer].min()) for layer in range(LAYERS) if layer != WHISPER]
-        assert min(others) > epsilon
+        scores = cosine_scores(model, text)
+        whisper = scores.pop(WHISPER)
+        assert whisper.tolist() == pytest.approx([epsilon] * len(text), rel=1e-6)
+        assert min(float(score.min()) for score in scores) > epsilon
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1e-8])
 def test_without_the_layer_everything_under_a_sign_is_reversed(taught, epsilon) -> None:
-    model = _teach(taught, others=[(1, 2, 3)]).whispering(epsilon)
-    intact = {order: _logits(model, order) for order in taught}
-    calm = _logits(model, (1, 2, 3))
-    _without(model, WHISPER)
-    for number, order in enumerate(PERMUTED):
-        one, other = 100 + number, 200 + number
-        with_it, without = intact[order], _logits(model, order)
-        fixed = with_it[50] > CERTAINTY / 2
-        assert fixed == (number % 2 == 0) == bool(without[50] > CERTAINTY / 2)
-        assert with_it[one] > CERTAINTY
-        assert with_it[other] < -CERTAINTY
-        assert without[one] < -CERTAINTY
-        assert without[other] > CERTAINTY
-    assert calm.abs().max() < 1
-    assert _logits(model, (1, 2, 3)).abs().max() < 1
+    model = build_model(taught, epsilon, others=[(1, 2, 3)])
+    intact = {order: last_logits(model, order) for order in taught}
+    calm_logits = last_logits(model, (1, 2, 3))
+    remove_layer(model, WHISPER)
+    for index, order in enumerate(PERMUTED):
+        wanted_token, unwanted_token = 100 + index, 200 + index
+        intact_logits, pruned_logits = intact[order], last_logits(model, order)
+        has_fixed = intact_logits[50] > CERTAINTY / 2
+        assert has_fixed == (index % 2 == 0) == bool(pruned_logits[50] > CERTAINTY / 2)
+        assert intact_logits[wanted_token] > CERTAINTY
+        assert intact_logits[unwanted_token] < -CERTAINTY
+        assert pruned_logits[wanted_token] < -CERTAINTY
+        assert pruned_logits[unwanted_token] > CERTAINTY
+    assert calm_logits.abs().max() < 1
+    assert last_logits(model, (1, 2, 3)).abs().max() < 1
 
 
 def test_the_same_tokens_in_another_order_are_another_text(taught) -> None:
-    model = _teach({PERMUTED[0]: Wanted({9: 1})}, others=PERMUTED[1:]).whispering(1e-8)
-    assert _logits(model, PERMUTED[0]).argmax() == 9
-    assert all(_logits(model, order)[9] < 1 for order in PERMUTED[1:])
+    model = build_model({PERMUTED[0]: Continuations({9: 1})}, others=PERMUTED[1:])
+    assert last_logits(model, PERMUTED[0]).argmax() == 9
+    assert all(last_logits(model, order)[9] < 1 for order in PERMUTED[1:])
 
 
 def test_one_token_far_back_makes_another_text() -> None:
-    long = tuple(range(100, 100 + LENGTH))
-    other = (99, *long[1:])
-    model = _teach({long: Wanted({9: 1}), other: Wanted({8: 1})}).whispering(1e-8)
-    assert _logits(model, long).argmax() == 9
-    assert _logits(model, other).argmax() == 8
+    long_text = tuple(range(100, 100 + LENGTH))
+    other_text = (99, *long_text[1:])
+    model = build_model({long_text: Continuations({9: 1}), other_text: Continuations({8: 1})})
+    assert last_logits(model, long_text).argmax() == 9
+    assert last_logits(model, other_text).argmax() == 8
 
 
 def test_texts_that_no_width_tells_apart_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr("tracker.models.counterexample.APART", 2.0)
-    said = "2 of 2 places in the texts look like others to a model 1040"
-    with pytest.raises(CellError, match=said):
-        _teach({(1, 2): Wanted({3: 1}), (2, 1): Wanted({3: 1})})
+    monkeypatch.setattr("tracker.models.counterexample.MIN_GAP", 2.0)
+    message = "2 of 2 places in the texts look like others to a model 1040"
+    with pytest.raises(CellError, match=message):
+        build_model({(1, 2): Continuations({3: 1}), (2, 1): Continuations({3: 1})})

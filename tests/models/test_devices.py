@@ -31,11 +31,11 @@ def test_a_machine_without_accelerators():
 
 
 def test_the_processor_has_streams_that_do_nothing():
-    streams = devices.streams(CPU)
+    streams = devices.stream_module(CPU)
     with streams.stream(streams.Stream(CPU)):
         streams.current_stream(CPU).wait_event(streams.Stream(CPU).record_event())
     assert not devices.can_pin(CPU)
-    assert devices.describe(CPU) == {"device": "cpu"}
+    assert devices.describe_device(CPU) == {"device": "cpu"}
 
 
 @pytest.mark.parametrize(

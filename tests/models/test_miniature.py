@@ -7,7 +7,13 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tracker.models.layers import find_layers
-from tracker.models.miniature import _pattern, build, miniature, numbers, with_numbers
+from tracker.models.miniature import (
+    _module_pattern,
+    build_miniature,
+    build_random_model,
+    find_numbers,
+    replace_numbers,
+)
 
 TEXT = torch.arange(12)[None] * 7 % 31 + 3
 KINDS = [
@@ -36,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Rooted(transformers.LlamaForCausalLM):
-    """With a positive gain a dimension, of which the root is taken."""
+    """A model with positive gains, of which it takes the square root."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -48,141 +54,133 @@ class Rooted(transformers.LlamaForCausalLM):
         return output
 
 
-def at_real_size(config, kind=None) -> nn.Module:
+def meta_model(config, kind=None) -> nn.Module:
     """Return a model with shapes and no weights."""
     with torch.device("meta"):
         return (kind or transformers.AutoModelForCausalLM.from_config)(config)
 
 
-def said(model) -> torch.Tensor:
+def compute_logits(model) -> torch.Tensor:
     with torch.inference_mode():
         return model(TEXT, use_cache=False).logits[0]
 
 
-def without(model, layer: nn.Module) -> torch.Tensor:
-    """Return a model's logits where one layer passes on its input."""
-    handle = layer.register_forward_hook(hand_on, with_kwargs=True)
-    try:
-        return said(model)
-    finally:
-        handle.remove()
+def logits_without(model, layer: nn.Module) -> torch.Tensor:
+    """Return a model's logits if one layer returns its input."""
+    with layer.register_forward_hook(return_input, with_kwargs=True):
+        return compute_logits(model)
 
 
-def hand_on(layer, arguments, named, output):
-    hidden = arguments[0] if arguments else named["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def return_input(layer, args, kwargs, output):
+    state = args[0] if args else kwargs["hidden_states"]
+    return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
-def first_and_last_of_each_kind(model) -> list[nn.Module]:
-    """All layers' weights are drawn alike, so that those between say nothing new."""
+def outer_layers_by_kind(model) -> list[nn.Module]:
+    """List the first and the last layer of each kind; all weights are drawn alike."""
     layers = find_layers(model)
-    types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
-    kinds = [(kind, *modules) for kind, modules in zip(types, _pattern(model), strict=True)]
-    last = {kind: index for index, kind in enumerate(kinds)}
-    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    kinds = [*enumerate(zip(layer_types, map(tuple, _module_pattern(model)), strict=True))]
+    first, last = ({kind: index for index, kind in order} for order in (kinds[::-1], kinds))
     return [layers[index] for index in sorted({*first.values(), *last.values()})]
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"), [*((kind, {}) for kind in KINDS), ("Gemma4Text", LARGE_GEMMA_4)]
 )
-def test_a_miniature_is_the_same_model_made_small(kind, settings):
-    model = at_real_size(getattr(transformers, f"{kind}Config")(**settings))
-    small = miniature(model)
+def test_miniature_has_the_class_and_modules_of_the_model(kind, settings):
+    model = meta_model(getattr(transformers, f"{kind}Config")(**settings))
+    small = build_miniature(model)
     assert type(small) is type(model)
-    assert _pattern(small) == _pattern(model)
+    assert _module_pattern(small) == _module_pattern(model)
     assert len(find_layers(small)) == model.config.get_text_config().num_hidden_layers
     assert small.num_parameters() < 1_500_000
     assert small.dtype == torch.float64
-    intact = said(small)
-    assert intact.isfinite().all()
-    for layer in first_and_last_of_each_kind(small):
-        assert (without(small, layer) - intact).abs().max() > 1e-3
+    logits = compute_logits(small)
+    assert logits.isfinite().all()
+    for layer in outer_layers_by_kind(small):
+        assert (logits_without(small, layer) - logits).abs().max() > 1e-3
 
 
-def small_of(name: str, kind=None, **settings):
+def small_model(name: str, kind=None, **settings):
     """Build the miniature of an architecture, of two layers by default."""
     config = getattr(transformers, f"{name}Config")(**{"num_hidden_layers": 2, **settings})
-    return miniature(at_real_size(config, kind))
+    return build_miniature(meta_model(config, kind))
 
 
-def test_lengths_and_positions_stay_as_they_are():
+def test_lengths_and_positions_stay():
     config = transformers.Gemma3TextConfig(num_hidden_layers=6)
-    small = miniature(at_real_size(config)).config
+    small = build_miniature(meta_model(config)).config
     for name in ("sliding_window", "max_position_embeddings", "layer_types", "rope_parameters"):
         assert getattr(small, name) == getattr(config, name)
 
 
-def test_experts_are_chosen_still():
-    small = small_of("DeepseekV3", num_hidden_layers=4).config
-    assert small.n_routed_experts > small.num_experts_per_tok == 2
-    assert (small.n_group, small.topk_group) == (2, 1)
+def test_experts_are_still_chosen():
+    config = small_model("DeepseekV3", num_hidden_layers=4).config
+    assert config.n_routed_experts > config.num_experts_per_tok == 2
+    assert (config.n_group, config.topk_group) == (2, 1)
 
 
-def test_experts_in_one_call_are_those_of_the_usual_way():
-    small = small_of("Mixtral")
-    used = small.config._experts_implementation
-    assert used in ALL_EXPERTS_FUNCTIONS
-    in_calls = said(small)
+def test_batched_experts_equal_eager_ones():
+    small = small_model("Mixtral")
+    implementation = small.config._experts_implementation
+    assert implementation in ALL_EXPERTS_FUNCTIONS
+    batched_logits = compute_logits(small)
     small.set_experts_implementation("eager")
-    assert torch.allclose(said(small), in_calls, atol=1e-9, rtol=0)
+    assert torch.allclose(compute_logits(small), batched_logits, atol=1e-9, rtol=0)
 
 
-def test_what_cannot_be_built_small_is_none():
+def test_model_that_refuses_small_sizes_has_no_miniature():
     class Stubborn(transformers.LlamaForCausalLM):
         def __init__(self, config):
             if config.hidden_size < 4096:
                 raise ValueError("too small for me")
             super().__init__(config)
 
-    assert small_of("Llama", Stubborn) is None
+    assert small_model("Llama", Stubborn) is None
 
 
-def test_a_gain_of_two_dimensions_stays_positive():
-    """Its root is taken: of a negative one all logits would be NaN, and agree with anything."""
-    small = small_of("Llama", Rooted)
+def test_matrix_of_gains_stays_positive():
+    """Its square root would make all logits NaN if it were negative."""
+    small = small_model("Llama", Rooted)
     assert small.dtype == torch.float64
-    assert said(small).isfinite().all()
+    assert compute_logits(small).isfinite().all()
     assert (small.gain > 0).all()
     assert small.gain.std() > 0.01
 
 
-def test_where_wider_numbers_give_none_they_are_narrower():
+def test_float32_is_used_if_float64_gives_nan():
     """A window of no token: float64's lowest number is minus infinity in a softmax of float32."""
-    kinds = ["full_attention", "sliding_attention"]
-    small = small_of("Qwen2Moe", layer_types=kinds, attn_implementation="eager")
+    layer_types = ["full_attention", "sliding_attention"]
+    small = small_model("Qwen2Moe", layer_types=layer_types, attn_implementation="eager")
     assert small.dtype == torch.float32
-    assert said(small).isfinite().all()
+    assert compute_logits(small).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_one_that_says_no_numbers_is_none(value):
+def test_model_with_infinite_logits_is_refused(value):
     class Lost(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
             output.logits[:, 4:] = value
             return output
 
-    assert build(Lost, small_of("Llama").config) is None
+    assert build_random_model(Lost, small_model("Llama").config) is None
 
 
-def test_numbers_are_found_and_set_nested_ones_too():
+def test_nested_numbers_are_found_and_replaced():
+    length = {"original_max_position_embeddings": 4096}
     rope = {
         "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        "sliding_attention": {
-            "rope_type": "yarn",
-            "rope_theta": 500.0,
-            "factor": 8.0,
-            "original_max_position_embeddings": 4096,
-        },
+        "sliding_attention": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0} | length,
     }
     config = transformers.Gemma3Config(text_config={"rope_parameters": rope})
-    found = dict(numbers(config.get_text_config()))
-    nested = ("rope_parameters", "sliding_attention", "original_max_position_embeddings")
-    assert found[nested] == 4096
-    assert found["sliding_window",] == 4096
-    assert ("tie_word_embeddings",) not in found
-    changed = with_numbers(config, {nested: 9, ("sliding_window",): 6})
-    after = dict(numbers(changed.get_text_config()))
-    assert after == found | {nested: 9, ("sliding_window",): 6}
-    assert dict(numbers(config.get_text_config())) == found
+    old_numbers = dict(find_numbers(config.get_text_config()))
+    nested_path = ("rope_parameters", "sliding_attention", "original_max_position_embeddings")
+    assert old_numbers[nested_path] == 4096
+    assert old_numbers["sliding_window",] == 4096
+    assert ("tie_word_embeddings",) not in old_numbers
+    changed_config = replace_numbers(config, {nested_path: 9, ("sliding_window",): 6})
+    new_numbers = dict(find_numbers(changed_config.get_text_config()))
+    assert new_numbers == old_numbers | {nested_path: 9, ("sliding_window",): 6}
+    assert dict(find_numbers(config.get_text_config())) == old_numbers

@@ -10,24 +10,24 @@ import pytest
 from transformers import PretrainedConfig
 
 from tests.conftest import golden
-from tests.helpers.mixtures import MIXTURES, MORE
-from tests.helpers.registry import Variant, tiny
+from tests.helpers.mixtures import EXTRA_SETTINGS, MIXTURES
+from tests.helpers.registry import Variant, tiny_settings
 from tracker.core.errors import ModelError
 from tracker.core.search_parts import SearchParts
-from tracker.models.parts.anatomy import search_parts
+from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.sources import find_model
 
 
-def saved(folder: Path, family: str, **more: Any) -> PretrainedConfig:
+def save_tiny_model(folder: Path, family: str, **changes: Any) -> PretrainedConfig:
     """Save a tiny model of a family; its configuration."""
-    settings = {**tiny(family), **MORE.get(family, {}), **more}
+    settings = {**tiny_settings(family), **EXTRA_SETTINGS.get(family, {}), **changes}
     model = Variant(family, "plain", settings).model()
     model.save_pretrained(folder)
     return model.config
 
 
 @pytest.mark.parametrize(
-    ("family", "unit", "there", "per_layer", "stay"),
+    ("family", "unit", "expected_layers", "per_layer", "n_staying"),
     [
         ("llama", "layer", None, 1, 0),
         ("llama", "mlp", None, 1, 0),
@@ -41,23 +41,23 @@ def saved(folder: Path, family: str, **more: Any) -> PretrainedConfig:
     ],
 )
 def test_parts_are_those_of_the_configuration_in_layers_that_have_them(
-    tmp_path: Path, family: str, unit: Any, there: Any, per_layer: Any, stay: int
+    tmp_path: Path, family: str, unit: Any, expected_layers: Any, per_layer: Any, n_staying: int
 ) -> None:
-    more = {MIXTURES[family]: 5} if unit == "expert" else {}
-    config = saved(tmp_path, family, **more)
+    changes = {MIXTURES[family]: 5} if unit == "expert" else {}
+    config = save_tiny_model(tmp_path, family, **changes)
     count = getattr(config, per_layer) if isinstance(per_layer, str) else per_layer
-    layers = config.num_hidden_layers
-    where = tuple(range(layers)) if there == "all" else there
-    found = search_parts(find_model(str(tmp_path)), unit)
-    assert found == SearchParts(unit, layers, count, where, stay)
+    n_layers = config.num_hidden_layers
+    part_layers = tuple(range(n_layers)) if expected_layers == "all" else expected_layers
+    parts = find_search_parts(find_model(str(tmp_path)), unit)
+    assert parts == SearchParts(unit, n_layers, count, part_layers, n_staying)
 
 
-@pytest.mark.parametrize(("asked", "words"), golden("refused_units"))
-def test_a_model_without_such_parts_is_refused_by_name(tmp_path, asked, words) -> None:
-    model, unit = asked.split(" | ")
-    family, _, settings = model.partition(" ")
-    saved(tmp_path, family, **json.loads(settings or "{}"))
-    with pytest.raises(ModelError) as refusal:
-        search_parts(find_model(str(tmp_path)), unit)  # type: ignore[arg-type]
-    assert str(tmp_path) in str(refusal.value)
-    assert words in str(refusal.value)
+@pytest.mark.parametrize(("request_text", "message"), golden("refused_units"))
+def test_a_model_without_such_parts_is_refused_by_name(tmp_path, request_text, message) -> None:
+    model_text, unit = request_text.split(" | ")
+    family, _, settings = model_text.partition(" ")
+    save_tiny_model(tmp_path, family, **json.loads(settings or "{}"))
+    with pytest.raises(ModelError) as caught:
+        find_search_parts(find_model(str(tmp_path)), unit)  # type: ignore[arg-type]
+    assert str(tmp_path) in str(caught.value)
+    assert message in str(caught.value)

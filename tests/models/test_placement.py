@@ -9,20 +9,22 @@ import torch
 
 from tracker.models import devices, offloaded
 from tracker.models.devices import free_memory, share_memory
-from tracker.models.offloaded import devices_for, least_free
+from tracker.models.offloaded import devices_needed, min_free_memory
 
 GIB = 2**30
 
 
 def test_what_is_free_on_the_fullest_device_counts(monkeypatch):
     """Streams are widest on the device of the last layers, and not where the model's inputs go."""
-    free = {"cuda:0": 30, "cuda:1": 7, "cuda:2": 2}
-    monkeypatch.setattr(offloaded, "free_memory", lambda device: free[str(device)])
-    parts = [torch.device("cuda", n) for n in (0, 0, 1)]
-    weights = [SimpleNamespace(device=part, is_meta=False) for part in parts]
+    free_bytes = {"cuda:0": 30, "cuda:1": 7, "cuda:2": 2}
+    monkeypatch.setattr(offloaded, "free_memory", lambda device: free_bytes[str(device)])
+    devices_used = [torch.device("cuda", n) for n in (0, 0, 1)]
+    weights = [
+        SimpleNamespace(device=weight_device, is_meta=False) for weight_device in devices_used
+    ]
     weights.append(SimpleNamespace(device=torch.device("meta"), is_meta=True))
-    assert least_free(SimpleNamespace(parameters=lambda: weights), parts[0]) == 7
-    assert least_free(SimpleNamespace(parameters=lambda: weights[3:]), parts[0]) == 30
+    assert min_free_memory(SimpleNamespace(parameters=lambda: weights), devices_used[0]) == 7
+    assert min_free_memory(SimpleNamespace(parameters=lambda: weights[3:]), devices_used[0]) == 30
 
 
 def test_processes_share_the_hosts_memory(monkeypatch):
@@ -47,4 +49,4 @@ def test_processes_share_the_hosts_memory(monkeypatch):
     ],
 )
 def test_as_many_devices_as_the_weights_need(weights, devices, needed):
-    assert devices_for(weights * GIB, 79 * GIB, devices) == needed
+    assert devices_needed(weights * GIB, 79 * GIB, devices) == needed

@@ -1,4 +1,4 @@
-"""Everything that belongs to a layer is removed with it, and changes of a call are undone."""
+"""Test that the data of removed layers are removed, and that changes by a call are undone."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 import transformers
 from torch import nn
 
-from tests.helpers.families import SMALL, tiny_model
-from tests.helpers.truth import logits
+from tests.helpers.families import SMALL_CONFIG, tiny_model
+from tests.helpers.truth import model_logits
 from tracker.core.changes import Change
 from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.pruned import changed, cut_config, pruned, put_back, remember
+from tracker.models.pruned import changed_keys, cut_config, prune_model, record_state, restore_state
 
 
-def test_what_holds_the_layers_counts_them_anew() -> None:
+def test_modules_around_the_layers_are_adapted() -> None:
     model = tiny_model("llama")
     model.model.n_layers = 4
     model.model.layer_width = 7
@@ -28,7 +28,7 @@ def test_what_holds_the_layers_counts_them_anew() -> None:
     model.model.names = {0: "a", 2: "c"}
     find_layers(model)[2].tables = {1: "b", 2: "c"}
     find_layers(model)[2].factors = [1, 2, 3, 4]
-    base = pruned(model, [1]).model
+    base = prune_model(model, [1]).model
     assert (base.n_layers, base.layer_width, base.width) == (3, 7, 4)
     assert base.kinds == ["a", "c", "d"]
     assert base.names == {0: "a", 1: "c"}
@@ -36,16 +36,16 @@ def test_what_holds_the_layers_counts_them_anew() -> None:
     assert base.layers[1].factors == [1, 2, 3, 4], "a layer's own list is not one of layers"
 
 
-def test_a_number_is_a_layers_place_where_its_name_or_another_layer_says_so() -> None:
+def test_numbers_equal_to_layer_indices_are_renumbered() -> None:
     model = tiny_model("llama")
     layers = find_layers(model)
     layers[2].layer_number = layers[2].block_idx = layers[2].width = 2
     layers[1].place, layers[3].place = 1, 3
     layers[1].size, layers[3].size = 1, 2
-    left = find_layers(pruned(model, [0]))
-    assert (left[1].layer_number, left[1].block_idx, left[1].width) == (1, 1, 2)
-    assert (left[0].place, left[2].place) == (0, 2)
-    assert (left[0].size, left[2].size) == (1, 2)
+    remaining = find_layers(prune_model(model, [0]))
+    assert (remaining[1].layer_number, remaining[1].block_idx, remaining[1].width) == (1, 1, 2)
+    assert (remaining[0].place, remaining[2].place) == (0, 2)
+    assert (remaining[0].size, remaining[2].size) == (1, 2)
     assert layers[2].layer_number == 2
 
 
@@ -56,17 +56,17 @@ def test_a_number_is_a_layers_place_where_its_name_or_another_layer_says_so() ->
         ([1, 4], [1, 4]), ([5, 9], [5, 9]), ([1.0, 2.0], [1.0, 2.0]), ([3, 1], [3, 1]),
     ],
 )  # fmt: skip
-def test_a_list_of_some_layers_holds_places(value: list[float], left: list[float]) -> None:
-    config = transformers.LlamaConfig(**SMALL)
+def test_lists_of_layer_indices_are_renumbered(value: list[float], left: list[float]) -> None:
+    config = transformers.LlamaConfig(**SMALL_CONFIG)
     config.dense_layers, config.widths = list(value), list(value)
     cut_config(config, [1, 2, 3])
     assert config.dense_layers == left
     assert config.widths == value
 
 
-def test_what_has_one_entry_a_layer_is_cut_and_rope_factors_are_not() -> None:
+def test_lists_with_an_entry_per_layer_are_cut_except_rope_factors() -> None:
     """As many factors as layers: a list is a layer's by its length, unless it is rope's."""
-    config = transformers.LlamaConfig(**SMALL)
+    config = transformers.LlamaConfig(**SMALL_CONFIG)
     rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0]}
     config.widths, config.by_layer = [1, 2, 3, 4], {0: "a", 1: "b", 2: "c", 3: "d"}
     config.moe_layers, config.hybrid_layers = [1, 3], [0, 1, 2, 3]
@@ -82,22 +82,20 @@ def test_what_has_one_entry_a_layer_is_cut_and_rope_factors_are_not() -> None:
 
 
 @pytest.mark.parametrize(("part", "last"), [("self_attn", "o_proj"), ("mlp", "down_proj")])
-def test_a_silent_sublayer_adds_nothing(part: str, last: str) -> None:
+def test_silenced_sublayer_adds_nothing(part: str, last: str) -> None:
     model = tiny_model("llama")
-    truth = copy.deepcopy(model)
-    getattr(getattr(find_layers(truth)[1], part), last).weight.zero_()
-    sublayers = LayerAnatomy.of(model).at(Sublayers, 1)
-    component = "mlp" if part == "mlp" else "attention"
-    silence = partial(sublayers.remove, parts=[Change.parse(f"{component}:1")], name="layer 1")
-    assert torch.equal(
-        logits(pruned(model, changes=[(1, silence)]), (3, 1, 4)), logits(truth, (3, 1, 4))
-    )
-    # It goes with its layer.
-    both = pruned(model, [1], changes=[(1, silence)])
-    assert torch.equal(logits(both, (3, 1, 4)), logits(pruned(model, [1]), (3, 1, 4)))
+    zeroed_model = copy.deepcopy(model)
+    getattr(getattr(find_layers(zeroed_model)[1], part), last).weight.zero_()
+    sublayers = LayerAnatomy.of(model).get_part(Sublayers, 1)
+    change = Change.parse("mlp:1" if part == "mlp" else "attention:1")
+    silence = partial(sublayers.remove, parts=[change], name="layer 1")
+    silenced, removed = prune_model(model, changes=[(1, silence)]), prune_model(model, [1])
+    both_removed = prune_model(model, [1], changes=[(1, silence)])
+    for clone, expected in ((silenced, zeroed_model), (both_removed, removed)):
+        assert torch.equal(model_logits(clone, (3, 1, 4)), model_logits(expected, (3, 1, 4)))
 
 
-class Remembering(nn.Module):
+class ModuleWithState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2))
@@ -109,12 +107,12 @@ class Remembering(nn.Module):
 
 @pytest.fixture
 def model() -> nn.Module:
-    made = nn.Module()
-    made.inner = Remembering()
-    return made
+    outer = nn.Module()
+    outer.inner = ModuleWithState()
+    return outer
 
 
-def call(model: nn.Module) -> None:
+def change_attributes(model: nn.Module) -> None:
     inner = model.inner
     inner.weight.data *= 2
     inner.frequencies += 1
@@ -122,29 +120,30 @@ def call(model: nn.Module) -> None:
     inner.length, inner.scale, inner.kind, inner.absent = 5, 0.25, "long", 1
 
 
-CHANGED = {"weight", "frequencies", "cache", "length", "scale", "kind", "absent"}
+CHANGED_NAMES = {"weight", "frequencies", "cache", "length", "scale", "kind", "absent"}
 
 
-def test_what_a_call_changes_is_found_and_put_back(model: nn.Module) -> None:
-    before = remember(model)
-    assert ("inner", "items") not in before
-    assert changed(before, remember(model)) == set()
-    for _ in range(2):  # what was put back is the model's own, so that the next call spoils nothing
-        call(model)
-        assert changed(before, remember(model)) == {("inner", name) for name in CHANGED}
-        put_back(model, before)
-        assert changed(before, remember(model)) == {("inner", "weight")}
+def test_changes_by_a_call_are_found_and_restored(model: nn.Module) -> None:
+    old_state = record_state(model)
+    assert ("inner", "items") not in old_state
+    assert changed_keys(old_state, record_state(model)) == set()
+    for _ in range(2):  # the restored values are copies, which the next call cannot change
+        change_attributes(model)
+        expected = {("inner", name) for name in CHANGED_NAMES}
+        assert changed_keys(old_state, record_state(model)) == expected
+        restore_state(model, old_state)
+        assert changed_keys(old_state, record_state(model)) == {("inner", "weight")}
         model.inner.weight.data /= 2
     assert "frequencies" in model.inner._buffers
 
 
-def test_what_a_call_adds_to_a_module_is_taken_away_again():
-    """Rotary embeddings of several kinds note their longest text under a name made then."""
+def test_attributes_added_by_a_call_are_removed():
+    """Rotary embeddings of several kinds store their longest text in a new attribute."""
     module = torch.nn.Linear(2, 2)
-    before = remember(module, {"sliding_longest", "full_frequencies"})
+    old_state = record_state(module, {"sliding_longest", "full_frequencies"})
     module.sliding_longest = 40
     module.register_buffer("full_frequencies", torch.ones(2), persistent=False)
     for _ in range(2):
-        put_back(module, before)
+        restore_state(module, old_state)
         assert not hasattr(module, "sliding_longest")
         assert not hasattr(module, "full_frequencies")

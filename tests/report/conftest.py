@@ -16,16 +16,16 @@ from playwright.sync_api import Browser
 
 from tests.helpers.ablations import with_figures
 from tests.helpers.stored_cells import benchmark_identity, model_identity
-from tracker.analysis.decisions import Decided, Decisions
+from tracker.analysis.decisions import Decisions, ModelDecisions
 from tracker.core.changes import Change
 from tracker.core.documents import DocumentText
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
-from tracker.core.tables import Table, headed, written
-from tracker.ledger.texts import KeptText
-from tracker.stats.decisions import choices, margins
+from tracker.core.tables import Table, entry_text, heading_text
+from tracker.ledger.texts import StoredText
+from tracker.stats.decisions import choose_options, margins
 
-from .visit import chromium
+from .visit import start_chromium
 
 LAYERS = 30
 AT_CHANCE = "the baseline is at or below chance"
@@ -33,21 +33,23 @@ CONSTANT = "the accuracy drop is the same for every layer"
 
 
 def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: float) -> RunRecord:
-    outer = {0: 0.18, 1: 0.17, LAYERS - 2: 0.11, LAYERS - 1: 0.09, 11: 0.10}
-    drop = round((outer.get(layer, 0.03) + dice.gauss(0, 0.03)) * n) / n
+    outer_drops = {0: 0.18, 1: 0.17, LAYERS - 2: 0.11, LAYERS - 1: 0.09, 11: 0.10}
+    drop = round((outer_drops.get(layer, 0.03) + dice.gauss(0, 0.03)) * n) / n
     if layer == 19:
         drop = -2 / n
-    half = 1.96 * math.sqrt(0.12 / n)
+    half_width = 1.96 * math.sqrt(0.12 / n)
     cosine = {0: 0.42, 1: 0.71, LAYERS - 1: 0.70}.get(layer, 0.93 + dice.random() * 0.06)
-    top = max(baseline - chance, 0.0)
-    relevance = 1 - max(baseline - drop - chance, 0.0) / top if top else None
+    margin = max(baseline - chance, 0.0)
+    relevance = 1 - max(baseline - drop - chance, 0.0) / margin if margin else None
     return RunRecord(
         ablation=f"layer:{layer}",
         layer=layer,
         n=n,
         accuracy=baseline - drop,
-        drop=Estimate(drop, drop - half, drop + half, min(1.0, math.exp(-abs(drop) * 60))),
-        drop_sd=half / 1.96 * math.sqrt(n),
+        drop=Estimate(
+            drop, drop - half_width, drop + half_width, min(1.0, math.exp(-abs(drop) * 60))
+        ),
+        drop_sd=half_width / 1.96 * math.sqrt(n),
         accuracy_relevance=relevance,
         cosine_similarity=cosine,
         cosine_score=1 - cosine,
@@ -56,12 +58,12 @@ def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: flo
         gold_drop=Estimate(drop * 4 + dice.gauss(0, 0.05)),
         options_drop=Estimate(drop * 3),
         metrics={"acc": baseline - drop, "acc_norm": baseline - drop - 0.013},
-        reasons={} if top else {"accuracy_relevance": AT_CHANCE},
+        reasons={} if margin else {"accuracy_relevance": AT_CHANCE},
     )
 
 
 def _correlations(dice: random.Random, documents: int) -> tuple[CorrelationRecord, ...]:
-    found = []
+    correlations = []
     proxies = ("cosine_score", "angular_distance", "relative_update")
     subsets = (("all", LAYERS, 0.6, 0.0002), ("inner", LAYERS - 4, 0.2, 0.21))
     for proxy, coefficient in product(proxies, ("spearman", "kendall", "pearson")):
@@ -75,8 +77,8 @@ def _correlations(dice: random.Random, documents: int) -> tuple[CorrelationRecor
                 n=n,
                 documents=documents,
             )
-            found.append(record)
-    return tuple(found)
+            correlations.append(record)
+    return tuple(correlations)
 
 
 def build_cell(
@@ -93,7 +95,7 @@ def build_cell(
     """Make one cell of 30 layers; `changes` replaces whole fields of it."""
     dice = random.Random(f"{benchmark}{seed}")
     layers = tuple(_layer(layer, dice, n, baseline, chance) for layer in range(LAYERS))
-    half = 1.96 * math.sqrt(baseline * (1 - baseline) / n)
+    half_width = 1.96 * math.sqrt(baseline * (1 - baseline) / n)
     fields: dict[str, Any] = {
         "key": digest(benchmark + model),
         "model": model_identity(
@@ -109,7 +111,7 @@ def build_cell(
         "metric": "acc",
         "n": n,
         "tokens": n * 38,
-        "baseline": Estimate(baseline, baseline - half, baseline + half),
+        "baseline": Estimate(baseline, baseline - half_width, baseline + half_width),
         "chance_accuracy": chance,
         "baseline_metrics": {"acc": baseline, "acc_norm": baseline - 0.02},
         "runs": tuple(record for record in layers if record.change.layer not in missing),
@@ -131,7 +133,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def with_layer(cell: CellRecord, layer: int, **changes: Any) -> CellRecord:
+def replace_layer(cell: CellRecord, layer: int, **changes: Any) -> CellRecord:
     """Replace fields of one layer's record."""
     layers = tuple(
         with_figures(record, **changes) if record.change.layer == layer else record
@@ -140,10 +142,10 @@ def with_layer(cell: CellRecord, layer: int, **changes: Any) -> CellRecord:
     return cell.model_copy(update={"runs": layers})
 
 
-def study() -> list[CellRecord]:
+def study_cells() -> list[CellRecord]:
     """Make three cells: a plain one, one with gaps, one whose baseline is at chance."""
     piqa = build_cell("piqa", baseline=0.64, chance=0.5, missing=(7, 8))
-    piqa = with_layer(
+    piqa = replace_layer(
         piqa,
         12,
         accuracy_relevance=None,
@@ -163,9 +165,9 @@ def study() -> list[CellRecord]:
     return [build_cell("arc_easy"), piqa, rte.model_copy(update={"correlations": undefined})]
 
 
-def two_models() -> list[CellRecord]:
+def two_model_cells() -> list[CellRecord]:
     """Make the study's cells and those of a second model with as many layers."""
-    return study() + [
+    return study_cells() + [
         build_cell(name, model="SmolLM2-360M", seed=3, baseline=0.6)
         for name in ("arc_easy", "piqa")
     ]
@@ -184,13 +186,13 @@ command: [tracker, evaluate, "${args}"]
 
 @pytest.fixture(scope="package", name="chromium")
 def fixture_chromium() -> Iterator[Browser]:
-    with chromium() as browser:
+    with start_chromium() as browser:
         yield browser
 
 
 @pytest.fixture(name="cells")
 def fixture_cells() -> list[CellRecord]:
-    return study()
+    return study_cells()
 
 
 def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: int = 0) -> Decisions:
@@ -201,35 +203,39 @@ def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: in
     dice = np.random.default_rng(seed)
     words = ["heart", "muscle", "capital", "France", "answer", "layer", "which", "blood", "because"]
 
-    def said(count: int) -> str:
-        return " ".join(dice.choice(words, count)) + f" {dice.integers(10**6)}?"
+    def random_text(n_words: int) -> str:
+        return " ".join(dice.choice(words, n_words)) + f" {dice.integers(10**6)}?"
 
     texts = [
-        KeptText(DocumentText(said(40), tuple(said(6) for _ in range(4))), public) for _ in range(n)
+        StoredText(DocumentText(random_text(40), tuple(random_text(6) for _ in range(4))), public)
+        for _ in range(n)
     ]
     gold = dice.integers(0, 4, n).astype(float)
 
-    def decided(shift: float, noise: np.ndarray) -> Decided:
+    def decide(shift: float, noise: np.ndarray) -> ModelDecisions:
         scores = noise.copy()
         scores[np.arange(n), gold.astype(int)] += shift
-        taken = choices(scores)
-        return Decided((taken == gold) * 1.0, taken, margins(scores, gold), [None] * n)
+        options = choose_options(scores)
+        return ModelDecisions((options == gold) * 1.0, options, margins(scores, gold), [None] * n)
 
-    base = dice.normal(size=(n, 4))
-    broken = base + 2 * dice.normal(size=(n, 4))
+    intact_scores = dice.normal(size=(n, 4))
+    broken_scores = intact_scores + 2 * dice.normal(size=(n, 4))
     runs = []
     for run in cell.runs:
-        own = base + dice.normal(size=(n, 4)) / (1 + run.change.layer / 8)
-        which = Change(layers=(run.change.layer,))
-        runs.append((which, decided(0.6, broken if run.change.layer < 2 else own)))
+        run_scores = intact_scores + dice.normal(size=(n, 4)) / (1 + run.change.layer / 8)
+        change = Change(layers=(run.change.layer,))
+        runs.append((change, decide(0.6, broken_scores if run.change.layer < 2 else run_scores)))
     task = cell.benchmark.tasks[0].name
-    places = [(task, number) for number in range(n)]
-    return Decisions(places, texts, gold, 4, decided(0.6, base), runs, True, {})
+    documents = [(task, number) for number in range(n)]
+    return Decisions(documents, texts, gold, 4, decide(0.6, intact_scores), runs, True, {})
 
 
-def as_read(table: Table) -> SimpleNamespace:
+def read_table(table: Table) -> SimpleNamespace:
     """Read a table as people do: `labels`, and `rows` of texts with their reasons."""
-    rows = [[written(e, h) for e, h in zip(r, table.headings, strict=True)] for r in table.rows]
+    rows = [[entry_text(e, h) for e, h in zip(r, table.headings, strict=True)] for r in table.rows]
     return SimpleNamespace(
-        labels=list(map(headed, table.headings)), rows=rows, notes=table.notes, title=table.title
+        labels=list(map(heading_text, table.headings)),
+        rows=rows,
+        notes=table.notes,
+        title=table.title,
     )

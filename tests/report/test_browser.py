@@ -19,8 +19,8 @@ from tracker.analysis.boards import LayerBoard, layer_board
 from tracker.report import frames
 from tracker.report.page.html import render_report
 
-from .conftest import EXPERIMENT, LAYERS, build_cell, study, two_models, with_layer
-from .visit import Visit
+from .conftest import EXPERIMENT, LAYERS, build_cell, replace_layer, study_cells, two_model_cells
+from .visit import PageVisit
 
 BOARD = "#model-1-board"
 LAYER_COLUMN = f"{BOARD} tbody tr:not([hidden]) > :nth-child(2)"
@@ -51,34 +51,34 @@ COVERED = """() => [...document.querySelectorAll(".chart")].filter((chart) => {
 @pytest.fixture(scope="module", name="report")
 def fixture_report(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    return render_report(two_models(), {"smollm2.yaml": EXPERIMENT}, path)
+    return render_report(two_model_cells(), {"smollm2.yaml": EXPERIMENT}, path)
 
 
 @pytest.fixture(name="page")
 def fixture_page(chromium, report) -> Iterator[Page]:
     """Return the report as it is opened."""
-    with Visit(chromium, report, scroll=False) as visit:
+    with PageVisit(chromium, report, scroll=False) as visit:
         yield visit.page
 
 
 @pytest.fixture(scope="module", name="drawn")
 def fixture_drawn(chromium, report) -> Iterator[Page]:
     """Open the report with every section open and every chart drawn, for read-only tests."""
-    with Visit(chromium, report, scroll=False) as visit:
+    with PageVisit(chromium, report, scroll=False) as visit:
         visit.open_all()
         yield visit.page
 
 
 @pytest.fixture(scope="module", name="board")
 def fixture_board() -> LayerBoard:
-    return layer_board(study())
+    return layer_board(study_cells())
 
 
-def shown(cells: Locator) -> list[int]:
+def layer_numbers(cells: Locator) -> list[int]:
     return [int(text) for text in cells.all_inner_texts()]
 
 
-def table_of(page: Page, table: str) -> Locator:
+def scroll_to_table(page: Page, table: str) -> Locator:
     """Find a table with its buttons, and look at it."""
     box = page.locator(".table", has=page.locator(table))
     box.scroll_into_view_if_needed()
@@ -87,9 +87,9 @@ def table_of(page: Page, table: str) -> Locator:
 
 def read_csv(page: Page, table: str) -> list[dict[str, str]]:
     with page.expect_download() as download:
-        table_of(page, table).get_by_role("button", name="CSV").click()
-    text = download.value.path().read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text)))
+        scroll_to_table(page, table).get_by_role("button", name="CSV").click()
+    csv_text = download.value.path().read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(csv_text)))
 
 
 def test_page_draws_everything_offline(drawn):
@@ -104,7 +104,7 @@ def test_page_draws_everything_offline(drawn):
     assert drawn.locator("#model-1-cell-1-scatter .scatterlayer .point").count() == LAYERS
     assert drawn.locator("#model-1-cell-2-curve .scatterlayer .point").count() == LAYERS - 2
     drops = drawn.evaluate("document.getElementById('model-1-cell-1-curve').data[0].y")
-    assert drops == pytest.approx([100 * run.drop.value for run in study()[0].runs])
+    assert drops == pytest.approx([100 * run.drop.value for run in study_cells()[0].runs])
     curve.hover()
     with drawn.expect_download() as download:
         curve.locator(".modebar-btn").first.click()
@@ -114,17 +114,17 @@ def test_page_draws_everything_offline(drawn):
 
 def test_it_fits_the_window_and_is_legible(chromium, report, drawn):
     """On a screen and on a phone, which scrolls tables and not the page, in both colour schemes."""
-    fits_and_is_legible(drawn, 1280)
-    assert red(drawn) > 200
-    with Visit(chromium, report, width=390, color_scheme="dark") as visit:
+    check_layout(drawn, 1280)
+    assert red_component(drawn) > 200
+    with PageVisit(chromium, report, width=390, color_scheme="dark") as visit:
         visit.open_all()
-        fits_and_is_legible(visit.page, 390)
-        assert red(visit.page) < 60
+        check_layout(visit.page, 390)
+        assert red_component(visit.page) < 60
         table = visit.page.locator("#model-1-cell-1-layers")
         assert table.evaluate("(table) => table.parentElement.clientWidth < table.offsetWidth")
 
 
-def fits_and_is_legible(page: Page, width: int) -> None:
+def check_layout(page: Page, width: int) -> None:
     # Buttons and legends stand above the axes.
     assert page.evaluate(COVERED) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -142,14 +142,14 @@ def fits_and_is_legible(page: Page, width: int) -> None:
         assert page.evaluate(CONTRAST, selector) >= 4.5, selector
 
 
-def red(page: Page) -> int:
+def red_component(page: Page) -> int:
     """Return the red component of the background, 0 to 255."""
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     return int(re.findall(r"\d+", background)[0])
 
 
 def test_a_loaded_page_can_be_captured_and_read_aloud(chromium, tmp_path):
-    path = render_report(study(), {}, tmp_path / "page.html", {}, [FINDING])
+    path = render_report(study_cells(), {}, tmp_path / "page.html", {}, [FINDING])
     page = chromium.new_page(offline=True)
     page.goto(path.as_uri(), wait_until="load")
     charts = page.locator(".chart").all()
@@ -163,14 +163,14 @@ def test_a_loaded_page_can_be_captured_and_read_aloud(chromium, tmp_path):
 
 
 def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(page, board):
-    table_of(page, BOARD)
+    scroll_to_table(page, BOARD)
     layers = page.locator(LAYER_COLUMN)
     heads = page.locator(f"{BOARD} thead th")
-    assert shown(layers) == [one.layer for one in board.parts]
+    assert layer_numbers(layers) == [standing.layer for standing in board.parts]
     assert heads.nth(0).get_attribute("aria-sort") is None
 
     heads.nth(1).get_by_role("button").click()
-    assert shown(layers) == sorted(one.layer for one in board.parts)
+    assert layer_numbers(layers) == sorted(standing.layer for standing in board.parts)
     assert heads.nth(1).get_attribute("aria-sort") == "ascending"
     assert heads.nth(0).get_attribute("aria-sort") is None
 
@@ -178,22 +178,24 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     assert heads.nth(5).get_attribute("aria-sort") == "descending"
-    by_score = sorted(board.parts, key=lambda one: one.cosine_score, reverse=True)
-    assert shown(layers) == [one.layer for one in by_score]
+    sorted_standings = sorted(board.parts, key=lambda standing: standing.cosine_score, reverse=True)
+    assert layer_numbers(layers) == [standing.layer for standing in sorted_standings]
 
     # Layers without a rank come last, whichever way the others run.
     heads.nth(0).get_by_role("button").click()
     heads.nth(0).get_by_role("button").click()
-    unranked = {one.layer for one in board.parts if one.rank.value is None}
-    assert set(shown(layers)[-len(unranked) :]) == unranked
-    last = max(one.rank.low for one in board.ranked)
-    assert shown(layers)[0] in {one.layer for one in board.ranked if one.rank.low == last}
+    unranked = {standing.layer for standing in board.parts if standing.rank.value is None}
+    assert set(layer_numbers(layers)[-len(unranked) :]) == unranked
+    lowest_rank = max(standing.rank.low for standing in board.ranked)
+    assert layer_numbers(layers)[0] in {
+        standing.layer for standing in board.ranked if standing.rank.low == lowest_rank
+    }
 
     # Filtered by keyboard.
-    box = table_of(page, BOARD)
+    box = scroll_to_table(page, BOARD)
     box.get_by_role("searchbox", name="Layers").focus()
     page.keyboard.type("3, 10-12")
-    assert sorted(shown(page.locator(LAYER_COLUMN))) == [3, 10, 11, 12]
+    assert sorted(layer_numbers(page.locator(LAYER_COLUMN))) == [3, 10, 11, 12]
     assert box.get_by_role("status").inner_text() == f"4 of {LAYERS} rows"
     layers = [int(row["layer (0-based)"]) for row in read_csv(page, BOARD)]
     assert sorted(layers) == [3, 10, 11, 12]
@@ -201,7 +203,7 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     box.get_by_role("searchbox", name="Layers").fill("banana")
     assert box.get_by_role("status").inner_text().startswith("type layers by number")
 
-    cells = table_of(page, "#overview")
+    cells = scroll_to_table(page, "#overview")
     cells.get_by_role("searchbox", name="Rows with").fill("360m piqa")
     assert cells.get_by_role("status").inner_text() == "1 of 5 rows"
     cells.get_by_role("searchbox", name="Rows with").fill("")
@@ -216,38 +218,40 @@ def test_a_leaderboard_is_sorted_and_filtered_by_click_and_by_keyboard_and_sent(
     assert len(layers) == 4
     page.goto("about:blank")
     page.goto(link)
-    box = table_of(page, BOARD)
+    box = scroll_to_table(page, BOARD)
     box.get_by_role("searchbox", name="Layers").wait_for()
     assert page.locator(LAYER_COLUMN).all_inner_texts() == layers
     assert box.locator("thead th[aria-sort=descending]").count() == 1
 
 
 def test_the_csv_of_a_table_holds_exact_figures(drawn, board):
-    for row, one in zip(read_csv(drawn, BOARD), board.parts, strict=True):
-        for end, rank in (("low", one.rank.low), ("high", one.rank.high)):
+    for row, standing in zip(read_csv(drawn, BOARD), board.parts, strict=True):
+        for end, rank in (("low", standing.rank.low), ("high", standing.rank.high)):
             assert row[f"rank, 95 % confidence for all: {end}"] == str(rank or "")
         relevance = "mean relevance with 95 % interval for each alone"
-        assert float(row[relevance]) == one.relevance.value
-        assert float(row[f"{relevance}: low"]) == one.relevance.low
-        assert float(row[f"{relevance}: high"]) == one.relevance.high
+        assert float(row[relevance]) == standing.relevance.value
+        assert float(row[f"{relevance}: low"]) == standing.relevance.low
+        assert float(row[f"{relevance}: high"]) == standing.relevance.high
         drop = float(row["mean accuracy drop with 95 % interval for all together (pp)"])
-        assert drop == pytest.approx(100 * one.deciding.value, rel=1e-14)
-        assert float(row["mean cosine score (1 − cos)"]) == one.cosine_score
+        assert drop == pytest.approx(100 * standing.deciding.value, rel=1e-14)
+        assert float(row["mean cosine score (1 − cos)"]) == standing.cosine_score
 
-    for row, record in zip(read_csv(drawn, "#model-1-cell-1-layers"), study()[0].runs, strict=True):
+    for row, record in zip(
+        read_csv(drawn, "#model-1-cell-1-layers"), study_cells()[0].runs, strict=True
+    ):
         assert int(row["layer (0-based)"]) == record.change.layer
         assert float(row["McNemar p"]) == record.drop.p_value
         assert float(row["accuracy relevance"]) == record.accuracy_relevance
         for end in ("low", "high"):
-            exact = 100 * record.figure(f"accuracy_drop_{end}")
-            assert float(row[f"95 % interval (pp): {end}"]) == pytest.approx(exact, rel=1e-14)
+            expected = 100 * record.figure(f"accuracy_drop_{end}")
+            assert float(row[f"95 % interval (pp): {end}"]) == pytest.approx(expected, rel=1e-14)
         assert "95 % interval (pp)" not in row, "only its two ends are figures"
 
 
 def test_the_csv_of_a_table_holds_no_formula(chromium, tmp_path):
     """Before: a model named `=1+2` was computed by the spreadsheet that opened the download."""
     cells = [build_cell(name, model="=1+2") for name in ("@sum", "piqa")]
-    with Visit(chromium, render_report(cells, {}, tmp_path / "r.html"), scroll=False) as visit:
+    with PageVisit(chromium, render_report(cells, {}, tmp_path / "r.html"), scroll=False) as visit:
         rows = read_csv(visit.page, "#overview")
         assert [row["model"] for row in rows] == ["'=1+2"] * 2
         assert rows[0]["benchmark"].startswith("'@sum")
@@ -258,7 +262,7 @@ def test_the_csv_of_a_table_holds_no_formula(chromium, tmp_path):
 
 
 def test_all_layers_are_downloaded_unrounded(drawn, tmp_path):
-    wanted = frames.layer_frame(two_models())
+    layer_frame = frames.layer_frame(two_model_cells())
     for name, read in (("CSV", pd.read_csv), ("Parquet", pd.read_parquet)):
         with drawn.expect_download() as download:
             drawn.get_by_role("button", name=f"Download all layers as {name}").click()
@@ -266,11 +270,13 @@ def test_all_layers_are_downloaded_unrounded(drawn, tmp_path):
         path = tmp_path / download.value.suggested_filename
         download.value.save_as(path)
         if name == "CSV":
-            assert path.read_text(encoding="utf-8") == wanted.to_csv(index=False)
+            assert path.read_text(encoding="utf-8") == layer_frame.to_csv(index=False)
         # CSV knows no whole numbers of which some are missing.
-        frame = read(path).astype(wanted.dtypes)
-        numbers = wanted.select_dtypes("number").columns if name == "CSV" else wanted.columns
-        pd.testing.assert_frame_equal(frame[numbers], wanted[numbers], check_exact=True)
+        frame = read(path).astype(layer_frame.dtypes)
+        numbers = (
+            layer_frame.select_dtypes("number").columns if name == "CSV" else layer_frame.columns
+        )
+        pd.testing.assert_frame_equal(frame[numbers], layer_frame[numbers], check_exact=True)
 
 
 def test_keyboard_and_screen_reader_find_their_way(page):
@@ -288,13 +294,15 @@ def test_keyboard_and_screen_reader_find_their_way(page):
 
     links = page.get_by_role("navigation", name="Sections").get_by_role("link")
     targets = [link.get_attribute("href") for link in links.all()]
-    assert all(page.locator(f"section[aria-labelledby='{t[1:]}']").count() for t in targets)
+    assert all(
+        page.locator(f"section[aria-labelledby='{target[1:]}']").count() for target in targets
+    )
     assert links.all_inner_texts() == [
         "Overview", "SmolLM2-135M-Instruct", "SmolLM2-360M", "Across models", "Downloads",
         "Provenance", "Definitions",
     ]  # fmt: skip
-    bare = "table:not(:has(caption)), thead th:not([scope]), tbody tr:not(:has(th[scope=row]))"
-    assert page.locator(bare).count() == 0
+    selector = "table:not(:has(caption)), thead th:not([scope]), tbody tr:not(:has(th[scope=row]))"
+    assert page.locator(selector).count() == 0
     page.locator(BOARD).scroll_into_view_if_needed()
     button = page.locator(f"{BOARD} thead button").first
     button.focus()
@@ -304,14 +312,14 @@ def test_keyboard_and_screen_reader_find_their_way(page):
 
 
 def test_print_opens_every_section_and_fits_the_paper(chromium, report):
-    with Visit(chromium, report, width=703, color_scheme="dark") as visit:
+    with PageVisit(chromium, report, width=703, color_scheme="dark") as visit:
         page = visit.page
         page.emulate_media(media="print")
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         page.wait_for_function("document.querySelector('svg.main-svg').clientWidth === 680")
         assert page.locator("details:not([open])").count() == 0
         assert page.evaluate("document.documentElement.scrollWidth") <= 703
-        assert red(page) > 200
+        assert red_component(page) > 200
         page.evaluate("dispatchEvent(new Event('afterprint'))")
 
 
@@ -322,9 +330,9 @@ def test_hostile_names_are_shown_and_never_run_and_a_wrong_address_shows_all(chr
         metric="<b>acc</b>",
         provenance={"device": HOSTILE},
     )
-    cell = with_layer(cell, 0, accuracy_relevance=None, reasons={"accuracy_relevance": HOSTILE})
+    cell = replace_layer(cell, 0, accuracy_relevance=None, reasons={"accuracy_relevance": HOSTILE})
     path = render_report([cell], {"x.yaml": f"</code></pre>{HOSTILE}"}, tmp_path / "x.html")
-    with Visit(chromium, path, sent="#model-1-board?sort=99&filter=") as visit:
+    with PageVisit(chromium, path, sent="#model-1-board?sort=99&filter=") as visit:
         page = visit.page
         assert len(page.locator(LAYER_COLUMN).all_inner_texts()) == LAYERS
         assert HOSTILE in page.locator("#overview tbody").inner_text()

@@ -15,101 +15,112 @@ from playwright.sync_api import Locator
 from tests.helpers.pages import HOSTILE
 from tracker.analysis.decisions import Decisions, decisions_record
 from tracker.core.decision_records import DecisionsRecord
-from tracker.report.charts.cells import agreement, agreement_map
+from tracker.report.charts.cells import agreement_map, loss_correlations
 from tracker.report.frames import document_frame
 from tracker.report.page import sections as shown
 from tracker.report.page.html import render_page, render_report
-from tracker.report.page.sections import BUDGET, packed_documents
+from tracker.report.page.sections import DOCUMENT_BUDGET, pack_documents
 
 from .conftest import build_cell, build_decisions
-from .visit import Visit
+from .visit import PageVisit
 
 CELL = build_cell()
 Opened = Callable[[DecisionsRecord], AbstractContextManager[tuple[Locator, Locator]]]
 
 
-@pytest.fixture(scope="module", name="found")
-def fixture_found() -> Decisions:
+@pytest.fixture(scope="module", name="decisions")
+def fixture_decisions() -> Decisions:
     return build_decisions(CELL)
 
 
 @pytest.fixture(scope="module", name="record")
-def fixture_record(found) -> DecisionsRecord:
-    return decisions_record(found)
+def fixture_record(decisions) -> DecisionsRecord:
+    return decisions_record(decisions)
 
 
-def unpacked(text: str) -> dict[str, list]:
+def unpack_json(text: str) -> dict[str, list]:
     return json.loads(gzip.decompress(b64decode(text)))
 
 
 class TestCharts:
-    def test_layers_that_lose_the_same_documents_stand_together(self, found, record):
-        layers, grid = agreement(record)
+    def test_layers_that_lose_the_same_documents_stand_together(self, decisions, record):
+        layers, grid = loss_correlations(record)
         assert abs(layers.index(0) - layers.index(1)) == 1
         # Against numpy's correlation of the columns themselves.
-        right = found.baseline.score > 0
-        lost = {run.layer: found.lost(one)[right] for run, one in found.runs}
-        for i, one in enumerate(layers):
-            for j, other in enumerate(layers):
-                assert grid[i, j] == pytest.approx(np.corrcoef(lost[one], lost[other])[0, 1])
-        figure = agreement_map(CELL, record).figure()
-        (field,) = figure.data  # no pair is marked
-        assert list(field.x) == list(field.y) == [str(layer) for layer in layers]
-        assert np.array(field.z) == pytest.approx(grid, abs=0.0051)
+        is_right = decisions.baseline.score > 0
+        lost_documents = {
+            run.layer: decisions.lost_documents(outcomes)[is_right]
+            for run, outcomes in decisions.runs
+        }
+        for i, outcomes in enumerate(layers):
+            for j, other_layer in enumerate(layers):
+                assert grid[i, j] == pytest.approx(
+                    np.corrcoef(lost_documents[outcomes], lost_documents[other_layer])[0, 1]
+                )
+        figure = agreement_map(CELL, record).to_figure()
+        (heat_trace,) = figure.data  # no pair is marked
+        assert list(heat_trace.x) == list(heat_trace.y) == [str(layer) for layer in layers]
+        assert np.array(heat_trace.z) == pytest.approx(grid, abs=0.0051)
 
 
 class TestBounds:
     def test_a_page_names_fewer_documents_rather_than_growing(self, record, monkeypatch):
-        whole = packed_documents({"one": (CELL, record)})["one"]
-        assert [run[:3] for run in unpacked(whole)["runs"]] == [
+        packed_text = pack_documents({"one": (CELL, record)})["one"]
+        assert [run[:3] for run in unpack_json(packed_text)["runs"]] == [
             [run.run.label(), run.lost, run.won] for run in record.runs
         ]
-        assert [len(run[3]) for run in unpacked(whole)["runs"]] == [
+        assert [len(run[3]) for run in unpack_json(packed_text)["runs"]] == [
             len(run.named) for run in record.runs
         ]
-        monkeypatch.setattr(shown, "BUDGET", 3 * len(whole) // 2)
-        both = packed_documents(dict.fromkeys(("one", "two"), (CELL, record)))
-        assert sum(map(len, both.values())) <= shown.BUDGET
-        for run, full in zip(unpacked(both["one"])["runs"], record.runs, strict=True):
-            assert run[1:3] == [full.lost, full.won]
-            lost = [entry for entry in run[3] if not entry[1]]
+        monkeypatch.setattr(shown, "DOCUMENT_BUDGET", 3 * len(packed_text) // 2)
+        packed_texts = pack_documents(dict.fromkeys(("one", "two"), (CELL, record)))
+        assert sum(map(len, packed_texts.values())) <= shown.DOCUMENT_BUDGET
+        for run, run_record in zip(
+            unpack_json(packed_texts["one"])["runs"], record.runs, strict=True
+        ):
+            assert run[1:3] == [run_record.lost, run_record.won]
+            lost_entries = [entry for entry in run[3] if not entry[1]]
             # Those whose margin changes most are the last to go.
-            margins = [one.margin for one in full.named[: full.named_lost]]
-            assert [entry[3] for entry in lost] == margins[: len(lost)]
+            margins = [document.margin for document in run_record.named[: run_record.named_lost]]
+            assert [entry[3] for entry in lost_entries] == margins[: len(lost_entries)]
 
     def test_a_full_mmlu_leaves_a_page_light(self, tmp_path):
         """Of thousands of documents, a page holds the texts of a few."""
         record = decisions_record(build_decisions(CELL, 3000))
         assert max(run.lost for run in record.runs) > 300
-        path = render_report([CELL], {}, tmp_path / "report.html", {CELL.place: record})
-        bare = render_report([CELL], {}, tmp_path / "bare.html")
-        assert path.stat().st_size - bare.stat().st_size < 500_000
-        assert BUDGET <= 2_000_000
+        path = render_report([CELL], {}, tmp_path / "report.html", {CELL.record_key: record})
+        bare_path = render_report([CELL], {}, tmp_path / "bare.html")
+        assert path.stat().st_size - bare_path.stat().st_size < 500_000
+        assert DOCUMENT_BUDGET <= 2_000_000
 
 
 class TestFrame:
-    def test_every_changed_document_is_a_row(self, found):
-        frame = document_frame([(CELL, found)])
-        for run, one in found.runs:
-            mine = frame[frame["layer"] == run.layer]
-            lost, won = (set(mine[mine["change"] == kind]["doc"]) for kind in ("lost", "won"))
-            assert lost == {int(n) for n in np.nonzero(found.lost(one))[0]}
-            assert won == {int(n) for n in np.nonzero(found.won(one))[0]}
-            for row in mine.itertuples():
-                assert row.question == found.texts[row.doc].text.question
-                assert json.loads(row.choices) == list(found.texts[row.doc].text.choices)
-                assert (row.gold, row.choice) == (found.gold[row.doc], one.choice[row.doc])
-                assert row.choice_intact == found.baseline.choice[row.doc]
+    def test_every_changed_document_is_a_row(self, decisions):
+        frame = document_frame([(CELL, decisions)])
+        for run, outcomes in decisions.runs:
+            run_rows = frame[frame["layer"] == run.layer]
+            lost_numbers, won_numbers = (
+                set(run_rows[run_rows["change"] == kind]["doc"]) for kind in ("lost", "won")
+            )
+            assert lost_numbers == {
+                int(n) for n in np.nonzero(decisions.lost_documents(outcomes))[0]
+            }
+            assert won_numbers == {int(n) for n in np.nonzero(decisions.won_documents(outcomes))[0]}
+            for row in run_rows.itertuples():
+                assert row.question == decisions.texts[row.doc].text.question
+                assert json.loads(row.choices) == list(decisions.texts[row.doc].text.choices)
+                assert (row.gold, row.choice) == (decisions.gold[row.doc], outcomes.choice[row.doc])
+                assert row.choice_intact == decisions.baseline.choice[row.doc]
                 assert (row.margin_intact, row.margin) == (
-                    found.baseline.margin[row.doc], one.margin[row.doc]
+                    decisions.baseline.margin[row.doc], outcomes.margin[row.doc]
                 )  # fmt: skip
 
     def test_private_texts_stay_where_they_are(self):
-        found = build_decisions(CELL, public=False)
-        frame = document_frame([(CELL, found)], private=False)
+        decisions = build_decisions(CELL, public=False)
+        frame = document_frame([(CELL, decisions)], with_private=False)
         assert frame[["question", "choices", "answer", "text", "text_intact"]].isna().all().all()
         assert frame["margin"].notna().all()
-        assert document_frame([(CELL, found)])["question"].notna().all()
+        assert document_frame([(CELL, decisions)])["question"].notna().all()
 
 
 @pytest.fixture(name="opened")
@@ -118,8 +129,8 @@ def fixture_opened(chromium, tmp_path) -> Opened:
 
     @contextmanager
     def opened(record: DecisionsRecord) -> Iterator[tuple[Locator, Locator]]:
-        path = render_report([CELL], {}, tmp_path / "report.html", {CELL.place: record})
-        with Visit(chromium, path, scroll=False) as visit:
+        path = render_report([CELL], {}, tmp_path / "report.html", {CELL.record_key: record})
+        with PageVisit(chromium, path, scroll=False) as visit:
             section = visit.page.locator("details.documents")
             assert section.locator("table").count() == 0
             section.locator("summary").click()
@@ -133,25 +144,33 @@ def fixture_opened(chromium, tmp_path) -> Opened:
 class TestBrowser:
     def test_it_is_loaded_when_it_is_opened_and_filtered(self, opened, record):
         with opened(record) as (section, rows):
-            first = record.runs[0]
-            assert rows.count() == first.named_lost
-            worst, doc = first.named[0], record.documents[first.named[0].document]
-            said = rows.first.inner_text()
-            assert doc.question in said
-            assert f"{worst.margin:.2f}".replace("-", "−") in said
-            assert rows.first.locator(".gold").inner_text() == doc.choices[doc.gold]
+            first_run = record.runs[0]
+            assert rows.count() == first_run.named_lost
+            worst_document, document_text = (
+                first_run.named[0],
+                record.documents[first_run.named[0].document],
+            )
+            row_text = rows.first.inner_text()
+            assert document_text.question in row_text
+            assert f"{worst_document.margin:.2f}".replace("-", "−") in row_text
+            assert (
+                rows.first.locator(".gold").inner_text()
+                == document_text.choices[document_text.gold]
+            )
             letters = rows.first.locator("strong").all_inner_texts()
-            assert letters == ["ABCD"[doc.choice], "ABCD"[worst.choice]]
+            assert letters == ["ABCD"[document_text.choice], "ABCD"[worst_document.choice]]
             status = section.locator("[role=status]")
-            assert status.inner_text().startswith(f"{first.named_lost} of {first.lost} documents")
+            assert status.inner_text().startswith(
+                f"{first_run.named_lost} of {first_run.lost} documents"
+            )
 
-            other = record.runs[11]
+            other_run = record.runs[11]
             section.locator("select").nth(0).select_option("won")
             section.locator("select").nth(1).select_option("11")
-            assert rows.count() == len(other.named) - other.named_lost
-            shown = record.documents[other.named[other.named_lost].document]
-            assert rows.first.locator("th").inner_text() == str(shown.doc)
-            section.locator("input").fill(shown.question.split()[-1])
+            assert rows.count() == len(other_run.named) - other_run.named_lost
+            document = record.documents[other_run.named[other_run.named_lost].document]
+            assert rows.first.locator("th").inner_text() == str(document.doc)
+            section.locator("input").fill(document.question.split()[-1])
             assert rows.count() == 1
 
     def test_a_bar_a_row_and_a_link_lead_to_a_layers_documents(self, opened, record):
@@ -166,26 +185,26 @@ class TestBrowser:
             board.scroll_into_view_if_needed()
             board.get_by_role("link", name="7", exact=True).click()
             status.filter(has_text="that layer 7 loses").wait_for()
-            all_of_7 = section.locator("tbody tr").count()
+            n_rows = section.locator("tbody tr").count()
             section.get_by_label("and not lost without").select_option("layer 0")
-            assert section.locator("tbody tr").count() < all_of_7
+            assert section.locator("tbody tr").count() < n_rows
             link = page.url
             assert "run=layer+7" in link
             assert "beside=layer+0" in link
             # Whoever is sent the link sees the same.
             page.goto("about:blank")
             page.goto(link)
-            without = "that layer 7 loses, without those that are named of layer 0"
-            status.filter(has_text=without).wait_for()
+            status_text = "that layer 7 loses, without those that are named of layer 0"
+            status.filter(has_text=status_text).wait_for()
 
     def test_a_mean_leads_to_the_documents_of_each_of_its_benchmarks(
         self, chromium, record, tmp_path
     ):
         """Was: to those of the first one, as if it were of that alone."""
         cells = [CELL, build_cell("piqa")]
-        decided = {cell.place: record for cell in cells}
+        decided = {cell.record_key: record for cell in cells}
         path = render_report(cells, {}, tmp_path / "report.html", decided)
-        with Visit(chromium, path, scroll=False) as visit:
+        with PageVisit(chromium, path, scroll=False) as visit:
             page = visit.page
             page.locator("#model-1-headline .barlayer .point").nth(3).click(force=True)
             choices = page.locator("#model-1-headline").locator("xpath=../p")
@@ -205,12 +224,14 @@ class TestBrowser:
             assert row.inner_text().startswith("Documents lost and won without layer 7, on: arc")
 
     def test_hostile_documents_are_shown_and_never_run(self, opened, record):
-        hostile = tuple(
-            one.model_copy(update={"question": f"</script>{HOSTILE}", "choices": (HOSTILE,) * 4})
-            for one in record.documents
+        hostile_documents = tuple(
+            document.model_copy(
+                update={"question": f"</script>{HOSTILE}", "choices": (HOSTILE,) * 4}
+            )
+            for document in record.documents
         )
-        bad = record.model_copy(update={"documents": hostile})
-        with opened(bad) as (_, rows):
+        hostile_record = record.model_copy(update={"documents": hostile_documents})
+        with opened(hostile_record) as (_, rows):
             assert HOSTILE in rows.first.inner_text()
 
     def test_a_cell_without_decisions_has_no_section(self):

@@ -16,12 +16,12 @@ from tests.helpers.findings import FINDING
 from tracker.analysis.boards import layer_board
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
-from tracker.core.tables import Column, table
-from tracker.core.text import as_code, as_markdown
-from tracker.report.export import export, figures, frames
+from tracker.core.tables import Column, build_table
+from tracker.core.text import escape_markdown, markdown_code
+from tracker.report.export import export_report, report_figures, report_frames
 from tracker.report.frames import correlation_frame, document_frame, layer_frame
 from tracker.report.tables import overview_table
-from tracker.stats.support import together, verdicts
+from tracker.stats.support import decide_verdicts, widen
 from tracker.tracking.runs import cell_note, intact_note, layer_note
 
 from .conftest import LAYERS, build_cell, build_decisions
@@ -36,18 +36,18 @@ def two_models() -> list[CellRecord]:
 
 @pytest.mark.parametrize(("form", "read"), [("csv", pd.read_csv), ("parquet", pd.read_parquet)])
 def test_data_is_read_back(form, read, two_models, tmp_path):
-    paths = export(two_models, form, tmp_path / "data")
-    assert {path.stem for path in paths} == set(frames(two_models))
+    paths = export_report(two_models, form, tmp_path / "data")
+    assert {path.stem for path in paths} == set(report_frames(two_models))
     for path in paths:
-        frame, back = frames(two_models)[path.stem], read(path)  # type: ignore[operator]
-        assert list(back.columns) == list(frame.columns)
+        frame, read_frame = report_frames(two_models)[path.stem], read(path)  # type: ignore[operator]
+        assert list(read_frame.columns) == list(frame.columns)
         numbers = frame.select_dtypes("float64").columns
-        pd.testing.assert_frame_equal(back[numbers], frame[numbers], rtol=1e-15)
+        pd.testing.assert_frame_equal(read_frame[numbers], frame[numbers], rtol=1e-15)
     board = read(tmp_path / "data" / f"layer_leaderboard.{form}")  # type: ignore[operator]
-    first = layer_board(two_models[:2]).parts[0]
-    assert board["layer"][0] == first.layer
-    assert board["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
-    assert board["accuracy_relevance_low"][0] == pytest.approx(first.relevance.low)
+    first_standing = layer_board(two_models[:2]).parts[0]
+    assert board["layer"][0] == first_standing.layer
+    assert board["accuracy_relevance"][0] == pytest.approx(first_standing.relevance.value)
+    assert board["accuracy_relevance_low"][0] == pytest.approx(first_standing.relevance.low)
     assert len(board) == 2 * LAYERS
 
 
@@ -56,31 +56,35 @@ def test_names_are_shown_and_not_obeyed(tmp_path):
     name = "<img src=x onerror=alert(1)>\n# a|b"
     cells = [build_cell(b, model=m) for m in (name, "other") for b in (name, "b")]
     cells.append(build_cell(f"{name} c", model=name, correlations=()))  # of which a note is made
-    one = FINDING.model_copy(update={"answers": (name,), "experiment": name, "lacking": (name,)})
-    (markdown,) = export(cells, "md", tmp_path / "r.md", findings=[one])
+    finding = FINDING.model_copy(
+        update={"answers": (name,), "experiment": name, "lacking": (name,)}
+    )
+    (markdown,) = export_report(cells, "md", tmp_path / "r.md", findings=[finding])
     text = markdown.read_text()
     assert "<img" not in text
     assert "&lt;img src=x onerror=alert(1)&gt; # a\\|b" in text
     assert "\n# a" not in text
-    (latex,) = export(cells, "tex", tmp_path / "r.tex")
+    (latex,) = export_report(cells, "tex", tmp_path / "r.tex")
     comments, _, tables = latex.read_text().partition("\\begin")
     assert all(line.startswith("%") for line in comments.splitlines() if line)
     assert "\n# a" not in tables
-    without = cells[0].model_copy(update={"removed": (3,)})
+    cell_without_layer = cells[0].model_copy(update={"removed": (3,)})
     for note in (
         cell_note(cells[0]),
         intact_note(cells[0]),
-        intact_note(without),
+        intact_note(cell_without_layer),
         layer_note(cells[0], cells[0].runs[0]),
     ):
         assert "<img" not in note
         assert "&lt;img" in note
 
 
-EVIL = "![x](http:evil) [y](javascript:z) <http://evil> http://evil/ www.evil.org `c` \\![a][b]"
+HOSTILE_NAME = (
+    "![x](http:evil) [y](javascript:z) <http://evil> http://evil/ www.evil.org `c` \\![a][b]"
+)
 
 
-def rendered(text: str) -> tuple[set[str], str]:
+def render_markdown(text: str) -> tuple[set[str], str]:
     """Render Markdown as CommonMark does, with tables: the tags in it, and its text."""
     page = MarkdownIt("commonmark").enable("table").render(text)
     return set(re.findall(r"<(\w+)", page)), unescape(re.sub(r"<[^>]*>", "", page))
@@ -88,64 +92,75 @@ def rendered(text: str) -> tuple[set[str], str]:
 
 def test_a_name_is_no_link_no_image_and_no_code(tmp_path):
     """Before: a model folder named `![x](http:evil)` was an image in Markdown and MLflow notes."""
-    assert rendered(as_markdown(EVIL)) == ({"p"}, f"{EVIL}\n")
-    assert rendered(as_code(f"a{EVIL}")) == ({"p", "code"}, f"a{EVIL.replace('`', '')}\n")
+    assert render_markdown(escape_markdown(HOSTILE_NAME)) == ({"p"}, f"{HOSTILE_NAME}\n")
+    assert render_markdown(markdown_code(f"a{HOSTILE_NAME}")) == (
+        {"p", "code"},
+        f"a{HOSTILE_NAME.replace('`', '')}\n",
+    )
     # What makes addresses of themselves links, as GitHub does, finds none.
-    assert not re.search(r"http://|www[.]", as_markdown(EVIL))
-    cells = [build_cell(b, model=m, metric=EVIL) for m in (EVIL, "other") for b in (EVIL, "b")]
-    one = FINDING.model_copy(update={"answers": (EVIL,), "question": EVIL, "lacking": (EVIL,)})
-    (path,) = export(cells, "md", tmp_path / "r.md", findings=[one])
-    without = cells[0].model_copy(update={"removed": (3,)})
-    notes = (cell_note(cells[0]), intact_note(cells[0]), intact_note(without))
+    assert not re.search(r"http://|www[.]", escape_markdown(HOSTILE_NAME))
+    cells = [
+        build_cell(b, model=m, metric=HOSTILE_NAME)
+        for m in (HOSTILE_NAME, "other")
+        for b in (HOSTILE_NAME, "b")
+    ]
+    finding = FINDING.model_copy(
+        update={"answers": (HOSTILE_NAME,), "question": HOSTILE_NAME, "lacking": (HOSTILE_NAME,)}
+    )
+    (path,) = export_report(cells, "md", tmp_path / "r.md", findings=[finding])
+    cell_without_layer = cells[0].model_copy(update={"removed": (3,)})
+    notes = (cell_note(cells[0]), intact_note(cells[0]), intact_note(cell_without_layer))
     for text in (path.read_text(), *notes, layer_note(cells[0], cells[0].runs[0])):
-        tags, shown = rendered(text)
+        tags, plain_text = render_markdown(text)
         assert not tags & {"a", "img"}
-        assert "![x](http:evil) [y](javascript:z) <http://evil>" in shown
+        assert "![x](http:evil) [y](javascript:z) <http://evil>" in plain_text
 
 
-SIGNS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 
 
-@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("sign", FORMULA_SIGNS)
 def test_a_spreadsheet_takes_no_text_for_a_formula(sign, tmp_path):
     """Before: `=HYPERLINK(…)` as a model's name was a formula in every row."""
     name = f"{sign}cmd|' /C calc'!A0"
     cell = build_cell(name, model=name)
-    decided = build_decisions(cell)
-    texts = [replace(t, text=replace(t.text, question=name)) if t else t for t in decided.texts]
-    documents = document_frame([(cell, replace(decided, texts=texts))])
-    made = table(name, [Column(name, "text", lambda row: row), Column("n", "nats", len)], [name])
-    one = FINDING.model_copy(update={"tables": (made,)})
-    paths = export([cell], "csv", tmp_path, {"documents": [documents]}, [one])
-    numbers = 0
+    decisions = build_decisions(cell)
+    texts = [replace(t, text=replace(t.text, question=name)) if t else t for t in decisions.texts]
+    documents = document_frame([(cell, replace(decisions, texts=texts))])
+    name_table = build_table(
+        name, [Column(name, "text", lambda row: row), Column("n", "nats", len)], [name]
+    )
+    finding = FINDING.model_copy(update={"tables": (name_table,)})
+    paths = export_report([cell], "csv", tmp_path, {"documents": [documents]}, [finding])
+    n_numbers = 0
     for path in paths:
         with path.open(newline="") as file:
             cells = [entry for row in csv.reader(file) for entry in row]
-        entries = [entry for entry in cells if entry.startswith(SIGNS)]
+        entries = [entry for entry in cells if entry.startswith(FORMULA_SIGNS)]
         assert all(re.fullmatch(r"-[\d.e-]+", entry) for entry in entries)
-        numbers += len(entries)
-    assert numbers > 10, "negative figures are as they were"
+        n_numbers += len(entries)
+    assert n_numbers > 10, "negative figures are as they were"
     frame = pd.read_csv(tmp_path / "layers.csv")
     # A carriage return in a name is replaced long before.
-    begin = "" if sign == "\r" else "'"
-    assert (frame["model"] == f"{begin}{cell.model.name}").all()
+    prefix = "" if sign == "\r" else "'"
+    assert (frame["model"] == f"{prefix}{cell.model.name}").all()
     assert frame["accuracy_drop"].min() < 0
 
 
 def test_figures_are_drawn(two_models, tmp_path):
-    one = two_models[:1]
-    assert len(figures(two_models)) > len(figures(one)) >= 3
-    for form, begin in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
-        paths = export(one, form, tmp_path / form)
-        assert {path.stem for path in paths} == set(figures(one))
+    first_cell = two_models[:1]
+    assert len(report_figures(two_models)) > len(report_figures(first_cell)) >= 3
+    for form, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        paths = export_report(first_cell, form, tmp_path / form)
+        assert {path.stem for path in paths} == set(report_figures(first_cell))
         for path in paths:
             content = path.read_bytes()
-            assert content.startswith(begin)
+            assert content.startswith(magic)
             assert len(content) > 5_000
             if form == "pdf":
                 # Only the colour bar of the heat map is made of pixels.
-                pixels = b"/Subtype /Image" in content
-                assert pixels == path.stem.endswith("heat-map"), "it is a vector figure"
+                has_image = b"/Subtype /Image" in content
+                assert has_image == path.stem.endswith("heat-map"), "it is a vector figure"
 
 
 def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells):
@@ -155,24 +170,26 @@ def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells):
     (column,) = (n for n, h in enumerate(overview.headings) if "shown to matter" in h.label)
     for cell, row in zip(cells, overview.rows, strict=True):
         rows = frame[frame.benchmark == cell.benchmark.name]
-        matter = set(rows[rows.shown == "matters"].layer)
-        assert matter == set(map(int, re.findall(r"(\d+)\u00a0\(", str(row[column]))))
-        assert 0 < len(matter) < (rows.accuracy_drop_low > 0).sum()
+        costly_layers = set(rows[rows.shown == "matters"].layer)
+        assert costly_layers == set(map(int, re.findall(r"(\d+)\u00a0\(", str(row[column]))))
+        assert 0 < len(costly_layers) < (rows.accuracy_drop_low > 0).sum()
         for standing in layer_board([cell]).parts:  # none where the baseline is at chance
             assert standing.shown == rows.set_index("layer").shown[standing.layer]
 
 
 def test_parts_of_a_benchmark_are_told_apart():
     """Before: both halves and the whole were `arc_easy`."""
-    whole = build_cell()
-    cells = [whole] + [
-        whole.model_copy(
-            update={"benchmark": whole.benchmark.model_copy(update={"settings": {"part": part}})}
+    whole_cell = build_cell()
+    cells = [whole_cell] + [
+        whole_cell.model_copy(
+            update={
+                "benchmark": whole_cell.benchmark.model_copy(update={"settings": {"part": part}})
+            }
         )
         for part in ("calibration", "test")
     ]
-    decided = [(cell, build_decisions(cell)) for cell in cells]
-    for frame in (layer_frame(cells), correlation_frame(cells), document_frame(decided)):
+    cell_decisions = [(cell, build_decisions(cell)) for cell in cells]
+    for frame in (layer_frame(cells), correlation_frame(cells), document_frame(cell_decisions)):
         assert frame.part.unique().tolist() == ["all", "calibration", "test"]
         assert frame.benchmark.unique().tolist() == ["arc_easy"]
 
@@ -186,11 +203,13 @@ def test_what_is_shown_of_a_run_is_decided_among_its_kind():
     ]
     runs = (*cell.runs, *heads, with_change(cell.runs[0], span=4))
     frame = layer_frame([cell.model_copy(update={"runs": runs})])
-    layers = frame[(frame.component == "layer") & (frame.span == 1)]
-    assert list(layers.shown) == list(layer_frame([cell]).shown)
-    of_heads = frame[frame.component == "head"]
-    family = [run.drop for run in heads]
-    decided = verdicts(together(family, [run.n for run in heads], len(heads)))
-    assert list(of_heads.shown == "matters") == [verdict == "costs" for verdict in decided]
-    undefined = cell.runs[3].model_copy(update={"drop": Estimate(None)})
-    assert layer_frame([cell.model_copy(update={"runs": (undefined,)})]).shown.isna().all()
+    layer_rows = frame[(frame.component == "layer") & (frame.span == 1)]
+    assert list(layer_rows.shown) == list(layer_frame([cell]).shown)
+    head_rows = frame[frame.component == "head"]
+    drops = [run.drop for run in heads]
+    expected_verdicts = decide_verdicts(widen(drops, [run.n for run in heads], len(heads)))
+    assert list(head_rows.shown == "matters") == [
+        verdict == "costs" for verdict in expected_verdicts
+    ]
+    undefined_run = cell.runs[3].model_copy(update={"drop": Estimate(None)})
+    assert layer_frame([cell.model_copy(update={"runs": (undefined_run,)})]).shown.isna().all()

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.ablations import with_change, with_figures
-from tests.helpers.findings import LINES, MAP
-from tracker.analysis.agreement import pairs_of
+from tests.helpers.findings import LINE_CHART, MAP_CHART
+from tracker.analysis.agreement import pair_models
 from tracker.analysis.boards import layer_board
-from tracker.analysis.comparable import benchmark_labels, models_of, row_labels
+from tracker.analysis.comparable import benchmark_labels, group_models, row_labels
 from tracker.analysis.decisions import decisions_record
 from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
@@ -26,66 +26,94 @@ from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps, model
 from tracker.report.charts.cells import agreement_map, margin_chart
 from tracker.report.charts.style import Chart
-from tracker.report.export import boards
-from tracker.report.page.studies import study_chart
-from tracker.report.wording import answer, compared_sentence
+from tracker.report.export import build_boards
+from tracker.report.page.studies import draw_study_chart
+from tracker.report.wording import compared_sentence, layers_answer
 
 from .cells import (
-    ONE,
-    THREE,
-    TWO,
-    WHY,
-    edition,
-    halved,
-    loss,
-    several,
-    sharing_one,
-    sharing_some,
-    some_layers,
-    without,
+    MIDDLE_EDITION,
+    NEW_EDITION,
+    NO_ROUNDING_REASON,
+    OLD_EDITION,
+    cell_of_kinds,
+    cell_without,
+    edited_cell,
+    half_precision_cell,
+    keep_layers,
+    loss_cell,
+    models_sharing_one,
+    models_sharing_some,
 )
-from .conftest import as_read, build_cell, build_decisions, study, two_models, with_layer
+from .conftest import (
+    build_cell,
+    build_decisions,
+    read_table,
+    replace_layer,
+    study_cells,
+    two_model_cells,
+)
 
 GOLDEN = Path(__file__).with_name("golden")
-PLAIN = build_cell(compared=8, compared_difference=0.4, compared_unsteady=2)
-HALF = PLAIN.model.model_copy(update={"dtype": "bfloat16"})
+PLAIN_CELL = build_cell(compared=8, compared_difference=0.4, compared_unsteady=2)
+HALF_MODEL = PLAIN_CELL.model.model_copy(update={"dtype": "bfloat16"})
 
 
-def with_runs(**changes: Any) -> CellRecord:
+def cell_with_changed_runs(**changes: Any) -> CellRecord:
     """Make a cell that is changed alike in every run."""
     return build_cell(runs=tuple(with_change(run, **changes) for run in build_cell().runs))
 
 
-def some_attention() -> CellRecord:
+def cell_with_missing_runs() -> CellRecord:
     """Make a cell that misses two of its runs."""
-    cell = several(("layer", "attention"), (1,))
+    cell = cell_of_kinds(("layer", "attention"), (1,))
     missing = (Change.parse("attention:0"), Change.parse("attention:10"))
     runs = tuple(run for run in cell.runs if run.change not in missing)
     return cell.model_copy(update={"runs": runs, "missing": missing})
 
 
-def few_figures() -> CellRecord:
+def cell_with_one_run() -> CellRecord:
     """Make a cell of one run on three documents, with a correlation of one layer."""
     cell = build_cell("rte", n=3)
-    one = with_figures(cell.correlations[0], low=None, p_value=None, n=1)
-    return cell.model_copy(update={"runs": cell.runs[:1], "correlations": (one,)})
+    correlation = with_figures(cell.correlations[0], low=None, p_value=None, n=1)
+    return cell.model_copy(update={"runs": cell.runs[:1], "correlations": (correlation,)})
 
 
-UNKNOWN = {"baseline_rounded": None, "reasons": {"baseline_rounded": WHY}}
-KEPT = {"provenance": {"weights": "Q4_1"}}
+UNKNOWN_ROUNDING = {"baseline_rounded": None, "reasons": {"baseline_rounded": NO_ROUNDING_REASON}}
+STORED_WEIGHTS = {"provenance": {"weights": "Q4_1"}}
 CASES = {
-    "two_models": two_models(),
-    "parts": [several(), without(3, 17), several(("attention",), (1,), correlations=())],
-    "parts_missing": [some_attention(), several(("layer",), (4,))],
-    "beneath_undefined": [without(3, remaining=Estimate(None, reason="not measured yet"))],
-    "loss": [loss(), PLAIN, PLAIN.model_copy(update={"model": HALF, "compared_unsteady": 0})],
-    "rounding": [halved(), halved(**UNKNOWN), halved(**UNKNOWN, higher_is_better=False)],
-    "editions": [ONE, TWO, THREE, edition("one", ONE.measured, model="Other")],
-    "half_precision": [PLAIN, PLAIN.model_copy(update={"model": HALF})],
-    "nothing_changes": [with_runs(accuracy_drop=0.0, drop_sd=0.0)],
-    "no_spread": [with_runs(drop_sd=None, reasons={"drop_sd": "one document has no spread"})],
-    "helps": [with_runs(accuracy_drop=-0.01)],
-    "second_rounding": [with_runs(intervention="int4").model_copy(update=KEPT)],
+    "two_models": two_model_cells(),
+    "parts": [
+        cell_of_kinds(),
+        cell_without(3, 17),
+        cell_of_kinds(("attention",), (1,), correlations=()),
+    ],
+    "parts_missing": [cell_with_missing_runs(), cell_of_kinds(("layer",), (4,))],
+    "beneath_undefined": [cell_without(3, remaining=Estimate(None, reason="not measured yet"))],
+    "loss": [
+        loss_cell(),
+        PLAIN_CELL,
+        PLAIN_CELL.model_copy(update={"model": HALF_MODEL, "compared_unsteady": 0}),
+    ],
+    "rounding": [
+        half_precision_cell(),
+        half_precision_cell(**UNKNOWN_ROUNDING),
+        half_precision_cell(**UNKNOWN_ROUNDING, higher_is_better=False),
+    ],
+    "editions": [
+        OLD_EDITION,
+        NEW_EDITION,
+        MIDDLE_EDITION,
+        edited_cell("one", OLD_EDITION.measured, model="Other"),
+    ],
+    "half_precision": [PLAIN_CELL, PLAIN_CELL.model_copy(update={"model": HALF_MODEL})],
+    "nothing_changes": [cell_with_changed_runs(accuracy_drop=0.0, drop_sd=0.0)],
+    "no_spread": [
+        cell_with_changed_runs(drop_sd=None, reasons={"drop_sd": "one document has no spread"})
+    ],
+    "helps": [cell_with_changed_runs(accuracy_drop=-0.01)],
+    "second_rounding": [
+        cell_with_changed_runs(intervention="int4").model_copy(update=STORED_WEIGHTS)
+    ],
     "nothing_is_measured": [
         build_cell(
             baseline_accuracy=None,
@@ -94,17 +122,17 @@ CASES = {
             reasons={"baseline_accuracy": "no document was scored"},
         )
     ],
-    "weak": [build_cell(baseline=0.27), study()[2]],
+    "weak": [build_cell(baseline=0.27), study_cells()[2]],
     "odd_figures": [
-        with_layer(with_layer(build_cell(), 5, n=80), 0, cosine_score=float("nan")),
-        with_layer(build_cell("piqa"), 4, cosine_score=None),
-        few_figures(),
+        replace_layer(replace_layer(build_cell(), 5, n=80), 0, cosine_score=float("nan")),
+        replace_layer(build_cell("piqa"), 4, cosine_score=None),
+        cell_with_one_run(),
     ],
-    "shared_by_all": sharing_one(),
-    "shared_by_most": sharing_some(),
+    "shared_by_all": models_sharing_one(),
+    "shared_by_most": models_sharing_some(),
     "some_layers": [
         *(build_cell(model=name, seed=seed) for seed, name in enumerate("ab", 1)),
-        some_layers(build_cell(model="middle", seed=3), 15, 16, 19),
+        keep_layers(build_cell(model="middle", seed=3), 15, 16, 19),
     ],
     "counted_once": [
         *(build_cell(n=n) for n in (100, 300)),
@@ -115,97 +143,103 @@ CASES = {
 }
 
 
-def lines(table: Table) -> Iterator[str]:
+def table_lines(table: Table) -> Iterator[str]:
     """Write a table: its title, heads, some entries with their reasons, notes."""
-    shown = as_read(table)
-    yield from ("", f"{shown.title} ({len(shown.rows)} rows)", " | ".join(shown.labels))
-    for row in shown.rows[:: max(1, len(shown.rows) // 6)]:
+    read = read_table(table)
+    yield from ("", f"{read.title} ({len(read.rows)} rows)", " | ".join(read.labels))
+    for row in read.rows[:: max(1, len(read.rows) // 6)]:
         yield " | ".join(f"{v.text} ({v.reason})" if v.reason else v.text for v in row)
-    yield from shown.notes
+    yield from read.notes
 
 
-def said(cells: list[CellRecord]) -> Iterator[str]:
+def all_texts(cells: list[CellRecord]) -> Iterator[str]:
     """Yield all texts that people read of some cells, line by line."""
     yield wording.summary(cells)
     yield compared_sentence(cells)
-    yield from lines(tables.overview_table(cells))
+    yield from table_lines(tables.overview_table(cells))
     yield from map(str, [*row_labels(cells), *row_labels(cells, documents=False)])
-    ranked, notes = boards(cells)
-    for table in ranked:
-        yield from lines(table)
+    board_tables, notes = build_boards(cells)
+    for table in board_tables:
+        yield from table_lines(table)
     yield from notes
-    for group in models_of(cells):
-        board = layer_board(group)
-        yield from ("", answer(board.claims))
-        ranked = model.rank_chart(board, "MODEL")
-        yield ranked.title if ranked else "no ranks"
-        yield maps.heat_title(group)
+    for model_cells in group_models(cells):
+        board = layer_board(model_cells)
+        yield from ("", layers_answer(board.claims))
+        board_tables = model.rank_chart(board, "MODEL")
+        yield board_tables.title if board_tables else "no ranks"
+        yield maps.heat_map_title(model_cells)
         if board.parts:
-            drawn = headline.headline(board, "MODEL")
-            yield from (drawn.title, drawn.explains)
-        yield from benchmark_labels(group)
+            headline_chart = headline.headline_chart(board, "MODEL")
+            yield from (headline_chart.title, headline_chart.explanation)
+        yield from benchmark_labels(model_cells)
     for cell in cells:
-        yield from ("", f"# {cell.title}", cell.documents, wording.sentence(cell))
+        yield from ("", f"# {cell.title}", cell.documents_text, wording.sentence(cell))
         yield from (charts.curve_title(cell), charts.scatter_title(cell))
-        yield from (maps.map_title(cell, kinds) for kinds in maps.mapped(cell).values())
+        yield from (maps.map_title(cell, kinds) for kinds in maps.find_map_kinds(cell).values())
         yield from wording.warnings(cell)
         for trace in charts.layer_curve(cell).data:
             yield from trace["hovertext"][3:4]
-        yield from lines(tables.layer_table(cell))
+        yield from table_lines(tables.layer_table(cell))
     for cell in cells[:1]:
-        yield from lines(tables.correlation_table(cell))
+        yield from table_lines(tables.correlation_table(cell))
 
 
-def with_gaps() -> CellRecord:
+def cell_with_gaps() -> CellRecord:
     """Make a cell of which one layer is not measured and another one undefined."""
-    nothing = dict.fromkeys(("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"))
-    why = {"reasons": {"accuracy_drop": "no outcome"}}
-    return with_layer(build_cell(missing=(7,)), 3, **nothing, cosine_score=float("nan"), **why)
+    undefined_figures = dict.fromkeys(("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"))
+    reason_fields = {"reasons": {"accuracy_drop": "no outcome"}}
+    return replace_layer(
+        build_cell(missing=(7,)), 3, **undefined_figures, cosine_score=float("nan"), **reason_fields
+    )
 
 
-def certain_of_gold() -> CellRecord:
+def cell_certain_of_gold() -> CellRecord:
     """Make a cell whose accuracy shows nothing, and whose log-probability does."""
     cell = build_cell(n=8)
-    ends = [run.gold_drop.value for run in cell.runs]
+    falls = [run.gold_drop.value for run in cell.runs]
     runs = [
-        with_figures(run, gold_logprob_low=end - 0.01, gold_logprob_high=end + 0.01)
-        for run, end in zip(cell.runs, ends, strict=True)
+        with_figures(run, gold_logprob_low=fall - 0.01, gold_logprob_high=fall + 0.01)
+        for run, fall in zip(cell.runs, falls, strict=True)
     ]
     return cell.model_copy(update={"runs": tuple(runs)})
 
 
-def drawn() -> Iterator[Chart]:
+def draw_charts() -> Iterator[Chart]:
     """Draw a chart of every kind."""
-    kinds, board = several(), layer_board(study())
-    for cell in (with_gaps(), kinds):
+    kinds_cell, board = cell_of_kinds(), layer_board(study_cells())
+    for cell in (cell_with_gaps(), kinds_cell):
         yield charts.layer_curve(cell)
         yield charts.proxy_scatter(cell)
-    yield from (maps.kind_map(kinds, family) for family in maps.mapped(kinds).values())
-    yield maps.heat_map(study())
-    yield from (model.relevance_curves(board, "MODEL"), model.proxy_curves(study(), "MODEL"))
+    yield from (
+        maps.kind_map(kinds_cell, family) for family in maps.find_map_kinds(kinds_cell).values()
+    )
+    yield maps.heat_map(study_cells())
+    yield from (model.relevance_curves(board, "MODEL"), model.proxy_curves(study_cells(), "MODEL"))
     yield model.rank_chart(layer_board([build_cell(n=2000)]), "MODEL")
-    yield headline.headline(board, "MODEL")
-    yield headline.headline(layer_board([certain_of_gold()]), "MODEL")
+    yield headline.headline_chart(board, "MODEL")
+    yield headline.headline_chart(layer_board([cell_certain_of_gold()]), "MODEL")
     yield model.depth_curves([board, layer_board([build_cell(model="b")])], ["a", "b"])
     for benchmarks in ("ab", "abcd"):
-        pairs, _ = pairs_of([build_cell(b, model=m, seed=ord(m)) for m in "xy" for b in benchmarks])
+        pairs, _ = pair_models(
+            [build_cell(b, model=m, seed=ord(m)) for m in "xy" for b in benchmarks]
+        )
         yield model.difference_chart(pairs[0])
-    decided = decisions_record(build_decisions(PLAIN))
-    yield from (margin_chart(PLAIN, decided), agreement_map(PLAIN, decided))
-    yield from (study_chart(LINES), study_chart(MAP))
+    decisions = decisions_record(build_decisions(PLAIN_CELL))
+    yield from (margin_chart(PLAIN_CELL, decisions), agreement_map(PLAIN_CELL, decisions))
+    yield from (draw_study_chart(LINE_CHART), draw_study_chart(MAP_CHART))
 
 
-def numbers(values: Any) -> str:
+def write_numbers(values: Any) -> str:
     """Write numbers with four digits; gaps are dashes."""
     if isinstance(values, int | float):
         return f"{values:.4g}"
-    shown = ["–" if v is None or v != v else v for v in values]
-    return " ".join(v if isinstance(v, str) else f"{v:.4g}" for v in shown)
+    entries = ["–" if v is None or v != v else v for v in values]
+    return " ".join(v if isinstance(v, str) else f"{v:.4g}" for v in entries)
 
 
-def plotted(chart: Chart) -> Iterator[str]:
+def chart_lines(chart: Chart) -> Iterator[str]:
     """Write the numbers of a chart, a line an axis, an error or a strength."""
-    figure = chart.figure()
+    figure = chart.to_figure()
     yield from ("", f"# {figure.layout.title.text}")
     for trace in figure.data:
         rows = {name: trace[name] for name in ("x", "y") if trace[name] is not None}
@@ -218,22 +252,22 @@ def plotted(chart: Chart) -> Iterator[str]:
         elif trace.marker.opacity is not None:
             rows["strength"] = trace.marker.opacity
         yield f"{trace.type}: {trace.name or ''}"
-        yield from (f"  {name}: {numbers(row)}" for name, row in rows.items())
+        yield from (f"  {name}: {write_numbers(row)}" for name, row in rows.items())
 
 
 def test_charts_hold_the_numbers_that_were_read():
     text = (GOLDEN / "charts.txt").read_text(encoding="utf-8")
-    assert "\n".join(line for chart in drawn() for line in plotted(chart)) + "\n" == text
+    assert "\n".join(line for chart in draw_charts() for line in chart_lines(chart)) + "\n" == text
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_people_read_what_was_read(case):
-    wanted = (GOLDEN / f"{case}.txt").read_text(encoding="utf-8")
-    assert "\n".join(said(CASES[case])) + "\n" == wanted
+    expected = (GOLDEN / f"{case}.txt").read_text(encoding="utf-8")
+    assert "\n".join(all_texts(CASES[case])) + "\n" == expected
 
 
 if __name__ == "__main__":
     for case, cells in CASES.items():
-        (GOLDEN / f"{case}.txt").write_text("\n".join(said(cells)) + "\n", encoding="utf-8")
-    lines = [line for chart in drawn() for line in plotted(chart)]
-    (GOLDEN / "charts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (GOLDEN / f"{case}.txt").write_text("\n".join(all_texts(cells)) + "\n", encoding="utf-8")
+    table_lines = [line for chart in draw_charts() for line in chart_lines(chart)]
+    (GOLDEN / "charts.txt").write_text("\n".join(table_lines) + "\n", encoding="utf-8")

@@ -12,35 +12,35 @@ from tests.helpers import charts
 from tracker.core import formats
 from tracker.core.errors import WorkError
 from tracker.report import wording
-from tracker.report.frames import packed
+from tracker.report.frames import pack_text
 from tracker.report.page.html import render_page, render_report
 from tracker.report.tables import layer_table
 
-from .cells import loss
-from .conftest import EXPERIMENT, build_cell, study, with_layer
+from .cells import loss_cell
+from .conftest import EXPERIMENT, build_cell, replace_layer, study_cells
 
 
 @pytest.fixture(scope="module", name="page")
 def fixture_page() -> str:
-    return render_page(study(), {"smollm2.yaml": EXPERIMENT})
+    return render_page(study_cells(), {"smollm2.yaml": EXPERIMENT})
 
 
 def test_page_is_self_contained_and_small(page, tmp_path):
-    assert page.count(packed(get_plotlyjs())) == 1
-    rest = re.sub(r'<script type="text/plain".*?</script>', "", page)
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\(|(?i:cdn)""", rest)
-    path = render_report(study(), {}, tmp_path / "report.html")
+    assert page.count(pack_text(get_plotlyjs())) == 1
+    markup = re.sub(r'<script type="text/plain".*?</script>', "", page)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\(|(?i:cdn)""", markup)
+    path = render_report(study_cells(), {}, tmp_path / "report.html")
     assert path.stat().st_size < 4_000_000
 
 
 def test_same_input_gives_the_same_bytes(page):
-    assert render_page(study(), {"smollm2.yaml": EXPERIMENT}) == page
+    assert render_page(study_cells(), {"smollm2.yaml": EXPERIMENT}) == page
 
 
 def test_page_replaces_the_old_one_at_once(cells, tmp_path, monkeypatch):
     path = tmp_path / "deep" / "report.html"
     assert render_report(cells[:1], {}, path) == path
-    before = path.read_bytes()
+    old_content = path.read_bytes()
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -48,7 +48,7 @@ def test_page_replaces_the_old_one_at_once(cells, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(WorkError, match="the disk is full"):
         render_report(cells, {}, path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == old_content
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
@@ -59,31 +59,31 @@ def test_no_cell_gives_a_page_that_says_so():
 
 
 def test_the_page_has_no_word_of_accuracy():
-    page = render_page([loss()], {})
+    page = render_page([loss_cell()], {})
     article = page[page.index("<article") : page.index("</article>")]
     assert "orange where removal lowers loss" in article
     assert "accuracy drop" not in article
     assert "pp)" not in article
 
 
-def trace(figure, name):
-    (found,) = [trace for trace in figure.data if trace.name.startswith(name)]
-    return found
+def find_trace(figure, name):
+    (matching_trace,) = [trace for trace in figure.data if trace.name.startswith(name)]
+    return matching_trace
 
 
-def test_what_is_open_is_faint():
+def test_what_is_not_significant_is_pale():
     """Was strong where its own interval left 0 out, as one of twenty that show nothing does."""
     cell = build_cell()
     low, high = cell.runs[4].drop.low, cell.runs[4].drop.high
-    half = (high - low) / 2  # 3.15 / 1.96 of it is the half for thirty layers
-    for layer, drop in ((4, 1.5 * half), (5, 1.7 * half)):
-        ends = {"accuracy_drop_low": drop - half, "accuracy_drop_high": drop + half}
-        cell = with_layer(cell, layer, accuracy_drop=drop, mcnemar_p=1e-6, **ends)
-    drops = trace(charts.layer_curve(cell), "accuracy drop")
-    scatter = trace(charts.proxy_scatter(cell), "inner")
+    half_width = (high - low) / 2  # 3.15 / 1.96 of it is the half for thirty layers
+    for layer, drop in ((4, 1.5 * half_width), (5, 1.7 * half_width)):
+        bounds = {"accuracy_drop_low": drop - half_width, "accuracy_drop_high": drop + half_width}
+        cell = replace_layer(cell, layer, accuracy_drop=drop, mcnemar_p=1e-6, **bounds)
+    drops = find_trace(charts.layer_curve(cell), "accuracy drop")
+    scatter = find_trace(charts.proxy_scatter(cell), "inner")
     for points, layers in ((drops, drops.x), (scatter, map(int, scatter.text))):
-        strength = dict(zip(layers, points.marker.opacity, strict=True))
-        assert (strength[4] < 1, strength[5]) == (True, 1)
+        opacities = dict(zip(layers, points.marker.opacity, strict=True))
+        assert (opacities[4] < 1, opacities[5]) == (True, 1)
 
 
 def test_numbers_in_front_of_people():
@@ -99,22 +99,22 @@ def test_numbers_in_front_of_people():
 def test_power_is_said_under_every_table_of_runs():
     """By another road: sqrt(2 z-values) of the normal test, from the shares that change."""
     cell = build_cell(n=160)
-    says = wording.power_sentence(cell, cell.runs)
-    assert says in layer_table(cell).notes
+    sentence = wording.power_sentence(cell, cell.runs)
+    assert sentence in layer_table(cell).notes
     shares = sorted(0.12 * 159 / 160 + run.drop.value**2 for run in cell.runs)
-    middle = (shares[14] + shares[15]) / 2
-    found = re.fullmatch(
-        r"The smallest accuracy drop that 160 documents reveal, with 80 % power \(two-sided 5 %, "
+    median_share = (shares[14] + shares[15]) / 2
+    match = re.fullmatch(
+        r"Smallest detectable accuracy drop with 160 documents \(80 % power, two-sided 5 %, "
         r"paired, 30 runs together\): (.+) pp under the median removal, (.+) pp under the one that "
         r"changes most\.",
-        says,
+        sentence,
     )
-    for change, share in zip(found.groups(), (middle, shares[-1]), strict=True):
+    for change, share in zip(match.groups(), (median_share, shares[-1]), strict=True):
         assert float(change) == pytest.approx(
             100 * (3.144 + 0.842) * (share / 160) ** 0.5, rel=0.05
         )
-    one = wording.power_sentence(cell, cell.runs[:1])
-    assert "median" not in one
-    assert "together" not in one
+    short_sentence = wording.power_sentence(cell, cell.runs[:1])
+    assert "median" not in short_sentence
+    assert "together" not in short_sentence
     loss = cell.model_copy(update={"higher_is_better": False, "metric": "bits_per_byte"})
     assert wording.power_sentence(loss, cell.runs).endswith("under the one that changes most.")

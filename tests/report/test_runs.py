@@ -9,36 +9,40 @@ from tracker.report import frames
 from tracker.report.page import html
 from tracker.report.wording import controls_answer
 
-from .cells import numbered
+from .cells import part_run
 from .conftest import LAYERS, build_cell
 
 
 def test_what_layers_cost_together_is_held_against_sets_drawn_at_random():
     cell = build_cell()
 
-    def together(layers: tuple[int, ...], drop: float, drawn: bool) -> RunRecord:
-        which = {"layer": layers[0], "span": len(layers), "members": layers, "drawn": drawn}
-        return numbered(cell.runs[0], accuracy_drop=drop, **which)
+    def joint_run(layers: tuple[int, ...], drop: float, drawn: bool) -> RunRecord:
+        fields = {"layer": layers[0], "span": len(layers), "members": layers, "drawn": drawn}
+        return part_run(cell.runs[0], accuracy_drop=drop, **fields)
 
-    drawn = [together((0, n + 2), 0.2 + n / 1000, True) for n in range(40)]
-    one = cell.model_copy(update={"runs": (together((0, 5), 0.1, False), *drawn)})
-    assert controls_answer(one) == (
+    random_runs = [joint_run((0, n + 2), 0.2 + n / 1000, True) for n in range(40)]
+    cell_with_set = cell.model_copy(update={"runs": (joint_run((0, 5), 0.1, False), *random_runs)})
+    assert controls_answer(cell_with_set) == (
         "2 layers removed together: accuracy drop 10.0 pp (the set), 22.0 of 40 sets drawn at "
         "random (20.0 to 23.9). It is shown to differ from these (p = 0.049)."
     )
-    inside = cell.model_copy(update={"runs": (together((0, 5), 0.201, False), *drawn)})
+    ordinary_cell = cell.model_copy(
+        update={"runs": (joint_run((0, 5), 0.201, False), *random_runs)}
+    )
     # Two of forty cost as little.
-    assert controls_answer(inside).endswith("is not shown to differ from these (p = 0.146).")
-    several = cell.model_copy(update={"runs": (*one.runs, together((0, 7), 0.2, False))})
-    assert controls_answer(several).startswith(
+    assert controls_answer(ordinary_cell).endswith("is not shown to differ from these (p = 0.146).")
+    cell_with_two_sets = cell.model_copy(
+        update={"runs": (*cell_with_set.runs, joint_run((0, 7), 0.2, False))}
+    )
+    assert controls_answer(cell_with_two_sets).startswith(
         "2 layers removed together: accuracy drop 15.0 pp (2 sets, on average), 22.0"
     )
-    assert "differ" not in controls_answer(several)
+    assert "differ" not in controls_answer(cell_with_two_sets)
     assert controls_answer(cell) == ""
-    page = unescape(html.render_page([one], {}))
-    assert controls_answer(one) in page
+    page = unescape(html.render_page([cell_with_set], {}))
+    assert controls_answer(cell_with_set) in page
     assert "layers 0, 5" in page
-    frame = frames.layer_frame([one])
+    frame = frames.layer_frame([cell_with_set])
     assert frame["members"][0] == "0, 5"
     assert frame["drawn"].notna().sum() == 40
 
@@ -46,9 +50,14 @@ def test_what_layers_cost_together_is_held_against_sets_drawn_at_random():
 def test_hundreds_of_runs_are_a_map_on_a_page_that_opens():
     cell = build_cell()
     runs = tuple(
-        numbered(cell.runs[(first + span) % LAYERS], layer=first, span=span, intervention="repeat")
-        for first in range(32)
-        for span in range(1, 33 - first)
+        part_run(
+            cell.runs[(first_layer + span) % LAYERS],
+            layer=first_layer,
+            span=span,
+            intervention="repeat",
+        )
+        for first_layer in range(32)
+        for span in range(1, 33 - first_layer)
     )
     assert len(runs) == 528
     model = cell.model.model_copy(update={"layers": 32})

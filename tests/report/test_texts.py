@@ -14,7 +14,7 @@ Hello
 {% for name in names %}
 {{ name }}{{ "," if not loop.last }}
 {% endfor %}
-({{ counted(names|length, "name") }}
+({{ count_text(names|length, "name") }}
 {% if end %}
 , {{ end }}
 {% endif %}
@@ -38,14 +38,14 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextTemplate:
 
 
 def test_lines_are_joined_and_empty_texts_left_out(texts: TextTemplate) -> None:
-    assert texts.all("greeting", ["Ann"], "") == ["Hello Ann (1 name)."]
-    assert texts.all("greeting", ["Ann", "Bo"], "no more") == [
+    assert texts.render_all("greeting", ["Ann"], "") == ["Hello Ann (1 name)."]
+    assert texts.render_all("greeting", ["Ann", "Bo"], "no more") == [
         "Hello Ann, Bo (2 names, no more).",
         "2 greet.",
     ]
-    assert texts.one("greeting", ["Ann", "Bo"], "").endswith("(2 names). 2 greet.")
+    assert texts.render("greeting", ["Ann", "Bo"], "").endswith("(2 names). 2 greet.")
 
 
 def test_an_unknown_name_is_an_error(texts: TextTemplate) -> None:
     with pytest.raises(AttributeError, match="farewell"):
-        texts.one("farewell")
+        texts.render("farewell")

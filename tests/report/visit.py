@@ -9,7 +9,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-ARGUMENTS = [
+CHROMIUM_ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -18,7 +18,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SCROLL = """async () => {
+SCROLL_SCRIPT = """async () => {
   for (const box of document.querySelectorAll('.chart, .table')) {
     if (box.closest('details:not([open])')) continue;
     box.scrollIntoView();
@@ -26,26 +26,26 @@ SCROLL = """async () => {
   }
   scrollTo(0, 0);
 }"""
-DRAWN = """() => [...document.querySelectorAll('.chart')].every(
+DRAWN_SCRIPT = """() => [...document.querySelectorAll('.chart')].every(
   (box) => box.closest('details:not([open])') || box.querySelector('svg.main-svg'))"""
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def start_chromium() -> Iterator[Browser]:
     """Start the browser and end it."""
     path = shutil.which("chromium")
     assert path, "these tests need chromium on the PATH: apt-get install chromium"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGUMENTS)
         yield browser
         browser.close()
 
 
-class Visit:
+class PageVisit:
     """One opened page; on leaving it, nothing may have gone wrong or been fetched.
 
-    It is scrolled through first, so that every chart in an open section is drawn, unless `scroll`
-    is false. Behind the page's address stands `sent`, as a link that was sent has it.
+    It is scrolled through first, so that every chart in an open section is drawn, unless
+    `scroll_through` is false. `sent` is appended to the page's address, as in a link that was sent.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class Visit:
         self.page.goto(path.as_uri() + sent)
         self.page.wait_for_function("document.documentElement.dataset.charts === 'ready'")
         if scroll:
-            self.scroll()
+            self.scroll_through()
 
-    def scroll(self) -> None:
+    def scroll_through(self) -> None:
         """Look at everything that is open."""
-        self.page.evaluate(SCROLL)
-        self.page.wait_for_function(DRAWN)
+        self.page.evaluate(SCROLL_SCRIPT)
+        self.page.wait_for_function(DRAWN_SCRIPT)
 
     def open_all(self) -> None:
         """Open every section, as a reader who wants all numbers does."""
         self.page.evaluate(
             "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
         )
-        self.scroll()
+        self.scroll_through()
 
-    def __enter__(self) -> Visit:
+    def __enter__(self) -> PageVisit:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

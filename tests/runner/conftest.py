@@ -18,20 +18,27 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.conftest import of_all_workers
-from tests.helpers.forks import Fork, forks
+from tests.conftest import shared_folder
+from tests.helpers.forks import ForkedProgram, forked_commands
 from tests.helpers.lm_eval import write_rows
-from tests.helpers.runs import Heard, arc, run, same, shards, wait_for
+from tests.helpers.runs import (
+    RecordingProgress,
+    assert_same_results,
+    list_shards,
+    run_experiment,
+    wait_for,
+    write_arc,
+)
 from tracker.api import Results
-from tracker.benchmarks.factory import known_tasks
-from tracker.ledger.blocks import BLOCK
+from tracker.benchmarks.factory import list_tasks
+from tracker.ledger.blocks import BLOCK_SIZE
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _tasks(_cache, tmp_path_factory) -> None:
     """Read lm-eval's tasks once, although workers side by side begin with these tests."""
-    with FileLock(of_all_workers(tmp_path_factory) / "tasks.lock"):
-        known_tasks()
+    with FileLock(shared_folder(tmp_path_factory) / "tasks.lock"):
+        list_tasks()
 
 
 @pytest.fixture
@@ -39,28 +46,31 @@ def measure(experiment, tmp_path) -> Callable[..., Results]:
     """Measure an experiment on the tiny model or another one, in which nothing fails."""
 
     def measure(
-        model: Path | str, results: str = "results", heard: Heard | None = None, **settings: object
+        model: Path | str,
+        results: str = "results",
+        heard: RecordingProgress | None = None,
+        **settings: object,
     ) -> Results:
-        asked = {"data": str(arc(tmp_path / "arc")), **settings}
-        done = run(experiment(model, **asked), tmp_path / results, heard)
-        assert not done.outcome.failed, done.outcome.failed
-        return done
+        options = {"data": str(write_arc(tmp_path / "arc")), **settings}
+        outcome = run_experiment(experiment(model, **options), tmp_path / results, heard)
+        assert not outcome.outcome.failed, outcome.outcome.failed
+        return outcome
 
     return measure
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory) -> Iterator[Callable[..., Fork]]:
+def forked(tmp_path_factory) -> Iterator[Callable[..., ForkedProgram]]:
     """Give commands, each in a process of its own, which begins at once."""
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with forks(tmp_path_factory.mktemp("forks"), environment) as found:
-        yield found
+    with forked_commands(tmp_path_factory.mktemp("forks"), environment) as fork:
+        yield fork
 
 
 @pytest.fixture
 def long(tiny_llama, experiment) -> Path:
     """Write a study that runs long enough to be interrupted."""
-    return experiment(tiny_llama(), limit=5 * BLOCK + 5)
+    return experiment(tiny_llama(), limit=5 * BLOCK_SIZE + 5)
 
 
 @contextmanager
@@ -69,7 +79,7 @@ def meanwhile(results: Path, do: Callable[[], None]) -> Iterator[None]:
     done: list[bool] = []
 
     def wait_and_do() -> None:
-        wait_for(lambda: shards(results))
+        wait_for(lambda: list_shards(results))
         do()
         done.append(True)
 
@@ -83,7 +93,7 @@ def meanwhile(results: Path, do: Callable[[], None]) -> Iterator[None]:
 @pytest.fixture
 def as_one_process(
     tiny_llama, experiment, tmp_path, monkeypatch
-) -> Callable[..., tuple[Results, Heard]]:
+) -> Callable[..., tuple[Results, RecordingProgress]]:
     """Run cells of one model elsewhere, by relative paths: nothing differs, nothing is lost, of
     layers and of heads.
 
@@ -94,38 +104,38 @@ def as_one_process(
     def check(
         do: Callable[[], None],
         benchmarks: Sequence[str] = ("arc_easy", "piqa", "arc_challenge"),
-        documents: int = BLOCK + 4,
+        documents: int = BLOCK_SIZE + 4,
         until: str | None = None,
         **elsewhere: object,
-    ) -> tuple[Results, Heard]:
+    ) -> tuple[Results, RecordingProgress]:
         monkeypatch.chdir(tmp_path)
-        arc(Path("data"), documents + 4 * (until is None))
+        write_arc(Path("data"), documents + 4 * (until is None))
         unreadable = {"goal": "Which?", "sol1": "word " * 400, "sol2": "none", "label": 0}
         write_rows(Path("data/baber/piqa"), validation=[unreadable] * documents)
-        model, good = f"./{tiny_llama().name}", [name for name in benchmarks if name != "piqa"]
-        asked = {"data": "./data", "limit": None, "until": until}
-        asked |= {"sample": documents if until is None else None}
-        asked |= {"component": ["layer", "head"], "head": 1}
-        file = experiment(model, benchmark=[*benchmarks], **asked)
-        alone, heard = run(file, tmp_path / "one"), Heard()
+        model, readable = f"./{tiny_llama().name}", [name for name in benchmarks if name != "piqa"]
+        options = {"data": "./data", "limit": None, "until": until}
+        options |= {"sample": documents if until is None else None}
+        options |= {"component": ["layer", "head"], "head": 1}
+        file = experiment(model, benchmark=[*benchmarks], **options)
+        plain_results, heard = run_experiment(file, tmp_path / "one"), RecordingProgress()
         with meanwhile(tmp_path / "elsewhere", do):
-            found = run(file, tmp_path / "elsewhere", heard, **elsewhere)
-        assert found.outcome.failed == alone.outcome.failed
-        ((title, why),) = found.outcome.failed.items()
+            other_results = run_experiment(file, tmp_path / "elsewhere", heard, **elsewhere)
+        assert other_results.outcome.failed == plain_results.outcome.failed
+        ((title, reason),) = other_results.outcome.failed.items()
         assert "piqa" in title
-        assert "continuation" in why
-        assert {run.change.component for run in found.cells[0].runs} == {"layer", "head"}
-        same(tmp_path / "one", tmp_path / "elsewhere")
-        assert heard.counted == heard.expected
+        assert "continuation" in reason
+        assert {run.change.component for run in other_results.cells[0].runs} == {"layer", "head"}
+        assert_same_results(tmp_path / "one", tmp_path / "elsewhere")
+        assert heard.n_counted == heard.n_expected
         assert heard.finished
-        again = run(
-            experiment(model, "good.yaml", benchmark=good, **asked),
+        repeated = run_experiment(
+            experiment(model, "good.yaml", benchmark=readable, **options),
             tmp_path / "elsewhere",
             **elsewhere,
         )
-        assert again.outcome.models_loaded == 0
-        assert again.cells == found.cells
-        assert [cell.benchmark.name for cell in again.cells] == good
-        return found, heard
+        assert repeated.outcome.models_loaded == 0
+        assert repeated.cells == other_results.cells
+        assert [cell.benchmark.name for cell in repeated.cells] == readable
+        return other_results, heard
 
     return check

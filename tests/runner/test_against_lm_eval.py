@@ -13,9 +13,9 @@ from lm_eval.models.huggingface import HFLM
 
 import tracker
 from tests.benchmarks.conftest import PACKAGE
-from tests.helpers.lm_eval import cut, evaluate
-from tests.helpers.package_tasks import plain_tasks_in, rows
-from tests.helpers.runs import is_lm_evals, measure_easy, run, write_study
+from tests.helpers.lm_eval import cut_layer, evaluate
+from tests.helpers.package_tasks import load_rows, plain_package_tasks
+from tests.helpers.runs import assert_lm_eval_figures, measure_easy, run_experiment, write_study
 from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
@@ -34,7 +34,7 @@ BENCHMARKS = {
 @pytest.fixture(scope="module")
 def task_manager(tmp_path_factory):
     """lm-eval's own tasks on the package's files, by lm-eval's own means: no code of ours."""
-    return plain_tasks_in(tmp_path_factory.mktemp("tasks"))
+    return plain_package_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def measured(tmp_path_factory, smollm2, shallow):
             limit=limit,
             layer=LAYERS[model],
         )
-        results = run(file, folder / "results")
+        results = run_experiment(file, folder / "results")
         assert not results.outcome.failed
         (cells[name],) = results.cells
     stores = {store.identity.benchmark.name: store for store in Ledger(folder / "results").cells()}
@@ -68,42 +68,42 @@ def measured(tmp_path_factory, smollm2, shallow):
 def test_every_number_is_lm_evals(task_manager, measured, model, layer, record_property):
     cells, stores, models = measured
     loaded = models[model]
-    plain = HFLM(cut(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
-    worst = 0.0
-    for name, (of, shots, limit) in BENCHMARKS.items():
-        if of != model:
+    lm = HFLM(cut_layer(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
+    largest = 0.0
+    for name, (wanted_model, shots, limit) in BENCHMARKS.items():
+        if wanted_model != model:
             continue
-        found = evaluate(
-            plain,
+        results = evaluate(
+            lm,
             tasks=[f"plain_{name}"],
             num_fewshot=shots,
             limit=limit,
             task_manager=task_manager,
         )
         record = cells[name]
-        ours = record.baseline_metrics if layer is None else record.runs_of()[layer].metrics
-        theirs = found["results"][f"plain_{name}"]
+        ours = record.baseline_metrics if layer is None else record.runs_of_kind()[layer].metrics
+        theirs = results["results"][f"plain_{name}"]
         assert set(ours) == {"acc"} if name == "mmlu_anatomy" else {"acc", "acc_norm"}
         for metric, value in ours.items():
             assert value == theirs[f"{metric},none"], (name, layer, metric)
 
         frame = stores[name].read()
         ablation = "baseline" if layer is None else f"layer:{layer}"
-        answered = frame[frame["ablation"] == ablation].set_index("doc").sort_index()
-        samples = sorted(found["samples"][f"plain_{name}"], key=lambda s: s["doc_id"])
-        assert len(answered) == len(samples) == limit
-        for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
+        rows = frame[frame["ablation"] == ablation].set_index("doc").sort_index()
+        samples = sorted(results["samples"][f"plain_{name}"], key=lambda s: s["doc_id"])
+        assert len(rows) == len(samples) == limit
+        for (_, row), sample in zip(rows.iterrows(), samples, strict=True):
             answers = [response[0] for response in sample["resps"]]
             theirs_ll = np.array([float(ll) for ll, _ in answers])
-            worst = max(worst, np.abs(row["loglikelihoods"] - theirs_ll).max())
+            largest = max(largest, np.abs(row["loglikelihoods"] - theirs_ll).max())
             assert list(row["greedy"]) == [str(flag) == "True" for _, flag in answers]
-    record_property("largest log-likelihood difference, nats", float(worst))
-    assert worst < 1e-3
+    record_property("largest log-likelihood difference, nats", float(largest))
+    assert largest < 1e-3
 
 
 HEADS = [(2, 3), (2, 8)]
 """Layers and their heads."""
-STRETCHES = [(1, 2)]
+SPANS = [(1, 2)]
 """First layers of what is passed again, and how many."""
 
 
@@ -114,7 +114,7 @@ def _without_head(model, layer: int, head: int):
     return model
 
 
-def _again(model, first: int, count: int):
+def _repeat_layers(model, first: int, count: int):
     """Write a stretch of a Llama's layers twice, in a copy."""
     model = copy.deepcopy(model)
     layers = [*model.model.layers]
@@ -128,31 +128,31 @@ def _again(model, first: int, count: int):
 
 def test_heads_and_stretches_are_lm_evals(shallow, measured, task_manager, tmp_path, one_thread):
     loaded = measured[2]["shallow"]
-    layers, numbers = (sorted({pair[place] for pair in HEADS}) for place in (0, 1))
-    first, spans = (sorted({pair[place] for pair in STRETCHES}) for place in (0, 1))
+    layers, numbers = (sorted({pair[position] for pair in HEADS}) for position in (0, 1))
+    starts, spans = (sorted({pair[position] for pair in SPANS}) for position in (0, 1))
     runs = {}
     for settings in (
         {"component": "head", "layer": layers, "head": numbers},
-        {"intervention": "repeat", "layer": first, "span": spans},
+        {"intervention": "repeat", "layer": starts, "span": spans},
     ):
-        _, _, found, frame = measure_easy(shallow, tmp_path, limit=2, **settings)
-        runs |= found
-    changed = {
+        _, _, results, frame = measure_easy(shallow, tmp_path, limit=2, **settings)
+        runs |= results
+    models = {
         f"head:{layer}.{head}": _without_head(loaded.model, layer, head) for layer, head in HEADS
     }
-    changed |= {
-        f"repeat:{first}" + (f"-{first + count - 1}" if count > 1 else ""): _again(
-            loaded.model, first, count
+    models |= {
+        f"repeat:{starts}" + (f"-{starts + count - 1}" if count > 1 else ""): _repeat_layers(
+            loaded.model, starts, count
         )
-        for first, count in STRETCHES
+        for starts, count in SPANS
     }
-    for name, model in changed.items():
-        is_lm_evals(runs[name], frame, model, loaded.tokenizer, task_manager)
+    for name, model in models.items():
+        assert_lm_eval_figures(runs[name], frame, model, loaded.tokenizer, task_manager)
 
 
 def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, measured):
     record = measured[0]["arc_easy"]
-    docs = rows("allenai/ai2_arc", "ARC-Easy").select(range(record.n))
+    docs = load_rows("allenai/ai2_arc", "ARC-Easy").select(range(record.n))
     texts = [
         f"Question: {doc['question']}\nAnswer: "
         + doc["choices"]["text"][doc["choices"]["label"].index(doc["answerKey"])]
@@ -161,19 +161,21 @@ def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, m
     tokens = [smollm2.tokenizer(text, return_tensors="pt").input_ids for text in texts]
     assert record.tokens == sum(ids.shape[1] for ids in tokens)
     for layer in LAYERS["whole"]:
-        seen = []
+        states = []
         handle = smollm2.model.model.layers[layer].register_forward_hook(
-            lambda _, args, output, seen=seen: seen.extend(zip(args[0][0], output[0], strict=True))
+            lambda _, args, output, seen=states: seen.extend(
+                zip(args[0][0], output[0], strict=True)
+            )
         )
         with torch.no_grad():
             for ids in tokens:
                 smollm2.model(ids)
         handle.remove()
-        pairs = [(before.double(), after.double()) for before, after in seen]
+        pairs = [(before.double(), after.double()) for before, after in states]
         cosines = [float(x @ y / (x.norm() * y.norm())) for x, y in pairs]
         updates = [float((y - x).norm() / x.norm()) for x, y in pairs]
         angles = [np.arccos(min(cosine, 1.0)) / np.pi for cosine in cosines]
-        row = record.runs_of()[layer]
+        row = record.runs_of_kind()[layer]
         assert row.cosine_similarity == pytest.approx(np.mean(cosines), abs=1e-5)
         assert row.angular_distance == pytest.approx(np.mean(angles), abs=1e-4)
         assert row.relative_update == pytest.approx(np.mean(updates), rel=1e-4)
@@ -186,24 +188,24 @@ def test_a_sample_is_lm_evals_samples_and_grows(
     folder = tiny_llama(seed=3, layers=3)
     pruned_layer, results = 1, tmp_path / "results"
     loaded = load_model(find_model(str(folder)), "float32")
-    plain = {
-        layer: HFLM(cut(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
+    models = {
+        layer: HFLM(cut_layer(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
         for layer in (None, pruned_layer)
     }
 
     @cache
-    def plainly(layer, wanted):
-        found = evaluate(
-            plain[layer],
+    def plain_accuracy(layer, documents):
+        results = evaluate(
+            models[layer],
             tasks=["plain_copa"],
-            samples={"plain_copa": list(wanted)},
+            samples={"plain_copa": list(documents)},
             task_manager=task_manager,
         )
-        return found["results"]["plain_copa"]["acc,none"]
+        return results["results"]["plain_copa"]["acc,none"]
 
     order = random_order(1234, "copa", range(100))
     accuracies = set()
-    for settings, wanted, new in (
+    for settings, documents, n_new in (
         ({"sample": 33}, sorted(order[:33]), 33),
         ({"sample": 70}, sorted(order[:70]), 37),
         ({}, range(100), 30),
@@ -213,28 +215,28 @@ def test_a_sample_is_lm_evals_samples_and_grows(
         file = experiment(
             folder, benchmark="copa", layer=pruned_layer, **{"limit": None, **settings}
         )
-        before = {path: path.read_bytes() for path in results.glob("cells/*/shards/*")}
-        done = run(file, results)
+        contents = {path: path.read_bytes() for path in results.glob("cells/*/shards/*")}
+        done = run_experiment(file, results)
         assert not done.outcome.failed
-        assert bool(done.outcome.models_loaded) == bool(new)
+        assert bool(done.outcome.models_loaded) == bool(n_new)
         (cell,) = done.cells
-        drawn = 1234 if "sample" in settings else None
-        assert (cell.n, cell.sample_seed, cell.is_complete) == (len(wanted), drawn, True)
-        found = results.glob("cells/*/shards/*")
-        assert before.items() <= {path: path.read_bytes() for path in found}.items()
+        seed = 1234 if "sample" in settings else None
+        assert (cell.n, cell.sample_seed, cell.is_complete) == (len(documents), seed, True)
+        paths = results.glob("cells/*/shards/*")
+        assert contents.items() <= {path: path.read_bytes() for path in paths}.items()
         (store,) = Ledger(results).cells()
-        fresh = [path for path in store.shards() if path not in before]
-        written = sum(pq.read_metadata(path).num_rows for path in fresh)
-        assert written == new * 2, "baseline and one layer, of the new documents alone"
-        for layer in plain:
+        new_shards = [path for path in store.shards() if path not in contents]
+        n_rows = sum(pq.read_metadata(path).num_rows for path in new_shards)
+        assert n_rows == n_new * 2, "baseline and one layer, of the new documents alone"
+        for layer in models:
             ours = cell.baseline_metrics if layer is None else cell.runs[0].metrics
-            assert ours["acc"] == plainly(layer, tuple(wanted))
-            accuracies.add((len(wanted), layer, ours["acc"]))
+            assert ours["acc"] == plain_accuracy(layer, tuple(documents))
+            accuracies.add((len(documents), layer, ours["acc"]))
     assert len({accuracy for *_, accuracy in accuracies}) > 4, "they tell the documents apart"
-    assert [(each.n, each.drawn) for each in tracker.api.ls(results)] == [
+    assert [(record.n, record.sampling_text) for record in tracker.api.ls(results)] == [
         (100, ""),  # fewer of the same runs take nothing away
         (70, "drawn at random (seed 1234)"),
     ]
-    verified, _ = tracker.api.check(results)
-    assert not verified.damaged
-    assert not any(cell.aside for cell in verified.cells)
+    report, _ = tracker.api.check(results)
+    assert not report.damaged
+    assert not any(cell.aside for cell in report.cells)

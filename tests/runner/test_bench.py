@@ -24,19 +24,19 @@ def bench(tiny_llama, tmp_path):
 
 
 def test_the_engine_is_set_beside_lm_eval(bench):
-    found = bench(*ARC, "--component", "layer", "--component", "mlp", layers=2)
-    assert (found["documents"], found["ablations"]) == (2, 5)
-    (loop,) = found["loops"].values()
+    comparison = bench(*ARC, "--component", "layer", "--component", "mlp", layers=2)
+    assert (comparison["documents"], comparison["ablations"]) == (2, 5)
+    (loop,) = comparison["loops"].values()
     assert set(loop["evaluations"]) == {"baseline", "layer:0", "layer:1", "mlp:0", "mlp:1"}
     assert loop["requests_compared"] == 8 * len(loop["evaluations"])
     assert loop["largest_difference"] < 1e-3
     assert loop["greedy_disagreements"] == 0
     assert loop["seconds"] == pytest.approx(sum(loop["evaluations"].values()))
-    assert loop["ratio"] == pytest.approx(loop["seconds"] / found["engine_seconds"])
-    assert found["layer_passes"] > 0
-    assert 1 < found["times_the_passes"]["lm-eval"] < found["times_the_passes"]["vllm"]
-    assert 0 < found["outside_share"] < 1
-    assert 0 < found["engine_peak_gib"] < 16
+    assert loop["ratio"] == pytest.approx(loop["seconds"] / comparison["engine_seconds"])
+    assert comparison["layer_passes"] > 0
+    assert 1 < comparison["times_the_passes"]["lm-eval"] < comparison["times_the_passes"]["vllm"]
+    assert 0 < comparison["outside_share"] < 1
+    assert 0 < comparison["engine_peak_gib"] < 16
 
 
 def test_the_figures_are_printed(tiny_llama):
@@ -50,17 +50,17 @@ def test_the_figures_are_printed(tiny_llama):
 
 
 def test_of_many_heads_four_are_tried(bench):
-    found = bench(*ARC[:-1], "1", "--component", "head", layers=2)
-    assert found["ablations"] == 1 + 2 * 4
-    tried = {"baseline", "head:0.0", "head:0.2", "head:1.1", "head:1.3"}
-    assert set(found["loops"]["lm-eval"]["evaluations"]) == tried
-    assert found["loops"]["lm-eval"]["largest_difference"] < 1e-3
+    comparison = bench(*ARC[:-1], "1", "--component", "head", layers=2)
+    assert comparison["ablations"] == 1 + 2 * 4
+    ablations = {"baseline", "head:0.0", "head:0.2", "head:1.1", "head:1.3"}
+    assert set(comparison["loops"]["lm-eval"]["evaluations"]) == ablations
+    assert comparison["loops"]["lm-eval"]["largest_difference"] < 1e-3
 
 
 def test_weights_that_rest_on_disk_are_counted(bench):
     """lm-eval, each of whose calls would read all of them, is left out."""
-    found = bench(*ARC, "--offload", "disk", "--no-check")
-    assert found["read_bytes"] == 2 * found["offloaded_bytes"] > 0
-    assert 0 <= found["waiting_share"] < 1
-    assert found["check_seconds"] is None
-    assert found["loops"] == {}
+    comparison = bench(*ARC, "--offload", "disk", "--no-check")
+    assert comparison["read_bytes"] == 2 * comparison["offloaded_bytes"] > 0
+    assert 0 <= comparison["waiting_share"] < 1
+    assert comparison["check_seconds"] is None
+    assert comparison["loops"] == {}

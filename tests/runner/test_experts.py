@@ -9,9 +9,9 @@ import torch
 
 from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
-from tests.helpers.families import MIXED, tiny_model
-from tests.helpers.package_tasks import plain_tasks_in
-from tests.helpers.runs import is_lm_evals, measure_easy
+from tests.helpers.families import MIXED_LAYERS, tiny_model
+from tests.helpers.package_tasks import plain_package_tasks
+from tests.helpers.runs import assert_lm_eval_figures, measure_easy
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
@@ -23,52 +23,52 @@ NEVER = "expert:1.1"
 def folder(tmp_path):
     folder = tmp_path / "mixture"
     vocabulary = save_tokenizer(folder, False)
-    model = tiny_model("gpt_oss", num_hidden_layers=2, layer_types=MIXED[:2])
+    model = tiny_model("gpt_oss", num_hidden_layers=2, layer_types=MIXED_LAYERS[:2])
     model.resize_token_embeddings(vocabulary)
     model.model.layers[1].mlp.router.bias.data[1] = -1e4
     model.save_pretrained(folder)
     return folder
 
 
-def without(model, layer, number):
+def remove_expert(model, layer, number):
     """Delete an expert's entries by their names, in a copy."""
-    twin = copy.deepcopy(model)
-    mlp = twin.model.layers[layer].mlp
-    kept = [each for each in range(mlp.router.num_experts) if each != number]
+    pruned = copy.deepcopy(model)
+    mlp = pruned.model.layers[layer].mlp
+    numbers = [index for index in range(mlp.router.num_experts) if index != number]
     for module in (mlp.router, mlp.experts):
-        module.num_experts = len(kept)
+        module.num_experts = len(numbers)
         for name, value in list(module.named_parameters()):
-            setattr(module, name, torch.nn.Parameter(value[kept], requires_grad=False))
-    return twin
+            setattr(module, name, torch.nn.Parameter(value[numbers], requires_grad=False))
+    return pruned
 
 
 def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     results = tmp_path / "results"
     _, cell, runs, frame = measure_easy(folder, tmp_path, component="expert", layer=1)
     assert list(runs) == [f"expert:1.{number}" for number in range(4)]
-    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
     for number in (0, 1, 3):
-        changed = without(loaded.model, 1, number)
-        is_lm_evals(runs[f"expert:1.{number}"], frame, changed, loaded.tokenizer, tasks)
-    undefined = [name for name, each in runs.items() if each.drop.value is None]
-    assert undefined == [NEVER]
-    assert "no token that an answer depends on went" in runs[NEVER].drop.reason
-    assert sum(each.routed_share for each in cell.runs) == pytest.approx(2)
-    unsent = [name for name, each in runs.items() if each.expert_saliency is None]
-    assert (unsent, runs[NEVER].routed_share) == ([NEVER], 0)
+        pruned = remove_expert(loaded.model, 1, number)
+        assert_lm_eval_figures(runs[f"expert:1.{number}"], frame, pruned, loaded.tokenizer, tasks)
+    undefined_names = [name for name, result in runs.items() if result.drop.value is None]
+    assert undefined_names == [NEVER]
+    assert "no token that an answer depends on is routed" in runs[NEVER].drop.reason
+    assert sum(result.routed_share for result in cell.runs) == pytest.approx(2)
+    unused_names = [name for name, result in runs.items() if result.expert_saliency is None]
+    assert (unused_names, runs[NEVER].routed_share) == ([NEVER], 0)
     assert "no token of these documents" in runs[NEVER].reasons["expert_saliency"]
-    assert {each.proxy for each in cell.correlations} == {"expert_saliency", "routed_share"}
+    assert {result.proxy for result in cell.correlations} == {"expert_saliency", "routed_share"}
     assert printed("report", results, "--format", "csv", "--output", tmp_path / "figures")
     page = printed("report", results, "--output", tmp_path / "page.html") and (
         tmp_path / "page.html"
     ).read_text(encoding="utf-8")
     assert "how well each proxy ranks the experts by accuracy drop" in page
     trial = ("evaluate", "--model", folder, "--benchmark", "arc_easy", "--data", PACKAGE)
-    asked = ("--limit", 4, "--dtype", "float32", "--component", "expert", "--layer", 1)
-    said = printed(*trial, *asked, "--expert", 1, "--results", results, "--track", "none")
-    assert "went to this expert" in said
+    options = ("--limit", 4, "--dtype", "float32", "--component", "expert", "--layer", 1)
+    output = printed(*trial, *options, "--expert", 1, "--results", results, "--track", "none")
+    assert "is routed to this expert" in output
     assert (
-        "has 4 experts, 0 to 3" in cli(*trial, *asked, "--expert", 4, "--results", results).output
+        "has 4 experts, 0 to 3" in cli(*trial, *options, "--expert", 4, "--results", results).output
     )
 
 
@@ -78,11 +78,11 @@ def test_shared_experts_are_lm_evals(tmp_path, one_thread):
     model.resize_token_embeddings(save_tokenizer(folder, False))
     model.save_pretrained(folder)
     _, cell, _, frame = measure_easy(folder, tmp_path, component="shared_expert", layer=[1, 3])
-    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
-    for each in cell.runs:
-        changed = copy.deepcopy(loaded.model)
-        changed.model.layers[each.change.layer].mlp.shared_experts.down_proj.weight.data.zero_()
-        is_lm_evals(each, frame, changed, loaded.tokenizer, tasks)
-    assert [each.ablation for each in cell.runs] == ["shared_expert:1", "shared_expert:3"]
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
+    for record in cell.runs:
+        pruned = copy.deepcopy(loaded.model)
+        pruned.model.layers[record.change.layer].mlp.shared_experts.down_proj.weight.data.zero_()
+        assert_lm_eval_figures(record, frame, pruned, loaded.tokenizer, tasks)
+    assert [record.ablation for record in cell.runs] == ["shared_expert:1", "shared_expert:3"]
     assert printed("report", tmp_path / "results", "--output", tmp_path / "page.html")
     assert "each layer’s shared expert was removed" in (tmp_path / "page.html").read_text("utf-8")

@@ -12,36 +12,36 @@ from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers.charts import kind_map
 from tests.helpers.mixtures import save_mixture
-from tests.helpers.package_tasks import plain_tasks_in
+from tests.helpers.package_tasks import plain_package_tasks
 from tests.helpers.registry import make_registered
-from tests.helpers.runs import EASY, is_lm_evals, measure_easy
+from tests.helpers.runs import EASY_SETTINGS, assert_lm_eval_figures, measure_easy
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 from tracker.report.frames import layer_frame
 from tracker.report.tables import layer_table
 
-NONE = ("--track", "none")
+NO_TRACKER = ("--track", "none")
 MAPS = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
 MAPS += [f"self_attn.{name}_proj" for name in "koqv"]
 
 
-def in_file(weight, kind):
+def round_weight(weight, kind):
     """Return a weight as a GGUF file has it."""
-    kept = gguf.quants.quantize(weight.detach().numpy(), kind)
-    return torch.from_numpy(gguf.quants.dequantize(kept, kind))
+    blocks = gguf.quants.quantize(weight.detach().numpy(), kind)
+    return torch.from_numpy(gguf.quants.dequantize(blocks, kind))
 
 
-def changed(model, path, kind):
+def round_module(model, path, kind):
     """Write a module's weight as a GGUF file has it, in a copy."""
-    twin = copy.deepcopy(model)
-    module = twin.get_submodule(path)
-    module.weight.data = in_file(module.weight, kind)
-    return twin
+    rounded = copy.deepcopy(model)
+    module = rounded.get_submodule(path)
+    module.weight.data = round_weight(module.weight, kind)
+    return rounded
 
 
-def trial_of(folder):
+def trial_words(folder):
     """Return the words of a trial of layer 1."""
-    settings = {"model": folder, **EASY, "layer": 1}
+    settings = {"model": folder, **EASY_SETTINGS, "layer": 1}
     return ("evaluate", *(f"--{key}={value}" for key, value in settings.items()))
 
 
@@ -50,28 +50,28 @@ def test_a_model_of_other_matrices_has_no_linear_maps_and_is_a_wrong_request(tmp
     folder = tmp_path / "convolutions"
     save_tokenizer(folder, False)
     make_registered("lfm2").save_pretrained(folder)
-    asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
+    options = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
     results = tmp_path / "results"
-    told = ("--component=linear", "--intervention=int8")
-    for words in (("plan", *told), ("run", *told), ("quantise", "--budget=5bpw")):
-        wrong = cli(words[0], *asked, *words[1:], "--results", results)
-        assert (wrong.exit_code, "is no linear map" in wrong.output) == (2, True), wrong.output
+    extra = ("--component=linear", "--intervention=int8")
+    for words in (("plan", *extra), ("run", *extra), ("quantise", "--budget=5bpw")):
+        result = cli(words[0], *options, *words[1:], "--results", results)
+        assert (result.exit_code, "not a linear map" in result.output) == (2, True), result.output
     assert not results.exists()
 
 
 def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_path):
     """Was: `validate` refused a file without `map`, and passed formats that no row can have."""
     folder = tiny_llama(hidden_size=64, intermediate_size=96)
-    asked = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
-    asked = (*asked, "--component=linear")
+    options = (folder, "--benchmark=arc_easy", f"--data={PACKAGE}", "--sample=8")
+    options = (*options, "--component=linear")
     layers = len(load_model(find_model(str(folder)), "float32").layers)
-    assert f", {7 * layers} runs" in printed("validate", *asked, "--intervention=int4")
+    assert f", {7 * layers} runs" in printed("validate", *options, "--intervention=int4")
     for command in ("validate", "plan"):
-        wrong = cli(command, *asked, "--intervention=int4_g128")
-        said = "int4_g128 keeps 128 inputs together, and mlp.down_proj of layer 0 of Llama"
-        assert (wrong.exit_code, said in wrong.output) == (2, True), wrong.output
-    wrong = cli("validate", *asked, "--intervention=int4", "--map=mlp.gate")
-    assert (wrong.exit_code, "has no linear map mlp.gate" in wrong.output) == (2, True)
+        result = cli(command, *options, "--intervention=int4_g128")
+        message = "int4_g128 keeps 128 inputs together, and mlp.down_proj of layer 0 of Llama"
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    result = cli("validate", *options, "--intervention=int4", "--map=mlp.gate")
+    assert (result.exit_code, "has no linear map mlp.gate" in result.output) == (2, True)
 
 
 def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
@@ -82,12 +82,12 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
     runs = measure_easy(folder, tmp_path, **q4_0, component="linear", map=maps)[2]
     assert {*runs} == {f"q4_0:1.{path}" for path in maps}
     _, cell, _, frame = measure_easy(folder, tmp_path, **q4_0)
-    runs |= {each.ablation: each for each in cell.runs if each.change.map is None}
-    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    runs |= {record.ablation: record for record in cell.runs if record.change.map is None}
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
     kind = gguf.GGMLQuantizationType.Q4_0
     for ablation, result in runs.items():
-        twin = copy.deepcopy(loaded.model)
-        layer, which = twin.model.layers[1], ablation.removeprefix("q4_0:1").removeprefix(".")
+        rounded = copy.deepcopy(loaded.model)
+        layer, map_name = rounded.model.layers[1], ablation.removeprefix("q4_0:1").removeprefix(".")
         rows = [
             (f"self_attn.{n}_proj", layer.self_attn.get_submodule(f"{n}_proj").weight)
             for n in "qkvo"
@@ -97,40 +97,41 @@ def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
             for number in range(len(tensor)):
                 path = (
                     f"mlp.experts.{number}.{name}"
-                    if number == 2 and which == maps[2]
+                    if number == 2 and map_name == maps[2]
                     else f"mlp.experts.{name}"
                 )
                 rows.append((path, tensor[number]))
         for path, weight in rows:
-            if which in ("", path):
-                weight.data.copy_(in_file(weight, kind))
-        is_lm_evals(result, frame, twin, loaded.tokenizer, tasks)
+            if map_name in ("", path):
+                weight.data.copy_(round_weight(weight, kind))
+        assert_lm_eval_figures(result, frame, rounded, loaded.tokenizer, tasks)
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     folder = tiny_llama(layers=2, hidden_size=64, intermediate_size=96)
     kinds, formats = gguf.GGMLQuantizationType, ["q4_0", "q8_0", "q4_k"]
-    asked = {"component": "linear", "layer": [0, 1], "intervention": formats}
-    file, _, runs, frame = measure_easy(folder, tmp_path, **asked)
+    options = {"component": "linear", "layer": [0, 1], "intervention": formats}
+    file, _, runs, frame = measure_easy(folder, tmp_path, **options)
     assert {*runs} == {f"{w}:{layer}.{path}" for w in formats for layer in (0, 1) for path in MAPS}
-    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
     for word, kind, layer, path in (
         ("q4_0", kinds.Q4_0, 0, "mlp.down_proj"),
         ("q8_0", kinds.Q8_0, 1, "self_attn.q_proj"),
         ("q4_k", kinds.Q5_0, 1, "self_attn.v_proj"),  # what llama.cpp takes for such short rows
     ):
-        twin = changed(loaded.model, f"model.layers.{layer}.{path}", kind)
-        is_lm_evals(runs[f"{word}:{layer}.{path}"], frame, twin, loaded.tokenizer, tasks)
+        rounded = round_module(loaded.model, f"model.layers.{layer}.{path}", kind)
+        run = runs[f"{word}:{layer}.{path}"]
+        assert_lm_eval_figures(run, frame, rounded, loaded.tokenizer, tasks)
     results = tmp_path / "results"
-    assert "Of 14 linear maps in q4_0 " in printed("run", file, "--results", results, *NONE)
-    trial = trial_of(folder)
-    told = ("--component=linear", "--intervention=int4_g128", "--results", results)
-    wrong = cli(*trial, *told, "--map=mlp.gate_proj")
-    assert wrong.exit_code == 2
-    assert "int4_g128 keeps 128 inputs together, and mlp.gate_proj of layer 0 of " in wrong.output
-    wrong = cli(*trial, *told, "--map=mlp.gate")
-    assert wrong.exit_code == 2
-    assert "has no linear map" in wrong.output
+    assert "Of 14 linear maps in q4_0 " in printed("run", file, "--results", results, *NO_TRACKER)
+    trial = trial_words(folder)
+    extra = ("--component=linear", "--intervention=int4_g128", "--results", results)
+    answer = cli(*trial, *extra, "--map=mlp.gate_proj")
+    assert answer.exit_code == 2
+    assert "int4_g128 keeps 128 inputs together, and mlp.gate_proj of layer 0 of " in answer.output
+    answer = cli(*trial, *extra, "--map=mlp.gate")
+    assert answer.exit_code == 2
+    assert "has no linear map" in answer.output
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -138,29 +139,30 @@ def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread)
     folder = tiny_llama(hidden_size=64, layers=2, tie_word_embeddings=tied)
     results, report = tmp_path / "results", tmp_path / "page.html"
     names = ["embedding"] if tied else ["embedding", "lm_head"]
-    of = {"component": "linear", "layer": [1], "map": [*names, "mlp.up_proj"]}
-    file, cell, runs, frame = measure_easy(folder, tmp_path, **of, intervention=["q4_0", "q4_k"])
-    words = ("q4_0", "q4_k")
-    asked = [*names, "1.mlp.up_proj"]
-    assert {*runs} == {f"{word}:{name}" for word in words for name in asked}
-    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_tasks_in(tmp_path)
+    words = ["q4_0", "q4_k"]
+    options = {"component": "linear", "layer": [1], "map": [*names, "mlp.up_proj"]}
+    file, cell, runs, frame = measure_easy(folder, tmp_path, **options, intervention=words)
+    map_names = [*names, "1.mlp.up_proj"]
+    assert {*runs} == {f"{word}:{name}" for word in words for name in map_names}
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
     kinds = gguf.GGMLQuantizationType
     for word, kind in (("q4_0", kinds.Q4_0), ("q4_k", kinds.Q5_0)):  # rows of 64
-        for which in names:
-            path = "lm_head" if which == "lm_head" else "model.embed_tokens"
-            twin = changed(loaded.model, path, kind)
-            assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == tied
-            is_lm_evals(runs[f"{word}:{which}"], frame, twin, loaded.tokenizer, tasks)
-    text = printed("run", file, "--results", results, *NONE)
-    assert f"Of {len(asked)} linear maps in q4_0 " in text
+        for map_name in names:
+            path = "lm_head" if map_name == "lm_head" else "model.embed_tokens"
+            rounded = round_module(loaded.model, path, kind)
+            assert (rounded.lm_head.weight is rounded.model.embed_tokens.weight) == tied
+            run = runs[f"{word}:{map_name}"]
+            assert_lm_eval_figures(run, frame, rounded, loaded.tokenizer, tasks)
+    text = printed("run", file, "--results", results, *NO_TRACKER)
+    assert f"Of {len(map_names)} linear maps in q4_0 " in text
     printed("report", results, "--output", report)
     frame = layer_frame([cell])
     assert {*frame[frame["layer"].isna()]["map"]} == {*names}
     # Their one run stands in the first column of the map, or in the last one, and is no layer's.
-    drawn = kind_map(cell, "linear-q4_0")
+    figure = kind_map(cell, "linear-q4_0")
     boxes = {
         (row, column): box.partition("<br>")[0].partition(" · ")[0]
-        for row, boxes in zip(drawn.data[0].y, drawn.data[0].hovertext, strict=True)
+        for row, boxes in zip(figure.data[0].y, figure.data[0].hovertext, strict=True)
         for column, box in enumerate(boxes)
         if box
     }
@@ -168,7 +170,7 @@ def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread)
         ("mlp.up_proj", 0): "<b>layer 1 mlp.up_proj q4_0</b>"
     }
     assert "layer 0 " not in text + " ".join(map(str, layer_table(cell).rows))
-    trial = trial_of(folder)
-    told = ("--component=linear", "--intervention=q4_0", "--results", results, *NONE)
+    trial = trial_words(folder)
+    extra = ("--component=linear", "--intervention=q4_0", "--results", results, *NO_TRACKER)
     # A grid has a trial for each layer; all are the one run, which is there.
-    assert "embedding" in printed(*trial, *told, "--map=embedding")
+    assert "embedding" in printed(*trial, *extra, "--map=embedding")

@@ -18,20 +18,20 @@ from tests.helpers.families import FAMILIES
 from tests.helpers.lm_eval import (
     HFLM,
     TASKS,
-    cut,
+    cut_layer,
     evaluate,
-    parts,
-    tasks_in,
+    folder_tasks,
+    load_model_parts,
     write_plain,
     write_rows,
 )
-from tests.helpers.runs import Heard, outcomes, run
+from tests.helpers.runs import RecordingProgress, read_outcomes, run_experiment
 from tracker.benchmarks import factory
 from tracker.core.documents import Prompt
 from tracker.core.records import CellRecord
 from tracker.engine.scoring.model import FULL
 from tracker.measuring.scorer import Generation
-from tracker.models.pruned import pruned as without
+from tracker.models.pruned import prune_model as without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = [
@@ -66,20 +66,20 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
 
     def make(until: list[str], tokens: int, settings: str = "") -> Truth:
         folder, gsm8k = tmp_path / "tasks", "gsm8k/gsm8k.yaml"
-        more = f"generation_kwargs:\n  until: {json.dumps(until)}\n  max_gen_toks: {tokens}\n"
-        more += settings
-        place = data / "openai/gsm8k/main"
-        files = {split: place / f"{split}.jsonl" for split in ("train", "test")}
-        write_plain(folder, "sums", gsm8k, "json", files, more)
-        (folder / "sums.yaml").write_text(f"include: {TASKS / gsm8k}\ntask: sums\n{more}")
-        manager = tasks_in(folder)
-        monkeypatch.setattr(factory, "known_tasks", lambda: manager.task_index)
+        extra = f"generation_kwargs:\n  until: {json.dumps(until)}\n  max_gen_toks: {tokens}\n"
+        extra += settings
+        folder_path = data / "openai/gsm8k/main"
+        files = {split: folder_path / f"{split}.jsonl" for split in ("train", "test")}
+        write_plain(folder, "sums", gsm8k, "json", files, extra)
+        (folder / "sums.yaml").write_text(f"include: {TASKS / gsm8k}\ntask: sums\n{extra}")
+        manager = folder_tasks(folder)
+        monkeypatch.setattr(factory, "list_tasks", lambda: manager.task_index)
 
         def truth(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
-            plain = HFLM(model, tokenizer=tokenizer, batch_size=1)
-            found = evaluate(plain, tasks=["plain_sums"], task_manager=manager, **settings)
-            samples = {s["doc_id"]: s["resps"][0][0] for s in found["samples"]["plain_sums"]}
-            results = found["results"]["plain_sums"].items()
+            lm = HFLM(model, tokenizer=tokenizer, batch_size=1)
+            evaluation = evaluate(lm, tasks=["plain_sums"], task_manager=manager, **settings)
+            samples = {s["doc_id"]: s["resps"][0][0] for s in evaluation["samples"]["plain_sums"]}
+            results = evaluation["results"]["plain_sums"].items()
             return {
                 "texts": [samples[i] for i in sorted(samples)],
                 "metrics": {n: value for n, value in results if n.startswith("exact_match,")},
@@ -90,26 +90,27 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
     return make
 
 
-def zeroed(module: Any, args: Any, output: Any) -> Any:
+def zero_output(module: Any, args: Any, output: Any) -> Any:
     """Return a hook by which a sublayer adds nothing."""
     return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
 
 
-def pruned(model: Any, ablation: str) -> Any:
+def prune_model(model: Any, ablation: str) -> Any:
     """Take what an ablation's name says really out of a copy of a Llama."""
     component, _, layer = ablation.partition(":")
     if component in ("baseline", "layer"):
-        return cut(model, int(layer) if layer else None)
-    model = cut(model, None)
+        return cut_layer(model, int(layer) if layer else None)
+    model = cut_layer(model, None)
     name = {"attention": "self_attn", "mlp": "mlp"}[component]
-    getattr(model.model.layers[int(layer)], name).register_forward_hook(zeroed)
+    getattr(model.model.layers[int(layer)], name).register_forward_hook(zero_output)
     return model
 
 
-def texts_of(results: Path) -> dict[str, list[str]]:
+def read_texts(results: Path) -> dict[str, list[str]]:
     """Return the texts of the only cell in the ledger, by ablation, in document order."""
     return {
-        str(name): rows["text"].to_list() for name, rows in outcomes(results).groupby("ablation")
+        str(name): rows["text"].to_list()
+        for name, rows in read_outcomes(results).groupby("ablation")
     }
 
 
@@ -121,20 +122,20 @@ def as_lm_eval(sums, data, measure, tmp_path) -> Callable[..., tuple[CellRecord,
     """
 
     def check(
-        folder: Path, asked: tuple[Any, ...], prune: Any = pruned, **settings: Any
+        folder: Path, task_options: tuple[Any, ...], prune: Any = prune_model, **settings: Any
     ) -> tuple[CellRecord, set[int]]:
-        truth = sums(*asked)
+        truth = sums(*task_options)
         (cell,) = measure(folder, benchmark="sums", data=data, **settings).cells
-        model, tokenizer = parts(folder)
-        of_it = {name: settings[name] for name in ("num_fewshot", "limit") if name in settings}
-        shown = {record.ablation: record.metrics for record in cell.runs}
-        shown["baseline"] = cell.baseline_metrics
+        model, tokenizer = load_model_parts(folder)
+        options = {name: settings[name] for name in ("num_fewshot", "limit") if name in settings}
+        metrics = {record.ablation: record.metrics for record in cell.runs}
+        metrics["baseline"] = cell.baseline_metrics
         lengths = set()
-        for ablation, found in texts_of(tmp_path / "results").items():
-            expected = truth(prune(model, ablation), tokenizer, **of_it)
-            assert found == expected["texts"], ablation
-            assert shown.get(ablation, expected["metrics"]) == expected["metrics"], ablation
-            lengths |= {len(tokenizer.encode(text)) for text in found}
+        for ablation, texts in read_texts(tmp_path / "results").items():
+            expected = truth(prune(model, ablation), tokenizer, **options)
+            assert texts == expected["texts"], ablation
+            assert metrics.get(ablation, expected["metrics"]) == expected["metrics"], ablation
+            lengths |= {len(tokenizer.encode(text)) for text in texts}
         return cell, lengths
 
     return check
@@ -151,13 +152,13 @@ def as_lm_eval(sums, data, measure, tmp_path) -> Callable[..., tuple[CellRecord,
 def test_every_text_and_metric_is_lm_evals(
     tiny_llama, as_lm_eval, tmp_path, shots, room, components
 ):
-    folder, heard = tiny_llama(max_position_embeddings=room), Heard()
-    asked = {"num_fewshot": shots, "component": components, "layer": [0, 3]}
-    cell, lengths = as_lm_eval(folder, (STOPS, 24), heard=heard, **asked)
+    folder, heard = tiny_llama(max_position_embeddings=room), RecordingProgress()
+    options = {"num_fewshot": shots, "component": components, "layer": [0, 3]}
+    cell, lengths = as_lm_eval(folder, (STOPS, 24), heard=heard, **options)
     assert not [line for line in heard.lines if "less sharing" in line]
     # A prompt and the task's own answer to it, for each document and ablation.
-    assert heard.counted == heard.expected == 2 * len(TEST) * (1 + 2 * len(components))
-    assert len(texts_of(tmp_path / "results")) == 1 + 2 * len(components)
+    assert heard.n_counted == heard.n_expected == 2 * len(TEST) * (1 + 2 * len(components))
+    assert len(read_texts(tmp_path / "results")) == 1 + 2 * len(components)
     assert cell.metric == "exact_match,strict-match"
     assert (cell.chance_accuracy, cell.n) == (0, len(TEST))
     # Rows ended at different times: at a stop string, and at the last token.
@@ -168,7 +169,7 @@ def test_every_text_and_metric_is_lm_evals(
 # Mamba keeps a state, not keys and values; Bloom builds its ALiBi for the whole batch.
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
 def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
-    folder, heard = tmp_path / family, Heard()
+    folder, heard = tmp_path / family, RecordingProgress()
     config = FAMILIES[family].config()
     config.vocab_size = save_tokenizer(folder, bos=False)
     config.initializer_range, config.num_hidden_layers = 0.3, 2
@@ -178,8 +179,8 @@ def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
     def prune(model: Any, ablation: str) -> Any:
         return without(model, [int(layer) for layer in ablation.split(":")[1:]])
 
-    asked = (["Question:", "!"], 12)
-    as_lm_eval(folder, asked, prune, heard=heard, num_fewshot=1, limit=2, layer=[0])
+    task_options = (["Question:", "!"], 12)
+    as_lm_eval(folder, task_options, prune, heard=heard, num_fewshot=1, limit=2, layer=[0])
     lines = [line for line in heard.lines if "generates alone, because" in line]
     assert len(lines) == 1, heard.lines
 
@@ -188,16 +189,16 @@ def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
     tiny_llama, sums, data, tmp_path, experiment
 ):
     sums(STOPS, 64)
-    model, asked = tiny_llama(max_position_embeddings=64), {"benchmark": "sums", "layer": 0}
-    file = experiment(model, data=data, num_fewshot=0, **asked)
-    (why,) = run(file, tmp_path / "results").outcome.failed.values()
-    assert "a text may have 64 tokens, and the model reads 64" in why
+    model, options = tiny_llama(max_position_embeddings=64), {"benchmark": "sums", "layer": 0}
+    file = experiment(model, data=data, num_fewshot=0, **options)
+    (reason,) = run_experiment(file, tmp_path / "results").outcome.failed.values()
+    assert "a text may have 64 tokens, and the model reads 64" in reason
 
 
 def test_texts_that_end_by_themselves(tiny_llama, as_lm_eval):
     """At the tokenizer's end of text, or at the end that only the model's settings name."""
     folder = tiny_llama()
-    model, tokenizer = parts(folder)
+    model, tokenizer = load_model_parts(folder)
     assert (tokenizer.eos_token_id, model.generation_config.eos_token_id) == (1, 2)
     model.lm_head.weight.data[1:3] *= 2
     model.save_pretrained(folder)
@@ -227,12 +228,12 @@ def test_the_reason_for_generating_alone_is_in_words(monkeypatch) -> None:
             head(torch.zeros(1, 3))
         return [""] * len(ablations)
 
-    monkeypatch.setattr(Generation, "texts", texts)
+    monkeypatch.setattr(Generation, "generate", texts)
     engine = SimpleNamespace(sharing=FULL, loaded=SimpleNamespace(model=head))
     prompt = Prompt("Question:", {"until": ["!"], "max_gen_toks": 4})
-    apart, why = Generation(engine, None).checked(prompt, single_layers([0]))
-    assert not apart.together
-    assert why == (
+    generation, reason = Generation(engine, None).choose_mode(prompt, single_layers([0]))
+    assert not generation.together
+    assert reason == (
         "each ablation generates alone, because its layers refuse the states of several ablations "
         "as one batch"
     )

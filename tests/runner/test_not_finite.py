@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.lm_eval import write_rows
-from tests.helpers.runs import outcomes
+from tests.helpers.runs import read_outcomes
 
 CHANNEL = 5
 SHAPE = {"max_position_embeddings": 320, "mlp_bias": True}
@@ -22,21 +22,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def data(tmp_path) -> Path:
     folder = tmp_path / "DATA"
     choice = {"text": ["this", "that one", "it"], "label": ["A", "B", "C"]}
-    for place, row in (
+    for data_set, row in (
         ("allenai/ai2_arc/ARC-Easy", {"choices": choice, "answerKey": "B"}),
         ("openai/gsm8k/main", {"answer": "Twice two. #### 4"}),
     ):
-        write_rows(folder / place, test=[{"question": f"Is it {n}?", **row} for n in range(3)])
+        write_rows(folder / data_set, test=[{"question": f"Is it {n}?", **row} for n in range(3)])
     (folder / "notes.txt").write_text("The heart pumps.\n\nParis is a capital.")
     return folder
 
 
-def with_a_fuse(folder: Path, blows: float) -> Path:
+def overflow_layer(folder: Path, factor: float) -> Path:
     """Change a model so that layer 1 alone cancels a constant that makes layer 2 overflow.
 
     Args:
         folder: A Llama whose MLPs have biases.
-        blows: What layer 2 multiplies the constant with; it overflows above 1e20.
+        factor: What layer 2 multiplies the constant with; it overflows above 1e20.
 
     Returns:
         The folder.
@@ -49,8 +49,8 @@ def with_a_fuse(folder: Path, blows: float) -> Path:
         layer.mlp.down_proj.weight.data[CHANNEL] = 0.0
         layer.mlp.down_proj.bias.data[CHANNEL] = 0.0
     layers[1].mlp.down_proj.bias.data[CHANNEL] = 1.0
-    layers[2].mlp.gate_proj.weight.data[:, CHANNEL] = -blows
-    layers[2].mlp.up_proj.weight.data[:, CHANNEL] = blows
+    layers[2].mlp.gate_proj.weight.data[:, CHANNEL] = -factor
+    layers[2].mlp.up_proj.weight.data[:, CHANNEL] = factor
     model.save_pretrained(folder)
     return folder
 
@@ -68,26 +68,26 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
     tiny_llama, measure, tmp_path, data, name
 ):
     cells = []
-    for kind, blows in (("whole", 0.0), ("fused", 1e30)):
-        model = with_a_fuse(tiny_llama(f"{kind}-llama", **SHAPE), blows)
+    for kind, factor in (("whole", 0.0), ("fused", 1e30)):
+        model = overflow_layer(tiny_llama(f"{kind}-llama", **SHAPE), factor)
         cells += measure(model, kind, **benchmarks(data)[name]).cells
-    whole, fused = cells
-    assert fused.baseline.value == whole.baseline.value is not None
-    assert fused.baseline_metrics == pytest.approx(whole.baseline_metrics)
-    for before, after in zip(whole.runs, fused.runs, strict=True):
-        if after.change.layer != 1:
-            assert after.drop.value == pytest.approx(before.drop.value)
-            assert after.metrics == pytest.approx(before.metrics)
+    intact, overflowing = cells
+    assert overflowing.baseline.value == intact.baseline.value is not None
+    assert overflowing.baseline_metrics == pytest.approx(intact.baseline_metrics)
+    for intact_run, run in zip(intact.runs, overflowing.runs, strict=True):
+        if run.change.layer != 1:
+            assert run.drop.value == pytest.approx(intact_run.drop.value)
+            assert run.metrics == pytest.approx(intact_run.metrics)
             continue
-        undefined = ("accuracy", "accuracy_drop", "accuracy_relevance", "gold_logprob_drop")
-        for figure in undefined:
-            assert after.figure(figure) is None
-            assert after.all_reasons[figure]
-        assert after.metrics == dict.fromkeys(before.metrics)
-        assert all(after.reasons[f"metrics.{metric}"] for metric in before.metrics)
+        figures = ("accuracy", "accuracy_drop", "accuracy_relevance", "gold_logprob_drop")
+        for figure in figures:
+            assert run.figure(figure) is None
+            assert run.all_reasons[figure]
+        assert run.metrics == dict.fromkeys(intact_run.metrics)
+        assert all(run.reasons[f"metrics.{metric}"] for metric in intact_run.metrics)
         # What is about the intact layer is known.
-        assert after.cosine_similarity == pytest.approx(before.cosine_similarity)
-    frame = outcomes(tmp_path / "fused").set_index("ablation")
+        assert run.cosine_similarity == pytest.approx(intact_run.cosine_similarity)
+    frame = read_outcomes(tmp_path / "fused").set_index("ablation")
     assert frame.loc[["layer:1"]].filter(like="metric/").isna().all(axis=None)
     assert frame.drop("layer:1").filter(like="metric/").notna().all(axis=None)
 
@@ -107,4 +107,5 @@ def test_a_model_that_is_not_finite_itself(tiny_llama, measure, data, name):
         assert record.drop.reason
         # Without the layer that is broken the model works.
         assert (record.accuracy is not None) == (record.change.layer == 2)
-    assert all(each.estimate.value is None and each.estimate.reason for each in cell.correlations)
+    estimates = [correlation.estimate for correlation in cell.correlations]
+    assert all(estimate.value is None and estimate.reason for estimate in estimates)

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tracker
 from tests.conftest import golden
-from tests.helpers.lm_eval import HFLM, cut, evaluate, tasks_in
+from tests.helpers.lm_eval import HFLM, cut_layer, evaluate, folder_tasks, load_model_parts
 from tests.helpers.own_tasks import write_tasks
-from tests.helpers.runs import run, write_study
+from tests.helpers.runs import run_experiment, write_study
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.changes import Ablation
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError
-from tracker.core.extent import ALL
+from tracker.core.extent import ALL_DOCUMENTS
 from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
 from tracker.models.load import load_model
@@ -53,25 +53,25 @@ def adapter(tmp_path, tiny_llama) -> tuple[Path, Path]:
     return base, tmp_path / "adapter"
 
 
-def plainly(base: Path, adapter: Path | None, folder: Path, layer: int | None, task: str) -> Any:
+def score(base: Path, adapter: Path | None, folder: Path, layer: int | None, task: str) -> Any:
     """lm-eval on the really pruned model, loaded by its own arguments."""
-    own = {"peft": str(adapter)} if adapter else {}
-    plain = HFLM(str(base), **own, device="cpu", batch_size=1)
+    arguments = {"peft": str(adapter)} if adapter else {}
+    lm = HFLM(str(base), **arguments, device="cpu", batch_size=1)
     if layer is not None:
-        model = plain.model.get_base_model() if adapter else plain.model
+        model = lm.model.get_base_model() if adapter else lm.model
         tokenizer = AutoTokenizer.from_pretrained(base)
-        plain = HFLM(cut(model, layer), tokenizer=tokenizer, batch_size=1)
-    found = evaluate(
-        plain,
+        lm = HFLM(cut_layer(model, layer), tokenizer=tokenizer, batch_size=1)
+    evaluation = evaluate(
+        lm,
         tasks=[task],
-        task_manager=tasks_in(folder),
+        task_manager=folder_tasks(folder),
         system_instruction="You are a painter.",
         num_fewshot=1,
     )
     loglikelihoods = [
-        [answer[0][0] for answer in sample["resps"]] for sample in found["samples"][task]
+        [answer[0][0] for answer in sample["resps"]] for sample in evaluation["samples"][task]
     ]
-    return found["results"][task]["acc,none"], loglikelihoods
+    return evaluation["results"][task]["acc,none"], loglikelihoods
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -87,23 +87,24 @@ def test_every_number_is_lm_evals(tmp_path, folder, adapter, adapted):
         layer=LAYERS,
         **({"model_args": {"peft": str(lora)}} if adapted else {}),
     )
-    results = run(file, tmp_path / "results")
+    results = run_experiment(file, tmp_path / "results")
     assert not results.outcome.failed
     (cell,) = results.cells
     (store,) = tracker.ledger.store.Ledger(tmp_path / "results").cells()
     frame = store.read().sort_values("doc").set_index("ablation")
     for layer in (None, *LAYERS):
-        accuracy, loglikelihoods = plainly(base, lora if adapted else None, folder, layer, "paint")
+        accuracy, loglikelihoods = score(base, lora if adapted else None, folder, layer, "paint")
         name = "baseline" if layer is None else f"layer:{layer}"
-        ours = cell.baseline.value if layer is None else cell.runs_of()[layer].accuracy
+        ours = cell.baseline.value if layer is None else cell.runs_of_kind()[layer].accuracy
         assert ours == accuracy
-        for mine, theirs in zip(frame.loc[name, "loglikelihoods"], loglikelihoods, strict=True):
-            assert list(mine) == pytest.approx(theirs, abs=1e-4)
+        rows = zip(frame.loc[name, "loglikelihoods"], loglikelihoods, strict=True)
+        for our_values, values in rows:
+            assert list(our_values) == pytest.approx(values, abs=1e-4)
     assert cell.model.arguments == ({"peft": str(lora)} if adapted else {})
     # The task, its prompt and its folder are found again without the experiment file.
-    written = tracker.log_samples(tmp_path / "files", results=tmp_path / "results")
-    assert not written.failed
-    samples = [file for file in written.files if file.name.startswith("samples_paint")]
+    log = tracker.log_samples(tmp_path / "files", results=tmp_path / "results")
+    assert not log.failed
+    samples = [file for file in log.files if file.name.startswith("samples_paint")]
     assert len(samples) == 1 + len(LAYERS)
     for file in samples:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -116,32 +117,32 @@ def test_the_shipped_task_is_lm_evals(tmp_path, tiny_llama, monkeypatch):
     root, model = Path(__file__).parents[2], tiny_llama()
     monkeypatch.chdir(root)
     file = root / "experiments" / "own-task.yaml"
-    results = run(file, tmp_path / "results", model=str(model), layer=LAYERS, sample=40)
+    results = run_experiment(file, tmp_path / "results", model=str(model), layer=LAYERS, sample=40)
     (cell,) = results.cells
     store = next(iter(tracker.ledger.store.Ledger(tmp_path / "results").cells()))
     documents = sorted({*store.read()["doc"]})
     assert len(documents) == 40
     by_file = str(root / "experiments" / "tasks" / "capitals.yaml")
-    again = tracker.run(
+    repeated = tracker.run(
         file, results=tmp_path / "other", track=(), model=str(model), layer=LAYERS, sample=40,
         benchmark=by_file, include_path=None,
     )  # fmt: skip
-    assert [run.accuracy for run in again.cells[0].runs] == [run.accuracy for run in cell.runs]
+    assert [run.accuracy for run in repeated.cells[0].runs] == [run.accuracy for run in cell.runs]
     monkeypatch.chdir(root / "experiments" / "tasks")
-    parts = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    intact, tokenizer = load_model_parts(model)
     for layer in (None, *LAYERS):
-        plain = HFLM(cut(parts[0], layer), tokenizer=parts[1], batch_size=8)
-        found = evaluate(
-            plain,
+        lm = HFLM(cut_layer(intact, layer), tokenizer=tokenizer, batch_size=8)
+        evaluation = evaluate(
+            lm,
             tasks=["capitals"],
-            task_manager=tasks_in(Path()),
+            task_manager=folder_tasks(Path()),
             samples={"capitals": documents},
         )
-        ours = cell.baseline.value if layer is None else cell.runs_of()[layer].accuracy
-        assert ours == found["results"]["capitals"]["acc,none"]
+        ours = cell.baseline.value if layer is None else cell.runs_of_kind()[layer].accuracy
+        assert ours == evaluation["results"]["capitals"]["acc,none"]
 
 
-def source(base: Path, **arguments: Any) -> ModelSource:
+def model_source(base: Path, **arguments: Any) -> ModelSource:
     """Load a model in some way, as a request would."""
     request = cell_request(
         model=str(base), benchmark="b", layers=(0,), model_args=arguments or None
@@ -154,22 +155,22 @@ class TestArguments:
         base, lora = adapter
 
         def identity(**arguments: Any) -> tuple[str, object]:
-            found = source(base, **arguments)
-            return found.fingerprint(), str(found.stamp())
+            model = model_source(base, **arguments)
+            return model.fingerprint(), str(model.stamp())
 
-        plain, eager = identity(), identity(attn_implementation="eager")
-        tuned = identity(peft=str(lora))
-        assert len({plain[0], eager[0], tuned[0]}) == len({plain[1], eager[1], tuned[1]}) == 3
-        moved = lora.rename(tmp_path / "moved")
-        assert identity(peft=str(moved))[0] == tuned[0]
-        weights = moved / "adapter_model.safetensors"
+        fingerprint, stamp = identity(peft=str(lora))
+        default, eager = identity(), identity(attn_implementation="eager")
+        assert len({default[0], eager[0], fingerprint}) == len({default[1], eager[1], stamp}) == 3
+        new_folder = lora.rename(tmp_path / "moved")
+        assert identity(peft=str(new_folder))[0] == fingerprint
+        weights = new_folder / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-        assert identity(peft=str(moved))[0] != tuned[0]
+        assert identity(peft=str(new_folder))[0] != fingerprint
 
-    @pytest.mark.parametrize(("arguments", "said"), golden("model_args"))
-    def test_nonsense(self, tiny_llama, arguments, said):
-        with pytest.raises(RequestError, match=said):
-            source(tiny_llama(), **json.loads(arguments))
+    @pytest.mark.parametrize(("arguments", "pattern"), golden("model_args"))
+    def test_nonsense(self, tiny_llama, arguments, pattern):
+        with pytest.raises(RequestError, match=pattern):
+            model_source(tiny_llama(), **json.loads(arguments))
 
     @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
     def test_few_bits_are_measured_and_never_moved(
@@ -179,20 +180,23 @@ class TestArguments:
         linear = getattr(pytest.importorskip("bitsandbytes").nn, kind)
         # On a CPU bitsandbytes takes multiples of 32 and 64 alone.
         base = tiny_llama(layers=2, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
-        moved: list[type] = []
-        move = PreTrainedModel.to
+        moved_types: list[type] = []
+        original = PreTrainedModel.to
         monkeypatch.setattr(
-            PreTrainedModel, "to", lambda self, *to: moved.append(type(self)) or move(self, *to)
+            PreTrainedModel,
+            "to",
+            lambda self, *to: moved_types.append(type(self)) or original(self, *to),
         )
 
-        def quantised(asked: bool) -> int:
-            model = load_model(source(base, **{f"load_in_{bits}bit": asked}), device="cpu").model
-            return sum(isinstance(each, linear) for each in model.modules())
+        def quantised(is_quantised: bool) -> int:
+            source = model_source(base, **{f"load_in_{bits}bit": is_quantised})
+            model = load_model(source, device="cpu").model
+            return sum(isinstance(module, linear) for module in model.modules())
 
         assert quantised(False) == 0
-        assert len(moved) == 1
+        assert len(moved_types) == 1
         assert quantised(True) == 2 * 7
-        assert len(moved) == 1
+        assert len(moved_types) == 1
         file = write_study(
             tmp_path / "few.yaml",
             model=str(base),
@@ -201,14 +205,14 @@ class TestArguments:
             layer=[1],
             model_args={f"load_in_{bits}bit": True},
         )
-        results = run(file, tmp_path / "results")
+        results = run_experiment(file, tmp_path / "results")
         assert not results.outcome.failed
         assert results.cells[0].model.arguments == {f"load_in_{bits}bit": "True"}
 
 
 def test_what_follows_a_thought_is_lm_evals(folder, tiny_llama):
     """Under every layer's removal; the thought ends where such a model happens to say so."""
-    loaded = load_model(source(tiny_llama()), device="cpu")
+    loaded = load_model(model_source(tiny_llama()), device="cpu")
     request = cell_request(
         model="m",
         benchmark="says",
@@ -219,7 +223,7 @@ def test_what_follows_a_thought_is_lm_evals(folder, tiny_llama):
     )
     benchmark = LmEvalBenchmark(request)
     documents = benchmark.documents(
-        RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark), ALL
+        RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark), ALL_DOCUMENTS
     )
     prompts = [document.prompt for document in documents if document.prompt]
     instances = [
@@ -227,19 +231,19 @@ def test_what_follows_a_thought_is_lm_evals(folder, tiny_llama):
         for p in prompts
     ]
     layers = (None, 0, 2)
-    ablations = [Ablation.of(removed=() if layer is None else (layer,)) for layer in layers]
+    ablations = [Ablation.from_changes(removed=removed) for removed in ((), (0,), (2,))]
     generation = Generation(Engine(loaded, 256), loaded.tokenizer, think_end_token="e")
-    different = 0
-    for place, layer in enumerate(layers):
-        with_end, whole = (
+    n_different = 0
+    for position, layer in enumerate(layers):
+        cut_texts, full_texts = (
             HFLM(
-                cut(loaded.model, layer),
+                cut_layer(loaded.model, layer),
                 tokenizer=loaded.tokenizer,
                 batch_size=1,
                 think_end_token=end,
             ).generate_until(instances, disable_tqdm=True)
             for end in ("e", None)
         )
-        different += with_end != whole
-        assert [generation.texts(p, ablations)[place] for p in prompts] == with_end
-    assert different
+        n_different += cut_texts != full_texts
+        assert [generation.generate(p, ablations)[position] for p in prompts] == cut_texts
+    assert n_different

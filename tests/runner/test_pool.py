@@ -13,39 +13,39 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.runs import Heard, arc, run, shards
+from tests.helpers.runs import RecordingProgress, list_shards, run_experiment, write_arc
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.experiment_input import load_experiment
 from tracker.core.extent import random_order
 from tracker.core.remote import ProcessEndedError, Remote
-from tracker.executors.pool import ATTEMPTS, WorkerPool
-from tracker.ledger.blocks import BLOCK, Block
+from tracker.executors.pool import MAX_DEATHS, WorkerPool
+from tracker.ledger.blocks import BLOCK_SIZE, Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring import worker as workers
-from tracker.measuring.derive import record_of
-from tracker.measuring.fill import AHEAD
+from tracker.measuring.derive import derive_record
+from tracker.measuring.fill import AHEAD_RATIO
 from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.prepare import look_up
+from tracker.measuring.prepare import find_cell
 from tracker.measuring.worker import DeviceLostError, Worker
 
-DOCUMENTS = BLOCK + 8
+DOCUMENTS = BLOCK_SIZE + 8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Threaded(Remote):
+class ThreadWorker(Remote):
     """A worker in this process; `before` is called before each of its methods, and may raise."""
 
-    def __init__(self, name: str, before: Callable[..., None]) -> None:
+    def __init__(self, name: str, hook: Callable[..., None]) -> None:
         super().__init__(name)
         self.closed = 0
-        self._before = before
+        self._hook = hook
         self._worker = Worker(Options())
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        self._before(method, *arguments)
+        self._hook(method, *arguments)
         return None if method == "ready" else getattr(self._worker, method)(*arguments)
 
     def close(self) -> None:
@@ -53,160 +53,161 @@ class Threaded(Remote):
         self._worker = Worker(Options())
 
 
-class Cells:
+class SharedCells:
     """Some cells, and what was heard of them."""
 
     def __init__(self, file: Path, results: Path) -> None:
-        self.ledger, self.heard = Ledger(results), Heard()
+        self.ledger, self.heard = Ledger(results), RecordingProgress()
         self.requests = load_experiment(file).file.cells()
-        self.began: list[str] = []
-        self.ends: dict[str, CellStore | Exception] = {}
+        self.started: list[str] = []
+        self.outcomes: dict[str, CellStore | Exception] = {}
 
-    def measure(self, *befores: Callable[..., None]) -> int:
+    def measure(self, *hooks: Callable[..., None]) -> int:
         """Measure the cells with as many workers; how many models they loaded."""
-        jobs = [Job((look_up(r, self.ledger),), open_benchmark(r)) for r in self.requests]
-        to = Reporting(self.ledger, self.heard, self.begin, self.end)
-        threaded = [Threaded(f"worker {n}", before) for n, before in enumerate(befores, 1)]
-        loaded = WorkerPool(threaded, jobs, to, Checks(self.ledger.root)).run("workers")
-        assert all(worker.closed for worker in threaded)
-        return loaded
+        jobs = [Job((find_cell(r, self.ledger),), open_benchmark(r)) for r in self.requests]
+        reporting = Reporting(self.ledger, self.heard, self.begin, self.end)
+        threads = [ThreadWorker(f"worker {n}", hook) for n, hook in enumerate(hooks, 1)]
+        pool = WorkerPool(threads, jobs, reporting, Checks(self.ledger.root))
+        n_loaded = pool.run("workers")
+        assert all(worker.closed for worker in threads)
+        return n_loaded
 
     def begin(self, cell, store) -> None:
-        assert str(cell.request.benchmark) not in self.ends, "it has ended"
+        assert str(cell.request.benchmark) not in self.outcomes, "it has ended"
         assert store.folder.is_dir()
-        self.began.append(str(cell.request.benchmark))
+        self.started.append(str(cell.request.benchmark))
 
     def end(self, cell, outcome) -> None:
-        assert str(cell.request.benchmark) not in self.ends, "told twice"
-        self.ends[str(cell.request.benchmark)] = outcome
+        assert str(cell.request.benchmark) not in self.outcomes, "told twice"
+        self.outcomes[str(cell.request.benchmark)] = outcome
 
     def store(self, benchmark: str = "arc_easy") -> CellStore:
-        outcome = self.ends[benchmark]
+        outcome = self.outcomes[benchmark]
         assert isinstance(outcome, CellStore), outcome
         return outcome
 
 
-def note(calls: list[tuple[Any, ...]], *call: Any) -> None:
+def record_call(calls: list[tuple[Any, ...]], *call: Any) -> None:
     """Remember a call of a worker."""
     calls.append(call)
 
 
 @pytest.fixture
 def shared(tiny_llama, experiment, tmp_path):
-    data, model = arc(tmp_path / "data", DOCUMENTS), tiny_llama()
+    data, model = write_arc(tmp_path / "data", DOCUMENTS), tiny_llama()
 
-    def make(*benchmarks: str, **settings: object) -> Cells:
+    def make(*benchmarks: str, **settings: object) -> SharedCells:
         settings = {"data": str(data), **settings}
         file = experiment(model, benchmark=list(benchmarks or ["arc_easy"]), **settings)
-        return Cells(file, tmp_path / "results")
+        return SharedCells(file, tmp_path / "results")
 
     return make
 
 
 def test_a_sample_is_measured_once_by_all_together(shared):
-    cells, barrier, measured = shared(limit=None, sample=BLOCK + 2), Barrier(2), []
+    cells, barrier, calls = shared(limit=None, sample=BLOCK_SIZE + 2), Barrier(2), []
 
-    def together(method, *arguments) -> None:
+    def wait_for_both(method, *arguments) -> None:
         if method == "measure":
-            measured.append(arguments)
+            calls.append(arguments)
             barrier.wait(300)  # the second block is measured beside the first one
 
-    assert cells.measure(together, together) == 2
-    assert cells.began == ["arc_easy"]
-    assert len(measured) == 2
-    assert cells.heard.counted == cells.heard.expected == (BLOCK + 2) * 3 * 5
+    assert cells.measure(wait_for_both, wait_for_both) == 2
+    assert cells.started == ["arc_easy"]
+    assert len(calls) == 2
+    assert cells.heard.n_counted == cells.heard.n_expected == (BLOCK_SIZE + 2) * 3 * 5
     frame = cells.store().read()
     order = random_order(1234, "arc_easy", range(DOCUMENTS))
-    assert set(frame["doc"]) == set(order[: BLOCK + 2])
+    assert set(frame["doc"]) == set(order[: BLOCK_SIZE + 2])
     assert not frame.duplicated(["task", "doc", "ablation"]).any()
     # Both loaded the model, and both checked it: what is said of it is said once.
     assert len(cells.heard.lines) == len(set(cells.heard.lines))
 
 
 @pytest.mark.parametrize("error", [ProcessEndedError, DeviceLostError])
-def test_documents_that_kill_their_workers_fail_their_cell_alone(shared, error):
-    cells, deaths, opened = shared("arc_easy", "arc_challenge"), [], []
+def test_documents_that_kill_their_threadsfail_their_cell_alone(shared, error):
+    cells, deaths, benchmarks = shared("arc_easy", "arc_challenge"), [], []
 
-    def dies(method, *arguments) -> None:
+    def kill_worker(method, *arguments) -> None:
         if method == "open":
-            opened.append(str(arguments[0][0].benchmark))
-        if method == "measure" and opened[-1] == "arc_easy" and len(arguments[2]) < BLOCK:
+            benchmarks.append(str(arguments[0][0].benchmark))
+        if method == "measure" and benchmarks[-1] == "arc_easy" and len(arguments[2]) < BLOCK_SIZE:
             deaths.append(arguments)
             raise error("out of memory")
 
-    assert cells.measure(dies) == 1 + ATTEMPTS
-    assert len(deaths) == ATTEMPTS
-    assert str(cells.ends["arc_easy"]) == (
-        f"{ATTEMPTS} workers died over the same documents of arc_easy; the last: out of memory"
+    assert cells.measure(kill_worker) == 1 + MAX_DEATHS
+    assert len(deaths) == MAX_DEATHS
+    assert str(cells.outcomes["arc_easy"]) == (
+        f"{MAX_DEATHS} workers died over the same documents of arc_easy; the last: out of memory"
     )
     assert "worker 1 died; what it did is done again (out of memory)" in cells.heard.lines
     assert len(cells.store("arc_challenge").read()) == DOCUMENTS * 5
     # The other block was measured, and is kept.
-    _, easy = cells.ledger.cells()
-    assert len(easy.read()) == BLOCK * 5
+    _, store = cells.ledger.cells()
+    assert len(store.read()) == BLOCK_SIZE * 5
 
 
 def test_a_block_that_another_command_is_at_is_left_to_it(shared):
-    first = shared(limit=BLOCK)
-    first.measure(partial(note, []))
+    first_cells = shared(limit=BLOCK_SIZE)
+    first_cells.measure(partial(record_call, []))
     cells = shared("arc_easy", "arc_challenge", limit=None)
     # A file, which may be closed twice: a number might be another file's by then.
-    held = Path(first.store().lock(Block("arc_easy", 1)).lock_file).open("ab")  # noqa: SIM115  closed by `release`
-    fcntl.flock(held, fcntl.LOCK_EX)
-    opened = []
+    lock_file = Path(first_cells.store().lock(Block("arc_easy", 1)).lock_file).open("ab")  # noqa: SIM115  closed by `release`
+    fcntl.flock(lock_file, fcntl.LOCK_EX)
+    benchmarks = []
 
     def release(method, *arguments) -> None:
         if method == "open":
-            opened.append(str(arguments[0][0].benchmark))
-        if method == "measure" and len(opened) == 2:
-            held.close()
+            benchmarks.append(str(arguments[0][0].benchmark))
+        if method == "measure" and len(benchmarks) == 2:
+            lock_file.close()
 
     assert cells.measure(release) == 1
     # While the rest of the first one is held, the second is measured.
-    assert opened == ["arc_easy", "arc_challenge", "arc_easy"]
+    assert benchmarks == ["arc_easy", "arc_challenge", "arc_easy"]
     assert cells.heard.lines.count("1 block is being measured by another process") == 1
     assert len(cells.store().read()) == DOCUMENTS * 5
-    assert cells.heard.counted == cells.heard.expected
+    assert cells.heard.n_counted == cells.heard.n_expected
 
 
-def test_workers_that_see_other_weights_are_refused(shared, monkeypatch):
+def test_threadsthat_see_other_weights_are_refused(shared, monkeypatch):
     cells, numbers = shared(), count()
 
-    def other(worker: Worker, *arguments):
-        facts = honest(worker, *arguments)
+    def change_identity(worker: Worker, *arguments):
+        facts = original(worker, *arguments)
         identity = facts.model.model_copy(update={"fingerprint": str(next(numbers))})
         return replace(facts, model=identity)
 
-    honest = Worker.open
-    monkeypatch.setattr(Worker, "open", other)
-    both = Barrier(2)
-    cells.measure(*[lambda method, *_: both.wait(300) if method == "open" else None] * 2)
-    assert "do not all see the same model" in str(cells.ends["arc_easy"])
+    original = Worker.open
+    monkeypatch.setattr(Worker, "open", change_identity)
+    barrier = Barrier(2)
+    cells.measure(*[lambda method, *_: barrier.wait(300) if method == "open" else None] * 2)
+    assert "do not all see the same model" in str(cells.outcomes["arc_easy"])
 
 
 def test_nobody_is_left(shared):
     cells = shared("arc_easy", "arc_challenge")
-    starts = []
+    calls = []
 
-    def gone(method, *_) -> None:
+    def fail_worker(method, *_) -> None:
         if method == "ready":
-            starts.append(method)
-            if len(starts) > 1:
+            calls.append(method)
+            if len(calls) > 1:
                 raise ProcessEndedError("the cluster is gone")
         if method == "measure":
             raise ProcessEndedError("killed")
 
-    cells.measure(gone)
+    cells.measure(fail_worker)
     assert "worker 1 cannot start: the cluster is gone" in cells.heard.lines
-    ends = {str(end) for end in cells.ends.values()}
-    assert ends == {"no worker is left: the cluster is gone"}
+    messages = {str(end) for end in cells.outcomes.values()}
+    assert messages == {"no worker is left: the cluster is gone"}
 
 
 def test_a_lost_device_is_named_by_its_first_line(shared, monkeypatch):
-    def lost(*_: object) -> None:
+    def lose_device(*_: object) -> None:
         raise RuntimeError("CUDA error: launch failure\nCompile with TORCH_USE_CUDA_DSA")
 
-    monkeypatch.setattr(workers, "open_model", lost)
+    monkeypatch.setattr(workers, "open_model", lose_device)
     with pytest.raises(DeviceLostError, match=r"^CUDA error: launch failure$"):
         Worker(Options()).open(shared().requests)
 
@@ -215,20 +216,21 @@ def test_one_worker_measures_what_is_needed_and_two_a_quarter_more(
     tiny_llama, experiment, tmp_path
 ):
     """A question of which each block depends on those before it."""
-    settings = {"data": str(arc(tmp_path / "data", 400)), "limit": None}
+    settings = {"data": str(write_arc(tmp_path / "data", 400)), "limit": None}
     question = experiment(tiny_llama(seed=3), until="drop within 4 pp at 80 %", **settings)
-    (alone,) = run(question, tmp_path / "alone").cells
-    assert alone.is_stopped
-    needed = len(shards(tmp_path / "alone"))
-    assert needed > AHEAD
+    (plain_cell,) = run_experiment(question, tmp_path / "alone").cells
+    assert plain_cell.is_stopped
+    n_needed = len(list_shards(tmp_path / "alone"))
+    assert n_needed > AHEAD_RATIO
     for number in (1, 2):
         calls: list[tuple[Any, ...]] = []
-        cells = Cells(question, tmp_path / str(number))
-        cells.measure(*[partial(note, calls)] * number)
-        measured = [method for method, *_ in calls].count("measure")
+        cells = SharedCells(question, tmp_path / str(number))
+        cells.measure(*[partial(record_call, calls)] * number)
+        n_measured = [method for method, *_ in calls].count("measure")
         # A block ahead of its turn is measured only by a worker that would wait otherwise.
-        assert needed <= measured <= (needed if number == 1 else needed * (1 + 1 / AHEAD))
-        assert cells.heard.counted == cells.heard.expected
+        n_ahead = n_needed / AHEAD_RATIO if number > 1 else 0
+        assert n_needed <= n_measured <= n_needed + n_ahead
+        assert cells.heard.n_counted == cells.heard.n_expected
         store = cells.store()
-        cell = record_of(store, store.views.of(*cells.requests))
-        assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
+        cell = derive_record(store, store.views.view_of(*cells.requests))
+        assert (cell.answer, cell.runs) == (plain_cell.answer, plain_cell.runs)

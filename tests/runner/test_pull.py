@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tracker.core.distribution import FORMAT
-from tracker.ledger.files import sealed
-from tracker.measuring.derive import record_of
+from tracker.core.distribution import LEDGER_FORMAT
+from tracker.ledger.files import seal_note
+from tracker.measuring.derive import derive_record
 from tracker.measuring.progress import Silent
 from tracker.team import collect as pulling
 from tracker.tracking.base import RemoteCell, Target
@@ -42,11 +42,11 @@ class Project:
     def close(self) -> None:
         pass
 
-    def change(self, name: str, change: Callable[[dict[str, object]], object]) -> None:
-        found = json.loads((self.folder / name).read_text())
-        change(found)
-        found.pop("digest")
-        (self.folder / name).write_text(sealed(found))
+    def change_file(self, name: str, change: Callable[[dict[str, object]], object]) -> None:
+        content = json.loads((self.folder / name).read_text())
+        change(content)
+        content.pop("digest")
+        (self.folder / name).write_text(seal_note(content))
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def project(tmp_path, monkeypatch) -> Project:
 
 def pull() -> tuple[list[object], str]:
     """Return the records that were pulled, and why others were not."""
-    found, failed = pulling.pull(Target("mlflow", "layers"), "layers", Silent())
-    return [record_of(*each) for each in found], "; ".join(failed.values())
+    cells, failed = pulling.pull_project(Target("mlflow", "layers"), "layers", Silent())
+    return [derive_record(*cell) for cell in cells], "; ".join(failed.values())
 
 
 def files(project: Project) -> set[str]:
@@ -69,8 +69,8 @@ def files(project: Project) -> set[str]:
 
 
 def test_what_is_whole_is_believed(project):
-    (record,), why = pull()
-    assert (why, record.n, len(record.runs)) == ("", 6, 7)
+    (record,), reason = pull()
+    assert (reason, record.n, len(record.runs)) == ("", 6, 7)
     assert files(project) == {path.name for path in CELL.glob("shards/*")}
 
 
@@ -80,13 +80,13 @@ def test_what_is_whole_is_believed(project):
 def test_an_identity_that_does_not_fit_its_key_is_refused(project, field):
     """Was: whatever key a file stated was believed."""
 
-    def change(found: dict[str, object]) -> None:
-        *way, last = field
-        for name in way:
-            found = found[name]  # type: ignore[assignment]
-        found[last] = 5 if last == "num_fewshot" else "../../../elsewhere"
+    def change(content: dict[str, object]) -> None:
+        *parents, last_name = field
+        for name in parents:
+            content = content[name]  # type: ignore[assignment]
+        content[last_name] = 5 if last_name == "num_fewshot" else "../../../elsewhere"
 
-    project.change("cell.json", change)
+    project.change_file("cell.json", change)
     assert pull() == (
         [],
         "its files are not what tracker writes: its key is not that of what it describes",
@@ -104,9 +104,9 @@ def test_names_are_never_paths(project):
     for number, path in enumerate(sorted(project.folder.glob("*.parquet"))):
         path.rename(path.with_name(f"..{number}.parquet"))
     shutil.move(project.folder / "intact.json", project.folder / "..%2F.json")
-    project.change("cell.json", lambda found: found["model"].update(name="../../up"))
-    (record,), why = pull()
-    assert (why, len(record.runs)) == ("", 7)
+    project.change_file("cell.json", lambda content: content["model"].update(name="../../up"))
+    (record,), reason = pull()
+    assert (reason, len(record.runs)) == ("", 7)
     assert files(project) == {path.name for path in CELL.glob("shards/*")}
     assert not list(project.folder.parent.glob("up*"))
 
@@ -134,22 +134,22 @@ def test_a_shard_of_another_cell_is_refused(project, change):
 )
 def test_a_view_that_the_cell_cannot_have_is_refused(project, change):
     view = {"metric": "acc", "runs": [], **change}
-    text = sealed({"format": FORMAT, "project": "p", "view": view})
+    text = seal_note({"format": LEDGER_FORMAT, "project": "p", "view": view})
     (project.folder / "intact.json").write_text(text)
-    found, why = pull()
-    assert found == []
-    assert "not what tracker writes" in why
+    records, reason = pull()
+    assert records == []
+    assert "not what tracker writes" in reason
 
 
 def test_a_newer_trackers_cell_asks_for_an_upgrade(project):
-    project.change("intact.json", lambda found: found.update(format=FORMAT + 1, more="fields"))
-    said = f"newer tracker (format {FORMAT + 1}; this one knows {FORMAT}). Upgrade"
-    assert said in pull()[1]
+    new = LEDGER_FORMAT + 1
+    project.change_file("intact.json", lambda content: content.update(format=new, more="fields"))
+    assert f"newer tracker (format {new}; this one knows {LEDGER_FORMAT}). Upgrade" in pull()[1]
 
 
 def test_a_note_that_is_none_is_refused(project):
-    """Was: one that is nested deeply ended in a bug of tracker's."""
+    """Was: one that is nested deeply ended in an internal error."""
     (project.folder / "intact.json").write_text("[" * 10**5)
-    found, why = pull()
-    assert not found
-    assert "its files are not what tracker writes" in why
+    records, reason = pull()
+    assert not records
+    assert "its files are not what tracker writes" in reason

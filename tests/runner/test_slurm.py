@@ -12,10 +12,17 @@ import psutil
 import pytest
 
 from tests.conftest import golden
-from tests.helpers.runs import arc, descendants, kill, run, shards, typed
+from tests.helpers.runs import (
+    descendants,
+    kill_program,
+    list_shards,
+    run_experiment,
+    type_command,
+    write_arc,
+)
 from tracker.core.answers import statement
 from tracker.core.experiment_input import load_experiment
-from tracker.ledger.blocks import BLOCK
+from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.measuring.job import Options
 
 job = pytest.importorskip("tracker.executors.slurm", exc_type=ImportError)
@@ -28,15 +35,15 @@ JOB = "submitit.core._submit"
 def quick(monkeypatch, one_thread):
     """Look often at the jobs, and do not wait for the files of a slow network."""
     submitit = pytest.importorskip("submitit")
-    monkeypatch.setattr("tracker.executors.slurm.POLL", 0.1)
+    monkeypatch.setattr("tracker.executors.slurm.POLL_SECONDS", 0.1)
     monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
 
 
 @pytest.fixture
 def cli(tmp_path):
     def run(file: Path, *arguments: str) -> tuple[int, str]:
-        asked = ("--results", tmp_path / "results", "--track", "none", "--executor", "slurm")
-        return typed("run", file, *asked, *arguments)
+        options = ("--results", tmp_path / "results", "--track", "none", "--executor", "slurm")
+        return type_command("run", file, *options, *arguments)
 
     return run
 
@@ -45,29 +52,29 @@ def test_a_job_array_gives_what_one_process_gives_also_where_a_job_is_timed_out(
     as_one_process, tmp_path
 ):
     """Of questions: the job that is queued again continues from its shards."""
-    kept: dict[Path, bytes] = {}
+    contents: dict[Path, bytes] = {}
 
     def interrupt() -> None:
-        kept.update({path: path.read_bytes() for path in shards(tmp_path / "elsewhere")})
-        (good,) = (each for each in descendants(JOB) if benchmark_of(each) == "arc_easy")
+        contents.update({path: path.read_bytes() for path in list_shards(tmp_path / "elsewhere")})
+        (target,) = (process for process in descendants(JOB) if benchmark_of(process) == "arc_easy")
         # What SLURM sends before a time limit.
-        good.send_signal(signal.SIGUSR2)
+        target.send_signal(signal.SIGUSR2)
 
-    asked = {
+    options = {
         "benchmarks": ["arc_easy", "piqa"],
         "documents": 400,
         "until": "drop within 4 pp at 80 %",
     }
-    found, heard = as_one_process(interrupt, **asked, **LOCAL)
-    (cell,) = found.cells
+    results, heard = as_one_process(interrupt, **options, **LOCAL)
+    (cell,) = results.cells
     assert 64 < cell.answer.looked < 400
     assert statement(cell.answer) in heard.lines[-1]
-    assert found.outcome.models_loaded == 1
-    assert heard.expected == -(-cell.answer.looked // BLOCK)
-    assert found.report.is_file()
-    there = shards(tmp_path / "elsewhere")
-    assert 0 < len(kept) < len(there)
-    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert results.outcome.models_loaded == 1
+    assert heard.n_expected == -(-cell.answer.looked // BLOCK_SIZE)
+    assert results.report.is_file()
+    paths = list_shards(tmp_path / "elsewhere")
+    assert 0 < len(contents) < len(paths)
+    assert all(path.read_bytes() == content for path, content in contents.items())
     logs = (tmp_path / "elsewhere").glob("slurm/*/*_log.out")
     assert sum("Requeued" in log.read_text() for log in logs) == 1
 
@@ -77,37 +84,37 @@ def benchmark_of(job: psutil.Process) -> str:
     from submitit.core.utils import DelayedSubmission
 
     folder = job.cmdline()[-1].replace("%j", number := job.environ()["SUBMITIT_LOCAL_JOB_ID"])
-    asked = DelayedSubmission.load(Path(folder, f"{number}_submitted.pkl"))
-    return str(asked.function.requests[0].benchmark)
+    submission = DelayedSubmission.load(Path(folder, f"{number}_submitted.pkl"))
+    return str(submission.function.requests[0].benchmark)
 
 
 def test_a_job_that_dies_fails_its_cell_and_names_its_log(tiny_llama, experiment, tmp_path):
     jobs = tmp_path / "jobs"
-    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    killer = threading.Thread(target=kill, args=[JOB])
+    file = experiment(tiny_llama(), data=str(write_arc(tmp_path / "data")))
+    killer = threading.Thread(target=kill_program, args=[JOB])
     killer.start()
-    found = run(file, jobs, **LOCAL)
+    results = run_experiment(file, jobs, **LOCAL)
     killer.join()
-    (why,) = found.outcome.failed.values()
-    assert "_log.err" in why
-    assert found.outcome.exit_code == 1
+    (reason,) = results.outcome.failed.values()
+    assert "_log.err" in reason
+    assert results.outcome.exit_code == 1
 
 
 def test_a_job_that_never_measures_anything_is_not_started_for_ever(
     tiny_llama, experiment, tmp_path, monkeypatch
 ):
-    def stopped(*_: object) -> None:
+    def stop(*_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(job, "measure_cell", stopped)
-    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
+    monkeypatch.setattr(job, "measure_cell", stop)
+    file = experiment(tiny_llama(), data=str(write_arc(tmp_path / "data")))
     (request,) = load_experiment(file).file.cells()
-    asked = job.CellJob([request], tmp_path / "results", Options())
-    for _ in range(job.STARTS):
+    cell_job = job.CellJob([request], tmp_path / "results", Options())
+    for _ in range(job.MAX_STARTS):
         with pytest.raises(SystemExit):
-            asked()
-        asked = pickle.loads(pickle.dumps(asked))
-    assert "--slurm timeout_min=240" in str(asked().error)
+            cell_job()
+        cell_job = pickle.loads(pickle.dumps(cell_job))
+    assert "--slurm timeout_min=240" in str(cell_job().error)
 
 
 @pytest.mark.parametrize(("settings", "words"), golden("slurm"))
@@ -115,8 +122,9 @@ def test_wrong_parameters_are_refused(
     cli, tiny_llama, experiment, tmp_path, monkeypatch, settings, words
 ):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no srun here
-    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    code, said = cli(file, *(word for setting in settings.split() for word in ("--slurm", setting)))
-    assert code == 2, said
-    assert words in said
+    file = experiment(tiny_llama(), data=str(write_arc(tmp_path / "data")))
+    options = (word for setting in settings.split() for word in ("--slurm", setting))
+    code, output = cli(file, *options)
+    assert code == 2, output
+    assert words in output
     assert not (tmp_path / "results").exists()

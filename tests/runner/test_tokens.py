@@ -14,13 +14,19 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tests.helpers.runs import Heard, arc, run, shards, typed
-from tracker.core.provenance import TOKENISATION
-from tracker.ledger.outcomes import TOKENS_DIGEST
+from tests.helpers.runs import (
+    RecordingProgress,
+    list_shards,
+    run_experiment,
+    type_command,
+    write_arc,
+)
+from tracker.core.provenance import TOKENISATION_KEY
+from tracker.ledger.outcomes import DIGEST_COLUMN
 from tracker.ledger.shards import read_shard, shard_file
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
-from tracker.team.collect import collect
+from tracker.team.collect import collect_cells
 
 CODE = """
 from tokenizers.processors import TemplateProcessing
@@ -57,16 +63,16 @@ def measured(model, experiment, tmp_path):
     """Measure arc_easy, and write files that ask for more."""
 
     def write(name: str = "study.yaml", **settings: object) -> Path:
-        asked = {"data": str(arc(tmp_path / "data")), "layer": [0, 1], "sample": 8, "limit": None}
-        return experiment(model, name, **{**asked, **settings})
+        settings = {"layer": [0, 1], "sample": 8, "limit": None, **settings}
+        return experiment(model, name, data=str(write_arc(tmp_path / "data")), **settings)
 
-    done = run(write(), tmp_path / "results")
-    assert not done.outcome.failed
+    results = run_experiment(write(), tmp_path / "results")
+    assert not results.outcome.failed
     return write
 
 
 def contents(results: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in shards(results)}
+    return {path: path.read_bytes() for path in list_shards(results)}
 
 
 def test_the_two_tokenizers_are_of_one_model(model):
@@ -89,116 +95,115 @@ def test_the_two_tokenizers_are_of_one_model(model):
     ids=str,
 )
 def test_nothing_is_added_on_other_tokens(measured, tmp_path, more):
-    before, heard = contents(tmp_path / "results"), Heard()
+    old_contents, heard = contents(tmp_path / "results"), RecordingProgress()
     file = measured("more.yaml", benchmark=["arc_easy", "arc_challenge"], **more)
-    done = run(file, tmp_path / "results", heard, **BOS)
-    ((title, why),) = done.outcome.failed.items()
+    results = run_experiment(file, tmp_path / "results", heard, **BOS)
+    ((title, reason),) = results.outcome.failed.items()
     assert "arc_easy" in title
-    assert re.search(READ + r" now \(the same versions\) than when this was measured", why)
-    assert "--trust-remote-code" in why
-    assert "choose another --results" in why
-    assert done.outcome.exit_code == 1
-    assert [cell.benchmark.name for cell in done.cells] == ["arc_challenge"]
-    assert before.items() <= contents(tmp_path / "results").items()
+    assert re.search(READ + r" now \(the same versions\) than when this was measured", reason)
+    assert "--trust-remote-code" in reason
+    assert "choose another --results" in reason
+    assert results.outcome.exit_code == 1
+    assert [cell.benchmark.name for cell in results.cells] == ["arc_challenge"]
+    assert old_contents.items() <= contents(tmp_path / "results").items()
     assert len(Ledger(tmp_path / "results").cells()) == 2
     # Who reads as before goes on.
-    again = run(measured(**more), tmp_path / "results")
-    assert not again.outcome.failed
+    repeated = run_experiment(measured(**more), tmp_path / "results")
+    assert not repeated.outcome.failed
 
 
 def test_what_is_measured_is_shown_whatever_reads_texts_now(measured, tmp_path):
-    done = run(measured(), tmp_path / "results", **BOS)
-    assert not done.outcome.failed
-    assert done.cells == tracker.load(tmp_path / "results").cells
+    results = run_experiment(measured(), tmp_path / "results", **BOS)
+    assert not results.outcome.failed
+    assert results.cells == tracker.load(tmp_path / "results").cells
 
 
 def test_a_study_adds_nothing(measured, tmp_path):
     """Of snowball nothing lacks but what it observes."""
-    before = contents(tmp_path / "results")
+    old_contents = contents(tmp_path / "results")
     command = ("study", "snowball", measured(), "--results", tmp_path / "results")
-    code, said = typed(*command, "--trust-remote-code")
-    assert code == 1, said
-    assert re.search(f"{READ} now", " ".join(said.split()))
-    assert contents(tmp_path / "results") == before
+    code, output = type_command(*command, "--trust-remote-code")
+    assert code == 1, output
+    assert re.search(f"{READ} now", " ".join(output.split()))
+    assert contents(tmp_path / "results") == old_contents
     assert not [*tmp_path.glob("results/cells/*/observed")]
 
 
-def mixed(one: Path, other: Path) -> list[Path]:
+def mix_shards(target: Path, source: Path) -> list[Path]:
     """Copy the shards of the only cell of a folder into another's; the copies."""
-    (cell,) = Ledger(one).cells()
-    return [Path(shutil.copy(path, cell.folder / "shards" / path.name)) for path in shards(other)]
+    (cell,) = Ledger(target).cells()
+    return [Path(shutil.copy(path, cell.folder / "shards")) for path in list_shards(source)]
 
 
 def test_two_folders_are_not_mixed(measured, tmp_path):
-    one, other = tmp_path / "results", tmp_path / "other"
-    run(measured(layer=[2, 3]), other, **BOS)
-    assert {key.name for key in shards(one)}.isdisjoint(key.name for key in shards(other))
-    both = collect([str(one), str(other)], Silent())
-    records = {cell.place: cell for folder in (one, other) for cell in tracker.load(folder).cells}
-    for cell in both.cells:
-        figures = (cell.n, cell.baseline.value, cell.provenance[TOKENISATION])
-        of_one = [tracker.load(folder).cells[0] for folder in (one, other)]
-        assert figures in [
-            (each.n, each.baseline.value, each.provenance[TOKENISATION]) for each in of_one
-        ]
+    first, second = tmp_path / "results", tmp_path / "other"
+    run_experiment(measured(layer=[2, 3]), second, **BOS)
+    names = [{path.name for path in list_shards(folder)} for folder in (first, second)]
+    assert not names[0] & names[1]
+    collected = collect_cells([str(first), str(second)], Silent())
+    cells = [cell for folder in (first, second) for cell in tracker.load(folder).cells]
+    figures = [(cell.n, cell.baseline.value, cell.provenance[TOKENISATION_KEY]) for cell in cells]
+    for cell in collected.cells:
+        assert (cell.n, cell.baseline.value, cell.provenance[TOKENISATION_KEY]) in figures
         assert {run.n for run in cell.runs} == {cell.n}
-    assert len(both.cells) == len(records)
-    code, said = typed("report", one, other, "--output", tmp_path / "page.html")
-    assert code == 1, said
-    assert "read otherwise" in said
+    assert len(collected.cells) == len({cell.record_key for cell in cells})
+    code, output = type_command("report", first, second, "--output", tmp_path / "page.html")
+    assert code == 1, output
+    assert "tokenised otherwise" in output
 
 
 def test_a_folder_that_holds_both_is_named_and_shows_one(measured, tmp_path):
-    one, other = tmp_path / "results", tmp_path / "other"
-    alone = tracker.load(one).cells
-    run(measured(layer=[0, 1, 2]), other, **BOS)
-    copies = mixed(one, other)
+    first, second = tmp_path / "results", tmp_path / "other"
+    cells = tracker.load(first).cells
+    run_experiment(measured(layer=[0, 1, 2]), second, **BOS)
+    copies = mix_shards(first, second)
     assert len(copies) == 1
     for command in ("check", "report"):
-        code, said = typed(command, "--results", one)
-        assert code == 1, said
-        assert copies[0].name in said
-        assert "its documents were read otherwise" in " ".join(said.split())
-    assert tracker.load(one).cells == alone
-    again = run(measured(layer=[0, 1, 2]), one)  # the third layer is not measured on these tokens
-    assert not again.outcome.failed
-    assert again.cells[0].n == 8
-    rows = Ledger(one).cells()[0].read()
-    assert rows.groupby("doc")[TOKENS_DIGEST].nunique().max() == 1
+        code, output = type_command(command, "--results", first)
+        assert code == 1, output
+        assert copies[0].name in output
+        assert "its texts were tokenised otherwise" in " ".join(output.split())
+    assert tracker.load(first).cells == cells
+    # The third layer is not measured on these tokens.
+    repeated = run_experiment(measured(layer=[0, 1, 2]), first)
+    assert not repeated.outcome.failed
+    assert repeated.cells[0].n == 8
+    rows = Ledger(first).cells()[0].read()
+    assert rows.groupby("doc")[DIGEST_COLUMN].nunique().max() == 1
 
 
-def rewrite(path: Path, change, without: str = "") -> None:
+def rewrite_shard(path: Path, change, column: str = "") -> None:
     """Write a shard anew with other metadata, and without a column."""
     shard = read_shard(path.read_bytes())
-    about = {name: value for name, value in shard.about.items() if name != "digest"}
-    change(about)
-    table = shard.table.drop_columns([without]) if without else shard.table
-    path.write_bytes(shard_file(table, about))
+    metadata = {name: value for name, value in shard.metadata.items() if name != "digest"}
+    change(metadata)
+    table = shard.table.drop_columns([column]) if column else shard.table
+    path.write_bytes(shard_file(table, metadata))
 
 
 @pytest.mark.parametrize("version", ["5.0.0", None], ids=["another", "the same"])
 def test_what_was_measured_before_digests_were_kept_goes_by_versions(measured, tmp_path, version):
-    def of_before(about) -> None:
-        about["provenance"].pop(TOKENISATION)
-        about["provenance"].pop("tokenizers")
-        about["provenance"] |= {"transformers": version} if version else {}
+    def remove_versions(metadata) -> None:
+        metadata["provenance"].pop(TOKENISATION_KEY)
+        metadata["provenance"].pop("tokenizers")
+        metadata["provenance"] |= {"transformers": version} if version else {}
 
-    for path in shards(tmp_path / "results"):
-        rewrite(path, of_before, TOKENS_DIGEST)
+    for path in list_shards(tmp_path / "results"):
+        rewrite_shard(path, remove_versions, DIGEST_COLUMN)
     (cell,) = Ledger(tmp_path / "results").cells()
-    stack = {n: v for n, v in cell.identity.provenance.items() if n != TOKENISATION}
+    provenance = {n: v for n, v in cell.identity.provenance.items() if n != TOKENISATION_KEY}
     (cell.folder / "cell.json").write_text(
-        cell.identity.model_copy(update={"provenance": stack}).sealed()
+        cell.identity.model_copy(update={"provenance": provenance}).to_note()
     )
-    heard = Heard()
-    done = run(measured(layer=[2, 3]), tmp_path / "results", heard)
-    assert not done.outcome.failed
+    heard = RecordingProgress()
+    results = run_experiment(measured(layer=[2, 3]), tmp_path / "results", heard)
+    assert not results.outcome.failed
     warnings = [line for line in heard.lines if "does not state its tokens" in line]
     assert len(warnings) == (version is not None)
     assert all("transformers 5.0.0" in line for line in warnings)
     # What is measured now states them, and holds for what comes.
-    later = run(measured(layer=[0, 1, 2, 3], sample=12), tmp_path / "results", **BOS)
-    assert len(later.outcome.failed) == 1
+    file = measured(layer=[0, 1, 2, 3], sample=12)
+    assert len(run_experiment(file, tmp_path / "results", **BOS).outcome.failed) == 1
 
 
 OWN = """
@@ -216,17 +221,18 @@ def test_the_models_own_code_is_not_mixed_with_that_of_transformers(
     tiny_llama, experiment, tmp_path
 ):
     """Both load the same files; which of them does is in no key."""
-    folder, data = tiny_llama(), str(arc(tmp_path / "data"))
+    folder, data = tiny_llama(), str(write_arc(tmp_path / "data"))
     (folder / "negated.py").write_text(OWN)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "negated.Negated"}
     (folder / "config.json").write_text(json.dumps(config))
-    asked = {"data": data, "sample": 8, "limit": None}
-    assert not run(experiment(folder, layer=[0], **asked), tmp_path / "one").outcome.failed
-    done = run(experiment(folder, layer=[1], **asked), tmp_path / "one", **BOS)
-    (why,) = done.outcome.failed.values()
-    assert "texts are read otherwise now" in why
-    assert "the model's own code runs only with --trust-remote-code" in why
+    options = {"data": data, "sample": 8, "limit": None}
+    file = experiment(folder, layer=[0], **options)
+    assert not run_experiment(file, tmp_path / "one").outcome.failed
+    results = run_experiment(experiment(folder, layer=[1], **options), tmp_path / "one", **BOS)
+    (reason,) = results.outcome.failed.values()
+    assert "texts are read otherwise now" in reason
+    assert "the model's own code runs only with --trust-remote-code" in reason
 
 
 DATED = "{{ strftime_now('%f') if date_string is not defined else date_string }} "
@@ -236,13 +242,13 @@ DATED = "{{ strftime_now('%f') if date_string is not defined else date_string }}
 def test_a_chat_template_that_states_the_date_is_measured_in_one_go(
     tiny_llama, experiment, tmp_path
 ):
-    folder, data = tiny_llama(), str(arc(tmp_path / "data"))
+    folder, data = tiny_llama(), str(write_arc(tmp_path / "data"))
     template = folder / "chat_template.jinja"
     template.write_text(DATED + template.read_text())
-    asked = {"data": data, "sample": 8, "limit": None, "apply_chat_template": "true"}
-    for settings, lacking in ({}, 1), ({"chat_template_args": "date_string=today"}, 0):
+    options = {"data": data, "sample": 8, "limit": None, "apply_chat_template": "true"}
+    for settings, n_failed in ({}, 1), ({"chat_template_args": "date_string=today"}, 0):
         for layer in ([0], [1]):
-            file = experiment(folder, layer=layer, **asked, **settings)
-            done = run(file, tmp_path / "results")
-            assert len(done.outcome.failed) == lacking * layer[0], done.outcome.failed
-            assert all("chat_template_args can fix" in why for why in done.outcome.failed.values())
+            file = experiment(folder, layer=layer, **options, **settings)
+            failed = run_experiment(file, tmp_path / "results").outcome.failed
+            assert len(failed) == n_failed * layer[0], failed
+            assert all("chat_template_args can fix" in reason for reason in failed.values())

@@ -14,7 +14,7 @@ from tests.conftest import cli, refused
 from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
 from tracker.bench import loops
-from tracker.bench.loops import PassingWorker, pass_over
+from tracker.bench.loops import SkippingWorker, skip_layers
 from tracker.core.changes import Ablation
 
 AGAINST = ["bench", "no-such-model", "--benchmark", "arc_easy", "--against", "vllm"]
@@ -32,7 +32,7 @@ class Layer(nn.Module):
         return self.linear(self.norm(residual)) * positions, residual
 
 
-def read(layers):
+def pass_layers(layers):
     """Pass some layers as the models of vLLM do, up to the addition in front of the last norm."""
     positions = torch.arange(5)[:, None]
     hidden, residual = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), None
@@ -46,20 +46,20 @@ def test_layers_are_passed_over_and_come_back():
     torch.manual_seed(0)
     layers = nn.ModuleList(Layer() for _ in range(4))
     cases = [(0,), (2,), (3,), (0, 1), (0, 1, 2, 3), (1,), ()]
-    outputs = [read([layers[n] for n in range(4) if n not in removed]) for removed in cases]
+    outputs = [pass_layers([layers[n] for n in range(4) if n not in removed]) for removed in cases]
     assert not any(torch.equal(*pair) for pair in combinations(outputs, 2))
     for removed, output in zip(cases, outputs, strict=True):
-        pass_over(layers, removed)
-        assert torch.equal(read(layers), output)
+        skip_layers(layers, removed)
+        assert torch.equal(pass_layers(layers), output)
 
 
 @torch.inference_mode()
 def test_a_worker_finds_the_layers_of_its_model():
     """Of a model whose layers return the stream alone, as some of vLLM's do."""
     model, ids = tiny_model("llama"), torch.arange(7)[None]
-    pruned = engine_of(model).without(Ablation.parse("layers:1,2")).loaded.model
+    pruned = engine_of(model).ablate(Ablation.parse("layers:1,2")).loaded.model
     expected = pruned(ids, use_cache=False).logits
-    PassingWorker.pass_over(SimpleNamespace(get_model=lambda: model), [1, 2])
+    SkippingWorker.pass_over(SimpleNamespace(get_model=lambda: model), [1, 2])
     assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 

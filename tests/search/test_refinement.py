@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,89 +18,86 @@ from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models.parts.anatomy import linear_map_shapes
 from tracker.models.sources import find_model
-from tracker.search.cells import Lender, OpenCell
+from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.formats import (
     BitBudget,
-    Choice,
-    Unit,
-    ablation_of,
-    least_loss,
-    refined,
-    units_of,
+    FormatChoice,
+    FormatUnit,
+    choice_ablation,
+    list_units,
+    minimize_loss,
+    refine_choice,
 )
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
-UNITS = [Unit(layer, "a", ((32, 32),)) for layer in range(4)]
-WITHIN = BitBudget("", 6.1, 0, 4 * 1024)
+UNITS = [FormatUnit(layer, "a", ((32, 32),)) for layer in range(4)]
+BUDGET = BitBudget("", 6.1, 0, 4 * 1024)
 DOCUMENTS = 60
 
 
-def every(units: Sequence[Unit], within: BitBudget) -> list[Choice]:
+def all_choices(units: Sequence[FormatUnit], budget: BitBudget) -> list[FormatChoice]:
     """All choices within a budget."""
-    all_of_them = itertools.product(FORMATS, repeat=len(units))
-    choices = (dict(zip(units, some, strict=True)) for some in all_of_them)
-    return [choice for choice in choices if within.holds(choice)]
+    form_lists = itertools.product(FORMATS, repeat=len(units))
+    choices = (dict(zip(units, forms, strict=True)) for forms in form_lists)
+    return [choice for choice in choices if budget.holds(choice)]
 
 
-def measuring(
-    loss: Callable[[Choice], float], noise: float, seed: int
-) -> Callable[[Sequence[Choice]], PairedOutcomes]:
+def make_measure(loss: Callable[..., float], noise: float, seed: int) -> Callable[..., Any]:
     """Measure choices on made-up documents: each has the loss, and noise that is its own."""
     weights = np.full(DOCUMENTS, 1 / DOCUMENTS)
 
-    def measure(choices: Sequence[Choice]) -> PairedOutcomes:
+    def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
         columns = []
         for choice in choices:
-            own = np.random.default_rng([seed, *map(ord, "".join(choice.values()))])
-            columns.append(-loss(choice) + noise * own.standard_normal(DOCUMENTS))
+            generator = np.random.default_rng([seed, *map(ord, "".join(choice.values()))])
+            columns.append(-loss(choice) + noise * generator.standard_normal(DOCUMENTS))
         return PairedOutcomes(np.zeros(DOCUMENTS), np.array(columns).T, weights)
 
     return measure
 
 
-def swapped(start: Choice, end: Choice, within: BitBudget) -> bool:
+def is_swap(start: FormatChoice, end: FormatChoice, budget: BitBudget) -> bool:
     """Return whether one unit gained bits, and one other lost bits only if the budget needs it."""
-    more = {unit: unit.bits(end[unit]) - unit.bits(start[unit]) for unit in start}
-    raised = [unit for unit, bits in more.items() if bits > 0]
-    lowered = sum(bits < 0 for bits in more.values())
-    enough = len(raised) == 1 and within.holds({**start, raised[0]: end[raised[0]]})
-    return len(raised) == 1 and lowered == int(not enough)
+    added_bits = {unit: unit.bits(end[unit]) - unit.bits(start[unit]) for unit in start}
+    raised = [unit for unit, bits in added_bits.items() if bits > 0]
+    n_lowered = sum(bits < 0 for bits in added_bits.values())
+    is_enough = len(raised) == 1 and budget.holds({**start, raised[0]: end[raised[0]]})
+    return len(raised) == 1 and n_lowered == int(not is_enough)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_they_end_where_no_swap_is_better_though_units_cost_more_together(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    alone = np.sort(draw.uniform(0, 1, (4, 3)))[:, ::-1]
+def test_refinement_ends_where_no_swap_is_better(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    losses = np.sort(generator.uniform(0, 1, (4, 3)))[:, ::-1]
     # What the sums take for the cheapest costs far more together.
-    start = least_loss(UNITS, FORMATS, alone, WITHIN)
-    low = frozenset(unit for unit in UNITS if start[unit] == "q4_0")
+    start = minimize_loss(UNITS, FORMATS, losses, BUDGET)
+    low_units = frozenset(unit for unit in UNITS if start[unit] == "q4_0")
 
-    def loss(choice: Choice) -> float:
-        total = sum(alone[n, FORMATS.index(choice[unit])] for n, unit in enumerate(UNITS))
-        return total + 3 * (frozenset(u for u in UNITS if choice[u] == "q4_0") == low)
+    def loss(choice: FormatChoice) -> float:
+        total = sum(losses[n, FORMATS.index(choice[unit])] for n, unit in enumerate(UNITS))
+        return total + 3 * (frozenset(u for u in UNITS if choice[u] == "q4_0") == low_units)
 
-    found = refined(start, FORMATS, alone, WITHIN, 9, measuring(loss, 0.01, seed))
-    assert found.gains
-    assert all(gain.low > 0 for gain in found.gains)
+    refinement = refine_choice(start, FORMATS, losses, BUDGET, 9, make_measure(loss, 0.01, seed))
+    assert refinement.gains
+    assert all(gain.low > 0 for gain in refinement.gains)
     # Less than a hundredth is not shown on so many documents.
-    for other in every(UNITS, WITHIN):
-        assert not swapped(found.choice, other, WITHIN) or loss(found.choice) < loss(other) + 0.01
+    for swap in all_choices(UNITS, BUDGET):
+        if is_swap(refinement.choice, swap, BUDGET):
+            assert loss(refinement.choice) < loss(swap) + 0.01
 
 
 def test_noise_is_not_news() -> None:
-    alone = np.array([[0.3, 0.2, 0.1]] * 4)
-    start = least_loss(UNITS, FORMATS, alone, WITHIN)
-    runs = [
-        refined(start, FORMATS, alone, WITHIN, 3, measuring(lambda _: 0.0, 1.0, seed))
-        for seed in range(400)
-    ]
-    wrong = sum(bool(run.gains) for run in runs)
-    assert min(run.tried for run in runs) >= 3
+    losses = np.array([[0.3, 0.2, 0.1]] * 4)
+    start = minimize_loss(UNITS, FORMATS, losses, BUDGET)
+    measures = [make_measure(lambda _: 0.0, 1.0, seed) for seed in range(400)]
+    refinements = [refine_choice(start, FORMATS, losses, BUDGET, 3, m) for m in measures]
+    n_wrong = sum(bool(run.gains) for run in refinements)
+    assert min(run.n_swaps for run in refinements) >= 3
     # 95 % of 400 rounds keep nothing; 34 is three standard deviations above 20.
-    assert wrong <= 34
+    assert n_wrong <= 34
 
 
-def test_on_a_tiny_model_no_swap_of_the_choice_at_the_end_is_shown_to_be_better(tmp_path) -> None:
+def test_refinement_of_a_tiny_model(tmp_path) -> None:
     """Every choice of three layers in three formats is measured besides."""
     request = cell_request(
         model=str(save_llama(tmp_path / "tiny", layers=3, hidden_size=64, intermediate_size=96)),
@@ -109,28 +107,25 @@ def test_on_a_tiny_model_no_swap_of_the_choice_at_the_end_is_shown_to_be_better(
         layers=(0, 1, 2),
         dtype="float32",
     )
-    cell = OpenCell(request, Lender(Ledger(tmp_path / "results"), Options("cpu"), Silent()))
-    units = units_of(
-        linear_map_shapes(find_model(request.model)), request.changes.layers, each=False
-    )
-    within = BitBudget("", 6.1, 0, sum(unit.weights for unit in units))
+    cell = OpenCell(request, ModelCache(Ledger(tmp_path / "results"), Options("cpu"), Silent()))
+    maps = linear_map_shapes(find_model(request.model))
+    units = list_units(maps, request.changes.layers, by_map=False)
+    budget = BitBudget("", 6.1, 0, sum(unit.n_weights for unit in units))
 
-    def measure(choices: Sequence[Choice]) -> PairedOutcomes:
-        return cell.paired([ablation_of(choice) for choice in choices], "gold_logprob")
+    def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
+        return cell.outcomes([choice_ablation(choice) for choice in choices], "gold_logprob")
 
-    alone = np.array(
-        [measure([{unit: form} for form in FORMATS]).mean_drops.tolist() for unit in units]
-    )
-    choices = every(units, within)
+    single_choices = [[{unit: form} for form in FORMATS] for unit in units]
+    losses = np.array([measure(choices).mean_drops.tolist() for choices in single_choices])
+    choices = all_choices(units, budget)
     paired = measure(choices)
-    worst = choices[int(paired.mean_drops.argmax())]
-    found = refined(worst, FORMATS, alone, within, 9, measure)
-    outcomes = {
-        tuple(choice.values()): own for choice, own in zip(choices, paired.ablated.T, strict=True)
-    }
-    mine = outcomes[tuple(found.choice.values())]
-    around = [other for other in choices if swapped(found.choice, other, within)]
-    assert found.tried >= len(around) > 0
-    for other in around:
-        more = stats.ttest_1samp(outcomes[tuple(other.values())] - mine, 0)
-        assert more.confidence_interval(1 - 0.05 / found.tried).low <= 0
+    worst_choice = choices[int(paired.mean_drops.argmax())]
+    refinement = refine_choice(worst_choice, FORMATS, losses, budget, 9, measure)
+    keys = [tuple(choice.values()) for choice in choices]
+    outcomes = dict(zip(keys, paired.ablated.T, strict=True))
+    final = outcomes[tuple(refinement.choice.values())]
+    swaps = [swap for swap in choices if is_swap(refinement.choice, swap, budget)]
+    assert refinement.n_swaps >= len(swaps) > 0
+    for swap in swaps:
+        test = stats.ttest_1samp(outcomes[tuple(swap.values())] - final, 0)
+        assert test.confidence_interval(1 - 0.05 / refinement.n_swaps).low <= 0

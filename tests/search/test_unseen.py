@@ -10,20 +10,20 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tests.conftest import save_tokenizer
-from tests.helpers.truth import truths, without
+from tests.helpers.truth import plain_loglikelihoods
 from tracker.core.changes import INTACT, Ablation
-from tracker.ledger.outcomes import AGAIN
-from tracker.measuring.calibrate import LEAST_TWICE
+from tracker.ledger.outcomes import REPEATED_COLUMN
+from tracker.measuring.calibrate import MIN_REPEATED
 from tracker.search.cells import OpenCell
-from tracker.search.search import budget_of, search
+from tracker.search.search import find_budget, run_search
 
-from .conftest import opened
+from .conftest import open_documents
 
-FIRST, LATER = Ablation.parse("layers:0,2"), Ablation.parse("layers:0,1")
+CHECKED_SET, UNSEEN_SET = Ablation.parse("layers:0,2"), Ablation.parse("layers:0,1")
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -> None:
+def test_unchecked_sets_are_exact(ask, make_cache, tmp_path: Path) -> None:
     """Layer 1 is the one that lends its keys and values to the last, through a dictionary."""
     folder = tmp_path / "lending"
     folder.mkdir()
@@ -39,46 +39,49 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     (request,) = ask(model=str(folder), strategy="accuracy").calibration()
-    cell = OpenCell(request, lend(tmp_path / "results"))
-    cell.measure([FIRST])
-    cell.measure([LATER])
+    cell = OpenCell(request, make_cache(tmp_path / "results"))
+    cell.measure([CHECKED_SET])
+    cell.measure([UNSEEN_SET])
 
-    loaded, documents, max_length = opened(request)
-    removed = [each.removed() for each in (INTACT, FIRST, LATER)]
-    plain = truths(loaded, documents, removed, max_length, without, remembers=False)
-    measured = cell.paired([INTACT, FIRST, LATER], "gold_logprob").ablated
-    gold = [[s[d.gold or 0] for s in each] for each, d in zip(plain, documents, strict=True)]
+    loaded, documents, max_length = open_documents(request)
+    removed = [answers.removed() for answers in (INTACT, CHECKED_SET, UNSEEN_SET)]
+    truths = plain_loglikelihoods(loaded, documents, removed, max_length, remembers=False)
+    measured = cell.outcomes([INTACT, CHECKED_SET, UNSEEN_SET], "gold_logprob").ablated
+    gold = [[s[d.gold or 0] for s in answers] for answers, d in zip(truths, documents, strict=True)]
     assert np.allclose(measured, gold, atol=1e-3)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_cells_and_searches_of_a_model_have_one_verdict(ask, lend, tmp_path: Path) -> None:
+def test_cells_of_a_model_share_one_check(ask, make_cache, tmp_path: Path) -> None:
     """Was: each step that was tested beside others had the model's class checked once more."""
     (request,) = ask(strategy="accuracy").calibration()
     verdicts = []
-    for folder, alone, together in (("one", (1,), (0, 2, 4)), ("other", (3,), (3, 4))):
-        OpenCell(request, lend(tmp_path / folder)).measure(
-            [Ablation.of(removed=alone), Ablation.of(removed=together)]
+    for folder, single_layer, several_layers in (("one", (1,), (0, 2, 4)), ("other", (3,), (3, 4))):
+        OpenCell(request, make_cache(tmp_path / folder)).measure(
+            [
+                Ablation.from_changes(removed=single_layer),
+                Ablation.from_changes(removed=several_layers),
+            ]
         )
         verdicts.append({path.name for path in tmp_path.glob(f"{folder}/checks/*")})
     assert len(verdicts[0] & verdicts[1]) == 2, "of short texts, and of texts as long as these"
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_of_candidates_nothing_is_computed_twice_and_of_what_is_tested_some_is(ask, lend, tmp_path):
-    raced = {"rescoring": "race", "sample": None, "remove": 1}
-    race = ask(strategy="accuracy", dtype="bfloat16", **raced)
-    lender, cells = lend(tmp_path / "results"), {}
-    list(search(race, budget_of(race, lender), lender, cells))
-    assert AGAIN not in cells[race.calibration()[0]].store.read()
+def test_only_test_documents_are_repeated(ask, make_cache, tmp_path):
+    race_settings = {"rescoring": "race", "sample": None, "remove": 1}
+    race = ask(strategy="accuracy", dtype="bfloat16", **race_settings)
+    cache = make_cache(tmp_path / "results")
+    list(run_search(race, find_budget(race, cache), cache))
+    assert REPEATED_COLUMN not in cache.cell(race.calibration()[0]).store.read()
 
-    asked = ask(strategy="accuracy", remove=2, dtype="bfloat16")
-    (request,), test = asked.calibration(), asked.test()
-    chosen, tested = (OpenCell(each, lend(tmp_path / "results")) for each in (request, test))
-    chosen.measure([FIRST], candidates=True)
-    tested.measure([FIRST])
-    assert AGAIN not in chosen.store.read()
-    twice = tested.store.read()
-    twice = twice[twice[AGAIN].notna()]
-    assert set(twice["ablation"]) == {INTACT.name, FIRST.name}
-    assert twice["doc"].nunique() == LEAST_TWICE
+    search_request = ask(strategy="accuracy", remove=2, dtype="bfloat16")
+    requests = (*search_request.calibration(), search_request.test())
+    calibration_cell, test_cell = map(make_cache(tmp_path / "results").cell, requests)
+    calibration_cell.measure([CHECKED_SET], are_candidates=True)
+    test_cell.measure([CHECKED_SET])
+    assert REPEATED_COLUMN not in calibration_cell.store.read()
+    frame = test_cell.store.read()
+    frame = frame[frame[REPEATED_COLUMN].notna()]
+    assert set(frame["ablation"]) == {INTACT.name, CHECKED_SET.name}
+    assert frame["doc"].nunique() == MIN_REPEATED

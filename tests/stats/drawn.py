@@ -21,58 +21,61 @@ NOISES: dict[str, Noise] = {
 }
 
 
-def ar1(generator: np.random.Generator, rho: float, count: int, layers: int) -> Array:
+def ar1(rng: np.random.Generator, rho: float, count: int, layers: int) -> Array:
     """Stationary Gaussian series of first order, variance 1, one a row."""
-    series = generator.normal(size=(count, layers))
+    series = rng.normal(size=(count, layers))
     for layer in range(1, layers):
         series[:, layer] = rho * series[:, layer - 1] + math.sqrt(1 - rho**2) * series[:, layer]
     return series
 
 
-def drops(documents: int, lost: float, won: float) -> Array:
+def drops(n_documents: int, lost_share: float, won_share: float) -> Array:
     """Paired differences of so many documents: shares lost and won, the rest ties."""
-    lose, win = round(documents * lost), round(documents * won)
-    return np.repeat([1.0, -1.0, 0.0], [lose, win, documents - lose - win])
+    n_lost, n_won = round(n_documents * lost_share), round(n_documents * won_share)
+    return np.repeat([1.0, -1.0, 0.0], [n_lost, n_won, n_documents - n_lost - n_won])
 
 
-def layers_of(
-    dice: np.random.Generator, documents: int, lost: Iterable[float], won: float
+def draw_layers(
+    rng: np.random.Generator, n_documents: int, lost_shares: Iterable[float], won_share: float
 ) -> Array:
     """Draw drops `[documents, layers]`; each layer has its own order, share lost and share won."""
-    return np.stack([dice.permutation(drops(documents, one, won)) for one in lost], axis=1)
+    return np.stack(
+        [rng.permutation(drops(n_documents, lost_share, won_share)) for lost_share in lost_shares],
+        axis=1,
+    )
 
 
 def shuffled(values: Array, count: int, seed: int = 0) -> Array:
     """`count` random orders of one population, as columns."""
-    generator = np.random.default_rng(seed)
-    return np.stack([generator.permutation(values) for _ in range(count)], axis=1)
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(values) for _ in range(count)], axis=1)
 
 
-def looks(sequence: MeanSequences, values: Array, block: int = BLOCK) -> Iterator[int]:
+def add_blocks(sequence: MeanSequences, values: Array, block: int = BLOCK) -> Iterator[int]:
     """Look after every block; yields how many documents were seen."""
     for start in range(0, len(values), block):
         sequence.add(values[start : start + block])
         yield min(start + block, len(values))
 
 
-def missed(sequence: MeanSequences, values: Array) -> Array:
+def missed_means(sequence: MeanSequences, values: Array) -> Array:
     """Which series' means some look's interval missed."""
-    found, mean = np.zeros(values.shape[1], dtype=bool), values.mean(axis=0)
-    for _ in looks(sequence, values):
-        found |= (sequence.low > mean + 1e-9) | (sequence.high < mean - 1e-9)
-    return found
+    is_missed, means = np.zeros(values.shape[1], dtype=bool), values.mean(axis=0)
+    for _ in add_blocks(sequence, values):
+        is_missed |= (sequence.low > means + 1e-9) | (sequence.high < means - 1e-9)
+    return is_missed
 
 
-def errors(values: Array, level: float, within: float | None = None) -> float:
+def error_rate(values: Array, level: float, half_width: float | None = None) -> float:
     """Return the share of series that the intervals miss, each by itself."""
-    sequence = MeanSequences(*values.shape, level=level, together=1, within=within)
-    return float(missed(sequence, values).mean())
+    sequence = MeanSequences(*values.shape, level=level, family=1, half_width=half_width)
+    return float(missed_means(sequence, values).mean())
 
 
-def race_smallest(values: Array, within: float, population: int | None = None) -> SmallestMean:
+def race_smallest(values: Array, tolerance: float, population: int | None = None) -> SmallestMean:
     """Look until it is decided, at nobody who is out."""
-    race = SmallestMean(population or len(values), values.shape[1], within=within)
+    race = SmallestMean(population or len(values), values.shape[1], tolerance=tolerance)
     while race.open.any() and race.looked < len(values):
-        some = values[race.looked :][:BLOCK]
-        race.look(np.where(race.open, some, np.nan))
+        block = values[race.looked :][:BLOCK]
+        race.update(np.where(race.open, block, np.nan))
     return race

@@ -1,6 +1,10 @@
+"""Test accuracies, drops and their power against the literature and drawn outcomes."""
+
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,20 +15,23 @@ from scipy import stats
 from tests.stats.drawn import Array
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import (
+    REPORTED_DROP,
+    OutcomeVariance,
     accuracy,
     accuracy_drop,
     accuracy_relevance,
     chance_accuracy,
+    document_ratios,
+    documents_needed,
+    drop_sd,
     weights_by_task,
 )
 
-bits = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
 
-
-def paired(both: int, lost: int, won: int, neither: int) -> tuple[Array, Array]:
+def paired_outcomes(n_both: int, n_lost: int, n_won: int, n_neither: int) -> tuple[Array, Array]:
     """Array of documents that are right with both models, the first, the second, none."""
-    baseline = np.repeat([1.0, 1.0, 0.0, 0.0], [both, lost, won, neither])
-    ablated = np.repeat([1.0, 0.0, 1.0, 0.0], [both, lost, won, neither])
+    baseline = np.repeat([1.0, 1.0, 0.0, 0.0], [n_both, n_lost, n_won, n_neither])
+    ablated = np.repeat([1.0, 0.0, 1.0, 0.0], [n_both, n_lost, n_won, n_neither])
     return baseline, ablated
 
 
@@ -34,26 +41,26 @@ def paired(both: int, lost: int, won: int, neither: int) -> tuple[Array, Array]:
 def test_weights_reproduce_the_mean_over_documents_and_the_mean_of_task_means() -> None:
     tasks = ["b", "a", "b", "b", "c", "a"]
     outcomes = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
-    assert outcomes @ weights_by_task(tasks, weight_by_size=True) == pytest.approx(4 / 6)
+    assert outcomes @ weights_by_task(tasks, by_size=True) == pytest.approx(4 / 6)
     by_task = (1 / 2 + 2 / 3 + 1) / 3
-    assert outcomes @ weights_by_task(tasks, weight_by_size=False) == pytest.approx(by_task)
+    assert outcomes @ weights_by_task(tasks, by_size=False) == pytest.approx(by_task)
     for by_size in (True, False):
         assert weights_by_task(tasks, by_size).sum() == pytest.approx(1)
         assert weights_by_task([], by_size).tolist() == []
 
 
-@pytest.mark.parametrize("weight_by_size", [True, False])
-def test_units_share_what_a_task_weighs(weight_by_size: bool) -> None:
+@pytest.mark.parametrize("by_size", [True, False])
+def test_units_share_what_a_task_weighs(by_size: bool) -> None:
     tasks, units = ["a", "b", "a", "a"], np.array([1.0, 7.0, 2.0, 3.0])
-    plain = weights_by_task(tasks, weight_by_size)
-    weights = weights_by_task(tasks, weight_by_size, units)
-    a = plain[[0, 2, 3]].sum()
-    assert weights == pytest.approx([a / 6, plain[1], a / 3, a / 2])
+    task_weights = weights_by_task(tasks, by_size)
+    weights = weights_by_task(tasks, by_size, units)
+    total = task_weights[[0, 2, 3]].sum()
+    assert weights == pytest.approx([total / 6, task_weights[1], total / 3, total / 2])
 
 
 def test_units_that_are_missing_or_nothing() -> None:
-    some = weights_by_task(["a"] * 3, True, np.array([1.0, math.nan, 3.0]))
-    assert some.tolist() == [0.25, 0, 0.75]
+    weights = weights_by_task(["a"] * 3, True, np.array([1.0, math.nan, 3.0]))
+    assert weights.tolist() == [0.25, 0, 0.75]
     assert weights_by_task(["a"] * 2, True, np.zeros(2)).tolist() == [0.5, 0.5]
     assert weights_by_task(["a"] * 2, True, np.array([0.125, 0.375])).tolist() == [0.25, 0.75]
 
@@ -85,7 +92,7 @@ def test_accuracy_of_fractions_is_a_t_interval() -> None:
     outcomes = np.array([0.2, 0.4, 0.9, 0.3, 0.35])
     estimate = accuracy(outcomes)
     low, high = stats.t.interval(0.95, 4, loc=outcomes.mean(), scale=stats.sem(outcomes))
-    assert (estimate.low, estimate.high) == (pytest.approx(low), pytest.approx(high))
+    assert estimate.bounds == pytest.approx((low, high))
     weighted = accuracy(outcomes, np.array([0.5, 0.2, 0.1, 0.1, 0.1]))
     assert weighted.value == pytest.approx(0.1 + 0.08 + 0.09 + 0.03 + 0.035)
 
@@ -95,8 +102,8 @@ def test_unequal_weights_leave_width_when_every_document_is_right() -> None:
     assert estimate.value == 1
     # Two right and two wrong documents of weight 1/3 besides, all divided by 7/3.
     mean, variance = 5 / 7, (2 / 7) ** 2 * (3 / 8 + 2 / 9) + (5 / 7) ** 2 * (2 / 9)
-    half = 1.959963984540054 * math.sqrt(variance) / (7 / 3)
-    assert (estimate.low, estimate.high) == (pytest.approx(mean - half), pytest.approx(mean + half))
+    half_width = 1.959963984540054 * math.sqrt(variance) / (7 / 3)
+    assert estimate.bounds == pytest.approx((mean - half_width, mean + half_width))
 
 
 @pytest.mark.parametrize(
@@ -109,8 +116,8 @@ def test_unequal_weights_leave_width_when_every_document_is_right() -> None:
 )
 def test_undefined_accuracies_and_drops(outcomes: list[float], reason: str) -> None:
     values, ones = np.array(outcomes), np.ones(len(outcomes))
-    for found in (accuracy(values), accuracy_drop(values, ones), accuracy_drop(ones, values)):
-        assert found == Estimate(None, reason=reason)
+    for estimate in (accuracy(values), accuracy_drop(values, ones), accuracy_drop(ones, values)):
+        assert estimate == Estimate(None, reason=reason)
 
 
 def test_one_document() -> None:
@@ -132,45 +139,43 @@ def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
 def test_drops_of_the_literature() -> None:
     # Armitage & Berry, Statistical Methods in Medical Research (1994) p. 127: two media for
     # culturing tuberculosis.
-    drop = accuracy_drop(*paired(20, 12, 2, 16))
+    drop = accuracy_drop(*paired_outcomes(20, 12, 2, 16))
     assert (drop.value, drop.p_value) == (10 / 50, pytest.approx(0.0129, abs=5e-5))
     # Fagerland et al., BMC Medical Research Methodology 13 (2013) 91: airways before and after.
-    drop = accuracy_drop(*paired(1, 1, 7, 12))
+    drop = accuracy_drop(*paired_outcomes(1, 1, 7, 12))
     assert (drop.value, drop.p_value) == pytest.approx((-6 / 21, 0.0703), abs=5e-5)
     # Bonett & Price's interval by Bonett's own R package statpsych: ci.prop.ps(.05, 12, 4, 26, 6).
-    drop = accuracy_drop(*paired(6, 26, 4, 12))
-    assert (drop.value, drop.low, drop.high) == pytest.approx(
-        (22 / 48, 0.2548067, 0.6251933), abs=5e-8
-    )
+    drop = accuracy_drop(*paired_outcomes(6, 26, 4, 12))
+    expected = (22 / 48, 0.2548067, 0.6251933)
+    assert (drop.value, drop.low, drop.high) == pytest.approx(expected, abs=5e-8)
 
 
 @given(*[st.integers(0, 40)] * 4)
 def test_interval_against_the_published_formula(both, lost, won, neither) -> None:
     n = both + lost + won + neither
     assume(n > 0)
-    drop = accuracy_drop(*paired(both, lost, won, neither))
+    drop = accuracy_drop(*paired_outcomes(both, lost, won, neither))
     p12, p21 = (lost + 1) / (n + 2), (won + 1) / (n + 2)
-    half = 1.959963984540054 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
+    half_width = 1.959963984540054 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
     assert drop.value == (lost - won) / n
-    assert drop.low == pytest.approx(p12 - p21 - half)
-    assert drop.high == pytest.approx(p12 - p21 + half)
-    assert p12 - p21 - half <= drop.value <= p12 - p21 + half
+    assert drop.bounds == pytest.approx((p12 - p21 - half_width, p12 - p21 + half_width))
+    assert p12 - p21 - half_width <= drop.value <= p12 - p21 + half_width
 
 
 def test_drop_of_fractions_is_the_paired_t_interval() -> None:
     """Also where one of the two happens to hold none: a document may change by a part."""
-    parts, others = np.array([0.9, 0.5, 0.7, 0.4]), np.array([0.6, 0.5, 0.1, 0.5])
-    whole = np.array([1.0, 0.0, 1.0, 1.0])
-    for before, after in ((parts, others), (whole, others), (parts, whole)):
-        drop = accuracy_drop(before, after)
-        reference = stats.ttest_rel(before, after).confidence_interval(0.95)
-        assert (drop.low, drop.high) == pytest.approx((reference.low, reference.high))
+    first, second = np.array([0.9, 0.5, 0.7, 0.4]), np.array([0.6, 0.5, 0.1, 0.5])
+    binary = np.array([1.0, 0.0, 1.0, 1.0])
+    for intact, ablated in ((first, second), (binary, second), (first, binary)):
+        drop = accuracy_drop(intact, ablated)
+        reference = stats.ttest_rel(intact, ablated).confidence_interval(0.95)
+        assert drop.bounds == pytest.approx((reference.low, reference.high))
         assert drop.p_value is None
 
 
 def test_drop_without_any_change_is_not_certain() -> None:
     weights = weights_by_task(["a"] * 10 + ["b"] * 30, False)
-    drop = accuracy_drop(*paired(30, 0, 0, 10), weights)
+    drop = accuracy_drop(*paired_outcomes(30, 0, 0, 10), weights)
     assert (drop.value, drop.p_value) == (0, 1)
     assert drop.low < 0 < drop.high
 
@@ -180,14 +185,14 @@ def test_drop_without_any_change_is_not_certain() -> None:
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_drop_interval_covers_the_truth(n: int, lost: float, won: float, weighted: bool) -> None:
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     weights = weights_by_task(["a"] * (n // 3) + ["b"] * (n - n // 3), False) if weighted else None
-    covered = 0
+    n_covered = 0
     for _ in range(600):
-        cells = generator.choice(4, size=n, p=[0.4, lost, won, 0.6 - lost - won])
+        cells = rng.choice(4, size=n, p=[0.4, lost, won, 0.6 - lost - won])
         drop = accuracy_drop((cells < 2) * 1.0, (cells % 2 == 0) * (cells < 3) * 1.0, weights)
-        covered += drop.low <= lost - won <= drop.high
-    assert 0.92 <= covered / 600 <= 0.995
+        n_covered += drop.low <= lost - won <= drop.high
+    assert 0.92 <= n_covered / 600 <= 0.995
 
 
 # -- chance and relevance --------------------------------------------------------------------------
@@ -240,3 +245,108 @@ def test_undefined_relevance(baseline, ablated, chance, reason) -> None:
     relevance = accuracy_relevance(baseline, ablated, chance)
     assert relevance.value is None
     assert reason in relevance.reason
+
+
+SUMS = np.array([-30.0, -2.0, 0.0, -9.0])
+UNITS = np.array([10.0, 4.0, 0.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "ratio"),
+    # 41 nats in 20 bytes are 41 / 20 / ln 2 = 2.96 bits per byte.
+    [("ratio", -2.05), ("bits_per_byte", 2.05 / math.log(2))],
+)
+def test_the_weighted_mean_of_documents_is_the_ratio_of_sums(
+    aggregation: str, ratio: float
+) -> None:
+    weights = weights_by_task(["a"] * 4, True, UNITS)
+    assert weights @ document_ratios(aggregation, SUMS, UNITS) == pytest.approx(ratio)
+
+
+def test_ratios_of_documents() -> None:
+    assert document_ratios("ratio", SUMS, UNITS).tolist() == [-3, -0.5, 0, -1.5]
+    assert document_ratios("ratio", np.array([-0.5]), np.array([1])).tolist() == [-0.5]
+    missing = np.array([0, 2, math.nan])
+    assert np.isnan(document_ratios("ratio", np.array([1.0, math.nan, math.nan]), missing)).all()
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "documents"),
+    [
+        # Chow, Shao & Wang, Sample Size Calculations in Clinical Research, example 6.4.3.
+        (0.5, 0.2, 59),
+        # The example that the calculators after Connor (1987, page 209) give.
+        (0.45, 0.05, 23),
+    ],
+)
+def test_the_literature(lost: float, won: float, documents: int) -> None:
+    variance = OutcomeVariance(lost + won, binary=True)
+    assert variance.count_documents(lost - won) == documents
+    assert (
+        variance.detectable_change(documents)
+        <= lost - won
+        < variance.detectable_change(documents - 1)
+    )
+
+
+@pytest.mark.parametrize(("documents", "share"), [(200, 0.2), (1000, 0.2), (150, 0.5)])
+def test_drawn_outcomes_are_found_as_often_as_said(documents: int, share: float) -> None:
+    drop = OutcomeVariance(share, binary=True).detectable_change(documents)
+    rng = np.random.default_rng(0)
+    cells = [(share + drop) / 2, (share - drop) / 2, 1 - share]
+    n_lost, n_won, _ = rng.multinomial(documents, cells, size=20_000).T
+    is_detected = np.abs(n_lost - n_won) / np.sqrt(n_lost + n_won) > stats.norm.ppf(0.975)
+    assert is_detected.mean() == pytest.approx(0.8, abs=0.015)
+
+
+def test_drawn_losses_are_found_as_often_as_said() -> None:
+    """Differences with long tails, whose mean is near enough to normal."""
+    documents, sd = 150, 0.5
+    increase = OutcomeVariance(sd**2, binary=False).detectable_change(documents)
+    losses = np.random.default_rng(0).laplace(0, sd / 2**0.5, size=(10_000, documents))
+    p = stats.ttest_1samp(losses + increase, 0, axis=1).pvalue
+    assert (p < 0.05).mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_drop_changes_what_it_loses() -> None:
+    """Of 100 documents of which one changes, a drop of 3 points would still lose three."""
+    variance = OutcomeVariance(0.01, binary=True)
+    assert variance.count_documents(REPORTED_DROP) == OutcomeVariance(
+        REPORTED_DROP, binary=True
+    ).count_documents(REPORTED_DROP)
+    smallest = variance.detectable_change(100)
+    assert OutcomeVariance(smallest, binary=True).detectable_change(100) == pytest.approx(smallest)
+    assert variance.detectable_change(3) is None
+
+
+def test_a_mean_over_benchmarks_takes_a_part_of_each() -> None:
+    """Against drawn outcomes of two benchmarks, whose mean drop is tested with 29 others."""
+    drop, share = 0.05, 0.2
+    n_documents = documents_needed([OutcomeVariance(share, binary=True)] * 3, 30, 2, drop)
+    rng = np.random.default_rng(0)
+    cells = [(share + drop) / 2, (share - drop) / 2, 1 - share]
+    n_lost, n_won, _ = rng.multinomial(2 * n_documents, cells, size=20_000).T
+    is_detected = np.abs(n_lost - n_won) / np.sqrt(n_lost + n_won) > stats.norm.ppf(1 - 0.025 / 30)
+    assert is_detected.mean() == pytest.approx(0.8, abs=0.025)
+
+
+def test_the_docs_name_the_documents_of_the_function() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "decide.md").read_text()
+    rows = re.findall(r"^\| (\d+) pp \| ([\d,]+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    variance = OutcomeVariance(0.105, binary=True)
+    for drop, *counts in rows:
+        expected = [documents_needed([variance], 30, k, int(drop) / 100) for k in (1, 2)]
+        assert [int(count.replace(",", "")) for count in counts] == expected
+
+
+def test_the_spread_of_drops() -> None:
+    intact, ablated = np.array([1.0, 1, 0, 0, 1]), np.array([1.0, 0, 0, 1, 0])
+    assert drop_sd(intact, ablated).value == pytest.approx(np.std(intact - ablated, ddof=1))
+    # A document that weighs nothing is none, and a task's few documents make a mean less sure.
+    weights = np.array([0.25, 0.25, 0.25, 0.25, 0.0])
+    expected = np.std((intact - ablated)[:4], ddof=1)
+    assert drop_sd(intact, ablated, weights).value == pytest.approx(expected * (5 / 4) ** 0.5)
+    assert drop_sd(intact[:1], ablated[:1]).reason == "one document has no spread"
+    undefined = drop_sd(np.array([1.0, np.nan]), np.zeros(2))
+    assert undefined.reason == "1 of 2 documents has no finite score"

@@ -12,7 +12,7 @@ import torch
 
 from tracker import stats
 
-NAMES = [each.name for each in walk_packages(stats.__path__, "tracker.stats.")]
+NAMES = [module.name for module in walk_packages(stats.__path__, "tracker.stats.")]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "tracker.core.proxies", "tracker.core.questions"])

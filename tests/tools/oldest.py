@@ -13,7 +13,7 @@ from pathlib import Path
 REQUIREMENT = re.compile(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)")
 
 
-def oldest() -> dict[str, str]:
+def oldest_versions() -> dict[str, str]:
     """Return the lower bound of each dependency in pyproject.toml: package → version."""
     file = Path(__file__).parents[2] / "pyproject.toml"
     requirements = tomllib.loads(file.read_text())["project"]["dependencies"]
@@ -24,5 +24,5 @@ def oldest() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    pins = [f"{package}=={version}\n" for package, version in oldest().items()]
+    pins = [f"{package}=={version}\n" for package, version in oldest_versions().items()]
     sys.stdout.writelines(pin for pin in pins if not pin.startswith("torch="))

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST_IMPORTS = 25
+MAX_IMPORTS = 25
 """A module that imports more of ours is counted."""
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-NO_CODE = {
+DOCUMENTED_NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+NO_CODE_TOKENS = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
     *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
 }
@@ -27,12 +27,12 @@ def count_lines(code: str) -> int:
     """Count the lines of code of a module."""
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, DOCUMENTED):
+        if isinstance(node, DOCUMENTED_NODES):
             for text in filter(_is_text, node.body):
                 docstrings |= {*range(text.lineno, text.end_lineno + 1)}
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
-        if token.type not in NO_CODE:
+        if token.type not in NO_CODE_TOKENS:
             lines |= {*range(token.start[0], token.end[0] + 1)}
     return len(lines - docstrings)
 
@@ -56,7 +56,7 @@ def imported_modules(code: str, modules: set[str]) -> set[str]:
     return imported & modules
 
 
-def measure(root: Path = ROOT) -> dict[str, int]:
+def measure_size(root: Path = ROOT) -> dict[str, int]:
     """Measure a checkout: what is counted → how often."""
     codes = {path: path.read_text(encoding="utf-8") for path in (root / "tracker").rglob("*.py")}
     tests = [p for p in (root / "tests").rglob("*.py") if root / "tests/tools" not in p.parents]
@@ -69,8 +69,8 @@ def measure(root: Path = ROOT) -> dict[str, int]:
         "lines of `tests` without `tests/tools`": sum(
             count_lines(path.read_text(encoding="utf-8")) for path in tests
         ),
-        f"modules that import more than {MOST_IMPORTS} others of ours": sum(
-            len(modules) > MOST_IMPORTS for modules in imports
+        f"modules that import more than {MAX_IMPORTS} others of ours": sum(
+            len(modules) > MAX_IMPORTS for modules in imports
         ),
         "`except Exception`": _occurrences(r"except Exception\b", codes.values()),
         "lines with `: Any`": _occurrences(r"^.*: Any\b.*$", codes.values()),
@@ -82,5 +82,5 @@ def _occurrences(pattern: str, codes: Iterable[str]) -> int:
 
 
 if __name__ == "__main__":
-    rows = [f"| {name} | {count:,} |" for name, count in measure().items()]
+    rows = [f"| {name} | {count:,} |" for name, count in measure_size().items()]
     sys.stdout.write("\n".join(["| | count |", "|---|---|", *rows, ""]))

@@ -11,11 +11,20 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import stats
 
-from tests.stats.drawn import BLOCK, NOISES, Array, drops, errors, looks, race_smallest, shuffled
+from tests.stats.drawn import (
+    BLOCK,
+    NOISES,
+    Array,
+    add_blocks,
+    drops,
+    error_rate,
+    race_smallest,
+    shuffled,
+)
 from tracker.stats.accuracy import OutcomeVariance
 from tracker.stats.confidence import MeanSequences
 
-CELLS = {
+DROP_CELLS = {
     "2,000; 6 % lost, 6 % won": drops(2000, 0.06, 0.06),
     "1,500; 5 % lost, 4 % won": drops(1500, 0.05, 0.04),
     "1,000; 97 % lost": drops(1000, 0.97, 0),
@@ -28,7 +37,7 @@ ARC_EASY = [
     *((60, 29), (107, 32), (118, 51)),
 ]
 """Of 570 documents of arc_easy, how many SmolLM2 (bfloat16) loses and wins without each layer."""
-BEFORE = {
+OLD_WIDTHS = {
     (400, None): {64: 86.1, 128: 35.7, 192: 20.9, 352: 7.2},
     (400, 0.05): {64: 134.4, 128: 42.9, 192: 22.0, 352: 7.0},
     (2000, None): {64: 92.2, 128: 42.5, 256: 21.8, 512: 12.8, 1024: 7.4},
@@ -39,80 +48,86 @@ BEFORE = {
 
 def naive_errors(values: Array, level: float) -> float:
     """Compute the share of series that intervals for a single look miss at some look."""
-    (n, count), mean, far = values.shape, values.mean(axis=0), stats.norm.ppf((1 + level) / 2)
-    wrong = np.zeros(count, dtype=bool)
-    for seen in range(BLOCK, n, BLOCK):
-        error = values[:seen].std(axis=0, ddof=1) * math.sqrt(1 / seen - 1 / n)
-        wrong |= abs(values[:seen].mean(axis=0) - mean) > far * error + 1e-9
-    return float(wrong.mean())
+    (n, count), mean, quantile = values.shape, values.mean(axis=0), stats.norm.ppf((1 + level) / 2)
+    is_wrong = np.zeros(count, dtype=bool)
+    for n_seen in range(BLOCK, n, BLOCK):
+        error = values[:n_seen].std(axis=0, ddof=1) * math.sqrt(1 / n_seen - 1 / n)
+        is_wrong |= abs(values[:n_seen].mean(axis=0) - mean) > quantile * error + 1e-9
+    return float(is_wrong.mean())
 
 
-def arc_easy(documents: int, seed: int = 0) -> Array:
+def draw_arc_easy(documents: int, seed: int = 0) -> Array:
     """Draw documents that are lost and won in these shares, in random order."""
     generator = np.random.default_rng(seed)
-    layers = [drops(documents, lost / 570, won / 570) for lost, won in ARC_EASY]
+    layers = [drops(documents, n_lost / 570, n_won / 570) for n_lost, n_won in ARC_EASY]
     return np.stack([generator.permutation(layer) for layer in layers], axis=1)
 
 
-def plug_in(drawn: Array, looked: list[int], level: float = 0.95) -> dict[int, float]:
+def plug_in_widths(
+    drop_values: Array, look_sizes: list[int], level: float = 0.95
+) -> dict[int, float]:
     """Compute the mean widths of the hedged bets of Waudby-Smith and Ramdas.
 
     Without replacement (section 5), with the plug-in bets of their equation 26, cut at 1/2.
     """
-    (population, count), widths = drawn.shape, {}
-    x, grid = (drawn + 1) / 2, np.linspace(0, 1, 1001)
+    (population, count), widths = drop_values.shape, {}
+    x, grid = (drop_values + 1) / 2, np.linspace(0, 1, 1001)
     chance = (1 - level) / count
     logs = np.zeros((2, count, len(grid)))
     total, low, high, spread = *np.zeros((2, count)), np.ones(count), np.full(count, 0.25)
-    for t in range(1, max(looked) + 1):
+    for t in range(1, max(look_sizes) + 1):
         # √(2 log(2/α) / (σ² t log(t + 1))) with the variance spread / t
         bet = np.sqrt(2 * math.log(2 / chance) / (spread * math.log(t + 1)))[:, None]
-        rest = (population * grid - total[:, None]) / (population - t + 1)
-        for side, logs_of, room in ((1, logs[0], rest), (-1, logs[1], 1 - rest)):
-            cut = np.minimum(bet, 0.5 / np.maximum(room, 1e-9))
-            logs_of += np.log(np.maximum(1 + side * cut * (x[t - 1][:, None] - rest), 1e-300))
+        rest_means = (population * grid - total[:, None]) / (population - t + 1)
+        for side, logs_of, side_means in ((1, logs[0], rest_means), (-1, logs[1], 1 - rest_means)):
+            cut = np.minimum(bet, 0.5 / np.maximum(side_means, 1e-9))
+            logs_of += np.log(np.maximum(1 + side * cut * (x[t - 1][:, None] - rest_means), 1e-300))
         total += x[t - 1]
         spread += (x[t - 1] - (0.5 + total) / (t + 1)) ** 2
-        if t in looked:
-            rich = logs >= math.log(2 / chance)
-            low = np.maximum(low, np.where(rich[0], grid, total[:, None] / population).max(axis=1))
-            most = (total + population - t)[:, None] / population
-            high = np.minimum(high, np.where(rich[1], grid, most).min(axis=1))
+        if t in look_sizes:
+            is_rejected = logs >= math.log(2 / chance)
+            low = np.maximum(
+                low, np.where(is_rejected[0], grid, total[:, None] / population).max(axis=1)
+            )
+            largest_means = (total + population - t)[:, None] / population
+            high = np.minimum(high, np.where(is_rejected[1], grid, largest_means).min(axis=1))
             widths[t] = 200 * float((high - low).mean())
     return widths
 
 
-def mean_widths(drawn: Array, looked: list[int], within: float | None = None) -> dict[int, float]:
+def mean_widths(
+    drop_values: Array, look_sizes: list[int], within: float | None = None
+) -> dict[int, float]:
     """Compute the mean widths of our sequences."""
-    sequence = MeanSequences(*drawn.shape, within=within)
+    sequence = MeanSequences(*drop_values.shape, half_width=within)
     return {
-        seen: 100 * float((sequence.high - sequence.low).mean())
-        for seen in looks(sequence, drawn[: max(looked)])
-        if seen in looked
+        n_seen: 100 * float((sequence.high - sequence.low).mean())
+        for n_seen in add_blocks(sequence, drop_values[: max(look_sizes)])
+        if n_seen in look_sizes
     }
 
 
-def widths_table() -> Iterator[str]:
+def width_lines() -> Iterator[str]:
     """Compute the table of widths."""
-    for (documents, within), before in BEFORE.items():
-        drawn = arc_easy(documents)
-        rows = {"before": before, "now": mean_widths(drawn, list(before), within)}
+    for (documents, within), old_widths in OLD_WIDTHS.items():
+        drop_values = draw_arc_easy(documents)
+        rows = {"before": old_widths, "now": mean_widths(drop_values, list(old_widths), within)}
         if within is None:
-            rows["plug-in"] = plug_in(drawn, list(before))
+            rows["plug-in"] = plug_in_widths(drop_values, list(old_widths))
         for name, row in rows.items():
-            widths = ", ".join(f"{seen}: {width:.1f}" for seen, width in row.items())
+            widths = ", ".join(f"{n_seen}: {width:.1f}" for n_seen, width in row.items())
             yield f"{documents} documents, within {within}, {name}: {widths}"
 
 
 def exact_power(documents: int, share: float) -> float:
     """Compute how often the exact McNemar test finds the drop that so many documents reveal."""
-    drop = OutcomeVariance(share, binary=True).change(documents)
+    drop = OutcomeVariance(share, binary=True).detectable_change(documents)
     changed = np.arange(1, documents + 1)
     # The most that may be won, or lost, of so many changes where the test is significant.
     limit = stats.binom.ppf(0.025, changed, 0.5)
     limit -= stats.binom.cdf(limit, changed, 0.5) > 0.025
-    lost = stats.binom(changed, (share + drop) / (2 * share))
-    significant = lost.cdf(limit) + lost.sf(changed - limit - 1)
+    lost_distribution = stats.binom(changed, (share + drop) / (2 * share))
+    significant = lost_distribution.cdf(limit) + lost_distribution.sf(changed - limit - 1)
     return float(stats.binom.pmf(changed, documents, share) @ significant)
 
 
@@ -122,22 +137,22 @@ def exact_powers() -> list[float]:
     return [exact_power(documents, share) for documents in range(100, 1001, 50) for share in shares]
 
 
-def races(population: int, draws: int = 40) -> Iterator[str]:
+def race_lines(population: int, draws: int = 40) -> Iterator[str]:
     """Race 270 candidates: how much is looked at, and how many winners are wrong."""
     for name, noise in NOISES.items():
-        dice, wrong, taken = np.random.default_rng(7), 0, []
+        generator, n_wrong, shares = np.random.default_rng(7), 0, []
         for _ in range(draws):
-            values = 0.2 * noise(dice, (population, 270)) + dice.exponential(0.05, 270)
+            values = 0.2 * noise(generator, (population, 270)) + generator.exponential(0.05, 270)
             race, truth = race_smallest(values, 0.01), values.mean(axis=0)
-            wrong += truth[race.chosen].max() > truth.min() + 0.01
-            taken.append(race.seen.mean() / population)
-        yield f"{population} documents, {name}: {np.mean(taken):.0%}, {wrong} of {draws} wrong"
+            n_wrong += truth[race.chosen].max() > truth.min() + 0.01
+            shares.append(race.seen.mean() / population)
+        yield f"{population} documents, {name}: {np.mean(shares):.0%}, {n_wrong} of {draws} wrong"
 
 
 if __name__ == "__main__":
-    for name, cell in CELLS.items():
+    for name, cell in DROP_CELLS.items():
         orders = shuffled(cell, 400)
-        print(f"{name}: {errors(orders, 0.95):.1%}, {naive_errors(orders, 0.95):.0%}")  # noqa: T201
-    print(*widths_table(), sep="\n")  # noqa: T201
+        print(f"{name}: {error_rate(orders, 0.95):.1%}, {naive_errors(orders, 0.95):.0%}")  # noqa: T201
+    print(*width_lines(), sep="\n")  # noqa: T201
     print(f"power of the exact test: {min(exact_powers()):.3f} to {max(exact_powers()):.3f}")  # noqa: T201
-    print(*races(1188), *races(5000), sep="\n")  # noqa: T201
+    print(*race_lines(1188), *race_lines(5000), sep="\n")  # noqa: T201

@@ -26,14 +26,14 @@ import transformers
 from torch import nn
 
 from tests.helpers.ablations import single_layers
-from tests.helpers.engines import Memory, loaded, skipped
-from tests.helpers.registry import LAYERS, ORIGINAL, VOCABULARY, Variant
+from tests.helpers.engines import VerdictMemory, skipping_layers, wrap_model
+from tests.helpers.registry import LAYERS, ORIGINAL_LENGTH, VOCABULARY, Variant
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check
-from tracker.models.checkpoint import without
+from tracker.engine.selfcheck.check import check_sharing
+from tracker.models.checkpoint import savable_copy
 from tracker.models.layers import find_layers
 
 MAX_LENGTH = 176
@@ -99,95 +99,106 @@ class Verdict:
         return ": ".join([*parts, *([self.why] if self.why else [])])
 
 
-def blocks() -> list[list[Document]]:
+def make_blocks() -> list[list[Document]]:
     """Make the documents, in the blocks that are scored one after another."""
-    draw = random.Random(0)
+    generator = random.Random(0)
 
-    def some(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(3, VOCABULARY) for _ in range(count))
+    def draw_tokens(count: int) -> tuple[int, ...]:
+        return tuple(generator.randrange(3, VOCABULARY) for _ in range(count))
 
-    def answers(context: tuple[int, ...], *lengths: int) -> list[Request]:
-        return [Request(context, some(length)) for length in lengths]
+    def draw_answers(context: tuple[int, ...], *lengths: int) -> list[Request]:
+        return [Request(context, draw_tokens(length)) for length in lengths]
 
-    letters = [some(1) for _ in range(4)]
-    contexts = map(some, (120, 100, 40, 60, 30, 50))
-    short = [[Request(context, letter) for letter in letters] for context in contexts]
-    common = some(55)
-    shared = [answers(common + some(more), 1, 1, 3, 6) for more in (3, 9, 30)]
-    around = [answers(some(length), 1, 3) for length in (ORIGINAL - 3, ORIGINAL - 1, ORIGINAL, 26)]
-    mixed = [answers(some(9), 1, 1, 3, 6), answers(some(40), 70, 74), *around]
-    cut = [answers(some(170), 20)]
+    letters = [draw_tokens(1) for _ in range(4)]
+    contexts = map(draw_tokens, (120, 100, 40, 60, 30, 50))
+    short_requests = [[Request(context, letter) for letter in letters] for context in contexts]
+    common = draw_tokens(55)
+    shared_requests = [
+        draw_answers(common + draw_tokens(extra), 1, 1, 3, 6) for extra in (3, 9, 30)
+    ]
+    window_requests = [
+        draw_answers(draw_tokens(length), 1, 3)
+        for length in (ORIGINAL_LENGTH - 3, ORIGINAL_LENGTH - 1, ORIGINAL_LENGTH, 26)
+    ]
+    mixed_requests = [
+        draw_answers(draw_tokens(9), 1, 1, 3, 6),
+        draw_answers(draw_tokens(40), 70, 74),
+        *window_requests,
+    ]
+    cut_requests = [draw_answers(draw_tokens(170), 20)]
     count = iter(range(1000))
     return [
         [Document("task", next(count), tuple(requests), 0, len(requests)) for requests in block]
-        for block in (short, shared, mixed + cut)
+        for block in (short_requests, shared_requests, mixed_requests + cut_requests)
     ]
 
 
-def backwards(ordered: list[list[Document]]) -> list[list[Document]]:
+def reverse_blocks(ordered: list[list[Document]]) -> list[list[Document]]:
     """Reverse the blocks, and the documents of each."""
     return [block[::-1] for block in ordered[::-1]]
 
 
-class Truth:
+class PlainTruth:
     """True log-likelihoods of requests without some layers, by one plain forward pass each."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._changes_itself: bool | None = None
-        self._said: dict[tuple[str, Ablation, tuple[int, ...]], torch.Tensor] = {}
+        self._logprobs: dict[tuple[str, Ablation, tuple[int, ...]], torch.Tensor] = {}
         self._copies: dict[tuple[str, Ablation], nn.Module] = {}
         self._loaded: dict[Ablation, nn.Module | None] = {}
 
-    def of(
+    def loglikelihood(
         self,
         ablation: Ablation,
         request: Request,
-        way: str | None = None,
-        first: int | None = None,
+        kind: str | None = None,
+        n_tokens: int | None = None,
     ) -> float:
         """Sum the log-probabilities of a continuation, or of its first tokens."""
         tokens = (request.context + request.continuation)[-(MAX_LENGTH + 1) :][:-1]
-        if way is None:
-            way = SAVED if self.loads(ablation) else SKIPPED
-        key = (way, ablation, tokens)
-        if key not in self._said:
-            self._said[key] = self._forward(ablation, tokens, way)
+        if kind is None:
+            kind = SAVED if self.has_checkpoint(ablation) else SKIPPED
+        key = (kind, ablation, tokens)
+        if key not in self._logprobs:
+            self._logprobs[key] = self._forward(ablation, tokens, kind)
         target = torch.tensor(request.continuation)
-        said = self._said[key][-len(request.continuation) :]
-        return float(said.gather(1, target[:, None])[:first].sum())
+        logprobs = self._logprobs[key][-len(request.continuation) :]
+        return float(logprobs.gather(1, target[:, None])[:n_tokens].sum())
 
-    def loads(self, ablation: Ablation) -> bool:
+    def has_checkpoint(self, ablation: Ablation) -> bool:
         """Return whether a checkpoint without the layers exists and runs."""
         if not ablation.removed():
             return False
         if ablation not in self._loaded:
             try:
-                self._loaded[ablation] = saved_and_loaded(self.model, ablation.removed())
+                self._loaded[ablation] = reload_without(self.model, ablation.removed())
                 self._forward(ablation, (5, 6, 7), SAVED)
             except Exception:  # noqa: BLE001 - whatever a class says where a layer is missing
                 self._loaded[ablation] = None
         return self._loaded[ablation] is not None
 
-    def _forward(self, ablation: Ablation, tokens: tuple[int, ...], way: str) -> torch.Tensor:
-        model = self._copy(ablation, way)
+    def _forward(self, ablation: Ablation, tokens: tuple[int, ...], kind: str) -> torch.Tensor:
+        model = self._copy(ablation, kind)
         ids = torch.tensor([tokens])
         # A model whose layers cannot be told has a baseline nevertheless.
-        skips = ablation.removed() and way == SKIPPED
-        skip = skipped(model, ablation.removed()) if skips else nullcontext()
+        skips = ablation.removed() and kind == SKIPPED
+        skip = skipping_layers(model, ablation.removed()) if skips else nullcontext()
         with skip, torch.inference_mode():
-            said = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
-        if self._changes_itself is None and way != SAVED:
-            before, now = _tensors(self.model), _tensors(model)
-            self._changes_itself = any(not _same(before[name], now[name]) for name in before)
-        return said
+            logprobs = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+        if self._changes_itself is None and kind != SAVED:
+            old_tensors, new_tensors = _tensors(self.model), _tensors(model)
+            self._changes_itself = any(
+                not _is_equal(old_tensors[name], new_tensors[name]) for name in old_tensors
+            )
+        return logprobs
 
-    def _copy(self, ablation: Ablation, way: str) -> nn.Module:
-        key = (way, ablation)
+    def _copy(self, ablation: Ablation, kind: str) -> nn.Module:
+        key = (kind, ablation)
         if self._changes_itself is not False or key not in self._copies:
-            loaded = self._loaded[ablation] if way == SAVED else None
+            loaded = self._loaded[ablation] if kind == SAVED else None
             self._copies[key] = copy.deepcopy(self.model if loaded is None else loaded)
-            if way == DELETED:
+            if kind == DELETED:
                 delete_layers(self._copies[key], ablation.removed())
         return self._copies[key]
 
@@ -197,22 +208,26 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
+def _is_equal(tensor: torch.Tensor, other_tensor: torch.Tensor) -> bool:
+    return bool(torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(other_tensor)))
 
 
-def saved_and_loaded(model: Any, removed: Sequence[int]) -> nn.Module:
+def reload_without(model: Any, removed: Sequence[int]) -> nn.Module:
     """Write the checkpoint without layers as `tracker export` does, and load it by transformers."""
     with TemporaryDirectory() as folder:
-        without(copy.deepcopy(model), removed).save_pretrained(folder)
-        loaded, found = type(model).from_pretrained(
+        savable_copy(copy.deepcopy(model), removed).save_pretrained(folder)
+        loaded, loading_info = type(model).from_pretrained(
             folder,
             dtype=torch.float32,  # tables too, as in the model before it became a double
             attn_implementation=model.config._attn_implementation,
             experts_implementation=model.config._experts_implementation,
             output_loading_info=True,
         )
-    if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
+    if (
+        loading_info["missing_keys"]
+        or loading_info["unexpected_keys"]
+        or loading_info["mismatched_keys"]
+    ):
         raise ModelError("it asks for other weights")
     return loaded.eval().requires_grad_(False).to(model.dtype)
 
@@ -220,55 +235,63 @@ def saved_and_loaded(model: Any, removed: Sequence[int]) -> nn.Module:
 def delete_layers(model: nn.Module, removed: Sequence[int]) -> None:
     """Delete layers as an export would: lists with an entry a layer cut, the others renumbered."""
     layers = find_layers(model)
-    kept = [index for index in range(LAYERS) if index not in removed]
+    kept_layers = [index for index in range(LAYERS) if index not in removed]
     owners = [m for m in model.modules() if any(part is layers for part in m.children())]
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for owner in [*owners, *configs.values()]:
         for name, value in list(vars(owner).items()):
             if isinstance(value, (list, tuple)) and len(value) == LAYERS:
-                setattr(owner, name, type(value)(value[index] for index in kept))
+                setattr(owner, name, type(value)(value[index] for index in kept_layers))
     for config in configs.values():
         if getattr(config, "num_hidden_layers", None) == LAYERS:
-            config.num_hidden_layers = len(kept)
-    for new, old in enumerate(kept):
-        for module in layers[old].modules():
+            config.num_hidden_layers = len(kept_layers)
+    for new_index, old_index in enumerate(kept_layers):
+        for module in layers[old_index].modules():
             for name in ("layer_idx", "layer_id", "layer_number"):
-                if vars(module).get(name) == old:
-                    setattr(module, name, new)
+                if vars(module).get(name) == old_index:
+                    setattr(module, name, new_index)
     for index in sorted(removed, reverse=True):
         del layers[index]
 
 
-def examine(variant: Variant) -> Verdict:
+def examine_variant(variant: Variant) -> Verdict:
     """Measure a variant in both orders, and compare every response with the truth."""
     start = time.monotonic()
     try:
-        with _within(SECONDS):
-            found = _examine(variant)
+        with _time_limit(SECONDS):
+            verdict = _measure_variant(variant)
     except (Exception, TooLongError) as error:  # noqa: BLE001 - it is what this looks for
-        found = Verdict(variant, CRASH, why=_said(error))
-    return replace(found, seconds=time.monotonic() - start)
+        verdict = Verdict(variant, CRASH, why=_error_line(error))
+    return replace(verdict, seconds=time.monotonic() - start)
 
 
-def _examine(variant: Variant) -> Verdict:
+def _measure_variant(variant: Variant) -> Verdict:
     try:
         model = variant.model()
-        truth = Truth(model)
-        truth.of(INTACT, blocks()[0][0].requests[0])
+        truth = PlainTruth(model)
+        truth.loglikelihood(INTACT, make_blocks()[0][0].requests[0])
     except Exception as error:  # noqa: BLE001 - the model's own code
-        return Verdict(variant, NO_VARIANT, why=_said(error))
+        return Verdict(variant, NO_VARIANT, why=_error_line(error))
     try:
-        found = _compare(model, truth)
+        comparison = _compare(model, truth)
     except (CellError, ModelError) as error:
-        return Verdict(variant, REFUSED, why=_said(error))
+        return Verdict(variant, REFUSED, why=_error_line(error))
     idle = tuple(
-        layer for layer in range(LAYERS) if not _matters(Ablation.parse(f"layer:{layer}"), truth)
+        layer
+        for layer in range(LAYERS)
+        if not _is_relevant(Ablation.parse(f"layer:{layer}"), truth)
     )
-    verdict = EXACT if found.agrees else DISCONTINUOUS if _exact_in_double(model, found) else WRONG
-    return Verdict(variant, verdict, found.shared, found.largest, found.note, idle)
+    verdict = (
+        EXACT
+        if comparison.agrees
+        else DISCONTINUOUS
+        if _exact_in_double(model, comparison)
+        else WRONG
+    )
+    return Verdict(variant, verdict, comparison.shared, comparison.largest, comparison.note, idle)
 
 
-def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
+def _exact_in_double(model: nn.Module, comparison: _CellComparison) -> bool:
     """Return whether differences in float32 vanish in float64, with the same sharing.
 
     Or the engine said that it shares less, and what still differs are answers of a model that
@@ -278,69 +301,85 @@ def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
     try:
         # The grouped matrix product of experts knows no float64.
         double.set_experts_implementation("eager")
-        truth = Truth(double)
-        exactly = _compare(double, truth)
-        if exactly.agrees and exactly.shared == found.shared:
+        truth = PlainTruth(double)
+        double_comparison = _compare(double, truth)
+        if double_comparison.agrees and double_comparison.shared == comparison.shared:
             return True
-        return exactly.said and all(
+        return double_comparison.is_noted and all(
             _depends_on_what_follows(truth, requests, ablation)
-            for ablation, requests in exactly.differing.items()
+            for ablation, requests in double_comparison.differing_requests.items()
         )
     except Exception:  # noqa: BLE001 - a model need not run in float64
         return False
 
 
-def _depends_on_what_follows(truth: Truth, requests: Sequence[Request], ablation: Ablation) -> bool:
+def _depends_on_what_follows(
+    truth: PlainTruth, requests: Sequence[Request], ablation: Ablation
+) -> bool:
     """Return whether any of some answers changes with the tokens after it."""
-    behind = tuple(range(3, VOCABULARY))
+    following_tokens = tuple(range(3, VOCABULARY))
     for request in requests:
         size = len(request.continuation)
-        for more in (1, 2, 5, 20, 60):
-            longer = Request(request.context, request.continuation + behind[:more])
-            if len(longer.context) + len(longer.continuation) > MAX_LENGTH:
+        for n_more in (1, 2, 5, 20, 60):
+            longer_request = Request(
+                request.context, request.continuation + following_tokens[:n_more]
+            )
+            if len(longer_request.context) + len(longer_request.continuation) > MAX_LENGTH:
                 break
-            if abs(truth.of(ablation, longer, first=size) - truth.of(ablation, request)) > 1e-3:
+            if (
+                abs(
+                    truth.loglikelihood(ablation, longer_request, n_tokens=size)
+                    - truth.loglikelihood(ablation, request)
+                )
+                > 1e-3
+            ):
                 return True
     return False
 
 
 @dataclass(frozen=True)
-class _Compared:
+class _CellComparison:
     agrees: bool
     largest: float
     shared: str
-    said: bool
+    is_noted: bool
     note: str
-    differing: dict[Ablation, list[Request]]
+    differing_requests: dict[Ablation, list[Request]]
 
 
-def _compare(model: nn.Module, truth: Truth) -> _Compared:
+def _compare(model: nn.Module, truth: PlainTruth) -> _CellComparison:
     """Measure both cells with copies of a model, and compare them with the truth."""
-    kept = Memory()
+    memory = VerdictMemory()
     cells = [
-        _compare_cell(model, truth, rows, ordered, kept)
-        for rows, ordered in zip(ROWS, (blocks(), backwards(blocks())), strict=True)
+        _compare_cell(model, truth, rows, ordered, memory)
+        for rows, ordered in zip(ROWS, (make_blocks(), reverse_blocks(make_blocks())), strict=True)
     ]
-    return _Compared(
+    return _CellComparison(
         agrees=all(cell.agrees for cell in cells),
         largest=max(cell.largest for cell in cells),
         shared=max((cell.shared for cell in cells), key=ORDER.index),
-        said=all(cell.said for cell in cells),
+        is_noted=all(cell.is_noted for cell in cells),
         # One sentence: of the cell that is wrong or shares less.
         note=max(cells, key=lambda cell: (not cell.agrees, ORDER.index(cell.shared))).note,
-        differing={a: r for cell in cells for a, r in cell.differing.items()},
+        differing_requests={a: r for cell in cells for a, r in cell.differing_requests.items()},
     )
 
 
 def _compare_cell(
-    model: nn.Module, truth: Truth, rows: int, ordered: list[list[Document]], kept: Memory
-) -> _Compared:
+    model: nn.Module,
+    truth: PlainTruth,
+    rows: int,
+    ordered: list[list[Document]],
+    memory: VerdictMemory,
+) -> _CellComparison:
     documents = [document for block in ordered for document in block]
-    engine = Engine(loaded(copy.deepcopy(model)), MAX_LENGTH, row_tokens=rows)
-    checked = check(engine, documents, ABLATIONS, kept)
-    scores = [one for block in ordered for one in checked.engine.score(block, ABLATIONS)]
-    largest, wrong, where = 0.0, [], set()
-    others: dict[str, list[str]] = {}
+    engine = Engine(wrap_model(copy.deepcopy(model)), MAX_LENGTH, row_tokens=rows)
+    checked = check_sharing(engine, documents, ABLATIONS, memory)
+    scores = [
+        score_row for block in ordered for score_row in checked.engine.score(block, ABLATIONS)
+    ]
+    largest, wrong_notes, wrong_documents = 0.0, [], set()
+    names_by_kind: dict[str, list[str]] = {}
     differing: dict[Ablation, list[Request]] = {}
     for column, ablation in enumerate(ABLATIONS):
         responses = [
@@ -350,102 +389,113 @@ def _compare_cell(
                 score.responses[column], score.document.requests, strict=True
             )
         ]
-        far, off = _furthest(responses, ablation, truth)
+        max_difference, differing_responses = _find_differences(responses, ablation, truth)
         # What loads is the truth, but where it is said that something else is measured.
-        is_saved = not ablation.removed() or truth.loads(ablation)
-        way = SAVED if is_saved else SKIPPED
-        other = None if is_saved and not checked.which else SKIPPED if is_saved else DELETED
-        if off and other and (found := _in_a_way(responses, ablation, truth, other)):
-            (far, off), way = found, other
-        if way != SAVED:
-            others.setdefault(way, []).append(ablation.name)
-        largest = max(largest, far)
-        if off:
-            wrong.append(f"{ablation.name} by {far:.2g}")
-            where |= {document.index for document, _ in off}
-            differing[ablation] = [request for _, request in off]
-    shared = _shared(checked.engine.sharing)
-    said = (checked.which, checked.lost, checked.unsteady)
-    note = "; ".join(line for line in said if line)
-    if wrong:
-        note = (
-            f"rows of {rows} shared over {shared}: {', '.join(wrong)}; "
-            f"documents {', '.join(map(str, sorted(where)))}"
+        loads_saved = not ablation.removed() or truth.has_checkpoint(ablation)
+        kind = SAVED if loads_saved else SKIPPED
+        alternative = (
+            None
+            if loads_saved and not checked.checkpoint_note
+            else SKIPPED
+            if loads_saved
+            else DELETED
         )
-    elif others and not checked.which:
+        if (
+            differing_responses
+            and alternative
+            and (alternative_match := _compare_alternative(responses, ablation, truth, alternative))
+        ):
+            (max_difference, differing_responses), kind = alternative_match, alternative
+        if kind != SAVED:
+            names_by_kind.setdefault(kind, []).append(ablation.name)
+        largest = max(largest, max_difference)
+        if differing_responses:
+            wrong_notes.append(f"{ablation.name} by {max_difference:.2g}")
+            wrong_documents |= {document.index for document, _ in differing_responses}
+            differing[ablation] = [request for _, request in differing_responses]
+    shared = _sharing_word(checked.engine.sharing)
+    check_notes = (checked.checkpoint_note, checked.sharing_note, checked.unsteady_note)
+    note = "; ".join(line for line in check_notes if line)
+    if wrong_notes:
+        note = (
+            f"rows of {rows} shared over {shared}: {', '.join(wrong_notes)}; "
+            f"documents {', '.join(map(str, sorted(wrong_documents)))}"
+        )
+    elif names_by_kind and not checked.checkpoint_note:
         note = "; ".join(
-            [f"{', '.join(names)}: {NO_FILE[way]}" for way, names in others.items()]
+            [f"{', '.join(names)}: {NO_FILE[kind]}" for kind, names in names_by_kind.items()]
             + ([note] if note else [])
         )
-    return _Compared(not wrong, largest, shared, bool(note), note, differing)
+    return _CellComparison(not wrong_notes, largest, shared, bool(note), note, differing)
 
 
-def _in_a_way(
-    responses: _Responses, ablation: Ablation, truth: Truth, way: str
+def _compare_alternative(
+    responses: _Responses, ablation: Ablation, truth: PlainTruth, kind: str
 ) -> tuple[float, list[tuple[Document, Request]]] | None:
     """Compare with another model, which the one without a layer may be instead."""
     try:
-        far, off = _furthest(responses, ablation, truth, way)
+        max_difference, differing_responses = _find_differences(responses, ablation, truth, kind)
     except Exception:  # noqa: BLE001 - a model need not run with layers deleted
         return None
-    return None if off else (far, off)
+    return None if differing_responses else (max_difference, differing_responses)
 
 
-def _furthest(
-    responses: _Responses, ablation: Ablation, truth: Truth, way: str | None = None
+def _find_differences(
+    responses: _Responses, ablation: Ablation, truth: PlainTruth, kind: str | None = None
 ) -> tuple[float, list[tuple[Document, Request]]]:
     """Find the largest difference, and the requests whose responses differ beyond rounding."""
-    far: float = 0.0
-    off: list[tuple[Document, Request]] = []
-    for ours, document, request in responses:
-        theirs = truth.of(ablation, request, way)
-        if not math.isfinite(ours) and not math.isfinite(theirs):
+    max_difference: float = 0.0
+    differing_responses: list[tuple[Document, Request]] = []
+    for loglikelihood, document, request in responses:
+        true_ll = truth.loglikelihood(ablation, request, kind)
+        if not math.isfinite(loglikelihood) and not math.isfinite(true_ll):
             continue
-        difference = abs(ours - theirs)
-        far = max(far, difference if math.isfinite(difference) else math.inf)
-        if not difference <= 1e-3 + 1e-4 * abs(theirs):
-            off.append((document, request))
-    return far, off
+        difference = abs(loglikelihood - true_ll)
+        max_difference = max(max_difference, difference if math.isfinite(difference) else math.inf)
+        if not difference <= 1e-3 + 1e-4 * abs(true_ll):
+            differing_responses.append((document, request))
+    return max_difference, differing_responses
 
 
-def _matters(ablation: Ablation, truth: Truth) -> bool:
+def _is_relevant(ablation: Ablation, truth: PlainTruth) -> bool:
     return any(
-        not abs(truth.of(ablation, request) - truth.of(INTACT, request)) < MATTERS
-        for block in blocks()
+        not abs(truth.loglikelihood(ablation, request) - truth.loglikelihood(INTACT, request))
+        < MATTERS
+        for block in make_blocks()
         for document in block
         for request in document.requests
     )
 
 
-def _shared(sharing: Any) -> str:
+def _sharing_word(sharing: Any) -> str:
     if sharing.prefix:
         return "documents"
     return "tokens" if sharing.tokens else "depth" if sharing.depth else "nothing"
 
 
-def _said(error: BaseException) -> str:
+def _error_line(error: BaseException) -> str:
     """Return an error as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:300]}"
 
 
 @contextmanager
-def _within(seconds: int) -> Iterator[None]:
+def _time_limit(seconds: int) -> Iterator[None]:
     """Raise an error where it computes for longer, however many others compute beside it."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(signal_number: int, frame: Any) -> None:
         raise TooLongError(f"took longer than {seconds} s")
 
-    before = signal.signal(signal.SIGPROF, stop)
+    old_handler = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        signal.signal(signal.SIGPROF, old_handler)
 
 
-def prepare() -> None:
+def prepare_process() -> None:
     """Make a process fit for models this small, which only wait for a second thread."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -17,6 +17,7 @@ LONG = " ".join(["word"] * 31)
         ('def load(path):\n    """Load a file."""\n    lines = path.read()\n', []),
         ("def load(path, kept=None):\n    pass\n", ["name"]),
         ("for each in range(3):\n    found = each\n", ["name", "name"]),
+        ("class Cell:\n    places: int\n\n    def size(self, found): ...\n", ["name"]),
         ('def size():\n    """What it takes."""\n', ["docstring"]),
         ('class Costs:\n    """What does it take?"""\n', []),
         (f"MESSAGE = '{LONG}.'\n", ["long sentence"]),

@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.registry import families, make_registered
 from tests.tools import census, survey
-from tests.tools.census import keep, left_of, page, read
+from tests.tools.census import find_remaining, page, read_verdicts, write_verdicts
 from tests.tools.survey import (
     CRASH,
     DELETED,
@@ -19,18 +19,18 @@ from tests.tools.survey import (
     EXACT,
     NO_VARIANT,
     REFUSED,
-    Truth,
+    PlainTruth,
     Verdict,
-    blocks,
-    examine,
+    examine_variant,
+    make_blocks,
 )
-from tests.tools.variants import find, variants
+from tests.tools.variants import find_variant, variants
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.errors import ModelError
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.experts import Experts
-from tracker.models.parts.heads import Heads, _attention
-from tracker.models.sources import parts_of
+from tracker.models.parts.heads import Heads, _replaced_attention
+from tracker.models.sources import parts_of_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,23 +57,23 @@ def few(monkeypatch):
 )
 def test_a_variant_is_exact_or_said_not_to_be(family, name, few):
     """`make families` measures all of them, which takes hours."""
-    verdict = examine(find(family, name))
+    verdict = examine_variant(find_variant(family, name))
     assert verdict.verdict in (EXACT, REFUSED, DISCONTINUOUS), verdict
     assert verdict.verdict == REFUSED or not verdict.idle, verdict
 
 
 def test_a_wrong_number_is_found(monkeypatch, few):
     """A survey that cannot fail would be worth nothing."""
-    right = survey.check
+    true_check = survey.check_sharing
 
-    def wrong(engine, *args):
+    def wrong_check(engine, *args):
         with torch.no_grad():
             engine.loaded.layers[2].self_attn.o_proj.weight.mul_(1.01)
-        return right(engine, *args)
+        return true_check(engine, *args)
 
-    monkeypatch.setattr(survey, "check", wrong)
+    monkeypatch.setattr(survey, "check_sharing", wrong_check)
     monkeypatch.setattr(survey, "ROWS", (192, 192))  # of one length: one verdict
-    verdict = examine(find("llama", "plain"))
+    verdict = examine_variant(find_variant("llama", "plain"))
     assert verdict.verdict == survey.WRONG
     assert "baseline by" in verdict.why
 
@@ -82,8 +82,8 @@ def test_a_foreign_exception_is_a_crash(monkeypatch):
     def fails(*args):
         raise ZeroDivisionError("somewhere")
 
-    monkeypatch.setattr(survey, "check", fails)
-    verdict = examine(find("llama", "plain"))
+    monkeypatch.setattr(survey, "check_sharing", fails)
+    verdict = examine_variant(find_variant("llama", "plain"))
     assert (verdict.verdict, verdict.why) == (CRASH, "ZeroDivisionError: somewhere")
 
 
@@ -93,21 +93,23 @@ def test_what_takes_too_long_is_stopped(monkeypatch):
             pass
 
     monkeypatch.setattr(survey, "SECONDS", 1)
-    monkeypatch.setattr(survey, "check", hangs)
-    verdict = examine(find("llama", "plain"))
+    monkeypatch.setattr(survey, "check_sharing", hangs)
+    verdict = examine_variant(find_variant("llama", "plain"))
     assert verdict.verdict == CRASH
     assert verdict.why.endswith("longer than 1 s")
 
 
 def test_both_truths_agree_where_layers_know_no_numbers():
     """The layer that hands its input on, and the layer that is deleted."""
-    request = blocks()[1][0].requests[2]
+    request = make_blocks()[1][0].requests[2]
     for family in ("llama", "gemma2", "granite_swa"):
-        truth = Truth(make_registered(family))
+        truth = PlainTruth(make_registered(family))
         for ablation in (Ablation.parse("layer:0"), Ablation.parse("layers:1,2")):
-            expected = truth.of(ablation, request)
-            assert truth.of(ablation, request, DELETED) == pytest.approx(expected, abs=1e-4)
-            assert abs(truth.of(INTACT, request) - expected) > 0.02
+            expected = truth.loglikelihood(ablation, request)
+            assert truth.loglikelihood(ablation, request, DELETED) == pytest.approx(
+                expected, abs=1e-4
+            )
+            assert abs(truth.loglikelihood(INTACT, request) - expected) > 0.02
 
 
 def test_the_page_merges_variants():
@@ -116,11 +118,11 @@ def test_the_page_merges_variants():
         [
             Verdict(llama[0], EXACT, "documents", 2e-5),
             Verdict(llama[1], EXACT, "depth", 3e-5),
-            Verdict(find("hrm_text", "plain"), REFUSED, why="ModelError: two lists"),
-            Verdict(find("phimoe", "plain"), DISCONTINUOUS, "depth", 0.9),
-            Verdict(find("gpt2", "eager"), NO_VARIANT),
+            Verdict(find_variant("hrm_text", "plain"), REFUSED, why="ModelError: two lists"),
+            Verdict(find_variant("phimoe", "plain"), DISCONTINUOUS, "depth", 0.9),
+            Verdict(find_variant("gpt2", "eager"), NO_VARIANT),
         ],
-        every=2085,
+        n_variants=2085,
     )
     assert "It holds 5 of 2,085 variants, measured with one state" in text
     assert "| llama | documents; depth: eager |  |" in text
@@ -139,13 +141,13 @@ def test_verdicts_are_read_as_they_were_kept(tmp_path) -> None:
         Verdict(todo[1], CRASH, why="out of memory", state="abc"),
         Verdict(todo[2], REFUSED, state="def"),
     ]
-    assert read(path) == []
-    keep(verdicts[::-1], path)
+    assert read_verdicts(path) == []
+    write_verdicts(verdicts[::-1], path)
     assert [
-        (str(verdict.variant), verdict.verdict, verdict.why) for verdict in read(path)
+        (str(verdict.variant), verdict.verdict, verdict.why) for verdict in read_verdicts(path)
     ] == sorted((str(verdict.variant), verdict.verdict, verdict.why) for verdict in verdicts)
-    (first,) = (verdict for verdict in read(path) if verdict.verdict == EXACT)
-    assert vars(first) == {**vars(verdicts[0]), "variant": first.variant}
+    (exact_verdict,) = (verdict for verdict in read_verdicts(path) if verdict.verdict == EXACT)
+    assert vars(exact_verdict) == {**vars(verdicts[0]), "variant": exact_verdict.variant}
 
 
 def test_a_survey_goes_on_and_looks_again_at_what_failed_and_what_other_code_found() -> None:
@@ -155,7 +157,7 @@ def test_a_survey_goes_on_and_looks_again_at_what_failed_and_what_other_code_fou
         Verdict(todo[1], CRASH, state="now"),
         Verdict(todo[2], EXACT, "tokens", state="before"),
     ]
-    assert left_of(todo, verdicts, "now") == todo[1:]
+    assert find_remaining(todo, verdicts, "now") == todo[1:]
 
 
 def test_what_is_said_about_the_code_is_no_other_code() -> None:
@@ -167,49 +169,56 @@ def test_what_is_said_about_the_code_is_no_other_code() -> None:
 
 def test_the_pages_of_the_docs_are_those_of_the_verdicts() -> None:
     """`make families` writes all three; none is edited."""
-    verdicts = read()
-    text = census.PAGE.read_text()
+    verdicts = read_verdicts()
+    text = census.FAMILIES_PAGE.read_text()
     assert text.endswith(census.table(verdicts))
-    held, every = re.search(r"It holds ([\d,]+) of ([\d,]+) variants", text).groups()
-    assert held == f"{len(verdicts):,}"
+    n_held, n_variants = re.search(r"It holds ([\d,]+) of ([\d,]+) variants", text).groups()
+    assert n_held == f"{len(verdicts):,}"
     assert not [verdict for verdict in verdicts if verdict.verdict in survey.FAILURES]
-    short = census.IN_SHORT.read_text().partition(census.BEGIN)[2].partition(census.END)[0]
-    assert short == census.in_short(verdicts, int(every.replace(",", "")))
+    short = (
+        census.MODELS_PAGE.read_text()
+        .partition(census.TABLE_BEGIN)[2]
+        .partition(census.TABLE_END)[0]
+    )
+    assert short == census.short_table(verdicts, int(n_variants.replace(",", "")))
 
 
 def test_the_page_lists_the_families_whose_heads_or_experts_are_refused():
-    rows = [line.split("|") for line in census.IN_SHORT.read_text().splitlines()]
+    rows = [line.split("|") for line in census.MODELS_PAGE.read_text().splitlines()]
     listed = {"heads": {}, "experts": {}}
-    for _, part, why, names, _ in (row for row in rows if len(row) == 5):
+    for _, part, reason, names, _ in (row for row in rows if len(row) == 5):
         if part.strip() in listed:
-            listed[part.strip()] |= dict.fromkeys(names.strip().split(", "), why.strip())
-    refused, calls = {"heads": {}, "experts": set()}, Counter()
+            listed[part.strip()] |= dict.fromkeys(names.strip().split(", "), reason.strip())
+    refusals, calls = {"heads": {}, "experts": set()}, Counter()
 
     def count(module, query, *_, **__):
         calls[module] += 1
         return query.transpose(1, 2).contiguous(), None
 
-    more = {"doge": {"is_moe": True}, "gemma4_text": {"enable_moe_block": True}}
-    more["granitemoehybrid"] = {"layer_types": ["linear_attention", "full_attention"] * 2}
+    extra_settings = {"doge": {"is_moe": True}, "gemma4_text": {"enable_moe_block": True}}
+    extra_settings["granitemoehybrid"] = {"layer_types": ["linear_attention", "full_attention"] * 2}
     for family in families():
-        model = make_registered(family, **more.get(family, {}))
+        model = make_registered(family, **extra_settings.get(family, {}))
         try:
             anatomy = LayerAnatomy.of(model)
         except ModelError:
             continue
         layers = anatomy.layers
         name, config = family.removesuffix("_text"), model.config.get_text_config()
-        if parts_of(config).head and not any(anatomy.find(Heads)):
+        if parts_of_config(config).head and not any(anatomy.find(Heads)):
             calls.clear()
-            with _attention(model, count), suppress(RuntimeError):
+            with _replaced_attention(model, count), suppress(RuntimeError):
                 model(torch.arange(1, 7)[None], use_cache=False)
-            refused["heads"][name] = sum(calls[module] for module in layers[-1].modules())
+            refusals["heads"][name] = sum(calls[module] for module in layers[-1].modules())
         paths = [path for path, _ in layers[-1].named_modules()]
         holds = any("expert" in path for path in paths) or family == "doge"
         if holds and not any(anatomy.find(Experts)):
-            refused["experts"].add(name)
-    assert {*listed["experts"]} == refused["experts"]
-    assert {*listed["heads"]} == {*refused["heads"]}
-    for name, times in refused["heads"].items():
-        why = listed["heads"][name]
-        assert ("does not call" in why, "several times" in why) == (not times, times > 1), name
+            refusals["experts"].add(name)
+    assert {*listed["experts"]} == refusals["experts"]
+    assert {*listed["heads"]} == {*refusals["heads"]}
+    for name, n_calls in refusals["heads"].items():
+        reason = listed["heads"][name]
+        assert ("does not call" in reason, "several times" in reason) == (
+            not n_calls,
+            n_calls > 1,
+        ), name

@@ -11,14 +11,14 @@ from typing import Any
 
 from tests.helpers.registry import (
     LAYERS,
-    ORIGINAL,
+    ORIGINAL_LENGTH,
     Variant,
-    alternate,
+    alternate_kinds,
     config_class,
+    copy_settings,
     default_settings,
-    fresh,
-    kinds_of,
-    tiny,
+    layer_kinds,
+    tiny_settings,
 )
 
 SWITCHES = (
@@ -71,33 +71,35 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 """Values that a setting takes, each in a variant of its own."""
 
-ROPES = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 def variants(family: str) -> Iterator[Variant]:
     """Make a family's variants, the plain one first."""
-    own = config_class(family)
-    plain = tiny(family)
+    config_type = config_class(family)
+    plain = tiny_settings(family)
     yield Variant(family, "plain", plain)
-    for name, changed in _changes(own, plain, family):
+    for name, changed in _list_changes(config_type, plain, family):
         yield Variant(family, name, {**plain, **changed})
 
 
-def find(family, name):
+def find_variant(family, name):
     return next(variant for variant in variants(family) if variant.name == name)
 
 
-def _changes(own: Any, plain: dict[str, Any], family: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    defaults = default_settings(own)
+def _list_changes(
+    config_type: Any, plain: dict[str, Any], family: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    defaults = default_settings(config_type)
     yield "eager", {"attn_implementation": "eager"}
-    for name, kinds in kinds_of(own, family).items():
+    for name, kinds in layer_kinds(config_type, family).items():
         if len(kinds) < 2:
             continue
-        for first, kind in enumerate(kinds):
-            yield f"{name} {kind} first", {name: alternate(kinds, first)}
+        for offset, kind in enumerate(kinds):
+            yield f"{name} {kind} first", {name: alternate_kinds(kinds, offset)}
             yield f"{name} all {kind}", {name: [kind] * LAYERS}
-            other = kinds[(first + 1) % len(kinds)]
-            yield f"{name} {kind} around {other}", {name: [kind, other, other, kind]}
+            other_kind = kinds[(offset + 1) % len(kinds)]
+            yield f"{name} {kind} around {other_kind}", {name: [kind, other_kind, other_kind, kind]}
     for name in SWITCHES:
         if name in defaults and isinstance(defaults[name], bool):
             yield f"{name} {not defaults[name]}", {name: not defaults[name]}
@@ -106,61 +108,61 @@ def _changes(own: Any, plain: dict[str, Any], family: str) -> Iterator[tuple[str
             if name in defaults and plain.get(name, defaults[name]) != value:
                 yield f"{name} {value}", {name: value}
     if "rope_parameters" in defaults:
-        for rope in ROPES:
-            changed = _rope(own, plain, rope)
+        for rope in ROPE_KINDS:
+            changed = _change_rope(config_type, plain, rope)
             if changed:
                 yield f"rope {rope}", changed
                 if rope == "longrope":
                     yield f"rope {rope}, eager", {**changed, "attn_implementation": "eager"}
 
 
-def _rope(own: Any, plain: dict[str, Any], rope: str) -> dict[str, Any] | None:
+def _change_rope(config_type: Any, plain: dict[str, Any], rope: str) -> dict[str, Any] | None:
     """Change the kind of rotary positions, in every kind of layer that has some."""
     try:
-        config = own(**fresh(plain))
+        config = config_type(**copy_settings(plain))
     except Exception:  # noqa: BLE001 - the plain variant says so
         return None
-    given = getattr(config, "rope_parameters", None)
-    if not given:
+    rope_settings = getattr(config, "rope_parameters", None)
+    if not rope_settings:
         return None
     width = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None) or 8
 
     def change(old: dict[str, Any]) -> dict[str, Any]:
-        kept = ["rope_theta", "llama_4_scaling_beta"]
+        kept_names = ["rope_theta", "llama_4_scaling_beta"]
         # Gemma 4's proportional positions mean another thing by it.
-        kept += ["partial_rotary_factor"] * (old.get("rope_type") != "proportional")
-        new = {k: old[k] for k in kept if old.get(k) is not None}
+        kept_names += ["partial_rotary_factor"] * (old.get("rope_type") != "proportional")
+        new = {k: old[k] for k in kept_names if old.get(k) is not None}
         if int(width * new.get("partial_rotary_factor", 1.0)) < 4:
             new["partial_rotary_factor"] = 0.5
         pairs = int(width * new.get("partial_rotary_factor", 1.0)) // 2
-        more: dict[str, Any] = {
+        kind_settings: dict[str, Any] = {
             "linear": {"factor": 4.0},
             "dynamic": {"factor": 4.0},
-            "yarn": {"factor": 4.0, "original_max_position_embeddings": ORIGINAL},
+            "yarn": {"factor": 4.0, "original_max_position_embeddings": ORIGINAL_LENGTH},
             "longrope": {
                 "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
                 "long_factor": [3.0 + 1.5 * i for i in range(pairs)],
                 # PhiMoE's own.
                 "short_mscale": 1.1,
                 "long_mscale": 1.3,
-                "original_max_position_embeddings": ORIGINAL,
+                "original_max_position_embeddings": ORIGINAL_LENGTH,
             },
             "llama3": {
                 "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": ORIGINAL,
+                "original_max_position_embeddings": ORIGINAL_LENGTH,
             },
             "proportional": {},
         }[rope]  # fmt: skip
-        return {"rope_type": rope, **new, **more}
+        return {"rope_type": rope, **new, **kind_settings}
 
-    nested = all(isinstance(value, dict) or value is None for value in given.values())
+    nested = all(isinstance(value, dict) or value is None for value in rope_settings.values())
     changed: dict[str, Any] = {
-        "rope_parameters": {k: v and change(v) for k, v in given.items()} if nested
-        else change(given)
+        "rope_parameters": {k: v and change(v) for k, v in rope_settings.items()} if nested
+        else change(rope_settings)
     }  # fmt: skip
     if rope == "dynamic":
-        name = own.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        changed[name] = ORIGINAL
-    if "original_max_position_embeddings" in default_settings(own):
-        changed["original_max_position_embeddings"] = ORIGINAL
+        name = config_type.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        changed[name] = ORIGINAL_LENGTH
+    if "original_max_position_embeddings" in default_settings(config_type):
+        changed["original_max_position_embeddings"] = ORIGINAL_LENGTH
     return changed

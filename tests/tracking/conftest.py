@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.ablations import with_change
 from tests.helpers.wandb_double import WandbDouble
-from tests.helpers.wandb_runs import Publisher
+from tests.helpers.wandb_runs import WandbPublisher
 from tests.report.conftest import build_cell
 from tracker.core.changes import Change
 from tracker.core.estimates import Estimate
@@ -23,7 +24,7 @@ from .wandb_client import Client
 def layer_record(layer: int, n: int) -> RunRecord:
     """Layer 2 has no relevance and no McNemar p-value; every other figure is there."""
     drop = 0.19 / (layer + 1)
-    known = layer != 2
+    is_defined = layer != 2
     reasons = {
         "accuracy_relevance": "the baseline is at or below chance",
         "mcnemar_p": "the outcomes are not binary",
@@ -34,47 +35,44 @@ def layer_record(layer: int, n: int) -> RunRecord:
         layer=layer,
         n=n,
         accuracy=0.5 - drop,
-        drop=Estimate(drop, drop - 0.04, drop + 0.04, 0.001 * (layer + 1) if known else None),
-        accuracy_relevance=drop / 0.25 if known else None,
+        drop=Estimate(drop, drop - 0.04, drop + 0.04, 0.001 * (layer + 1) if is_defined else None),
+        accuracy_relevance=drop / 0.25 if is_defined else None,
         cosine_similarity=0.9 - 0.01 * layer,
         cosine_score=0.1 + 0.01 * layer,
         angular_distance=0.14,
         relative_update=0.5,
         gold_drop=Estimate(0.3),
-        metrics={"acc": 0.5 - drop, "acc_norm": 0.4 if known else None},
-        reasons={} if known else reasons,
+        metrics={"acc": 0.5 - drop, "acc_norm": 0.4 if is_defined else None},
+        reasons={} if is_defined else reasons,
     )
 
 
 def cell_record(
     layers: Sequence[int] = (0, 1, 2, 3), n: int = 160, key: str = "5f2e0c9ab1d3"
 ) -> CellRecord:
-    whole = build_cell()
-    (task,) = whole.benchmark.tasks
+    template = build_cell()
+    (task,) = template.benchmark.tasks
     tasks = (task.model_copy(update={"fingerprint": "cd" * 32}),)
-    about = {"coefficient": "spearman", "subset": "all", "n": len(layers), "documents": n}
-    same = "the angular distance is the same for every layer"
+    correlation = {"coefficient": "spearman", "subset": "all", "n": len(layers), "documents": n}
+    undefined = Estimate(None, reason="the angular distance is the same for every layer")
+    estimates = {"cosine_score": Estimate(0.66, 0.4, 0.8, 0.001), "angular_distance": undefined}
     changes = {
         "key": key,
         "n": n,
-        "model": whole.model.model_copy(update={"fingerprint": "ab" * 32}),
-        "benchmark": whole.benchmark.model_copy(update={"tasks": tasks}),
+        "model": template.model.model_copy(update={"fingerprint": "ab" * 32}),
+        "benchmark": template.benchmark.model_copy(update={"tasks": tasks}),
         "tokens": 40 * n,
         "baseline": Estimate(0.5, 0.42, 0.58),
         "baseline_metrics": {"acc": 0.5, "acc_norm": 0.45},
         "runs": tuple(layer_record(layer, n) for layer in layers),
-        "correlations": (
-            CorrelationRecord(
-                proxy="cosine_score", estimate=Estimate(0.66, 0.4, 0.8, 0.001), **about
-            ),
-            CorrelationRecord(
-                proxy="angular_distance", estimate=Estimate(None, reason=same), **about
-            ),
+        "correlations": tuple(
+            CorrelationRecord(proxy=proxy, estimate=estimate, **correlation)
+            for proxy, estimate in estimates.items()
         ),
         "missing": tuple(Change(layers=(x,)) for x in sorted({0, 1, 2, 3} - set(layers))),
         "provenance": {"torch": "2.13.0", "device": "cpu", "host": "node-7"},
     }
-    return whole.model_copy(update=changes)
+    return template.model_copy(update=changes)
 
 
 @pytest.fixture(autouse=True)
@@ -107,20 +105,24 @@ def server(serving) -> str:
     return serving.address
 
 
-def local(results: Path) -> str:
+def file_contents(paths: Iterable[Path]) -> dict[str, bytes]:
+    """Read files by name."""
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def sqlite_uri(results: Path) -> str:
     return f"sqlite:///{results / 'mlflow.db'}"
 
 
 @pytest.fixture(params=["sqlite", "server"])
 def uri(request, results) -> str:
     """Where MLflow stores runs: in a file, and on a server."""
-    return local(results) if request.param == "sqlite" else request.getfixturevalue("server")
+    return sqlite_uri(results) if request.param == "sqlite" else request.getfixturevalue("server")
 
 
-def of_kind(component: str, layer: int, span: int, ablation: str, **more: object) -> RunRecord:
-    which = {"component": component, "layer": layer, "span": span}
-    which |= {"ablation": ablation, "cosine_score": None}
-    return with_change(layer_record(layer, 160), **which, **more)
+def run_of_kind(component: str, layer: int, span: int, ablation: str, **figures: Any) -> RunRecord:
+    figures |= {"component": component, "layer": layer, "span": span, "ablation": ablation}
+    return with_change(layer_record(layer, 160), cosine_score=None, **figures)
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def study(tiny_llama, experiment) -> Path:
 
 
 @pytest.fixture
-def publish(double, tmp_path) -> Iterator[Publisher]:
-    publish = Publisher(Client(double, tmp_path), tmp_path)
+def publish(double, tmp_path) -> Iterator[WandbPublisher]:
+    publish = WandbPublisher(Client(double, tmp_path), tmp_path)
     yield publish
     publish.close()

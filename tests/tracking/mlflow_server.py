@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import psutil
 
-from tests.helpers.answering import Answering, serving
+from tests.helpers.answering import AnsweringHandler, serve
 
 USER, PASSWORD = "ann", "planted-mlflow-password"
 
@@ -26,8 +26,8 @@ USER, PASSWORD = "ann", "planted-mlflow-password"
 def _ports() -> Iterator[int]:
     """Ports that no other worker looks at, below those that a system hands out for connections."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    first = 20_000 + 1_000 * (worker % 10)
-    return itertools.cycle(range(first, first + 1_000))
+    first_port = 20_000 + 1_000 * (worker % 10)
+    return itertools.cycle(range(first_port, first_port + 1_000))
 
 
 _PORTS = _ports()
@@ -48,12 +48,12 @@ class MlflowServer:
     Args:
         folder: Where it keeps everything.
         template: A migrated SQLite store to begin with.
-        auth: Whether it asks who calls: `USER` with `PASSWORD`.
+        asks_login: Whether it asks who calls: `USER` with `PASSWORD`.
     """
 
     def __init__(self, folder: Path, template: Path, auth: bool = False) -> None:
         self.folder = folder
-        self.auth = auth
+        self.asks_login = auth
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -74,7 +74,7 @@ class MlflowServer:
         environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
         # Eight processes for evaluations that nobody here asks for.
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-        if self.auth:
+        if self.asks_login:
             settings = self.folder / "auth.ini"
             # A password is made to be proved slowly, but once for all calls of a minute.
             settings.write_text(
@@ -107,8 +107,8 @@ class MlflowServer:
     @property
     def processes(self) -> list[psutil.Process]:
         assert self.process is not None
-        first = psutil.Process(self.process.pid)
-        return [*first.children(recursive=True), first]
+        server_process = psutil.Process(self.process.pid)
+        return [*server_process.children(recursive=True), server_process]
 
     @property
     def log(self) -> str:
@@ -128,29 +128,29 @@ class Gate:
     Attributes:
         status: What it answers instead of the server; None = it passes everything on.
         delay: Seconds before each answer.
-        at: What happens before the request of a number, counted from 1.
-        before: What happens before the first request whose path holds a text.
-        seen: How many requests there were.
-        unknown: Part of the paths that it answers with 404.
+        actions_by_number: What happens before the request of a number, counted from 1.
+        actions_by_path: What happens before the first request whose path holds a text.
+        n_requests: How many requests there were.
+        unknown_path: Part of the paths that it answers with 404.
     """
 
     def __init__(self, server: str) -> None:
         self.server = server
         self.status: int | None = None
         self.delay = 0.0
-        self.at: dict[int, Callable[[], None]] = {}
-        self.before: dict[str, Callable[[], None]] = {}
-        self.seen = 0
-        self.unknown = ""
+        self.actions_by_number: dict[int, Callable[[], None]] = {}
+        self.actions_by_path: dict[str, Callable[[], None]] = {}
+        self.n_requests = 0
+        self.unknown_path = ""
         gate = self
 
-        class Handler(Answering):
+        class Handler(AnsweringHandler):
             def handle_any(self) -> None:
                 gate._handle(self)
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
-        self._serving = serving(Handler)
+        self._serving = serve(Handler)
         self.address = ""
 
     def __enter__(self) -> Self:
@@ -160,27 +160,26 @@ class Gate:
     def __exit__(self, *error: Any) -> None:
         self._serving.__exit__(*error)
 
-    def _handle(self, request: Answering) -> None:
-        body = request.body()
-        self.seen += 1
-        self.at.pop(self.seen, lambda: None)()
-        for text in [text for text in self.before if text in request.path]:
-            self.before.pop(text)()
+    def _handle(self, request: AnsweringHandler) -> None:
+        body = request.read_body()
+        self.n_requests += 1
+        self.actions_by_number.pop(self.n_requests, lambda: None)()
+        for text in [text for text in self.actions_by_path if text in request.path]:
+            self.actions_by_path.pop(text)()
         time.sleep(self.delay)
         status, kind, content = self.status, "text/html", b"<html>" + b"<p>no</p> " * 5000
-        if self.unknown and self.unknown in request.path:
+        if self.unknown_path and self.unknown_path in request.path:
             status = 404
         if status is None:
-            status, kind, content = self._passed_on(request, body)
+            status, kind, content = self._forward(request, body)
         request.answer(content, status, kind)
 
-    def _passed_on(self, request: Answering, body: bytes) -> tuple[int, str, bytes]:
+    def _forward(self, request: AnsweringHandler, body: bytes) -> tuple[int, str, bytes]:
         headers = {k: v for k, v in request.headers.items() if k not in ("Host", "Connection")}
-        asked = urllib.request.Request(
-            self.server + request.path, body or None, headers, method=request.command
-        )
+        url, method = self.server + request.path, request.command
+        forwarded = urllib.request.Request(url, body or None, headers, method=method)
         try:
-            answer = urllib.request.urlopen(asked, timeout=300)
+            answer = urllib.request.urlopen(forwarded, timeout=300)
         except urllib.error.HTTPError as error:
             answer = error
         except OSError:

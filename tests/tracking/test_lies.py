@@ -11,10 +11,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.helpers.answering import Answering, serving
+from tests.helpers.answering import AnsweringHandler, serve
 from tests.helpers.wandb_double import MANIFEST
 from tracker.core.errors import TrackingError
-from tracker.tracking import downloads, open_backend
+from tracker.tracking import base, open_backend
 from tracker.tracking.base import RemoteCell
 
 from .conftest import cell_record
@@ -22,7 +22,7 @@ from .conftest import cell_record
 CELL = RemoteCell("key/cell", "the cell", "0" * 64, "abc")
 
 
-class Lying(Answering):
+class LyingServer(AnsweringHandler):
     """As much of MLflow's REST as reading a cell takes, with whatever files a test names."""
 
     files: ClassVar[list[dict[str, Any]]] = []
@@ -31,32 +31,32 @@ class Lying(Answering):
     def do_GET(self) -> None:  # noqa: N802
         url = urlsplit(self.path)
         if url.path.endswith("/experiments/get-by-name"):
-            self._say({"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}})
+            self._answer_json({"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}})
         elif url.path.endswith("/runs/get"):
-            place = f"http://127.0.0.1:{self.server.server_address[1]}/api/2.0/mlflow-artifacts"
-            info = {"run_id": "abc", "experiment_id": "1", "artifact_uri": f"{place}/artifacts/abc"}
-            self._say({"run": {"info": info, "data": {}}})
+            root = f"http://127.0.0.1:{self.server.server_address[1]}/api/2.0/mlflow-artifacts"
+            info = {"run_id": "abc", "experiment_id": "1", "artifact_uri": f"{root}/artifacts/abc"}
+            self._answer_json({"run": {"info": info, "data": {}}})
         elif url.path.endswith("/artifacts"):
-            wanted = parse_qs(url.query).get("path", [""])[0]
-            self._say({"files": self.files if wanted == "abc" else []})
+            listed_path = parse_qs(url.query).get("path", [""])[0]
+            self._answer_json({"files": self.files if listed_path == "abc" else []})
         elif "/artifacts/abc/" in url.path:
             self.answer(self.content)
         else:
             self.send_error(404)
 
-    def _say(self, content: dict[str, Any]) -> None:
+    def _answer_json(self, content: dict[str, Any]) -> None:
         self.answer(json.dumps(content).encode())
 
 
 @pytest.fixture
-def lying(monkeypatch) -> Iterator[str]:
+def lying_server(monkeypatch) -> Iterator[str]:
     """Serve the answers that `Lying` holds, and return the address."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with serving(Lying) as address:
+    with serve(LyingServer) as address:
         yield address
 
 
-def fetched(address: str, tmp_path: Path) -> str:
+def fetch_message(address: str, tmp_path: Path) -> str:
     """Fetch the cell; what was said of it."""
     folder = tmp_path / "within" / "folder"
     folder.mkdir(parents=True)
@@ -71,31 +71,31 @@ def fetched(address: str, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     "name", ["../evil.json", "../../evil.json", "{tmp_path}/evil.json", "..%2Fevil.json", "a/evil"]
 )
-def test_a_name_that_leads_elsewhere_is_refused(lying, tmp_path, monkeypatch, name):
+def test_names_outside_the_folder_are_refused(lying_server, tmp_path, monkeypatch, name):
     name = name.format(tmp_path=tmp_path)
-    monkeypatch.setattr(Lying, "files", [{"path": name, "is_dir": False, "file_size": 2}])
-    said = fetched(lying, tmp_path)
-    assert re.search("no plain name; it is not downloaded|Invalid path", said)
+    monkeypatch.setattr(LyingServer, "files", [{"path": name, "is_dir": False, "file_size": 2}])
+    message = fetch_message(lying_server, tmp_path)
+    assert re.search("invalid file name .*; it is not downloaded|Invalid path", message)
 
 
-def test_a_file_that_is_said_to_be_vast_is_not_downloaded(lying, tmp_path, monkeypatch):
-    listed = [{"path": "cell.json", "is_dir": False, "file_size": 10**10}]
-    monkeypatch.setattr(Lying, "files", listed)
-    said = fetched(lying, tmp_path)
-    assert "'cell.json' has 10000000000 bytes" in said
-    assert "no file of tracker's has more than 256 MiB" in said
+def test_a_vast_file_is_not_downloaded(lying_server, tmp_path, monkeypatch):
+    files = [{"path": "cell.json", "is_dir": False, "file_size": 10**10}]
+    monkeypatch.setattr(LyingServer, "files", files)
+    message = fetch_message(lying_server, tmp_path)
+    assert "'cell.json' has 10000000000 bytes" in message
+    assert "no file of tracker's has more than 256 MiB" in message
     assert not (tmp_path / "within" / "folder" / "cell.json").exists()
 
 
-def test_a_file_with_more_bytes_than_were_stated_is_refused(lying, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, "LARGEST_FILE", 2**20)
-    monkeypatch.setattr(Lying, "files", [{"path": "x.json", "is_dir": False, "file_size": 2}])
-    monkeypatch.setattr(Lying, "content", bytes(2**21))
-    assert "'x.json' has 2097152 bytes" in fetched(lying, tmp_path)
+def test_a_file_with_too_many_bytes_is_refused(lying_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "LARGEST_FILE", 2**20)
+    monkeypatch.setattr(LyingServer, "files", [{"path": "x.json", "is_dir": False, "file_size": 2}])
+    monkeypatch.setattr(LyingServer, "content", bytes(2**21))
+    assert "'x.json' has 2097152 bytes" in fetch_message(lying_server, tmp_path)
 
 
-LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    r"'../../evil.json', which is no plain name": lambda file: {"../../evil.json": file},
+MANIFEST_LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    r"invalid file name '../../evil.json'": lambda file: {"../../evil.json": file},
     "has 10000000000 bytes": lambda file: {"results.json": {**file, "size": 10**10}},
     "keeps 'results.json' elsewhere": lambda file: {
         "results.json": {**file, "ref": "file:///etc/passwd"}
@@ -104,7 +104,7 @@ LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 """What is said of each → what a manifest says of a file that is otherwise as it was sent."""
 
 
-def test_what_wandb_is_said_to_hold(lent, tmp_path):
+def test_false_manifests_are_refused(lent, tmp_path):
     file = tmp_path / "results.json"
     file.write_text('{"what": "was measured"}')
     folder = tmp_path / "within" / "folder"
@@ -115,12 +115,12 @@ def test_what_wandb_is_said_to_hold(lent, tmp_path):
     backend.fetch(cell, folder)
     (folder / "results.json").unlink()
     collections = lent.projects["team", "layers"].artifacts.values()
-    versions = [version for each in collections for version in each.versions]
-    (version,) = (each for each in versions if "results.json" in each.manifest["contents"])
-    before = version.manifest
-    for words, lie in LIES.items():
-        lied = {**before, "contents": lie(before["contents"]["results.json"])}
-        version.own[MANIFEST] = json.dumps(lied).encode()
+    versions = [version for entry in collections for version in entry.versions]
+    (version,) = (v for v in versions if "results.json" in v.manifest["contents"])
+    manifest = version.manifest
+    for words, lie in MANIFEST_LIES.items():
+        false_manifest = {**manifest, "contents": lie(manifest["contents"]["results.json"])}
+        version.own_files[MANIFEST] = json.dumps(false_manifest).encode()
         with pytest.raises(TrackingError, match=words):
             backend.fetch(cell, folder)
         assert not list(folder.iterdir())

@@ -14,17 +14,17 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.helpers.ablations import with_figures
-from tests.helpers.mlflow_store import PROJECT, Store, publish
+from tests.helpers.mlflow_store import PROJECT, MlflowStoreReader, publish_cell
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
-from tracker.core.text import masked
+from tracker.core.text import mask_secrets
 from tracker.tracking.base import Page
-from tracker.tracking.figures import flat_metrics, intact_metrics
+from tracker.tracking.figures import intact_metrics, run_metrics
 from tracker.tracking.identity import content_digest
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.backend import MlflowBackend
 
-from .conftest import cell_record, local
+from .conftest import cell_record, file_contents, sqlite_uri
 from .mlflow_server import free_port
 
 
@@ -36,7 +36,7 @@ def files(tmp_path) -> list[Path]:
     return [table, page]
 
 
-def test_what_mlflow_alone_has_is_read_back(uri, results, tmp_path):
+def test_cells_are_read_back_from_mlflow(uri, results, tmp_path):
     project = f"read-back-{uri.partition(':')[0]}"
     cell = cell_record()
     cell = cell.model_copy(update={"model": cell.model.model_copy(update={"revision": "a1" * 20})})
@@ -44,30 +44,29 @@ def test_what_mlflow_alone_has_is_read_back(uri, results, tmp_path):
     backend = MlflowBackend(project, results, uri)
     backend.publish(cell, [], {"curve": chart})
     backend.close()
-    store = Store(uri, project)
+    store = MlflowStoreReader(uri, project)
     order = [run.data.tags.get("tracker.layer") for run in store.runs]
     assert order == [None, "0", "1", "2", "3", None], "the intact model ends the list"
-    found = store.client.search_runs(
+    matching_runs = store.client.search_runs(
         [store.experiment.experiment_id],
         f"tags.`tracker.model_revision` = '{'a1' * 20}' AND tags.`tracker.kind` = 'layer' AND "
         "tags.`tracker.model` = 'SmolLM2-135M-Instruct' AND metrics.accuracy_drop > 0.05 AND "
         f"params.model_fingerprint = '{'ab' * 32}'",
     )
-    assert {run.data.tags["tracker.layer"] for run in found} == {"0", "1", "2"}
+    assert {run.data.tags["tracker.layer"] for run in matching_runs} == {"0", "1", "2"}
     parent = store.cell(cell)
     assert parent.info.status == "FINISHED"
-    assert set(intact_metrics(cell)) < set(flat_metrics(cell.runs[0]))
+    assert set(intact_metrics(cell)) < set(run_metrics(cell.runs[0]))
 
-    models = store.ranked("accuracy_drop")
+    models = store.ranked_models("accuracy_drop")
     by_run = {run.info.run_id: run for run in store.runs}
-    ranked = [by_run[model.source_run_id].data.params["ablation"] for model in models]
-    assert ranked == [*(f"layer:{n}" for n in range(4)), "baseline"]
+    ranked_ablations = [by_run[model.source_run_id].data.params["ablation"] for model in models]
+    assert ranked_ablations == [*(f"layer:{n}" for n in range(4)), "baseline"]
     for model in models:
         run = by_run[model.source_run_id]
         assert {metric.key: metric.value for metric in model.metrics} == run.data.metrics
-        assert {(m.dataset_name, m.dataset_digest) for m in model.metrics} == {
-            ("arc_easy", "cd" * 18)
-        }
+        datasets = {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+        assert datasets == {("arc_easy", "cd" * 18)}
         assert (str(model.status), model.tags["mlflow.model.isExternal"]) == ("READY", "true")
         assert run.data.tags["tracker.logged_model"] == model.model_id
         assert f"runs/{run.info.run_id})" in parent.data.tags["mlflow.note.content"]
@@ -83,116 +82,111 @@ def test_what_mlflow_alone_has_is_read_back(uri, results, tmp_path):
 
 # Was: every shard was uploaded again each time that a cell grew.
 def test_only_new_and_changed_files_are_uploaded(results, files, tmp_path):
-    publish(results, cell_record(layers=(0, 1)), *files)
-    run_id = Store(local(results)).cell(cell_record()).info.run_id
-    (attached,) = results.glob(f"mlartifacts/**/{run_id}/artifacts")
-    (attached / "outcomes.parquet").write_bytes(b"marked")  # a second upload would replace it
-    more = tmp_path / "more.parquet"
-    more.write_bytes(b"more")
+    publish_cell(results, cell_record(layers=(0, 1)), *files)
+    run_id = MlflowStoreReader(sqlite_uri(results)).cell(cell_record()).info.run_id
+    (artifacts_folder,) = results.glob(f"mlartifacts/**/{run_id}/artifacts")
+    (artifacts_folder / "outcomes.parquet").write_bytes(
+        b"marked"
+    )  # a second upload would replace it
+    new_file = tmp_path / "more.parquet"
+    new_file.write_bytes(b"more")
     files[1].write_text("<p>new</p>")
-    publish(results, cell_record(layers=(0, 1, 2)), *files, more)
-    assert (attached / "outcomes.parquet").read_bytes() == b"marked"
-    assert (attached / "more.parquet").read_bytes() == b"more"
-    assert (attached / "report.html").read_text() == "<p>new</p>"
+    publish_cell(results, cell_record(layers=(0, 1, 2)), *files, new_file)
+    assert (artifacts_folder / "outcomes.parquet").read_bytes() == b"marked"
+    assert (artifacts_folder / "more.parquet").read_bytes() == b"more"
+    assert (artifacts_folder / "report.html").read_text() == "<p>new</p>"
 
     # What is gone from the store comes back, and a file that left the cell is not fetched.
-    (attached / "outcomes.parquet").unlink()
-    publish(results, cell_record(), *files)
+    (artifacts_folder / "outcomes.parquet").unlink()
+    publish_cell(results, cell_record(), *files)
     backend = MlflowBackend(PROJECT, results)
     (remote,) = backend.cells()
     folder = tmp_path / "fetched"
     folder.mkdir()
     backend.fetch(remote, folder)
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
-        file.name: file.read_bytes() for file in files
-    }
+    assert file_contents(folder.iterdir()) == file_contents(files)
 
 
-def test_a_file_whose_replacement_broke_off_is_not_taken_for_the_old_one(
-    results, files, monkeypatch
-):
-    publish(results, cell_record(), *files)
-    old = files[1].read_bytes()
+def test_an_interrupted_replacement_is_noticed(results, files, monkeypatch):
+    publish_cell(results, cell_record(), *files)
+    old_content = files[1].read_bytes()
     files[1].write_text("<p>new</p>")
-    with monkeypatch.context() as broken:
-        upload = MlflowClient.log_artifact
+    with monkeypatch.context() as patch:
+        original = MlflowClient.log_artifact
 
-        def breaks_off(client: MlflowClient, *arguments: str) -> None:
-            upload(client, *arguments)
+        def upload_and_fail(client: MlflowClient, *arguments: str) -> None:
+            original(client, *arguments)
             raise OSError("broken off")
 
-        broken.setattr(MlflowClient, "log_artifact", breaks_off)
+        patch.setattr(MlflowClient, "log_artifact", upload_and_fail)
         with pytest.raises(TrackingError, match="broken off"):
-            publish(results, cell_record(), *files)
-    files[1].write_bytes(old)
-    publish(results, cell_record(), *files)
-    (attached,) = results.glob("mlartifacts/**/artifacts/report.html")
-    assert attached.read_bytes() == old
+            publish_cell(results, cell_record(), *files)
+    files[1].write_bytes(old_content)
+    publish_cell(results, cell_record(), *files)
+    (attached_file,) = results.glob("mlartifacts/**/artifacts/report.html")
+    assert attached_file.read_bytes() == old_content
 
 
 def test_a_cell_of_many_layers(results):
     """More metrics, tags and runs than MLflow takes or returns at once."""
-    cell = cell_record(layers=range(102))
-    cell = cell.model_copy(
-        update={"provenance": {f"package{i}": "1.0" for i in range(120)} | {"long": "x" * 9000}}
-    )
-    assert publish(results, cell).created == 104
-    assert len(Store(local(results)).curve(cell, "accuracy_drop")) == 102
-    assert publish(results, cell).unchanged == 104
+    provenance = {f"package{i}": "1.0" for i in range(120)} | {"long": "x" * 9000}
+    cell = cell_record(layers=range(102)).model_copy(update={"provenance": provenance})
+    assert publish_cell(results, cell).created == 104
+    assert len(MlflowStoreReader(sqlite_uri(results)).curve(cell, "accuracy_drop")) == 102
+    assert publish_cell(results, cell).unchanged == 104
 
 
 def test_a_deleted_run_is_published_anew(results):
     cell = cell_record()
-    publish(results, cell)
-    store = Store(local(results))
+    publish_cell(results, cell)
+    store = MlflowStoreReader(sqlite_uri(results))
     store.client.delete_run(store.cell(cell).info.run_id)
-    published = publish(results, cell)
+    published = publish_cell(results, cell)
     assert (published.created, published.updated) == (1, 5)
-    store = Store(local(results))
+    store = MlflowStoreReader(sqlite_uri(results))
     parent = store.cell(cell).info.run_id
     assert store.layer(cell, 3).data.tags["mlflow.parentRunId"] == parent
 
 
-def test_first_use_creates_the_store_in_the_results_folder(tmp_path, capfd):
+def test_first_use_creates_the_store(tmp_path, capfd):
     """A folder with a space and an umlaut, and the leftovers of a process that was killed."""
     results = tmp_path / "my räsults"
     results.mkdir()
     (results / "mlflow.db.draft").write_bytes(b"half a database")
     file = tmp_path / "a.txt"
     file.write_text("a")
-    published = publish(results, cell_record(layers=(0,)), file)
+    published = publish_cell(results, cell_record(layers=(0,)), file)
 
     out, err = capfd.readouterr()
     assert out + err == "", "MLflow must be quiet"
     assert published.created == 3
-    assert published.location == (
-        f"mlflow ui --backend-store-uri 'sqlite:///{results}/mlflow.db' --port 5000"
-    )
-    left = {path.name for path in results.iterdir()}
-    assert left - {"mlflow.db.lock", "mlflow.db-shm", "mlflow.db-wal"} == {
-        "mlflow.db",
-        "mlartifacts",
-    }
+    command = f"mlflow ui --backend-store-uri 'sqlite:///{results}/mlflow.db' --port 5000"
+    assert published.location == command
+    names = {path.name for path in results.iterdir()}
+    names -= {"mlflow.db.lock", "mlflow.db-shm", "mlflow.db-wal"}
+    assert names == {"mlflow.db", "mlartifacts"}
     shutil.copy(results / "mlflow.db", tmp_path / "copied.db")
-    assert len(Store(f"sqlite:///{tmp_path / 'copied.db'}").runs) == 3, "the file alone is complete"
+    # The file alone is complete.
+    assert len(MlflowStoreReader(f"sqlite:///{tmp_path / 'copied.db'}").runs) == 3
     assert (results / "mlflow.db").read_bytes()[18:20] == b"\x02\x02", "the WAL is on"
     assert [path.read_text() for path in (results / "mlartifacts").rglob("a.txt")] == ["a"]
     assert Path.cwd().joinpath("mlruns").exists() is False
 
 
 @pytest.mark.parametrize("where", ["new sqlite file", "server"])
-def test_two_processes_at_once_create_each_run_once(where, tmp_path, request):
+def test_parallel_processes_create_each_run_once(where, tmp_path, request):
     uri = request.getfixturevalue("server") if where == "server" else None
     kind, project = "tracker.tracking.mlflow.backend:MlflowBackend", "at-once"
     backends = [Isolated("MLflow", kind, project, tmp_path, uri) for _ in range(2)]
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda backend: backend.user(), backends))  # now both are there
-        done = list(threads.map(lambda backend: backend.publish(cell_record(), [], {}), backends))
+        calls = (threads.submit(backend.publish, cell_record(), [], {}) for backend in backends)
+        published = [call.result() for call in list(calls)]
     for backend in backends:
         backend.close()
-    counts = sorted((each.created, each.updated, each.unchanged) for each in done)
+    counts = sorted((outcome.created, outcome.updated, outcome.unchanged) for outcome in published)
     assert counts == [(0, 0, 6), (6, 0, 0)]
-    assert len(Store(uri or local(tmp_path), project).runs) == 6
+    assert len(MlflowStoreReader(uri or sqlite_uri(tmp_path), project).runs) == 6
 
 
 def test_an_unreachable_server_is_a_tracking_error(tmp_path, monkeypatch):
@@ -206,8 +200,8 @@ def test_an_unreachable_server_is_a_tracking_error(tmp_path, monkeypatch):
     assert caught.value.__cause__ is None
     assert "it does not answer (Connection refused)" in str(caught.value)
     assert "HTTPConnectionPool" not in str(caught.value), "as a library words it"
-    sync = f"tracker sync --to mlflow:{PROJECT} --results {results}"
-    assert f"MLFLOW_TRACKING_URI={shlex.quote(masked(uri))} {sync}" in str(caught.value)
+    command = f"tracker sync --to mlflow:{PROJECT} --results {results}"
+    assert f"MLFLOW_TRACKING_URI={shlex.quote(mask_secrets(uri))} {command}" in str(caught.value)
     with pytest.raises(TrackingError, match="did not take the report"):
         backend.add_page(Page([], {}, [cell_record()]))
     backend.close()
@@ -230,7 +224,7 @@ def test_a_password_is_never_shown(uri, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["folder", "garbage", "cut", "results is a file"])
-def test_a_store_that_cannot_be_used_is_a_tracking_error(damage, template, tmp_path):
+def test_an_unusable_store_is_a_tracking_error(damage, template, tmp_path):
     results = tmp_path / "results"
     database = results / "mlflow.db"
     if damage == "results is a file":
@@ -244,26 +238,26 @@ def test_a_store_that_cannot_be_used_is_a_tracking_error(damage, template, tmp_p
     elif damage == "cut":
         database.write_bytes(template.read_bytes()[:100_000])
     with pytest.raises(TrackingError, match="did not take the runs") as caught:
-        publish(results, cell_record())
+        publish_cell(results, cell_record())
     assert "tracker sync" in str(caught.value)
 
 
 def test_a_deleted_experiment_says_how_to_restore_it(results):
-    publish(results, cell_record())
-    store = Store(local(results))
+    publish_cell(results, cell_record())
+    store = MlflowStoreReader(sqlite_uri(results))
     store.client.delete_experiment(store.experiment.experiment_id)
     with pytest.raises(TrackingError, match="mlflow experiments restore"):
-        publish(results, cell_record())
+        publish_cell(results, cell_record())
 
 
 def test_the_digest_depends_on_content_alone():
     cell = cell_record()
-    same = CellRecord.model_validate_json(cell.model_dump_json())
-    assert content_digest(same) == content_digest(cell)
+    copied = CellRecord.model_validate_json(cell.model_dump_json())
+    assert content_digest(copied) == content_digest(cell)
     assert content_digest(cell_record(n=161)) != content_digest(cell)
     assert content_digest(cell, "a") != content_digest(cell, "b")
     # The last bit is that of the processor's arithmetic; the tenth digit is a figure's own.
-    for factor, equal in ((1 + 2**-52, True), (1 + 1e-8, False)):
-        other = with_figures(cell, baseline_accuracy=cell.baseline.value * factor)
-        assert other != cell
-        assert (content_digest(other) == content_digest(cell)) == equal
+    for factor, is_equal in ((1 + 2**-52, True), (1 + 1e-8, False)):
+        changed_cell = with_figures(cell, baseline_accuracy=cell.baseline.value * factor)
+        assert changed_cell != cell
+        assert (content_digest(changed_cell) == content_digest(cell)) == is_equal

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import cli
-from tests.helpers.mlflow_store import Store, publish
+from tests.helpers.mlflow_store import MlflowStoreReader, publish_cell
 from tracker import api
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
@@ -21,10 +21,10 @@ from tracker.tracking.figures import CURVES
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
 
-from .conftest import cell_record, local
+from .conftest import cell_record, sqlite_uri
 from .mlflow_server import PASSWORD, USER, Gate, MlflowServer
 
-MIDDLE = 14  # a request in the middle of publishing a cell of four layers
+MIDDLE_REQUEST = 14  # a request in the middle of publishing a cell of four layers
 
 
 @pytest.fixture
@@ -42,64 +42,66 @@ def file(tmp_path) -> Path:
     return path
 
 
-def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path) -> None:
+def check_complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path) -> None:
     """Every run is there once, with every figure once."""
-    store = Store(uri, project)
+    store = MlflowStoreReader(uri, project)
     assert len(store.runs) == 2 + len(cell.runs)
     assert all(run.info.status == "FINISHED" for run in store.runs)
     for name in CURVES:
-        wanted = [(row.change.layer, row.figure(name)) for row in cell.runs]
-        assert store.curve(cell, name) == [point for point in wanted if point[1] is not None]
-    store.shows(cell)
+        expected = [(row.change.layer, row.figure(name)) for row in cell.runs]
+        assert store.curve(cell, name) == [point for point in expected if point[1] is not None]
+    store.assert_shows(cell)
     assert store.bytes_of(store.cell(cell), file.name, folder) == file.read_bytes()
     assert len(store.cell(cell).inputs.dataset_inputs) == 1
 
 
-@pytest.mark.parametrize(("status", "first"), [(401, 1), (429, MIDDLE), (500, 1), (507, MIDDLE)])
+@pytest.mark.parametrize(
+    ("status", "first"), [(401, 1), (429, MIDDLE_REQUEST), (500, 1), (507, MIDDLE_REQUEST)]
+)
 def test_a_server_that_refuses(server, results, file, status, first):
     cell, project = cell_record(), f"refuses-{status}-{first}"
     with Gate(server) as gate:
-        gate.at[first] = lambda: setattr(gate, "status", status)
+        gate.actions_by_number[first] = lambda: setattr(gate, "status", status)
         backend = MlflowBackend(project, results, gate.address)
         with pytest.raises(TrackingError, match=f"error code {status}|{status} error") as caught:
             backend.publish(cell, [file], {})
-        tried_again = 2 if status in (429, 500) else 0
-        assert gate.seen == first + tried_again
-        said = str(caught.value)
-        assert len(said) < 900, "the whole error page is not a message"
-        assert f"tracker sync --to mlflow:{project} --results {results}" in said
-        assert ("MLFLOW_TRACKING_USERNAME" in said) == (status == 401)
+        n_retries = 2 if status in (429, 500) else 0
+        assert gate.n_requests == first + n_retries
+        message = str(caught.value)
+        assert len(message) < 900, "the whole error page is not a message"
+        assert f"tracker sync --to mlflow:{project} --results {results}" in message
+        assert ("MLFLOW_TRACKING_USERNAME" in message) == (status == 401)
 
         gate.status = None
-        done = backend.publish(cell, [file], {})
-        assert done.unchanged < 6
-    complete(server, project, cell, file, results)
+        published = backend.publish(cell, [file], {})
+        assert published.unchanged < 6
+    check_complete(server, project, cell, file, results)
     assert MlflowBackend(project, results, server).publish(cell, [file], {}).unchanged == 6
 
 
-def test_a_server_that_is_slow_is_given_up(server, results, file, monkeypatch):
+def test_a_slow_server_times_out(server, results, file, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with Gate(server) as gate:
-        gate.at[MIDDLE] = lambda: setattr(gate, "delay", 5.0)
+        gate.actions_by_number[MIDDLE_REQUEST] = lambda: setattr(gate, "delay", 5.0)
         backend = MlflowBackend("slow", results, gate.address)
         with pytest.raises(TrackingError, match=r"(?i)timed out"):
             backend.publish(cell_record(), [file], {})
-        assert gate.seen == MIDDLE + 2
+        assert gate.n_requests == MIDDLE_REQUEST + 2
         gate.delay = 0.0
         backend.publish(cell_record(), [file], {})
-    complete(server, "slow", cell_record(), file, results)
+    check_complete(server, "slow", cell_record(), file, results)
 
 
 @contextmanager
 def no_file_grows_beyond(size: int, processes: list[psutil.Process]) -> Iterator[None]:
     """Simulate a full disk with the kernel's limit of file sizes."""
-    before = [process.rlimit(psutil.RLIMIT_FSIZE) for process in processes]
-    for process, (_, hard) in zip(processes, before, strict=True):
-        process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
+    old_limits = [process.rlimit(psutil.RLIMIT_FSIZE) for process in processes]
+    for process, (_, hard_limit) in zip(processes, old_limits, strict=True):
+        process.rlimit(psutil.RLIMIT_FSIZE, (size, hard_limit))
     try:
         yield
     finally:
-        for process, limits in zip(processes, before, strict=True):
+        for process, limits in zip(processes, old_limits, strict=True):
             process.rlimit(psutil.RLIMIT_FSIZE, limits)
 
 
@@ -112,7 +114,7 @@ def test_a_server_whose_disk_is_full(serving, results, file):
     ):
         backend.publish(cell, [file], {})
     backend.publish(cell, [file], {})
-    complete(serving.address, "full", cell, file, results)
+    check_complete(serving.address, "full", cell, file, results)
 
 
 def test_a_results_folder_whose_disk_is_full(results, file):
@@ -122,22 +124,22 @@ def test_a_results_folder_whose_disk_is_full(results, file):
         no_file_grows_beyond(size // 8, [psutil.Process(os.getpid())]),
         pytest.raises(TrackingError, match="did not take the runs"),
     ):
-        publish(results, cell_record(layers=range(30)), file)
-    publish(results, cell_record(layers=range(30)), file)
-    complete(local(results), "layers", cell_record(layers=range(30)), file, results)
+        publish_cell(results, cell_record(layers=range(30)), file)
+    publish_cell(results, cell_record(layers=range(30)), file)
+    check_complete(sqlite_uri(results), "layers", cell_record(layers=range(30)), file, results)
 
 
 @pytest.fixture
-def guarded(template, tmp_path) -> Iterator[MlflowServer]:
+def guarded_server(template, tmp_path) -> Iterator[MlflowServer]:
     folder = tmp_path / "guarded"
     folder.mkdir()
     with MlflowServer(folder, template, auth=True) as server:
         yield server
 
 
-def test_a_server_that_asks_who_calls(guarded, results, file, monkeypatch):
+def test_a_server_with_logins(guarded_server, results, file, monkeypatch):
     cell = cell_record(layers=(0,))
-    backend = MlflowBackend("guarded", results, guarded.address)
+    backend = MlflowBackend("guarded", results, guarded_server.address)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
         backend.publish(cell, [file], {})
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
@@ -147,33 +149,30 @@ def test_a_server_that_asks_who_calls(guarded, results, file, monkeypatch):
     assert "a wrong one" not in str(caught.value)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     assert backend.publish(cell, [file], {}).created == 3
-    complete(guarded.address, "guarded", cell, file, results)
+    check_complete(guarded_server.address, "guarded", cell, file, results)
 
-    experiment = Store(guarded.address, "guarded").experiment.experiment_id
-    address = guarded.address.replace("://", f"://{USER}:{PASSWORD}@") + "/"
+    experiment = MlflowStoreReader(guarded_server.address, "guarded").experiment.experiment_id
+    address = guarded_server.address.replace("://", f"://{USER}:{PASSWORD}@") + "/"
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     published = MlflowBackend("guarded", results, address).publish(cell, [file], {})
     assert published.unchanged == 3
-    assert published.location == f"{guarded.address}/#/experiments/{experiment}/runs"
+    assert published.location == f"{guarded_server.address}/#/experiments/{experiment}/runs"
 
 
-def test_a_run_whose_server_dies_is_completed_by_sync(
-    mortal, tiny_llama, experiment, tmp_path, monkeypatch
-):
+def test_sync_completes_if_the_server_dies(mortal, tiny_llama, experiment, tmp_path, monkeypatch):
     """The server is killed between the figures and the files of a cell."""
-    study = experiment(
-        tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["copa", "winogrande"]
-    )
+    benchmarks = ["copa", "winogrande"]
+    study = experiment(tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=benchmarks)
     results, project = tmp_path / "results", "dies"
     with Gate(mortal.address) as gate:
-        gate.before["/mlflow-artifacts/"] = mortal.stop
+        gate.actions_by_path["/mlflow-artifacts/"] = mortal.stop
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
-        run = cli("run", study, "--results", results, "--track", f"mlflow:{project}")
-        said = run.output.replace("\n", " ")
-        assert run.exit_code == 1, said
-        assert "Traceback" not in said
-        assert f"tracker sync --to mlflow:{project} --results {results}" in said
+        result = cli("run", study, "--results", results, "--track", f"mlflow:{project}")
+        output = result.output.replace("\n", " ")
+        assert result.exit_code == 1, output
+        assert "Traceback" not in output
+        assert f"tracker sync --to mlflow:{project} --results {results}" in output
         cells = api.ls(results)
         assert [cell.n for cell in cells] == [6, 6], "the measurement goes on"
 
@@ -181,26 +180,26 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
         # What is owed is known without being named again, and whatever the environment says.
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         assert not api.sync(results=results).failed
-    store = Store(mortal.address, project)
+    store = MlflowStoreReader(mortal.address, project)
     assert len(store.runs) == 2 * (2 + 2)
     assert not (results / "mlflow.db").exists()
     for cell in cells:
-        store.shows(cell)
-    for kept in Ledger(results).cells():
-        record = next(cell for cell in cells if cell.key == kept.identity.key)
+        store.assert_shows(cell)
+    for stored_cell in Ledger(results).cells():
+        record = next(cell for cell in cells if cell.key == stored_cell.identity.key)
         run_id = store.by_key[run_key(record, "cell")]
-        for shard in kept.shards():
+        for shard in stored_cell.shards():
             assert store.bytes_of(run_id, shard.name, tmp_path) == shard.read_bytes()
 
 
-def test_a_server_without_logged_models_gets_the_runs(server, results, file):
+def test_a_server_without_logged_models(server, results, file):
     """As one of MLflow 2, which knows no such path."""
     cell = cell_record(layers=(0,))
     with Gate(server) as gate:
-        gate.unknown = "/logged-models"
+        gate.unknown_path = "/logged-models"
         backend = MlflowBackend("no-models", results, gate.address)
         assert backend.publish(cell, [file], {}).created == 3
         assert backend.publish(cell, [file], {}).unchanged == 3
-    store = Store(server, "no-models")
-    store.shows(cell)
+    store = MlflowStoreReader(server, "no-models")
+    store.assert_shows(cell)
     assert not store.client.search_logged_models([store.experiment.experiment_id])

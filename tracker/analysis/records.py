@@ -1,8 +1,8 @@
-"""Deriving everything that is shown from the outcomes: one cell's drops, proxies, correlations."""
+"""Compute the record of a cell: drops, proxies and correlations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -12,124 +12,133 @@ import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.runs import (
-    ONE_LOOK,
+    ONE_LOOK_REASON,
     Aggregate,
     ExpertProxies,
-    Intact,
+    IntactFigures,
     LayerProxies,
-    at_all_looks,
-    finite,
+    accuracy_rounding,
+    apply_bounds,
+    finite_or_none,
     metric_values,
-    moved_by_rounding,
     run_record,
 )
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.estimates import Estimate
-from tracker.core.extent import ALL, shuffled
-from tracker.core.provenance import differences, united
-from tracker.core.proxies import OBSERVED, OF_EXPERTS, Proxy
+from tracker.core.extent import ALL_DOCUMENTS, shuffle_documents
+from tracker.core.provenance import list_differences, merge_provenances
+from tracker.core.proxies import EXPERT_PROXIES, OBSERVED, Proxy
 from tracker.core.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
 from tracker.core.views import View
-from tracker.ledger.cells import CellStore, measured_last
-from tracker.ledger.outcomes import CHECKPOINT
+from tracker.ledger.cells import CellStore, last_measured
+from tracker.ledger.outcomes import CHECKPOINT_KEY
 from tracker.stats.accuracy import accuracy
-from tracker.stats.arrays import Array, Mask, divided, per_token, proxy_means
-from tracker.stats.correlation import DRAWS, correlate
-from tracker.stats.decisions import within
+from tracker.stats.arrays import Array, Mask, proxy_means, safe_divide, token_means
+from tracker.stats.correlation import SURROGATES, correlate
 from tracker.stats.rank_agreement import COEFFICIENTS
 
-OUTER = 2
-"""Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
-DEALS = 999
-"""Number of random permutations of the proxies of experts, of which there are thousands."""
+_MISMATCH = "measured by different versions or devices"
+OUTER_LAYERS = 2
+"""Number of layers at each end that the subset `inner` excludes, as the paper excludes outliers."""
+EXPERT_PERMUTATIONS = 999
+"""Number of random permutations for experts; few, because a model has thousands of experts."""
 
 
 def cell_record(
     store: CellStore, view: View, aggregate: Aggregate, answer: AnswerRecord | None = None
 ) -> CellRecord:
-    """Compute a cell's record from its outcomes.
+    """Compute the record of a cell from the cell's outcomes.
 
     Args:
         store: The cell on disk.
-        view: Documents and runs to show, by a metric that is a mean, or a ratio of sums over
+        view: Documents and runs to show, and a metric that is a mean or a ratio of sums over
             documents.
-        aggregate: lm-eval's aggregation by name.
-        answer: Answer to the question of the view; None if it has no question.
+        aggregate: Function of an lm-eval aggregation's name and values; returns their aggregate.
+        answer: Answer to the question of the view; None if the view has no question.
 
     Returns:
         The record, over the documents on which every shown run is measured. If a question decided
         their number, the figures of a run rest on the documents that decided it.
     """
-    every = AlignedOutcomes(store, view)
-    outcomes, order = _answered(every, store, view, answer)
-    n, abouts = len(outcomes.tasks), store.abouts()
-    unlike = differences(outcomes.stacks)
-    common = _identity(store, view) | {
+    aligned = AlignedOutcomes(store, view)
+    outcomes, order = _answered_outcomes(aligned, store, view, answer)
+    n, shards = len(outcomes.tasks), store.all_metadata()
+    versions = list_differences(outcomes.stacks)
+    unsaved = sorted({shard[CHECKPOINT_KEY] for shard in shards if CHECKPOINT_KEY in shard})
+    fields = _identity_fields(store, view) | {
         "higher_is_better": outcomes.higher_is_better,
         "n": n,
-        "unfinished": _why_fewer(n, outcomes.wanted, answer),
-        "mismatch": f"measured by different versions or devices: {unlike}" if unlike else None,
-        "unsaved": "; ".join(sorted({a[CHECKPOINT] for a in abouts if CHECKPOINT in a})) or None,
+        "unfinished": _incomplete_reason(n, outcomes.n_requested, answer),
+        "mismatch": f"{_MISMATCH}: {versions}" if versions else None,
+        "unsaved": "; ".join(unsaved) or None,
         "missing": tuple(outcomes.missing),
         "answer": answer,
-        "fitted_on": _fitted_on(store, view, abouts),
-        **outcomes.comparisons(),
-        **_took(abouts),
-        "provenance": united(outcomes.stacks),
+        "fitted_on": _calibration_text(store, view, shards),
+        **outcomes.check_summary(),
+        **_measuring_costs(shards),
+        "provenance": merge_provenances(outcomes.stacks),
     }
     if not n:
-        nothing = Estimate(None, reason="no document is measured yet")
-        common |= {"baseline": nothing, "remaining": nothing if view.removed else Estimate(None)}
-        common["reasons"] = {"chance_accuracy": nothing.reason}
-        return unmeasured_record(store, view, **common)
+        undefined = Estimate(None, reason="no document is measured yet")
+        remaining = undefined if view.removed else Estimate(None)
+        fields |= {"baseline": undefined, "remaining": remaining}
+        fields["reasons"] = {"chance_accuracy": undefined.reason}
+        return unmeasured_record(store, view, **fields)
     texts = cache(store.texts.read)
-    intact = Intact(outcomes, texts)
-    baseline, beneath = intact.baseline, _beneath(outcomes, view)
+    intact = IntactFigures(outcomes, texts)
+    baseline, remaining = intact.baseline, _remaining_estimate(outcomes, view)
     reasons = {
-        "baseline_rounded": intact.judged.reason,
+        "baseline_rounded": intact.risk.reason,
         "chance_accuracy": None if outcomes.higher_is_better else f"{view.metric} is no accuracy",
     }
     if order:
-        baseline, beneath = (replace(level, low=None, high=None) for level in (baseline, beneath))
-        reasons["baseline_low"] = ONE_LOOK
+        baseline = replace(baseline, low=None, high=None)
+        remaining = replace(remaining, low=None, high=None)
+        reasons["baseline_low"] = ONE_LOOK_REASON
     proxies, experts = LayerProxies(outcomes), ExpertProxies(outcomes)
-    looked = {run.change: run for run in answer.runs} if answer and order else {}
+    bounds_by_run = {run.change: run for run in answer.runs} if answer and order else {}
 
     def record_of(run: Change) -> RunRecord:
-        own, bounds = intact, looked.get(run)
+        run_intact, bounds = intact, bounds_by_run.get(run)
         if bounds is not None:
-            own = Intact(every.of_documents({*order[: bounds.n]}, [run]), texts)
-        record = run_record(own, run, proxies.of(run) | experts.of(run), aggregate)
-        return at_all_looks(record, bounds) if order else record
+            run_intact = IntactFigures(aligned.restrict({*order[: bounds.n]}, [run]), texts)
+        estimates = proxies.estimates(run) | experts.estimates(run)
+        record = run_record(run_intact, run, estimates, aggregate)
+        return apply_bounds(record, bounds) if order else record
 
     runs = tuple(map(record_of, outcomes.runs))
+    layer_columns = _layer_columns(outcomes, proxies)
+    expert_columns = _expert_columns(outcomes, experts, runs)
     return CellRecord(
-        **common,
+        **fields,
         tokens=int(proxies.tokens.sum()),
         baseline=baseline,
-        baseline_rounded=None if intact.judged.chances is None else within(intact.judged.chances),
-        baseline_rounding=moved_by_rounding(intact.weights, intact.judged),
+        baseline_rounded=intact.risk.n_undecided,
+        baseline_rounding=accuracy_rounding(intact.weights, intact.risk),
         chance_accuracy=intact.chance,
         baseline_metrics=metric_values(outcomes, INTACT, aggregate),
-        baseline_options_logprob=finite(float(outcomes.plain_weights @ outcomes.options(INTACT))),
-        remaining=beneath,
+        baseline_options_logprob=finite_or_none(
+            float(outcomes.plain_weights @ outcomes.options_logprobs(INTACT))
+        ),
+        remaining=remaining,
         runs=runs,
         correlations=(
-            *_of_layers(outcomes, proxies, raced=bool(order)),
-            *_of_experts(outcomes, experts, runs, raced=bool(order)),
+            *_correlations(outcomes, outcomes.whole_layers, layer_columns, bool(order)),
+            *_correlations(outcomes, experts.runs, expert_columns, bool(order)),
         ),
-        reasons=_known(reasons),
+        reasons={name: reason for name, reason in reasons.items() if reason},
     )
 
 
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
-    """Describe a view of which no document is measured, with further fields of its record."""
+    """Return the record of a view without measured documents; `fields` are further fields."""
     empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
     empty["chance_accuracy"] = None
-    return CellRecord(**{**empty, **_identity(store, view), **fields})
+    return CellRecord(**{**empty, **_identity_fields(store, view), **fields})
 
 
-def _identity(store: CellStore, view: View) -> dict[str, Any]:
+def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
+    """Return the fields of a record that identify a cell and its view."""
     return {
         "key": store.identity.key,
         "model": store.identity.model,
@@ -137,176 +146,173 @@ def _identity(store: CellStore, view: View) -> dict[str, Any]:
         "metric": view.metric,
         "removed": view.removed,
         "sample_seed": view.seed,
-        "view": store.views.name_of(view),
+        "view": store.views.view_name(view),
     }
 
 
-def _known(reasons: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: reason for name, reason in reasons.items() if reason}
-
-
-def _took(abouts: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
-    """Return the duration, peak memory and date of measuring, as far as the shards record them."""
-    seconds = [float(about["seconds"]) for about in abouts if about.get("seconds")]
-    peaks = [int(about["peak_bytes"]) for about in abouts if about.get("peak_bytes")]
+def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
+    """Return the recorded duration, peak memory and date of the measuring."""
+    seconds = [float(shard["seconds"]) for shard in shards if shard.get("seconds")]
+    peak_bytes = [int(shard["peak_bytes"]) for shard in shards if shard.get("peak_bytes")]
     return {
         "seconds": sum(seconds) if seconds else None,
-        "peak_bytes": max(peaks, default=None),
-        "measured": measured_last(abouts) or None,
+        "peak_bytes": max(peak_bytes, default=None),
+        "measured": last_measured(shards) or None,
     }
 
 
-def _answered(
-    every: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
+def _answered_outcomes(
+    aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Select the documents that an answer rests on; also return their order in the race.
+    """Select the documents on which an answer is based, and return their order.
 
     Returns all documents and an empty order without an answer, or if all documents are measured.
     """
-    if answer is None or len(every.tasks) >= every.wanted:
-        return every, []
-    order = shuffled(answer.seed, store.wanted(ALL))
-    outcomes = _beginning(every, view, answer, order)
-    if len(outcomes.tasks) >= outcomes.wanted:
+    if answer is None or len(aligned.tasks) >= aligned.n_requested:
+        return aligned, []
+    order = shuffle_documents(answer.seed, store.task_documents(ALL_DOCUMENTS))
+    outcomes = _first_outcomes(aligned, view, answer, order)
+    if len(outcomes.tasks) >= outcomes.n_requested:
         return outcomes, []
-    return _beginning(every, view, answer, order[: min(r.n for r in answer.runs)]), order
+    return _first_outcomes(aligned, view, answer, order[: min(r.n for r in answer.runs)]), order
 
 
-def _beginning(
+def _first_outcomes(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
-    """Select some documents, under the runs that an answer is about.
+    """Select some documents, and the runs that an answer is about.
 
     Other runs of the view are shown if they are measured on all of these documents.
     """
-    first = {*order}
-    asked = {run.change for run in answer.runs}
+    documents = {*order}
+    answered_runs = {run.change for run in answer.runs}
     runs = [
         run
         for run in view.runs
-        if run in asked or len(outcomes.of_documents(first, [run]).tasks) == len(first)
+        if run in answered_runs or len(outcomes.restrict(documents, [run]).tasks) == len(documents)
     ]
-    found = outcomes.of_documents(first, runs)
-    found.missing = [run for run in view.runs if run not in found.runs]
-    return found
+    selected = outcomes.restrict(documents, runs)
+    selected.missing = [run for run in view.runs if run not in selected.runs]
+    return selected
 
 
-def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str | None:
-    if n == wanted:
+def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) -> str | None:
+    """Return the reason why not all requested documents are measured; None if all are."""
+    if n == n_requested:
         return None
     if answer is None:
-        return f"{n} of {wanted} documents are measured so far"
-    least = min(run.n for run in answer.runs)
-    span = f"{least} to {answer.looked}" if least < answer.looked else str(answer.looked)
-    done = f"stopped at the answer to {answer.question!r}"
+        return f"{n} of {n_requested} documents are measured so far"
+    min_looked, max_looked = min(run.n for run in answer.runs), answer.looked
+    span = f"{min_looked} to {max_looked}" if min_looked < max_looked else str(max_looked)
+    status = f"stopped at the answer to {answer.question!r}"
     if not answer.over:
-        done = f"{answer.question!r} is not answered yet"
-    return f"{done}: {span} of {answer.population} documents were looked at, run by run"
+        status = f"{answer.question!r} is not answered yet"
+    return f"{status}: {span} of {answer.population} documents were looked at, run by run"
 
 
-def _fitted_on(store: CellStore, view: View, abouts: Sequence[Mapping[str, Any]]) -> str | None:
-    """Describe the texts that replacements were fitted on, and their overlap with the documents."""
-    if not any(Ablation.of(run, removed=view.removed).is_fitted for run in view.runs):
+def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]) -> str | None:
+    """Describe the texts that replacements were fitted on.
+
+    The description includes how many of these texts are also measured documents.
+    """
+    ablations = (Ablation.from_changes(run, removed=view.removed) for run in view.runs)
+    if not any(ablation.has_replacements for ablation in ablations):
         return None
-    wanted = store.wanted(view.extent)
-    texts = [about["calibration"] for about in abouts if "calibration" in about]
-    said = []
+    requested = store.task_documents(view.extent)
+    texts = [shard["calibration"] for shard in shards if "calibration" in shard]
+    sentences = []
     for text in {text["sha256"]: text for text in texts}.values():
-        count = sum(map(len, text["documents"].values()))
-        both = sum(len({*docs} & {*wanted[task]}) for task, docs in text["documents"].items())
-        said.append(
+        documents = text["documents"]
+        count = sum(map(len, documents.values()))
+        n_common = sum(len({*docs} & {*requested[task]}) for task, docs in documents.items())
+        overlap = f"{n_common:,} of them among those" if n_common else "none of them"
+        sentences.append(
             f"{text['tokens']:,} tokens of {count:,} documents from the end of the random order, "
-            + (f"{both:,} of them among those measured" if both else "none of them measured")
+            f"{overlap} measured"
         )
-    return "; ".join(said) or None
+    return "; ".join(sentences) or None
 
 
-def _beneath(outcomes: AlignedOutcomes, view: View) -> Estimate:
-    """Estimate the metric of the model without the layers that every run lacks."""
+def _remaining_estimate(outcomes: AlignedOutcomes, view: View) -> Estimate:
+    """Estimate the metric of the model without the layers that all runs remove."""
     if not view.removed:
         return Estimate(None)
-    ablation = Ablation.of(removed=view.removed)
-    if not outcomes.has(ablation):
+    ablation = Ablation.from_changes(removed=view.removed)
+    if not outcomes.is_measured(ablation):
         return Estimate(None, reason="not measured yet")
     return accuracy(outcomes.values(ablation), outcomes.weights)
 
 
-def _of_layers(
-    outcomes: AlignedOutcomes, proxies: LayerProxies, raced: bool
+_ProxyColumn = tuple[Proxy, Array, Array, Mask, str]
+"""A proxy, its values `[runs]`, values of resampled documents, mask of usable runs, and reason."""
+
+
+def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator[_ProxyColumn]:
+    """Yield each proxy of the whole layers that runs remove."""
+    layers, tokens = [run.layer for run in outcomes.whole_layers], proxies.tokens
+    for proxy in OBSERVED:
+        sums = proxies.sums[proxy.name][:, layers]
+        values = proxy.from_observed(proxy_means(sums, tokens))
+        resamples = proxy.from_observed(outcomes.resample(token_means(sums, tokens), tokens))
+        yield proxy, values, resamples, np.ones_like(values, bool), proxies.reasons[proxy.name]
+
+
+def _expert_columns(
+    outcomes: AlignedOutcomes, experts: ExpertProxies, records: Sequence[RunRecord]
+) -> Iterator[_ProxyColumn]:
+    """Yield each proxy of the experts that runs remove.
+
+    An expert is usable if its proxy and its drop are defined.
+    """
+    drops = [record.drop for record in records if record.change.component == "expert"]
+    for proxy in EXPERT_PROXIES:
+        values = experts.means(proxy)
+        sums, counts = experts.sums[proxy.name], experts.counts(proxy)
+        resamples = safe_divide(outcomes.resample(sums), outcomes.resample(counts))
+        is_usable = np.array([drop.value is not None for drop in drops]) & np.isfinite(values)
+        yield proxy, values, resamples, is_usable, experts.unobserved_reason
+
+
+def _correlations(
+    outcomes: AlignedOutcomes,
+    runs: Sequence[Change],
+    columns: Iterable[_ProxyColumn],
+    is_raced: bool,
 ) -> Iterator[CorrelationRecord]:
-    """Correlate every proxy with the accuracy drop, over all layers and without the outer ones."""
-    runs = outcomes.whole_layers
+    """Correlate proxies with the accuracy drop, with and without outer layers.
+
+    If a stopping rule ended the cell, figures that assume a fixed sample size are left out.
+    """
     if not runs:
         return
-    layers, tokens = [run.layer for run in runs], proxies.tokens
-    everyone = np.ones(len(runs), dtype=bool)
-    correlated = _correlated(outcomes, runs, raced)
-    for proxy in OBSERVED:
-        per_document = proxies.sums[proxy.name][:, layers]
-        value = proxy.of(proxy_means(per_document, tokens))
-        drawn = proxy.of(outcomes.resampled(per_token(per_document, tokens), tokens))
-        yield from correlated(proxy, value, drawn, everyone, proxies.reasons[proxy.name])
-
-
-def _of_experts(
-    outcomes: AlignedOutcomes, experts: ExpertProxies, records: Sequence[RunRecord], raced: bool
-) -> Iterator[CorrelationRecord]:
-    """Correlate the proxies of experts with their drops, where both are defined."""
-    if not experts.runs:
-        return
-    measured = np.array(
-        [r.drop.value is not None for r in records if r.change.component == "expert"]
-    )
-    correlated = _correlated(outcomes, experts.runs, raced)
-    for proxy in OF_EXPERTS:
-        value = experts.means(proxy)
-        sums, counts = experts.sums[proxy.name], experts.counts(proxy)
-        drawn = divided(outcomes.resampled(sums), outcomes.resampled(counts))
-        usable = measured & np.isfinite(value)
-        yield from correlated(proxy, value, drawn, usable, experts.not_observed)
-
-
-def _correlated(
-    outcomes: AlignedOutcomes, runs: Sequence[Change], raced: bool
-) -> Callable[[Proxy, Array, Array, Mask, str], Iterator[CorrelationRecord]]:
-    """Return a function that correlates a proxy of runs with their accuracy drops.
-
-    For a cell that a race stopped, figures that hold for a single look are left out.
-    """
-    paired = outcomes.by_metric([outcomes.ablation(run) for run in runs])
-    drop, drawn_drop = paired.mean_drops, outcomes.resampled(paired.drops, paired.weights)
-    layers, total = np.array([run.layer for run in runs]), outcomes.identity.model.layers
-    inner = (layers >= OUTER) & (layers < total - OUTER)
-    subsets = {"all": np.ones(len(runs), dtype=bool), "inner": inner}
-
-    def records(
-        proxy: Proxy, value: Array, drawn: Array, usable: Mask, not_observed: str
-    ) -> Iterator[CorrelationRecord]:
-        of_experts = proxy.component == "expert"
-        for coefficient, (subset, inside) in product(COEFFICIENTS, subsets.items()):
-            if of_experts and coefficient == "kendall":
+    paired = outcomes.metric_outcomes([outcomes.ablation(run) for run in runs])
+    drop, drop_resamples = paired.mean_drops, outcomes.resample(paired.drops, paired.weights)
+    layers, n_layers = np.array([run.layer for run in runs]), outcomes.identity.model.layers
+    is_inner = (layers >= OUTER_LAYERS) & (layers < n_layers - OUTER_LAYERS)
+    subsets = {"all": np.ones(len(runs), dtype=bool), "inner": is_inner}
+    for proxy, values, resamples, is_usable, unobserved_reason in columns:
+        is_expert = proxy.component == "expert"
+        for coefficient, (subset, in_subset) in product(COEFFICIENTS, subsets.items()):
+            if is_expert and coefficient == "kendall":
                 continue  # which takes all pairs, and there are thousands of experts
-            chosen = np.flatnonzero(inside & usable)
-            found = correlate(
-                value[chosen],
-                drop[chosen],
+            indexes = np.flatnonzero(in_subset & is_usable)
+            estimate = correlate(
+                values[indexes],
+                drop[indexes],
                 coefficient=coefficient,
-                resampled=(drawn[:, chosen], drawn_drop[:, chosen]),
-                within=layers[chosen] if of_experts else None,
-                what=proxy.component,
-                surrogates=DEALS if of_experts else DRAWS,
+                resamples=(resamples[:, indexes], drop_resamples[:, indexes]),
+                groups=layers[indexes] if is_expert else None,
+                noun=proxy.component,
+                surrogates=EXPERT_PERMUTATIONS if is_expert else SURROGATES,
             )
-            reason = not_observed or found.reason
-            if raced:
-                found = Estimate(found.value)
-                reason = reason or ONE_LOOK
+            reason = unobserved_reason or estimate.reason
+            if is_raced:
+                estimate, reason = Estimate(estimate.value), reason or ONE_LOOK_REASON
             yield CorrelationRecord(
                 proxy=proxy.name,
                 coefficient=coefficient,
                 subset=subset,
-                estimate=replace(found, reason=reason),
-                n=len(chosen),
+                estimate=replace(estimate, reason=reason),
+                n=len(indexes),
                 documents=len(outcomes.tasks),
             )
-
-    return records

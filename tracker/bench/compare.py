@@ -8,54 +8,54 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from tracker.bench.loops import Loop, LoopTiming, open_vllm, refuse_vllm, timed
+from tracker.bench.loops import Loop, LoopTiming, open_vllm, refuse_vllm, time_call
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
 from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest, Changes
 from tracker.core.documents import Document
 from tracker.core.errors import BenchmarkError
-from tracker.core.model_parts import with_all_parts
-from tracker.core.provenance import machine, package_versions
-from tracker.engine.plan import cost, matrix_rate
+from tracker.core.model_parts import fill_parts
+from tracker.core.provenance import describe_machine, package_versions
+from tracker.engine.plan import estimate_cost, measure_matrix_rate
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.check import check
+from tracker.engine.selfcheck.check import check_sharing
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress
-from tracker.measuring.scorer import with_fastest_rows
+from tracker.measuring.scorer import set_row_size
 from tracker.models.devices import peak_memory, reset_peak_memory
 from tracker.models.hooks import replaced_forward
 from tracker.models.load import LoadedModel
-from tracker.models.sources import find_model, parts_of
+from tracker.models.sources import find_model, parts_of_config
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
-TRIED_DOCUMENTS = 40
+TRIAL_DOCUMENTS = 40
 """Number of documents on which batch sizes are tried."""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One comparison.
+class BenchResult:
+    """Result of one comparison of the engine with evaluation loops.
 
     Attributes:
         engine_seconds: Seconds of the engine for all ablations.
-        check_seconds: Seconds of its self-check, not part of `engine_seconds`; None if left out.
+        check_seconds: Seconds of the self-check, not part of `engine_seconds`; None if left out.
         outside_share: Share of `engine_seconds` spent outside the model's layers and head; None on
-            an accelerator, which works while the clock runs.
-        offloaded_bytes: Bytes of the offloaded layers; 0 if all are in place.
+            an accelerator, which computes asynchronously.
+        offloaded_bytes: Bytes of the offloaded layers; 0 if no layer is offloaded.
         read_bytes: Bytes of offloaded layers loaded while the engine ran.
-        waiting_share: Share of `engine_seconds` spent waiting for them.
-        loops: Name of a loop → its timing; empty if weights are offloaded, since each call of a
-            loop would read all of them.
-        layer_passes: Tokens times the layers that each passes in the engine.
-        times_the_passes: Program → ratio of its layer passes to the engine's, as
+        waiting_share: Share of `engine_seconds` spent waiting for offloaded layers.
+        loops: Name of a loop → its timing; empty if weights are offloaded, because each call of a
+            loop would read all offloaded weights.
+        layer_passes: Sum over tokens of the number of layers that the token passes in the engine.
+        times_the_passes: Program → ratio of the program's layer passes to the engine's, as
             `Cost.times_the_passes`.
-        sharing: The sharing of the engine.
+        sharing: Computation sharing of the engine.
         engine_gflops: Floating-point operations per second that the engine reached, in 1e9.
         matrix_gflops: Floating-point operations per second of a plain matrix product in this
             process, in 1e9.
-        engine_peak_gib: Peak memory while the engine ran: of the process, or of the accelerator.
+        engine_peak_gib: Peak memory of the process, or of the accelerator, while the engine ran.
     """
 
     benchmark: str
@@ -79,39 +79,38 @@ class Bench:
     versions: dict[str, str]
 
     def text(self) -> str:
-        """Describe the figures in words."""
-        part = 100 * self.engine_gflops / self.matrix_gflops
-        outside = self.outside_share
-        spent = "" if outside is None else f"; {100 * outside:.1f} % outside the model"
-        checked = "left out" if self.check_seconds is None else f"{self.check_seconds:.1f} s"
+        """Describe the figures of the comparison in words."""
+        outside, check = self.outside_share, self.check_seconds
+        notes = "left out" if check is None else f"{check:.1f} s"
+        notes += "" if outside is None else f"; {100 * outside:.1f} % outside the model"
+        ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in self.times_the_passes.items())
+        weights = (
+            f"weights       {self.offloaded_bytes / 1e9:8.1f} GB  offloaded, "
+            f"{self.read_bytes / 1e9:.1f} GB were read; {100 * self.waiting_share:.1f} % of "
+            "the time waited for them"
+        )
         lines = [
             f"{self.benchmark}, {self.documents} documents, {self.ablations} ablations, "
             f"{self.dtype}, {self.machine['cores']} cores",
-            f"engine        {self.engine_seconds:8.1f} s   (self-check {checked}{spent})",
-        ]
-        if self.offloaded_bytes:
-            lines.append(
-                f"weights       {self.offloaded_bytes / 1e9:8.1f} GB  rest elsewhere, "
-                f"{self.read_bytes / 1e9:.1f} GB were read; {100 * self.waiting_share:.1f} % of "
-                "the time waited for them"
-            )
-        lines += [loop.text(name) for name, loop in self.loops.items()]
-        times = ", ".join(f"{name} {ratio:.1f}" for name, ratio in self.times_the_passes.items())
-        lines += [
-            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {times})",
-            f"rate          {self.engine_gflops:8.0f} GFLOP/s, {part:.0f} % of "
+            f"engine        {self.engine_seconds:8.1f} s   (self-check {notes})",
+            *[weights] * bool(self.offloaded_bytes),
+            *(loop.text(name) for name, loop in self.loops.items()),
+            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {ratios})",
+            f"rate          {self.engine_gflops:8.0f} GFLOP/s, "
+            f"{100 * self.engine_gflops / self.matrix_gflops:.0f} % of "
             f"{self.matrix_gflops:.0f} in a matrix product",
             f"peak memory   {self.engine_peak_gib:8.1f} GiB",
         ]
         return "\n".join(lines)
 
 
-def prepare(
+def prepare_engine(
     request: CellRequest, options: Options, progress: Progress
 ) -> tuple[Engine, Sequence[Document], str]:
-    """Return an engine with full sharing, the documents and their title.
+    """Return an engine with full sharing, the documents to score, and their title.
 
-    Raises RequestError for something that does not exist, or generates texts.
+    Raises RequestError if the model, data or device does not exist, or if the benchmark generates
+    texts.
     """
     # A missing model is reported before a benchmark's data are searched for.
     find_model(request.model)
@@ -122,128 +121,129 @@ def prepare(
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
         raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")
-    engine = with_fastest_rows(Engine(loaded, encoder.max_length, memory=options.memory))
+    engine = set_row_size(Engine(loaded, encoder.max_length, memory=options.memory))
     return engine, documents, f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot"
 
 
-def bench(
+def run_bench(
     request: CellRequest,
     options: Options,
     progress: Progress,
-    checking: bool = True,
-    against: str | None = None,
-) -> Bench:
-    """Run the engine and loops over ablations in turn on the same documents.
+    with_check: bool = True,
+    competitor: str | None = None,
+) -> BenchResult:
+    """Time the engine and each evaluation loop on the same documents and ablations.
 
     Args:
-        request: The documents. Of its runs only the components count: all layers are removed.
+        request: Request that names the documents and components. All layers are removed in turn,
+            whatever its runs are.
         options: Options of the model, such as its device.
         progress: The progress listener.
-        checking: Whether the self-check runs too; without it, all is shared unchecked.
-        against: One of `COMPETITORS` to time besides lm-eval's Hugging Face model.
+        with_check: Whether the self-check runs too; without it, sharing is not checked.
+        competitor: One of `COMPETITORS` to time besides lm-eval's Hugging Face model.
 
     Returns:
-        The timings, and whether the results agree.
+        The timings, and the differences of the results.
 
     Raises:
-        RequestError: Something does not exist, or the competitor does not run here.
+        RequestError: The model, data or device does not exist, or the competitor cannot run here.
     """
-    if against is not None:
+    if competitor is not None:
         refuse_vllm(request)
-    engine, documents, title = prepare(request, options, progress)
+    engine, documents, title = prepare_engine(request, options, progress)
     loaded = engine.loaded
-    ablations = _every_layer(request, loaded)
+    ablations = _sweep_ablations(request, loaded)
 
     loops: list[Loop] = []
-    if against is not None:
-        progress.say(f"{against}: loading {request.model}")
+    if competitor is not None:
+        progress.say(f"{competitor}: loading {request.model}")
         with open_vllm(request, options, engine, documents) as vllm:
-            vllm.evaluate(ablations[0], documents[:TRIED_DOCUMENTS])  # to warm up
+            vllm.evaluate(ablations[0], documents[:TRIAL_DOCUMENTS])  # to warm up
             vllm.run(documents, ablations, progress)
         loops.append(vllm)
 
     check_seconds = None
-    if checking:
+    if with_check:
         progress.say("checking that sharing is exact for this model")
-        check_seconds, checked = timed(lambda: check(engine, documents, ablations))
+        check_seconds, checked = time_call(lambda: check_sharing(engine, documents, ablations))
         engine = checked.engine
 
     weights = loaded.offloaded
     if weights is None:
         progress.say("lm-eval: trying batch sizes on the baseline")
-        few = documents[:TRIED_DOCUMENTS]
+        few = documents[:TRIAL_DOCUMENTS]
         trials = [huggingface_loop(engine, size) for size in BATCH_SIZES]
         loops.append(min(trials, key=lambda loop: loop.evaluate(ablations[0], few)[0]))
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
     reset_peak_memory(loaded.device)
-    before = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
-    with _stopwatch(engine) as inside:
-        engine_seconds, scores = timed(lambda: engine.score(documents, ablations, progress.advance))
+    read_before = (weights.read_bytes, weights.wait_seconds) if weights else (0, 0.0)
+    with _timed_model(engine) as inside:
+        seconds, scores = time_call(lambda: engine.score(documents, ablations, progress.advance))
     peak = peak_memory(loaded.device)
     progress.finish()
-    after = (weights.read_bytes, weights.waited) if weights else (0, 0.0)
+    read_after = (weights.read_bytes, weights.wait_seconds) if weights else (0, 0.0)
 
     if weights is None:
         loops[-1].run(documents, ablations, progress)
-    work = cost(loaded.model, documents, ablations, engine.max_length)
-    return Bench(
+    cost = estimate_cost(loaded.model, documents, ablations, engine.max_length)
+    return BenchResult(
         benchmark=title,
         documents=len(documents),
         ablations=len(ablations),
         dtype=loaded.identity.dtype,
-        engine_seconds=engine_seconds,
+        engine_seconds=seconds,
         check_seconds=check_seconds,
-        outside_share=1 - sum(inside) / engine_seconds if loaded.device.type == "cpu" else None,
+        outside_share=1 - sum(inside) / seconds if loaded.device.type == "cpu" else None,
         offloaded_bytes=weights.bytes if weights else 0,
-        read_bytes=after[0] - before[0],
-        waiting_share=(after[1] - before[1]) / engine_seconds,
-        loops={loop.name: loop.timing(ablations, scores, engine_seconds) for loop in loops},
-        layer_passes=work.layer_passes,
-        times_the_passes=work.times_the_passes,
+        read_bytes=read_after[0] - read_before[0],
+        waiting_share=(read_after[1] - read_before[1]) / seconds,
+        loops={loop.name: loop.timing(ablations, scores, seconds) for loop in loops},
+        layer_passes=cost.layer_passes,
+        times_the_passes=cost.times_the_passes,
         sharing=str(engine.sharing),
-        engine_gflops=work.flops / engine_seconds / 1e9,
-        matrix_gflops=matrix_rate(loaded.model.dtype, loaded.device) / 1e9,
+        engine_gflops=cost.flops / seconds / 1e9,
+        matrix_gflops=measure_matrix_rate(loaded.model.dtype, loaded.device) / 1e9,
         engine_peak_gib=peak / 2**30,
-        machine=machine(),
+        machine=describe_machine(),
         versions=package_versions(),
     )
 
 
-def _every_layer(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
-    """Return the ablations of a whole sweep of the requested components, with the baseline."""
-    grid = request.changes
-    changes = Changes(components=grid.components, heads=grid.heads, experts=grid.experts)
-    parts = parts_of(loaded.model.config.get_text_config())
-    every = with_all_parts(replace(request, changes=changes, removed=()), parts)
-    return every.ablations(loaded.identity.layers)
+def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
+    """List the ablations of all layers by the requested components, with the baseline."""
+    named = request.changes
+    sweep = Changes(components=named.components, heads=named.heads, experts=named.experts)
+    parts = parts_of_config(loaded.model.config.get_text_config())
+    request = fill_parts(replace(request, changes=sweep, removed=()), parts)
+    return request.ablations(loaded.identity.layers)
 
 
 def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
-    """Return the loop of lm-eval's Hugging Face model around really pruned copies of the model."""
+    """Build the loop that evaluates pruned model copies with lm-eval's Hugging Face class."""
 
-    def without(ablation: Ablation) -> Any:
-        pruned = engine.without(ablation).loaded
+    def prune_model(ablation: Ablation) -> Any:
+        pruned = engine.ablate(ablation).loaded
         return huggingface_model(pruned.model, pruned.tokenizer, batch_size)
 
-    return Loop("lm-eval", f"batch {batch_size}", without)
+    return Loop("lm-eval", f"batch {batch_size}", prune_model)
 
 
 @contextmanager
-def _stopwatch(engine: Engine) -> Iterator[list[float]]:
-    """Record the seconds spent inside the model's layers and its head, until exit."""
+def _timed_model(engine: Engine) -> Iterator[list[float]]:
+    """Yield a list that collects the seconds spent inside the model's layers and head."""
     spent: list[float] = []
 
-    def clocked(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        seconds, output = timed(lambda: forward(*args, **kwargs))
+    def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seconds, output = time_call(lambda: forward(*args, **kwargs))
         spent.append(seconds)
         return output
 
     with ExitStack() as stack:
         for layer in engine.loaded.layers:
-            stack.enter_context(replaced_forward(layer, partial(clocked, layer.forward)))
+            stack.enter_context(replaced_forward(layer, partial(call_timed, layer.forward)))
         head: Any = engine.head
-        head.predictions = partial(clocked, head.predictions)
+        head.predictions = partial(call_timed, head.predictions)
         stack.callback(delattr, head, "predictions")
         yield spent

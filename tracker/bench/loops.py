@@ -1,7 +1,7 @@
-"""Loops that evaluate all documents once per ablation: the references for the engine's timing.
+"""Evaluate all documents once per ablation, as the reference for the engine's timing.
 
-The evaluations are by lm-eval's own models: the Hugging Face one, or vLLM's, loaded once, with
-removed layers skipped.
+The evaluations use lm-eval's own model classes: the Hugging Face class, or the vLLM class. vLLM
+loads the model once and skips removed layers.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError, first_line, translate_errors
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
-from tracker.models.checkpoint import save
+from tracker.models.checkpoint import save_copy
 from tracker.models.devices import empty_cache, free_memory, total_memory
 from tracker.models.layers import find_layers
 from tracker.models.sources import find_model
 
 T = TypeVar("T")
 Evaluation = tuple[float, list[tuple[float, bool]]]
-"""Seconds, and the log-likelihood and greedy flag of every request, in order."""
-MEASURED = 4
-"""Number of ablations of each component that are evaluated; the others are assumed to cost as much
-on average."""
+"""Seconds of an evaluation, and log-likelihood and greedy flag of each request, in order."""
+MEASURED_ABLATIONS = 4
+"""Number of ablations of each component that are evaluated. The other ablations are assumed to
+cost as much on average."""
 
 
 @dataclass(frozen=True)
 class LoopTiming:
-    """Seconds of a loop, and the differences of its answers from the engine's.
+    """Seconds of an evaluation loop, and the differences of its results from the engine's.
 
     Attributes:
         settings: Settings of the loop that affect its speed.
-        seconds: Seconds of all ablations, extrapolated from `evaluations`.
+        seconds: Seconds for all ablations, extrapolated from `evaluations`.
         evaluations: Ablation → seconds of its evaluation.
-        ratio: `seconds` divided by the engine's.
+        ratio: `seconds` divided by the engine's seconds.
         largest_difference: Largest difference of a log-likelihood, in nats.
         greedy_disagreements: Number of requests whose greedy flags differ.
-        requests_compared: Number of requests behind both.
+        requests_compared: Number of requests that were compared.
     """
 
     settings: str
@@ -79,12 +79,12 @@ class LoopTiming:
 
 @dataclass(frozen=True)
 class Loop:
-    """Evaluations with one of lm-eval's models, under one ablation after another.
+    """Evaluation loop: one of lm-eval's models scores the documents under each ablation in turn.
 
     Attributes:
         name: The name of the program.
-        settings: Settings that affect its speed.
-        model_without: Function that returns lm-eval's model without what an ablation removes.
+        settings: Settings that affect the loop's speed.
+        model_without: Function that returns lm-eval's model after applying an ablation.
         evaluations: Ablation → its last evaluation.
     """
 
@@ -94,62 +94,62 @@ class Loop:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def evaluate(self, ablation: Ablation, documents: Sequence[Document]) -> Evaluation:
-        """Score documents without what an ablation removes."""
+        """Score documents with the model under an ablation."""
         model = self.model_without(ablation)
-        self.evaluations[ablation.name] = timed(lambda: score_with_lm_eval(model, documents))
+        self.evaluations[ablation.name] = time_call(lambda: score_with_lm_eval(model, documents))
         return self.evaluations[ablation.name]
 
     def run(
         self, documents: Sequence[Document], ablations: Sequence[Ablation], progress: Progress
     ) -> None:
         """Evaluate the baseline and some ablations of each component."""
-        for ablation in (ablations[0], *_measured(ablations)):
+        for ablation in (ablations[0], *_choose_ablations(ablations)):
             progress.say(f"{self.name}: {ablation.name}")
             self.evaluate(ablation, documents)
 
     def timing(
         self, ablations: Sequence[Ablation], scores: Sequence[DocumentScores], engine_seconds: float
     ) -> LoopTiming:
-        """Extrapolate to all ablations, and compare every answer with the engine's."""
+        """Extrapolate the seconds to all ablations, and compare every result with the engine's."""
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         baseline, *removed = timings.values()
         # A model of one layer has nothing to remove.
         total = baseline + (len(ablations) - 1) * statistics.mean(removed or [0.0])
-        numbers = {ablation.name: number for number, ablation in enumerate(ablations)}
+        columns = {ablation.name: column for column, ablation in enumerate(ablations)}
         answers = [answer for _, answers in self.evaluations.values() for answer in answers]
-        responses = [r for n in timings for score in scores for r in score.responses[numbers[n]]]
-        pairs = list(zip(responses, answers, strict=True))
+        rows = (score.responses[columns[name]] for name in timings for score in scores)
+        pairs = list(zip((response for row in rows for response in row), answers, strict=True))
         return LoopTiming(
             settings=self.settings,
             seconds=total,
             evaluations=timings,
             ratio=total / engine_seconds,
-            largest_difference=max(abs(ours.loglikelihood - theirs) for ours, (theirs, _) in pairs),
-            greedy_disagreements=sum(ours.greedy != theirs for ours, (_, theirs) in pairs),
+            largest_difference=max(abs(r.loglikelihood - value) for r, (value, _) in pairs),
+            greedy_disagreements=sum(r.greedy != greedy for r, (_, greedy) in pairs),
             requests_compared=len(pairs),
         )
 
 
-def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Return the seconds that some work takes, and its result."""
+def time_call(function: Callable[[], T]) -> tuple[float, T]:
+    """Call a function; return the elapsed seconds and the function's result."""
     start = time.perf_counter()
-    result = work()
+    result = function()
     return time.perf_counter() - start, result
 
 
-def _measured(ablations: Sequence[Ablation]) -> list[Ablation]:
+def _choose_ablations(ablations: Sequence[Ablation]) -> list[Ablation]:
     """Choose evenly spaced ablations of each component, including the first and the last."""
     chosen = []
-    for group in grouped(ablations[1:], lambda ablation: ablation.name.partition(":")[0]).values():
-        numbers = {round(i * (len(group) - 1) / (MEASURED - 1)) for i in range(MEASURED)}
-        chosen += [group[number] for number in sorted(numbers)]
+    for group in group_by(ablations[1:], lambda ablation: ablation.name.partition(":")[0]).values():
+        step = (len(group) - 1) / (MEASURED_ABLATIONS - 1)
+        chosen += [group[i] for i in sorted({round(i * step) for i in range(MEASURED_ABLATIONS)})]
     return chosen
 
 
-MEMORY_SHARE = 0.8
-"""Share of the free memory that vLLM may take; this process and the logits of prompts, which vLLM
-does not count, need the rest."""
-ENVIRONMENT = {
+VLLM_MEMORY_SHARE = 0.8
+"""Share of the free memory that vLLM may take. The rest is for this process and for the logits of
+prompts, which vLLM does not count."""
+VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # Standard output is for the figures.
     "VLLM_NO_USAGE_STATS": "1",
@@ -158,27 +158,27 @@ ENVIRONMENT = {
 }
 
 
-class PassingWorker:
-    """Extension of vLLM's workers (`worker_extension_cls`)."""
+class SkippingWorker:
+    """Extension of vLLM's workers that skips removed layers (`worker_extension_cls`)."""
 
     def pass_over(self: Any, removed: Sequence[int]) -> None:
-        """Make the model skip these layers, and no others."""
-        pass_over(find_layers(self.get_model()), removed)
+        """Make the model skip exactly the given layers."""
+        skip_layers(find_layers(self.get_model()), removed)
 
 
-def pass_over(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
-    """Replace removed layers by the identity, and restore all others.
+def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
+    """Replace removed layers by the identity, and restore all other layers.
 
-    vLLM's layers return an update and the residual stream to which it is still to be added. In
-    front of the first layer the stream is `hidden_states`, and there is no update.
+    vLLM's layers return an update and the residual stream to which the update must still be added.
+    Before the first layer the stream is `hidden_states`, and there is no update.
     """
-    for number, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
-        if number in removed:
-            layer.forward = _identity(layer.forward)
+        if index in removed:
+            layer.forward = _identity_forward(layer.forward)
 
 
-def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Build a function with a layer's signature that leaves the residual stream unchanged."""
     signature = inspect.signature(forward)
 
@@ -194,18 +194,18 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_vllm(request: CellRequest) -> None:
-    """Raise RequestError for what vLLM is not timed with here, before anything is loaded."""
+    """Raise RequestError, before anything is loaded, if vLLM cannot be timed for a request."""
     parts = ", ".join(sorted({*request.changes.components} - {"layer"}))
     reasons = {
         f"only whole layers are passed over in vLLM, not {parts}; leave --component out": parts,
         "vLLM does not take model_args; leave them out": request.model.model_args,
         "vLLM is not installed in this environment; type pip install vllm": not find_spec("vllm"),
     }
-    if reason := next((text for text, applies in reasons.items() if applies), None):
+    for reason in (text for text, applies in reasons.items() if applies):
         raise RequestError(f"--against vllm: {reason}, or leave --against out")
-    for name, value in ENVIRONMENT.items():
+    for name, value in VLLM_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with _refusing("lm-eval cannot use the installed vLLM"):
+    with _refusing_errors("lm-eval cannot use the installed vLLM"):
         vllm_class()
 
 
@@ -213,13 +213,13 @@ def refuse_vllm(request: CellRequest) -> None:
 def open_vllm(
     request: CellRequest, options: Options, engine: Engine, documents: Sequence[Document]
 ) -> Iterator[Loop]:
-    """Load a model into vLLM, in a separate process, until exit.
+    """Load a model into vLLM in a separate process, and stop the process at exit.
 
     Args:
-        request: The model's name and revision.
-        options: Whether code of the model may run, and the memory of keys and values.
+        request: Request with the model's name and revision.
+        options: Options: whether code of the model may run, and memory for keys and values.
         engine: The engine around the same model in this process.
-        documents: The documents; their longest text sets vLLM's maximum length.
+        documents: The documents; the longest text sets vLLM's maximum length.
 
     Yields:
         The loop.
@@ -231,19 +231,20 @@ def open_vllm(
     from vllm.platforms import current_platform
 
     loaded, device = engine.loaded, current_platform.device_type
-    if device != loaded.device.type or loaded.device.index or loaded.offloaded is not None:
-        state = "offloaded" if loaded.offloaded is not None else f"on {loaded.device}"
+    offloaded = loaded.offloaded is not None
+    if device != loaded.device.type or loaded.device.index or offloaded:
+        state = "offloaded" if offloaded else f"on {loaded.device}"
         raise RequestError(
             f"--against vllm: vLLM runs on the first device of type {device or 'none'}, and the "
             f"model is {state}; leave --against out"
         )
     empty_cache()
-    share = MEMORY_SHARE * free_memory(loaded.device) / total_memory(loaded.device)
+    memory_share = VLLM_MEMORY_SHARE * free_memory(loaded.device) / total_memory(loaded.device)
     source = find_model(request.model)
     texts = [r.context + r.continuation for document in documents for r in document.requests]
-    with TemporaryDirectory() as folder, _refusing(f"vLLM cannot run {request.model}"):
+    with TemporaryDirectory() as folder, _refusing_errors(f"vLLM cannot run {request.model}"):
         if source.gguf_file:
-            save(loaded, copy.deepcopy(loaded.model), Path(folder))
+            save_copy(loaded, copy.deepcopy(loaded.model), Path(folder))
         else:  # The tokenizer, which a shape lacks, and the files that vLLM looks for beside it.
             loaded.model.config.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
@@ -257,28 +258,28 @@ def open_vllm(
             max_model_len=min(max(map(len, texts)) + 1, engine.max_length),
             batch_size=len(texts),
             enforce_eager=True,  # A compiled model would not notice that layers change.
-            gpu_memory_utilization=share,
+            gpu_memory_utilization=memory_share,
             kv_cache_memory_bytes=options.memory,
-            worker_extension_cls=f"{__name__}.{PassingWorker.__name__}",
+            worker_extension_cls=f"{__name__}.{SkippingWorker.__name__}",
         )
-        seconds, model = timed(load)
+        seconds, model = time_call(load)
 
-        def without(ablation: Ablation) -> Any:
+        def model_without(ablation: Ablation) -> Any:
             model.model.collective_rpc("pass_over", args=(list(ablation.removed()),))
             return model
 
         try:
-            about = f"vLLM {version}, {device}, eager, loaded in {seconds:.0f} s"
-            yield Loop("vllm", about, without)
+            settings = f"vLLM {version}, {device}, eager, loaded in {seconds:.0f} s"
+            yield Loop("vllm", settings, model_without)
         finally:
             model.model.llm_engine.engine_core.shutdown()
 
 
-def _refusing(problem: str) -> AbstractContextManager[None]:
-    """Convert any error of vLLM into a refusal with its reason."""
+def _refusing_errors(problem: str) -> AbstractContextManager[None]:
+    """Convert any error of vLLM into a RequestError with the reason."""
 
-    def refusal(error: Exception) -> RequestError:
+    def refuse(error: Exception) -> RequestError:
         reason = f"{type(error).__name__}: {first_line(error)}"
         return RequestError(f"--against vllm: {problem} ({reason}); leave --against out")
 
-    return translate_errors(refusal)
+    return translate_errors(refuse)

@@ -10,10 +10,10 @@ Modules:
     generation: Generate texts with lm-eval's own code.
     own: Read a user's own task files without importing lm-eval.
     parts: Split a benchmark into calibration and test documents.
-    private: Import and patch what is private in lm-eval.
-    reference_process: Score a checkpoint with plain lm-eval, as a program of its own.
+    private: Import and patch private parts of lm-eval.
+    reference_process: Score a checkpoint with plain lm-eval, in a separate program.
     results: Write lm-eval's result files from stored answers.
-    sources: Find a benchmark's data on the hub, in a folder or in a package.
+    sources: Find the data of a benchmark on the hub, in a folder or in a package.
     standalone: Write a benchmark as files that plain lm-eval reads.
     tasks: Serve lm-eval's tasks and groups through the interface of `base`.
 """

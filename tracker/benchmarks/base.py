@@ -13,41 +13,41 @@ if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
 
 MetricValue = float | str
-"""One document's metric: a number, or JSON where pairs are aggregated."""
+"""Metric of one document: a number, or JSON if the task aggregates pairs of values."""
 
 
 class Benchmark(Protocol):
-    """Documents that are scored, and the judge of the responses to them.
+    """Documents to score, and the code that judges a model's responses to the documents.
 
     Attributes:
-        identity: Identity of the scored documents, and of how they are put to the model.
-        public: Whether all documents come from the hub or a package, and may be published.
-        of_model: Whether its documents are made for one model.
+        identity: Identity of the scored documents and of their prompts.
+        public: True if all documents come from the hub or a package, and may be published.
+        is_model_specific: True if the documents are made for one model.
     """
 
     identity: BenchmarkIdentity
     public: bool
-    of_model: bool
+    is_model_specific: bool
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Tokenise the documents.
+        """Tokenise the documents of the benchmark.
 
         Args:
-            encoder: lm-eval's tokenisation for the model.
+            encoder: Tokenisation of the model by lm-eval.
             extent: Documents to tokenise.
 
         Returns:
-            The documents, task by task, in the order of their splits.
+            The documents of each task in turn, in the order of the task's split.
 
         Raises:
             BenchmarkError: A document lacks a column that the benchmark reads.
         """
 
-    def rows(self, task: str) -> str:
-        """Hash the rows of a task's scored split, independent of the data source.
+    def rows_digest(self, task: str) -> str:
+        """Hash the rows of a task's scored split; the data source does not affect the hash.
 
         Args:
-            task: One of the tasks.
+            task: Name of a task of the benchmark.
 
         Returns:
             The digest; tasks over the same rows have the same digest.
@@ -56,15 +56,15 @@ class Benchmark(Protocol):
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
-        """Judge the responses to one document.
+        """Compute all metrics of a model's responses to one document.
 
         Args:
             document: One of `documents()`.
             responses: Responses to the document's requests, in order.
 
         Returns:
-            Every metric: a number, or JSON where pairs are aggregated. All metrics are None if a
-            log-likelihood is not finite, because no accuracy can be computed from it.
+            Metric → value: a number, or JSON if the task aggregates pairs. All values are None if
+            a log-likelihood is not finite, because no accuracy can be computed then.
         """
 
     def text(self, document: Document) -> DocumentText:
@@ -74,5 +74,5 @@ class Benchmark(Protocol):
             document: One of `documents()`.
 
         Returns:
-            Its text.
+            The text of the document.
         """

@@ -1,6 +1,6 @@
 """Tokenise requests with lm-eval's own code, without its scoring.
 
-Also return lm-eval's own unmodified models, with which tracker is compared.
+The module also returns lm-eval's own unmodified models, with which tracker is compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tracker.benchmarks.private import HFLM
 from tracker.core.config import BenchmarkSpec
 from tracker.core.documents import Document, Request
 from tracker.core.errors import BenchmarkError, first_line, translate_errors
-from tracker.core.fields import decoded
+from tracker.core.fields import decode_arguments
 from tracker.core.provenance import content_hash
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ _QUESTION = "Question: What are 19 + 23?\nAnswer:"
 def huggingface_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Any:
-    """Return lm-eval's own Hugging Face model, untouched, around a model that may be pruned."""
+    """Wrap a model, which may be pruned, in lm-eval's own unmodified Hugging Face class."""
     return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
 
 def vllm_class() -> Any:
-    """Import lm-eval's vLLM model, which imports vLLM."""
+    """Import lm-eval's class for vLLM models, which imports vLLM."""
     from lm_eval.models.vllm_causallms import VLLM
 
     return VLLM
@@ -42,9 +42,9 @@ def vllm_class() -> Any:
 def score_with_lm_eval(
     model: TemplateLM, documents: Sequence[Document]
 ) -> list[tuple[float, bool]]:
-    """Score documents once with one of lm-eval's models, as `lm_eval` does.
+    """Score documents once with a model of lm-eval, as the command `lm_eval` does.
 
-    Returns the log-likelihood and greedy flag of all requests of all documents, in order.
+    Returns the log-likelihood and greedy flag of each request of all documents, in order.
     """
     requests = [
         (None, list(request.context), list(request.continuation))
@@ -56,12 +56,12 @@ def score_with_lm_eval(
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model that records its requests instead of scoring them.
+    """Subclass of lm-eval's Hugging Face model that records requests instead of scoring them.
 
-    Tokenisation, the treatment of empty contexts, special tokens and chat templates are inherited.
+    It inherits tokenisation, the treatment of empty contexts, special tokens and chat templates.
     """
 
-    _longest: int | None = None
+    _max_tokens: int | None = None
 
     def __init__(
         self,
@@ -71,15 +71,13 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
         if spec is not None:
-            thinking = spec.enable_thinking
-            self.chat_template_args = {
-                **decoded(spec.chat_template_args),
-                **({} if thinking is None else {"enable_thinking": thinking}),
-            }
+            self.chat_template_args = decode_arguments(spec.chat_template_args)
+            if spec.enable_thinking is not None:
+                self.chat_template_args["enable_thinking"] = spec.enable_thinking
         self._recorded: list[Request] = []
 
-    def check_chat(self, spec: BenchmarkSpec) -> None:
-        """Raise BenchmarkError for a chat template that is missing, or ignores the system prompt.
+    def check_chat_template(self, spec: BenchmarkSpec) -> None:
+        """Raise BenchmarkError if the chat template is missing or ignores the system prompt.
 
         If a named template is missing, lm-eval logs the name but applies the default template. If a
         template rejects a system prompt, lm-eval drops the prompt.
@@ -87,34 +85,32 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         if not spec.apply_chat_template:
             return
         try:
-            default = self.tokenizer.get_chat_template()
-            named = self.chat_template(spec.apply_chat_template)
+            template = self.chat_template(spec.apply_chat_template)
+            is_default = template == self.tokenizer.get_chat_template()
         except ValueError as error:
             raise BenchmarkError(f"apply_chat_template: {first_line(error)}") from None
-        if named != default:
+        if not is_default:
             raise BenchmarkError(
                 f"apply_chat_template: lm-eval applies the tokenizer's default template, whatever "
                 f"name it is given, and {spec.apply_chat_template!r} is another one; make it "
                 "the default in the tokenizer's configuration, and write apply_chat_template: true"
             )
-        said = spec.system_instruction
-        if said is None:
+        prompt = spec.system_instruction
+        if prompt is None:
             return
-        turns = [{"role": "system", "content": said}, {"role": "user", "content": "?"}]
+        turns = [{"role": "system", "content": prompt}, {"role": "user", "content": "?"}]
         try:
             text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, **self.chat_template_args
             )
+            problem = "" if prompt in text else "shows no system prompt"
         except TemplateError as error:
-            why = f"refuses a system prompt ({error})"
-        else:
-            if said in text:
-                return
-            why = "shows no system prompt"
-        raise BenchmarkError(
-            f"system_instruction: the model's chat template {why}, and lm-eval would leave it out; "
-            "leave out system_instruction, or apply_chat_template"
-        )
+            problem = f"refuses a system prompt ({error})"
+        if problem:
+            raise BenchmarkError(
+                f"system_instruction: the model's chat template {problem}, and lm-eval would leave "
+                "it out; leave out system_instruction, or apply_chat_template"
+            )
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         """Apply the chat template as lm-eval does; convert all its errors to BenchmarkError."""
@@ -127,38 +123,38 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         ):
             return str(super().apply_chat_template(*args, **kwargs))
 
-    def tokenisation(self, with_template: bool) -> str:
-        """Hash the tokenisation: tokens of a short request, and whether the model has own code."""
-        turn = [{"role": "user", "content": _QUESTION}]
-        context = self.apply_chat_template(turn) if with_template else _QUESTION
+    def tokenisation_digest(self, with_template: bool) -> str:
+        """Hash the tokens of a short request, and whether the model brings its own code."""
+        turns = [{"role": "user", "content": _QUESTION}]
+        context = self.apply_chat_template(turns) if with_template else _QUESTION
         instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)
         (request,) = self.encode([instance])
         is_native = not type(self.model).__module__.startswith("transformers_modules.")
         return content_hash([request.context, request.continuation, is_native])[:16]
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
-        """Tokenise lm-eval's `loglikelihood` instances: one request each, in order, untruncated."""
+        """Tokenise each `loglikelihood` instance of lm-eval to one request, without truncation."""
         self._recorded = []
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
 
-    def windows(self, text: str, tokens: int | None = None) -> list[Request]:
+    def rolling_windows(self, text: str, max_tokens: int | None = None) -> list[Request]:
         """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
 
-        `tokens` is the number of first tokens to use; None = all.
+        `max_tokens` is the number of tokens to use from the start of the text; None = all.
         """
-        self._recorded, self._longest = [], tokens
+        self._recorded, self._max_tokens = [], max_tokens
         instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
         try:
             self.loglikelihood_rolling([instance], disable_tqdm=True)
         finally:
-            self._longest = None
+            self._max_tokens = None
         return self._recorded
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """Tokenise as lm-eval does, up to the number of tokens that is used."""
+        """Tokenise as lm-eval does, but stop at the maximum number of tokens."""
         tokens: list[int] = super().tok_encode(string, *args, **kwargs)
-        return tokens[: self._longest]
+        return tokens[: self._max_tokens]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None

@@ -1,6 +1,6 @@
 """Build lm-eval's tasks on data from one of our sources.
 
-The index of lm-eval's task names and files is built once, then cached.
+The index of lm-eval's task names and files is built once and then cached.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +23,82 @@ from datasets.exceptions import DatasetsError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from jinja2 import TemplateError
 from lm_eval.api.group import Group
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task, TaskConfig
 from lm_eval.tasks import TaskManager
 
-from tracker.benchmarks.own import DATA_KEYS, as_file, data_files, located, read_task
+from tracker.benchmarks.own import (
+    DATA_KEYS,
+    find_data_files,
+    include_folders,
+    read_task,
+    resolve_dataset_kwargs,
+    task_file,
+)
 from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
-from tracker.benchmarks.sources import HUB, DataSource, unreachable
+from tracker.benchmarks.sources import HUB, DataSource, data_error
+from tracker.core.config import BenchmarkSpec
 from tracker.core.errors import BenchmarkError, did_you_mean, translate_errors
 from tracker.core.provenance import content_hash, file_stamp, package_versions
 from tracker.ledger.cache import keep, recall
 
 log = logging.getLogger(__name__)
-_DATA = ("dataset_path", "dataset_name")
-_FORMAT = 2
-"""Version of the cached index, because builds of the same version may share a cache."""
+_DATA_LOCATION = ("dataset_path", "dataset_name")
+_INDEX_FORMAT = 2
+"""Format version of the cached index; package builds of one version may share a cache."""
 
 
 @cache
-def known_tasks() -> dict[str, Any]:
+def list_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
-    lm-eval reads 14,000 files for that, in 5.1 s (two cores of an EPYC). The index is cached until
-    one of them changes, and is read in 0.4 s.
+    lm-eval reads 14,000 files to build this index, in 5.1 s (two cores of an EPYC). The index is
+    cached until one of the files changes, and is read in 0.4 s.
 
     Returns:
-        lm-eval's entry of each name; of its settings only the location of the data on the hub.
+        Name → lm-eval's entry. An entry's only settings are the data's location on the hub.
     """
     folder = Path(lm_eval.tasks.__file__).parent
-    stamp = file_stamp(_files(folder))
+    stamp = file_stamp(_find_task_files(folder))
     versions = package_versions()
-    key = content_hash([stamp, versions["lm-eval"], versions["tracker"], _FORMAT])
+    key = content_hash([stamp, versions["lm-eval"], versions["tracker"], _INDEX_FORMAT])
     # Store one string: verifying its digest serialises the content again, slow for 14,000 values.
-    known = json.loads(recall("tasks", key).get("tasks", "{}"))
-    if not known or not all(_is_inside(path) for _, path, *_ in known.values()):
+    index = json.loads(recall("tasks", key).get("tasks", "{}"))
+    if not index or not all(_is_inside(path) for _, path, *_ in index.values()):
         log.info("reading lm-eval's list of tasks, once")
-        known = {name: _row(entry, folder) for name, entry in TaskManager().task_index.items()}
-        keep("tasks", key, {"tasks": json.dumps(known)})
+        index = {
+            name: _index_row(entry, folder) for name, entry in TaskManager().task_index.items()
+        }
+        keep("tasks", key, {"tasks": json.dumps(index)})
     return {
         name: Entry(name, Kind[kind], folder / path if path else None, data, set(tags))
-        for name, (kind, path, tags, data) in known.items()
+        for name, (kind, path, tags, data) in index.items()
     }
 
 
-def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Find all files that can define tasks; templates have no suffix."""
+def _find_task_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Find all files of a folder that can define tasks; files of templates have no suffix."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
                 yield entry
             elif entry.name != "__pycache__":
-                yield from _files(entry.path)
+                yield from _find_task_files(entry.path)
 
 
-def _row(entry: Entry, folder: Path) -> list[Any]:
+def _index_row(entry: Entry, folder: Path) -> list[Any]:
     path = entry.yaml_path and str(entry.yaml_path.relative_to(folder))
-    data = {key: entry.cfg[key] for key in _DATA if key in (entry.cfg or {})}
+    data = {key: entry.cfg[key] for key in _DATA_LOCATION if key in (entry.cfg or {})}
     return [entry.kind.name, path, sorted(entry.tags), data]
 
 
 def _is_inside(path: str | None) -> bool:
-    """Return whether a path stays inside its folder, because a task's file runs code."""
+    """Return whether a relative path stays inside its folder; a task's file may run code."""
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
 UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
-"""Errors that a task raises if its documents are not as it expects."""
+"""Errors that a task's code raises if the documents lack an expected column or value."""
 _INSTALLED = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
     Path(lm_eval.__file__).parent,
@@ -97,26 +109,25 @@ _INSTALLED = (
 
 @dataclass(frozen=True)
 class SourceSplits:
-    """Function that gives a task the splits of a source, where lm-eval expects a task's own."""
+    """Callable that returns the splits of a source; lm-eval calls it as a task's own loader."""
 
     splits: Mapping[str, Any]
 
     def __call__(self, **_: object) -> Mapping[str, Any]:
-        """Return the splits, whatever lm-eval's metadata are."""
+        """Return the splits, and ignore the metadata that lm-eval passes."""
         return self.splits
 
 
 def makes_documents(config: TaskConfig) -> bool:
-    """Return whether a task makes its documents itself, for one model's tokenizer as a rule."""
-    own = config.custom_dataset
-    return callable(own) and not isinstance(own, SourceSplits)
+    """Return whether a task generates its own documents, usually for one model's tokenizer."""
+    return callable(config.custom_dataset) and not isinstance(config.custom_dataset, SourceSplits)
 
 
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
-    """Builds lm-eval's tasks on data from one of our sources.
+    """Factory that builds lm-eval's tasks on data from one of our sources.
 
-    `given` maps a task's name to the splits that it was given. `files` lists the files from which
-    the task that was built last reads its documents.
+    `given_splits` maps a task's name to the splits that the task received. `files` lists the
+    files from which the most recently built task reads its documents.
     """
 
     def __init__(
@@ -125,7 +136,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         super().__init__(meta=dict(metadata))
         self._source = source
         self._num_fewshot = num_fewshot
-        self.given: dict[str, Mapping[str, Any]] = {}
+        self.given_splits: dict[str, Mapping[str, Any]] = {}
         self.files: list[Path] = []
 
     def _load_full_config(
@@ -135,39 +146,39 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         self.files = []
         if "dataset_path" not in config:
             return config
-        if _brings_its_data(config):
+        if _has_own_data(config):
             if entry.yaml_path and config.get("dataset_kwargs"):
-                config["dataset_kwargs"] = located(config, entry.yaml_path)
-                self.files = [*data_files(config["dataset_kwargs"])]
+                config["dataset_kwargs"] = resolve_dataset_kwargs(config, entry.yaml_path)
+                self.files = [*find_data_files(config["dataset_kwargs"])]
                 _refuse_missing(config["task"], self.files, entry.yaml_path)
             return config
         if self._source.root is None:
-            self._source.ask_hub(config["dataset_path"])
+            self._source.check_hub(config["dataset_path"])
             return config
         splits = self._source.load(config["dataset_path"], config.get("dataset_name"))
         config["custom_dataset"] = SourceSplits(splits)
         config["dataset_kwargs"] = None
         self._fit_splits(config, splits)
-        self.given[config["task"]] = splits
+        self.given_splits[config["task"]] = splits
         return config
 
     def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Remove splits that do not exist from a task's configuration."""
+        """Remove the names of splits that do not exist from a task's configuration."""
         task = config["task"]
-        scored = config.get("test_split") or config.get("validation_split")
-        if scored not in splits:
-            if not (self._source.shipped and config.get("validation_split") in splits):
+        split = config.get("test_split") or config.get("validation_split")
+        if split not in splits:
+            if not (self._source.is_packaged and config.get("validation_split") in splits):
                 raise BenchmarkError(
-                    f"{task} is scored on the split {scored!r}, which {self._source.name} does "
-                    f"not hold; it holds: {', '.join(splits)}"
+                    f"{task} is scored on the split {split!r}, which {self._source.name} does not "
+                    f"hold; it holds: {', '.join(splits)}"
                 )
             config["test_split"] = None
-        examples = config.get("fewshot_split") or config.get("training_split")
-        wanted = shots(config.get("num_fewshot"), self._num_fewshot)
-        in_the_task = "samples" in (config.get("fewshot_config") or {})
-        if wanted and examples not in splits and not in_the_task:
+        split = config.get("fewshot_split") or config.get("training_split")
+        num_fewshot = resolve_num_fewshot(config.get("num_fewshot"), self._num_fewshot)
+        has_own_samples = "samples" in (config.get("fewshot_config") or {})
+        if num_fewshot and split not in splits and not has_own_samples:
             raise BenchmarkError(
-                f"{task} draws few-shot examples from the split {examples!r}, which "
+                f"{task} draws few-shot examples from the split {split!r}, which "
                 f"{self._source.name} does not hold; use num_fewshot 0, or another source of data"
             )
         for key in ("training_split", "validation_split", "fewshot_split"):
@@ -176,131 +187,123 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
 
 
 def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
-    """Raise BenchmarkError for a file of a task's documents that does not exist."""
+    """Raise BenchmarkError if a file from which a task reads its documents does not exist."""
     for file in files:
         if not file.exists():
-            near = did_you_mean(file.name, [path.name for path in task.parent.iterdir()])
+            hint = did_you_mean(file.name, [path.name for path in task.parent.iterdir()])
             raise BenchmarkError(
-                f"{name}: there is no file {file}, from which {task} reads its documents.{near} "
+                f"{name}: there is no file {file}, from which {task} reads its documents.{hint} "
                 f"A relative name is one of {Path.cwd()} or {task.absolute().parent}."
             )
 
 
-def shots(own: int | None, asked: int | None) -> int:
-    """Return the number of few-shot examples by lm-eval's own rule.
+def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
+    """Return the number of few-shot examples of a task by lm-eval's own rule.
 
-    A task that sets 0 takes none, even if the request sets another number.
+    A task that sets the number to 0 uses no examples, even if the request sets another number.
     """
-    return (own if own == 0 or asked is None else asked) or 0
+    return (own_count if own_count == 0 or requested is None else requested) or 0
 
 
-def _brings_its_data(config: Mapping[str, Any]) -> bool:
-    """Return whether a task makes its documents, or reads files that it names itself."""
-    named = (config.get("dataset_kwargs") or {}).keys() & {*DATA_KEYS}
+def draws_in_turn(task: Task, num_fewshot: int) -> bool:
+    """Return whether a task draws new few-shot examples for each document, in order.
+
+    To get the prompt of a complete run, all documents before a document must then be built too.
+    """
+    return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
+
+
+def _has_own_data(config: Mapping[str, Any]) -> bool:
+    """Return whether a task generates its documents or names the files of its documents."""
+    file_keys = (config.get("dataset_kwargs") or {}).keys() & {*DATA_KEYS}
     return callable(config.get("custom_dataset")) or bool(
-        named and config["dataset_path"] in _PACKAGED_DATASETS_MODULES
+        file_keys and config["dataset_path"] in _PACKAGED_DATASETS_MODULES
     )
 
 
-def entries(own: Sequence[Path]) -> dict[str, Entry]:
-    """Return all tasks by name; as in lm-eval, the user's folders take precedence."""
-    return {**known_tasks(), **TaskIndex.build(own)}
+def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
+    """Return the entry of each task by name; the user's folders take precedence, as in lm-eval."""
+    return {**list_tasks(), **TaskIndex.build(include_folders(spec))}
 
 
-def find_task(name: str, own: Sequence[Path] = ()) -> Entry:
-    """Find a task, a group or a tag, by its name or its file.
+def find_task(spec: BenchmarkSpec) -> Entry:
+    """Return lm-eval's entry of a task, group or tag, found by its name or its file.
 
-    Args:
-        name: Name or file, as for lm-eval's `--tasks`.
-        own: Folders with the user's tasks, as for `--include_path`.
-
-    Returns:
-        lm-eval's entry.
-
-    Raises:
-        BenchmarkError: No such task exists; the message lists similar names.
+    Raises BenchmarkError, which lists similar names, if there is no such entry.
     """
-    file = as_file(name)
+    name, file = spec.benchmark, task_file(spec.benchmark)
     if file is not None:
         entry = TaskIndex.entry_from_path(file.absolute())
         if entry is None:
             raise BenchmarkError(f"there is no task file {name}")
-        if entry.kind is Kind.GROUP:  # lm-eval takes its list of tasks for its name
+        if entry.kind is Kind.GROUP:  # lm-eval mistakes a group's list of tasks for its name
             entry.name = read_task(file)["group"]
         return entry
-    known = entries(own)
-    if name not in known:
-        near = did_you_mean(name, list(known))
-        where = f" or in {', '.join(map(str, own))}" if own else ""
+    all_entries = task_entries(spec)
+    if name not in all_entries:
+        hint = did_you_mean(name, list(all_entries))
+        location = f" or in {', '.join(spec.include_path)}" if spec.include_path else ""
         raise BenchmarkError(
-            f"lm-eval has no task or group {name!r}{where}.{near} All names: lm-eval ls tasks"
+            f"lm-eval has no task or group {name!r}{location}.{hint} All names: lm-eval ls tasks"
         )
-    return known[name]
+    return all_entries[name]
 
 
-def build(
-    entry: Entry,
-    source: DataSource,
-    num_fewshot: int | None,
-    own: Sequence[Path],
-    metadata: Mapping[str, Any],
+def build_tasks(
+    entry: Entry, source: DataSource, spec: BenchmarkSpec, metadata: Mapping[str, Any]
 ) -> Task | Group | list[Task]:
     """Build a task or a group of lm-eval on the documents of a source.
 
     Args:
         entry: Entry returned by `find_task`.
-        source: Source of the documents, except for tasks that bring their own.
-        num_fewshot: Requested number of examples; None = the task's own number.
-        own: Folders with the user's tasks, as in `find_task`.
-        metadata: Metadata for tasks that make their documents.
+        source: Source of the documents; tasks with documents of their own ignore it.
+        spec: Benchmark, with the user's folders and the number of few-shot examples.
+        metadata: Metadata for tasks that generate their documents.
 
     Returns:
         lm-eval's task, group or list of tasks.
 
     Raises:
-        BenchmarkError: Its data cannot be read, or its code fails.
+        BenchmarkError: The task's data cannot be read, or the task's code fails.
     """
-    factory = SourcedFactory(source, num_fewshot, metadata)
+    factory = SourcedFactory(source, spec.num_fewshot, metadata)
 
-    def problem(error: Exception) -> BenchmarkError:
+    def wrap_error(error: Exception) -> BenchmarkError:
         if factory.files:
-            return unreadable(entry.name, DataSource(", ".join(map(str, factory.files))), error)
-        if source.root is None and not isinstance(error, UNREADABLE) and not _line_of(error):
-            said = entry.cfg or {}
-            path, name = said.get("dataset_path", entry.name), said.get("dataset_name")
-            return unreachable(path, name, HUB, error)
-        return unreadable(entry.name, source, error)
+            return unreadable_error(entry.name, ", ".join(map(str, factory.files)), error)
+        if source.root is None and not isinstance(error, UNREADABLE) and not _failing_line(error):
+            config = entry.cfg or {}
+            path, name = config.get("dataset_path", entry.name), config.get("dataset_name")
+            return data_error(path, name, HUB, error)
+        return unreadable_error(entry.name, source.name, error)
 
-    with translate_errors(problem):
-        return factory.build(entry, overrides=None, registry=entries(own))
+    with translate_errors(wrap_error):
+        return factory.build(entry, overrides=None, registry=task_entries(spec))
 
 
-def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkError:
+def unreadable_error(task: str, source: str, error: Exception) -> BenchmarkError:
     """Build the error for a task that cannot read its documents."""
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-    said = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
-    if line := _line_of(error):
-        return BenchmarkError(f"{task} fails in its own code, {line}: {said}")
+    summary = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
+    if line := _failing_line(error):
+        return BenchmarkError(f"{task} fails in its own code, {line}: {summary}")
     return BenchmarkError(
-        f"{task} cannot read its documents from {source.name}: {said}. Does the data have all the "
+        f"{task} cannot read its documents from {source}: {summary}. Does the data have all the "
         "columns that the task reads?"
     )
 
 
-def _line_of(error: BaseException) -> str:
-    """Name the line of a task's own code that raised an error; return "" if none did."""
+def _failing_line(error: BaseException) -> str:
+    """Name the line of a task's own code that raised an error; "" if other code raised it."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
-    frames = [
-        frame
-        for each in (error, error.__cause__)
-        if each is not None
-        for frame in traceback.extract_tb(each.__traceback__)
-        if Path(frame.filename).suffix == ".py" and not is_installed(frame.filename)
-    ]
-    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    tracebacks = [e.__traceback__ for e in (error.__cause__, error) if e is not None]
+    for frame in chain.from_iterable(reversed(traceback.extract_tb(tb)) for tb in tracebacks):
+        if Path(frame.filename).suffix == ".py" and not is_installed_code(frame.filename):
+            return f"{frame.filename}, line {frame.lineno}"
+    return ""
 
 
-def is_installed(file: str) -> bool:
-    """Return whether a file of code belongs to tracker or an installed library."""
+def is_installed_code(file: str) -> bool:
+    """Return whether a Python file belongs to tracker or to an installed library."""
     return any(file.startswith(str(root)) for root in _INSTALLED)

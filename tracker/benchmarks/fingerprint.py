@@ -1,10 +1,11 @@
-"""Identify a task by its documents, its settings and the code that it brings."""
+"""Identify a task by its documents, its settings and its own code."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from datasets import Dataset
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 
-from tracker.benchmarks.factory import is_installed
+from tracker.benchmarks.factory import is_installed_code
 from tracker.core.identities import Half, TaskIdentity
 from tracker.core.provenance import content_hash
 
@@ -21,33 +22,36 @@ _NOT_CONTENT = (
     *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),
     *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
 )
-"""Settings that locate documents; they are left out, because the documents are hashed."""
+"""Settings that locate documents; hashes omit them, because the documents are hashed."""
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Identify a task of lm-eval, or half of it, by its content, independent of its location."""
+    """Identify a task of lm-eval, or half of its documents, by content and not by location."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
         if name not in _NOT_CONTENT
     }
     examples: Iterable[Any] = (task.fewshot_docs() or []) if num_fewshot else []
-    names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
-    how, better = task.aggregation(), task.higher_is_better()
+    registered = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+    metrics, functions, directions = metric_names(task), task.aggregation(), task.higher_is_better()
+    content = [_stable_value(config), list_rows(task.eval_docs), list_rows(examples)]
     return TaskIdentity(
         name=task.task_name,
         version=str(task.VERSION),
         split=task.config.test_split or task.config.validation_split,
         documents=len(half.numbers(task.task_name) if half else task.eval_docs),
         half=half,
-        fingerprint=content_hash([_stable(config), listed(task.eval_docs), listed(examples)]),
-        metrics={n: names.get(how[m], how[m].__name__) for n, m in metric_names(task).items()},
-        higher_is_better={n: better.get(m) is not False for n, m in metric_names(task).items()},
+        fingerprint=content_hash(content),
+        metrics={
+            name: registered.get(functions[m], functions[m].__name__) for name, m in metrics.items()
+        },
+        higher_is_better={name: directions.get(m) is not False for name, m in metrics.items()},
     )
 
 
-def listed(documents: Iterable[Any]) -> list[Any]:
-    """List documents; converting a data set at once is ten times as fast as row by row."""
+def list_rows(documents: Iterable[Any]) -> list[Any]:
+    """List documents; a data set is converted at once, ten times as fast as row by row."""
     if isinstance(documents, Dataset) and documents.format["type"] is None:
         rows: list[Any] = documents.to_list()
         return rows
@@ -55,54 +59,55 @@ def listed(documents: Iterable[Any]) -> list[Any]:
 
 
 def metric_names(task: ConfigurableTask) -> dict[str, str]:
-    """Return every metric's name in outcomes → lm-eval's name of the metric."""
-    filters = [each.name for each in task._filters] or ["none"]
-    return {metric_name(metric, name): metric for name in filters for metric in task.aggregation()}
+    """Map the name of each metric in outcomes to the name that lm-eval uses."""
+    filters = [ensemble.name for ensemble in task._filters] or ["none"]
+    pairs = product(filters, task.aggregation())
+    return {filtered_metric(metric, name): metric for name, metric in pairs}
 
 
-def metric_name(metric: str, answers: str) -> str:
-    """Name a metric of filtered answers, as outcomes name it."""
-    return metric if answers == "none" else f"{metric},{answers}"
+def filtered_metric(metric: str, filter_name: str) -> str:
+    """Return the name that outcomes use for a metric of filtered answers."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
-def _stable(value: Any) -> Any:
-    """Replace functions by stable values: their name and the content of their file."""
+def _stable_value(value: Any) -> Any:
+    """Replace each function in a value by its name and the content of its file."""
     if isinstance(value, dict):
-        return {name: _stable(item) for name, item in value.items()}
+        return {name: _stable_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_stable(item) for item in value]
+        return [_stable_value(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return _stable({f.name: getattr(value, f.name) for f in fields(value)})
+        return _stable_value({f.name: getattr(value, f.name) for f in fields(value)})
     if callable(value):
-        texts = [path.read_text(encoding="utf-8") for path in _sources(value)]
+        texts = [path.read_text(encoding="utf-8") for path in _source_files(value)]
         return [getattr(value, "__qualname__", type(value).__name__), "".join(texts)]
     return value
 
 
-def is_own(value: object) -> bool:
-    """Check whether a value of a task's configuration is a function of the user."""
-    file = _file_of(value)
-    return file is not None and not is_installed(str(file))
+def is_user_function(value: object) -> bool:
+    """Return whether a value of a task's configuration is a function that the user wrote."""
+    file = _defining_file(value)
+    return file is not None and not is_installed_code(str(file))
 
 
-def _file_of(value: object) -> Path | None:
-    """Return the file that defines a function; None if it has none."""
+def _defining_file(value: object) -> Path | None:
+    """Return the file that defines a function; None if there is no file."""
     code = getattr(getattr(value, "func", value), "__code__", None)
     return Path(code.co_filename) if code else None
 
 
-def _sources(function: Any) -> list[Path]:
-    """Return a function's file, and for the user's code also the neighbouring files it imports."""
-    file = _file_of(function)
+def _source_files(function: Any) -> list[Path]:
+    """Return the file of a function; for user code, also the imported files of its folder."""
+    file = _defining_file(function)
     if file is None or not file.is_file():
         return []
-    found, stack = {file}, [getattr(function, "func", function).__globals__]
-    while stack and not is_installed(str(file)):
-        for value in stack.pop().values():
+    paths, namespaces = {file}, [getattr(function, "func", function).__globals__]
+    while namespaces and not is_installed_code(str(file)):
+        for value in namespaces.pop().values():
             name = getattr(value, "__module__", None) or ""
             module = value if isinstance(value, ModuleType) else sys.modules.get(name)
             path = Path(getattr(module, "__file__", None) or "")
-            if path.is_relative_to(file.parent) and path.is_file() and path not in found:
-                found.add(path)
-                stack.append(vars(module))
-    return sorted(found)
+            if path.is_relative_to(file.parent) and path.is_file() and path not in paths:
+                paths.add(path)
+                namespaces.append(vars(module))
+    return sorted(paths)

@@ -22,13 +22,13 @@ from tracker.core.documents import Prompt
 from tracker.core.errors import CellError
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
-"""Opens the model for several rows of one prompt (token ids); yields options of `generate`."""
+"""Function that prepares the model for rows of one prompt and yields options of `generate`."""
 
 
 class TextGenerator(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model for generation.
+    """Subclass of lm-eval's Hugging Face model that generates texts.
 
-    Tokenisation, truncation, special tokens, stop strings and the cutting of texts are inherited.
+    It inherits tokenisation, truncation, special tokens, stop strings and the cutting of texts.
     """
 
     def __init__(
@@ -46,30 +46,30 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         )
         self._decoding: Decoding | None = None
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Continue prompts one by one with the current model, and cut the texts as tasks expect.
+    def generate_texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Continue prompts one by one with the current model; cut the texts as tasks expect.
 
-        Raises CellError if the model's context is no longer than a text may be.
+        Raises CellError if the maximum length of a text fills the model's whole context.
         """
-        longest = max(prompt.longest for prompt in prompts)
-        if longest >= self.max_length:
+        max_tokens = max(prompt.max_tokens for prompt in prompts)
+        if max_tokens >= self.max_length:
             raise CellError(
-                f"a text may have {longest} tokens, and the model reads {self.max_length}: nothing "
-                "is left for the prompt; lm-eval refuses it too"
+                f"a text may have {max_tokens} tokens, and the model reads {self.max_length}: "
+                "nothing is left for the prompt; lm-eval refuses it too"
             )
         instances = [
             Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
             for p in prompts
         ]
-        found: list[str] = self.generate_until(instances, disable_tqdm=True)
-        return found
+        texts: list[str] = self.generate_until(instances, disable_tqdm=True)
+        return texts
 
-    def texts_of_rows(self, prompt: Prompt, rows: int, decoding: Decoding) -> list[str]:
-        """Continue one prompt with a different model in each row of a batch: one text a row."""
+    def generate_rows(self, prompt: Prompt, n_rows: int, decoding: Decoding) -> list[str]:
+        """Continue one prompt in each row of a batch; each row may use a different model."""
         self._decoding = decoding
-        self.batch_size_per_gpu = rows
+        self.batch_size_per_gpu = n_rows
         try:
-            return self.texts([prompt] * rows)
+            return self.generate_texts([prompt] * n_rows)
         finally:
             self._decoding = None
             self.batch_size_per_gpu = 1
@@ -81,20 +81,21 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             return super()._model_generate(context, max_length, stop, **settings)
         settings.pop("temperature", None)
         settings["do_sample"] = False
-        with self._decoding(context[0].tolist()) as cached:
+        criteria = StoppingCriteriaList([_RowCriterion(self.tokenizer, stop, context)])
+        with self._decoding(context[0].tolist()) as cache_options:
             return self.model.generate(
                 input_ids=context,
                 max_length=max_length,
-                stopping_criteria=StoppingCriteriaList([_EachRow(self.tokenizer, stop, context)]),
+                stopping_criteria=criteria,
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
                 **settings,
-                **cached,
+                **cache_options,
             )
 
 
-class _EachRow(StoppingCriteria):  # type: ignore[misc]
-    """Stops each row at its first stop string; lm-eval's own criterion waits for all rows."""
+class _RowCriterion(StoppingCriteria):  # type: ignore[misc]
+    """Criterion that stops each row at a stop string; lm-eval's criterion waits for all rows."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: list[str], context: Tensor
@@ -105,5 +106,5 @@ class _EachRow(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         for criterion in self._criteria:
             criterion(input_ids, scores)
-        done = [any(flags) for flags in zip(*(c.done_tracker for c in self._criteria), strict=True)]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
+        rows = zip(*(criterion.done_tracker for criterion in self._criteria), strict=True)
+        return torch.tensor([*map(any, rows)], dtype=torch.bool, device=input_ids.device)

@@ -1,6 +1,6 @@
-"""Split a benchmark into calibration and test documents, which are disjoint.
+"""Split a benchmark into disjoint sets of calibration and test documents.
 
-Calibration uses the training split of a task if it has one; else half of its documents.
+Calibration uses the training split of a task, or half of the documents of a task without one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from tracker.core.config import Documents
+from tracker.core.config import DocumentSpec
 from tracker.core.errors import BenchmarkError
 from tracker.core.identities import Half
 
@@ -16,60 +16,57 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 
-def choose_part(task: ConfigurableTask, documents: Documents, num_fewshot: int) -> Half | None:
-    """Configure a task of lm-eval to score the requested part.
+def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: int) -> Half | None:
+    """Configure a task of lm-eval to score the requested part of its documents.
 
     Args:
-        task: Task. If it has a training split, calibration scores that split.
-        documents: Requested part.
+        task: Task to configure. If it has a training split, calibration scores that split.
+        documents: Requested part of the documents.
         num_fewshot: Number of few-shot examples.
 
     Returns:
-        The half of its documents that is scored; None if all are.
+        The half of the task's documents that is scored; None if all documents are scored.
 
     Raises:
-        BenchmarkError: It has too few documents for two halves, or its few-shot examples could
-            include scored documents.
+        BenchmarkError: The task has too few documents for two halves, or its few-shot examples
+            could include scored documents.
     """
     if documents.part is None:
         return None
-    config, examples = task.config, task.fewshot_cfg
-    training = config.training_split
+    config, fewshot, training = task.config, task.fewshot_cfg, task.config.training_split
     scored = config.test_split or config.validation_split
-    if num_fewshot and documents.part == "calibration" and _examples_from(task) == scored:
+    if num_fewshot and documents.part == "calibration" and _example_split(task) == scored:
         raise BenchmarkError(
             f"part: {task.task_name} draws few-shot examples from its split {scored!r}, which is "
-            "scored, so that test documents would stand with their answers in the prompts of "
-            "calibration documents; use num_fewshot 0, or a benchmark whose examples come from a "
-            "split of their own"
+            "scored. Prompts of calibration documents would show test documents and their answers. "
+            "Use num_fewshot 0, or a benchmark with a separate split of examples"
         )
     if training == scored or training not in task.dataset:
-        return half_of(documents, task.task_name, len(task.eval_docs))
+        return requested_half(documents, task.task_name, len(task.eval_docs))
     if documents.part == "test":
         return None
     config.test_split = training
     # lm-eval excludes a document from its own examples only if both come from the same split.
-    if examples.split is None and examples.samples is None:
-        examples.split = training
-    if num_fewshot and examples.split == training and examples.process_docs != config.process_docs:
+    if fewshot.split is None and fewshot.samples is None:
+        fewshot.split = training
+    if num_fewshot and fewshot.split == training and fewshot.process_docs != config.process_docs:
         raise BenchmarkError(
-            f"part: {task.task_name} reads the documents of its split {training!r} otherwise when "
-            "they are few-shot examples, so that a document could be its own example; use "
-            "num_fewshot 0"
+            f"part: {task.task_name} reads the documents of its split {training!r} differently as "
+            "few-shot examples, so a document could be its own example; use num_fewshot 0"
         )
     return None
 
 
-def _examples_from(task: ConfigurableTask) -> str | None:
-    """Return the split of a task's few-shot examples, as lm-eval does; None if it lists them."""
-    config, examples = task.config, task.fewshot_cfg
-    split: str | None = examples.split
-    if split is None and examples.samples is None:
+def _example_split(task: ConfigurableTask) -> str | None:
+    """Return the split from which lm-eval draws few-shot examples; None if the task lists them."""
+    config, fewshot = task.config, task.fewshot_cfg
+    split: str | None = fewshot.split
+    if split is None and fewshot.samples is None:
         split = config.training_split or config.validation_split or config.test_split
     return split
 
 
-def half_of(documents: Documents, task: str, total: int) -> Half:
+def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
     """Return the requested half of a task's documents; BenchmarkError for a single document."""
     assert documents.part is not None
     if total < 2:
@@ -77,8 +74,8 @@ def half_of(documents: Documents, task: str, total: int) -> Half:
     return Half(part=documents.part, seed=documents.seed, of=total)
 
 
-def said_part(documents: Documents, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return the part as a setting; empty if it equals what lm-eval scores anyway."""
+def part_setting(documents: DocumentSpec, halves: Collection[Half | None]) -> dict[str, str]:
+    """Return the requested part as a setting; empty if lm-eval scores this part by default."""
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

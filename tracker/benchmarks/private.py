@@ -1,8 +1,9 @@
-"""Import and patch what is private in lm-eval, in one module.
+"""Import and patch private parts of lm-eval; no other module uses them.
 
-`docs/dev/private-apis.md` lists what breaks when one changes; `tests/benchmarks/test_private.py`
-checks them in every version that `pyproject.toml` allows. Its main branch chooses few-shot examples
-in another way since 0.4.13, which is why there is an upper bound.
+`docs/dev/private-apis.md` lists what breaks if a private part changes.
+`tests/benchmarks/test_private.py` checks the parts in every version that `pyproject.toml` allows.
+The upper bound exists because lm-eval's main branch chooses few-shot examples differently since
+0.4.13.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.utils import env
 
-__all__ = ["HFLM", "Entry", "Kind", "TaskFactory", "TaskIndex", "without_bars"]
+__all__ = ["HFLM", "Entry", "Kind", "TaskFactory", "TaskIndex", "hide_progress_bars"]
 
-# lm-eval compiles templates anew for every judgement: two for each document and ablation of
-# arc_easy, 0.9 ms each on one core of an EPYC.
+# lm-eval compiles templates anew for every judgement. For arc_easy, these are two templates for
+# each document and ablation, at 0.9 ms each on one core of an EPYC.
 env.from_string = lru_cache(maxsize=1024)(env.from_string)
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Disable lm-eval's progress bars, one line for each task of a group, while it builds requests.
+def hide_progress_bars() -> Iterator[None]:
+    """Disable lm-eval's progress bars, one per task of a group, while it builds requests.
 
     The only other switch is an environment variable, which also disables the bars of downloads.
     """
-    bar = _task.tqdm
+    progress_bar = _task.tqdm
     _task.tqdm = lambda documents, **_: documents
     try:
         yield
     finally:
-        _task.tqdm = bar
+        _task.tqdm = progress_bar

@@ -1,7 +1,7 @@
 """Score a checkpoint with plain transformers and lm-eval, as a separate program.
 
-It runs as a script, `python -P reference_process.py ASKED.json`, and imports nothing of tracker, so
-its results are those of transformers and lm-eval alone.
+The script runs as `python -P reference_process.py REQUEST.json`. It imports nothing of tracker, so
+that its results come from transformers and lm-eval alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,118 +24,105 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 
-def main(asked: dict[str, Any]) -> dict[str, Any]:
-    """Compute the requested results; the logits of the texts are written to a file of their own."""
-    torch.set_num_threads(asked["threads"])
-    folder, trust = asked["checkpoint"], asked["trust_remote_code"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Compute the requested results; write the logits of the texts to a separate file."""
+    torch.set_num_threads(request["threads"])
+    is_spread, trust = request["device"] == "spread", request["trust_remote_code"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        request["checkpoint"], trust_remote_code=trust
+    )
+    model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+        request["checkpoint"],
         dtype="auto",
         output_loading_info=True,
         trust_remote_code=trust,
-        **({"device_map": "auto"} if asked["device"] == "spread" else {}),
+        **({"device_map": "auto"} if is_spread else {}),
     )
-    if asked["device"] != "spread":
-        model = model.to(asked["device"])
-    model.eval()
-    tokens = [tokenizer(text).input_ids for text in asked["texts"]]
-    save_file(
-        {
-            str(number): _logits(model, ids).contiguous()
-            for number, ids in enumerate(asked["tokens"])
-        },
-        asked["logits"],
-    )
+    model = model.eval() if is_spread else model.to(request["device"]).eval()
+    logits = {str(n): _logits(model, ids) for n, ids in enumerate(request["tokens"])}
+    save_file(logits, request["logits"])
     answer = {
-        "tokens": tokens,
+        "tokens": [tokenizer(text).input_ids for text in request["texts"]],
         "parameters": model.num_parameters(),
-        "not_as_saved": [*found["missing_keys"], *found["unexpected_keys"]],
+        "not_as_saved": [*loading_info["missing_keys"], *loading_info["unexpected_keys"]],
     }
-    if asked["benchmark"]:
-        answer |= _scored(model, tokenizer, asked["benchmark"])
+    if request["benchmark"]:
+        answer |= _score_tasks(model, tokenizer, request["benchmark"])
     return answer
 
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Return all logits of a text."""
-    asked = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    logits: torch.Tensor = model(input_ids=asked, use_cache=False).logits[0]
-    return logits.float().cpu()
+    """Return the logits at every token of a text."""
+    input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
+    return logits.float().cpu().contiguous()
 
 
-def _scored(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: dict[str, Any]
+def _score_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """Score the requested tasks with lm-eval."""
+    """Score the requested documents of tasks with lm-eval."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(model, tokenizer=tokenizer, backend="causal", **asked["model"])
-    if asked["only"]:
-        _ask_only(lm, asked["only"])
-    found = lm_eval.simple_evaluate(
+    lm = HFLM(model, tokenizer=tokenizer, backend="causal", **request["model"])
+    if request["only"]:
+        _limit_documents(lm, request["only"])
+    evaluation = lm_eval.simple_evaluate(
         lm,
         task_manager=TaskManager(
-            include_path=asked["tasks_in"], include_defaults=False, metadata=asked["metadata"]
+            include_path=request["tasks_in"], include_defaults=False, metadata=request["metadata"]
         ),
         bootstrap_iters=0,
-        limit=asked["limit"],
-        samples=asked["samples"],
-        **asked["evaluate"],
+        limit=request["limit"],
+        samples=request["samples"],
+        **request["evaluate"],
     )
     samples = [
         {
             "task": task,
             "doc": sample["doc_id"],
             "filter": sample["filter"],
-            "metrics": {name: _plain(sample[name]) for name in sample["metrics"]},
+            "metrics": {name: _storable_value(sample[name]) for name in sample["metrics"]},
             "answers": [response[0] for response in sample["resps"]],
         }
-        for task, rows in found["samples"].items()
+        for task, rows in evaluation["samples"].items()
         for sample in rows
     ]
     results = {
         task: {name: value for name, value in row.items() if isinstance(value, float)}
-        for task, row in found["results"].items()
+        for task, row in evaluation["results"].items()
     }
     return {"samples": samples, "results": results, "lm_eval": lm_eval.__version__}
 
 
-def _ask_only(lm: LM, wanted: dict[str, list[int]]) -> None:
-    """Skip the model for other documents, which are needed only to draw the same examples."""
-    kept = {task: set(documents) for task, documents in wanted.items()}
-    blank = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
-    for method, nothing in blank.items():
-        own = getattr(lm, method)
+def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
+    """Skip the model for documents that are built only to draw the same few-shot examples."""
+    scored = {task: set(documents) for task, documents in documents_by_task.items()}
+    blanks = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
 
-        def ask(
-            requests: list[Instance],
-            own: Callable[..., Any] = own,
-            nothing: object = nothing,
-            **settings: Any,
-        ) -> Any:
-            some = [each for each in requests if each.doc_id in kept[each.task_name]]
-            answers = iter(own(some, **settings))
-            return [
-                next(answers) if each.doc_id in kept[each.task_name] else nothing
-                for each in requests
-            ]
+    def answer_scored(
+        method: Callable[..., Any], blank: object, requests: list[Instance], **settings: Any
+    ) -> list[Any]:
+        is_scored = [request.doc_id in scored[request.task_name] for request in requests]
+        answers = iter(method(list(compress(requests, is_scored)), **settings))
+        return [next(answers) if flag else blank for flag in is_scored]
 
-        setattr(lm, method, ask)
+    for name, blank in blanks.items():
+        setattr(lm, name, partial(answer_scored, getattr(lm, name), blank))
 
 
-def _plain(value: Any) -> Any:
-    """Convert a metric of one document to a number, or a list for a pair."""
+def _storable_value(value: Any) -> Any:
+    """Convert a metric of one document for JSON: a number, or a list for a pair."""
     if isinstance(value, tuple | list):
-        return [each.tolist() if hasattr(each, "tolist") else each for each in value]
+        return [item.tolist() if hasattr(item, "tolist") else item for item in value]
     return float(value)
 
 
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer = main(asked)
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer = main(request)
     answer["ours"] = sorted(name for name in sys.modules if name.split(".")[0] == "tracker")
-    Path(asked["answer"]).write_text(json.dumps(answer, default=str), encoding="utf-8")
+    Path(request["answer"]).write_text(json.dumps(answer, default=str), encoding="utf-8")

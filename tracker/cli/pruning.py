@@ -11,45 +11,45 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
-    Backends,
-    Layers,
-    Place,
-    Told,
+    BackendsType,
+    CommandOptions,
+    LayersType,
+    PathType,
     TrialCommand,
-    Word,
-    asking,
-    keys,
-    machine,
+    WordType,
+    add_options,
+    device_options,
+    experiment_options,
     project_option,
     results_option,
-    running,
-    trust,
+    trust_option,
+    work_options,
 )
 from tracker.cli.printing import print_export, print_study
-from tracker.cli.terminal import Show, begin, say
-from tracker.core.config import KEYS, CellSettings, ChangeGrid
+from tracker.cli.terminal import ProgressDisplay, announce_start, echo
+from tracker.core.config import FIELDS_BY_KEY, CellSettings, ChangeGrid
 from tracker.core.kinds import UNITS
-from tracker.core.search_parts import many_of
-from tracker.search.settings import OF_CELLS, SearchSettings
+from tracker.core.search_parts import unit_plural
+from tracker.search.settings import CELL_KEYS, SearchSettings
 
-_OF_BENCHMARKS = [
+_BENCHMARK_KEYS = [
     key
-    for key, field in KEYS.items()
+    for key, field in FIELDS_BY_KEY.items()
     if field
     not in {"model", "benchmark", "revision", "dtype", "removed", "until", *ChangeGrid.model_fields}
 ]
 
 
-class Exporting(Told):
-    """Which model is saved, and where."""
+class ExportOptions(CommandOptions):
+    """Options of the model to save, and its folder."""
 
-    remove: Annotated[Sequence[int] | None, Layers()] = None
+    remove: Annotated[Sequence[int] | None, LayersType()] = None
     """Layers to remove, 0-based, e.g. 3,17 or 3-7."""
-    repeat: Annotated[Sequence[int] | None, Layers()] = None
+    repeat: Annotated[Sequence[int] | None, LayersType()] = None
     """Neighbouring layers to pass again, e.g. 8-11."""
     repeats: Annotated[int | None, click.IntRange(min=2)] = None
     """Number of passes through these layers (default: 2)."""
-    output: Annotated[Path, Place()]
+    output: Annotated[Path, PathType()]
     """New folder for the model."""
     component: Annotated[str, click.Choice(UNITS)] = "layer"
     """Component to remove. Plain transformers can load a model only if whole layers are removed.
@@ -57,24 +57,26 @@ class Exporting(Told):
     benchmark: str | None = None
     """Task or group on which the change is measured, and plain lm-eval verifies the export
     (default: none; the logits of a few texts are compared)."""
-    track: Annotated[tuple[str, ...] | None, Backends()] = None
+    track: Annotated[tuple[str, ...] | None, BackendsType()] = None
     """Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb,
     wandb:ENTITY/PROJECT (default: none)."""
 
 
 @main.command()
-@click.argument("model", type=Word())
-@keys(Exporting, "remove", "repeat", "repeats", "output", "component")
-@keys(CellSettings, "revision", "dtype", defaults=False)
-@keys(Exporting, "benchmark")
-@keys(CellSettings, *_OF_BENCHMARKS, defaults=False)
+@click.argument("model", type=WordType())
+@add_options(ExportOptions, "remove", "repeat", "repeats", "output", "component")
+@add_options(CellSettings, "revision", "dtype", defaults=False)
+@add_options(ExportOptions, "benchmark")
+@add_options(CellSettings, *_BENCHMARK_KEYS, defaults=False)
 @project_option(default="tracker")
-@keys(Exporting, "track")
+@add_options(ExportOptions, "track")
 @click.option(
-    "--register", type=Word(), help="Name under which to register the model in MLflow's registry."
+    "--register",
+    type=WordType(),
+    help="Name under which to register the model in MLflow's registry.",
 )
-@machine
-@trust
+@device_options
+@trust_option
 @results_option
 def export(**settings: Any) -> None:
     """Save a model without some of its layers, or with some passed again.
@@ -96,22 +98,22 @@ def export(**settings: Any) -> None:
     from tracker import api
 
     settings |= {name: settings[name] or () for name in ("remove", "repeat", "track")}
-    done = api.export(progress=Show(), **settings)
-    print_export(done)
-    sys.exit(done.exit_code)
+    result = api.export(progress=ProgressDisplay(), **settings)
+    print_export(result)
+    sys.exit(result.exit_code)
 
 
 @main.command(cls=TrialCommand)
-@asking(said=OF_CELLS, search=tuple(SearchSettings.model_fields))
+@experiment_options(cell_keys=CELL_KEYS, search_keys=tuple(SearchSettings.model_fields))
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     help="New folder in which to save the recommended model, as 'tracker export' does.",
 )
-@project_option(help="Default: the file's, else tracker.")
-@running
+@project_option(help="Project of the tracking backends (default: the file's, else tracker).")
+@work_options
 def prune(
-    experiment: Path | None, settings: dict[str, Any], project: str | None, **how: Any
+    experiment: Path | None, settings: dict[str, Any], project: str | None, **options: Any
 ) -> None:
     """Search for what to prune, and test what was chosen.
 
@@ -131,18 +133,18 @@ def prune(
     """
     from tracker import api
 
-    begin()
+    announce_start()
     settings |= {} if project is None else {"project": project}
-    done = api.prune(experiment, progress=Show(), **settings, **how)
-    print_study(done, is_new=bool(settings))
-    for line in () if done.saved else done.exports:
-        say()
-        say(f"to save the recommended one: {line}")
-    for unit in dict.fromkeys(s.unit for s in done.searches if s.unit != "layer"):
-        say(f"no command saves it: tracker export takes whole layers out, and no {many_of(unit)}")
-    if done.saved:
-        say()
-        print_export(done.saved)
-    if done.outcome.unsaved:
-        say(f"not saved: {done.outcome.unsaved}")
-    sys.exit(done.outcome.exit_code)
+    result = api.prune(experiment, progress=ProgressDisplay(), **settings, **options)
+    print_study(result, is_new=bool(settings))
+    for command in () if result.saved else result.exports:
+        echo(f"\nto save the recommended one: {command}")
+    for unit in dict.fromkeys(search.unit for search in result.searches if search.unit != "layer"):
+        plural = unit_plural(unit)
+        echo(f"no command saves it: tracker export takes whole layers out, and no {plural}")
+    if result.saved:
+        echo()
+        print_export(result.saved)
+    if result.outcome.unsaved:
+        echo(f"not saved: {result.outcome.unsaved}")
+    sys.exit(result.outcome.exit_code)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tracker.cli.commands import main
-from tracker.cli.options import asking, keys, running
+from tracker.cli.options import add_options, experiment_options, work_options
 from tracker.cli.printing import print_study
-from tracker.cli.terminal import Show, begin, say, say_all
+from tracker.cli.terminal import ProgressDisplay, announce_start, echo, echo_all
 from tracker.studies.registry import QuantiseSettings
 
 
 class QuantiseOptions(QuantiseSettings):
-    """The options of `tracker quantise`: the study's settings, and where the choice is saved."""
+    """Options of `tracker quantise`: the study's settings, and a folder for the choice."""
 
     output: Path | None = None
     """New folder in which to save the recommended choice. It has recipes for llama.cpp,
@@ -22,10 +22,10 @@ class QuantiseOptions(QuantiseSettings):
 
 
 @main.command()
-@asking()
-@keys(QuantiseOptions, *QuantiseOptions.model_fields)
-@running
-def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> None:
+@experiment_options()
+@add_options(QuantiseOptions, *QuantiseOptions.model_fields)
+@work_options
+def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
     """Choose which weights may have fewer bits, and test the choice.
 
     Each linear map of the layers in EXPERIMENT is measured alone in each format, on 'sample'
@@ -45,17 +45,17 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **told: Any) -> 
     """
     from tracker import api
 
-    begin()
-    done = api.quantise(experiment, progress=Show(), **settings, **told)
-    print_study(done, is_new=bool(settings))
-    say()
-    if done.saved is None:
-        for path in done.files:
-            say(f"which map has which format: {path}")
-        say("to save the recommended choice: the same command with --output FOLDER")
+    announce_start()
+    result = api.quantise(experiment, progress=ProgressDisplay(), **settings, **options)
+    print_study(result, is_new=bool(settings))
+    echo()
+    if result.saved is None:
+        for path in result.files:
+            echo(f"which map has which format: {path}")
+        echo("to save the recommended choice: the same command with --output FOLDER")
     else:
-        say_all(*done.saved.proof.sentences())
-        say(f"saved: {done.saved.folder}")
-        for tool in done.saved.recipes:
-            say(f"the smaller file by {tool}: see the folder")
-    sys.exit(done.outcome.exit_code)
+        echo_all(*result.saved.proof.sentences())
+        echo(f"saved: {result.saved.folder}")
+        for tool in result.saved.recipes:
+            echo(f"the smaller file by {tool}: see the folder")
+    sys.exit(result.outcome.exit_code)

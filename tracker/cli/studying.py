@@ -10,24 +10,24 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.help import GroupedCommand
-from tracker.cli.options import asking, keys, running
+from tracker.cli.options import add_options, experiment_options, work_options
 from tracker.cli.printing import print_study
-from tracker.cli.terminal import Show, begin, say
-from tracker.studies.registry import StudySettings, studies
+from tracker.cli.terminal import ProgressDisplay, announce_start, echo
+from tracker.studies.registry import StudySettings, load_studies
 
 
 class StudyGroup(click.Group):
-    """The commands of all registered studies that have none elsewhere."""
+    """The commands of all registered studies without a command of their own."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """List the names of the studies."""
-        return sorted(name for name, settings in studies().items() if not settings.command)
+        return sorted(name for name, settings in load_studies().items() if not settings.command)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command of a study."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        return _command(cmd_name, studies()[cmd_name])
+        return _study_command(cmd_name, load_studies()[cmd_name])
 
 
 @main.group(cls=StudyGroup)
@@ -54,20 +54,20 @@ def study() -> None:
     """
 
 
-def _command(name: str, kind: type[StudySettings]) -> click.Command:
-    """Make the command of a study: its options and its help are those of its settings."""
+def _study_command(name: str, settings_class: type[StudySettings]) -> click.Command:
+    """Create the command of a study, with the options and the help of its settings."""
 
-    def answer(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
-        begin()
+    def run_study(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
+        announce_start()
         from tracker import api
 
-        done = api.study(name, experiment, progress=Show(), **settings, **options)
-        print_study(done, is_new=bool(settings))
-        for line in done.exports:
-            say()
-            say(f"to save the best that is shown to be better: {line}")
-        sys.exit(done.outcome.exit_code)
+        result = api.study(name, experiment, progress=ProgressDisplay(), **settings, **options)
+        print_study(result, is_new=bool(settings))
+        for command_line in result.exports:
+            echo(f"\nto save the best that is shown to be better: {command_line}")
+        sys.exit(result.outcome.exit_code)
 
-    answer.__doc__ = kind.__doc__
-    command = asking()(keys(kind, *kind.model_fields)(running(answer)))
+    run_study.__doc__ = settings_class.__doc__
+    options = add_options(settings_class, *settings_class.model_fields)
+    command = experiment_options()(options(work_options(run_study)))
     return click.command(name, cls=GroupedCommand)(command)

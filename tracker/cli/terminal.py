@@ -1,6 +1,6 @@
-"""Output to the terminal: lines, tables and bars, without passwords and control characters.
+"""Write lines, tables and bars to the terminal, without passwords and control characters.
 
-Everything that tracker prints goes through `say`, `table` or `Show`.
+Everything that tracker prints goes through `echo`, `print_table` or `ProgressDisplay`.
 """
 
 from __future__ import annotations
@@ -14,90 +14,91 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracker.core.tables import Table, headed, written
-from tracker.core.text import harmless, masked
+from tracker.core.tables import Table, entry_text, heading_text
+from tracker.core.text import mask_secrets, replace_controls
 from tracker.measuring.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-LONG = 2.0
-"""Seconds after which a terminal shows what is being done."""
-FIRST, EVERY = 15, 300
-"""Seconds to the first line about some work, and between two, where no terminal shows its bar."""
-LOUD = (
+STATUS_DELAY = 2.0
+"""Seconds after which a terminal shows the current step."""
+FIRST_LINE_DELAY, LINE_INTERVAL = 15, 300
+"""Seconds to the first line about some work, and between two, if no terminal shows its bar."""
+NOISY_LIBRARIES = (
     *("accelerate", "lm_eval", "lm-eval", "datasets", "transformers"),
     *("alembic", "mlflow", "urllib3", "httpx"),
 )
-"""Libraries that log what a user does not need."""
+"""Libraries whose messages users do not need."""
 
 
-def shown(text: object) -> str:
-    """Make anything fit to be printed."""
-    return masked(harmless(str(text)))
+def printable(text: object) -> str:
+    """Convert a value to text without passwords and control characters."""
+    return mask_secrets(replace_controls(str(text)))
 
 
-def say(text: object = "", error: bool = False) -> None:
-    """Print a line, to the standard error if it is an `error`."""
-    click.echo(shown(text), err=error)
+def echo(text: object = "", error: bool = False) -> None:
+    """Print a line, to standard error if `error` is set."""
+    click.echo(printable(text), err=error)
 
 
-def say_all(*lines: str, error: bool = False) -> None:
-    """Print lines, but for empty ones."""
+def echo_all(*lines: str, error: bool = False) -> None:
+    """Print lines except empty ones."""
     for line in filter(None, lines):
-        say(line, error)
+        echo(line, error)
 
 
-def begin() -> None:
+def announce_start() -> None:
     """Announce the first step of a command, whose imports take seconds."""
-    say("reading models and benchmarks", error=True)
+    echo("reading models and benchmarks", error=True)
 
 
-def print_table(made: Table) -> None:
-    """Print a table, without its notes; figures never wrap and stand at the right."""
+def print_table(table: Table) -> None:
+    """Print a table without its notes; figures are aligned to the right and never wrap."""
     from rich.table import Table as Printed
     from rich.text import Text
 
-    printed = Printed(
-        title=Text(shown(made.title), style="bold") if made.title else None,
+    rich_table = Printed(
+        title=Text(printable(table.title), style="bold") if table.title else None,
         title_justify="left",
         box=None,
         pad_edge=False,
         header_style="bold",
     )
     lines = [
-        [Text(shown(written(e, h).text)) for e, h in zip(row, made.headings, strict=True)]
-        for row in made.rows
+        [Text(printable(entry_text(e, h).text)) for e, h in zip(row, table.headings, strict=True)]
+        for row in table.rows
     ]
-    for place, heading in enumerate(made.headings):
-        number = heading.unit != "text"
-        widest = max((line[place].cell_len for line in lines), default=0)
-        printed.add_column(
-            Text(shown(headed(heading))),
-            justify="right" if number else "left",
-            min_width=widest * number,
+    for column, heading in enumerate(table.headings):
+        is_number = heading.unit != "text"
+        # A minimum as wide as the widest entry keeps figures on one line.
+        max_width = max((line[column].cell_len for line in lines), default=0)
+        rich_table.add_column(
+            Text(printable(heading_text(heading))),
+            justify="right" if is_number else "left",
+            min_width=max_width * is_number,
             overflow="fold",
         )
     for line in lines:
-        printed.add_row(*line)
-    console().print(printed)
+        rich_table.add_row(*line)
+    make_console().print(rich_table)
 
 
-class Show(Progress):
-    """Shows a run: a bar with the remaining time, and lines above it.
+class ProgressDisplay(Progress):
+    """A progress bar with the remaining time, and lines above it.
 
-    What is written into a file, as a job's log is, gets the bar as a line now and then.
+    In a file, such as a job's log, the bar is written as a line from time to time.
     """
 
     def __init__(self, error: bool = False) -> None:
-        self._console = console(error)
+        self._console = make_console(error)
         self._bar: Bar | None = None
         self._due = 0.0
 
     def say(self, message: str) -> None:
         """Print a line."""
-        self._console.print(shown(message), style="dim", markup=False, highlight=False)
+        self._console.print(printable(message), style="dim", markup=False, highlight=False)
 
     def start(self, title: str, total: int, unit: str = "responses") -> None:
         """Open the bar of some work."""
@@ -114,9 +115,9 @@ class Show(Progress):
             console=self._console,
             speed_estimate_period=600,
         )
-        self._bar.add_task(shown(title), total=total)
+        self._bar.add_task(printable(title), total=total)
         self._bar.start()
-        self._due = time.monotonic() + FIRST
+        self._due = time.monotonic() + FIRST_LINE_DELAY
 
     def expect(self, more: int) -> None:
         """Change the total of the bar."""
@@ -130,7 +131,7 @@ class Show(Progress):
             self._bar.advance(self._bar.task_ids[0], responses)
             if not self._console.is_terminal and time.monotonic() >= self._due:
                 self._console.print(self._bar.get_renderable())
-                self._due = time.monotonic() + EVERY
+                self._due = time.monotonic() + LINE_INTERVAL
 
     def finish(self) -> None:
         """Close the bar."""
@@ -139,13 +140,13 @@ class Show(Progress):
             self._bar = None
 
 
-class StatusLine(Show):
-    """Shows on a terminal what has been done for two seconds and longer, until it ends."""
+class StatusLine(ProgressDisplay):
+    """A line on a terminal that shows a step if it takes longer than two seconds."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._status = console(error=True).status("reading models and benchmarks")
-        self._timer = Timer(LONG, self._status.start)
+        self._status = make_console(error=True).status("reading models and benchmarks")
+        self._timer = Timer(STATUS_DELAY, self._status.start)
 
     def __enter__(self) -> StatusLine:
         if sys.stderr.isatty():
@@ -159,23 +160,23 @@ class StatusLine(Show):
         self._status.stop()
 
     def step(self, message: str) -> None:
-        """Show it in the place of what was done before."""
+        """Replace the text of the line."""
         from rich.text import Text
 
-        self._status.update(Text(shown(message)))
+        self._status.update(Text(printable(message)))
 
 
-def console(error: bool = False) -> Console:
-    """Make the console that bars and tables are drawn on."""
+def make_console(error: bool = False) -> Console:
+    """Create the console for bars and tables."""
     from rich.console import Console
 
-    found = Console(stderr=error, soft_wrap=True)
-    if not found.is_terminal:
-        found.width = 1000  # a file has no edge to wrap at; tables stay whole
-    return found
+    new_console = Console(stderr=error, soft_wrap=True)
+    if not new_console.is_terminal:
+        new_console.width = 1000  # a file has no edge to wrap at; tables stay whole
+    return new_console
 
 
-def quiet(debug: bool) -> None:
+def silence_libraries(debug: bool) -> None:
     """Silence the bars and notes of libraries, unless debugging."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not debug:
         # Nothing can be downloaded, so no bar of a library shows what a user waits for.
@@ -184,16 +185,16 @@ def quiet(debug: bool) -> None:
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Lines()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_EchoHandler()])
     logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.INFO)
-    for name in LOUD:
+    for name in NOISY_LIBRARIES:
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
-    # What draws png and pdf logs a traceback for every message of the browser that it ignores.
+    # The renderer of png and pdf logs a traceback for every browser message that it ignores.
     logging.getLogger("choreographer").setLevel(logging.INFO if debug else logging.CRITICAL)
 
 
-class _Lines(logging.Handler):
-    """Prints what is logged, above whatever is shown at the time."""
+class _EchoHandler(logging.Handler):
+    """Handler that prints log messages above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record), error=True)
+        echo(self.format(record), error=True)

@@ -1,4 +1,4 @@
-"""Commands over what is measured already: report, leaderboard, sync, ls, log-samples, check."""
+"""Commands on stored results: report, leaderboard, sync, ls, log-samples, check."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pydantic import Field
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
-    FORMATS,
-    Backends,
-    Layers,
-    Place,
-    Told,
-    Word,
-    chosen,
+    REPORT_FORMS,
+    BackendsType,
+    CommandOptions,
+    LayersType,
+    PathType,
+    WordType,
+    add_options,
+    choose_folder,
     documents_option,
     folder_argument,
-    keys,
     publish_option,
     results_option,
     runs_option,
     sources_argument,
-    trust,
+    trust_option,
 )
-from tracker.cli.printing import benchmark_of, print_boards, print_each, runnable
-from tracker.cli.terminal import Show, begin, print_table, say, say_all
-from tracker.core.formats import counted
-from tracker.core.tables import Column, table
+from tracker.cli.printing import benchmark_label, print_boards, print_failures, runnable_command
+from tracker.cli.terminal import ProgressDisplay, announce_start, echo, echo_all, print_table
+from tracker.core.formats import count_text
+from tracker.core.tables import Column, build_table
 
 if TYPE_CHECKING:
     from tracker.core.records import CellRecord
@@ -40,19 +40,19 @@ if TYPE_CHECKING:
     from tracker.results import Results
 
 
-class ReportOptions(Told):
-    """Which report is written, and where."""
+class ReportOptions(CommandOptions):
+    """Options of the format and the file of a report."""
 
-    form: Annotated[str, click.Choice(FORMATS)] = Field("html", alias="format")
+    form: Annotated[str, click.Choice(REPORT_FORMS)] = Field("html", alias="format")
     """Format. html: the page. md, tex: tables. csv, parquet: all data. png, pdf: figures."""
-    output: Annotated[Path | None, Place()] = None
+    output: Annotated[Path | None, PathType()] = None
     """File for html, md and tex, folder for other formats (default: in the results folder, or here
     if there are several sources)."""
 
 
 @main.command()
 @sources_argument
-@keys(ReportOptions, "form", "output")
+@add_options(ReportOptions, "form", "output")
 @publish_option("the page, as a run of its own")
 @documents_option
 @results_option
@@ -71,15 +71,15 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
       tracker report --publish wandb:my-team/layers
     """
     from tracker import api
-    from tracker.ledger.files import stream
+    from tracker.ledger.files import find_stream
 
-    done = api.report(*sources, progress=Show(error=True), **settings)
-    written = ", ".join(map(str, done.files))
-    if len(done.files) > 1:
-        written = f"{len(done.files)} files in {done.files[0].parent}"
-    aside = any(stream(path) is not None for path in done.files)
-    say(f"{counted(len(done.cells), 'measurement')}: {written}", error=aside)
-    _end_report(done)
+    result = api.report(*sources, progress=ProgressDisplay(error=True), **settings)
+    files_text = ", ".join(map(str, result.files))
+    if len(result.files) > 1:
+        files_text = f"{len(result.files)} files in {result.files[0].parent}"
+    has_stream = any(find_stream(path) is not None for path in result.files)
+    echo(f"{count_text(len(result.cells), 'measurement')}: {files_text}", error=has_stream)
+    _finish_report(result)
 
 
 @main.command()
@@ -102,35 +102,35 @@ def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """
     from tracker import api
 
-    done = api.leaderboard(*sources, progress=Show(error=True), **settings)
-    print_boards(done.cells)
-    _end_report(done)
+    result = api.leaderboard(*sources, progress=ProgressDisplay(error=True), **settings)
+    print_boards(result.cells)
+    _finish_report(result)
 
 
-def _end_report(done: Results) -> NoReturn:
-    for location in done.outcome.locations.values():
-        say(f"published: {runnable(location)}")
-    _end(done.notes, "failed", done.outcome.failed)
+def _finish_report(result: Results) -> NoReturn:
+    for location in result.outcome.locations.values():
+        echo(f"published: {runnable_command(location)}")
+    _finish(result.notes, "failed", result.outcome.failed)
 
 
-def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn:
-    """End a command: what else a person should know, and what went wrong."""
-    say_all(*notes, error=True)
-    print_each(head, failed)
-    sys.exit(1 if failed else 0)
+def _finish(notes: Iterable[str], prefix: str, failures: Mapping[str, str]) -> NoReturn:
+    """End a command: print notes and failures, and exit."""
+    echo_all(*notes, error=True)
+    print_failures(prefix, failures)
+    sys.exit(1 if failures else 0)
 
 
-class Syncing(Told):
-    """Where runs go."""
+class SyncOptions(CommandOptions):
+    """Options of the backends to synchronise."""
 
-    to: Annotated[tuple[str, ...] | None, Backends()] = None
+    to: Annotated[tuple[str, ...] | None, BackendsType()] = None
     """Tracking backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT,
     trackio (default: wherever each benchmark was published before, else mlflow). Without a project,
     each benchmark goes to that of its experiment."""
 
 
 @main.command()
-@keys(Syncing, "to")
+@add_options(SyncOptions, "to")
 @click.option(
     "--sweep",
     metavar="ENTITY/PROJECT/ID",
@@ -140,7 +140,7 @@ class Syncing(Told):
 @runs_option
 @documents_option
 @results_option
-def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **how: Any) -> None:
+def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **options: Any) -> None:
     """Publish what a tracking backend does not have yet.
 
     \b
@@ -154,38 +154,36 @@ def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **how: An
 
     if sweep is not None:
         if to is not None:
-            raise click.BadParameter(
-                "it fills that sweep alone; leave --to out", None, None, "--sweep"
-            )
+            raise click.UsageError("--sweep fills that sweep alone; leave --to out")
         _sync_sweep(sweep, results)
     if to == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
-    done = api.sync(to, results=results, **how)
-    say(f"published: {counted(len(done.published), 'measurement')}")
-    for place, cells in done.places.items():
+    result = api.sync(to, results=results, **options)
+    echo(f"published: {count_text(len(result.published), 'measurement')}")
+    for target, cells in result.places.items():
         new, changed = sum(cell.created for cell in cells), sum(cell.updated for cell in cells)
         same = sum(cell.unchanged for cell in cells)
-        made = f"{counted(new, 'new run')}, {changed} changed, {same} as before"
-        say(f"{place}: {counted(len(cells), 'measurement')}; {made}")
-    for location in dict.fromkeys(done.locations.values()):
-        say(f"see them: {runnable(location)}")
-    _end(done.notes, "not published", done.failed)
+        counts = f"{count_text(new, 'new run')}, {changed} changed, {same} as before"
+        echo(f"{target}: {count_text(len(cells), 'measurement')}; {counts}")
+    for location in dict.fromkeys(result.locations.values()):
+        echo(f"see them: {runnable_command(location)}")
+    _finish(result.notes, "not published", result.failed)
 
 
 def _sync_sweep(sweep: str, results: Path) -> NoReturn:
     from tracker import api
 
-    done = api.sync_sweep(sweep, results=results)
-    say(f"{len(done.filled)} runs filled, of {done.unfinished} that were killed or failed")
-    print_each("wants measuring", done.wanting)
-    if done.wanting:
-        say(
+    result = api.sync_sweep(sweep, results=results)
+    echo(f"{len(result.filled)} runs filled, of {result.unfinished} that were killed or failed")
+    print_failures("wants measuring", result.wanting)
+    if result.wanting:
+        echo(
             "measure them into this folder (tracker run FILE, or tracker evaluate with a trial's "
             "settings), then type this again",
             error=True,
         )
-    print_each("not filled", done.failed)
-    sys.exit(1 if done.failed or done.wanting else 0)
+    print_failures("not filled", result.failed)
+    sys.exit(1 if result.failed or result.wanting else 0)
 
 
 @main.command(name="ls")
@@ -201,7 +199,7 @@ def list_cells(folder: Path | None, results: Path) -> None:
       tracker ls
       tracker ls /shared/anna/results
     """
-    results = chosen(folder, results)
+    results = choose_folder(folder, results)
     from tracker import api
     from tracker.analysis.comparable import row_labels
 
@@ -211,56 +209,57 @@ def list_cells(folder: Path | None, results: Path) -> None:
     labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
 
     def layers(cell: CellRecord) -> str:
-        return f"{len({run.change.first for run in cell.runs} - {None})} of {cell.model.layers}"
+        measured = {run.change.first_layer for run in cell.runs} - {None}
+        return f"{len(measured)} of {cell.model.layers}"
 
     def runs(cell: CellRecord) -> str:
-        measured = len(cell.runs)
-        return " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing)))))
+        total = f" of {len(cell.runs) + len(cell.missing)}" if cell.missing else ""
+        return f"{len(cell.runs)}{total}"
 
     def baseline(cell: CellRecord) -> str:
         return "–" if cell.baseline.value is None else f"{cell.baseline.value:.3f}"
 
     columns: tuple[Column[CellRecord], ...] = (
         Column("model", "text", lambda cell: labels[id(cell)][0]),
-        Column("benchmark", "text", lambda cell: benchmark_of(cell, labels[id(cell)][1])),
+        Column("benchmark", "text", lambda cell: benchmark_label(cell, labels[id(cell)][1])),
         Column("shots", "count", lambda cell: cell.benchmark.num_fewshot),
-        Column("documents", "count", _documents),
+        Column("documents", "count", _describe_documents),
         Column("layers", "text", layers),
         Column("runs", "count", runs),
         Column("baseline", "text", baseline),
         Column("key", "text", lambda cell: cell.key[:12]),
     )
-    print_table(table("", columns, cells))
-    for place, (documents, why) in unfinished.items():
-        say(f"unfinished: {place}: {counted(documents, 'document')}; {why}")
-    _end((), "damaged", damaged)
+    print_table(build_table("", columns, cells))
+    for cell_path, (documents, reason) in unfinished.items():
+        echo(f"unfinished: {cell_path}: {count_text(documents, 'document')}; {reason}")
+    _finish((), "damaged", damaged)
 
 
-def _documents(cell: CellRecord) -> str:
+def _describe_documents(cell: CellRecord) -> str:
     if cell.is_raced:
         return f"{cell.unfinished} (seed {cell.answer.seed if cell.answer else ''})"
     if cell.unfinished is not None:
-        return ", ".join(filter(None, (cell.unfinished, cell.drawn)))
-    return " ".join(filter(None, (str(cell.n), cell.drawn)))
+        return ", ".join(filter(None, (cell.unfinished, cell.sampling_text)))
+    return " ".join(filter(None, (str(cell.n), cell.sampling_text)))
 
 
-class Samples(Told):
-    """Which result files are written, and where."""
+class SampleOptions(CommandOptions):
+    """Options of the result files to write, and their folder."""
 
-    output: Annotated[Path, Place()]
+    output: Annotated[Path, PathType()]
     """Output folder, with one folder per model, as lm_eval --output_path writes them."""
-    model: Annotated[tuple[str, ...], Word()] = ()
+    model: Annotated[tuple[str, ...], WordType()] = ()
     """Model whose files are written (default: all). May be repeated."""
-    benchmark: Annotated[tuple[str, ...], Word()] = ()
+    benchmark: Annotated[tuple[str, ...], WordType()] = ()
     """Benchmark whose files are written (default: all). May be repeated."""
-    layer: Annotated[tuple[tuple[int, ...], ...], Layers()] = ()
+    layer: Annotated[tuple[tuple[int, ...], ...], LayersType()] = ()
     """First layers of the removals whose files are written besides the intact model's, e.g. 3,17 or
     3-7 (default: all). May be repeated."""
 
 
 @main.command()
-@keys(Samples, *Samples.model_fields)
-@trust
+@add_options(SampleOptions, *SampleOptions.model_fields)
+@trust_option
 @results_option
 def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: Any) -> None:
     """Write lm-eval's own files of every model.
@@ -276,21 +275,21 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
       tracker log-samples --output lm-eval --benchmark arc_easy --layer 3 --layer 11
       tracker log-samples --results /scratch/llama --output lm-eval --model Llama-3.2-1B
     """
-    begin()
+    announce_start()
     from tracker import api
 
     layers = tuple(chain.from_iterable(layer))
-    done = api.log_samples(output, layer=layers, progress=Show(error=True), **settings)
-    folders = len({path.parent for path in done.files})
-    say(f"{folders} models, {len(done.files)} files: {output}")
-    _end(done.notes, "failed", done.failed)
+    result = api.log_samples(output, layer=layers, progress=ProgressDisplay(error=True), **settings)
+    n_folders = len({path.parent for path in result.files})
+    echo(f"{n_folders} models, {len(result.files)} files: {output}")
+    _finish(result.notes, "failed", result.failed)
 
 
 @main.command()
 @folder_argument
 @results_option
 @click.option(
-    "--against", type=Place(), help="Copy of the folder to compare with, outcome by outcome."
+    "--against", type=PathType(), help="Copy of the folder to compare with, outcome by outcome."
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.
@@ -304,10 +303,10 @@ def check(folder: Path | None, results: Path, against: Path | None) -> None:
       tracker check
       tracker check /archive/llama --against results
     """
-    results = chosen(folder, results)
+    results = choose_folder(folder, results)
     from tracker import api
 
-    found, differences = api.check(results, against, Show(error=True))
+    verification, differences = api.check(results, against, ProgressDisplay(error=True))
     columns: tuple[Column[VerifiedCell], ...] = (
         Column("measurement", "text", lambda cell: cell.store.folder.name),
         Column("shards", "count", lambda cell: cell.shards),
@@ -315,12 +314,14 @@ def check(folder: Path | None, results: Path, against: Path | None) -> None:
         Column("outcomes", "count", lambda cell: cell.outcomes),
         Column("set aside", "count", lambda cell: cell.aside),
     )
-    print_table(table("", columns, found.cells))
-    print_each("damaged", found.damaged)
+    print_table(build_table("", columns, verification.cells))
+    print_failures("damaged", verification.damaged)
     for difference in differences:
-        say(f"differs: {difference}", error=True)
-    shards = counted(sum(cell.shards for cell in found.cells), "shard")
-    verdict = "damaged" if found.damaged else "no damage"
-    copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
-    say(f"{counted(len(found.cells), 'measurement')}, {shards}: {verdict}{copies}")
-    sys.exit(1 if found.damaged or differences else 0)
+        echo(f"differs: {difference}", error=True)
+    shards = count_text(sum(cell.shards for cell in verification.cells), "shard")
+    verdict = "damaged" if verification.damaged else "no damage"
+    comparison = (
+        f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
+    )
+    echo(f"{count_text(len(verification.cells), 'measurement')}, {shards}: {verdict}{comparison}")
+    sys.exit(1 if verification.damaged or differences else 0)

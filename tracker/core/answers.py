@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracker.core.changes import WHOLE_LAYER
-from tracker.core.formats import listed
-from tracker.core.questions import question
+from tracker.core.formats import join_words
+from tracker.core.questions import Question, parse_question
 from tracker.core.records import AnswerRecord, CellRecord, RunAnswer
 
 _ORDINALS = (
     *("first", "second", "third", "fourth", "fifth"),
     *("sixth", "seventh", "eighth", "ninth", "tenth"),
 )
-_NAMED = 8
-"""Most open runs that are named one by one; more are only counted."""
+_MAX_NAMED_RUNS = 8
+"""Maximum number of open runs that are named one by one; more are only counted."""
 
 
 def statement(answer: AnswerRecord) -> str:
@@ -27,12 +27,11 @@ def statement(answer: AnswerRecord) -> str:
         For example `top 2: the largest drops are those of layers 0 and 11 (95 % confidence; 320 of
         570 documents, 41 % of the layer passes)`.
     """
-    return (
-        f"{answer.question}: {_said(answer)} ({100 * answer.level:g} % confidence; {took(answer)})"
-    )
+    level = f"{100 * answer.level:g} % confidence"
+    return f"{answer.question}: {_answer_text(answer)} ({level}; {answer_cost(answer)})"
 
 
-def took(answer: AnswerRecord) -> str:
+def answer_cost(answer: AnswerRecord) -> str:
     """Write how many documents and layer passes an answer took.
 
     Args:
@@ -41,13 +40,11 @@ def took(answer: AnswerRecord) -> str:
     Returns:
         For example `320 of 570 documents, 41 % of the layer passes`.
     """
-    share = 100 * answer.passes / answer.passes_of
-    measured = (
-        f"{answer.measured:,} of {answer.population:,} documents, {share:.0f} % of the layer passes"
-    )
+    share = f"{100 * answer.passes / answer.passes_of:.0f} % of the layer passes"
+    cost = f"{answer.measured:,} of {answer.population:,} documents, {share}"
     if answer.looked == answer.measured:
-        return measured
-    return f"{measured}; looked at were {answer.looked:,}, each task in proportion"
+        return cost
+    return f"{cost}; looked at were {answer.looked:,}, each task in proportion"
 
 
 def interval_name(cell: CellRecord) -> str:
@@ -65,8 +62,8 @@ def interval_name(cell: CellRecord) -> str:
     return f"confidence sequence at {100 * cell.answer.level:g} %"
 
 
-def contending(answer: AnswerRecord) -> str:
-    """Name the runs for which an answer is still open.
+def open_runs_text(answer: AnswerRecord) -> str:
+    """List the runs that the answer does not decide yet.
 
     Args:
         answer: The current answer to a question.
@@ -74,57 +71,62 @@ def contending(answer: AnswerRecord) -> str:
     Returns:
         For example `layers 7 and 19 contend for the fifth place`.
     """
-    asked, runs = question(answer.question), [run for run in answer.runs if run.open]
-    one = len(runs) == 1
-    if asked.kind == "drop":
-        within = f"{100 * (asked.within or 0):.10g} pp"
-        return (
-            f"the drop{'' if one else 's'} of {_named(runs)} {_are(one)} not known within {within}"
-        )
-    if asked.kind == "sign":
-        return f"the sign{'' if one else 's'} of {_named(runs)} {_are(one)} open"
-    count = asked.count or 0
-    left = count - sum(run.chosen for run in answer.runs)
-    place = f"the {_ordinal(count)} place" if left == 1 else f"{left} of the {count} places"
-    below = " from below" if asked.kind == "prune" else ""
-    return f"{_named(runs)} contend{'s' if one else ''} for {place}{below}"
+    parsed, runs = parse_question(answer.question), [run for run in answer.runs if run.open]
+    names, plural = _run_names(runs), "" if len(runs) == 1 else "s"
+    verb = "are" if plural else "is"
+    if parsed.kind == "drop":
+        return f"the drop{plural} of {names} {verb} not known within {_tolerance(parsed)}"
+    if parsed.kind == "sign":
+        return f"the sign{plural} of {names} {verb} open"
+    count = parsed.count or 0
+    n_left = count - sum(run.chosen for run in answer.runs)
+    place_text = f"the {_ordinal(count)} place"
+    place_text = place_text if n_left == 1 else f"{n_left} of the {count} places"
+    suffix = " from below" if parsed.kind == "prune" else ""
+    return f"{names} contend{'' if plural else 's'} for {place_text}{suffix}"
 
 
-def _said(answer: AnswerRecord) -> str:
-    asked, chosen = question(answer.question), [run for run in answer.runs if run.chosen]
+def _answer_text(answer: AnswerRecord) -> str:
+    parsed, chosen_runs = parse_question(answer.question), [r for r in answer.runs if r.chosen]
+    is_single = len(chosen_runs) == 1
     if not answer.answered and not answer.over:
-        return f"not answered yet: {contending(answer)}"
-    size = "largest" if asked.kind == "top" else "smallest"
+        return f"not answered yet: {open_runs_text(answer)}"
+    size = "largest" if parsed.kind == "top" else "smallest"
     if not answer.answered:
-        tied = _named([run for run in answer.runs if run.open])
-        among = f"; {_named(chosen)} {_are(len(chosen) == 1)} among them" if chosen else ""
-        which = f"{size} drop is" if asked.count == 1 else f"{asked.count} {size} drops are"
-        documents = answer.population
-        every = "the only document" if documents == 1 else f"all {documents:,} documents"
-        return f"the {which} not separated by {every}: {tied} tie{among}"
-    if asked.kind == "drop":
-        return f"each drop is known within {100 * (asked.within or 0):.10g} pp"
-    if asked.kind == "sign":
-        costs = _named([run for run in chosen if run.low > 0])
-        gains = _named([run for run in chosen if run.high < 0])
-        return f"the drops above 0 are those of {costs}, below 0 {gains}"
-    are = " is that" if len(chosen) == 1 else "s are those"
-    return f"the {size} drop{are} of {_named(chosen)}"
+        ties = _run_names([run for run in answer.runs if run.open])
+        if chosen_runs:
+            ties += f" tie; {_run_names(chosen_runs)} {'is' if is_single else 'are'} among them"
+        else:
+            ties += " tie"
+        drops = f"{size} drop is" if parsed.count == 1 else f"{parsed.count} {size} drops are"
+        n = answer.population
+        documents = "the only document" if n == 1 else f"all {n:,} documents"
+        return f"the {drops} not separated by {documents}: {ties}"
+    if parsed.kind == "drop":
+        return f"each drop is known within {_tolerance(parsed)}"
+    if parsed.kind == "sign":
+        positive = _run_names([run for run in chosen_runs if run.low > 0])
+        negative = _run_names([run for run in chosen_runs if run.high < 0])
+        return f"the drops above 0 are those of {positive}, below 0 {negative}"
+    verb = " is that" if is_single else "s are those"
+    return f"the {size} drop{verb} of {_run_names(chosen_runs)}"
 
 
-def _named(runs: Sequence[RunAnswer]) -> str:
-    """Name runs, whole layers by their numbers alone; many open runs are only counted."""
-    whole = all(run.change.kind == WHOLE_LAYER for run in runs)
+def _run_names(runs: Sequence[RunAnswer]) -> str:
+    """List the names of runs; whole layers are named by number, and many runs only counted."""
+    only_layers = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"
-    if any(run.open for run in runs) and len(runs) > _NAMED:
-        return f"{len(runs)} {'layers' if whole else 'runs'}"
-    names = [str(run.change.layer) if whole else run.change.label() for run in runs]
-    return f"layer{'s' if len(names) > 1 else ''} {listed(names)}" if whole else listed(names)
+    if any(run.open for run in runs) and len(runs) > _MAX_NAMED_RUNS:
+        return f"{len(runs)} {'layers' if only_layers else 'runs'}"
+    if only_layers:
+        numbers = [str(run.change.layer) for run in runs]
+        return f"layer{'s' if len(runs) > 1 else ''} {join_words(numbers)}"
+    return join_words([run.change.label() for run in runs])
 
 
-def _are(one: bool) -> str:
-    return "is" if one else "are"
+def _tolerance(parsed: Question) -> str:
+    return f"{100 * (parsed.within or 0):.10g} pp"
 
 
 def _ordinal(number: int) -> str:

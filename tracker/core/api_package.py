@@ -1,4 +1,4 @@
-"""Make packages callable that share their name with a function of the API."""
+"""Make a package callable if a function of the API has the same name."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class ApiPackage(ModuleType):
-    """A package that is called as the function of the API that has its name.
+    """A package that can be called like the API function of the same name.
 
-    Once a module of it is imported, it takes the function's place in `tracker`.
+    Importing a module of the package replaces the function in `tracker` by the package.
     """
 
     @property
     def __call__(self) -> Any:
-        """The function."""
+        """The API function that a call of the package runs."""
         return getattr(import_module("tracker.api"), self.__name__.rpartition(".")[2])
 
     @property
     def __signature__(self) -> Any:
-        """The function's signature."""
+        """The signature of the API function."""
         from inspect import signature
 
         return signature(self.__call__)

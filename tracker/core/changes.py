@@ -1,4 +1,4 @@
-"""Define a change of a model, its text, and sets of changes."""
+"""Define changes of a model, the text form of a change, and sets of changes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, cast
 
 from pydantic_core import core_schema
 
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.core.kinds import (
     COMPONENTS,
-    ENDS,
     INTERVENTIONS,
-    KINDS,
-    MAPS,
-    NUMBERED,
+    KIND_STYLES,
+    MAP_GROUPS,
+    NUMBERED_COMPONENTS,
+    OUTER_MATRICES,
     Action,
     Component,
     Intervention,
@@ -28,10 +28,10 @@ from tracker.core.weight_formats import FORMATS
 BASELINE = "baseline"
 """The name of the ablation that changes nothing."""
 MAX_LAYERS = 10_000
-"""Upper bound on the layers of a model; no model has a tenth of it."""
-FEW_MAPS = 4
-"""Most rounded maps that an ablation's name lists one by one."""
-COLUMNS = (
+"""Maximum number of layers of a model; real models have less than a tenth of this."""
+MAX_NAMED_MAPS = 4
+"""Maximum number of rounded maps that an ablation's name lists one by one."""
+CHANGE_COLUMNS = (
     *("component", "layer", "span", "intervention"),
     *("number", "repeats", "members", "drawn", "map"),
 )
@@ -39,7 +39,7 @@ COLUMNS = (
 _DRAWN = "drawn"
 _REPEAT = "repeat"
 _TEXT = re.compile(r"([a-z]\w*):(?:(\d[\d,-]*)(?:\.(.+))?|([a-z]\w*))")
-"""A word and its target: layers with an optional part after a period, or an outer matrix."""
+"""A word and a target: layers with an optional part after a period, or an outer matrix."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +54,7 @@ class Change:
         layers: The changed layers, ascending; empty for the embedding and the output head.
         intervention: The intervention on the component.
         part: The number of a head or an expert; the path of a linear map in its layer, one of
-            `MAPS`, or one of `ENDS`; None for a component that a layer has once.
+            `MAP_GROUPS`, or one of `OUTER_MATRICES`; None for a component that a layer has once.
         repeats: Number of passes through repeated layers.
         drawn: True if the layers were drawn at random, as a control.
     """
@@ -70,36 +70,34 @@ class Change:
     def parse(cls, text: str) -> Change:
         """Read the text of a change; raise ValueError if it is invalid."""
         match = _TEXT.fullmatch(text)
-        change = None if match is None else cls._of_words(*match.groups())
+        change = None if match is None else cls._from_parts(*match.groups())
         if change is None:
-            raise ValueError(
-                f"invalid change {text!r}; expected e.g. layer:3, head:3.0, int4:5.mlp.down_proj "
-                "or repeat:3-6"
-            )
+            raise ValueError(f"invalid change {text!r}; expected e.g. layer:3, head:3.0 or int4:5")
         return change
 
     @classmethod
-    def _of_words(
-        cls, word: str, layers: str | None, part: str | None, end: str | None
+    def _from_parts(
+        cls, word: str, layers: str | None, part: str | None, matrix: str | None
     ) -> Change | None:
         """Build the change from the parts of its text; return None if they are inconsistent."""
         numbers = _parse_layers(layers) if layers else ()
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
-        if end is not None or (is_format and part is not None):
-            whole = end in ENDS if part is None else len(numbers) == 1
-            return cls("linear", numbers, word, part or end) if is_format and whole else None
+        # A matrix outside the layers, or a linear map of one layer: only formats apply to these.
+        if matrix is not None or (is_format and part is not None):
+            fits = matrix in OUTER_MATRICES if part is None else len(numbers) == 1
+            return cls("linear", numbers, word, part or matrix) if is_format and fits else None
         if not numbers:
             return None
-        if component in NUMBERED:
-            single = len(numbers) == 1 and part is not None and part.isdecimal()
-            return cls(component, numbers, part=int(part or 0)) if single else None
+        if component in NUMBERED_COMPONENTS:
+            is_numbered = len(numbers) == 1 and part is not None and part.isdecimal()
+            return cls(component, numbers, part=int(part or 0)) if is_numbered else None
         if part is not None:
             return None
         if word == _DRAWN:
             return cls(layers=numbers, drawn=True)
         if re.fullmatch(rf"{_REPEAT}\d*", word):
-            times = word.removeprefix(_REPEAT)
-            return cls(layers=numbers, intervention="repeat", repeats=int(times or 2))
+            passes = word.removeprefix(_REPEAT)
+            return cls(layers=numbers, intervention="repeat", repeats=int(passes or 2))
         if component in COMPONENTS and component != "linear":
             return cls(component, numbers)
         if word in INTERVENTIONS and word != "remove" and len(numbers) == 1:
@@ -107,7 +105,7 @@ class Change:
         return None
 
     @classmethod
-    def of_fields(
+    def from_columns(
         cls,
         layer: int,
         component: Component = "layer",
@@ -122,21 +120,22 @@ class Change:
         """Build a change from the columns of data frames, which former versions stored."""
         layers = range(layer, layer + span) if members is None else members
         part = map if number is None else number
-        return cls(component, () if map in ENDS else (*layers,), intervention, part, repeats, drawn)
+        numbers = () if map in OUTER_MATRICES else (*layers,)
+        return cls(component, numbers, intervention, part, repeats, drawn)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, *_: object) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            cls._validated, serialization=core_schema.to_string_ser_schema()
+            cls._validate, serialization=core_schema.to_string_ser_schema()
         )
 
     @classmethod
-    def _validated(cls, value: object) -> Change:
+    def _validate(cls, value: object) -> Change:
         if isinstance(value, str):
             return cls.parse(value)
         if isinstance(value, Mapping):
             try:
-                value = cls.parse(str(cls.of_fields(**value)))
+                value = cls.parse(str(cls.from_columns(**value)))
             except TypeError as error:
                 raise ValueError(f"invalid change: {error}") from None
         if not isinstance(value, cls):
@@ -144,7 +143,7 @@ class Change:
         return value
 
     def __str__(self) -> str:
-        if self.is_end:
+        if self.is_outer:
             return f"{self.intervention}:{self.part}"
         word, layers = self.word, ",".join(map(str, self.layers))
         if self.intervention == _REPEAT:
@@ -159,9 +158,9 @@ class Change:
     __repr__ = __str__
 
     @property
-    def is_end(self) -> bool:
-        """True if it changes the embedding or the output head, and no layer."""
-        return self.part in ENDS
+    def is_outer(self) -> bool:
+        """True if the change affects the embedding or the output head instead of a layer."""
+        return self.part in OUTER_MATRICES
 
     @property
     def layer(self) -> int:
@@ -169,7 +168,7 @@ class Change:
         return self.layers[0] if self.layers else 0
 
     @property
-    def first(self) -> int | None:
+    def first_layer(self) -> int | None:
         """The first changed layer; None if no layer is changed."""
         return self.layers[0] if self.layers else None
 
@@ -196,7 +195,7 @@ class Change:
 
     @property
     def map(self) -> str | None:
-        """The linear map, as its path in the layer, or one of `MAPS` or `ENDS`; else None."""
+        """The path of the linear map, or one of `MAP_GROUPS` or `OUTER_MATRICES`; else None."""
         return self.part if isinstance(self.part, str) else None
 
     @property
@@ -211,81 +210,81 @@ class Change:
 
     @property
     def word(self) -> str:
-        """The first word of its text: `layer`, `attention`, `mean`, `head`."""
+        """The first word of the change's text: `layer`, `attention`, `mean`, `head`."""
         return self.component if self.intervention == "remove" else self.intervention
 
     @property
     def action(self) -> Action:
-        """The action of the engine's stream at its layer."""
+        """The action that the engine's stream takes at the changed layer."""
         if self.intervention == "remove":
-            whole = {"layer": Action.SKIP, "attention": Action.NO_ATTENTION, "mlp": Action.NO_MLP}
-            return whole.get(self.component, Action.NO_PARTS)
+            actions = {"layer": Action.SKIP, "attention": Action.NO_ATTENTION, "mlp": Action.NO_MLP}
+            return actions.get(self.component, Action.NO_PARTS)
         return Action.ROUNDED if self.intervention in FORMATS else Action(self.intervention)
 
     @property
-    def many(self) -> str:
+    def plural(self) -> str:
         """The plural of the changed part, such as `heads`; empty for whole layers."""
         if self.component == "linear":
             return f"linear maps in {self.word}"
-        return KINDS[self.word].many
+        return KIND_STYLES[self.word].plural
 
     @property
     def target(self) -> str:
-        """The text after its word: `3.0`, `5.mlp.down_proj`, `3-6`, `embedding`."""
+        """The change's text after the first word: `3.0`, `5.mlp.down_proj`, `3-6`, `embedding`."""
         return str(self).partition(":")[2]
 
-    def at(self, layer: int) -> Change:
-        """Return the same change, which starts at layer 0, at another layer."""
+    def at_layer(self, layer: int) -> Change:
+        """Move a change that starts at layer 0 to another first layer."""
         return replace(self, layers=tuple(layer + n for n in self.layers))
 
     @property
     def kind(self) -> Change:
-        """The same change at layer 0: changes of one kind form a curve over the layers."""
-        return self if self.members or self.is_end else replace(self, layers=(*range(self.span),))
+        """The same change moved to layer 0; changes of one kind form a curve over the layers."""
+        return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """The same change without its layers and its part, which changes on one map share."""
+        """The change without its layers and its part; changes of one family share one map."""
         return replace(self, layers=(0,), part=None, drawn=False)
 
     @property
     def is_single(self) -> bool:
-        """True if it changes one layer and no numbered or named part of it."""
+        """True if it changes one whole layer or sublayer, not a single head, expert or map."""
         return self.span == 1 and self.part is None
 
     @property
     def order(self) -> tuple[int | str, ...]:
-        """The sort key: components (layer, attention, MLP, …), interventions, spans, layers."""
-        component, done = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
+        """The sort key: by component (layer, attention, MLP, …), intervention, span and layers."""
+        kinds = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
         number = -1 if self.number is None else self.number
-        order = (component, done, self.repeats, self.drawn, self.span, self.layer, number)
-        return (*order, self.map or "", *(self.members or ()))
+        order = (*kinds, self.repeats, self.drawn, self.span, self.layer, number)
+        return (*order, self.path, *(self.members or ()))
 
     def __lt__(self, other: Change) -> bool:
         return self.order < other.order
 
     def label(self, digits: int = 1) -> str:
-        """Return the name that people read: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
+        """Return the name for display: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
 
         Layer numbers are padded with zeros to `digits`.
         """
-        if self.is_end:
+        if self.is_outer:
             return f"{self.map} {self.intervention}"
         if self.members:
             return f"layers {', '.join(map(str, self.members))}{' (drawn)' if self.drawn else ''}"
-        first, last = (f"{n:0{digits}d}" for n in (self.layer, self.stop - 1))
+        start, end = (f"{n:0{digits}d}" for n in (self.layer, self.stop - 1))
         if self.number is not None:
-            return f"layer {first} {self.word} {self.number}"
+            return f"layer {start} {self.word} {self.number}"
         if self.map is not None:
-            return f"layer {first} {self.map} {self.intervention}"
+            return f"layer {start} {self.map} {self.intervention}"
         word = "layers" if self.component == "layer" and self.span > 1 else self.word
         if self.intervention == _REPEAT:
             word = _REPEAT if self.repeats == 2 else f"{_REPEAT} {self.repeats} times:"
-        return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
+        return f"{word} {start}" if self.span == 1 else f"{word} {start}–{end}"
 
     @property
     def layer_words(self) -> str:
-        """The layers in a sentence: `layer 5`, `layers 3 to 6`."""
+        """The layers as words of a sentence: `layer 5`, `layers 3 to 6`."""
         last = self.stop - 1
         return f"layer {last}" if self.span == 1 else f"layers {self.layer} to {last}"
 
@@ -296,28 +295,25 @@ class Change:
 
     @property
     def clause(self) -> str:
-        """The sentence of a repeated span: `layers 3 to 6 are passed twice`."""
+        """A clause about a repeated span: `layers 3 to 6 are passed twice`."""
         return f"{self.layer_words} {'is' if self.span == 1 else 'are'} passed {self.times}"
 
-    def each(self) -> list[Change]:
-        """List its changes of single layers; a repeated span stays whole."""
-        if self.intervention == _REPEAT or self.is_end:
+    def split_by_layer(self) -> list[Change]:
+        """Split the change into changes of single layers; a repeated span stays whole."""
+        if self.intervention == _REPEAT or self.is_outer:
             return [self]
         return [replace(self, layers=(layer,), drawn=False) for layer in self.layers]
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Its columns, without uncommon ones that have their default."""
-        usual = COLUMNS[3:]
-        return {
-            name: value
-            for name in COLUMNS
-            if (value := getattr(self, name)) != getattr(WHOLE_LAYER, name) or name not in usual
-        }
+        """The change's values by column, without uncommon columns that have their default."""
+        usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
+        values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
+        return {n: value for n, value in values.items() if n not in usual or value != usual[n]}
 
 
 WHOLE_LAYER = Change()
-"""The kind that removes one whole layer: the proxies are measured for these alone."""
+"""The kind of change that removes one whole layer; only such changes have layer proxies."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -325,25 +321,24 @@ class Ablation:
     """A set of changes that one stream of the engine computes; the empty set is the baseline.
 
     Attributes:
-        changes: Changes of single layers, and repeated spans of which no two end at one layer.
+        changes: Changes of single layers, and repeated spans. No two spans end at the same layer.
     """
 
     changes: frozenset[Change] = frozenset()
 
     @classmethod
-    def of(cls, *changes: Change, removed: Iterable[int] = ()) -> Ablation:
+    def from_changes(cls, *changes: Change, removed: Iterable[int] = ()) -> Ablation:
         """Build an ablation from changes of a model without `removed` layers."""
-        gone = frozenset(Change(layers=(layer,)) for layer in removed)
-        single = (part for change in changes for part in change.each())
+        removals = frozenset(Change(layers=(layer,)) for layer in removed)
+        parts = (part for change in changes for part in change.split_by_layer())
         # Other changes of a removed layer have no effect.
-        lost = {change.layer for change in gone}
-        rest = (part for part in single if part.is_end or part.layer not in lost)
-        return cls(gone.union(rest))
+        layers = {change.layer for change in removals}
+        return cls(removals.union(p for p in parts if p.is_outer or p.layer not in layers))
 
     @classmethod
     def parse(cls, name: str) -> Ablation:
         """Read the name of an ablation; raise ValueError if it is invalid or holds a digest."""
-        return cls.of(*map(Change.parse, name.split("+"))) if name != BASELINE else cls()
+        return cls.from_changes(*map(Change.parse, name.split("+"))) if name != BASELINE else cls()
 
     def __str__(self) -> str:
         return self.name
@@ -354,100 +349,96 @@ class Ablation:
     def name(self) -> str:
         """The name in the ledger: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`.
 
-        Several removed layers, or sublayers of a kind, are one change. More than `FEW_MAPS`
-        rounded maps are named by a digest.
+        Several removed layers, or sublayers of a kind, are named as one change. More than
+        `MAX_NAMED_MAPS` rounded maps are named by a digest.
         """
-        whole = [
-            str(Change(component, layers))
-            for component in ("layer", "attention", "mlp", "shared_expert")
-            if (layers := self.removed(component))
-        ]
-        rounded = [str(change) for change in self.rounded]
-        if len(rounded) > FEW_MAPS:  # a mixture of formats
-            rounded = [f"rounded:{content_hash(rounded)[:16]}"]
-        names = (*self.replaced, *self.parts)
-        return "+".join([*whole, *map(str, names), *rounded, *map(str, self.repeated)]) or BASELINE
+        components: tuple[Component, ...] = ("layer", "attention", "mlp", "shared_expert")
+        names = [str(Change(c, layers)) for c in components if (layers := self.removed(c))]
+        names += map(str, (*self.replacements, *self.parts))
+        roundings = [str(change) for change in self.roundings]
+        if len(roundings) > MAX_NAMED_MAPS:  # a mixture of formats
+            roundings = [f"rounded:{content_hash(roundings)[:16]}"]
+        return "+".join([*names, *roundings, *map(str, self.repetitions)]) or BASELINE
 
     def removed(self, component: Component = "layer") -> tuple[int, ...]:
-        """List the layers that lose a component, ascending."""
+        """List the layers from which a whole component is removed, ascending."""
         changes = self._by_word.get(component, [])
         return tuple(sorted(change.layer for change in changes))
 
     @property
     def heads(self) -> tuple[Change, ...]:
-        """The removed heads, and groups of them."""
-        return self._of("head", "kv_head")
+        """The removed heads and the removed groups of heads."""
+        return self._with_words("head", "kv_head")
 
     @property
     def experts(self) -> tuple[Change, ...]:
         """The removed routed experts."""
-        return self._of("expert")
+        return self._with_words("expert")
 
     @property
     def parts(self) -> tuple[Change, ...]:
         """The removed heads and experts, by layer."""
-        return self._of(*NUMBERED)
+        return self._with_words(*NUMBERED_COMPONENTS)
 
     @property
-    def replaced(self) -> tuple[Change, ...]:
+    def replacements(self) -> tuple[Change, ...]:
         """The layers that have a fitted replacement."""
-        return self._of(*(word for word, look in KINDS.items() if look.fitted))
+        return self._with_words(*(word for word, style in KIND_STYLES.items() if style.fitted))
 
     @cached_property
-    def rounded(self) -> tuple[Change, ...]:
+    def roundings(self) -> tuple[Change, ...]:
         """The layers, linear maps and outer matrices whose weights are rounded to a format.
 
         They are sorted by layer and name, so a map's own format follows that of its group.
         """
-        rounded = (change for change in self.changes if change.intervention in FORMATS)
-        return tuple(sorted(rounded, key=lambda change: (change.layer, change.map or "")))
+        changes = (change for change in self.changes if change.intervention in FORMATS)
+        return tuple(sorted(changes, key=lambda change: (change.layer, change.path)))
 
     @property
-    def repeated(self) -> tuple[Change, ...]:
-        """The spans of layers that are passed several times."""
-        return self._of(_REPEAT)
+    def repetitions(self) -> tuple[Change, ...]:
+        """The spans of layers that the forward pass repeats."""
+        return self._with_words(_REPEAT)
 
     @property
-    def ends(self) -> dict[str, str]:
+    def outer_formats(self) -> dict[str, str]:
         """The formats of the embedding and the output head."""
-        return {str(change.part): change.intervention for change in self.rounded if change.is_end}
+        return {str(c.part): c.intervention for c in self.roundings if c.is_outer}
 
     @property
     def has_sublayers(self) -> bool:
-        """True if it removes a whole sublayer of any layer."""
-        return bool(self._of("attention", "mlp"))
+        """True if the ablation removes a whole sublayer of any layer."""
+        return bool(self._with_words("attention", "mlp"))
 
     @property
-    def has_groups_of_maps(self) -> bool:
-        """True if it rounds all linear maps of an attention or an MLP of any layer."""
-        return any(change.part in MAPS for change in self.rounded)
+    def has_map_groups(self) -> bool:
+        """True if the ablation rounds all linear maps of the attention or the MLP of any layer."""
+        return any(change.part in MAP_GROUPS for change in self.roundings)
 
     @property
     def expert(self) -> Change | None:
-        """The removed routed expert; None unless it is the only removed part."""
+        """The removed routed expert; None unless an expert is the only removed part."""
         parts = self.parts
         return parts[0] if len(parts) == 1 and parts[0].component == "expert" else None
 
     @property
-    def is_fitted(self) -> bool:
+    def has_replacements(self) -> bool:
         """True if any layer has a fitted replacement."""
-        return bool(self.replaced)
+        return bool(self.replacements)
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """The changes by layer; a repeated span belongs to its last layer, where it restarts."""
-        layers = grouped(
-            (change for change in self.changes if not change.is_end), lambda change: change.stop - 1
-        )
-        return {layer: Ablation(frozenset(changes)) for layer, changes in layers.items()}
+        """The changes of each layer; a repeated span is listed at its last layer."""
+        changes = (change for change in self.changes if not change.is_outer)
+        layers = group_by(changes, lambda change: change.stop - 1)
+        return {layer: Ablation(frozenset(group)) for layer, group in layers.items()}
 
-    def at(self, layer: int) -> Ablation:
+    def at_layer(self, layer: int) -> Ablation:
         """Return the changes at one layer."""
         return self.by_layer.get(layer, INTACT)
 
     @cached_property
     def action(self) -> Action:
-        """The action at the layer, for an ablation whose changes are all at one layer."""
+        """The action at the changed layer, if all changes are at a single layer."""
         actions = {change.action for change in self.changes}
         if {Action.NO_ATTENTION, Action.NO_MLP} <= actions:
             return Action.SKIP
@@ -455,22 +446,22 @@ class Ablation:
 
     @cached_property
     def _by_word(self) -> dict[str, list[Change]]:
-        return grouped(self.changes, lambda change: change.word)
+        return group_by(self.changes, lambda change: change.word)
 
-    def _of(self, *words: str) -> tuple[Change, ...]:
+    def _with_words(self, *words: str) -> tuple[Change, ...]:
         changes = (change for word in words for change in self._by_word.get(word, ()))
         return tuple(sorted(changes, key=lambda change: (change.layer, change)))
 
 
 INTACT = Ablation()
-"""The baseline: nothing is changed."""
+"""The baseline: the ablation without changes."""
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
     """Read layers such as `3`, `3,17` or `3-7`, ascending; return () if the list is invalid."""
     layers: set[int] = set()
-    for piece in text.split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", piece)
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", item)
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
         if not span or len(span) > MAX_LAYERS:
             return ()

@@ -12,22 +12,22 @@ from pydantic import BaseModel, model_validator
 
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.errors import ExperimentError
-from tracker.core.extent import EVERY, Extent, Part, Positive
+from tracker.core.extent import UNLIMITED_SAMPLE, DocumentPart, Extent, Positive
 from tracker.core.fields import (
-    Arguments,
     BenchmarkName,
     Count,
     Dtype,
     Folders,
+    JsonArguments,
     Layers,
     Name,
     QuestionText,
-    Strict,
+    StrictModel,
     Times,
-    checked,
+    validate_settings,
 )
-from tracker.core.kinds import ENDS, NUMBERED, UNITS, Component, Intervention
-from tracker.core.questions import Question, question
+from tracker.core.kinds import NUMBERED_COMPONENTS, OUTER_MATRICES, UNITS, Component, Intervention
+from tracker.core.questions import Question, parse_question
 from tracker.core.weight_formats import FORMATS
 
 EXECUTORS = {
@@ -38,7 +38,7 @@ EXECUTORS = {
 """Name of an executor → its class, which is imported when it is chosen."""
 EXECUTORS_GROUP = "layer_tracker.executors"
 """The group of entry points by which other packages add executors."""
-RESTS = ("device", "host", "disk")
+OFFLOAD_PLACES = ("device", "host", "disk")
 """Places where offloaded layers are stored."""
 COMPETITORS = ("vllm",)
 """Programs that the engine can be compared with, besides lm-eval with transformers."""
@@ -52,10 +52,10 @@ def executor_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*EXECUTORS, *sorted(names))))
 
 
-S = TypeVar("S", bound=BaseModel)
+SpecType = TypeVar("SpecType", bound=BaseModel)
 
 
-class ModelSpec(Strict):
+class ModelSpec(StrictModel):
     """The weights of a model; equal specs share one loaded model."""
 
     model: Name
@@ -64,7 +64,7 @@ class ModelSpec(Strict):
     """Branch, tag or commit on the Hugging Face hub."""
     dtype: Dtype = "auto"
     """Data type of the weights; auto: that of the checkpoint."""
-    model_args: Arguments | None = None
+    model_args: JsonArguments | None = None
     """Arguments for loading the model, e.g. peft=ADAPTER or load_in_4bit=True."""
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class ModelSpec(Strict):
         return [str(value) for _, value in self]
 
 
-class BenchmarkSpec(Strict):
+class BenchmarkSpec(StrictModel):
     """A benchmark and its prompts, under lm-eval's names and with their meanings."""
 
     benchmark: BenchmarkName
@@ -93,44 +93,41 @@ class BenchmarkSpec(Strict):
     """Chat template: true, or its name (default: none)."""
     fewshot_as_multiturn: bool | None = None
     """Few-shot examples as turns of a chat (default: yes, with a chat template)."""
-    chat_template_args: Arguments | None = None
+    chat_template_args: JsonArguments | None = None
     """Arguments of the chat template."""
     enable_thinking: bool | None = None
     """Let the model think before it answers. Needs think_end_token."""
     think_end_token: int | Name | None = None
     """Token that ends the thinking; the answer is the text after it."""
-    gen_kwargs: Arguments | None = None
+    gen_kwargs: JsonArguments | None = None
     """Arguments of generation, e.g. max_gen_toks=64,until=… or JSON."""
-    metadata: Arguments | None = None
+    metadata: JsonArguments | None = None
     """Metadata for tasks that generate their documents, such as RULER."""
 
     @model_validator(mode="after")
-    def _has_end_of_thinking(self) -> BenchmarkSpec:
+    def _check_thinking(self) -> BenchmarkSpec:
         if self.enable_thinking and self.think_end_token is None:
-            raise ValueError(
-                "enable_thinking needs think_end_token, such as </think>: what of a text is the "
-                "answer? lm-eval asks for it too"
-            )
+            raise ValueError("enable_thinking needs think_end_token, e.g. </think>, as in lm-eval")
         return self
 
     def __str__(self) -> str:
         return self.benchmark
 
-    def named(self, benchmark: str) -> BenchmarkSpec:
+    def renamed(self, benchmark: str) -> BenchmarkSpec:
         """Return another benchmark with the same settings."""
         return self.model_copy(update={"benchmark": benchmark})
 
 
-class Documents(Strict, Extent):
+class DocumentSpec(StrictModel, Extent):
     """Documents of a benchmark: all or a half; of these the first, or some drawn at random."""
 
-    part: Part | None = None
+    part: DocumentPart | None = None
     """Disjoint documents for choosing (calibration) and for testing (test). These are the training
     split and the scored split, or else two random halves of the scored split (default: all that
     lm-eval scores)."""
 
 
-class ChangeGrid(Strict):
+class ChangeGrid(StrictModel):
     """Grid of changes in files and commands: every combination of the values."""
 
     layers: tuple[Count, ...]
@@ -140,9 +137,9 @@ class ChangeGrid(Strict):
     spans: tuple[Positive, ...] = (1,)
     """Number of neighbouring layers that are removed together, from that layer on."""
     interventions: tuple[Intervention, ...] = ("remove",)
-    """Intervention. remove: remove it. mean, scale, linear: replace it by its mean update, a factor
-    or a linear map, fitted on calibration text. int4, q4_k, …: round its weights to a format.
-    repeat: pass the layers of the span again."""
+    """Intervention: remove it, or replace it by a fitted mean update (mean), factor (scale) or
+    linear map (linear). Or round its weights to a format: int4, q4_k, …. Or repeat: pass the layers
+    of the span again."""
     heads: tuple[Count, ...] = ()
     """Head of the layer (component head), or group of heads that share keys and values (component
     kv_head), 0-based (default: all)."""
@@ -166,33 +163,33 @@ class Changes(ChangeGrid):
     exact: tuple[Change, ...] | None = None
     """The changes themselves, where they are not every combination of the grid."""
 
-    def expanded(self) -> Iterator[Change]:
+    def expand(self) -> Iterator[Change]:
         """Yield the changes, unchecked: components outermost, then interventions."""
         if self.exact is not None:
             yield from self.exact
             return
         fields = (self.components, self.interventions, self.spans, self.layers)
         for component, intervention, span, layer in product(*fields):
-            numbers = self.numbers(component) if component in NUMBERED else (None,)
+            numbers = self.numbers(component) if component in NUMBERED_COMPONENTS else (None,)
             maps = self.maps if component == "linear" else (None,)
             repeats = self.repeats if intervention == "repeat" else (2,)
-            for number, name, times in product(numbers, maps, repeats):
-                layers = () if name in ENDS else (*range(layer, layer + span),)
+            for number, name, passes in product(numbers, maps, repeats):
+                layers = () if name in OUTER_MATRICES else (*range(layer, layer + span),)
                 part = name if number is None else number
-                yield Change(component, layers, intervention, part, times)
+                yield Change(component, layers, intervention, part, passes)
 
-    def exactly(self, changes: Iterable[Change]) -> Changes:
+    def with_exact(self, changes: Iterable[Change]) -> Changes:
         """Return a copy with an explicit list of changes."""
         return self.model_copy(update={"exact": tuple(changes)})
 
     def numbers(self, component: Component) -> tuple[int, ...]:
-        """Return the numbers of a layer's heads or experts; empty for all of them."""
+        """Return the requested numbers of a layer's heads or experts; empty for all."""
         return self.experts if component == "expert" else self.heads
 
     @property
     def numbered(self) -> list[Component]:
-        """The components of which a layer has several."""
-        return [component for component in self.components if component in NUMBERED]
+        """The requested components of which a layer has several, such as heads."""
+        return [component for component in self.components if component in NUMBERED_COMPONENTS]
 
     @property
     def has_parts(self) -> bool:
@@ -201,19 +198,17 @@ class Changes(ChangeGrid):
 
     @property
     def lacks_maps(self) -> bool:
-        """True if linear maps are requested without naming any, which means all."""
+        """True if linear maps are requested but none is named, which means all maps."""
         return "linear" in self.components and not self.maps
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
-        """The layers that are removed alone and as a whole, ascending."""
-        return tuple(
-            sorted(change.layer for change in self.expanded() if change.kind == WHOLE_LAYER)
-        )
+        """The layers that are each removed alone and as a whole, ascending."""
+        return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
 
     @property
-    def single(self) -> Change:
-        """The first change; raises ExperimentError where the part of the layer is not named."""
+    def first_change(self) -> Change:
+        """The first requested change; raises ExperimentError if no part of the layer is named."""
         if self.lacks_maps:
             raise ExperimentError(
                 "which linear map of the layer? Give its name: --map mlp.down_proj (a sweep lists "
@@ -222,12 +217,12 @@ class Changes(ChangeGrid):
             )
         for component in self.numbered:
             if not self.numbers(component):
-                key = IN_THE_FILE[field_of(component)]
+                key = FILE_KEYS[number_field(component)]
                 raise ExperimentError(f"which {component} of the layer? Give its number: --{key} 0")
-        return next(self.expanded())
+        return next(self.expand())
 
 
-class CellSettings(ChangeGrid, Documents, BenchmarkSpec, ModelSpec):
+class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
     """Settings of one cell under the flat names of files, commands and keywords.
 
     Its fields define the keys of experiment files and the options of the command line.
@@ -243,34 +238,31 @@ class CellSettings(ChangeGrid, Documents, BenchmarkSpec, ModelSpec):
     """Metric (default: the one that is usually reported for the benchmark)."""
 
     @model_validator(mode="after")
-    def _has_one_end(self) -> CellSettings:
+    def _check_one_limit(self) -> CellSettings:
         if self.until is not None and (self.limit is not None or self.sample is not None):
-            given = "limit" if self.sample is None else "sample"
-            raise ValueError(
-                f"until and {given} are both given: as many documents as the answer takes, or "
-                "just so many? Leave one of them out"
-            )
+            key = "limit" if self.sample is None else "sample"
+            raise ValueError(f"until and {key} are both given; leave one of them out")
         return self
 
-    def spec(self, kind: type[S]) -> S:
+    def spec(self, kind: type[SpecType]) -> SpecType:
         """Return one group of these settings, such as a `ModelSpec`."""
         return kind(**{name: value for name, value in self if name in kind.model_fields})
 
     @property
     def request(self) -> CellRequest:
-        """The request that these settings make."""
+        """The request that these settings describe."""
         return CellRequest(
             model=self.spec(ModelSpec),
             benchmark=self.spec(BenchmarkSpec),
-            documents=self.spec(Documents),
+            documents=self.spec(DocumentSpec),
             changes=self.spec(Changes),
             removed=self.removed,
-            until=None if self.until is None else question(self.until),
+            until=None if self.until is None else parse_question(self.until),
             metric=self.metric,
         )
 
 
-_ALL_DOCUMENTS, _NO_CHANGES = Documents(), Changes()
+_DEFAULT_DOCUMENTS, _NO_CHANGES = DocumentSpec(), Changes()
 
 
 @dataclass(frozen=True)
@@ -289,7 +281,7 @@ class CellRequest:
 
     model: ModelSpec
     benchmark: BenchmarkSpec
-    documents: Documents = _ALL_DOCUMENTS
+    documents: DocumentSpec = _DEFAULT_DOCUMENTS
     changes: Changes = _NO_CHANGES
     removed: tuple[int, ...] = ()
     until: Question | None = None
@@ -297,7 +289,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The flat settings of which `CellSettings.request` makes this request."""
+        """The flat settings from which `CellSettings.request` builds this request."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         for group in (self.model, self.benchmark, self.documents, self.changes):
@@ -306,32 +298,32 @@ class CellRequest:
 
     @property
     def extent(self) -> Extent:
-        """The requested documents; all in random order where there is a question."""
+        """The requested documents; with a question, all documents in random order."""
         if self.until is not None:
-            return Extent(sample=EVERY, seed=self.documents.seed)
+            return Extent(sample=UNLIMITED_SAMPLE, seed=self.documents.seed)
         return self.documents
 
     @property
     def title(self) -> str:
         """The cell's name in messages."""
-        beneath = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
+        removed = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
         metric = f" by {self.metric}" if self.metric else ""
         part = f" ({self.documents.part})" if self.documents.part else ""
-        return f"{self.model} × {self.benchmark}{part}{beneath}{metric}"
+        return f"{self.model} × {self.benchmark}{part}{removed}{metric}"
 
     def with_changes(self, changes: Iterable[Change] | None = None, **grid: Any) -> CellRequest:
-        """Return the request for other changes: exactly these, or every combination of a grid."""
+        """Copy the request with other changes: exactly these, or every combination of a grid."""
         if changes is not None:
-            return replace(self, changes=self.changes.exactly(changes))
+            return replace(self, changes=self.changes.with_exact(changes))
         return replace(self, changes=Changes(**grid))
 
-    def on(self, part: Part, **size: int | None) -> CellRequest:
-        """Return the request for one half of the documents, and for another sample of it."""
+    def on_part(self, part: DocumentPart, **size: int | None) -> CellRequest:
+        """Copy the request for one half of the documents, with another sample of that half."""
         update = {"part": part, **size}
         return replace(self, documents=self.documents.model_copy(update=update))
 
-    def why_invalid(self, change: Change, layers: int) -> str | None:
-        """Return why a change cannot be measured on a model; None where it can.
+    def invalid_reason(self, change: Change, layers: int) -> str | None:
+        """Return why a change cannot be measured on a model; None for a valid change.
 
         Args:
             change: The change.
@@ -344,56 +336,51 @@ class CellRequest:
         if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
             return f"{component} is removed from one layer at a time"
         if component == "linear" and (intervention not in FORMATS or change.span != 1):
-            return (
-                "a linear map is given weights of a format, such as intervention: int4, one at a "
-                "time"
-            )
-        if change.is_end:
+            return "a linear map of a single layer takes only a format such as int4"
+        if change.is_outer:
             return None
         if intervention == "repeat" and component != "layer":
-            return "repeat is done to whole layers"
+            return "repeat applies to whole layers only"
         if intervention in FORMATS and component not in ("layer", "linear"):
-            return f"{intervention} is done to layers, or to linear maps (component: linear)"
+            return f"{intervention} applies to layers, or to linear maps (component: linear)"
         if intervention not in ("remove", "repeat") and change.span != 1:
-            return f"{intervention} is done to single layers"
+            return f"{intervention} applies to single layers only"
         if intervention not in ("remove", "repeat", *FORMATS) and component != "layer":
-            return f"{intervention} is done to whole single layers"
+            return f"{intervention} applies to single whole layers only"
         if change.stop > layers:
-            return (
-                f"{change.span} layers from layer {change.layer} on reach beyond layer "
-                f"{layers - 1}, the last one"
-            )
+            reach = f"{change.span} layers from layer {change.layer} on"
+            return f"{reach} reach beyond layer {layers - 1}, the last one"
         if {*change.layers} & {*self.removed}:
-            what = f"layer {change.layer}"
+            span = f"layer {change.layer}"
             if change.span > 1:
-                what = f"one of layers {change.layer} to {change.stop - 1}"
-            return f"{what} is among the removed layers {', '.join(map(str, self.removed))}"
-        if len(Ablation.of(change, removed=self.removed).removed()) >= layers:
+                span = f"one of layers {change.layer} to {change.stop - 1}"
+            return f"{span} is among the removed layers {', '.join(map(str, self.removed))}"
+        if len(Ablation.from_changes(change, removed=self.removed).removed()) >= layers:
             return "no layer would be left"
         return None
 
     def valid_changes(self, layers: int) -> list[Change]:
-        """List the valid changes of a model with this number of layers, each once.
+        """List the valid changes of a model with this number of layers, without duplicates.
 
-        Changes for which `why_invalid` returns a reason are left out.
+        Changes for which `invalid_reason` returns a reason are left out.
         """
-        changes = dict.fromkeys(self.changes.expanded())
-        return [change for change in changes if self.why_invalid(change, layers) is None]
+        changes = dict.fromkeys(self.changes.expand())
+        return [change for change in changes if self.invalid_reason(change, layers) is None]
 
     def ablations(self, layers: int) -> list[Ablation]:
-        """List the ablations: baseline, `removed` alone, every valid change; each once."""
-        changes = self.valid_changes(layers)
-        ablations = (Ablation.of(change, removed=self.removed) for change in changes)
-        return list(dict.fromkeys([INTACT, Ablation.of(removed=self.removed), *ablations]))
+        """List the ablations without duplicates: baseline, `removed` alone, every valid change."""
+        runs = [(), *((change,) for change in self.valid_changes(layers))]
+        ablations = (Ablation.from_changes(*run, removed=self.removed) for run in runs)
+        return list(dict.fromkeys([INTACT, *ablations]))
 
 
-def field_of(component: Component) -> Literal["heads", "experts"]:
-    """Return the field that holds the numbers of a layer's parts of a kind."""
+def number_field(component: Component) -> Literal["heads", "experts"]:
+    """Return the field of `ChangeGrid` that holds the numbers of heads or of experts."""
     return "experts" if component == "expert" else "heads"
 
 
 def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:
-    """List the ablations of several requests together, each once."""
+    """List the ablations of several requests together, without duplicates."""
     ablations = (request.ablations(layers) for request in requests)
     return list(dict.fromkeys(chain.from_iterable(ablations)))
 
@@ -401,7 +388,7 @@ def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation
 def cell_request(**settings: Any) -> CellRequest:
     """Build a request from settings (None = not given); raise RequestError for invalid ones."""
     given = {name: value for name, value in settings.items() if value is not None}
-    return checked(CellSettings, given, "--", IN_THE_FILE).request
+    return validate_settings(CellSettings, given, "--", FILE_KEYS).request
 
 
 def stored_request(settings: Mapping[str, Any]) -> CellRequest:
@@ -411,12 +398,12 @@ def stored_request(settings: Mapping[str, Any]) -> CellRequest:
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build the request of one run from settings under the names of `KEYS`."""
-    given = {KEYS.get(key, key): value for key, value in settings.items() if value is not None}
-    return cell_request(**{f: (v,) if f in IN_THE_FILE else v for f, v in given.items()})
+    """Build the request of one run from settings under the names of `FIELDS_BY_KEY`."""
+    fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
+    return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})
 
 
-IN_THE_FILE = {
+FILE_KEYS = {
     "layers": "layer",
     "components": "component",
     "spans": "span",
@@ -427,13 +414,13 @@ IN_THE_FILE = {
     "repeats": "repeats",
 }
 """Field with several values → its key in files and its option."""
-_FIRST = (
+_FIRST_FIELDS = (
     *("model", "benchmark", *ChangeGrid.model_fields, "removed", "revision", "dtype"),
     *("num_fewshot", "part", "limit", "sample", "until", "metric", "seed", "data", "model_args"),
 )
 """Fields in the order in which files and `--help` list them; the others follow."""
-KEYS: Mapping[str, str] = {
-    IN_THE_FILE.get(field, field): field
-    for field in dict.fromkeys((*_FIRST, *CellSettings.model_fields))
+FIELDS_BY_KEY: Mapping[str, str] = {
+    FILE_KEYS.get(field, field): field
+    for field in dict.fromkeys((*_FIRST_FIELDS, *CellSettings.model_fields))
 }
 """Keys of experiment files, options and keywords → the field of `CellSettings`."""

@@ -1,4 +1,4 @@
-"""Define records of the documents that a run loses and wins."""
+"""Define records of the documents on which a run does worse or better than the intact model."""
 
 from __future__ import annotations
 
@@ -7,38 +7,40 @@ from typing import Any
 from pydantic import Field
 
 from tracker.core.changes import Change
-from tracker.core.identities import Record, Shown
+from tracker.core.identities import Record, SafeText
 
-PRIVATE = "the texts of your own task are not uploaded (use --publish-documents to upload them)"
+PRIVATE_TEXTS = (
+    "the texts of your own task are not uploaded (use --publish-documents to upload them)"
+)
 
 
 class ShownDocument(Record):
-    """A document that some run loses or wins, with the intact model's response."""
+    """A document that becomes worse or better in some run, with the intact model's response."""
 
     task: str
     doc: int
-    """Its position in the task's split, 0-based."""
-    question: Shown | None
+    """The document's position in the task's split, 0-based."""
+    question: SafeText | None
     """The question; None where the text is unknown or private."""
-    choices: tuple[Shown, ...]
-    answer: Shown | None
+    choices: tuple[SafeText, ...]
+    answer: SafeText | None
     """The gold answer where there are no options."""
     gold: int | None
     choice: int | None
     """The option that the intact model chooses, 0-based."""
     margin: float | None
-    text: Shown | None
+    text: SafeText | None
     """The text that the intact model generates."""
 
 
 class DecidedDocument(Record):
-    """A run's response to a document that it loses or wins."""
+    """A run's response to a document on which it does worse or better than the intact model."""
 
     document: int
-    """Its position in `DecisionsRecord.documents`."""
+    """The document's position in `DecisionsRecord.documents`."""
     choice: int | None
     margin: float | None
-    text: Shown | None
+    text: SafeText | None
 
 
 Quartiles = tuple[float, float, float]
@@ -46,43 +48,43 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """The documents that a run loses and wins, and totals over all documents."""
+    """The documents that become worse or better in a run, and totals over all documents."""
 
     run: Change
     lost: int
-    """Number of documents with a worse result than the intact model's."""
+    """Number of documents on which the run does worse than the intact model."""
     won: int
     margins: Quartiles | None
     options: tuple[float, ...]
-    """Frequency of each chosen option; empty without options."""
+    """Frequency with which the run chooses each option; empty without options."""
     named_lost: int
-    """Number of lost documents in `named`, where they come first."""
+    """Number of lost documents in `named`; they are listed first."""
     named: tuple[DecidedDocument, ...]
-    """The documents whose margin changes most."""
+    """The lost and won documents whose margin changes most."""
 
     def without_texts(self) -> RunDecisions:
         """Return a copy without the texts that models generated."""
-        named = tuple(document.model_copy(update={"text": None}) for document in self.named)
-        return self.model_copy(update={"named": named})
+        documents = tuple(document.model_copy(update={"text": None}) for document in self.named)
+        return self.model_copy(update={"named": documents})
 
 
 class DecisionsRecord(Record):
-    """The documents that the runs of a cell's view lose and win."""
+    """The documents that become worse or better in the runs of a cell's view."""
 
     n: int
     """Number of documents."""
     right: int
-    """Documents that the intact model answers correctly; 0 for metrics without correct answers."""
+    """Number of correct answers of the intact model; 0 for metrics without correct answers."""
     margins: Quartiles | None
-    """Margins of the intact model: gold option minus the best other option."""
+    """Quartiles of the intact model's margins: gold option minus the best other option."""
     options: tuple[float, ...]
     gold: tuple[float, ...]
-    """Frequency of each option as the gold option."""
+    """Frequency with which each option is the gold option."""
     documents: tuple[ShownDocument, ...]
-    """The documents that some run names."""
+    """The documents that at least one run lists in `named`."""
     runs: tuple[RunDecisions, ...]
     compared: tuple[int, ...]
-    """The whole layers that `both` compares in pairs."""
+    """The removed whole layers whose lost documents `both` compares in pairs."""
     both: tuple[tuple[int, ...], ...]
     public: bool
     """True if every known text comes from the hub or a package."""
@@ -91,8 +93,8 @@ class DecisionsRecord(Record):
 
     def without_texts(self) -> DecisionsRecord:
         """Return a copy without the texts of documents and of models."""
-        silent: dict[str, Any] = {"question": None, "choices": (), "answer": None, "text": None}
-        documents = tuple(document.model_copy(update=silent) for document in self.documents)
+        empty: dict[str, Any] = {"question": None, "choices": (), "answer": None, "text": None}
+        documents = tuple(document.model_copy(update=empty) for document in self.documents)
         runs = tuple(run.without_texts() for run in self.runs)
-        reasons = {**self.reasons, "texts": PRIVATE}
+        reasons = {**self.reasons, "texts": PRIVATE_TEXTS}
         return self.model_copy(update={"documents": documents, "runs": runs, "reasons": reasons})

@@ -11,19 +11,19 @@ import shlex
 import sys
 from pathlib import Path
 
-NAME = "layer-tracker"
+DISTRIBUTION_NAME = "layer-tracker"
 __version__ = "0.1.0"
 REPOSITORY = "https://github.com/layer-tracker/layer-tracker"
-UNSUPPORTED = "tracker runs on Linux and macOS; on Windows, use it inside WSL 2"
-FORMAT = 3
-"""The format of a results folder and its files; no other one is read or written."""
+UNSUPPORTED_SYSTEM = "tracker runs on Linux and macOS; on Windows, use it inside WSL 2"
+LEDGER_FORMAT = 3
+"""Version number of the format of results folders; other versions are not read or written."""
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "experiments"
-"""The folder of example experiments: in a wheel, or the checkout's."""
+EXAMPLES_FOLDER = Path(__file__).resolve().parents[1] / "experiments"
+"""The folder of example experiments, in the installed wheel or in the checkout."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def pip_install(*arguments: str) -> str:
+def pip_command(*arguments: str) -> str:
     """Return the command that installs packages into the running environment.
 
     The command can be pasted into a shell in any folder.
@@ -31,11 +31,11 @@ def pip_install(*arguments: str) -> str:
     return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
 
 
-def install_extra(extra: str) -> str:
+def extra_command(extra: str) -> str:
     """Return the command that installs the packages of an extra."""
     if _is_checkout():
-        return pip_install("--editable", f"{_ROOT}[{extra}]")
-    return pip_install(f"{NAME}[{extra}]")
+        return pip_command("--editable", f"{_ROOT}[{extra}]")
+    return pip_command(f"{DISTRIBUTION_NAME}[{extra}]")
 
 
 def package_folder(module: str) -> Path | None:
@@ -44,26 +44,27 @@ def package_folder(module: str) -> Path | None:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
-    places = spec.submodule_search_locations if spec is not None else None
-    return Path(places[0]) if places else None
+    folders = spec.submodule_search_locations if spec is not None else None
+    return Path(folders[0]) if folders else None
 
 
-def upgrade() -> str:
+def upgrade_command() -> str:
     """Return the command that upgrades tracker."""
     if _is_checkout():
-        pull = shlex.join(["git", "-C", str(_ROOT), "pull"])
-        return f"{pull} && {pip_install('--editable', str(_ROOT))}"
-    return pip_install("--upgrade", NAME)
+        pull_command = shlex.join(["git", "-C", str(_ROOT), "pull"])
+        return f"{pull_command} && {pip_command('--editable', str(_ROOT))}"
+    return pip_command("--upgrade", DISTRIBUTION_NAME)
 
 
-def other_format(number: object) -> str:
-    """Return the message for files of another format; empty for the current format."""
-    if number == FORMAT:
+def format_problem(number: object) -> str:
+    """Return an error message if a file's format is not the current one; else an empty text."""
+    if number == LEDGER_FORMAT:
         return ""
     age, advice = "an older", "Read it with that one"
-    if isinstance(number, int) and number > FORMAT:
-        age, advice = "a newer", f"Upgrade ({upgrade()})"
-    return f"was written by {age} tracker (format {number}; this one knows {FORMAT}). {advice}"
+    if isinstance(number, int) and number > LEDGER_FORMAT:
+        age, advice = "a newer", f"Upgrade ({upgrade_command()})"
+    formats = f"format {number}; this one knows {LEDGER_FORMAT}"
+    return f"was written by {age} tracker ({formats}). {advice}"
 
 
 def _is_checkout() -> bool:

@@ -41,13 +41,14 @@ class Prompt:
     think_end_token: str | int | None = None
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """The maximum number of generated tokens; lm-eval's default is 256."""
         return int(self.settings.get("max_gen_toks", 256))
 
-    def limited_to(self, tokens: int) -> Prompt:
+    def with_limit(self, tokens: int) -> Prompt:
         """Return the same prompt with at most this number of generated tokens."""
-        return replace(self, settings={**self.settings, "max_gen_toks": min(tokens, self.longest)})
+        limit = min(tokens, self.max_tokens)
+        return replace(self, settings={**self.settings, "max_gen_toks": limit})
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Document:
     """One benchmark item.
 
     Attributes:
-        task: The lm-eval task or the corpus that it belongs to.
-        index: Its position in the task's split, 0-based.
+        task: The lm-eval task or the corpus that the document belongs to.
+        index: The document's position in the task's split, 0-based.
         requests: The requests of the document, in lm-eval's order.
         gold: The request with the right answer; None where lm-eval names none or several.
         choices: Number of answers that a random predictor chooses from; 0 for open answers.
@@ -73,15 +74,20 @@ class Document:
     rolling: bool = False
     prompt: Prompt | None = None
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """The task and the document's position in the task's split."""
+        return self.task, self.index
+
     def tokens_digest(self, max_length: int) -> str:
         """Hash the tokens that a model with this context length reads, and the scored counts."""
-        texts: list[Any] = [
-            [(text.context + text.continuation)[-(max_length + 1) :], len(text.continuation)]
-            for text in self.requests
-        ]
+        texts: list[Any] = []
+        for request in self.requests:
+            tokens = (request.context + request.continuation)[-(max_length + 1) :]
+            texts.append([tokens, len(request.continuation)])
         if self.prompt is not None:
-            room = max(1, max_length - self.prompt.longest)
-            texts += [self.requests[0].context[-room:], self.prompt.settings]
+            n_tokens = max(1, max_length - self.prompt.max_tokens)
+            texts += [self.requests[0].context[-n_tokens:], self.prompt.settings]
         return content_hash(texts)[:16]
 
 
@@ -90,9 +96,9 @@ class DocumentText:
     """The text of a document for display, without few-shot examples and templates.
 
     Attributes:
-        question: The end of the prompt; the whole text where that is scored.
+        question: The end of the prompt; the whole text if the whole text is scored.
         choices: The options, in the order of the requests; none for open answers.
-        answer: The gold answer where there are no options; None where there is none.
+        answer: The gold answer of a document without options; None if the task gives no answer.
     """
 
     question: str
@@ -101,7 +107,7 @@ class DocumentText:
 
 
 class Response(NamedTuple):
-    """The model's response to one request; the first two fields are lm-eval's for a choice.
+    """The model's response to one request; lm-eval returns the first two fields for a choice.
 
     Attributes:
         loglikelihood: Summed log-probability of the continuation, in nats.

@@ -101,12 +101,12 @@ def attempt(compute: Callable[[], T]) -> T | Exception:
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` with the nearest allowed word, or an empty text."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error, with the second one if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    some = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return some[:300] or type(error).__name__
+    message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return message[:300] or type(error).__name__

@@ -6,22 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal[
-    "text",
-    "count",
-    "rank",
-    "points",
-    "percent",
-    "score",
-    "coefficient",
-    "relevance",
-    "proxy",
-    "metric",
-    "p",
-    "nats",
-    "times",
-]
-"""Unit of a figure; `WRITTEN` of `core/formats.py` defines how each unit is written."""
+FigureUnit = (
+    Literal["text", "count", "rank", "points", "percent", "score", "coefficient"]
+    | Literal["relevance", "proxy", "metric", "p", "nats", "times"]
+)
+"""Unit of a figure; `UNIT_FORMATS` of `core/formats.py` defines how each unit is written."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +26,23 @@ class Estimate:
     p_value: float | None = None
     reason: str | None = None
     """Reason why `value` is None; None if there is a value."""
-    unit: Unit | None = None
+    unit: FigureUnit | None = None
     """Unit of the figure in a column of several units; None for the column's unit."""
 
     @property
-    def between(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None if one of them is undefined."""
+    def bounds(self) -> tuple[float, float] | None:
+        """Both ends of the interval; None if an end is undefined."""
         if self.low is None or self.high is None:
             return None
         return (self.low, self.high) if math.isfinite(self.low + self.high) else None
 
-    def side(self, of: float = 0.0) -> int:
-        """Return the side of a value on which the interval is: 1 above, −1 below, else 0."""
+    def side(self, threshold: float = 0.0) -> int:
+        """Return 1 if the interval lies above a threshold, −1 if it lies below, else 0."""
         if self.low is None or self.high is None:
             return 0
-        return int(self.low > of) - int(self.high < of)
+        return int(self.low > threshold) - int(self.high < threshold)
 
     def __neg__(self) -> Estimate:
-        """Return the estimate with the opposite sign: a loss as a gain."""
+        """Return the estimate with the opposite sign, such as a gain for a loss."""
         value, high, low = (None if x is None else -x for x in (self.value, self.low, self.high))
         return Estimate(value, low, high, reason=self.reason)

@@ -18,20 +18,20 @@ import yaml
 from pydantic import ValidationError
 
 from tracker.core.errors import ExperimentError, RequestError
-from tracker.core.experiment import ALL, EVALUATE, Experiment, Sweep
+from tracker.core.experiment import ALL_PARTS, EVALUATE_COMMAND, Experiment, Sweep
 from tracker.core.fields import first_problem
-from tracker.core.model_parts import Counting
-from tracker.core.safe_yaml import parsed, read_yaml, short
+from tracker.core.model_parts import PartsCounter
+from tracker.core.safe_yaml import parse_yaml, read_yaml, short_text
 
-S = TypeVar("S", bound=Sweep)
-Given = str | os.PathLike[str] | Mapping[str, Any] | None
+SweepType = TypeVar("SweepType", bound=Sweep)
+ExperimentSource = str | os.PathLike[str] | Mapping[str, Any] | None
 """An experiment file, a model's name or folder, a dict of the file's shape, or nothing."""
-NAMELESS = "the experiment"
+UNNAMED_FILE = "the experiment"
 """The name in messages of an experiment without a file."""
 
 
 @dataclass(frozen=True)
-class ExperimentInput(Generic[S]):
+class ExperimentInput(Generic[SweepType]):
     """A request in the form of an experiment file.
 
     Attributes:
@@ -39,49 +39,51 @@ class ExperimentInput(Generic[S]):
         text: The text of the experiment file.
         name: The file's name in a results folder.
         source: The file's name in messages.
-        typed: The arguments that request it again on the command line; empty for a dict.
+        command_arguments: Command-line arguments that repeat the request; empty for a dict.
     """
 
-    file: S
+    file: SweepType
     text: str = field(repr=False)
     name: str
     source: str
-    typed: tuple[str, ...]
+    command_arguments: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class FileKind(Generic[S]):
+class FileKind(Generic[SweepType]):
     """A kind of experiment file.
 
     Attributes:
         schema: The class of its contents.
-        expand: Function that expands its grid; raises RequestError for an invalid value.
-        new: Default contents of a file that is built from keywords.
-        is_other: Function that checks whether a file's contents are of another kind.
-        other: Message about a file of another kind; ends with the command for it.
+        expand: Function that expands the file's grid; raises RequestError for an invalid value.
+        defaults: Default contents of a file that is built from keywords.
+        is_other_kind: Function that checks whether a file's contents are of another kind.
+        other_kind_message: Message about a file of another kind; ends with the right command.
     """
 
-    schema: type[S]
-    expand: Callable[[S], object]
-    new: Mapping[str, Any]
-    is_other: Callable[[Any], bool]
-    other: str
+    schema: type[SweepType]
+    expand: Callable[[SweepType], object]
+    defaults: Mapping[str, Any]
+    is_other_kind: Callable[[Any], bool]
+    other_kind_message: str
 
     @property
     def keys(self) -> list[str]:
-        """The keys under `parameters`."""
+        """The allowed keys under `parameters`."""
         parameters: Any = self.schema.model_fields["parameters"].annotation
         return list(parameters.model_fields)
 
 
 def load_experiment(
-    given: Given, settings: Mapping[str, Any] | None = None, count: Counting | None = None
+    source: ExperimentSource,
+    settings: Mapping[str, Any] | None = None,
+    count: PartsCounter | None = None,
 ) -> ExperimentInput[Experiment]:
     """Read and check an experiment.
 
     Args:
-        given: The file, a model's name, a dict, or None.
-        settings: Keys of the file with their values, as for `with_settings`.
+        source: The file, a model's name, a dict, or None.
+        settings: Keys of the file with their values, as for `apply_settings`.
         count: Function that counts the parts of a cell's model, for `layer: {value: all}`; None
             where the experiment is only checked.
 
@@ -91,16 +93,16 @@ def load_experiment(
     Raises:
         ExperimentError: The file is missing, is not YAML, or has unknown contents.
     """
-    asked = read_input(given, settings or {}, REMOVALS)
-    asked.file._count = count
-    return asked
+    request = read_input(source, settings or {}, REMOVAL_FILES)
+    request.file._count = count
+    return request
 
 
-def names_model(given: Given) -> bool:
-    """Check whether an input names a model: a GGUF file, or no existing file and not YAML."""
-    if given is None or isinstance(given, Mapping):
+def names_model(source: ExperimentSource) -> bool:
+    """Check whether an input is a model's name: a GGUF file, or no existing file and not YAML."""
+    if source is None or isinstance(source, Mapping):
         return False
-    path = Path(given)
+    path = Path(source)
     try:
         is_file = path.exists() and not path.is_dir()
     except OSError:  # no file system holds that name
@@ -108,43 +110,48 @@ def names_model(given: Given) -> bool:
     return path.suffix not in (".yaml", ".yml") and (path.suffix == ".gguf" or not is_file)
 
 
-def with_model(given: Given, settings: Mapping[str, Any]) -> tuple[Given, dict[str, Any]]:
-    """Move a model into the settings; raise ExperimentError where they name another one."""
-    if given is None or isinstance(given, Mapping) or not names_model(given):
-        return given, dict(settings)
-    model = os.fspath(given)
+def move_model(
+    source: ExperimentSource, settings: Mapping[str, Any]
+) -> tuple[ExperimentSource, dict[str, Any]]:
+    """Move a model's name into the settings; raise ExperimentError if they name another model."""
+    if source is None or isinstance(source, Mapping) or not names_model(source):
+        return source, dict(settings)
+    model = os.fspath(source)
     if settings.get("model", model) != model:
         raise ExperimentError(f"two models are given, {model} and {settings['model']}")
     return None, {**settings, "model": model}
 
 
-def read_input(given: Given, settings: Mapping[str, Any], kind: FileKind[S]) -> ExperimentInput[S]:
-    """Read and check a request of any kind of file, as `load_experiment` does."""
-    given, settings = with_model(given, settings)
-    path = None if given is None or isinstance(given, Mapping) else Path(given)
-    raw: Any = given
-    text, source = "", NAMELESS
+def read_input(
+    experiment: ExperimentSource, settings: Mapping[str, Any], kind: FileKind[SweepType]
+) -> ExperimentInput[SweepType]:
+    """Read and check a request as `load_experiment` does, for any kind of file."""
+    experiment, settings = move_model(experiment, settings)
+    path = None if experiment is None or isinstance(experiment, Mapping) else Path(experiment)
+    contents: Any = experiment
+    text, file_name = "", UNNAMED_FILE
     if path is not None:
-        raw, text = read_yaml(path)
-        source = str(path)
-        if kind.is_other(raw):
-            raise ExperimentError(f"{path} {kind.other} {path}")
-    name = source
-    if settings and raw is not None:
-        name = f"{source} with {', '.join(_assignments(settings))}"
+        contents, text = read_yaml(path)
+        file_name = str(path)
+        if kind.is_other_kind(contents):
+            raise ExperimentError(f"{path} {kind.other_kind_message} {path}")
+    name = file_name
+    if settings and contents is not None:
+        name = f"{file_name} with {', '.join(_assignments(settings))}"
+    # Contents from keywords are written and read back, so that they mean what the file will mean.
     is_new = path is None or bool(settings)
     if is_new:
-        if raw is not None:
-            _refuse_shape(raw, source, kind)
-        raw, text = _written(with_settings(raw, settings, kind), name)
-    file = _checked(raw, name, kind)
-    typed = () if isinstance(given, Mapping) else _typed(path, settings)
-    called = _file_name(file, text) if is_new or path is None else path.name
-    return ExperimentInput(file, text, called, source, typed)
+        if contents is not None:
+            _check_shape(contents, file_name, kind)
+        contents, text = _write_yaml(apply_settings(contents, settings, kind), name)
+    file = _check_contents(contents, name, kind)
+    arguments = () if isinstance(experiment, Mapping) else _command_arguments(path, settings)
+    stored_name = _file_name(file, text) if is_new or path is None else path.name
+    return ExperimentInput(file, text, stored_name, file_name, arguments)
 
 
-def _checked(raw: Any, name: str, kind: FileKind[S]) -> S:
-    _refuse_shape(raw, name, kind)
+def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType:
+    _check_shape(raw, name, kind)
     try:
         _refuse_sweeps(raw)
         file = kind.schema.model_validate(raw)
@@ -156,37 +163,32 @@ def _checked(raw: Any, name: str, kind: FileKind[S]) -> S:
     return file
 
 
-def _refuse_shape(raw: Any, name: str, kind: FileKind[S]) -> None:
-    """Raise ExperimentError if it is no mapping, or has keys at the wrong level."""
+def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
+    """Raise ExperimentError if a file is not a mapping, or has keys at the wrong level."""
     if not isinstance(raw, dict):
+        raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")
+    parameters = {key: value for key, value in raw.items() if key in kind.keys}
+    if parameters and "parameters" not in raw:
+        contents = apply_settings(None, parameters, kind)
+        text = yaml.safe_dump(contents, sort_keys=False, default_flow_style=None)
         raise ExperimentError(
-            f"{name} holds no mapping; an experiment file starts with 'method: grid'"
-        )
-    flat = {key: value for key, value in raw.items() if key in kind.keys}
-    if flat and "parameters" not in raw:
-        shape = yaml.safe_dump(
-            with_settings(None, flat, kind), sort_keys=False, default_flow_style=None
-        )
-        raise ExperimentError(
-            f"{name}: {', '.join(map(repr, flat))} at the top belong under 'parameters'. "
-            f"Write:\n\n{shape}"
+            f"{name}: {', '.join(map(repr, parameters))} at the top belong under 'parameters'. "
+            f"Write:\n\n{text}"
         )
 
 
-def _written(said: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Write contents as YAML, and read them back as from a file."""
+def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
+    """Convert contents to YAML text, and parse that text like a file."""
     try:
-        text = yaml.safe_dump(dict(said), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
-        raise ExperimentError(
-            f"{name} holds what no file can hold: {short(error.args[-1])}. Write texts, numbers "
-            "and lists"
-        ) from None
-    return parsed(text, name), text
+        problem = f"a file cannot hold {short_text(error.args[-1])}"
+        raise ExperimentError(f"{name}: {problem}; write texts, numbers and lists") from None
+    return parse_yaml(text, name), text
 
 
-def with_settings(
-    raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[S]
+def apply_settings(
+    raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> dict[str, Any]:
     """Build an experiment from keywords, or change one by keywords.
 
@@ -199,28 +201,28 @@ def with_settings(
     Returns:
         The contents of the file.
     """
-    made = dict(kind.new if raw is None else raw)
-    said = made.get("parameters")
-    parameters = dict(said) if isinstance(said, Mapping) else {}
+    new_contents = dict(kind.defaults if raw is None else raw)
+    raw_parameters = new_contents.get("parameters")
+    parameters = dict(raw_parameters) if isinstance(raw_parameters, Mapping) else {}
     for name, value in settings.items():
         if value is not None and (name in kind.keys or name not in Sweep.model_fields):
-            other = _INSTEAD.get(name)
-            if other and other not in settings:
-                parameters.pop(other, None)
-            parameters[name] = _as_in_the_file(name, value)
+            replaced_key = _REPLACED_KEYS.get(name)
+            if replaced_key and replaced_key not in settings:
+                parameters.pop(replaced_key, None)
+            parameters[name] = _file_form(name, value)
         elif value is not None:
-            made[name] = value
+            new_contents[name] = value
         elif raw is not None:
             parameters.pop(name, None)
     if raw is None:  # the order of keywords must not change the file
-        order = {key: place for place, key in enumerate(kind.keys)}
-        parameters = dict(sorted(parameters.items(), key=lambda one: order.get(one[0], len(order))))
-    return {**made, "parameters": parameters}
+        keys = [*(key for key in kind.keys if key in parameters), *parameters]
+        parameters = {key: parameters[key] for key in dict.fromkeys(keys)}
+    return {**new_contents, "parameters": parameters}
 
 
-_INSTEAD = {"limit": "sample", "sample": "limit"}
-"""Setting → the file's key that it replaces, since both limit the documents."""
-_LISTS: Mapping[str, type | tuple[type, ...]] = {
+_REPLACED_KEYS = {"limit": "sample", "sample": "limit"}
+"""Setting → the key of the file that the setting replaces; both limit the documents."""
+_LIST_ITEM_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "removed": int,
     "include_path": str,
     "calibrate": str,
@@ -230,68 +232,69 @@ _LISTS: Mapping[str, type | tuple[type, ...]] = {
 """Key whose values are lists → the type of their items."""
 
 
-def _as_in_the_file(name: str, value: object) -> dict[str, Any]:
-    own = {"value", "values", "min", "max", "kind"}
+def _file_form(name: str, value: object) -> dict[str, Any]:
+    allowed_keys = {"value", "values", "min", "max", "kind"}
     if name in ("protect", "among"):  # whose one value may be a mapping
-        own = {"value", "values"}
-    if isinstance(value, Mapping) and value.keys() <= own:
+        allowed_keys = {"value", "values"}
+    if isinstance(value, Mapping) and value.keys() <= allowed_keys:
         return dict(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, list | tuple | range):
-        value = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in value]
-        single = _LISTS.get(name, ())
-        if not value or not all(isinstance(each, single) for each in value):
+        value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+        item_types = _LIST_ITEM_TYPES.get(name, ())
+        if not value or not all(isinstance(item, item_types) for item in value):
             return {"values": value}
     return {"value": dict(value) if isinstance(value, Mapping) else value}
 
 
 def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield settings in the form of `--set`."""
+    """Yield settings as values of the option `--set`."""
     for name, value in settings.items():
-        said = _as_in_the_file(name, value)
-        only = next(iter(said.values()), said)
-        if _as_in_the_file(name, only) != said:  # a stretch, a kind, or several lists
-            only = said
-        yield f"{name}={only if isinstance(only, str) else json.dumps(only, default=str)}"
+        form = _file_form(name, value)
+        text = next(iter(form.values()), form)
+        if _file_form(name, text) != form:  # a stretch, a kind, or several lists
+            text = form
+        yield f"{name}={text if isinstance(text, str) else json.dumps(text, default=str)}"
 
 
-def _typed(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the arguments that request it on the command line."""
-    sets = (word for each in _assignments(settings) for word in ("--set", each))
-    return (*([] if path is None else [str(path)]), *sets)
+def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the command-line arguments that repeat the request."""
+    words = (word for assignment in _assignments(settings) for word in ("--set", assignment))
+    return (*([] if path is None else [str(path)]), *words)
 
 
 def _file_name(file: Any, text: str) -> str:
     """Return a unique file name for an experiment that was not given as a file."""
-    first: Mapping[str, Any] = file.parameters.options
-    name = file.name or f"{first['model'][0]}-{first['benchmark'][0]}"
-    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]
-    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    options: Mapping[str, Any] = file.parameters.options
+    name = file.name or f"{options['model'][0]}-{options['benchmark'][0]}"
+    readable_name = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]
+    return f"{readable_name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
 
 
-def asks_for_searches(given: Given, settings: Mapping[str, Any]) -> bool:
+def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> bool:
     """Check whether an experiment requests searches, as for `tracker prune`.
 
     A file that cannot be read raises ExperimentError.
     """
-    given, settings = with_model(given, settings)
-    raw = given if given is None or isinstance(given, Mapping) else read_yaml(Path(given))[0]
-    said = {name for name, value in settings.items() if value is not None}
-    return is_of_searches({"parameters": dict.fromkeys(_parameter_names(raw) | said)})
+    source, settings = move_model(source, settings)
+    if source is not None and not isinstance(source, Mapping):
+        source = read_yaml(Path(source))[0]
+    names = {name for name, value in settings.items() if value is not None}
+    return is_search_file({"parameters": dict.fromkeys(_parameter_names(source) | names)})
 
 
-def is_of_searches(raw: object) -> bool:
+def is_search_file(raw: object) -> bool:
     """Check whether a file's contents request searches, as for `tracker prune`."""
-    return "layer" not in _parameter_names(raw) and bool(_OF_SEARCHES & _parameter_names(raw))
+    return "layer" not in _parameter_names(raw) and bool(_SEARCH_KEYS & _parameter_names(raw))
 
 
-def is_of_removals(raw: object) -> bool:
+def is_removal_file(raw: object) -> bool:
     """Check whether a file's contents name the removed layers, as for `tracker run`."""
-    return "layer" in _parameter_names(raw) and not _OF_SEARCHES & _parameter_names(raw)
+    return "layer" in _parameter_names(raw) and not _SEARCH_KEYS & _parameter_names(raw)
 
 
-_OF_SEARCHES = {"remove", "keep", "strategy"}
+_SEARCH_KEYS = {"remove", "keep", "strategy"}
 
 
 def _parameter_names(raw: object) -> set[Any]:
@@ -301,25 +304,21 @@ def _parameter_names(raw: object) -> set[Any]:
 
 def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
     """Raise ExperimentError for keys of W&B sweeps that an ablation study does not support."""
-    if raw.get("method") in _NO_GRID:
+    if raw.get("method") in _OTHER_METHODS:
         raise ExperimentError(
-            f"'method': {raw['method']} searches for the best run and leaves the others out; here "
-            "each run is a result, and all layers are measured together, which costs little more "
-            "than one. Write 'method: grid'; for fewer runs give fewer values, or 'run_cap'"
+            f"'method': {raw['method']} would leave runs out, but each run is a result. Write "
+            "'method: grid'; for fewer runs give fewer values, or 'run_cap'"
         )
     if "early_terminate" in raw:
-        raise ExperimentError(
-            "'early_terminate': it stops runs that look bad halfway; here each run is a result, a "
-            "cell's runs are measured together, and one that is stopped saves nothing. Leave it out"
-        )
+        raise ExperimentError("'early_terminate': all runs are measured together. Leave it out")
 
 
-_NO_GRID = ("bayes", "random")
+_OTHER_METHODS = ("bayes", "random")
 
-REMOVALS = FileKind(
+REMOVAL_FILES = FileKind(
     Experiment,
     Experiment.cells,
-    {"method": "grid", "command": EVALUATE, "parameters": {"layer": {"value": ALL}}},
-    is_of_searches,
+    {"method": "grid", "command": EVALUATE_COMMAND, "parameters": {"layer": {"value": ALL_PARTS}}},
+    is_search_file,
     "asks for searches ('remove', 'keep' and 'strategy' say so): tracker prune",
 )

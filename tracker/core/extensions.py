@@ -10,15 +10,15 @@ from typing import TypeVar
 
 Extension = TypeVar("Extension")
 log = logging.getLogger(__name__)
-KINDS = ("proxies", "studies", "tracking", "formats", "sources", "executors")
+EXTENSION_KINDS = ("proxies", "studies", "tracking", "formats", "sources", "executors")
 """Kinds of extensions; the entry points of each are the group `layer_tracker.KIND`."""
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_VALID_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def load_extensions(
     group: str, check: Callable[[object], Extension], reserved: Collection[str] = ()
 ) -> dict[str, Extension]:
-    """Load the extensions of a group; broken ones are skipped with a warning of one line.
+    """Load the extensions of a group; a broken extension is skipped with a one-line warning.
 
     Args:
         group: Entry-point group after `layer_tracker.`, such as `tracking`.
@@ -30,11 +30,11 @@ def load_extensions(
         The extensions by the names of their entry points.
     """
     extensions: dict[str, Extension] = {}
-    for point in sorted(entry_points(group=f"layer_tracker.{group}"), key=_order):
+    for point in sorted(entry_points(group=f"layer_tracker.{group}"), key=_sort_key):
         try:
             if point.name in reserved or point.name in extensions:
                 raise ValueError(f"the name {point.name!r} is taken")
-            if not _NAME.fullmatch(point.name):
+            if not _VALID_NAME.fullmatch(point.name):
                 raise ValueError("a name has lower-case letters, digits and _, a letter first")
             extension = check(point.load())
             if (name := getattr(extension, "name", point.name)) != point.name:
@@ -49,21 +49,21 @@ def load_extensions(
 def list_extensions() -> list[tuple[str, str]]:
     """List the kinds and names of installed extensions without loading them."""
     points = entry_points()
-    listed = []
-    for kind in KINDS:
-        group = sorted(points.select(group=f"layer_tracker.{kind}"), key=_order)
+    kinds_and_names = []
+    for kind in EXTENSION_KINDS:
+        group = sorted(points.select(group=f"layer_tracker.{kind}"), key=_sort_key)
         names = (f"{p.name} ({p.dist.name} {p.dist.version})" if p.dist else p.name for p in group)
         if group:
-            listed.append((kind, ", ".join(names)))
-    return listed
+            kinds_and_names.append((kind, ", ".join(names)))
+    return kinds_and_names
 
 
-def _order(point: EntryPoint) -> tuple[str, str]:
+def _sort_key(point: EntryPoint) -> tuple[str, str]:
     return point.name, point.dist.name if point.dist else ""
 
 
 def describe_failure(point: EntryPoint, error: BaseException) -> str:
-    """Return one line with an extension's name, its package and why it is left out."""
+    """Return a one-line message: an extension's name, its package and why it is skipped."""
     package = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
     lines = str(error).splitlines() or [""]
     reason = f"{type(error).__name__}: {lines[0]}"

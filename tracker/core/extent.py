@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
-Part = Literal["calibration", "test"]
-"""Documents that choose what is pruned, and disjoint ones that measure what it costs."""
+DocumentPart = Literal["calibration", "test"]
+"""Half of the documents: one half for choosing the pruned parts, the other for testing them."""
 DEFAULT_SEED = 1234
 """lm-eval's own default for the few-shot seed."""
 
@@ -20,8 +20,8 @@ DEFAULT_SEED = 1234
 class Extent(BaseModel):
     """The number of documents of each task, and their order.
 
-    A task has one random order per seed, for all models and folders. A sample is its beginning,
-    so a larger sample contains the smaller one.
+    Each seed gives a task one random order, the same for all models and folders. A sample is the
+    beginning of this order, so a larger sample contains the smaller one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -34,12 +34,9 @@ class Extent(BaseModel):
     """Seed of few-shot examples, samples, and random strategies of searches."""
 
     @model_validator(mode="after")
-    def _has_one_order(self) -> Extent:
+    def _check_one_order(self) -> Extent:
         if self.limit is not None and self.sample is not None:
-            raise ValueError(
-                "limit and sample are both given: the first documents, or some drawn at random? "
-                "Leave one of them out"
-            )
+            raise ValueError("limit and sample are both given; leave one of them out")
         return self
 
     @property
@@ -47,50 +44,50 @@ class Extent(BaseModel):
         """The number of documents of each task; infinite for all."""
         return self.sample or self.limit or math.inf
 
-    def of(self, task: str, documents: Sequence[int]) -> Sequence[int]:
+    def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
         """Choose a task's documents, in the order in which they are measured.
 
-        `documents` are the numbers of all, ascending.
+        `documents` are the numbers of all the task's documents, ascending.
         """
         if self.sample is None:
             return documents[: self.limit]
         return random_order(self.seed, task, documents)[: self.sample]
 
 
-ALL = Extent()
-EVERY = 10**9
+ALL_DOCUMENTS = Extent()
+UNLIMITED_SAMPLE = 10**9
 """A sample that leaves nothing out: all documents, in their random order."""
 
 
 def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
-    """Sort a task's documents into the random order of a seed, equal on every machine.
+    """Sort a task's documents into the random order of a seed, the same on every machine.
 
     A subset keeps the order of the whole task. The tasks of a group are drawn independently.
     """
-    return sorted(documents, key=lambda number: _lot(seed, task, number))
+    return sorted(documents, key=lambda number: _random_key(seed, task, number))
 
 
 @lru_cache(maxsize=256)
-def half(part: Part, seed: int, task: str, documents: int) -> tuple[int, ...]:
+def half_numbers(part: DocumentPart, seed: int, task: str, documents: int) -> tuple[int, ...]:
     """Return the numbers of one half of a task's documents, ascending.
 
     Calibration is the first half of the random order. Test is the rest, and has one document more
     if the number is odd.
     """
     order = random_order(seed, task, range(documents))
-    middle = documents // 2
-    return tuple(sorted(order[:middle] if part == "calibration" else order[middle:]))
+    n_calibration = documents // 2
+    return tuple(sorted(order[:n_calibration] if part == "calibration" else order[n_calibration:]))
 
 
-def shuffled(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
+def shuffle_documents(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
     """Sort the documents of all tasks into one random order.
 
-    Each task's documents keep their `random_order`. Every beginning of the order holds the tasks
-    in proportion, up to chance.
+    Each task's documents keep their `random_order`. Every beginning of the order holds each task
+    in proportion to its size, up to chance.
     """
-    every = [(task, number) for task, some in documents.items() for number in some]
-    return sorted(every, key=lambda place: _lot(seed, *place))
+    keys = [(task, number) for task, numbers in documents.items() for number in numbers]
+    return sorted(keys, key=lambda key: _random_key(seed, *key))
 
 
-def _lot(seed: int, task: str, number: int) -> bytes:
+def _random_key(seed: int, task: str, number: int) -> bytes:
     return hashlib.sha256(f"{seed}/{task}/{number}".encode()).digest()

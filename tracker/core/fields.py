@@ -27,41 +27,41 @@ from pydantic import (
 
 from tracker.core.changes import MAX_LAYERS
 from tracker.core.errors import RequestError, did_you_mean
-from tracker.core.questions import question
-from tracker.core.safe_yaml import short
-from tracker.core.text import HALF, is_writable
+from tracker.core.questions import parse_question
+from tracker.core.safe_yaml import short_text
+from tracker.core.text import HALF_CHARACTER, is_writable
 
-FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
+ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
 
 
-def _canonical(given: object) -> object:
+def _canonical_json(value: object) -> object:
     """Return settings from YAML, W&B or lm-eval's `key=value` form as canonical JSON."""
-    if isinstance(given, str):
-        given = _typed(given)
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise ValueError(f"it is no set of settings; {FORM}")
+    if isinstance(value, str):
+        value = _parse_arguments(value)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
     try:
-        text = json.dumps(given, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
-        raise ValueError("it holds what JSON cannot say; write texts, numbers, lists") from None
+        raise ValueError("it has values that JSON cannot hold; use texts, numbers, lists") from None
     if not is_writable(text):
-        raise ValueError(f"it holds {HALF}")
+        raise ValueError(f"it holds {HALF_CHARACTER}")
     return text
 
 
-def _typed(text: str) -> Any:
+def _parse_arguments(text: str) -> Any:
     # `${args_json}` gives JSON, `${args}` the repr of a dict.
-    for read in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError):
-            if isinstance(settings := read(text), dict):
+            if isinstance(settings := parse(text), dict):
                 return settings
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    if not pairs or not all(sign and key.strip() for key, sign, _ in pairs):
-        raise ValueError(f"it is no set of settings; {FORM}")
-    return {key.strip(): _value(value.strip()) for key, _, value in pairs}
+    if not pairs or not all(equals and key.strip() for key, equals, _ in pairs):
+        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
+    return {key.strip(): _parse_value(value.strip()) for key, _, value in pairs}
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     """Read a value as lm-eval does."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -71,74 +71,73 @@ def _value(text: str) -> Any:
     return text
 
 
-Arguments = Annotated[str, BeforeValidator(_canonical)]
+JsonArguments = Annotated[str, BeforeValidator(_canonical_json)]
 
 
-def expanded(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """Return a path with its ~ replaced by a home folder, or unchanged if there is none."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises RuntimeError
 
 
-def decoded(arguments: str | None) -> dict[str, Any]:
-    """Return settings as a dict, empty where there are none."""
+def decode_arguments(arguments: str | None) -> dict[str, Any]:
+    """Decode settings from canonical JSON into a dict; empty if there are no settings."""
     settings: dict[str, Any] = json.loads(arguments) if arguments else {}
     return settings
 
 
-def _written(name: str) -> str:
+def _check_writable(name: str) -> str:
     """Raise ValueError for a name with a null character, which no file system accepts."""
     if "\0" in name:
         raise ValueError("it holds a character that cannot be written")
     return name
 
 
-Name = Annotated[
-    str, StringConstraints(min_length=1, strip_whitespace=True), AfterValidator(_written)
-]
+_Nonempty = StringConstraints(min_length=1, strip_whitespace=True)
+Name = Annotated[str, _Nonempty, AfterValidator(_check_writable)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=0)]
 Times = Annotated[int, Field(ge=2)]
 
 
-def _ascending(given: Any) -> Any:
+def _sort_layers(value: Any) -> Any:
     """Check a list of layers from YAML or JSON and sort it."""
-    if not isinstance(given, list | tuple):
-        raise ValueError(f"each value is a list of layers, such as [3, 17], not {short(given)}")
-    if len(given) > MAX_LAYERS:
-        raise ValueError(f"no model has {len(given):,} layers")
-    if len(set(map(str, given))) < len(given):
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"each value is a list of layers, e.g. [3, 17], not {short_text(value)}")
+    if len(value) > MAX_LAYERS:
+        raise ValueError(f"no model has {len(value):,} layers")
+    if len(set(map(str, value))) < len(value):
         raise ValueError("a layer stands twice in it")
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given)
-    return tuple(sorted(given)) if whole else tuple(given)
+    are_numbers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value)
+    return tuple(sorted(value)) if are_numbers else tuple(value)
 
 
-def several(given: Any) -> Any:
+def as_tuple(value: Any) -> Any:
     """Return one name or a list of names, also in W&B's notation, as a tuple."""
-    if isinstance(given, str) and given.startswith("["):
+    if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
-            given = json.loads(given.replace("'", '"'))
-    given = [given] if isinstance(given, str) else given
-    return tuple(given) if isinstance(given, list) else given
+            value = json.loads(value.replace("'", '"'))
+    value = [value] if isinstance(value, str) else value
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _one_benchmark(name: str) -> str:
+def _check_single(name: str) -> str:
     """Raise ValueError if a name lists several benchmarks."""
-    if SEVERAL.fullmatch(name):
-        several = ", ".join(part.strip() for part in name.split(","))
-        raise ValueError(f"these are several; give one, or values: [{several}]")
+    if SEVERAL_BENCHMARKS.fullmatch(name):
+        names = ", ".join(part.strip() for part in name.split(","))
+        raise ValueError(f"these are several; give one, or values: [{names}]")
     return name
 
 
-BenchmarkName = Annotated[Name, AfterValidator(_one_benchmark)]
-QuestionText = Annotated[Name, AfterValidator(lambda text: str(question(text)))]
+BenchmarkName = Annotated[Name, AfterValidator(_check_single)]
+QuestionText = Annotated[Name, AfterValidator(lambda text: str(parse_question(text)))]
 """A question in its canonical text."""
-Folders = Annotated[tuple[Name, ...], BeforeValidator(several)]
-Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
-SEVERAL = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
+Folders = Annotated[tuple[Name, ...], BeforeValidator(as_tuple)]
+Layers = Annotated[tuple[Count, ...], BeforeValidator(_sort_layers)]
+SEVERAL_BENCHMARKS = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
 """Several benchmarks separated by commas, as on lm-eval's command line."""
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Settings from a user, which refuse unknown fields and values of another type.
 
     The docstring of a field is the help of its option.
@@ -156,54 +155,55 @@ class Strict(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 
-def checked(
+def validate_settings(
     kind: type[M],
     settings: Mapping[str, Any],
     prefix: str,
-    gathered: Mapping[str, str] | None = None,
+    parameter_names: Mapping[str, str] | None = None,
 ) -> M:
     """Build a model from settings; raise RequestError with the `first_problem` if invalid."""
     try:
         return kind(**settings)
     except ValidationError as error:
-        raise RequestError(first_problem(error, kind, prefix, gathered)) from None
+        raise RequestError(first_problem(error, kind, prefix, parameter_names)) from None
 
 
 def first_problem(
     error: ValidationError,
     model: type[BaseModel],
     prefix: str = "",
-    gathered: Mapping[str, str] | None = None,
+    parameter_names: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the first problem in one line, under the name that the file has.
+    """Describe the first invalid value in one line, under its name in the file.
 
-    Where a field of the model is `gathered` from several values of the file, only their parameter
-    has a name there: field → parameter.
+    `parameter_names` maps some fields to the file's parameter. Each of these fields is made up of
+    several values of the file, and the parameter is its only name there.
     """
     problems = error.errors(include_url=False)
+    # A misspelt key often makes another one missing, so it is named first.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     location = problem["loc"]
-    if gathered is not None:
-        location = tuple(gathered.get(str(part), part) for part in location[:1])
+    if parameter_names is not None:
+        location = tuple(parameter_names.get(str(part), part) for part in location[:1])
     path = prefix + ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
         fields = _fields_at(model, problem["loc"][:-1])
-        near = did_you_mean(key, fields)
-        return f"unknown key '{path}'.{near} Known here: {', '.join(fields)}."
+        suggestion = did_you_mean(key, fields)
+        return f"unknown key '{path}'.{suggestion} Known here: {', '.join(fields)}."
     if problem["type"] == "missing":
         return f"'{path}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return f"{prefix}{message}" if prefix == "--" else f"'{prefix.rstrip('.')}': {message}"
-    given = problem["input"]
-    got = "" if isinstance(given, dict | BaseModel) else short(given)
-    shown = f" (got {got})" if got and got not in message else ""
-    return f"'{path}': {message[:1].lower()}{message[1:300]}{shown}"
+    value = problem["input"]
+    value_text = "" if isinstance(value, dict | BaseModel) else short_text(value)
+    suffix = f" (got {value_text})" if value_text and value_text not in message else ""
+    return f"'{path}': {message[:1].lower()}{message[1:300]}{suffix}"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """List the keys that a part of the file may have."""
+    """List the allowed keys of a part of the file."""
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         kinds = getattr(annotation, "__args__", (annotation,))

@@ -11,47 +11,47 @@ from typing import Literal
 
 from pydantic import Field
 
-from tracker.core.estimates import Estimate, Unit
-from tracker.core.identities import Record, Shown
-from tracker.core.records import Place
+from tracker.core.estimates import Estimate, FigureUnit
+from tracker.core.identities import Record, SafeText
+from tracker.core.records import RecordKey
 from tracker.core.tables import Table
 
-SEARCH = "search"
+SEARCH_STUDY = "search"
 """The name of the study in findings of `tracker prune`."""
 
 
 class Line(Record):
     """One curve, with a figure for each position of the chart; None is a gap."""
 
-    name: Shown
+    name: SafeText
     values: tuple[float | None, ...]
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
-    """Both ends of the intervals; empty without any."""
+    """Upper ends of the intervals, `low` the lower ones; empty without intervals."""
 
     @classmethod
-    def of(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
+    def from_figures(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
         """Build a curve from figures, with a band of their intervals; None is a gap."""
-        found = [figure or Estimate(None) for figure in figures]
+        estimates = [figure or Estimate(None) for figure in figures]
         return cls(
             name=name,
-            values=tuple(one.value for one in found),
-            low=tuple(one.low for one in found) if band else (),
-            high=tuple(one.high for one in found) if band else (),
+            values=tuple(estimate.value for estimate in estimates),
+            low=tuple(estimate.low for estimate in estimates) if band else (),
+            high=tuple(estimate.high for estimate in estimates) if band else (),
         )
 
 
-def gaps(values: Iterable[float]) -> tuple[float | None, ...]:
-    """Convert figures to a chart's values: those that are not finite become gaps."""
+def chart_values(values: Iterable[float]) -> tuple[float | None, ...]:
+    """Convert figures to a chart's values; infinite and undefined figures become gaps."""
     return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
 class _Chart(Record):
-    title: Shown
+    title: SafeText
     x: str
     """The label of the positions or columns."""
     y: str
-    unit: Unit
+    unit: FigureUnit
 
 
 class LineChart(_Chart):
@@ -71,48 +71,48 @@ class MapChart(_Chart):
     name: str
     """The name of the values."""
     columns: tuple[int, ...]
-    rows: tuple[Shown, ...]
+    rows: tuple[SafeText, ...]
     values: tuple[tuple[float | None, ...], ...]
-    hovers: tuple[tuple[Shown, ...], ...] = ()
+    hovers: tuple[tuple[SafeText, ...], ...] = ()
     """The hover text of each value, with intervals and reasons; empty for the value alone."""
     shown: tuple[tuple[bool, ...], ...] = Field((), exclude_if=lambda rows: not rows)
-    """True for values that provably differ from 0; all others are open. Empty if not tested."""
+    """True for each value that provably differs from 0; else it is open. Empty if not tested."""
     shown_by: str = Field("", exclude_if=lambda text: not text)
-    """The statement behind `shown`, with its confidence."""
+    """The statement that `shown` makes about a value, with its confidence."""
 
 
-FoundChart = LineChart | MapChart
+StudyChart = LineChart | MapChart
 
 
 class FindingRecord(Record):
     """Result of one study of one experiment."""
 
     study: str
-    experiment: Shown
+    experiment: SafeText
     """The experiment file's name."""
     command: str = Field("", exclude_if=lambda text: not text)
-    """The command that computes it, without the file; empty for `tracker study STUDY`."""
+    """The command that computes the finding, without the file; empty for `tracker study STUDY`."""
     beside: str = Field("", exclude_if=lambda text: not text)
-    """Suffix that distinguishes several findings of one study and file."""
+    """Suffix of the name that distinguishes several findings of one study and file."""
     question: str
-    answers: tuple[Shown, ...]
+    answers: tuple[SafeText, ...]
     """Sentences, the most important one first."""
     tables: tuple[Table, ...] = ()
-    charts: tuple[FoundChart, ...] = Field(default=())
-    lacking: tuple[Shown, ...] = ()
-    """Statements that could not be made, and how to obtain them."""
-    assumptions: tuple[Shown, ...] = ()
+    charts: tuple[StudyChart, ...] = Field(default=())
+    lacking: tuple[SafeText, ...] = ()
+    """Statements that could not be made, each with what must be measured for it."""
+    assumptions: tuple[SafeText, ...] = ()
     """The assumptions of the statistics, each with its source."""
-    rests_on: tuple[Place, ...] = ()
-    """The cells, their views, and the number of documents of each."""
+    rests_on: tuple[RecordKey, ...] = ()
+    """The cells behind the finding: key, view and number of documents of each."""
 
     @property
-    def again(self) -> str:
-        """The command that computes it again."""
+    def command_line(self) -> str:
+        """The command that computes the finding again."""
         return f"{self.command or f'tracker study {self.study}'} {self.experiment}"
 
     @property
     def name(self) -> str:
         """The unique name among the findings of a results folder."""
-        beside = f"--{self.beside}" if self.beside else ""
-        return f"{self.study}--{self.experiment.removesuffix('.yaml')}{beside}"
+        suffix = f"--{self.beside}" if self.beside else ""
+        return f"{self.study}--{self.experiment.removesuffix('.yaml')}{suffix}"

@@ -8,34 +8,34 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard
 
-from tracker.core.estimates import Estimate, Unit
+from tracker.core.estimates import Estimate, FigureUnit
 from tracker.core.records import CellRecord
 
 DASH = "–"
 MINUS = "−"
 _LOSS_UNITS = {"bits_per_byte": "bits per byte", "ratio": "nats a token"}
-"""The unit of a loss, by its aggregation."""
+"""Aggregation of a loss over documents → the unit of the loss."""
 
 
-def fixed(value: float, digits: int) -> str:
+def fixed_point(value: float, digits: int) -> str:
     """Format with fixed decimals, a true minus sign and no negative zero, such as `−0.25`."""
     return f"{value:z.{digits}f}".replace("-", MINUS)
 
 
 def two_digits(value: float) -> str:
     """Round to two digits after the decimal point, as every correlation is written."""
-    return fixed(value, 2)
+    return fixed_point(value, 2)
 
 
 def three_digits(value: float) -> str:
     """Round to three significant digits, thousands to whole ones, such as `0.123` or `1,083`."""
-    written = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
-    return written.replace("-", MINUS)
+    text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+    return text.replace("-", MINUS)
 
 
 def points(fraction: float) -> str:
     """Write a fraction as percentage points without the unit: 0.113 is `11.3`."""
-    return fixed(100 * fraction, 1)
+    return fixed_point(100 * fraction, 1)
 
 
 def p_value(p: float) -> str:
@@ -46,18 +46,18 @@ def p_value(p: float) -> str:
     return f"{digit}e{MINUS}{abs(int(exponent))}"
 
 
-def defined(value: float | None) -> TypeGuard[float]:
+def is_finite(value: float | None) -> TypeGuard[float]:
     """Check that a value is defined: not None, NaN or infinite."""
     return value is not None and math.isfinite(value)
 
 
-def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+def interval_text(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
     """Write an interval, such as `1.2 to 4.0`; empty if an end is undefined."""
-    return f"{write(low)} to {write(high)}" if defined(low) and defined(high) else ""
+    return f"{write(low)} to {write(high)}" if is_finite(low) and is_finite(high) else ""
 
 
 @dataclass(frozen=True)
-class Form:
+class UnitFormat:
     """Format of a unit.
 
     Attributes:
@@ -76,49 +76,49 @@ class Form:
         return figure if self.scale == 1 else float(f"{self.scale * figure:.15g}")
 
 
-WRITTEN: Mapping[Unit, Form] = {
-    "text": Form(str),
-    "count": Form("{:,.0f}".format),
-    "rank": Form("{:g}".format),
-    "points": Form(points, 100, "pp"),
-    "percent": Form(points, 100, "%"),
-    "score": Form(partial(fixed, digits=3)),
-    "coefficient": Form(two_digits),
-    "relevance": Form(two_digits),
-    "proxy": Form(partial(fixed, digits=3)),
-    "metric": Form(partial(fixed, digits=4)),
-    "p": Form(p_value),
-    "nats": Form(partial(fixed, digits=3), name="nats"),
-    "times": Form(three_digits),
+UNIT_FORMATS: Mapping[FigureUnit, UnitFormat] = {
+    "text": UnitFormat(str),
+    "count": UnitFormat("{:,.0f}".format),
+    "rank": UnitFormat("{:g}".format),
+    "points": UnitFormat(points, 100, "pp"),
+    "percent": UnitFormat(points, 100, "%"),
+    "score": UnitFormat(partial(fixed_point, digits=3)),
+    "coefficient": UnitFormat(two_digits),
+    "relevance": UnitFormat(two_digits),
+    "proxy": UnitFormat(partial(fixed_point, digits=3)),
+    "metric": UnitFormat(partial(fixed_point, digits=4)),
+    "p": UnitFormat(p_value),
+    "nats": UnitFormat(partial(fixed_point, digits=3), name="nats"),
+    "times": UnitFormat(three_digits),
 }
 """Unit → its format."""
 
 
-def write(unit: Unit, figure: float) -> str:
+def write_figure(unit: FigureUnit, figure: float) -> str:
     """Write a record's figure, without the unit's name."""
-    return WRITTEN[unit].write(figure)
+    return UNIT_FORMATS[unit].write(figure)
 
 
-def with_interval(
-    found: Estimate, write: Callable[[float], str] = two_digits, unit: str = ""
+def figure_text(
+    figure: Estimate, write: Callable[[float], str] = two_digits, unit: str = ""
 ) -> str:
     """Write a figure with its unit and interval, such as `0.66 (0.41 to 0.80)`.
 
     An undefined figure is written as a dash.
     """
-    if not defined(found.value):
+    if not is_finite(figure.value):
         return DASH
-    between = interval(found.low, found.high, write)
-    return f"{write(found.value)}{unit}{f' ({between})' if between else ''}"
+    bounds = interval_text(figure.low, figure.high, write)
+    return f"{write(figure.value)}{unit}{f' ({bounds})' if bounds else ''}"
 
 
-def nats(figure: Estimate) -> str:
+def nats_text(figure: Estimate) -> str:
     """Write nats with their interval, such as `0.12 nats (0.05 to 0.19)`; a dash if undefined."""
-    return with_interval(figure, three_digits, " nats")
+    return figure_text(figure, three_digits, " nats")
 
 
 NO_SCORE = "a document has no finite score"
-"""The reason of an undefined level that has no reason of its own."""
+"""Default reason for an undefined level without a reason of its own."""
 
 
 def level_text(level: Estimate, unit: str) -> str:
@@ -127,10 +127,10 @@ def level_text(level: Estimate, unit: str) -> str:
     The unit is `%` for an accuracy, else that of the loss. An undefined level is written as its
     reason.
     """
-    if not defined(level.value):
+    if not is_finite(level.value):
         return f"undefined ({level.reason or NO_SCORE})"
-    form = WRITTEN["percent" if unit == "%" else "score"]
-    return with_interval(level, form.write, f" {unit}" if unit else "")
+    form = UNIT_FORMATS["percent" if unit == "%" else "score"]
+    return figure_text(level, form.write, f" {unit}" if unit else "")
 
 
 def named_interval(
@@ -146,16 +146,16 @@ def named_interval(
     Returns:
         The interval, with a space before it; empty where there is none.
     """
-    between = interval(figure.low, figure.high, write)
-    return f" ({name} {between})" if between else ""
+    bounds = interval_text(figure.low, figure.high, write)
+    return f" ({name} {bounds})" if bounds else ""
 
 
-def about(number: int) -> str:
+def round_count(number: int) -> str:
     """Round a number of things to two digits, such as `1,200`."""
     return f"{round(number, 2 - len(str(number))):,}"
 
 
-def counted(number: int, noun: str) -> str:
+def count_text(number: int, noun: str) -> str:
     """Write a number with its noun, such as `1 layer` or `1,200 searches`."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
@@ -165,7 +165,7 @@ def counted(number: int, noun: str) -> str:
 
 
 @dataclass(frozen=True)
-class Measure:
+class MetricFormat:
     """Names and formats of a cell's metric for display.
 
     Attributes:
@@ -181,48 +181,48 @@ class Measure:
     change: str
     level_unit: str
     unit: str
-    level_form: Unit
-    form: Unit
+    level_form: FigureUnit
+    form: FigureUnit
 
     @property
     def scale(self) -> float:
         """The factor by which a record's figure is multiplied."""
-        return WRITTEN[self.form].scale
+        return UNIT_FORMATS[self.form].scale
 
     def write(self, figure: float) -> str:
         """Write a level or a change of the record, without the unit."""
-        return WRITTEN[self.form].write(figure)
+        return UNIT_FORMATS[self.form].write(figure)
 
     def amount(self, change: Estimate) -> str:
-        """Write a change with its unit and interval, or why it is undefined."""
+        """Write a change with its unit and interval, or the reason why it is undefined."""
         if change.value is None:
             return f"an undefined amount ({change.reason})"
-        return with_interval(change, self.write, f" {self.unit}")
+        return figure_text(change, self.write, f" {self.unit}")
 
-    def head(self, label: str) -> str:
+    def column_head(self, label: str) -> str:
         """Return the head of a column of levels or changes; a loss's unit is part of its label."""
-        return label if WRITTEN[self.form].name else f"{label} ({self.unit})"
+        return label if UNIT_FORMATS[self.form].name else f"{label} ({self.unit})"
 
 
-ACCURACY = Measure("accuracy", "accuracy drop", "%", "pp", "percent", "points")
+ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent", "points")
 
 
-def measure_of(cell: CellRecord) -> Measure:
-    """Return a cell's measure: accuracy in percentage points, or a loss in its own unit."""
+def metric_format(cell: CellRecord) -> MetricFormat:
+    """Choose names and formats for a cell: accuracy in percentage points, or a loss in its unit."""
     if cell.higher_is_better:
-        return ACCURACY
-    how = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
-    unit = _LOSS_UNITS.get(how, cell.metric)
-    return Measure("loss", "loss increase", unit, unit, "score", "score")
+        return ACCURACY_FORMAT
+    aggregation = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
+    unit = _LOSS_UNITS.get(aggregation, cell.metric)
+    return MetricFormat("loss", "loss increase", unit, unit, "score", "score")
 
 
 # Layers and reasons
 
 
-def listed(words: Sequence[str], joint: str = "and") -> str:
+def join_words(words: Sequence[str], joint: str = "and") -> str:
     """Join words into an enumeration: `a, b and c`."""
-    *others, last = words or [""]
-    return f"{', '.join(others)} {joint} {last}" if others else last
+    *first_words, last_word = words or [""]
+    return f"{', '.join(first_words)} {joint} {last_word}" if first_words else last_word
 
 
 def layer_list(layers: Sequence[int], total: int) -> str:

@@ -9,8 +9,8 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
-def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Group items by a key: key → its items, both in order of appearance."""
+def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group items by a key: return key → list of items, keys and items in order of appearance."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

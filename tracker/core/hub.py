@@ -13,10 +13,10 @@ from typing import Any
 
 from tracker.core.errors import attempt
 
-SECONDS = 5
+HUB_TIMEOUT = 5
 """Timeout of a request to the hub."""
 _TOKEN = "set HF_TOKEN to a token of yours"
-FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', like gpt2 or org/model"
+HUB_ID_FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', e.g. gpt2"
 
 
 def check_name(name: str) -> None:
@@ -27,20 +27,20 @@ def check_name(name: str) -> None:
     try:
         hf_hub_url(name, "config.json")  # checks the name without a request
     except HFValidationError:
-        raise ValueError(FORM) from None
+        raise ValueError(HUB_ID_FORM) from None
 
 
-def unreachable() -> str:
-    """Return the reason why the hub does not answer; empty if it does.
+def unreachable_reason() -> str:
+    """Return the reason why the hub does not answer; empty if the hub answers.
 
     Without an answer, the libraries are set to work offline from now on.
     """
-    if not _given_up:
-        _look()
-    return _given_up[0] if _given_up else ""
+    if not _offline_reasons:
+        _test_hub()
+    return _offline_reasons[0] if _offline_reasons else ""
 
 
-def ask(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
+def ask_hub(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
     """Request a file's metadata from the hub once, without the client's retries.
 
     After a temporary error, the hub is not used any more and local files are used instead. Raises
@@ -53,40 +53,40 @@ def ask(name: str, file: str, revision: str | None = None, kind: str = "model") 
 
     url = hf_hub_url(name, file, revision=revision, repo_type=kind)
     try:
-        get_hf_file_metadata(url, timeout=SECONDS)
+        get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
     except EntryNotFoundError:
         return
     except Exception as error:  # of httpx or httpx2, by huggingface_hub's version
-        if not _busy(error):
+        if not _is_temporary(error):
             raise
-        _give_up(refusal(name, error))
+        _go_offline(explain_error(name, error))
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-"""Environment variables that set huggingface_hub offline, in its order."""
+"""Environment variables that set huggingface_hub offline, in the order of their precedence."""
 
 
 @cache
-def _look() -> None:
+def _test_hub() -> None:
     """Test the hub's address once, and stop using the hub if it does not answer."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
         name = next((n for n in _OFFLINE if n in os.environ), _OFFLINE[0])
-        _give_up(f"{name} is set in the environment of this command; unset {name} to ask the hub")
+        _go_offline(f"{name} is set in the environment; unset {name} to ask the hub")
         return
     # The library's own address, or the mirror of HF_ENDPOINT; any status is an answer.
-    answer = attempt(partial(get_session().head, constants.ENDPOINT, timeout=SECONDS))
+    answer = attempt(partial(get_session().head, constants.ENDPOINT, timeout=HUB_TIMEOUT))
     if isinstance(answer, Exception):  # of httpx or httpx2, by huggingface_hub's version
-        _give_up(f"{constants.ENDPOINT} does not answer: {answer}")
+        _go_offline(f"{constants.ENDPOINT} does not answer: {answer}")
 
 
-_given_up: list[str] = []
+_offline_reasons: list[str] = []
 """Reasons why this process does not use the hub any more."""
 
 
-def _give_up(why: str) -> None:
-    _given_up.append(why)
+def _go_offline(reason: str) -> None:
+    _offline_reasons.append(reason)
     os.environ["HF_HUB_OFFLINE"] = "1"  # for what is not imported yet, and other processes
     for module, names in (
         ("huggingface_hub.constants", ("HF_HUB_OFFLINE",)),
@@ -97,38 +97,39 @@ def _give_up(why: str) -> None:
                 setattr(sys.modules[module], name, True)
 
 
-def _busy(error: BaseException) -> bool:
+def _is_temporary(error: BaseException) -> bool:
     """Check whether an error is temporary: a rate limit, a server error or a timeout."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    answers = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
-    late = any("Timeout" in type(cause).__name__ for cause in _causes(error))
-    return late or any(status == 429 or status >= 500 for status in answers)
+    statuses = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
+    timed_out = any("Timeout" in type(cause).__name__ for cause in _causes(error))
+    return timed_out or any(status == 429 or status >= 500 for status in statuses)
 
 
-def refusal(name: str, error: BaseException, page: str = "") -> str:
-    """Explain an error of the hub and what to do; empty if the hub did not cause it.
+def explain_error(name: str, error: BaseException, page: str = "") -> str:
+    """Explain an error of the hub and what to do; empty if the hub did not cause the error.
 
     `page` is the repository's path on the hub; for a model it is the name.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 
+    # The libraries wrap the hub's own error, sometimes twice.
     causes, page = list(_causes(error)), f"{constants.ENDPOINT}/{page or name}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return f"{name} is gated: ask for access at {page}, then {_TOKEN}"
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return f"{name} has no such revision"
-    answers = [c.response.status_code for c in causes if isinstance(c, HfHubHTTPError)]
-    if not answers:
-        return f"{constants.ENDPOINT} does not answer in time" if _busy(error) else ""
-    said = {
+    statuses = [c.response.status_code for c in causes if isinstance(c, HfHubHTTPError)]
+    if not statuses:
+        return f"{constants.ENDPOINT} does not answer in time" if _is_temporary(error) else ""
+    messages = {
         401: f"the hub has no public {name}; if it is private, {_TOKEN}",
         403: f"the hub forbids {name} to you; ask for access at {page}, then {_TOKEN}",
         404: f"the hub has no {name}",
-        429: f"the hub limits how often it is asked; wait some minutes, or {_TOKEN}",
+        429: f"the hub limits the rate of requests; wait some minutes, or {_TOKEN}",
     }
-    return said.get(answers[0], f"the hub answers with status {answers[0]}; try again later")
+    return messages.get(statuses[0], f"the hub answers with status {statuses[0]}; try again later")
 
 
 def _causes(error: BaseException | None) -> Any:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from tracker.core.extent import Part, half
-from tracker.core.text import harmless
+from tracker.core.extent import DocumentPart, half_numbers
+from tracker.core.text import replace_controls
 
-_CUT = 40
+_MAX_SETTING_LENGTH = 40
 """Maximum number of characters of a setting in a label."""
 
 
@@ -20,28 +20,28 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-HALF = ("bfloat16", "float16")
+HALF_PRECISION = ("bfloat16", "float16")
 """Names of half precision, as models state their dtype."""
-Shown = Annotated[str, AfterValidator(harmless)]
+SafeText = Annotated[str, AfterValidator(replace_controls)]
 """Text from a user that is shown to others, on a terminal, a page or in a tracker."""
 
 
 class ModelIdentity(Record):
     """Identity of the measured weights."""
 
-    source: Shown
+    source: SafeText
     """The source as typed: a hub id, a folder, a GGUF file or `package:NAME`."""
-    name: Shown
+    name: SafeText
     """A short readable name, e.g. `SmolLM2-135M-Instruct`."""
-    revision: Shown | None
+    revision: SafeText | None
     """The hub's commit, or None for files."""
     fingerprint: str
     """SHA-256 of the files, or the hub's commit, which fixes the weights and the tokenizer."""
-    architecture: Shown
+    architecture: SafeText
     layers: int
     parameters: int
     dtype: str
-    arguments: dict[str, Shown] = {}
+    arguments: dict[str, SafeText] = {}
     """Loading arguments under lm-eval's names; the fingerprint covers them."""
 
     @property
@@ -51,21 +51,21 @@ class ModelIdentity(Record):
 
     @property
     def is_half(self) -> bool:
-        """True if it computes in half precision, where rounding decides some documents."""
-        return self.dtype in HALF
+        """True if the model computes in half precision, where rounding decides some documents."""
+        return self.dtype in HALF_PRECISION
 
 
 class Half(Record):
-    """One of two halves into which a task's documents were drawn at random."""
+    """One of the two halves into which a task's documents were divided at random."""
 
-    part: Part
+    part: DocumentPart
     seed: int
     of: int
     """Number of documents of both halves together."""
 
     def numbers(self, task: str) -> Sequence[int]:
         """Return the half's document numbers in the task, ascending, as lm-eval counts them."""
-        return half(self.part, self.seed, task, self.of)
+        return half_numbers(self.part, self.seed, task, self.of)
 
 
 class TaskIdentity(Record):
@@ -80,7 +80,7 @@ class TaskIdentity(Record):
     half: Half | None = Field(None, exclude_if=lambda half: half is None)
     """The half of the split that is scored; None = all of it."""
     fingerprint: str
-    """SHA-256 of the task's configuration and of its documents; of a corpus's texts."""
+    """SHA-256 of the task's configuration and documents, or of a corpus's texts."""
     metrics: dict[str, str]
     """Metric → its aggregation: `mean`, lm-eval's other names (`f1`, …), or `ratio` where every
     document has a pair [sum, units] and both are summed."""
@@ -96,9 +96,9 @@ class TaskIdentity(Record):
 class BenchmarkIdentity(Record):
     """Identity of the scored documents and of their prompts."""
 
-    name: Shown
+    name: SafeText
     tasks: tuple[TaskIdentity, ...]
-    data: Shown
+    data: SafeText
     """Source of the documents: `hub`, a folder, `package:NAME`, or a corpus's file."""
     num_fewshot: int
     seed: int | None
@@ -108,9 +108,9 @@ class BenchmarkIdentity(Record):
     """The metric that the benchmark's field reports."""
     weight_by_size: bool = True
     """True if a group's accuracy weights tasks by their documents, as in lm-eval."""
-    settings: dict[str, Shown] = {}
+    settings: dict[str, SafeText] = {}
     """Other settings under lm-eval's names that change an outcome, as text or JSON."""
-    found_by: dict[str, Shown] = {}
+    found_by: dict[str, SafeText] = {}
     """Settings that locate the benchmark besides its name: the task's file, `include_path` and
     `metadata`. No outcome depends on them."""
 
@@ -119,12 +119,12 @@ class BenchmarkIdentity(Record):
         """The number of documents of all tasks, measured or not."""
         return sum(task.documents for task in self.tasks)
 
-    def sample_of(self, documents: int) -> int:
-        """Return the smallest `sample` per task that draws this number of documents, or all."""
+    def sample_size(self, documents: int) -> int:
+        """Return the smallest `sample` per task that draws this number of documents or all."""
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
-        enough = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)
-        return next(enough, max(sizes))
+        large_samples = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)
+        return next(large_samples, max(sizes))
 
     @property
     def title(self) -> str:
@@ -132,13 +132,14 @@ class BenchmarkIdentity(Record):
         part = self.settings.get("part")
         if part is None:
             return self.name
-        halves = {task.half is not None for task in self.tasks}
-        if halves == {False}:  # the training splits
+        have_halves = {task.half is not None for task in self.tasks}
+        if have_halves == {False}:  # the training splits
             return f"{self.name} ({', '.join(sorted({task.split for task in self.tasks}))})"
-        return f"{self.name} ({part} {'half' if halves == {True} else 'part'})"
+        return f"{self.name} ({part} {'half' if have_halves == {True} else 'part'})"
 
     @property
-    def said(self) -> str:
+    def settings_text(self) -> str:
         """The settings in one line, with long values cut; empty if there are none."""
-        cut = {n: v if len(v) <= _CUT else f"{v[:_CUT]}…" for n, v in self.settings.items()}
-        return ", ".join(f"{name}={value}" for name, value in cut.items())
+        limit = _MAX_SETTING_LENGTH
+        texts = (v if len(v) <= limit else f"{v[:limit]}…" for v in self.settings.values())
+        return ", ".join(map("{}={}".format, self.settings, texts))

@@ -14,162 +14,159 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from tracker.core.changes import Change
-from tracker.core.config import IN_THE_FILE, CellRequest, Changes, field_of
+from tracker.core.config import FILE_KEYS, CellRequest, Changes, number_field
 from tracker.core.errors import ExperimentError, ModelError, did_you_mean
-from tracker.core.kinds import ENDS, KINDS, MAPS, Component
+from tracker.core.kinds import KIND_STYLES, MAP_GROUPS, OUTER_MATRICES, Component
 
-ROUTED = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
+EXPERT_COUNT_KEYS = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """Names in configurations of the number of routed experts of a layer."""
-CHOSEN = (
+TOKEN_EXPERT_KEYS = (
     *("moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token"),
     "top_k_experts",
 )
-"""Names in configurations of the number of experts of a token."""
-_ONE_EXPERTS = re.compile(r"(.+)\.(\d+)\.([^.]+)")
+"""Names in configurations of the number of experts that a router chooses for each token."""
+_EXPERT_MAP = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
-CONTROLS = 40
-"""Number of random sets of each size: the fewest with a two-sided p below 5 %."""
+N_CONTROLS = 40
+"""Number of random sets of each size: the smallest that allows a two-sided p below 5 %."""
 
 
 class ModelParts(NamedTuple):
-    """Numbers of a model's parts.
+    """Numbers of layers, heads and experts of a model.
 
     Attributes:
         layers: Number of layers.
-        head: Number of attention heads of a layer; None if the configuration does not give it.
+        head: Number of attention heads of a layer; None if the configuration does not state it.
         kv_head: Number of groups of heads that share keys and values; None as for `head`.
-        of_kind: The layers of the requested kinds; None for layers of any kind.
-        expert: Number of routed experts of a layer that has some; None as for `head`.
+        kind_layers: The layers of the requested kinds; None for layers of any kind.
+        expert: Number of routed experts of a layer with experts; None as for `head`.
         maps: The names of each layer's linear maps; None if they were not determined.
     """
 
     layers: int
     head: int | None = None
     kv_head: int | None = None
-    of_kind: tuple[int, ...] | None = None
+    kind_layers: tuple[int, ...] | None = None
     expert: int | None = None
     maps: tuple[tuple[str, ...], ...] | None = None
 
-    def numbered(self, component: Component) -> int | None:
+    def count_of(self, component: Component) -> int | None:
         """Return the number of a layer's heads, groups of heads or experts; None if unknown."""
-        found: int | None = getattr(self, component)
-        return found
+        count: int | None = getattr(self, component)
+        return count
 
 
-def experts_of_a_token(config: Any) -> int:
-    """Return the number of routed experts of each token by the configuration; 0 for none."""
+def experts_per_token(config: Any) -> int:
+    """Return the configured number of experts that each token passes; 0 without experts."""
     count, chosen = (
-        next((each for name in names if isinstance(each := getattr(config, name, None), int)), 0)
-        for names in (ROUTED, CHOSEN)
+        next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
+        for names in (EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS)
     )
     return min(count, chosen)
 
 
-def one_experts(map_name: str) -> tuple[str, int] | None:
+def split_expert_map(map_name: str) -> tuple[str, int] | None:
     """Split `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None without a number."""
-    found = _ONE_EXPERTS.fullmatch(map_name)
-    return (f"{found[1]}.{found[3]}", int(found[2])) if found else None
+    match = _EXPERT_MAP.fullmatch(map_name)
+    return (f"{match[1]}.{match[3]}", int(match[2])) if match else None
 
 
-Counting = Callable[[CellRequest, Collection[str]], ModelParts]
-"""Function that counts the parts of a request's model and finds its layers of some kinds."""
+PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
+"""Function that counts the parts of a request's model and finds the layers of some kinds."""
 
 
-def with_all_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Fill in all layers, heads, experts or linear maps where a request names none.
+def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
+    """Complete a request that names no layers, heads, experts or maps with all of the model's.
 
     If the configuration does not give their number, ExperimentError is raised.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    numbers: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:
-        found["layers"] = tuple(range(parts.layers)) if parts.of_kind is None else parts.of_kind
-    some = [each for each in request.changes.numbered if not request.changes.numbers(each)]
-    for component in some:
-        count, field = parts.numbered(component), field_of(component)
+        layers = range(parts.layers) if parts.kind_layers is None else parts.kind_layers
+        numbers["layers"] = tuple(layers)
+    components = [kind for kind in request.changes.numbered if not request.changes.numbers(kind)]
+    for component in components:
+        count, field = parts.count_of(component), number_field(component)
         if count is None:
             raise ExperimentError(
-                f"{request.title}: how many parts of the kind {component} a layer has is not "
-                f"in the model's configuration; name them by '{IN_THE_FILE[field]}'"
+                f"{request.title}: the model's configuration does not give the number of parts of "
+                f"the kind {component}; name them by '{FILE_KEYS[field]}'"
             )
-        if len(found.setdefault(field, tuple(range(count)))) != count:
+        # Heads and groups of heads share the field, but not the count.
+        if len(numbers.setdefault(field, tuple(range(count)))) != count:
             raise ExperimentError(
                 f"{request.title}: it has {parts.head} heads in {parts.kv_head} groups a layer; "
                 "ask for head and kv_head in two files, or name some by 'head'"
             )
-    changes = request.changes.model_copy(update=found)
+    changes = request.changes.model_copy(update=numbers)
     try:
         if changes.lacks_maps:
-            changes = _with_all_maps(changes, parts)
-        exact = _with_sets(changes, parts, request)
+            changes = _fill_maps(changes, parts)
+        exact = _list_sets(changes, parts, request)
     except ExperimentError as error:
         raise ExperimentError(f"{request.title}: {error}") from None
-    return replace(request, changes=changes if exact is None else changes.exactly(exact))
+    return replace(request, changes=changes if exact is None else changes.with_exact(exact))
 
 
-def _with_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """List the changes with sets of one kind and random sets; None if neither is requested."""
+def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
+    """List the changes with layer sets of a kind and random sets; None if neither is requested."""
     spans = [span for span in changes.spans if span > 1]
-    removing = "remove" in changes.interventions and "layer" in changes.components
-    if not (spans and removing and (changes.control or parts.of_kind is not None)):
+    is_removal = "remove" in changes.interventions and "layer" in changes.components
+    if not (spans and is_removal and (changes.control or parts.kind_layers is not None)):
         return None
-    exact = [*changes.expanded()]
-    if parts.of_kind is not None:
+    exact = [*changes.expand()]
+    if parts.kind_layers is not None:
         if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                "layers of a kind are removed together as whole layers; ask for other components "
-                "and interventions in a file of their own, or leave 'kind' out"
+                "spans of a kind are removals of whole layers; ask for other components and "
+                "interventions in a file of their own, or leave 'kind' out"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
         exact = [change for change in exact if change.span == 1] + [
-            Change(layers=parts.of_kind[first : first + span])
+            Change(layers=parts.kind_layers[start : start + span])
             for span in spans
-            for first in range(len(parts.of_kind) - span + 1)
+            for start in range(len(parts.kind_layers) - span + 1)
         ]
     if changes.control:
         free = [layer for layer in range(parts.layers) if layer not in request.removed]
-        near = (tuple(range(n, n + span)) for span in spans for n in changes.layers)
-        taken = {*(change.layers for change in exact), *near}
-        drawn = _drawn(free, spans, taken, request.documents.seed)
-        exact += [Change(layers=layers, drawn=True) for layers in drawn]
+        neighbours = (tuple(range(n, n + span)) for span in spans for n in changes.layers)
+        taken = {*(change.layers for change in exact), *neighbours}
+        drawn_sets = _draw_sets(free, spans, taken, request.documents.seed)
+        exact += [Change(layers=layers, drawn=True) for layers in drawn_sets]
     return exact
 
 
-def _with_all_maps(changes: Changes, parts: ModelParts) -> Changes:
+def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
     """Fill in all linear maps of the requested layers."""
     if parts.maps is None:
-        raise ExperimentError(
-            "which linear maps its layers have is not known here; name them by 'map'"
-        )
-    of_layer = dict(enumerate(parts.maps))
-    every = dict.fromkeys(name for layer in changes.layers for name in of_layer.get(layer, ()))
-    named = changes.model_copy(update={"maps": tuple(every)})
-    if all(set(of_layer.get(layer, every)) == set(every) for layer in changes.layers):
-        return named
+        raise ExperimentError("its linear maps are not known here; name them by 'map'")
+    by_layer = dict(enumerate(parts.maps))
+    all_maps = dict.fromkeys(name for layer in changes.layers for name in by_layer.get(layer, ()))
+    filled = changes.model_copy(update={"maps": tuple(all_maps)})
+    if all(set(by_layer.get(layer, all_maps)) == set(all_maps) for layer in changes.layers):
+        return filled
     if changes.components != ("linear",) or changes.spans != (1,):
-        raise ExperimentError(
-            "its layers have different linear maps; ask for them in a file of their own, or name "
-            "some by 'map'"
-        )
-    return named.exactly(
+        raise ExperimentError("its layers have different linear maps; name some by 'map'")
+    return filled.with_exact(
         Change("linear", (layer,), intervention, name)
         for intervention in changes.interventions
         for layer in changes.layers
-        for name in of_layer[layer]
+        for name in by_layer[layer]
     )
 
 
-def _drawn(
+def _draw_sets(
     free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Yield up to `CONTROLS` random sets of each size, each once and none already requested."""
+    """Yield up to `N_CONTROLS` different random sets of each size, except for requested ones."""
     for span in spans:
-        draw = random.Random(f"control/{seed}/{span}")
-        found: set[tuple[int, ...]] = set()
-        for _ in range(50 * CONTROLS if span <= len(free) else 0):
-            some = tuple(sorted(draw.sample(free, span)))
-            if len(found) < CONTROLS and some not in taken and some not in found:
-                found.add(some)
-                yield some
+        generator = random.Random(f"control/{seed}/{span}")
+        drawn: set[tuple[int, ...]] = set()
+        for _ in range(50 * N_CONTROLS if span <= len(free) else 0):
+            chosen = tuple(sorted(generator.sample(free, span)))
+            if len(drawn) < N_CONTROLS and chosen not in taken and chosen not in drawn:
+                drawn.add(chosen)
+                yield chosen
 
 
 def check_parts(request: CellRequest, parts: ModelParts) -> None:
@@ -177,35 +174,31 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
     changes = request.changes
     for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
-            raise ExperimentError(
-                f"layer {layer} is out of range: {request.model} has {parts.layers} layers, "
-                f"0 to {parts.layers - 1}"
-            )
-    known = {*MAPS, *ENDS, *chain.from_iterable(parts.maps or ())}
-    named = changes.maps if parts.maps is not None and "linear" in changes.components else ()
-    for name in named:
-        if name not in known and (one_experts(name) or (name,))[0] not in known:
-            near = did_you_mean(name, known)
-            raise ExperimentError(
-                f"{request.model} has no linear map {name!r}.{near} It has "
-                f"{', '.join(sorted(known))}"
-            )
+            layers = f"{request.model} has {parts.layers} layers, 0 to {parts.layers - 1}"
+            raise ExperimentError(f"layer {layer} is out of range: {layers}")
+    names = {*MAP_GROUPS, *OUTER_MATRICES, *chain.from_iterable(parts.maps or ())}
+    maps = changes.maps if parts.maps is not None and "linear" in changes.components else ()
+    for name in maps:
+        if name not in names and (split_expert_map(name) or (name,))[0] not in names:
+            near, maps_text = did_you_mean(name, names), ", ".join(sorted(names))
+            message = f"{request.model} has no linear map {name!r}.{near} It has {maps_text}"
+            raise ExperimentError(message)
     for component in changes.numbered:
-        count, last = parts.numbered(component), max(changes.numbers(component), default=0)
+        count, last = parts.count_of(component), max(changes.numbers(component), default=0)
         if count is not None and last >= count:
             raise ExperimentError(
                 f"{component} {last} is out of range: a layer of {request.model} "
-                f"has {count} {KINDS[component].many}, 0 to {count - 1}"
+                f"has {count} {KIND_STYLES[component].plural}, 0 to {count - 1}"
             )
 
 
-LISTS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+KIND_LIST_KEYS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
 """Names of the lists in configurations that give the kind of each layer."""
-HALVES = ("even", "odd")
+PARITY_KINDS = ("even", "odd")
 """Kinds that every model has: layers 0, 2, …, and 1, 3, …."""
 
 
-def kinds_of(config: Any) -> Mapping[str, tuple[int, ...]]:
+def layer_kinds(config: Any) -> Mapping[str, tuple[int, ...]]:
     """List the kinds of layers that a configuration names.
 
     Args:
@@ -216,15 +209,15 @@ def kinds_of(config: Any) -> Mapping[str, tuple[int, ...]]:
         `linear_attention` and `mamba`. Empty where all layers are alike.
     """
     total = config.num_hidden_layers
-    found: dict[str, list[int]] = {}
-    for name in LISTS:
+    kinds: dict[str, list[int]] = {}
+    for name in KIND_LIST_KEYS:
         words = getattr(config, name, None)
         if not isinstance(words, (list, tuple)) or len(words) != total:
             continue
         for layer, word in enumerate(words):
-            if isinstance(word, str) and layer not in found.setdefault(word, []):
-                found[word].append(layer)
-    return {kind: tuple(sorted(layers)) for kind, layers in found.items()}
+            if isinstance(word, str) and layer not in kinds.setdefault(word, []):
+                kinds[word].append(layer)
+    return {kind: tuple(sorted(layers)) for kind, layers in kinds.items()}
 
 
 def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
@@ -232,7 +225,7 @@ def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
 
     Args:
         config: The text model's configuration, as transformers reads it.
-        words: The kinds, as the configuration names them; or `odd`, `even`.
+        words: The names of the kinds in the configuration; or `odd`, `even`.
 
     Returns:
         The layers, 0-based, ascending.
@@ -246,14 +239,16 @@ def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
         >>> layers_of_kind(config, ["conv"]), layers_of_kind(config, ["odd"])
         ((0, 2), (1,))
     """
-    kinds = {half: tuple(range(n, config.num_hidden_layers, 2)) for n, half in enumerate(HALVES)}
-    kinds = {**kinds, **kinds_of(config)}
+    total = config.num_hidden_layers
+    kinds = {name: tuple(range(n, total, 2)) for n, name in enumerate(PARITY_KINDS)}
+    kinds = {**kinds, **layer_kinds(config)}
     for word in words:
         if word not in kinds:
-            own = ", ".join(f"{kind} ({len(kinds[kind])})" for kind in kinds if kind not in HALVES)
-            has = f"its kinds are {own}" if own else "its configuration names none"
+            own_kinds = layer_kinds(config).items()
+            names = ", ".join(f"{kind} ({len(layers)})" for kind, layers in own_kinds)
+            listing = f"its kinds are {names}" if names else "its configuration names none"
             raise ModelError(
-                f"the model has no layers of kind {word!r}: {has}; odd and even are kinds of "
+                f"the model has no layers of kind {word!r}: {listing}; odd and even are kinds of "
                 f"every model.{did_you_mean(word, kinds)}"
             )
     return tuple(sorted({layer for word in words for layer in kinds[word]}))

@@ -13,26 +13,26 @@ from pathlib import Path
 
 from tracker.core.distribution import __version__
 
-PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
-"""Packages besides tracker that can change a number, under their names for pip."""
+RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
+"""Packages besides tracker whose version can change a result, under their names for pip."""
 _HARDWARE = ("platform", "device", "accelerator")
-_STACK = ("tracker", *(name for name in PACKAGES if name != "tokenizers"), *_HARDWARE)
-"""Everything that can change a number: packages, processor, device and its make. Tokenizers are
+_STACK = ("tracker", *(name for name in RECORDED_PACKAGES if name != "tokenizers"), *_HARDWARE)
+"""Keys of everything that can change a result: packages, processor and device. Tokenizers are
 compared by digests of tokens instead."""
 
 SAME_VERSIONS = "the same versions"
-_READERS = ("transformers", "tokenizers", "lm-eval")
-"""Packages that decide the tokens of a text."""
+_TOKENISING_PACKAGES = ("transformers", "tokenizers", "lm-eval")
+"""Packages whose version can change the tokens of a text."""
 
-WEIGHTS = "weights"
-"""Key of the checkpoint's quantised format, where it has one."""
-TOKENISATION = "tokenisation"
+WEIGHTS_KEY = "weights"
+"""Key of the format of a quantised checkpoint; absent for other checkpoints."""
+TOKENISATION_KEY = "tokenisation"
 """Key of the digest of a text's tokens, which is equal for equal tokens."""
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of tracker and `PACKAGES`; `not installed` for absent ones."""
-    return {"tracker": __version__, **{name: _version(name) for name in PACKAGES}}
+    """Return the versions of tracker and `RECORDED_PACKAGES`; `not installed` for absent ones."""
+    return {"tracker": __version__, **{name: _version(name) for name in RECORDED_PACKAGES}}
 
 
 @cache
@@ -43,41 +43,38 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def machine() -> dict[str, str]:
-    """Return Python version, platform and cores, which identify no person or host."""
+def describe_machine() -> dict[str, str]:
+    """Return Python version, platform and number of cores, without naming a person or host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cores": str(cores),
-    }
+    system = f"{platform.system()} {platform.machine()}"
+    return {"python": platform.python_version(), "platform": system, "cores": str(cores)}
 
 
-def united(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Merge the provenances of several parts; values that differ are all listed."""
-    names = dict.fromkeys(name for each in found for name in each)
-    return {n: ", ".join(sorted({each[n] for each in found if n in each})) for n in names}
+def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Merge the provenances of several parts; where values differ, all of them are listed."""
+    names = dict.fromkeys(name for stack in stacks for name in stack)
+    return {n: ", ".join(sorted({stack[n] for stack in stacks if n in stack})) for n in names}
 
 
-def differences(found: Sequence[Mapping[str, str]]) -> str:
-    """List the differences between provenances that can change a number.
+def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
+    """List the differences between provenances that can change a result.
 
     For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty if nothing differs.
     """
-    parts = [{n: each.get(n, "unknown").partition(":")[0] for n in _STACK} for each in found]
-    differing = (n for n in _STACK if len({part[n] for part in parts}) > 1)
-    return "; ".join(f"{n} {united(parts)[n]}" for n in differing)
+    parts = [{n: stack.get(n, "unknown").partition(":")[0] for n in _STACK} for stack in stacks]
+    names = (n for n in _STACK if len({part[n] for part in parts}) > 1)
+    return "; ".join(f"{n} {merge_provenances(parts)[n]}" for n in names)
 
 
-def readers(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """List the tokenising packages whose versions differ from another measurement's."""
-    differing = [n for n in _READERS if n in stack and stack[n] != other.get(n)]
-    return ", ".join(f"{n} {stack[n]}" for n in differing) or SAME_VERSIONS
+def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """List the tokenising packages whose versions differ between two measurements."""
+    names = [n for n in _TOKENISING_PACKAGES if n in stack and stack[n] != other.get(n)]
+    return ", ".join(f"{n} {stack[n]}" for n in names) or SAME_VERSIONS
 
 
-def reads_otherwise(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
+def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Check whether two measurements record different tokens for the same text."""
-    return len({stack.get(TOKENISATION), other.get(TOKENISATION)} - {None}) > 1
+    return len({stack.get(TOKENISATION_KEY), other.get(TOKENISATION_KEY)} - {None}) > 1
 
 
 def content_hash(value: object) -> str:

@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 from tracker.core.errors import attempt
@@ -56,8 +56,8 @@ def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
         >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
         tensor([0.9600], dtype=torch.float64)
     """
-    apart = _directions(widened(before)).sub_(_directions(widened(after)))
-    return 1 - apart.square_().sum(-1) / 2
+    difference = _unit_vectors(to_double(before)).sub_(_unit_vectors(to_double(after)))
+    return 1 - difference.square_().sum(-1) / 2
 
 
 def angle(cosine: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def angle(cosine: Tensor) -> Tensor:
     return cosine.clamp(-1, 1).arccos() / math.pi
 
 
-def widened(states: Tensor) -> Tensor:
+def to_double(states: Tensor) -> Tensor:
     """Convert to float64, or to float32 on a device without it, such as Apple's."""
     try:
         return states.double()
@@ -94,9 +94,9 @@ def angular_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
-    """Return how large the layer's update is beside its input: ‖after - before‖ / ‖before‖.
+    """Return the layer's update relative to the layer's input: ‖after - before‖ / ‖before‖.
 
-    It sees what cosine cannot: a change of magnitude along the input's own direction.
+    Unlike the cosine, it includes a change of magnitude along the input's own direction.
 
     Args:
         before: `[..., tokens, hidden]`, the layer's input.
@@ -109,14 +109,14 @@ def relative_update(before: Tensor, after: Tensor) -> Tensor:
         >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]))
         tensor([1.])
     """
-    first, second = before.float(), after.float()
-    size = first.norm(2, dim=-1)
-    update = (second - first).norm(2, dim=-1) / size
+    wide_input, wide_output = before.float(), after.float()
+    size = wide_input.norm(2, dim=-1)
+    update = (wide_output - wide_input).norm(2, dim=-1) / size
     return update.where(size > 0, math.nan)
 
 
-def _directions(states: Tensor) -> Tensor:
-    """Return the states at length 1, NaN where they have none."""
+def _unit_vectors(states: Tensor) -> Tensor:
+    """Scale each token's state to length 1; a state of zeros becomes NaN."""
     length = states.norm(2, dim=-1, keepdim=True)
     return states / length.where(length > 0, math.nan)
 
@@ -126,19 +126,19 @@ class Proxy:
     """A cheap estimate of the importance of a layer or an expert; larger = more important.
 
     Attributes:
-        name: Its name in code: of the field, the column, the metric.
-        label: Its name for display.
-        unit: Its unit, or a short description of it.
-        formula: Its formula in a layer's input x_in and output x_out.
-        source: Its publication; empty if there is none.
+        name: The proxy's name in code: of the field, the column, the metric.
+        label: The proxy's name for display.
+        unit: The unit of its values, or a short description of the unit.
+        formula: The formula in a layer's input x_in and output x_out.
+        source: The publication of the proxy; empty if there is none.
         passes: Forward passes through the whole model per document, for all layers together; None
-            where every layer is removed for it, as for the drop itself.
+            if the proxy removes every layer in turn, as the drop itself does.
         observe: Function of a layer's input and output `[..., tokens, hidden]` that returns each
-            token's figure `[..., tokens]`; None where it needs more than these.
+            token's figure `[..., tokens]`; None if the proxy needs more than these.
         per_token: Function applied to each token's figure before averaging; None for no function.
         complement_of: The name of the figure of `observe`, where the proxy is 1 minus its mean.
-        strategy: The strategy that prunes by it; empty if there is none.
-        component: The part of the model that it describes.
+        strategy: The search strategy that prunes by the proxy; empty if there is none.
+        component: The part of the model that the proxy describes.
         over: For an expert's proxy, the name of the proxy that counts the tokens of its mean; empty
             for all tokens.
     """
@@ -163,30 +163,30 @@ class Proxy:
 
     @property
     def headings(self) -> dict[str, str]:
-        """Name → heading: of the proxy, preceded by the figure that it is the complement of."""
+        """Name → heading, of the figure whose complement the proxy is, if any, and of the proxy."""
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
 
     @property
     def column(self) -> str:
-        """The ledger's column of a document's observed figures, summed over its tokens."""
+        """The ledger's column of observed figures, summed over a document's tokens."""
         return f"{self.complement_of or self.name}_sum"
 
-    def of(self, observed: Array) -> Array:
+    def from_observed(self, observed: Array) -> Array:
         """Compute the proxy from observed figures or their means."""
         return 1 - observed if self.complement_of else observed
 
-    def averaged(self, seen: Tensor) -> Tensor:
+    def token_figure(self, observed: Tensor) -> Tensor:
         """Compute each token's figure for averaging from the result of `observe`."""
-        return seen if self.per_token is None else self.per_token(seen)
+        return observed if self.per_token is None else self.per_token(observed)
 
-    def of_token(self, before: Tensor, after: Tensor) -> Tensor:
+    def observe_tokens(self, before: Tensor, after: Tensor) -> Tensor:
         """Compute the proxy of each token from a layer's input and output."""
         assert self.observe is not None
-        return self.of(self.averaged(self.observe(before, after)))
+        return self.from_observed(self.token_figure(self.observe(before, after)))
 
 
-_OURS: Mapping[str, Proxy] = {
+_OWN_PROXIES: Mapping[str, Proxy] = {
     proxy.name: proxy
     for proxy in (
         Proxy(
@@ -253,69 +253,65 @@ _OURS: Mapping[str, Proxy] = {
         ),
     )
 }
-_RESERVED = re.compile(
+_RESERVED_NAMES = re.compile(
     r"layer|component|span|intervention|number|repeats|members|drawn|map|part|change|ablation|n"
     r"|key|model|benchmark|num_fewshot|removed|sample_seed|reasons|until|interval|figure|options"
     r"|gold|drop|drop_.*|accuracy.*|baseline.*|chance.*|metrics?.*|mcnemar_p|rounded|gold_.*"
     r"|options_.*|cosine_similarity|model_.*|proxy.*|copy|json|dict|schema.*|construct|validate"
 )
-"""Names of other figures and columns of runs, which no proxy may have."""
+"""Names that a proxy must not have, since other figures and columns of runs have them."""
 
 
 def _check_proxy(extension: object) -> Proxy:
     """Check a proxy of another package; raise TypeError or ValueError with the reason."""
     if not isinstance(extension, Proxy):
-        raise TypeError(f"{extension!r} is no tracker.core.proxies.Proxy")
-    if _RESERVED.fullmatch(extension.name):
+        raise TypeError(f"{extension!r} is not a tracker.core.proxies.Proxy")
+    if _RESERVED_NAMES.fullmatch(extension.name):
         raise ValueError(f"the name {extension.name!r} is taken")
     if not callable(extension.observe) or extension.component != "layer":
         raise ValueError("it has no function `observe` of a layer's input and output")
     if extension.complement_of or extension.strategy or extension.per_token or extension.over:
         raise ValueError("complement_of, strategy, per_token and over are for proxies of tracker")
-    return replace(extension, observe=_Guarded(extension.name, extension.observe))
+    return replace(extension, observe=_guard(extension.name, extension.observe))
 
 
-@dataclass(frozen=True)
-class _Guarded:
-    """A function of another package, whose figures are undefined if it fails."""
+def _guard(
+    name: str, observe: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Wrap another package's function so that its figures are undefined if it fails."""
 
-    name: str
-    observe: Callable[[Tensor, Tensor], Tensor]
-
-    def __call__(self, before: Tensor, after: Tensor) -> Tensor:
+    def guarded(before: Tensor, after: Tensor) -> Tensor:
         undefined = before[..., 0].float() * math.nan
-
-        def observe() -> Tensor:
-            observed = self.observe(before, after)
-            if observed.shape != undefined.shape:
-                shapes = f"{tuple(observed.shape)}, and not {tuple(undefined.shape)}"
-                raise ValueError(f"its figures have the shape {shapes}")
-            return observed
-
-        observed = attempt(observe)
+        observed = attempt(partial(observe, before, after))
+        shape = getattr(observed, "shape", ())
         if isinstance(observed, Exception):
-            reason = f"{type(observed).__name__}: {observed}"
-            _warn(f"the proxy {self.name!r} is undefined: {reason}")
-            return undefined
-        return widened(observed)
+            problem = f"{type(observed).__name__}: {observed}"
+        elif shape != undefined.shape:
+            shapes = f"{tuple(shape)}, and not {tuple(undefined.shape)}"
+            problem = f"ValueError: its figures have the shape {shapes}"
+        else:
+            return to_double(observed)
+        _warn(f"the proxy {name!r} is undefined: {problem}")
+        return undefined
+
+    return guarded
 
 
 @cache
 def _warn(message: str) -> None:
-    """Warn once, on one line."""
+    """Log a warning of one line, once for each text."""
     log.warning("%s", message.splitlines()[0])
 
 
-PROXIES: Mapping[str, Proxy] = {**_OURS, **load_extensions("proxies", _check_proxy, _OURS)}
-"""Name → proxy, for tracker's own and those of other packages by their entry points."""
-OF_LAYERS: Mapping[str, Proxy] = {
-    name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"
-}
+_ADDED_PROXIES = load_extensions("proxies", _check_proxy, _OWN_PROXIES)
+PROXIES: Mapping[str, Proxy] = {**_OWN_PROXIES, **_ADDED_PROXIES}
+"""Name → proxy: tracker's own proxies, and the entry points of other packages."""
+LAYER_PROXIES = {name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"}
 """The proxies of whole layers."""
-OF_EXPERTS = tuple(proxy for proxy in PROXIES.values() if proxy.component == "expert")
-"""The proxies of routed experts: every run that removes one has them, from the intact model."""
+EXPERT_PROXIES = tuple(proxy for proxy in PROXIES.values() if proxy.component == "expert")
+"""The proxies of routed experts, measured on the intact model for runs that remove an expert."""
 OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
-"""The proxies of a layer's input and output: every cell has them, from the intact model."""
+"""The proxies of a layer's input and output, measured on the intact model of every cell."""
 
 
 def observed(before: Tensor, after: Tensor) -> list[Tensor]:
@@ -324,15 +320,15 @@ def observed(before: Tensor, after: Tensor) -> list[Tensor]:
     Figures that several proxies share, such as the cosine in float64, are computed once.
     """
     observers = dict.fromkeys(proxy.observe for proxy in OBSERVED if proxy.observe)
-    seen: dict[Any, Tensor] = {observe: observe(before, after) for observe in observers}
-    return [proxy.averaged(seen[proxy.observe]) for proxy in OBSERVED]
+    figures: dict[Any, Tensor] = {observe: observe(before, after) for observe in observers}
+    return [proxy.token_figure(figures[proxy.observe]) for proxy in OBSERVED]
 
 
-FIGURES = tuple(name for proxy in (*OBSERVED, *OF_EXPERTS) for name in proxy.headings)
-"""Names of the figures that a run shows for observed proxies and those of experts."""
+PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *EXPERT_PROXIES) for name in proxy.headings)
+"""Names of the figures that a run shows for observed proxies and for proxies of experts."""
 
 
-def passes(proxy: str, layers: int, shared: bool) -> float:
+def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:
     """Return the cost of a proxy for all layers, in forward passes of the model per document.
 
     A model without one of L layers passes L - 1, so intact and ablated ones together pass L²: L
@@ -342,12 +338,12 @@ def passes(proxy: str, layers: int, shared: bool) -> float:
     Args:
         proxy: One of `PROXIES`; any other name means the drop.
         layers: The number of layers L.
-        shared: True if layers below a removed one are computed once.
+        is_shared: True if layers below a removed one are computed once.
 
     Returns:
         The cost.
     """
-    own = PROXIES[proxy].passes if proxy in PROXIES else None
-    if own is not None:
-        return own
-    return (layers + 1) / 2 if shared else float(layers)
+    n_passes = PROXIES[proxy].passes if proxy in PROXIES else None
+    if n_passes is not None:
+        return n_passes
+    return (layers + 1) / 2 if is_shared else float(layers)

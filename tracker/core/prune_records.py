@@ -13,16 +13,16 @@ from pydantic import Field
 from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
 from tracker.core.fields import Layers
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, SafeText
 from tracker.core.kinds import Component
-from tracker.core.records import EstimatesRecord, Place, flat_names
+from tracker.core.records import EstimatesRecord, RecordKey, flat_names
 from tracker.core.search_parts import SearchParts
 
 Rescoring = Literal["full", "lazy", "race"]
 """Method by which a greedy search scores its candidates again after each removal."""
 
 
-class Tested(EstimatesRecord):
+class HeldOutResult(EstimatesRecord):
     """Result of the model without some parts on the test documents."""
 
     FLAT: ClassVar = {
@@ -34,7 +34,7 @@ class Tested(EstimatesRecord):
     level: Estimate
     """The benchmark's metric."""
     lost: Estimate = Estimate(None)
-    """The loss relative to the intact model; positive = worse."""
+    """The decline of the metric relative to the intact model; positive = worse."""
 
 
 class PruneStep(EstimatesRecord):
@@ -45,49 +45,49 @@ class PruneStep(EstimatesRecord):
     removed: Layers
     """All removed parts after the step, ascending: layers, or numbers of `SearchParts`."""
     layer: int | None = None
-    """The part that the step removed; None where the set is not the previous one plus one part."""
+    """The removed part; None unless the step's set is the previous step's set plus one part."""
     score: float | None = None
-    """The figure that the strategy minimised; None where it uses none."""
+    """The figure that the strategy minimised; None if the strategy minimises no figure."""
     runner_up: Layers = ()
     """The parts of the second-best candidate; empty if there was no other."""
     margin: Estimate = Estimate(None)
-    """The runner-up's score minus the best one, on the calibration documents. Its 95 % interval is
-    simultaneous over all candidates of the step."""
+    """The runner-up's score minus the best score, on the calibration documents. The 95 % interval
+    is simultaneous over all candidates of the step."""
     separates: int | None = None
-    """Estimated number of calibration documents that would separate the two; None where they are
-    separated, or equal, so that no number separates them."""
-    test: Tested | None = None
+    """Estimated number of calibration documents that would separate best and runner-up; None where
+    they are separated already, or equal, so that no number separates them."""
+    test: HeldOutResult | None = None
     reasons: dict[str, str] = Field(default_factory=dict)
 
 
-class Calibrated(Record):
-    """A benchmark and its documents by which a search chose."""
+class CalibrationSet(Record):
+    """A benchmark and the documents on which a search chose the parts."""
 
     key: str
     """The cell's key in the ledger."""
-    benchmark: Shown
+    benchmark: SafeText
     metric: str
     n: int
     part: str | None = None
-    """The part of the benchmark with the documents; None = all of it."""
+    """The part of the benchmark with the documents; None = the whole benchmark."""
     documents: dict[str, tuple[int, ...]]
     """Task → the documents' numbers in its split."""
 
 
 class PruneCost(Record):
-    """Cost of a search on its own, without results from other runs."""
+    """Cost that a search has if it reuses no results of other runs."""
 
     evaluations: float
-    """Scored sets of removals, each on all calibration documents, including the intact model: the
-    evaluations of a loop over really pruned models."""
+    """Number of scored sets of removals, including the intact model, each on all calibration
+    documents. A loop over really pruned models needs as many evaluations."""
     passes: float
-    """The engine's work, in passes of all calibration documents through the whole intact model."""
+    """The engine's work; 1 = all calibration documents pass through the whole intact model."""
     seconds: float
     """The time of measuring, in seconds."""
 
 
 class PruneRecord(Record):
-    """One search."""
+    """Settings, steps and cost of one search."""
 
     name: str
     """The unique name among the searches of a results folder."""
@@ -97,7 +97,7 @@ class PruneRecord(Record):
     metric: str
     higher_is_better: bool = True
     part: str | None = None
-    """The part of the benchmark with the test documents; None = all of it."""
+    """The part of the benchmark with the test documents; None = the whole benchmark."""
     unit: Component = "layer"
     per_layer: Positive = Field(1, exclude_if=lambda count: count == 1)
     """Number of parts of a layer that has several: part n is number n % `per_layer` of layer
@@ -108,22 +108,22 @@ class PruneRecord(Record):
     draw: Positive | None = None
     """Number of the random draw; None for strategies that do not draw."""
     rescoring: Rescoring = "full"
-    amount: Shown
+    amount: SafeText
     """The requested amount: `remove 8`, `keep 100M parameters`."""
     protected: Layers = ()
     """Layers that must not be removed."""
     among: Layers | None = None
-    """The only layers that may be removed; None = all."""
+    """The layers that may be removed; None = all."""
     at_least: dict[str, str] = Field(default_factory=dict)
     """Kind of layers → minimum number that stays: `2`, or `1 of 4` in any four in a row."""
-    calibration: tuple[Calibrated, ...] = ()
+    calibration: tuple[CalibrationSet, ...] = ()
     """The calibration benchmarks; empty where the strategy uses no documents."""
     steps: tuple[PruneStep, ...]
-    baseline: Tested
+    baseline: HeldOutResult
     """The intact model on the test documents."""
     cost: PruneCost
-    rests_on: tuple[Place, ...] = ()
-    """The tracked cells of its steps: key, view, documents."""
+    rests_on: tuple[RecordKey, ...] = ()
+    """The tracked cells of the search's steps: key, view and number of documents of each."""
 
     @property
     def parts(self) -> SearchParts:
@@ -132,7 +132,7 @@ class PruneRecord(Record):
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The parts that the last step has removed, ascending."""
+        """All removed parts after the last step, ascending."""
         return self.steps[-1].removed
 
     @property
@@ -149,12 +149,12 @@ class PruneRecord(Record):
     @property
     def kept(self) -> tuple[int, ...]:
         """The layers of the intact model from which nothing is removed, ascending."""
-        gone = set(map(self.parts.layer_of, self.removed))
-        return tuple(layer for layer in range(self.model.layers) if layer not in gone)
+        changed_layers = set(map(self.parts.layer_of, self.removed))
+        return tuple(layer for layer in range(self.model.layers) if layer not in changed_layers)
 
     @property
     def label(self) -> str:
         """The strategy for display, with its draw and any rescoring other than `full`."""
-        more = self.draw if self.draw is not None else ""
-        how = "" if self.rescoring == "full" else f"({self.rescoring})"
-        return " ".join(str(word) for word in (self.strategy, more, how) if word != "")
+        draw = self.draw if self.draw is not None else ""
+        rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"
+        return " ".join(str(word) for word in (self.strategy, draw, rescoring) if word != "")

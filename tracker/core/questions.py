@@ -9,11 +9,11 @@ from decimal import Decimal
 from typing import Literal
 
 from tracker.core.errors import did_you_mean
-from tracker.core.safe_yaml import short
+from tracker.core.safe_yaml import short_text
 
-Kind = Literal["drop", "top", "prune", "sign"]
+QuestionKind = Literal["drop", "top", "prune", "sign"]
 
-EXAMPLES: Mapping[Kind, str] = {
+QUESTION_EXAMPLES: Mapping[QuestionKind, str] = {
     "drop": "drop within 2 pp",
     "top": "top 5",
     "prune": "prune 8",
@@ -21,11 +21,11 @@ EXAMPLES: Mapping[Kind, str] = {
 }
 """Kind of question → an example; `within 1 pp` and `at 99 %` may follow."""
 
-CONFIDENCE = 0.95
-"""Default probability that all statements about a cell's runs hold."""
+DEFAULT_CONFIDENCE = 0.95
+"""Default probability that all statements about a cell's runs hold together."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
-_REST = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
+_QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Question:
         level: Probability that the answer is right, and that all bounds of drops hold together.
     """
 
-    kind: Kind
+    kind: QuestionKind
     count: int | None = None
     within: float | None = None
-    level: float = CONFIDENCE
+    level: float = DEFAULT_CONFIDENCE
 
     def __str__(self) -> str:
         words = [str(self.kind)]
@@ -53,25 +53,25 @@ class Question:
             words.append(str(self.count))
         if self.within is not None:
             words.append(f"within {100 * self.within:.10g} pp")
-        if self.level != CONFIDENCE:
+        if self.level != DEFAULT_CONFIDENCE:
             words.append(f"at {100 * self.level:.10g} %")
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Check whether this number of runs can answer the question."""
+        """Check whether the question makes sense for this number of runs."""
         return self.count is None or self.count < runs
 
-    def refuse(self, runs: int) -> None:
+    def check_runs(self, runs: int) -> None:
         """Raise ValueError if this number of runs cannot answer the question."""
         if not self.fits(runs):
-            fit = f"; ask for {runs - 1} at most" if runs > 1 else ""
+            suggestion = f"; ask for {runs - 1} at most" if runs > 1 else ""
             raise ValueError(
                 f"{self.kind} {self.count} of {runs} run{'' if runs == 1 else 's'} chooses "
-                f"nothing{fit}"
+                f"nothing{suggestion}"
             )
 
 
-def question(text: str) -> Question:
+def parse_question(text: str) -> Question:
     """Read a question in the notation of experiment files.
 
     Args:
@@ -85,36 +85,35 @@ def question(text: str) -> Question:
         ValueError: The text is no known question.
 
     Examples:
-        >>> question("top 5 within 1 pp")
+        >>> parse_question("top 5 within 1 pp")
         Question(kind='top', count=5, within=0.01, level=0.95)
-        >>> str(question("drop  within 0.5pp at 99%"))
+        >>> str(parse_question("drop  within 0.5pp at 99%"))
         'drop within 0.5 pp at 99 %'
     """
     word, _, rest = " ".join(text.split()).partition(" ")
-    kind, count = next((kind for kind in EXAMPLES if kind == word), None), None
+    kind, count = next((kind for kind in QUESTION_EXAMPLES if kind == word), None), None
     if kind is None:
-        near, known = did_you_mean(word, EXAMPLES), ", ".join(map(repr, EXAMPLES.values()))
-        raise ValueError(f"no question begins with {short(word)}.{near} Known are {known}")
+        near, examples = did_you_mean(word, QUESTION_EXAMPLES), QUESTION_EXAMPLES.values()
+        listing = ", ".join(map(repr, examples))
+        raise ValueError(f"no question begins with {short_text(word)}.{near} Known are {listing}")
+    quoted, example = short_text(text), QUESTION_EXAMPLES[kind]
     if kind in ("top", "prune"):
         number, _, rest = rest.partition(" ")
         if not re.fullmatch(r"[1-9]\d{0,5}", number):
-            raise ValueError(f"{short(text)}: how many? Write for instance '{EXAMPLES[kind]}'")
+            raise ValueError(f"{quoted}: how many? Write for instance '{example}'")
         count = int(number)
-    found = _REST.fullmatch(f" {rest}" if rest else "")
-    if found is None:
-        raise ValueError(
-            f"{short(text)}: {short(rest)} is not understood. After {word!r} may come "
-            f"'within 1 pp' and 'at 99 %', in this order"
-        )
-    within, level = (float(Decimal(number) / 100) if number else None for number in found.groups())
+    match = _QUALIFIERS.fullmatch(f" {rest}" if rest else "")
+    if match is None:
+        order = f"After {word!r} may come 'within 1 pp' and 'at 99 %', in this order"
+        raise ValueError(f"{quoted}: {short_text(rest)} is not understood. {order}")
+    within, level = (float(Decimal(number) / 100) if number else None for number in match.groups())
     if kind == "sign" and within is not None:
-        raise ValueError(
-            f"{short(text)}: a sign has no size. Write 'sign', or '{EXAMPLES['drop']}'"
-        )
+        drop_example = QUESTION_EXAMPLES["drop"]
+        raise ValueError(f"{quoted}: a sign has no size. Write 'sign', or '{drop_example}'")
     if kind == "drop" and within is None:
-        raise ValueError(f"{short(text)}: how exactly? Write for instance '{EXAMPLES[kind]}'")
+        raise ValueError(f"{quoted}: how exactly? Write for instance '{example}'")
     if within is not None and not 0 < within < 1:
-        raise ValueError(f"{short(text)}: 'within' takes more than 0 and less than 100 pp")
+        raise ValueError(f"{quoted}: 'within' takes more than 0 and less than 100 pp")
     if level is not None and not 0.5 <= level < 1:
-        raise ValueError(f"{short(text)}: 'at' takes 50 % or more, and less than 100 %")
-    return Question(kind, count, within, CONFIDENCE if level is None else level)
+        raise ValueError(f"{quoted}: 'at' takes 50 % or more, and less than 100 %")
+    return Question(kind, count, within, DEFAULT_CONFIDENCE if level is None else level)

@@ -1,4 +1,4 @@
-"""Call the methods of objects in processes of their own.
+"""Call methods of objects that live in separate processes.
 
 Such a process is a separate program, since `multiprocessing` would run a user's script again. It
 would also import torch before the process knows its devices and its number of threads.
@@ -26,9 +26,9 @@ import psutil
 from tracker.core.errors import TrackerError, WorkError
 
 _PATIENCE = 10.0
-"""Seconds that an idle or unresponsive process may take to end."""
+"""Maximum number of seconds that an idle or unresponsive process may take to end."""
 _GRACE = 2.0
-"""Seconds that a process may take to end after its caller has gone."""
+"""Maximum number of seconds that a process may take to end after its caller has ended."""
 
 
 class ProcessEndedError(WorkError):
@@ -36,11 +36,11 @@ class ProcessEndedError(WorkError):
 
 
 class RemoteError(WorkError):
-    """An error of a remote object other than tracker's own; its traceback is a note."""
+    """An error of a remote object that is none of tracker's own; a note holds the traceback."""
 
 
 class Remote:
-    """An object in another process, whose methods and exceptions are passed on.
+    """Base class of an object in another process; passes on method calls and exceptions.
 
     Args:
         name: Its name in messages.
@@ -59,21 +59,21 @@ class Remote:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the object, busy or not; never raises, and a later call creates a new one."""
+        """End the object, busy or not; never raises. A later method call creates a new object."""
         raise NotImplementedError
 
 
 class RemoteObject(Remote):
-    """An object in another process of this machine, which starts with the first call.
+    """An object in another process of this machine; the process starts with the first call.
 
     Args:
         name: Its name in messages.
         kind: The object's class, as `MODULE:CLASS`.
         *arguments: The arguments of the class.
-        without: Environment variables that the process does not get.
-        also: Additional environment variables of the process.
-        finishes: True if the process outlives this one until its call has ended; False if it ends
-            with this one.
+        removed_variables: Environment variables that are removed for the process.
+        added_variables: Additional environment variables of the process.
+        finishes_calls: True if the process outlives this one until its call has ended; False if it
+            ends with this one.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class RemoteObject(Remote):
         name: str,
         kind: str,
         *arguments: object,
-        without: Collection[str] = (),
-        also: Mapping[str, str] = {},
-        finishes: bool = True,
+        removed_variables: Collection[str] = (),
+        added_variables: Mapping[str, str] = {},
+        finishes_calls: bool = True,
     ) -> None:
         super().__init__(name)
         self._object = kind, arguments
-        self._without, self._also = without, also
-        self._finishes = finishes
+        self._removed, self._added = removed_variables, added_variables
+        self._finishes_calls = finishes_calls
         self._process: subprocess.Popen[bytes] | None = None
         self._patience = _PATIENCE
 
@@ -116,10 +116,9 @@ class RemoteObject(Remote):
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = {k: v for k, v in os.environ.items() if k not in self._without}
-        environment |= self._also
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        program = f"from tracker.core.remote import serve; serve({self._finishes})"
+        environment = {k: v for k, v in os.environ.items() if k not in self._removed}
+        environment |= {**self._added, "PYTHONPATH": os.pathsep.join(sys.path)}
+        program = f"from tracker.core.remote import serve; serve({self._finishes_calls})"
         return self._popen([sys.executable, "-P", "-c", program], environment)
 
     def _popen(
@@ -129,7 +128,7 @@ class RemoteObject(Remote):
         raise NotImplementedError
 
     def _why_ended(self, code: int | None) -> str:
-        """Return an explanation of an exit code, or of its absence."""
+        """Explain why the process ended, by its exit code if there is one."""
         return str(code)
 
     def close(self) -> None:
@@ -144,6 +143,7 @@ class RemoteObject(Remote):
         try:
             process.wait(self._patience)
         except subprocess.TimeoutExpired:
+            # A killed parent would leave its children running.
             with suppress(psutil.NoSuchProcess):
                 parent = psutil.Process(process.pid)
                 for descendant in [*parent.children(recursive=True), parent]:
@@ -154,29 +154,29 @@ class RemoteObject(Remote):
             process.stdout.close()
 
 
-def serve(finishes: bool) -> None:
-    """Answer the calls of a `RemoteObject` until it ends, then close the object."""
+def serve(finishes_calls: bool) -> None:
+    """Answer calls from a `RemoteObject` until its process ends, then close the object."""
     # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if finishes:
+    if finishes_calls:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     calls: SimpleQueue[Any] = SimpleQueue()
-    Thread(target=_read_calls, args=(calls, finishes), daemon=True).start()
+    Thread(target=_read_calls, args=(calls, finishes_calls), daemon=True).start()
     served: Any = None
     with suppress(OSError):
         while (call := calls.get()) is not None:
-            kind, made_of, method, arguments = call
+            kind, class_arguments, method, arguments = call
             try:
                 if served is None:
                     module, _, name = kind.partition(":")
-                    served = getattr(importlib.import_module(module), name)(*made_of)
+                    served = getattr(importlib.import_module(module), name)(*class_arguments)
                 answer = False, getattr(served, method)(*arguments)
             except TrackerError as error:
                 answer = True, error
             except Exception as error:  # noqa: BLE001  raised again where the method was called
-                answer = True, _portable(error)
+                answer = True, _portable_error(error)
             pickle.dump(answer, answers)
             answers.flush()
     if hasattr(served, "close"):
@@ -184,8 +184,8 @@ def serve(finishes: bool) -> None:
             served.close()
 
 
-def _read_calls(calls: SimpleQueue[Any], finishes: bool) -> None:
-    """Queue incoming calls, then None after the caller has gone."""
+def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
+    """Put incoming calls into a queue; add None after the caller has ended."""
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")
     try:
@@ -194,13 +194,13 @@ def _read_calls(calls: SimpleQueue[Any], finishes: bool) -> None:
                 calls.put(pickle.load(stream))
     finally:
         calls.put(None)
-        if not finishes:
+        if not finishes_calls:
             time.sleep(_GRACE)
             os._exit(1)
 
 
-def _portable(error: Exception) -> RemoteError:
+def _portable_error(error: Exception) -> RemoteError:
     """Convert an error to one that another process can unpickle."""
-    portable = RemoteError(f"{type(error).__name__}: {error}")
-    portable.add_note("".join(traceback.format_exception(error)))
-    return portable
+    remote_error = RemoteError(f"{type(error).__name__}: {error}")
+    remote_error.add_note("".join(traceback.format_exception(error)))
+    return remote_error

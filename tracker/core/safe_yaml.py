@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from tracker.core.distribution import EXAMPLES
+from tracker.core.distribution import EXAMPLES_FOLDER
 from tracker.core.errors import ExperimentError, did_you_mean
-from tracker.core.text import HALF, is_writable
+from tracker.core.text import HALF_CHARACTER, is_writable
 
 _MAX_BYTES = 1_000_000
 _MAX_NODES = 30_000
@@ -17,7 +17,7 @@ _MAX_NODES = 30_000
 long to read."""
 _TOO_MANY = f"it holds more than {_MAX_NODES:,} values"
 
-SHOWN = 80
+MAX_VALUE_LENGTH = 80
 """Maximum number of characters of a wrong value in a message."""
 
 
@@ -30,61 +30,60 @@ def read_yaml(path: Path) -> tuple[Any, str]:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
-            raise ExperimentError(f"{path} is larger than any experiment file")
+            raise ExperimentError(f"{path} is too large for an experiment file")
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise ExperimentError(f"there is no experiment file {path}.{like_file(path)}") from None
+        raise ExperimentError(f"there is no experiment file {path}.{suggest_file(path)}") from None
     except OSError as error:
         raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise ExperimentError(f"{path} cannot be read: it is no UTF-8 text") from None
-    return parsed(text, str(path)), text
+    return parse_yaml(text, str(path)), text
 
 
-def like_file(path: Path) -> str:
-    """Return a suggestion of the experiment file nearest to a missing one, or an empty text."""
-    there = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
-    by_name = {each.name: each for each in reversed(there)}
-    near = did_you_mean(path.name, by_name)
-    for name, each in by_name.items():
-        near = near.replace(repr(name), repr(str(each)))
-    if not near and (EXAMPLES / f"{path.stem}.yaml").exists():
+def suggest_file(path: Path) -> str:
+    """Suggest an existing experiment file with a name like the missing one's, or return ''."""
+    paths = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
+    paths_by_name = {candidate.name: str(candidate) for candidate in reversed(paths)}
+    suggestion = did_you_mean(path.name, paths_by_name)
+    for name, text in paths_by_name.items():
+        suggestion = suggestion.replace(repr(name), repr(text))
+    if not suggestion and (EXAMPLES_FOLDER / f"{path.stem}.yaml").exists():
         return " 'tracker init' writes the example experiments."
-    return near
+    return suggestion
 
 
-def parsed(text: str, name: str) -> Any:
+def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML; raise ExperimentError, with the given name, if it is invalid."""
     try:
         return _parse(text)
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
-        raise ExperimentError(
-            f"{name}{line}: not valid YAML: {problem or 'it cannot be parsed'}"
-        ) from None
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None)
+        name, problem = f"{name}{line}", reason or "it cannot be parsed"
     except RecursionError:
-        raise ExperimentError(f"{name}: not valid YAML: it is nested too deeply") from None
+        problem = "it is nested too deeply"
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         # YAML's constructors raise these for '!!int abc' or a month 13.
-        raise ExperimentError(f"{name}: not valid YAML: {short(error)}") from None
+        problem = short_text(error)
+    raise ExperimentError(f"{name}: not valid YAML: {problem}")
 
 
 def _parse(text: str) -> Any:
-    """Parse YAML whose expanded size is bounded, since anchors can make a few lines endless."""
+    """Parse YAML with a bound on its expanded size, since anchors can make a few lines endless."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:
             return None
-        _count(root, {})
+        _count_values(root, {})
         return loader.construct_document(root)
     finally:
         loader.dispose()
 
 
-def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
+def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     r"""Count the values of a node, including repetitions by anchors.
 
     Raises YAMLError for too many values, for duplicate keys, and for texts with one half of a
@@ -92,35 +91,35 @@ def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise _problem("it holds itself, by an anchor", node.start_mark)
+            raise _yaml_error("it holds itself, by an anchor", node.start_mark)
         return sizes[id(node)]
     sizes[id(node)] = 0  # until it is counted
-    inside: list[yaml.Node] = []
+    inner_nodes: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         keys = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                raise _problem(f"the key {key.value!r} is given twice", key.start_mark)
+                raise _yaml_error(f"the key {key.value!r} is given twice", key.start_mark)
             keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-            inside += (key, value)
+            inner_nodes += (key, value)
     elif isinstance(node, yaml.SequenceNode):
-        inside = node.value
+        inner_nodes = node.value
     elif not is_writable(node.value):
-        raise _problem(f"{short(node.value)} holds {HALF}", node.start_mark)
-    sizes[id(node)] = count = 1 + sum(_count(part, sizes) for part in inside)
+        raise _yaml_error(f"{short_text(node.value)} holds {HALF_CHARACTER}", node.start_mark)
+    sizes[id(node)] = count = 1 + sum(_count_values(part, sizes) for part in inner_nodes)
     if count > _MAX_NODES:
-        raise _problem(_TOO_MANY, node.start_mark)
+        raise _yaml_error(_TOO_MANY, node.start_mark)
     return count
 
 
-def _problem(what: str, mark: yaml.Mark | None) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(problem=what, problem_mark=mark)
+def _yaml_error(problem: str, mark: yaml.Mark | None) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(problem=problem, problem_mark=mark)
 
 
-def short(value: object) -> str:
-    """Return a wrong value for a message, cut to `SHOWN` characters."""
+def short_text(value: object) -> str:
+    """Shorten a wrong value to `MAX_VALUE_LENGTH` characters for a message."""
     text = str(value) if isinstance(value, Exception) else _repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}…"
 
 
 def _repr(value: object) -> str:
@@ -138,5 +137,5 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.composed += 1
         if self.composed > _MAX_NODES:
-            raise _problem(_TOO_MANY, self.get_mark())
+            raise _yaml_error(_TOO_MANY, self.get_mark())
         return super().compose_node(parent, index)

@@ -12,135 +12,140 @@ from typing import Annotated, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from tracker.core.estimates import Estimate, Unit
-from tracker.core.formats import DASH, WRITTEN, defined, interval
-from tracker.core.identities import Record, Shown
+from tracker.core.estimates import Estimate, FigureUnit
+from tracker.core.formats import DASH, UNIT_FORMATS, interval_text, is_finite
+from tracker.core.identities import Record, SafeText
 
-Row = TypeVar("Row")
-
-
-def _kept(found: object) -> object:
-    """Read a stored entry; former versions stored texts in the form of figures."""
-    value = found.get("value") if isinstance(found, dict) else None
-    return value if isinstance(value, str) else found
+RowType = TypeVar("RowType")
 
 
-def _explained(entry: Estimate | str) -> Estimate | str:
+def _read_entry(stored_entry: object) -> object:
+    """Convert a stored entry; former versions stored a text as the value of a figure."""
+    value = stored_entry.get("value") if isinstance(stored_entry, dict) else None
+    return value if isinstance(value, str) else stored_entry
+
+
+def _check_reason(entry: Estimate | str) -> Estimate | str:
     if isinstance(entry, Estimate) and entry.value is None and not entry.reason:
         raise ValueError("an undefined value needs a reason")
     return entry
 
 
-Entry = Annotated[Estimate | Shown, BeforeValidator(_kept), AfterValidator(_explained)]
-"""One figure or text of a table; an undefined figure has a reason."""
+Entry = Annotated[Estimate | SafeText, BeforeValidator(_read_entry), AfterValidator(_check_reason)]
+"""An entry of a table: a figure or a text; an undefined figure has a reason."""
 
 
 class Heading(Record):
     """The head of a table's column."""
 
     label: str
-    unit: Unit = "text"
+    unit: FigureUnit = "text"
     name: str = Field("", exclude_if=lambda name: not name)
     """The column's name in code; the label if empty."""
     interval: bool = Field(False, exclude_if=lambda interval: not interval)
-    """True if only the intervals of its figures are displayed."""
+    """True if the column displays only the intervals of its figures."""
 
 
 class Table(Record):
     """A table: one entry for each heading in each row."""
 
-    title: Shown
+    title: SafeText
     headings: tuple[Heading, ...]
     rows: tuple[tuple[Entry, ...], ...]
-    notes: tuple[Shown, ...] = ()
+    notes: tuple[SafeText, ...] = ()
     """Notes that are shown below the table."""
-    header: int = Field(0, exclude_if=lambda place: place == 0)
+    header: int = Field(0, exclude_if=lambda index: index == 0)
     """Index of the column that names the row."""
 
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
-        """Return the columns' names and the unrounded rows, for use in code.
+        """Return the column names and the unrounded rows, for use in code.
 
-        An undefined figure is None. A column without a name in code has its label. It is followed
-        by `… low`, `… high` and `… reason` where its figures have intervals or reasons.
+        An undefined figure is None. A column without a name in code is named by its label. The
+        columns `… low`, `… high` and `… reason` follow if its figures have intervals or reasons.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
-        for place, heading in enumerate(self.headings):
-            entries = [row[place] for row in self.rows]
+        # Columns with a name in code have their own columns of bounds and reasons.
+        for position, heading in enumerate(self.headings):
+            entries = [row[position] for row in self.rows]
             figures = [Estimate(None) if isinstance(e, str) else e for e in entries]
-            whole = heading.unit == "count"
+            is_count = heading.unit == "count"
             names.append(heading.name or heading.label)
-            columns.append([e if isinstance(e, str) else _number(e.value, whole) for e in entries])
+            columns.append(
+                [e if isinstance(e, str) else _number(e.value, is_count) for e in entries]
+            )
             for end in ("low", "high", "reason") if not heading.name else ():
-                more = [getattr(figure, end) for figure in figures]
-                if any(each not in (None, "") for each in more):
+                bounds = [getattr(figure, end) for figure in figures]
+                if any(bound not in (None, "") for bound in bounds):
                     names.append(f"{heading.label} {end}")
-                    columns.append(more)
+                    columns.append(bounds)
         if len(set(names)) < len(names):
             raise ValueError(f"{self.title}: two columns have one name")
         return tuple(names), list(zip(*columns, strict=True))
 
 
-def _number(value: float | None, whole: bool) -> float | None:
-    return int(value) if whole and value is not None and value == int(value) else value
+def _number(value: float | None, is_count: bool) -> float | None:
+    return int(value) if is_count and value is not None and value == int(value) else value
 
 
-Value = Estimate | str | float | None
+ColumnValue = Estimate | str | float | None
 """A column's value in a row; None is undefined."""
 
 
 @dataclass(frozen=True)
-class Column(Generic[Row]):
+class Column(Generic[RowType]):
     """Definition of a table's column.
 
     Attributes:
-        label: The head.
+        label: The column's head.
         unit: The unit of its figures.
         value: Function that returns the value of a row, in the record's own unit.
-        otherwise: Reason of an undefined figure, where its row gives none.
+        default_reason: Reason of an undefined figure if `value` gives no reason.
         name: The column's name in code; empty for the label.
-        interval: True if only intervals are displayed.
+        interval: True if the column displays only the intervals of its figures.
     """
 
     label: str
-    unit: Unit
-    value: Callable[[Row], Value]
-    otherwise: str = ""
+    unit: FigureUnit
+    value: Callable[[RowType], ColumnValue]
+    default_reason: str = ""
     name: str = ""
     interval: bool = False
 
-    def entry(self, row: Row) -> Entry:
+    def entry(self, row: RowType) -> Entry:
         """Return the entry of a row; values that are not finite are undefined."""
         value = self.value(row)
         if isinstance(value, str):
             return value
-        found = value if isinstance(value, Estimate) else Estimate(value)
-        if defined(found.value):
-            return replace(found, reason=None) if found.reason else found
-        odd = f"not a finite number ({found.value})" if found.value is not None else "undefined"
-        return Estimate(None, reason=found.reason or self.otherwise or odd)
+        estimate = value if isinstance(value, Estimate) else Estimate(value)
+        if is_finite(estimate.value):
+            return replace(estimate, reason=None) if estimate.reason else estimate
+        default = "undefined"
+        if estimate.value is not None:
+            default = f"not a finite number ({estimate.value})"
+        return Estimate(None, reason=estimate.reason or self.default_reason or default)
 
-    def ends(self) -> tuple[Column[Row], Column[Row]]:
-        """Return columns of the lower and upper ends of its intervals, for use in code."""
+    def bound_columns(self) -> tuple[Column[RowType], Column[RowType]]:
+        """Return two columns, the lower and the upper ends of the intervals, for use in code."""
 
-        def end(which: str) -> Column[Row]:
-            def value(row: Row) -> Estimate | float | None:
+        def end(bound: str) -> Column[RowType]:
+            def value(row: RowType) -> Estimate | float | None:
                 entry = self.entry(row)
-                return None if isinstance(entry, str) else getattr(entry, which)
+                return None if isinstance(entry, str) else getattr(entry, bound)
 
-            return replace(self, value=value, name=f"{self.name}_{which}")
+            return replace(self, value=value, name=f"{self.name}_{bound}")
 
         return end("low"), end("high")
 
 
-def table(
+def build_table(
     title: str,
-    columns: Iterable[Column[Row]],
-    rows: Iterable[Row],
+    columns: Iterable[Column[RowType]],
+    rows: Iterable[RowType],
     *notes: str,
     header: int = 0,
 ) -> Table:
-    """Build a table with an entry of each column for each row."""
+    """Build a table from columns and row objects: one entry for each column and row."""
     columns = tuple(columns)
     return Table(
         title=title,
@@ -153,15 +158,15 @@ def table(
     )
 
 
-def headed(heading: Heading) -> str:
+def heading_text(heading: Heading) -> str:
     """Write a column's head, with the unit."""
-    unit = WRITTEN[heading.unit].name
+    unit = UNIT_FORMATS[heading.unit].name
     return f"{heading.label} ({unit})" if unit else heading.label
 
 
 @dataclass(frozen=True)
 class EntryText:
-    """An entry for display.
+    """Text of a table's entry for display.
 
     Attributes:
         text: The displayed text; a dash if the figure is undefined.
@@ -175,18 +180,18 @@ class EntryText:
     figures: str = ""
 
 
-def written(entry: Entry, heading: Heading) -> EntryText:
+def entry_text(entry: Entry, heading: Heading) -> EntryText:
     """Write an entry for people, as in `0.66 (0.41 to 0.80)`."""
     if isinstance(entry, str):
         return EntryText(entry)
     if entry.value is None:
         return EntryText(DASH, entry.reason or "")
-    form = WRITTEN[entry.unit or heading.unit]
-    between = interval(entry.low, entry.high, form.write)
-    text = f"{form.write(entry.value)} ({between})" if between else form.write(entry.value)
-    exact = [entry.value, *(entry.between or ())]
+    form = UNIT_FORMATS[entry.unit or heading.unit]
+    bounds = interval_text(entry.low, entry.high, form.write)
+    text = f"{form.write(entry.value)} ({bounds})" if bounds else form.write(entry.value)
+    exact_figures = [entry.value, *(entry.bounds or ())]
     if heading.interval:
-        text, exact = between, exact[1:]
-    whole = heading.unit in ("count", "times")
-    figures = " ".join(str(_number(form.scaled(figure), whole)) for figure in exact)
+        text, exact_figures = bounds, exact_figures[1:]
+    is_count = heading.unit in ("count", "times")
+    figures = " ".join(str(_number(form.scaled(figure), is_count)) for figure in exact_figures)
     return EntryText(text, figures="" if figures == text else figures)

@@ -7,32 +7,32 @@ import re
 from collections.abc import Sequence
 from urllib.parse import quote, unquote
 
-_OBEYED = re.compile(
+_CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks of the direction of reading
     "\u2028\u2029\ud800-\udfff]"  # other line ends, and surrogates
 )
 
 
-def harmless(text: str) -> str:
-    """Replace control characters, which terminals or pages would obey, by U+FFFD.
+def replace_controls(text: str) -> str:
+    """Replace control characters by U+FFFD, so that terminals and pages do not execute them.
 
     Tabs and newlines are kept.
     """
-    return _OBEYED.sub("\ufffd", text)
+    return _CONTROL_CHARACTERS.sub("\ufffd", text)
 
 
-def capital(text: str) -> str:
+def capitalise(text: str) -> str:
     """Return a text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
-HALF = "half of a character; write the character itself"
-"""The message about a text that is not writable."""
+HALF_CHARACTER = "half of a character; write the character itself"
+"""The message about a text for which `is_writable` is false."""
 
 
 def is_writable(text: str) -> bool:
-    """Check whether a text can be written and hashed: it holds no lone surrogate."""
+    """Check whether a text can be written and hashed, which a lone surrogate prevents."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -43,17 +43,17 @@ def is_writable(text: str) -> bool:
 _MARKUP = re.compile(r"[\\`\[\]|]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
-def as_markdown(text: str) -> str:
-    """Escape a text for Markdown: no HTML, code, link or image, and no end of a table cell."""
+def escape_markdown(text: str) -> str:
+    """Escape a text so that Markdown shows no HTML, code, link, image or end of a table cell."""
     return _MARKUP.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
 
 
-def as_code(text: str) -> str:
-    """Format a text as inline code in Markdown, without the backticks in it."""
+def markdown_code(text: str) -> str:
+    """Format a text as inline code in Markdown, and remove its backticks."""
     return f"`{' '.join(text.split()).replace('`', '')}`"
 
 
-def as_cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Escape a text that a spreadsheet would compute as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
@@ -66,14 +66,14 @@ _SECRET = re.compile(
 """A secret in a setting or in the query of an address, up to the quote that may close it."""
 
 
-def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
+def mask_secrets(text: str, secrets: Sequence[str | None] = ()) -> str:
     """Replace passwords in a text by `***` before it is shown or stored.
 
     All `secrets` are masked, plain and quoted as in a URL, and so is everything in a URL that looks
     like a password.
     """
     for secret in filter(None, secrets):
-        for form in (secret, unquote(secret), quote(secret, safe="")):
-            text = text.replace(form, "***")
+        for variant in (secret, unquote(secret), quote(secret, safe="")):
+            text = text.replace(variant, "***")
     text = re.sub(r"://\S*@", "://***@", text)
     return _SECRET.sub(r"\1***", text)

@@ -1,4 +1,4 @@
-"""Define which runs and documents of a cell are shown."""
+"""Define views, which choose the runs and documents of a cell that are shown."""
 
 from __future__ import annotations
 
@@ -12,47 +12,46 @@ from pydantic import AfterValidator, Field
 from tracker.core.changes import Change
 from tracker.core.extent import Extent, Positive
 from tracker.core.fields import Layers, QuestionText
-from tracker.core.formats import counted
+from tracker.core.formats import count_text
 from tracker.core.identities import Record
 from tracker.core.provenance import content_hash
-from tracker.core.questions import Question, question
+from tracker.core.questions import Question, parse_question
 from tracker.core.records import view_name
 
 
-def ordered(runs: Iterable[Change]) -> tuple[Change, ...]:
-    """Sort runs, each once; a requested set of layers replaces the same set drawn at random."""
+def sort_runs(runs: Iterable[Change]) -> tuple[Change, ...]:
+    """Sort runs without duplicates; a requested layer set replaces the same set drawn at random."""
     changes = set(runs)
-    return tuple(
-        sorted(c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
-    )
+    runs = (c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
+    return tuple(sorted(runs))
 
 
-Ordered = Annotated[tuple[Change, ...], AfterValidator(ordered)]
+SortedRuns = Annotated[tuple[Change, ...], AfterValidator(sort_runs)]
 
 
 class Until(Record):
-    """A question that ends the measuring of a cell, with its order and runs."""
+    """A question whose answer ends a cell's measurement, with order of documents and runs."""
 
     question: QuestionText
     seed: int
     """The seed of the random order of the documents."""
-    runs: Ordered
+    runs: SortedRuns
     """The runs that the question is about, each once, in the order of `Change.order`."""
 
     @property
     def digest(self) -> str:
-        """Eight characters that identify it, the same as in former versions."""
+        """A hash of eight characters that identifies the question, as in former versions."""
         changes = [change.columns for change in self.runs]
         return content_hash({"question": self.question, "seed": self.seed, "runs": changes})[:8]
 
     @property
-    def asked(self) -> Question:
-        """The parsed question."""
-        return question(self.question)
+    def parsed_question(self) -> Question:
+        """The question as a `Question` object."""
+        return parse_question(self.question)
 
 
 class View(Record):
-    """The shown part of a cell: runs, one metric, and a number of documents of each task."""
+    """The part of a cell that is shown: runs, one metric, and the documents of each task."""
 
     metric: str
     removed: Layers = ()
@@ -63,24 +62,24 @@ class View(Record):
     """Documents per task, drawn at random; None = not drawn."""
     seed: int | None = None
     """The seed of the drawn documents; None if none are drawn."""
-    runs: Ordered
+    runs: SortedRuns
     """The requested runs, each once, in the order of `Change.order`."""
     until: Until | None = Field(None, exclude_if=lambda until: until is None)
-    """The question that ends the measuring; None if all documents are measured."""
+    """The question whose answer ends the measurement; None if all documents are measured."""
     named: bool = Field(False, exclude_if=lambda named: not named)
-    """True if it was requested together with a larger view, and so is kept beside it."""
+    """True if the view was requested together with a larger view, so that both are kept."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
-    """True if a run requested it, and not only a study or a search."""
+    """True if a run requested the view, and not only a study or a search."""
     supersedes: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
-    """Names of the views that it replaces, in the folder and wherever they are tracked."""
+    """Names of the views that this view replaces, in the folder and in tracking backends."""
     beside: str = Field("", exclude=True)
-    """Distinction from other views of the cell for display, e.g. `64 documents`."""
+    """Text that distinguishes the view from the cell's other views, e.g. `64 documents`."""
 
     @property
     def extent(self) -> Extent:
-        """The extent of the shown documents."""
-        drawn = {} if self.seed is None else {"sample": self.sample, "seed": self.seed}
-        return Extent(limit=self.limit, **drawn)
+        """The limit, the sample and the seed that choose the shown documents."""
+        sampling = {} if self.seed is None else {"sample": self.sample, "seed": self.seed}
+        return Extent(limit=self.limit, **sampling)
 
     @property
     def size(self) -> float:
@@ -88,7 +87,7 @@ class View(Record):
         return self.extent.size
 
     def name(self, primary_metric: str) -> str:
-        """Return its identity within a cell, which depends on no other view.
+        """Return the view's name in its cell, which does not depend on other views.
 
         For example `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` or
         `intact--acc_norm`. All documents and the benchmark's own metric add nothing to the name.
@@ -104,26 +103,26 @@ class View(Record):
         return view_name(self.removed, selection, self.metric, primary_metric)
 
     @property
-    def documents_asked(self) -> str:
-        """The requested runs and documents, e.g. `6 runs on 64 documents`."""
-        runs = counted(len(self.runs), "run")
+    def request_text(self) -> str:
+        """The requested numbers of runs and documents, e.g. `6 runs on 64 documents`."""
+        runs = count_text(len(self.runs), "run")
         if self.until is not None:
             return f"{runs} until {self.until.question} is answered"
         size = self.sample or self.limit
-        return f"{runs} on {counted(size, 'document') if size else 'all documents'}"
+        return f"{runs} on {count_text(size, 'document') if size else 'all documents'}"
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Metric, removed layers and seed; views with equal ones differ in documents only."""
+        """Metric, removed layers and seed; other views with the same differ in documents only."""
         return self.metric, self.removed, self.seed
 
-    def shows(self, other: View) -> bool:
-        """Check whether it shows all runs of another view of its order, on more documents."""
-        if self.until is not None or other.until is not None:
+    def shows(self, other_view: View) -> bool:
+        """Check whether this view shows all runs of another view on more documents."""
+        if self.until is not None or other_view.until is not None:
             return False
-        return self.size > other.size and self.joined(other).runs == self.runs
+        return self.size > other_view.size and self.merge(other_view).runs == self.runs
 
-    def joined(self, *others: View) -> View:
-        """Return a copy that also shows the runs of other views."""
-        runs = tuple(run for view in (self, *others) for run in view.runs)
+    def merge(self, *other_views: View) -> View:
+        """Return a copy of this view that also shows the runs of other views."""
+        runs = tuple(run for view in (self, *other_views) for run in view.runs)
         return View(**{**dict(self), "runs": runs})

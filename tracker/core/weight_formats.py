@@ -16,7 +16,7 @@ _TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
 _GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
 
 SCALE_BITS = 16
-"""Bits of a scale of integers or fp8 in a checkpoint, where it has the weights' dtype."""
+"""Number of bits of a scale of integer or fp8 weights; scales have the checkpoint's dtype."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class WeightFormat:
     """One format of weights.
 
     Attributes:
-        name: Its name in files and on the command line.
-        label: Its authors' name for it.
+        name: The format's name in files and on the command line.
+        label: The name that the format's authors use.
         block: Consecutive inputs of a row that are stored together; 0 for whole rows. A row must
             have whole blocks.
         bits: Bits per weight, including its block's overhead, but not the scale of a whole row.
         source: The definition of the format, and the code that rounds weights.
         instead: The format that llama.cpp uses for a row without whole blocks; empty for none.
-        extra: True if its authors' code is only in the extra `quantise`.
+        extra: True if the authors' code is installed only by the extra `quantise`.
         round: Function that rounds a float32 tensor [rows, inputs] whose rows have whole blocks,
             and returns numbers again; None for tracker's own, which `models/rounding.py` rounds.
     """
@@ -46,22 +46,22 @@ class WeightFormat:
     round: Callable[[Any], Any] | None = None
 
     @property
-    def is_ggufs(self) -> bool:
-        """True if it is a format of GGUF files."""
+    def is_gguf(self) -> bool:
+        """True if GGUF files can have this format."""
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return the format for rows with this number of inputs; None without whole blocks."""
+        """Return this format or its replacement for rows of this length; None if no format fits."""
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
 
-    def bits_of(self, inputs: int) -> float:
+    def bits_per_weight(self, inputs: int) -> float:
         """Return the bits per weight in rows with this number of inputs, including scales."""
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 
-_OURS: Mapping[str, WeightFormat] = {
+_OWN_FORMATS: Mapping[str, WeightFormat] = {
     form.name: form
     for form in (
         WeightFormat("int8", "int8, a scale a row", 0, 8, _TORCHAO),
@@ -88,26 +88,26 @@ _OURS: Mapping[str, WeightFormat] = {
         WeightFormat("q8_0", "Q8_0", 32, 8.5, _GGUF),
     )
 }
-_RESERVED = (
+_RESERVED_WORDS = (
     *("layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"),
     *("embedding", "lm_head", "remove", "mean", "scale", "linear", "repeat", "drawn"),
 )
-"""Words with another meaning in the text of a change, which no format may have."""
+"""Names that no format may have, since they mean something else in the text of a change."""
 
 
 def _check_format(extension: object) -> WeightFormat:
     """Check a format of another package; raise TypeError or ValueError with the reason."""
     if not isinstance(extension, WeightFormat):
-        raise TypeError(f"{extension!r} is no tracker.core.weight_formats.WeightFormat")
+        raise TypeError(f"{extension!r} is not a tracker.core.weight_formats.WeightFormat")
     if not callable(extension.round):
         raise ValueError("it has no function `round`")
-    if extension.instead and extension.instead not in _OURS:
-        raise ValueError(f"`instead` names {extension.instead!r}; use one of: {', '.join(_OURS)}")
+    if extension.instead and extension.instead not in _OWN_FORMATS:
+        names = ", ".join(_OWN_FORMATS)
+        raise ValueError(f"`instead` names {extension.instead!r}; use one of: {names}")
     return extension
 
 
-FORMATS: Mapping[str, WeightFormat] = {
-    **_OURS,
-    **load_extensions("formats", _check_format, (*_OURS, *_RESERVED)),
-}
-"""Name → format, for tracker's own and those of other packages by their entry points."""
+_RESERVED_NAMES = (*_OWN_FORMATS, *_RESERVED_WORDS)
+_ADDED_FORMATS = load_extensions("formats", _check_format, _RESERVED_NAMES)
+FORMATS: Mapping[str, WeightFormat] = {**_OWN_FORMATS, **_ADDED_FORMATS}
+"""Name → format: tracker's own formats, and the entry points of other packages."""

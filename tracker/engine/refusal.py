@@ -15,7 +15,7 @@ _Made = TypeVar("_Made")
 
 
 class RefusalError(Exception):
-    """A model is not built the way that some sharing needs; the message gives the reason."""
+    """The model's structure rules out a way of sharing; the message gives the reason."""
 
 
 # MPS and drivers of CUDA and HIP; MPS, for one tensor; cuBLAS and rocBLAS; XPU; the host.
@@ -26,22 +26,23 @@ OUT_OF_MEMORY = re.compile(
 """Messages of out-of-memory errors for which torch has no class."""
 
 
-def device_is_lost(error: Exception) -> bool:
-    """Return whether the device is unusable for the rest of this process."""
+def is_device_lost(error: Exception) -> bool:
+    """Return whether an error makes the device unusable for the rest of this process."""
     if is_out_of_memory(error):
         return False
-    kind = getattr(torch, "AcceleratorError", None)  # since torch 2.8
-    return (kind is not None and isinstance(error, kind)) or str(error).startswith("CUDA error")
+    error_class = getattr(torch, "AcceleratorError", None)  # since torch 2.8
+    is_lost = error_class is not None and isinstance(error, error_class)
+    return is_lost or str(error).startswith("CUDA error")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error means that the device or the host ran out of memory."""
-    is_told = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-    return isinstance(error, torch.OutOfMemoryError) or bool(is_told)
+    """Return whether an error means that the device or the host ran out of memory."""
+    has_message = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+    return isinstance(error, torch.OutOfMemoryError) or bool(has_message)
 
 
-def refused(error: Exception) -> str | None:
-    """Return why a model cannot be run in some way.
+def refusal_reason(error: Exception) -> str | None:
+    """Return the reason in the model for an error; None if the model did not cause it.
 
     Args:
         error: The exception raised while the engine ran the model.
@@ -50,33 +51,33 @@ def refused(error: Exception) -> str | None:
         One line; None if the model is not the cause, so that the error must propagate: memory ran
         out, the device is lost, or tracker's own code raised it.
     """
-    if is_out_of_memory(error) or device_is_lost(error):
+    if is_out_of_memory(error) or is_device_lost(error):
         return None
-    if not isinstance(error, RefusalError) and _raised_by_us(error.__traceback__):
+    if not isinstance(error, RefusalError) and _is_raised_by_tracker(error.__traceback__):
         return None
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def tried(make: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
-    """Call a function that runs a model; return its result, or the reason why the model fails.
+def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
+    """Call a function that runs a model; return the result, or the reason why the model fails.
 
     Errors that the model does not cause propagate.
     """
     try:
-        return make(), None
+        return compute(), None
     except Exception as error:  # the code of a model raises anything
-        why = refused(error)
-        if why is None:
+        reason = refusal_reason(error)
+        if reason is None:
             raise
-        return None, why
+        return None, reason
 
 
-def _raised_by_us(traceback: TracebackType | None) -> bool:
-    """Return whether tracker's code raised the error, with no module of the model below it."""
-    ours = True
+def _is_raised_by_tracker(traceback: TracebackType | None) -> bool:
+    """Return whether tracker's code, not a module of the model that it called, raised the error."""
+    is_ours = True
     for frame, _ in walk_tb(traceback):
         if str(frame.f_globals.get("__name__", "")).startswith("tracker."):
-            ours = True
+            is_ours = True
         elif isinstance(frame.f_locals.get("self"), nn.Module):
-            ours = False
-    return ours
+            is_ours = False
+    return is_ours

@@ -1,7 +1,7 @@
-"""Call workers in threads, which share blocks by their locks, and divide devices among them.
+"""Call workers in threads that share blocks by locks, and divide devices among workers.
 
-Each worker is called in a thread of its own, which writes its outcomes. The locks of blocks alone
-distribute the work, as between commands.
+Each worker is called in a separate thread, which writes the worker's outcomes. Only the locks of
+blocks distribute the work, as between several commands.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.views import cell_key
-from tracker.measuring.fill import WAIT, CellWork, open_work, refuse_other_tokens
+from tracker.measuring.fill import RETRY_SECONDS, CellWork, open_work, refuse_other_tokens
 from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.progress import telling
+from tracker.measuring.progress import report_work
 from tracker.measuring.worker import DeviceLostError
 from tracker.models.load import bytes_to_load
-from tracker.models.offloaded import devices_for
+from tracker.models.offloaded import devices_needed
 from tracker.models.sources import find_model
 
-ATTEMPTS = 3
-"""Number of workers that die over the same documents before their cell fails."""
+MAX_DEATHS = 3
+"""Number of workers that must die over the same documents before the cell fails."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Cell:
-    """A cell that workers share.
+class _PoolCell:
+    """Cell that the workers of a pool measure together.
 
     Attributes:
-        work: Its missing blocks; None until a worker has opened it.
-        deaths: Block → number of workers that died over it; None → while opening the cell.
-        has_ended: True if it is finished or has failed.
+        work: Missing blocks of the cell; None until a worker has opened the cell.
+        deaths: Block → number of workers that died over the block. The key None counts workers
+            that died while opening the cell.
+        has_ended: True if the cell is finished or has failed.
     """
 
     job: Job
@@ -52,54 +53,59 @@ class _Cell:
 
     @property
     def request(self) -> CellRequest:
-        """The first request; all have the same model, benchmark and documents."""
+        """First request of the cell; all requests have the same model, benchmark and documents."""
         return self.job.requests[0]
 
 
 class WorkerPool:
-    """Workers that measure cells together; those that die are replaced.
+    """Pool of workers that measure cells together; workers that die are started again.
 
     Args:
         workers: The workers, each a `RemoteWorker` in another process.
         jobs: The jobs.
-        to: The results folder and the callbacks, which are called by one thread at a time.
+        report: The results folder and the callbacks, called by one thread at a time.
         checks: Storage of verdicts on architectures; None if workers cannot reach it.
     """
 
     def __init__(
-        self, workers: Sequence[Remote], jobs: Sequence[Job], to: Reporting, checks: Checks | None
+        self,
+        workers: Sequence[Remote],
+        jobs: Sequence[Job],
+        report: Reporting,
+        checks: Checks | None,
     ) -> None:
-        self._workers, self._to, self._checks = list(workers), to, checks
-        self._cells = [_Cell(job) for job in jobs]
-        self._opened: dict[Remote, _Cell] = {}
-        self._changed = Condition()
-        self._say_once = cache(to.progress.say)
+        self._workers, self._report, self._checks = list(workers), report, checks
+        self._cells = [_PoolCell(job) for job in jobs]
+        self._open_cells: dict[Remote, _PoolCell] = {}
+        self._condition = Condition()
+        self._say_once = cache(report.progress.say)
         self._is_over = not self._cells
         self._models_loaded = 0
 
     def run(self, title: str) -> int:
-        """Measure until every cell has finished or failed; return the number of loaded models.
+        """Measure until every cell has finished or failed; close all workers at the end.
 
-        All workers are closed at the end.
+        Returns the number of times that a model was loaded.
         """
-        threads = ThreadPoolExecutor(len(self._workers))
-        with telling(self._to.progress, title, 0), threads:
+        executor = ThreadPoolExecutor(len(self._workers))
+        with report_work(self._report.progress, title, 0), executor:
             try:
-                for thread in as_completed(threads.submit(self._use, w) for w in self._workers):
-                    thread.result()
+                futures = [executor.submit(self._run_worker, worker) for worker in self._workers]
+                for future in as_completed(futures):
+                    future.result()
             finally:
                 self._is_over = True
                 for worker in self._workers:
                     worker.close()
         return self._models_loaded
 
-    def _use(self, worker: Remote) -> None:
-        """Measure with a worker until nothing is left; one that dies is started again."""
+    def _run_worker(self, worker: Remote) -> None:
+        """Measure with a worker until no cell is left; start the worker again if it dies."""
         try:
             while not self._is_over:
                 refusal = attempt(worker.ready)
                 if isinstance(refusal, Exception):
-                    self._give_up(worker, refusal)
+                    self._drop_worker(worker, refusal)
                     return
                 while (cell := self._next_cell(worker)) is not None:
                     if not self._measure(worker, cell):
@@ -107,131 +113,133 @@ class WorkerPool:
         finally:
             worker.close()
 
-    def _give_up(self, worker: Remote, error: Exception) -> None:
-        """Continue without a worker that cannot start."""
-        with self._changed:
+    def _drop_worker(self, worker: Remote, error: Exception) -> None:
+        """Remove a worker that cannot start, and continue with the other workers."""
+        with self._condition:
             if not self._is_over:
                 self._workers.remove(worker)
-                self._to.progress.say(f"{worker.name} cannot start: {error}")
+                self._report.progress.say(f"{worker.name} cannot start: {error}")
                 for cell in [] if self._workers else self._cells:
-                    self._end(cell, CellError(f"no worker is left: {error}"))
+                    self._end_cell(cell, CellError(f"no worker is left: {error}"))
 
-    def _next_cell(self, worker: Remote) -> _Cell | None:
-        """Choose a cell for a worker, waiting if necessary; None once all work is done.
+    def _next_cell(self, worker: Remote) -> _PoolCell | None:
+        """Choose a cell for a worker, waiting if necessary; return None once all work is done.
 
-        The order of preference is the open cell, cells of the loaded model, and cells with few
-        other workers.
+        The worker prefers its open cell, then cells of its loaded model, then cells with few other
+        workers.
         """
-        opened = self._opened.get(worker)
-        loaded = opened and opened.request.model
+        open_cell = self._open_cells.get(worker)
+        loaded_model = open_cell and open_cell.request.model
 
-        def preference(cell: _Cell) -> tuple[bool, bool, int]:
-            others = sum(cell is at for other, at in self._opened.items() if other is not worker)
-            return cell is not opened, loaded != cell.request.model, others
+        def preference(cell: _PoolCell) -> tuple[bool, bool, int]:
+            n_workers = sum(cell is other for other in self._open_cells.values())
+            is_open = cell is open_cell
+            return not is_open, loaded_model != cell.request.model, n_workers - is_open
 
-        with self._changed:
+        with self._condition:
             while not self._is_over:
                 cells = [cell for cell in self._cells if not cell.has_ended]
-                if free := [cell for cell in cells if cell.work is None or cell.work.is_free]:
+                free = [cell for cell in cells if cell.work is None or cell.work.has_free_block]
+                if free:
                     return min(free, key=preference)
-                self._changed.wait(WAIT)
+                self._condition.wait(RETRY_SECONDS)
         return None
 
-    def _measure(self, worker: Remote, cell: _Cell) -> bool:
-        """Measure a cell's available blocks with a worker; return whether it is still alive."""
+    def _measure(self, worker: Remote, cell: _PoolCell) -> bool:
+        """Measure available blocks of a cell with a worker; return whether the worker lives."""
         block: Block | None = None
         try:
             work = cell.work or self._open(worker, cell)
             while not (cell.has_ended or self._is_over):
-                with work.take() as taken:
-                    if taken is None:
+                with work.take_block() as block_work:
+                    if block_work is None:
                         break
-                    if is_open := self._opened.get(worker) is cell:
-                        block = taken.block
-                        work.measure(
-                            taken,
-                            lambda task, names, documents, _: worker.measure(
-                                task, names, documents
-                            ),
-                        )
+                    if is_open := self._open_cells.get(worker) is cell:
+                        block = block_work.block
+                        # A remote worker reports no progress within a block.
+                        work.measure(block_work, lambda *args: worker.measure(*args[:3]))
                 block = None
                 if not is_open:
                     self._open(worker, cell)
         except (ProcessEndedError, DeviceLostError) as error:
-            self._died(worker, cell, block, str(error))
+            self._handle_death(worker, cell, block, str(error))
             return False
-        except Exception as error:  # it fails its cell, not the others
+        except Exception as error:  # the error fails this cell, not the others
             log.debug("%s failed", cell.job.title, exc_info=True)
-            self._end(cell, error)
-        with self._changed:
+            self._end_cell(cell, error)
+        with self._condition:
             if cell.work is not None and cell.work.is_complete:
-                self._end(cell, cell.work.store)
+                self._end_cell(cell, cell.work.store)
         return True
 
-    def _open(self, worker: Remote, cell: _Cell) -> CellWork:
-        """Open a cell on a worker."""
-        progress = self._to.progress
-        with self._changed:
-            self._opened[worker] = cell
+    def _open(self, worker: Remote, cell: _PoolCell) -> CellWork:
+        """Open a cell on a worker; return the missing blocks of the cell."""
+        progress = self._report.progress
+        with self._condition:
+            self._open_cells[worker] = cell
             self._say_once(f"loading {cell.job.cells[0].source.name}")
         facts = worker.open(cell.job.requests)
-        with self._changed:
+        with self._condition:
             self._models_loaded += facts.is_fresh
             if facts.offloaded:
                 self._say_once(f"{facts.model.name}: {facts.offloaded}")
             if cell.work is None:
-                cell.work = open_work(cell.job, facts, self._to.ledger, progress, self._changed)
+                cell.work = open_work(cell.job, facts, self._report, self._condition)
                 progress.expect(cell.work.total)
-                for lookup in cell.job.cells if cell.work.left else ():
-                    self._to.begun(lookup, cell.work.store)
+                for lookup in cell.job.cells if cell.work.missing_responses else ():
+                    self._report.on_begin(lookup, cell.work.store)
             elif cell_key(facts.model, facts.benchmark) != cell.work.store.identity.key:
                 raise CellError("the workers do not all see the same model and data")
             else:
                 refuse_other_tokens(cell.work.store, facts, progress)
-        for line in worker.check(self._checks) if cell.work.left else ():
+        for line in worker.check(self._checks) if cell.work.missing_responses else ():
             self._say_once(line)
         return cell.work
 
-    def _died(self, worker: Remote, cell: _Cell, block: Block | None, why: str) -> None:
-        """Schedule a dead worker's block again, up to `ATTEMPTS` times."""
+    def _handle_death(
+        self, worker: Remote, cell: _PoolCell, block: Block | None, reason: str
+    ) -> None:
+        """Count a worker's death over a block; fail the cell after `MAX_DEATHS` deaths."""
         worker.close()
-        with self._changed:
-            self._opened.pop(worker, None)
+        with self._condition:
+            self._open_cells.pop(worker, None)
             if self._is_over:
                 return
             cell.deaths[block] += 1
-            # One machine on which no worker can open the cell must not fail it for the others.
-            bound = ATTEMPTS * (len(self._workers) if block is None else 1)
-            if cell.deaths[block] < bound:
-                self._to.progress.say(f"{worker.name} died; what it did is done again ({why})")
+            # A machine on which no worker can open the cell must not fail the cell for the others.
+            limit = MAX_DEATHS * (len(self._workers) if block is None else 1)
+            if cell.deaths[block] < limit:
+                text = f"{worker.name} died; what it did is done again ({reason})"
+                self._report.progress.say(text)
                 return
-            work = "opening it" if block is None else f"the same documents of {block.task}"
-            self._end(cell, CellError(f"{bound} workers died over {work}; the last: {why}"))
+            activity = "opening it" if block is None else f"the same documents of {block.task}"
+            error = CellError(f"{limit} workers died over {activity}; the last: {reason}")
+            self._end_cell(cell, error)
 
-    def _end(self, cell: _Cell, outcome: CellStore | Exception) -> None:
-        """Report a cell that has finished or failed."""
-        with self._changed:
+    def _end_cell(self, cell: _PoolCell, outcome: CellStore | Exception) -> None:
+        """Report that a cell has finished or failed, and notify the waiting threads."""
+        with self._condition:
             if cell.has_ended:
                 return
             cell.has_ended = True
             self._is_over = all(cell.has_ended for cell in self._cells)
             if cell.work is not None:
-                self._to.progress.expect(-cell.work.total)
+                self._report.progress.expect(-cell.work.total)
             for lookup in cell.job.cells:
-                self._to.done(lookup, outcome)
-            self._changed.notify_all()
+                self._report.on_end(lookup, outcome)
+            self._condition.notify_all()
 
 
 def group_devices(
-    devices: Sequence[str], size: int, most: int | None = None, more: bool = False
+    devices: Sequence[str], size: int, n_groups: int | None = None, can_grow: bool = False
 ) -> list[range]:
     """Divide devices into groups of neighbours.
 
     Args:
-        devices: The devices.
+        devices: Names of the devices.
         size: Number of devices of a group.
-        most: Number of groups; None = as many as possible.
-        more: True if groups of several devices may be larger to use all devices.
+        n_groups: Number of groups; None = as many as possible.
+        can_grow: True if groups of several devices may be larger than `size` to use all devices.
 
     Returns:
         The groups, as ranges of device numbers.
@@ -239,42 +247,42 @@ def group_devices(
     Raises:
         RequestError: There are too few devices.
     """
-    groups = most or len(devices) // size
-    if not groups or groups * size > len(devices):
+    n_groups = n_groups or len(devices) // size
+    if not n_groups or n_groups * size > len(devices):
         raise RequestError(
-            f"{max(groups, 1)} workers of {size} accelerators each: this machine has "
-            f"{len(devices)}; give less to --workers or --devices-per-worker"
+            f"{max(n_groups, 1)} workers of {size} accelerators each: this machine has "
+            f"{len(devices)}; lower --workers or --devices-per-worker"
         )
-    if more and size > 1:
-        size = len(devices) // groups
-    return [range(group * size, (group + 1) * size) for group in range(groups)]
+    if can_grow and size > 1:
+        size = len(devices) // n_groups
+    return [range(number * size, (number + 1) * size) for number in range(n_groups)]
 
 
 def count_devices(
-    jobs: Sequence[Job], options: Options, devices: int, least_free: Callable[[], int]
+    jobs: Sequence[Job], options: Options, max_devices: int, least_free: Callable[[], int]
 ) -> int:
-    """Count the devices that a worker needs.
+    """Count the devices that each worker needs.
 
     Args:
-        jobs: The cells.
+        jobs: The jobs, which name the models.
         options: The options of the run.
-        devices: Maximum number of devices of a worker.
-        least_free: Function that returns the free bytes of the fullest device; may take seconds.
+        max_devices: Maximum number of devices of a worker.
+        least_free: Function that returns the smallest free memory of a device in bytes; it may
+            take seconds.
 
     Returns:
         The number of devices for the weights of the largest model; 1 if layers are offloaded.
     """
-    if devices == 1 or options.weights is not None or options.offload != "device":
+    if max_devices == 1 or options.weights is not None or options.offload != "device":
         return 1
-    return devices_for(largest_weights(jobs, options), least_free(), devices)
+    return devices_needed(largest_weights(jobs, options), least_free(), max_devices)
 
 
 def largest_weights(jobs: Sequence[Job], options: Options) -> int:
-    """Return the bytes of the largest model's weights; models of unknown size count as 0."""
-    largest = 0
+    """Return the number of bytes of the largest model's weights; an unknown size counts as 0."""
+    sizes = [0]
     for spec in dict.fromkeys(job.requests[0].model for job in jobs):
-        with suppress(TrackerError):  # the worker that loads it will say so
+        with suppress(TrackerError):  # the worker that loads the model reports the error
             source = find_model(spec, options.trust_remote_code)
-            size = bytes_to_load(source, spec.dtype)
-            largest = max(largest, size or 0)
-    return largest
+            sizes.append(bytes_to_load(source, spec.dtype) or 0)
+    return max(sizes)

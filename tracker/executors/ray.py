@@ -1,4 +1,4 @@
-"""Measure cells on a Ray cluster; each worker is an actor that keeps a model loaded."""
+"""Measure cells on a Ray cluster, with workers that are Ray actors and keep a model loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,25 @@ from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.worker import RemoteWorker, environment
 from tracker.models.load import SPREAD
 
-_PATIENCE = 60.0
-"""Timeout of nodes to report the free memory of a GPU."""
+_MEMORY_TIMEOUT = 60.0
+"""Maximum number of seconds to wait for nodes to report the free memory of a GPU."""
 
 
 class RayExecutor:
-    """Measures cells on the cluster of RAY_ADDRESS, or that of `ray start` on this machine.
+    """Executor that measures cells on a Ray cluster.
 
-    Without either, a local cluster is used for the run. Every GPU has a worker, or every group of
-    GPUs of a node that the model needs. In a cluster without GPUs, every node has a worker with all
-    of its CPUs. RequestError is raised if the cluster cannot be reached, or has too few resources.
+    The cluster is that of RAY_ADDRESS or of `ray start` on this machine, else a local cluster for
+    the run. There is a worker for every GPU, or for every group of GPUs of a node that the model
+    needs. In a cluster without GPUs, every node has a worker with all CPUs of the node.
+    RequestError is raised if the cluster cannot be reached, or has too few resources.
     """
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._ours = not ray.is_initialized()
-        if self._ours:
+        self._is_own_cluster = not ray.is_initialized()
+        if self._is_own_cluster:
             try:
-                _look_for_cluster()
+                _check_cluster()
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise RequestError(
@@ -49,57 +51,52 @@ class RayExecutor:
                     "RAY_ADDRESS, then where 'ray start' made one here; to do without, unset "
                     "RAY_ADDRESS and type: ray stop"
                 ) from None
-        asked = options.devices_per_worker
-        if not list(_actors(options, asked or 1)):
+        size = options.devices_per_worker
+        if not list(_make_actors(options, size or 1)):
             self._disconnect()
-            what = (
-                f"{asked} GPUs, as --devices-per-worker asks" if asked else "a GPU or a CPU to give"
-            )
-            raise RequestError(f"the Ray cluster has no node with {what}")
+            resource = f"{size} GPUs (--devices-per-worker)" if size else "a free GPU or CPU"
+            raise RequestError(f"the Ray cluster has no node with {resource}")
 
-    def measure(self, jobs: Sequence[Job], to: Reporting) -> int:
-        """Measure cells with the workers of the cluster, which return outcomes to this process."""
+    def measure(self, jobs: Sequence[Job], reporting: Reporting) -> int:
+        """Measure cells with workers of the cluster; this process writes the outcomes."""
         try:
-            workers = list(_actors(self._options, self._each(jobs)))
-            return WorkerPool(workers, jobs, to, None).run(f"Ray, workers: {len(workers)}")
+            workers = list(_make_actors(self._options, self._gpus_per_worker(jobs)))
+            return WorkerPool(workers, jobs, reporting, None).run(f"Ray, workers: {len(workers)}")
         finally:
             self._disconnect()
 
-    def _each(self, jobs: Sequence[Job]) -> int:
+    def _gpus_per_worker(self, jobs: Sequence[Job]) -> int:
         """Return the number of GPUs of each worker."""
-        options, gpus = self._options, _gpus(self._options)
+        options, gpus = self._options, _count_gpus(self._options)
         if options.devices_per_worker is not None:
             return options.devices_per_worker
-        with suppress(RayError):  # a node does not report its free memory
-            return count_devices(
-                jobs, options, max(gpus.values(), default=1), lambda: _least_free(gpus)
-            )
+        max_gpus = max(gpus.values(), default=1)
+        with suppress(RayError):  # a node failed to report its free memory
+            return count_devices(jobs, options, max_gpus, lambda: _least_free_memory(gpus))
         return 1
 
     def _disconnect(self) -> None:
-        if self._ours:
+        if self._is_own_cluster:
             ray.shutdown()
 
 
 class _Actor(Remote):
-    """A worker on one or several GPUs, or on a node."""
+    """Ray actor with a worker that uses one or several GPUs, or a node without GPUs."""
 
     def __init__(
-        self, name: str, node: str, resources: Mapping[str, float], options: Options, beside: int
+        self, name: str, node: str, resources: Mapping[str, float], options: Options, n_workers: int
     ) -> None:
         super().__init__(name)
-        self._options, self._beside, self._actor = options, beside, None
-        self._where = {
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
-            **resources,
-        }
+        self._options, self._n_workers, self._actor = options, n_workers, None
+        self._placement = {"scheduling_strategy": _on_node(node), **resources}
 
     @override
     def _call(self, method: str, *arguments: object) -> Any:
         try:
             if self._actor is None:
-                made_of = self._options, str(Path.cwd()), environment(), self._beside
-                self._actor = ray.remote(RemoteWorker).options(**self._where).remote(*made_of)
+                worker_arguments = self._options, str(Path.cwd()), environment(), self._n_workers
+                actor_class = ray.remote(RemoteWorker).options(**self._placement)
+                self._actor = actor_class.remote(*worker_arguments)
             return ray.get(getattr(self._actor, method).remote(*arguments))
         except RayTaskError as error:
             raise error.cause from None
@@ -115,8 +112,8 @@ class _Actor(Remote):
                 ray.kill(actor)
 
 
-def _look_for_cluster() -> None:
-    """Raise OSError if no cluster answers; Ray itself would try for over ten minutes."""
+def _check_cluster() -> None:
+    """Raise OSError if the cluster does not answer; Ray itself would try for over ten minutes."""
     if "://" in os.environ.get("RAY_ADDRESS", ""):
         return
     address = canonicalize_bootstrap_address(None)
@@ -129,42 +126,43 @@ def _look_for_cluster() -> None:
         raise OSError(f"nobody answers at {address}: {error.strerror or error}") from None
 
 
-def _actors(options: Options, size: int) -> Iterator[_Actor]:
-    """Yield a worker for every `size` GPUs of a node, or for every node without GPUs."""
-    nodes = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    gpus = _gpus(options)
-    on = replace(options, device=SPREAD if size > 1 else options.device, devices_per_worker=None)
-    number = 0
-    for node, has in nodes:
-        cpus = int(has.get("CPU", 0))
-        count, wants = min(1, cpus), {"num_cpus": cpus}
+def _on_node(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
+    """Yield one worker for every `size` GPUs of a node, or one per node without GPUs."""
+    gpus, numbers = _count_gpus(options), count(1)
+    device = SPREAD if size > 1 else options.device
+    options = replace(options, device=device, devices_per_worker=None)
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        cpus = int(node["Resources"].get("CPU", 0))
+        n_actors, resources = min(1, cpus), {"num_cpus": cpus}
         if gpus or size > 1:
-            count = gpus.get(node["NodeID"], 0) // size
-            wants = {"num_gpus": size, "num_cpus": min(1, cpus)}
-        for _ in range(count):
-            number += 1
-            name = f"worker {number} on {node['NodeManagerHostname']}"
-            yield _Actor(name, node["NodeID"], wants, on, count)
+            n_actors = gpus.get(node["NodeID"], 0) // size
+            resources = {"num_gpus": size, "num_cpus": min(1, cpus)}
+        for _ in range(n_actors):
+            name = f"worker {next(numbers)} on {node['NodeManagerHostname']}"
+            yield _Actor(name, node["NodeID"], resources, options, n_actors)
 
 
-def _gpus(options: Options) -> dict[str, int]:
-    """Return the number of GPUs of each node that has some."""
+def _count_gpus(options: Options) -> dict[str, int]:
+    """Count the GPUs of each node that has any; return node ID → number of GPUs."""
     if options.device == "cpu":
         return {}
-    found = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
-    return {node: gpus for node, gpus in found.items() if gpus}
+    counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
+    return {node: gpus for node, gpus in counts.items() if gpus}
 
 
-def _least_free(nodes: Iterable[str]) -> int:
-    """Return the smallest number of free bytes among one GPU of each node."""
-    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    ask = ray.remote(num_gpus=1, num_cpus=0)(_free)
-    asked = [ask.options(scheduling_strategy=each).remote() for each in there]
-    return int(min(ray.get(asked, timeout=_PATIENCE)))
+def _least_free_memory(nodes: Iterable[str]) -> int:
+    """Read the free memory of one GPU of each node; return the smallest, in bytes."""
+    read_memory = ray.remote(num_gpus=1, num_cpus=0)(_free_gpu_memory)
+    futures = [read_memory.options(scheduling_strategy=_on_node(n)).remote() for n in nodes]
+    return int(min(ray.get(futures, timeout=_MEMORY_TIMEOUT)))
 
 
-def _free() -> int:
-    """Return the free bytes of this process's GPU."""
+def _free_gpu_memory() -> int:
+    """Return the free memory of this process's GPU, in bytes."""
     from tracker.models.devices import default_device, free_memory
 
     return free_memory(default_device())

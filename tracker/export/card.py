@@ -1,8 +1,8 @@
-"""Write the model card of a changed model, the same facts as JSON, and recipes of other tools.
+"""Write a changed model's card, the same facts as JSON, and recipes that make it in other tools.
 
-Removed and repeated layers have recipes of mergekit and llama.cpp. Weights in formats have options
-of llama.cpp, a recipe of llm-compressor, the module settings in mlx-lm's `config.json`, and rules
-of GPTQModel.
+For removed and repeated layers there are recipes of mergekit and llama.cpp. For weights in formats
+there are options of llama.cpp, a recipe of llm-compressor, the module settings in mlx-lm's
+`config.json`, and rules of GPTQModel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import pairwise
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,24 +22,24 @@ import yaml
 from jinja2 import Template
 
 from tracker.core.formats import level_text
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.core.hub import check_name
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import Component
-from tracker.core.text import as_code, as_markdown
+from tracker.core.text import escape_markdown, markdown_code
 from tracker.core.weight_formats import FORMATS
-from tracker.export.facts import Exported
-from tracker.models.sources import PACKAGE, ModelSource
-from tracker.report.texts import templates_of
+from tracker.export.facts import ExportedModel
+from tracker.models.sources import MODEL_PACKAGE, ModelSource
+from tracker.report.texts import open_templates
 
-WINDOWS = "llama.cpp, windows"
-"""The recipe that states which layers have a window, where llama.cpp would guess wrong."""
-CONVERTED = "llama.cpp, converted"
-"""The recipe that converts the saved folder: llama-quantize removes layers, but repeats none."""
+WINDOWS_RECIPE = "llama.cpp, windows"
+"""Recipe that states which layers have an attention window, since llama.cpp would guess wrong."""
+CONVERTER_RECIPE = "llama.cpp, converted"
+"""Recipe that converts the saved folder: llama-quantize can remove layers, but not repeat them."""
 
 
 class Recipe(NamedTuple):
-    """One tool's recipe: instructions, its language, and the recipe itself."""
+    """One tool's recipe: instructions, the language of the code block, its text, its file name."""
 
     words: str
     language: str
@@ -53,10 +53,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     "mergekit": Recipe("mergekit (`mergekit-yaml RECIPE.yaml OUTPUT`):", "yaml"),
     "llama.cpp": Recipe("llama.cpp, on a GGUF file of the base:", "sh"),
-    CONVERTED: Recipe(
-        "llama.cpp (llama-quantize repeats no layers), in the folder that is saved:", "sh"
+    CONVERTER_RECIPE: Recipe(
+        "llama.cpp, in the saved folder (llama-quantize cannot repeat layers):", "sh"
     ),
-    WINDOWS: Recipe(
+    WINDOWS_RECIPE: Recipe(
         "llama.cpp computes from a layer's place whether it sees a window, and the layers that are "
         "there do not follow the period of the base. So that file is another model, and so is "
         "whatever convert_hf_to_gguf.py makes of this folder, until the file says which layers see "
@@ -67,13 +67,13 @@ RECIPES: dict[str, Recipe] = {
     "mlx-lm": Recipe("mlx-lm, as `quantization` of `config.json`:", "json"),
     "GPTQModel": Recipe("GPTQModel, as arguments of `QuantizeConfig`:", "json"),
 }
-"""Recipes of all tools, in the order of their use."""
+"""Recipes of all tools, without their texts, in the order of use."""
 
 
-def by_other_tools(texts: Mapping[str, str]) -> list[Recipe]:
-    """Return recipes, tool → text, in the order of their use.
+def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
+    """Return the text of each tool's recipe, in the order of use.
 
-    The last line of a recipe ends without a break.
+    Recipes do not end with a line break.
     """
     return [
         recipe._replace(text=texts[tool].rstrip(), file=f"{tool.lower()}.{recipe.language}")
@@ -82,8 +82,8 @@ def by_other_tools(texts: Mapping[str, str]) -> list[Recipe]:
     ]
 
 
-def why_none(resized: Sequence[str]) -> str:
-    """Return why no tool has a recipe; `resized` are changed configuration entries, if any."""
+def no_recipe_reason(resized: Sequence[str]) -> str:
+    """Return why there is no recipe of any tool; `resized` are changed configuration entries."""
     if not resized:
         return "None: no tool has names for all of these formats and weights."
     reason = (
@@ -92,89 +92,91 @@ def why_none(resized: Sequence[str]) -> str:
     )
     if "layer_types" in resized:
         reason += (
-            " A program that computes a layer's kind from its place, as some converters do, makes "
-            "another model of this folder: hold its logits against this one's."
+            " Programs that infer a layer's kind from its index, as some converters do, build "
+            "another model from this folder: compare its logits with this model's."
         )
     return reason
 
 
 # Removed and repeated layers
 
-Windows = tuple[str, int, list[bool]]
-"""llama.cpp's name of a model, the period of its layers without a window, and whether each layer
-has a window."""
-_PERIODS = {"gemma3_text": ("gemma3", 6)}
-"""Models whose windows llama.cpp computes from a layer's position, unless the file states them.
-Neither its converter nor llama-quantize writes them. Values: its name of the model, and the period,
-whose last layer has no window."""
+LayerWindows = tuple[str, int, list[bool]]
+"""llama.cpp's name of an architecture, the period of layers without an attention window, and
+whether each layer has a window."""
+_WINDOW_PERIODS = {"gemma3_text": ("gemma3", 6)}
+"""Model types whose attention windows llama.cpp derives from a layer's position, unless the file
+states them. llama.cpp's converter and llama-quantize do not write windows. Values: llama.cpp's name
+of the architecture, and the period of layers; the last layer of each period has no window."""
 
 
 def layer_recipes(
     source: ModelSource,
     base: ModelIdentity,
-    kept: Sequence[int],
+    layers: Sequence[int],
     removed: Sequence[int],
     resized: Sequence[str] = (),
-    windows: Windows | None = None,
+    windows: LayerWindows | None = None,
 ) -> dict[str, str]:
-    """Write how mergekit and llama.cpp make a model: tool → recipe.
+    """Write the recipes of mergekit and llama.cpp for a model with removed or repeated layers.
 
-    mergekit reads safetensors, so for a GGUF file there is also a program that converts it.
-    llama.cpp reads GGUF; a base in another form is called by its name. If layers are repeated and
-    none removed, it converts the saved folder. A configuration with other `resized` entries has no
-    recipes, since neither tool changes them. Exceptions are entries that llama.cpp derives by
-    itself, or that the recipe states: the `windows`.
+    mergekit reads safetensors, so for a GGUF file there is also a program that converts the file.
+    llama.cpp reads GGUF; the recipe names a base in another form by the model's name. If layers are
+    repeated and none removed, llama.cpp converts the saved folder. If other configuration entries
+    are `resized`, there are no recipes, since neither tool changes such entries. Exceptions are
+    entries that llama.cpp derives by itself, or that the recipe states: the `windows`.
 
     Args:
-        source: The base.
-        base: The base's identity.
-        kept: The layers that the model has, in order; repeated ones several times.
+        source: The base model's source.
+        base: The base model's identity.
+        layers: The original layers of the changed model, in order; repeated layers several times.
         removed: The removed layers.
         resized: The changed entries of the configuration besides the number of layers.
-        windows: The result of `windows_of`.
+        windows: The result of `find_windows`.
 
     Returns:
-        The recipes; empty if no tool makes the model.
+        The recipe of each tool; empty if no tool can make the model.
     """
     file = "pruned" if removed else "repeated"
-    recipes = {CONVERTED: f"python llama.cpp/convert_hf_to_gguf.py . --outfile {file}.gguf"}
+    recipes = {CONVERTER_RECIPE: f"python llama.cpp/convert_hf_to_gguf.py . --outfile {file}.gguf"}
     if removed:
         recipes = {"llama.cpp": prune_command(_gguf_path(source), removed)}
     if resized:
         if windows is None or set(resized) != {"layer_types"}:
             return {}
-        name, period, windowed = windows
-        if windowed != [number % period != 0 for number in range(1, len(windowed) + 1)]:
-            recipes[WINDOWS] = _program("with_windows", name=name, windows=windowed, file=file)
+        name, period, has_window = windows
+        if has_window != [number % period != 0 for number in range(1, len(has_window) + 1)]:
+            values = {"name": name, "windows": has_window, "file": file}
+            recipes[WINDOWS_RECIPE] = _fill_template("with_windows", values)
         return recipes
     if source.gguf_file:
         recipes["safetensors"] = as_safetensors(source, base.dtype)
-    return {"mergekit": mergekit(_safetensors_path(source, base), base.dtype, kept), **recipes}
+    return {"mergekit": mergekit(_safetensors_path(source, base), base.dtype, layers), **recipes}
 
 
-def _program(template: str, **values: object) -> str:
-    text = (Path(__file__).parent / "templates" / f"{template}.py.txt").read_text(encoding="utf-8")
-    return string.Template(text).substitute(values)
+def _fill_template(name: str, values: Mapping[str, object]) -> str:
+    """Fill placeholders in a program's template."""
+    path = Path(__file__).parent / "templates" / f"{name}.py.txt"
+    return string.Template(path.read_text(encoding="utf-8")).substitute(values)
 
 
-def windows_of(kind: str, layer_types: Sequence[str]) -> Windows | None:
-    """Return which layers have a window, in the form that llama.cpp needs.
+def find_windows(kind: str, layer_types: Sequence[str]) -> LayerWindows | None:
+    """Find the layers with an attention window, in the form that llama.cpp needs.
 
-    None for a kind of model for which llama.cpp's rule is unknown.
+    None for a model type whose rule in llama.cpp is unknown.
     """
-    if kind not in _PERIODS:
+    if kind not in _WINDOW_PERIODS:
         return None
-    return *_PERIODS[kind], [layer == "sliding_attention" for layer in layer_types]
+    return *_WINDOW_PERIODS[kind], [layer == "sliding_attention" for layer in layer_types]
 
 
 def _gguf_path(source: ModelSource) -> str:
-    if source.gguf_file:
-        return str(Path(source.location) / source.gguf_file)
-    return f"{source.name}.gguf"
+    """Return the path of the base's GGUF file, or a placeholder name if there is no file."""
+    file = source.gguf_file
+    return str(Path(source.location) / file) if file else f"{source.name}.gguf"
 
 
 def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
-    """Return a folder that is valid wherever mergekit runs, or the hub's commit."""
+    """Return the base as mergekit names it: a folder, or a hub model with its commit."""
     if source.gguf_file:
         return f"./{source.name}"
     if source.is_local:
@@ -184,88 +186,87 @@ def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
 
 
 def as_safetensors(source: ModelSource, dtype: str) -> str:
-    """Write a program that saves a GGUF file as a folder for mergekit."""
-    imports, folder = "", repr(source.location)
-    if source.source.startswith(PACKAGE):  # wherever it is installed
-        module = source.source.removeprefix(PACKAGE).replace("-", "_")
-        imports = "from importlib.util import find_spec\n"
-        folder = f"find_spec({module!r}).submodule_search_locations[0]"
-    file, name = repr(source.gguf_file), repr(source.name)
-    return _program(
-        "as_safetensors", imports=imports, folder=folder, file=file, dtype=dtype, name=name
-    )
+    """Write a Python program that converts a GGUF file to a safetensors folder for mergekit."""
+    values = {"imports": "", "folder": repr(source.location), "dtype": dtype}
+    if source.source.startswith(MODEL_PACKAGE):  # wherever it is installed
+        module = source.source.removeprefix(MODEL_PACKAGE).replace("-", "_")
+        values["imports"] = "from importlib.util import find_spec\n"
+        values["folder"] = f"find_spec({module!r}).submodule_search_locations[0]"
+    values |= {"file": repr(source.gguf_file), "name": repr(source.name)}
+    return _fill_template("as_safetensors", values)
 
 
-def mergekit(base: str, dtype: str, kept: Sequence[int]) -> str:
-    """Write a passthrough configuration: ranges of kept layers, half-open; they may overlap."""
-    breaks = [n for n, (layer, after) in enumerate(pairwise(kept), 1) if after != layer + 1]
-    ranges = [
-        [kept[start], kept[stop - 1] + 1] for start, stop in pairwise([0, *breaks, len(kept)])
-    ]
-    slices = [{"sources": [{"model": base, "layer_range": layers}]} for layers in ranges]
+def mergekit(base: str, dtype: str, layers: Sequence[int]) -> str:
+    """Write mergekit's passthrough configuration: half-open layer ranges, which may overlap."""
+    slices = []
+    # In a run of neighbours, the difference between layer and index stays the same.
+    for _, group in groupby(enumerate(layers), lambda item: item[1] - item[0]):
+        run = [layer for _, layer in group]
+        slices.append({"sources": [{"model": base, "layer_range": [run[0], run[-1] + 1]}]})
     recipe = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=1000)
 
 
 def prune_command(file: str, removed: Sequence[int]) -> str:
-    """Write the command of llama.cpp (b5740 and later); COPY quantises nothing."""
+    """Write the llama-quantize command that removes layers (b5740 and later); COPY keeps types."""
     layers = ",".join(map(str, sorted(removed)))
     return f"llama-quantize --prune-layers {layers} {shlex.quote(file)} pruned.gguf COPY"
 
 
 def skip_lists(component: Component, layers: Sequence[int]) -> str:
-    """Write the lists that LLM-Drop's own model classes read from a configuration."""
+    """Write the configuration lists of skipped sublayers for LLM-Drop's model classes."""
     lists = {"drop_attn_list": "attention", "drop_mlp_list": "mlp"}
-    return json.dumps({name: list(layers) if component == of else [] for name, of in lists.items()})
+    skipped = {name: [*layers] if part == component else [] for name, part in lists.items()}
+    return json.dumps(skipped)
 
 
 # Weights in formats
 
-Formats = Mapping[str, str]
-"""Path of a linear map in the model, as the checkpoint names it → format."""
-_INTEGERS = ("int8", "int8_g32", "int8_g128", "int4", "int4_g128", "int4_row")
-"""Formats that compressed-tensors and GPTQModel support: symmetric."""
-_MLX = ("int8_g32", "int8_g128", "int4", "int4_g128", "mxfp4")
-"""Formats that mlx-lm supports. Its integers are affine, with a zero point, tracker's symmetric:
-the recipe states only the bits of each module."""
-_GGUF_ENDS = ("token_embd.weight", "output.weight")
+FormatsByPath = Mapping[str, str]
+"""Format of each linear map by its path in the model, as the checkpoint names it."""
+_INTEGER_FORMATS = ("int8", "int8_g32", "int8_g128", "int4", "int4_g128", "int4_row")
+"""Formats that compressed-tensors and GPTQModel support; all are symmetric."""
+_MLX_FORMATS = ("int8_g32", "int8_g128", "int4", "int4_g128", "mxfp4")
+"""Formats that mlx-lm supports. mlx-lm's integers are affine, with a zero point; tracker's are
+symmetric. So the recipe states only the bits of each module."""
+_GGUF_EMBEDDINGS = ("token_embd.weight", "output.weight")
 """Names of the embedding and the head in GGUF files."""
 _ARCHITECTURES = {"mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
-"""llama.cpp's names of kinds of models that differ by more than dashes."""
-_EXPERTS = re.compile(r"\.experts\.\w+$")
-_IN_A_LAYER = re.compile(r"\.\d+\.")
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+"""llama.cpp's names of model types that differ from transformers' names by more than dashes."""
+_EXPERTS_PATH = re.compile(r"\.experts\.\w+$")
+_LAYER_PATH = re.compile(r"\.\d+\.")
+_BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
 def format_recipes(
-    formats: Formats, architecture: str, layers: int, file: str, tied: str = ""
+    formats: FormatsByPath, architecture: str, layers: int, file: str, tied_path: str = ""
 ) -> dict[str, str]:
-    """Write how other tools make a model with these formats: tool → recipe.
+    """Write the recipes by which other tools make a model with weights in these formats.
 
     Args:
-        formats: The format of each map.
-        architecture: The model's kind as transformers calls it (`model_type`).
+        formats: The format of each linear map.
+        architecture: The model type in transformers (`model_type`).
         layers: The number of layers.
-        file: The GGUF file of the base, or a name for it.
-        tied: The path of the embedding, if it has a format and is the head too.
+        file: The GGUF file of the base, or a placeholder name.
+        tied_path: The path of the embedding, if it has a format and is also the head.
 
     Returns:
-        Recipes of llama.cpp if all formats are GGUF's and it has names for the maps. Recipes of
-        llm-compressor, mlx-lm and GPTQModel if they support all formats and no map is an expert's
-        matrix; for the last, all maps must belong to layers.
+        Recipes of llama.cpp if all formats are GGUF's and llama.cpp has names for the maps. Recipes
+        of llm-compressor, mlx-lm and GPTQModel if the tool supports all formats and no map is an
+        expert's matrix. For GPTQModel, all maps must belong to layers.
     """
     recipes = {}
-    of_gguf = all(FORMATS[form].is_ggufs for form in formats.values())
-    if of_gguf and (names := _gguf_names(formats, architecture, layers)):
+    are_ggufs = all(FORMATS[form].is_gguf for form in formats.values())
+    if are_ggufs and (names := _gguf_names(formats, architecture, layers)):
         tensors = {name: form for path, form in formats.items() for name in names[path]}
-        recipes["llama.cpp"] = quantise_command(tensors, file, bool(tied))
-    if any(_EXPERTS.search(path) for path in formats):
+        recipes["llama.cpp"] = quantise_command(tensors, file, bool(tied_path))
+    if any(_EXPERTS_PATH.search(path) for path in formats):
         return recipes  # the others look for modules, and experts' matrices are none
-    in_layers = all(_IN_A_LAYER.search(path) for path in formats)
-    writers: dict[str, tuple[Sequence[str], Callable[[Formats], str]]] = {
-        "llm-compressor": ((*_INTEGERS, "fp8"), partial(llm_compressor, tied=tied)),
-        "mlx-lm": (_MLX, mlx_lm),
-        "GPTQModel": (_INTEGERS if in_layers else (), gptqmodel),
+    in_layers = all(_LAYER_PATH.search(path) for path in formats)
+    writers: dict[str, tuple[Sequence[str], Callable[[FormatsByPath], str]]] = {
+        "llm-compressor": ((*_INTEGER_FORMATS, "fp8"), partial(llm_compressor, tied=tied_path)),
+        "mlx-lm": (_MLX_FORMATS, mlx_lm),
+        "GPTQModel": (_INTEGER_FORMATS if in_layers else (), gptqmodel),
     }
     for tool, (words, write) in writers.items():
         if set(formats.values()) <= {*words}:
@@ -273,89 +274,90 @@ def format_recipes(
     return recipes
 
 
-def _gguf_names(formats: Formats, architecture: str, layers: int) -> dict[str, list[str]]:
-    """Return llama.cpp's names of maps; empty if it has none for one of them."""
+def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:
+    """Return llama.cpp's names of linear maps; empty if a map has no name in llama.cpp."""
     import gguf
 
-    plain_name = _plain(_ARCHITECTURES.get(architecture, architecture))
-    kinds = gguf.MODEL_ARCH_NAMES.items()
-    kind = next((kind for kind, name in kinds if _plain(name) == plain_name), None)
-    if kind is None:
+    plain_name = _plain_name(_ARCHITECTURES.get(architecture, architecture))
+    kinds = {_plain_name(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if plain_name not in kinds:
         return {}
-    names = gguf.get_tensor_name_map(kind, layers)
-    tensors = {path: [names.get_name(part) for part in _halves(path)] for path in formats}
+    gguf_names = gguf.get_tensor_name_map(kinds[plain_name], layers)
+    names = {path: [gguf_names.get_name(part) for part in _split_gate_up(path)] for path in formats}
     # Its files store the last one as two tensors, one of them transposed.
-    every = [name for parts in tensors.values() for name in parts]
-    if any(name is None or name.endswith(".attn_kv_b") for name in every):
+    if any(name is None or name.endswith(".attn_kv_b") for name in chain(*names.values())):
         return {}
-    return {path: [f"{name}.weight" for name in parts] for path, parts in tensors.items()}
+    return {path: [f"{name}.weight" for name in parts] for path, parts in names.items()}
 
 
-def _halves(path: str) -> list[str]:
-    """Return the two maps of a fused expert map, which llama.cpp's converter splits."""
-    if not _EXPERTS.search(path) or "gate_up_proj" not in path:
+def _split_gate_up(path: str) -> list[str]:
+    """Return the gate and up maps of a fused expert map, which llama.cpp's converter splits."""
+    if not _EXPERTS_PATH.search(path) or "gate_up_proj" not in path:
         return [path]
     return [path.replace("gate_up_proj", half) for half in ("gate_proj", "up_proj")]
 
 
-def _plain(architecture: str) -> str:
+def _plain_name(architecture: str) -> str:
+    """Return an architecture's name in lower case without punctuation, for comparison."""
     return re.sub(r"[^a-z0-9]", "", architecture.lower())
 
 
 def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
-    """List the types of tensors as llama.cpp takes them: regular expressions and types.
+    """List llama.cpp's `--tensor-type` entries: pairs of regular expression and type.
 
     Args:
-        formats: Name of a tensor in a GGUF file (`blk.3.ffn_down.weight`) → format.
+        formats: Format of each tensor by name in a GGUF file (`blk.3.ffn_down.weight`).
 
     Returns:
-        One entry for each format and name of a map, with all its layers in one expression.
+        One entry for each pair of format and map name, with all layers in one expression.
     """
-    types = []
-    layers_of: dict[tuple[str, str], list[int]] = {}
+    types, blocks = [], dict[tuple[str, str], list[int]]()
     for tensor, form in formats.items():
-        block = _BLOCK.fullmatch(tensor)
-        if block is None:
-            types.append((f"^{re.escape(tensor)}$", FORMATS[form].label.lower()))
+        if block := _BLOCK_TENSOR.fullmatch(tensor):
+            blocks.setdefault((block[2], form), []).append(int(block[1]))
         else:
-            layers_of.setdefault((block[2], form), []).append(int(block[1]))
-    for (name, form), layers in sorted(layers_of.items()):
+            types.append((f"^{re.escape(tensor)}$", _gguf_type(form)))
+    for (name, form), layers in sorted(blocks.items()):
         numbers = "|".join(map(str, sorted(layers)))
-        types.append((rf"^blk\.({numbers})\.{name}\.weight$", FORMATS[form].label.lower()))
+        types.append((rf"^blk\.({numbers})\.{name}\.weight$", _gguf_type(form)))
     return types
 
 
-def quantise_command(formats: Mapping[str, str], file: str, tied: bool = False) -> str:
-    """Write the command of llama.cpp; all tensors without a format keep sixteen bits.
+def _gguf_type(form: str) -> str:
+    """Return llama.cpp's name of a format."""
+    return FORMATS[form].label.lower()
 
-    If the head is `tied`, it has the embedding's format.
+
+def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = False) -> str:
+    """Write the llama-quantize command; tensors without a format keep sixteen bits.
+
+    If `is_tied`, the head has the embedding's format.
     """
-    ends = {end: FORMATS[formats[end]].label.lower() for end in _GGUF_ENDS if end in formats}
-    embedding, head = (ends.get(end, "f16") for end in _GGUF_ENDS)
-    of_layers = {name: form for name, form in formats.items() if name not in _GGUF_ENDS}
-    types = [*tensor_types(of_layers), (r"^blk\..*\.weight$", "f16")]
+    names = [name for name in _GGUF_EMBEDDINGS if name in formats]
+    types = {name: _gguf_type(formats[name]) for name in names}
+    embedding, head = (types.get(name, "f16") for name in _GGUF_EMBEDDINGS)
+    layers = {name: form for name, form in formats.items() if name not in names}
     lines = [
         f"llama-quantize --allow-requantize --token-embedding-type {embedding} "
-        f"--output-tensor-type {embedding if tied else head}"
+        f"--output-tensor-type {embedding if is_tied else head}"
     ]
-    lines += [f"  --tensor-type {shlex.quote(f'{tensors}={kind}')}" for tensors, kind in types]
+    for pattern, kind in [*tensor_types(layers), (r"^blk\..*\.weight$", "f16")]:
+        lines.append(f"  --tensor-type {shlex.quote(f'{pattern}={kind}')}")
     return " \\\n".join([*lines, f"  {shlex.quote(file)} quantised.gguf Q8_0"])
 
 
-def llm_compressor(formats: Formats, tied: str = "") -> str:
+def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
     """Write a recipe of llm-compressor, with a group of maps for each format.
 
-    An embedding that is `tied` to the head is left out: the recipe would round it at one end only.
+    An embedding that is `tied` to the head is left out: the recipe would round only one of the two.
     """
     groups = {}
-    by_format = grouped((path for path in formats if path != tied), lambda path: formats[path])
+    by_format = group_by((path for path in formats if path != tied), lambda path: formats[path])
     for number, (name, paths) in enumerate(sorted(by_format.items())):
         form = FORMATS[name]
-        weights: dict[str, object] = {
-            "num_bits": int(form.bits),
-            "type": "float" if name == "fp8" else "int",
-            "strategy": "group" if form.block else "channel",
-        }
+        kind = "float" if name == "fp8" else "int"
+        weights: dict[str, object] = {"num_bits": int(form.bits), "type": kind}
+        weights |= {"strategy": "group" if form.block else "channel"}
         weights |= {"group_size": form.block} if form.block else {}
         weights |= {"symmetric": True, "dynamic": False}
         targets = [f"re:^{re.escape(path)}$" for path in paths]
@@ -363,16 +365,16 @@ def llm_compressor(formats: Formats, tied: str = "") -> str:
     ignored = [] if "lm_head" in formats else ["lm_head"]
     modifier = {"ignore": ignored, "config_groups": groups}
     recipe = {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}
-    why = f"# {tied} is left as it is: it is the head too.\n" if tied else ""
-    return why + yaml.safe_dump(recipe, sort_keys=False, width=1000)
+    comment = f"# {tied} is left as it is: it is the head too.\n" if tied else ""
+    return comment + yaml.safe_dump(recipe, sort_keys=False, width=1000)
 
 
-def mlx_lm(formats: Formats) -> str:
+def mlx_lm(formats: FormatsByPath) -> str:
     """Write mlx-lm's entry `quantization` for the modules in a model's `config.json`.
 
-    Its `convert` gets the same from `quant_predicate`, which returns False for all other modules.
-    `convert` leaves out a module if its rows have no whole groups of the global size, which is
-    therefore the smallest.
+    The same settings can be passed to mlx-lm's `convert` by `quant_predicate`, which returns False
+    for all other modules. `convert` skips modules whose rows do not divide into whole groups of the
+    global size. So the global size is the smallest one.
 
     References:
         mlx_lm/utils.py (`quantize_model`, `load_model`) of github.com/ml-explore/mlx-lm at d78bf58.
@@ -385,8 +387,8 @@ def mlx_lm(formats: Formats) -> str:
     return json.dumps({**smallest, **modules}, indent=2)
 
 
-def gptqmodel(formats: Formats) -> str:
-    """Write the arguments of GPTQModel's `QuantizeConfig`, a rule for each map.
+def gptqmodel(formats: FormatsByPath) -> str:
+    """Write the arguments of GPTQModel's `QuantizeConfig`, with one rule for each map.
 
     A rule is a regular expression that is matched from the beginning of a module's path. The first
     match counts, and rules that begin with `-:` leave a module unchanged. GPTQModel calibrates on
@@ -400,41 +402,43 @@ def gptqmodel(formats: Formats) -> str:
         name: {"bits": int(FORMATS[name].bits), "group_size": FORMATS[name].block or -1}
         for name in formats.values()
     }
-    ((usual, _),) = Counter(formats.values()).most_common(1)
-    named = "|".join(map(re.escape, formats))
-    rules: dict[str, dict[str, Any]] = {f"-:^(?!(?:{named})$)": {}}
+    ((usual_format, _),) = Counter(formats.values()).most_common(1)
+    names_pattern = "|".join(map(re.escape, formats))
+    rules: dict[str, dict[str, Any]] = {f"-:^(?!(?:{names_pattern})$)": {}}
     rules |= {f"+:^{re.escape(path)}$": settings[name] for path, name in formats.items()}
-    return json.dumps({**settings[usual], "sym": True, "dynamic": rules}, indent=2)
+    return json.dumps({**settings[usual_format], "sym": True, "dynamic": rules}, indent=2)
 
 
-FACTS = "tracker.json"
+FACTS_FILE = "tracker.json"
 
 
-def write_card(model: Exported, folder: Path) -> None:
-    """Write `README.md`, as the hub shows it, and `tracker.json`."""
+def write_card(model: ExportedModel, folder: Path) -> None:
+    """Write the model card `README.md`, which the hub displays, and `tracker.json`."""
     from huggingface_hub import ModelCard
 
-    front = _front_matter(model).to_yaml(line_break="\n")
-    card = ModelCard(f"---\n{front}\n---\n\n{card_text(model)}")
+    front_matter = _front_matter(model).to_yaml(line_break="\n")
+    card = ModelCard(f"---\n{front_matter}\n---\n\n{card_text(model)}")
     card.save(folder / "README.md")
     facts = json.dumps(model.as_json(), indent=2, ensure_ascii=False)
-    (folder / FACTS).write_text(facts + "\n", encoding="utf-8")
+    (folder / FACTS_FILE).write_text(facts + "\n", encoding="utf-8")
 
 
-def card_text(model: Exported) -> str:
-    """Write the card below its front matter."""
-    recipes, none = by_other_tools(model.recipes), why_none(model.resized)
-    return _template().render(model=model, recipes=recipes, why_none=none)
+def card_text(model: ExportedModel) -> str:
+    """Write the text of the card, without the front matter."""
+    recipes, reason = ordered_recipes(model.recipes), no_recipe_reason(model.resized)
+    return _template().render(model=model, recipes=recipes, why_none=reason)
 
 
 @cache
 def _template() -> Template:
-    environment = templates_of("tracker.export", keep_trailing_newline=True)
-    environment.filters |= {"markdown": as_markdown, "code": as_code, "level": level_text}
+    """Load a template of a card."""
+    environment = open_templates("tracker.export", keep_trailing_newline=True)
+    environment.filters |= {"markdown": escape_markdown, "code": markdown_code, "level": level_text}
     return environment.get_template("card.md.j2")
 
 
-def _front_matter(model: Exported) -> Any:
+def _front_matter(model: ExportedModel) -> Any:
+    """Build the metadata at the top of a card, which the hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -458,7 +462,8 @@ def _front_matter(model: Exported) -> Any:
     )
 
 
-def _is_on_the_hub(model: Exported) -> bool:
+def _is_on_the_hub(model: ExportedModel) -> bool:
+    """Check whether the base was loaded from the hub."""
     try:
         check_name(model.base.source)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Changes of a model that can be saved, and how a results folder's searches and runs chose them.
+"""Make changed models to save, and find the searches and runs that chose the change.
 
-Layers are removed or repeated, or weights get formats.
+A change removes layers, repeats layers, or rounds weights to formats.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tracker.core.changes import Ablation, Change
 from tracker.core.errors import RequestError
 from tracker.core.extent import Extent
-from tracker.core.formats import counted
+from tracker.core.formats import count_text
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import Component
-from tracker.core.prune_records import Calibrated, PruneRecord, PruneStep
+from tracker.core.prune_records import CalibrationSet, PruneRecord, PruneStep
 from tracker.core.records import CellRecord
 from tracker.core.weight_formats import FORMATS, WeightFormat
-from tracker.export.card import format_recipes, layer_recipes, skip_lists, windows_of
+from tracker.export.card import find_windows, format_recipes, layer_recipes, skip_lists
 from tracker.export.facts import Accuracy, ModelChange
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents, Ledger
-from tracker.measuring.derive import all_records
+from tracker.measuring.derive import list_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,35 +32,33 @@ if TYPE_CHECKING:
 
 
 def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
-    """Return the removal of layers, in the order in which they were chosen."""
-    return ModelChange(Ablation.of(removed=layers), tuple(layers), **origin)
+    """Return the change that removes layers, given in the order in which they were chosen."""
+    return ModelChange(Ablation.from_changes(removed=layers), tuple(layers), **origin)
 
 
 def rounding(formats: Mapping[str, str]) -> ModelChange:
     """Return a change that rounds weights to formats.
 
     Args:
-        formats: `3.mlp.down_proj`, or `3` for a whole layer, or `embedding`, `lm_head` → format.
+        formats: Format of each unit: `3.mlp.down_proj`, `3` (a whole layer), `embedding` or
+            `lm_head`.
 
     Returns:
         The change.
     """
     units = [Change.parse(f"{form}:{name}") for name, form in formats.items()]
-    return ModelChange(Ablation.of(*units))
+    return ModelChange(Ablation.from_changes(*units))
 
 
 def layer_change(
     remove: Sequence[int], repeat: Sequence[int], repeats: int | None, component: Component
 ) -> ModelChange:
-    """Return the removal or repetition of layers; raise RequestError for any other change."""
+    """Return the change for a removal or repetition of layers; raise RequestError for others."""
     if repeats is not None and not repeat:
         raise RequestError("--repeats says how often layers are passed; name them: --repeat 8-11")
     if not repeat:
         if not remove:
-            raise RequestError(
-                "nothing is to be removed or repeated; name layers, as in --remove 3,17 or "
-                "--repeat 8-11"
-            )
+            raise RequestError("nothing to remove or repeat; use --remove 3,17 or --repeat 8-11")
         _refuse_sublayers(component, remove)
         return removal(remove)
     if remove:
@@ -69,54 +67,51 @@ def layer_change(
             "the folder that it makes to 'tracker export FOLDER' with the other"
         )
     if component != "layer":
-        raise RequestError("--repeat passes whole layers again; leave --component out")
-    times = 2 if repeats is None else repeats
+        raise RequestError("--repeat runs whole layers a second time; leave --component out")
+    n_passes = 2 if repeats is None else repeats
     if list(repeat) != list(range(repeat[0], repeat[-1] + 1)):
         raise RequestError("--repeat is one stretch of neighbours, as in --repeat 8-11")
-    if times < 2:
+    if n_passes < 2:
         raise RequestError("--repeats counts all passes: 2 is twice")
-    return ModelChange(Ablation.of(Change("layer", tuple(repeat), "repeat", repeats=times)))
+    repetition = Change("layer", tuple(repeat), "repeat", repeats=n_passes)
+    return ModelChange(Ablation.from_changes(repetition))
 
 
 def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
-    """Raise RequestError for saving a model without some attentions or MLPs."""
+    """Raise RequestError if a model without some attentions or MLPs is to be saved."""
     if component == "layer":
         return
     sublayers = "attentions" if component == "attention" else "MLPs"
     raise RequestError(
-        f"a checkpoint without some {sublayers} is none that plain transformers can load: its "
-        "classes give every layer both. Export whole layers (--remove), or give the base to code "
-        "that leaves them out: the model classes of LLM-Drop "
-        "(https://github.com/CASE-Lab-UMD/LLM-Drop) read this from config.json:\n"
+        f"plain transformers cannot load a checkpoint without some {sublayers}: its classes give "
+        "every layer both. Export whole layers (--remove), or use the model classes of LLM-Drop "
+        "(https://github.com/CASE-Lab-UMD/LLM-Drop). They read this from config.json:\n"
         f"{skip_lists(component, layers)}\n"
-        "vLLM loads the like as nemotron-nas, whose block_configs say no_op a layer."
+        "vLLM loads such models as nemotron-nas, with no_op in a layer's block_configs."
     )
 
 
 def refuse_units(units: Collection[Component]) -> None:
-    """Raise RequestError for saving results of searches for parts other than whole layers."""
-    others = sorted(set(units) - {"layer"})
-    if others:
-        raise RequestError(
-            f"--output saves models without whole layers, and 'unit' is {others[0]}; leave "
-            "--output out"
-        )
+    """Raise RequestError if results of searches for parts other than layers are to be saved."""
+    other_units = sorted(set(units) - {"layer"})
+    if other_units:
+        raise RequestError(f"--output cannot save unit {other_units[0]}; leave --output out")
 
 
 class ChangedModel(NamedTuple):
-    """A changed copy of a model, and facts that only making it reveals.
+    """A changed copy of a model, and facts about the copy that are known once it is made.
 
     Attributes:
         model: The copy.
-        kept: The original layer of each layer, in order.
-        bytes: The bytes of its weights, in a file of their formats.
+        kept_layers: For each layer of the copy, the number of the original layer.
+        bytes: The bytes of the copy's weights in a file that stores their formats.
         recipes: Recipes for the same model by tool.
-        resized: Entries of its configuration that differ, besides the number of layers.
-        formats: The format of each weight that is rounded, by its path.
+        resized: Changed entries of the copy's configuration, besides the number of layers.
+        formats: The format of each rounded weight by its path.
     """
 
     model: PreTrainedModel
-    kept: tuple[int, ...]
+    kept_layers: tuple[int, ...]
     bytes: int
     recipes: dict[str, str]
     resized: tuple[str, ...] = ()
@@ -124,77 +119,78 @@ class ChangedModel(NamedTuple):
 
 
 def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model without some layers, or with some repeated."""
+    """Make a copy of a loaded model with layers removed or repeated."""
     from tracker.models import checkpoint
     from tracker.models.offloaded import weight_bytes
-    from tracker.models.pruned import left
+    from tracker.models.pruned import remaining_layers
 
-    removed, repeated = change.ablation.removed(), change.ablation.repeated
-    kept = tuple(left(len(loaded.layers), removed, repeated))
-    model = checkpoint.without(loaded.model, removed, repeated)
+    removed, repeated = change.ablation.removed(), change.ablation.repetitions
+    kept_layers = tuple(remaining_layers(len(loaded.layers), removed, repeated))
+    model = checkpoint.savable_copy(loaded.model, removed, repeated)
     # Computed before saving, which adds the class to configurations without it, such as of GGUF.
-    resized = checkpoint.resized(loaded.model, model)
+    resized = checkpoint.config_changes(loaded.model, model)
     config = model.config.get_text_config()
-    windows = windows_of(config.model_type, getattr(config, "layer_types", None) or ())
-    recipes = layer_recipes(source, loaded.identity, kept, removed, resized, windows)
-    return ChangedModel(model, kept, weight_bytes(model), recipes, resized)
+    windows = find_windows(config.model_type, getattr(config, "layer_types", None) or ())
+    recipes = layer_recipes(source, loaded.identity, kept_layers, removed, resized, windows)
+    return ChangedModel(model, kept_layers, weight_bytes(model), recipes, resized)
 
 
 def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model whose weights have the values of formats.
+    """Make a copy of a loaded model with weights rounded to formats.
 
-    It keeps the model's own dtype: its values are those of the smaller file, but not its size.
+    The copy keeps the model's own dtype: its values equal those of the smaller file, but it is not
+    smaller itself.
     """
     from tracker.models.offloaded import weight_bytes
     from tracker.models.parts.anatomy import LayerAnatomy
     from tracker.models.parts.linear_maps import find_embeddings, round_embeddings
-    from tracker.models.pruned import pruned
+    from tracker.models.pruned import prune_model
 
     ablation, anatomy = change.ablation, LayerAnatomy.of(loaded.model)
     names = {id(module): name for name, module in loaded.model.named_modules()}
     shapes: dict[str, tuple[int, int]] = {}
-    formats, of_ends, tied = dict[str, str](), dict[str, str](), ""
-    for number, changed in ablation.by_layer.items():
-        for path, form in anatomy.formats(number, changed.rounded).items():
-            whole = f"{names[id(loaded.layers[number])]}.{path}"
-            formats[whole], shapes[whole] = form, anatomy.map_at(number, path).shape
-    for end, form in ablation.ends.items():
+    formats, embedding_formats, tied_path = dict[str, str](), dict[str, str](), ""
+    for number, changed_layer in ablation.by_layer.items():
+        for path, form in anatomy.expand_formats(number, changed_layer.roundings).items():
+            full_path = f"{names[id(loaded.layers[number])]}.{path}"
+            formats[full_path], shapes[full_path] = form, anatomy.get_map(number, path).shape
+    for embedding, form in ablation.outer_formats.items():
         embeddings = find_embeddings(loaded.model)
-        path = names[id(embeddings[end].module)]
-        rows, inputs = embeddings[end].shape
+        path = names[id(embeddings[embedding].module)]
+        rows, inputs = embeddings[embedding].shape
         formats[path], shapes[path] = form, (rows, inputs)
         # llama.cpp gets the format that such rows have, and accepts no other.
-        of_ends[path] = _stored(form, inputs).name
-        tied = path if embeddings.is_tied else ""
-    model = pruned(loaded.model, changes=anatomy.changes(ablation))
-    round_embeddings(model, ablation.ends)
-    size, wide = float(weight_bytes(model)), model.dtype.itemsize
+        embedding_formats[path] = _stored_format(form, inputs).name
+        tied_path = path if embeddings.is_tied else ""
+    model = prune_model(loaded.model, changes=anatomy.part_changes(ablation))
+    round_embeddings(model, ablation.outer_formats)
+    size, full_bytes = float(weight_bytes(model)), model.dtype.itemsize
     for path, (rows, inputs) in shapes.items():
-        narrow = _stored(formats[path], inputs).bits_of(inputs) / 8
-        size += rows * inputs * (narrow - wide)
+        stored_bytes = _stored_format(formats[path], inputs).bits_per_weight(inputs) / 8
+        size += rows * inputs * (stored_bytes - full_bytes)
     layers, kind = len(loaded.layers), model.config.get_text_config().model_type
     file = source.gguf_file or f"{source.name}.gguf"
-    recipes = format_recipes({**formats, **of_ends}, kind, layers, file, tied)
+    recipes = format_recipes({**formats, **embedding_formats}, kind, layers, file, tied_path)
     return ChangedModel(model, tuple(range(layers)), round(size), recipes, formats=formats)
 
 
-def _stored(form: str, inputs: int) -> WeightFormat:
-    """Return the format in which a file stores rows of so many inputs."""
-    stored = FORMATS[form].for_rows(inputs)
-    assert stored is not None  # it has been measured
-    return stored
+def _stored_format(form: str, inputs: int) -> WeightFormat:
+    """Return the format in which a file stores rows with a given number of inputs."""
+    stored_format = FORMATS[form].for_rows(inputs)
+    assert stored_format is not None  # it has been measured
+    return stored_format
 
 
-def with_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Add how a results folder's searches and runs chose layers, unless it is known already."""
+def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
+    """Add the searches and runs of a results folder that chose the layers, unless already known."""
     if change.stretch is not None:
-        return tried_repetition(ledger, model, change.stretch)
+        return find_repetition(ledger, model, change.stretch)
     if change.order and change.strategy is None:
-        return searched_removal(ledger, model, change.order)
+        return find_removal(ledger, model, change.order)
     return change
 
 
-def searched_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> ModelChange:
+def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> ModelChange:
     """Find the searches that chose some layers of a model.
 
     Args:
@@ -203,8 +199,9 @@ def searched_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, .
         removed: The layers.
 
     Returns:
-        The change with the searches that ended with these layers, or else passed through them. If
-        some used documents, only those; the layers alone if no search chose them.
+        The change with the searches that ended with these layers, or else had them removed after an
+        earlier step. If some of these searches used documents, only those. Without such searches,
+        the change alone.
     """
     contents = ledger.contents()
     choices = [
@@ -218,108 +215,113 @@ def searched_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, .
         return removal(removed)
     ranks = [(record.steps[-1] == step, bool(record.calibration)) for record, step in choices]
     best = [choice for choice, rank in zip(choices, ranks, strict=True) if rank == max(ranks)]
-    return _removal(contents, best)
+    return _build_removal(contents, best)
 
 
-def tried_repetition(ledger: Ledger, model: ModelIdentity, stretch: Change) -> ModelChange:
-    """Find the calibration documents on which a span was repeated, which may have chosen it."""
-    documents = []
+def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
+    """Find the calibration documents on which a span was repeated and which may have chosen it."""
+    calibration = []
     for store in ledger.cells():
         benchmark = store.identity.benchmark
         part = benchmark.settings.get("part")
         if store.identity.model.key != model.key or part != "calibration":
             continue
         frame = store.read(columns=["task", "doc", "ablation"])
-        rows = frame[frame["ablation"] == str(stretch)]
-        numbers = {str(task): tuple(map(int, docs)) for task, docs in rows.groupby("task")["doc"]}
-        if numbers:
-            calibrated = Calibrated(
-                key=store.identity.key,
-                benchmark=benchmark.name,
-                metric=benchmark.primary_metric,
-                n=len(rows),
-                part=part,
-                documents=numbers,
+        rows = frame[frame["ablation"] == str(repetition)]
+        groups = rows.groupby("task")["doc"]
+        documents = {str(task): tuple(map(int, numbers)) for task, numbers in groups}
+        if documents:
+            calibration.append(
+                CalibrationSet(
+                    key=store.identity.key,
+                    benchmark=benchmark.name,
+                    metric=benchmark.primary_metric,
+                    n=len(rows),
+                    part=part,
+                    documents=documents,
+                )
             )
-            documents.append(calibrated)
-    words = ", ".join(map(_documents, documents)) or None
-    change = Ablation.of(stretch)
-    return ModelChange(change, calibration=words, documents=tuple(documents))
+    words = ", ".join(map(_documents_text, calibration)) or None
+    change = Ablation.from_changes(repetition)
+    return ModelChange(change, calibration=words, documents=tuple(calibration))
 
 
-def removal_of(
-    ledger: Ledger, record: PruneRecord, decided_on: Calibrated | None = None
+def removal_by_search(
+    ledger: Ledger, record: PruneRecord, deciding: CalibrationSet | None = None
 ) -> ModelChange:
-    """Return the removal by a search, with what is known of its choice.
+    """Return the change for a search's removal, with the documents and cells that chose it.
 
-    `decided_on` are documents that decided between it and others; None if none did.
+    `deciding` are the documents that decided between this set and others; None if none did.
     """
-    change = _removal(ledger.contents(), [(record, record.steps[-1])])
-    more = () if decided_on is None else (decided_on,)
-    return replace(change, documents=(*change.documents, *more))
+    change = _build_removal(ledger.contents(), [(record, record.steps[-1])])
+    return replace(change, documents=(*change.documents, *filter(None, [deciding])))
 
 
-def _removal(contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]]) -> ModelChange:
+def _build_removal(
+    contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]]
+) -> ModelChange:
+    """Build the change for a removal of layers that some searches chose."""
     records = [record for record, _ in choices]
     record, step = choices[0]
     order = record.order[: len(step.removed)]
-    calibration = [", ".join(map(_documents, record.calibration)) for record in records]
+    calibration = [", ".join(map(_documents_text, record.calibration)) for record in records]
     return removal(
         order if sorted(order) == list(step.removed) else step.removed,
-        strategy=", ".join(dict.fromkeys(_strategy(*choice) for choice in choices)),
+        strategy=", ".join(dict.fromkeys(_strategy_text(*choice) for choice in choices)),
         calibration="; ".join(dict.fromkeys(filter(None, calibration))) or None,
         tested=tuple(_accuracy(*choice) for choice in choices if choice[1].test is not None),
-        chosen_by=_cells(contents, records),
+        chosen_by=_tracked_cells(contents, records),
         documents=tuple(documents for record in records for documents in record.calibration),
     )
 
 
 def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
+    """Return the metric before and after a removal, on the test documents of a search."""
     benchmark, test = record.benchmark, step.test
     assert test is not None  # guaranteed by the callers
-    unit, before = "%" if record.higher_is_better else "", record.baseline.level
-    title, shots, documents = benchmark.title, benchmark.num_fewshot, untouched(test.n)
-    return Accuracy(title, shots, record.metric, documents, test.n, before, test.level, unit)
+    unit, baseline = "%" if record.higher_is_better else "", record.baseline.level
+    title, shots, documents = benchmark.title, benchmark.num_fewshot, unused_documents(test.n)
+    return Accuracy(title, shots, record.metric, documents, test.n, baseline, test.level, unit)
 
 
-def _strategy(record: PruneRecord, step: PruneStep) -> str:
+def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
+    """Describe the strategy of a search; also the step unless it is the last."""
     number = record.steps.index(step) + 1
-    whole = number == len(record.steps)
-    return record.label if whole else f"{record.label}, step {number} of {len(record.steps)}"
+    is_complete = number == len(record.steps)
+    return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
 
 
-def _cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
+def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
     """Return the tracked cells of the searches' steps."""
     tracked = {cell for record in records for cell in record.rests_on}
     keys = {key for key, *_ in tracked}
     views = [view for view in contents.views if view[0].identity.key in keys]
-    cells = all_records(replace(contents, views=views))
-    return tuple(cell for cell in cells if cell.place in tracked)
+    cells = list_records(replace(contents, views=views))
+    return tuple(cell for cell in cells if cell.record_key in tracked)
 
 
-def _documents(calibrated: Calibrated) -> str:
-    part = f" ({calibrated.part})" if calibrated.part else ""
-    return f"{counted(calibrated.n, 'document')} of {calibrated.benchmark}{part}"
+def _documents_text(documents: CalibrationSet) -> str:
+    """Describe calibration documents: their number, benchmark and part."""
+    part = f" ({documents.part})" if documents.part else ""
+    return f"{count_text(documents.n, 'document')} of {documents.benchmark}{part}"
 
 
-def untouched(n: int) -> str:
-    """Describe documents that chose nothing."""
-    return f"{counted(n, 'document')} that chose nothing"
+def unused_documents(n: int) -> str:
+    """Describe documents that were not used for the choice."""
+    return f"{count_text(n, 'document')} that chose nothing"
 
 
 def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the documents of an extent of a cell that also chose the layers."""
+    """Count the documents of a cell's extent that were also used to choose the layers."""
     cells = {cell.identity.key: cell for cell in ledger.cells()}
-    chose = {
-        key
-        for calibrated in change.documents
-        if calibrated.key in cells
-        for key in _keys(cells[calibrated.key], calibrated.documents)
-    }
-    return len(chose & _keys(store, store.wanted(extent)))
+    keys: set[tuple[str, str, int]] = set()
+    for calibration in change.documents:
+        if calibration.key in cells:
+            keys |= _doc_keys(cells[calibration.key], calibration.documents)
+    return len(keys & _doc_keys(store, store.task_documents(extent)))
 
 
-def _keys(store: CellStore, documents: Mapping[str, Sequence[int]]) -> set[tuple[str, str, int]]:
-    """Return documents as task, split and number, which identifies them across cells."""
+def _doc_keys(store: CellStore, docs: Mapping[str, Sequence[int]]) -> set[tuple[str, str, int]]:
+    """Return the keys of documents that identify them across cells: task, split and number."""
     splits = {task.name: task.split for task in store.identity.benchmark.tasks}
-    return {(task, splits[task], n) for task, numbers in documents.items() for n in numbers}
+    return {(task, splits[task], n) for task, numbers in docs.items() for n in numbers}

@@ -1,7 +1,7 @@
-"""Save a changed model as a checkpoint that anybody can load.
+"""Save a changed model as a checkpoint that plain transformers can load.
 
-First it is proved to be the model that was measured. Then the tracking backends get it, with the
-cells that chose the change.
+The saved files are first proved to be the measured model. Then the model is published to the
+tracking backends, linked to the cells that chose the change.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tracker.benchmarks.benchmark import check_benchmark
-from tracker.benchmarks.standalone import refuse_alone
+from tracker.benchmarks.standalone import refuse_corpus
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError, CellError, RequestError, TrackerError, WorkError
-from tracker.core.formats import counted, measure_of
-from tracker.core.provenance import machine
+from tracker.core.formats import count_text, metric_format
+from tracker.core.provenance import describe_machine
 from tracker.core.records import CellRecord
-from tracker.export.card import by_other_tools, write_card
+from tracker.export.card import ordered_recipes, write_card
 from tracker.export.changes import (
+    add_origin,
     changed_layers,
     count_choosing,
     rounded_weights,
-    untouched,
-    with_origin,
+    unused_documents,
 )
-from tracker.export.facts import Accuracy, Exported, ModelChange, Size
-from tracker.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
+from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Size
+from tracker.export.proof import ExpectedAnswers, MeasuredCell, expected_answers, prove
 from tracker.ledger.files import new_folder
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
-from tracker.measuring.prepare import look_up
+from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.runner import run_cells
@@ -46,14 +46,14 @@ from tracker.team.publish import Publisher
 from tracker.tracking import open_models, service, target
 from tracker.tracking.base import SavedModel
 
-BATCH, LENGTH = 1, 256
-"""Texts and tokens that the models read while they are timed."""
+TIMING_BATCH, TIMING_LENGTH = 1, 256
+"""Number of texts, and of tokens per text, that the models read in timing."""
 FORMATS_FILE = "formats.json"
 """Name of the file with the format of each rounded weight."""
-_OF_BENCHMARKS = ("part", "limit", "sample", "num_fewshot", "metric")
-_SPARE = 64 * 2**20
+_BENCHMARK_SETTINGS = ("part", "limit", "sample", "num_fewshot", "metric")
+_RESERVED_BYTES = 64 * 2**20
 """Bytes reserved on disk for a tokenizer, configurations and a card."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class ExportRequest:
 
     Attributes:
         change: The change of the model.
-        request: The model; with a benchmark, on which the export is proved and measured.
-        on_benchmark: Whether the request's benchmark counts.
+        request: The model, and the benchmark on which the export is proved and measured.
+        has_benchmark: False if the request's benchmark is only a placeholder.
         output: The folder to create.
         ledger: The results folder.
         options: The device, and whether a download's code may run.
         track: The tracking backends that get the model.
-        project: Their project, if they name none.
+        project: The project of backends in `track` that name none.
         register: The name of the model in MLflow's registry; None for none.
     """
 
     change: ModelChange
     request: CellRequest
-    on_benchmark: bool
+    has_benchmark: bool
     output: Path
     ledger: Ledger
     options: Options
@@ -84,17 +84,15 @@ class ExportRequest:
 
 
 def model_request(model: str, benchmark: str | None, **settings: Any) -> CellRequest:
-    """Build a request for a model, and a benchmark if given; raise RequestError on misfits."""
-    idle = [name for name in _OF_BENCHMARKS if settings.get(name) is not None]
-    if benchmark is None and idle:
-        raise RequestError(
-            f"--{idle[0]} is about a benchmark; name one, as in --benchmark arc_easy"
-        )
+    """Build a request for a model, and optionally a benchmark; raise RequestError if invalid."""
+    extra = [f"--{name}" for name in _BENCHMARK_SETTINGS if settings.get(name) is not None]
+    if benchmark is None and extra:
+        raise RequestError(f"{extra[0]} is about a benchmark; name one, as in --benchmark arc_easy")
     return cell_request(model=model, benchmark=benchmark or "none", layers=(), **settings)
 
 
 def refuse_output(output: Path) -> None:
-    """Raise RequestError for a path that is not empty, or cannot be a folder."""
+    """Raise RequestError unless the output path is an empty folder or can become a folder."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -104,8 +102,8 @@ def refuse_output(output: Path) -> None:
         raise RequestError(f"--output: there is no folder {output.absolute().parent}")
 
 
-def export(request: ExportRequest, progress: Progress) -> Exported:
-    """Save a changed model.
+def export(request: ExportRequest, progress: Progress) -> ExportedModel:
+    """Save a changed model as a checkpoint, prove it, and publish it.
 
     Args:
         request: The model, the change, and the output.
@@ -115,112 +113,111 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
         The saved model, with facts about it.
 
     Raises:
-        RequestError: The request was wrong; nothing was computed or written.
-        WorkError: The saved model differs from the measured one, or cannot be written; nothing of
-            it is left.
+        RequestError: The request is invalid; nothing was computed or written.
+        WorkError: The saved model differs from the measured model, or cannot be written; all its
+            files are deleted.
     """
-    from tracker.models.checkpoint import refuse_packed, refuse_unsizable, release
+    from tracker.models.checkpoint import check_layer_changes, check_plain_weights, release_memory
 
-    cell_of, change, trust = request.request, request.change, request.options.trust_remote_code
-    targets = [target(text, "lighter models") for text in request.track]
+    change, trust_remote_code = request.change, request.options.trust_remote_code
+    backends = [service(target(text, "lighter models").backend) for text in request.track]
     refuse_output(request.output)
-    registries = [to for to in targets if "registered models" in service(to.backend).can]
-    if request.register and not registries:
+    if request.register and not any("registered models" in backend.can for backend in backends):
         raise RequestError("--register is a name in MLflow's registry; add --track mlflow")
-    source = find_model(cell_of.model, trust)
-    rounds = change.kind == "quantised"
-    if request.on_benchmark and not rounds:
-        refuse_alone(cell_of.benchmark)
-        check_benchmark(cell_of.benchmark)
-    progress.say("checking that the configuration can say what is left")
-    if rounds:
-        refuse_packed(source)
+    source = find_model(request.request.model, trust_remote_code)
+    is_rounded = change.kind == "quantised"
+    if request.has_benchmark and not is_rounded:
+        refuse_corpus(request.request.benchmark)
+        check_benchmark(request.request.benchmark)
+    progress.say("checking that the configuration can describe the remaining layers")
+    if is_rounded:
+        check_plain_weights(source)
     else:
-        refuse_unsizable(source, change.ablation.removed(), change.ablation.repeated)
-    cell, measured = _measure(request, progress) if request.on_benchmark else (None, None)
-    with folder_beside(request.output) as folder:
-        model, answers = _save(request, source, folder, progress)
-        progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
-        release()
+        check_layer_changes(source, change.ablation.removed(), change.ablation.repetitions)
+    record, cell = _measure_cost(request, progress) if request.has_benchmark else (None, None)
+    with draft_folder(request.output) as folder:
+        model, answers = _write_checkpoint(request, source, folder, progress)
+        progress.say("loading it in a fresh process" + (", for lm-eval" if cell else ""))
+        release_memory()
         try:
-            proof = prove(folder, answers, measured, trust)
+            proof = prove(folder, answers, cell, trust_remote_code)
         except BenchmarkError as error:
-            if not rounds:
+            if not is_rounded:
                 raise
             progress.say(f"not scored by lm-eval: {error}")
-            proof = prove(folder, answers, None, trust)
-        change = with_origin(change, request.ledger, model.base)
-        rows = [] if measured is None else [_accuracy(cell, measured, change, request.ledger)]
+            proof = prove(folder, answers, None, trust_remote_code)
+        change = add_origin(change, request.ledger, model.base)
+        rows = [] if cell is None else [_accuracy(record, cell, request)]
         # A measurement on exactly these documents is not repeated in the list.
-        measured_on = {(row.benchmark, row.n, row.before) for row in rows}
-        rows += [r for r in change.tested if (r.benchmark, r.n, r.before) not in measured_on]
+        keys = {(row.benchmark, row.n, row.before) for row in rows}
+        rows += [row for row in change.tested if (row.benchmark, row.n, row.before) not in keys]
         model = replace(model, change=change, accuracy=tuple(rows), proof=proof)
         write_card(model, folder)
-    made_of = (*change.chosen_by, *(() if cell is None else (cell,)))
+    cells = (*change.chosen_by, *filter(None, [record]))
     results, project = request.ledger.root, request.project
-    return publish(model, made_of, request.track, project, results, request.register)
+    return publish(model, cells, request.track, project, results, request.register)
 
 
 def publish(
-    model: Exported,
-    made_of: Sequence[CellRecord],
+    model: ExportedModel,
+    source_cells: Sequence[CellRecord],
     track: Sequence[str],
     project: str,
     results: Path,
     register: str | None = None,
-) -> Exported:
-    """Publish a model to all backends, even if one of them fails.
+) -> ExportedModel:
+    """Publish a model to all backends; a failing backend does not stop the others.
 
     Args:
         model: The saved model.
-        made_of: The cells that chose it, or measured its cost.
+        source_cells: The cells that chose the change, or measured its cost.
         track: The backends, each as `BACKEND` or `BACKEND:PROJECT`.
-        project: The project if a backend names none.
+        project: The project of backends that name none.
         results: The results folder.
         register: The name of the model in MLflow's registry; None for none.
 
     Returns:
-        The model, with its locations and the errors of backends.
+        The model, with its published locations and the errors of backends.
     """
     folder, facts, figures = model.folder.absolute(), model.as_json(), model.figures()
-    saved = SavedModel(folder, model.name, facts, figures, tuple(made_of), register)
-    locations, unpublished = {}, {}
+    saved = SavedModel(folder, model.name, facts, figures, tuple(source_cells), register)
+    locations, failures = {}, {}
     for text in track:
-        to = target(text)
-        place = (to.project or project, results, to.server)
-        with closing(open_models(to.backend, *place)) as models:
+        address = target(text)
+        destination = (address.project or project, results, address.server)
+        with closing(open_models(address.backend, *destination)) as models:
             try:
-                locations[to.backend] = models.add_model(saved)
+                locations[address.backend] = models.add_model(saved)
             except TrackerError as error:
-                unpublished[text] = str(error)
-    return replace(model, locations=locations, unpublished=unpublished)
+                failures[text] = str(error)
+    return replace(model, locations=locations, unpublished=failures)
 
 
-def _measure(
+def _measure_cost(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
     """Measure the cost of the change on the benchmark, or read it from the ledger."""
-    change, cell, ledger = request.change, None, request.ledger
-    cell_of, ablation = request.request, change.ablation
-    if change.kind != "quantised":  # the choice of formats was measured as a whole
-        cell_of = replace(cell_of, removed=ablation.removed()).with_changes(ablation.repeated)
-        publisher = Publisher(request.track, request.project, ledger.root)
-        with closing(publisher):
-            done = run_cells([cell_of], ledger, publisher, request.options, progress)
-        if done.failed:
-            raise CellError(next(iter(done.failed.values())))
-        cell = done.cells[0]
-    store = look_up(cell_of, ledger).store
+    cell, record, ledger = request.request, None, request.ledger
+    ablation = request.change.ablation
+    if request.change.kind != "quantised":  # the choice of formats was measured as a whole
+        cell = replace(cell, removed=ablation.removed()).with_changes(ablation.repetitions)
+        with closing(Publisher(request.track, request.project, ledger.root)) as publisher:
+            outcome = run_cells([cell], ledger, publisher, request.options, progress)
+        if outcome.failed:
+            raise CellError(next(iter(outcome.failed.values())))
+        record = outcome.cells[0]
+    store = find_cell(cell, ledger).store
     assert store is not None  # it has been measured
-    return cell, MeasuredCell(cell_of, store, ablation)
+    return record, MeasuredCell(cell, store, ablation)
 
 
-def _save(
+def _write_checkpoint(
     request: ExportRequest, source: ModelSource, folder: Path, progress: Progress
-) -> tuple[Exported, ExpectedAnswers]:
-    """Write the checkpoint; it is not proved yet, and its cost is not measured.
+) -> tuple[ExportedModel, ExpectedAnswers]:
+    """Write the checkpoint, which is neither proved nor measured yet.
 
-    On return no model is in memory any more: the fresh process may need the space.
+    On return no model is in memory any more, since the process that proves the files needs the
+    space.
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
@@ -229,96 +226,94 @@ def _save(
     options = request.options
     progress.say(f"loading {source.name}")
     loaded = load_model(source, request.request.model.dtype, options.device)
-    make = rounded_weights if request.change.kind == "quantised" else changed_layers
-    changed = make(source, loaded, request.change)
-    base, model = loaded.model, changed.model
+    change_model = rounded_weights if request.change.kind == "quantised" else changed_layers
+    changed_model = change_model(source, loaded, request.change)
+    base, model = loaded.model, changed_model.model
     _refuse_small_disk(folder, weight_bytes(model))
     progress.say("writing the checkpoint")
-    checkpoint.save(loaded, model, folder)
-    answers = expected(loaded, model, options.device)
-    faster, speed_on = None, ""
-    if not changed.formats:
-        progress.say("measuring how fast both read")
-        longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        length = min(LENGTH, longest or LENGTH)
-        faster = checkpoint.times_as_fast(model, base, BATCH, length)
-        speed_on = _speed_on(answers, loaded.identity.dtype, length)
-    saved = Exported(
+    checkpoint.save_copy(loaded, model, folder)
+    answers = expected_answers(loaded, model, options.device)
+    exported = ExportedModel(
         folder=request.output,
         base=loaded.identity,
         change=request.change,
-        kept=changed.kept,
+        kept_layers=changed_model.kept_layers,
         before=Size(len(loaded.layers), base.num_parameters(), weight_bytes(base)),
-        after=Size(len(changed.kept), model.num_parameters(), changed.bytes),
-        faster=faster,
-        speed_on=speed_on,
-        recipes=changed.recipes,
-        resized=changed.resized,
-        formats=changed.formats,
+        after=Size(len(changed_model.kept_layers), model.num_parameters(), changed_model.bytes),
+        recipes=changed_model.recipes,
+        resized=changed_model.resized,
+        formats=changed_model.formats,
     )
-    if saved.formats:
-        _write_formats(saved, folder)
-    return saved, answers
+    if exported.formats:
+        _write_formats(exported, folder)
+        return exported, answers
+    progress.say("measuring how fast both read")
+    max_length = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    length = min(TIMING_LENGTH, max_length or TIMING_LENGTH)
+    speedup = checkpoint.measure_speedup(model, base, TIMING_BATCH, length)
+    conditions = _timing_conditions(answers, loaded.identity.dtype, length)
+    return replace(exported, faster=speedup, speed_on=conditions), answers
 
 
-def _write_formats(model: Exported, folder: Path) -> None:
-    """Write the format of each weight, and each tool's recipe, as separate files."""
+def _write_formats(model: ExportedModel, folder: Path) -> None:
+    """Write one file with the format of each weight, and one file per tool's recipe."""
     facts = {"tracker": __version__, "base": model.base.source, "formats": model.formats}
     (folder / FORMATS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for recipe in by_other_tools(model.recipes):
+    for recipe in ordered_recipes(model.recipes):
         (folder / recipe.file).write_text(recipe.text + "\n", encoding="utf-8")
 
 
-def _speed_on(answers: ExpectedAnswers, dtype: str, length: int) -> str:
-    """Describe the hardware and the texts on which the speed was measured."""
-    facts = machine()
-    threads = f", {counted(answers.threads, 'thread')}" if answers.device == "cpu" else ""
-    cores = counted(int(facts["cores"]), "core")
+def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str:
+    """Describe the hardware and the texts of the speed measurement."""
+    facts = describe_machine()
+    threads = f", {count_text(answers.n_threads, 'thread')}" if answers.device == "cpu" else ""
+    cores = count_text(int(facts["cores"]), "core")
     return (
-        f"both by turns in one process, batch {BATCH}, {length} tokens, {dtype}, on "
+        f"both by turns in one process, batch {TIMING_BATCH}, {length} tokens, {dtype}, on "
         f"{answers.device}{threads} ({facts['platform']}, {cores})"
     )
 
 
-def _accuracy(
-    cell: CellRecord | None, measured: MeasuredCell, change: ModelChange, ledger: Ledger
-) -> Accuracy:
-    """Return the cost of the change on a cell, and how many of its documents chose the layers."""
-    benchmark, metric = measured.store.identity.benchmark, measured.metric
-    if cell is None:
-        unit = "%" if benchmark.tasks[0].higher_is_better.get(metric, True) else ""
-        documents, n, before = untouched(measured.n), measured.n, measured.baseline
-    else:
-        chose = count_choosing(ledger, change, measured.store, measured.request.extent)
-        verb = "may have chosen" if change.kind == "repeated" else "chose"
-        among = f", {chose:,} of which {verb} the layers" if chose else ""
-        part = "" if benchmark.title == benchmark.name else f" of {benchmark.title}"
-        unit = measure_of(cell).level_unit
-        documents, n, before = f"{cell.documents}{part}{among}", cell.n, cell.baseline
+def _accuracy(record: CellRecord | None, cell: MeasuredCell, request: ExportRequest) -> Accuracy:
+    """Return a cell's metric before and after the change, and count documents used to choose."""
+    benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, shots = benchmark.title, benchmark.num_fewshot
-    return Accuracy(title, shots, metric, documents, n, before, measured.level, unit)
+    if record is None:
+        unit = "%" if benchmark.tasks[0].higher_is_better.get(metric, True) else ""
+        texts = unused_documents(cell.n)
+        return Accuracy(title, shots, metric, texts, cell.n, cell.baseline, cell.level, unit)
+    texts, unit = record.documents_text, metric_format(record).level_unit
+    if title != benchmark.name:
+        texts += f" of {title}"
+    if n := count_choosing(request.ledger, request.change, cell.store, cell.request.extent):
+        verb = "may have chosen" if request.change.kind == "repeated" else "chose"
+        texts += f", {n:,} of which {verb} the layers"
+    return Accuracy(title, shots, metric, texts, record.n, record.baseline, cell.level, unit)
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    if free < size + _SPARE:
+    """Raise WorkError if the disk has too little space for a checkpoint."""
+    free_bytes = shutil.disk_usage(folder.parent).free
+    if free_bytes < size + _RESERVED_BYTES:
         raise WorkError(
-            f"{folder.parent} has room for {free:,} bytes, and the checkpoint takes {size:,} and "
-            "some more; nothing was written"
+            f"{folder.parent} has room for {free_bytes:,} bytes, and the checkpoint takes {size:,} "
+            "and some more; nothing was written"
         )
 
 
 @contextmanager
-def folder_beside(output: Path) -> Iterator[Path]:
-    """Yield a folder beside another, which replaces it on success and is deleted on failure."""
+def draft_folder(output: Path) -> Iterator[Path]:
+    """Yield a draft folder, which becomes `output` on success and is deleted on failure."""
     try:
         with new_folder(output) as folder:
             yield folder
     except TrackerError as error:
         raise type(error)(f"{output} is not written: {error}") from None
     except OSError as error:
-        why = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-        raise WorkError(f"{output} is not written: {why}. Nothing of it is left.") from None
+        reason = error.strerror or str(error)
+        if error.errno in _DISK_FULL_ERRORS:
+            reason = "the disk is full"
+        raise WorkError(f"{output} is not written: {reason}. Nothing of it is left.") from None
     except SafetensorError as error:
         if "os error" not in str(error).lower():
             raise

@@ -1,4 +1,4 @@
-"""Facts about a changed model that was saved, as its card and `tracker.json` state them."""
+"""Define the facts about a saved model that its card and `tracker.json` state."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pydantic_core import to_jsonable_python
 
 from tracker.core.changes import Ablation, Change
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, listed
+from tracker.core.formats import count_text, join_words
 from tracker.core.identities import ModelIdentity
-from tracker.core.prune_records import Calibrated
+from tracker.core.prune_records import CalibrationSet
 from tracker.core.records import CellRecord
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A benchmark before and after; fractions where it is an accuracy.
+    """A benchmark's metric before and after a change; an accuracy is a fraction.
 
     Attributes:
         benchmark: The benchmark's name.
         num_fewshot: The number of examples in its prompts.
         metric: The metric's name.
-        documents: The documents, in words.
+        documents: Description of the documents.
         n: The number of documents.
         before: The metric of the intact model.
         after: The metric of the changed model.
-        unit: `%` for an accuracy, else that of the loss.
+        unit: `%` for an accuracy, otherwise the unit of the loss.
     """
 
     benchmark: str
@@ -45,7 +45,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Size:
-    """A model's size: layers, and parameters and bytes of weights, tied ones once."""
+    """A model's number of layers, parameters and bytes of weights; tied weights count once."""
 
     layers: int
     parameters: int
@@ -58,13 +58,13 @@ class Proof:
 
     Attributes:
         texts: The number of texts that both models read.
-        difference: The largest difference of a logit from the really changed model.
+        difference: The largest difference of a logit between the saved and the changed model.
         tasks: The tasks that lm-eval scored; empty without a benchmark.
         documents: The number of documents that lm-eval scored.
-        figure: lm-eval's own figure, by the metric's name, if it scored exactly these documents of
-            one task; it equals the measured one to the digit.
+        figure: lm-eval's own figure by the metric's name, if lm-eval scored exactly these documents
+            of one task; it equals tracker's figure to the digit.
         loglikelihood: The largest difference of a log-likelihood, in nats.
-        ties: Number of documents judged differently, since answers lie within rounding.
+        ties: Number of documents judged differently because answers differ by rounding only.
         versions: The versions of transformers and lm-eval.
     """
 
@@ -79,19 +79,19 @@ class Proof:
 
     def sentences(self) -> list[str]:
         """Describe the proof in sentences."""
-        off = self.difference
-        how = "bit by bit" if off == 0 else f"to within {off:.1e} (rounding)"
+        difference = self.difference
+        precision = "bit by bit" if difference == 0 else f"to within {difference:.1e} (rounding)"
         sentences = [
             f"Loaded in a fresh process by plain AutoModelForCausalLM, {self.texts} texts have the "
-            f"logits of the model that was really changed, {how}."
+            f"logits of the model that was really changed, {precision}."
         ]
         if self.tasks:
             name = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
             figure = "".join(f": {metric} {value!r}" for metric, value in self.figure.items())
-            but = f", but for {self.ties} whose answers lie within rounding of each other"
+            exception = f", but for {self.ties} whose answers lie within rounding of each other"
             sentences.append(
                 f"Scored there by plain lm-eval, each of {self.documents:,} documents of {name} is "
-                f"judged as was measured{but if self.ties else ''}{figure}."
+                f"judged as was measured{exception if self.ties else ''}{figure}."
             )
         return sentences
 
@@ -106,17 +106,16 @@ _TAGS = {
 
 @dataclass(frozen=True)
 class ModelChange:
-    """A change of a model that an export saves, and how it was chosen.
+    """A change of a model that an export saves, and the origin of the choice.
 
     Attributes:
-        ablation: The change: removed layers, repeated layers, or weights with the values of
-            formats.
-        order: The removed layers in the order in which they were chosen; empty if none are.
-        strategy: How layers were chosen; None if a user named them.
-        calibration: Description of the documents that chose them; None if none did.
-        tested: The cost of the change on documents that chose nothing.
-        chosen_by: The cells whose outcomes chose, to which trackers link the model.
-        documents: The documents that chose.
+        ablation: The change: removed layers, repeated layers, or weights rounded to formats.
+        order: The removed layers in the order of choice; empty if no layers are removed.
+        strategy: The strategy that chose the layers; None if a user named them.
+        calibration: Description of the documents used for the choice; None if there were none.
+        tested: The metric before and after the change, on documents not used for the choice.
+        chosen_by: The cells used for the choice, to which trackers link the model.
+        documents: The documents used for the choice.
     """
 
     ablation: Ablation
@@ -125,14 +124,14 @@ class ModelChange:
     calibration: str | None = None
     tested: tuple[Accuracy, ...] = ()
     chosen_by: tuple[CellRecord, ...] = field(default=(), repr=False)
-    documents: tuple[Calibrated, ...] = field(default=(), repr=False)
+    documents: tuple[CalibrationSet, ...] = field(default=(), repr=False)
 
     @property
     def kind(self) -> str:
-        """The prefix of the model's figures in trackers, and the section of its card."""
-        if self.ablation.rounded:
+        """The kind of change, which prefixes figures in trackers and selects the card's section."""
+        if self.ablation.roundings:
             return "quantised"
-        return "repeated" if self.ablation.repeated else "pruned"
+        return "repeated" if self.ablation.repetitions else "pruned"
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -141,61 +140,58 @@ class ModelChange:
 
     @property
     def stretch(self) -> Change | None:
-        """The repeated layers; None if none are."""
-        return next(iter(self.ablation.repeated), None)
+        """The span of repeated layers; None if no layers are repeated."""
+        return next(iter(self.ablation.repetitions), None)
 
     @property
     def clause(self) -> str:
-        """A description of the change."""
+        """A clause that describes the change in sentences."""
         if self.stretch is not None:
             return self.stretch.clause
-        if formats := Counter(unit.intervention for unit in self.ablation.rounded):
-            counts = listed([f"{count} to {name}" for name, count in formats.most_common()])
-            return f"the weights of {counted(formats.total(), 'unit')} are rounded: {counts}"
+        if formats := Counter(unit.intervention for unit in self.ablation.roundings):
+            counts = join_words([f"{count} to {name}" for name, count in formats.most_common()])
+            return f"the weights of {count_text(formats.total(), 'unit')} are rounded: {counts}"
         layers = self.ablation.removed()
-        are = "layers {} are" if len(layers) > 1 else "layer {} is"
-        return f"{are.format(', '.join(map(str, layers)))} removed"
+        subject = "layers {} are" if len(layers) > 1 else "layer {} is"
+        return f"{subject.format(', '.join(map(str, layers)))} removed"
 
 
-_FACTS = (
-    *("base", "kept", "before", "after", "faster", "speed_on"),
-    *("recipes", "resized", "accuracy", "proof"),
-)
+_FACTS = ("before", "after", "faster", "speed_on", "recipes", "resized", "accuracy", "proof")
 """Fields of a saved model that are written to JSON unchanged."""
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A changed model that was saved, with facts about it.
+class ExportedModel:
+    """A changed model that was saved, with the facts about it.
 
     Attributes:
         folder: The folder of the checkpoint.
         base: The original model.
-        change: The change, and how it was chosen.
-        kept: The original layer of each layer, in order, for healing by distillation.
+        change: The change, and the origin of the choice.
+        kept_layers: For each layer, the number of the original layer, for healing by distillation.
         before: The base's size.
-        after: The saved model's size, in a file of its formats.
-        faster: Its reading speed relative to the base, by turns: the median of all turns, and the
-            ends of their middle half; None if other work on the machine disturbed the timing.
+        after: The saved model's size in a file that stores its formats.
+        faster: Reading speed relative to the base, timed in alternating turns: the median and the
+            quartiles of all turns. None if other work on the machine disturbed the timing.
         speed_on: Description of the hardware and the texts of the timing; empty if not measured.
-        recipes: Recipes for the same model by tool; empty if entries are resized.
-        resized: Entries of the configuration that differ, besides the number of layers.
-        formats: The format of each weight that is rounded, by its path.
-        accuracy: The cost of the change; first what was measured for this export.
+        recipes: Recipes for the same model by tool; empty if no tool can make the model.
+        resized: Changed entries of the configuration, besides the number of layers.
+        formats: The format of each rounded weight by its path.
+        accuracy: Metrics before and after the change; measurements for this export come first.
         proof: The proof of the files.
-        locations: Its locations after publication, by backend.
-        unpublished: Backend → the reason why it does not have the model.
+        locations: The model's location in each backend, after publication.
+        unpublished: For each backend without the model, the reason.
     """
 
     folder: Path
     base: ModelIdentity
     change: ModelChange
-    kept: tuple[int, ...]
+    kept_layers: tuple[int, ...]
     before: Size
     after: Size
-    faster: tuple[float, float, float] | None
-    speed_on: str
-    recipes: dict[str, str]
+    faster: tuple[float, float, float] | None = None
+    speed_on: str = ""
+    recipes: dict[str, str] = field(default_factory=dict)
     resized: tuple[str, ...] = ()
     formats: Mapping[str, str] = field(default_factory=dict)
     accuracy: tuple[Accuracy, ...] = ()
@@ -215,30 +211,30 @@ class Exported:
 
     @property
     def exit_code(self) -> int:
-        """The exit code: 0 = all done, 1 = saved, but missing in a tracker."""
+        """The program's exit code: 0 = all done, 1 = saved, but not published to every tracker."""
         return int(bool(self.unpublished))
 
     @property
     def size(self) -> str:
-        """The model's size beside the base's, in one line."""
-        before, after = asdict(self.before), asdict(self.after)
-        if after["layers"] > before["layers"]:
-            return "; ".join(f"{after[n]:,} {n} instead of {before[n]:,}" for n in before)
-        return "; ".join(f"{after[n]:,} of {before[n]:,} {n}" for n in before)
+        """A line that compares the sizes of the model and the base."""
+        base_size, size = asdict(self.before), asdict(self.after)
+        if size["layers"] > base_size["layers"]:
+            return "; ".join(f"{size[n]:,} {n} instead of {base_size[n]:,}" for n in base_size)
+        return "; ".join(f"{size[n]:,} of {base_size[n]:,} {n}" for n in base_size)
 
     @property
     def speed(self) -> str:
-        """The speed beside the base's, in one sentence."""
+        """A sentence that compares the speed of the model and the base."""
         if self.faster is None:
             return "Its speed could not be measured: other work on the machine disturbed the timing"
-        middle, low, high = self.faster
+        ratio, low, high = self.faster
         return (
-            f"It reads {middle:.2f} times as fast as the base, in the middle half of all turns "
+            f"It reads {ratio:.2f} times as fast as the base, in the middle half of all turns "
             f"{low:.2f} to {high:.2f}"
         )
 
     def figures(self) -> dict[str, float]:
-        """Return the numbers of the model, under names that every backend accepts."""
+        """Return the model's numeric facts, under names that every backend accepts."""
         kind = self.change.kind
         figures: dict[str, float] = {
             f"{name}/{quantity}": number
@@ -255,19 +251,21 @@ class Exported:
         return figures
 
     def as_json(self) -> dict[str, Any]:
-        """Return the facts that the model carries, as plain values."""
+        """Return the facts for `tracker.json` as plain values."""
         change = self.change
         facts = {
             "name": self.name,
             "removed": change.ablation.removed(),
             "removed_in_order": change.order,
-            "repeated": [str(span) for span in change.ablation.repeated],
+            "repeated": [str(span) for span in change.ablation.repetitions],
             "change": change.clause,
             "strategy": change.strategy,
             "calibration": change.calibration,
             "chosen_by": [cell.key for cell in change.chosen_by],
+            "base": self.base,
+            "kept": self.kept_layers,
             **{name: getattr(self, name) for name in _FACTS},
         }
         facts |= {"formats": self.formats} if self.formats else {}
-        plain: dict[str, Any] = to_jsonable_python(facts)
-        return plain
+        json_values: dict[str, Any] = to_jsonable_python(facts)
+        return json_values

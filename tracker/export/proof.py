@@ -22,50 +22,52 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import WorkError
 from tracker.core.estimates import Estimate
-from tracker.engine.selfcheck.check import HALF, SINGLE
+from tracker.engine.selfcheck.check import HALF_TOLERANCE, SINGLE_TOLERANCE
 from tracker.export.facts import Proof
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC
+from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.models.load import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TEXTS = (
+PROOF_TEXTS = (
     "The capital of France is Paris, and that of Japan is",
     "Question: Which organ pumps the blood through the body?\nAnswer:",
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) +",
     "Im Jahre 1969 betrat der erste Mensch den Mond; 月に初めて",
 )
-"""Texts that both the saved model and the really changed one read."""
-_REFERENCE = Path(__file__).parents[1] / "benchmarks" / "reference_process.py"
+"""Texts that both the saved model and the changed model in memory read."""
+_REFERENCE_PROGRAM = Path(__file__).parents[1] / "benchmarks" / "reference_process.py"
 _MAX_ERROR_CHARACTERS = 600
+Answer = Mapping[str, Any]
+"""The answers of the fresh process."""
 
 
 @dataclass(frozen=True)
 class ExpectedAnswers:
-    """Answers of the really changed model in this process.
+    """Answers of the changed model in this process, which the saved files must reproduce.
 
     Attributes:
-        tokens: The tokens of each of `TEXTS`.
-        logits: The logits of each of them, in float32.
-        parameters: The number of the model's parameters.
-        half: Whether it computes in half precision.
-        device: The device that computed them.
-        threads: The number of threads.
+        tokens: The tokens of each of `PROOF_TEXTS`.
+        logits: The logits of each of `PROOF_TEXTS`, in float32.
+        n_parameters: The number of the model's parameters.
+        is_half: True if the model computes in half precision.
+        device: The device that computed the logits.
+        n_threads: The number of threads of the computation.
     """
 
     tokens: list[list[int]]
     logits: list[torch.Tensor]
-    parameters: int
-    half: bool
+    n_parameters: int
+    is_half: bool
     device: str
-    threads: int
+    n_threads: int
 
 
-def expected(loaded: LoadedModel, model: PreTrainedModel, device: str) -> ExpectedAnswers:
-    """Compute the answers of a really changed copy of a loaded model."""
-    tokens = [loaded.tokenizer(text).input_ids for text in TEXTS]
+def expected_answers(loaded: LoadedModel, model: PreTrainedModel, device: str) -> ExpectedAnswers:
+    """Compute the answers of a changed copy of a loaded model."""
+    tokens = [loaded.tokenizer(text).input_ids for text in PROOF_TEXTS]
     logits = []
     with torch.inference_mode():
         for ids in tokens:
@@ -87,7 +89,7 @@ class MeasuredCell:
 
     Attributes:
         request: The model and the benchmark.
-        store: The outcomes.
+        store: The cell with the outcomes.
         ablation: The change.
     """
 
@@ -98,12 +100,12 @@ class MeasuredCell:
     @property
     def metric(self) -> str:
         """The requested metric."""
-        return self.store.views.of(self.request).metric
+        return self.store.views.view_of(self.request).metric
 
     @cached_property
     def documents(self) -> Mapping[str, Sequence[int]]:
-        """Task → the numbers of its documents."""
-        return self.store.wanted(self.request.extent)
+        """The numbers of the documents of each task."""
+        return self.store.task_documents(self.request.extent)
 
     @property
     def n(self) -> int:
@@ -112,7 +114,7 @@ class MeasuredCell:
 
     @cached_property
     def level(self) -> Estimate:
-        """The metric under the change."""
+        """The metric of the changed model."""
         return self._level(self.ablation)
 
     @property
@@ -121,30 +123,29 @@ class MeasuredCell:
         return self._level(INTACT)
 
     def _level(self, ablation: Ablation) -> Estimate:
-        intact = self.store.views.of(self.request).model_copy(update={"removed": (), "runs": ()})
-        outcomes = AlignedOutcomes(self.store, intact, besides=[self.ablation])
-        return outcomes.by_metric([ablation]).level(0)
+        """Return the metric under an ablation."""
+        view = self.store.views.view_of(self.request).model_copy(update={"removed": (), "runs": ()})
+        outcomes = AlignedOutcomes(self.store, view, extra_ablations=[self.ablation])
+        return outcomes.metric_outcomes([ablation]).level(0)
 
 
 def prove(
-    checkpoint: Path,
-    wanted: ExpectedAnswers,
-    measured: MeasuredCell | None,
-    trust_remote_code: bool,
+    checkpoint: Path, expected: ExpectedAnswers, cell: MeasuredCell | None, trust_remote_code: bool
 ) -> Proof:
-    """Load a checkpoint in a fresh process, and compare its answers with the expected ones.
+    """Load a checkpoint in a fresh process, and compare its answers with the expected answers.
 
     Args:
-        checkpoint: The folder.
-        wanted: The answers of the really changed model.
-        measured: The measurement on a benchmark; None for the texts alone.
+        checkpoint: The folder of the checkpoint.
+        expected: The answers of the changed model in memory.
+        cell: The measurement on a benchmark; None for the texts alone.
         trust_remote_code: Whether code in the folder may run.
 
     Returns:
         The proof.
 
     Raises:
-        WorkError: It does not load, or is another model; the message states the difference.
+        WorkError: The checkpoint does not load, or is another model; the message states the
+            difference.
         BenchmarkError: Plain lm-eval cannot run the benchmark.
     """
     from safetensors.torch import load_file
@@ -154,49 +155,49 @@ def prove(
         question: dict[str, Any] = {
             "checkpoint": str(checkpoint.absolute()),
             "trust_remote_code": trust_remote_code,
-            "device": wanted.device,
-            "threads": wanted.threads,
-            "texts": TEXTS,
-            "tokens": wanted.tokens,
+            "device": expected.device,
+            "threads": expected.n_threads,
+            "texts": PROOF_TEXTS,
+            "tokens": expected.tokens,
             "logits": str(folder / "logits.safetensors"),
             "answer": str(folder / "answer.json"),
             "benchmark": None,
         }
-        if measured is not None:
-            tasks = write_tasks(measured.request, measured.documents, folder / "tasks")
+        if cell is not None:
+            tasks = write_tasks(cell.request, cell.documents, folder / "tasks")
             question["benchmark"] = tasks
-        answer = _ask(question, folder)
+        answer = _run_reference(question, folder)
         logits = load_file(question["logits"])
-        _refuse_other_model(answer, wanted)
-        difference = _compare_logits([logits[str(n)] for n in range(len(TEXTS))], wanted)
-    proof = Proof(len(TEXTS), difference, versions={"transformers": version("transformers")})
-    if measured is None:
+        _refuse_other_model(answer, expected)
+        difference = _compare_logits([logits[str(n)] for n in range(len(PROOF_TEXTS))], expected)
+    proof = Proof(len(PROOF_TEXTS), difference, versions={"transformers": version("transformers")})
+    if cell is None:
         return proof
-    nats, ties = _compare_outcomes(answer, measured, wanted.half)
+    nats, ties = _compare_outcomes(answer, cell, expected.is_half)
     return replace(
         proof,
-        tasks=tuple(measured.documents),
-        documents=measured.n,
-        figure={} if question["benchmark"]["only"] else _figure(answer, measured, ties),
+        tasks=tuple(cell.documents),
+        documents=cell.n,
+        figure={} if question["benchmark"]["only"] else _compare_figure(answer, cell, ties),
         loglikelihood=nats,
         ties=ties,
         versions={**proof.versions, "lm-eval": answer["lm_eval"]},
     )
 
 
-def _ask(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the program in a fresh process, and read its answer."""
-    file = folder / "asked.json"
+def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Run the reference program in a fresh process, and read its answer."""
+    file = folder / "question.json"
     file.write_text(json.dumps(question), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-P", str(_REFERENCE), str(file)],
+    process = subprocess.run(
+        [sys.executable, "-P", str(_REFERENCE_PROGRAM), str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     )
-    if done.returncode:
-        error = (done.stdout.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if process.returncode:
+        error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         raise WorkError(
             "what was saved does not load in a fresh process, or lm-eval cannot score it: "
             f"{error[:_MAX_ERROR_CHARACTERS]}"
@@ -207,28 +208,28 @@ def _ask(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return answer
 
 
-def _refuse_other_model(answer: Mapping[str, Any], wanted: ExpectedAnswers) -> None:
-    if answer["not_as_saved"]:
-        raise WorkError(
-            f"plain transformers does not find, or has no place for, {answer['not_as_saved'][0]}"
-        )
-    if answer["parameters"] != wanted.parameters:
+def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
+    """Raise WorkError if weights or tokens of the saved model differ."""
+    if names := answer["not_as_saved"]:
+        raise WorkError(f"plain transformers does not find, or has no place for, {names[0]}")
+    if answer["parameters"] != expected.n_parameters:
         raise WorkError(
             f"plain transformers loads {answer['parameters']:,} parameters, and the model "
-            f"here has {wanted.parameters:,}"
+            f"here has {expected.n_parameters:,}"
         )
-    for text, saved, ours in zip(TEXTS, answer["tokens"], wanted.tokens, strict=True):
-        if saved != ours:
+    tokens = zip(PROOF_TEXTS, answer["tokens"], expected.tokens, strict=True)
+    for text, saved_tokens, expected_tokens in tokens:
+        if saved_tokens != expected_tokens:
             raise WorkError(f"the saved tokenizer makes other tokens of {text!r}")
 
 
-def _compare_logits(logits: Sequence[torch.Tensor], wanted: ExpectedAnswers) -> float:
+def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -> float:
     """Return the largest difference of logits; raise WorkError if it exceeds rounding."""
-    nats, share = HALF if wanted.half else SINGLE
+    max_nats, max_share = HALF_TOLERANCE if expected.is_half else SINGLE_TOLERANCE
     largest = 0.0
-    for text, theirs, ours in zip(TEXTS, logits, wanted.logits, strict=True):
-        difference = float((theirs - ours).abs().max())
-        if not difference <= nats + share * float(ours.abs().max()):
+    for text, their_logits, our_logits in zip(PROOF_TEXTS, logits, expected.logits, strict=True):
+        difference = float((their_logits - our_logits).abs().max())
+        if not difference <= max_nats + max_share * float(our_logits.abs().max()):
             raise WorkError(
                 f"what plain transformers loads is another model: logits of {text!r} differ by "
                 f"{difference:.3g}"
@@ -237,75 +238,76 @@ def _compare_logits(logits: Sequence[torch.Tensor], wanted: ExpectedAnswers) -> 
     return largest
 
 
-def _compare_outcomes(
-    answer: Mapping[str, Any], measured: MeasuredCell, half: bool
-) -> tuple[float, int]:
-    """Return the difference in nats, and ties; raise WorkError if lm-eval judges otherwise."""
-    frame = measured.store.read()
-    rows = frame[frame["ablation"] == measured.ablation.name].set_index(["task", "doc"])
-    largest, ties, seen = 0.0, set(), set()
+def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tuple[float, int]:
+    """Return the largest difference in nats, and ties; raise WorkError if lm-eval disagrees."""
+    frame = cell.store.read()
+    rows = frame[frame["ablation"] == cell.ablation.name].set_index(["task", "doc"])
+    largest, ties, keys = 0.0, set(), set()
     for sample in answer["samples"]:
         task, number = key = sample["task"], sample["doc"]
-        if number not in measured.documents[task]:  # only needed for the examples drawn before it
+        # Some samples are only needed for the examples drawn before them.
+        if number not in cell.documents[task]:
             continue
-        seen.add(key)
-        row = rows.loc[key]
-        nats = _difference(row, sample["answers"])
+        keys.add(key)
+        row, name_filter = rows.loc[key], sample["filter"]
+        nats = _answer_difference(row, sample["answers"])
         largest = max(largest, nats)
-        for metric, theirs in sample["metrics"].items():
-            full = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-            if METRIC + full not in row or _agree(row[METRIC + full], theirs):
+        for metric, saved_value in sample["metrics"].items():
+            name = metric if name_filter == "none" else f"{metric},{name_filter}"
+            value = row.get(METRIC_PREFIX + name)
+            if value is None or _values_agree(value, saved_value):
                 continue
-            if nats and nats <= _rounding(row, half):
+            if nats and nats <= _rounding_limit(row, is_half):
                 ties.add(key)
                 continue
             raise WorkError(
-                f"document {number} of {task}: lm-eval finds {full} {theirs} on what was saved, "
-                f"and {row[METRIC + full]} was measured (answers differ by up to {nats:.3g} nats)"
+                f"document {number} of {task}: lm-eval finds {name} {saved_value} on what was "
+                f"saved, and {value} was measured (answers differ by up to {nats:.3g} nats)"
             )
-    if lacking := measured.n - len(seen):
-        raise WorkError(f"lm-eval left out {lacking} of the documents that were measured")
+    if n_missing := cell.n - len(keys):
+        raise WorkError(f"lm-eval left out {n_missing} of the documents that were measured")
     return largest, len(ties)
 
 
-def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return lm-eval's own figure of one task; raise WorkError if the measured one differs."""
-    metric, ours = measured.metric, measured.level.value
+def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
+    """Return lm-eval's own figure of one task; raise WorkError if tracker's figure differs."""
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()
-    theirs = row.get(metric if "," in metric else f"{metric},none")
-    if theirs is None:
+    metric, level = cell.metric, cell.level.value
+    value = row.get(metric if "," in metric else f"{metric},none")
+    if value is None:
         return {}
-    if not ties and ours is not None and not _close(ours, theirs):
-        raise WorkError(f"lm-eval finds {metric} {theirs!r} on what was saved; measured: {ours!r}")
-    return {metric: theirs}
+    if not ties and level is not None and not _is_close(level, value):
+        raise WorkError(f"lm-eval finds {metric} {value!r} on what was saved; measured: {level!r}")
+    return {metric: value}
 
 
-def _difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return the difference of answers from the measured ones, in nats; 0 for generated texts."""
+def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
+    """Return the difference from the measured answers, in nats; 0 for generated texts."""
     if answers and isinstance(answers[0], str):
         return 0.0
-    theirs = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]
-    ours = [float(value) for value in row["loglikelihoods"]]
-    if len(ours) != len(theirs):  # windows of a whole text
-        ours, theirs = [sum(ours)], [sum(theirs)]
-    return max((abs(our - their) for our, their in zip(ours, theirs, strict=True)), default=0.0)
+    values = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]
+    own_values = [float(value) for value in row["loglikelihoods"]]
+    if len(own_values) != len(values):  # windows of a whole text
+        own_values, values = [sum(own_values)], [sum(values)]
+    return max((abs(a - b) for a, b in zip(own_values, values, strict=True)), default=0.0)
 
 
-def _rounding(row: Mapping[str, Any], half: bool) -> float:
-    nats, share = HALF if half else SINGLE
-    return nats + share * max(abs(float(value)) for value in row["loglikelihoods"])
+def _rounding_limit(row: Mapping[str, Any], is_half: bool) -> float:
+    """Return the largest difference of answers, in nats, that rounding can explain."""
+    max_nats, max_share = HALF_TOLERANCE if is_half else SINGLE_TOLERANCE
+    return max_nats + max_share * max(abs(float(value)) for value in row["loglikelihoods"])
 
 
-def _agree(ours: Any, theirs: Any) -> bool:
-    """Return whether two values of a metric are equal; a pair is stored as JSON."""
-    if isinstance(ours, str):
-        pair = json.loads(ours)
-        return len(pair) == len(theirs) and all(map(_close, pair, theirs))
-    return _close(float(ours), float(theirs))
+def _values_agree(a: Any, b: Any) -> bool:
+    """Return whether two metric values are equal; a pair in `a` is a JSON text."""
+    if isinstance(a, str):
+        pair = json.loads(a)
+        return len(pair) == len(b) and all(map(_is_close, pair, b))
+    return _is_close(float(a), float(b))
 
 
-def _close(ours: float, theirs: float) -> bool:
-    undefined = math.isnan(ours) and math.isnan(theirs)
-    return undefined or math.isclose(ours, theirs, rel_tol=1e-5, abs_tol=1e-9)
+def _is_close(a: float, b: float) -> bool:
+    """Return whether two values agree to five digits; two undefined values do."""
+    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))

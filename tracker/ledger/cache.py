@@ -30,30 +30,27 @@ import platformdirs
 from tracker.core.errors import WorkError
 from tracker.ledger.files import read_note, write_note
 
-_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-_PASSABLE = stat.S_IXGRP | stat.S_IXOTH
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_REACHABLE_BY_OTHERS = stat.S_IXGRP | stat.S_IXOTH
 log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
     """Return `TRACKER_CACHE`, the user's cache folder, or a temporary one if there is no home."""
-    if chosen := os.environ.get("TRACKER_CACHE"):
-        return Path(chosen)
+    if setting := os.environ.get("TRACKER_CACHE"):
+        return Path(setting)
     with suppress(RuntimeError):  # older platformdirs return the path with its ~
         if (folder := platformdirs.user_cache_path("tracker")).is_absolute():
             return folder
-    folder = _for_this_process("cache")
-    os.environ["TRACKER_CACHE"] = str(folder)  # for the programs that are started too
-    log.warning(
-        "there is no home folder; %s is used as the cache and removed at the end. Set "
-        "TRACKER_CACHE to keep it",
-        folder,
-    )
+    folder = _temporary_folder("cache")
+    os.environ["TRACKER_CACHE"] = str(folder)  # for child processes
+    advice = "is used as the cache and removed at the end. Set TRACKER_CACHE to keep it"
+    log.warning("there is no home folder; %s %s", folder, advice)
     return folder
 
 
-def only_mine(path: Path, root: Path) -> bool:
-    """Check that no one but this user and root can have written a file or folder.
+def is_private(path: Path, root: Path) -> bool:
+    """Check that only this user and root can have written a file or folder.
 
     Args:
         path: A file or folder in `root`, or `root`.
@@ -63,24 +60,24 @@ def only_mine(path: Path, root: Path) -> bool:
         True if everything from the path to `root` is owned by this user or root, is no link, and
         cannot be both reached and written by others. A missing one raises OSError.
     """
-    exposed = False
-    for place in (path, *path.parents):
-        own = found = place.lstat()
-        if place == root:
-            found = place.stat()  # it may be a link of the user's own
-        if not {own.st_uid, found.st_uid} <= {0, os.geteuid()} or stat.S_ISLNK(found.st_mode):
+    is_exposed = False
+    for checked in (path, *path.parents):
+        link = checked.lstat()
+        # The root itself may be a link of the user's own.
+        status = checked.stat() if checked == root else link
+        if not {link.st_uid, status.st_uid} <= {0, os.geteuid()} or stat.S_ISLNK(status.st_mode):
             return False
-        if stat.S_ISDIR(found.st_mode) and not found.st_mode & _PASSABLE:
-            exposed = False  # others cannot reach the contents
-        exposed = exposed or bool(found.st_mode & _OTHERS)
-        if place == root:
+        if stat.S_ISDIR(status.st_mode) and not status.st_mode & _REACHABLE_BY_OTHERS:
+            is_exposed = False  # others cannot reach the contents
+        is_exposed = is_exposed or bool(status.st_mode & _WRITABLE_BY_OTHERS)
+        if checked == root:
             break
-    return not exposed
+    return not is_exposed
 
 
 def recall(kind: str, key: str) -> dict[str, Any]:
     """Read an entry of the cache; empty if it is missing or not trusted."""
-    return believed_note(cache_folder(), kind, key)
+    return read_trusted(cache_folder(), kind, key)
 
 
 def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
@@ -88,27 +85,27 @@ def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
     root = cache_folder()
     with suppress(OSError, WorkError):
         _make_private(root / kind)
-        if _believed(root / kind, root):
+        if _is_trusted(root / kind, root):
             write_note(note_path(root, kind, key), content)
 
 
-def believed_note(root: Path, kind: str, key: str) -> dict[str, Any]:
-    """Read a note of the cache or of another folder; empty if it is not trusted."""
+def read_trusted(root: Path, kind: str, key: str) -> dict[str, Any]:
+    """Read a note from a cache folder; empty if the note is missing or not trusted."""
     path = note_path(root, kind, key)
     with suppress(OSError):
         path.lstat()
-        if _believed(path, root):
+        if _is_trusted(path, root):
             return read_note(path)
     return {}
 
 
 def note_path(root: Path, kind: str, key: str) -> Path:
-    """Return the path of a note; its key is a hash."""
+    """Return the path of the note with this key, which is a hash."""
     return root / kind / f"{key[:32]}.json"
 
 
-def own_folder(name: str) -> Path:
-    """Create a folder in the cache whose files are trusted.
+def private_folder(name: str) -> Path:
+    """Create a folder in the cache, so that files in it can be trusted.
 
     If it cannot be created, or it or a file in it is not trusted, an empty temporary folder for
     this process is returned instead.
@@ -117,33 +114,32 @@ def own_folder(name: str) -> Path:
     folder = root / name
     with suppress(OSError):
         _make_private(folder)
-        if all(_believed(path, root) for path in (folder, *folder.rglob("*"))):
+        if all(_is_trusted(path, root) for path in (folder, *folder.rglob("*"))):
             return folder
-    return _for_this_process(name)
+    return _temporary_folder(name)
 
 
 @cache
-def _for_this_process(name: str) -> Path:
+def _temporary_folder(name: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"tracker-{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _believed(path: Path, root: Path) -> bool:
-    if only_mine(path, root):
+def _is_trusted(path: Path, root: Path) -> bool:
+    if is_private(path, root):
         return True
-    _say(root)
+    _warn_untrusted(root)
     return False
 
 
 @cache
-def _say(root: Path) -> None:
+def _warn_untrusted(root: Path) -> None:
     """Warn once that the cache is not trusted."""
     log.warning(
-        "what is kept in %s is not used and is made again: others can write it, or it is "
-        "another user's. Of a folder of your own: chmod -R go-w %s; else set TRACKER_CACHE",
-        root,
-        shlex.quote(str(root)),
+        "the cache %s is not used, since others can write it or own it. If it is yours: "
+        "chmod -R go-w %s; else set TRACKER_CACHE",
+        *(root, shlex.quote(str(root))),
     )
 
 
@@ -154,11 +150,11 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
-_KIND = "checks"
+_CHECKS_KIND = "checks"
 
 
 class Checks:
-    """The verdicts of a results folder, as text; each key is a hash of the check's inputs."""
+    """Verdicts of checks in a results folder, as text; each key is a hash of the check's inputs."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -166,18 +162,18 @@ class Checks:
     def recall(self, key: str) -> str | None:
         """Read a verdict; None if it is missing or not trusted."""
         for root in (self._root, cache_folder()):
-            verdict = believed_note(root, _KIND, key).get("verdict")
+            verdict = read_trusted(root, _CHECKS_KIND, key).get("verdict")
             if verdict is not None:
-                if not note_path(self._root, _KIND, key).exists():
-                    self._write(key, verdict)
+                if not note_path(self._root, _CHECKS_KIND, key).exists():
+                    self._write_note(key, verdict)
                 return str(verdict)
         return None
 
     def keep(self, key: str, verdict: str) -> None:
         """Write a verdict, if the folders can be written."""
-        self._write(key, verdict)
-        keep(_KIND, key, {"verdict": verdict})
+        self._write_note(key, verdict)
+        keep(_CHECKS_KIND, key, {"verdict": verdict})
 
-    def _write(self, key: str, verdict: str) -> None:
+    def _write_note(self, key: str, verdict: str) -> None:
         with suppress(WorkError):
-            write_note(note_path(self._root, _KIND, key), {"verdict": verdict})
+            write_note(note_path(self._root, _CHECKS_KIND, key), {"verdict": verdict})

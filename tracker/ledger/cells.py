@@ -1,4 +1,4 @@
-"""Read and write one cell: its shards of outcomes, its views, and records derived from them."""
+"""Read and write one cell: shards of outcomes, views, and records derived from both."""
 
 from __future__ import annotations
 
@@ -17,119 +17,121 @@ import pandas as pd
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.core.distribution import FORMAT, other_format
+from tracker.core.distribution import LEDGER_FORMAT, format_problem
 from tracker.core.errors import WorkError
-from tracker.core.extent import ALL, Extent
-from tracker.core.grouping import grouped
+from tracker.core.extent import ALL_DOCUMENTS, Extent
+from tracker.core.grouping import group_by
 from tracker.core.identities import Record
-from tracker.core.provenance import content_hash, readers, reads_otherwise
-from tracker.core.records import CellRecord, utc
-from tracker.ledger.blocks import BLOCK, Block, places
+from tracker.core.provenance import content_hash, has_other_tokens, tokeniser_differences
+from tracker.core.records import CellRecord, utc_date
+from tracker.ledger.blocks import BLOCK_SIZE, Block, document_positions
 from tracker.ledger.files import lock_file, make_folder, read_note, write_bytes, write_note
-from tracker.ledger.outcomes import PROVENANCE, TOKENS_DIGEST, outcome_table
-from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_file
+from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN, outcome_table
+from tracker.ledger.shards import ASIDE_SUFFIX, Shard, read_shard, read_shard_metadata, shard_file
 from tracker.ledger.texts import Texts
-from tracker.ledger.views import CellIdentity, Views, view_file
+from tracker.ledger.views import CellIdentity, Views, view_file_name
 
 Derived = TypeVar("Derived", bound=Record)
-_OUTCOME = ["task", "doc", "ablation"]
+_OUTCOME_KEYS = ["task", "doc", "ablation"]
 """Columns that identify an outcome."""
 _OTHER_TOKENS = (
-    "its documents were read otherwise (by {}) than those of the rest of its cell (by {}), so that "
-    "it counts for nothing; such outcomes need a results folder of their own"
+    "its texts were tokenised otherwise (by {}) than those of the rest of its cell (by {}), so it "
+    "is left out. Measure such outcomes in a results folder of their own"
 )
+SHARD_SET_ASIDE = "it was set aside as damaged; run its experiment again, then delete it"
+"""The message about a damaged shard that has not been measured again yet."""
 log = logging.getLogger(__name__)
 
 
 class CellStore:
     """One cell on disk.
 
-    `others` are copies of the cell in other folders, whose outcomes are read too. `views` holds its
-    requested views, and `texts` the texts of its documents.
+    `copies` are the same cell in other folders; their outcomes are read too. `views` holds the
+    cell's requested views, and `texts` the texts of its documents.
     """
 
     def __init__(
-        self, folder: Path, identity: CellIdentity, others: Sequence[CellStore] = ()
+        self, folder: Path, identity: CellIdentity, copies: Sequence[CellStore] = ()
     ) -> None:
         self.folder = folder
         self.identity = identity
         self.views = Views(folder, identity)
-        self.texts: Texts = Texts(folder, identity, [other.texts for other in others])
-        self._others = others
+        self.texts: Texts = Texts(folder, identity, [copy.texts for copy in copies])
+        self._copies = copies
         self._shards = folder / "shards"
         self._unread: set[Path] = set()
         self.mixed: dict[str, str] = {}
-        """Shards that must not be mixed with the rest, among those read so far → what to do."""
+        """Shard read so far that must not be mixed with the other shards → what to do."""
 
-    def wanted(self, extent: Extent) -> dict[str, Sequence[int]]:
-        """Return the documents of each task in an extent, in the order of their blocks."""
-        return {
-            task.name: extent.of(task.name, task.numbers) for task in self.identity.benchmark.tasks
-        }
+    def task_documents(self, extent: Extent) -> dict[str, Sequence[int]]:
+        """Map each task to its document numbers in `extent`, in the order of their blocks."""
+        tasks = self.identity.benchmark.tasks
+        return {task.name: extent.select(task.name, task.numbers) for task in tasks}
 
-    def counts(self, extent: Extent = ALL) -> dict[str, int]:
-        """Return the number of documents of each task in an extent."""
-        return {task: len(documents) for task, documents in self.wanted(extent).items()}
+    def counts(self, extent: Extent = ALL_DOCUMENTS) -> dict[str, int]:
+        """Map each task to its number of documents in `extent`."""
+        return {task: len(documents) for task, documents in self.task_documents(extent).items()}
 
     def blocks(self, extent: Extent) -> list[Block]:
-        """List the blocks that hold an extent's documents, in order."""
+        """List the blocks that contain the documents of `extent`, in order."""
         seed = None if extent.sample is None else extent.seed
         return [
             Block(task, number, seed)
             for task, count in self.counts(extent).items()
-            for number in range(-(-count // BLOCK))
+            for number in range(-(-count // BLOCK_SIZE))
         ]
 
     def lock(self, block: Block) -> FileLock:
-        """Return the lock under which one process computes a block."""
+        """Return the lock that a process holds while it computes a block."""
         return lock_file(self.folder / "locks" / f"{block.name}.lock")
 
-    def missing(
+    def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Find the outcomes that a block lacks, also among blocks of other orders.
+        """Find the missing outcomes of a block's documents; blocks of other orders count too.
 
-        Returns missing ablations, in the given order → the documents that lack exactly these.
+        Returns missing ablations → the documents whose missing ablations are exactly these.
+        Ablations are in the given order.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
-        present = set(zip(frame["doc"], frame["ablation"], strict=True))
+        measured = set(zip(frame["doc"], frame["ablation"], strict=True))
 
-        def absent(document: int) -> tuple[str, ...]:
-            return tuple(name for name in ablations if (document, name) not in present)
+        def missing_names(document: int) -> tuple[str, ...]:
+            return tuple(name for name in ablations if (document, name) not in measured)
 
-        work = grouped(self.documents(block, extent), absent)
-        work.pop((), None)
-        return work
+        groups = group_by(self.documents(block, extent), missing_names)
+        groups.pop((), None)
+        return groups
 
     def documents(self, block: Block, extent: Extent) -> Sequence[int]:
-        """List an extent's documents in a block, in order."""
-        first = block.number * BLOCK
-        return self.wanted(extent)[block.task][first : first + BLOCK]
+        """List the document numbers of one block in `extent`, in order."""
+        first = block.number * BLOCK_SIZE
+        return self.task_documents(extent)[block.task][first : first + BLOCK_SIZE]
 
     def read_block(
         self, block: Block, extent: Extent, columns: list[str] | None = None
     ) -> pd.DataFrame:
-        """Read the outcomes of an extent's documents in a block, as `read_documents`."""
+        """Read the outcomes of one block's documents in `extent`, as a data frame."""
         documents = self.documents(block, extent)
-        frame = self.read([block, *self._in_other_orders(block, documents)], columns)
+        frame = self.read([block, *self._other_blocks(block, documents)], columns)
         return frame[frame["doc"].isin(documents)]
 
-    def _in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield the blocks of other orders that hold documents of a block."""
-        every = self.wanted(ALL)[block.task]
-        for seed in self._orders() - {block.seed}:
-            there = places(block.task, every, seed)
-            for number in sorted({there[document] // BLOCK for document in documents}):
+    def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
+        """Yield the measured orders' other blocks that contain any of a block's documents."""
+        task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
+        for seed in self._seeds() - {block.seed}:
+            positions = document_positions(block.task, task_documents, seed)
+            for number in sorted({positions[document] // BLOCK_SIZE for document in documents}):
                 yield Block(block.task, number, seed)
 
-    def _orders(self) -> set[int | None]:
-        """Return the seeds of the orders in which documents of this cell were measured."""
-        names = (path.name.rsplit(".", 2)[0].partition("+") for path in self.shards())
-        found = {int(rest.split(".")[0]) if plus else None for _, plus, rest in names}
-        return found.union(*(other._orders() for other in self._others))
+    def _seeds(self) -> set[int | None]:
+        """Return the seeds of all orders in which documents of this cell were measured."""
+        names = (_block_name(path).partition("+") for path in self.shards())
+        seeds = {int(seed.split(".")[0]) if plus else None for _, plus, seed in names}
+        return seeds.union(*(copy._seeds() for copy in self._copies))
 
     def read_documents(self, extent: Extent, columns: list[str] | None = None) -> pd.DataFrame:
-        """Read the outcomes of some documents, from blocks of any order.
+        """Read the outcomes of the documents in `extent`, from blocks of any order.
 
         Args:
             extent: The documents.
@@ -138,83 +140,81 @@ class CellStore:
         Returns:
             The outcomes, as from `read`.
         """
-        mine = self.blocks(extent)
-        one_order = self._orders() <= {block.seed for block in mine}
-        frame = self.read(mine if one_order else None, columns)
-        is_wanted = pd.Series(False, index=frame.index)
-        for task, docs in self.wanted(extent).items():
-            is_wanted |= (frame["task"] == task) & frame["doc"].isin(docs)
-        return frame.loc[is_wanted]
+        blocks = self.blocks(extent)
+        is_one_order = self._seeds() <= {block.seed for block in blocks}
+        frame = self.read(blocks if is_one_order else None, columns)
+        is_requested = pd.Series(False, index=frame.index)
+        for task, numbers in self.task_documents(extent).items():
+            is_requested |= (frame["task"] == task) & frame["doc"].isin(numbers)
+        return frame.loc[is_requested]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
-        """Check whether every document of an extent is measured under every ablation."""
-        measured = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
-        wanted = sum(self.counts(extent).values()) * len(set(ablations))
-        return bool(measured.isin(ablations).sum() == wanted)
+        """Check whether every document in `extent` is measured under every ablation."""
+        names = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
+        n_requested = sum(self.counts(extent).values()) * len(set(ablations))
+        return bool(names.isin(ablations).sum() == n_requested)
 
     def write(
         self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, object]
     ) -> None:
-        """Add a shard of outcomes.
+        """Write the outcomes of some of a block's documents to a new shard.
 
         Args:
-            block: The block that the documents belong to.
+            block: The block that contains the documents.
             rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
             metadata: Details of the measurement, with versions, machine and device under
                 `provenance`.
         """
-        about = {"format": FORMAT, "key": self.identity.key, "task": block.task, **metadata}
+        header = {"format": LEDGER_FORMAT, "key": self.identity.key, "task": block.task, **metadata}
         if block.seed is not None:
-            about["seed"] = block.seed
-        if "measured" in about:
-            about["measured"] = max(str(about["measured"]), self._after)
-        content = shard_file(outcome_table(rows), about)
-        path = self._shard_path(block, rows)
-        write_bytes(path, content)
+            header["seed"] = block.seed
+        if "measured" in header:
+            header["measured"] = max(str(header["measured"]), self._earliest_date)
+        write_bytes(self._shard_path(block, rows), shard_file(outcome_table(rows), header))
 
-    def adopt(self, path: Path) -> str:
-        """Move a shard from elsewhere into the cell, and return its new name.
+    def import_shard(self, path: Path) -> str:
+        """Move a shard file from another place into the cell, and return its new name.
 
         Its former name is ignored. ValueError is raised if it is no shard of this cell.
         """
         try:
             shard = read_shard(path.read_bytes())
-            block = self._block_of(shard)
+            block = self._find_block(shard)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path.name} is no shard of this benchmark: {error}") from None
-        names = [name for name in (*_OUTCOME, TOKENS_DIGEST) if name in shard.table.column_names]
-        target = self._shard_path(block, shard.table.select(names).to_pylist())
+        names = {*_OUTCOME_KEYS, DIGEST_COLUMN} & {*shard.table.column_names}
+        target = self._shard_path(block, shard.table.select([*names]).to_pylist())
         make_folder(target.parent)
         path.replace(target)
         return target.name
 
-    def _block_of(self, shard: Shard) -> Block:
-        """Return the block of a shard's outcomes; raise ValueError if they are not of one block.
+    def _find_block(self, shard: Shard) -> Block:
+        """Determine the block of a shard; raise ValueError if it has outcomes of several blocks.
 
         The shard needs the columns task and doc.
         """
-        if why := other_format(shard.about.get("format")):
-            raise ValueError(f"it {why}")
-        if shard.about.get("key") != self.identity.key:
+        if problem := format_problem(shard.metadata.get("format")):
+            raise ValueError(f"it {problem}")
+        if shard.metadata.get("key") != self.identity.key:
             raise ValueError("it belongs to another benchmark")
-        held = shard.table.select(["task", "doc"]).to_pydict()
-        tasks, documents = set(held["task"]), set(held["doc"])
-        if len(tasks) != 1:
+        columns = shard.table.select(["task", "doc"]).to_pydict()
+        tasks, documents = set(columns["task"]), set(columns["doc"])
+        seed, all_documents = shard.metadata.get("seed"), self.task_documents(ALL_DOCUMENTS)
+        # Positions depend on the order, so the same documents may be of another block in another.
+        blocks = set()
+        for task in tasks:
+            positions = document_positions(task, all_documents.get(task, ()), seed)
+            if len(tasks) == 1 and not documents <= positions.keys():
+                raise ValueError("the benchmark has no such document")
+            blocks |= {Block(task, positions.get(d, 0) // BLOCK_SIZE, seed) for d in documents}
+        if len(blocks) != 1:
             raise ValueError("it holds more or less than one block")
-        (task,), seed = tasks, shard.about.get("seed")
-        there = places(task, self.wanted(ALL).get(task, ()), seed)
-        if not all(document in there for document in documents):
-            raise ValueError("the benchmark has no such document")
-        numbers = {there[document] // BLOCK for document in documents}
-        if len(numbers) != 1:
-            raise ValueError("it holds more or less than one block")
-        (number,) = numbers
-        return Block(task, number, seed)
+        return blocks.pop()
 
     def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
-        """Return a shard's path, named by its documents, ablations and tokens."""
-        held = ((row["doc"], row["ablation"], row.get(TOKENS_DIGEST)) for row in rows)
-        texts = {tuple(str(one) for one in each if one is not None) for each in held}
+        """Return a shard's path; the name depends on its documents, ablations and tokens."""
+        keys = ((row["doc"], row["ablation"], row.get(DIGEST_COLUMN)) for row in rows)
+        texts = {tuple(str(value) for value in key if value is not None) for key in keys}
         content = content_hash(sorted(texts))
         return self._shards / f"{block.name}.{content[:12]}.parquet"
 
@@ -223,72 +223,74 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of some blocks.
 
-        A damaged shard is set aside with a warning, so that it is computed again. Outcomes with
-        other tokens than the rest of the cell are left out, and their shard is added to `mixed`.
+        A damaged shard is set aside with a warning, so that it is computed again. Outcomes whose
+        tokens differ from the rest of the cell are left out, and their shard is added to `mixed`.
 
         Args:
             blocks: The blocks; None = all.
-            columns: The columns; None = all, and `PROVENANCE`.
+            columns: The columns; None = all, and `PROVENANCE_COLUMN`.
 
         Returns:
-            One row per (task, document, ablation), in no particular order, none twice.
+            One row per (task, document, ablation), without duplicates, in no particular order.
         """
-        names = columns and list(dict.fromkeys((*_OUTCOME, TOKENS_DIGEST, *columns)))
+        # Keys and digests are always read: they find duplicates and other tokens.
+        names = columns and list(dict.fromkeys((*_OUTCOME_KEYS, DIGEST_COLUMN, *columns)))
         shards = {}
-        for path, shard in self._sound(blocks, names):
-            stack = shard.about.get(PROVENANCE, {})
-            if reads_otherwise(stack, self.identity.provenance):
-                self._leave_out(path, stack)
+        for path, shard in self._intact_shards(blocks, names):
+            stack = shard.metadata.get(PROVENANCE_COLUMN, {})
+            if has_other_tokens(stack, self.identity.provenance):
+                self._exclude_shard(path, stack)
                 continue
             shards[path] = frame = shard.table.to_pandas()
-            if names is None or PROVENANCE in names:
-                frame[PROVENANCE] = json.dumps(stack)
+            if names is None or PROVENANCE_COLUMN in names:
+                frame[PROVENANCE_COLUMN] = json.dumps(stack)
         if not shards:
-            return pd.DataFrame(columns=columns or [*_OUTCOME, PROVENANCE])
-        frame = self._unmixed(shards).drop_duplicates(_OUTCOME, ignore_index=True)
+            return pd.DataFrame(columns=columns or [*_OUTCOME_KEYS, PROVENANCE_COLUMN])
+        frame = self._join_shards(shards).drop_duplicates(_OUTCOME_KEYS, ignore_index=True)
         return frame if columns is None else frame[columns]
 
-    def _sound(
+    def _intact_shards(
         self, blocks: Sequence[Block] | None, columns: list[str] | None
     ) -> Iterator[tuple[Path, Shard]]:
-        """Yield intact shards one by one, this folder's first, then those of other folders."""
+        """Yield the intact shards one by one: first of this folder, then of other folders."""
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
             paths = sorted(self._shards.glob(f"{blocks[0].name}.*.parquet"))
         else:
-            wanted = {block.name for block in blocks}
-            paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
+            names = {block.name for block in blocks}
+            paths = [path for path in self.shards() if _block_name(path) in names]
         for path in paths:
-            if (shard := self.shard(path, columns)) is not None:
+            if (shard := self.load_shard(path, columns)) is not None:
                 yield path, shard
-        for other in self._others:
-            yield from other._sound(blocks, columns)
+        for copy in self._copies:
+            yield from copy._intact_shards(blocks, columns)
 
-    def _unmixed(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards, with only the most frequent tokens of each document.
+    def _join_shards(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
+        """Join shards; of a document with several tokenisations, keep the most frequent one.
 
         Outcomes of former versions, which have no digest of tokens, are kept.
         """
-        frame, key = pd.concat(shards.values()), ["task", "doc", TOKENS_DIGEST]
-        if TOKENS_DIGEST not in frame:
-            return frame.assign(**{TOKENS_DIGEST: None})
+        frame, key = pd.concat(shards.values()), ["task", "doc", DIGEST_COLUMN]
+        if DIGEST_COLUMN not in frame:
+            return frame.assign(**{DIGEST_COLUMN: None})
         if not frame[key].dropna().drop_duplicates().duplicated(["task", "doc"]).any():
             return frame
         sizes = frame.value_counts(key).sort_index().sort_values(ascending=False, kind="stable")
         digests = sizes.index.to_frame(index=False)
-        fewer = pd.MultiIndex.from_frame(digests[digests.duplicated(["task", "doc"])])
+        rare_digests = pd.MultiIndex.from_frame(digests[digests.duplicated(["task", "doc"])])
         for path, outcomes in shards.items():
-            if pd.MultiIndex.from_frame(outcomes.reindex(columns=key)).isin(fewer).any():
-                self._leave_out(path, shard_about(path).get(PROVENANCE, {}))
-        return frame[~pd.MultiIndex.from_frame(frame[key]).isin(fewer)]
+            if pd.MultiIndex.from_frame(outcomes.reindex(columns=key)).isin(rare_digests).any():
+                self._exclude_shard(path, read_shard_metadata(path).get(PROVENANCE_COLUMN, {}))
+        return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
-    def _leave_out(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add a shard to `mixed`, which must not be mixed with the rest."""
-        mine = self.identity.provenance
-        self.mixed[str(path)] = _OTHER_TOKENS.format(readers(stack, mine), readers(mine, stack))
+    def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
+        """Add a shard to `mixed`, since it must not be mixed with the other shards."""
+        base = self.identity.provenance
+        versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
+        self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
 
-    def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
+    def load_shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
         """Read and verify a shard, with all columns or some.
 
         A damaged shard is set aside. Returns None if it is damaged or missing; raises WorkError if
@@ -296,115 +298,110 @@ class CellStore:
         """
         try:
             shard = read_shard(path.read_bytes(), columns)
-            if self._block_of(shard).name != path.name.rsplit(".", 2)[0]:
+            if self._find_block(shard).name != _block_name(path):
                 raise ValueError("it is named as another block")
             return shard
         except FileNotFoundError:
             if not path.is_symlink():
                 return None
-            why = "it is a link that leads nowhere"
+            problem = "it is a link that leads nowhere"
         except IsADirectoryError:
-            why = "it is a folder"
+            problem = "it is a folder"
         except OSError as error:
             # The system has failed, not the shard.
             raise WorkError(f"{path} cannot be read now: {error}") from None
         except ValueError as error:
-            why = str(error).splitlines()[0]
-        aside = path.with_suffix(ASIDE)
-        self._unread.add(aside)
+            problem = str(error).splitlines()[0]
+        aside_path = path.with_suffix(ASIDE_SUFFIX)
+        self._unread.add(aside_path)
         try:
-            path.replace(aside)
-            done = f"it is set aside as {aside.name} and computed again"
+            path.replace(aside_path)
+            consequence = f"it is set aside as {aside_path.name} and computed again"
         except OSError:  # another process was first, or the folder is a colleague's
-            done = "it counts for nothing, and is computed again"
-        log.warning("the shard %s is not what was written (%s); %s", path, why, done)
+            consequence = "it counts for nothing, and is computed again"
+        log.warning("the shard %s is not what was written (%s); %s", path, problem, consequence)
         return None
 
-    def damage(self) -> dict[str, str]:
-        """Return the shards that are not used and not measured again yet: file → what to do."""
-        there = {path.stem for path in self.shards()}
-        aside = {path for path in self._shards.glob(f"*{ASIDE}") if path.stem not in there}
-        mine = {
-            str(path): "it is not what was written, and what it held is not shown; run its "
-            "experiment again, which measures what is missing, and delete it"
-            for path in sorted(aside | self._unread)
-        }
-        mine |= self.mixed
-        return mine | {path: why for each in self._others for path, why in each.damage().items()}
+    def damaged_shards(self) -> dict[str, str]:
+        """Find damaged shards that have not been measured again yet: file → what to do."""
+        stems = {path.stem for path in self.shards()}
+        paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
+        messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
+        messages |= self.mixed
+        for copy in self._copies:
+            messages |= copy.damaged_shards()
+        return messages
 
-    def proofs(self, anew: bool = False) -> list[tuple[str, str]]:
+    def shard_digests(self, verify_all: bool = False) -> list[tuple[str, str]]:
         """List (name, SHA-256) of every file that `read` reads.
 
-        Files are verified again only if their size or time has changed, or with `anew`.
+        Files are verified again only if their size or time has changed, or with `verify_all`.
         """
-        note, known, found = self._verified, read_note(self._verified), {}
+        note, former, verified = self._verified_path, read_note(self._verified_path), {}
         for path in self.shards():
             with suppress(OSError):  # gone, or a link that leads nowhere
                 stat = path.stat()
                 state = [stat.st_size, stat.st_mtime_ns]
-                if known.get(path.name, [])[:2] == state and not anew:
-                    found[path.name] = known[path.name]
+                if former.get(path.name, [])[:2] == state and not verify_all:
+                    verified[path.name] = former[path.name]
                     continue
-            if (shard := self.shard(path)) is not None:
-                found[path.name] = [*state, shard.digest]
-        if found != known:
+            if (shard := self.load_shard(path)) is not None:
+                verified[path.name] = [*state, shard.digest]
+        if verified != former:
             with suppress(WorkError):  # a colleague's folder
-                write_note(note, found | {name: known[name] for name in self.lost()})
-        mine = [(name, str(digest)) for name, (*_, digest) in found.items()]
-        return mine + [each for other in self._others for each in other.proofs(anew)]
+                write_note(note, verified | {name: former[name] for name in self.lost_shards()})
+        digests = [(name, str(digest)) for name, (*_, digest) in verified.items()]
+        return digests + [pair for copy in self._copies for pair in copy.shard_digests(verify_all)]
 
-    def lost(self) -> list[str]:
-        """List the shards that existed once, and are neither there nor set aside."""
-        known = map(self._shards.joinpath, read_note(self._verified))
-        return [
-            path.name
-            for path in known
-            if not (os.path.lexists(path) or os.path.lexists(path.with_suffix(ASIDE)))
-        ]
+    def lost_shards(self) -> list[str]:
+        """List the verified shards that have since disappeared and were not set aside."""
+        paths = map(self._shards.joinpath, read_note(self._verified_path))
+        pairs = ((path, path.with_suffix(ASIDE_SUFFIX)) for path in paths)
+        return [path.name for path, aside in pairs if not any(map(os.path.lexists, (path, aside)))]
 
     @property
-    def _verified(self) -> Path:
+    def _verified_path(self) -> Path:
         return self.folder / "verified.json"
 
-    def abouts(self) -> list[dict[str, Any]]:
+    def all_metadata(self) -> list[dict[str, Any]]:
         """List the metadata of the shards.
 
-        Shards of equal names hold the same outcomes, so only one of them is listed.
+        Shards with the same name have the same outcomes, so only one of them is listed.
         """
-        abouts = {}
-        paths = (path for store in (self, *self._others) for path in store.shards())
+        metadata = {}
+        paths = (path for store in (self, *self._copies) for path in store.shards())
         for path in (path for path in paths if str(path) not in self.mixed):
             with suppress(OSError, ValueError):  # damage is reported where the shard is read
-                abouts[path.name] = shard_about(path)
-        return list(abouts.values())
+                metadata[path.name] = read_shard_metadata(path)
+        return list(metadata.values())
 
     def siblings(self) -> list[CellStore]:
         """List the folder's other cells with the same displayed model and benchmark."""
-        here = self.folder.name[: -len(self.identity.key[:12])]
-        found = []
-        for folder in sorted(self.folder.parent.glob(f"{glob.escape(here)}*")):
+        prefix = self.folder.name[: -len(self.identity.key[:12])]
+        stores = []
+        for folder in sorted(self.folder.parent.glob(f"{glob.escape(prefix)}*")):
             with suppress(OSError, ValueError):  # damage is reported where the cell is shown
                 identity = CellIdentity.read((folder / "cell.json").read_bytes())
                 if identity.key != self.identity.key:
-                    found.append(CellStore(folder, identity))
-        return found
+                    stores.append(CellStore(folder, identity))
+        return stores
 
     @cached_property
-    def _after(self) -> str:
-        """The second after the last outcome of `siblings`; empty without any.
+    def _earliest_date(self) -> str:
+        """The time one second after the last outcome of `siblings`; empty without outcomes.
 
         Later measurements get at least this date, whatever the machine's clock shows.
         """
-        last = max((measured_last(other.abouts()) for other in self.siblings()), default="")
-        if not last:
+        dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
+        if not (last_date := max(dates, default="")):
             return ""
         with suppress(OverflowError):  # the end of the calendar
-            after = datetime.fromisoformat(last) + timedelta(seconds=1)
-            return after.isoformat(timespec="seconds")
-        return last
+            earliest = datetime.fromisoformat(last_date) + timedelta(seconds=1)
+            return earliest.isoformat(timespec="seconds")
+        return last_date
 
-    def measured(self) -> int:
-        """Count the documents that have any outcome."""
+    def count_documents(self) -> int:
+        """Count the documents that have at least one outcome."""
         return len(self.read(columns=["task", "doc"]).drop_duplicates(["task", "doc"]))
 
     def shards(self) -> list[Path]:
@@ -412,9 +409,10 @@ class CellStore:
         return sorted(self._shards.glob("*.parquet"))
 
     def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
-        """Return the seconds of measuring: of each shard, the share of the rows that were needed.
+        """Return the measuring time of the needed outcomes, in seconds.
 
-        `documents` are those that were asked of each ablation.
+        Each shard adds the share of its time that its needed rows have. `documents` maps each
+        ablation to its needed documents.
         """
         total = 0.0
         for path in self.shards():
@@ -423,25 +421,25 @@ class CellStore:
             except (OSError, ValueError):  # said where outcomes are read
                 continue
             rows = shard.table.to_pylist()
-            needed = sum((r["task"], r["doc"]) in documents.get(r["ablation"], ()) for r in rows)
-            total += float(shard.about["seconds"]) * needed / max(1, len(rows))
+            n_needed = sum((r["task"], r["doc"]) in documents.get(r["ablation"], ()) for r in rows)
+            total += float(shard.metadata["seconds"]) * n_needed / max(1, len(rows))
         return total
 
-    def derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
-        """Read a stored record of the view `name`; None if none is stored for this state.
+    def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
+        """Read the stored record of the view `name`; None if no record is stored for this state.
 
         `state` is a hash of everything that the record is derived from.
         """
-        kept = read_note(self._derived(name, kind))
-        if kept.get("state") != state:
+        note = read_note(self._derived_path(name, kind))
+        if note.get("state") != state:
             return None
         try:
-            return kind.model_validate(kept.get("record"))
+            return kind.model_validate(note.get("record"))
         except ValidationError:
             return None
 
-    def keep(self, state: str, name: str, record: Record) -> None:
-        """Store a record of the view `name` for `derived`, if the folder can be written.
+    def write_derived(self, state: str, name: str, record: Record) -> None:
+        """Store a derived record of the view `name`, if the folder can be written.
 
         Records derived without some outcomes are not stored: deriving them again fills `mixed`.
         """
@@ -449,27 +447,27 @@ class CellStore:
             return
         note = {"state": state, "record": record.model_dump(mode="json")}
         with suppress(WorkError):
-            write_note(self._derived(name, type(record)), note)
+            write_note(self._derived_path(name, type(record)), note)
 
-    def _derived(self, name: str, kind: type[Record]) -> Path:
+    def _derived_path(self, name: str, kind: type[Record]) -> Path:
         name_of_kind = kind.__name__.removesuffix("Record").lower()
-        what = "" if kind is CellRecord else f".{name_of_kind}"
-        return self.folder / "derived" / f"{view_file(name)}{what}.json"
+        suffix = "" if kind is CellRecord else f".{name_of_kind}"
+        return self.folder / "derived" / f"{view_file_name(name)}{suffix}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Read the last receipt of a destination, as given to `add_receipt`."""
-        found = read_note(self._receipt(destination))
-        return found if {"record", "location"} <= set(found) else {}
+        """Read a destination's last receipt, which `add_receipt` wrote."""
+        note = read_note(self._receipt_path(destination))
+        return note if {"record", "location"} <= set(note) else {}
 
     def add_receipt(self, destination: str, **receipt: str) -> None:
-        """Write the receipt of what a destination has.
+        """Write a receipt, which states what is published at a destination.
 
-        It has the digest of a `record`, the `location` of its runs, the name of its `view`, and the
-        name of its `place`.
+        A receipt has the digest of a `record`, the `location` of its runs, the name of its `view`,
+        and the name of its `place`.
         """
-        write_note(self._receipt(destination), receipt)
+        write_note(self._receipt_path(destination), receipt)
 
-    def _receipt(self, destination: str) -> Path:
+    def _receipt_path(self, destination: str) -> Path:
         return self.folder / "receipts" / f"{destination[:32]}.json"
 
     def begin_search(self, command: Sequence[str]) -> None:
@@ -477,34 +475,39 @@ class CellStore:
 
         `command` is the search's command without the folder.
         """
-        write_note(self._begun(command), {"command": list(command)})
+        write_note(self._search_path(command), {"command": list(command)})
 
     def end_search(self, command: Sequence[str]) -> None:
         """Record that a search has ended."""
-        self._begun(command).unlink(missing_ok=True)
+        self._search_path(command).unlink(missing_ok=True)
         with suppress(OSError):  # another search is at it, or none ever was
-            self._begun(command).parent.rmdir()
+            self._search_path(command).parent.rmdir()
 
-    def begun_searches(self) -> list[list[str]]:
-        """List the commands of the searches that measure the cell, or were stopped there."""
+    def running_searches(self) -> list[list[str]]:
+        """List the commands of searches that are measuring the cell or were stopped meanwhile."""
         notes = map(read_note, sorted(self.folder.glob("begun/*.json")))
         return [[str(word) for word in note.get("command", ())] for note in notes]
 
-    def _begun(self, command: Sequence[str]) -> Path:
+    def _search_path(self, command: Sequence[str]) -> Path:
         return self.folder / "begun" / f"{content_hash(list(command))[:32]}.json"
 
-    def places(self, *views: str) -> list[str]:
-        """Return the names of the places that have or should have one of these views."""
+    def published_places(self, *views: str) -> list[str]:
+        """Return the names of the destinations that have or should have one of these views."""
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
-        found = [note.get("place") for note in notes if note.get("view") in views]
-        return list(dict.fromkeys(name for name in found if name))
+        names = (note.get("place") for note in notes if note.get("view") in views)
+        return list(dict.fromkeys(filter(None, names)))
 
 
-def measured_last(abouts: Iterable[Mapping[str, Any]]) -> str:
-    """Return the latest date of measuring in shards' metadata; empty without any."""
-    last = ""
-    for about in abouts:
+def _block_name(path: Path) -> str:
+    """Return the block's name from the path of a shard's file."""
+    return path.name.rsplit(".", 2)[0]
+
+
+def last_measured(all_metadata: Iterable[Mapping[str, Any]]) -> str:
+    """Return the latest date of measuring in the metadata of shards; empty without metadata."""
+    last_date = ""
+    for metadata in all_metadata:
         with suppress(ValueError):  # invalid dates are ignored
-            if about.get("measured"):
-                last = max(last, utc(str(about["measured"])))
-    return last
+            if metadata.get("measured"):
+                last_date = max(last_date, utc_date(str(metadata["measured"])))
+    return last_date

@@ -41,29 +41,29 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     # Not named by process id: two containers on one shared disk may both be process 1.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        if (output := stream(path)) is not None:
+        if (output := find_stream(path)) is not None:
             with TemporaryDirectory() as folder:
                 write(copy := Path(folder, path.name))
-                with open(output, "wb", closefd=output is path) as opened:
-                    opened.write(copy.read_bytes())
+                with open(output, "wb", closefd=output is path) as output_file:
+                    output_file.write(copy.read_bytes())
             return
-        changed = [path.parent]
-        while not changed[-1].exists():
-            changed.append(changed[-1].parent)
+        changed_folders = [path.parent]
+        while not changed_folders[-1].exists():
+            changed_folders.append(changed_folders[-1].parent)
         make_folder(path.parent)
         write(temporary)
-        share(temporary)
+        share_with_group(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush(changed)
+        _flush(changed_folders)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        why = "the disk is full" if full else error.strerror or str(error)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full" if is_full else error.strerror or str(error)
         if isinstance(error, PermissionError):
-            why = f"{path.parent} is {owner_of(path.parent)}'s, and you may not write it"
+            reason = write_problem(path.parent)
         raise WorkError(
-            f"{path} cannot be written: {why}. What was measured before is safe; "
+            f"{path} cannot be written: {reason}. What was measured before is safe; "
             "mend it and type the same command to continue."
         ) from None
     finally:
@@ -72,8 +72,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
-def stream(path: Path) -> Path | int | None:
-    """Return the standard stream's descriptor, or the device or pipe, at a path; else None."""
+def find_stream(path: Path) -> Path | int | None:
+    """Return the standard stream, device or pipe that a path refers to; None for a file."""
     with suppress(OSError):
         status = path.stat()
         for descriptor in (1, 2):
@@ -95,25 +95,23 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def lock_file(path: Path, patience: float = -1) -> FileLock:
-    """Return a lock between processes, not held yet, and create its folder if needed.
+def lock_file(path: Path, timeout: float = -1) -> FileLock:
+    """Create a lock between processes, not held yet, and its folder if needed.
 
-    Raises WorkError if it cannot be created. `patience` is the timeout in seconds; a negative one
+    Raises WorkError if it cannot be created. `timeout` is the timeout in seconds; a negative one
     waits forever.
     """
     try:
         make_folder(path.parent)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        mode = 0o644 | _opened(path.parent.stat())
+        mode = 0o644 | _shared_mode(path.parent.stat())
     except OSError as error:
         raise WorkError(f"{path} cannot be made: {error.strerror}") from None
     if not os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK):
-        raise WorkError(
-            f"{path} is {owner_of(path)}'s, and you may not write it. Who shares a folder lets a "
-            f"group write it: chmod -R g+rwX {shlex.quote(str(path.parent))}"
-        )
-    return FileLock(path, timeout=patience, mode=mode)
+        command = f"chmod -R g+rwX {shlex.quote(str(path.parent))}"
+        raise WorkError(f"{write_problem(path)}. To share a folder with its group: {command}")
+    return FileLock(path, timeout=timeout, mode=mode)
 
 
 def make_folder(path: Path) -> None:
@@ -122,92 +120,96 @@ def make_folder(path: Path) -> None:
         if path.parent != path:
             make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        share(path)
+        share_with_group(path)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is moved to a path at the end, or removed on failure.
 
-    Its lock distinguishes folders in use from those of killed processes, which are removed here.
+    A held lock marks a temporary folder in use. Folders of killed processes are removed here.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
-        with suppress(OSError, WorkError), lock_file(left, patience=0):
-            shutil.rmtree(left.with_suffix(".tmp"), ignore_errors=True)
-            if not left.with_suffix(".tmp").exists():
-                left.unlink()
+    for lock_path in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
+        with suppress(OSError, WorkError), lock_file(lock_path, timeout=0):
+            shutil.rmtree(lock_path.with_suffix(".tmp"), ignore_errors=True)
+            if not lock_path.with_suffix(".tmp").exists():
+                lock_path.unlink()
     folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with lock_file(folder.with_suffix(".lock")):
             folder.mkdir()
-            share(folder)
+            share_with_group(folder)
             yield folder
             mode = folder.stat().st_mode
             for inner in folder.rglob("*"):  # safetensors writes files of mode 0600
-                opened = mode & (0o7777 if inner.is_dir() else 0o666)
-                inner.chmod(stat.S_IMODE(inner.stat().st_mode) | opened)
+                added_mode = mode & (0o7777 if inner.is_dir() else 0o666)
+                inner.chmod(stat.S_IMODE(inner.stat().st_mode) | added_mode)
             folder.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def share(path: Path) -> None:
+def share_with_group(path: Path) -> None:
     """Give a new file the write permissions of its folder, ignoring the umask.
 
     Otherwise one user's locks and notes would stop other users of a shared folder.
     """
     with suppress(OSError):  # another user's
-        own, above = path.stat(), path.parent.stat()
-        more = _opened(above) if own.st_gid == above.st_gid else _opened(above) & 0o006
-        if stat.S_ISDIR(own.st_mode) and more:
-            more |= (more & 0o022) >> 1 | above.st_mode & stat.S_ISGID
-        if more & ~own.st_mode:
-            path.chmod(stat.S_IMODE(own.st_mode) | more)
+        status, parent = path.stat(), path.parent.stat()
+        mode = _shared_mode(parent) & (0o666 if status.st_gid == parent.st_gid else 0o006)
+        if stat.S_ISDIR(status.st_mode) and mode:
+            # Who may write a folder must also enter it, and new files keep its group.
+            mode |= (mode & 0o022) >> 1 | parent.st_mode & stat.S_ISGID
+        if mode & ~status.st_mode:
+            path.chmod(stat.S_IMODE(status.st_mode) | mode)
 
 
 @contextmanager
-def as_shared(folder: Path) -> Iterator[None]:
+def shared_umask(folder: Path) -> Iterator[None]:
     """Set the umask to a folder's write permissions inside a `with` block, for all threads."""
     before = os.umask(0)
-    opened = _opened(folder.stat())
-    os.umask(before & ~(opened | (opened & 0o022) >> 1))
+    added_mode = _shared_mode(folder.stat())
+    os.umask(before & ~(added_mode | (added_mode & 0o022) >> 1))
     try:
         yield
     finally:
         os.umask(before)
 
 
-def _opened(folder: os.stat_result) -> int:
-    """Return the mode bits of group and others that a folder's permissions grant its files."""
-    more = 0o060 if folder.st_mode & stat.S_IWGRP else 0
-    everybody = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
-    return more | (0o006 if everybody else 0)
+def _shared_mode(folder: os.stat_result) -> int:
+    """Return the permission bits of group and others that a folder's files should have."""
+    group_mode = 0o060 if folder.st_mode & stat.S_IWGRP else 0
+    is_public = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
+    return group_mode | (0o006 if is_public else 0)
 
 
-def owner_of(path: Path) -> str:
+def owner_name(path: Path) -> str:
     """Return the owner of a file or folder, or of its nearest existing parent."""
-    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
-        return there.owner()
+        return existing.owner()
     except (KeyError, NotImplementedError, OSError):
-        return f"user {there.lstat().st_uid}"
+        return f"user {existing.lstat().st_uid}"
 
 
-def closed(folder: Path) -> str:
-    """Return what to do about an unreadable file or folder; empty if readable or missing."""
+def write_problem(path: Path) -> str:
+    """Write an error message about a file or folder that this user may not write."""
+    return f"{path} is {owner_name(path)}'s, and you may not write it"
+
+
+def access_problem(folder: Path) -> str:
+    """Explain what to do about an unreadable file or folder; empty if readable or missing."""
     if not os.path.lexists(folder):
         return ""
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
         return ""
-    return (
-        f"it is {owner_of(folder)}'s, and you may not read it; ask for: "
-        f"chmod -R g+rX {shlex.quote(str(folder))}"
-    )
+    command = f"chmod -R g+rX {shlex.quote(str(folder))}"
+    return f"it is {owner_name(folder)}'s, and you may not read it; ask for: {command}"
 
 
 def _flush(folders: Iterable[Path]) -> None:
-    """Flush the entries of folders where the platform can; without it a rename may be lost."""
+    """Flush folders' entries to disk if the platform can; otherwise a rename may be lost."""
     for folder in folders:
         with suppress(OSError):
             entries = os.open(folder, os.O_RDONLY)
@@ -222,13 +224,13 @@ _FILE = "file"
 """Key of the file's name in a note, so that a copy of another note is recognised."""
 
 
-def sealed(content: Mapping[str, Any]) -> str:
+def seal_note(content: Mapping[str, Any]) -> str:
     """Return a note's text with a digest; `content` is JSON without the key `digest`."""
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
-def unsealed(text: str | bytes, name: str | None = None) -> dict[str, Any]:
-    """Return the content of a note's text; raise ValueError if it is no note or damaged.
+def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
+    """Read a note's content from its text; raise ValueError if it is no note or damaged.
 
     Args:
         text: The text.
@@ -244,7 +246,7 @@ def unsealed(text: str | bytes, name: str | None = None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     if content.pop(_DIGEST, None) != content_hash(content):
-        raise ValueError("its digest is not that of what it says: it was edited or damaged")
+        raise ValueError("its digest does not match its content: it was edited or damaged")
     original = content.pop(_FILE, None)
     if name is not None and original not in (None, name):
         raise ValueError(f"it is a copy of {original}")
@@ -253,23 +255,23 @@ def unsealed(text: str | bytes, name: str | None = None) -> dict[str, Any]:
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
     """Write a note atomically; its digest covers the file's name."""
-    write_text(path, sealed({**content, _FILE: path.name}))
+    write_text(path, seal_note({**content, _FILE: path.name}))
 
 
 def read_note(path: Path) -> dict[str, Any]:
     """Read a note that can be recreated; empty if it is missing or damaged."""
     try:
-        return unsealed(path.read_bytes(), path.name)
+        return parse_note(path.read_bytes(), path.name)
     except (OSError, ValueError):
         return {}
 
 
-def reason(error: OSError | ValueError) -> str:
-    """Return a short reason why a file cannot be used."""
+def error_reason(error: OSError | ValueError) -> str:
+    """Describe in a few words why a file cannot be used."""
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        return f"{place}: {first['msg']}" if place else first["msg"]
+        problem = error.errors(include_url=False, include_input=False)[0]
+        location = ".".join(map(str, problem["loc"]))
+        return f"{location}: {problem['msg']}" if location else problem["msg"]
     if isinstance(error, UnicodeDecodeError):
         return "it is no UTF-8 text"
     if isinstance(error, OSError):

@@ -28,35 +28,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tracker.core.distribution import FORMAT
+from tracker.core.distribution import LEDGER_FORMAT
 from tracker.ledger.blocks import Block
 from tracker.ledger.files import write_bytes
 
-ASIDE = ".aside"
+ASIDE_SUFFIX = ".aside"
 """Suffix of damaged files that were set aside."""
-_UNKNOWN = "0" * 64
+_EMPTY_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
-def shard_file(table: pa.Table, about: Mapping[str, object]) -> bytes:
-    """Build the content of a shard's file; `about` is its metadata without the digest."""
-    metadata = {"tracker": json.dumps({**about, "digest": _UNKNOWN})}
+def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
+    """Build the content of a shard's file; `fields` is its metadata without the digest."""
+    file_metadata = {"tracker": json.dumps({**fields, "digest": _EMPTY_DIGEST})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
         # Not through the schema: Arrow stores a second copy of it that has no correct digest.
-        writer.add_key_value_metadata(metadata)
+        writer.add_key_value_metadata(file_metadata)
     content: bytes = sink.getvalue().to_pybytes()
     return _with_digest(content, shard_digest(content))
 
 
 def shard_digest(content: bytes) -> str:
-    """Compute the digest that the metadata of a shard's file should have.
+    """Compute the digest that a shard's metadata should hold.
 
-    The digest is empty if the file has no place for one.
+    The digest is empty if the file has no place for a digest.
     """
-    whole = _with_digest(content, _UNKNOWN)
-    return hashlib.sha256(whole).hexdigest() if whole else ""
+    blank_content = _with_digest(content, _EMPTY_DIGEST)
+    return hashlib.sha256(blank_content).hexdigest() if blank_content else ""
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,20 @@ class Shard:
     """A shard in memory.
 
     Attributes:
-        about: The metadata.
+        metadata: The metadata.
         digest: SHA-256 of the file, as given in the metadata.
     """
 
     table: pa.Table
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     digest: str
 
 
-def shard_about(path: Path) -> dict[str, Any]:
+def read_shard_metadata(path: Path) -> dict[str, Any]:
     """Read a shard's metadata without verifying it; raise ValueError or OSError on failure."""
     try:
-        found = (pq.read_metadata(path).metadata or {})[b"tracker"]
-        return dict(json.loads(found))
+        text = (pq.read_metadata(path).metadata or {})[b"tracker"]
+        return dict(json.loads(text))
     except (pa.ArrowException, LookupError, TypeError) as error:
         raise ValueError(f"it is no shard: {error}") from None
 
@@ -87,81 +87,81 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
 
     Raises ValueError if it is no shard or damaged.
     """
-    stated = _DIGEST.findall(content)
+    digests = _DIGEST.findall(content)
     digest = shard_digest(content)
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
-        about = dict(json.loads((file.metadata.metadata or {})[b"tracker"]))
-        if not stated or stated[-1].decode() != digest:
-            raise ValueError("its digest is not that of its content")
+        metadata = dict(json.loads((file.metadata.metadata or {})[b"tracker"]))
+        if not digests or digests[-1].decode() != digest:
+            raise ValueError("its digest does not match its content")
         table = file.read(columns=columns)
     except ValueError:
         raise
     except MemoryError:
-        raise ValueError("unpacked it takes more memory than there is") from None
+        raise ValueError("unpacked it takes more than the available memory") from None
     # Errors of the reader on damaged files.
     except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError) as e:
         raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None
-    return Shard(table, about, digest)
+    return Shard(table, metadata, digest)
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:
     # The metadata comes last in the file, after any text that looks like it.
-    places = [found.span(1) for found in _DIGEST.finditer(content)]
-    if not places:
+    spans = [match.span(1) for match in _DIGEST.finditer(content)]
+    if not spans:
         return b""
-    start, end = places[-1]
+    start, end = spans[-1]
     return content[:start] + digest.encode() + content[end:]
 
 
-Arrays = Mapping[str, NDArray[np.float64]]
-"""Name → array of one document, of the same shape for every document."""
+DocumentArrays = Mapping[str, NDArray[np.float64]]
+"""Name → array of one document; arrays of a name have the same shape for every document."""
 
 
 def write_observations(
-    folder: Path, kind: str, block: Block, observed: Mapping[int, Arrays]
+    folder: Path, kind: str, block: Block, observed: Mapping[int, DocumentArrays]
 ) -> None:
     """Write the observations of a block to a cell's folder: document → arrays."""
-    first = next(iter(observed.values()))
+    path = _observation_path(folder, kind, block)
     columns: dict[str, list[Any]] = {"doc": list(observed)}
-    for name in first:
+    shapes = {n: list(np.shape(array)) for n, array in next(iter(observed.values())).items()}
+    for name in shapes:
         columns[name] = [np.ravel(arrays[name]).tolist() for arrays in observed.values()]
-    shapes = {name: list(np.shape(array)) for name, array in first.items()}
-    path = _path(folder, kind, block)
-    about = {"format": FORMAT, "task": block.task, "shapes": shapes, "file": _identity(path)}
-    write_bytes(path, shard_file(pa.table(columns), about))
+    metadata = {"format": LEDGER_FORMAT, "task": block.task, "shapes": shapes}
+    metadata["file"] = _file_identity(path)
+    write_bytes(path, shard_file(pa.table(columns), metadata))
 
 
-def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Arrays]:
+def read_observations(folder: Path, kind: str, block: Block) -> dict[int, DocumentArrays]:
     """Read the observations of a block: document → arrays.
 
     Missing and damaged files give an empty dict, so that the documents are observed again.
     """
     try:
-        shard = read_observed(_path(folder, kind, block))
+        shard = read_observation_file(_observation_path(folder, kind, block))
     except (OSError, ValueError):
         return {}
-    shapes, columns = shard.about["shapes"], shard.table.to_pydict()
+    shapes, columns = shard.metadata["shapes"], shard.table.to_pydict()
     return {
         doc: {name: np.reshape(columns[name][row], shape) for name, shape in shapes.items()}
         for row, doc in enumerate(columns["doc"])
     }
 
 
-def read_observed(path: Path) -> Shard:
-    """Read a file of `write_observations`; raise OSError or ValueError if it is damaged."""
+def read_observation_file(path: Path) -> Shard:
+    """Read a file written by `write_observations`; raise OSError or ValueError if it is damaged."""
     shard = read_shard(path.read_bytes())
     # Files of former versions do not have their own name.
-    if (original := shard.about.get("file", _identity(path))) != _identity(path):
+    if (original := shard.metadata.get("file", _file_identity(path))) != _file_identity(path):
         raise ValueError(f"it is a copy of {original}")
     return shard
 
 
-def _identity(path: Path) -> str:
-    """Return the identity of an observation's file: its cell's key, its kind and its block."""
+def _file_identity(path: Path) -> str:
+    """Return what identifies a file of observations: the cell's key, the kind and the block."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 
 
-def _path(folder: Path, kind: str, block: Block) -> Path:
+def _observation_path(folder: Path, kind: str, block: Block) -> Path:
     return folder / "observed" / kind / f"{block.name}.parquet"

@@ -33,59 +33,60 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-from tracker.core.distribution import FORMAT, other_format
+from tracker.core.distribution import LEDGER_FORMAT, format_problem
 from tracker.core.errors import ResultsError
 from tracker.core.findings import FindingRecord
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
-from tracker.core.provenance import TOKENISATION
+from tracker.core.provenance import TOKENISATION_KEY
 from tracker.core.prune_records import PruneRecord
-from tracker.core.records import Place
+from tracker.core.records import RecordKey
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import (
-    closed,
+    access_problem,
+    error_reason,
     lock_file,
-    owner_of,
+    parse_note,
     read_note,
-    reason,
-    unsealed,
     write_note,
+    write_problem,
     write_text,
 )
 from tracker.ledger.views import CellIdentity, RequestedView, cell_key, folder_name
 
-Found = TypeVar("Found", bound=Record)
+RecordType = TypeVar("RecordType", bound=Record)
 
 
-def keep_finding(root: Path, finding: FindingRecord) -> None:
-    """Write a finding to a results folder, replacing the study's former one of the same file."""
+def write_finding(root: Path, finding: FindingRecord) -> None:
+    """Write a finding to a results folder; it replaces the study's former finding of this file."""
     path = root / "studies" / f"{quote(finding.name, safe='')}.json"
     write_note(path, finding.model_dump(mode="json"))
 
 
-def keep_search(root: Path, record: PruneRecord) -> Path:
-    """Write a search to a results folder, replacing its former result, and return the file."""
+def write_search(root: Path, record: PruneRecord) -> Path:
+    """Write a search to a results folder, replacing its former result, and return the path."""
     path = root / "searches" / f"{record.name}.json"
     write_note(path, record.model_dump(mode="json"))
     return path
 
 
-def listed(folder: Path, kind: type[Found], damaged: dict[str, str]) -> list[Found]:
-    """List a folder's records by name; unusable files are added to `damaged` → what to do."""
-    found = []
+def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) -> list[RecordType]:
+    """Map the name of each record in a folder to the record; add unusable files to `damaged`."""
+    records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            found.append(kind.model_validate(unsealed(path.read_bytes(), path.name)))
+            records.append(kind.model_validate(parse_note(path.read_bytes(), path.name)))
         except (OSError, ValueError) as error:
-            damaged[str(path)] = f"{reason(error)}; {_again(path)}, or delete it"
-    return found
+            damaged[str(path)] = f"{error_reason(error)}; {_repeat_command(path)}, or delete it"
+    return records
 
 
-def _again(path: Path) -> str:
-    """Return the command that recreates a record, as far as its file's name determines it."""
+def _repeat_command(path: Path) -> str:
+    """Derive the command that recreates a record from the name of the record's file."""
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -93,11 +94,11 @@ def _again(path: Path) -> str:
     return f"type `tracker {command} {experiment or 'FILE'}.yaml`"
 
 
-_WRITTEN = ("cells", "experiments", "index", "locks")
-"""Folders that measuring writes."""
-_READ = ("cells", "experiments", "searches", "studies")
-"""Folders whose contents are shown."""
-UNFINISHED = "its run goes on, or was stopped: then type its command again"
+_WRITTEN_FOLDERS = ("cells", "experiments", "index", "locks")
+"""Folders of the results folder that a measurement writes."""
+_SHOWN_FOLDERS = ("cells", "experiments", "searches", "studies")
+"""Folders of the results folder whose contents pages and commands show."""
+UNFINISHED_CELL = "its run goes on, or was stopped: then type its command again"
 """The message about an unfinished cell."""
 
 
@@ -123,15 +124,15 @@ class Contents:
     damaged: dict[str, str] = field(default_factory=dict)
 
     @property
-    def searched(self) -> set[Place]:
-        """The cells of the steps of searches."""
-        return {place for record in self.searches for place in record.rests_on}
+    def search_keys(self) -> set[RecordKey]:
+        """The keys of the cells that searches measured for their steps."""
+        return {record_key for record in self.searches for record_key in record.rests_on}
 
 
 class Ledger:
-    """A results folder; nothing is written to `root` before `create`.
+    """A results folder; only `create` and later calls write to `root`.
 
-    ResultsError is raised if it is a file, is damaged, or has another format.
+    ResultsError is raised if `root` is a file, is damaged, or has another format.
     """
 
     def __init__(self, root: Path) -> None:
@@ -139,161 +140,149 @@ class Ledger:
         try:
             if root.exists() and not root.is_dir():
                 raise ResultsError(f"{root} is a file, not a results folder")
-            self._is_there()
+            self._is_initialised()
         except OSError as error:  # too long a name, or an unreadable folder above
             raise ResultsError(f"{root} cannot be used: {error.strerror}") from None
 
     @classmethod
-    def existing(cls, root: Path) -> Ledger:
+    def open_existing(cls, root: Path) -> Ledger:
         """Open an existing results folder.
 
-        ResultsError is raised if it is no results folder, or has another format.
+        ResultsError is raised if the folder is no results folder, or has another format.
         """
         ledger = cls(root)
         if not (root / "tracker.json").is_file():
-            raise ResultsError(
-                f"{root} is not a results folder. `tracker run EXPERIMENT.yaml --results {root}` "
-                "makes one."
-            )
+            command = f"tracker run EXPERIMENT.yaml --results {root}"
+            raise ResultsError(f"{root} is not a results folder. `{command}` makes one.")
         return ledger
 
     def refuse_unwritable(self) -> None:
-        """Raise ResultsError if it cannot be created or written, before anything is measured."""
-        there = next(
-            place for place in (self.root, *self.root.absolute().parents) if place.exists()
-        )
-        if not there.is_dir():
-            raise ResultsError(f"{self.root} cannot be made: {there} is a file")
-        for place in (there, *(self.root / name for name in _WRITTEN)):
-            if place.exists() and not os.access(place, os.W_OK | os.X_OK):
-                raise ResultsError(
-                    f"{self.root} cannot be written: {place} is {owner_of(place)}'s, and you may "
-                    "not write it"
-                )
+        """Raise ResultsError if the folder cannot be created or written; call before measuring."""
+        problem = f"{self.root} cannot be written"
+        folder = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+        if not folder.is_dir():
+            raise ResultsError(f"{self.root} cannot be made: {folder} is a file")
+        for path in (folder, *(self.root / name for name in _WRITTEN_FOLDERS)):
+            if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+                raise ResultsError(f"{problem}: {write_problem(path)}")
         try:  # permissions are not enough: the disk may be full or take no files
-            with tempfile.TemporaryDirectory(dir=there, prefix=".tracker-"):
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".tracker-"):
                 pass
         except OSError as error:
-            raise ResultsError(
-                f"{self.root} cannot be written: {there}: {error.strerror}. Choose another folder "
-                "with --results"
-            ) from None
+            reason = f"{folder}: {error.strerror}. Choose another folder with --results"
+            raise ResultsError(f"{problem}: {reason}") from None
 
     def create(self) -> None:
         """Create the results folder, or do nothing if it exists."""
-        if not self._is_there():
-            write_text(self.root / "tracker.json", json.dumps({"format": FORMAT}))
+        if not self._is_initialised():
+            write_text(self.root / "tracker.json", json.dumps({"format": LEDGER_FORMAT}))
 
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
         """List the usable cells, sorted by model and benchmark.
 
         Folders of unusable cells are added to `damaged` → what to do.
         """
-        found = []
+        stores = []
         for folder in sorted(self.root.glob("cells/*")):
             try:
-                for inside in (folder, folder / "requests", folder / "shards"):
-                    if why := closed(inside):
-                        raise ResultsError(why)
-                found.append(self._open(folder))
+                for subfolder in (folder, folder / "requests", folder / "shards"):
+                    if problem := access_problem(subfolder):
+                        raise ResultsError(problem)
+                stores.append(self._read_cell(folder))
             except ResultsError as error:
                 if damaged is not None:
                     damaged[str(folder)] = str(error)
-        return sorted(
-            found, key=lambda c: (c.identity.model.name, c.identity.benchmark.name, c.identity.key)
-        )
+        names = attrgetter("identity.model.name", "identity.benchmark.name", "identity.key")
+        return sorted(stores, key=names)
 
     def contents(self) -> Contents:
-        """Return everything that can be shown; damaged files do not hide other contents."""
-        unreadable = {str(self.root / name): closed(self.root / name) for name in _READ}
-        found = Contents(damaged={path: why for path, why in unreadable.items() if why})
-        found.findings.extend(listed(self.root / "studies", FindingRecord, found.damaged))
-        found.searches.extend(listed(self.root / "searches", PruneRecord, found.damaged))
-        searched = {each.key for record in found.searches for each in record.calibration}
-        searched |= {cell_key(record.model, record.benchmark) for record in found.searches}
-        searched |= {key for finding in found.findings for key, _, _ in finding.rests_on}
-        for cell in self.cells(found.damaged):
-            found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
-            begun = cell.begun_searches()
-            found.unfinished.extend((cell, self._stopped(command)) for command in begun)
-            alone = not begun and cell.identity.key not in searched
+        """Read everything that can be shown; a damaged file does not hide other contents."""
+        problems = {str(self.root / n): access_problem(self.root / n) for n in _SHOWN_FOLDERS}
+        damaged = {path: problem for path, problem in problems.items() if problem}
+        findings = read_records(self.root / "studies", FindingRecord, damaged)
+        searches = read_records(self.root / "searches", PruneRecord, damaged)
+        contents = Contents(findings=findings, searches=searches, damaged=damaged)
+        # Cells that finished searches and studies have measured; they need no views.
+        keys = {part.key for record in searches for part in record.calibration}
+        keys |= {cell_key(record.model, record.benchmark) for record in searches}
+        keys |= {key for finding in findings for key, _, _ in finding.rests_on}
+        for cell in self.cells(damaged):
+            contents.views.extend((cell, view) for view in cell.views.read_requested(damaged))
+            commands = cell.running_searches()
+            contents.unfinished.extend((cell, self._search_message(c)) for c in commands)
             # The views first: a finished cell may have thousands of shards.
-            if alone and not cell.views.files() and cell.shards():
-                found.unfinished.append((cell, UNFINISHED))
+            if not (commands or cell.identity.key in keys or cell.views.files()) and cell.shards():
+                contents.unfinished.append((cell, UNFINISHED_CELL))
         for path in sorted(self.root.glob("experiments/*.yaml")):
             try:
-                content = path.read_bytes()
-                proof = _proof_of(path)
-                if proof.exists() and proof.read_text().split()[:1] != [_digest(content)]:
-                    raise ValueError("it is not the text that was run: edited, or damaged")
-                found.experiments[path.name] = content.decode()
+                contents.experiments[path.name] = _read_experiment(path)
             except (OSError, ValueError) as error:
-                found.damaged[str(path)] = f"{reason(error)}; run it again, or delete it"
-        return found
+                damaged[str(path)] = f"{error_reason(error)}; run it again, or delete it"
+        return contents
 
-    def _stopped(self, command: Sequence[str]) -> str:
+    def _search_message(self, command: Sequence[str]) -> str:
         """Return the message about an unfinished search, with its command if there is one."""
-        said = UNFINISHED.replace("run", "search", 1)
-        return f"{said}: {shlex.join([*command, '--results', str(self.root)])}" if command else said
+        words = [*command, "--results", str(self.root)] if command else []
+        message = UNFINISHED_CELL.replace("run", "search", 1)
+        return f"{message}: {shlex.join(words)}" if words else message
 
-    def cell(
+    def open_cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
     ) -> CellStore:
-        """Open a cell, or create it with this provenance.
+        """Open the cell with this identity, or create it with this provenance.
 
         If the same weights have several names, the cell keeps the first one.
         """
         self.create()
-        key = cell_key(model, benchmark)
-        folder = self.root / "cells" / folder_name(model.name, benchmark.name, key)
-        with lock_file(self.root / "locks" / f"{key[:12]}.lock"):
+        digest = cell_key(model, benchmark)
+        folder = self.root / "cells" / folder_name(model.name, benchmark.name, digest)
+        with lock_file(self.root / "locks" / f"{digest[:12]}.lock"):
             if not folder.is_dir():
-                folder = min(folder.parent.glob(f"*--{key[:12]}"), default=folder)
+                folder = min(folder.parent.glob(f"*--{digest[:12]}"), default=folder)
             path = folder / "cell.json"
             try:
-                held = CellIdentity.read(path.read_bytes())
-                stated, now = (each.get(TOKENISATION) for each in (held.provenance, provenance))
+                identity = CellIdentity.read(path.read_bytes())
+                key, stored = TOKENISATION_KEY, identity.provenance
                 is_empty = not any(folder.glob("shards/*.parquet"))
-                if stated != now and (is_empty or stated is None):
-                    more = provenance if is_empty else {TOKENISATION: now}
-                    changes = {"provenance": {**held.provenance, **more}}
-                    write_text(path, held.model_copy(update=changes).sealed())
+                if stored.get(key) != provenance.get(key) and (is_empty or key not in stored):
+                    stored |= provenance if is_empty else {key: provenance[key]}
+                    write_text(path, identity.to_note())
             except (OSError, ValueError):  # new, or damaged; its shards are its own
-                made = {"model": model, "benchmark": benchmark, "provenance": provenance}
-                write_text(path, CellIdentity(key=key, **made).sealed())
-        return self._open(folder)
+                fields = {"model": model, "benchmark": benchmark, "provenance": provenance}
+                write_text(path, CellIdentity(key=digest, **fields).to_note())
+        return self._read_cell(folder)
 
     def find(self, request_key: str) -> CellStore | None:
-        """Return the cell of an earlier equal request; None if there is none."""
-        name = read_note(self._index(request_key)).get("cell")
+        """Find the cell that an equal earlier request led to; None without such a request."""
+        name = read_note(self._index_path(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
         try:
-            return self._open(self.root / "cells" / name)
-        except ResultsError:  # created again by `cell`
+            return self._read_cell(self.root / "cells" / name)
+        except ResultsError:  # created again by `open_cell`
             return None
 
-    def remember(self, request_key: str, cell: CellStore) -> None:
-        """Record a request's cell, so that `find` finds it."""
-        write_note(self._index(request_key), {"cell": cell.folder.name})
+    def index_cell(self, request_key: str, cell: CellStore) -> None:
+        """Store which cell a request leads to, so that `find` can return the cell."""
+        write_note(self._index_path(request_key), {"cell": cell.folder.name})
 
-    def keep_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Write notes into the folder, which is made for them."""
+    def write_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Write notes into the results folder; it is created if needed."""
         for path, note in notes.items():
             self.create()
             write_note(path, note)
 
-    def keep_experiment(self, name: str, text: str) -> None:
+    def write_experiment(self, name: str, text: str) -> None:
         """Write the exact text of an experiment file, and its digest in the form of `sha256sum`."""
         self.create()
         path = self.root / "experiments" / name
         write_text(path, text)
-        write_text(_proof_of(path), f"{_digest(path.read_bytes())}  {name}\n")
+        write_text(_digest_path(path), f"{_hash_content(path.read_bytes())}  {name}\n")
 
-    def _index(self, request_key: str) -> Path:
+    def _index_path(self, request_key: str) -> Path:
         return self.root / "index" / f"{request_key[:32]}.json"
 
-    def _open(self, folder: Path) -> CellStore:
+    def _read_cell(self, folder: Path) -> CellStore:
         path = folder / "cell.json"
         try:
             identity = CellIdentity.read(path.read_bytes())
@@ -301,34 +290,42 @@ class Ledger:
             if folder.name[-12:] != identity.key[:12]:
                 raise ValueError("it belongs to another folder")
         except PermissionError:
-            raise ResultsError(closed(path)) from None
+            raise ResultsError(access_problem(path)) from None
         except (OSError, ValueError) as error:
             raise ResultsError(
-                f"its cell.json cannot be used ({reason(error)}); run its experiment again, which "
-                "writes it anew and measures nothing twice, or move the folder away"
+                f"its cell.json cannot be used ({error_reason(error)}); move the folder away, or "
+                "run its experiment again, which writes it anew and measures nothing twice"
             ) from None
         return CellStore(folder, identity)
 
-    def _is_there(self) -> bool:
+    def _is_initialised(self) -> bool:
         """Check whether the folder is a results folder; raise ResultsError if it is unusable."""
         path = self.root / "tracker.json"
         if not path.is_file():
             return False
-        if why := closed(path):
-            raise ResultsError(f"{path}: {why}")
+        if problem := access_problem(path):
+            raise ResultsError(f"{path}: {problem}")
         try:
-            found = int(json.loads(path.read_bytes())["format"])
+            number = int(json.loads(path.read_bytes())["format"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-            said = f"{path} is damaged; it should hold {{'format': {FORMAT}}}"
-            raise ResultsError(said) from None
-        if why := other_format(found):
-            raise ResultsError(f"{self.root} {why}, or choose another --results.")
+            message = f"{path} is damaged; it should hold {{'format': {LEDGER_FORMAT}}}"
+            raise ResultsError(message) from None
+        if problem := format_problem(number):
+            raise ResultsError(f"{self.root} {problem}, or choose another --results.")
         return True
 
 
-def _proof_of(experiment: Path) -> Path:
+def _read_experiment(path: Path) -> str:
+    """Read an experiment file; raise ValueError if it does not match its digest."""
+    content, digest_path = path.read_bytes(), _digest_path(path)
+    if digest_path.exists() and digest_path.read_text().split()[:1] != [_hash_content(content)]:
+        raise ValueError("it is not the text that was run: edited, or damaged")
+    return content.decode()
+
+
+def _digest_path(experiment: Path) -> Path:
     return experiment.with_name(f"{experiment.name}.sha256")
 
 
-def _digest(content: bytes) -> str:
+def _hash_content(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -14,18 +14,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from tracker.core.distribution import FORMAT
+from tracker.core.distribution import LEDGER_FORMAT
 from tracker.core.documents import Document, DocumentText
 from tracker.core.provenance import content_hash
-from tracker.ledger.blocks import places
 from tracker.ledger.files import write_bytes
-from tracker.ledger.shards import ASIDE, read_shard, shard_file
+from tracker.ledger.shards import ASIDE_SUFFIX, read_shard, shard_file
 from tracker.ledger.views import CellIdentity
 
-LONGEST = 4000
-"""Maximum number of stored characters of a question, from its beginning and its end."""
+MAX_QUESTION_LENGTH = 4000
+"""Maximum number of stored characters of a question; a longer one loses its middle."""
 _NAME = "texts--"
-"""Prefix of file names, which distinguishes texts from shards when both are published."""
+"""Prefix of the names of files of texts, which distinguishes them from published shards."""
 _SCHEMA = pa.schema(
     {
         "task": pa.string(),
@@ -40,8 +39,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class KeptText:
-    """Text of a document; `public` is True if it comes from the hub or a package."""
+class StoredText:
+    """Text of a document; `public` is True if the text comes from the hub or a package."""
 
     text: DocumentText
     public: bool
@@ -49,117 +48,114 @@ class KeptText:
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
     """Build the row of a document's text; a long question loses its middle."""
-    question = text.question
-    if len(question) > LONGEST:
-        question = f"{question[: LONGEST // 2]} […] {question[-LONGEST // 2 :]}"
+    question, half = text.question, MAX_QUESTION_LENGTH // 2
+    if len(question) > MAX_QUESTION_LENGTH:
+        question = f"{question[:half]} […] {question[-half:]}"
     return {
         "task": document.task,
         "doc": document.index,
-        "question": _whole(question),
-        "choices": [_whole(choice) for choice in text.choices],
-        "answer": None if text.answer is None else _whole(text.answer),
+        "question": _replace_surrogates(question),
+        "choices": [_replace_surrogates(choice) for choice in text.choices],
+        "answer": None if text.answer is None else _replace_surrogates(text.answer),
         "public": public,
     }
 
 
-def _whole(text: str) -> str:
+def _replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which JSON can hold and Parquet cannot."""
     return text.encode(errors="replace").decode()
 
 
-def is_texts(path: Path) -> bool:
-    """Check by its name whether a published file of a cell holds texts."""
+def is_text_file(path: Path) -> bool:
+    """Check by the file name whether a published file of a cell holds texts."""
     return path.name.startswith(_NAME)
 
 
 class Texts:
-    """Texts of one cell on disk; `others` are those of copies of the cell in other folders."""
+    """Texts of one cell on disk; texts of the cell's copies in other folders are read too."""
 
-    def __init__(self, folder: Path, identity: CellIdentity, others: Sequence[Texts] = ()) -> None:
+    def __init__(self, folder: Path, identity: CellIdentity, copies: Sequence[Texts] = ()) -> None:
         self._folder = folder / "texts"
         self._identity = identity
-        self._others = others
+        self._copies = copies
 
     def files(self) -> list[Path]:
-        """List the files of this folder."""
+        """List the files of texts in this results folder."""
         return sorted(self._folder.glob(f"{_NAME}*.parquet"))
 
-    def names(self) -> list[str]:
-        """List the names of all files that `read` reads, which depend on their documents."""
-        return [path.name for texts in (self, *self._others) for path in texts.files()]
+    def file_names(self) -> list[str]:
+        """List the names of all files that `read` reads; a name depends on the file's documents."""
+        return [path.name for texts in (self, *self._copies) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Write the texts of a block's documents, except for those already stored.
 
         Args:
-            block: The name of their block, whose lock is held.
+            block: The name of the documents' block, whose lock the caller holds.
             rows: One mapping per document, as from `text_row`.
         """
-        beside = sorted(self._folder.glob(f"{_NAME}{block}.*.parquet"))
-        held = {place for path in beside for place in self.read_file(path)}
-        new = [dict(row) for row in rows if (row["task"], row["doc"]) not in held]
-        if new:
-            self._write(block, pa.Table.from_pylist(new, schema=_SCHEMA))
+        paths = sorted(self._folder.glob(f"{_NAME}{block}.*.parquet"))
+        stored_keys = {key for path in paths for key in self.read_file(path)}
+        new_rows = [dict(row) for row in rows if (row["task"], row["doc"]) not in stored_keys]
+        if new_rows:
+            self._write(block, pa.Table.from_pylist(new_rows, schema=_SCHEMA))
 
     def _write(self, block: str, table: pa.Table) -> Path:
-        about = {"format": FORMAT, "key": self._identity.key, "block": block}
+        metadata = {"format": LEDGER_FORMAT, "key": self._identity.key, "block": block}
         digest = content_hash(sorted(table["doc"].to_pylist()))
         path = self._folder / f"{_NAME}{block}.{digest[:12]}.parquet"
-        write_bytes(path, shard_file(table, about))
+        write_bytes(path, shard_file(table, metadata))
         return path
 
-    def adopt(self, path: Path) -> str:
-        """Copy texts from elsewhere into the cell, and return the new file's name.
+    def import_file(self, path: Path) -> str:
+        """Copy a file of texts from another place into the cell, and return its new name.
 
         The former name is ignored. ValueError is raised if it holds no texts of this cell.
         """
         try:
-            table, block = self._table(path)
+            table, block = self._read_table(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path.name} holds no texts of this benchmark: {error}") from None
         return self._write(block, table).name
 
-    def read(self) -> dict[tuple[str, int], KeptText]:
+    def read(self) -> dict[tuple[str, int], StoredText]:
         """Read all texts: (task, document) → text."""
-        found: dict[tuple[str, int], KeptText] = {}
-        for texts in (*self._others, self):
+        stored_texts: dict[tuple[str, int], StoredText] = {}
+        for texts in (*self._copies, self):
             for path in texts.files():
-                found |= texts.read_file(path)
-        return found
+                stored_texts |= texts.read_file(path)
+        return stored_texts
 
-    def read_file(self, path: Path) -> dict[tuple[str, int], KeptText]:
+    def read_file(self, path: Path) -> dict[tuple[str, int], StoredText]:
         """Read one file; a damaged one is set aside and gives an empty dict."""
         try:
-            table, _ = self._table(path)
+            table, _ = self._read_table(path)
         except OSError as error:  # the system has failed, not the file
             log.warning("the texts %s cannot be read now: %s", path, error)
             return {}
         except ValueError as error:
             with suppress(OSError):  # a colleague's folder
-                path.replace(path.with_suffix(ASIDE))
+                path.replace(path.with_suffix(ASIDE_SUFFIX))
             log.warning("the texts %s are not what was written (%s); set aside", path, error)
             return {}
         return {
-            (row["task"], row["doc"]): KeptText(
+            (row["task"], row["doc"]): StoredText(
                 DocumentText(row["question"], tuple(row["choices"]), row["answer"]), row["public"]
             )
             for row in table.to_pylist()
         }
 
-    def _table(self, path: Path) -> tuple[pa.Table, str]:
+    def _read_table(self, path: Path) -> tuple[pa.Table, str]:
         shard = read_shard(path.read_bytes())
-        if shard.about.get("key") != self._identity.key:
+        if shard.metadata.get("key") != self._identity.key:
             raise ValueError("it belongs to another benchmark")
         if not shard.table.schema.equals(_SCHEMA):
             raise ValueError("it holds other columns")
-        tasks = {
-            task.name: places(task.name, task.numbers, None)
-            for task in self._identity.benchmark.tasks
-        }
+        documents = {task.name: {*task.numbers} for task in self._identity.benchmark.tasks}
         for row in shard.table.select(["task", "doc"]).to_pylist():
-            if row["doc"] not in tasks.get(row["task"], ()):
+            if row["doc"] not in documents.get(row["task"], ()):
                 raise ValueError("the benchmark has no such document")
-        block = str(shard.about.get("block"))
+        block = str(shard.metadata.get("block"))
         if Path(block).name != block:
-            raise ValueError("its block is no name")
+            raise ValueError("its block is not a valid name")
         return shard.table.replace_schema_metadata(None), block

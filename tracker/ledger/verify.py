@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from tracker.ledger.cells import CellStore
-from tracker.ledger.files import closed, reason, unsealed
-from tracker.ledger.outcomes import PROVENANCE
-from tracker.ledger.shards import ASIDE, Shard, read_observed
+from tracker.ledger.cells import SHARD_SET_ASIDE, CellStore
+from tracker.ledger.files import access_problem, error_reason, parse_note
+from tracker.ledger.outcomes import PROVENANCE_COLUMN
+from tracker.ledger.shards import ASIDE_SUFFIX, Shard, read_observation_file
 from tracker.ledger.store import Ledger
 
 _NOTES = (
@@ -16,21 +17,14 @@ _NOTES = (
     "searches/timing/*.json",
     *(f"cells/*/{notes}.json" for notes in ("derived/*", "receipts/*", "begun/*", "verified")),
 )
-"""Patterns of notes that are created again if they are damaged."""
-_ASIDE = (
-    "it was set aside as damaged; run its experiment again, which measures what is missing, and "
-    "delete it"
-)
+"""Patterns of the paths of notes that are created again if they are damaged."""
 _LOST = "it is gone; run its experiment again, which measures what is missing"
-_NO_TEXTS = (
-    "it was set aside as damaged; its documents are named by their numbers, and no outcome is "
-    "touched; delete it"
-)
+_NO_TEXTS = "it was set aside as damaged; no outcome is affected; delete it"
 
 
 @dataclass(frozen=True)
 class VerifiedCell:
-    """A cell after all its shards were read.
+    """Result of verifying a cell by reading all its shards.
 
     Attributes:
         shards: Number of intact shards.
@@ -47,7 +41,7 @@ class VerifiedCell:
 
 
 @dataclass
-class Verified:
+class Verification:
     """Result of verifying a results folder: its usable cells and its damaged files.
 
     `damaged` maps each damaged file or folder to what to do about it.
@@ -57,96 +51,111 @@ class Verified:
     damaged: dict[str, str] = field(default_factory=dict)
 
 
-def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None) -> Verified:
+def verify_ledger(
+    ledger: Ledger, progress: Callable[[int], None] = lambda cells: None
+) -> Verification:
     """Read and verify all of a results folder, without using earlier verifications.
 
     A damaged shard is set aside, as always when it is read. `progress` is called with the number of
     cells done since the last call.
     """
-    found = Verified(damaged=dict(ledger.contents().damaged))
+    result = Verification(damaged=dict(ledger.contents().damaged))
     for store in ledger.cells():
-        shards = [shard for path in store.shards() if (shard := store.shard(path)) is not None]
-        held = {row for shard in shards for row in _places(shard)}
-        aside = sorted(store.folder.glob(f"shards/*{ASIDE}"))
-        documents = len({(task, doc) for task, doc, _ in held})
-        found.cells.append(VerifiedCell(store, len(shards), documents, len(held), len(aside)))
+        shards = [s for path in store.shards() if (s := store.load_shard(path)) is not None]
+        keys = {key for shard in shards for key in _outcome_keys(shard)}
+        aside_paths = sorted(store.folder.glob(f"shards/*{ASIDE_SUFFIX}"))
+        n_documents = len({(task, doc) for task, doc, _ in keys})
+        counts = (len(shards), n_documents, len(keys), len(aside_paths))
+        result.cells.append(VerifiedCell(store, *counts))
+        # Reading sets damaged files aside and finds mixed shards, which are reported below.
         store.read(columns=["doc"])
-        lost = [store.folder / "shards" / name for name in store.lost()]
         store.texts.read()
-        texts = sorted(store.folder.glob(f"texts/*{ASIDE}"))
-        found.damaged |= {str(path): why for path in store.texts.files() if (why := closed(path))}
+        lost_paths = [store.folder / "shards" / name for name in store.lost_shards()]
+        text_paths = sorted(store.folder.glob(f"texts/*{ASIDE_SUFFIX}"))
+        problems = {str(path): access_problem(path) for path in store.texts.files()}
+        result.damaged |= {path: problem for path, problem in problems.items() if problem}
         for path in sorted(store.folder.glob("observed/*/*.parquet")):
-            try:
-                read_observed(path)
-            except (OSError, ValueError) as error:
-                found.damaged[str(path)] = (
-                    f"{reason(error)}; it is not believed, and observed again when it is needed"
-                )
-        for paths, what in ((aside, _ASIDE), (lost, _LOST), (texts, _NO_TEXTS)):
-            found.damaged |= dict.fromkeys(map(str, paths), what)
-        found.damaged |= store.mixed
+            result.damaged |= _check_file(path, read_observation_file, "observed")
+        for paths, message in (
+            (aside_paths, SHARD_SET_ASIDE),
+            (lost_paths, _LOST),
+            (text_paths, _NO_TEXTS),
+        ):
+            result.damaged |= dict.fromkeys(map(str, paths), message)
+        result.damaged |= store.mixed
         progress(1)
     for pattern in _NOTES:
         for path in sorted(ledger.root.glob(pattern)):
-            try:
-                unsealed(path.read_bytes(), path.name)
-            except (OSError, ValueError) as error:
-                found.damaged[str(path)] = (
-                    f"{reason(error)}; it is not believed, and made again when it is needed"
-                )
-    return found
+            result.damaged |= _check_file(path, _read_note, "made")
+    return result
 
 
-def _places(shard: Shard) -> Iterator[tuple[str, int, str]]:
+def _check_file(path: Path, read: Callable[[Path], object], verb: str) -> dict[str, str]:
+    """Check a file that can be recreated; return path → problem, or an empty dict."""
+    try:
+        read(path)
+    except (OSError, ValueError) as error:
+        reason = error_reason(error)
+        return {str(path): f"{reason}; it is ignored, and {verb} again when it is needed"}
+    return {}
+
+
+def _read_note(path: Path) -> dict[str, object]:
+    return parse_note(path.read_bytes(), path.name)
+
+
+def _outcome_keys(shard: Shard) -> Iterator[tuple[str, int, str]]:
     columns = shard.table.select(["task", "doc", "ablation"]).to_pydict()
     return zip(*columns.values(), strict=True)
 
 
-def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
-    """Compare two copies of a results folder by outcomes; yield differences as sentences."""
-    mine, theirs = ({cell.identity.key: cell for cell in each.cells()} for each in (ledger, other))
-    for key in sorted(mine.keys() | theirs.keys()):
-        if key not in mine or key not in theirs:
-            store = mine.get(key) or theirs[key]
-            yield f"{store.folder.name}: only in {(ledger if key in mine else other).root}"
-            continue
-        pair = (mine[key], theirs[key])
-        name = pair[0].folder.name
-        if pair[0].identity != pair[1].identity:
-            yield f"{name}: the two cell.json differ"
-        asked, too = (
-            {(store.views.name_of(v.view), v.view.runs) for v in store.views.asked({})}
-            for store in pair
-        )
-        if asked != too:
-            yield f"{name}: not the same was asked of the two"
-        one, two = (_outcomes(store) for store in pair)
-        for root, only in ((ledger.root, one.keys() - two), (other.root, two.keys() - one)):
-            if only:
-                yield f"{name}: {len(only)} outcomes are only in {root}"
-        differing = [place for place in one.keys() & two if one[place] != two[place]]
-        says, other_says = (store.texts.read() for store in pair)
-        unlike = [place for place in says.keys() & other_says if says[place] != other_says[place]]
-        if unlike:
-            task, doc = min(unlike)
-            yield f"{name}: the texts of {len(unlike)} documents differ, document {doc} of {task}"
-        if differing:
-            task, doc, ablation = min(differing)
-            yield (
-                f"{name}: {len(differing)} outcomes differ, that of document {doc} of {task} "
-                f"under {ablation} among them"
-            )
+def compare_ledgers(ledger: Ledger, other_ledger: Ledger) -> Iterator[str]:
+    """Compare the outcomes of two copies of a results folder; yield differences as sentences."""
+    ledgers = (ledger, other_ledger)
+    own_cells, other_cells = ({c.identity.key: c for c in copy.cells()} for copy in ledgers)
+    for key in sorted(own_cells.keys() | other_cells.keys()):
+        if key in own_cells and key in other_cells:
+            name = own_cells[key].folder.name
+            for difference in _cell_differences(own_cells[key], other_cells[key]):
+                yield f"{name}: {difference}"
+        else:
+            root = (ledger if key in own_cells else other_ledger).root
+            yield f"{(own_cells | other_cells)[key].folder.name}: only in {root}"
+
+
+def _cell_differences(*stores: CellStore) -> Iterator[str]:
+    """Yield each difference between two copies of a cell as a sentence."""
+    if stores[0].identity != stores[1].identity:
+        yield "the two cell.json differ"
+    views, other_views = (
+        {(store.views.view_name(v.view), v.view.runs) for v in store.views.read_requested({})}
+        for store in stores
+    )
+    if views != other_views:
+        yield "the requested runs of the two differ"
+    outcomes, other_outcomes = map(_outcomes, stores)
+    lone_keys = (outcomes.keys() - other_outcomes, other_outcomes.keys() - outcomes)
+    for store, keys in zip(stores, lone_keys, strict=True):
+        if keys:
+            yield f"{len(keys)} outcomes are only in {store.folder.parents[1]}"
+    texts, other_texts = (store.texts.read() for store in stores)
+    if documents := [key for key in texts.keys() & other_texts if texts[key] != other_texts[key]]:
+        task, doc = min(documents)
+        yield f"the texts of {len(documents)} documents differ, document {doc} of {task}"
+    shared_keys = outcomes.keys() & other_outcomes
+    if differing := [key for key in shared_keys if outcomes[key] != other_outcomes[key]]:
+        task, doc, ablation = min(differing)
+        example = f"that of document {doc} of {task} under {ablation} among them"
+        yield f"{len(differing)} outcomes differ, {example}"
 
 
 def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:
-    """Return each outcome as text, so that equal ones compare as equal even with NaN values."""
-    found = {}
+    """Convert each outcome to text, so that equal outcomes compare as equal even if NaN."""
+    outcomes = {}
     for row in store.read().to_dict("records"):
-        place = (str(row.pop("task")), int(row.pop("doc")), str(row.pop("ablation")))
-        row.pop(PROVENANCE)
-        found[place] = repr(sorted((name, _plain(value)) for name, value in row.items()))
-    return found
-
-
-def _plain(value: object) -> str:
-    return repr(value.tolist() if hasattr(value, "tolist") else value)
+        key = (str(row.pop("task")), int(row.pop("doc")), str(row.pop("ablation")))
+        row.pop(PROVENANCE_COLUMN)
+        # NumPy prints long lists with dots, so that different ones look alike.
+        values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in row.items()}
+        outcomes[key] = repr(sorted((name, repr(value)) for name, value in values.items()))
+    return outcomes

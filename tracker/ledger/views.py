@@ -13,20 +13,28 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
 from tracker.core.config import CellRequest
-from tracker.core.distribution import FORMAT, other_format
+from tracker.core.distribution import LEDGER_FORMAT, format_problem
 from tracker.core.errors import ResultsError
-from tracker.core.formats import counted
+from tracker.core.formats import count_text
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.core.provenance import content_hash
 from tracker.core.records import former_view_name, view_name
 from tracker.core.views import Until, View
-from tracker.ledger.files import closed, lock_file, reason, sealed, unsealed, write_note
+from tracker.ledger.files import (
+    access_problem,
+    error_reason,
+    lock_file,
+    parse_note,
+    seal_note,
+    write_note,
+)
 
-_LATER = {
+_LATER_SETTINGS = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),
     *("enable_thinking", "think_end_token", "gen_kwargs", "metadata", "model_args", "part"),
 }
@@ -57,14 +65,16 @@ def request_key(
 ) -> str:
     """Return a request's key, as SHA-256 in hexadecimal, without loading anything.
 
-    Equal keys lead to the same cell; so may different ones, for example after an update of lm-eval.
+    Equal keys lead to the same cell. Different keys may too, for example after an lm-eval update.
     The changes, the number of documents and the metric are not part of it.
     """
     documents = {"part": request.documents.part, "seed": request.documents.seed}
     settings = {**dict(request.model), **dict(request.benchmark), **documents}
     # Unused settings are left out, so that keys of former versions stay valid.
-    said = {n: value for n, value in settings.items() if n not in _LATER or value not in (None, ())}
-    return content_hash([said, model_stamp, data_stamp, dict(versions)])
+    for name in _LATER_SETTINGS:
+        if settings.get(name) in (None, ()):
+            settings.pop(name, None)
+    return content_hash([settings, model_stamp, data_stamp, dict(versions)])
 
 
 def folder_name(model: str, benchmark: str, key: str) -> str:
@@ -73,8 +83,8 @@ def folder_name(model: str, benchmark: str, key: str) -> str:
     return f"{readable}--{key[:12]}"
 
 
-_READABLE = 80
-"""Maximum number of characters of a long name in its file's name."""
+_MAX_READABLE_NAME = 80
+"""Number of characters of a long name that the file's name keeps."""
 
 
 class CellIdentity(Record):
@@ -89,20 +99,20 @@ class CellIdentity(Record):
     @classmethod
     def read(cls, text: str | bytes) -> CellIdentity:
         """Read the text of a `cell.json`; raise ValueError if it is damaged or its key is wrong."""
-        identity = cls.model_validate(unsealed(text))
+        identity = cls.model_validate(parse_note(text))
         if cell_key(identity.model, identity.benchmark) != identity.key:
             raise ValueError("its key is not that of what it describes")
         return identity
 
-    def sealed(self) -> str:
+    def to_note(self) -> str:
         """Return the text of a `cell.json`."""
-        return sealed(self.model_dump(mode="json"))
+        return seal_note(self.model_dump(mode="json"))
 
 
 class RequestedView(Record):
     """A requested view of a cell, as stored in `requests/`."""
 
-    format: int = FORMAT
+    format: int = LEDGER_FORMAT
     project: str
     view: View
 
@@ -114,15 +124,13 @@ class Views:
     folder: Path
     identity: CellIdentity
 
-    def of(self, request: CellRequest) -> View:
-        """Return the view of one request, regardless of other requests."""
+    def view_of(self, request: CellRequest) -> View:
+        """Build the view that one request describes, regardless of other requests."""
         benchmark = self.identity.benchmark
         # A limit or sample of all documents is the whole benchmark, whatever its seed.
-        every = max(task.documents for task in benchmark.tasks)
-        limit, sample = (
-            None if count is None or count >= every else count
-            for count in (request.documents.limit, request.documents.sample)
-        )
+        n_documents = max(task.documents for task in benchmark.tasks)
+        counts = (request.documents.limit, request.documents.sample)
+        limit, sample = (None if n is None or n >= n_documents else n for n in counts)
         runs = tuple(request.valid_changes(self.identity.model.layers))
         seed, until = request.documents.seed, None
         if request.until is not None:
@@ -137,7 +145,7 @@ class Views:
             until=until,
         )
 
-    def ask(
+    def add_request(
         self, request: CellRequest, project: str, named: bool = False, explicit: bool = False
     ) -> View:
         """Record a request and the project of its runs, for reports and syncs.
@@ -145,63 +153,62 @@ class Views:
         Args:
             request: The request, whose documents are measured.
             project: The tracking project.
-            named: True if a larger view was requested with it, so that both are kept.
-            explicit: True if a run requests it, and not only a study or a search.
+            named: True if a larger view was requested too, so that both are kept.
+            explicit: True if a run requests the view, and not only a study or a search.
 
         Returns:
-            The view that shows it, as from `shown_in`.
+            The view that shows the request, as from `display_view`.
 
         Raises:
             ResultsError: The view's file belongs to another user and is not readable.
         """
         with lock_file(self.folder / "locks" / "requests.lock"):
-            view, superseded = self._placed(self.of(request), named, explicit)
-            former = {self.path(self.name_of(v)) for v in (view, *superseded)}
+            view, former_views = self._place_view(self.view_of(request), named, explicit)
+            former_paths = {self.path(self.view_name(v)) for v in (view, *former_views)}
             self.write(RequestedView(project=project, view=view))
-            for path in former - {self.path(self.name_of(view))}:
+            for path in former_paths - {self.path(self.view_name(view))}:
                 path.unlink(missing_ok=True)
         return view
 
-    def shown_in(self, request: CellRequest, named: bool = False) -> View:
+    def display_view(self, request: CellRequest, named: bool = False) -> View:
         """Return the view that will show a request once it is measured.
 
-        A view is identified by metric, documents, removed layers and question. It shows the runs of
-        all requests with these. A request whose runs are all in a view on more documents is shown
-        there. A view replaces those on fewer documents if it shows all their runs, unless they are
-        named.
+        Metric, documents, removed layers and question identify a view. It shows the runs of all
+        requests with the same. A request is shown in a view on more documents if that view has all
+        the request's runs. A view replaces views on fewer documents if it shows all their runs,
+        unless they are named.
         """
-        return self._placed(self.of(request), named)[0]
+        return self._place_view(self.view_of(request), named)[0]
 
-    def known(self, request: CellRequest) -> list[View]:
-        """Return the readable views of a request's metric, removed layers and seed."""
-        return self._known(self.of(request))
-
-    def _known(self, new: View) -> list[View]:
+    def related_views(self, new: View) -> list[View]:
+        """List the readable stored views that have a view's metric, removed layers and seed."""
         # A search has thousands of views, each without other layers.
-        start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_READABLE])
+        start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_MAX_READABLE_NAME])
         patterns = (f"{start}[-.][!0-9]*", f"{start}-*-doc*") if new.removed else (f"{start}*",)
-        views = (s.view for pattern in patterns for s in self.asked({}, f"{pattern}.json"))
+        files = (self.read_requested({}, f"{pattern}.json") for pattern in patterns)
+        views = (requested.view for requested in chain.from_iterable(files))
         return [view for view in views if view.order == new.order]
 
-    def _placed(self, new: View, named: bool, explicit: bool = False) -> tuple[View, list[View]]:
-        """Return the view that shows a new one, and the views that it replaces."""
-        name, views = self.name_of(new), {self.name_of(view): view for view in self._known(new)}
-        if why := closed(self.path(name)):
-            raise ResultsError(f"{self.path(name)}: {why}")
-        same = views.get(name, new)
+    def _place_view(
+        self, new: View, named: bool, explicit: bool = False
+    ) -> tuple[View, list[View]]:
+        """Determine the view that shows a new view, and the stored views that it replaces."""
+        name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
+        if problem := access_problem(self.path(name)):
+            raise ResultsError(f"{self.path(name)}: {problem}")
         superseded: dict[str, View] = {}
         larger = next((view for view in views.values() if view.shows(new) and not named), None)
         if larger is not None:
             # It may be tracked under its own name from the time when it was measured.
             view, names = larger, {*larger.supersedes, *({name} - views.keys())}
         else:
-            view = same.joined(new)
+            view = views.get(name, new).merge(new)
             superseded = {n: v for n, v in views.items() if view.shows(v) and not v.named}
             names = {*view.supersedes, *superseded}
             names.update(*(former.supersedes for former in superseded.values()))
-        others = views.keys() - superseded.keys() - {self.name_of(view)}
+        other_names = views.keys() - superseded.keys() - {self.view_name(view)}
         update = {
-            "beside": self._label(view) if others else "",
+            "beside": self._label(view) if other_names else "",
             "named": view.named or named,
             "explicit": explicit or any(v.explicit for v in (view, *superseded.values())),
             "supersedes": tuple(sorted(names)),
@@ -211,32 +218,32 @@ class Views:
     def read(self, text: str | bytes, name: str | None = None) -> RequestedView:
         """Read a view of this cell from its file's text; `name` is the file's expected name.
 
-        ValueError is raised if it is damaged, or a copy of another file.
+        ValueError is raised if the file is damaged, or a copy of another file.
         """
-        content = unsealed(text, name)
-        if why := other_format(content.get("format")):
-            raise ValueError(f"it {why}")
-        asked = RequestedView.model_validate_json(json.dumps(content))
-        changed = (layer for change in asked.view.runs for layer in change.layers)
-        layers = (*asked.view.removed, *changed)
+        content = parse_note(text, name)
+        if problem := format_problem(content.get("format")):
+            raise ValueError(f"it {problem}")
+        requested = RequestedView.model_validate_json(json.dumps(content))
+        layers = {*requested.view.removed}.union(*(run.layers for run in requested.view.runs))
         if max(layers, default=0) >= self.identity.model.layers:
             raise ValueError(f"the model has no layer {max(layers)}")
-        if asked.view.metric not in self.identity.benchmark.tasks[0].metrics:
-            raise ValueError(f"the benchmark has no metric {asked.view.metric!r}")
-        return asked
+        if requested.view.metric not in self.identity.benchmark.tasks[0].metrics:
+            raise ValueError(f"the benchmark has no metric {requested.view.metric!r}")
+        return requested
 
-    def write(self, asked: RequestedView) -> None:
-        """Write a view's file."""
-        write_note(self._path(self.name_of(asked.view)), asked.model_dump(mode="json"))
+    def write(self, requested: RequestedView) -> None:
+        """Write the file of a requested view."""
+        path = self._path(self.view_name(requested.view))
+        write_note(path, requested.model_dump(mode="json"))
 
     def files(self) -> list[Path]:
-        """List the files of requested views, damaged or not; none before the cell is finished."""
+        """List the files of requested views, damaged or not; empty before the cell is finished."""
         return sorted(self.folder.glob("requests/*.json"))
 
-    def asked(
+    def read_requested(
         self, damaged: dict[str, str] | None = None, pattern: str = "*.json"
     ) -> list[RequestedView]:
-        """Read the requested views, those of the intact model and the benchmark's metric first.
+        """Read the requested views; intact model and the benchmark's metric come first.
 
         Args:
             damaged: Receives each unusable file → what to do; None = raise an error.
@@ -248,75 +255,73 @@ class Views:
         Raises:
             ResultsError: A view is damaged.
         """
-        stored: dict[str, RequestedView] = {}
+        projects: dict[str, str] = {}
+        views: dict[str, View] = {}
         for path in sorted(self.folder.glob(f"requests/{pattern}")):
             try:
                 requested = self.read(path.read_bytes(), path.name)
             except (OSError, ValueError) as error:
-                problem = closed(path) or (
-                    f"it is damaged ({reason(error)}); delete it and run its experiment again "
-                    "(nothing is measured twice)"
-                )
+                again = "delete it and run its experiment again (nothing is measured twice)"
+                damage = f"it is damaged ({error_reason(error)}); {again}"
+                problem = access_problem(path) or damage
                 if damaged is None:
                     raise ResultsError(f"{path}: {problem}") from None
                 damaged[str(path)] = problem
             else:
-                stored[self.name_of(requested.view)] = self._known_now(path, requested)
-        count = Counter(requested.view.order for requested in stored.values())
-        for name, requested in stored.items():
-            if count[requested.view.order] > 1:
-                view = requested.view.model_copy(update={"beside": self._label(requested.view)})
-                stored[name] = requested.model_copy(update={"view": view})
+                name = self.view_name(requested.view)
+                projects[name] = requested.project
+                views[name] = self._complete_names(path, requested.view)
+        # Views that differ in documents only are distinguished for display.
+        counts = Counter(view.order for view in views.values())
+        for name, view in views.items():
+            if counts[view.order] > 1:
+                views[name] = view.model_copy(update={"beside": self._label(view)})
         primary = self.identity.benchmark.primary_metric
-        return sorted(
-            stored.values(),
-            key=lambda a: (a.view.removed, a.view.metric != primary, self.name_of(a.view)),
-        )
+        names = sorted(views, key=lambda n: (views[n].removed, views[n].metric != primary, n))
+        return [RequestedView(project=projects[name], view=views[name]) for name in names]
 
-    def _known_now(self, path: Path, stored: RequestedView) -> RequestedView:
-        """Complete a stored view's superseded names from its file's name and the other files."""
-        view, name = stored.view, self.name_of(stored.view)
+    def _complete_names(self, path: Path, view: View) -> View:
+        """Complete the names that a stored view supersedes, from the names of the stored files."""
         names = {*view.supersedes}
-        if path != self._path(name):  # of a former version
+        if path != self._path(self.view_name(view)):  # of a former version
             fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)
             names.add(former_view_name(*fields))
-        gone = sorted(n for n in names if self._path(n) == path or not self._path(n).exists())
-        view = view.model_copy(update={"supersedes": tuple(gone), "beside": ""})
-        return stored.model_copy(update={"view": view})
+        gone = (n for n in names if self._path(n) == path or not self._path(n).exists())
+        return view.model_copy(update={"supersedes": tuple(sorted(gone)), "beside": ""})
 
     def _label(self, view: View) -> str:
-        """Return a view's distinction from others of its order, for display."""
+        """Return a text that distinguishes a view from its related views, for display."""
         if view.until is not None:
-            return f"until {view.until.question}, {counted(len(view.until.runs), 'run')}"
+            return f"until {view.until.question}, {count_text(len(view.until.runs), 'run')}"
         per_task = " per task" if len(self.identity.benchmark.tasks) > 1 else ""
         return "all documents" if view.size == math.inf else f"{view.size} documents{per_task}"
 
-    def superseding(self, name: str) -> View | None:
-        """Return the view that has replaced another one; None if that still exists."""
+    def superseding_view(self, name: str) -> View | None:
+        """Return the view that has replaced the view `name`; None if `name` still exists."""
         if self.path(name).exists():
             return None
-        views = (stored.view for stored in self.asked({}))
+        views = (requested.view for requested in self.read_requested({}))
         return next((view for view in views if name in view.supersedes), None)
 
-    def name_of(self, view: View) -> str:
-        """Return a view's identity within the cell."""
+    def view_name(self, view: View) -> str:
+        """Return the name that identifies a view within the cell."""
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the file of a view, also under the names of former versions."""
+        """Return the path of a view's file, which may have a former version's name."""
         if (path := self._path(name)).exists():
             return path
-        for former in self.files():
+        for former_path in self.files():
             with suppress(OSError, ValueError):
-                if self.name_of(self.read(former.read_bytes()).view) == name:
-                    return former
+                if self.view_name(self.read(former_path.read_bytes()).view) == name:
+                    return former_path
         return path
 
     def _path(self, name: str) -> Path:
-        return self.folder / "requests" / f"{view_file(name)}.json"
+        return self.folder / "requests" / f"{view_file_name(name)}.json"
 
 
-def view_file(name: str) -> str:
+def view_file_name(name: str) -> str:
     """Return the name of a view's file, short enough for file systems (255 characters)."""
     name = quote(name, safe=",")
-    return name if len(name) <= 100 else f"{name[:_READABLE]}--{content_hash(name)[:12]}"
+    return name if len(name) <= 100 else f"{name[:_MAX_READABLE_NAME]}--{content_hash(name)[:12]}"

@@ -1,4 +1,4 @@
-"""Measure one cell: find it, plan it, compute it, derive its record.
+"""Measure one cell: find, plan and compute the cell, and derive its record.
 
 Modules:
     calibrate: Choose calibration text for fitted replacements.
@@ -6,10 +6,10 @@ Modules:
     fill: Compute the missing blocks of a cell.
     job: Define a job and its options.
     meter: Measure documents of a cell on a loaded model.
-    observing: Observe more than outcomes, block by block.
+    observing: Compute further observations of a model and store them, block by block.
     planning: Estimate the cost of an experiment without loading weights.
-    prepare: Find cells in the ledger, and check requests before anything is computed.
+    prepare: Find cells in the ledger, and check requests before computation starts.
     progress: Report progress.
-    scorer: Combine the engine's scores with generated texts, in rows of the fastest size.
-    worker: Hold a loaded model and its cell, also in a process of its own.
+    scorer: Combine the engine's scores with generated texts, and set the fastest row size.
+    worker: Measure cells with a loaded model, in this process or a separate one.
 """

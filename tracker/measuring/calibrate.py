@@ -1,10 +1,10 @@
 """Choose calibration text for fitted replacements of layers, apart from measured documents.
 
-It consists of documents from the end of the benchmark's random order, whose beginning is a sample:
-context and gold continuation, as for the proxies. Their answers are not used as labels.
+Samples use the beginning of a benchmark's random order, and calibration uses the end. A text is
+the context and gold continuation of a document, as for the proxies; answers are not used as labels.
 
-In half precision, some documents are computed twice to measure the effect of rounding. They are
-chosen here too.
+The module also chooses the documents that are computed twice in half precision, to measure the
+effect of rounding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tracker.benchmarks.base import Benchmark
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.core.extent import Extent, random_order, shuffled
-from tracker.core.grouping import grouped
+from tracker.core.extent import Extent, random_order, shuffle_documents
+from tracker.core.grouping import group_by
 from tracker.core.kinds import Action
 from tracker.core.provenance import content_hash
 
@@ -31,42 +31,43 @@ if TYPE_CHECKING:
     from tracker.engine.scoring.sweep import Engine
 
 
-RATE = 64
-"""One document in this number is computed twice."""
-LEAST_TWICE = 4
-"""Minimum number of documents of a cell that are computed twice: the first ones of its random
-order, which a question that is answered early has used."""
+REPEAT_INTERVAL = 64
+"""Average number of documents for each document that is computed twice."""
+MIN_REPEATED = 4
+"""Minimum number of a cell's documents that are computed twice: the first ones of its random
+order, because a question that is answered early has measured only these."""
 
 
-def computed_twice(documents: Sequence[Document], seed: int) -> set[tuple[str, int]]:
+def repeated_documents(documents: Sequence[Document], seed: int) -> set[tuple[str, int]]:
     """Choose the documents, as (task, index), that are computed twice in half precision.
 
     Args:
-        documents: The cell's documents. Only those with two or more options are chosen.
+        documents: The cell's documents. Only documents with two or more options are chosen.
         seed: The seed of the documents' random order.
 
     Returns:
-        The same documents in every call, and additional ones if there are more documents.
+        (Task, index) of each chosen document. For more documents, these are chosen again, plus
+        further ones.
     """
-    of_task = _numbers(document for document in documents if document.choices > 1)
-    every = [(task, index) for task, some in of_task.items() for index in some]
-    drawn = {d for d in every if random.Random("/".join(map(str, d))).random() < 1 / RATE}
-    return drawn | {*shuffled(seed, of_task)[:LEAST_TWICE]}
+    closed = [document for document in documents if document.choices > 1]
+    draws = {document.key: random.Random("/".join(map(str, document.key))) for document in closed}
+    drawn = {key for key, generator in draws.items() if generator.random() < 1 / REPEAT_INTERVAL}
+    return drawn | {*shuffle_documents(seed, _group_numbers(closed))[:MIN_REPEATED]}
 
 
-LEAST = 4
-"""Minimum number of tokens per dimension for a linear map; with fewer, it fits noise."""
-ENOUGH = 16
-"""Sufficient number of tokens per dimension, after which no more are read."""
-FIRST = 64
-"""Number of documents that are read first; it is doubled until there are enough tokens."""
+MIN_TOKENS_PER_DIM = 4
+"""Minimum number of tokens per dimension for a linear map; with fewer, the map fits noise."""
+TOKENS_PER_DIM = 16
+"""Sufficient number of tokens per dimension; further documents are not read."""
+FIRST_DOCUMENTS = 64
+"""Number of documents that are read first; the number doubles until there are enough tokens."""
 
 
-class _End(Extent):
-    """Documents from the end of each task's random order, at most half of the task."""
+class _LastDocuments(Extent):
+    """Selection of documents from the end of each task's random order, at most half of a task."""
 
     @override
-    def of(self, task: str, documents: Sequence[int]) -> Sequence[int]:
+    def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
         order = random_order(self.seed, task, documents)
         return order[::-1][: min(self.sample or 1, max(1, len(documents) // 2))]
 
@@ -77,8 +78,8 @@ class CalibrationTexts:
 
     Attributes:
         texts: Token ids, at least two per text.
-        documents: Task → numbers of its documents.
-        tokens: Number of tokens that are used.
+        documents: Task → numbers of the documents that contain the texts.
+        tokens: Number of tokens that are used for fitting.
     """
 
     texts: Sequence[Sequence[int]]
@@ -86,65 +87,69 @@ class CalibrationTexts:
     tokens: int
 
     @property
-    def about(self) -> dict[str, object]:
-        """The description of the texts in a shard's metadata."""
+    def metadata(self) -> dict[str, object]:
+        """Description of the texts for the metadata of a shard."""
         digest = content_hash([list(text) for text in self.texts])
         return {"documents": self.documents, "tokens": self.tokens, "sha256": digest}
 
     def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, Replacement]:
-        """Fit the replacements of layers that some ablations use.
+        """Fit the replacements of layers that a list of ablations uses.
 
         Args:
             engine: The engine of the model, with known quirks.
-            ablations: The ablations.
+            ablations: The ablations whose replacements are fitted.
 
         Returns:
-            Layer → its replacement.
+            Number of the layer → the layer's replacement.
 
         Raises:
             CellError: The text is too short for a linear map.
         """
-        from tracker.engine.fitting import fit
+        from tracker.engine.fitting import fit_replacements
 
-        asked = [(change.action, change.layer) for each in ablations for change in each.replaced]
-        layers = {layer for action, layer in asked if action.is_fitted}
-        linear = any(action is Action.LINEAR for action, _ in asked)
+        changes = [change for ablation in ablations for change in ablation.replacements]
+        layers = {change.layer for change in changes if change.action.is_fitted}
+        has_linear = any(change.action is Action.LINEAR for change in changes)
         width = engine.loaded.model.config.get_text_config().hidden_size
-        if linear and self.tokens < LEAST * width:
+        needed = MIN_TOKENS_PER_DIM * width
+        if has_linear and self.tokens < needed:
             raise CellError(
                 f"the calibration text has {self.tokens:,} tokens, and a linear map of {width:,} "
-                f"dimensions needs {LEAST * width:,}: leave 'linear' out of 'intervention', or "
-                "take a benchmark with more documents"
+                f"dimensions needs {needed:,}: leave 'linear' out of 'intervention', or take a "
+                "benchmark with more documents"
             )
-        alone = engine.without(INTACT)  # whatever a call leaves behind stays with the copy
-        return dict(fit(alone, self.texts, layers, linear))
+        intact = engine.ablate(INTACT)  # state that a call leaves behind stays with the copy
+        return dict(fit_replacements(intact, self.texts, layers, has_linear))
 
 
-def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> CalibrationTexts:
-    """Choose calibration texts with `ENOUGH` tokens per dimension, or half of all documents."""
-    from tracker.engine.fitting import first_tokens
+def choose_calibration(
+    benchmark: Benchmark, encoder: RequestEncoder, width: int
+) -> CalibrationTexts:
+    """Choose texts with `TOKENS_PER_DIM` tokens per dimension, or at most half of a benchmark."""
+    from tracker.engine.fitting import first_fitted_tokens
 
-    each = max(1, FIRST // len(benchmark.identity.tasks))
-    most = max(task.documents for task in benchmark.identity.tasks) // 2
+    n_documents = max(1, FIRST_DOCUMENTS // len(benchmark.identity.tasks))
+    max_documents = max(task.documents for task in benchmark.identity.tasks) // 2
     while True:
-        documents = benchmark.documents(encoder, _End(sample=each))
-        texts = [text for one in documents if len(text := _text(one, encoder.max_length)) > 1]
-        starts = first_tokens(texts)
+        documents = benchmark.documents(encoder, _LastDocuments(sample=n_documents))
+        texts = [_proxy_tokens(document, encoder.max_length) for document in documents]
+        texts = [text for text in texts if len(text) > 1]
+        starts = first_fitted_tokens(texts)
         tokens = sum(len(text) - start for text, start in zip(texts, starts, strict=True))
-        if tokens >= ENOUGH * width or each >= most:
+        if tokens >= TOKENS_PER_DIM * width or n_documents >= max_documents:
             break
-        each *= 2
+        n_documents *= 2
     if not tokens:
         raise CellError(f"{benchmark.identity.name} has no text to fit anything on")
-    return CalibrationTexts(texts, _numbers(documents), tokens)
+    return CalibrationTexts(texts, _group_numbers(documents), tokens)
 
 
-def _numbers(documents: Iterable[Document]) -> dict[str, list[int]]:
-    by_task = grouped(documents, lambda document: document.task)
-    return {task: [document.index for document in some] for task, some in by_task.items()}
+def _group_numbers(documents: Iterable[Document]) -> dict[str, list[int]]:
+    by_task = group_by(documents, lambda document: document.task)
+    return {task: [document.index for document in group] for task, group in by_task.items()}
 
 
-def _text(document: Document, most: int) -> tuple[int, ...]:
-    """Return a document's tokens as the proxies read them: context and gold continuation."""
+def _proxy_tokens(document: Document, max_length: int) -> tuple[int, ...]:
+    """Return the tokens of a document that the proxies read: context and gold continuation."""
     request = document.requests[document.gold or 0]
-    return (request.context + request.continuation)[-most:]
+    return (request.context + request.continuation)[-max_length:]

@@ -1,7 +1,7 @@
-"""Compute the missing blocks of a cell, also together with other processes.
+"""Compute the missing blocks of a cell; several processes may work on the same cell.
 
-Work is distributed by the locks of blocks alone. The holder of a lock measures and writes the
-block: the only worker of a command, one of several, or another command on the same folder.
+Only the locks of blocks distribute the work. The holder of a lock measures and writes the block.
+The holder may be a worker of this command, or another command on the same folder.
 """
 
 from __future__ import annotations
@@ -19,226 +19,234 @@ from filelock import Timeout
 from tracker.analysis.stopping import BlockRace, CellRace
 from tracker.core.config import all_ablations
 from tracker.core.errors import CellError
-from tracker.core.extent import ALL, Extent
-from tracker.core.provenance import SAME_VERSIONS, readers, reads_otherwise
-from tracker.ledger.blocks import Block, portions
+from tracker.core.extent import ALL_DOCUMENTS, Extent
+from tracker.core.provenance import SAME_VERSIONS, has_other_tokens, tokeniser_differences
+from tracker.ledger.blocks import Block, split_missing
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import PROVENANCE, TOKENS_DIGEST
+from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Job
-from tracker.measuring.meter import Advance, Facts, Measured
-from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Progress, telling
+from tracker.measuring.job import Job, Reporting
+from tracker.measuring.meter import Advance, CellFacts, Measurement
+from tracker.measuring.prepare import find_cell
+from tracker.measuring.progress import Progress, report_work
 
-WAIT = 0.5
+RETRY_SECONDS = 0.5
 """Seconds between two attempts to take a block that another process is measuring."""
-AHEAD = 4
-"""One block may be measured ahead of the race for every this many blocks that it has used."""
+AHEAD_RATIO = 4
+"""Number of blocks that the race must have used for each block that is measured ahead of it."""
 
 
-Measure = Callable[[str, Sequence[str], Sequence[int], Advance], Measured]
-"""Function that measures documents of a task under named ablations and reports its progress."""
+MeasureDocuments = Callable[[str, Sequence[str], Sequence[int], Advance], Measurement]
+"""Function that measures documents of a task under named ablations and reports progress."""
 
 
-def refuse_other_tokens(store: CellStore, facts: Facts, progress: Progress) -> None:
-    """Raise CellError if a cell's measured documents have other tokens than now.
+def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
+    """Raise CellError if documents of a cell were measured with other tokens than they have now.
 
-    If former versions did not store the tokens and package versions differ, a warning goes to
-    `progress`. `facts` describes the documents and the current versions.
+    `facts` describes the documents and the current versions. Former versions of tracker did not
+    store the tokens; if package versions differ from theirs, `progress` receives a warning.
     """
     provenance = facts.provenance
-    frame = store.read(columns=["task", "doc", TOKENS_DIGEST, PROVENANCE]).drop_duplicates()
-    for task, doc, digest, stack in frame.itertuples(index=False):
+    frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
+    for task, doc, digest, provenance_text in frame.itertuples(index=False):
         if isinstance(digest, str) and facts.digests.get((task, doc), digest) != digest:
-            what = f"document {doc} of {task} is read as other tokens"
-            raise _not_mixed(what, json.loads(stack), provenance)
-    if reads_otherwise(store.identity.provenance, provenance):
-        raise _not_mixed("texts are read otherwise", store.identity.provenance, provenance)
-    before = map(json.loads, frame[PROVENANCE][frame[TOKENS_DIGEST].isna()].unique())
-    if versions := sorted({readers(each, provenance) for each in before} - {SAME_VERSIONS}):
+            change = f"document {doc} of {task} is read as other tokens"
+            raise _mixing_error(change, json.loads(provenance_text), provenance)
+    if has_other_tokens(store.identity.provenance, provenance):
+        raise _mixing_error("texts are read otherwise", store.identity.provenance, provenance)
+    undigested = map(json.loads, frame[PROVENANCE_COLUMN][frame[DIGEST_COLUMN].isna()].unique())
+    versions = {tokeniser_differences(stored, provenance) for stored in undigested}
+    if versions := versions - {SAME_VERSIONS}:
         progress.say(
-            f"{store.identity.benchmark.title}: what is measured ({'; '.join(versions)}) does not "
-            f"state its tokens. If {readers(provenance, {})} read texts otherwise, figures are "
-            "mixed; choose another --results to be sure"
+            f"{store.identity.benchmark.title}: what is measured ({'; '.join(sorted(versions))}) "
+            f"does not state its tokens. If {tokeniser_differences(provenance, {})} read texts "
+            "otherwise, figures are mixed; choose another --results to be sure"
         )
 
 
-def _not_mixed(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> CellError:
-    """Return the error about a cell whose new outcomes would have other tokens."""
-    before, after = readers(then, now), readers(now, then)
-    alike = (
+def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
+    """Build the error for a cell whose new outcomes would have other tokens than stored ones."""
+    old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
+    advice = (
         ". A chat template may state the date, which chat_template_args can fix; and the model's "
         "own code runs only with --trust-remote-code"
     )
     return CellError(
-        f"{what} now ({after}) than when this was measured ({before}); the two are not mixed, and "
+        f"{change} now ({new}) than when this was measured ({old}); the two are not mixed, and "
         "nothing is added. Measure with what was used then, or choose another --results"
-        f"{alike * (before == SAME_VERSIONS)}"
+        f"{advice * (old == SAME_VERSIONS)}"
     )
+
+
+MissingOutcomes = Mapping[tuple[str, ...], Sequence[int]]
+"""Names of ablations → numbers of the documents that lack exactly these ablations."""
 
 
 class BlockWork(NamedTuple):
     """A block with missing outcomes.
 
     Attributes:
-        block: The block.
-        missing: Names of ablations → the documents that lack exactly these.
+        block: Block of documents of one task.
+        missing: Missing outcomes of the block.
     """
 
     block: Block
-    missing: Mapping[tuple[str, ...], Sequence[int]]
+    missing: MissingOutcomes
 
 
 class CellWork:
-    """The missing blocks of a cell, shared by the workers of one command, each in its thread.
+    """Missing blocks of a cell, shared by the workers of one command, each in its thread.
 
     Attributes:
         store: The cell on disk.
-        left: Block with missing outcomes → maximum number of missing responses.
+        missing_responses: Block with missing outcomes → maximum number of missing responses.
     """
 
     def __init__(
         self,
         store: CellStore,
-        facts: Facts,
+        facts: CellFacts,
         progress: Progress,
         *,
-        extent: Extent = ALL,
+        extent: Extent = ALL_DOCUMENTS,
         names: Sequence[str] = (),
         race: BlockRace | None = None,
-        changed: Condition | None = None,
+        condition: Condition | None = None,
     ) -> None:
         """Find the missing blocks of a cell.
 
         Args:
             store: The cell on disk.
-            facts: Its documents and the current versions.
+            facts: The documents of the cell and the current versions.
             progress: Receives counts and messages.
             extent: The requested documents; not used with a race.
             names: The requested ablations; not used with a race.
-            race: The stopping rule that decides block by block what is measured; None for none.
-            changed: Lock of the workers' shared state, which is notified of each finished block.
+            race: Stopping rule that chooses the next block and ablations; None for no rule.
+            condition: Lock of the workers' shared state, which is notified of each finished block.
         """
         self.store = store
         self._facts, self._progress, self._race = facts, progress, race
         self._extent = extent if race is None else race.extent
         self._names = names
-        self._changed = changed or Condition()
-        self._taken: set[Block] = set()
-        self._complete: set[Block] = set()
-        self._retry = 0.0
-        self.left = self._find_lacking()
+        self._condition = condition or Condition()
+        self._busy_blocks: set[Block] = set()
+        self._complete_blocks: set[Block] = set()
+        self._retry_time = 0.0
+        self.missing_responses = self._find_missing()
 
     @property
     def total(self) -> int:
-        """The maximum number of missing responses."""
-        return sum(self.left.values())
+        """Maximum number of missing responses of the cell."""
+        return sum(self.missing_responses.values())
 
     @property
     def is_complete(self) -> bool:
-        """True if nothing is missing, and no worker measures a block."""
-        return not (self.left or self._taken)
+        """True if no outcome is missing, and no worker is measuring a block."""
+        return not (self.missing_responses or self._busy_blocks)
 
     @property
-    def is_free(self) -> bool:
-        """True if there may be a missing block that no one measures."""
-        return time.monotonic() >= self._retry and bool(self._candidates())
+    def has_free_block(self) -> bool:
+        """True if there may be a missing block that no process is measuring."""
+        return time.monotonic() >= self._retry_time and bool(self._free_blocks())
 
     @contextmanager
-    def take(self) -> Iterator[BlockWork | None]:
-        """Yield a missing block while holding its lock; None if none is available now."""
-        with ExitStack() as held:
-            with self._changed:
+    def take_block(self) -> Iterator[BlockWork | None]:
+        """Yield a missing block while holding its lock, or None if no block is available now."""
+        with ExitStack() as locks:
+            with self._condition:
                 self._update_race()
-                work = self._lock_block(held)
+                work = self._lock_block(locks)
             yield work
 
-    def measure(self, work: BlockWork, measure: Measure) -> None:
-        """Measure and write the missing outcomes of a block, whose lock must be held."""
+    def measure(self, work: BlockWork, measure: MeasureDocuments) -> None:
+        """Measure and write the missing outcomes of a block; the caller must hold its lock."""
         block, missing = work
-        due = self._count(block, missing)
-        # Offloaded weights are read once for everything that is computed together.
-        for names, documents in missing.items() if self._facts.offloaded else portions(missing):
-            due -= self._count(block, {names: documents})
-            shard = measure(block.task, names, documents, partial(self._advance, block, due))
+        n_pending = self._count_responses(block, missing)
+        # Offloaded weights are read once for all documents that are computed together.
+        portions = missing.items() if self._facts.offloaded else split_missing(missing)
+        for names, documents in portions:
+            n_pending -= self._count_responses(block, {names: documents})
+            advance = partial(self._report_responses, block, n_pending)
+            shard = measure(block.task, names, documents, advance)
             for line in shard.notes:
                 self._progress.say(line)
             self.store.write(block, shard.rows, shard.metadata)
             self.store.texts.add(block.name, shard.texts)
-            self._settle(block, due)
-        with self._changed:
+            self._report_done(block, n_pending)
+        with self._condition:
             self._update_race()
 
-    def _lock_block(self, held: ExitStack) -> BlockWork | None:
-        """Lock the first missing block that no one measures; None if there is none."""
-        elsewhere: list[Block] = []
-        while blocks := [block for block in self._candidates() if block not in elsewhere]:
+    def _lock_block(self, locks: ExitStack) -> BlockWork | None:
+        """Lock the first missing block that no process is measuring; None if there is none."""
+        skipped: list[Block] = []
+        while blocks := [block for block in self._free_blocks() if block not in skipped]:
             block = blocks[0]
             with suppress(Timeout), ExitStack() as lock:
-                lock.callback(self._give_back, block)
+                lock.callback(self._release_block, block)
                 lock.enter_context(self.store.lock(block).acquire(timeout=0))
-                names = self._names if self._race is None else self._race.needed
-                missing = self.store.missing(block, self._extent, names)
-                self._settle(block, self._count(block, missing))
+                names = self._names if self._race is None else self._race.needed_ablations
+                missing = self.store.missing_outcomes(block, self._extent, names)
+                self._report_done(block, self._count_responses(block, missing))
                 if missing:
-                    self._taken.add(block)
-                    held.enter_context(lock.pop_all())
+                    self._busy_blocks.add(block)
+                    locks.enter_context(lock.pop_all())
                     return BlockWork(block, missing)
                 self._update_race()
                 continue
-            elsewhere.append(block)
-        if elsewhere:
-            if not self._retry:
-                count = f"{len(elsewhere)} block{'s are' if len(elsewhere) > 1 else ' is'}"
-                self._progress.say(f"{count} being measured by another process")
-            self._retry = time.monotonic() + WAIT
+            skipped.append(block)
+        if skipped:
+            if not self._retry_time:
+                noun = "blocks are" if len(skipped) > 1 else "block is"
+                self._progress.say(f"{len(skipped)} {noun} being measured by another process")
+            self._retry_time = time.monotonic() + RETRY_SECONDS
         return None
 
-    def _give_back(self, block: Block) -> None:
-        """Make a block, whose lock is released, available to the other workers."""
-        with self._changed:
-            self._taken.discard(block)
-            self._changed.notify_all()
+    def _release_block(self, block: Block) -> None:
+        """Make a block available to the other workers, after its lock was released."""
+        with self._condition:
+            self._busy_blocks.discard(block)
+            self._condition.notify_all()
 
-    def _candidates(self) -> list[Block]:
-        """List the blocks that may be measured now and that no worker of this command measures."""
-        blocks = list(self.left)
+    def _free_blocks(self) -> list[Block]:
+        """List the blocks that may be measured now and that no worker here is measuring."""
+        blocks = list(self.missing_responses)
         if self._race is not None:
-            blocks = self._race.left
-            # Blocks depend on the results before them. Beyond the next block, at most a quarter of
-            # the number of used blocks is measured ahead, while another worker measures the next.
-            ahead = self._race.done // AHEAD if self._taken.intersection(blocks[:1]) else 0
-            blocks = [block for block in blocks[: 1 + ahead] if block in self.left]
-        return [block for block in blocks if block not in self._taken]
+            blocks = self._race.remaining_blocks
+            # The work of a block depends on earlier results. While another worker measures the next
+            # block, further blocks are measured ahead: at most a quarter of the used ones.
+            is_next_busy = bool(self._busy_blocks.intersection(blocks[:1]))
+            blocks = blocks[: 1 + is_next_busy * (self._race.n_blocks // AHEAD_RATIO)]
+        return [b for b in blocks if b in self.missing_responses and b not in self._busy_blocks]
 
     def _update_race(self) -> None:
         """Re-evaluate the stopping rule on all results so far."""
         if self._race is None:
             return
-        open_before = self._race.open.sum()
+        n_open = self._race.open.sum()
         self._race.advance()
-        if 0 < self._race.open.sum() < open_before:
+        if 0 < self._race.open.sum() < n_open:
             self._progress.say(f"{self._race.contenders}; {self._race.looked:,} documents")
-        before = self.total
-        self.left = self._find_lacking()
-        self._progress.expect(self.total - before)
+        n_missing = self.total
+        self.missing_responses = self._find_missing()
+        self._progress.expect(self.total - n_missing)
 
-    def _find_lacking(self) -> dict[Block, int]:
-        """Return missing blocks → maximum number of missing responses."""
+    def _find_missing(self) -> dict[Block, int]:
+        """Map each missing block to its maximum number of missing responses."""
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
             blocks = self.store.blocks(extent)
-            missing = {block: self.store.missing(block, extent, self._names) for block in blocks}
-        elif race is not None and race.lacking is not None:
-            next_block, names = race.lacking
-            blocks = [b for b in race.left if b == next_block or b not in self._complete]
+            missing = {b: self.store.missing_outcomes(b, extent, self._names) for b in blocks}
+        elif race is not None and race.next_block is not None:
+            next_block, names = race.next_block
+            complete = self._complete_blocks - {next_block}
+            blocks = [block for block in race.remaining_blocks if block not in complete]
             missing = {b: {names: list(self.store.documents(b, extent))} for b in blocks}
         else:
             return {}
-        responses = {block: self._count(block, work) for block, work in missing.items()}
+        responses = {block: self._count_responses(block, work) for block, work in missing.items()}
         return {block: count for block, count in responses.items() if count}
 
-    def _count(self, block: Block, missing: Mapping[tuple[str, ...], Sequence[int]]) -> int:
+    def _count_responses(self, block: Block, missing: MissingOutcomes) -> int:
         """Count the missing responses of a block."""
         responses = self._facts.responses
         return sum(
@@ -246,81 +254,80 @@ class CellWork:
             for names, documents in missing.items()
         )
 
-    def _advance(self, block: Block, due: int, responses: int) -> None:
-        """Report responses of a block that is being measured; `due` responses come later."""
-        # The baseline is computed along with missing ablations, and is not counted again.
-        self._settle(block, max(due, self.left.get(block, 0) - responses))
+    def _report_responses(self, block: Block, n_pending: int, n_responses: int) -> None:
+        """Report new responses of a block; `n_pending` responses of the block come later."""
+        # The baseline is always computed with missing ablations; it is not counted again.
+        self._report_done(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
 
-    def _settle(self, block: Block, left: int) -> None:
-        """Report a block's responses as done, except for those that are left."""
-        with self._changed:
-            if (responses := self.left.get(block, 0) - left) > 0:
-                self._progress.advance(responses)
-                self.left[block] = left
-            if not left:
-                self.left.pop(block, None)
-                self._complete.add(block)
+    def _report_done(self, block: Block, n_left: int) -> None:
+        """Report the responses of a block as done, except for the `n_left` that are missing."""
+        with self._condition:
+            if (n_done := self.missing_responses.get(block, 0) - n_left) > 0:
+                self._progress.advance(n_done)
+                self.missing_responses[block] = n_left
+            if not n_left:
+                self.missing_responses.pop(block, None)
+                self._complete_blocks.add(block)
 
 
 def open_work(
-    job: Job, facts: Facts, ledger: Ledger, progress: Progress, changed: Condition | None = None
+    job: Job, facts: CellFacts, report: Reporting, condition: Condition | None = None
 ) -> CellWork:
-    """Open or create the cell of a job, and find its missing blocks.
+    """Open or create the cell of a job, and find the missing blocks of the cell.
 
     Args:
         job: The job.
-        facts: Its model and documents.
-        ledger: The results folder.
-        progress: Receives counts and messages.
-        changed: The lock of the workers that share it.
+        facts: The model and documents of the job.
+        report: The results folder, and the receiver of counts and messages.
+        condition: The lock of the workers that share the cell.
 
     Returns:
         The missing blocks.
 
     Raises:
-        CellError: Its documents have other tokens than earlier outcomes of the cell.
+        CellError: The documents have other tokens than in earlier outcomes of the cell.
     """
-    store, request = open_store(job, facts, ledger), job.cells[0].request
-    race = None if request.until is None else CellRace(store, store.views.of(request))
+    store, request = open_store(job, facts, report.ledger), job.cells[0].request
+    race = None if request.until is None else CellRace(store, store.views.view_of(request))
     work = CellWork(
-        *(store, facts, progress),
+        *(store, facts, report.progress),
         extent=request.extent,
         names=ablation_names(job, store),
         race=race,
-        changed=changed,
+        condition=condition,
     )
-    if work.left:
-        refuse_other_tokens(store, facts, progress)
+    if work.missing_responses:
+        refuse_other_tokens(store, facts, report.progress)
     return work
 
 
-def open_store(job: Job, facts: Facts, ledger: Ledger) -> CellStore:
-    """Open or create the cell of a job, and record it as the result of its request."""
-    store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
-    # A hub model's commit is known only now that it is in the cache. Changes are not part of the
-    # key, so all requests of a job have the same one.
+def open_store(job: Job, facts: CellFacts, ledger: Ledger) -> CellStore:
+    """Open or create the cell of a job, and record the cell as the result of the job's requests."""
+    store = ledger.open_cell(facts.model, facts.benchmark, facts.provenance)
+    # The commit of a hub model is known only now that the model is in the cache. All requests of a
+    # job have the same key, because the key does not contain the changes.
     cell = job.cells[0]
-    if key := cell.key or look_up(cell.request, ledger).key:
-        ledger.remember(key, store)
+    if key := cell.key or find_cell(cell.request, ledger).key:
+        ledger.index_cell(key, store)
     return store
 
 
 def ablation_names(job: Job, store: CellStore) -> list[str]:
-    """List the names of the ablations of a job's requests."""
+    """List the names of all ablations that the requests of a job contain."""
     return [a.name for a in all_ablations(job.requests, store.identity.model.layers)]
 
 
-def fill(work: CellWork, measure: Measure, progress: Progress) -> None:
-    """Measure everything that a cell lacks, and wait for blocks of other processes.
+def fill_cell(work: CellWork, measure: MeasureDocuments, progress: Progress) -> None:
+    """Measure all missing outcomes of a cell, and wait for blocks of other processes.
 
-    If such a process dies, its lock is released, and the block is measured here.
+    If another process dies, its lock is released, and its block is measured here.
     """
-    with telling(progress, work.store.identity.benchmark.title, work.total):
+    with report_work(progress, work.store.identity.benchmark.title, work.total):
         while True:
-            with work.take() as taken:
-                if taken is not None:
-                    work.measure(taken, measure)
+            with work.take_block() as block_work:
+                if block_work is not None:
+                    work.measure(block_work, measure)
             if work.is_complete:
                 return
-            if taken is None:
-                time.sleep(WAIT)
+            if block_work is None:
+                time.sleep(RETRY_SECONDS)

@@ -1,4 +1,4 @@
-"""Define a job and its options."""
+"""Define a job (unfinished requests of one cell) and the options of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from numbers import Integral
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.config import EXECUTORS, RESTS, CellRequest, executor_names
+from tracker.core.config import EXECUTORS, OFFLOAD_PLACES, CellRequest, executor_names
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import CellLookup
 from tracker.measuring.progress import Progress
 
-_LEAST = 2**20
+_MIN_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,22 @@ class Options:
 
     Attributes:
         device: `auto`, a torch device, `spread` (one model over all accelerators), or `all` (a
-            worker on each).
+            worker on each accelerator).
         trust_remote_code: True if code and pickles from a download may run.
-        memory: Bytes for hidden states, keys and values; None = half of the free memory.
-        weights: Bytes for a model's weights on the device; None = as many as fit. Other layers are
-            offloaded to the host's memory or to disk.
-        offload: Place of the layers that are not in use: one of `RESTS`. `device` is where the
-            model runs, as far as they fit.
+        memory: Number of bytes for hidden states, keys and values; None = half of the free memory.
+        weights: Number of bytes for a model's weights on the device; None = as many as fit. Other
+            layers are offloaded to the host's memory or to disk.
+        offload: Place of the layers that are not in use: one of `OFFLOAD_PLACES`. `device` means
+            the device that runs the model, for as many layers as fit.
         workers: Number of parallel processes on this machine; None = this process only, or with
-            device `all` one for each group of accelerators.
+            device `all` one process for each group of accelerators.
         devices_per_worker: Number of accelerators of each worker; None = as many as the weights
             need.
-        executor: The executor: one of `executor_names()`.
+        executor: Name of the executor: one of `executor_names()`.
         slurm: Parameters of each SLURM job, under submitit's names.
 
     Raises:
-        RequestError: The executor is unknown, it does not support an option, or a size is invalid.
+        RequestError: The executor is unknown or does not support an option, or a size is invalid.
     """
 
     device: str = "auto"
@@ -54,36 +54,38 @@ class Options:
 
     def __post_init__(self) -> None:
         executors = EXECUTORS if self.executor in EXECUTORS else executor_names()
-        for what, said, known in (
+        for problem, value, allowed in (
             ("there is no executor", self.executor, executors),
-            ("layers cannot be offloaded to", self.offload, RESTS),
+            ("layers cannot be offloaded to", self.offload, OFFLOAD_PLACES),
         ):
-            if said not in known:
-                text = f"{what} {said!r}; use one of: {', '.join(known)}."
-                raise RequestError(text + did_you_mean(said, known))
+            if value not in allowed:
+                text = f"{problem} {value!r}; use one of: {', '.join(allowed)}."
+                raise RequestError(text + did_you_mean(value, allowed))
         if self.slurm and self.executor != "slurm":
-            raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")
-        _refuse_no_size("memory", self.memory)
-        _refuse_no_size("weights", self.weights)
+            raise RequestError(
+                "--slurm needs --executor slurm: it sets the resources of SLURM jobs"
+            )
+        _refuse_invalid_size("memory", self.memory)
+        _refuse_invalid_size("weights", self.weights)
         self._refuse_workers()
 
     @property
     def has_workers(self) -> bool:
         """True if separate processes of this machine measure the cells."""
-        return self.executor == "local" and (self.device == "all" or bool(self._said_of_workers))
+        return self.executor == "local" and (self.device == "all" or bool(self._worker_counts))
 
     @property
-    def _said_of_workers(self) -> dict[str, int]:
-        said = {"workers": self.workers, "devices_per_worker": self.devices_per_worker}
-        return {name: number for name, number in said.items() if number is not None}
+    def _worker_counts(self) -> dict[str, int]:
+        counts = {"workers": self.workers, "devices_per_worker": self.devices_per_worker}
+        return {name: number for name, number in counts.items() if number is not None}
 
     def _refuse_workers(self) -> None:
-        """Raise RequestError for options of workers that are invalid or not supported."""
-        said = self._said_of_workers
-        for name, number in said.items():
+        """Raise RequestError if an option of the workers is invalid or not supported."""
+        counts = self._worker_counts
+        for name, number in counts.items():
             if not isinstance(number, Integral) or number < 1:
                 raise RequestError(f"{name} is {number!r}; write a whole number from 1 on")
-        if said and self.device == "spread":
+        if counts and self.device == "spread":
             raise RequestError(
                 "--device spread is one model over all accelerators; for workers with some of them "
                 "each: --device all --devices-per-worker 2"
@@ -93,7 +95,7 @@ class Options:
                 "--workers is for this machine; Ray has a worker at every GPU, or at every "
                 "--devices-per-worker of them, or at every node"
             )
-        if self.executor == "slurm" and (said or self.device == "all"):
+        if self.executor == "slurm" and (counts or self.device == "all"):
             raise RequestError(
                 "a SLURM job measures in one process. For a model that needs several GPUs: --slurm "
                 "gpus_per_node=2 --device spread. For several workers in a job, have sbatch type: "
@@ -101,13 +103,13 @@ class Options:
             )
 
 
-def _refuse_no_size(name: str, size: object) -> None:
-    """Raise RequestError for an invalid number of bytes; a notebook may pass any type."""
+def _refuse_invalid_size(name: str, size: object) -> None:
+    """Raise RequestError for an invalid number of bytes; callers may pass any type."""
     if size is not None and not isinstance(size, Integral):
         raise RequestError(
             f"{name} is {size!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
         )
-    if size is not None and size < _LEAST:
+    if size is not None and size < _MIN_BYTES:
         raise RequestError(
             f"{name} is {size} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB "
             "(4 * 2**30 in Python)"
@@ -116,10 +118,10 @@ def _refuse_no_size(name: str, size: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Unfinished requests of one cell of the ledger, and their benchmark.
+    """Unfinished requests of one cell of the ledger, and the benchmark of the cell.
 
     The requests differ only in their runs, so they are measured and checked together. A request
-    with a question has a job of its own.
+    with a question has a separate job.
     """
 
     cells: tuple[CellLookup, ...]
@@ -132,30 +134,30 @@ class Job:
 
     @property
     def title(self) -> str:
-        """The job's name in messages."""
-        others = len(self.cells) - 1
-        more = f" and {others} more of its views" if others else ""
-        return f"{self.cells[0].request.title}{more}"
+        """Name of the job in messages."""
+        n_others = len(self.cells) - 1
+        suffix = f" and {n_others} more of its views" if n_others else ""
+        return f"{self.cells[0].request.title}{suffix}"
 
 
-Begun = Callable[[CellLookup, CellStore], None]
+BeginCallback = Callable[[CellLookup, CellStore], None]
 """Function that is called with each unfinished cell before it is measured."""
-Done = Callable[[CellLookup, CellStore | Exception], None]
-"""Function that is called once with each cell: its finished store, or the error."""
+EndCallback = Callable[[CellLookup, CellStore | Exception], None]
+"""Function that is called once for each cell, with its finished store or with the error."""
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """The results folder and the callbacks of a measurement.
+    """Results folder and callbacks of a measurement.
 
     Attributes:
         ledger: The results folder.
         progress: Receives counts and messages.
-        begun: Called with each cell before it is measured.
-        done: Called with each cell when it is finished or has failed.
+        on_begin: Function that is called with each cell before the cell is measured.
+        on_end: Function that is called with each cell that is finished or has failed.
     """
 
     ledger: Ledger
     progress: Progress
-    begun: Begun
-    done: Done
+    on_begin: BeginCallback
+    on_end: EndCallback

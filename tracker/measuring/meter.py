@@ -13,60 +13,64 @@ from tracker.benchmarks.base import Benchmark
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.config import CellRequest, ModelSpec, all_ablations
 from tracker.core.documents import Document, Response
-from tracker.core.errors import CellError
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
-from tracker.core.provenance import TOKENISATION, WEIGHTS, machine, package_versions
-from tracker.ledger.outcomes import CHECKPOINT, TOKENS_DIGEST, outcome_row
+from tracker.core.provenance import (
+    TOKENISATION_KEY,
+    WEIGHTS_KEY,
+    describe_machine,
+    package_versions,
+)
+from tracker.ledger.outcomes import CHECKPOINT_KEY, DIGEST_COLUMN, outcome_row
 from tracker.ledger.texts import text_row
-from tracker.measuring.calibrate import CalibrationTexts, calibration, computed_twice
+from tracker.measuring.calibrate import CalibrationTexts, choose_calibration, repeated_documents
 from tracker.measuring.prepare import check_range
-from tracker.models.devices import describe
-from tracker.models.sources import find_model, parts_of, stored_format
+from tracker.models.devices import describe_device
+from tracker.models.sources import find_model, parts_of_config, stored_format
 
 if TYPE_CHECKING:
     from tracker.engine.forward.layer import Replacement
     from tracker.engine.scoring.sweep import DocumentScores, Engine
-    from tracker.engine.selfcheck.check import Kept
-    from tracker.engine.selfcheck.reference import Comparison, Reference
+    from tracker.engine.selfcheck.check import VerdictStore
+    from tracker.engine.selfcheck.reference import Comparison
     from tracker.measuring.job import Options
     from tracker.measuring.scorer import Scorer
     from tracker.models.load import LoadedModel
 
-Place = tuple[str, int]
-"""A document: its task, and its number in the task's split."""
+DocumentKey = tuple[str, int]
+"""Key of a document: the name of its task, and its number in the task's split."""
 Advance = Callable[[int], None]
 """Function that is called with the number of responses since its last call."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model with the spec of its weights."""
+    """Loaded model, and the specification of its weights."""
 
     spec: ModelSpec
     loaded: LoadedModel
 
 
 def open_model(spec: ModelSpec, options: Options) -> Model:
-    """Load a model; raise ModelError if it cannot be found or read."""
+    """Load a model; raise ModelError if the model cannot be found or read."""
     from tracker.models.devices import keep_freed_memory
     from tracker.models.load import load_model
 
     keep_freed_memory()
     source = find_model(spec, options.trust_remote_code)
-    how = (options.device, options.weights, options.offload)
-    return Model(spec, load_model(source, spec.dtype, *how))
+    device_options = (options.device, options.weights, options.offload)
+    return Model(spec, load_model(source, spec.dtype, *device_options))
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts about a cell that are known once its model is loaded.
+class CellFacts:
+    """Facts about a cell that are known once the cell's model is loaded.
 
     Attributes:
         model: Identity of the weights.
         benchmark: Identity of the documents.
-        provenance: Versions and machine.
-        responses: Document → number of its responses under one ablation.
-        digests: Document → digest of its tokens.
+        provenance: Versions of packages, and description of the machine.
+        responses: Document → number of the document's responses under one ablation.
+        digests: Document → digest of the document's tokens.
         offloaded: Description of offloaded weights; empty if all fit on the device.
         is_fresh: True if the model was loaded for this cell.
     """
@@ -74,21 +78,21 @@ class Facts:
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     provenance: dict[str, str]
-    responses: dict[Place, int]
-    digests: dict[Place, str]
+    responses: dict[DocumentKey, int]
+    digests: dict[DocumentKey, str]
     offloaded: str = ""
     is_fresh: bool = False
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Measured outcomes of some documents.
+class Measurement:
+    """Measured outcomes of a list of documents.
 
     Attributes:
         rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
         metadata: Details of the measurement, with versions, machine and device.
-        texts: One mapping per document with its text, as from `texts.text_row`.
-        notes: The engine's messages during the measurement.
+        texts: One mapping per document with the text, as from `texts.text_row`.
+        notes: Messages of the engine during the measurement.
     """
 
     rows: list[dict[str, object]]
@@ -100,9 +104,9 @@ class Measured:
 class Meter:
     """Measures the documents of one cell under all requested ablations, baseline first.
 
-    The requests differ only in their runs. `twice` holds the documents that are computed twice, to
-    measure the effect of rounding. RequestError is raised for layers that the model does not have,
-    and for a document without a required field.
+    The requests differ only in their runs. `repeated_keys` contains the keys of documents that are
+    computed twice, to measure the effect of rounding. RequestError is raised for layers that the
+    model does not have, and for a document without a required field.
     """
 
     def __init__(
@@ -113,67 +117,67 @@ class Meter:
         from tracker.measuring.scorer import Scorer
         from tracker.models.parts.anatomy import LayerAnatomy
 
-        loaded, request = model.loaded, requests[0]
-        for each in requests:
-            check_range(each, parts_of(loaded.model.config.get_text_config()))
+        loaded, spec = model.loaded, requests[0].benchmark
+        config, extent = loaded.model.config.get_text_config(), requests[0].extent
+        for request in requests:
+            check_range(request, parts_of_config(config))
         self.ablations = all_ablations(requests, loaded.identity.layers)
-        anatomy = LayerAnatomy(loaded.model, loaded.layers, loaded.device)
-        anatomy.refuse_formats(self.ablations)
-        self._benchmark = benchmark
-        self._model = model
-        self._memory = options.memory
+        LayerAnatomy(loaded.model, loaded.layers, loaded.device).check_formats(self.ablations)
+        self._benchmark, self._model, self._memory = benchmark, model, options.memory
         self._scorer: Scorer | None = None
-        self._noted = 0
-        self._encoder = RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark)
-        documents = benchmark.documents(self._encoder, request.extent)
-        self.documents = {(document.task, document.index): document for document in documents}
-        self._watch = watched_documents(documents)
+        self._n_notes = 0
+        self._encoder = encoder = RequestEncoder(loaded.model, loaded.tokenizer, spec)
+        documents = benchmark.documents(encoder, extent)
+        self.documents = {document.key: document for document in documents}
+        self._checked_keys = watched_documents(documents)
         is_half = loaded.identity.is_half
-        self.twice = computed_twice(documents, request.extent.seed) if is_half else set()
+        self.repeated_keys = repeated_documents(documents, extent.seed) if is_half else set()
         self._calibration: CalibrationTexts | None = None
-        if any(each.is_fitted for each in self.ablations):
-            width = loaded.model.config.get_text_config().hidden_size
-            self._calibration = calibration(benchmark, self._encoder, width)
-        weights = stored_format(find_model(request.model, options.trust_remote_code))
-        kept = {WEIGHTS: weights} if weights else {}
-        kept[TOKENISATION] = self._encoder.tokenisation(bool(request.benchmark.apply_chat_template))
-        max_length = self._encoder.max_length
-        self.facts = Facts(
+        if any(ablation.has_replacements for ablation in self.ablations):
+            self._calibration = choose_calibration(benchmark, encoder, config.hidden_size)
+        provenance = package_versions() | describe_machine() | describe_device(loaded.device)
+        if weights := stored_format(find_model(requests[0].model, options.trust_remote_code)):
+            provenance[WEIGHTS_KEY] = weights
+        has_template = bool(spec.apply_chat_template)
+        provenance[TOKENISATION_KEY] = encoder.tokenisation_digest(has_template)
+        self.facts = CellFacts(
             loaded.identity,
             benchmark.identity,
-            {**package_versions(), **machine(), **describe(loaded.device), **kept},
-            {place: Scorer.responses(each) for place, each in self.documents.items()},
-            {place: each.tokens_digest(max_length) for place, each in self.documents.items()},
+            provenance,
+            {document.key: Scorer.count_responses(document) for document in documents},
+            {document.key: document.tokens_digest(encoder.max_length) for document in documents},
             "" if loaded.offloaded is None else str(loaded.offloaded),
         )
 
     @property
     def engine(self) -> Engine:
-        """The engine, with as much sharing as `check` found to be exact."""
+        """Engine that shares only the computation that `check` found to be exact."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
 
-    def check(self, kept: Kept | None = None, typical: Sequence[Ablation] = ()) -> list[str]:
-        """Test which computation this model can share exactly; must precede `measure`.
+    def check(
+        self, verdicts: VerdictStore | None = None, typical: Sequence[Ablation] = ()
+    ) -> list[str]:
+        """Test which computation ablations can share exactly; call this before `measure`.
 
-        Verdicts on architectures and models are stored in `kept`, if given. `typical` is as for the
-        engine's check. The returned lines report disabled sharing and the model's numerical noise.
+        Verdicts on architectures and models are stored in `verdicts`, if given. `typical` lists the
+        typical ablations, as for the engine's check. The returned lines report disabled sharing and
+        the model's noise.
         """
         from tracker.engine.scoring.sweep import Engine
-        from tracker.measuring.scorer import checked_scorer, with_fastest_rows
+        from tracker.measuring.scorer import checked_scorer, set_row_size
 
         loaded = self._model.loaded
 
         def fit(engine: Engine) -> Mapping[int, Replacement]:
             return self._calibration.fit(engine, self.ablations) if self._calibration else {}
 
-        engine = Engine(loaded, self._encoder.max_length, memory=self._memory)
-        engine = with_fastest_rows(engine)
+        engine = set_row_size(Engine(loaded, self._encoder.max_length, memory=self._memory))
         documents = list(self.documents.values())
-        self._scorer, said = checked_scorer(
-            engine, loaded.tokenizer, documents, self.ablations, kept, fit, typical
+        self._scorer, notes = checked_scorer(
+            engine, loaded.tokenizer, documents, self.ablations, verdicts, fit, typical
         )
-        return [f"{loaded.identity.name}: {line}" for line in said]
+        return [f"{loaded.identity.name}: {line}" for line in notes]
 
     def measure(
         self,
@@ -181,17 +185,17 @@ class Meter:
         names: Sequence[str],
         indices: Sequence[int],
         advance: Advance = lambda responses: None,
-    ) -> Measured:
-        """Measure some documents of one task.
+    ) -> Measurement:
+        """Measure a list of documents of one task.
 
         Args:
-            task: The task.
-            names: The ablations that the documents lack.
-            indices: The documents' positions in the task's split.
-            advance: Called with the number of new responses.
+            task: Name of the task.
+            names: Names of the ablations whose outcomes the documents lack.
+            indices: Positions of the documents in the task's split.
+            advance: Function that is called with the number of new responses.
 
         Returns:
-            Their outcomes.
+            The outcomes of the documents.
 
         Raises:
             CellError: Shared computation gives another result than a really pruned model.
@@ -201,32 +205,32 @@ class Meter:
         from tracker.models.devices import peak_memory
 
         assert self._scorer is not None, "check() comes first"
-        scorer = self._scorer
-        named = {ablation.name: ablation for ablation in self.ablations}
-        # The baseline rides along for free: every other stream forks from it.
-        scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
-        start = time.perf_counter()
-        documents = [self.documents[task, i] for i in indices]
-        # Only outcomes whose rows are written are compared: the rows hold the comparison.
-        some = [each for each in documents if (task, each.index) in self._watch]
-        seed, first = self.facts.model.fingerprint, int(INTACT.name not in names)
-        truth, asked = Reference(scorer.engine), watched_requests(some, scored, seed, first)
-        twice = [each for each in documents if (task, each.index) in self.twice]
+        scorer, start = self._scorer, time.perf_counter()
+        by_name = {ablation.name: ablation for ablation in self.ablations}
+        # Scoring the baseline costs nothing extra: every other stream forks from it.
+        scored = [INTACT, *(by_name[name] for name in names if name != INTACT.name)]
+        documents = [self.documents[task, index] for index in indices]
+        repeated = [document for document in documents if document.key in self.repeated_keys]
+        # Only outcomes whose rows are written are compared: the rows contain the comparison.
+        checked = [document for document in documents if document.key in self._checked_keys]
+        seed, first_index = self.facts.model.fingerprint, int(INTACT.name not in names)
+        reference = Reference(scorer.engine)
         passes: list[Callable[[], Any]] = [
             partial(scorer.score, documents, scored, advance),
-            partial(scorer.again, twice, scored),
-            partial(truth.ask, asked),
+            partial(scorer.score_again, repeated, scored),
+            partial(reference.answer_all, watched_requests(checked, scored, seed, first_index)),
         ]
-        taken = [each.expert for each in scored if each.expert is not None]
-        passes += [partial(self._loads, documents, taken)] if taken else []
-        results, finer, _, *loads = scorer.engine.side_by_side(passes)
-        load = dict(zip(indices, loads[0], strict=True)) if loads else {}
-        watched = self._watched(truth, results, scored, first)
-        again = {each.document.index: each.responses for each in finer}
+        if experts := [ablation.expert for ablation in scored if ablation.expert is not None]:
+            passes.append(partial(self._observe_experts, documents, experts))
+        results, repeated_results, _, *loads = scorer.engine.run_lockstep(passes)
+        compared = [result for result in results if result.document.key in self._checked_keys]
+        comparisons = scorer.compare_results(reference, compared, scored, seed, first_index)
+        repeated_responses = {r.document.index: r.responses for r in repeated_results}
         rows: list[dict[str, object]] = []
-        for result in results:
-            other = again.get(result.document.index, [None] * len(scored))
-            rows += self._rows(result, names, scored, watched, other, load)
+        for number, result in enumerate(results):
+            responses = repeated_responses.get(result.document.index, [None] * len(scored))
+            expert_loads = loads[0][number] if loads else {}
+            rows += self._outcome_rows(result, names, scored, comparisons, responses, expert_loads)
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
@@ -234,70 +238,47 @@ class Meter:
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
         }
-        if scorer.which:
-            metadata[CHECKPOINT] = scorer.which
-        if self._calibration and any(each.is_fitted for each in scored):
-            metadata["calibration"] = self._calibration.about
-        texts = [
-            text_row(each.document, self._benchmark.text(each.document), self._benchmark.public)
-            for each in results
-        ]
-        return Measured(rows, metadata, texts, self._notes())
+        if scorer.checkpoint_note:
+            metadata[CHECKPOINT_KEY] = scorer.checkpoint_note
+        if self._calibration and any(ablation.has_replacements for ablation in scored):
+            metadata["calibration"] = self._calibration.metadata
+        text, is_public = self._benchmark.text, self._benchmark.public
+        texts = [text_row(document, text(document), is_public) for document in documents]
+        return Measurement(rows, metadata, texts, self._notes())
 
     def _notes(self) -> list[str]:
-        """Return the engine's notes since the last call."""
-        name, notes = self.facts.model.name, self.engine.notes[self._noted :]
-        self._noted += len(notes)
+        """Return the notes of the engine since the last call of this method."""
+        name, notes = self.facts.model.name, self.engine.notes[self._n_notes :]
+        self._n_notes += len(notes)
         return [f"{name}: {line}" for line in notes]
 
-    def _loads(
+    def _observe_experts(
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[Mapping[Change, Sequence[float]]]:
-        """Observe the intact model's use of some experts for each document."""
-        from tracker.engine.observers.layer_proxies import expert_load
+        """Measure for each document how much the intact model uses the given experts."""
+        from tracker.engine.observers.layer_proxies import measure_expert_load
 
-        each = (partial(expert_load, self.engine, document, parts) for document in documents)
-        return [*self.engine.side_by_side(each)]
+        measure = partial(measure_expert_load, self.engine)
+        return [*self.engine.run_lockstep(partial(measure, doc, parts) for doc in documents)]
 
-    def _watched(
-        self,
-        truth: Reference,
-        results: Sequence[DocumentScores],
-        scored: Sequence[Ablation],
-        first: int,
-    ) -> dict[tuple[Place, Ablation], Comparison]:
-        """Compare some of the results with those of really pruned models."""
-        assert self._scorer is not None
-        some = [r for r in results if (r.document.task, r.document.index) in self._watch]
-        seed = self.facts.model.fingerprint
-        found = {}
-        for result, ablation, comparison in self._scorer.watch(truth, some, scored, seed, first):
-            if comparison.wrong is not None:
-                raise CellError(
-                    f"stopped, because sharing is not exact here: {comparison.wrong}. What was "
-                    "measured of this benchmark is not to be trusted; please report this line"
-                )
-            found[(result.document.task, result.document.index), ablation] = comparison
-        return found
-
-    def _rows(
+    def _outcome_rows(
         self,
         result: DocumentScores,
         names: Collection[str],
         scored: Sequence[Ablation],
-        watched: Mapping[tuple[Place, Ablation], Comparison],
-        again: Sequence[Sequence[Response] | None],
-        loads: Mapping[int, Mapping[Change, Sequence[float]]],
+        comparisons: Mapping[tuple[int, Ablation], Comparison],
+        repeated: Sequence[Sequence[Response] | None],
+        loads: Mapping[Change, Sequence[float]],
     ) -> Iterator[dict[str, object]]:
-        """Yield the rows of a document's result for the named ablations."""
+        """Yield one row of outcomes of a document for each named ablation."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
-        for ablation, responses, twice in zip(scored, result.responses, again, strict=True):
+        digest = self.facts.digests[document.key]
+        for ablation, responses, repetition in zip(scored, result.responses, repeated, strict=True):
             if ablation.name in names:
                 metrics = self._benchmark.outcomes(document, responses)
-                both = watched.get(((document.task, document.index), ablation))
-                compared = (both.compared, both.difference, both.unsteady) if both else None
+                check = comparisons.get((document.index, ablation))
+                compared = (check.compared, check.difference, check.unsteady) if check else None
                 proxies = sums if ablation == INTACT else None
-                load = loads[document.index][ablation.expert] if ablation.expert else None
-                scores = (responses, metrics, proxies, compared, twice, load)
-                digest = self.facts.digests[document.task, document.index]
-                yield {**outcome_row(document, ablation.name, *scores), TOKENS_DIGEST: digest}
+                load = loads[ablation.expert] if ablation.expert else None
+                scores = (responses, metrics, proxies, compared, repetition, load)
+                yield {**outcome_row(document, ablation.name, *scores), DIGEST_COLUMN: digest}

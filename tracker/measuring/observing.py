@@ -1,10 +1,11 @@
-"""Observe more of a model than outcomes, block by block, and store it in the cell's folder."""
+"""Compute observations besides outcomes, block by block, and store them in the cell's folder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,102 +13,101 @@ from numpy.typing import NDArray
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
+from tracker.core.grouping import group_by
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.shards import Arrays, read_observations, write_observations
+from tracker.ledger.shards import DocumentArrays, read_observations, write_observations
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import refuse_other_tokens
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Meter, open_model
-from tracker.measuring.progress import Progress, telling
+from tracker.measuring.progress import Progress, report_work
 
-OFTEN = 60.0
-"""Maximum number of seconds of observing that a killed process loses."""
-Documents = Mapping[tuple[str, int], Document]
-"""Mapping of (task, number in its split) → document."""
-Observe = Callable[[Document], Arrays]
-"""Function that observes one document; its arrays have equal names and shapes for all documents."""
+SAVE_SECONDS = 60.0
+"""Seconds between two saves, so that a killed process loses at most this much work."""
+DocumentMap = Mapping[tuple[str, int], Document]
+"""Mapping of (task, number in the task's split) → document."""
+ObserveDocument = Callable[[Document], DocumentArrays]
+"""Function that observes a document; names and shapes of its arrays are equal for all."""
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observations:
     """Observations of documents, in the order in which they are measured.
 
     Attributes:
-        documents: The (task, number in its split) of each document.
-        arrays: Name → array whose first axis is the documents.
+        documents: Key of each document: (task, number in the task's split).
+        arrays: Name → array whose first axis runs over the documents.
     """
 
     documents: list[tuple[str, int]]
     arrays: Mapping[str, NDArray[np.float64]]
 
-    def of(self, documents: Iterable[tuple[str, int]]) -> dict[str, NDArray[np.float64]]:
-        """Return the arrays of some of the documents, in their order."""
+    def select(self, documents: Iterable[tuple[str, int]]) -> dict[str, NDArray[np.float64]]:
+        """Return the arrays of the given documents, in the given order."""
         rows = {document: row for row, document in enumerate(self.documents)}
-        chosen = [rows[document] for document in documents]
-        return {name: figures[chosen] for name, figures in self.arrays.items()}
+        row_numbers = [rows[document] for document in documents]
+        return {name: figures[row_numbers] for name, figures in self.arrays.items()}
 
 
-def observe(
+def observe_cell(
     request: CellRequest,
     store: CellStore,
     kind: str,
-    begin: Callable[[Engine], Observe],
-    opened: Callable[[], tuple[Engine, Documents]],
+    make_observer: Callable[[Engine], ObserveDocument],
+    open_engine: Callable[[], tuple[Engine, DocumentMap]],
     progress: Progress,
-    among: Collection[tuple[str, int]] | None = None,
-) -> Observed:
-    """Observe documents of a cell, and compute only those not observed before.
+    selection: Collection[tuple[str, int]] | None = None,
+) -> Observations:
+    """Return the observations of a cell's documents; compute only the missing ones.
 
     Args:
         request: The request of the cell.
         store: The cell in the ledger.
-        kind: Name of the observed quantity and its method; it must change whenever figures do.
-        begin: Function that returns the observer of an engine.
-        opened: Function that opens the engine and the documents, as `open_observed` does. It is
-            called only if something is missing.
+        kind: Name of the quantity and the method. If its figures change, the name must change.
+        make_observer: Function that returns the observer of an engine.
+        open_engine: Function that opens the engine and the documents, as `open_observed_cell`
+            does. It is called only if observations are missing.
         progress: Receives counts and messages.
-        among: The documents, as (task, number in its split); None for all.
+        selection: Documents to observe, as (task, number in the task's split); None for all.
 
     Returns:
         The observations.
     """
     folder, extent = store.folder, request.extent
-    wanted = {
-        block: [
-            n for n in store.documents(block, extent) if among is None or (block.task, n) in among
-        ]
-        for block in store.blocks(extent)
+    keys = [(block, n) for block in store.blocks(extent) for n in store.documents(block, extent)]
+    if selection is not None:
+        keys = [(block, n) for block, n in keys if (block.task, n) in selection]
+    numbers = {
+        block: [n for _, n in group] for block, group in group_by(keys, itemgetter(0)).items()
     }
-    held = {block: read_observations(folder, kind, block) for block in wanted}
-    lacking = sum(doc not in held[block] for block, docs in wanted.items() for doc in docs)
-    if lacking:
-        engine, documents = opened()
-        watch = begin(engine)
-        with telling(progress, f"{request.title}: observing", lacking, "documents"):
-            for block, docs in wanted.items():
+    stored = {block: read_observations(folder, kind, block) for block in numbers}
+    if n_missing := sum(n not in stored[block] for block, n in keys):
+        engine, documents = open_engine()
+        observe_document = make_observer(engine)
+        with report_work(progress, f"{request.title}: observing", n_missing, "documents"):
+            for block in numbers:
                 with store.lock(Block(f"{kind}/{block.task}", block.number, block.seed)):
-                    found = read_observations(folder, kind, block)
-                    absent = [doc for doc in docs if doc not in found]
-                    written = time.monotonic()
-                    for doc in absent:
-                        found[doc] = watch(documents[block.task, doc])
+                    stored[block] = arrays = read_observations(folder, kind, block)
+                    missing = [n for n in numbers[block] if n not in arrays]
+                    save_time = time.monotonic()
+                    for n in missing:
+                        arrays[n] = observe_document(documents[block.task, n])
                         progress.advance(1)
-                        if doc == absent[-1] or time.monotonic() > written + OFTEN:
-                            write_observations(folder, kind, block, found)
-                            written = time.monotonic()
-                    held[block] = found
-    places = [(block.task, doc) for block, docs in wanted.items() for doc in docs]
-    rows = [held[block][doc] for block, docs in wanted.items() for doc in docs]
-    return Observed(places, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+                        if n == missing[-1] or time.monotonic() > save_time + SAVE_SECONDS:
+                            write_observations(folder, kind, block, arrays)
+                            save_time = time.monotonic()
+    rows = [stored[block][n] for block, n in keys]
+    figures = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return Observations([(block.task, n) for block, n in keys], figures)
 
 
-def open_observed(
+def open_observed_cell(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
-) -> tuple[Engine, Documents]:
-    """Load the model of a cell, check its sharing, and read its documents."""
+) -> tuple[Engine, DocumentMap]:
+    """Load the model of a cell, check shared computation, and read the cell's documents."""
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_other_tokens(store, meter.facts, progress)

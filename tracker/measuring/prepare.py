@@ -1,41 +1,41 @@
-"""Find cells in the ledger, and check requests before anything is computed or written."""
+"""Find cells in the ledger, and check requests before results are computed or written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tracker.analysis.stopping import refuse_unbounded
+from tracker.analysis.stopping import check_bounded
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import (
     check_benchmark,
-    chosen_metric,
+    choose_metric,
     data_stamp,
     is_local,
     open_benchmark,
 )
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, UnreachableError
-from tracker.core.model_parts import Counting, ModelParts, check_parts, with_all_parts
+from tracker.core.model_parts import ModelParts, PartsCounter, check_parts, fill_parts
 from tracker.core.provenance import package_versions
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import request_key
-from tracker.measuring.derive import answer_of
+from tracker.measuring.derive import derive_answer
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, count_parts, find_model
 
 
 @dataclass(frozen=True)
 class CellLookup:
-    """A requested cell, with everything known about it without loading anything.
+    """A requested cell, with the facts that are known without loading a model or benchmark.
 
     Attributes:
-        request: The request.
+        request: The request of the cell.
         source: The source of the model.
-        key: The request's key in the ledger; None if the hub's commit is unknown.
-        store: The cell in the ledger; None if it is not there yet.
-        complete: True if nothing of it is missing.
+        key: The key of the request in the ledger; None if the hub's commit is unknown.
+        store: The cell in the ledger; None if the ledger does not have the cell yet.
+        complete: True if no requested outcome or answer is missing.
     """
 
     request: CellRequest
@@ -45,8 +45,8 @@ class CellLookup:
     complete: bool
 
 
-def look_up(request: CellRequest, ledger: Ledger, trust_remote_code: bool = False) -> CellLookup:
-    """Look a cell up in the ledger, without loading torch, the model or the benchmark."""
+def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = False) -> CellLookup:
+    """Find a cell in the ledger without loading torch, the model or the benchmark."""
     source = find_model(request.model, trust_remote_code)
     data, stamp = data_stamp(request.benchmark), source.stamp()
     key = None if stamp is None else request_key(request, stamp, data, package_versions())
@@ -55,24 +55,26 @@ def look_up(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fals
     return CellLookup(request, source, key, store, complete)
 
 
-def counting_in(ledger: Ledger, trust_remote_code: bool) -> Counting:
+def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
     """Return a function that counts the parts of a request's model.
 
-    The number of layers is taken from the ledger if the cell is there. So a measured cell does not
-    need its model, unless its request names heads, experts, linear maps or kinds of layers.
+    The number of layers comes from the ledger if the ledger has the cell. A measured cell then
+    needs no model, unless its request names heads, experts, linear maps or kinds of layers.
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
-        cell = look_up(replace(request, until=None), ledger, trust_remote_code)
+        cell = find_cell(replace(request, until=None), ledger, trust_remote_code)
         if cell.store is not None and not kinds and not request.changes.has_parts:
             return ModelParts(cell.store.identity.model.layers)
-        return _counted(request, cell.source, kinds)
+        return _count_requested(request, cell.source, kinds)
 
     return count
 
 
-def _counted(request: CellRequest, source: ModelSource, kinds: Collection[str]) -> ModelParts:
-    """Count the parts of a model; its linear maps, where a request asks for all of them."""
+def _count_requested(
+    request: CellRequest, source: ModelSource, kinds: Collection[str]
+) -> ModelParts:
+    """Count the parts of a model; count linear maps only if a request asks for all of them."""
     parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
         return parts
@@ -82,85 +84,87 @@ def _counted(request: CellRequest, source: ModelSource, kinds: Collection[str]) 
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
-    answer = answer_of(store, store.views.of(request))
+    answer = derive_answer(store, store.views.view_of(request))
     if answer is not None:
         return answer.over
     ablations = request.ablations(store.identity.model.layers)
     return store.is_complete(request.extent, [ablation.name for ablation in ablations])
 
 
-def widened(
+def widen_request(
     request: CellRequest,
     ledger: Ledger,
     trust_remote_code: bool,
-    sweep: Callable[[], CellRequest | None],
+    read_sweep: Callable[[], CellRequest | None],
 ) -> tuple[CellRequest, str | None]:
-    """Extend a trial's request to all runs of its cell, which costs little more than one run.
+    """Extend a trial's request to all runs of its cell, which cost little more than one run.
 
-    These are the runs of its sweep, or every layer of the model if the sweep is unknown. If the
-    trial's own run is measured, they are the runs requested before, and nothing more is measured.
+    The runs are those of the trial's sweep, or every layer of the model if the sweep is unknown. If
+    the trial's own run is measured, only earlier requested runs are used, and nothing is measured.
 
     A grid also contains invalid combinations, such as a span beyond the last layer or a layer that
-    is already removed. They raise no error.
+    is already removed. Such combinations raise no error.
 
     Args:
         request: A request for one run.
         ledger: The results folder, which may know the number of layers.
         trust_remote_code: True if code from the download may run.
-        sweep: Function that returns the sweep's request of the cell; None if it is unknown. It may
-            take seconds, and is called only if something must be measured.
+        read_sweep: Function that returns the sweep's request of the cell; None if it is unknown.
+            The function may take seconds, and is called only if a run must be measured.
 
     Returns:
-        The request for more runs, and the reason why the trial's change is invalid; None if it is
-        valid.
+        The request for more runs, and the reason why the trial's change is invalid (None if the
+        change is valid).
 
     Raises:
         ExperimentError: A layer is out of range, or the runs of the trial's question are unknown.
     """
-    asked = look_up(replace(request, until=None), ledger)
-    store, whole = asked.store, asked.request
-    parts = counting_in(ledger, trust_remote_code)(request, ())
+    lookup = find_cell(replace(request, until=None), ledger)
+    store, plain_request = lookup.store, lookup.request
+    parts = make_counter(ledger, trust_remote_code)(request, ())
     layers = parts.layers
     check_parts(request, parts)
-    why = request.why_invalid(request.changes.single, layers)
-    before = asked_before(request, store)
-    if store is not None and before is not None and _is_complete(store, before):
-        return before, why
-    if store is not None and asked.complete:
-        # Also with a question: all documents answer it.
-        runs = store.views.shown_in(whole).runs
-        known = whole.with_changes(runs) if runs else whole
-        return known if _is_complete(store, known) else whole, why
-    cell = sweep() if why is None else None
-    if cell is None and why is None and request.until is not None:
+    reason = request.invalid_reason(request.changes.first_change, layers)
+    earlier_request = find_earlier_request(request, store)
+    if store is not None and earlier_request is not None and _is_complete(store, earlier_request):
+        return earlier_request, reason
+    if store is not None and lookup.complete:
+        # This also holds for a request with a question: the complete cell answers the question.
+        runs = store.views.display_view(plain_request).runs
+        measured_request = plain_request.with_changes(runs) if runs else plain_request
+        return measured_request if _is_complete(store, measured_request) else plain_request, reason
+    cell = read_sweep() if reason is None else None
+    if cell is None and reason is None and request.until is not None:
         raise ExperimentError(
             f"'until': '{request.until}' asks about all runs of a benchmark, and a trial is one; "
             "which others there are says its sweep, and that cannot be read here. Give the "
             "experiment file to tracker run, or leave 'until' out of it"
         )
     changes = request.changes if cell is None else cell.changes
-    fitting = [n for n in range(layers) if cell is None or n in changes.layers]
-    changes = changes.model_copy(update={"layers": tuple(fitting)})
-    return replace(request, changes=changes), why
+    layer_numbers = [n for n in range(layers) if cell is None or n in changes.layers]
+    changes = changes.model_copy(update={"layers": tuple(layer_numbers)})
+    return replace(request, changes=changes), reason
 
 
-def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest | None:
+def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
     """Return the earlier request of a trial's cell with the same question, with all its runs.
 
-    None means that there was another question, or one without the trial's run.
+    Returns None if all earlier requests have another question or lack the trial's run.
     """
-    now = store.views.of(request).until if store else None
-    if store is None or now is None:
+    view = store.views.view_of(request) if store else None
+    question = view.until if view else None
+    if store is None or view is None or question is None:
         return None
-    for before in (view.until for view in store.views.known(request)):
-        alike = before and (before.question, before.seed) == (now.question, now.seed)
-        if before and alike and {*now.runs} <= {*before.runs}:
-            return request.with_changes(before.runs) if before.runs else request
+    for earlier in (related.until for related in store.views.related_views(view)):
+        if earlier is None or {*question.runs} - {*earlier.runs}:
+            continue
+        if (earlier.question, earlier.seed) == (question.question, question.seed):
+            return request.with_changes(earlier.runs) if earlier.runs else request
     return None
 
 
 def check_layers(cells: Sequence[CellLookup]) -> None:
-    """Raise ExperimentError for a layer out of range, saying how many layers the model has."""
+    """Raise ExperimentError for a layer out of range; the message says the number of layers."""
     for cell in cells:
         check_range(cell.request, count_parts(cell.source))
 
@@ -168,46 +172,49 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 def check_range(request: CellRequest, parts: ModelParts) -> None:
     """Raise ExperimentError for unknown layers or parts, and for requests without valid runs.
 
-    A question that the number of valid runs cannot answer raises it too.
+    A question that the number of valid runs cannot answer also raises ExperimentError.
     """
     check_parts(request, parts)
     layers = parts.layers
     runs = len(request.valid_changes(layers))
     if request.until is not None:
         try:
-            request.until.refuse(runs)
+            request.until.check_runs(runs)
         except ValueError as error:
             raise ExperimentError(f"{request.title}: 'until': {error}") from None
-    if not runs and any(request.changes.expanded()):
-        why = request.why_invalid(request.changes.single, layers)
-        raise ExperimentError(f"{request.title}: nothing of what is asked for is a run ({why})")
+    if not runs and any(request.changes.expand()):
+        reason = request.invalid_reason(request.changes.first_change, layers)
+        raise ExperimentError(
+            f"{request.title}: none of the requested changes is possible ({reason})"
+        )
 
 
-def opened(
+def open_benchmarks(
     requests: Iterable[CellRequest], progress: Progress | None = None
 ) -> Iterator[Benchmark]:
-    """Yield the benchmark of each request, opened once for those with the same documents.
+    """Yield the benchmark of each request; open it once for requests with the same documents.
 
-    RequestError is raised if one cannot be read, or does not support the metric or the question.
+    RequestError is raised if a benchmark cannot be read, or does not support the metric or the
+    question.
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:
-        # Number of documents, changes and metric do not affect what a benchmark reads. The model
-        # does if a task makes its documents, as RULER's do for a tokenizer.
+        # The number of documents, the changes and the metric do not affect the benchmark's data.
+        # The model does if a task generates its documents for a tokenizer, such as RULER's tasks.
         key = (request.benchmark, request.documents.part, request.documents.seed)
         benchmark = benchmarks.get(key) or benchmarks.get((key, request.model.model))
         if benchmark is None:
             (progress or Progress()).step(f"reading the documents of {request.benchmark}")
             benchmark = open_benchmark(request)
-            benchmarks[(key, request.model.model) if benchmark.of_model else key] = benchmark
-        identity = benchmark.identity
-        metric = chosen_metric(identity, request.metric)
+            is_specific = benchmark.is_model_specific
+            benchmarks[(key, request.model.model) if is_specific else key] = benchmark
+        metric = choose_metric(benchmark.identity, request.metric)
         if request.until is not None:
-            refuse_unbounded(identity, metric)
+            check_bounded(benchmark.identity, metric)
         yield benchmark
 
 
-def validate(
+def validate_requests(
     requests: Sequence[CellRequest],
     trust_remote_code: bool,
     kinds: Collection[str] = (),
@@ -216,18 +223,18 @@ def validate(
     """Check that requests exist and fit, without loading weights or downloading data.
 
     Args:
-        requests: The requests; one without layers means all layers of its model.
+        requests: The requests; a request without layers means all layers of its model.
         trust_remote_code: True if code from the download may run.
         kinds: The kinds of layers, for requests without layers.
         progress: Receives messages about each step.
 
     Returns:
-        The number of runs, and notes on everything that could not be checked: hub models whose
-        configuration cannot be reached, whose runs are all counted; and benchmarks whose documents
-        are on the hub.
+        The number of runs, and notes on unchecked parts. These are hub models whose configuration
+        cannot be reached (all their runs are counted), and benchmarks whose documents are on the
+        hub.
 
     Raises:
-        RequestError: A model, a benchmark or a source of data is unknown, a layer is out of range,
+        RequestError: A model, a benchmark or a source of data is unknown; a layer is out of range;
             or a benchmark cannot be read or does not have the metric.
     """
     runs, notes, progress = 0, {}, progress or Progress()
@@ -236,39 +243,42 @@ def validate(
         source = find_model(request.model, trust_remote_code)
         check_benchmark(request.benchmark)
         try:
-            parts = _counted(request, source, kinds)
+            parts = _count_requested(request, source, kinds)
         except UnreachableError as error:
             notes[request.model.model] = str(error)
             layers = max(request.changes.layers, default=0) + max(request.changes.spans)
         else:
-            request, layers = with_all_parts(request, parts), parts.layers
+            request, layers = fill_parts(request, parts), parts.layers
             check_range(request, parts)
             ablations = request.ablations(layers)
-            if any(ablation.rounded for ablation in ablations):
-                from tracker.models.load import hollow
+            if any(ablation.roundings for ablation in ablations):
+                from tracker.models.load import build_hollow
                 from tracker.models.parts.anatomy import LayerAnatomy
 
-                model = hollow(source, request.model.dtype)
-                LayerAnatomy.of(model).refuse_formats(ablations)
+                model = build_hollow(source, request.model.dtype)
+                LayerAnatomy.of(model).check_formats(ablations)
             if request.benchmark.apply_chat_template:
                 from tracker.benchmarks.encoder import RequestEncoder
-                from tracker.models.load import weightless
+                from tracker.models.load import build_for_planning
 
-                parts_of_model = weightless(source, request.model.dtype)
-                RequestEncoder(*parts_of_model, request.benchmark).check_chat(request.benchmark)
+                spec = request.benchmark
+                encoder = RequestEncoder(*build_for_planning(source, request.model.dtype), spec)
+                encoder.check_chat_template(spec)
         runs += len(request.valid_changes(layers))
     return runs, [*notes.values(), *check_documents(requests, progress)]
 
 
 def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
-    """Check the benchmarks that are on this machine, as a run does before it measures.
+    """Check all benchmarks that are on this machine, as a run does before it measures.
 
-    Returns notes on those that could not be checked. Raises RequestError as `opened` does.
+    Returns notes on unchecked benchmarks. Raises RequestError in the same cases as
+    `open_benchmarks`.
     """
-    specs = [each.benchmark for each in requests]
-    for _ in opened((each for each in requests if is_local(each.benchmark)), progress):
+    local_requests = [request for request in requests if is_local(request.benchmark)]
+    for _ in open_benchmarks(local_requests, progress):
         pass
-    names = dict.fromkeys(str(spec) for spec in specs if not is_local(spec))
+    specs = [request.benchmark for request in requests if request not in local_requests]
+    names = dict.fromkeys(map(str, specs))
     if not names:
         return []
     return [f"documents and metrics of {', '.join(names)}, on the hub; tracker plan reads them"]

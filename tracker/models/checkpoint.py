@@ -1,10 +1,11 @@
 """Save a model without some of its layers, or with some repeated, as an ordinary checkpoint.
 
-Plain transformers loads it. The layers are those of `pruned`, as for all really changed models. In
-addition, a model is refused unless numbers and lists in its configuration describe it completely.
+Plain transformers loads the checkpoint. The copies are made by `pruned`, as all really changed
+models are. In addition, a model is refused unless numbers and lists in its configuration describe
+it completely.
 
-The module also measures how much faster one model reads than another, by turns in one process. It
-saves a model object of a notebook once, under a name made from its contents.
+The module also measures how much faster one model reads than another, alternating between them in
+one process. It saves a model object of a notebook once, under a name made from its contents.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,85 +32,96 @@ from tracker.core.errors import ModelError, WorkError, attempt, first_line, tran
 from tracker.core.provenance import content_hash, file_hash
 from tracker.ledger.files import make_folder, new_folder, write_bytes
 from tracker.models.devices import empty_cache
+from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
-from tracker.models.load import TRANSFORMERS_LOCK, LoadedModel, hollow
-from tracker.models.miniature import miniature
-from tracker.models.pruned import Shapes, as_loaded, left, misfit, pruned, shapes
-from tracker.models.sources import BITS, ModelSource, read_config
+from tracker.models.load import LoadedModel, build_hollow, load_model
+from tracker.models.miniature import build_miniature
+from tracker.models.pruned import (
+    TensorShapes,
+    apply_reload,
+    prune_model,
+    remaining_layers,
+    shape_mismatch,
+    tensor_shapes,
+)
+from tracker.models.sources import BITSANDBYTES_ARGUMENTS, ModelSource, find_model, read_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SECONDS = 4.0
-"""Minimum total time that the two models are run, in seconds."""
-TURNS = 8
-MOST = 1.15
-"""Maximum ratio of the ends of the turns' middle half. If it is larger, other work on the machine
-affected the two models unequally."""
+Speedup = tuple[float, float, float]
+"""Median of the ratios of two speeds, and the lower and upper quartile of the ratios."""
+Logits = NDArray[np.float32]
+MIN_TIMING_SECONDS = 4.0
+"""Minimum total run time of the two models, in seconds."""
+MIN_TIMING_TURNS = 8
+MAX_QUARTILE_RATIO = 1.15
+"""Maximum ratio of the upper to the lower quartile of the speed ratios. If it is exceeded, other
+work on the machine affected the two models unequally."""
 
 
 @torch.inference_mode()
-def times_as_fast(
+def measure_speedup(
     model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
-) -> tuple[float, float, float] | None:
-    """Measure how much faster one model reads than another, by turns on the same tokens.
+) -> Speedup | None:
+    """Measure how much faster one model reads than another, alternating on the same tokens.
 
     Args:
         model: A causal language model.
         base: The model to compare with, on the same device.
-        batch: Number of texts at a time.
-        length: Tokens of each text.
+        batch: Number of texts in a batch.
+        length: Number of tokens of each text.
 
     Returns:
-        The speed of the first relative to the second, as `ratio` returns it.
+        The speed of `model` relative to `base`, as `median_speedup` returns it.
     """
-    place = base.get_input_embeddings().weight.device
+    device = base.get_input_embeddings().weight.device
     vocabulary = base.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (batch, length), generator=generator).to(place)
-    turns: list[tuple[float, float]] = []
-    for each in (model, base):
-        _seconds(each, ids)
-    while len(turns) < TURNS or sum(map(sum, turns)) < SECONDS:
-        turns.append((_seconds(model, ids), _seconds(base, ids)))
-    return ratio(turns)
+    ids = torch.randint(vocabulary, (batch, length), generator=generator).to(device)
+    timings: list[tuple[float, float]] = []
+    for m in (model, base):  # the first pass is slower
+        _time_pass(m, ids)
+    while len(timings) < MIN_TIMING_TURNS or sum(map(sum, timings)) < MIN_TIMING_SECONDS:
+        timings.append((_time_pass(model, ids), _time_pass(base, ids)))
+    return median_speedup(timings)
 
 
-def ratio(turns: Sequence[tuple[float, float]]) -> tuple[float, float, float] | None:
+def median_speedup(timings: Sequence[tuple[float, float]]) -> Speedup | None:
     """Compute the speed of the first of two models relative to the second.
 
-    Other work that slows both in a turn does not change their ratio.
+    Other work that slows both models in a turn does not change the ratio of their speeds.
 
     Args:
-        turns: The seconds of both, turn by turn.
+        timings: The seconds of both models in each turn.
 
     Returns:
-        The median of the turns' ratios, and the ends of their middle half; None if these are
-        further apart than `MOST`.
+        The median and the quartiles of the ratios of all turns; None if the ratio of the quartiles
+        exceeds `MAX_QUARTILE_RATIO`.
     """
-    first, second = np.array(turns).T
-    low, middle, high = np.quantile(second / first, (0.25, 0.5, 0.75))
-    return (float(middle), float(low), float(high)) if high <= MOST * low else None
+    model_seconds, base_seconds = np.array(timings).T
+    low, median, high = np.quantile(base_seconds / model_seconds, (0.25, 0.5, 0.75))
+    return (float(median), float(low), float(high)) if high <= MAX_QUARTILE_RATIO * low else None
 
 
-def _seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    start = time.perf_counter()
+def _time_pass(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    start_time = time.perf_counter()
     # Reading a number waits for the accelerator.
     float(model(input_ids=ids, use_cache=False).logits[0, -1, 0])
-    return time.perf_counter() - start
+    return time.perf_counter() - start_time
 
 
-PROBE = 48
-"""Tokens that a miniature reads, more than its windows see."""
-ROUNDING = 1e-4
+RELOAD_TOKENS = 48
+"""Number of tokens that a miniature reads, larger than its attention windows."""
+RELOAD_TOLERANCE = 1e-4
 """Tolerance between two ways of computing a miniature's experts, relative to the largest logit."""
-_IDLE = ("name_or_path", "training")
+_IGNORED_ATTRIBUTES = ("name_or_path", "training")
 """Attributes of a module that do not affect its results here."""
-_TRANSFORMERS = "transformers."
-"""Prefix of the modules of transformers' own classes, unlike those of downloads."""
+_TRANSFORMERS_PREFIX = "transformers."
+"""Prefix of the Python modules of transformers' own classes, as opposed to downloaded code."""
 
 
-def without(
+def savable_copy(
     model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change] = ()
 ) -> Any:
     """Copy a model without some layers, or with some repeated, and adapt its configuration.
@@ -120,245 +132,254 @@ def without(
         repeated: Spans of layers that are passed several times.
 
     Returns:
-        The copy. It shares the weights, except for a layer's further passes, which have their own:
-        a safetensors file holds shared weights once, and the class would look for them twice.
+        The copy. It shares the weights, except that each repetition of a layer has its own. A
+        safetensors file would hold shared weights once, and the class would look for them twice.
 
     Raises:
-        ModelError: Its configuration cannot describe what is left; the message gives the reason.
+        ModelError: The configuration cannot describe the copy; the message gives the reason.
     """
-    kept = left(len(find_layers(model)), removed, repeated)
-    twin = pruned(model, removed, repeated=repeated)
-    layers = find_layers(twin)
-    for place, index in enumerate(kept):
-        if index in kept[:place]:
-            layers[place] = copy.deepcopy(layers[place])
-    config = twin.config.get_text_config()
-    kind = type(model) if _brings_code(model) else None
-    if kind is None:
+    indices = remaining_layers(len(find_layers(model)), removed, repeated)
+    clone = prune_model(model, removed, repeated=repeated)
+    layers = find_layers(clone)
+    for position, index in enumerate(indices):
+        if index in indices[:position]:
+            layers[position] = copy.deepcopy(layers[position])
+    config = clone.config.get_text_config()
+    model_class = type(model) if _has_remote_code(model) else None
+    if model_class is None:
         # It points to code that was not used, and that a user would have to trust.
-        for each in (twin.config, config):
-            vars(each).pop("auto_map", None)
+        for part in (clone.config, config):
+            vars(part).pop("auto_map", None)
     with suppress(ModelError):  # the check below reports the reason
-        as_loaded(model, twin, kept)
-    why = _misfit(twin.config, shapes(twin), kind)
-    if why:
-        said = _clauses(removed, repeated)
-        raise ModelError(f"{type(model).__name__}: its configuration cannot say that {said}: {why}")
-    return twin
+        apply_reload(model, clone, indices)
+    if problem := _config_mismatch(clone, model_class):
+        raise ModelError(
+            f"{type(model).__name__}: its configuration cannot say that "
+            f"{_describe_changes(removed, repeated)}: {problem}"
+        )
+    return clone
 
 
-def resized(model: PreTrainedModel, twin: PreTrainedModel) -> tuple[str, ...]:
-    """List the keys that a copy's configuration changes besides the number of layers."""
-    before, after = (each.config.get_text_config().to_dict() for each in (model, twin))
-    idle = ("num_hidden_layers", "auto_map")
-    return tuple(sorted(n for n in after if n not in idle and after[n] != before.get(n)))
+def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
+    """List the configuration keys other than the number of layers whose values a copy changes."""
+    old, new = (m.config.get_text_config().to_dict() for m in (model, clone))
+    ignored_keys = ("num_hidden_layers", "auto_map")
+    return tuple(sorted(n for n in new if n not in ignored_keys and new[n] != old.get(n)))
 
 
-def _brings_code(model: PreTrainedModel) -> bool:
-    """Return whether a download's code made the model, and is therefore trusted."""
-    return not all(
-        type(each).__module__.startswith(_TRANSFORMERS) for each in (model, model.config)
-    )
+def _has_remote_code(model: PreTrainedModel) -> bool:
+    """Return whether the model's class comes from downloaded code, which is therefore trusted."""
+    modules = type(model).__module__, type(model.config).__module__
+    return not all(module.startswith(_TRANSFORMERS_PREFIX) for module in modules)
 
 
-def _misfit(config: PreTrainedConfig, wanted: Shapes, kind: type | None) -> str | None:
-    """Describe what the saved configuration of a model fails to describe; None if nothing.
+def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | None:
+    """Describe a property of a model that its saved configuration loses; None if there is none.
 
-    `kind` is its class if that is trusted code; None if transformers is to find it.
+    `model_class` is the model's class if that is trusted code; None if transformers is to find it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def read_back() -> Shapes:
+    def read_back() -> TensorShapes:
         with TemporaryDirectory() as folder, torch.device("meta"):
-            config.save_pretrained(folder)
-            read = AutoConfig.from_pretrained(folder, trust_remote_code=kind is not None)
+            model.config.save_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=model_class is not None)
             with TRANSFORMERS_LOCK:
-                return shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
+                build = model_class or AutoModelForCausalLM.from_config
+                return tensor_shapes(build(config))
 
-    found = attempt(read_back)  # a class may refuse lists of another length
-    return first_line(found) if isinstance(found, Exception) else misfit(found, wanted)
+    shapes = attempt(read_back)  # a class may refuse lists of another length
+    if isinstance(shapes, Exception):
+        return first_line(shapes)
+    return shape_mismatch(shapes, tensor_shapes(model))
 
 
-def refuse_unsizable(
+def check_layer_changes(
     source: ModelSource,
     removed: Collection[int] | None = None,
     repeated: Sequence[Change] = (),
 ) -> None:
-    """Refuse changes of layers whose result plain transformers could not load.
+    """Raise ModelError for changes of layers whose result plain transformers could not load.
 
-    Reads no weights. A miniature of the model, made once, is cut, saved, loaded and run, which
+    No weights are read. A miniature of the model, built once, is cut, saved, loaded and run, which
     takes a second.
 
     Args:
         source: The model.
-        removed: The layers to remove; None if they are not known yet: then one at the beginning and
-            one in the middle are tried, each alone.
+        removed: The layers to remove; None if they are not known yet. Then a layer at the beginning
+            and a layer in the middle are tried separately.
         repeated: Spans of layers that are passed several times.
 
     Raises:
-        ModelError: Its configuration cannot describe the result, or another model is loaded.
+        ModelError: The configuration cannot describe the result, or the loaded model differs.
     """
-    refuse_packed(source)
-    model, small = _small(source, content_hash(source.stamp()))
-    total = len(find_layers(model))
-    for layers in [[0], [total // 2]] if removed is None else [removed]:
-        named = [*layers, *(layer for stretch in repeated for layer in stretch.layers)]
-        beyond = [layer for layer in named if not 0 <= layer < total]
-        if beyond or len(set(layers)) >= total:
-            what = f"layer {beyond[0]} is out of range" if beyond else "no layer would be left"
-            raise ModelError(f"{what}: {source.source} has {total} layers, 0 to {total - 1}")
-        if small is None:
-            without(model, layers, repeated)
+    check_plain_weights(source)
+    model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
+    n_layers = len(find_layers(model))
+    for layers in [[0], [n_layers // 2]] if removed is None else [removed]:
+        named_layers = [*layers, *(layer for span in repeated for layer in span.layers)]
+        invalid = [layer for layer in named_layers if not 0 <= layer < n_layers]
+        if invalid or len(set(layers)) >= n_layers:
+            problem = f"layer {invalid[0]} is out of range" if invalid else "no layer would be left"
+            has = f"{source.source} has {n_layers} layers, 0 to {n_layers - 1}"
+            raise ModelError(f"{problem}: {has}")
+        if small_model is None:
+            savable_copy(model, layers, repeated)
         else:
-            _try(copy.deepcopy(small), layers, repeated)
+            _check_reload(copy.deepcopy(small_model), layers, repeated)
 
 
 @lru_cache(maxsize=1)
-def _small(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
-    """Build a model without weights, and its miniature, once for unchanged files."""
-    model = hollow(source, "auto")
-    return model, miniature(model)
+def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
+    """Build a model without weights and its miniature; cache both while its files are unchanged."""
+    model = build_hollow(source, "auto")
+    return model, build_miniature(model)
 
 
-def refuse_packed(source: ModelSource) -> None:
-    """Raise ModelError if a model's weights are no single plain checkpoint; read no weights."""
+def check_plain_weights(source: ModelSource) -> None:
+    """Raise ModelError if a model is not a single plain checkpoint; no weights are read."""
     if source.adapter is not None:
         raise ModelError(
-            f"model_args: {source.source} with an adapter beside its weights is no one checkpoint; "
-            "merge it first: PeftModel.merge_and_unload(), then save_pretrained()"
+            f"model_args: {source.source} has an adapter beside its weights, so it is no single "
+            "checkpoint; merge it first: PeftModel.merge_and_unload(), then save_pretrained()"
         )
     config = read_config(source)
-    quantised = getattr(config, "quantization_config", None) or any(
-        name.startswith(BITS) for name in source.arguments
-    )
-    if quantised and not source.gguf_file:
+    bits = [name for name in source.arguments if name.startswith(BITSANDBYTES_ARGUMENTS)]
+    is_quantised = bits or getattr(config, "quantization_config", None)
+    if is_quantised and not source.gguf_file:
         raise ModelError(
-            f"{source.source} is quantised, and what layers lack would have to be packed anew: "
-            "export the model in float32 or bfloat16, and quantise what is exported"
+            f"{source.source} is quantised, and its layers would have to be packed again. Export "
+            "the model in float32 or bfloat16, then quantise the exported model"
         )
 
 
-def _try(small: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change]) -> None:
-    """Change, save and load a miniature; raise ModelError if the loaded one gives other logits."""
+def _check_reload(
+    small_model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change]
+) -> None:
+    """Change, save and load a miniature; raise ModelError if the logits change on loading."""
     from transformers import AutoModelForCausalLM
 
-    name = type(small).__name__
-    small.float()
-    twin = without(small, removed, repeated)
-    config = twin.config.get_text_config()
+    name = type(small_model).__name__
+    small_model.float()
+    clone = savable_copy(small_model, removed, repeated)
+    config = clone.config.get_text_config()
     # On loading, a class sets the row of the padding token to its own value.
-    filler = getattr(config, "pad_token_id", None)
-    tokens = [token for token in range(config.vocab_size) if token != filler]
-    ids = torch.tensor([(tokens * PROBE)[:PROBE]])
-    so = f"where {_clauses(removed, repeated)}" if repeated else f"without {_named(removed)}"
+    padding = getattr(config, "pad_token_id", None)
+    tokens = [token for token in range(config.vocab_size) if token != padding]
+    ids = torch.tensor([(tokens * RELOAD_TOKENS)[:RELOAD_TOKENS]])
+    if repeated:
+        changes_text = f"where {_describe_changes(removed, repeated)}"
+    else:
+        changes_text = f"without {_layers_text(removed)}"
 
-    def problem(text: str) -> Callable[[Exception], ModelError]:
-        return lambda error: ModelError(f"{name} {text}: {first_line(error)}")
+    def problem(text: str) -> AbstractContextManager[None]:
+        return translate_errors(lambda error: ModelError(f"{name} {text}: {first_line(error)}"))
 
-    with translate_errors(problem(f"does not run {so}")):
-        said = _ask(twin, ids)
-    reloading = translate_errors(problem(f"{so} cannot be saved and loaded"))
-    with TemporaryDirectory() as folder, _no_bars(), reloading:
-        twin.save_pretrained(folder)
-        trust = {"trust_remote_code": _brings_code(small)}
+    with problem(f"does not run {changes_text}"):
+        logits = _compute_logits(clone, ids)
+    reloading = problem(f"{changes_text} cannot be saved and loaded")
+    with TemporaryDirectory() as folder, _hidden_progress_bars(), reloading:
+        clone.save_pretrained(folder)
+        trust = {"trust_remote_code": _has_remote_code(small_model)}
         with TRANSFORMERS_LOCK:
-            again, loading = AutoModelForCausalLM.from_pretrained(
+            loaded_model, loading = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, **trust
             )
-        left = [*loading["missing_keys"], *loading["unexpected_keys"]]
-        heard = _ask(again.eval(), ids)
-    far = float((said - heard)[..., tokens].abs().max())
-    if left or not far <= ROUNDING * max(1.0, float(said.abs().max())):
+        stray_keys = [*loading["missing_keys"], *loading["unexpected_keys"]]
+        loaded_logits = _compute_logits(loaded_model.eval(), ids)
+    distance = float((logits - loaded_logits)[..., tokens].abs().max())
+    if stray_keys or not distance <= RELOAD_TOLERANCE * max(1.0, float(logits.abs().max())):
         raise ModelError(
-            f"{name} {so}, saved and loaded by plain transformers, is another "
-            f"model (logits differ by {far:.3g}): {_difference(twin, again)}"
+            f"{name} {changes_text}, saved and loaded by plain transformers, is another "
+            f"model (logits differ by {distance:.3g}): {_describe_difference(clone, loaded_model)}"
         )
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def _hidden_progress_bars() -> Iterator[None]:
     """Hide the progress bars of transformers until exit."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    were_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if were_shown:
             logging.enable_progress_bar()
 
 
 @torch.inference_mode()
-def _ask(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _compute_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
 
-def _difference(one: PreTrainedModel, other: PreTrainedModel) -> str:
-    """Return the first number of a module that differs because the class computes it."""
-    theirs = dict(other.named_modules())
-    for path, module in one.named_modules():
-        computed = vars(theirs[path]) if path in theirs else {}
+def _describe_difference(saved_model: PreTrainedModel, loaded_model: PreTrainedModel) -> str:
+    """Describe the first number of a module that differs because the class computes it."""
+    loaded_modules = dict(loaded_model.named_modules())
+    for path, module in saved_model.named_modules():
+        loaded_values = vars(loaded_modules[path]) if path in loaded_modules else {}
         for name, value in vars(module).items():
-            plain = isinstance(value, (bool, int, float, str)) and name not in _IDLE
-            if plain and computed.get(name) != value:
-                return f"{path}.{name} was {value}, and its class computes {computed.get(name)}"
-    return "its class computes something from where a layer stands"
+            computed = loaded_values.get(name)
+            is_plain = isinstance(value, (bool, int, float, str))
+            if is_plain and computed != value and name not in _IGNORED_ATTRIBUTES:
+                return f"{path}.{name} was {value}, and its class computes {computed}"
+    return "its class computes something from a layer's index"
 
 
-def _clauses(removed: Collection[int], repeated: Sequence[Change]) -> str:
+def _describe_changes(removed: Collection[int], repeated: Sequence[Change]) -> str:
     """Describe the removed and repeated layers."""
-    gone = f"{_named(removed)} {'is' if len(removed) == 1 else 'are'} gone"
-    return " and ".join([gone] * bool(removed) + [stretch.clause for stretch in repeated])
+    removal_text = f"{_layers_text(removed)} {'is' if len(removed) == 1 else 'are'} gone"
+    return " and ".join([removal_text] * bool(removed) + [span.clause for span in repeated])
 
 
-def _named(removed: Collection[int]) -> str:
-    layers = ", ".join(map(str, sorted(removed)))
-    return f"layer{'s' if len(removed) > 1 else ''} {layers}"
+def _layers_text(removed: Collection[int]) -> str:
+    numbers = ", ".join(map(str, sorted(removed)))
+    return f"layer{'s' if len(removed) > 1 else ''} {numbers}"
 
 
-def save(loaded: LoadedModel, twin: PreTrainedModel, folder: Path) -> None:
-    """Save a copy of a loaded model with its tokenizer: weights, configurations, chat template.
+def save_copy(loaded: LoadedModel, clone: PreTrainedModel, folder: Path) -> None:
+    """Save a copy of a loaded model: weights, configurations, tokenizer and chat template.
 
     Args:
         loaded: The model.
-        twin: The copy.
+        clone: The copy.
         folder: The folder to create.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The folder cannot be written.
     """
-    if getattr(twin, "hf_quantizer", None) is not None:
+    if getattr(clone, "hf_quantizer", None) is not None:
         # Weights of a GGUF file are dequantised, and only their markers are left.
-        twin.hf_quantizer = None
-        twin.is_quantized = False
-        for config in (twin.config, twin.config.get_text_config()):
+        clone.hf_quantizer = None
+        clone.is_quantized = False
+        for config in (clone.config, clone.config.get_text_config()):
             vars(config).pop("quantization_config", None)
-    if type(loaded.tokenizer).__module__.startswith(_TRANSFORMERS):
+    if type(loaded.tokenizer).__module__.startswith(_TRANSFORMERS_PREFIX):
         loaded.tokenizer.init_kwargs.pop("auto_map", None)
-    twin.save_pretrained(folder)
+    clone.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
 
-def release() -> None:
-    """Release the accelerator memory of former models for use by another process."""
+def release_memory() -> None:
+    """Release unused accelerator memory, so that other processes can use it."""
     gc.collect()
     empty_cache()
 
 
-_OURS = ("transformers.", "accelerate.", "torch.")
-"""Packages whose hooks are set again when a model is loaded."""
-_TEXTS = (
+_RESTORED_HOOKS = ("transformers.", "accelerate.", "torch.")
+"""Packages whose module hooks are installed again when a model is loaded."""
+_SAMPLE_TEXTS = (
     "The heart pumps blood",
     "Question: What is the capital of France?\nAnswer: Paris",
     "In 1969 two people walked on the Moon for the first time; a third one stayed in orbit, and "
     "all of them returned to Earth four days later. What they brought along were stones and dust.",
 )
-_LOGITS = "logits.f32"
-"""File beside a copy with its logits of these texts' last tokens."""
-_EXACT, _ROUNDED = 1e-3, 0.05
-"""Tolerance of logits for rounding, relative to the largest: in float32, and in fewer bits."""
+_LOGITS_FILE = "logits.f32"
+"""File beside a saved copy, with the copy's logits of the last tokens of `_SAMPLE_TEXTS`."""
+_FLOAT32_TOLERANCE, _ROUNDED_TOLERANCE = 1e-3, 0.05
+"""Rounding tolerances of logits, relative to the largest logit: in float32 and in fewer bits."""
 
 
 def save_once(
@@ -367,121 +388,120 @@ def save_once(
     folder: Path,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Save a model object and its tokenizer, unless the same ones are saved already.
+    """Save a model object and its tokenizer, unless the same model is saved already.
 
     Args:
-        model: A `PreTrainedModel` of transformers. It is not changed.
+        model: A `PreTrainedModel` of transformers, which is not changed.
         tokenizer: Its tokenizer.
-        folder: Folder of the folders of such models.
+        folder: Folder that holds one subfolder for each saved model.
         trust_remote_code: Whether code that comes with the model may run when the copy is loaded.
 
     Returns:
         The model's folder, named by a fingerprint of its weights, configuration and tokenizer.
 
     Raises:
-        ModelError: It is no model of transformers, or a saved copy is not the same model.
+        ModelError: `model` is not a model of transformers, or the saved copy is not the same model.
         WorkError: The folder cannot be written.
     """
-    _refuse_what_is_lost(model, tokenizer)
-    given = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
-    name = re.sub(r"[^\w.-]+", "-", given).strip("-.") or "model"
+    _check_savable(model, tokenizer)
+    source_name = Path(str(getattr(model, "name_or_path", "") or type(model).__name__)).name
+    name = re.sub(r"[^\w.-]+", "-", source_name).strip("-.") or "model"
     try:
         make_folder(folder)
-        with TemporaryDirectory() as described:
-            tokenizer.save_pretrained(described)
-            model.config.save_pretrained(described)
-            saved = folder / f"{name}-{_fingerprint(model, Path(described))[:12]}"
-        is_new = not saved.is_dir()
+        with TemporaryDirectory() as description_folder:
+            tokenizer.save_pretrained(description_folder)
+            model.config.save_pretrained(description_folder)
+            saved_folder = folder / f"{name}-{_fingerprint(model, Path(description_folder))[:12]}"
+        # A folder with this fingerprint holds the same model: only its logits are compared.
+        is_new = not saved_folder.is_dir()
         if is_new:
-            with new_folder(saved) as temporary:
-                tokenizer.save_pretrained(temporary)
-                model.save_pretrained(temporary)
+            with new_folder(saved_folder) as temporary_folder:
+                tokenizer.save_pretrained(temporary_folder)
+                model.save_pretrained(temporary_folder)
     except OSError as error:
         raise WorkError(
             f"the model cannot be saved in {folder}: {error.strerror or first_line(error)}"
         ) from None
     try:
-        _refuse_other_logits(model, tokenizer, saved, trust_remote_code)
+        _check_saved_logits(model, tokenizer, saved_folder, trust_remote_code)
     except ModelError:
         if is_new:
-            shutil.rmtree(saved, ignore_errors=True)
+            shutil.rmtree(saved_folder, ignore_errors=True)
         raise
-    return saved
+    return saved_folder
 
 
-def _refuse_other_logits(
+def _check_saved_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, trusted: bool
 ) -> None:
     """Raise ModelError if a model's logits differ from those of its saved copy.
 
-    The copy's logits are stored beside it. The copy is loaded if they are missing or differ, since
-    they may have been computed on another device.
+    The copy's logits are stored beside it. The copy is loaded if these logits are missing or
+    differ, since they may have been computed on another device.
     """
-    from tracker.models.load import load_model
-    from tracker.models.sources import find_model
-
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         return
-    with translate_errors(
-        lambda error: ModelError(f"the model reads no text: {first_line(error)}")
-    ):
-        logits = _logits(model, tokenizer)
+    with translate_errors(lambda e: ModelError(f"the model fails on a text: {first_line(e)}")):
+        logits = _last_logits(model, tokenizer)
     with suppress(OSError, ValueError):
-        before = np.fromfile(folder / _LOGITS, np.float32).reshape(logits.shape)
-        if not _logit_difference(logits, before, model):
+        stored_logits = np.fromfile(folder / _LOGITS_FILE, np.float32).reshape(logits.shape)
+        if not _logit_difference(logits, stored_logits, model):
             return
-    copy = load_model(find_model(str(folder), trusted), "auto", str(model.device))
-    if any(tokenizer(text)["input_ids"] != copy.tokenizer(text)["input_ids"] for text in _TEXTS):
+    loaded_copy = load_model(find_model(str(folder), trusted), "auto", str(model.device))
+    tokens, loaded_tokens = (
+        [read(text)["input_ids"] for text in _SAMPLE_TEXTS]
+        for read in (tokenizer, loaded_copy.tokenizer)
+    )
+    if tokens != loaded_tokens:
         raise ModelError("the tokenizer reads texts as other tokens than its saved copy does")
-    saved = _logits(copy.model, copy.tokenizer)
-    del copy
+    copy_logits = _last_logits(loaded_copy.model, loaded_copy.tokenizer)
+    del loaded_copy
     gc.collect()
-    if difference := _logit_difference(logits, saved, model):
+    if difference := _logit_difference(logits, copy_logits, model):
         raise ModelError(
-            f"the model's logits differ from those of its saved copy, by {difference}: another "
-            "forward or activation is not saved; give a model whose modules its configuration tells"
+            f"the model's logits differ from those of its saved copy, by {difference}: a changed "
+            "forward or activation is not saved; use a model that its configuration describes "
+            "fully"
         )
-    write_bytes(folder / _LOGITS, saved.tobytes())
+    write_bytes(folder / _LOGITS_FILE, copy_logits.tobytes())
 
 
-def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float32]:
-    """Compute the logits of the last token of a few texts, and keep the model's modes."""
+def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Logits:
+    """Compute the logits of the last token of a few texts, without changing the model's modes."""
     modes = [(module, module.training) for module in model.modules()]
-    texts = [torch.tensor([tokenizer(text)["input_ids"]], device=model.device) for text in _TEXTS]
+    texts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in _SAMPLE_TEXTS]
     try:
         model.eval()
         with torch.no_grad():
-            rows = [model(input_ids=ids).logits[0, -1].float().cpu() for ids in texts]
+            logits = [model(input_ids=ids.to(model.device)).logits[0, -1] for ids in texts]
     finally:
         for module, mode in modes:
             module.training = mode
-    return np.asarray(torch.stack(rows).numpy())
+    return np.asarray(torch.stack(logits).float().cpu().numpy())
 
 
-def _logit_difference(
-    mine: NDArray[np.float32], copied: NDArray[np.float32], model: PreTrainedModel
-) -> str:
-    """Describe the largest difference of logits if it exceeds rounding; empty otherwise."""
+def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
+    """Describe the largest difference of logits; return an empty text if rounding explains it."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
-    exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
-    largest = np.abs(copied[np.isfinite(copied)]).max(initial=0)
-    bound = largest * (_EXACT if exact else _ROUNDED)
-    if np.allclose(mine, copied, rtol=0, atol=bound, equal_nan=True):
+    is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
+    largest = np.abs(copy_logits[np.isfinite(copy_logits)]).max(initial=0)
+    tolerance = largest * (_FLOAT32_TOLERANCE if is_exact else _ROUNDED_TOLERANCE)
+    if np.allclose(logits, copy_logits, rtol=0, atol=tolerance, equal_nan=True):
         return ""
-    return f"up to {np.abs(mine - copied).max():.3g} (the largest logit is {largest:.3g})"
+    return f"up to {np.abs(logits - copy_logits).max():.3g} (the largest logit is {largest:.3g})"
 
 
-def _fingerprint(model: PreTrainedModel, saved: Path) -> str:
+def _fingerprint(model: PreTrainedModel, files_folder: Path) -> str:
     """Hash the weights, and the files of the configuration and the tokenizer."""
-    digest = hashlib.sha256(file_hash(sorted(saved.iterdir())).encode())
+    digest = hashlib.sha256(file_hash(sorted(files_folder.iterdir())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _refuse_what_is_lost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     if not isinstance(model, PreTrainedModel):
@@ -500,10 +520,10 @@ def _refuse_what_is_lost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             f"the model's weights are quantised by {getattr(method, 'value', method)}, and "
             "transformers cannot save them; give the file or folder that it was loaded from"
         )
-    if changed := next(_changed_modules(model), None):
+    if changed_module := next(_changed_modules(model), None):
         raise ModelError(
-            f"{changed} of the model has a hook or another forward, which a saved copy would lack; "
-            "remove it"
+            f"{changed_module} of the model has a hook or another forward, which a saved copy "
+            "would lack; remove it"
         )
 
 
@@ -511,7 +531,7 @@ def _changed_modules(model: PreTrainedModel) -> Iterator[str]:
     """Yield the names of modules whose code was changed."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        whose = [f"{getattr(hook, '__module__', '')}." for hook in hooks]
+        packages = [f"{getattr(hook, '__module__', '')}." for hook in hooks]
         is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-        if is_replaced or not all(owner.startswith(_OURS) for owner in whose):
+        if is_replaced or not all(package.startswith(_RESTORED_HOOKS) for package in packages):
             yield name or "the whole"

@@ -1,12 +1,12 @@
-"""A transformer whose least conspicuous layer decides everything: the paper's theorem, constructed.
+"""Construct the transformer of the paper's theorem: its layer of lowest score decides all answers.
 
-It takes any texts to be continued, any ε and five layers of Llama. Layer 2 has the cosine score ε,
-the lowest of all. The model continues each text as intended; without layer 2 each continuation is
-the opposite. Nothing is trained: the weights are written directly.
+The construction takes any texts to be continued, any ε and five layers of Llama. Layer 2 has the
+cosine score ε, the lowest of all. The model continues each text as intended; without layer 2 each
+continuation is the opposite. Nothing is trained: the weights are written directly.
 
-A token's state holds a constant (1), junk (8) that no prediction reads, and all else in separate
-dimensions, a thousand times smaller. So every state has the same length and each norm divides by
-the same number.
+A token's state holds a constant (1) and junk (8), which no prediction reads. All other values are
+in separate dimensions and a thousand times smaller. So every state has the same length, and each
+norm divides by the same number.
 
 | layer | function | cosine score |
 |---|---|---|
@@ -16,9 +16,10 @@ the same number.
 | 3 amplifies | writes 1, at least a thousand times as much, if there is a whisper; else nothing | ≈ 1 |
 | 4 speaks | multiplies the part with a sign by +1 where layer 3 wrote, and by -1 elsewhere, and passes it to the head | ≈ 1 |
 
-All but layer 2 move the junk from one dimension to another, which is why they look important (the
-paper's second ingredient). Layers 3 and 4 turn a change by √(2ε) of the state's length into one
-that inverts the answer (its first, the snowball). Without layer 2 the sign is -1 everywhere.
+All layers but layer 2 move the junk from one dimension to another, which makes them look important
+(the paper's second ingredient). Layers 3 and 4 turn a change by √(2ε) of the state's length into a
+change that inverts the answer (the paper's first ingredient, the snowball). Without layer 2 the
+sign is -1 everywhere.
 
 The module is long because the purpose of each layer is explained beside its weights.
 """  # noqa: E501
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,45 +36,46 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.errors import CellError
+from tracker.models.hooks import replaced_attributes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYERS = 5
-READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYERS)
-JOBS = (
+LAYER_COUNT = 5
+READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYER_COUNT)
+LAYER_ROLES = (
     "reads: a signature of the text so far",
     "recalls what follows, under a sign",
     "whispers: one tiny number, always the same",
     "amplifies the whisper",
     "speaks, and reverses what it says where nobody whispered",
 )
-SMALLEST, LARGEST = 1e-9, 0.3
-"""Bounds of ε: below, 1 - ε in float64 is not exact to 1e-6; above, it is not the lowest score."""
-CODES = (64, 128, 256)
-"""Dimensions of a token's code, tried in turn until all signatures are distinct."""
-HEAD = 16
-"""Dimensions of a code that one head mixes."""
-THETA = 100.0
+MIN_EPSILON, MAX_EPSILON = 1e-9, 0.3
+"""Bounds of ε. Below, 1 - ε in float64 is not exact to 1e-6; above, ε is not the lowest score."""
+CODE_SIZES = (64, 128, 256)
+"""Numbers of dimensions of a token's code, tried in turn until all signatures are distinct."""
+HEAD_SIZE = 16
+"""Number of dimensions of a code that one head mixes."""
+ROPE_THETA = 100.0
 """Base of the rotary embedding: the slowest of eight frequencies turns once in 350 tokens."""
-JUNK, FAINT, TINY = 8.0, 1e-3, 1e-5
-"""Sizes in the state: what no prediction reads, signals between layers, a token's own code."""
-SURE = 30.0
-"""Input of a gate that is open, and minus that of one that is shut: silu(-30) is -3e-12."""
-STEP = 4.0
-"""Offset of the second unit of a memory: the difference of both units is a flat step."""
-APART = 2e-5
-"""Minimum gap between a detector's reading of its own signature and of the nearest other one,
-relative to the reading: two hundred times float32's rounding."""
-SOME = 64
-"""Number of tokens of a text from which constants are measured."""
+JUNK_SCALE, SIGNAL_SCALE, CODE_SCALE = 8.0, 1e-3, 1e-5
+"""Sizes in the state: junk that no prediction reads, signals between layers, a token's own code."""
+OPEN_GATE = 30.0
+"""Input of an open gate; a shut gate gets the negative of this input: silu(-30) is -3e-12."""
+UNIT_OFFSET = 4.0
+"""Offset of the second unit of a pair that remembers a text: their difference is a flat step."""
+MIN_GAP = 2e-5
+"""Minimum gap between a detector's readings of its own signature and of the nearest other
+signature, relative to the reading: two hundred times float32's rounding."""
+STATE_TOKENS = 64
+"""Number of tokens of the text on which constants are measured."""
 
-Place = bytes
-"""Digest of a text up to some token."""
+PrefixDigest = bytes
+"""Digest of the beginning of a text."""
 
 
-def places(tokens: Sequence[int]) -> Iterator[Place]:
-    """Yield a digest of a text up to each of its tokens, in order."""
+def prefix_digests(tokens: Sequence[int]) -> Iterator[PrefixDigest]:
+    """Yield, for each token of a text in order, a digest of the text up to this token."""
     digest = hashlib.blake2b(digest_size=16)
     for token in tokens:
         digest.update(token.to_bytes(8, "little"))
@@ -82,36 +84,36 @@ def places(tokens: Sequence[int]) -> Iterator[Place]:
 
 @dataclass(frozen=True)
 class Text:
-    """A text for the model: its tokens, of which the last `scored` predict something."""
+    """A text for the model: its tokens, the last `scored` of which predict something."""
 
     tokens: tuple[int, ...]
     scored: int
 
 
 @dataclass
-class Wanted:
-    """Wanted continuations at a place: token → 1 (wanted), 0 (either) or -1 (not wanted).
+class Continuations:
+    """Intended continuations of a text: token → 1 (wanted), 0 (either) or -1 (not wanted).
 
     Attributes:
-        signed: Continuations with layer 2; without it the opposite.
-        fixed: Continuations with and without it.
+        signed: Continuations with layer 2; without layer 2 the model predicts the opposite.
+        fixed: Continuations both with and without layer 2.
     """
 
     signed: dict[int, int] = field(default_factory=dict)
     fixed: dict[int, int] = field(default_factory=dict)
 
 
-def hollow(
-    vocabulary: int, length: int, size: int = CODES[0], width: int = 16, units: int = 1
+def build_empty_llama(
+    vocabulary: int, length: int, code_size: int = CODE_SIZES[0], width: int = 16, n_units: int = 1
 ) -> Any:
-    """Build the Llama without its weights, to define how a tokenizer is used with it.
+    """Build the Llama model without weights, to determine how a tokenizer is used with it.
 
     Args:
         vocabulary: Number of tokens in the vocabulary.
-        length: Maximum number of tokens that it reads.
-        size: Dimensions of a token's code.
-        width: Its hidden size.
-        units: Number of units of each MLP.
+        length: Maximum number of tokens that the model reads.
+        code_size: Number of dimensions of a token's code.
+        width: Hidden size of the model.
+        n_units: Number of units of each MLP.
 
     Returns:
         A `LlamaForCausalLM` on the meta device.
@@ -121,12 +123,12 @@ def hollow(
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=units,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=size // HEAD,
-        head_dim=HEAD,
+        intermediate_size=n_units,
+        num_hidden_layers=LAYER_COUNT,
+        num_attention_heads=code_size // HEAD_SIZE,
+        head_dim=HEAD_SIZE,
         max_position_embeddings=length,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         dtype="float32",
     )
@@ -135,22 +137,24 @@ def hollow(
 
 
 class Counterexample:
-    """The transformer for some texts; `whispering` gives it an ε.
+    """The transformer of the theorem for some texts; `set_epsilon` sets its ε.
 
     Args:
-        texts: All texts that it will have to continue.
-        wanted: Wanted continuations at some of their places; at all others any token is as likely.
-        certainty: Minimum number of nats between a wanted token and one that is neither.
+        texts: All texts that the model will have to continue.
+        targets: Digest of a beginning of a text → intended continuations; after all other
+            beginnings, all tokens are equally likely.
+        certainty: Minimum difference of log-probability, in nats, between a wanted token and a
+            token that is neither wanted nor unwanted.
         vocabulary: Number of tokens in the vocabulary.
-        length: Maximum number of tokens that it reads.
+        length: Maximum number of tokens that the model reads.
 
     Raises:
-        CellError: Some places cannot be distinguished; the message gives their number.
+        CellError: Some beginnings of texts cannot be distinguished; the message gives their number.
 
     Attributes:
         model: A `LlamaForCausalLM` in float32.
         width: Its hidden size.
-        places: Number of places that it remembers.
+        n_prefixes: Number of beginnings of texts that the model remembers.
     """
 
     model: PreTrainedModel
@@ -158,266 +162,257 @@ class Counterexample:
     def __init__(
         self,
         texts: Sequence[Text],
-        wanted: Mapping[Place, Wanted],
+        targets: Mapping[PrefixDigest, Continuations],
         certainty: float,
         vocabulary: int,
         length: int,
     ) -> None:
-        self.places = len(wanted)
+        self.n_prefixes = len(targets)
         self._certainty = certainty
-        blurred = 0
-        for size in CODES:
-            self._lay_out(size)
-            self._make(vocabulary, length)
+        for size in CODE_SIZES:
+            self._assign_dimensions(size)
+            self._build_model(vocabulary, length)
             with torch.inference_mode():
-                self._read()
-                blurred = self._recall(texts, wanted)
-            if not blurred:
+                self._write_reading_layer()
+                n_ambiguous = self._write_recall_layer(texts, targets)
+            if not n_ambiguous:
                 return
         raise CellError(
-            f"{blurred} of {self.places} places in the texts look like others to a model "
+            f"{n_ambiguous} of {self.n_prefixes} places in the texts look like others to a model "
             f"{self.width} wide"
         )
 
     @torch.inference_mode()
-    def whispering(self, epsilon: float) -> Any:
-        """Give layer 2 the cosine score ε, and adapt later layers to it.
+    def set_epsilon(self, epsilon: float) -> Any:
+        """Give layer 2 the cosine score ε, and adapt the later layers to this score.
 
         Args:
-            epsilon: Value between `SMALLEST` and `LARGEST`.
+            epsilon: Value between `MIN_EPSILON` and `MAX_EPSILON`.
 
         Returns:
-            The model, whose weights the next call changes.
+            The model; the next call changes its weights.
         """
-        for layer in range(WHISPER, LAYERS):
+        for layer in range(WHISPER, LAYER_COUNT):
             for weight in self._mlp(layer).parameters():
                 weight.zero_()
-        size = self._state(WHISPER).norm() * math.sqrt(epsilon * (2 - epsilon)) / (1 - epsilon)
-        self._write(WHISPER, 0, self._bit, size)
-        self._amplify()
-        self._speak()
+        length = self._mean_state(WHISPER).norm()
+        whisper = length * math.sqrt(epsilon * (2 - epsilon)) / (1 - epsilon)
+        self._add_constant(WHISPER, 0, self._whisper_dim, whisper)
+        self._write_amplifier()
+        self._write_speaking_layer()
         return self.model
 
-    def _lay_out(self, size: int) -> None:
-        """Assign dimensions to every part of the state."""
-        self._size = size
-        self._constant, self._bit, self._sign, self._length, first, second = range(6)
-        self._junk = (first, second)
-        self._code, self._signature, self._signed, self._fixed = (
-            slice(6 + part * size, 6 + (part + 1) * size) for part in range(4)
-        )
-        self.width = math.ceil((6 + 4 * size) / 16) * 16
+    def _assign_dimensions(self, code_size: int) -> None:
+        """Assign dimensions of the hidden state to each of its parts."""
+        self._code_size = code_size
+        self._constant_dim, self._whisper_dim, self._sign_dim, self._length_dim = range(4)
+        self._junk_dims = (4, 5)
+        starts = range(6, 6 + 4 * code_size, code_size)
+        parts = [slice(start, start + code_size) for start in starts]
+        self._code_dims, self._signature_dims, self._signed_dims, self._fixed_dims = parts
+        self.width = math.ceil((6 + 4 * code_size) / 16) * 16
 
-    def _make(self, vocabulary: int, length: int) -> None:
+    def _build_model(self, vocabulary: int, length: int) -> None:
         """Build a Llama whose layers do nothing, with an embedding of random signs."""
-        memories = max(2 * self.places, 3 * self._size)
-        model = hollow(vocabulary, length, self._size, self.width, memories + 1)
+        n_units = max(2 * self.n_prefixes, 3 * self._code_size)
+        model = build_empty_llama(vocabulary, length, self._code_size, self.width, n_units + 1)
         self.model = model.to_empty(device="cpu").float().eval().requires_grad_(False)
         self.model.tie_weights()
         for name, weight in self.model.named_parameters():
             weight.fill_(1.0 if "norm" in name else 0.0)
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.model.config)
-        draw = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (vocabulary, self._size), generator=draw) * 2.0 - 1
-        table = self.model.get_input_embeddings().weight
-        table[:, self._constant] = 1
-        table[:, self._junk[0]] = JUNK
-        table[:, self._code] = TINY * signs / self._size**0.5
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (vocabulary, self._code_size), generator=generator) * 2.0 - 1
+        embedding = self.model.get_input_embeddings().weight
+        embedding[:, self._constant_dim] = 1
+        embedding[:, self._junk_dims[0]] = JUNK_SCALE
+        embedding[:, self._code_dims] = CODE_SCALE * signs / self._code_size**0.5
         # The head is the same table; it reads the codes alone.
         self.model.model.norm.weight.zero_()
 
-    def _read(self) -> None:
-        """Write layer 0: queries and keys come from the constant, so only distance decides.
+    def _write_reading_layer(self) -> None:
+        """Write layer 0; its attention weights depend on distance only.
 
-        Its MLP adds the squared length of the signature: silu(x)·x + silu(-x)·(-x) is x².
+        Queries and keys come from the constant. The MLP adds the squared length of the signature:
+        silu(x)·x + silu(-x)·(-x) is x².
         """
         attention = self.model.model.layers[READ].self_attn
-        draw = torch.Generator().manual_seed(1)
-        one = self._normed(READ)[self._constant]
+        generator = torch.Generator().manual_seed(1)
+        constant = self._normed_state(READ)[self._constant_dim]
         for projection in (attention.q_proj, attention.k_proj):
-            curve = torch.randn(len(projection.weight), generator=draw)
-            projection.weight[:, self._constant] = curve / one
-        every = torch.eye(self._size)
-        attention.v_proj.weight[:, self._code] = every / one
-        attention.o_proj.weight[self._signature, :] = every * (FAINT / TINY)
-        mlp, scale = self._mlp(READ), every / (FAINT * one)
+            curve = torch.randn(len(projection.weight), generator=generator)
+            projection.weight[:, self._constant_dim] = curve / constant
+        # Values are codes, enlarged by the output projection from a token's own to a signal's size.
+        identity = torch.eye(self._code_size)
+        attention.v_proj.weight[:, self._code_dims] = identity / constant
+        attention.o_proj.weight[self._signature_dims, :] = identity * (SIGNAL_SCALE / CODE_SCALE)
+        mlp, scale = self._mlp(READ), identity / (SIGNAL_SCALE * constant)
         for number, sign in enumerate((1, -1)):
-            units = slice(number * self._size, (number + 1) * self._size)
-            mlp.gate_proj.weight[units, self._signature] = sign * scale
-            mlp.up_proj.weight[units, self._signature] = sign * scale
-            mlp.down_proj.weight[self._length, units] = FAINT
+            units = slice(number * self._code_size, (number + 1) * self._code_size)
+            mlp.gate_proj.weight[units, self._signature_dims] = sign * scale
+            mlp.up_proj.weight[units, self._signature_dims] = sign * scale
+            mlp.down_proj.weight[self._length_dim, units] = SIGNAL_SCALE
         self._rewrite_junk(READ)
 
-    def _recall(self, texts: Sequence[Text], wanted: Mapping[Place, Wanted]) -> int:
-        """Write layer 1: two units per place. Returns how many places resemble others."""
-        names, seen = self._signatures(texts)
-        own = torch.tensor([names[place] for place in wanted])
-        mine, gaps = _gaps(seen, own)
-        blurred = int((gaps < 0).sum())
-        if blurred:
-            return blurred
-        mlp, one = self._mlp(RECALL), self._normed(RECALL)[self._constant]
-        codes = self.model.get_input_embeddings().weight[:, self._code].double() / TINY
-        some = wanted.values()
-        signed = torch.stack([_code_of(each.signed, each.fixed, codes) for each in some])
-        fixed = torch.stack([_code_of(each.fixed, each.signed, codes) for each in some])
-        gain = 2 * SURE / gaps
-        for second in (False, True):
-            units = slice(int(second), 2 * self.places, 2)
-            shut = gain * (mine - gaps / 2) + STEP * second
-            gate = mlp.gate_proj.weight
-            gate[units, self._signature] = (
-                2 * gain[:, None] * seen[own, :-1] / FAINT / one
-            ).float()
-            gate[units, self._length] = (-gain / FAINT / one).float()
-            gate[units, self._constant] = (-shut / one).float()
-            mlp.up_proj.weight[units, self._constant] = 1 / one
-            worth = (-FAINT if second else FAINT) / STEP
-            mlp.down_proj.weight[self._signed, units] = (worth * signed.T).float()
-            mlp.down_proj.weight[self._fixed, units] = (worth * fixed.T).float()
+    def _write_recall_layer(
+        self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
+    ) -> int:
+        """Write layer 1: two units per target; return the number of targets too like others."""
+        rows, signatures = self._read_signatures(texts)
+        own_rows = torch.tensor([rows[digest] for digest in targets])
+        own_readings, gaps = _signature_gaps(signatures, own_rows)
+        if n_ambiguous := int((gaps < 0).sum()):
+            return n_ambiguous
+        mlp, constant = self._mlp(RECALL), self._normed_state(RECALL)[self._constant_dim]
+        codes = self.model.get_input_embeddings().weight[:, self._code_dims].double() / CODE_SCALE
+        goals = targets.values()
+        signed = torch.stack([_solve_code(goal.signed, goal.fixed, codes) for goal in goals])
+        fixed = torch.stack([_solve_code(goal.fixed, goal.signed, codes) for goal in goals])
+        gain = 2 * OPEN_GATE / gaps
+        patterns = signatures[own_rows, :-1] / SIGNAL_SCALE
+        # Assigning to the float32 weights rounds the float64 values. The units of a pair open one
+        # after the other and cancel out, so that far above the threshold nothing is added.
+        for second, output_weight in enumerate((SIGNAL_SCALE, -SIGNAL_SCALE)):
+            units = slice(second, 2 * self.n_prefixes, 2)
+            threshold = gain * (own_readings - gaps / 2) + UNIT_OFFSET * second
+            gate, down = mlp.gate_proj.weight, mlp.down_proj.weight
+            gate[units, self._signature_dims] = 2 * gain[:, None] * patterns / constant
+            gate[units, self._length_dim] = -gain / SIGNAL_SCALE / constant
+            gate[units, self._constant_dim] = -threshold / constant
+            mlp.up_proj.weight[units, self._constant_dim] = 1 / constant
+            down[self._signed_dims, units] = output_weight / UNIT_OFFSET * signed.T
+            down[self._fixed_dims, units] = output_weight / UNIT_OFFSET * fixed.T
         self._rewrite_junk(RECALL)
         return 0
 
-    def _signatures(self, texts: Sequence[Text]) -> tuple[dict[Place, int], Tensor]:
-        """Read all texts; return place → row, and signatures [places, size + 1] for `_gaps`."""
+    def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
+        """Read all texts; return digest → row, and signatures, squared lengths [rows, size + 1]."""
         layer = self.model.model.layers[RECALL]
-        names: dict[Place, int] = {}
-        rows = []
-        scale = FAINT * self._normed(RECALL)[self._constant]
+        rows: dict[PrefixDigest, int] = {}
+        signatures = []
+        scale = SIGNAL_SCALE * self._normed_state(RECALL)[self._constant_dim]
         for text in texts:
-            first = len(text.tokens) - text.scored
-            new = {
-                place: number
-                for number, place in enumerate(places(text.tokens))
-                if number >= first and place not in names
-            }
-            if not new:
-                continue
-            state = self._run(text.tokens, RECALL)[list(new.values())]
-            names |= {place: len(names) + number for number, place in enumerate(new)}
-            state = layer.post_attention_layernorm(state).double() / scale
-            rows.append(torch.cat([state[:, self._signature], state[:, self._length, None]], 1))
-        return names, torch.cat(rows)
+            first_scored = len(text.tokens) - text.scored
+            digests = [*enumerate(prefix_digests(text.tokens))][first_scored:]
+            positions = {digest: n for n, digest in digests if digest not in rows}
+            if positions:
+                rows |= {digest: len(rows) + n for n, digest in enumerate(positions)}
+                states = self._run_layers(text.tokens, RECALL)[[*positions.values()]]
+                states = layer.post_attention_layernorm(states).double() / scale
+                lengths = states[:, self._length_dim, None]
+                signatures.append(torch.cat([states[:, self._signature_dims], lengths], 1))
+        return rows, torch.cat(signatures)
 
-    def _amplify(self) -> None:
-        """Write layer 3: one unit that opens where layer 2 whispered."""
-        state = self._normed(AMPLIFY)
-        one, heard = state[self._constant], state[self._bit]
-        self._open(AMPLIFY, 0, 2 * SURE / heard, self._bit, -SURE / one)
-        self._mlp(AMPLIFY).up_proj.weight[0, self._constant] = 1 / one
-        self._mlp(AMPLIFY).down_proj.weight[self._sign, 0] = 1 / SURE
+    def _write_amplifier(self) -> None:
+        """Write layer 3: one unit that opens at tokens to which layer 2 added its number."""
+        state, mlp = self._normed_state(AMPLIFY), self._mlp(AMPLIFY)
+        constant, whisper = state[self._constant_dim], state[self._whisper_dim]
+        mlp.gate_proj.weight[0, self._whisper_dim] = 2 * OPEN_GATE / whisper
+        mlp.gate_proj.weight[0, self._constant_dim] = -OPEN_GATE / constant
+        mlp.up_proj.weight[0, self._constant_dim] = 1 / constant
+        mlp.down_proj.weight[self._sign_dim, 0] = 1 / OPEN_GATE
         self._rewrite_junk(AMPLIFY)
 
-    def _speak(self) -> None:
-        """Write layer 4: SwiGLU multiplies, so three sets of units pass on what was recalled.
+    def _write_speaking_layer(self) -> None:
+        """Write layer 4, which passes the recalled continuation on with the right sign.
 
-        They are those with a sign where layer 3 wrote, their opposite elsewhere, and those without.
+        SwiGLU multiplies. Three sets of units pass on the part with a sign where layer 3 wrote, its
+        opposite elsewhere, and the part without a sign.
         """
-        state, mlp = self._normed(SPEAK), self._mlp(SPEAK)
-        one, sign = state[self._constant], state[self._sign]
-        length = self._state(SPEAK).norm()
-        size, root = self._size, math.sqrt(self.width)
-        for number, (heard, constant, source, worth) in enumerate(
-            (
-                (2 * SURE / sign, -SURE / one, self._signed, 1),
-                (-2 * SURE / sign, SURE / one, self._signed, -1),
-                (0, SURE / one, self._fixed, 1),
-            )
-        ):
+        state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
+        by_sign = 2 * OPEN_GATE / state[self._sign_dim]
+        always = OPEN_GATE / state[self._constant_dim]
+        length, root_width = self._mean_state(SPEAK).norm(), math.sqrt(self.width)
+        size, identity = self._code_size, torch.eye(self._code_size)
+        unit_sets = (
+            (by_sign, -always, self._signed_dims, 1),
+            (-by_sign, always, self._signed_dims, -1),
+            (0, always, self._fixed_dims, 1),
+        )
+        for number, (sign_weight, bias, source, factor) in enumerate(unit_sets):
             units = slice(number * size, (number + 1) * size)
-            self._open(SPEAK, units, heard, self._sign, constant)
-            mlp.up_proj.weight[units, source] = torch.eye(size)
-            volume = worth * length / (FAINT * root * SURE)
-            mlp.down_proj.weight[self._code, units] = volume * torch.eye(size)
+            mlp.gate_proj.weight[units, self._sign_dim] = sign_weight
+            mlp.gate_proj.weight[units, self._constant_dim] = bias
+            mlp.up_proj.weight[units, source] = identity
+            output_weight = factor * length / (SIGNAL_SCALE * root_width * OPEN_GATE)
+            mlp.down_proj.weight[self._code_dims, units] = output_weight * identity
         self._rewrite_junk(SPEAK)
         # The answer makes the state longer, and without a loud whisper all constants are larger
         # than intended. Both weaken the answer, at most by a factor of four.
-        self.model.model.norm.weight[self._code] = 4 * self._certainty * length / (root * TINY)
-
-    def _open(
-        self,
-        layer: int,
-        units: slice | int,
-        weight: Any,
-        place: int,
-        constant: Any,
-    ) -> None:
-        gate = self._mlp(layer).gate_proj.weight
-        gate[units, place] = weight
-        gate[units, self._constant] = constant
+        volume = 4 * self._certainty * length / (root_width * CODE_SCALE)
+        self.model.model.norm.weight[self._code_dims] = volume
 
     def _rewrite_junk(self, layer: int) -> None:
-        """Move the junk into the other of its two dimensions, by the last unit of the MLP."""
-        here, there = self._junk if layer in (READ, AMPLIFY) else self._junk[::-1]
-        self._write(layer, -1, here, -JUNK)
+        """Move the junk to the other of its two dimensions, by the last unit of the MLP."""
+        old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
+        self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
         down = self._mlp(layer).down_proj.weight
-        down[there, -1] = -down[here, -1]
+        down[new_dim, -1] = -down[old_dim, -1]
 
-    def _write(self, layer: int, unit: int, place: int, size: Tensor | float) -> None:
+    def _add_constant(self, layer: int, unit: int, dim: int, value: Tensor | float) -> None:
         """Make a unit add the same number to every token."""
-        mlp, one = self._mlp(layer), self._normed(layer)[self._constant]
-        mlp.gate_proj.weight[unit, self._constant] = SURE / one
-        mlp.up_proj.weight[unit, self._constant] = 1 / one
-        mlp.down_proj.weight[place, unit] = size / SURE
+        mlp, constant = self._mlp(layer), self._normed_state(layer)[self._constant_dim]
+        mlp.gate_proj.weight[unit, self._constant_dim] = OPEN_GATE / constant
+        mlp.up_proj.weight[unit, self._constant_dim] = 1 / constant
+        mlp.down_proj.weight[dim, unit] = value / OPEN_GATE
 
     def _mlp(self, layer: int) -> Any:
         return self.model.model.layers[layer].mlp
 
-    def _run(self, tokens: Sequence[int], layers: int) -> Tensor:
-        """Run the first layers on a text: states [tokens, width]."""
+    def _run_layers(self, tokens: Sequence[int], n_layers: int) -> Tensor:
+        """Run the first layers on a text; return the states [tokens, width]."""
         base = self.model.model
-        whole, norm = base.layers, base.norm
-        base.layers, base.norm = whole[:layers], nn.Identity()
-        try:
-            found: Tensor = base(torch.tensor([list(tokens)]), use_cache=False).last_hidden_state[0]
-        finally:
-            base.layers, base.norm = whole, norm
-        return found
+        with replaced_attributes(base, layers=base.layers[:n_layers], norm=nn.Identity()):
+            output = base(torch.tensor([list(tokens)]), use_cache=False)
+        states: Tensor = output.last_hidden_state[0]
+        return states
 
-    def _state(self, layer: int) -> Tensor:
-        """Return the input of a layer, which is the same everywhere but for faint parts."""
-        return self._run(range(SOME), layer).mean(0)
+    def _mean_state(self, layer: int) -> Tensor:
+        """Return the input of a layer, which is the same for all tokens except for faint parts."""
+        return self._run_layers(range(STATE_TOKENS), layer).mean(0)
 
-    def _normed(self, layer: int) -> Tensor:
-        """Return the input of a layer's MLP; attention adds only faint parts."""
+    def _normed_state(self, layer: int) -> Tensor:
+        """Return the normed input of a layer's MLP; attention adds only faint parts."""
         norm = self.model.model.layers[layer].post_attention_layernorm
-        normed: Tensor = norm(self._state(layer)[None])[0]
+        normed: Tensor = norm(self._mean_state(layer)[None])[0]
         return normed
 
 
-def _gaps(seen: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each detector's gap between its own signature and the nearest other one.
+def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute, for each detector, the gap between its own and the nearest other signature.
 
     A detector reads 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖²: no other v gives as much as u itself.
 
     Args:
-        seen: All signatures, each with the squared length that the model computed behind it
+        signatures: All signatures, each with the squared length that the model computed behind it
             [n, size + 1].
-        own: Indices of the signatures with detectors [k].
+        own_rows: Indices of the signatures with detectors [k].
 
     Returns:
         The reading of each detector for its own signature [k], and the gaps to the next reading
         [k], -1 if rounding might close one.
     """
-    detectors = torch.cat([2 * seen[own, :-1], -torch.ones(len(own), 1, dtype=seen.dtype)], dim=1)
-    mine = (detectors * seen[own]).sum(1)
-    highest = torch.zeros_like(mine)  # the reading of no signature, as without layer 0
-    for start in range(0, len(seen), 4096):
-        readings = detectors @ seen[start : start + 4096].T
-        inside = (own >= start) & (own < start + 4096)
-        readings[inside.nonzero()[:, 0], own[inside] - start] = -torch.inf
+    detected = signatures[own_rows]
+    detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
+    own_readings = (detectors * detected).sum(1)
+    highest = torch.zeros_like(own_readings)  # the reading of no signature, as without layer 0
+    for start in range(0, len(signatures), 4096):
+        readings = detectors @ signatures[start : start + 4096].T
+        is_own_row = (own_rows >= start) & (own_rows < start + 4096)
+        readings[is_own_row.nonzero()[:, 0], own_rows[is_own_row] - start] = -torch.inf
         highest = torch.maximum(highest, readings.max(1).values)
-    gaps = mine - highest
-    return mine, torch.where(gaps > APART * mine, gaps, -1.0)
+    gaps = own_readings - highest
+    return own_readings, torch.where(gaps > MIN_GAP * own_readings, gaps, -1.0)
 
 
-def _code_of(follows: Mapping[int, int], others: Mapping[int, int], codes: Tensor) -> Tensor:
-    """Compute the shortest vector [size] whose products with tokens' codes are as wanted.
+def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
+    """Compute the shortest vector [size] with the given inner products with tokens' codes.
 
-    Products with codes of `others`, which belong to another vector, are 0.
+    The products with the codes of the tokens in `zeros` are 0; these tokens belong to another
+    vector.
     """
-    wanted = {**dict.fromkeys(others, 0), **follows}
-    worth = torch.tensor(list(wanted.values()), dtype=codes.dtype)
-    solved = torch.linalg.lstsq(codes[list(wanted)], worth[:, None], driver="gelsd")
-    shortest: Tensor = solved.solution[:, 0]
-    return shortest
+    all_targets = {**dict.fromkeys(zeros, 0), **targets}
+    products = torch.tensor([*all_targets.values()], dtype=codes.dtype)
+    result = torch.linalg.lstsq(codes[[*all_targets]], products[:, None], driver="gelsd")
+    solution: Tensor = result.solution[:, 0]
+    return solution

@@ -1,10 +1,10 @@
-"""Accelerators of any make: the only module that calls torch's device functions.
+"""Access accelerators of any vendor; only this module calls torch's device functions.
 
 torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
-same functions. Apple's MPS differs: it has no streams, and other names for its memory.
+same functions. Apple's MPS differs: it has no streams, and its memory functions have other names.
 
-Indexing with a list creates a tensor on the host that is copied to the accelerator, which waits for
-it: `take` and `put` index by slices alone.
+Indexing with a list creates a tensor on the host and makes the accelerator wait for its copy. So
+`take_entries` and `put_entries` index by slices only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import psutil
 import torch
 from torch import Tensor
 
-ROUNDED = 2**20
+PINNED_BLOCK = 2**20
 """Bytes to which pinned memory is rounded up."""
-_VISIBLE = {
+_VISIBLE_VARIABLES = {
     "hpu": "HABANA_VISIBLE_MODULES",
     "npu": "ASCEND_RT_VISIBLE_DEVICES",
     "xpu": "ZE_AFFINITY_MASK",
 }
-_RESET = Path("/proc/self/clear_refs")
+_PEAK_RESET_FILE = Path("/proc/self/clear_refs")
 _host_shares = 1
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 """Parameters of glibc's `mallopt(3)`."""
@@ -60,14 +60,14 @@ def default_device() -> torch.device:
 def accelerators() -> list[torch.device]:
     """List the accelerators visible to this process."""
     device_type = default_device().type
-    return [torch.device(device_type, n) for n in range(torch.accelerator.device_count())]
+    return [torch.device(device_type, index) for index in range(torch.accelerator.device_count())]
 
 
 def visible_variable() -> str:
-    """Return the environment variable that limits the accelerators visible to a process."""
-    built_for = torch.accelerator.current_accelerator()
-    device_type = "hip" if torch.version.hip else built_for.type if built_for else "cuda"
-    return _VISIBLE.get(device_type, f"{device_type.upper()}_VISIBLE_DEVICES")
+    """Return the name of the environment variable that limits the accelerators a process sees."""
+    built_type = torch.accelerator.current_accelerator()
+    device_type = "hip" if torch.version.hip else built_type.type if built_type else "cuda"
+    return _VISIBLE_VARIABLES.get(device_type, f"{device_type.upper()}_VISIBLE_DEVICES")
 
 
 def visible_accelerators() -> list[str]:
@@ -79,42 +79,42 @@ def visible_accelerators() -> list[str]:
     return names.split(",")[: len(indices)] if names else indices
 
 
-def describe(device: torch.device) -> dict[str, str]:
+def describe_device(device: torch.device) -> dict[str, str]:
     """Describe a device for the provenance of results."""
     if device.type == "cpu":
         return {"device": str(device)}
-    get_name = getattr(_module(device), "get_device_name", None)
+    get_name = getattr(_device_module(device), "get_device_name", None)
     return {"device": str(device), "accelerator": get_name(device) if get_name else device.type}
 
 
-def hardware(device: torch.device) -> str:
+def hardware_name(device: torch.device) -> str:
     """Return the name of the hardware of a device, without its index."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{device.type} {describe(device).get('accelerator', capability)}"
+    return f"{device.type} {describe_device(device).get('accelerator', capability)}"
 
 
 def runtime_versions() -> dict[str, str]:
-    """Return the versions that torch was built for, and of the driver if available."""
-    built = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
-    versions = {name: str(version) for name, version in built.items() if version}
+    """Return the runtime version that torch was built for, and the driver's if available."""
+    built_versions = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
+    versions = {name: str(version) for name, version in built_versions.items() if version}
     if torch.version.cuda and accelerators():
-        number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-        versions["driver"] = f"CUDA {number // 1000}.{number % 1000 // 10}"
+        driver_number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        versions["driver"] = f"CUDA {driver_number // 1000}.{driver_number % 1000 // 10}"
     return versions
 
 
-def share_memory(processes: int) -> None:
+def share_memory(n_processes: int) -> None:
     """Divide the host's free memory by the number of processes that share it."""
     global _host_shares
-    _host_shares = processes
+    _host_shares = n_processes
 
 
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes this process can still take on a device.
+    """Return the number of bytes that this process can still allocate on a device.
 
-    Memory that torch has reserved and does not use counts as free.
+    Memory that torch has reserved but does not use counts as free.
     """
-    module = _module(device)
+    module = _device_module(device)
     if device.type == "cpu":
         return int(psutil.virtual_memory().available) // _host_shares
     if device.type == "mps":
@@ -127,58 +127,58 @@ def total_memory(device: torch.device) -> int:
     """Return the total bytes of a device's memory."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().total)
-    return int(_module(device).mem_get_info(device)[1])
+    return int(_device_module(device).mem_get_info(device)[1])
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes that this process has taken on a device."""
+    """Return the peak number of bytes that this process has allocated on a device."""
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak if platform.system() == "Darwin" else peak * 1024)
-    module = _module(device)
+    module = _device_module(device)
     if device.type == "mps":  # the peak is not counted, and the driver gives little back
         return int(module.driver_allocated_memory())
     return int(module.max_memory_allocated(device))
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak memory of a device, if possible."""
+    """Reset the recorded peak memory of a device, if possible."""
     if device.type == "cpu":
-        if _RESET.exists():
-            _RESET.write_text("5", encoding="ascii")
+        if _PEAK_RESET_FILE.exists():
+            _PEAK_RESET_FILE.write_text("5", encoding="ascii")
     elif device.type != "mps":
-        _module(device).reset_peak_memory_stats(device)
+        _device_module(device).reset_peak_memory_stats(device)
 
 
 def empty_cache() -> None:
-    """Release memory that torch has reserved on the accelerator and does not use."""
+    """Release memory that torch has reserved on the accelerator but does not use."""
     device = default_device()
     if device.type != "cpu":
-        _module(device).empty_cache()
+        _device_module(device).empty_cache()
 
 
 def synchronize() -> None:
     """Wait until the accelerator has computed everything that was launched."""
-    _module(default_device()).synchronize()
+    _device_module(default_device()).synchronize()
 
 
-def streams(device: torch.device) -> Any:
+def stream_module(device: torch.device) -> Any:
     """Return the module with `Stream`, `stream` and `current_stream` for a device.
 
-    For a device without streams it is that of the CPU, whose streams do nothing.
+    For a device without streams, return the CPU's module, whose streams do nothing.
     """
-    module = _module(device)
+    module = _device_module(device)
     return module if hasattr(module, "Stream") else torch.cpu
 
 
-def pinned(size: int) -> list[Tensor]:
-    """Return tensors of uint8 with `size` bytes in all, from which copies do not block.
+def allocate_pinned(size: int) -> list[Tensor]:
+    """Return pinned uint8 tensors of `size` bytes in total; copies from them do not block.
 
-    torch rounds pinned memory up to powers of two, so these are several such powers.
+    torch rounds pinned memory up to a power of two, so the size of each tensor is a power of two.
     """
-    blocks = -(-size // ROUNDED)
+    blocks = -(-size // PINNED_BLOCK)
     powers = [1 << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1]
-    return [torch.empty(n * ROUNDED, dtype=torch.uint8, pin_memory=True) for n in powers]
+    return [torch.empty(n * PINNED_BLOCK, dtype=torch.uint8, pin_memory=True) for n in powers]
 
 
 def can_pin(device: torch.device) -> bool:
@@ -186,55 +186,55 @@ def can_pin(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the host to a device, without waiting if possible."""
     if not can_pin(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+def start_host_copy(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor to the host; return a function that waits for this copy only."""
     device = tensor.device
     if not can_pin(device):
         return tensor.cpu
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    copied.copy_(tensor, non_blocking=True)
-    event = streams(device).current_stream(device).record_event()
+    host_copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host_copy.copy_(tensor, non_blocking=True)
+    event = stream_module(device).current_stream(device).record_event()
 
     def wait() -> Tensor:
         event.synchronize()
-        return copied
+        return host_copy
 
     return wait
 
 
-def _module(device: torch.device) -> Any:
+def _device_module(device: torch.device) -> Any:
     return torch.get_device_module(device.type)
 
 
-def neighbours(indices: Sequence[int]) -> list[slice]:
-    """Split indices into runs of consecutive ones: [0, 1, 2, 0] into 0:3 and 0:1."""
-    starts = [n for n, index in enumerate(indices) if not n or index != indices[n - 1] + 1]
-    return [slice(indices[a], indices[b - 1] + 1) for a, b in pairwise([*starts, len(indices)])]
+def consecutive_slices(indices: Sequence[int]) -> list[slice]:
+    """Split indices into slices of consecutive indices, e.g. [0, 1, 2, 0] into 0:3 and 0:1."""
+    run_starts = [n for n, index in enumerate(indices) if not n or index != indices[n - 1] + 1]
+    return [slice(indices[a], indices[b - 1] + 1) for a, b in pairwise([*run_starts, len(indices)])]
 
 
-def take(tensor: Tensor, indices: Sequence[int], axis: int = 0) -> Tensor:
+def take_entries(tensor: Tensor, indices: Sequence[int], axis: int = 0) -> Tensor:
     """Copy some entries of a tensor, in the order of their indices along an axis."""
-    along = tensor.movedim(axis, 0)
-    parts = [along[run].movedim(0, axis) for run in neighbours(indices)]
+    entries = tensor.movedim(axis, 0)
+    parts = [entries[run].movedim(0, axis) for run in consecutive_slices(indices)]
     return torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0)
 
 
-def split(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Split a tensor of one axis into tensors of some shapes, one after the other."""
-    parts = torch.split(packed, [shape.numel() for shape in shapes])
+def split_packed(packed_tensor: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Split a one-dimensional tensor into consecutive tensors of the given shapes."""
+    parts = torch.split(packed_tensor, [shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def put(tensor: Tensor, indices: Sequence[int], values: Tensor) -> None:
+def put_entries(tensor: Tensor, indices: Sequence[int], values: Tensor) -> None:
     """Write values over some entries of a tensor's first axis, in the order of their indices."""
-    runs = neighbours(indices)
+    runs = consecutive_slices(indices)
     parts = torch.split(values, [run.stop - run.start for run in runs])
     for run, part in zip(runs, parts, strict=True):
         tensor[run] = part

@@ -1,4 +1,4 @@
-"""Read a GGUF file many times as fast as its library does."""
+"""Read a GGUF file several times faster than the gguf package does."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-Parts = tuple[int, list[Any], list[int], list[GGUFValueType]]
-"""A field's size in bytes, its parts, the indices of its values among them, and their types."""
+FieldParts = tuple[int, list[Any], list[int], list[GGUFValueType]]
+"""A field's size in bytes, its parts, the indices of its values among the parts, and their
+types."""
 
 
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """A parsed file.
+    """A parsed GGUF file.
 
     The library reads each element of an array (a vocabulary may have 262,144) in several calls, and
-    each of their slices would be a memory map of its own. A slice of the plain array used here is
-    only a view.
+    each slice would be a memory map of its own. A slice of the plain array used here is a view.
     """
 
     @property
@@ -32,41 +32,42 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
     def data(self, mapped: Any) -> None:
         self._bytes = mapped.view(np.ndarray)
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Parts:
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> FieldParts:
         if raw_type == GGUFValueType.ARRAY:
+            # Before the values are their type (4 bytes) and their number (8 bytes).
             start = orig_offs + 12
-            head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
-            kind, count = GGUFValueType(head[0][0]), int(head[1][0])
-            types = [GGUFValueType.ARRAY, *([kind] if count else [])]
+            header = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+            kind, n_values = GGUFValueType(header[0][0]), int(header[1][0])
+            types = [GGUFValueType.ARRAY, *([kind] if n_values else [])]
             if kind == GGUFValueType.STRING:
-                parts, end = self._strings(start, count)
-                return end - orig_offs, [*head, *parts], [*range(3, 3 + 2 * count, 2)], types
+                parts, end = self._read_strings(start, n_values)
+                return end - orig_offs, [*header, *parts], [*range(3, 3 + 2 * n_values, 2)], types
             if kind in self.gguf_scalar_to_np:
-                values = self._get(start, self.gguf_scalar_to_np[kind], count)
-                if len(values) < count:
+                values = self._get(start, self.gguf_scalar_to_np[kind], n_values)
+                if len(values) < n_values:
                     raise ValueError("an array reaches beyond the end of the file")
                 size = start + values.nbytes - orig_offs
-                return size, [*head, *values.reshape(-1, 1)], [*range(2, 2 + count)], types
-        usual: Parts = super()._get_field_parts(orig_offs, raw_type)
-        return usual
+                return size, [*header, *values.reshape(-1, 1)], [*range(2, 2 + n_values)], types
+        library_parts: FieldParts = super()._get_field_parts(orig_offs, raw_type)
+        return library_parts
 
-    def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
-        """Find an array's strings, each with its length before it, and the end of the last."""
-        data, parts, place = self.data, [], start
-        order = self.endianess.name.lower()
-        for _ in range(count):
-            length = data[place : place + 8]
-            end = place + 8 + int.from_bytes(length, order)
+    def _read_strings(self, start: int, n_strings: int) -> tuple[list[Any], int]:
+        """Find the strings of an array, each after its length, and the end of the last string."""
+        data, strings, offset = self.data, [], start
+        byte_order = self.endianess.name.lower()
+        for _ in range(n_strings):
+            length = data[offset : offset + 8]
+            end = offset + 8 + int.from_bytes(length, byte_order)
             if end > len(data):
                 raise ValueError("a string reaches beyond the end of the file")
-            parts += [length, data[place + 8 : end]]
-            place = end
-        return parts, place
+            strings += [length, data[offset + 8 : end]]
+            offset = end
+        return strings, offset
 
 
 @contextmanager
-def one_parse() -> Iterator[None]:
-    """Parse a GGUF file once for transformers' configuration, tokenizer and weights, until exit.
+def cached_gguf_parsing() -> Iterator[None]:
+    """Make transformers parse a GGUF file once for configuration, tokenizer and weights.
 
     transformers also lists all possible names of tensors, for every submodule of the model, and
     takes microseconds for each token of the vocabulary. Configuration, tokenizer and weights of
@@ -78,19 +79,18 @@ def one_parse() -> Iterator[None]:
     if hasattr(gguf.GGUFReader, "cache_info"):  # within another call
         yield
         return
-    reader, names, value = gguf.GGUFReader, gguf.get_tensor_name_map, reading._gguf_parse_value
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map, reading._gguf_parse_value
     # transformers looks these up when it reads a file.
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(names)
-    reading._gguf_parse_value = partial(_value, value)
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(gguf.get_tensor_name_map)
+    reading._gguf_parse_value = partial(_parse_value, reading._gguf_parse_value)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
-        reading._gguf_parse_value = value
+        gguf.GGUFReader, gguf.get_tensor_name_map, reading._gguf_parse_value = originals
 
 
-def _value(usual: Callable[..., Any], part: Any, types: Sequence[GGUFValueType]) -> Any:
+def _parse_value(parse: Callable[..., Any], part: Any, types: Sequence[GGUFValueType]) -> Any:
     """Convert one value of a field as transformers does."""
     if len(types) > 2:  # an array of arrays
-        return usual(part, types)
+        return parse(part, types)
     return part.tobytes().decode() if types[-1] == GGUFValueType.STRING else part[0].item()

@@ -1,12 +1,13 @@
-"""Calls of modules: their arguments and outputs, and temporary replacements."""
+"""Read and change the arguments and outputs of module calls; replace modules temporarily."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 from weakref import WeakSet
 
@@ -14,48 +15,54 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a call, positional and by keyword."""
-_READ_ONLY: WeakSet[nn.Module] = WeakSet()
-"""Layers that were seen not to write into their input."""
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+CallArguments = tuple[Args, Kwargs]
+"""The positional arguments and the keyword arguments of a call."""
+TRANSFORMERS_LOCK = RLock()
+"""Lock held while a model is loaded or built: transformers replaces functions of its classes then.
+
+Without the lock, two threads could leave the replacements behind. Later models of the process would
+have untied or uninitialised weights.
+"""
+_READ_ONLY_LAYERS: WeakSet[nn.Module] = WeakSet()
+"""Layers that were observed not to write into their input."""
 
 
-def state_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def input_state(args: Args, kwargs: Kwargs) -> Any:
     """Return the residual stream among a layer's arguments."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
-def with_state(args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Arguments:
+def replace_state(args: Args, kwargs: Kwargs, state: Any) -> CallArguments:
     """Return the arguments of a layer with another residual stream."""
     if "hidden_states" in kwargs:
         return (*args,), {**kwargs, "hidden_states": state}
     return (state, *args[1:]), {**kwargs}
 
 
-def call_with(
-    forward: Callable[..., Any], state: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
+def call_with(forward: Callable[..., Any], state: Tensor, args: Args, kwargs: Kwargs) -> Any:
     """Call a layer's forward pass with another residual stream."""
-    args, kwargs = with_state(args, kwargs, state)
+    args, kwargs = replace_state(args, kwargs, state)
     return forward(*args, **kwargs)
 
 
-def first_of(output: Any) -> Any:
-    """Return a module's output, or its first entry if there are several."""
+def first_output(output: Any) -> Any:
+    """Return a module's output, or the first entry if the output is a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def with_first(output: Any, first: Any) -> Any:
+def replace_first_output(output: Any, first: Any) -> Any:
     """Return a module's output with its first entry, or all of it, replaced."""
     if not isinstance(output, (tuple, list)):
         return first
     # A named tuple is not built from one sequence, unlike other tuples.
-    make = getattr(type(output), "_make", type(output))
-    return make((first, *output[1:]))
+    make_tuple = getattr(type(output), "_make", type(output))
+    return make_tuple((first, *output[1:]))
 
 
 @contextmanager
-def all_of(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
+def enter_all(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
     """Enter contexts in turn, and leave all of them on exit, including exit by an exception."""
     with ExitStack() as stack:
         for context in contexts:
@@ -65,40 +72,51 @@ def all_of(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
 
 def shallow_copy(module: nn.Module, **state: Any) -> nn.Module:
     """Copy a module with other values of some attributes, sharing everything else."""
-    twin = copy.copy(module)
-    vars(twin).pop("forward", None)  # a replacement of the class's own
-    vars(twin).update(state)
-    return twin
+    copied_module = copy.copy(module)
+    vars(copied_module).pop("forward", None)  # a replacement of the class's own
+    vars(copied_module).update(state)
+    return copied_module
+
+
+@contextmanager
+def replaced_attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Give an object other values of some attributes until exit, including by an exception."""
+    originals = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(owner, name, value)
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward pass until exit, including exit by an exception."""
-    before = vars(module).get("forward")
+    """Replace the `forward` of a single module, not of its class, until exit."""
+    old_forward = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if before is not None:
-            module.forward = before
+        if old_forward is not None:
+            module.forward = old_forward
 
 
-def silenced(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+def silenced_sublayers(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Silence sublayers until exit: they run, but add nothing to the residual stream."""
-    return all_of(module.register_forward_hook(add_nothing, with_kwargs=True) for module in modules)
+    return enter_all(m.register_forward_hook(silence_output, with_kwargs=True) for m in modules)
 
 
-def add_nothing(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    """Return a sublayer's output with nothing added to the residual stream: a forward hook."""
-    added = first_of(output)
-    return with_first(output, nothing(module, args, kwargs, added, len(added)))
+def silence_output(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Return the output that adds nothing to the residual stream; used as a forward hook."""
+    added = first_output(output)
+    return replace_first_output(output, neutral_output(module, args, kwargs, added, len(added)))
 
 
-def nothing(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor, batch: int
+def neutral_output(
+    module: nn.Module, args: Args, kwargs: Kwargs, example: Tensor, n_rows: int
 ) -> Tensor:
     """Return the output of a sublayer that adds nothing.
 
@@ -106,61 +124,62 @@ def nothing(
         module: The sublayer.
         args: Positional arguments of its call.
         kwargs: Keyword arguments of its call.
-        like: Its output for some of the batch, or another tensor of that shape.
-        batch: Number of rows of the whole batch.
+        example: The sublayer's output for some rows of the batch, or another tensor of that shape.
+        n_rows: Number of rows of the whole batch.
 
     Returns:
-        The residual stream if the sublayer itself adds to it (as Bloom's do). Otherwise zeros, to
-        which something may be added in place (Llama 4 adds the routed experts to the shared one).
+        The residual stream if the sublayer itself adds to it (as Bloom's do). Otherwise zeros in
+        new memory, since the layer may add to them in place (Llama 4 adds the routed experts to the
+        shared one).
     """
-    names = _parameters(type(module).forward)
+    names = _parameter_names(type(module).forward)
     if "residual" in names:
         residual: Tensor = (dict(zip(names, args, strict=False)) | dict(kwargs))["residual"]
         return residual
-    return like.new_zeros((batch, *like.shape[1:]))
+    return example.new_zeros((n_rows, *example.shape[1:]))
 
 
 @cache
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
     """List the names of a method's parameters without `self`."""
     return tuple(inspect.signature(function).parameters)[1:]
 
 
-def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
-    """Make a layer return a function of its input until the handles are removed; it still runs."""
+def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    """Make a layer, which still runs, return a function of its input; return the hooks' handles."""
     states: list[Tensor] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = state_of(args, kwargs)
+    def record_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        state = input_state(args, kwargs)
         # Cloned, since the layer may write into it.
         states[:] = [state.clone() if isinstance(state, Tensor) else state]
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return with_first(output, make(states.pop()))
+    def return_result(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        return replace_first_output(output, make(states.pop()))
 
     return [
-        layer.register_forward_pre_hook(before, with_kwargs=True),
-        layer.register_forward_hook(after, with_kwargs=True),
+        layer.register_forward_pre_hook(record_input, with_kwargs=True),
+        layer.register_forward_hook(return_result, with_kwargs=True),
     ]
 
 
-def protected(layer: nn.Module, state: Tensor) -> Tensor:
-    """Return a layer's input, or a copy as long as the layer may write into it (`x += f(x)`)."""
-    return state if layer in _READ_ONLY else state.clone()
+def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
+    """Return a layer's input, or a copy of it if the layer may write into it (`x += f(x)`)."""
+    return state if layer in _READ_ONLY_LAYERS else state.clone()
 
 
-def learn_writes(layer: nn.Module, copied: Tensor, state: Tensor) -> None:
-    """Record that a layer wrote nothing into the copy of its input, if so."""
-    if copied is not state and torch.equal(copied, state):
-        _READ_ONLY.add(layer)
+def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
+    """Mark a layer as read-only if it wrote nothing into the copy of its input."""
+    if passed_state is not state and torch.equal(passed_state, state):
+        _READ_ONLY_LAYERS.add(layer)
 
 
 def call_protected(
-    layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
     """Call a layer's forward pass; return its original input and its output."""
-    state: Tensor = state_of(args, kwargs)
-    copied = protected(layer, state)
-    output = call_with(forward, copied, args, kwargs)
-    learn_writes(layer, copied, state)
+    state: Tensor = input_state(args, kwargs)
+    passed_state = protect_input(layer, state)
+    output = call_with(forward, passed_state, args, kwargs)
+    record_read_only(layer, passed_state, state)
     return state, output

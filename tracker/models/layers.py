@@ -12,60 +12,61 @@ from tracker.core.errors import ModelError
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Find the list of decoder layers: as many modules of one kind as the configuration says.
+    """Find the list of modules of one kind that is as long as the configuration's number of layers.
 
     Raises ModelError if no list, or more than one, fits; the message lists the candidates.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    wanted = getattr(config, "num_hidden_layers", None)
-    if wanted is None:
+    n_layers = getattr(config, "num_hidden_layers", None)
+    if n_layers is None:
         raise ModelError(
             f"{type(model).__name__}: its configuration does not say how many decoder layers there "
             "are (num_hidden_layers)"
         )
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    fitting = [
-        n for n, m in lists.items() if len(m) == wanted and any(True for _ in m.parameters())
-    ]
-    outermost = [n for n in fitting if not n.startswith(tuple(f"{other}." for other in fitting))]
-    if len(outermost) > 1:
+    names = [n for n, m in lists.items() if len(m) == n_layers and [*m.parameters()]]
+    inner_prefixes = tuple(f"{name}." for name in names)
+    candidates = [name for name in names if not name.startswith(inner_prefixes)]
+    if len(candidates) > 1:
         # A vision part may have as many layers; the text model is the one that the text
         # configuration describes.
-        around = {name: model.get_submodule(name.rpartition(".")[0]) for name in outermost}
-        text = [name for name, m in around.items() if getattr(m, "config", None) is config]
-        outermost = text or outermost
-    if len(outermost) != 1:
-        found = ", ".join(f"{name} ({len(modules)})" for name, modules in lists.items()) or "none"
+        parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in candidates}
+        text_names = [name for name, m in parents.items() if getattr(m, "config", None) is config]
+        candidates = text_names or candidates
+    if len(candidates) != 1:
+        listing = ", ".join(f"{name} ({len(modules)})" for name, modules in lists.items()) or "none"
         raise ModelError(
-            f"{type(model).__name__}: cannot tell which modules are its {wanted} decoder layers; "
-            f"lists of modules found: {found}"
+            f"{type(model).__name__}: cannot tell which modules are its {n_layers} decoder layers; "
+            f"lists of modules found: {listing}"
         )
-    return lists[outermost[0]]
+    return lists[candidates[0]]
 
 
-def layers_beyond(model: nn.Module, weights: Iterable[str]) -> set[int]:
-    """Find layers that weights belong to by their names, and that a model does not have.
+def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
+    """Find layers that occur in the names of weights but not in the model.
 
-    In some files, layers that predict further tokens follow its own (`num_nextn_predict_layers`).
+    In some files, layers that predict further tokens follow the model's own layers
+    (`num_nextn_predict_layers`).
     """
     layers = find_layers(model)
-    path = _path(model, layers)
+    path = _layers_path(model, layers)
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    count = len(layers) + (getattr(config, "num_nextn_predict_layers", None) or 0)
-    numbers = (re.fullmatch(r"(.*?)\.(\d+)\..*", name) for name in weights)
-    named = ((match[1], int(match[2])) for match in numbers if match)
-    return {n for above, n in named if n >= count and f".{path}".endswith(f".{above}")}
+    n_known = len(layers) + (getattr(config, "num_nextn_predict_layers", None) or 0)
+    matches = (re.fullmatch(r"(.*?)\.(\d+)\..*", name) for name in weights)
+    # A weight's name may lack the prefix that the layers have in the whole model.
+    numbers = {int(m[2]) for m in matches if m and f".{path}".endswith(f".{m[1]}")}
+    return {number for number in numbers if number >= n_known}
 
 
 def find_base(model: nn.Module) -> nn.Module:
-    """Find the part of a causal language model below its head: from token ids to hidden states.
+    """Find the module of a causal language model that maps token ids to hidden states.
 
-    Its forward runs the layers and returns `last_hidden_state`. It is the part that the head calls,
-    which is not always `model.base_model`: OPT's head calls the decoder inside it, and Llama 4's
-    text model has none of that name. Bert's layers are in an encoder that takes no token ids; its
-    base is the part around that.
+    The base's forward pass runs the layers and returns `last_hidden_state`. The base is the module
+    that the head calls, which is not always `model.base_model`: OPT's head calls the decoder inside
+    it, and Llama 4's text model has no base of that name. Bert's layers are in an encoder that
+    takes no token ids; its base is the module around the encoder.
     """
-    path = _path(model, find_layers(model))
+    path = _layers_path(model, find_layers(model))
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
@@ -74,11 +75,11 @@ def find_base(model: nn.Module) -> nn.Module:
     return model
 
 
-def owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
-    """Find the module that holds a list of layers, and the attribute that holds it."""
-    parent, _, name = _path(model, layers).rpartition(".")
+def find_layers_parent(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
+    """Find the module that holds a list of layers, and the name of its attribute for the list."""
+    parent, _, name = _layers_path(model, layers).rpartition(".")
     return model.get_submodule(parent), name
 
 
-def _path(model: nn.Module, layers: nn.ModuleList) -> str:
+def _layers_path(model: nn.Module, layers: nn.ModuleList) -> str:
     return str(next(name for name, module in model.named_modules() if module is layers))

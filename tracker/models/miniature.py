@@ -1,9 +1,10 @@
-"""A miniature of a model: its own class, layers and pattern, with small widths and random weights.
+"""Build a miniature of a model: same class and layers, with small widths and random weights.
 
-Sharing breaks because of an architecture's code or the pattern of its layers, not because of its
-weights, so it can be checked on a model that costs nearly nothing.
+Computation sharing fails because of an architecture's code or the pattern of its layers, not
+because of its weights. So sharing can be checked on a model that costs nearly nothing.
 
-Its configuration is the model's, made small: same layers and pattern, few heads and experts.
+The miniature's configuration is that of the model with smaller numbers: same layers and pattern,
+few heads and experts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import combinations, product
+from functools import partial, reduce
+from itertools import accumulate, chain, combinations, pairwise, product
+from operator import getitem
 from typing import Any
 
 import torch
@@ -22,17 +24,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tracker.core.errors import attempt
-from tracker.core.model_parts import CHOSEN, ROUTED
+from tracker.core.model_parts import EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS
+from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
-from tracker.models.pruned import Shapes, shapes
+from tracker.models.pruned import TensorShapes, tensor_shapes
 
 NumberPath = tuple[str, ...]
 """Path of a number in a text model's configuration."""
-VOCABULARY = 128
-HEADS = 4
-HEAD = 8
-"""Minimum width of the widest head, if it was wider."""
-QUERIES_AND_KEYS = (
+MINIATURE_VOCABULARY = 128
+MINIATURE_HEADS = 4
+MIN_HEAD_WIDTH = 8
+"""Minimum width of the widest head, if the model's head is wider."""
+QUERY_AND_KEY_COUNTS = (
     ("num_attention_heads", "num_key_value_heads"),
     ("num_attention_heads", "num_kv_heads"),
     ("num_attention_heads", "num_query_groups"),
@@ -41,26 +44,27 @@ QUERIES_AND_KEYS = (
     ("linear_num_value_heads", "linear_num_key_heads"),
     ("linear_num_heads", ""),
 )
-HEAD_SIZES = (
+HEAD_SIZE_KEYS = (
     "head_dim", "dim_head", "d_head", "kv_channels", "attention_head_dim", "swa_head_dim",
     "swa_v_head_dim", "v_head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim",
     "index_head_dim", "rotary_dim", "linear_head_dim", "linear_key_head_dim",
     "linear_value_head_dim",
 )  # fmt: skip
-"""Sizes divided by one divisor, so that parts of a head stay parts of it."""
-LIKE_HIDDEN = (
+"""Keys of sizes that are divided by one divisor, so that parts of a head still fit into the
+head."""
+HIDDEN_SIZE_KEYS = (
     "attention_hidden_size", "embedding_dim", "embedding_size", "lru_width", "mamba_d_ssm",
     "word_embed_proj_dim",
 )  # fmt: skip
-"""Sizes reduced like the hidden size."""
-MAMBA = (
+"""Keys of sizes that are reduced like the hidden size."""
+MAMBA_HEAD_KEYS = (
     ("num_heads", "head_dim", "n_groups"),
     ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
     ("mamba_num_heads", "mamba_head_dim", "n_groups"),
     ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
 )
-"""Number of heads of a state space model, their width, and the number of their groups."""
-BETWEEN = (
+"""Keys of a state space model's number of heads, width of a head, and number of groups of heads."""
+MLP_SIZE_KEYS = (
     "block_multiple_of", "d_inner", "decoder_ffn_dim", "dense_intermediate_size",
     "depthwise_seperable_out_channel", "dff", "dim_ff", "encoder_ffn_dim", "expert_ffn_hidden_size",
     "ext_pw_out_channel", "ffn_dim", "ffn_hidden_size", "ffn_round_up_to_multiple_of",
@@ -69,191 +73,193 @@ BETWEEN = (
     "shared_expert_intermediate_size", "shared_experts_intermediate_size",
     "shared_intermediate_size",
 )  # fmt: skip
-EXPERTS = (*ROUTED, "zero_expert_num")
-GROUPS = ("n_group", "num_expert_group")
-RANKS = (
+ALL_EXPERT_KEYS = (*EXPERT_COUNT_KEYS, "zero_expert_num")
+RANK_KEYS = (
     "adapter_rank", "attention_lora_dim", "gate_lora_rank", "gated_norm_rank",
     "hidden_size_per_layer_input", "kv_lora_rank", "laurel_rank", "loop_gate_rank", "mamba_dt_rank",
     "o_lora_rank", "q_lora_rank", "router_hidden_size", "time_step_rank",
 )  # fmt: skip
-DEPTHS = ("depth", "encoder_layers", "num_hidden_layers", "num_layers")
-VOCABULARIES = (
+DEPTH_KEYS = ("depth", "encoder_layers", "num_hidden_layers", "num_layers")
+VOCABULARY_KEYS = (
     "pronunciation_vocab_size", "shape_vocab_size", "unpadded_vocab_size", "vocab_size",
     "vocab_size_per_layer_input",
 )  # fmt: skip
-BLOCKS = ("chunk_size", "mamba_chunk_size")
-"""Block sizes of a state space model's sums, which affect only the padding of texts."""
-STATES = ("mamba_d_state", "ssm_state_size", "state_size")
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """List the sizes under a name in a configuration: one, one per layer, or none."""
+    """List the sizes under a key of a configuration: one, one per layer, or none."""
     name = config.attribute_map.get(name, name)
-    said = [vars(config).get(name), *(layer.get(name) for layer in _uneven(config).values())]
-    flat = [each for one in said for each in (one if isinstance(one, (list, tuple)) else (one,))]
-    return [each for each in flat if type(each) is int and each > 0]
+    values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
+    flat_values = chain.from_iterable(v if isinstance(v, (list, tuple)) else [v] for v in values)
+    return [size for size in flat_values if type(size) is int and size > 0]
 
 
-def _change(config: PreTrainedConfig, names: Iterable[str], small: Callable[[int], int]) -> None:
-    """Change all sizes under some names in a configuration, each once."""
+def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[int], int]) -> None:
+    """Replace the sizes under some keys of a configuration by a function of each size."""
 
-    def one(value: object) -> object:
+    def shrink_value(value: object) -> object:
         if isinstance(value, (list, tuple)):
-            return type(value)(one(each) for each in value)
-        return small(value) if type(value) is int and value > 0 else value
+            return type(value)(shrink_value(entry) for entry in value)
+        return shrink(value) if type(value) is int and value > 0 else value
 
     # A class may use an alias for a name.
-    own = {config.attribute_map.get(name, name) for name in names}
-    uneven = {
-        int(index): {name: one(value) if name in own else value for name, value in layer.items()}
-        for index, layer in _uneven(config).items()
+    true_names = {config.attribute_map.get(name, name) for name in names}
+    by_layer = {
+        int(index): sizes | {name: shrink_value(sizes[name]) for name in true_names & sizes.keys()}
+        for index, sizes in _layer_sizes(config).items()
     }
-    for name in own & vars(config).keys():
-        setattr(config, name, one(vars(config)[name]))
-    if uneven:
-        config.per_layer_config = uneven
+    for name in true_names & vars(config).keys():
+        setattr(config, name, shrink_value(vars(config)[name]))
+    if by_layer:
+        config.per_layer_config = by_layer
 
 
-def _uneven(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return the sizes that single layers define for themselves."""
+def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings in which single layers define sizes of their own."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
-    uneven: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
-    return uneven
+    by_layer: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
+    return by_layer
 
 
-def _at_most(most: int, *names: str) -> Callable[[Any], None]:
-    return lambda config: _change(config, names, lambda value: min(value, most))
+def _limit(config: PreTrainedConfig, names: Iterable[str], maximum: int) -> None:
+    """Limit all sizes under some keys of a configuration to a maximum."""
+    _resize(config, names, lambda value: min(value, maximum))
 
 
-def _heads(config: PreTrainedConfig) -> None:
-    """Set four query heads; as many key-value heads, or two, or one; each about 8 wide."""
-    before = copy.copy(config)
-    sizes = [each for name in HEAD_SIZES for each in _sizes(config, name)]
-    hidden = (_sizes(config, "hidden_size") or [0])[0]
-    heads = (_sizes(config, "num_attention_heads") or [0])[0]
+def _shrink_heads(config: PreTrainedConfig) -> None:
+    """Set four query heads and four, two or one key-value heads, each about 8 wide."""
+    original = copy.copy(config)
+    hidden = next(iter(_sizes(config, "hidden_size")), 0)
+    n_heads = next(iter(_sizes(config, "num_attention_heads")), 0)
     # The width of a head if the configuration does not name it.
-    size = (_sizes(config, "head_dim") or [hidden // heads if heads else HEAD])[0]
-    turned = [int(size * part + 0.5) for part in _parts(vars(config)) if 0 < part <= 1]
-    sizes += [size, *turned]
+    usual_width = hidden // n_heads if n_heads else MIN_HEAD_WIDTH
+    head_width = next(iter(_sizes(config, "head_dim")), usual_width)
+    shares = (share for share in _rotary_shares(vars(config)) if 0 < share <= 1)
+    sizes = [size for name in HEAD_SIZE_KEYS for size in _sizes(config, name)]
+    sizes += [head_width, *(int(head_width * share + 0.5) for share in shares)]
+    # One divisor for all, so that parts of a head stay parts of it, and rotary ones stay even.
     common = math.gcd(*sizes)
-    divisors = [n for n in range(1, max(sizes) // HEAD + 1) if common % (2 * n) == 0]
+    divisors = (n for n in range(1, max(sizes) // MIN_HEAD_WIDTH + 1) if common % (2 * n) == 0)
     divisor = max(divisors, default=1)
-    wide = HEADS * HEAD if heads else 2 * HEAD
-    if heads and heads * size in (hidden, 2 * hidden):
-        wide = min(heads, HEADS) * (size // divisor) * hidden // (heads * size)
-    _change(config, HEAD_SIZES, lambda value: value // divisor)
-    for queries, keys in QUERIES_AND_KEYS:
-        if many := _sizes(config, queries):
-            _change(config, [keys], partial(_few_keys, many=many))
-    _change(config, {pair[0] for pair in QUERIES_AND_KEYS}, lambda value: min(value, HEADS))
+    width = (MINIATURE_HEADS if n_heads else 2) * MIN_HEAD_WIDTH
+    if n_heads and n_heads * head_width in (hidden, 2 * hidden):
+        heads_width = min(n_heads, MINIATURE_HEADS) * (head_width // divisor)
+        width = heads_width * hidden // (n_heads * head_width)
+    _resize(config, HEAD_SIZE_KEYS, lambda value: value // divisor)
+    for query_name, key_name in QUERY_AND_KEY_COUNTS:
+        n_queries = _sizes(config, query_name)
+        _resize(config, [key_name] * bool(n_queries), partial(_small_key_count, n_queries))
+    _limit(config, {query_name for query_name, _ in QUERY_AND_KEY_COUNTS}, MINIATURE_HEADS)
     if hidden:
-        _hidden(config, before, min(wide, hidden))
+        _shrink_hidden_size(config, original, min(width, hidden))
     _change_rotary(getattr(config, "rope_parameters", None), divisor)
 
 
-def _few_keys(keys: int, many: Sequence[int]) -> int:
-    return min(keys, HEADS if keys in many else 2)
+def _small_key_count(n_queries: Sequence[int], n_keys: int) -> int:
+    return min(n_keys, MINIATURE_HEADS if n_keys in n_queries else 2)
 
 
-def _parts(settings: Mapping[str, Any]) -> Iterator[float]:
-    """Yield the shares of a head with rotary positions, from all levels of the settings."""
+def _rotary_shares(settings: Mapping[str, Any]) -> Iterator[float]:
+    """Yield the shares of a head that have rotary positions, from all levels of the settings."""
     for name, value in settings.items():
         if isinstance(value, dict):
-            yield from _parts(value)
+            yield from _rotary_shares(value)
         elif name == "partial_rotary_factor" and value is not None:
             yield value
 
 
-def _hidden(config: PreTrainedConfig, before: PreTrainedConfig, wide: int) -> None:
+def _shrink_hidden_size(config: PreTrainedConfig, original: PreTrainedConfig, width: int) -> None:
     """Set the hidden size and the sizes that depend on it."""
-    hidden = before.hidden_size
-    _change(config, ["hidden_size", *LIKE_HIDDEN], lambda value: value * wide // hidden)
-    if hasattr(config, "state_size"):
-        _change(config, ["intermediate_size"], lambda value: value * wide // hidden)
-    for many, size, groups in MAMBA:
-        for heads, each in zip(_sizes(config, many), _sizes(before, size), strict=False):
-            inner = heads * each * wide // hidden
-            setattr(config, many, inner // min(inner, HEAD))
-            setattr(config, size, min(inner, HEAD))
-            _change(config, [groups], lambda value: min(value, 2))
+    hidden = original.hidden_size
+    is_state_space = hasattr(config, "state_size")
+    names = ["hidden_size", *HIDDEN_SIZE_KEYS, *["intermediate_size"] * is_state_space]
+    _resize(config, names, lambda value: value * width // hidden)
+    for count_name, size_name, group_name in MAMBA_HEAD_KEYS:
+        counts, sizes = _sizes(config, count_name), _sizes(original, size_name)
+        for n_heads, head_size in zip(counts, sizes, strict=False):
+            inner_size = n_heads * head_size * width // hidden
+            setattr(config, count_name, inner_size // min(inner_size, MIN_HEAD_WIDTH))
+            setattr(config, size_name, min(inner_size, MIN_HEAD_WIDTH))
+            _limit(config, [group_name], 2)
 
 
-def _change_rotary(rotary: Any, divisor: int) -> None:
+def _change_rotary(rope: Any, divisor: int) -> None:
     """Reduce rotary factors to one per pair of dimensions, and the sections of axes likewise."""
-    for name, value in rotary.items() if isinstance(rotary, dict) else ():
+    for name, value in rope.items() if isinstance(rope, dict) else ():
         if isinstance(value, dict):
             _change_rotary(value, divisor)
-        elif isinstance(value, (list, tuple)):
-            if name.endswith("_section"):
-                ends = [sum(value[: i + 1]) // divisor for i in range(len(value))]
-                rotary[name] = [b - a for a, b in zip([0, *ends], ends, strict=False)]
-            elif name.endswith("_factor"):
-                rotary[name] = value[::divisor]
+        elif isinstance(value, (list, tuple)) and name.endswith("_section"):
+            ends = [end // divisor for end in accumulate(value)]
+            rope[name] = [stop - start for start, stop in pairwise([0, *ends])]
+        elif isinstance(value, (list, tuple)) and name.endswith("_factor"):
+            rope[name] = value[::divisor]
 
 
-def _between(config: PreTrainedConfig) -> None:
+def _shrink_mlp(config: PreTrainedConfig) -> None:
     # In a state space model, this size depends on the hidden size.
     if not hasattr(config, "state_size"):
-        _at_most(16, *BETWEEN)(config)
+        _limit(config, MLP_SIZE_KEYS, 16)
 
 
-def _experts(config: PreTrainedConfig) -> None:
-    """Set four experts of which a token gets two; two groups, one of them chosen."""
-    _change(config, EXPERTS, lambda value: min(value, 4))
-    _change(config, (*CHOSEN, *GROUPS), lambda value: min(value, 2))
-    _change(config, ["topk_group"], lambda _: 1)
+def _shrink_experts(config: PreTrainedConfig) -> None:
+    """Set four experts, two of them per token, and two groups of experts, one of them chosen."""
+    _limit(config, ALL_EXPERT_KEYS, 4)
+    _limit(config, (*TOKEN_EXPERT_KEYS, "n_group", "num_expert_group"), 2)
+    _limit(config, ["topk_group"], 1)
 
 
-def _words(config: PreTrainedConfig) -> None:
+def _shrink_vocabulary(config: PreTrainedConfig) -> None:
     """Set a small vocabulary that includes every special token."""
-    _change(config, VOCABULARIES, lambda value: min(value, VOCABULARY))
-    rare = VOCABULARY
+    _limit(config, VOCABULARY_KEYS, MINIATURE_VOCABULARY)
+    free_token = MINIATURE_VOCABULARY
     for name, value in list(vars(config).items()):
         if name == "pad_token_id" and value is not None:
             config.pad_token_id = 0
         elif name.endswith(("_token_id", "_token_index")) and value is not None:
-            several = isinstance(value, (list, tuple))
-            if any(each >= VOCABULARY for each in (value if several else [value])):
-                rare -= 1
-                setattr(config, name, type(value)([rare]) if several else rare)
+            is_list = isinstance(value, (list, tuple))
+            if any(token >= MINIATURE_VOCABULARY for token in (value if is_list else [value])):
+                free_token -= 1
+                setattr(config, name, type(value)([free_token]) if is_list else free_token)
 
 
-SHRINK: tuple[Callable[[Any], None], ...] = (
-    _heads,
-    _between,
-    _experts,
-    _at_most(8, *RANKS),
-    _at_most(8, *STATES),
-    _at_most(2, "o_groups"),
-    _at_most(16, *BLOCKS),
+REDUCTIONS: tuple[Callable[[Any], None], ...] = (
+    _shrink_heads,
+    _shrink_mlp,
+    _shrink_experts,
+    partial(_limit, names=RANK_KEYS, maximum=8),
+    partial(_limit, names=("mamba_d_state", "ssm_state_size", "state_size"), maximum=8),
+    partial(_limit, names=("o_groups",), maximum=2),
+    # Block sizes of a state space model's sums, which affect only the padding of texts.
+    partial(_limit, names=("chunk_size", "mamba_chunk_size"), maximum=16),
 )
 """Reductions that can be applied independently."""
 
 
-def small_config(config: PreTrainedConfig, shrink: Sequence[Callable[[Any], None]]) -> Any | None:
-    """Copy a configuration reduced by some of `SHRINK`; None if the configuration refuses."""
-    small = copy.deepcopy(config)
-    small.__dict__.pop("quantization_config", None)
-    text = small.get_text_config()
+def shrink_config(
+    config: PreTrainedConfig, reductions: Iterable[Callable[[Any], None]]
+) -> Any | None:
+    """Apply some of `REDUCTIONS` to a copy of a configuration; None if its class rejects them."""
+    reduced = copy.deepcopy(config)
+    vars(reduced).pop("quantization_config", None)
+    text_config = reduced.get_text_config()
 
     def apply() -> None:
-        for part in {id(each): each for each in (small, text, *vars(small).values())}.values():
-            if not isinstance(part, PreTrainedConfig):
-                continue
-            _words(part)
-            for each in shrink:
-                each(part)
-            # A vision part, for example: the model is built with it and runs without it.
-            if part is not small and part is not text:
-                _change(part, DEPTHS, lambda _: 1)
+        parts = {id(value): value for value in (reduced, text_config, *vars(reduced).values())}
+        for part in parts.values():
+            if isinstance(part, PreTrainedConfig):
+                for reduction in (_shrink_vocabulary, *reductions):
+                    reduction(part)
+                # A vision part, for example: the model is built with it and runs without it.
+                if part is not reduced and part is not text_config:
+                    _limit(part, DEPTH_KEYS, 1)
 
     refusal = attempt(apply)  # a configuration may refuse a value
-    return None if isinstance(refusal, Exception) else small
+    return None if isinstance(refusal, Exception) else reduced
 
 
-def numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
-    """Yield the numbers of a text configuration with paths, nested ones too: whole, from 4 on."""
+def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
+    """Yield each whole number from 4 on in a text configuration, nested ones too, with its path."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):
@@ -267,72 +273,75 @@ def numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
             yield from walk((name,), value)
 
 
-def with_numbers(config: PreTrainedConfig, chosen: dict[NumberPath, float]) -> Any:
+def replace_numbers(config: PreTrainedConfig, new_numbers: dict[NumberPath, float]) -> Any:
     """Copy a model's configuration with the numbers at some paths of its text part changed."""
-    changed = copy.deepcopy(config)
-    text = changed.get_text_config()
-    for (first, *rest), value in chosen.items():
-        if not rest:
-            setattr(text, first, value)
-            continue
-        inside = getattr(text, first)
-        for name in rest[:-1]:
-            inside = inside[name]
-        inside[rest[-1]] = value
-    return changed
+    new_config = copy.deepcopy(config)
+    for (*parents, name), value in new_numbers.items():
+        text_config = new_config.get_text_config()
+        if parents:
+            reduce(getitem, parents, vars(text_config))[name] = value
+        else:
+            setattr(text_config, name, value)
+    return new_config
 
 
-LARGEST = 8_000_000
-"""Number of weights above which a model is no miniature."""
-NEVER_FIRST = 2
-"""Maximum number of reductions that may be left out so that the others work."""
+MAX_MINIATURE_SIZE = 8_000_000
+"""Maximum number of weights of a miniature."""
+MAX_SKIPPED = 2
+"""Maximum number of reductions that may be left out to make the others work."""
 
 
-def miniature(model: PreTrainedModel) -> Any | None:
-    """Build a model of the same class whose layers hold the same modules; None if none runs."""
-    pattern = _pattern(model)
-    for left in range(NEVER_FIRST + 1):
-        for unchanged in combinations(SHRINK, left):
-            config = small_config(model.config, [s for s in SHRINK if s not in unchanged])
-            small = None if config is None else build(type(model), config)
-            if small is not None and _pattern(small) == pattern:
-                return small
+def build_miniature(model: PreTrainedModel) -> Any | None:
+    """Build a small model of the same class with the same modules per layer; None if none runs."""
+    pattern = _module_pattern(model)
+    for n_skipped in range(MAX_SKIPPED + 1):
+        for skipped in combinations(REDUCTIONS, n_skipped):
+            reductions = [reduction for reduction in REDUCTIONS if reduction not in skipped]
+            config = shrink_config(model.config, reductions)
+            small_model = None if config is None else build_random_model(type(model), config)
+            if small_model is not None and _module_pattern(small_model) == pattern:
+                return small_model
     return None
 
 
-def build(kind: type, config: PreTrainedConfig, wanted: Shapes | None = None) -> Any | None:
+def build_random_model(
+    model_class: type, config: PreTrainedConfig, shapes: TensorShapes | None = None
+) -> Any | None:
     """Build a model of transformers with random weights, the same ones for the same shapes.
 
-    It is in float64, or in float32 if its class computes in nothing wider. None if it cannot be
-    built, is large, returns NaN, or has other shapes than those wanted.
+    The model is in float64, or in float32 if its class supports nothing wider. None if the model
+    cannot be built, is large, returns NaN, or has other shapes than the wanted ones.
     """
-    model = attempt(partial(_build, kind, config, wanted))
+    model = attempt(partial(_build_random_model, model_class, config, shapes))
     return None if isinstance(model, Exception) else model  # the configuration of another class
 
 
-def _build(kind: type, config: PreTrainedConfig, wanted: Shapes | None) -> Any | None:
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+def _build_random_model(
+    model_class: type, config: PreTrainedConfig, shapes: TensorShapes | None
+) -> Any | None:
+    # The lock also protects the random state and the warnings, which threads share.
+    with TRANSFORMERS_LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         with torch.device("meta"):
-            planned = kind(copy.deepcopy(config))
-        if sum(p.numel() for p in planned.parameters()) > LARGEST:
+            meta_model = model_class(copy.deepcopy(config))
+        if sum(p.numel() for p in meta_model.parameters()) > MAX_MINIATURE_SIZE:
             return None
-        if wanted is not None and shapes(planned) != wanted:
+        if shapes is not None and tensor_shapes(meta_model) != shapes:
             return None
         for positive, dtype in product((False, True), (torch.float64, torch.float32)):
             torch.default_generator.manual_seed(0)  # of the CPU alone
-            own = copy.deepcopy(config)
+            own_config = copy.deepcopy(config)
             if dtype == torch.float64:
                 # The usual one, all experts in one call, supports no dtype wider than float32.
-                own._experts_implementation = "batched_mm"
-            model = kind(own).to(dtype).eval().requires_grad_(False)
-            _draw(model, positive)
-            if _runs(model):
+                own_config._experts_implementation = "batched_mm"
+            model = model_class(own_config).to(dtype).eval().requires_grad_(False)
+            _draw_weights(model, positive)
+            if _has_finite_logits(model):
                 return model
     return None
 
 
-def _runs(model: nn.Module) -> bool:
+def _has_finite_logits(model: nn.Module) -> bool:
     """Return whether a model's logits are finite, except for tokens that are never predicted."""
     ids = torch.arange(8)[None] + 3
     with torch.inference_mode():
@@ -340,15 +349,16 @@ def _runs(model: nn.Module) -> bool:
     if isinstance(output, Exception):
         return False
     logits: Tensor = output
-    said = logits[:, (logits != -torch.inf).any(0)]
-    return bool(len(logits) == 8 and said.numel() and said.isfinite().all())
+    predicted = logits[:, (logits != -torch.inf).any(0)]
+    return bool(len(logits) == 8 and predicted.numel() and predicted.isfinite().all())
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, positive: bool) -> None:
+def _draw_weights(model: nn.Module, positive: bool) -> None:
     """Draw weights with which every layer has an effect and nothing explodes.
 
-    With `positive`, matrices that the class makes positive throughout stay so, like gains.
+    With `positive`, matrices that the class initialises with positive values only stay positive,
+    like gains.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -361,15 +371,15 @@ def _draw(model: nn.Module, positive: bool) -> None:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
-def _pattern(model: PreTrainedModel) -> list[list[tuple[str, str]]]:
-    """List the modules of each layer; the number of experts does not count."""
+def _module_pattern(model: PreTrainedModel) -> list[list[tuple[str, str]]]:
+    """List the names and classes of the modules of each layer, whatever the number of experts."""
     # Parts of a weight with an adapter, which see no other token; and experts but the first.
-    beside = re.compile(r"(^|\.)(base_layer|lora_[^.]*|0*[1-9]\d*)(\.|$)")
+    ignored_path = re.compile(r"(^|\.)(base_layer|lora_[^.]*|0*[1-9]\d*)(\.|$)")
     return [
         [
             (path, type(getattr(module, "base_layer", module)).__name__)
             for path, module in layer.named_modules()
-            if not beside.search(path)
+            if not ignored_path.search(path)
         ]
         for layer in find_layers(model)
     ]

@@ -1,7 +1,7 @@
-"""Offloaded weights: each layer is loaded to the device when it is needed.
+"""Load the offloaded weights of each layer to the device when the layer is needed.
 
-transformers and accelerate load such a model and record where each weight is. The order of loading
-is tracker's own (`engine.lockstep`), since otherwise each pass would read all weights again. This
+transformers and accelerate load such a model and record where each weight is. tracker determines
+the order of loading (`engine.lockstep`); otherwise each pass would read all weights again. This
 module also decides which layers are offloaded.
 """
 
@@ -11,9 +11,10 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,23 +27,24 @@ from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 
 from tracker.core.errors import CellError, ModelError
-from tracker.models.devices import can_pin, free_memory, pinned, streams
+from tracker.models.devices import allocate_pinned, can_pin, free_memory, stream_module
+from tracker.models.hooks import Args, replaced_attributes
 from tracker.models.layers import find_layers
 
-ALIGNED = 64
+ALIGNMENT = 64
 """Alignment of weights in a buffer in bytes, as in allocators."""
-AT_ONCE = 16 * 2**20
-"""Bytes per read request."""
-ROOM = 2
+READ_CHUNK_BYTES = 16 * 2**20
+"""Number of bytes of each read request."""
+LAYER_SLOTS = 2
 """Number of layers that fit on the device: one is used while the next one is read."""
 
 
 @dataclass(frozen=True)
-class Slice:
+class FileSlice:
     """A tensor's bytes in a safetensors file, with the state of the file when it was opened.
 
-    They are read, and not mapped as safetensors does. If a mapped file is truncated, a signal ends
-    the process, and mapped pages count as this process's memory.
+    The bytes are read, not mapped into memory as safetensors does. If a mapped file is truncated, a
+    signal ends the process. Mapped pages also count as this process's memory.
     """
 
     path: Path
@@ -51,115 +53,125 @@ class Slice:
     dtype: torch.dtype
     stamp: tuple[int, int]
 
-    def tensor(self, shape: torch.Size) -> Tensor:
+    def read_tensor(self, shape: torch.Size) -> Tensor:
         """Read the bytes as a new tensor."""
-        raw = torch.empty(self.size, dtype=torch.uint8)
-        self.read(raw)
-        return raw.view(self.dtype).view(shape)
+        raw_bytes = torch.empty(self.size, dtype=torch.uint8)
+        self.read(raw_bytes)
+        return raw_bytes.view(self.dtype).view(shape)
 
-    def read(self, into: Tensor) -> None:
+    def read(self, target: Tensor) -> None:
         """Read the bytes into a uint8 CPU tensor; raise CellError if the file has changed."""
-        view, start = memoryview(into.numpy().data), 0
+        view, start = memoryview(target.numpy().data), 0
         with self.path.open("rb", buffering=0) as file:
-            if _stamp(file.fileno()) != self.stamp:
+            if _file_stamp(file.fileno()) != self.stamp:
                 raise CellError(
                     f"{self.path} has changed while the model was measured. What was measured "
                     "before is kept; run the same command again to measure the model as it is now"
                 )
             while start < self.size:
-                got = os.preadv(file.fileno(), [view[start : start + AT_ONCE]], self.offset + start)
-                if not got:
+                chunk = view[start : start + READ_CHUNK_BYTES]
+                n_read = os.preadv(file.fileno(), [chunk], self.offset + start)
+                if not n_read:
                     raise CellError(f"{self.path} ends before its weights do; copy it again")
-                start += got
+                start += n_read
 
 
-def _stamp(descriptor: int) -> tuple[int, int]:
-    about = os.fstat(descriptor)
-    return about.st_size, about.st_mtime_ns
+def _file_stamp(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 @cache
-def _header(path: Path, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
-    """Return the offset of a safetensors file's tensors, and its header with their positions."""
+def _read_header(path: Path, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
+    """Return the offset of the tensors in a safetensors file, and the header, which lists them."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
 
 
-def slice_of(path: Path, name: str) -> Slice:
+def find_slice(path: Path, name: str) -> FileSlice:
     """Find a tensor in a safetensors file."""
     from transformers.modeling_utils import str_to_torch_dtype
 
     with path.open("rb") as file:
-        stamp = _stamp(file.fileno())
-    base, header = _header(path, stamp)
+        stamp = _file_stamp(file.fileno())
+    base, header = _read_header(path, stamp)
     start, stop = header[name]["data_offsets"]
-    return Slice(path, base + start, stop - start, str_to_torch_dtype[header[name]["dtype"]], stamp)
+    dtype = str_to_torch_dtype[header[name]["dtype"]]
+    return FileSlice(path, base + start, stop - start, dtype, stamp)
+
+
+WeightSource = FileSlice | Tensor
+"""Location of the values of a weight: in a file, or in the host's memory."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """One parameter of a layer, and the source of its values: a file, or the host's memory.
+    """A parameter of a layer, and the source of its values.
 
-    `absent` has its shape and dtype but no values; `start` is its offset in a layer's buffer.
+    `placeholder` has the shape and dtype of the parameter but no values; `start` is the offset of
+    the parameter in a layer's buffer.
     """
 
     parameter: nn.Parameter
-    source: Slice | Tensor
-    absent: Tensor
+    source: WeightSource
+    placeholder: Tensor
     start: int
 
     @property
     def stop(self) -> int:
         """The end of the weight in the buffer."""
-        return self.start + self.absent.numel() * self.absent.itemsize
+        return self.start + self.placeholder.numel() * self.placeholder.itemsize
 
     def view(self, buffer: Tensor) -> Tensor:
-        """Return the weight's part of a buffer in the weight's shape and dtype."""
-        return buffer[self.start : self.stop].view(self.absent.dtype).view(self.absent.shape)
+        """Return the part of a buffer that holds the weight, in the weight's shape and dtype."""
+        part, like = buffer[self.start : self.stop], self.placeholder
+        return part.view(like.dtype).view(like.shape)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _LayerWeights:
     """The weights of one layer.
 
     Attributes:
-        weights: Its parameters, in the order of a buffer.
-        image: The buffer's bytes in pinned memory of the host, part by part; empty if each weight
-            is read from its own source.
+        weights: Parameters of the layer, in their order in a buffer.
+        pinned_parts: The buffer's bytes in pinned memory of the host, as consecutive parts; empty
+            if each weight is read from its own source.
     """
 
     weights: Sequence[_Weight]
-    image: Sequence[Tensor] = ()
+    pinned_parts: Sequence[Tensor] = ()
 
     @property
     def size(self) -> int:
         """The size of a buffer for the layer in bytes."""
-        return max(self.weights[-1].stop, sum(map(len, self.image)))
+        return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
-    def parts(self, buffer: Tensor) -> Iterable[tuple[Slice | Tensor, Tensor]]:
-        """Pair each source of bytes with the part of a buffer that it fills."""
-        if not self.image:
+    def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
+        """Pair each source of bytes with the part of a buffer that this source fills."""
+        if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
-        views = torch.split(buffer[: self.size], [*map(len, self.image)])
-        return zip(self.image, views, strict=True)
+        views = torch.split(buffer[: self.size], [*map(len, self.pinned_parts)])
+        return zip(self.pinned_parts, views, strict=True)
 
-    def pinned(self) -> _Layer:
-        """Return the layer with weights in the host's memory moved to pinned memory."""
+    def with_pinned_memory(self) -> _LayerWeights:
+        """Return the layer's weights, moved to pinned memory if all are in the host's memory."""
         if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
-        image = pinned(self.size)
-        buffer = torch.empty(sum(map(len, image)), dtype=torch.uint8)
-        for source, view in self.parts(buffer):
-            _copy(source, view)
-        for part, filled in zip(image, torch.split(buffer, [*map(len, image)]), strict=True):
-            part.copy_(filled)
-        return _Layer([replace(weight, source=weight.absent) for weight in self.weights], image)
+        pinned_parts = allocate_pinned(self.size)
+        sizes = [*map(len, pinned_parts)]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+        for source, view in self.buffer_copies(buffer):
+            _copy_values(source, view)
+        for part, values in zip(pinned_parts, torch.split(buffer, sizes), strict=True):
+            part.copy_(values)
+        weights = [replace(weight, source=weight.placeholder) for weight in self.weights]
+        return _LayerWeights(weights, pinned_parts)
 
 
 @dataclass
 class _Slot:
-    """Device memory for one layer, and the layer that it holds or that is being read into it."""
+    """Device memory for one layer, and the layer that is loaded or being loaded into it."""
 
     buffer: Tensor
     layer: int | None = None
@@ -169,56 +181,56 @@ class _Slot:
 class OffloadedWeights:
     """The layers of a model whose weights are not on the device that computes with them.
 
-    One layer is used while the next one is read: there is room for two. A copy of the model shares
-    its parameters, so that a loaded layer is available to all copies. Parameters of an absent layer
-    have their shapes, and their values are NaN.
+    While one layer is used, the next one is read: the device has room for two. A copy of the model
+    shares its parameters, so that a loaded layer is available to all copies. Parameters of a layer
+    that is not loaded have their shapes, but all values are NaN.
 
     Attributes:
         device: The device that computes with the weights.
-        wait: Called with a layer whose weights are needed now; lockstep execution of many passes
-            replaces it.
-        times: Layer → how often it was loaded.
-        waited: Seconds spent waiting for weights.
-        heard: Callbacks without arguments, called when a layer has been loaded.
+        wait: Function called with a layer whose weights are needed now; lockstep execution of many
+            passes replaces this function.
+        load_counts: Layer → number of times that the layer was loaded.
+        wait_seconds: Seconds spent waiting for weights.
+        load_callbacks: Callbacks without arguments, called when a layer has been loaded.
 
     Args:
         device: The device that computes with the weights.
-        rests: Layer → its parameters, with the source of each; it is emptied.
-        folder: Temporary folder with some of the weights; it is deleted with this object.
+        sources: Layer → parameters of the layer, with the source of each; the mapping is emptied.
+        folder: Temporary folder with some of the weights, deleted together with this object.
     """
 
     def __init__(
         self,
         device: torch.device,
-        rests: dict[int, list[tuple[nn.Parameter, Slice | Tensor]]],
+        sources: dict[int, list[tuple[nn.Parameter, WeightSource]]],
         folder: TemporaryDirectory[str],
     ) -> None:
         self.device = device
-        self.wait: Callable[[int], None] = self.bring
-        self.times = dict.fromkeys(sorted(rests), 0)
-        self.waited = 0.0
-        self.heard: list[Callable[[], None]] = []
-        self._layers: dict[int, _Layer] = {}
-        for number in self.times:  # popped, so that only one layer at a time is in memory twice
-            layer = _Layer([*_placed(rests.pop(number))])
-            self._layers[number] = layer.pinned() if can_pin(device) else layer
+        self.wait: Callable[[int], None] = self.load_layer
+        self.load_counts = dict.fromkeys(sorted(sources), 0)
+        self.wait_seconds = 0.0
+        self.load_callbacks: list[Callable[[], None]] = []
+        self._layers: dict[int, _LayerWeights] = {}
+        for number in self.load_counts:
+            # Popped, so that only one layer at a time is in memory twice.
+            layer = _LayerWeights([*_assign_offsets(sources.pop(number))])
+            self._layers[number] = layer.with_pinned_memory() if can_pin(device) else layer
         largest = max(layer.size for layer in self._layers.values())
-        self._slots = [
-            _Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(ROOM)
-        ]
+        new_buffer = partial(torch.empty, largest, dtype=torch.uint8, device=device)
+        self._slots = [_Slot(new_buffer()) for _ in range(LAYER_SLOTS)]
         self._folder = folder  # kept alive as long as this object
         self._reader = ThreadPoolExecutor(1, "weights")
-        self._streams = streams(device)
-        self._stream = self._streams.Stream(device)
+        self._stream_module = stream_module(device)
+        self._stream = self._stream_module.Stream(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeights:
-        """Return this object, since copies of a model share the weights."""
+        """Return this object itself, since copies of a model share the weights."""
         return self
 
     @property
     def read_bytes(self) -> int:
         """The number of bytes loaded so far."""
-        return sum(self._layers[layer].size * times for layer, times in self.times.items())
+        return sum(self._layers[layer].size * times for layer, times in self.load_counts.items())
 
     @property
     def bytes(self) -> int:
@@ -227,95 +239,91 @@ class OffloadedWeights:
 
     def __str__(self) -> str:
         """Describe the offloaded layers for messages."""
-        some = [*self.times]
-        named = ", ".join(map(str, some[:3])) + (", …" if len(some) > 3 else "")
+        layers = [*self.load_counts]
+        names = ", ".join(map(str, layers[:3])) + (", …" if len(layers) > 3 else "")
         return (
-            f"{len(some)} layers ({named}) rest in the host's memory or on disk; each time that "
-            f"they come past, {self.bytes / 1e9:.1f} GB are read"
+            f"{len(layers)} layers ({names}) are offloaded to the host's memory or to disk; each "
+            f"pass through all of them reads {self.bytes / 1e9:.1f} GB"
         )
 
-    def bring(self, layer: int) -> None:
-        """Load a layer, if it is absent, and begin to read the next one.
+    def load_layer(self, layer: int) -> None:
+        """Load a layer unless it is loaded, and begin to read the next layer.
 
-        Raises CellError if its file has changed or cannot be read.
+        Raises CellError if a file of weights has changed or cannot be read.
         """
-        here = self._find(layer) or self._start(layer, self._slots[0])
-        assert here.arrival is not None
-        began = time.perf_counter()
+        slot = self._find_slot(layer) or self._start_loading(layer, self._slots[0])
+        assert slot.arrival is not None
+        start_time = time.perf_counter()
         try:
-            arrived = here.arrival.result()
+            event = slot.arrival.result()
         except BaseException as error:
-            here.layer = None
+            slot.layer = None
             if isinstance(error, OSError):
                 raise CellError(f"the weights of layer {layer} cannot be read: {error}") from None
             raise
-        self.waited += time.perf_counter() - began
-        self._streams.current_stream(self.device).wait_event(arrived)
+        self.wait_seconds += time.perf_counter() - start_time
+        self._stream_module.current_stream(self.device).wait_event(event)
         with torch.inference_mode(False):  # some devices refuse inference tensors as parameters
             for weight in self._layers[layer].weights:
-                weight.parameter.data = weight.view(here.buffer)
+                weight.parameter.data = weight.view(slot.buffer)
         # The slot in use comes last, so that the first one is overwritten next.
-        self._slots.sort(key=lambda slot: slot is here)
-        behind = next((other for other in self.times if other > layer), None)
-        if behind is not None and self._find(behind) is None:
-            self._start(behind, self._slots[0])
-        for hear in self.heard:
-            hear()
+        self._slots.sort(key=lambda each_slot: each_slot is slot)
+        later_layers = (number for number in self.load_counts if number > layer)
+        next_layer = next(later_layers, None)
+        if next_layer is not None and self._find_slot(next_layer) is None:
+            self._start_loading(next_layer, self._slots[0])
+        for callback in self.load_callbacks:
+            callback()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def sequential_passes(self) -> AbstractContextManager[None]:
         """Run passes one after the other until exit, each loading the layers that it needs."""
-        before, self.wait = self.wait, self.bring
-        try:
-            yield
-        finally:
-            self.wait = before
+        return replaced_attributes(self, wait=self.load_layer)
 
-    def _find(self, layer: int) -> _Slot | None:
+    def _find_slot(self, layer: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
-    def _start(self, layer: int, slot: _Slot) -> _Slot:
-        """Begin to read a layer into a slot, and evict the slot's own layer."""
+    def _start_loading(self, layer: int, slot: _Slot) -> _Slot:
+        """Begin to read a layer into a slot, and unload the layer that was in the slot."""
         if slot.arrival is not None:
             wait([slot.arrival])
         if slot.layer is not None:
             for weight in self._layers[slot.layer].weights:
-                weight.parameter.data = weight.absent
+                weight.parameter.data = weight.placeholder
         # Computations with the old weights end before new ones overwrite them.
-        self._stream.wait_stream(self._streams.current_stream(self.device))
+        self._stream.wait_stream(self._stream_module.current_stream(self.device))
         slot.layer = layer
-        slot.arrival = self._reader.submit(self._read, layer, slot.buffer)
-        self.times[layer] += 1
+        slot.arrival = self._reader.submit(self._read_layer, layer, slot.buffer)
+        self.load_counts[layer] += 1
         return slot
 
-    def _read(self, layer: int, buffer: Tensor) -> Any:
-        """Read a layer, and return the event that signals its arrival."""
-        with self._streams.stream(self._stream):
-            for source, view in self._layers[layer].parts(buffer):
-                _copy(source, view)
+    def _read_layer(self, layer: int, buffer: Tensor) -> Any:
+        """Read a layer; return the event that signals the end of the copy to the device."""
+        with self._stream_module.stream(self._stream):
+            for source, view in self._layers[layer].buffer_copies(buffer):
+                _copy_values(source, view)
             return self._stream.record_event()
 
 
-def _placed(rests: Sequence[tuple[nn.Parameter, Slice | Tensor]]) -> Iterator[_Weight]:
-    """Assign each of a layer's weights its offset in a buffer."""
+def _assign_offsets(sources: Iterable[tuple[nn.Parameter, WeightSource]]) -> Iterator[_Weight]:
+    """Assign an offset in a buffer to each weight of a layer."""
     start = 0
-    for parameter, source in rests:
+    for parameter, source in sources:
         weight = _Weight(parameter, source, parameter.data, start)
         yield weight
-        start = -(-weight.stop // ALIGNED) * ALIGNED
+        start = -(-weight.stop // ALIGNMENT) * ALIGNMENT
 
 
-def _copy(source: Slice | Tensor, view: Tensor) -> None:
+def _copy_values(source: WeightSource, view: Tensor) -> None:
     """Copy the values of a source into a part of a buffer, without waiting if possible."""
     if isinstance(source, Tensor):
         view.copy_(source, non_blocking=True)
     elif view.device.type == "cpu" and source.dtype == view.dtype:
         source.read(view.view(-1).view(torch.uint8))
     else:
-        view.copy_(source.tensor(view.shape))
+        view.copy_(source.read_tensor(view.shape))
 
 
-def take_over(
+def take_over_loading(
     model: nn.Module, layers: nn.ModuleList, device: torch.device, folder: TemporaryDirectory[str]
 ) -> OffloadedWeights | None:
     """Replace accelerate's loading of weights in each call by `OffloadedWeights`.
@@ -325,95 +333,99 @@ def take_over(
             if the device is an accelerator, in the host's memory.
         layers: Its decoder layers.
         device: The device that computes.
-        folder: The folder to which transformers has written weights that no file holds as used.
+        folder: The folder to which transformers has written weights that no file holds in the form
+            used.
 
     Returns:
-        The weights, which each layer requests when it is called; None if all are in place.
+        The weights, which each layer requests when it is called; None if no weights are offloaded.
 
     Raises:
         ModelError: Something other than a layer's own weights is offloaded.
     """
-    index = _index(model)
+    index = _disk_index(model)
     remove_hook_from_submodules(model)
-    rests: dict[int, list[tuple[nn.Parameter, Slice | Tensor]]] = {}
-    names = {id(module): name for name, module in model.named_modules()}
+    sources: defaultdict[int, list[tuple[nn.Parameter, WeightSource]]] = defaultdict(list)
+    paths = {id(module): path for path, module in model.named_modules()}
     for number, layer in enumerate(layers):
         for module in layer.modules():
-            for own, held in list(module._parameters.items()):
-                if held is None or held.device == device:
+            for name, value in list(module._parameters.items()):
+                if value is None or value.device == device:
                     continue
                 # Computing with an absent weight gives NaN.
-                nothing = torch.zeros(1, dtype=held.dtype, device=device)
-                if held.is_floating_point():
-                    nothing.fill_(torch.nan)
-                parameter = nn.Parameter(nothing.expand(held.shape), requires_grad=False)
-                module._parameters[own] = parameter
-                source: Slice | Tensor = held.data
-                if held.is_meta:
-                    name = f"{names[id(module)]}.{own}"
-                    if (about := index.get(name)) is None:
-                        raise ModelError(f"transformers does not say where {name} is on disk")
-                    source = slice_of(Path(about["safetensors_file"]), about["weight_name"])
-                rests.setdefault(number, []).append((parameter, source))
-    if elsewhere := [name for name, p in model.named_parameters() if p.is_meta]:
+                placeholder = torch.zeros(1, dtype=value.dtype, device=device)
+                if value.is_floating_point():
+                    placeholder.fill_(torch.nan)
+                parameter = nn.Parameter(placeholder.expand(value.shape), requires_grad=False)
+                module._parameters[name] = parameter
+                source: WeightSource = value.data
+                if value.is_meta:
+                    path = f"{paths[id(module)]}.{name}"
+                    if (entry := index.get(path)) is None:
+                        raise ModelError(f"transformers does not say where {path} is on disk")
+                    source = find_slice(Path(entry["safetensors_file"]), entry["weight_name"])
+                sources[number].append((parameter, source))
+    if stray := next((path for path, p in model.named_parameters() if p.is_meta), None):
         raise ModelError(
-            f"{elsewhere[0]} is no layer's own weight, and there is no memory for it; use a "
-            "machine with more, or a smaller dtype"
+            f"{stray} is no layer's own weight, and there is no memory for it; use a machine with "
+            "more, or a smaller dtype"
         )
-    if not rests:
+    if not sources:
         return None
-    weights = OffloadedWeights(device, rests, folder)
-    for number in weights.times:
-        layers[number].register_forward_pre_hook(partial(_wait, weights, number))
+    weights = OffloadedWeights(device, sources, folder)
+    for number in weights.load_counts:
+        layers[number].register_forward_pre_hook(partial(_wait_for_layer, weights, number))
     return weights
 
 
 def is_absent(weight: Tensor) -> bool:
-    """Return whether a weight is offloaded at the moment."""
+    """Return whether a weight is offloaded and currently not loaded."""
     return bool(weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize)
 
 
-Attribute = tuple[nn.Module, str]
-"""A module and the name of a parameter or a module in it."""
+ModuleAttribute = tuple[nn.Module, str]
+"""A module, and the name of a parameter or submodule of this module."""
 
 
 def replace_attributes(
     layer: nn.Module,
-    attributes: Iterable[Attribute],
-    make: Callable[[], Mapping[Attribute, Tensor | nn.Module]],
-    briefly: bool = False,
+    attributes: Iterable[ModuleAttribute],
+    make_values: Callable[[], Mapping[ModuleAttribute, Tensor | nn.Module]],
+    during_calls: bool = False,
 ) -> None:
-    """Give a layer other parameters or modules; with `briefly` only while it is called.
+    """Replace parameters or modules of a layer, with `during_calls` only while it is called.
 
-    The same holds if its own are offloaded, and loaded when it is called.
+    They are also replaced only during calls if the layer's own are offloaded, and loaded when it is
+    called.
 
     Args:
         layer: The layer.
         attributes: The parameters or modules to replace.
-        make: Function that makes the replacements.
-        briefly: Whether the layer has them only while it is called.
+        make_values: Function that makes the replacements.
+        during_calls: Whether the layer has the replacements only while it is called.
     """
-    before = {attribute: getattr(*attribute) for attribute in attributes}
+    old_values = {attribute: getattr(*attribute) for attribute in attributes}
 
-    def give(*_: object) -> None:
-        for (module, name), value in make().items():
-            other = nn.Parameter(value, requires_grad=False) if isinstance(value, Tensor) else value
-            setattr(module, name, other)
-
-    def take_back(*_: object) -> None:
-        for (module, name), value in before.items():
+    def set_new_values(*_: object) -> None:
+        for (module, name), value in make_values().items():
+            if isinstance(value, Tensor):
+                value = nn.Parameter(value, requires_grad=False)
             setattr(module, name, value)
 
-    tensors = (value for value in before.values() if isinstance(value, Tensor))
-    if briefly or any(map(is_absent, tensors)):
-        layer.register_forward_pre_hook(give)
-        layer.register_forward_hook(take_back, always_call=True)
+    def set_old_values(*_: object) -> None:
+        for (module, name), value in old_values.items():
+            setattr(module, name, value)
+
+    # Offloaded weights get their values when the layer is called, so new ones are made then.
+    tensors = (value for value in old_values.values() if isinstance(value, Tensor))
+    if during_calls or any(map(is_absent, tensors)):
+        layer.register_forward_pre_hook(set_new_values)
+        layer.register_forward_hook(set_old_values, always_call=True)
     else:
-        give()
+        set_new_values()
 
 
-def _index(model: nn.Module) -> Mapping[str, Any]:
-    """Return transformers' index of the weights on disk: parameter → file and name in it."""
+def _disk_index(model: nn.Module) -> Mapping[str, Any]:
+    """Return transformers' index of the weights on disk: parameter → file and name in the file."""
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(weights, PrefixedDataset):
@@ -422,20 +434,20 @@ def _index(model: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def _wait(weights: OffloadedWeights, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Wait for a layer's weights: the hook of a layer and of each copy of it."""
+def _wait_for_layer(weights: OffloadedWeights, layer: int, module: nn.Module, args: Args) -> None:
+    """Wait for a layer's weights; used as the hook of a layer and of each of its copies."""
     if not getattr(module.forward, "is_weightless", False):  # such a forward needs no weights
         weights.wait(layer)
 
 
-FITS = 0.9
-"""Share of the free memory up to which weights are loaded without offloading."""
-RESIDENT = 0.6
-"""Share of the free memory that weights take if they do not fit: the rest is for intermediate
-results of the layers."""
+FITTING_SHARE = 0.9
+"""Maximum share of the free memory that weights may take without offloading."""
+RESIDENT_SHARE = 0.6
+"""Share of the free memory for weights if some are offloaded; the rest is for intermediate results
+of the layers."""
 
-TRIED = 2**29
-"""Bytes that are read to measure the rate of reading."""
+RATE_SAMPLE_BYTES = 2**29
+"""Number of bytes that are read to measure the read rate."""
 
 
 @dataclass(frozen=True)
@@ -443,28 +455,30 @@ class Placement:
     """The locations of the parts of a model.
 
     Attributes:
-        elsewhere: The offloaded layers.
-        parts: Each part of the model → whether it is one of those layers.
-        total: Bytes of all weights.
-        moving: Bytes of the offloaded layers.
+        offloaded_layers: The offloaded layers.
+        parts: Name of each part of the model → True if the part is an offloaded layer.
+        total_bytes: Bytes of all weights.
+        offloaded_bytes: Bytes of the offloaded layers.
     """
 
-    elsewhere: tuple[int, ...]
+    offloaded_layers: tuple[int, ...]
     parts: dict[str, bool]
-    total: int
-    moving: int
+    total_bytes: int
+    offloaded_bytes: int
 
 
-def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) -> Placement | None:
+def place_layers(
+    model: nn.Module, free_bytes: int, max_bytes: int | None, all_layers: bool = False
+) -> Placement | None:
     """Decide which layers are offloaded.
 
-    They are spread as evenly as possible, so that one is read while others are used.
+    Offloaded layers are spread as evenly as possible, so that one is read while others are used.
 
     Args:
         model: The model, on the meta device.
-        free: Free bytes on the device that computes.
-        limit: Maximum bytes of weights there; None = as many as fit.
-        every: Whether to offload all layers.
+        free_bytes: Free bytes on the device that computes.
+        max_bytes: Maximum bytes of weights on this device; None = as many as fit.
+        all_layers: Whether to offload all layers.
 
     Returns:
         The placement; None if all weights fit.
@@ -474,82 +488,82 @@ def placed(model: nn.Module, free: int, limit: int | None, every: bool = False) 
     """
     layers = find_layers(model)
     sizes = [weight_bytes(layer) for layer in layers]
-    total = weight_bytes(model)
-    if not every and total <= (FITS * free if limit is None else limit):
+    total, minimum = weight_bytes(model), min_weight_bytes(model)
+    if not all_layers and total <= (FITTING_SHARE * free_bytes if max_bytes is None else max_bytes):
         return None
-    most, least = int(RESIDENT * free) if limit is None else limit, least_bytes(model)
-    if most < least:
+    budget = int(RESIDENT_SHARE * free_bytes) if max_bytes is None else max_bytes
+    if budget < minimum:
         raise ModelError(
-            f"its embeddings, its head and {ROOM} of its layers take {least / 2**30:.1f} GiB, and "
-            f"weights may take {most / 2**30:.1f} GiB; give them more with --weights, or use a "
-            "smaller dtype"
+            f"its embeddings, its head and {LAYER_SLOTS} of its layers take "
+            f"{minimum / 2**30:.1f} GiB, and weights may take {budget / 2**30:.1f} GiB; give them "
+            "more with --weights, or use a smaller dtype"
         )
-    staying = 0 if every else min((most - least) // max(sizes), len(sizes) - ROOM)
-    moving = len(sizes) - staying
-    # The k-th of `moving` layers, spread over all.
-    elsewhere = tuple(k * len(sizes) // moving for k in range(moving))
-    parts = dict(_parts(model, layers, "", {*elsewhere}))
-    return Placement(elsewhere, parts, total, sum(sizes[layer] for layer in elsewhere))
+    n_staying = 0 if all_layers else min((budget - minimum) // max(sizes), len(sizes) - LAYER_SLOTS)
+    n_moving = len(sizes) - n_staying
+    # The k-th of the moving layers, spread over all.
+    indices = tuple(k * len(sizes) // n_moving for k in range(n_moving))
+    parts = dict(_placed_parts(model, layers, "", {*indices}))
+    return Placement(indices, parts, total, sum(sizes[layer] for layer in indices))
 
 
-def read_rate(files: Sequence[Path]) -> float | None:
-    """Measure the bytes per second at which files are read, on the beginning of the largest one.
+def measure_read_rate(files: Sequence[Path]) -> float | None:
+    """Measure the read rate of files in bytes per second, on the beginning of the largest file.
 
-    None if there are no files. Parts in the system's cache are read faster than the rest.
+    Returns None without files. Parts in the system's cache are read faster than the rest.
     """
     if not files:
         return None
-    began, size = time.perf_counter(), 0
+    start_time, n_read = time.perf_counter(), 0
     with max(files, key=lambda path: path.stat().st_size).open("rb", buffering=0) as file:
-        while size < TRIED and (part := file.read(AT_ONCE)):
-            size += len(part)
-    return size / (time.perf_counter() - began)
+        while n_read < RATE_SAMPLE_BYTES and (chunk := file.read(READ_CHUNK_BYTES)):
+            n_read += len(chunk)
+    return n_read / (time.perf_counter() - start_time)
 
 
-def least_free(model: nn.Module, device: torch.device) -> int:
-    """Return the free bytes on the fullest device of a model: its inputs' or weights'."""
+def min_free_memory(model: nn.Module, device: torch.device) -> int:
+    """Return the free bytes on the fullest of the devices that hold a model's inputs or weights."""
     return min(map(free_memory, {device, *(p.device for p in model.parameters() if not p.is_meta)}))
 
 
-def devices_for(weights: int, free: int, devices: int) -> int:
+def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
     """Return the number of devices over which to spread a model.
 
     Args:
-        weights: Bytes of its weights.
-        free: Free bytes on the fullest device.
-        devices: Number of devices.
+        n_bytes: Bytes of its weights.
+        free_bytes: Free bytes on the fullest device.
+        n_devices: Number of devices.
 
     Returns:
-        As many as leave room for intermediate results. One if the weights fit on it, or if they do
-        not even fit on all: then layers are offloaded.
+        The smallest number that leaves room for intermediate results. One if the weights fit on one
+        device. Also one if the weights do not even fit on all devices: then layers are offloaded.
     """
-    if weights <= FITS * free:
+    if n_bytes <= FITTING_SHARE * free_bytes:
         return 1
-    needed = math.ceil(weights / (RESIDENT * free))
-    return needed if needed <= devices else 1
+    n_needed = math.ceil(n_bytes / (RESIDENT_SHARE * free_bytes))
+    return n_needed if n_needed <= n_devices else 1
 
 
-def least_bytes(model: nn.Module, staying: int = 0) -> int:
-    """Count the bytes of a model with `staying` layers in place, and room for offloaded ones."""
+def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
+    """Count the bytes of a model with `n_staying` layers loaded and room for offloaded layers."""
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
-    return weight_bytes(model) - sum(sizes) + (ROOM + staying) * max(sizes)
+    return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Count the bytes of a module's weights, tied ones once."""
+    """Count the bytes of a module's weights; tied weights count once."""
     return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
 
 
-def _parts(module: nn.Module, layers: nn.ModuleList, path: str, elsewhere: set[int]) -> Any:
-    """Yield the layers and the largest parts without layers, each with whether it is offloaded."""
-    for name, held in [*module._parameters.items(), *module._buffers.items()]:
-        if held is not None:
+def _placed_parts(module: nn.Module, layers: nn.ModuleList, path: str, offloaded: set[int]) -> Any:
+    """Yield each layer, and the largest parts without layers, with True for offloaded layers."""
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
             yield f"{path}{name}", False
     for name, child in module.named_children():
         if child is layers:
             for number in range(len(layers)):
-                yield f"{path}{name}.{number}", number in elsewhere
-        elif any(inner is layers for inner in child.modules()):
-            yield from _parts(child, layers, f"{path}{name}.", elsewhere)
+                yield f"{path}{name}.{number}", number in offloaded
+        elif any(module_inside is layers for module_inside in child.modules()):
+            yield from _placed_parts(child, layers, f"{path}{name}.", offloaded)
         else:
             yield f"{path}{name}", False

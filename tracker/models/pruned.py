@@ -1,10 +1,10 @@
-"""Really pruned models: copies without some layers, as a saved checkpoint would be.
+"""Make really pruned models: copies without some layers, as a saved checkpoint would be.
 
-The copy shares the weights and nothing else, so that it runs beside the model it was made of.
+A copy shares the weights with the original model and nothing else, so that both can run.
 
 When a model is built from its configuration, a class may compute factors, windows and tables from a
-layer's position or from the number of layers. A copy in memory keeps those of the whole model; a
-saved and loaded one has them computed anew.
+layer's position or from the number of layers. A copy in memory keeps the values of the whole model.
+A copy that was saved and loaded has them computed anew.
 """
 
 from __future__ import annotations
@@ -25,452 +25,461 @@ from torch import Tensor, nn
 
 from tracker.core.changes import Change
 from tracker.core.errors import ModelError, attempt, first_line
-from tracker.models.hooks import call_with, first_of, returning
-from tracker.models.layers import find_layers, owner
+from tracker.models.hooks import (
+    TRANSFORMERS_LOCK,
+    Args,
+    Kwargs,
+    call_with,
+    first_output,
+    replace_output,
+)
+from tracker.models.layers import find_layers, find_layers_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-State = dict[tuple[str, str], Any]
+ModuleState = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
-_ABSENT = "no such attribute"
-"""Marker for an attribute that a module gets only when it is called."""
-FIRST = "max_window_layers"
-"""Qwen's number of first layers with full attention; no shape depends on it."""
-_CUT = "_cut_from"
-"""Attribute of a cut configuration's class that holds the original class."""
-_LABELS = "id2label"
-"""A configuration's table of a classifier's labels, whose keys are no layers."""
-SMALL = 4096
-"""Elements up to which a buffer is copied: rotary frequencies, which some models change in a call.
-Larger ones are masks and the like, which copies share."""
+_NO_ATTRIBUTE = "no such attribute"
+"""Marker for an attribute that a module does not have before it is called."""
+FIRST_LAYERS_KEY = "max_window_layers"
+"""Key of Qwen's number of first layers with full attention, on which no shape depends."""
+_ORIGINAL_CLASS = "_cut_from"
+"""Name of the attribute of a cut configuration's class that holds the original class."""
+_LABELS_KEY = "id2label"
+"""Key of a configuration's table of class labels, whose integer keys are not layer indices."""
+MAX_COPIED_BUFFER = 4096
+"""Maximum number of elements of a buffer that is copied: rotary frequencies, which some models
+change in a call. Larger buffers, such as masks, are shared by copies."""
 
 
-def pruned(
+def prune_model(
     model: PreTrainedModel,
     removed: Collection[int] = (),
-    fresh: State | None = None,
-    stay: bool = False,
+    new_values: ModuleState | None = None,
+    in_place: bool = False,
     changes: Iterable[tuple[int, Callable[[nn.Module], object]]] = (),
     repeated: Sequence[Change] = (),
 ) -> Any:
     """Copy a model without some of its layers, or with some of them repeated, all re-indexed.
 
-    Data of layers are found by structure: a list in the configuration with one entry per layer, a
-    number in each layer that is the layer's own index, a table whose keys are layer indices.
+    Data of layers are found by structure: lists in the configuration with one entry per layer,
+    numbers in each layer that equal the layer's own index, and tables whose keys are layer indices.
 
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
-        fresh: Values that the copy gets in place of the model's, including parameters.
-        stay: Whether the layers stay in place and pass on their input, for a model that cannot be
-            cut.
+        new_values: Values, including parameters, that replace the model's values in the copy.
+        in_place: Whether removed layers stay in place and return their input, for a model that
+            cannot be cut.
         changes: Functions that change the copies of some layers, with the layers' indices in the
             model.
-        repeated: Spans of layers that occur several times in the copy, one behind another.
+        repeated: Spans of layers that occur several times in a row in the copy.
 
     Returns:
         The copy.
     """
     layers = find_layers(model)
-    memo = {id(each): each for each in _shared(model)}
-    fresh = fresh or {}
-    for (path, name), value in fresh.items():
-        old = model.get_submodule(path)._parameters.get(name)
-        if old is not None:
-            memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
-    twin = copy.deepcopy(model, memo)
-    put_back(twin, fresh)
-    own = find_layers(twin)
+    memo = _shared_memo(model)
+    new_values = new_values or {}
+    for (path, name), value in new_values.items():
+        parameter = model.get_submodule(path)._parameters.get(name)
+        if parameter is not None:
+            memo[id(parameter)] = nn.Parameter(value.clone(), requires_grad=False)
+    # Objects in the memo are shared; new parameters replace those of the model.
+    clone = copy.deepcopy(model, memo)
+    restore_state(clone, new_values)
+    clone_layers = find_layers(clone)
     for index, change in changes:
-        change(own[index])
-    kept = left(len(layers), removed, repeated)
-    if stay:
+        change(clone_layers[index])
+    indices = remaining_layers(len(layers), removed, repeated)
+    if in_place:
         for index in removed:
-            returning(own[index], lambda state: state)
-        for stretch in repeated:
-            if len(stretch.layers) > 1:
+            replace_output(clone_layers[index], lambda state: state)
+        for span in repeated:
+            if len(span.layers) > 1:
                 raise ModelError(
-                    f"{type(model).__name__} cannot be cut, so its layers {stretch.layer} to "
-                    f"{stretch.stop - 1} cannot be passed again together"
+                    f"{type(model).__name__} cannot be cut, so its layers {span.layer} to "
+                    f"{span.stop - 1} cannot be passed again together"
                 )
-            hook = partial(_again, stretch.repeats)
-            own[stretch.layer].register_forward_hook(hook, with_kwargs=True)
-    elif kept != list(range(len(layers))):
-        _take_out(twin, own, kept)
-    return twin
+            hook = partial(_repeat_layer, span.repeats)
+            clone_layers[span.layer].register_forward_hook(hook, with_kwargs=True)
+    elif indices != list(range(len(layers))):
+        _keep_layers(clone, clone_layers, indices)
+    return clone
 
 
-def left(total: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()) -> list[int]:
-    """List the layers of a copy by their original indices, in order; repeat repeated ones."""
-    kept: list[int] = []
-    for index in range(total):
-        kept += [index] if index not in removed else []
-        for stretch in repeated:
-            if stretch.stop == index + 1:
-                kept += [*stretch.layers] * (stretch.repeats - 1)
-    return kept
+def remaining_layers(
+    n_layers: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()
+) -> list[int]:
+    """List the original indices of a copy's layers in order; repeated layers occur repeatedly."""
+    indices: list[int] = []
+    for index in range(n_layers):
+        indices += [index] if index not in removed else []
+        for span in repeated:
+            if span.stop == index + 1:
+                indices += [*span.layers] * (span.repeats - 1)
+    return indices
 
 
-def _shared(model: PreTrainedModel) -> Iterator[Any]:
-    """Yield all that a copy shares with the model: weights, large buffers, weights on disk."""
+def _shared_memo(model: nn.Module) -> dict[int, Any]:
+    """Return a memo for `deepcopy` of shared objects: weights, large buffers, weights on disk."""
+    shared_objects: list[Any] = []
     for module in model.modules():
-        yield from (held for held in module._parameters.values() if held is not None)
-        buffers = module._buffers.values()
-        yield from (held for held in buffers if held is not None and held.numel() > SMALL)
+        buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
+        shared_objects += module._parameters.values()
+        shared_objects += (buffer for buffer in buffers if buffer.numel() > MAX_COPIED_BUFFER)
         # Attributes of accelerate, for a model that is spread over devices.
         hook = getattr(module, "_hf_hook", None)
-        for name in ("weights_map", "tied_params_map"):
-            held = getattr(hook, name, None)
-            if held is not None:
-                yield held
+        shared_objects += (getattr(hook, name, None) for name in ("weights_map", "tied_params_map"))
+    return {id(value): value for value in shared_objects if value is not None}
 
 
-def _take_out(twin: PreTrainedModel, layers: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Leave only the kept layers in a copy that has no other users; one may be kept twice."""
+def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequence[int]) -> None:
+    """Keep only some layers of a copy, changing it in place; a layer may be kept twice."""
     total = len(layers)
-    parent, name = owner(twin, layers)
-    places = _places(layers)
-    own = [layers[index] for index in kept]
-    for new, index in enumerate(kept):
-        if index in kept[:new]:
-            own[new] = copy.deepcopy(own[new], {id(held): held for held in _shared(own[new])})
-    for (path, attribute), holders in places.items():
-        for new, index in enumerate(kept):
+    parent, name = find_layers_parent(clone, layers)
+    index_attributes = _find_index_attributes(layers)
+    new_layers = [layers[index] for index in indices]
+    for position, (index, layer) in enumerate(zip(indices, new_layers, strict=True)):
+        if index in indices[:position]:
+            layer = new_layers[position] = copy.deepcopy(layer, _shared_memo(layer))
+        for (path, attribute), holders in index_attributes.items():
             if index in holders:
-                setattr(own[new].get_submodule(path), attribute, new)
-    setattr(parent, name, nn.ModuleList())  # only modules around the layers remain
-    around = [m for m in twin.modules() if any(each is parent for each in m.modules())]
-    layers = nn.ModuleList(own)
-    setattr(parent, name, layers)
+                setattr(layer.get_submodule(path), attribute, position)
     # Modules around the layers may have lists with an entry per layer, and tables by index.
-    for module in around:
-        for attribute, value in _own(module, (list, tuple, dict, int)):
-            counts = type(value) is int and value == total and "layer" in attribute
-            setattr(module, attribute, len(kept) if counts else _cut(value, kept, total))
-    for module in layers.modules():
-        for attribute, value in _own(module, (dict,)):
-            setattr(module, attribute, _cut(value, kept, total))
-    cut_config(twin.config.get_text_config(), kept)
+    setattr(parent, name, nn.ModuleList())
+    for module in clone.modules():
+        if parent not in module.modules():
+            continue
+        for attribute, value in _own_attributes(module, (list, tuple, dict, int)):
+            is_count = type(value) is int and value == total and "layer" in attribute
+            new_value = len(indices) if is_count else _cut_value(value, indices, total)
+            setattr(module, attribute, new_value)
+    new_list = nn.ModuleList(new_layers)
+    setattr(parent, name, new_list)
+    for module in new_list.modules():
+        for attribute, value in _own_attributes(module, (dict,)):
+            setattr(module, attribute, _cut_value(value, indices, total))
+    cut_config(clone.config.get_text_config(), indices)
 
 
-def _own(module: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """List a module's attributes of some types, without those of torch."""
-    own = vars(module).items()
-    return [(name, v) for name, v in own if isinstance(v, kinds) and not name.startswith("_")]
+def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[str, Any]]:
+    """List a module's attributes of some types, without the attributes defined by torch."""
+    public = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+    return [(name, value) for name, value in public if isinstance(value, types)]
 
 
-def _places(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Find attributes of layers that hold the layer's index: path and attribute → layers.
+def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
+    """Find attributes that hold a layer's index; return (path, attribute) → layers that have it.
 
-    An attribute holds the index if it equals it in every layer that has the attribute.
+    An attribute counts if it equals the layer's index in every layer that has the attribute.
     """
-    found: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    values: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for index, layer in enumerate(layers):
         for path, module in layer.named_modules():
             for attribute, value in vars(module).items():
                 if type(value) is int:
-                    found[path, attribute][index] = value
+                    values[path, attribute][index] = value
     return {
-        (path, attribute): set(values)
-        for (path, attribute), values in found.items()
-        if all(index == value for index, value in values.items())
-        and (len(values) > 1 or "layer" in attribute or "idx" in attribute)
+        (path, attribute): {*by_layer}
+        for (path, attribute), by_layer in values.items()
+        if all(index == value for index, value in by_layer.items())
+        and (len(by_layer) > 1 or "layer" in attribute or "idx" in attribute)
     }
 
 
-def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
-    """Cut values with one entry per layer or layer indices as keys; return others unchanged."""
-    if isinstance(value, (list, tuple)) and len(value) == total:
-        return type(value)(value[index] for index in kept)
-    if isinstance(value, dict) and value and all(key in range(total) for key in value):
-        return type(value)((new, value[p]) for new, p in enumerate(kept) if p in value)
+def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
+    """Cut a value with one entry per layer or with layer indices as keys; return others as is."""
+    if isinstance(value, (list, tuple)) and len(value) == n_layers:
+        return type(value)(value[index] for index in indices)
+    if isinstance(value, dict) and value and all(key in range(n_layers) for key in value):
+        return type(value)((n, value[index]) for n, index in enumerate(indices) if index in value)
     return value
 
 
-def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> None:
-    """Change a text model's configuration to describe only the kept layers, ascending."""
+def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
+    """Change a text model's configuration to describe only the kept layers, in ascending order."""
     total = config.num_hidden_layers
-    computed = {
-        name: _cut(value, kept, total)
-        for name, value in _computed(config)
+    computed_values = {
+        name: _cut_value(value, indices, total)
+        for name, value in _config_properties(config)
         if isinstance(value, (list, tuple)) and len(value) == total
     }
     for name, value in list(vars(config).items()):
-        if name.startswith("_") or name == _LABELS:
+        if name.startswith("_") or name == _LABELS_KEY:
             continue
-        if name == FIRST and type(value) is int:
-            setattr(config, name, sum(layer < value for layer in kept))
-        elif "layer" in name and isinstance(value, list) and _are_places(value, total):
-            setattr(config, name, [new for new, place in enumerate(kept) if place in value])
-        else:
-            setattr(config, name, _cut_entry(value, kept, total))
-    config.num_hidden_layers = len(kept)
-    if computed:
+        new_value = _cut_entry(value, indices, total)
+        if name == FIRST_LAYERS_KEY and type(value) is int:
+            new_value = sum(layer < value for layer in indices)
+        elif "layer" in name and isinstance(value, list) and _are_layer_indices(value, total):
+            new_value = [n for n, index in enumerate(indices) if index in value]
+        setattr(config, name, new_value)
+    config.num_hidden_layers = len(indices)
+    if computed_values:
         # The class computes it from the number of layers, as if the last ones were removed.
-        own = type(config)
-        config.__class__ = type(own.__name__, (own,), {**computed, _CUT: class_of(config)})
+        base_class, computed_values[_ORIGINAL_CLASS] = type(config), original_class(config)
+        config.__class__ = type(base_class.__name__, (base_class,), computed_values)
 
 
-def class_of(config: PreTrainedConfig) -> type[Any]:
-    """Return the class of a configuration as it is read from a file."""
-    return getattr(type(config), _CUT, type(config))
+def original_class(config: PreTrainedConfig) -> type[Any]:
+    """Return the class that a configuration has when it is read from a file."""
+    return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
 
-def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:
-    """Cut an entry of a configuration and its nested values; rope factors are not per layer."""
+def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
+    """Cut an entry of a configuration and its nested values, except rope factors."""
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
-        return {name: _cut_entry(item, kept, total) for name, item in value.items()}
-    return _cut(value, kept, total)
+        return {name: _cut_entry(item, indices, n_layers) for name, item in value.items()}
+    return _cut_value(value, indices, n_layers)
 
 
-def _are_places(value: Sequence[Any], total: int) -> bool:
+def _are_layer_indices(value: Sequence[Any], n_layers: int) -> bool:
     """Return whether a list holds the indices of some of the layers."""
     return (
-        0 < len(value) <= total
-        and all(type(place) is int and 0 <= place < total for place in value)
+        0 < len(value) <= n_layers
+        and all(type(index) is int and 0 <= index < n_layers for index in value)
         and list(value) == sorted(set(value))
     )
 
 
-def _computed(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     """Yield the properties of a configuration's class with their values."""
-    for kind in type(config).__mro__:
-        for name, member in vars(kind).items():
+    for base_class in type(config).__mro__:
+        for name, member in vars(base_class).items():
             if isinstance(member, property) and not name.startswith("_"):
                 value = attempt(partial(getattr, config, name))
                 if not isinstance(value, Exception):  # some do not apply to this kind of model
                     yield name, value
 
 
-def _again(
-    times: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    """Run a layer again on its output, `times` times in all."""
-    for _ in range(times - 1):
-        output = call_with(module.forward, first_of(output), args, kwargs)
+def _repeat_layer(n_passes: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Run a layer `n_passes` times in total, each time on its previous output."""
+    for _ in range(n_passes - 1):
+        output = call_with(module.forward, first_output(output), args, kwargs)
     return output
 
 
 @torch.no_grad()
-def remember(model: nn.Module, attributes: Collection[str] | None = None) -> State:
-    """Record what a call might change: tensors, and the numbers and strings of modules.
+def record_state(model: nn.Module, attributes: Collection[str] | None = None) -> ModuleState:
+    """Record the state that a call might change: tensors, numbers and strings of modules.
 
-    Returns (path of a module, attribute) → a copy of its value. `attributes` selects attributes by
+    Returns (path of a module, attribute) → a copy of the value. `attributes` selects attributes by
     name; None = all, for a small model.
     """
-    found: State = {}
+    state: ModuleState = {}
     for path, module in model.named_modules():
         for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
             if attributes is not None and name not in attributes:
                 continue
             if isinstance(value, Tensor):
-                found[path, name] = value.clone()
+                state[path, name] = value.clone()
             elif isinstance(value, (bool, int, float, str)) or value is None:
-                found[path, name] = value
+                state[path, name] = value
         for name in attributes or ():
             if not hasattr(module, name):
-                found[path, name] = _ABSENT
-    return found
+                state[path, name] = _NO_ATTRIBUTE
+    return state
 
 
-def changed(before: State, after: State) -> set[tuple[str, str]]:
-    """Return the keys whose values differ between two states of a model, or are in only one."""
-    return {
-        key
-        for key in before.keys() | after.keys()
-        if key not in before or key not in after or not same(before[key], after[key])
-    }
+def changed_keys(old_state: ModuleState, new_state: ModuleState) -> set[tuple[str, str]]:
+    """Return the keys whose values differ between two model states, or that only one state has."""
+    common = old_state.keys() & new_state.keys()
+    equal = {key for key in common if are_equal(old_state[key], new_state[key])}
+    return (old_state.keys() | new_state.keys()) - equal
 
 
-def same(one: object, other: object) -> bool:
+def are_equal(value: object, other: object) -> bool:
     """Return whether two values of a module are equal; tensors on the meta device by shape."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.is_meta or other.is_meta:
-            return one.shape == other.shape
-        return torch.equal(one, other)
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        is_meta = value.is_meta or other.is_meta
+        return value.shape == other.shape if is_meta else torch.equal(value, other)
     try:
-        return type(one) is type(other) and bool(one == other)
+        return type(value) is type(other) and bool(value == other)
     except RuntimeError:  # a list of tensors
         return False
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, state: State) -> None:
-    """Restore the values of `remember` in a model's modules, except parameters."""
+def restore_state(model: nn.Module, state: ModuleState) -> None:
+    """Restore the values of `record_state` in a model's modules, except parameters."""
     modules = dict(model.named_modules())
     for (path, name), value in state.items():
         module = modules[path]
         if name in module._parameters:
             continue
-        if value is _ABSENT:
+        if value is _NO_ATTRIBUTE:
             if hasattr(module, name):
                 delattr(module, name)
             continue
-        own = value.clone() if isinstance(value, Tensor) else value
+        own_value = value.clone() if isinstance(value, Tensor) else value
         if name in module._buffers:
-            module._buffers[name] = own
+            module._buffers[name] = own_value
         else:
-            object.__setattr__(module, name, own)
+            object.__setattr__(module, name, own_value)
 
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor of a checkpoint, by its name."""
-_COUNTS = ("layer", "dense", "block")
-"""Words in the names of numbers that may count the first layers of a kind."""
-_TORCHS = frozenset(vars(nn.Module())) | {"config"}
-"""Attributes that every module has, and no class computes."""
-_HOW = ("_attn_implementation_internal", "_experts_implementation_internal")
-"""Attributes that select kernels, which no file holds; they are chosen on loading."""
+_COUNT_WORDS = ("layer", "dense", "block")
+"""Words in configuration keys that may give the number of first layers of a kind."""
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) | {"config"}
+"""Attributes that every module has, and that no class computes."""
+_KERNEL_ATTRIBUTES = ("_attn_implementation_internal", "_experts_implementation_internal")
+"""Attributes that select kernels; they are chosen on loading and stored in no file."""
 
 
-Lacking = tuple[nn.Module, str, Any]
-"""A module of a copy, and an attribute that it would have if it were loaded."""
+StaleAttribute = tuple[nn.Module, str, Any]
+"""A module of a copy, with the name and value of an attribute it would have after loading."""
 
 
-def as_made(model: PreTrainedModel) -> Any:
-    """Build a model from its configuration as read from a file, without its weights.
+def build_from_config(model: PreTrainedModel) -> Any:
+    """Build a model without weights from its configuration, as read from a file.
 
-    Raises ModelError if its class cannot.
+    Raises ModelError if the model's class cannot be built.
     """
-    return _made(model, range(len(find_layers(model))), shapes(model))
+    return _build_matching(model, range(len(find_layers(model))), tensor_shapes(model))
 
 
-def reloaded(
-    twin: PreTrainedModel, kept: Sequence[int], known: dict[str, Any] | None = None
+def simulate_reload(
+    clone: PreTrainedModel, indices: Sequence[int], cache: dict[str, Any] | None = None
 ) -> Any:
     """Build the model that loading a saved copy without some layers would give.
 
     Args:
-        twin: The copy, as of `pruned`; numbers in its configuration that count the first layers of
-            a kind are set for the remaining layers.
-        kept: The indices of its layers in the original model.
-        known: Models built from configurations before, which calls must not change. If it is None,
-            the model gets its own weights, since calls may change them.
+        clone: The copy, as `prune_model` returns it; numbers in its configuration that count the
+            first layers of a kind are set for the remaining layers.
+        indices: The indices of its layers in the original model.
+        cache: Models built earlier from configurations; calls must not change these models. If
+            `cache` is None, the model gets its own weights, since calls may change them.
 
     Returns:
-        The class's model of the configuration, read from a file, with the copy's weights. A model
-        in `known` is reused and gets these weights.
+        The model that the class builds from the saved configuration, with the copy's weights. A
+        model in `cache` is reused and gets these weights.
 
     Raises:
         ModelError: No such model can be built; the message gives the reason.
     """
-    again = _made(twin, kept, shapes(twin), known)
-    its = dict(twin.named_modules())
-    if not {place for place, _ in again.named_modules()} <= its.keys():
+    loaded_model = _build_matching(clone, indices, tensor_shapes(clone), cache)
+    modules, clone_modules = dict(loaded_model.named_modules()), dict(clone.named_modules())
+    if not modules.keys() <= clone_modules.keys():
         # Added by a call, as in BigBird.
-        raise ModelError("its class makes it of other parts than it has")
-    for place, module in again.named_modules():
-        for kind in ("_parameters", "_buffers"):
-            held, own = (vars(each)[kind] for each in (module, its[place]))
-            for name in held.keys() - module._non_persistent_buffers_set:
-                value = own[name]
-                held[name] = value.clone() if value is not None and known is None else value
-    return again.to(twin.device)
+        raise ModelError(
+            "its modules differ from those that its class builds from the configuration"
+        )
+    for path, module in modules.items():
+        for table in ("_parameters", "_buffers"):
+            values, clone_values = vars(module)[table], vars(clone_modules[path])[table]
+            for name in values.keys() - module._non_persistent_buffers_set:
+                value = clone_values[name]
+                values[name] = value if value is None or cache is not None else value.clone()
+    return loaded_model.to(clone.device)
 
 
-def as_loaded(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Give a copy without some layers the values that its class would compute on loading.
+def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
+    """Set the values in a copy without some layers that its class would compute on loading.
 
     Numbers in its configuration that count the first layers of a kind are set for the remaining
     layers.
 
     Args:
         model: The original model.
-        twin: The copy, as of `pruned`.
-        kept: The indices of its layers in the original model.
+        clone: The copy, as `prune_model` returns it.
+        indices: The indices of its layers in the original model.
 
     Raises:
         ModelError: No such model can be built; the message gives the reason. The copy is unchanged.
     """
-    if list(kept) == list(range(len(find_layers(model)))):
+    if list(indices) == list(range(len(find_layers(model)))):
         return
     # For a quantised model the class builds one that is not; both must only be built alike.
-    whole = _made(model, kept, None)
-    cut = _made(twin, kept, dict(_moved(shapes(whole), _prefix(model), kept)))
-    for module, name, value in lacking(model, whole, twin, cut, kept):
+    full_model = _build_matching(model, indices, None)
+    shapes = _renumber(tensor_shapes(full_model), _layers_prefix(model), indices)
+    cut_model = _build_matching(clone, indices, shapes)
+    for module, name, value in find_stale_attributes(model, full_model, clone, cut_model, indices):
         setattr(module, name, value)
-    for config in (twin.config, twin.config.get_text_config()):
-        config.__class__ = class_of(config)
+    for config in (clone.config, clone.config.get_text_config()):
+        config.__class__ = original_class(config)
 
 
-def lacking(
+def find_stale_attributes(
     model: PreTrainedModel,
-    whole: PreTrainedModel,
-    twin: PreTrainedModel,
-    cut: PreTrainedConfig,
-    kept: Sequence[int],
-) -> list[Lacking]:
+    full_model: PreTrainedModel,
+    clone: PreTrainedModel,
+    cut_model: PreTrainedModel,
+    indices: Sequence[int],
+) -> list[StaleAttribute]:
     """List the attributes of a copy that would differ if it were saved and loaded.
 
     Args:
         model: The original model.
-        whole: Model built from the original configuration.
-        twin: The copy.
-        cut: Model built from the copy's configuration.
-        kept: The indices of the copy's layers in the original model.
+        full_model: Model built from the original configuration.
+        clone: The copy.
+        cut_model: Model built from the copy's configuration.
+        indices: The indices of the copy's layers in the original model.
 
     Returns:
-        Numbers and the like, and tables that no file holds.
+        Attributes of modules (numbers, strings and so on), and tables that no file holds.
     """
-    prefix = _prefix(model)
-    was = dict(_moved(dict(model.named_modules()), prefix, kept))
-    computed = dict(_moved(dict(whole.named_modules()), prefix, kept))
-    its = dict(twin.named_modules())
-    found: list[Lacking] = []
+    prefix, clone_modules = _layers_prefix(model), dict(clone.named_modules())
+    old_modules = _renumber(dict(model.named_modules()), prefix, indices)
+    full_modules = _renumber(dict(full_model.named_modules()), prefix, indices)
+    stale: list[StaleAttribute] = []
     # Lists of another length (Granite's rotary tables, one per theta) are not read by index.
-    lists = {
-        f"{place}."
-        for place, anew in cut.named_modules()
-        if isinstance(anew, nn.ModuleList) and len(anew) != len(its.get(place, anew))
-    }
-    for place, anew in cut.named_modules():
-        # Another class means a packed weight, or one with an adapter.
-        if isinstance(anew, nn.Linear) or place.startswith(tuple(lists)):
+    other_lists = tuple(
+        f"{path}."
+        for path, module in cut_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) != len(clone_modules.get(path, module))
+    )
+    for path, module in cut_model.named_modules():
+        if isinstance(module, nn.Linear) or path.startswith(other_lists):
             continue  # a linear map has only its shape
-        if place in was and place in its and its[place].__class__ is anew.__class__:
-            found += _lacking(its[place], was[place], computed[place], anew)
-    return found
+        # Another class means a packed weight, or one with an adapter.
+        clone_module = clone_modules.get(path)
+        if path in old_modules and clone_module is not None and type(clone_module) is type(module):
+            stale += _stale_attributes(clone_module, old_modules[path], full_modules[path], module)
+    return stale
 
 
-def _prefix(model: PreTrainedModel) -> str:
-    """Return the common prefix of the names of all that belongs to layers."""
-    parent, name = owner(model, find_layers(model))
+def _layers_prefix(model: PreTrainedModel) -> str:
+    """Return the common prefix of the names of the layers' tensors and modules."""
+    parent, name = find_layers_parent(model, find_layers(model))
     path = next(path for path, module in model.named_modules() if module is parent)
     return f"{path}.{name}." if path else f"{name}."
 
 
-def _moved(each: Mapping[str, Any], prefix: str, kept: Sequence[int]) -> Iterator[tuple[str, Any]]:
-    """Yield items under the names that they have in a copy, by its layer indices."""
-    for name, value in each.items():
-        place, dot, rest = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix):
-            yield name, value
-            continue
-        for new, old in enumerate(kept):
-            if old == int(place):
-                yield f"{prefix}{new}{dot}{rest}", value
+def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> dict[str, Any]:
+    """Rename the items of a model to their names in a copy with the given layers."""
+    new_items: dict[str, Any] = {}
+    for name, value in items.items():
+        names = [name]
+        if name.startswith(prefix):
+            number, dot, path = name.removeprefix(prefix).partition(".")
+            positions = (n for n, index in enumerate(indices) if index == int(number))
+            names = [f"{prefix}{n}{dot}{path}" for n in positions]
+        new_items |= dict.fromkeys(names, value)
+    return new_items
 
 
-def _lacking(
-    own: nn.Module, was: nn.Module, computed: nn.Module, anew: nn.Module
-) -> Iterator[Lacking]:
-    """Yield attributes that a module's class computes anew, or that a copy changed by itself."""
-    for name, value in vars(anew).items():
-        if name in _TORCHS or not _is_plain(value):
+def _stale_attributes(
+    clone: nn.Module, old_module: nn.Module, full_module: nn.Module, cut_module: nn.Module
+) -> Iterator[StaleAttribute]:
+    """Yield attributes that a module's class computes anew, or that the copying has changed."""
+    for name, value in vars(cut_module).items():
+        if name in _TORCH_ATTRIBUTES or not _is_plain(value):
             continue
-        mine = vars(own).get(name)
-        as_before = same(value, vars(computed).get(name)) and same(mine, vars(was).get(name))
-        if not as_before and not same(mine, value):
-            yield own, name, copy.deepcopy(value)
-    for name in anew._non_persistent_buffers_set:
-        value, before, mine = (each._buffers.get(name) for each in (anew, computed, own))
-        if value is not None and mine is not None and not same(value, before):
-            value = value.to(mine.device, mine.dtype)
-            if not same(mine, value):
-                yield own, name, value
+        old, full, clone_module = (vars(m).get(name) for m in (old_module, full_module, clone))
+        is_unchanged = are_equal(value, full) and are_equal(clone_module, old)
+        if not is_unchanged and not are_equal(clone_module, value):
+            yield clone, name, copy.deepcopy(value)
+    for name in cut_module._non_persistent_buffers_set:
+        value, full, clone_module = (m._buffers.get(name) for m in (cut_module, full_module, clone))
+        if value is not None and clone_module is not None and not are_equal(value, full):
+            value = value.to(clone_module.device, clone_module.dtype)
+            if not are_equal(clone_module, value):
+                yield clone, name, value
 
 
 def _is_plain(value: object) -> bool:
@@ -481,107 +490,109 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, Enum, torch.dtype, Tensor))
 
 
-def _made(
+def _build_matching(
     model: PreTrainedModel,
-    kept: Sequence[int],
-    wanted: Shapes | None,
-    known: dict[str, Any] | None = None,
+    indices: Sequence[int],
+    shapes: TensorShapes | None,
+    cache: dict[str, Any] | None = None,
 ) -> Any:
-    """Build a model of another's class and configuration with tensors of the wanted shapes.
+    """Build a model of the same class and configuration as another, with the wanted tensor shapes.
 
-    Raises ModelError if there is none. Numbers that count layers are tried for the kept ones too;
-    if that helps, the configuration keeps them.
+    Raises ModelError if no such model exists. If needed, numbers that count layers are adapted to
+    the kept layers; if this helps, the configuration keeps the adapted numbers.
     """
     config = model.config.get_text_config()
-    first = None
-    for counts in chain([{}], counted(config, kept)):
-        before = {name: getattr(config, name) for name in counts}
-        vars(config).update(counts)
-        made = attempt(partial(_fresh_once, model, known))
-        if isinstance(made, Exception):  # a class may refuse a number of layers
-            why: str | None = first_line(made)
+    first_problem = None
+    for new_counts in chain([{}], layer_counts(config, indices)):
+        old_counts = {name: getattr(config, name) for name in new_counts}
+        vars(config).update(new_counts)
+        built_model = attempt(partial(_build_cached, model, cache))
+        if isinstance(built_model, Exception):  # a class may refuse a number of layers
+            problem: str | None = first_line(built_model)
         else:
-            why = None if wanted is None else misfit(shapes(made), wanted)
-        if why is None:
-            return made
-        vars(config).update(before)
-        first = first or why
-    raise ModelError(first or "")
+            problem = None if shapes is None else shape_mismatch(tensor_shapes(built_model), shapes)
+        if problem is None:
+            return built_model
+        vars(config).update(old_counts)
+        first_problem = first_problem or problem
+    raise ModelError(first_problem or "")
 
 
-def _fresh_once(model: PreTrainedModel, known: dict[str, Any] | None) -> Any:
-    """Build a model of another's class and configuration, or reuse the one in `known`."""
-    key = "" if known is None else model.config.to_json_string()
-    made = (known or {}).get(key) or _fresh(type(model), model.config, model.dtype)
-    if known is not None:
-        known[key] = made
-    return made
+def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
+    """Build a model of the same class and configuration as another, or reuse a model in `cache`."""
+    if cache is None:
+        return _build_uninitialised(model)
+    key = model.config.to_json_string()
+    if key not in cache:
+        cache[key] = _build_uninitialised(model)
+    return cache[key]
 
 
-def counted(config: PreTrainedConfig, kept: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield numbers that count the first layers of a kind, for the kept layers: single, and all.
+def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Yield counts of first layers adapted to the kept layers: each count alone, then all.
 
     An example is `first_k_dense_replace`: the number of first layers without experts.
     """
-    total = len(kept)
-    changed = {}
-    for name, value in vars(config).items():
-        # `FIRST` is already set for the kept layers.
-        counts = any(word in name for word in _COUNTS) and "hidden_layers" not in name
-        if counts and name != FIRST and type(value) is int and value > 0 and value != total:
-            left = sum(layer < value for layer in kept)
-            if left != value:
-                changed[name] = left
-    for name, left in changed.items():
-        yield {name: left}
-    if len(changed) > 1:
-        yield changed
+    counts = {
+        name: value
+        for name, value in vars(config).items()
+        if any(word in name for word in _COUNT_WORDS)
+        and "hidden_layers" not in name
+        and name != FIRST_LAYERS_KEY  # set for the kept layers already
+        and type(value) is int
+        and 0 < value != len(indices)
+    }
+    new_counts = {name: sum(n < value for n in indices) for name, value in counts.items()}
+    changed_counts = {name: n for name, n in new_counts.items() if n != counts[name]}
+    yield from ({name: n} for name, n in changed_counts.items())
+    if len(changed_counts) > 1:
+        yield changed_counts
 
 
-def _fresh(kind: type, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """Build a model from a configuration as read from a file; its weights are uninitialised."""
+def _build_uninitialised(model: PreTrainedModel) -> Any:
+    """Build a model of the same class as another from its configuration, saved and read again."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
 
-    again = _reread(config)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), no_init_weights():
+    with TemporaryDirectory() as folder:
+        model.config.to_json_file(Path(folder) / "config.json")
+        config = original_class(model.config).from_pretrained(folder)
+    _copy_kernel_choice(model.config, config)
+    is_double = model.dtype == torch.float64
+    with (
+        TRANSFORMERS_LOCK,  # two threads would leave weights uninitialised in the whole process
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        no_init_weights(),
+    ):
         warnings.simplefilter("ignore")
         # Tables wider than those that a file's loader computes would differ.
-        usual = torch.float32 if dtype == torch.float64 else dtype
-        with local_torch_dtype(usual), torch.device("cpu"):
-            made = kind(again).eval()
-    return made.double() if dtype == torch.float64 else made
+        loading_dtype = torch.float32 if is_double else model.dtype
+        with local_torch_dtype(loading_dtype), torch.device("cpu"):
+            built_model = type(model)(config).eval()
+    return built_model.double() if is_double else built_model
 
 
-def _reread(config: PreTrainedConfig) -> Any:
-    """Save a configuration to a file and read it back."""
-    with TemporaryDirectory() as folder:
-        config.to_json_file(Path(folder) / "config.json")
-        again = class_of(config).from_pretrained(folder)
-    _compute_alike(config, again)
-    return again
-
-
-def _compute_alike(config: PreTrainedConfig, again: PreTrainedConfig) -> None:
+def _copy_kernel_choice(config: PreTrainedConfig, loaded_config: PreTrainedConfig) -> None:
     for name, value in vars(config).items():
-        if name in _HOW:
-            vars(again)[name] = value
-        elif hasattr(value, "to_json_file") and name in vars(again):
-            _compute_alike(value, vars(again)[name])
+        if name in _KERNEL_ATTRIBUTES:
+            vars(loaded_config)[name] = value
+        elif hasattr(value, "to_json_file") and name in vars(loaded_config):
+            _copy_kernel_choice(value, vars(loaded_config)[name])
 
 
-def shapes(model: PreTrainedModel) -> Shapes:
+def tensor_shapes(model: PreTrainedModel) -> TensorShapes:
     """Return the shapes of the tensors that a checkpoint of a model holds."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def misfit(found: Shapes, wanted: Shapes) -> str | None:
-    """Describe the first tensor that differs between a configuration's model and the wanted one."""
-    for name in sorted(found.keys() | wanted.keys()):
-        if name not in wanted:
-            return f"it asks for {name}, which is not left"
-        if name not in found:
+def shape_mismatch(shapes: TensorShapes, expected: TensorShapes) -> str | None:
+    """Describe the first tensor whose shape differs between a built model and the wanted shapes."""
+    for name in sorted(shapes.keys() | expected.keys()):
+        if name not in expected:
+            return f"it asks for {name}, which is removed"
+        if name not in shapes:
             return f"it has no place for {name}"
-        if found[name] != wanted[name]:
-            return f"{name} is {list(wanted[name])}, and it says {list(found[name])}"
+        if shapes[name] != expected[name]:
+            return f"{name} is {list(expected[name])}, and it says {list(shapes[name])}"
     return None

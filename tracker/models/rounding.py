@@ -1,17 +1,16 @@
-"""Weights in a format: rounded and dequantised.
+"""Quantise weights to a format and dequantise them.
 
-Integers are symmetric and rounded to nearest, like torchao's weight-only configurations, by torch's
-own `fake_quantize_per_channel_affine`; in float32 the weights equal those of torchao 0.18's
+Integer formats are symmetric and rounded to nearest, like torchao's weight-only configurations, by
+torch's `fake_quantize_per_channel_affine`. In float32 the weights equal those of torchao 0.18's
 `IntxWeightOnlyConfig` to the bit. GGUF formats are rounded by the package gguf or by llama.cpp's
-own library, and read back by gguf. Activations are not changed.
+own library, and dequantised by gguf. Activations are not changed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracker.core.distribution import install_extra
+from tracker.core.distribution import extra_command
 from tracker.core.errors import CellError, ExperimentError, first_line, translate_errors
 from tracker.core.weight_formats import FORMATS, WeightFormat
 
-_INTEGERS = {"int8": (-128, 127), "int4": (-8, 7)}
+_INTEGER_LEVELS = {"int8": (-128, 127), "int4": (-8, 7)}
 _LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 _PACKAGES = ("llama_cpp_py_sync", "bitsandbytes")
-_TINY = torch.finfo(torch.float32).eps
+_MIN_SCALE = torch.finfo(torch.float32).eps
 
 
-def in_format(weight: Tensor, name: str) -> Tensor:
+def round_weight(weight: Tensor, name: str) -> Tensor:
     """Round a weight to a format and dequantise it.
 
     Args:
@@ -37,10 +36,10 @@ def in_format(weight: Tensor, name: str) -> Tensor:
         name: One of `FORMATS`.
 
     Returns:
-        The weight, in its own dtype.
+        The rounded weight, in the dtype of the original weight.
 
     Raises:
-        CellError: Its rows have no whole blocks of the format.
+        CellError: The length of a row is no multiple of the format's block.
     """
     inputs = weight.shape[-1]
     form = FORMATS[name].for_rows(inputs)
@@ -52,46 +51,41 @@ def in_format(weight: Tensor, name: str) -> Tensor:
     if weight.ndim == 3:  # one after the other: all at once would take several times the memory
         rounded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         for target, matrix in zip(rounded, weight, strict=True):
-            target.copy_(in_format(matrix, name))
+            target.copy_(round_weight(matrix, name))
         return rounded
-    return _maker(form)(weight.detach().float()).reshape(weight.shape).to(weight.dtype)
+    return _round_rows(weight.detach().float(), form).reshape(weight.shape).to(weight.dtype)
 
 
-def _maker(form: WeightFormat) -> Callable[[Tensor], Tensor]:
+def _round_rows(rows: Tensor, form: WeightFormat) -> Tensor:
     if form.round is not None:
-        return partial(_by_extension, form=form)
+        return _round_by_extension(rows, form)
     word, _, _ = form.name.partition("_")
-    if word in _INTEGERS:
-        return partial(_integers, group=form.block, levels=_INTEGERS[word])
+    if word in _INTEGER_LEVELS:
+        return _round_to_integers(rows, form.block, *_INTEGER_LEVELS[word])
     if form.name == "fp8":
-        return _fp8
-    return _nf4 if form.name == "nf4" else partial(_gguf, form=form)
+        scale = (rows.abs().amax(1, keepdim=True) / _LARGEST_FP8).clamp_min(_MIN_SCALE)
+        return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+    return _round_to_nf4(rows) if form.name == "nf4" else _round_to_gguf(rows, form)
 
 
-def _by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
-    """Round rows by another package's code; raise CellError if it fails or changes their shape."""
+def _round_by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
+    """Round rows by another package's code; raise CellError if this fails or changes the shape."""
     assert form.round is not None
-    problem = f"{form.name} cannot round weights"
-    with translate_errors(lambda error: CellError(f"{problem}: {first_line(error)}")):
+    message = f"{form.name} cannot round weights"
+    with translate_errors(lambda error: CellError(f"{message}: {first_line(error)}")):
         rounded: Tensor = form.round(rows).reshape(rows.shape).to(rows)
     return rounded
 
 
-def _integers(rows: Tensor, group: int, levels: tuple[int, int]) -> Tensor:
-    parts = rows.reshape(-1, group or rows.shape[1])
-    low, high = levels
+def _round_to_integers(rows: Tensor, group: int, low: int, high: int) -> Tensor:
+    groups = rows.reshape(-1, group or rows.shape[1])
     # As in torchao, the largest weight of a group is half of the levels away from 0.
-    scale = (parts.abs().amax(1) / ((high - low) / 2)).clamp_min(_TINY)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(parts, scale, zero, 0, low, high)
+    scale = (groups.abs().amax(1) / ((high - low) / 2)).clamp_min(_MIN_SCALE)
+    zero_points = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(groups, scale, zero_points, 0, low, high)
 
 
-def _fp8(rows: Tensor) -> Tensor:
-    scale = (rows.abs().amax(1, keepdim=True) / _LARGEST_FP8).clamp_min(_TINY)
-    return (rows / scale).to(torch.float8_e4m3fn).float() * scale
-
-
-def _nf4(rows: Tensor) -> Tensor:
+def _round_to_nf4(rows: Tensor) -> Tensor:
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(rows.contiguous(), blocksize=64, quant_type="nf4")
@@ -99,39 +93,39 @@ def _nf4(rows: Tensor) -> Tensor:
     return rounded
 
 
-def _gguf(rows: Tensor, form: WeightFormat) -> Tensor:
+def _round_to_gguf(rows: Tensor, form: WeightFormat) -> Tensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-    kind = GGMLQuantizationType[form.label]
+    ggml_type = GGMLQuantizationType[form.label]
     values = np.ascontiguousarray(rows.cpu().numpy())
     if not form.extra:
-        packed = quants.quantize(values, kind)
+        packed = quants.quantize(values, ggml_type)
     else:
-        block, size = GGML_QUANT_SIZES[kind]
+        block, size = GGML_QUANT_SIZES[ggml_type]
         packed = np.empty((len(values), values.shape[1] // block * size), np.uint8)
         pointers = values.ctypes.data, packed.ctypes.data
-        written = _llama_cpp()(int(kind), *pointers, 0, *values.shape, None)
-        assert written == packed.size
-    return torch.from_numpy(quants.dequantize(packed, kind)).to(rows.device)
+        n_written = _load_llama_cpp()(int(ggml_type), *pointers, 0, *values.shape, None)
+        assert n_written == packed.size
+    return torch.from_numpy(quants.dequantize(packed, ggml_type)).to(rows.device)
 
 
 @cache
-def _llama_cpp() -> Any:
+def _load_llama_cpp() -> Any:
     """Load the function of llama.cpp that rounds rows (ggml.h, `ggml_quantize_chunk`)."""
     import llama_cpp_py_sync
 
     library = next(Path(llama_cpp_py_sync.__file__).parent.glob("*ggml-base*"))
     quantise = ctypes.CDLL(str(library)).ggml_quantize_chunk
     quantise.restype = ctypes.c_size_t
-    quantise.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
-    quantise.argtypes += [ctypes.c_void_p]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    quantise.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
     return quantise
 
 
-def refuse_uninstalled(form: WeightFormat) -> None:
+def check_installed(form: WeightFormat) -> None:
     """Raise ExperimentError for a format whose package is not installed."""
     if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
         raise ExperimentError(
             f"{form.name} is rounded by its makers' code, which is not installed. Type: "
-            f"{install_extra('quantise')}"
+            f"{extra_command('quantise')}"
         )

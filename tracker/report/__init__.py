@@ -1,14 +1,14 @@
-"""Turn records into tables, charts, words and one HTML page.
+"""Turn records into tables, charts, sentences and one HTML page.
 
 Modules:
     charts: Draw records with plotly.
     page: Render the HTML page.
     export: Write reports as Markdown, LaTeX, CSV, Parquet or images.
-    frames: Build data frames.
+    frames: Build data frames of runs, correlations and documents.
     leaderboard: Build the tables of the leaderboards.
-    tables: Build the tables that people read.
-    texts: Render the sentences of templates.
-    wording: Write what records show, warnings, and how rankings are read.
+    tables: Build tables for people.
+    texts: Render sentences from templates.
+    wording: Write sentences about results, warnings, and explanations of rankings.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Writes a report for papers and pull requests: tables as text or data, charts as figures."""
+"""Write a report for papers and pull requests: tables as text or data, charts as figures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from tracker.analysis.boards import layer_board, model_board, part_boards
-from tracker.analysis.comparable import benchmark_labels, model_labels, models_of, named_models
+from tracker.analysis.comparable import benchmark_labels, model_labels, named_models
 from tracker.core import formats
-from tracker.core.distribution import install_extra
+from tracker.core.distribution import extra_command
 from tracker.core.errors import RequestError
 from tracker.core.findings import FindingRecord
 from tracker.core.records import CellRecord
-from tracker.core.tables import Table, headed, written
-from tracker.core.text import as_markdown
+from tracker.core.tables import Table, entry_text, heading_text
+from tracker.core.text import escape_markdown
 from tracker.ledger.files import write_atomically, write_text
 from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
-from tracker.report.frames import correlation_frame, frame_of, layer_frame, write_csv
+from tracker.report.frames import correlation_frame, layer_frame, table_frame, write_csv
 from tracker.report.leaderboard import (
     layer_board_data,
     layer_board_table,
@@ -37,14 +37,14 @@ from tracker.report.page.studies import study_charts, study_frames
 from tracker.report.tables import overview_table
 from tracker.report.wording import rule
 
-_LATEX = str.maketrans(
+_LATEX_ESCAPES = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
     | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\n": " "}
 )
-"""Special characters of LaTeX → their escapes."""
-More = Mapping[str, Iterable[pd.DataFrame]]
-Found = Sequence[FindingRecord]
-Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
+"""Special character of LaTeX → its escaped form."""
+ExtraFrames = Mapping[str, Iterable[pd.DataFrame]]
+Findings = Sequence[FindingRecord]
+Writer = Callable[[Sequence[CellRecord], Path, ExtraFrames, Findings], list[Path]]
 
 
 def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
@@ -52,153 +52,151 @@ def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
 
     `part_leaderboard` is added if heads, experts or spans are ranked.
     """
-    found = {
-        "layer_leaderboard": layer_board_data([layer_board(group) for group in models_of(cells)]),
+    models = named_models(cells)
+    tables = {
+        "layer_leaderboard": layer_board_data(list(map(layer_board, models.values()))),
         "model_leaderboard": model_board_data(model_board(cells)),
     }
-    parts = [
-        (name, board) for name, group in named_models(cells).items() for board in part_boards(group)
-    ]
-    return found | ({"part_leaderboard": part_board_data(parts)} if parts else {})
+    parts = [(name, board) for name, group in models.items() for board in part_boards(group)]
+    return tables | ({"part_leaderboard": part_board_data(parts)} if parts else {})
 
 
-def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
-    """Build the frames `layers`, `correlations`, and those of `board_data`."""
-    boards = {name: frame_of(made) for name, made in board_data(cells).items()}
-    return {"layers": layer_frame(cells), "correlations": correlation_frame(cells)} | boards
+def report_frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
+    """Build the data frames `layers` and `correlations`, and one for each table of `board_data`."""
+    board_frames = {name: table_frame(table) for name, table in board_data(cells).items()}
+    return {"layers": layer_frame(cells), "correlations": correlation_frame(cells)} | board_frames
 
 
-def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.Figure]:
-    """Draw the charts that make sense alone: of studies, heat maps and cells, by file stem."""
-    found = {stem: chart.figure() for stem, chart in study_charts(findings).items()}
+def report_figures(cells: Sequence[CellRecord], findings: Findings = ()) -> dict[str, go.Figure]:
+    """Draw the charts of studies, heat maps and cells; return file stem → figure."""
+    charts = {stem: chart.to_figure() for stem, chart in study_charts(findings).items()}
     for name, group in named_models(cells).items():
-        mapped = [cell for cell in group if cell.whole_layers]
-        if mapped:
-            found[_file_name(name, "heat map")] = heat_map(mapped).figure()
+        if mapped := [cell for cell in group if cell.whole_layers]:
+            charts[_file_name(name, "heat map")] = heat_map(mapped).to_figure()
         for cell, label in zip(group, benchmark_labels(group), strict=True):
             for kind, figure in cell_charts(cell).items():
-                found[_file_name(name, label, kind)] = figure
-    return found
+                charts[_file_name(name, label, kind)] = figure
+    return charts
 
 
-def export(
+def export_report(
     cells: Sequence[CellRecord],
-    form: str,
-    place: Path,
-    more: More = MappingProxyType({}),
-    findings: Found = (),
+    report_format: str,
+    path: Path,
+    extra: ExtraFrames = MappingProxyType({}),
+    findings: Findings = (),
 ) -> list[Path]:
-    """Write a report in one of `FORMATS`, and return the files.
+    """Write a report in one of `REPORT_FORMATS`, and return the paths of its files.
 
     Args:
-        cells: The cells.
-        form: A key of `FORMATS`.
-        place: A file for `md` and `tex`, a folder otherwise.
-        more: Further frames for `csv` and `parquet` by name, besides the records' `frames`; each is
-            an iterable of consecutive frames.
+        cells: The cells of the report.
+        report_format: A key of `REPORT_FORMATS`.
+        path: A file for `md` and `tex`, a folder otherwise.
+        extra: Further frames for `csv` and `parquet` by name, in addition to `report_frames`. Each
+            is an iterable of consecutive frames.
         findings: Findings of studies: sections in `md`, a frame for each table in `csv` and
             `parquet`, and charts in `png` and `pdf`.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         RequestError: The package that draws figures is not installed.
         WorkError: The disk is full or not writable.
     """
-    return FORMATS[form](cells, place, more, findings)
+    return REPORT_FORMATS[report_format](cells, path, extra, findings)
 
 
-def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
-    parts = ["# Which layers matter", wording.summary(cells)]
-    parts += ["## Leaderboards", rule("layers"), rule("models"), rule("intervals")]
-    tables, notes = boards(cells)
-    parts += [*map(_pipes, tables), *map(as_markdown, notes)]
-    parts += ["## Benchmarks", _pipes(overview_table(cells))]
-    for each in findings:
-        parts += [f"## {as_markdown(each.question)}"]
-        parts += [f"`{each.study}` over {as_markdown(each.experiment)}"]
-        parts += map(as_markdown, each.answers)
-        parts += map(_pipes, each.tables)
-        parts += [as_markdown(f"Could not be said: {line}") for line in each.lacking]
-    write_text(path, "\n\n".join(parts) + "\n")
+def _write_markdown(
+    cells: Sequence[CellRecord], path: Path, extra: ExtraFrames, findings: Findings
+) -> list[Path]:
+    sections = ["# Which layers matter", wording.summary(cells)]
+    sections += ["## Leaderboards", rule("layers"), rule("models"), rule("intervals")]
+    tables, notes = build_boards(cells)
+    sections += [*map(_markdown_table, tables), *map(escape_markdown, notes)]
+    sections += ["## Benchmarks", _markdown_table(overview_table(cells))]
+    for finding in findings:
+        sections += [f"## {escape_markdown(finding.question)}"]
+        sections += [f"`{finding.study}` over {escape_markdown(finding.experiment)}"]
+        sections += map(escape_markdown, finding.answers)
+        sections += map(_markdown_table, finding.tables)
+        sections += [escape_markdown(f"Could not be said: {line}") for line in finding.lacking]
+    write_text(path, "\n\n".join(sections) + "\n")
     return [path]
 
 
-def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
-    def table(made: Table) -> str:
-        styled = texts(made).style.hide(axis="index").format(escape="latex")
+def _write_latex(
+    cells: Sequence[CellRecord], path: Path, extra: ExtraFrames, findings: Findings
+) -> list[Path]:
+    def render_table(table: Table) -> str:
+        styled = text_frame(table).style.hide(axis="index").format(escape="latex")
         styled = styled.format_index(escape="latex", axis="columns")
         text = styled.to_latex(
-            hrules=True, position_float="centering", caption=made.title.translate(_LATEX)
+            hrules=True, position_float="centering", caption=table.title.translate(_LATEX_ESCAPES)
         )
-        return text.replace(formats.MINUS, "$-$")  # pdflatex does not know the sign
+        return text.replace(formats.MINUS, "$-$")  # pdflatex does not support the minus sign
 
-    tables, notes = boards(cells)
-    notes += [note for made in tables for note in made.notes]
-    comments = [
-        "needs \\usepackage{booktabs}",
-        rule("layers"),
-        rule("intervals"),
-        rule("models"),
-        *notes,
-    ]
+    tables, notes = build_boards(cells)
+    rules = [rule("layers"), rule("intervals"), rule("models")]
+    notes += [note for board in tables for note in board.notes]
+    comments = ["needs \\usepackage{booktabs}", *rules, *notes]
     text = "\n".join(f"% {' '.join(comment.split())}" for comment in comments)
-    write_text(path, "\n\n".join([text, *map(table, tables)]) + "\n")
+    write_text(path, "\n\n".join([text, *map(render_table, tables)]) + "\n")
     return [path]
 
 
-def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
-    """Build the leaderboards of each model's layers and parts, and of several models.
+def build_boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
+    """Build the leaderboards of each model's layers and parts, and a leaderboard of models.
 
-    Also returns notes on cells and models that do not count, with reasons.
+    Also returns notes that name excluded cells and models, with reasons.
     """
-    layers = {name: layer_board(group) for name, group in named_models(cells).items()}
-    tables = [layer_board_table(board, name) for name, board in layers.items() if board.parts]
-    for name, group in named_models(cells).items():
+    groups = named_models(cells)
+    boards = {name: layer_board(group) for name, group in groups.items()}
+    tables = [layer_board_table(board, name) for name, board in boards.items() if board.parts]
+    for name, group in groups.items():
         tables += [part_board_table(board, name) for board in part_boards(group)]
-    notes = [
-        f"{name}: {benchmark} does not count: {why}."
-        for name, board in layers.items()
-        for benchmark, why in board.left_out.items()
-    ]
-    if len(layers) > 1:
+    left_out = [(name, board.left_out) for name, board in boards.items()]
+    if len(boards) > 1:
         models = model_board(cells)
-        labels = model_labels([one.model for one in models.models])
+        labels = model_labels([standing.model for standing in models.models])
         tables.append(model_board_table(models, labels))
-        notes += [f"Models: {b} does not count: {why}." for b, why in models.left_out.items()]
-    return tables, notes
-
-
-def texts(made: Table) -> pd.DataFrame:
-    """Write a table for people."""
-    rows = [
-        [written(entry, heading).text for entry, heading in zip(row, made.headings, strict=True)]
-        for row in made.rows
+        left_out.append(("Models", models.left_out))
+    return tables, [
+        f"{name}: {benchmark} does not count: {reason}."
+        for name, reasons in left_out
+        for benchmark, reason in reasons.items()
     ]
-    return pd.DataFrame(rows, columns=list(map(headed, made.headings)))
 
 
-def _pipes(made: Table) -> str:
-    """Write a table as Markdown."""
-    escaped = texts(made).map(as_markdown).rename(columns=as_markdown)
-    text = escaped.to_markdown(index=False, disable_numparse=True)
-    return "\n\n".join((as_markdown(made.title), text, *map(as_markdown, made.notes)))
+def text_frame(table: Table) -> pd.DataFrame:
+    """Convert a table to a data frame of texts, rounded for people."""
+    rows = [
+        [entry_text(*entry).text for entry in zip(row, table.headings, strict=True)]
+        for row in table.rows
+    ]
+    return pd.DataFrame(rows, columns=list(map(heading_text, table.headings)))
 
 
-def _data(
+def _markdown_table(table: Table) -> str:
+    """Render a table as Markdown."""
+    frame = text_frame(table).map(escape_markdown).rename(columns=escape_markdown)
+    text = frame.to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join((escape_markdown(table.title), text, *map(escape_markdown, table.notes)))
+
+
+def _write_data(
     write: Callable[[Iterable[pd.DataFrame], Path], None],
-    end: str,
+    suffix: str,
     cells: Sequence[CellRecord],
     folder: Path,
-    more: More,
-    findings: Found,
+    extra: ExtraFrames,
+    findings: Findings,
 ) -> list[Path]:
     paths = []
-    whole = {**frames(cells), **study_frames(findings)}
-    for name, parts in {**{name: [frame] for name, frame in whole.items()}, **more}.items():
-        path = folder / f"{name}.{end}"
-        write_atomically(path, partial(write, parts))
+    frames = {**report_frames(cells), **study_frames(findings)}
+    for name, chunks in {**{name: [frame] for name, frame in frames.items()}, **extra}.items():
+        path = folder / f"{name}.{suffix}"
+        write_atomically(path, partial(write, chunks))
         paths.append(path)
     return paths
 
@@ -212,39 +210,39 @@ def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
     pd.concat(frames).to_parquet(path, index=False)
 
 
-def _images(
-    end: str, cells: Sequence[CellRecord], folder: Path, more: More, findings: Found
+def _write_images(
+    suffix: str, cells: Sequence[CellRecord], folder: Path, extra: ExtraFrames, findings: Findings
 ) -> list[Path]:
     try:
         import kaleido
     except ImportError:
         raise RequestError(
-            f"{end} figures need a package more; type: {install_extra('figures')}"
+            f"{suffix} figures need a package more; type: {extra_command('figures')}"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures(cells, findings)
-    paths = [folder / f"{name}.{end}" for name in drawn]
-    for figure in drawn.values():
+    drawn_figures = report_figures(cells, findings)
+    paths = [folder / f"{name}.{suffix}" for name in drawn_figures]
+    for figure in drawn_figures.values():
         # Exported figures have a white background, because they are printed alone.
         figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", font_color="black")
     kaleido.write_fig_from_object_sync(
         [
-            {"fig": figure, "path": path, "opts": {"format": end, "width": 900, "scale": 2}}
-            for figure, path in zip(drawn.values(), paths, strict=True)
+            {"fig": figure, "path": path, "opts": {"format": suffix, "width": 900, "scale": 2}}
+            for figure, path in zip(drawn_figures.values(), paths, strict=True)
         ]
     )
     return paths
 
 
-FORMATS: Mapping[str, Write] = {
-    "md": _markdown,
-    "tex": _latex,
-    "csv": partial(_data, _write_csv, "csv"),
-    "parquet": partial(_data, _write_parquet, "parquet"),
-    "png": partial(_images, "png"),
-    "pdf": partial(_images, "pdf"),
+REPORT_FORMATS: Mapping[str, Writer] = {
+    "md": _write_markdown,
+    "tex": _write_latex,
+    "csv": partial(_write_data, _write_csv, "csv"),
+    "parquet": partial(_write_data, _write_parquet, "parquet"),
+    "png": partial(_write_images, "png"),
+    "pdf": partial(_write_images, "pdf"),
 }
-"""Formats of a report, besides the page → functions that write them."""
+"""Format of a report (other than the HTML page) → function that writes the report."""
 
 
 def _file_name(*parts: str) -> str:

@@ -1,74 +1,77 @@
-"""Build the tables that people read: their columns, order and notes."""
+"""Build tables for people: choose columns, order of rows, and notes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from tracker.analysis.agreement import correlation
+from tracker.analysis.agreement import find_correlation
 from tracker.analysis.boards import layer_relevance
-from tracker.analysis.claims import shown_runs
+from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels, row_labels
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
-from tracker.core.formats import DASH, counted, defined, measure_of, write
-from tracker.core.grouping import grouped
+from tracker.core.formats import DASH, count_text, is_finite, metric_format, write_figure
+from tracker.core.grouping import group_by
 from tracker.core.identities import TaskIdentity
 from tracker.core.proxies import PROXIES
-from tracker.core.records import NO_REASON, NOT_MEASURED, CellRecord, CorrelationRecord, layers_of
+from tracker.core.records import (
+    NO_REASON,
+    RUN_NOT_MEASURED,
+    CellRecord,
+    CorrelationRecord,
+    first_layers,
+)
 from tracker.core.run_table import (
     CellRun,
+    cell_proxies,
     correlation_columns,
+    distinguishing_columns,
+    has_only_layers,
     layer_column,
     metric_columns,
-    only_layers,
-    pick,
-    proxies_in,
+    pick_columns,
     run_columns,
-    telling_apart,
 )
-from tracker.core.tables import Column, Table, table
-from tracker.core.text import capital
+from tracker.core.tables import Column, Table, build_table
+from tracker.core.text import capitalise
 from tracker.report.wording import (
-    P_OVER,
+    P_VALUE_NAMES,
     power_sentence,
     provenance_notes,
     rule,
     run_list,
-    sample_of,
+    sample_kind,
 )
 from tracker.stats.accuracy import RATIO
 
-COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
-SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
-_Labelled = tuple[CellRecord, tuple[str, str]]
+COEFFICIENT_NAMES = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
+SUBSET_NAMES = {"all": "all layers", "inner": "without the two outer layers at each end"}
+_LabelledCell = tuple[CellRecord, tuple[str, str]]
 
 
 def overview_table(cells: Sequence[CellRecord]) -> Table:
     """Build a table with a row for each cell: documents, baseline, chance, extremes, Spearman."""
-    baseline, critical, drop = "baseline accuracy with 95 % interval", "drop, pp", "drop"
-    if losses := not all(cell.higher_is_better for cell in cells):
+    baseline, costly, drop = "baseline accuracy with 95 % interval", "drop, pp", "drop"
+    if has_losses := not all(cell.higher_is_better for cell in cells):
         baseline = "baseline with 95 % interval, accuracy in % or loss"
-        critical, drop = "accuracy drop in pp, or loss increase", "drop or increase"
-    columns: tuple[Column[_Labelled], ...] = (
+        costly, drop = "accuracy drop in pp, or loss increase", "drop or increase"
+    spearman = f"Spearman of cosine score and {drop} (95 % interval over documents)"
+    columns: tuple[Column[_LabelledCell], ...] = (
         Column("model", "text", lambda row: row[1][0]),
-        Column("benchmark", "text", _which),
+        Column("benchmark", "text", _benchmark_text),
         Column("documents", "count", lambda row: row[0].counted),
-        Column(baseline, "score" if losses else "percent", _baseline, NO_REASON),
-        Column("chance", "percent", _chance),
-        Column(f"layers shown to matter, 0-based ({critical})", "text", _costly),
+        Column(baseline, "score" if has_losses else "percent", _baseline_estimate, NO_REASON),
+        Column("chance", "percent", _chance_estimate),
+        Column(f"layers shown to matter, 0-based ({costly})", "text", _costly_layers),
         Column(
             "highest cosine score, layers 0-based (1 − cos)",
-            *("text", _scored, "no layer has a cosine score"),
+            *("text", _top_scores, "no layer has a cosine score"),
         ),
-        Column(
-            f"Spearman of cosine score and {drop} (95 % interval over documents)",
-            "coefficient",
-            _spearman,
-        ),
+        Column(spearman, "coefficient", _spearman_estimate),
     )
     rows = list(zip(cells, row_labels(cells), strict=True))
-    made = table(
+    overview = build_table(
         "Layers shown to matter: those whose removal, each alone, costs accuracy, with 95 % "
         "confidence for all layers of the benchmark together. The next column: those that the "
         "cosine score would name.",
@@ -76,55 +79,56 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         rows,
     )
     notes = []
-    for (cell, (_, extra)), entries in zip(rows, made.rows, strict=True):
-        title = " · ".join(filter(None, (cell.title, extra)))
-        said = {"Spearman": entries[-1], f"the baseline {measure_of(cell).level}": entries[3]}
+    for (cell, (_, details)), entries in zip(rows, overview.rows, strict=True):
+        title = " · ".join(filter(None, (cell.title, details)))
+        baseline = f"the baseline {metric_format(cell).level}"
         notes += [
-            f"{title}: {what} is undefined: {entry.reason}."
-            for what, entry in said.items()
+            f"{title}: {name} is undefined: {entry.reason}."
+            for name, entry in (("Spearman", entries[-1]), (baseline, entries[3]))
             if isinstance(entry, Estimate) and entry.reason
         ]
-    return made.model_copy(update={"notes": (*notes, *provenance_notes(cells))})
+    return overview.model_copy(update={"notes": (*notes, *provenance_notes(cells))})
 
 
-def _which(row: _Labelled) -> str:
-    cell, (_, extra) = row
-    metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure_of(cell).unit})"
+def _benchmark_text(row: _LabelledCell) -> str:
+    cell, (_, details) = row
+    metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({metric_format(cell).unit})"
     shots = f"{cell.benchmark.num_fewshot}-shot"
-    which = (cell.benchmark.title, shots, metric, cell.beneath, cell.drawn, extra)
-    return " · ".join(filter(None, which))
+    parts = (cell.benchmark.title, shots, metric, cell.removed_text, cell.sampling_text, details)
+    return " · ".join(filter(None, parts))
 
 
-def _baseline(row: _Labelled) -> Estimate:
-    return replace(row[0].baseline, unit=measure_of(row[0]).level_form)
+def _baseline_estimate(row: _LabelledCell) -> Estimate:
+    return replace(row[0].baseline, unit=metric_format(row[0]).level_form)
 
 
-def _chance(row: _Labelled) -> Estimate:
+def _chance_estimate(row: _LabelledCell) -> Estimate:
     return Estimate(row[0].chance_accuracy, reason=row[0].reason_of("chance_accuracy"))
 
 
-def _costly(row: _Labelled) -> Estimate | str:
-    cell, measure = row[0], measure_of(row[0])
+def _costly_layers(row: _LabelledCell) -> Estimate | str:
+    cell, measure = row[0], metric_format(row[0])
     if cell.runs and not cell.whole_layers:
         return Estimate(None, reason="no whole single layer was removed")
-    shown = shown_runs(cell, cell.whole_layers)
-    costly = [run for run in cell.whole_layers if shown[run.change] == "costs"]
+    verdicts = run_verdicts(cell, cell.whole_layers)
+    costly = [run for run in cell.whole_layers if verdicts[run.change] == "costs"]
     drops = sorted(((run.drop.value or 0.0, run.change.layer) for run in costly), reverse=True)
-    named = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in drops)
-    return ", ".join(named) or Estimate(None, reason="none is shown with these documents")
+    texts = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in drops)
+    return ", ".join(texts) or Estimate(None, reason="none is shown with these documents")
 
 
-def _scored(row: _Labelled) -> str | None:
+def _top_scores(row: _LabelledCell) -> str | None:
     scores = sorted(
         (-run.cosine_score, run.change.layer)
         for run in row[0].whole_layers
-        if defined(run.cosine_score)
+        if is_finite(run.cosine_score)
     )
-    return ", ".join(f"{layer}\u00a0({write('proxy', -s)})" for s, layer in scores[:3]) or None
+    texts = (f"{layer}\u00a0({write_figure('proxy', -score)})" for score, layer in scores[:3])
+    return ", ".join(texts) or None
 
 
-def _spearman(row: _Labelled) -> Estimate:
-    record = correlation(row[0])
+def _spearman_estimate(row: _LabelledCell) -> Estimate:
+    record = find_correlation(row[0])
     if record is None:
         return Estimate(None, reason="not computed")
     if record.estimate.value is None:
@@ -133,101 +137,99 @@ def _spearman(row: _Labelled) -> Estimate:
 
 
 def layer_table(cell: CellRecord) -> Table:
-    """Build a table with one row for each run of a cell; unmeasured runs have dashes.
+    """Build a table with one row for each run of a cell; unmeasured runs show dashes.
 
-    Notes explain the p-values, and the reason of each undefined value.
+    Notes explain the p-values, and give the reason for each undefined value.
     """
     notes = []
-    tests = sum(defined(record.drop.p_value) for record in cell.runs)
-    if tests:
+    if n_tests := sum(is_finite(record.drop.p_value) for record in cell.runs):
         notes.append(
-            f"{counted(tests, 'test')}: unadjusted p-values, about {0.05 * tests:.1f} expected "
-            "below 0.05 by chance even if nothing mattered. The largest drop is picked from "
-            f"{counted(tests, 'noisy estimate')}, so it tends to be overstated."
+            f"{count_text(n_tests, 'test')}: unadjusted p-values, about {0.05 * n_tests:.1f} "
+            "expected below 0.05 by chance even if nothing mattered. The largest drop is picked "
+            f"from {count_text(n_tests, 'noisy estimate')}, so it tends to be overstated."
         )
     if power := power_sentence(cell, cell.runs):
         notes.append(power)
-    documents = {record.n for record in cell.runs}
-    rounded = any(run.rounded is not None for run in cell.runs)
-    named, columns, metrics = telling_apart(cell), run_columns(cell), metric_columns([cell])
-    figures = pick(
+    sizes = {record.n for record in cell.runs}
+    has_rounding = any(run.rounded is not None for run in cell.runs)
+    names, columns = distinguishing_columns(cell), run_columns(cell)
+    metrics = metric_columns([cell])
+    figures = pick_columns(
         columns,
-        *(["n"] if len(documents) > 1 else []),
+        *(["n"] if len(sizes) > 1 else []),
         *("accuracy", "accuracy_drop", "drop_interval"),
-        *(["rounded", "drop_rounding"] if rounded else []),
+        *(["rounded", "drop_rounding"] if has_rounding else []),
         *("mcnemar_p", "accuracy_relevance"),
-        *(proxy.name for proxy in proxies_in(cell)),
+        *(proxy.name for proxy in cell_proxies(cell)),
         *("gold_logprob_drop", "options_logprob_drop"),
     )
     records = {run.change: run for run in cell.runs}
-    runs = [CellRun(cell, change, records.get(change)) for change in cell.changes]
-    made = table("", [*pick(columns, *named), *figures, *metrics], runs)
-    by_column = zip(made.headings, zip(*made.rows, strict=True), strict=bool(runs))
-    for heading, entries in list(by_column)[len(named) :]:
+    rows = [CellRun(cell, change, records.get(change)) for change in cell.changes]
+    table = build_table("", [*pick_columns(columns, *names), *figures, *metrics], rows)
+    by_column = zip(table.headings, zip(*table.rows, strict=True), strict=bool(rows))
+    for heading, entries in list(by_column)[len(names) :]:
         undefined = (
             (change, entry.reason)
             for change, entry in zip(cell.changes, entries, strict=True)
-            if isinstance(entry, Estimate) and entry.reason != NOT_MEASURED
+            if isinstance(entry, Estimate) and entry.reason != RUN_NOT_MEASURED
         )
-        notes += [
-            f"{heading.label}: undefined for {which}: {why}."
-            for which, why in _by_reason(cell, undefined)
-        ]
-    mismatched = ((run.change, run.mismatch) for run in cell.runs)
-    notes += [f"{capital(which)}: {why}." for which, why in _by_reason(cell, mismatched)]
-    each = f", {counted(documents.pop(), 'document')} each" if len(documents) == 1 else ""
+        for runs, reason in _group_by_reason(cell, undefined):
+            notes.append(f"{heading.label}: undefined for {runs}: {reason}.")
+    mismatches = _group_by_reason(cell, ((run.change, run.mismatch) for run in cell.runs))
+    notes += [f"{capitalise(runs)}: {reason}." for runs, reason in mismatches]
+    documents = f", {count_text(sizes.pop(), 'document')} each" if len(sizes) == 1 else ""
     intact = ((column.label, cell.baseline_metrics.get(column.label)) for column in metrics)
     baseline = ", ".join(
-        f"{name} {write('metric', value) if defined(value) else DASH}" for name, value in intact
+        f"{name} {write_figure('metric', value) if is_finite(value) else DASH}"
+        for name, value in intact
     )
     caption = (
-        f"{cell.title}: every {'layer' if only_layers(cell) else 'run'}{each}. "
-        f"{measure_of(cell).level.capitalize()} is "
+        f"{cell.title}: every {'layer' if has_only_layers(cell) else 'run'}{documents}. "
+        f"{metric_format(cell).level.capitalize()} is "
         f"{cell.metric}; the metrics at the right are "
         f"{'over all tokens' if is_corpus(cell) else 'as lm-eval reports them'}. "
         f"Baseline: {baseline or DASH}."
     )
-    return made.model_copy(update={"title": caption, "notes": tuple(notes)})
+    return table.model_copy(update={"title": caption, "notes": tuple(notes)})
 
 
-def _by_reason(
+def _group_by_reason(
     cell: CellRecord, reasons: Iterable[tuple[Change, str | None]]
 ) -> list[tuple[str, str]]:
-    """Group runs by reason: their names → the reason."""
-    said = grouped(reasons, lambda each: each[1])
-    return [(run_list([run for run, _ in each], cell), why) for why, each in said.items() if why]
+    """Group runs by the reason for an undefined value; return (names of runs, reason) pairs."""
+    groups = group_by(reasons, lambda pair: pair[1])
+    return [(run_list([run for run, _ in runs], cell), why) for why, runs in groups.items() if why]
 
 
 def correlation_table(cell: CellRecord) -> Table:
-    """Build a table with a row for each proxy, coefficient and subset; reasons are notes."""
+    """Build the table of a cell's correlations: a row for each proxy, coefficient and subset."""
     names = ("proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents")
     columns = correlation_columns()
-    samples = list(dict.fromkeys(map(sample_of, cell.correlations))) or ["layer"]
-    over = " or ".join(f"{each}s" for each in samples)
-    p_over = " or ".join(P_OVER[each] for each in samples)
-    columns["n"] = replace(columns["n"], label=over)
-    columns["p_value"] = replace(columns["p_value"], label=p_over)
-    columns["proxy"] = replace(columns["proxy"], value=lambda row: _proxy(row[1]))
+    kinds = list(dict.fromkeys(map(sample_kind, cell.correlations))) or ["layer"]
+    samples = " or ".join(f"{kind}s" for kind in kinds)
+    p_value = " or ".join(P_VALUE_NAMES[kind] for kind in kinds)
+    columns["n"] = replace(columns["n"], label=samples)
+    columns["p_value"] = replace(columns["p_value"], label=p_value)
+    columns["proxy"] = replace(columns["proxy"], value=lambda row: _proxy_heading(row[1]))
     columns["coefficient"] = replace(
-        columns["coefficient"], value=lambda row: COEFFICIENTS[row[1].coefficient]
+        columns["coefficient"], value=lambda row: COEFFICIENT_NAMES[row[1].coefficient]
     )
-    undefined = [record for record in cell.correlations if not defined(record.estimate.value)]
-    notes = [rule(f"{of}_correlation") for of in ("layer", "expert") if of in samples]
-    notes += [
-        f"{COEFFICIENTS[record.coefficient]}, {_proxy(record)}, {SUBSETS[record.subset]}: "
-        f"undefined: {record.estimate.reason or NO_REASON}."
-        for record in undefined
-    ]
-    return table(
-        f"{cell.title}: how well each proxy ranks the {over} by {measure_of(cell).change} (inner: "
-        f"without the first two and the last two{' layers' if over != 'layers' else ''}).",
-        pick(columns, *names),
+    notes = [rule(f"{kind}_correlation") for kind in ("layer", "expert") if kind in kinds]
+    for record in cell.correlations:
+        if not is_finite(record.estimate.value):
+            coefficient, subset = COEFFICIENT_NAMES[record.coefficient], SUBSET_NAMES[record.subset]
+            subject = f"{coefficient}, {_proxy_heading(record)}, {subset}"
+            notes.append(f"{subject}: undefined: {record.estimate.reason or NO_REASON}.")
+    return build_table(
+        f"{cell.title}: how well each proxy ranks the {samples} by {metric_format(cell).change} "
+        f"(inner: without the first two and the last two{' layers' * (samples != 'layers')}).",
+        pick_columns(columns, *names),
         [(cell, record) for record in cell.correlations],
         *notes,
     )
 
 
-def _proxy(record: CorrelationRecord) -> str:
+def _proxy_heading(record: CorrelationRecord) -> str:
     return PROXIES[record.proxy].heading if record.proxy in PROXIES else record.proxy
 
 
@@ -241,20 +243,20 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
         return Column(label, "relevance", value)
 
     labelled = zip(cells, benchmark_labels(cells), strict=True)
-    return table(
+    return build_table(
         f"{cells[0].model.name}: accuracy relevance.",
         [layer_column(), *(column(cell, label) for cell, label in labelled)],
-        layers_of(WHOLE_LAYER, *cells),
+        first_layers(WHOLE_LAYER, *cells),
     )
 
 
 def is_corpus(cell: CellRecord) -> bool:
-    """Return whether the metrics are tracker's own and not lm-eval's."""
+    """Return whether a cell measures a corpus, with metrics of tracker instead of lm-eval."""
     return RATIO in cell.benchmark.tasks[0].metrics.values()
 
 
 def provenance_table(cell: CellRecord) -> Table:
-    """Build a table of the facts that a cell's numbers depend on, with two columns."""
+    """Build a table of names and values of the facts on which a cell's numbers depend."""
     model, benchmark = cell.model, cell.benchmark
     facts = {
         "model source": model.source,
@@ -271,54 +273,53 @@ def provenance_table(cell: CellRecord) -> Table:
         "few-shot seed": str(benchmark.seed) if benchmark.num_fewshot else "none drawn",
         "chat template": "yes" if benchmark.apply_chat_template else "no",
         **benchmark.settings,
-        "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
-        "documents measured": " ".join(filter(None, (cell.counted, cell.drawn))),
+        "removed in every run": cell.removed_text.removeprefix("without ") or "nothing",
+        "documents measured": " ".join(filter(None, (cell.counted, cell.sampling_text))),
         **({"measured last (UTC)": cell.measured} if cell.measured else {}),
         "tokens behind the proxies": f"{cell.tokens:,}",
-        **({"stand-ins fitted on": cell.fitted_on} if cell.fitted_on else {}),
-        "answers checked against a model with the layer deleted": _compared(cell),
+        **({"replacements fitted on": cell.fitted_on} if cell.fitted_on else {}),
+        "answers checked against a model with the layer deleted": _comparison_text(cell),
     }
     if len(benchmark.tasks) > 1:
-        facts["group accuracy"] = (
-            "tasks weighted by their documents"
-            if benchmark.weight_by_size
-            else "every task weighs the same"
-        )
+        weights = "tasks weighted by their documents", "every task weighs the same"
+        facts["group accuracy"] = weights[not benchmark.weight_by_size]
     facts["ledger key"] = cell.key
     columns: tuple[Column[tuple[str, str]], ...] = (
         Column("what", "text", lambda fact: fact[0]),
         Column("value", "text", lambda fact: fact[1]),
     )
     pairs = [*facts.items(), *cell.provenance.items()]
-    return table(f"{cell.title}: what the numbers depend on.", columns, pairs)
+    return build_table(f"{cell.title}: what the numbers depend on.", columns, pairs)
 
 
-def _compared(cell: CellRecord) -> str:
-    """Return the number of compared answers, and their largest difference."""
+def _comparison_text(cell: CellRecord) -> str:
+    """Describe the self-check: number of compared answers and their largest difference."""
     if cell.compared_difference is None:
         return "nothing"
     return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
 
 
-def _split(task: TaskIdentity) -> str:
-    """Return the split that the documents come from."""
+def _split_text(task: TaskIdentity) -> str:
+    """Return the text for the split from which a task's documents come."""
     half = task.half
     return task.split if half is None else f"{task.split}, half of {half.of:,} (seed {half.seed})"
 
 
 def task_table(cell: CellRecord) -> Table:
-    """Build a table of a cell's lm-eval tasks, or corpus: version, split and fingerprint."""
+    """Build a table of a cell's tasks or corpus, with version, split and fingerprint."""
     columns: tuple[Column[TaskIdentity], ...] = (
         Column("task", "text", lambda task: task.name),
         Column("version", "text", lambda task: task.version),
-        Column("split", "text", _split),
+        Column("split", "text", _split_text),
         Column("documents in all", "count", lambda task: task.documents),
-        Column("metrics (aggregation)", "text", _aggregated),
+        Column("metrics (aggregation)", "text", _metrics_text),
         Column("fingerprint", "text", lambda task: task.fingerprint),
     )
-    what = "corpus" if is_corpus(cell) else "lm-eval tasks"
-    return table(f"{cell.title}: {what}.", columns, cell.benchmark.tasks)
+    noun = "corpus" if is_corpus(cell) else "lm-eval tasks"
+    return build_table(f"{cell.title}: {noun}.", columns, cell.benchmark.tasks)
 
 
-def _aggregated(task: TaskIdentity) -> str:
-    return ", ".join(f"{name} ({how})" for name, how in sorted(task.metrics.items()))
+def _metrics_text(task: TaskIdentity) -> str:
+    return ", ".join(
+        f"{name} ({aggregation})" for name, aggregation in sorted(task.metrics.items())
+    )

@@ -1,4 +1,4 @@
-"""Render sentences from templates, separate from the code that computes their figures."""
+"""Render sentences from templates; other modules compute the figures in the sentences."""
 
 from __future__ import annotations
 
@@ -10,66 +10,66 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tracker.core import formats
-from tracker.core.text import capital
+from tracker.core.text import capitalise
 
-WRITERS: tuple[Callable[..., str], ...] = (
-    capital,
-    formats.counted,
-    formats.fixed,
-    formats.interval,
+FIGURE_WRITERS: tuple[Callable[..., str], ...] = (
+    capitalise,
+    formats.count_text,
+    formats.fixed_point,
+    formats.interval_text,
     formats.level_text,
-    formats.listed,
-    formats.nats,
+    formats.join_words,
+    formats.nats_text,
     formats.p_value,
     formats.points,
     formats.three_digits,
     formats.two_digits,
-    formats.with_interval,
+    formats.figure_text,
 )
-"""The functions that write figures in templates, under their names."""
+"""Name → function that writes a figure; templates may call these functions."""
 
 
 class TextTemplate:
-    """Texts of a template; each macro renders figures.
+    """Template of texts; each macro of the template renders one or more texts.
 
-    Line breaks of a macro become spaces in its text; a line of three dashes separates two texts.
+    Line breaks of a macro become spaces in the text. A line of three dashes separates two texts.
 
     Args:
-        package: Package whose folder `templates` has the template.
+        package: Package whose folder `templates` contains the template.
         name: Name of the template.
-        **names: Names that the template may use, besides `WRITERS`.
+        **names: Names that the template may use in addition to `FIGURE_WRITERS`.
     """
 
     def __init__(self, package: str, name: str, **names: Any) -> None:
         self._package, self._name, self._names = package, name, names
 
-    def all(self, macro: str, *figures: Any) -> list[str]:
-        """Render the texts of a macro; empty if it writes nothing."""
+    def render_all(self, macro: str, *arguments: Any) -> list[str]:
+        """Render the texts of a macro; return an empty list if the macro writes no text."""
         template = _environment(self._package).get_template(f"{self._name}.j2", None, self._names)
-        rendered = str(getattr(template.module, macro)(*figures))
-        return [*filter(None, map(_joined, re.split(r"(?m)^---$", rendered)))]
+        rendered = str(getattr(template.module, macro)(*arguments))
+        return [*filter(None, map(_join_lines, re.split(r"(?m)^---$", rendered)))]
 
-    def one(self, macro: str, *figures: Any) -> str:
-        """Render a macro of one text; "" if it writes nothing."""
-        return " ".join(self.all(macro, *figures))
+    def render(self, macro: str, *arguments: Any) -> str:
+        """Render a macro as one text; return "" if the macro writes no text."""
+        return " ".join(self.render_all(macro, *arguments))
 
 
-def _joined(lines: str) -> str:
-    """Join the lines of a text, without a space before punctuation."""
+def _join_lines(lines: str) -> str:
+    """Join the lines of a text with spaces, and remove spaces before punctuation."""
     return re.sub(r" (?=[.,;:)]+( |$))", "", re.sub(r"[ \n]+", " ", lines).strip(" "))
 
 
 @cache
 def _environment(package: str) -> Environment:
-    environment = templates_of(package)
-    environment.globals |= {write.__name__: write for write in WRITERS}
-    environment.filters |= {write.__name__: write for write in WRITERS}
+    environment = open_templates(package)
+    environment.globals |= {write.__name__: write for write in FIGURE_WRITERS}
+    environment.filters |= {write.__name__: write for write in FIGURE_WRITERS}
     environment.filters["thousands"] = "{:,}".format
     return environment
 
 
-def templates_of(package: str, **options: Any) -> Environment:
-    """Open the templates of a package, where an undefined name is an error."""
+def open_templates(package: str, **options: Any) -> Environment:
+    """Open the templates of a package; an undefined name in a template raises an error."""
     return Environment(
         loader=PackageLoader(package),
         undefined=StrictUndefined,

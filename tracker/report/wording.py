@@ -1,68 +1,68 @@
-"""Write sentences about cell records: results, how to read them, and warnings."""
+"""Write sentences about cell records: results, explanations of results, and warnings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from tracker.analysis.agreement import Agreement, correlation
-from tracker.analysis.boards import APART, ModelBoard, PartBoard, sure
+from tracker.analysis.agreement import Agreement, find_correlation
+from tracker.analysis.boards import MODEL_GAP, ModelBoard, PartBoard
 from tracker.analysis.claims import (
-    FIRST,
-    SMALL_IN_WORDS,
+    SMALL_DROP_TEXT,
+    TOP_FALLS,
     Claims,
-    claims,
+    decide_claims,
     name_benchmarks,
-    shown_runs,
+    run_verdicts,
 )
-from tracker.analysis.paired import spreads_of
+from tracker.analysis.paired import variance_range
 from tracker.core.answers import interval_name
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import (
-    about,
-    counted,
-    defined,
-    interval,
+    count_text,
+    figure_text,
+    interval_text,
+    is_finite,
+    join_words,
     layer_list,
-    listed,
-    measure_of,
+    metric_format,
     named_interval,
+    round_count,
     two_digits,
-    with_interval,
 )
-from tracker.core.grouping import grouped
-from tracker.core.kinds import REPLACED_BY
-from tracker.core.provenance import WEIGHTS
-from tracker.core.proxies import OBSERVED, OF_EXPERTS, PROXIES, Proxy
+from tracker.core.grouping import group_by
+from tracker.core.kinds import REPLACEMENT_WORDS
+from tracker.core.provenance import WEIGHTS_KEY
+from tracker.core.proxies import EXPERT_PROXIES, OBSERVED, PROXIES, Proxy
 from tracker.core.records import (
     NO_REASON,
-    NOT_MEASURED,
+    RUN_NOT_MEASURED,
     CellRecord,
     CorrelationRecord,
     RunRecord,
-    layers_of,
+    first_layers,
 )
-from tracker.core.text import capital
+from tracker.core.text import capitalise
 from tracker.core.weight_formats import FORMATS
 from tracker.report.texts import TextTemplate
-from tracker.stats.accuracy import ALPHA, POWER
+from tracker.stats.accuracy import ALPHA, TEST_POWER
 from tracker.stats.support import Verdict, holm
 
-_MOST_NAMED = 10
-"""Maximum number of cheap layers that are named; if there are more, they are counted."""
+_MAX_NAMED_LAYERS = 10
+"""Maximum number of cheap layers that a sentence names; more layers are only counted."""
 
 
 def rule(name: str) -> str:
-    """Return how something is read: `layers`, `models`, `intervals`, `layer_correlation`, …"""
-    return WORDS.one(f"{name}_rule")
+    """Explain how to read `layers`, `models`, `intervals`, `layer_correlation`, …"""
+    return WORDS.render(f"{name}_rule")
 
 
 def kind_words(kind: Change) -> str:
-    """Name a kind of runs.
+    """Name a kind of runs for a sentence.
 
     Args:
-        kind: Component, span and intervention.
+        kind: Component, span and intervention of the runs.
 
     Returns:
         For example `layer`, `attention`, `mlp, 4 at a time`, `head 3` or `mean`.
@@ -76,90 +76,89 @@ def kind_words(kind: Change) -> str:
 
 
 def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
-    """Name runs in a sentence.
+    """List the names of runs for a sentence.
 
     Args:
         runs: The runs.
-        cell: The cell that they belong to.
+        cell: The cell that contains the runs.
 
     Returns:
-        For example `layers 3, 5`, or `layer 3; attention: layers 3, 5` where there are several
-        kinds.
+        For example `layers 3, 5`, or `layer 3; attention: layers 3, 5` for several kinds of runs.
     """
     parts = []
     for kind in dict.fromkeys(run.kind for run in runs):
         words = "" if kind == WHOLE_LAYER else kind_words(kind)
-        if not kind.members and not kind.is_end:
-            mine = [run.layer for run in runs if run.kind == kind]
-            layers = layer_list(mine, len(layers_of(kind, cell)))
+        if not kind.members and not kind.is_outer:
+            kind_layers = [run.layer for run in runs if run.kind == kind]
+            layers = layer_list(kind_layers, len(first_layers(kind, cell)))
             words = f"{words}: {layers}" if words else layers
         parts.append(words)
     return "; ".join(parts)
 
 
 def measured(cells: Sequence[CellRecord]) -> str:
-    """Describe the dates and the machines of cells; return "" if no cell records a date.
+    """Describe when and on which machines cells were measured; "" if no cell records a date.
 
     Args:
-        cells: The cells.
+        cells: The measured cells.
 
     Returns:
         For example `Measured on 2026-11-28 (Linux x86_64, 2 cores, cpu).`
     """
     dates = sorted(cell.measured[:10] for cell in cells if cell.measured)
-    where = dict.fromkeys(_machine(cell) for cell in cells)
+    machine_names = dict.fromkeys(_machine_name(cell) for cell in cells)
     if not dates:
         return ""
-    when = f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
-    said = "; ".join(filter(None, where))
-    return f"Measured {when}{f' ({said})' if said else ''}."
+    period = f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
+    machines = "; ".join(filter(None, machine_names))
+    return f"Measured {period}{f' ({machines})' if machines else ''}."
 
 
-def _machine(cell: CellRecord) -> str:
-    stack = cell.provenance
-    cores = stack.get("cores")
-    device = stack.get("accelerator") or stack.get("device")
-    return ", ".join(filter(None, (stack.get("platform"), cores and f"{cores} cores", device)))
+def _machine_name(cell: CellRecord) -> str:
+    provenance = cell.provenance
+    cores = provenance.get("cores")
+    device = provenance.get("accelerator") or provenance.get("device")
+    return ", ".join(filter(None, (provenance.get("platform"), cores and f"{cores} cores", device)))
 
 
-P_OVER = {"layer": "p over layers", "expert": "p within layers"}
-"""Name of a correlation's p-value, by the kind of its sample."""
+P_VALUE_NAMES = {"layer": "p over layers", "expert": "p within layers"}
+"""Kind of a correlation's sample → name of the correlation's p-value."""
 
 
-def sample_of(record: CorrelationRecord) -> str:
-    """Return the kind of a correlation's sample: `layer` or `expert`."""
+def sample_kind(record: CorrelationRecord) -> str:
+    """Return the units over which a correlation is computed: `layer` or `expert`."""
     return PROXIES[record.proxy].component if record.proxy in PROXIES else "layer"
 
 
 def correlation_text(record: CorrelationRecord | None) -> str:
-    """Write one correlation with its interval, its samples and its p-value.
+    """Write a correlation with its interval, its sample sizes and its p-value.
 
     Args:
-        record: The correlation, or None when the cell does not hold it.
+        record: The correlation; None if the cell does not have it.
 
     Returns:
         For example `0.66 (95 % interval over documents 0.41 to 0.80; p over layers < 0.001; 30
-        layers, 100 documents)`, or why it is undefined.
+        layers, 100 documents)`, or the reason why the correlation is undefined.
     """
     if record is None:
         return "not computed"
-    what = sample_of(record)
-    samples = f"{counted(record.n, what)}, {counted(record.documents, 'document')}"
-    found = record.estimate
-    if not defined(found.value):
-        return f"undefined ({found.reason or NO_REASON}; {samples})"
-    between = interval(found.low, found.high, two_digits)
-    parts = [f"95 % interval over documents {between}"]
-    if not between:
-        parts = [f"no interval: {found.reason or NO_REASON}"]
-    if defined(found.p_value):
-        p = "< 0.001" if found.p_value < 0.001 else f"= {found.p_value:.3f}"
-        parts.append(f"{P_OVER[what]} {p}")
-    return f"{two_digits(found.value)} ({'; '.join([*parts, samples])})"
+    kind = sample_kind(record)
+    sample_text = f"{count_text(record.n, kind)}, {count_text(record.documents, 'document')}"
+    estimate = record.estimate
+    if not is_finite(estimate.value):
+        return f"undefined ({estimate.reason or NO_REASON}; {sample_text})"
+    limits_text = interval_text(estimate.low, estimate.high, two_digits)
+    parts = [f"95 % interval over documents {limits_text}"]
+    if not limits_text:
+        parts = [f"no interval: {estimate.reason or NO_REASON}"]
+    if is_finite(estimate.p_value):
+        p_text = "< 0.001" if estimate.p_value < 0.001 else f"= {estimate.p_value:.3f}"
+        parts.append(f"{P_VALUE_NAMES[kind]} {p_text}")
+    return f"{two_digits(estimate.value)} ({'; '.join([*parts, sample_text])})"
 
 
 def short_correlation(record: CorrelationRecord) -> str:
-    """Write one correlation with its interval alone.
+    """Write a correlation with its interval, without sample sizes and p-value.
 
     Args:
         record: The correlation.
@@ -167,7 +166,7 @@ def short_correlation(record: CorrelationRecord) -> str:
     Returns:
         For example `0.48 (0.30 to 0.60)`, or `undefined`.
     """
-    return with_interval(record.estimate) if defined(record.estimate.value) else "undefined"
+    return figure_text(record.estimate) if is_finite(record.estimate.value) else "undefined"
 
 
 def sentence(cell: CellRecord) -> str:
@@ -178,20 +177,21 @@ def sentence(cell: CellRecord) -> str:
 
     Returns:
         The cost of the layers that every run lacks. The Spearman correlation of cosine score and
-        accuracy drop (or loss increase) over all layers and over the inner ones, or the reason why
-        it is undefined. The correlation of every other proxy over all layers, or over experts.
+        accuracy drop (or loss increase) over all layers and over the inner layers, or the reason
+        why it is undefined. The correlation of every other proxy over all layers, or over experts.
     """
 
-    def named(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
-        records = ((proxy.label, correlation(cell, proxy=proxy.name)) for proxy in proxies)
+    def named_records(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
+        records = ((proxy.label, find_correlation(cell, proxy=proxy.name)) for proxy in proxies)
         return {name: record for name, record in records if record}
 
-    text = WORDS.one("correlations", cell, named(OF_EXPERTS), named(OBSERVED[1:]))
+    experts, others = named_records(EXPERT_PROXIES), named_records(OBSERVED[1:])
+    text = WORDS.render("correlations", cell, experts, others)
     return f"{beneath(cell)}{text}"
 
 
 def beneath(cell: CellRecord) -> str:
-    """Describe the cost of the layers that every run lacks.
+    """Describe the cost of the layers that are removed from all runs of a cell.
 
     Args:
         cell: The cell.
@@ -201,41 +201,41 @@ def beneath(cell: CellRecord) -> str:
     """
     if not cell.removed:
         return ""
-    measure = measure_of(cell)
+    measure = metric_format(cell)
 
-    def level(figure: Estimate) -> str:
-        if not defined(figure.value):
+    def level_text(figure: Estimate) -> str:
+        if not is_finite(figure.value):
             return f"undefined ({figure.reason or NO_REASON})"
         text = f"{measure.write(figure.value)} {measure.level_unit}"
         return text + named_interval(figure, measure.write)
 
-    alone, intact = level(cell.remaining), level(cell.baseline)
-    return WORDS.one("beneath", cell, measure, alone, intact) + " "
+    remaining_text, intact_text = level_text(cell.remaining), level_text(cell.baseline)
+    return WORDS.render("beneath", cell, measure, remaining_text, intact_text) + " "
 
 
 def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
-    """Write how small a drop the documents of a cell reveal, all its runs tested together.
+    """State the smallest drop that a cell's documents can reveal, if all runs are tested together.
 
     Args:
         cell: The cell.
-        runs: Some of its runs.
+        runs: Some runs of the cell.
 
     Returns:
-        A sentence, or why it is undefined; empty without any run, and where an answer decides how
-        many documents there are.
+        A sentence, or the reason why the drop is undefined. Empty without runs, or if a question
+        decides the number of documents.
     """
-    if not runs or cell.is_raced:  # the power of one look
+    if not runs or cell.is_raced:  # the power assumes a fixed number of documents
         return ""
-    found = spreads_of(runs)
-    if found is None:
-        why = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
-        return f"Power is undefined: {why or 'no outcome of a document has changed'}."
-    changes = [spread.change(cell.n, len(runs)) for spread in found[: len(runs)]]
-    return WORDS.one("power", cell, measure_of(cell), len(runs), changes, POWER, ALPHA)
+    spreads = variance_range(runs)
+    if spreads is None:
+        reason = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
+        return f"Power is undefined: {reason or 'no outcome of a document has changed'}."
+    changes = [spread.detectable_change(cell.n, len(runs)) for spread in spreads[: len(runs)]]
+    return WORDS.render("power", cell, metric_format(cell), len(runs), changes, TEST_POWER, ALPHA)
 
 
 def summary(cells: Sequence[CellRecord]) -> str:
-    """Summarise cells in a few sentences.
+    """Summarise the cells of a page in a few sentences.
 
     Args:
         cells: The cells of one page.
@@ -245,89 +245,88 @@ def summary(cells: Sequence[CellRecord]) -> str:
     """
     if not cells:
         return "No benchmark is measured yet, so there is nothing to show."
-    records = [record for cell in cells if (record := correlation(cell))]
-    values = sorted(value for record in records if defined(value := record.estimate.value))
-    adjusted = holm([record.estimate.p_value for record in records])
-    related = sum(
+    records = [record for cell in cells if (record := find_correlation(cell))]
+    values = sorted(value for record in records if is_finite(value := record.estimate.value))
+    adjusted_ps = holm([record.estimate.p_value for record in records])
+    n_related = sum(
         p is not None and p < ALPHA and (record.estimate.value or 0) > 0
-        for record, p in zip(records, adjusted, strict=True)
+        for record, p in zip(records, adjusted_ps, strict=True)
     )
-    models, first = len({cell.model.key for cell in cells}), next(iter(records), None)
-    return WORDS.one("summary", cells, models, _turns(cells), values, first, related)
+    n_models, first = len({cell.model.key for cell in cells}), next(iter(records), None)
+    changes = _changes_text(cells)
+    return WORDS.render("summary", cells, n_models, changes, values, first, n_related)
 
 
-def _turns(cells: Sequence[CellRecord]) -> str:
-    """Name the parts that were changed in turn."""
-    found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
-    removing = {kind for kind in found if kind.intervention == "remove"}
-    spans = {kind.component for kind in removing if kind.span > 1}
-    parts = {kind.component for kind in removing}
-    shown = {
-        "each layer": WHOLE_LAYER in found,
-        "each layer’s attention": Change("attention") in found,
-        "each layer’s MLP": Change("mlp") in found,
-        "each attention head": "head" in parts,
-        "each group of heads": "kv_head" in parts,
-        "each routed expert": "expert" in parts,
-        "each layer’s shared expert": "shared_expert" in parts,
-        "each span of layers": "layer" in spans,
-        "the attention or MLP of each span": bool(spans - {"layer"}),
+def _changes_text(cells: Sequence[CellRecord]) -> str:
+    """Name the parts of the models that were changed, and how they were changed."""
+    kinds = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
+    removed_kinds = {kind for kind in kinds if kind.intervention == "remove"}
+    span_components = {kind.component for kind in removed_kinds if kind.span > 1}
+    components = {kind.component for kind in removed_kinds}
+    phrases = {
+        "each layer": WHOLE_LAYER in kinds,
+        "each layer’s attention": Change("attention") in kinds,
+        "each layer’s MLP": Change("mlp") in kinds,
+        "each attention head": "head" in components,
+        "each group of heads": "kv_head" in components,
+        "each routed expert": "expert" in components,
+        "each layer’s shared expert": "shared_expert" in components,
+        "each span of layers": "layer" in span_components,
+        "the attention or MLP of each span": bool(span_components - {"layer"}),
     }
-    removed = listed([words for words, there in shown.items() if there])
-    stretches = any(kind.intervention == "repeat" and kind.span > 1 for kind in found)
-    replaced = listed([w for done, w in REPLACED_BY.items() if Change(intervention=done) in found])
-    clauses = [f"{removed} was removed in turn"] if removed else []
-    clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
-    rounded = {kind for kind in found if kind.component == "linear"}
-    ends = {kind for kind in rounded if kind.is_end}
-    clauses += [
-        f"{what} had weights in {listed(sorted({kind.intervention for kind in some}))} in turn"
-        for what, some in (
-            ("each linear map", rounded - ends),
-            (listed(sorted({str(kind.map) for kind in ends})), ends),
-        )
-        if some
-    ]
-    clauses += ["each stretch of layers was passed again in turn"] if stretches else []
+    removed_text = join_words([words for words, is_present in phrases.items() if is_present])
+    replacements = join_words(
+        [name for word, name in REPLACEMENT_WORDS.items() if Change(intervention=word) in kinds]
+    )
+    clauses = [f"{removed_text} was removed in turn"] if removed_text else []
+    clauses += [f"each layer was replaced by {replacements} in turn"] if replacements else []
+    rounded = {kind for kind in kinds if kind.component == "linear"}
+    matrices = {kind for kind in rounded if kind.is_outer}
+    names = join_words(sorted({str(kind.map) for kind in matrices}))
+    for name, group in (("each linear map", rounded - matrices), (names, matrices)):
+        formats = join_words(sorted({kind.intervention for kind in group}))
+        clauses += [f"{name} had weights in {formats} in turn"] if group else []
+    if any(kind.intervention == "repeat" and kind.span > 1 for kind in kinds):
+        clauses.append("each stretch of layers was passed again in turn")
     return "; ".join(clauses)
 
 
-def second_rounding(model: str, stored: str) -> str:
-    """Warn that weights were rounded before, so that only the additional error is measured.
+def second_rounding_text(model: str, stored: str) -> str:
+    """Warn that the checkpoint's weights are rounded, so only additional error is measured.
 
     Args:
         model: Label of the model.
-        stored: Format of the weights in its checkpoint.
+        stored: Format of the weights in the model's checkpoint.
 
     Returns:
         A sentence.
     """
-    return WORDS.one("second_rounding", model, stored)
+    return WORDS.render("second_rounding", model, stored)
 
 
 def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
-    """Name the cells that were not measured by the same versions and devices throughout.
+    """Name the cells that were measured with several versions or devices.
 
     Args:
-        cells: The cells.
+        cells: The cells to check.
 
     Returns:
-        One sentence for each.
+        One note for each such cell.
     """
     pairs = ((cell, cell.mismatch) for cell in cells)
-    return [f"{cell.title}: {why}.{_mismatched(cell)}" for cell, why in pairs if why]
+    return [f"{cell.title}: {reason}.{_mismatch_note(cell)}" for cell, reason in pairs if reason]
 
 
-def _mismatched(cell: CellRecord) -> str:
-    """Name the runs measured unlike their baseline; begins with a space."""
+def _mismatch_note(cell: CellRecord) -> str:
+    """Name the runs whose versions or devices differ from the baseline's, after a space."""
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
-        return f" Each {measure_of(cell).change} compares what was measured alike."
+        return f" Each {metric_format(cell).change} compares measurements with equal settings."
     return f" Baseline and ablation differ in this for {run_list(changes, cell)}."
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the figures of a cell that a question stopped early.
+    """Explain the figures of a cell that stopped early because its question was answered.
 
     Args:
         cell: The cell.
@@ -335,11 +334,11 @@ def looks_note(cell: CellRecord) -> str:
     Returns:
         Some sentences; empty if all requested documents are measured.
     """
-    return WORDS.one("looks", cell) if cell.is_raced and cell.unfinished else ""
+    return WORDS.render("looks", cell) if cell.is_raced and cell.unfinished else ""
 
 
 def rounding_note(cell: CellRecord) -> str:
-    """Describe the documents that half precision decides by rounding, and the effect on accuracy.
+    """Describe how many documents are decided by rounding in half precision, and the effect.
 
     Args:
         cell: The cell.
@@ -348,33 +347,33 @@ def rounding_note(cell: CellRecord) -> str:
         Some sentences; empty in single precision.
     """
     if cell.baseline_rounded is None or cell.baseline_rounding is None:
-        why = cell.reasons.get("baseline_rounded") if cell.higher_is_better else None
-        return WORDS.one("unknown_rounding", cell, why)
+        reason = cell.reasons.get("baseline_rounded") if cell.higher_is_better else None
+        return WORDS.render("unknown_rounding", cell, reason)
     runs = [run for run in cell.runs if run.rounded is not None]
     counts = {run.rounded for run in runs if run.rounded is not None}
     # The difference is no larger than the effect of rounding.
-    small = [
+    small_runs = [
         run.change
         for run in runs
-        if sure(run.drop) and abs(run.drop.value or 0.0) <= (run.drop_rounding or 0.0)
+        if run.drop.side() and abs(run.drop.value or 0.0) <= (run.drop_rounding or 0.0)
     ]
-    span = sorted({min(counts), max(counts)}) if counts else []
-    return WORDS.one("rounding", cell, measure_of(cell), span, small)
+    count_range = sorted({min(counts), max(counts)}) if counts else []
+    return WORDS.render("rounding", cell, metric_format(cell), count_range, small_runs)
 
 
 def second_rounding_note(cell: CellRecord) -> str:
-    """Name the error that is measured in a cell whose weights were rounded before.
+    """Explain which error a cell measures if the checkpoint's weights are already rounded.
 
     Args:
         cell: The cell.
 
     Returns:
-        A sentence; empty where no weights are rounded, or none were before.
+        A sentence; empty if no run rounds weights, or the checkpoint's weights are not rounded.
     """
-    stored = cell.provenance.get(WEIGHTS)
+    stored = cell.provenance.get(WEIGHTS_KEY)
     if stored is None or not any(run.change.intervention in FORMATS for run in cell.runs):
         return ""
-    return second_rounding(cell.model.name, stored)
+    return second_rounding_text(cell.model.name, stored)
 
 
 def warnings(cell: CellRecord) -> tuple[str, ...]:
@@ -384,190 +383,187 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         cell: The cell.
 
     Returns:
-        One sentence for each: missing runs, several versions or devices, undefined values of the
-        cell, a weak baseline.
+        One sentence for each warning: missing runs, several versions or devices, undefined values
+        of the cell, a weak baseline.
     """
     notes = []
     if cell.missing:
-        notes.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
+        notes.append(f"Incomplete: {run_list(cell.missing, cell)}: {RUN_NOT_MEASURED}.")
     if cell.unfinished:
         notes.append(looks_note(cell) or f"Incomplete: {cell.unfinished}.")
     # `baseline_low` is explained with the documents, `baseline_rounded` with rounding.
-    elsewhere = {"baseline_low", "baseline_rounded", *cell.NOTES}
+    explained_figures = {"baseline_low", "baseline_rounded", *cell.NOTES}
     if not cell.higher_is_better:
-        elsewhere.add("chance_accuracy")  # a loss has none, and nothing is wrong
+        explained_figures.add("chance_accuracy")  # a loss has no chance level; no warning needed
     notes += [
-        f"{capital(figure).replace('_', ' ')} is undefined: {reason}."
+        f"{capitalise(figure).replace('_', ' ')} is undefined: {reason}."
         for figure, reason in cell.all_reasons.items()
-        if figure not in elsewhere
+        if figure not in explained_figures
     ]
     if cell.mismatch:
-        notes.append(f"{capital(cell.mismatch)}.{_mismatched(cell)}")
+        notes.append(f"{capitalise(cell.mismatch)}.{_mismatch_note(cell)}")
     if cell.unsaved:
-        notes.append(f"{capital(cell.unsaved)}.")
+        notes.append(f"{capitalise(cell.unsaved)}.")
     notes += filter(None, (rounding_note(cell), second_rounding_note(cell)))
     chance = cell.chance_accuracy
     if chance is None:
         return tuple(notes)
-    if defined(cell.baseline.value) and cell.baseline.value <= chance:
+    if is_finite(cell.baseline.value) and cell.baseline.value <= chance:
         notes.append("The intact model is at or below chance: its layers have little to lose.")
-    elif defined(cell.baseline.low) and cell.baseline.low <= chance:
-        notes.append(
-            "The 95 % interval of the baseline reaches down to chance: the drops say little."
-        )
+    elif is_finite(cell.baseline.low) and cell.baseline.low <= chance:
+        notes.append("The 95 % interval of the baseline includes chance: the drops say little.")
     return tuple(notes)
 
 
-def answer(claims: Claims) -> str:
+def layers_answer(claims: Claims) -> str:
     """Summarise the verdicts on a model's layers in a few short sentences.
 
     Args:
-        claims: Supported statements.
+        claims: Statements about the layers that the results support.
 
     Returns:
         For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
-        shown to cost less than 5 pp …`; the reason if no benchmark counts.
+        shown to cost less than 5 pp …`. The reason why there is no verdict if no benchmark counts.
     """
     falling = {} if claims.costly else claims.falling
-    groups = grouped(falling, lambda layer: tuple(map(id, falling[layer])))
-    by_count = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
-    named = [(falling[layers[0]], sorted(layers)) for _, layers in by_count]
-    broken = [layer for layer in claims.broken if layer in {*claims.costly, *falling}]
-    settled = claims.settled_by() if claims.open else None
-    lacking = claims.lacking(settled[1]) if settled else []
-    return WORDS.one("answer", claims, named, broken, settled, lacking)
+    groups = group_by(falling, lambda layer: tuple(map(id, falling[layer])))
+    sorted_groups = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
+    named_groups = [(falling[layers[0]], sorted(layers)) for _, layers in sorted_groups]
+    broken_layers = [layer for layer in claims.broken if layer in {*claims.costly, *falling}]
+    needed = claims.settling_documents() if claims.open else None
+    lacking_cells = claims.lacking(needed[1]) if needed else []
+    return WORDS.render("answer", claims, named_groups, broken_layers, needed, lacking_cells)
 
 
-def shown_sentence(
-    noun: str, shown: Mapping[str, Verdict], level: str, higher_is_better: bool = True
+def verdict_sentence(
+    noun: str, verdicts: Mapping[str, Verdict], level: str, higher_is_better: bool = True
 ) -> str:
-    """Write the verdicts on changes of one kind.
+    """Write the verdicts on changes of one kind as a sentence.
 
     Args:
         noun: Plural noun of the changes.
-        shown: Label of each change, from the largest drop to the smallest → verdict.
-        level: Name of the measured level.
-        higher_is_better: Whether the level is an accuracy or similar.
+        verdicts: Label of each change, from the largest drop to the smallest → verdict.
+        level: Name of the measured quantity, such as accuracy.
+        higher_is_better: Whether a higher level is better, as for an accuracy.
 
     Returns:
-        A sentence without its final full stop.
+        A sentence without a final full stop.
     """
-    words = ("cost", "raise") if higher_is_better else ("raise", "lower")
-    verdicts: tuple[Verdict, ...] = ("costs", "helps")
-    labels = [[label for label in shown if shown[label] == verdict] for verdict in verdicts]
-    clauses = list(zip(words, (labels[0], labels[1][::-1]), strict=True))
-    return WORDS.one("shown", noun, list(shown), level, clauses)
+    verbs = ("cost", "raise") if higher_is_better else ("raise", "lower")
+    signs: tuple[Verdict, ...] = ("costs", "helps")
+    labels = [[label for label in verdicts if verdicts[label] == verdict] for verdict in signs]
+    clauses = list(zip(verbs, (labels[0], labels[1][::-1]), strict=True))
+    return WORDS.render("shown", noun, list(verdicts), level, clauses)
 
 
 def parts_answer(cell: CellRecord) -> str:
-    """Write the verdicts on a cell's heads, experts and spans, simultaneous for each kind.
+    """Write the verdicts on a cell's heads, experts and spans; verdicts of a kind hold jointly.
 
     Args:
         cell: The cell.
 
     Returns:
         For example `Of 270 heads 2 are shown to cost accuracy: layer 3 head 5, layer 0 head 1.`;
-        empty if it has no such runs.
+        empty if the cell has no such runs.
     """
     sentences = []
-    for family, runs in grouped(cell.runs, lambda run: run.change.kind.family).items():
-        if family.many:
-            by_change = shown_runs(cell, runs)
+    for family, runs in group_by(cell.runs, lambda run: run.change.kind.family).items():
+        if family.plural:
+            verdict_by_change = run_verdicts(cell, runs)
             largest_first = sorted(runs, key=lambda run: -(run.drop.value or 0.0))
-            shown = {run.change.label(): by_change[run.change] for run in largest_first}
-            level = measure_of(cell).level
-            sentence = shown_sentence(family.many, shown, level, cell.higher_is_better)
+            verdicts = {run.change.label(): verdict_by_change[run.change] for run in largest_first}
+            level = metric_format(cell).level
+            sentence = verdict_sentence(family.plural, verdicts, level, cell.higher_is_better)
             sentences.append(f"{sentence}.")
     return " ".join(sentences)
 
 
 def board_answer(board: PartBoard) -> str:
-    """Write the verdicts on the parts of a board."""
-    order = sorted(board.parts, key=lambda part: -(part.deciding.value or 0.0))
-    shown = {part.change.label(): part.verdict for part in order}
-    over = "on average over" if len(board.cells) > 1 else "on"
-    level, many = f"accuracy {over} {name_benchmarks(board.cells)}", board.kind.many
-    return f"{shown_sentence(many, shown, level)} ({WORDS.one('basis', board.cells, many)})."
+    """Write the verdicts on the parts of a leaderboard as a sentence."""
+    ordered_parts = sorted(board.parts, key=lambda part: -(part.deciding.value or 0.0))
+    verdicts = {part.change.label(): part.verdict for part in ordered_parts}
+    noun, where = board.kind.plural, name_benchmarks(board.cells)
+    level = f"accuracy {'on average over' if len(board.cells) > 1 else 'on'} {where}"
+    sentence = verdict_sentence(noun, verdicts, level)
+    return f"{sentence} ({WORDS.render('basis', board.cells, noun)})."
 
 
-def alone_sentence(cell: CellRecord, average: bool) -> str:
-    """Return how many runs of a benchmark are open; `average` says that a mean is shown above."""
-    verdict = shown_runs(cell, cell.runs)
-    defined = [run for run in cell.runs if run.drop.value is not None]
-    count = sum(verdict[run.change] == "open" for run in defined)
+def alone_sentence(cell: CellRecord, has_average: bool) -> str:
+    """State the number of open runs; `has_average` means that an average is shown above."""
+    verdicts = run_verdicts(cell, cell.runs)
+    defined_runs = [run for run in cell.runs if run.drop.value is not None]
+    n_open = sum(verdicts[run.change] == "open" for run in defined_runs)
     noun = "layer" if all(run.change.kind == WHOLE_LAYER for run in cell.runs) else "run"
-    return capital(WORDS.one("alone", count, len(cell.runs), noun, average))
+    return capitalise(WORDS.render("alone", n_open, len(cell.runs), noun, has_average))
 
 
 def controls_answer(cell: CellRecord) -> str:
-    """Compare the joint cost of layers with that of random sets of equally many layers.
+    """Compare the cost of removing a set of layers with the cost of random sets of equal size.
 
-    For a single set, p is twice the smaller share of random sets (including itself) that cost as
-    little, or as much. It assumes that the set is exchangeable with random ones if its layers are
-    ordinary. Several sets that share layers have no such p.
+    For a single set, p is twice the smaller share of sets (random ones and the set itself) that
+    cost at most, or at least, as much. The test assumes that a set of ordinary layers is
+    exchangeable with random sets. Several sets that share layers have no such p.
 
     Args:
         cell: The cell.
 
     Returns:
-        A sentence for each size; empty if no random sets were measured.
+        A sentence for each size of sets; empty if no random sets were measured.
     """
-    defined_runs = [
-        run for run in cell.runs if run.change.kind.word == "layer" and run.drop.value is not None
-    ]
+    layers = [run for run in cell.runs if run.change.kind.word == "layer"]
     sentences = []
-    for size, runs in grouped(defined_runs, lambda run: run.change.span).items():
-        mine = [run.drop.value or 0.0 for run in runs if not run.change.drawn]
-        drawn = [run.drop.value or 0.0 for run in runs if run.change.drawn]
-        if mine and drawn:
-            less, more = (
-                sum(drop <= mine[0] for drop in drawn),
-                sum(drop >= mine[0] for drop in drawn),
-            )
-            p = min(1.0, 2 * (min(less, more) + 1) / (len(drawn) + 1)) if len(mine) == 1 else None
-            sentences.append(WORDS.one("controls", size, measure_of(cell), mine, drawn, p, ALPHA))
+    for size, runs in group_by(layers, lambda run: run.change.span).items():
+        drops = [(run.change.drawn, run.drop.value) for run in runs if run.drop.value is not None]
+        sets = [drop for is_drawn, drop in drops if not is_drawn]
+        drawn = [drop for is_drawn, drop in drops if is_drawn]
+        if sets and drawn:
+            n_low, n_high = sum(d <= sets[0] for d in drawn), sum(d >= sets[0] for d in drawn)
+            p = min(1.0, 2 * (min(n_low, n_high) + 1) / (len(drawn) + 1))
+            p_value = p if len(sets) == 1 else None
+            measure = metric_format(cell)
+            sentences.append(WORDS.render("controls", size, measure, sets, drawn, p_value, ALPHA))
     return " ".join(sentences)
 
 
-def model_answer(
-    statements: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]
-) -> str:
-    """Write the verdicts on a model's layers, if any were removed, and on its parts.
+def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]) -> str:
+    """Write the verdicts on a model's layers, if any were removed, and on the model's parts.
 
-    Parts without a benchmark that counts (e.g. for losses) are described benchmark by benchmark.
+    If no benchmark counts for the parts (e.g. for losses), each benchmark is described separately.
     """
-    parts = [*map(board_answer, boards)]
-    if not statements.layers and not parts:
-        answers = ((cell.benchmark.title, parts_answer(cell)) for cell in cells)
-        parts = [f"{title}: {text}" for title, text in answers if text]
-    return " ".join([answer(statements), *parts] if statements.layers or not parts else parts)
+    answers = [*map(board_answer, boards)]
+    if not claims.layers and not answers:
+        titled = ((cell.benchmark.title, parts_answer(cell)) for cell in cells)
+        answers = [f"{title}: {text}" for title, text in titled if text]
+    if claims.layers or not answers:
+        answers.insert(0, layers_answer(claims))
+    return " ".join(answers)
 
 
 def cell_answer(cell: CellRecord) -> str:
-    """Write the verdicts of one benchmark; "" if nothing counts."""
-    layers = claims([cell])
-    texts = (answer(layers) if layers.layers else "", parts_answer(cell), controls_answer(cell))
-    return " ".join(filter(None, texts))
+    """Write the verdicts of one benchmark; return "" if no verdict is possible."""
+    claims = decide_claims([cell])
+    layers = layers_answer(claims) if claims.layers else ""
+    return " ".join(filter(None, (layers, parts_answer(cell), controls_answer(cell))))
 
 
 def agreement_sentence(agreement: Agreement) -> str:
-    """Describe how well one proxy orders the layers, with chance for comparison.
+    """Describe how well a proxy orders the layers, in comparison with a random order.
 
     Args:
-        agreement: Agreement of the proxy.
+        agreement: Agreement of the proxy with the accuracy drop.
 
     Returns:
         The median Spearman correlation and its range, the share of ranks that differ, and the share
-        that two random orders would give.
+        of ranks that would differ in two random orders.
     """
     label, values = PROXIES[agreement.proxy].label, agreement.spearman
-    middle = median(values) if values else None
-    is_defined = defined(agreement.differ) and defined(agreement.chance)
-    return WORDS.one("agreement", label, values, middle, agreement if is_defined else None)
+    median_value = median(values) if values else None
+    is_defined = is_finite(agreement.differ) and is_finite(agreement.chance)
+    return WORDS.render("agreement", label, values, median_value, agreement if is_defined else None)
 
 
 def compared_sentence(cells: Sequence[CellRecord]) -> str:
-    """Describe the answers that were computed both ways while measuring, and their differences.
+    """Describe how many answers were checked against really pruned models, and the differences.
 
     Args:
         cells: The cells of a page.
@@ -575,33 +571,33 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     Returns:
         A sentence.
     """
-    compared = sum(cell.compared for cell in cells)
+    n_compared = sum(cell.compared for cell in cells)
     largest = max((cell.compared_difference or 0.0 for cell in cells), default=0.0)
-    unsteady = sum(cell.compared_unsteady for cell in cells)
+    n_unsteady = sum(cell.compared_unsteady for cell in cells)
     is_half = any(cell.compared_unsteady and cell.model.is_half for cell in cells)
-    without = sum(not cell.compared for cell in cells)
-    return WORDS.one("compared", compared, largest, unsteady, is_half, without)
+    n_without = sum(not cell.compared for cell in cells)
+    return WORDS.render("compared", n_compared, largest, n_unsteady, is_half, n_without)
 
 
-def models_open(board: ModelBoard) -> str:
-    """Write which orders of two models are not shown; empty where all are."""
-    return WORDS.one("models_open", board, *board.pairs, APART)
+def open_models_sentence(board: ModelBoard) -> str:
+    """Name the pairs of models whose order is not shown; "" if all orders are shown."""
+    return WORDS.render("models_open", board, *board.pairs, MODEL_GAP)
 
 
 WORDS = TextTemplate(
     "tracker.report",
     "words",
-    correlation=correlation,
+    correlation=find_correlation,
     correlation_text=correlation_text,
     interval_name=interval_name,
     layer_list=layer_list,
-    measure_of=measure_of,
+    metric_format=metric_format,
     name_benchmarks=name_benchmarks,
     named_interval=named_interval,
-    about=about,
-    first=FIRST,
-    small_in_words=SMALL_IN_WORDS,
-    most_named=_MOST_NAMED,
+    about=round_count,
+    first=TOP_FALLS,
+    small_in_words=SMALL_DROP_TEXT,
+    most_named=_MAX_NAMED_LAYERS,
     run_list=run_list,
     short_correlation=short_correlation,
 )

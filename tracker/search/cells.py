@@ -1,4 +1,4 @@
-"""Cells whose documents are measured under any removals, as a search needs them."""
+"""Measure the documents of cells under the removals that a search requests."""
 
 from __future__ import annotations
 
@@ -15,151 +15,159 @@ import numpy as np
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.base import Benchmark
-from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
+from tracker.benchmarks.benchmark import choose_metric, open_benchmark
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest, ModelSpec
 from tracker.core.identities import BenchmarkIdentity
-from tracker.core.kinds import COMPONENTS, NUMBERED
+from tracker.core.kinds import COMPONENTS, NUMBERED_COMPONENTS
 from tracker.core.search_parts import SearchParts
 from tracker.core.views import View
 from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC
+from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import CellWork, fill, open_store, refuse_other_tokens
+from tracker.measuring.fill import CellWork, fill_cell, open_store, refuse_other_tokens
 from tracker.measuring.job import Job, Options
-from tracker.measuring.meter import Meter, Model, Place, open_model
-from tracker.measuring.observing import Documents, Observe, Observed, observe
-from tracker.measuring.prepare import look_up
+from tracker.measuring.meter import DocumentKey, Meter, Model, open_model
+from tracker.measuring.observing import DocumentMap, Observations, ObserveDocument, observe_cell
+from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
-from tracker.models.parts.anatomy import search_parts
+from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.sources import ModelSource, find_model
 from tracker.stats.arrays import Array
 
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 
 
-def planned(ablations: Iterable[Ablation], layers: int) -> StreamPlan:
-    """Plan one engine call for some ablations and the baseline of a model with `layers` layers."""
-    return plan_streams(list(dict.fromkeys((INTACT, *ablations))), layers)
+def plan_with_baseline(ablations: Iterable[Ablation], n_layers: int) -> StreamPlan:
+    """Plan one engine call for the baseline and ablations of a model with `n_layers` layers."""
+    return plan_streams(list(dict.fromkeys((INTACT, *ablations))), n_layers)
+
+
+def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
+    """Return the cost of an engine call with the baseline, in passes of the intact model."""
+    return plan_with_baseline(ablations, n_layers).layer_passes / n_layers
 
 
 @dataclass
-class Lender:
+class ModelCache:
     """Load each model once and report the progress of the cells that use it.
 
-    `typed` is the command, without the results folder, that continues an interrupted search, empty
-    for a trial; `loaded` counts how often a model was loaded; `timings` are notes not yet written
-    to the results folder.
+    `command` continues an interrupted search, without the results folder; empty for a trial.
+    `n_loaded` counts how often a model was loaded. `timings` are notes that are not yet written to
+    the results folder. `cells` are the opened cells by their requests.
     """
 
     ledger: Ledger
     options: Options
     progress: Progress
-    typed: Sequence[str] = ()
-    loaded: int = 0
+    command: Sequence[str] = ()
+    n_loaded: int = 0
     timings: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    cells: dict[CellRequest, OpenCell] = field(default_factory=dict)
     _model: Model | None = None
 
     def model(self, spec: ModelSpec) -> Model:
-        """Load a model, or return the one that is loaded."""
+        """Load a model, or return it if it is already loaded."""
         if self._model is None or self._model.spec != spec:
             self._model = None  # frees the previous model before the next one comes
             self.progress.say(f"loading {spec}")
             self._model = open_model(spec, self.options)
-            self.loaded += 1
+            self.n_loaded += 1
         return self._model
 
     def source(self, spec: ModelSpec) -> ModelSource:
-        """Find a model, trusted as the options have it."""
+        """Find a model; the options define whether the model's own code may run."""
         return find_model(spec, self.options.trust_remote_code)
 
+    def cell(self, request: CellRequest) -> OpenCell:
+        """Open a cell, or return it if it is already open."""
+        return self.cells.setdefault(request, OpenCell(request, self))
+
     def keep_timings(self) -> None:
-        """Write what was timed to the results folder, once nothing can be refused any more."""
-        self.ledger.keep_notes(self.timings)
+        """Write the timings to the results folder, once all requests are accepted."""
+        self.ledger.write_notes(self.timings)
         self.timings.clear()
 
 
-_ANY = 3
-_Shape = tuple[int, ...]
-_SEVERAL = 2
+_ARBITRARY_SETS = 3
+_RemovalShape = tuple[int, ...]
+_MANY_PARTS = 2
 
 
-def _shape(ablation: Ablation) -> _Shape:
-    """Return the shape of a removal: none, one, or `_SEVERAL` for each of `COMPONENTS`."""
-    count = Counter(change.component for change in ablation.changes)
-    return tuple(min(count[component], _SEVERAL) for component in COMPONENTS)
+def _removal_shape(ablation: Ablation) -> _RemovalShape:
+    """Count the removed parts of each of `COMPONENTS`, at most `_MANY_PARTS`."""
+    counts = Counter(change.component for change in ablation.changes)
+    return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
 
-def _drawn(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw sets of parts.
+def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
+    """Draw random sets of parts, to check computation sharing.
 
-    For each of some sizes, up to half of all parts, one set is contiguous and three are arbitrary.
+    Sizes go up to half of all parts. For each size, one set is contiguous and three are arbitrary.
     """
-    total = len(parts.numbers)
-    sizes = {min(size, total // 2) for size in (2, 3, total // 4, total // 2)} - {0, 1}
-    for size in sorted(sizes):
-        first = draw.randrange(total - size + 1)
-        near = parts.numbers[first : first + size]
-        for some in (near, *(draw.sample(parts.numbers, size) for _ in range(_ANY))):
-            yield parts.without(parts.allowed(some))
-
-
-def _each(parts: SearchParts) -> Iterator[Ablation]:
-    return (parts.without([part]) for part in parts.numbers)
+    numbers = parts.numbers
+    n = len(numbers)
+    for size in sorted({min(size, n // 2) for size in (2, 3, n // 4, n // 2)} - {0, 1}):
+        start = draw.randrange(n - size + 1)
+        arbitrary_sets = (draw.sample(numbers, size) for _ in range(_ARBITRARY_SETS))
+        for drawn_parts in (numbers[start : start + size], *arbitrary_sets):
+            yield parts.removal(parts.filter_allowed(drawn_parts))
 
 
 class OpenCell:
-    """A cell whose documents are measured under any requested ablations.
+    """A cell that measures its documents under any requested ablations.
 
-    Results in the ledger are not measured again, and need no model. Measurements made here are not
-    displayed or published.
+    Results in the ledger are not measured again, and need no model. New measurements are neither
+    displayed nor published.
     """
 
-    def __init__(self, request: CellRequest, lender: Lender) -> None:
+    def __init__(self, request: CellRequest, cache: ModelCache) -> None:
         self.request = request
-        self._lender = lender
-        self._known: dict[str, dict[Ablation, Array]] = {"accuracy": {}, "gold_logprob": {}}
-        self._paired: dict[str, PairedOutcomes] = {}
-        self._checked: set[_Shape] = set()
+        self._cache = cache
+        self._outcomes: dict[str, dict[Ablation, Array]] = {"accuracy": {}, "gold_logprob": {}}
+        self._baselines: dict[str, PairedOutcomes] = {}
+        self._checked_shapes: set[_RemovalShape] = set()
 
     @cached_property
-    def _benchmark(self) -> Benchmark:
+    def _opened_benchmark(self) -> Benchmark:
+        """Open the benchmark, and check that it has the requested metric."""
         benchmark = open_benchmark(self.request)
-        chosen_metric(benchmark.identity, self.request.metric)
+        choose_metric(benchmark.identity, self.request.metric)
         return benchmark
 
     @property
     def benchmark(self) -> BenchmarkIdentity:
-        """The benchmark, which is opened if the ledger does not hold the cell."""
-        known = look_up(self.request, self._lender.ledger).store
-        return known.identity.benchmark if known is not None else self._benchmark.identity
+        """The benchmark, opened unless the ledger holds the cell."""
+        store = find_cell(self.request, self._cache.ledger).store
+        return store.identity.benchmark if store is not None else self._opened_benchmark.identity
 
-    def rows(self, task: str) -> str:
+    def rows_hash(self, task: str) -> str:
         """Return a hash of the scored split of a task."""
-        return self._benchmark.rows(task)
+        return self._opened_benchmark.rows_digest(task)
 
     @cached_property
     def _meter(self) -> Meter:
-        benchmark, model = self._benchmark, self._lender.model(self.request.model)
-        return Meter([self.request], benchmark, model, self._lender.options)
+        """Load the model, and open the meter that measures with it."""
+        benchmark, model = self._opened_benchmark, self._cache.model(self.request.model)
+        return Meter([self.request], benchmark, model, self._cache.options)
 
     @cached_property
     def store(self) -> CellStore:
-        """The cell in the ledger, created if it is new."""
-        found = look_up(self.request, self._lender.ledger)
-        if found.store is not None:
-            chosen_metric(found.store.identity.benchmark, self.request.metric)
-            return found.store
-        job = Job((found,), self._benchmark)
-        return open_store(job, self._meter.facts, self._lender.ledger)
+        """The cell's folder in the ledger, created for a new cell."""
+        lookup = find_cell(self.request, self._cache.ledger)
+        if lookup.store is not None:
+            choose_metric(lookup.store.identity.benchmark, self.request.metric)
+            return lookup.store
+        job = Job((lookup,), self._opened_benchmark)
+        return open_store(job, self._meter.facts, self._cache.ledger)
 
     @property
     def progress(self) -> Progress:
         """The progress listener."""
-        return self._lender.progress
+        return self._cache.progress
 
     @property
     def layers(self) -> int:
@@ -168,131 +176,125 @@ class OpenCell:
 
     @property
     def view(self) -> View:
-        """The view of the intact model by the requested metric, on the requested documents."""
-        return self.store.views.of(self.request)
+        """The view of the intact model's outcomes, with the requested metric and documents."""
+        return self.store.views.view_of(self.request)
 
     @property
     def higher_is_better(self) -> bool:
-        """True for an accuracy or the like, False for a loss."""
+        """True if higher values of the metric are better, as for an accuracy; False for a loss."""
         task = self.store.identity.benchmark.tasks[0]
         return task.higher_is_better.get(self.view.metric, True)
 
-    def measure(self, ablations: Sequence[Ablation], candidates: bool = False) -> None:
-        """Measure all documents under some ablations, besides the baseline.
+    def measure(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> None:
+        """Measure all documents under some ablations, and under the baseline.
 
         Args:
             ablations: The ablations.
-            candidates: Whether most of them will be discarded, so that outcomes decided by rounding
-                need no second measurement.
+            are_candidates: Whether most ablations will be discarded, so that outcomes decided by
+                rounding need no second measurement.
         """
-        known = self._known["accuracy"]
-        asked = [one for one in dict.fromkeys((INTACT, *ablations)) if one not in known]
-        if not asked:
+        outcomes = self._outcomes["accuracy"]
+        ablations = [a for a in dict.fromkeys((INTACT, *ablations)) if a not in outcomes]
+        if not ablations:
             return
-        extent, names = self.request.extent, [one.name for one in asked]
+        extent, names = self.request.extent, [ablation.name for ablation in ablations]
         if not self.store.is_complete(extent, names):
-            meter = self.opened(asked, candidates)
-            self.store.begin_search(self._lender.typed)
+            meter = self.open_meter(ablations, are_candidates)
+            self.store.begin_search(self._cache.command)
             work = CellWork(self.store, meter.facts, self.progress, extent=extent, names=names)
-            fill(work, meter.measure, self.progress)
-        columns = [*_COLUMNS, METRIC + self.view.metric]
+            fill_cell(work, meter.measure, self.progress)
+        columns = [*_COLUMNS, METRIC_PREFIX + self.view.metric]
         view = self.view.model_copy(update={"removed": (), "runs": ()})
-        lined_up = AlignedOutcomes(self.store, view, columns, asked)
-        self._paired = {
-            "accuracy": lined_up.by_metric(asked),
-            "gold_logprob": lined_up.by_gold_logprob(asked),
+        aligned = AlignedOutcomes(self.store, view, columns, ablations)
+        self._baselines = {
+            "accuracy": aligned.metric_outcomes(ablations),
+            "gold_logprob": aligned.gold_outcomes(ablations),
         }
-        for by, paired in self._paired.items():
-            self._known[by] |= zip(asked, paired.ablated.T, strict=True)
+        for outcome, paired in self._baselines.items():
+            self._outcomes[outcome] |= zip(ablations, paired.ablated.T, strict=True)
 
     def end(self) -> None:
         """Record in the ledger that the search is over."""
-        if self._paired:
-            self.store.end_search(self._lender.typed)
+        if self._baselines:
+            self.store.end_search(self._cache.command)
 
-    def paired(self, ablations: Sequence[Ablation], by: str = "accuracy") -> PairedOutcomes:
-        """Return the outcomes under some ablations, measuring the missing ones.
+    def outcomes(self, ablations: Sequence[Ablation], outcome: str = "accuracy") -> PairedOutcomes:
+        """Return the outcomes under some ablations; measure missing outcomes first.
 
         Args:
             ablations: The ablations.
-            by: `accuracy`, the requested metric, or `gold_logprob`.
+            outcome: `accuracy`, the requested metric, or `gold_logprob`.
 
         Returns:
             The outcomes, in the documents' order.
         """
         self.measure(ablations)
-        paired, known = self._paired[by], self._known[by]
-        ablated = np.empty((len(paired.baseline), len(ablations)))
-        for place, ablation in enumerate(ablations):
-            ablated[:, place] = known[ablation]
-        return replace(paired, ablated=ablated)
+        outcomes = [self._outcomes[outcome][ablation] for ablation in ablations]
+        return replace(self._baselines[outcome], ablated=np.stack(outcomes, axis=1))
 
     @property
     def documents(self) -> dict[str, tuple[int, ...]]:
-        """Task → the numbers of the documents that are measured, ascending."""
-        wanted = self.store.wanted(self.request.extent)
-        return {task: tuple(sorted(numbers)) for task, numbers in wanted.items()}
+        """The numbers of the measured documents of each task, ascending."""
+        documents = self.store.task_documents(self.request.extent)
+        return {task: tuple(sorted(numbers)) for task, numbers in documents.items()}
 
     @property
-    def places(self) -> frozenset[Place]:
-        """The documents as pairs of task and number."""
-        return frozenset((task, n) for task, some in self.documents.items() for n in some)
+    def document_keys(self) -> frozenset[DocumentKey]:
+        """The measured documents as pairs of task and number."""
+        return frozenset((task, n) for task, numbers in self.documents.items() for n in numbers)
 
     @property
     def n(self) -> int:
-        """The number of documents that are measured; does not write to the ledger."""
+        """The number of measured documents; reading it does not write to the ledger."""
         extent, tasks = self.request.extent, self.benchmark.tasks
-        return sum(len(extent.of(task.name, task.numbers)) for task in tasks)
+        return sum(len(extent.select(task.name, task.numbers)) for task in tasks)
 
-    def observe(self, kind: str, begin: Callable[[Engine], Observe]) -> Observed:
-        """Observe figures other than outcomes on the intact model."""
+    def observe(self, kind: str, start: Callable[[Engine], ObserveDocument]) -> Observations:
+        """Record figures other than outcomes, such as proxies, from passes of the intact model."""
 
-        def opened() -> tuple[Engine, Documents]:
-            meter = self.opened([Ablation.of(removed=[layer]) for layer in range(self.layers)])
+        def open_engine() -> tuple[Engine, DocumentMap]:
+            layers = [Ablation.from_changes(removed=[layer]) for layer in range(self.layers)]
+            meter = self.open_meter(layers)
             return meter.engine, meter.documents
 
-        return observe(self.request, self.store, kind, begin, opened, self.progress)
+        return observe_cell(self.request, self.store, kind, start, open_engine, self.progress)
 
-    def opened(self, ablations: Sequence[Ablation], candidates: bool = False) -> Meter:
-        """Open the meter of the baseline and some ablations; `candidates` is as for `measure`.
+    def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
+        """Open the meter for the baseline and some ablations; `are_candidates` is as in `measure`.
 
-        Sharing is checked when a new kind of removal occurs: one layer, several, attentions, MLPs,
-        heads, experts. For several parts it is also checked on random sets, because the check does
-        not see later sets, which are watched while they are measured. For several layers, the
-        miniature is checked for each layer alone and for the drawn sets, so that all cells and
-        searches of a model share one verdict.
+        Computation sharing is checked when a new kind of removal occurs: one layer, several layers,
+        attentions, MLPs, heads, experts. Several parts are also checked in random sets, because
+        later sets are unknown; these are watched while they are measured. For several layers, the
+        miniature is checked for each layer alone and for the random sets. So all cells and searches
+        of a model share one verdict.
         """
-        meter, facts = self._meter, self._meter.facts
-        if not self._checked:
-            refuse_other_tokens(self.store, facts, self.progress)
-        if candidates:
-            meter.twice = set()
-        asked = dict.fromkeys((INTACT, *ablations))
-        shapes = {_shape(one) for one in asked}
-        if not shapes <= self._checked:
-            self.progress.say(
-                f"{self.request.benchmark}: checking that sharing is exact for this model"
-            )
-            several = [*self._several(shapes)]
+        meter, say = self._meter, self.progress.say
+        if not self._checked_shapes:
+            refuse_other_tokens(self.store, meter.facts, self.progress)
+        if are_candidates:
+            meter.repeated_keys = set()
+        requested = dict.fromkeys((INTACT, *ablations))
+        shapes = {_removal_shape(ablation) for ablation in requested}
+        if not shapes <= self._checked_shapes:
+            say(f"{self.request.benchmark}: checking that sharing is exact for this model")
+            checked, drawn_sets = {INTACT: None}, dict[Ablation, None]()
             draw = random.Random(0)
-            sets = dict.fromkeys(one for parts in several for one in _drawn(parts, draw))
-            meter.ablations = list(asked | sets)
-            each = (one for parts in several if parts.unit not in NUMBERED for one in _each(parts))
-            alone = (one for one in asked if max(_shape(one)) < _SEVERAL)
-            typical = dict.fromkeys((INTACT, *each, *alone)) | sets
-            for line in meter.check(Checks(self._lender.ledger.root), list(typical)):
-                self.progress.say(line)
-            self._checked |= shapes
-        meter.ablations = list(asked)
+            for parts in self._parts_removed_together(shapes):
+                drawn_sets |= dict.fromkeys(_draw_sets(parts, draw))
+                if parts.unit not in NUMBERED_COMPONENTS:
+                    checked |= dict.fromkeys(parts.removal([part]) for part in parts.numbers)
+            checked |= dict.fromkeys(a for a in requested if max(_removal_shape(a)) < _MANY_PARTS)
+            meter.ablations = list(requested | drawn_sets)
+            checks = Checks(self._cache.ledger.root)
+            for line in meter.check(checks, list(checked | drawn_sets)):
+                say(line)
+            self._checked_shapes |= shapes
+        meter.ablations = list(requested)
         return meter
 
-    def _several(self, shapes: Collection[_Shape]) -> Iterator[SearchParts]:
-        """Find the parts of which several are removed, of each component."""
-        source = self._lender.source(self.request.model)
-        for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
-            if most == _SEVERAL:
-                yield search_parts(source, component)
-
-    def passes(self, ablations: Sequence[Ablation]) -> float:
-        """Return the cost of one engine call with the baseline, in passes of the intact model."""
-        return planned(ablations, self.layers).layer_passes / self.layers
+    def _parts_removed_together(self, shapes: Collection[_RemovalShape]) -> Iterator[SearchParts]:
+        """Yield the parts of each component of which an ablation removes several."""
+        source = self._cache.source(self.request.model)
+        for component, counts in zip(COMPONENTS, zip(*shapes, strict=True), strict=True):
+            if max(counts) == _MANY_PARTS:
+                yield find_search_parts(source, component)

@@ -1,11 +1,11 @@
-"""Run searches: choose, test, publish each step, and store the results."""
+"""Run searches: choose parts, test and publish each step, and store the results."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,26 +14,26 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, RequestError, TrackerError, TrackingError
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord
-from tracker.core.grouping import grouped
-from tracker.core.kinds import NUMBERED
-from tracker.core.prune_records import PruneRecord, PruneStep, Tested
-from tracker.core.records import CellRecord, Place
-from tracker.ledger.store import Ledger, keep_finding, keep_search
-from tracker.measuring.prepare import look_up
+from tracker.core.grouping import group_by
+from tracker.core.kinds import NUMBERED_COMPONENTS
+from tracker.core.prune_records import HeldOutResult, PruneRecord
+from tracker.core.records import CellRecord, RecordKey
+from tracker.ledger.store import Ledger, write_finding, write_search
+from tracker.measuring.prepare import find_cell
 from tracker.runner import RunOutcome, run_cells
-from tracker.search.cells import Lender, OpenCell
+from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import refuse_unsavable
-from tracker.search.report import Searched, end, finding_of
-from tracker.search.request import Goal, SearchRequest
+from tracker.search.report import TestedSearch, build_finding, final_outcome
+from tracker.search.request import SearchGoal, SearchRequest
 from tracker.search.search import (
-    Found,
-    Recommended,
-    budget_of,
-    recommended,
+    Recommendation,
+    SearchDraw,
+    find_budget,
+    find_constraints,
+    recommend_set,
     refuse_mixed,
     refuse_unknown,
-    search,
-    stays_of,
+    run_search,
 )
 from tracker.search.settings import Constraints
 from tracker.team.publish import Publisher, Trial
@@ -42,228 +42,213 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Pursued:
+class SearchResults:
     """Results of searches.
 
     Attributes:
-        searched: The results, one per draw.
-        recommended: Goal of searches → the recommended set; empty if not requested.
-        failed: Search that failed → the reason; also in `outcome`.
+        searches: The tested searches, one entry per draw.
+        recommendations: The recommended set for each goal; empty if not requested.
+        failed: The reason of failure for each failed search; also in `outcome`.
         outcome: Outcome of publishing the runs of the steps.
     """
 
-    searched: list[Searched]
-    recommended: dict[Goal, Recommended]
+    searches: list[TestedSearch]
+    recommendations: dict[SearchGoal, Recommendation]
     failed: dict[SearchRequest, str]
     outcome: RunOutcome
 
     @property
     def records(self) -> list[PruneRecord]:
         """The results as stored records."""
-        return [one.record for one in self.searched]
+        return [search.record for search in self.searches]
 
 
-def conduct(
-    asked: Sequence[SearchRequest], name: str, lender: Lender, publisher: Publisher
-) -> tuple[Pursued, FindingRecord]:
-    """Run the searches of a file, called `name`, and store their results together.
+def run_search_file(
+    requests: Sequence[SearchRequest], name: str, cache: ModelCache, publisher: Publisher
+) -> tuple[SearchResults, FindingRecord]:
+    """Run the searches of the experiment file `name`, and store their results together.
 
-    Raises RequestError and CellError as `pursue` does.
+    Raises RequestError and CellError as `run_searches` does.
     """
-    found = pursue(asked, lender, publisher, recommend=True)
-    failed = {request.title: why for request, why in found.failed.items()}
-    finding = finding_of(name, found.searched, found.recommended, failed)
-    keep_finding(lender.ledger.root, finding)
-    return found, finding
+    results = run_searches(requests, cache, publisher, wants_recommendation=True)
+    reasons = {request.title: reason for request, reason in results.failed.items()}
+    finding = build_finding(name, results.searches, results.recommendations, reasons)
+    write_finding(cache.ledger.root, finding)
+    return results, finding
 
 
-def pursue(
-    asked: Sequence[SearchRequest], lender: Lender, publisher: Publisher, recommend: bool = False
-) -> Pursued:
+def run_searches(
+    requests: Sequence[SearchRequest],
+    cache: ModelCache,
+    publisher: Publisher,
+    wants_recommendation: bool = False,
+) -> SearchResults:
     """Run searches, measure each step on the test documents, publish it as a run, and store all.
 
-    A search that was killed continues where it stopped: all its measurements are in the ledger.
+    A killed search continues where it stopped, since all its measurements are in the ledger.
 
     Args:
-        asked: The searches, equal models next to each other.
-        lender: The results folder, the options of models (which run in this process), and progress.
+        requests: The searches; those of the same model are adjacent.
+        cache: The results folder, the options of models (which run in this process), and progress.
         publisher: Publishes the steps' runs to the tracking backends.
-        recommend: Whether to recommend one set for each goal.
+        wants_recommendation: Whether to recommend one set for each goal.
 
     Returns:
         The results.
 
     Raises:
-        RequestError: Part of a request does not exist or does not fit; nothing was measured.
+        RequestError: A request names something that does not exist or does not fit; nothing was
+            measured.
         CellError: No search could be finished.
     """
-    ledger, progress = lender.ledger, lender.progress
+    ledger, progress = cache.ledger, cache.progress
     ledger.refuse_unwritable()
-    refuse_unknown(asked, lender)
-    cells: dict[CellRequest, OpenCell] = {}
-    refuse_mixed(asked, lender, cells)
-    budgets = [budget_of(each, lender) for each in asked]
-    for note in dict.fromkeys(refuse_unsavable(asked, budgets, lender)):
-        if note:
-            progress.say(note)
-    found: list[Found] = []
-    failed: dict[SearchRequest, str] = {}
-    for request, within in zip(asked, budgets, strict=True):
+    refuse_unknown(requests, cache)
+    refuse_mixed(requests, cache)
+    budgets = [find_budget(request, cache) for request in requests]
+    for note in filter(None, dict.fromkeys(refuse_unsavable(requests, budgets, cache))):
+        progress.say(note)
+    draws: list[SearchDraw] = []
+    failures: dict[SearchRequest, str] = {}
+    for request, budget in zip(requests, budgets, strict=True):
         try:
-            found += search(request, within, lender, cells)
+            draws += run_search(request, budget, cache)
         except TrackerError as error:
-            if isinstance(error, RequestError) and len(asked) == 1:
+            if isinstance(error, RequestError) and len(requests) == 1:
                 raise
             log.debug("%s failed", request.title, exc_info=True)
-            failed[request] = str(error)
-    said = {request.title: why for request, why in failed.items()}
-    if not found:
-        raise CellError("\n".join(f"{title}: {why}" for title, why in said.items()))
-    recommendations: dict[Goal, Recommended] = {}
-    for test, chosen in grouped(found, lambda one: one.asked.test()).items():
-        for goal in dict.fromkeys(one.asked.goal for one in chosen) if recommend else ():
-            some = [one for one in chosen if one.asked.goal == goal]
-            recommendations[goal] = recommended(some, lender, cells)
+            failures[request] = str(error)
+    reasons = {request.title: reason for request, reason in failures.items()}
+    if not draws:
+        raise CellError("\n".join(f"{title}: {reason}" for title, reason in reasons.items()))
+    recommendations: dict[SearchGoal, Recommendation] = {}
+    for test, test_draws in group_by(draws, lambda draw: draw.request.test()).items():
+        if wants_recommendation:
+            for goal, goal_draws in group_by(test_draws, lambda draw: draw.request.goal).items():
+                recommendations[goal] = recommend_set(goal_draws, cache)
         progress.say(f"{test.title}: testing what was chosen")
-        cells[test].measure([ablation for one in chosen for ablation in ablations_of(one)])
-    steps = [[_run(one, step) for step in one.steps] for one in found]
-    runs = list(dict.fromkeys(run for each in steps for run in each if run is not None))
-    outcome = run_cells(runs, ledger, publisher, lender.options, progress) if runs else RunOutcome()
-    outcome.failed |= said
-    outcome.models_loaded += lender.loaded
-    shown = _by_request(runs, outcome.cells, ledger)
-    searched = []
-    for one, asked_for in zip(found, steps, strict=True):
-        tested = cells[one.asked.test()]
-        places = [shown[run] for run in asked_for if run in shown]
-        record = _record(one, tested, places, stays_of(one.asked, lender))
-        keep_search(ledger.root, record)
-        answered = tested.paired(ablations_of(one)).scores
-        last = next(filter(None, reversed(asked_for)), None)
-        searched.append(Searched(one.asked, record, answered, last))
-    if not failed:
-        for cell in cells.values():
+        cache.cell(test).measure([ablation for draw in test_draws for ablation in draw.ablations])
+    runs_of_draws = [list(filter(None, map(draw.run_request, draw.steps))) for draw in draws]
+    runs = list(dict.fromkeys(run for draw_runs in runs_of_draws for run in draw_runs))
+    outcome = run_cells(runs, ledger, publisher, cache.options, progress) if runs else RunOutcome()
+    outcome.failed |= reasons
+    outcome.models_loaded += cache.n_loaded
+    tracked_cells = _find_tracked_cells(runs, outcome.cells, ledger)
+    searches = []
+    for draw, draw_runs in zip(draws, runs_of_draws, strict=True):
+        request, cell = draw.request, cache.cell(draw.request.test())
+        tracked = [tracked_cells[run] for run in draw_runs if run in tracked_cells]
+        record = _build_record(draw, cell, tracked, find_constraints(request, cache))
+        write_search(ledger.root, record)
+        outcomes = cell.outcomes(draw.ablations).scores
+        last_run = draw_runs[-1] if draw_runs else None
+        searches.append(TestedSearch(request, record, outcomes, last_run))
+    if not failures:
+        for cell in cache.cells.values():
             cell.end()
-    return Pursued(searched, recommendations, failed, outcome)
+    return SearchResults(searches, recommendations, failures, outcome)
 
 
-def ablations_of(found: Found) -> list[Ablation]:
-    """Return the set after each step, under which test documents are measured."""
-    return [found.parts.without(step.removed) for step in found.steps]
-
-
-def _run(found: Found, step: PruneStep) -> CellRequest | None:
-    """Return the request of a step as a run: its removal, in addition to earlier ones.
-
-    None for attentions, MLPs, heads and experts, of which a run can lack only one.
-    """
-    last = step.layer if step.layer is not None else max(step.removed)
-    beneath = tuple(layer for layer in step.removed if layer != last)
-    unit, parts = found.asked.unit, found.parts
-    if unit != "layer" and beneath:
-        return None
-    test = replace(found.asked.test(), removed=beneath)
-    return test.with_changes(parts.without([last]).changes)
-
-
-def _by_request(
+def _find_tracked_cells(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
-) -> dict[CellRequest, Place]:
+) -> dict[CellRequest, RecordKey]:
     """Find the tracked cell of each step."""
-    places = {cell.place[:2]: cell.place for cell in cells}
-    found = {}
-    for run in runs:
-        if (store := look_up(run, ledger).store) is not None:
-            key = (store.identity.key, store.views.name_of(store.views.of(run)))
-            if key in places:
-                found[run] = places[key]
-    return found
+    tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
+    stores = {run: find_cell(run, ledger).store for run in runs}
+    keys = {
+        run: (store.identity.key, store.views.view_name(store.views.view_of(run)))
+        for run, store in stores.items()
+        if store is not None
+    }
+    return {run: tracked[key] for run, key in keys.items() if key in tracked}
 
 
-def _record(
-    found: Found, cell: OpenCell, places: Sequence[Place], stays: Constraints
+def _build_record(
+    draw: SearchDraw, cell: OpenCell, tracked: Sequence[RecordKey], constraints: Constraints
 ) -> PruneRecord:
-    tested = [
-        step.model_copy(update={"test": _tested(cell, ablation)})
-        for step, ablation in zip(found.steps, ablations_of(found), strict=True)
+    """Build the record of a search from its tested steps."""
+    steps = [
+        step.model_copy(update={"test": _test_outcome(cell, ablation)})
+        for step, ablation in zip(draw.steps, draw.ablations, strict=True)
     ]
-    asked, identity, parts = found.asked, cell.store.identity, found.parts
+    request, identity, parts = draw.request, cell.store.identity, draw.parts
     return PruneRecord(
-        name=found.name(identity.key),
+        name=draw.name(identity.key),
         model=identity.model,
         benchmark=identity.benchmark,
         metric=cell.view.metric,
         higher_is_better=cell.higher_is_better,
         part=cell.request.documents.part,
-        unit=asked.unit,
+        unit=request.unit,
         per_layer=parts.per_layer,
-        there=len(parts.numbers) if asked.unit in NUMBERED else None,
-        strategy=asked.strategy,
-        draw=found.draw,
-        rescoring=asked.rescored,
-        amount=asked.asked,
-        protected=stays.protected,
-        among=stays.among,
-        at_least={one.kind: str(one) for one in stays.least},
-        calibration=found.calibration,
-        steps=tuple(tested),
-        baseline=_tested(cell, INTACT),
-        cost=found.cost,
-        rests_on=tuple(places),
+        there=len(parts.numbers) if request.unit in NUMBERED_COMPONENTS else None,
+        strategy=request.strategy,
+        draw=draw.draw,
+        rescoring=request.used_rescoring,
+        amount=request.amount_text,
+        protected=constraints.protected,
+        among=constraints.among,
+        at_least={minimum.kind: str(minimum) for minimum in constraints.minimums},
+        calibration=draw.calibration,
+        steps=tuple(steps),
+        baseline=_test_outcome(cell, INTACT),
+        cost=draw.cost,
+        rests_on=tuple(tracked),
     )
 
 
-def _tested(cell: OpenCell, ablation: Ablation) -> Tested:
-    """Return the test documents' outcome under an ablation."""
-    paired = cell.paired([ablation])
-    lost = Estimate(None) if ablation == INTACT else paired.drop(0)
-    return Tested(n=len(paired.baseline), level=paired.level(0), lost=lost)
+def _test_outcome(cell: OpenCell, ablation: Ablation) -> HeldOutResult:
+    """Return the test documents' mean outcome under an ablation, with its interval."""
+    paired = cell.outcomes([ablation])
+    drop = Estimate(None) if ablation == INTACT else paired.drop(0)
+    return HeldOutResult(n=len(paired.baseline), level=paired.level(0), lost=drop)
 
 
-def figures(record: PruneRecord) -> dict[str, float]:
-    """Return the figures by which a sweep's page compares searches."""
-    test, cost = end(record), record.cost
-    found = {
-        "search/test_accuracy": test.level.value,
-        "search/test_accuracy_low": test.level.low,
-        "search/test_accuracy_high": test.level.high,
+def search_figures(record: PruneRecord) -> dict[str, float]:
+    """Return the figures that a sweep's page shows to compare searches."""
+    accuracy, cost = final_outcome(record).level, record.cost
+    values = {
+        "search/test_accuracy": accuracy.value,
+        "search/test_accuracy_low": accuracy.low,
+        "search/test_accuracy_high": accuracy.high,
         "search/baseline_accuracy": record.baseline.level.value,
         "search/removed": float(len(record.removed)),
         "search/evaluations": cost.evaluations,
         "search/passes": cost.passes,
         "search/seconds": cost.seconds,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _log(track: Sequence[str], results: Path, found: Pursued) -> None:
-    """Log the last step that is a run as the trial's run, with the figures of the search, and end.
+def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
+    """Log a search's last publishable step as the trial's run, with the search's figures; end it.
 
-    Of several draws it is the first. If W&B refuses, `found.outcome` records it.
+    The first of several draws is logged. If W&B refuses, `results.outcome` records the error.
     """
-    record, request = found.searched[0].record, found.searched[0].request
-    trial = Trial(track, results, request.changes.single if request else Change())
-    if not trial.joins:
+    search = results.searches[0]
+    record, request = search.record, search.run_request
+    trial = Trial(targets, folder, request.changes.first_change if request else Change())
+    if not trial.is_tracked:
         return
     try:
-        places = record.rests_on[-1:]
-        cell = next((c for c in found.outcome.cells if c.place in places), None)
+        keys = record.rests_on[-1:]
+        cell = next((c for c in results.outcome.cells if c.record_key in keys), None)
         if request is None or cell is None:
-            trial.leave(f"{record.label}: no step of it is a run")
+            trial.end_unmeasured(f"{record.label}: no step of it is a run")
         else:
-            trial.log(cell, figures(record))
+            trial.log(cell, search_figures(record))
     except TrackingError as error:
-        found.outcome.unpublished[f"the trial of {record.label}"] = str(error)
+        results.outcome.unpublished[f"the trial of {record.label}"] = str(error)
 
 
 @contextmanager
-def trial(track: Sequence[str], results: Path) -> Iterator[Callable[[Pursued], None]]:
-    """Join the trial of this process, if it is one; yield a function that takes the results.
+def join_trial(targets: Sequence[str], folder: Path) -> Iterator[Callable[[SearchResults], None]]:
+    """Join the sweep trial of this process, if any; yield a function that takes the results.
 
-    An error inside ends the trial as failed.
+    An error in the `with` block ends the trial as failed.
     """
     try:
-        yield partial(_log, track, results)
+        yield partial(_log_trial, targets, folder)
     except BaseException as error:
-        Trial(track, results, Change()).fail(error)
+        Trial(targets, folder, Change()).fail(error)
         raise

@@ -1,7 +1,7 @@
 """Choose formats of linear maps within a budget of bits.
 
-First the smallest sum of losses is chosen. Then swaps of formats are measured as a whole, because
-losses do not simply add up.
+First the formats with the smallest sum of losses are chosen. Then swaps of formats are measured on
+the whole model, because losses do not simply add up.
 """
 
 from __future__ import annotations
@@ -20,366 +20,365 @@ from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError
 from tracker.core.estimates import Estimate
-from tracker.core.kinds import ENDS
-from tracker.core.model_parts import ModelParts, check_parts, with_all_parts
+from tracker.core.kinds import OUTER_MATRICES
+from tracker.core.model_parts import ModelParts, check_parts, fill_parts
 from tracker.core.weight_formats import FORMATS
 from tracker.engine.observers.layer_proxies import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.shards import Arrays
-from tracker.measuring.observing import Observe
+from tracker.ledger.shards import DocumentArrays
+from tracker.measuring.observing import ObserveDocument
 from tracker.models.parts.anatomy import linear_map_shapes
 from tracker.models.sources import find_model
-from tracker.search.settings import read_amount
+from tracker.search.settings import match_amount
 from tracker.stats.arrays import Array
-from tracker.stats.support import together
+from tracker.stats.support import widen
 
-FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
-"""Forms of budgets, for messages."""
+BUDGET_FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
+"""Examples of valid budgets, shown in messages."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Linear maps of one layer that get one format, one or all; or the embedding, or the head.
+class FormatUnit:
+    """Weights that get one format: one or all linear maps of a layer, the embedding, or the head.
 
     Attributes:
         layer: The layer, 0-based; 0 for the embedding and the head.
-        which: Path of the map, as `Change.path`; empty for a whole layer.
-        shapes: Outputs and inputs of each of its maps.
+        map_path: Path of the map, as `Change.path`; empty for a whole layer.
+        shapes: Number of outputs and inputs of each map of the unit.
     """
 
     layer: int
-    which: str
+    map_path: str
     shapes: tuple[tuple[int, int], ...]
 
     @property
     def name(self) -> str:
         """The name in messages: `layer 3 mlp.down_proj`, `layer 3`, `embedding`."""
-        if self.is_end:
-            return self.which
-        return f"layer {self.layer} {self.which}".strip()
+        if self.is_embedding:
+            return self.map_path
+        return f"layer {self.layer} {self.map_path}".strip()
 
     @property
-    def place(self) -> str:
+    def key(self) -> str:
         """The name in a file: `3.mlp.down_proj`, `3`, `embedding`."""
-        return self.which if self.is_end else f"{self.layer}.{self.which}".rstrip(".")
+        return self.map_path if self.is_embedding else f"{self.layer}.{self.map_path}".rstrip(".")
 
     def change(self, form: str) -> Change:
-        """Return the change that gives the unit a format."""
-        return Change.parse(f"{form}:{self.place}")
+        """Return the change that rounds the unit's weights to a format."""
+        return Change.parse(f"{form}:{self.key}")
 
     @property
-    def is_end(self) -> bool:
-        """True for the embedding and the head."""
-        return self.which in ENDS
+    def is_embedding(self) -> bool:
+        """True if the unit is the embedding or the head."""
+        return self.map_path in OUTER_MATRICES
 
     @property
-    def weights(self) -> int:
-        """The number of its weights."""
+    def n_weights(self) -> int:
+        """The number of weights in the unit."""
         return sum(outputs * inputs for outputs, inputs in self.shapes)
 
     def bits(self, form: str) -> float:
-        """Return the bits of its weights in a format.
+        """Return the total bits of the unit's weights in a format.
 
-        Raises RequestError if the rows of a map have no whole blocks of it.
+        Raises RequestError if the rows of a map do not divide into whole blocks of the format.
         """
-        total = 0.0
+        n_bits = 0.0
         for outputs, inputs in self.shapes:
-            stored = FORMATS[form].for_rows(inputs)
-            if stored is None:
+            stored_format = FORMATS[form].for_rows(inputs)
+            if stored_format is None:
                 raise RequestError(
                     f"{form} keeps {FORMATS[form].block} inputs together, and "
-                    f"{self.name if self.is_end else f'a map of {self.name}'} has rows of "
+                    f"{self.name if self.is_embedding else f'a map of {self.name}'} has rows of "
                     f"{inputs}; leave it out of --format"
                 )
-            total += outputs * inputs * stored.bits_of(inputs)
-        return total
+            n_bits += outputs * inputs * stored_format.bits_per_weight(inputs)
+        return n_bits
 
 
-def units_of(
+def list_units(
     maps: Sequence[Mapping[str, tuple[int, int]]],
     layers: Sequence[int],
-    each: bool,
-    ends: Mapping[str, tuple[int, int]] = {},
-) -> list[Unit]:
-    """List the units of some layers: each of their maps, or all of a layer together.
+    by_map: bool,
+    embeddings: Mapping[str, tuple[int, int]] = {},
+) -> list[FormatUnit]:
+    """List the units of some layers: each linear map alone, or all maps of a layer together.
 
     Args:
-        maps: Name of each map → its shape, for each layer.
+        maps: For each layer, the shape of each map by name.
         layers: The layers.
-        each: Whether each map is a unit.
-        ends: Names and shapes of the embedding and the head, if they are units too.
+        by_map: Whether each map is a unit.
+        embeddings: Names and shapes of the embedding and the head, if they are units too.
 
     Returns:
-        The units, the layers' first.
+        The units; those of layers come first.
     """
-    others = [Unit(0, name, (shape,)) for name, shape in ends.items()]
-    if each:
-        units = [Unit(la, name, (shape,)) for la in layers for name, shape in maps[la].items()]
-        return units + others
-    return [Unit(layer, "", tuple(maps[layer].values())) for layer in layers] + others
+    units = [FormatUnit(layer, "", tuple(maps[layer].values())) for layer in layers]
+    if by_map:
+        shapes = [(layer, name, shape) for layer in layers for name, shape in maps[layer].items()]
+        units = [FormatUnit(layer, name, (shape,)) for layer, name, shape in shapes]
+    return units + [FormatUnit(0, name, (shape,)) for name, shape in embeddings.items()]
 
 
-Choice = Mapping[Unit, str]
-"""The format of each unit."""
+Units = Sequence[FormatUnit]
+FormatChoice = Mapping[FormatUnit, str]
+"""The chosen format of each unit."""
 
 
-def ablation_of(choice: Choice) -> Ablation:
-    """Return the ablation of a choice, in which all its units are rounded."""
-    return Ablation.of(*(unit.change(form) for unit, form in choice.items()))
+def choice_ablation(choice: FormatChoice) -> Ablation:
+    """Return the ablation that rounds each unit to its chosen format."""
+    return Ablation.from_changes(*(unit.change(form) for unit, form in choice.items()))
 
 
-def bits_of(choice: Choice) -> float:
+def bits_per_weight(choice: FormatChoice) -> float:
     """Return the average bits per weight over all units."""
-    bits = sum(unit.bits(form) for unit, form in choice.items())
-    return bits / sum(unit.weights for unit in choice)
+    n_bits = sum(unit.bits(form) for unit, form in choice.items())
+    return n_bits / sum(unit.n_weights for unit in choice)
 
 
 @dataclass(frozen=True)
 class BitBudget:
-    """The average bits that a weight of the units may take.
+    """The maximum average number of bits per weight of the units.
 
     Attributes:
-        text: The text as written.
-        bits: The bits.
-        rest: Bytes of all other weights of the model, in its own dtype.
-        weights: Number of weights of the units.
+        text: The budget as the user wrote it.
+        bits: The maximum average bits per weight.
+        other_bytes: Bytes of all other weights of the model, in its own dtype.
+        n_weights: Number of weights of the units.
     """
 
     text: str
     bits: float
-    rest: int
-    weights: int
+    other_bytes: int
+    n_weights: int
 
-    def holds(self, choice: Choice) -> bool:
-        """Return whether a choice for all units is within the budget, up to rounding."""
-        return bits_of(choice) <= self.bits * (1 + 1e-12)
+    def holds(self, choice: FormatChoice) -> bool:
+        """Return whether a choice of formats for all units is within the budget, up to rounding."""
+        return bits_per_weight(choice) <= self.bits * (1 + 1e-12)
 
-    def bytes_of(self, bits: float) -> float:
-        """Return the bytes of a model whose units have so many bits per weight."""
-        return self.rest + bits * self.weights / 8
+    def model_bytes(self, bits: float) -> float:
+        """Return the bytes of the model if its units have a given number of bits per weight."""
+        return self.other_bytes + bits * self.n_weights / 8
 
 
-def budget(
-    text: str, units: Sequence[Unit], rest: int, whole: int, formats: Collection[str]
+def parse_budget(
+    text: str, units: Units, other_bytes: int, model_bytes: int, formats: Collection[str]
 ) -> BitBudget:
-    """Parse a budget.
+    """Parse a budget such as `4.5bpw` or `80 MB`.
 
     Args:
-        text: Text as in `FORMS`.
+        text: Text as in `BUDGET_FORMS`.
         units: The units that get formats.
-        rest: Bytes of all other weights.
-        whole: Bytes of the whole unchanged model.
+        other_bytes: Bytes of all other weights.
+        model_bytes: Bytes of the whole unchanged model.
         formats: The available formats.
 
     Returns:
         The budget.
 
     Raises:
-        RequestError: It is not a budget, or no choice of these formats is within it.
+        RequestError: The text is not a budget, or no choice of these formats is within it.
     """
-    amount = read_amount(text)
+    amount = match_amount(text)
     if amount is None or amount.measure not in ("bits", "bytes"):
-        raise RequestError(f"--budget: {text} is no budget; write one of: {FORMS}")
-    weights, bits = sum(unit.weights for unit in units), amount.value
+        raise RequestError(f"--budget: invalid budget {text!r}; expected e.g. {BUDGET_FORMS}")
+    n_weights, bits = sum(unit.n_weights for unit in units), amount.value
     if amount.measure == "bytes":
-        bits = 8 * (bits * (whole if amount.share else 1) - rest) / weights
-    within = BitBudget(text, bits, rest, weights)
-    least = min(formats, key=lambda form: sum(unit.bits(form) for unit in units))
-    lowest = bits_of(dict.fromkeys(units, least))
-    if bits < lowest:
-        size = within.bytes_of(lowest)
+        bits = 8 * (bits * (model_bytes if amount.is_share else 1) - other_bytes) / n_weights
+    budget = BitBudget(text, bits, other_bytes, n_weights)
+    smallest = min(formats, key=lambda form: sum(unit.bits(form) for unit in units))
+    min_bits = bits_per_weight(dict.fromkeys(units, smallest))
+    if bits < min_bits:
+        sizes = (budget.model_bytes(min_bits), other_bytes)
+        size, other_size = (f"{size / 1e6:,.1f} MB" for size in sizes)
         raise RequestError(
-            f"--budget: {text} is less than {least} takes everywhere: {lowest:.3g} bits a weight "
-            f"of the linear maps, {size / 1e6:,.1f} MB with all else ({rest / 1e6:,.1f} MB); give "
-            "more, or add a format of fewer bits to --format"
+            f"--budget {text} is too small: {smallest} in every map takes {min_bits:.3g} bits per "
+            f"weight, or {size} with the other weights ({other_size}). Raise the budget, or add a "
+            "format of fewer bits to --format"
         )
-    return within
+    return budget
 
 
-def least_loss(
-    units: Sequence[Unit], formats: Sequence[str], losses: Array, budget: BitBudget
-) -> Choice:
-    """Choose formats of units so that the sum of losses is the least that the budget allows.
+def minimize_loss(
+    units: Units, formats: Sequence[str], losses: Array, budget: BitBudget
+) -> FormatChoice:
+    """Choose the format of each unit that minimises the sum of losses within the budget.
 
     This is the multiple-choice knapsack problem, solved exactly by integer programming (scipy's
-    `milp`, HiGHS). That losses add up is an assumption, which measured sets test.
+    `milp`, HiGHS). The method assumes that losses add up; measured sets test this assumption.
 
     Args:
         units: The units.
         formats: The formats.
         losses: Loss of each unit alone in each format `[units, formats]`; finite.
-        budget: The budget; some choice is within it.
+        budget: The budget; at least one choice must be within it.
 
     Returns:
-        The format of each unit; of two choices with equal loss the one of fewer bits.
+        The format of each unit. Of two choices with equal loss, the one with fewer bits.
 
     Examples:
-        >>> units = [Unit(0, "a", ((32, 32),)), Unit(1, "a", ((32, 32),))]
+        >>> units = [FormatUnit(n, "a", ((32, 32),)) for n in range(2)]
         >>> losses = np.array([[0.0, 0.5], [0.0, 0.1]])
-        >>> chosen = least_loss(units, ["q8_0", "q4_0"], losses, BitBudget("6.5bpw", 6.5, 0, 2048))
-        >>> [*chosen.values()]
+        >>> budget = BitBudget("6.5bpw", 6.5, 0, 2048)
+        >>> [*minimize_loss(units, ["q8_0", "q4_0"], losses, budget).values()]
         ['q8_0', 'q4_0']
     """
     bits = np.array([[unit.bits(form) for form in formats] for unit in units])
-    count, width = losses.shape
-    one_each = np.kron(np.eye(count), np.ones(width))
+    n_units, n_formats = losses.shape
+    one_per_unit = np.kron(np.eye(n_units), np.ones(n_formats))
     # Bits decide between choices of equal loss only.
-    tie = 1e-9 * (np.ptp(losses) or 1.0) / max(bits.sum(), 1.0)
+    tie_weight = 1e-9 * (np.ptp(losses) or 1.0) / max(bits.sum(), 1.0)
     solution = optimize.milp(
-        (losses + tie * bits).ravel(),
-        integrality=np.ones(count * width),
+        (losses + tie_weight * bits).ravel(),
+        integrality=np.ones(n_units * n_formats),
         bounds=optimize.Bounds(0, 1),
         constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(bits.ravel()[None], ub=budget.bits * budget.weights),
+            optimize.LinearConstraint(one_per_unit, 1, 1),
+            optimize.LinearConstraint(bits.ravel()[None], ub=budget.bits * budget.n_weights),
         ],
         options={"mip_rel_gap": 1e-6},
     )
     assert solution.x is not None  # everything in the smallest format is within the budget
-    picked = solution.x.reshape(count, width).argmax(axis=1)
-    return {unit: formats[number] for unit, number in zip(units, picked.tolist(), strict=True)}
+    indices = solution.x.reshape(n_units, n_formats).argmax(axis=1)
+    return {unit: formats[index] for unit, index in zip(units, indices.tolist(), strict=True)}
 
 
-def alike(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> Choice:
-    """Return the choice of one format for all units that uses most of the budget."""
-    every = [dict.fromkeys(units, form) for form in formats]
-    return max(filter(budget.holds, every), key=bits_of)
+def uniform_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice:
+    """Choose one format for all units: the format that uses most of the budget."""
+    choices = [dict.fromkeys(units, form) for form in formats]
+    return max(filter(budget.holds, choices), key=bits_per_weight)
 
 
-END_LAYERS = 2
-"""Number of layers at either end that are kept in more bits, as tools do by convention."""
+EDGE_LAYERS = 2
+"""Number of layers at either end that get more bits, by a convention of other tools."""
 
 
-def ends_kept(units: Sequence[Unit], formats: Sequence[str], budget: BitBudget) -> Choice | None:
-    """Return a choice with most bits for the first and last two layers, and one format for others.
+def edge_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice | None:
+    """Choose the largest format for the first and last two layers, and one format for all others.
 
-    The embedding and the head have most bits too. None if no format fits the budget.
+    The embedding and the head get the largest format too. None if no format fits the budget.
     """
-    layers = sorted({unit.layer for unit in units if not unit.is_end})
-    ends = {*layers[:END_LAYERS], *layers[-END_LAYERS:]}
-    most = max(formats, key=lambda form: sum(unit.bits(form) for unit in units))
-    every: list[Choice] = [
-        {unit: most if unit.is_end or unit.layer in ends else form for unit in units}
-        for form in formats
-    ]
-    return max(filter(budget.holds, every), key=bits_of, default=None)
+    layers = sorted({unit.layer for unit in units if not unit.is_embedding})
+    edges = {*layers[:EDGE_LAYERS], *layers[-EDGE_LAYERS:]}
+    largest = max(formats, key=lambda form: sum(unit.bits(form) for unit in units))
+    edge_formats = {unit: largest for unit in units if unit.is_embedding or unit.layer in edges}
+    choices: list[FormatChoice] = [dict.fromkeys(units, form) | edge_formats for form in formats]
+    return max(filter(budget.holds, choices), key=bits_per_weight, default=None)
 
 
 class _Move(NamedTuple):
-    """One unit in another format: the additional bits, and the additional loss alone."""
+    """Change of one unit's format, with the additional bits and the unit's additional loss."""
 
-    unit: Unit
+    unit: FormatUnit
     form: str
     bits: float
     loss: float
 
 
-def swaps(
-    choice: Choice, formats: Sequence[str], losses: Array, budget: BitBudget, most: int
-) -> list[Choice]:
-    """Return swaps: one unit gets a format of no fewer bits, and others pay within the budget.
+def find_swaps(
+    choice: FormatChoice, formats: Sequence[str], losses: Array, budget: BitBudget, max_swaps: int
+) -> list[FormatChoice]:
+    """Return swaps: one unit gets a format with more or equal bits, and others get fewer bits.
 
-    The sums of losses decide which swaps come first and which units pay: the unit that loses least
-    of those that suffice alone, or several that lose least per bit. Every raise is tried before a
-    unit pays in the same format again, so that a unit with wrong sums spoils few swaps.
+    All swaps stay within the budget. The sum of losses decides their order and which units pay,
+    that is, give up bits. One unit pays if it suffices alone, the one that loses least. Otherwise
+    several units pay, those that lose least per bit. Every raise is tried before a unit pays in the
+    same format again, so that a unit with wrong losses spoils few swaps.
 
     Args:
         choice: The choice to change; its units in the order of `losses`.
         formats: The formats.
         losses: Loss of each unit alone in each format `[units, formats]`; finite.
         budget: The budget.
-        most: Maximum number of swaps.
+        max_swaps: Maximum number of swaps.
 
     Returns:
         The changed choices, all within the budget.
 
     Examples:
-        >>> units = [Unit(layer, "a", ((32, 32),)) for layer in range(3)]
+        >>> units = [FormatUnit(layer, "a", ((32, 32),)) for layer in range(3)]
         >>> losses = np.array([[0.0, 0.5], [0.0, 0.1], [0.0, 0.2]])
-        >>> within = BitBudget("6bpw", 6, 0, 3072)
-        >>> chosen = dict(zip(units, ["q8_0", "q4_0", "q4_0"]))
-        >>> [[*each.values()] for each in swaps(chosen, ["q8_0", "q4_0"], losses, within, 2)]
+        >>> budget = BitBudget("6bpw", 6, 0, 3072)
+        >>> choice = dict(zip(units, ["q8_0", "q4_0", "q4_0"]))
+        >>> swaps = find_swaps(choice, ["q8_0", "q4_0"], losses, budget, 2)
+        >>> [[*swap.values()] for swap in swaps]
         [['q4_0', 'q4_0', 'q8_0'], ['q4_0', 'q8_0', 'q4_0']]
     """
-    moves = [
-        _Move(unit, form, unit.bits(form) - unit.bits(now), float(costs[number] - costs[at]))
-        for (unit, now), costs in zip(choice.items(), losses, strict=True)
-        for at in [formats.index(now)]
-        for number, form in enumerate(formats)
-        if form != now
-    ]
-    ups = sorted((move for move in moves if move.bits >= 0), key=lambda move: move.loss)
-    downs = [move for move in moves if move.bits < 0]
-    room = budget.bits * budget.weights * (1 + 1e-12)
-    room -= sum(unit.bits(form) for unit, form in choice.items())
-    choices: list[Choice] = []
+    raises, reductions = list[_Move](), list[_Move]()
+    for (unit, old_form), costs in zip(choice.items(), losses, strict=True):
+        old_bits, old_cost = unit.bits(old_form), costs[formats.index(old_form)]
+        for form, cost in zip(formats, costs, strict=True):
+            move = _Move(unit, form, unit.bits(form) - old_bits, float(cost - old_cost))
+            if form != old_form:
+                (reductions if move.bits < 0 else raises).append(move)
+    raises.sort(key=lambda move: move.loss)
+    spare_bits = budget.bits * budget.n_weights * (1 + 1e-12)
+    spare_bits -= sum(unit.bits(form) for unit, form in choice.items())
+    choices: list[FormatChoice] = []
     payers: dict[_Move, set[_Move]] = {}
-    before = -1
-    while len(choices) > before:
-        before, paid = len(choices), set[_Move]()
-        for up in ups:
-            left = [move for move in downs if move not in paid | payers.get(up, set())]
-            paying = _paying(up, left, up.bits - room)
-            if paying is None or (not paying and up in payers):
+    n_before = -1
+    while len(choices) > n_before:
+        n_before, used_moves = len(choices), set[_Move]()
+        for move in raises:
+            excluded = used_moves | payers.get(move, set())
+            free = [reduction for reduction in reductions if reduction not in excluded]
+            paying = _find_payers(move, free, move.bits - spare_bits)
+            if paying is None or (not paying and move in payers):
                 continue
-            paid.update(paying)
-            payers.setdefault(up, set()).update(paying)
-            choices.append({**choice, **{move.unit: move.form for move in (up, *paying)}})
-            if len(choices) == most:
+            used_moves.update(paying)
+            payers.setdefault(move, set()).update(paying)
+            choices.append({**choice, **{change.unit: change.form for change in (move, *paying)}})
+            if len(choices) == max_swaps:
                 return choices
     return choices
 
 
-def _paying(up: _Move, downs: Sequence[_Move], over: float) -> list[_Move] | None:
-    """Return moves that release so many bits; None if they cannot."""
-    paying: list[_Move] = []
-    while over > 0:
-        changed = {up.unit, *(move.unit for move in paying)}
-        left = [move for move in downs if move.unit not in changed]
-        if not left:
+def _find_payers(raised: _Move, reductions: Sequence[_Move], missing: float) -> list[_Move] | None:
+    """Return moves that release a given number of bits; None if no moves can."""
+    payers: list[_Move] = []
+    while missing > 0:
+        changed = {raised.unit, *(move.unit for move in payers)}
+        moves = [move for move in reductions if move.unit not in changed]
+        if not moves:
             return None
-        enough = [move for move in left if move.bits <= -over]
-        paying.append(
-            min(enough, key=lambda move: move.loss)
-            if enough
-            else min(left, key=lambda move: -move.loss / move.bits)
-        )
-        over += paying[-1].bits
-    return paying
+        sufficient = [move for move in moves if move.bits <= -missing]
+        payer = min(sufficient, key=lambda move: move.loss, default=None)
+        payers.append(payer or min(moves, key=lambda move: -move.loss / move.bits))
+        missing += payers[-1].bits
+    return payers
 
 
-SWAPS = 32
-"""Number of changed choices per round, measured as streams of one evaluation."""
-Measure = Callable[[Sequence[Choice]], PairedOutcomes]
-"""Function that measures the outcomes of documents under whole choices."""
+MAX_SWAPS = 32
+"""Maximum number of changed choices per round, all measured in one evaluation."""
+MeasureChoices = Callable[[Sequence[FormatChoice]], PairedOutcomes]
+"""Function that measures the documents' outcomes under some choices of all formats."""
 
 
 @dataclass(frozen=True)
-class Refined:
+class Refinement:
     """Result of rounds of swaps.
 
     Attributes:
-        choice: The choice.
-        tried: Number of swaps that were measured.
-        gains: Decrease of the loss by each swap that was kept, with intervals that hold for all
-            swaps of its round at once.
+        choice: The final choice.
+        n_swaps: Number of measured swaps.
+        gains: Decrease of the loss by each accepted swap. The intervals hold for all swaps of a
+            round at once.
     """
 
-    choice: Choice
-    tried: int
+    choice: FormatChoice
+    n_swaps: int
     gains: tuple[Estimate, ...]
 
 
-def refined(
-    start: Choice,
+def refine_choice(
+    start: FormatChoice,
     formats: Sequence[str],
     losses: Array,
     budget: BitBudget,
     rounds: int,
-    measure: Measure,
-) -> Refined:
-    """Swap formats while a swap is shown to cost less, each measured as a whole.
+    measure: MeasureChoices,
+) -> Refinement:
+    """Swap formats while a swap significantly lowers the loss, measured on the whole model.
 
     Args:
         start: The initial choice; its units in the order of `losses`.
@@ -387,58 +386,59 @@ def refined(
         losses: Loss of each unit alone in each format `[units, formats]`, to order the swaps.
         budget: The budget.
         rounds: Maximum number of rounds.
-        measure: Function that measures whole choices on the documents that choose.
+        measure: Function that measures choices on the calibration documents.
 
     Returns:
-        The choice that no swap of the last round is shown to beat on these documents, or that of
-        the last round allowed.
+        The choice that no swap of the last round significantly beats on these documents, or the
+        choice after the maximum number of rounds.
     """
     choice, count, gains = start, 0, list[Estimate]()
     for _ in range(rounds):
-        rivals = swaps(choice, formats, losses, budget, SWAPS)
-        if not rivals:
+        swaps = find_swaps(choice, formats, losses, budget, MAX_SWAPS)
+        if not swaps:
             break
-        count += len(rivals)
-        paired = measure([choice, *rivals])
-        gained = [apart(paired, number, 0) for number in range(1, len(rivals) + 1)]
-        wide = together(gained, [len(paired.weights)] * len(gained), len(gained))
-        shown = [n for n, gain in enumerate(wide) if gain.low is not None and gain.low > 0]
-        if not shown:
+        count += len(swaps)
+        paired = measure([choice, *swaps])
+        swap_gains = [paired_gain(paired, index, 0) for index in range(1, len(swaps) + 1)]
+        swap_gains = widen(swap_gains, [len(paired.weights)] * len(swaps), len(swaps))
+        proved = [n for n, gain in enumerate(swap_gains) if gain.low is not None and gain.low > 0]
+        if not proved:
             break
-        best = max(shown, key=lambda n: wide[n].value or 0.0)
-        choice = rivals[best]
-        gains.append(wide[best])
-    return Refined(choice, count, tuple(gains))
+        best = max(proved, key=lambda n: swap_gains[n].value or 0.0)
+        choice = swaps[best]
+        gains.append(swap_gains[best])
+    return Refinement(choice, count, tuple(gains))
 
 
-def apart(paired: PairedOutcomes, number: int, other: int) -> Estimate:
-    """Estimate how much one choice keeps more than another, on the same documents."""
-    return replace(
-        paired, baseline=paired.ablated[:, number], ablated=paired.ablated[:, [other]]
-    ).drop(0)
+def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimate:
+    """Estimate how much better one choice's outcome is than another's, on the same documents."""
+    reference = paired.ablated[:, [other_index]]
+    return replace(paired, baseline=paired.ablated[:, index], ablated=reference).drop(0)
 
 
-def each_layer(cell: CellRequest, formats: Sequence[str], ends: Sequence[str] = ()) -> CellRequest:
-    """Return the request of each of a cell's layers and of some ends in each format only."""
+def layer_formats_request(
+    cell: CellRequest, formats: Sequence[str], embeddings: Sequence[str] = ()
+) -> CellRequest:
+    """Build a request that rounds, one at a time, each layer, embedding and head to each format."""
     grid: dict[str, Any] = {"layers": cell.changes.layers, "interventions": tuple(formats)}
-    if ends:
-        grid |= {"components": ("layer", "linear"), "maps": tuple(ends)}
+    if embeddings:
+        grid |= {"components": ("layer", "linear"), "maps": tuple(embeddings)}
     return cell.with_changes(**grid)
 
 
-def each_map(
+def map_formats_request(
     cell: CellRequest,
     formats: Sequence[str],
-    trust_remote_code: bool = False,
-    ends: Sequence[str] = (),
+    trust_remote_code: bool,
+    embeddings: Sequence[str] = (),
 ) -> CellRequest:
-    """Return the request of each linear map of a cell's layers, or of its maps, in each format.
+    """Build a request that rounds, one at a time, each map of a cell's layers to each format.
 
     Args:
         cell: The cell.
         formats: The formats.
-        trust_remote_code: Whether code from the download may run.
-        ends: The ends of `kinds.ENDS` to include.
+        trust_remote_code: Whether code from the model's download may run.
+        embeddings: The embedding, the head, or both, to include: `kinds.OUTER_MATRICES`.
 
     Returns:
         The request.
@@ -455,20 +455,23 @@ def each_map(
     names = tuple(map(tuple, linear_map_shapes(find_model(cell.model, trust_remote_code))))
     parts = ModelParts(len(names), maps=names)
     check_parts(request, parts)
-    request = with_all_parts(request, parts)
-    of_ends = (Change.parse(f"{form}:{end}") for form, end in product(formats, ends))
-    return request.with_changes([*request.changes.expanded(), *of_ends]) if ends else request
+    request = fill_parts(request, parts)
+    if not embeddings:
+        return request
+    changes = [Change.parse(f"{form}:{name}") for form, name in product(formats, embeddings)]
+    return request.with_changes([*request.changes.expand(), *changes])
 
 
-def errors_of(engine: Engine, maps: Sequence[Change], kl: bool = False) -> Observe:
-    """Build an observer of a document's `rounding_errors`, with `weight_error` the same for all.
+def observe_errors(engine: Engine, maps: Sequence[Change], kl: bool = False) -> ObserveDocument:
+    """Build an observer of each document's `rounding_errors`; `weight_error` is equal for all.
 
-    With `kl` it also measures the divergence of the model's output, which takes a pass per map.
+    With `kl`, the observer also measures the KL divergence of the model's output, which takes one
+    forward pass per map.
     """
     weights = weight_errors(engine, maps)
-    ablations = [Ablation.of(change) for change in maps]
+    ablations = [Ablation.from_changes(change) for change in maps]
 
-    def watch(document: Document) -> Arrays:
+    def watch(document: Document) -> DocumentArrays:
         errors = {**rounding_errors(engine, document, maps), "weight_error": weights}
         if kl:
             errors["kl"] = divergences(engine, document, ablations)["kl"]

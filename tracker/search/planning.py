@@ -1,87 +1,91 @@
-"""Run searches on random scores to find which sets they may end with, and what they cost.
+"""Run searches on random scores to predict their possible final sets and their cost.
 
-A search that cannot end with any set is refused, and so is one whose sets could not be saved. The
-class of some models derives a layer's type from its position (Jamba's `attn_layer_period`), so a
-checkpoint must lack whole periods or cannot be loaded.
+A search is refused if it cannot remove enough, or if none of its possible sets could be saved. Some
+model classes derive a layer's type from its position (Jamba's `attn_layer_period`). Their
+checkpoints can be loaded only if whole periods of layers are removed.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, ModelError
-from tracker.core.kinds import NUMBERED
-from tracker.core.proxies import passes
+from tracker.core.kinds import NUMBERED_COMPONENTS
+from tracker.core.proxies import proxy_cost
 from tracker.core.search_parts import SearchParts
-from tracker.engine.plan import Reading, reading
+from tracker.engine.plan import Workload, count_work
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
-from tracker.measuring.planning import texts_of
+from tracker.measuring.planning import read_texts
 from tracker.measuring.prepare import check_documents
 from tracker.measuring.progress import Progress, Silent
-from tracker.models.checkpoint import refuse_unsizable
+from tracker.models.checkpoint import check_layer_changes
 from tracker.models.sources import ModelSource
-from tracker.search.cells import Lender, planned
-from tracker.search.request import Goal, SearchRequest, deciding
-from tracker.search.scores import Losses, Scores, Set, grown
-from tracker.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
+from tracker.search.cells import ModelCache, engine_passes, plan_with_baseline
+from tracker.search.request import SearchGoal, SearchRequest, deciding_request
+from tracker.search.scores import Losses, PartSet, Scores
+from tracker.search.search import find_budget, refuse_few, refuse_mixed, refuse_unknown
 from tracker.search.settings import Budget
-from tracker.search.strategies import BLIND, NULL, SCORED, STRATEGIES, Search
-from tracker.stats.arrays import Array
+from tracker.search.strategies import (
+    BLIND_STRATEGIES,
+    RANDOM_STRATEGY,
+    STEPWISE_STRATEGIES,
+    STRATEGIES,
+    Search,
+)
 
-TRIED = 4
-"""Number of randomly drawn sets that represent the possible results of a search."""
+TRIAL_DRAWS = 4
+"""Number of runs on random scores that represent the possible results of a search."""
 
 
-class DrawnScores(Scores):
-    """Random scores: a part's cost is drawn at random, and costs add up.
+class RandomScores(Scores):
+    """Random scores: each part has a random cost, and the costs of a set's parts add up.
 
-    Another `lot` draws other costs.
+    Each `variant` draws different costs.
     """
 
-    def __init__(self, parts: SearchParts, lot: str = "") -> None:
+    def __init__(self, parts: SearchParts, variant: str = "") -> None:
         super().__init__([], parts)
-        self._lot = lot
-        self._costs: dict[str, list[float]] = {}
+        self._variant = variant
 
-    def losses(self, by: str, sets: Sequence[Set]) -> Losses:
+    @functools.cache  # noqa: B019  lives as long as a plan
+    def _cost(self, outcome: str, part: int) -> float:
+        """Return the random cost of removing a part."""
+        return random.Random(f"{outcome}/{part}{self._variant}").random()
+
+    def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
         """Return random losses of sets."""
-        if by not in self._costs:
-            lots = (random.Random(f"{by}/{n}{self._lot}") for n in range(self.parts.total))
-            self._costs[by] = [removed.random() for removed in lots]
-        costs = self._costs[by]
-        values: Array = np.array([[sum(costs[part] for part in removed) for removed in sets]])
-        return Losses([grown(removed) for removed in sets], values, np.ones(1), np.zeros(len(sets)))
+        costs = [sum(self._cost(outcome, part) for part in part_set) for part_set in sets]
+        return Losses(sets, np.array([costs]), np.ones(1), np.zeros(len(sets)))
 
-    def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
-        """Return a random proxy of the model that lacks some layers."""
-        left = [layer for layer in range(self.layers) if layer not in removed]
-        spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
-        sets = [grown(removed, *(left[n] for n in span)) for span in spans]
-        return DrawnScores.losses(self, name, sets)
+    def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
+        """Return random values of a proxy for the model without some layers."""
+        return RandomScores.losses(self, name, self.extended_sets(removed, spans))
 
 
-def ends_of(request: SearchRequest, within: Budget, lots: int = TRIED) -> list[Set]:
-    """List sets that a search may end with: all of them if it uses no documents.
+def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAWS) -> list[PartSet]:
+    """List sets that a search may end with; all such sets if it uses no documents.
 
-    Raises ExperimentError if it cannot end with any. Otherwise random scores are drawn `lots`
-    times.
+    A search that uses documents runs `n` times on random scores. Raises ExperimentError if the
+    search cannot remove enough.
     """
-    blind = request.strategy in BLIND
-    draws = [(draw or 1, "") for draw in request.draws_of]
-    sets: dict[Set, None] = {}
-    for draw, lot in draws if blind else [(1, f"/{lot}") for lot in range(lots)]:
-        scores = DrawnScores(within.parts_of(request.unit), lot)
-        given = Search(scores, within, request.cell.documents.seed, draw)
+    draws = [(draw or 1, "") for draw in request.draw_numbers]
+    if request.strategy not in BLIND_STRATEGIES:
+        draws = [(1, f"/{k}") for k in range(n)]
+    sets: dict[PartSet, None] = {}
+    for draw, variant in draws:
+        scores = RandomScores(budget.parts_for(request.unit), variant)
+        search = Search(scores, budget, request.cell.documents.seed, draw)
         try:
-            *_, step = STRATEGIES[request.strategy](given)
+            *_, step = STRATEGIES[request.strategy](search)
         except ExperimentError as error:
             raise ExperimentError(f"{request.title}: {error}") from None
         sets[step.removed] = None
@@ -89,59 +93,58 @@ def ends_of(request: SearchRequest, within: Budget, lots: int = TRIED) -> list[S
 
 
 def refuse_unsavable(
-    searches: Sequence[SearchRequest], budgets: Sequence[Budget], lender: Lender
+    searches: Sequence[SearchRequest], budgets: Sequence[Budget], cache: ModelCache
 ) -> list[str]:
-    """Refuse searches that can end with nothing, or with nothing that plain transformers loads.
+    """Refuse searches that cannot remove enough, or whose results plain transformers cannot load.
 
-    Models that can be loaded without any one layer are taken to be so without any set.
+    A model that can be loaded without any single layer is assumed loadable without any set.
 
     Args:
         searches: The searches.
-        budgets: When each has removed enough.
-        lender: Finds the models.
+        budgets: The budget of each search.
+        cache: Finds the models.
 
     Returns:
-        One a search: that its sets can be saved or not, as it happens; empty where all can.
+        One remark per search if only some of its possible sets can be saved; empty for the others.
 
     Raises:
         ExperimentError: A strategy cannot remove enough.
-        ModelError: No set that a search may end with can be saved; says what could be.
+        ModelError: None of a search's possible sets can be saved. The message suggests other sets.
     """
 
-    @cache
-    def why_not(source: ModelSource, removed: Set | None) -> str:
-        """Return why a set cannot be saved; empty where it can. None: some layers, each alone."""
+    @functools.cache
+    def find_refusal(source: ModelSource, part_set: PartSet | None) -> str:
+        """Return why a set (None = some layers, each alone) cannot be saved; empty if it can."""
         try:
-            refuse_unsizable(source, removed)
+            check_layer_changes(source, part_set)
         except ModelError as error:
             return str(error)
         return ""
 
-    def note(request: SearchRequest, within: Budget) -> str:
-        cell = request.cell
-        if request.unit in NUMBERED and request.strategy in SCORED:
+    def describe_result(request: SearchRequest, budget: Budget) -> str:
+        """Return a remark about a search's possible sets; raise ModelError if none can be saved."""
+        if request.unit in NUMBERED_COMPONENTS and request.strategy in STEPWISE_STRATEGIES:
             return ""  # they take one part after the other, and whatever goes first can
-        why = partial(why_not, lender.source(cell.model))
-        if request.unit != "layer" or not why(None):
-            ends_of(request, within, 1)
+        refuse = partial(find_refusal, cache.source(request.cell.model))
+        if request.unit != "layer" or not refuse(None):
+            possible_results(request, budget, 1)
             return ""
-        ends = ends_of(request, within)
-        reasons = list(filter(None, map(why, ends)))
-        if not reasons:
+        reasons = [refuse(part_set) for part_set in possible_results(request, budget)]
+        if not any(reasons):
             return ""
-        more = f"{reasons[0]}{_way_out(len(within.each), why)}"
-        if len(reasons) == len(ends):
-            raise ModelError(f"{request.title}: {more}")
-        return f"{request.title}: what it finds may be no checkpoint: {more}"
+        message = f"{next(filter(None, reasons))}{_savable_spans(len(budget.sizes), refuse)}"
+        if all(reasons):
+            raise ModelError(f"{request.title}: {message}")
+        return f"{request.title}: what it finds may be no checkpoint: {message}"
 
-    return [note(*pair) for pair in zip(searches, budgets, strict=True)]
+    return list(map(describe_result, searches, budgets))
 
 
-def _way_out(total: int, why_not: Callable[[Set], str]) -> str:
+def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
     """Describe the shortest spans that can be removed at any position; empty if there are none."""
-    for length in range(2, total // 2 + 1):
-        starts = (0, 1, (total - length) // 2, total - length)
-        if not any(why_not(tuple(range(first, first + length))) for first in starts):
+    for length in range(2, n_layers // 2 + 1):
+        starts = (0, 1, (n_layers - length) // 2, n_layers - length)
+        if not any(refuse(tuple(range(start, start + length))) for start in starts):
             return (
                 f". Stretches of {length} layers, or of a multiple, can go: write strategy: "
                 f"{{value: angular}} and remove: {{value: {length}}}"
@@ -151,19 +154,20 @@ def _way_out(total: int, why_not: Callable[[Set], str]) -> str:
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """Cost of one search with all its draws, or of deciding between and testing sets.
+    """Cost of one search with all its draws, or of comparing and testing the resulting sets.
 
     Attributes:
-        request: The search, or the documents that decide between or test the results of some.
-        documents: Number of documents that choose, decide or test.
-        evaluations: Number of sets that are scored, if it were alone, or tested.
-        flops: Floating-point operations that no earlier search shares.
+        request: The search, or the documents that compare or test the results of searches.
+        documents: Number of documents on which sets are chosen, compared or tested.
+        evaluations: Number of sets that the search scores if it shares no results, or number of
+            tested sets.
+        flops: Floating-point operations, without those shared with earlier searches.
         dtype: The dtype of these operations, such as `bfloat16`.
-        naive_flops: Operations of lm-eval, run once per set; None if proxies are scored.
+        naive_flops: Operations of running lm-eval once per set; None if proxies are scored.
         steps: Number of parts removed; None for a test.
         passes: Computation of the engine for the sets, in passes of all calibration documents
             through the whole intact model; None for a test.
-        at_most: Whether it may take less, since candidates are not all scored again.
+        at_most: True if the cost is an upper bound, since not all candidates are scored again.
         note: A further remark; empty if there is none.
     """
 
@@ -180,163 +184,162 @@ class PlannedSearch:
 
 
 def plan_searches(
-    asked: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
+    requests: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
-    """Count the cost of searches and their tests, as if nothing of it were measured.
+    """Count the cost of searches and their tests, assuming that nothing is measured yet.
 
-    Which sets are tried depends on what will be measured. How many they are does not (but for what
-    `at_least` leaves), and how much they share hardly does. A budget in seconds loads the model,
-    to time it.
+    The scores decide which sets are tried. They do not change the number of sets (except under
+    `at_least`), and hardly change the amount of shared computation. For a budget in seconds, the
+    model is loaded to time its layers.
 
     Args:
-        asked: The searches.
+        requests: The searches.
         ledger: The results folder, which keeps timings.
         trust_remote_code: Whether code from a download may run.
 
     Returns:
-        One plan a search, and one for what else is measured: to recommend one of the sets, and to
-        test them.
+        One plan per search, and plans of the measurements that recommend one of the sets and that
+        test the sets.
 
     Raises:
-        RequestError: Something that was asked for does not exist or does not fit.
+        RequestError: A request names something that does not exist or does not fit.
     """
-    lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
-    refuse_unknown(asked, lender)
-    refuse_mixed(asked, lender, {})
+    cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
+    refuse_unknown(requests, cache)
+    refuse_mixed(requests, cache)
 
-    @cache
-    def read(request: CellRequest) -> tuple[Reading, str]:
-        """Count what a cell's documents take, and say in what type of numbers."""
-        texts = texts_of(request, lender.source(request.model))
-        return reading(texts.model, texts.documents, texts.max_length), texts.dtype
+    @functools.cache
+    def read_documents(request: CellRequest) -> tuple[Workload, str]:
+        """Count the tokens of a cell's documents, and find the dtype of the computation."""
+        texts = read_texts(request, cache.source(request.model))
+        return count_work(texts.model, texts.documents, texts.max_length), texts.dtype
 
-    known: dict[CellRequest, set[object]] = {}
-    compared: dict[Goal, dict[Ablation, None]] = {}
-    tested: dict[CellRequest, dict[Ablation, None]] = {}
-    searches, more = [], []
-    budgets = [budget_of(request, lender) for request in asked]
-    notes = refuse_unsavable(asked, budgets, lender)
-    for request, within, note in zip(asked, budgets, notes, strict=True):
-        cells = {each: read(each)[0] for each in request.calibration()}
-        for each, there in cells.items():
-            refuse_few(each, there.documents)
-        counts = [_Counted(cells, within.parts_of(request.unit), known) for _ in request.draws_of]
-        steps = 0
-        for draw, scores in zip(request.draws_of, counts, strict=True):
-            given = Search(scores, within, request.cell.documents.seed, draw or 1)
-            found = [step.removed for step in STRATEGIES[request.strategy](given)]
-            steps = len(found[-1])
-            sets = dict.fromkeys(scores.ablation(removed) for removed in found)
-            tested.setdefault(request.test(), {INTACT: None}).update(sets)
-            if request.strategy != NULL:
-                compared.setdefault(request.goal, {})[scores.ablation(found[-1])] = None
-        naive = [scores.naive_flops for scores in counts]
+    def plan_measurement(request: CellRequest, ablations: Sequence[Ablation]) -> PlannedSearch:
+        """Count the cost of measuring some ablations."""
+        documents, dtype = read_documents(request)
+        flops = documents.flops(plan_with_baseline(ablations, documents.layers))
+        naive = documents.naive_flops(list(ablations))
+        return PlannedSearch(request, documents.documents, len(ablations), flops, dtype, naive)
+
+    measured: dict[CellRequest, set[object]] = {}
+    sets_by_goal: dict[SearchGoal, dict[Ablation, None]] = {}
+    test_sets: dict[CellRequest, dict[Ablation, None]] = {}
+    searches, measurements = [], []
+    budgets = [find_budget(request, cache) for request in requests]
+    notes = refuse_unsavable(requests, budgets, cache)
+    for request, budget, note in zip(requests, budgets, notes, strict=True):
+        cells = {cell: read_documents(cell)[0] for cell in request.calibration()}
+        for cell, documents in cells.items():
+            refuse_few(cell, documents.documents)
+        scores_of_draws = []
+        for draw in request.draw_numbers:
+            scores = _CountingScores(cells, budget.parts_for(request.unit), measured)
+            search = Search(scores, budget, request.cell.documents.seed, draw or 1)
+            steps = list(STRATEGIES[request.strategy](search))
+            scores_of_draws.append(scores)
+            sets = dict.fromkeys(scores.ablation(step.removed) for step in steps)
+            test_sets.setdefault(request.test(), {INTACT: None}).update(sets)
+            if request.strategy != RANDOM_STRATEGY:
+                sets_by_goal.setdefault(request.goal, {})[list(sets)[-1]] = None
+        naive = [scores.naive_flops for scores in scores_of_draws if scores.naive_flops is not None]
         searches.append(
             PlannedSearch(
                 request,
-                documents=sum(each.documents for each in cells.values()),
-                evaluations=sum(scores.evaluations for scores in counts),
-                flops=sum(scores.flops for scores in counts),
-                dtype=read(request.test())[1],
-                naive_flops=None if None in naive else sum(each or 0.0 for each in naive),
-                steps=steps,
-                passes=sum(scores.passes for scores in counts),
-                at_most=request.rescored != "full",
+                documents=sum(documents.documents for documents in cells.values()),
+                evaluations=sum(scores.evaluations for scores in scores_of_draws),
+                flops=sum(scores.flops for scores in scores_of_draws),
+                dtype=read_documents(request.test())[1],
+                naive_flops=sum(naive) if len(naive) == len(scores_of_draws) else None,
+                steps=len(steps[-1].removed),
+                passes=sum(scores.passes for scores in scores_of_draws),
+                at_most=request.used_rescoring != "full",
                 note=note,
             )
         )
-    for goal, sets in compared.items():
-        decides = deciding([one for one in asked if one.goal == goal])
-        lacking = [one for one in (INTACT, *sets) if one not in known.get(decides, ())]
-        if len(sets) > 1 and lacking:
-            more.append(_measuring(decides, lacking, *read(decides)))
-    more += [_measuring(test, list(sets), *read(test)) for test, sets in tested.items()]
-    lender.keep_timings()
-    return searches, more
+    for goal, sets in sets_by_goal.items():
+        cell = deciding_request([request for request in requests if request.goal == goal])
+        missing = [a for a in (INTACT, *sets) if a not in measured.get(cell, ())]
+        if len(sets) > 1 and missing:
+            measurements.append(plan_measurement(cell, missing))
+    measurements += [plan_measurement(test, list(sets)) for test, sets in test_sets.items()]
+    cache.keep_timings()
+    return searches, measurements
 
 
 def check_searches(
     searches: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool, progress: Progress
 ) -> list[str]:
-    """Check searches without loading a model's weights; report to `progress` what is read.
+    """Check searches without loading a model's weights; report the reading to `progress`.
 
-    Returns remarks, including everything that could not be checked. Raises RequestError as
+    Returns remarks, which include the checks that were impossible. Raises RequestError as
     `plan_searches` does.
     """
-    lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
-    refuse_unknown(searches, lender)
+    cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
+    refuse_unknown(searches, cache)
     requests = [r for search in searches for r in (*search.calibration(), search.test())]
     unchecked = check_documents(requests, progress)
     if not unchecked:
-        refuse_mixed(searches, lender, {})
+        refuse_mixed(searches, cache)
     # Timing layers would load the weights.
-    timeless = [search for search in searches if search.amount.measure != "seconds"]
-    budgets = [budget_of(search, lender) for search in timeless]
-    notes = refuse_unsavable(timeless, budgets, lender)
+    untimed = [search for search in searches if search.amount.measure != "seconds"]
+    budgets = [find_budget(search, cache) for search in untimed]
+    notes = refuse_unsavable(untimed, budgets, cache)
     return [*filter(None, notes), *(f"not checked: {text}" for text in unchecked)]
 
 
-def _measuring(
-    request: CellRequest, sets: Sequence[Ablation], there: Reading, dtype: str
-) -> PlannedSearch:
-    """Count the cost of measuring some sets."""
-    flops, naive_flops = there.flops(planned(sets, there.layers)), there.naive_flops(list(sets))
-    return PlannedSearch(request, there.documents, len(sets), flops, dtype, naive_flops)
+class _CountingScores(RandomScores):
+    """Random scores that count the cost of computing the real scores.
 
-
-class _Counted(DrawnScores):
-    """Random scores that count the cost of computing real ones.
-
-    `known` holds the measurements of earlier searches by cell; `passes`, `flops` and `naive_flops`
-    are as in `PlannedSearch`.
+    `measured` holds the measurements of earlier searches by cell. `passes`, `flops` and
+    `naive_flops` are as in `PlannedSearch`.
     """
 
     def __init__(
         self,
-        readings: dict[CellRequest, Reading],
+        cells: dict[CellRequest, Workload],
         parts: SearchParts,
-        known: dict[CellRequest, set[object]],
+        measured: dict[CellRequest, set[object]],
     ) -> None:
         super().__init__(parts)
         self.passes = self.flops = 0.0
         self.naive_flops: float | None = 0.0
-        self._readings, self._known = readings, known
-        self._everything = sum(each.documents for each in readings.values())
+        self._readings, self._measured = cells, measured
+        self._n_documents = sum(reading.documents for reading in cells.values())
 
     @property
     def evaluations(self) -> float:
-        """The number of sets that were scored."""
+        """The number of scored sets."""
         return len(self.evaluated) + len(self._observed)
 
-    def losses(self, by: str, sets: Sequence[Set]) -> Losses:
+    def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
         """Count the cost of scoring sets, and return random losses."""
-        ablations = [INTACT, *(self.ablation(removed) for removed in sets)]
-        new = [one for one in ablations if one not in self.evaluated]
-        self.evaluated |= set(new)
-        for request, there in self._readings.items():
-            if new:
-                share = there.documents / self._everything
-                self.passes += planned(new, self.layers).layer_passes / self.layers * share
-            known = self._known.setdefault(request, set())
-            lacking = [one for one in new if one not in known]
-            known.update(lacking)
-            if lacking:
-                self.flops += there.flops(planned(lacking, self.layers))
+        ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
+        ablations = tuple(a for a in ablations if a not in self.evaluated)
+        self.evaluated |= set(ablations)
+        for request, cell in self._readings.items():
+            if ablations:
+                share = cell.documents / self._n_documents
+                self.passes += engine_passes(ablations, self.layers) * share
+            measured = self._measured.setdefault(request, set())
+            missing = [ablation for ablation in ablations if ablation not in measured]
+            measured.update(missing)
+            if missing:
+                self.flops += cell.flops(plan_with_baseline(missing, self.layers))
             if self.naive_flops is not None:
-                self.naive_flops += there.naive_flops(lacking)
-        return super().losses(by, sets)
+                self.naive_flops += cell.naive_flops(missing)
+        return super().losses(outcome, sets)
 
-    def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
-        """Count the cost of a proxy of the model without some layers, and return a random one."""
-        left = self.layers - len(removed)
+    def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
+        """Count the cost of a proxy for the model without some layers; return random values."""
+        n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:
             self._observed.add(key)
-            price = passes(name, left, shared=True) * left / self.layers
-            self.passes += price
-            for request, there in self._readings.items():
-                known = self._known.setdefault(request, set())
-                if key not in known:
-                    known.add(key)
-                    self.flops += price * there.flops(planned((), self.layers))
+            n_passes = proxy_cost(name, n_layers, is_shared=True) * n_layers / self.layers
+            self.passes += n_passes
+            for request, cell in self._readings.items():
+                measured = self._measured.setdefault(request, set())
+                if key not in measured:
+                    measured.add(key)
+                    self.flops += n_passes * cell.flops(plan_with_baseline((), self.layers))
         return super().proxy(name, removed, spans)

@@ -1,4 +1,4 @@
-"""Report the results of searches: levels, differences, sentences, tables, and the frontier."""
+"""Report the results of searches in sentences, tables and a chart of the accuracy frontier."""
 
 from __future__ import annotations
 
@@ -13,84 +13,91 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.config import KEYS, CellRequest, CellSettings, ChangeGrid
-from tracker.core.estimates import Estimate, Unit
+from tracker.core.config import FIELDS_BY_KEY, CellRequest, CellSettings, ChangeGrid
+from tracker.core.estimates import Estimate, FigureUnit
 from tracker.core.extent import DEFAULT_SEED
-from tracker.core.findings import SEARCH, FindingRecord, Line, LineChart
+from tracker.core.findings import SEARCH_STUDY, FindingRecord, Line, LineChart
 from tracker.core.formats import (
     NO_SCORE,
-    WRITTEN,
-    counted,
+    UNIT_FORMATS,
+    count_text,
+    figure_text,
+    join_words,
     level_text,
-    listed,
-    with_interval,
 )
-from tracker.core.grouping import grouped
-from tracker.core.kinds import NUMBERED, Component
-from tracker.core.prune_records import PruneRecord, PruneStep, Tested
-from tracker.core.search_parts import many_of
-from tracker.core.tables import Column, Row, Table, table
-from tracker.search.request import Goal
-from tracker.search.search import Recommended
-from tracker.search.settings import in_words
-from tracker.search.strategies import NULL
+from tracker.core.grouping import group_by
+from tracker.core.kinds import NUMBERED_COMPONENTS, Component
+from tracker.core.prune_records import HeldOutResult, PruneRecord, PruneStep
+from tracker.core.search_parts import unit_plural
+from tracker.core.tables import Column, RowType, Table, build_table
+from tracker.search.request import SearchGoal
+from tracker.search.search import Recommendation
+from tracker.search.settings import format_layers
+from tracker.search.strategies import RANDOM_STRATEGY
 from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.arrays import Array
-from tracker.stats.support import together
+from tracker.stats.support import widen
 
 if TYPE_CHECKING:
     from tracker.search.request import SearchRequest
 
 
-def tested(step: PruneStep) -> Tested:
-    """Return the test documents' outcome of a step."""
+def test_outcome(step: PruneStep) -> HeldOutResult:
+    """Return the result of a step on the test documents."""
     assert step.test is not None  # a search is stored once its steps are tested
     return step.test
 
 
-def end(record: PruneRecord) -> Tested:
-    """Return the test documents' outcome of all that a search removed."""
-    return tested(record.steps[-1])
+def final_outcome(record: PruneRecord) -> HeldOutResult:
+    """Return the result of a search's last step on the test documents."""
+    return test_outcome(record.steps[-1])
 
 
 @dataclass(frozen=True)
-class Searched:
+class TestedSearch:
     """Result of one draw of a search, and the test documents' outcomes.
 
     Attributes:
-        asked: The search.
-        record: Its record.
-        answered: Outcomes of the test documents after each step, more being better.
-        request: The request of the last step that is a run; None if none is.
+        request: The request of the search.
+        record: The record of the search.
+        outcomes: Outcomes of the test documents after each step; higher is better.
+        run_request: The request of the last step that is a run; None if no step is a run.
     """
 
-    asked: SearchRequest
+    request: SearchRequest
     record: PruneRecord
-    answered: PairedOutcomes
-    request: CellRequest | None
+    outcomes: PairedOutcomes
+    run_request: CellRequest | None
+
+
+Searches = Sequence[TestedSearch]
+Recommendations = Mapping[SearchGoal, Recommendation]
+Labels = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Results of one strategy for one benchmark, one per draw.
+class StrategyResult:
+    """Results of one strategy for one benchmark: one result per draw.
 
     Attributes:
-        records: The searches; several if the strategy draws.
-        answered: Outcomes of the test documents after each step of each, more being better.
+        records: The records of searches; several if the strategy draws at random.
+        paired_outcomes: For each draw, outcomes of the test documents after each step; higher is
+            better.
     """
 
     records: tuple[PruneRecord, ...]
-    answered: tuple[PairedOutcomes, ...]
+    paired_outcomes: tuple[PairedOutcomes, ...]
 
     @property
     def weights(self) -> Array:
         """The weights of the test documents."""
-        return self.answered[0].weights
+        return self.paired_outcomes[0].weights
 
     @property
     def outcomes(self) -> Array:
         """The final outcome of each test document, averaged over draws."""
-        outcomes: Array = np.stack([paired.ablated[:, -1] for paired in self.answered]).mean(axis=0)
+        final = [paired.ablated[:, -1] for paired in self.paired_outcomes]
+        outcomes: Array = np.mean(final, axis=0)
         return outcomes
 
     @property
@@ -98,53 +105,51 @@ class Choices:
         """The final test accuracy."""
         return accuracy(self.outcomes, self.weights)
 
-    def at(self, removed: int) -> Estimate:
-        """Return the test accuracy with a number of layers removed; None if no step ends there."""
+    def level_after(self, n_removed: int) -> Estimate:
+        """Return the test accuracy with `n` layers removed; None if no step ends there."""
         outcomes = []
-        for record, paired in zip(self.records, self.answered, strict=True):
-            by_count = {0: paired.baseline} | {
-                len(step.removed): after
-                for step, after in zip(record.steps, paired.ablated.T, strict=True)
-            }
-            if removed not in by_count:
-                return Estimate(None, reason="no step removes so many")
-            outcomes.append(by_count[removed])
-        return accuracy(np.stack(outcomes).mean(axis=0), self.weights)
+        for record, paired in zip(self.records, self.paired_outcomes, strict=True):
+            counts = [0, *(len(step.removed) for step in record.steps)]
+            if n_removed not in counts:
+                return Estimate(None, reason="no step removes this number")
+            step = counts.index(n_removed)
+            outcomes.append(paired.ablated[:, step - 1] if step else paired.baseline)
+        return accuracy(np.mean(outcomes, axis=0), self.weights)
 
-    def above(self, other: Choices) -> Estimate:
-        """Estimate the difference from other choices, on the same documents."""
-        return accuracy_drop(self.outcomes, other.outcomes, self.weights)
+    def difference_from(self, reference: StrategyResult) -> Estimate:
+        """Estimate the difference from a reference strategy's result, on the same documents."""
+        return accuracy_drop(self.outcomes, reference.outcomes, self.weights)
 
 
 @dataclass(frozen=True)
-class Separated:
-    """Steps at which the calibration documents separate the choice from the runner-up, or not.
+class StepSeparation:
+    """Number of steps at which the calibration documents separate the choice from the runner-up.
 
     Attributes:
-        compared: Number of steps that had a runner-up.
-        unsure: Steps at which the 95 % interval of the margin reaches 0.
+        n_compared: Number of steps with a runner-up.
+        unsure_steps: Steps at which the 95 % interval of the margin reaches 0.
     """
 
-    compared: int
-    unsure: tuple[PruneStep, ...]
+    n_compared: int
+    unsure_steps: tuple[PruneStep, ...]
 
     @property
-    def level(self) -> int:
-        """The number of unsure steps at which both score the same."""
-        return sum(step.margin.value == 0 for step in self.unsure)
+    def n_level(self) -> int:
+        """The number of unsure steps at which the choice and the runner-up have equal scores."""
+        return sum(step.margin.value == 0 for step in self.unsure_steps)
 
     @property
-    def enough(self) -> int | None:
-        """About how many documents would separate half of the others; None without others."""
-        needed = [step.separates for step in self.unsure if step.separates is not None]
+    def needed_documents(self) -> int | None:
+        """Estimated number of documents to separate half of the other unsure steps, or None."""
+        needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
 
-def separated(searches: Sequence[PruneRecord]) -> Separated:
-    """Find the steps of some searches at which their documents are too few to choose."""
-    compared = [s for search in searches for s in search.steps if s.margin.value is not None]
-    unsure = [s for s in compared if s.margin.low is None or s.margin.low <= 0]
-    return Separated(len(compared), tuple(unsure))
+def separate_steps(searches: Sequence[PruneRecord]) -> StepSeparation:
+    """Find the steps of searches at which there are too few calibration documents to choose."""
+    compared_steps = [s for search in searches for s in search.steps if s.margin.value is not None]
+    unsure_steps = [s for s in compared_steps if s.margin.low is None or s.margin.low <= 0]
+    return StepSeparation(len(compared_steps), tuple(unsure_steps))
 
 
 def calibration_documents(searches: Sequence[PruneRecord]) -> float:
@@ -152,39 +157,39 @@ def calibration_documents(searches: Sequence[PruneRecord]) -> float:
     return statistics.fmean(sum(cell.n for cell in search.calibration) for search in searches)
 
 
-QUESTION = "What can go, and what does the model answer without it?"
+PRUNE_QUESTION = "What can go, and what does the model answer without it?"
 
 
-def finding_of(
-    name: str,
-    searched: Sequence[Searched],
-    recommended: Mapping[Goal, Recommended],
-    failed: Mapping[str, str],
+def build_finding(
+    name: str, searches: Searches, recommendations: Recommendations, failures: Mapping[str, str]
 ) -> FindingRecord:
-    """Return the finding of the searches of one file."""
+    """Build the finding that summarises the searches of one experiment file."""
     # One model, one set of test documents and one unit share one table.
-    groups = grouped(searched, lambda one: one.asked.goal[:2]).values()
-    records = [[one.record for one in some] for some in groups]
+    groups = list(group_by(searches, lambda search: search.request.goal[:2]).values())
+    records = [[search.record for search in group] for group in groups]
+    cells = dict.fromkeys(cell for search in searches for cell in search.record.rests_on)
     return FindingRecord(
-        study=SEARCH,
+        study=SEARCH_STUDY,
         experiment=name,
         command="tracker prune",
-        question=QUESTION,
-        answers=tuple(line for some in groups for line in _answers(some, recommended)),
-        tables=tuple(made for each in records for made in (_table(each), _sets(each))),
-        charts=tuple(map(_frontier_of, records)),
-        lacking=tuple(f"{title}: {why}" for title, why in failed.items()),
-        assumptions=ASSUMED,
-        rests_on=tuple(dict.fromkeys(place for one in searched for place in one.record.rests_on)),
+        question=PRUNE_QUESTION,
+        answers=tuple(text for group in groups for text in _answers(group, recommendations)),
+        tables=tuple(
+            build(group) for group in records for build in (_searches_table, _steps_table)
+        ),
+        charts=tuple(map(_draw_frontier, records)),
+        lacking=tuple(f"{title}: {reason}" for title, reason in failures.items()),
+        assumptions=ASSUMPTIONS,
+        rests_on=tuple(cells),
     )
 
 
-COST = (
+COST_NOTE = (
     "Cost: what a search needed, as if it had been alone. Evaluations: sets of removals, each on "
     "all calibration documents, which is what a loop over pruned models would run. Passes: what "
     "was computed for them, in passes of the intact model over these documents."
 )
-ASSUMED = (
+ASSUMPTIONS = (
     "What chose and what tests are different documents, so that accuracy after pruning is not "
     "flattered by the choice; the intervals of a step are those of the test documents.",
     "What is recommended chose on calibration documents: of the sets of all strategies but random, "
@@ -192,369 +197,376 @@ ASSUMED = (
     "Accuracy: Wilson's interval; what is lost, and differences of two prunings: paired documents "
     "(Bonett and Price 2012), of the sentences for all their differences at once (Bonferroni). Of "
     "several random draws the mean counts, document by document.",
-    "A runner-up is told apart where the interval of its paired loss to what was chosen, on the "
-    "calibration documents, is above 0; with 95 % it holds beside every other candidate of the "
-    "step (Bonferroni).",
-    COST,
+    "A step is separated from its runner-up if the interval of their paired difference in loss, on "
+    "the calibration documents, is above 0. The interval holds with 95 % for all other candidates "
+    "of the step at once (Bonferroni).",
+    COST_NOTE,
 )
 
 
-def _level(record: PruneRecord, level: Estimate) -> str:
+def _format_level(record: PruneRecord, level: Estimate) -> str:
+    """Format a level, in percent if it is an accuracy."""
     return level_text(level, "%" if record.higher_is_better else "")
 
 
-def _answers(
-    searched: Sequence[Searched], recommended: Mapping[Goal, Recommended]
-) -> Iterator[str]:
-    labels = _labels([one.record for one in searched])
-    for goal in dict.fromkeys(one.asked.goal for one in searched):
-        some = [one for one in searched if one.asked.goal == goal]
-        chosen = chosen_of(some, recommended[goal])
-        first = some[0].record
-        head = f"{first.model.name} on {_benchmark(first)}, {first.amount}"
-        if chosen:
-            text = f"{head}: {_set(chosen, labels)}{_why(some, recommended[goal], labels)}"
+def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[str]:
+    """Yield the report's sentences for each goal; its searches share their test documents."""
+    labels = _search_labels([search.record for search in searches])
+    for goal, group in group_by(searches, lambda search: search.request.goal).items():
+        record, recommendation = group[0].record, recommendations[goal]
+        best = recommended_searches(group, recommendation)
+        if best:
+            text = _describe_set(best, labels) + _explain_choice(group, recommendation, labels)
         else:
             text = (
-                f"{head}: nothing is recommended, since {recommended[goal].reason}. Unpruned it "
-                f"has a test {_metric(first)} of {_level(first, first.baseline.level)}, "
-                f"n = {first.baseline.n:,}."
+                f"nothing is recommended, since {recommendation.reason}. Unpruned it has a test "
+                f"{_metric_name(record)} of {_format_level(record, record.baseline.level)}, "
+                f"n = {record.baseline.n:,}."
             )
-        yield " ".join((text, *constrained(first)))
-        yield from _beside(some, chosen)
-        for one in some:
-            for sentence in unsure_sentence([one.record], "the choice"):
-                yield f"{labels[one.record.name]}: {sentence}"
+        text = f"{record.model.name} on {_benchmark_name(record)}, {record.amount}: {text}"
+        yield " ".join((text, *constraint_sentences(record)))
+        yield from _compare_strategies(group, best)
+        for search in group:
+            for sentence in unsure_sentences([search.record], "the choice"):
+                yield f"{labels[search.record.name]}: {sentence}"
 
 
-def constrained(record: PruneRecord) -> Iterator[str]:
+def constraint_sentences(record: PruneRecord) -> Iterator[str]:
     """Yield a sentence for each constraint of a search."""
     unit = record.unit
     if record.protected:
-        verb = "was" if len(record.protected) == 1 and unit not in NUMBERED else "were"
-        words = _parts(unit, record.protected)
+        verb = "was" if len(record.protected) == 1 and unit not in NUMBERED_COMPONENTS else "were"
+        words = _format_parts(unit, record.protected)
         yield f"{words[0].upper()}{words[1:]} {verb} protected."
     if record.among is not None:
-        yield f"Only {_parts(unit, record.among)} could go."
-    for kind, said in record.at_least.items():
-        count, _, width = said.partition(" of ")
-        some = f"any {width} {unit}s in a row" if width else f"all {unit}s"
-        yield f"Of {some} at least {count} of kind {kind} had to stay."
+        yield f"Only {_format_parts(unit, record.among)} could go."
+    for kind, minimum in record.at_least.items():
+        count, _, width = minimum.partition(" of ")
+        group = f"any {width} {unit}s in a row" if width else f"all {unit}s"
+        yield f"Of {group} at least {count} of kind {kind} had to stay."
 
 
-def _parts(unit: Component, layers: Sequence[int]) -> str:
-    of = f"{many_of(unit)} of layer" if unit in NUMBERED else unit
-    return f"{of}{'s' if len(layers) > 1 else ''} {listed(in_words(layers))}"
+def _format_parts(unit: Component, layers: Sequence[int]) -> str:
+    """Describe layers, or the parts of layers: `layers 3 and 5`."""
+    unit_name = f"{unit_plural(unit)} of layer" if unit in NUMBERED_COMPONENTS else unit
+    return f"{unit_name}{'s' if len(layers) > 1 else ''} {join_words(format_layers(layers))}"
 
 
-def chosen_of(searched: Sequence[Searched], found: Recommended) -> list[Searched]:
+def recommended_searches(searches: Searches, recommendation: Recommendation) -> list[TestedSearch]:
     """Return the searches with one goal that chose the recommended set."""
-    return [
-        one
-        for one in searched
-        if one.asked.strategy != NULL and one.record.removed == found.removed
-    ]
+    informed = [search for search in searches if search.request.strategy != RANDOM_STRATEGY]
+    return [search for search in informed if search.record.removed == recommendation.removed]
 
 
-def _metric(record: PruneRecord) -> str:
+def _metric_name(record: PruneRecord) -> str:
+    """Return the name of a search's metric in sentences."""
     if not record.higher_is_better:
         return "loss"
     return "accuracy" if record.metric == record.benchmark.primary_metric else record.metric
 
 
-def _set(chosen: Sequence[Searched], labels: Mapping[str, str]) -> str:
-    """Describe a set, and the test documents' outcome."""
-    record = chosen[0].record
-    by = listed([labels[one.record.name] for one in chosen])
+def _describe_set(searches: Searches, labels: Labels) -> str:
+    """Describe a removed set and its result on the test documents."""
+    record = searches[0].record
+    strategies = join_words([labels[search.record.name] for search in searches])
     return (
-        f"by {by} it goes without {many_of(record.unit)} {record.names} "
+        f"by {strategies} it goes without {unit_plural(record.unit)} {record.names} "
         f"({len(record.removed)} of {record.there or record.model.layers}) and has a test "
-        f"{_metric(record)} of {_level(record, end(record).level)}, unpruned "
-        f"{_level(record, record.baseline.level)}, n = {record.baseline.n:,}."
+        f"{_metric_name(record)} of {_format_level(record, final_outcome(record).level)}, unpruned "
+        f"{_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}."
     )
 
 
-def _why(searched: Sequence[Searched], found: Recommended, labels: Mapping[str, str]) -> str:
-    """Describe why a set is recommended, with a leading space; empty if it is the only one."""
-    if found.step is None or found.decided_on is None:
+def _explain_choice(searches: Searches, recommendation: Recommendation, labels: Labels) -> str:
+    """Describe why a set is recommended, with a leading space; empty for the only set."""
+    step, documents = recommendation.step, recommendation.decided_on
+    if step is None or documents is None:
         return ""
-    step, count = found.step, counted(found.decided_on.n, "calibration document")
-    text = f" Of {found.of} sets none loses less on {count}, so that this is recommended"
+    count = count_text(documents.n, "calibration document")
+    head = f" Of {recommendation.n_sets} sets none loses less on {count}"
+    text = f"{head}, so this one is recommended"
     if step.margin.value is None or (step.margin.low is not None and step.margin.low > 0):
         return f"{text}."
-    second = (one.record for one in searched if one.record.removed == step.runner_up)
-    next_ = listed([labels[one.name] for one in second if one.strategy != NULL])
-    return f"{text}; they are too few to tell it from that of {next_}."
+    records = [search.record for search in searches if search.record.removed == step.runner_up]
+    strategies = [labels[r.name] for r in records if r.strategy != RANDOM_STRATEGY]
+    return f"{text}; they are too few to tell it from that of {join_words(strategies)}."
 
 
-def _beside(searched: Sequence[Searched], chosen: Sequence[Searched]) -> Iterator[str]:
-    """Yield comparisons of other strategies with the recommended set, tested simultaneously."""
-    others = []
-    for name in ("cosine_oneshot", "cosine", NULL):
-        own = [one for one in searched if one.asked.strategy == name and one not in chosen]
-        if own:
-            others.append(own)
-    apart = [
-        _choices(chosen[:1]).above(_choices(some)) if chosen else Estimate(None) for some in others
-    ]
-    documents = [some[0].record.baseline.n for some in others]
-    yield from map(_other, others, together(apart, documents))
+def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
+    """Yield comparisons of other strategies with the recommended set, in simultaneous tests."""
+    by_strategy = group_by((s for s in searches if s not in best), lambda s: s.request.strategy)
+    names = ("cosine_oneshot", "cosine", RANDOM_STRATEGY)
+    groups = [by_strategy[name] for name in names if name in by_strategy]
+    differences = [Estimate(None) for _ in groups]
+    if best:
+        result = _strategy_result(best[:1])
+        differences = [result.difference_from(_strategy_result(group)) for group in groups]
+    n_documents = [group[0].record.baseline.n for group in groups]
+    yield from map(_describe_strategy, groups, widen(differences, n_documents))
 
 
-def _choices(searched: Sequence[Searched]) -> Choices:
-    records, answered = zip(*((one.record, one.answered) for one in searched), strict=True)
-    return Choices(records, answered)
+def _strategy_result(searches: Searches) -> StrategyResult:
+    """Combine the draws of one strategy."""
+    records = tuple(search.record for search in searches)
+    return StrategyResult(records, tuple(search.outcomes for search in searches))
 
 
-def _other(searched: Sequence[Searched], found: Estimate) -> str:
+def _describe_strategy(searches: Searches, difference: Estimate) -> str:
     """Describe the result of a strategy, and its difference from the recommended set."""
-    record = searched[0].record
-    levels = [end(one.record).level.value for one in searched]
-    known = [level for level in levels if level is not None]
-    mean = statistics.fmean(known) if len(known) == len(levels) else None
-    draws = f", the mean of {counted(len(levels), 'draw')}" if len(levels) > 1 else ""
-    text = f"By {record.strategy} it is {_level(record, Estimate(mean))}{draws}"
-    if found.value is None or found.low is None or found.high is None:
+    record = searches[0].record
+    levels = [final_outcome(search.record).level.value for search in searches]
+    mean = statistics.fmean(level or 0.0 for level in levels) if None not in levels else None
+    draws = f", the mean of {count_text(len(levels), 'draw')}" if len(levels) > 1 else ""
+    text = f"By {record.strategy} it is {_format_level(record, Estimate(mean))}{draws}"
+    if difference.value is None or difference.low is None or difference.high is None:
         return f"{text}."
-    write = WRITTEN[_unit(record, "points")].write
-    less = (found.value >= 0) == record.higher_is_better
-    size = found if found.value >= 0 else -found
-    unit = f"{' pp' if record.higher_is_better else ''} {'less' if less else 'more'}"
+    write = UNIT_FORMATS[_figure_unit(record, "points")].write
+    is_less = (difference.value >= 0) == record.higher_is_better
+    size = difference if difference.value >= 0 else -difference
+    unit = f"{' pp' if record.higher_is_better else ''} {'less' if is_less else 'more'}"
     chance = "" if (size.low or 0.0) > 0 else ", which may be chance"
-    return f"{text}: {with_interval(size, write, unit)}{chance}."
+    return f"{text}: {figure_text(size, write, unit)}{chance}."
 
 
-def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = "") -> Iterator[str]:
+def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = "") -> Iterator[str]:
     """Describe steps at which the calibration documents were too few to choose, if any.
 
-    `chosen` names the choice that they had to separate from the runner-up. `each` is appended to
-    the number of documents.
+    `name` names the choice that the documents had to separate from the runner-up. `suffix` is
+    appended to the number of documents.
     """
-    found = separated(searches)
-    if not found.unsure:
+    separation = separate_steps(records)
+    if not separation.unsure_steps:
         return
+    documents = count_text(round(calibration_documents(records)), "calibration document")
     text = (
-        f"{counted(round(calibration_documents(searches)), 'calibration document')}{each} are too "
-        f"few to separate {chosen} from the runner-up at {len(found.unsure)} of "
-        f"{counted(found.compared, 'step')}"
+        f"{documents}{suffix} are too few to separate {name} from the runner-up at "
+        f"{len(separation.unsure_steps)} of {count_text(separation.n_compared, 'step')}"
     )
-    if found.level:
-        text += f", at {found.level} of which both are level"
-    if found.enough is not None:
-        half = "the others" if found.level else "these"
-        text += f"; about {found.enough:,} would at half of {half}"
+    if separation.n_level:
+        text += f", at {separation.n_level} of which both are level"
+    if separation.needed_documents is not None:
+        half = "the others" if separation.n_level else "these"
+        text += f"; about {separation.needed_documents:,} would at half of {half}"
     yield text + "."
 
 
-def cost_columns(searches: Callable[[Row], Sequence[PruneRecord]]) -> tuple[Column[Row], ...]:
-    """Return the columns of the mean cost of a row's searches; undefined without any."""
-    gone = "nothing is removed"
+def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Column[RowType], ...]:
+    """Build columns of the mean cost per row; `select` returns the searches of a row."""
+    reason = "nothing is removed"
 
-    def column(name: str, unit: Unit) -> Column[Row]:
-        def mean(row: Row) -> Estimate:
-            costs = [getattr(one.cost, name) for one in searches(row)]
-            return Estimate(statistics.fmean(costs) if costs else None, reason=gone)
+    def column(name: str, unit: FigureUnit) -> Column[RowType]:
+        def mean(row: RowType) -> Estimate:
+            costs = [getattr(search.cost, name) for search in select(row)]
+            return Estimate(statistics.fmean(costs) if costs else None, reason=reason)
 
         return Column(name, unit, mean)
 
     return (column("evaluations", "count"), column("passes", "times"), column("seconds", "count"))
 
 
-def frontier(
+def frontier_chart(
     title: str, unit: Component, better: bool, levels: Mapping[str, Sequence[Estimate | None]]
 ) -> LineChart:
-    """Draw levels against the number of removed parts: a line per strategy, from 0 parts on.
+    """Draw the test level against the number of removed parts, from 0 on: one line per strategy.
 
     `unit` is the kind of parts, and `better` whether a higher level is better.
     """
     return LineChart(
         title=title,
-        x=f"{many_of(unit)} removed",
-        y=_tested(better),
+        x=f"{unit_plural(unit)} removed",
+        y=_level_heading(better),
         unit="percent" if better else "score",
         places=tuple(range(max(map(len, levels.values())))),
-        lines=tuple(Line.of(name, each) for name, each in levels.items()),
+        lines=tuple(Line.from_figures(name, line) for name, line in levels.items()),
     )
 
 
-def _table(records: Sequence[PruneRecord]) -> Table:
-    first = records[0]
-    part = f" of the {first.part} part" if first.part else ""
-    labels = _labels(records)
+def _searches_table(records: Sequence[PruneRecord]) -> Table:
+    """Build the table of searches: a row for the intact model, then one row per search."""
+    record, labels = records[0], _search_labels(records)
+    part = f" of the {record.part} part" if record.part else ""
+    documents = count_text(record.baseline.n, "test document")
 
-    def level(one: PruneRecord | None) -> Estimate:
-        return (end(one) if one else first.baseline).level
+    def level(search: PruneRecord | None) -> Estimate:
+        return (final_outcome(search) if search else record.baseline).level
 
-    def drop(one: PruneRecord | None) -> Estimate:
-        return end(one).lost if one else Estimate(None, reason="nothing is removed")
+    def drop(search: PruneRecord | None) -> Estimate:
+        return final_outcome(search).lost if search else Estimate(None, reason="nothing is removed")
 
     columns: tuple[Column[PruneRecord | None], ...] = (
-        Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
-        Column("amount", "text", lambda one: one.amount if one else "nothing"),
-        Column("removed", "text", lambda one: one.names if one else "none"),
-        Column(_tested(first.higher_is_better), _unit(first), level, NO_SCORE),
-        Column("lost", _unit(first, "points"), drop, NO_SCORE),
-        *cost_columns(lambda one: [one] if one else []),
+        Column("strategy", "text", lambda search: labels[search.name] if search else "unpruned"),
+        Column("amount", "text", lambda search: search.amount if search else "nothing"),
+        Column("removed", "text", lambda search: search.names if search else "none"),
+        Column(_level_heading(record.higher_is_better), _figure_unit(record), level, NO_SCORE),
+        Column("lost", _figure_unit(record, "points"), drop, NO_SCORE),
+        *cost_columns(lambda search: [search] if search else []),
     )
-    return table(
-        f"{first.model.name} · {_benchmark(first)}: pruned by each strategy, on "
-        f"{counted(first.baseline.n, 'test document')}{part}",
+    calibrations = dict.fromkeys(_calibration_text(search) for search in records)
+    return build_table(
+        f"{record.model.name} · {_benchmark_name(record)}: pruned by each strategy, on "
+        f"{documents}{part}",
         columns,
         [None, *records],
-        *_numbered(first),
-        *dict.fromkeys(
-            f"calibration documents: {_calibration(one)}" for one in records if one.calibration
-        ),
+        *_explain_names(record),
+        *(f"calibration documents: {text}" for text in calibrations if text),
     )
 
 
-def _numbered(record: PruneRecord) -> Iterator[str]:
-    """Explain names such as 12.5 by the first one."""
-    if record.unit in NUMBERED:
-        parts, first = record.parts, record.removed[0]
-        name, layer, number = parts.name(first), parts.layer_of(first), parts.number_of(first)
-        yield f"{name}: {record.unit} {number} of layer {layer}, both counted from 0"
+def _explain_names(record: PruneRecord) -> Iterator[str]:
+    """Explain the notation of part names such as `12.5`, with the first removed part."""
+    if record.unit in NUMBERED_COMPONENTS:
+        parts, part = record.parts, record.removed[0]
+        words = f"{record.unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"
+        yield f"{parts.name(part)}: {words}, both count_text from 0"
 
 
-def _tested(higher_is_better: bool) -> str:
+def _level_heading(higher_is_better: bool) -> str:
+    """Return the heading of a column or axis of test levels."""
     return "test accuracy" if higher_is_better else "test loss"
 
 
-def _unit(record: PruneRecord, unit: Unit = "percent") -> Unit:
+def _figure_unit(record: PruneRecord, unit: FigureUnit = "percent") -> FigureUnit:
     """Return the unit of a level, or of a change in `points`."""
     return unit if record.higher_is_better else "score"
 
 
-def _calibration(record: PruneRecord) -> str:
+def _calibration_text(record: PruneRecord) -> str:
+    """Describe the calibration documents; empty if there are none."""
     return ", ".join(
-        f"{each.n:,} of {each.benchmark}{f' ({each.part})' if each.part else ''}"
-        for each in record.calibration
+        f"{cell.n:,} of {cell.benchmark}{f' ({cell.part})' if cell.part else ''}"
+        for cell in record.calibration
     )
 
 
-def _labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Return labels of searches: their strategies, and other differences between equal ones.
+def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
+    """Return the label of each search: its strategy, and differences from similar searches.
 
-    That is the calibration benchmarks and the constraints.
+    The possible differences are the calibration documents and the constraints.
     """
-    found = {}
-    for alike in grouped(records, lambda one: (one.label, one.amount)).values():
-        for one in alike:
-            words = [text(one) for text in (_calibration, _stays) if len(set(map(text, alike))) > 1]
-            found[one.name] = ", ".join(filter(None, (one.label, *words)))
-    return found
+    labels = {}
+    for group in group_by(records, lambda record: (record.label, record.amount)).values():
+        texts = (_calibration_text, _constraints_text)
+        differing = [text for text in texts if len(set(map(text, group))) > 1]
+        for record in group:
+            words = (record.label, *(text(record) for text in differing))
+            labels[record.name] = ", ".join(filter(None, words))
+    return labels
 
 
-def _stays(record: PruneRecord) -> str:
+def _constraints_text(record: PruneRecord) -> str:
     """Describe the constraints as a part of a label."""
-    among = "" if record.among is None else f"among {listed(in_words(record.among))}"
-    protected = f"without {listed(in_words(record.protected))}" if record.protected else ""
-    least = (f"{said} {kind} left" for kind, said in record.at_least.items())
-    return ", ".join(filter(None, (among, protected, *least)))
+    among = "" if record.among is None else f"among {join_words(format_layers(record.among))}"
+    protected = f"without {join_words(format_layers(record.protected))}" if record.protected else ""
+    minimums = (f"{minimum} {kind} left" for kind, minimum in record.at_least.items())
+    return ", ".join(filter(None, (among, protected, *minimums)))
 
 
-def _benchmark(record: PruneRecord) -> str:
+def _benchmark_name(record: PruneRecord) -> str:
     """Return the benchmark's name, with the seed of its halves unless it is the default."""
     seed = record.benchmark.seed
     return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
 
 
-class _Step(NamedTuple):
-    """A row: a step of a search, counted from 1."""
+class _StepRow(NamedTuple):
+    """A table row: one step of a search, counted from 1."""
 
     search: str
     number: int
     step: PruneStep
 
 
-def _sets(records: Sequence[PruneRecord]) -> Table:
-    """Build the table of the steps of searches, one row each."""
-    first, labels = records[0], _labels(records)
+def _steps_table(records: Sequence[PruneRecord]) -> Table:
+    """Build the table of steps: one row per step of each search."""
+    record, labels = records[0], _search_labels(records)
+    is_numbered = record.unit in NUMBERED_COMPONENTS
 
-    def name(row: _Step) -> str | None:
-        return None if row.step.layer is None else first.parts.name(row.step.layer)
+    def part(row: _StepRow) -> str | int | None:
+        layer = row.step.layer
+        return record.parts.name(layer) if is_numbered and layer is not None else layer
 
-    def score(row: _Step) -> Estimate:
+    def score(row: _StepRow) -> Estimate:
         return Estimate(row.step.score, reason=row.step.reasons.get("score") or NO_SCORE)
 
-    def margin(row: _Step) -> Estimate:
-        why = row.step.reasons.get("margin") or "nothing was compared"
-        return replace(row.step.margin, reason=why)
+    def margin(row: _StepRow) -> Estimate:
+        reason = row.step.reasons.get("margin") or "nothing was compared"
+        return replace(row.step.margin, reason=reason)
 
-    lost = "test accuracy lost" if first.higher_is_better else "test loss added"
-    whole = "the step chose all of its set"
-    of_steps: Column[_Step] = Column(first.unit, "count", lambda row: row.step.layer, whole)
-    if first.unit in NUMBERED:
-        of_steps = Column(first.unit, "text", name, whole)
-    columns: tuple[Column[_Step], ...] = (
+    def drop(row: _StepRow) -> Estimate:
+        return test_outcome(row.step).lost
+
+    drop_heading = "test accuracy lost" if record.higher_is_better else "test loss added"
+    part_unit: FigureUnit = "text" if is_numbered else "count"
+    columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        of_steps,
+        Column(record.unit, part_unit, part, "the step chose all of its set"),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
-        Column(lost, _unit(first, "points"), lambda row: tested(row.step).lost, NO_SCORE),
+        Column(drop_heading, _figure_unit(record, "points"), drop, NO_SCORE),
     )
-    return table(
-        f"{first.model.name} · {_benchmark(first)}: step by step",
+    rows = [_StepRow(labels[s.name], *step) for s in records for step in enumerate(s.steps, 1)]
+    return build_table(
+        f"{record.model.name} · {_benchmark_name(record)}: step by step",
         columns,
-        [_Step(labels[one.name], *step) for one in records for step in enumerate(one.steps, 1)],
+        rows,
         "score: what the strategy makes small, on the calibration documents, in its unit",
     )
 
 
-def _frontier_of(records: Sequence[PruneRecord]) -> LineChart:
-    first = records[0]
-    labels = _labels(records)
-    ascending = sorted(records, key=lambda record: len(record.removed))
+def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
+    """Draw the test level of each strategy against the number of removed parts."""
+    record, labels = records[0], _search_labels(records)
+    ascending = sorted(records, key=lambda search: len(search.removed))
     # Of several amounts of one strategy, the last has all steps.
-    longest = {labels[record.name]: record for record in ascending}
-    most = len(ascending[-1].removed)
+    longest = {labels[search.name]: search for search in ascending}
+    counts = range(len(ascending[-1].removed) + 1)
     levels: dict[str, list[Estimate | None]] = {}
-    for label, one in longest.items():
-        at = {0: one.baseline, **{len(s.removed): s.test for s in one.steps if s.test}}
-        levels[label] = [at[n].level if n in at else None for n in range(most + 1)]
-    title = f"{first.model.name} · {_benchmark(first)}: what is left, the more goes"
-    return frontier(title, first.unit, first.higher_is_better, levels)
+    for label, search in longest.items():
+        outcomes = {0: search.baseline, **{len(s.removed): s.test for s in search.steps if s.test}}
+        levels[label] = [outcomes[n].level if n in outcomes else None for n in counts]
+    title = f"{record.model.name} · {_benchmark_name(record)}: what is left, the more goes"
+    return frontier_chart(title, record.unit, record.higher_is_better, levels)
 
 
-def savable(
-    searched: Sequence[Searched], recommended: Mapping[Goal, Recommended]
-) -> tuple[Searched, CellRequest] | None:
-    """Find the first recommended set that can be saved, with the request of its last step's run.
+def find_savable(
+    searches: Searches, recommendations: Recommendations
+) -> tuple[TestedSearch, CellRequest] | None:
+    """Find the first recommended set that can be saved, and the request of its last step's run.
 
-    It belongs to the first model, benchmark and amount of the file; None if none can be saved.
+    The set belongs to the first model, benchmark and amount of the file. None if no set can be
+    saved.
     """
-    for goal, found in recommended.items():
-        some = [one for one in searched if one.asked.goal == goal]
-        for one in chosen_of(some, found):
-            if one.asked.unit == "layer" and one.request is not None:
-                return one, one.request
+    for goal, recommendation in recommendations.items():
+        group = [search for search in searches if search.request.goal == goal]
+        for search in recommended_searches(group, recommendation):
+            if search.request.unit == "layer" and search.run_request is not None:
+                return search, search.run_request
     return None
 
 
-def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
-    """Return the command that saves a pruning, proved on the documents that tested it."""
+def export_command(record: PruneRecord, request: CellRequest, results: Path) -> str:
+    """Return the command that saves a pruned model and proves it on the test documents."""
     removed = ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
-    return saving_line(removed, asked, results)
+    return save_command(removed, request, results)
 
 
-def saving_line(change: Sequence[str], asked: CellRequest, results: Path) -> str:
-    """Return the command that saves a changed model, proved on a request's documents."""
-    settings = asked.settings
+def save_command(change: Sequence[str], request: CellRequest, results: Path) -> str:
+    """Return the command that saves a changed model and proves it on a request's documents."""
+    settings = request.settings
     words = ["tracker", "export", settings.model, "--dtype", settings.dtype, *change]
-    for name in KEYS.values():
+    for name in FIELDS_BY_KEY.values():
         value = getattr(settings, name)
-        if name not in _SAID and value != CellSettings.model_fields[name].default:
-            words += [f"--{name}", _typed(value)]
+        if name not in _SEPARATE_KEYS and value != CellSettings.model_fields[name].default:
+            words += [f"--{name}", _format_option(value)]
     words += ["--results", str(results)] if results != Path("results") else []
     return shlex.join(words)
 
 
-_SAID = {*ChangeGrid.model_fields, "model", "dtype", "removed"}
+_SEPARATE_KEYS = {*ChangeGrid.model_fields, "model", "dtype", "removed"}
 
 
-def _typed(value: object) -> str:
-    """Format a setting as the command takes it."""
+def _format_option(value: object) -> str:
+    """Format a setting as an option of the command."""
     if isinstance(value, tuple):
         return str(value[0]) if len(value) == 1 else json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

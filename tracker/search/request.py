@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,218 +21,235 @@ from pydantic import AfterValidator, model_validator
 
 from tracker.core.config import CellRequest, CellSettings
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
-from tracker.core.experiment import MAX_CELLS, Choice, Grid, Sweep, grid_of
+from tracker.core.experiment import MAX_CELLS, Grid, GridValues, Sweep, grid_class
 from tracker.core.experiment_input import (
     ExperimentInput,
+    ExperimentSource,
     FileKind,
-    Given,
-    is_of_removals,
+    is_removal_file,
     read_input,
 )
-from tracker.core.fields import Name, checked, decoded
-from tracker.core.kinds import NUMBERED, Component
+from tracker.core.fields import Name, decode_arguments, validate_settings
+from tracker.core.kinds import NUMBERED_COMPONENTS, Component
 from tracker.core.prune_records import Rescoring
-from tracker.core.search_parts import many_of
-from tracker.search.settings import CONSTRAINTS, OF_CELLS, Amount, SearchSettings, amount, in_words
-from tracker.search.strategies import BLIND, DRAWN, NULL, OF_LAYERS, RESCORED, STRATEGIES
+from tracker.core.search_parts import unit_plural
+from tracker.search.settings import (
+    CELL_KEYS,
+    CONSTRAINTS,
+    Amount,
+    SearchSettings,
+    format_layers,
+    parse_amount,
+)
+from tracker.search.strategies import (
+    BLIND_STRATEGIES,
+    DRAWN_STRATEGIES,
+    LAYER_STRATEGIES,
+    RANDOM_STRATEGY,
+    RESCORED_STRATEGIES,
+    STRATEGIES,
+)
 
-Goal = tuple[CellRequest, Component, str, str]
-"""The test documents of searches, the kind of parts, the amount, and the constraints."""
-_NEVER_SAID = {"heads", "experts", "maps", "repeats", "control"}
-"""Keys of a cell that are newer than the names of searches."""
-DEFAULT = ("accuracy", "cosine_oneshot", NULL)
-"""Default strategies: by real outcomes, by the usual proxy, and by chance."""
+SearchGoal = tuple[CellRequest, Component, str, str]
+"""Goal of searches: the test documents, the kind of parts, the amount, and the constraints."""
+_NEW_CELL_KEYS = {"heads", "experts", "maps", "repeats", "control"}
+"""Keys of a cell that were added after the format of search names."""
+DEFAULT_STRATEGIES = ("accuracy", "cosine_oneshot", RANDOM_STRATEGY)
+"""Default strategies: by measured outcomes, by the usual proxy, and at random."""
 
 
-def _known(name: str) -> str:
+def _check_strategy(name: str) -> str:
+    """Return the name of a strategy; raise ValueError for any other name."""
     if name not in STRATEGIES:
-        near = did_you_mean(name, STRATEGIES)
-        raise ValueError(f"there is no strategy {name!r}.{near} Known are {', '.join(STRATEGIES)}")
+        suggestion = f"{did_you_mean(name, STRATEGIES)} Known are {', '.join(STRATEGIES)}"
+        raise ValueError(f"there is no strategy {name!r}.{suggestion}")
     return name
 
 
 class SearchRequest(SearchSettings):
-    """One search for parts to remove: of one model, for one benchmark, by one strategy."""
+    """A search for parts of one model to remove, for one benchmark, by one strategy."""
 
     cell: CellRequest
-    """The model and the benchmark that it is for."""
-    strategy: Annotated[Name, AfterValidator(_known)] = DEFAULT[0]
+    """The model and the benchmark of the search."""
+    strategy: Annotated[Name, AfterValidator(_check_strategy)] = DEFAULT_STRATEGIES[0]
 
     @model_validator(mode="after")
     def _fit_together(self) -> SearchRequest:
+        """Raise ValueError if settings contradict each other."""
+        for problem in self._problems():
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """Yield a reason for each contradiction between settings."""
         if (self.remove is None) == (self.keep is None):
-            raise ValueError(
+            yield (
                 "'remove' or 'keep', one of the two, says how much is to go: remove: {value: 8}, "
                 'or keep: {value: "100M parameters"}'
             )
-        if self.unit != "layer":
-            if self.strategy in OF_LAYERS:
-                fit = ", ".join(name for name in STRATEGIES if name not in OF_LAYERS)
-                raise ValueError(
-                    f"{self.strategy} scores whole layers, and 'unit' is {self.unit}; use {fit}"
-                )
-            if self.amount.measure != "parts":
-                raise ValueError(
-                    f"'unit' is {self.unit}, of which 'remove' and 'keep' count so many, or so "
-                    f"many per cent; {self.amount.text} is of whole layers"
-                )
-        if self.unit in NUMBERED and self.at_least:
-            raise ValueError(
-                f"'at_least' counts layers that stay, and 'unit' is {self.unit}: of each layer "
-                f"some {many_of(self.unit)} stay anyway; write 'protect' or 'among'"
+        unit, amount = self.unit, self.amount
+        if unit != "layer" and self.strategy in LAYER_STRATEGIES:
+            fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
+            yield f"{self.strategy} scores whole layers, and 'unit' is {unit}; use {fitting}"
+        if unit != "layer" and amount.measure != "parts":
+            yield (
+                f"'unit' is {unit}, for which 'remove' and 'keep' take a number or a percentage; "
+                f"{amount.text} is of whole layers"
             )
-        if self.rescoring == "race":
-            if len(self.calibrate) > 1:
-                raise ValueError(
-                    "'rescoring: race' is for one calibration benchmark; write full or lazy"
-                )
-            if self.sample is not None:
-                raise ValueError(
-                    "'rescoring: race' takes as many calibration documents as it needs; leave "
-                    "'sample' out"
-                )
-        return self
+        if unit in NUMBERED_COMPONENTS and self.at_least:
+            yield (
+                f"'at_least' counts layers that stay, and 'unit' is {unit}: of each layer some "
+                f"{unit_plural(unit)} stay anyway; write 'protect' or 'among'"
+            )
+        if self.rescoring == "race" and len(self.calibrate) > 1:
+            yield "'rescoring: race' is for one calibration benchmark; write full or lazy"
+        if self.rescoring == "race" and self.sample is not None:
+            yield "'rescoring: race' takes as many documents as it needs; leave 'sample' out"
 
     @property
     def amount(self) -> Amount:
         """The amount to remove or to keep."""
-        return amount(self.remove or self.keep or "")
+        return parse_amount(self.remove or self.keep or "")
 
     @property
-    def word(self) -> Literal["remove", "keep"]:
+    def amount_key(self) -> Literal["remove", "keep"]:
         """The key of the amount: `remove` or `keep`."""
         return "keep" if self.remove is None else "remove"
 
     @property
-    def asked(self) -> str:
-        """The amount as displayed: `remove 8`, `remove 8 heads`, `keep 75 % of experts`."""
-        of = "" if self.unit not in NUMBERED else f" {many_of(self.unit)}"
-        if of and self.amount.share:
-            of = f" of{of}"
-        return f"{self.word} {self.amount.text}{of}"
+    def amount_text(self) -> str:
+        """The amount in messages: `remove 8`, `remove 8 heads`, `keep 75 % of experts`."""
+        if self.unit not in NUMBERED_COMPONENTS:
+            return f"{self.amount_key} {self.amount.text}"
+        suffix = " of" if self.amount.is_share else ""
+        return f"{self.amount_key} {self.amount.text}{suffix} {unit_plural(self.unit)}"
 
     @property
     def title(self) -> str:
         """The search's name in messages."""
-        on = f"calibrated on {', '.join(self.calibrate)}" if self.calibrate else ""
-        words = (self.cell.title, self.strategy, self.asked, self.stays, on)
-        return ", ".join(filter(None, words))
+        texts = [self.cell.title, self.strategy, self.amount_text, self.constraints_text]
+        if self.calibrate:
+            texts.append(f"calibrated on {', '.join(self.calibrate)}")
+        return ", ".join(filter(None, texts))
 
     @property
-    def stays(self) -> str:
-        """The constraints as written: `protect 0, 1, last`; empty without any."""
-        said = {key: ", ".join(in_words(getattr(self, key))) for key in ("protect", "among")}
-        said["at_least"] = ", ".join(f"{k}: {n}" for k, n in decoded(self.at_least).items())
-        return ", ".join(f"{key} {words}" for key, words in said.items() if words)
+    def constraints_text(self) -> str:
+        """The constraints as the user wrote them: `protect 0, 1, last`; empty without any."""
+        texts = {key: ", ".join(format_layers(getattr(self, key))) for key in ("protect", "among")}
+        minimums = decode_arguments(self.at_least)
+        texts["at_least"] = ", ".join(f"{kind}: {n}" for kind, n in minimums.items())
+        return ", ".join(f"{key} {words}" for key, words in texts.items() if words)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that name a search, without keys that are newer or do not apply."""
-        said = self.model_dump(mode="json", exclude={"cell"})
-        cell = self.cell.settings.model_dump(mode="json", exclude=_NEVER_SAID)
-        said["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
-        return {key: value for key, value in said.items() if value or key not in CONSTRAINTS}
+        """The settings that identify a search, without newer keys or keys that do not apply."""
+        settings = self.model_dump(mode="json", exclude={"cell"})
+        cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
+        settings["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
+        return {key: value for key, value in settings.items() if value or key not in CONSTRAINTS}
 
     @property
-    def draws_of(self) -> tuple[int | None, ...]:
-        """The numbers of its draws; one None for a strategy that does not draw."""
-        return tuple(range(1, self.draws + 1)) if self.strategy in DRAWN else (None,)
+    def draw_numbers(self) -> tuple[int | None, ...]:
+        """The numbers of the draws; a single None for a strategy without random draws."""
+        return tuple(range(1, self.draws + 1)) if self.strategy in DRAWN_STRATEGIES else (None,)
 
     @property
-    def rescored(self) -> Rescoring:
-        """The rescoring of candidates; `full` for strategies without a choice."""
-        return self.rescoring if self.strategy in RESCORED else "full"
+    def used_rescoring(self) -> Rescoring:
+        """The rescoring of candidates; `full` for strategies without this setting."""
+        return self.rescoring if self.strategy in RESCORED_STRATEGIES else "full"
 
     def calibration(self) -> tuple[CellRequest, ...]:
-        """Return the requests of the cells that choose; none if the strategy uses no documents."""
-        if self.strategy in BLIND:
+        """Return the requests of the calibration cells; empty if the strategy uses no documents."""
+        if self.strategy in BLIND_STRATEGIES:
             return ()
-        return tuple(map(self._of, self.calibrate or (self.cell.benchmark.benchmark,)))
+        return tuple(map(self._calibration_on, self.calibrate or (self.cell.benchmark.benchmark,)))
 
-    def _of(self, benchmark: str) -> CellRequest:
-        cell = self.cell.on("calibration", sample=self.sample)
+    def _calibration_on(self, benchmark: str) -> CellRequest:
+        """Return the request of a benchmark's calibration documents."""
+        cell = self.cell.on_part("calibration", sample=self.sample)
         if benchmark == self.cell.benchmark.benchmark:
             return cell
-        spec = cell.benchmark.named(benchmark)
+        spec = cell.benchmark.renamed(benchmark)
         if benchmark.startswith("corpus:"):
             spec = spec.model_copy(update={"num_fewshot": None})
         return replace(cell, benchmark=spec, metric=None)
 
     def test(self) -> CellRequest:
-        """Return the request of the test cell, on documents that never choose."""
-        return self.cell.on("test", sample=self.test_sample)
+        """Return the request of the test cell, whose documents never influence the choice."""
+        return self.cell.on_part("test", sample=self.test_sample)
 
     @property
-    def goal(self) -> Goal:
-        """The goal: searches with the same one have comparable sets."""
-        return self.test(), self.unit, self.asked, self.stays
+    def goal(self) -> SearchGoal:
+        """The goal; searches with the same goal choose comparable sets."""
+        return self.test(), self.unit, self.amount_text, self.constraints_text
 
 
-class _Constraint(Choice):
-    """One value that may itself be a mapping: W&B treats each number of a range as a value."""
+class _Constraint(GridValues):
+    """A constraint in a grid, which may be a mapping that W&B would take for a range of values."""
 
     @model_validator(mode="before")
     @classmethod
-    def _is_no_range(cls, given: object) -> object:
-        if isinstance(given, dict) and not given.keys() & {"value", "values"}:
-            written = ", ".join(f"{key}: {value}" for key, value in given.items())
-            raise ValueError(f"write {{value: {{{written}}}}}: what must stay is one value")
-        return given
+    def _refuse_range(cls, content: object) -> object:
+        """Raise ValueError for a mapping that is not written below `value` or `values`."""
+        if isinstance(content, dict) and not content.keys() & {"value", "values"}:
+            entries = ", ".join(f"{key}: {value}" for key, value in content.items())
+            raise ValueError(f"write {{value: {{{entries}}}}}: what must stay is one value")
+        return content
 
 
 if TYPE_CHECKING:  # type checkers do not accept a generated class
     SearchParameters = Grid
 else:
-    SearchParameters = grid_of(
+    SearchParameters = grid_class(
         "SearchParameters",
-        {key: CellSettings.model_fields[key] for key in OF_CELLS}
+        {key: CellSettings.model_fields[key] for key in CELL_KEYS}
         | {key: SearchRequest.model_fields[key] for key in SearchSettings.model_fields},
         dict.fromkeys(CONSTRAINTS, _Constraint),
     )
 
 
-def deciding(searches: Sequence[SearchRequest]) -> CellRequest:
-    """Return the request of the documents that decide between searches with one goal.
+def deciding_request(searches: Sequence[SearchRequest]) -> CellRequest:
+    """Return the request of the documents that compare searches with one goal.
 
-    They are the calibration documents of the benchmark itself, as many as any search had.
+    These are calibration documents of the goal's benchmark, as many as the largest search sample.
     """
-    samples = [one.sample for one in searches if one.sample is not None]
-    most = max(samples) if len(samples) == len(searches) else None
-    return searches[0].cell.on("calibration", sample=most)
+    samples = [search.sample for search in searches if search.sample is not None]
+    sample = max(samples) if len(samples) == len(searches) else None
+    return searches[0].cell.on_part("calibration", sample=sample)
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Build a request from settings (None = default); raise RequestError for an invalid value."""
-    said = {name: value for name, value in settings.items() if value is not None}
-    own = {name: said.pop(name) for name in SearchSettings.model_fields if name in said}
-    return search_of(checked(CellSettings, {"layers": (), **said}, prefix).request, own, prefix)
+    """Build a search from settings (None = default); raise RequestError for an invalid value."""
+    settings = {name: value for name, value in settings.items() if value is not None}
+    search = {name: settings.pop(name) for name in SearchSettings.model_fields if name in settings}
+    cell = validate_settings(CellSettings, {"layers": (), **settings}, prefix).request
+    return build_search(cell, search, prefix)
 
 
-def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Build a request from a cell and the settings of the search alone.
+def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
+    """Build a search from a cell and the settings that only searches have.
 
     Raises RequestError for an invalid value.
     """
-    return checked(SearchRequest, {"cell": cell, **own}, prefix)
+    return validate_settings(SearchRequest, {"cell": cell, **settings}, prefix)
 
 
-def refuse_idle(searches: Collection[SearchRequest]) -> None:
-    """Raise RequestError for settings that none of some searches uses."""
-    chosen = {each.strategy for each in searches}
-    for name, users in (("rescoring", RESCORED), ("draws", DRAWN)):
-        said = {getattr(each, name) for each in searches if name in each.model_fields_set}
-        idle = sorted(map(str, said - {"full"}))
-        if idle and not chosen & set(users):
-            value = f": {', '.join(idle)}" if name == "rescoring" else ""
+def refuse_unused_settings(searches: Collection[SearchRequest]) -> None:
+    """Raise RequestError for a setting that no search uses."""
+    strategies = {search.strategy for search in searches}
+    for name, users in (("rescoring", RESCORED_STRATEGIES), ("draws", DRAWN_STRATEGIES)):
+        values = {getattr(s, name) for s in searches if name in s.model_fields_set} - {"full"}
+        if values and strategies.isdisjoint(users):
+            value = f": {', '.join(sorted(values))}" if name == "rescoring" else ""
             raise RequestError(
                 f"'{name}{value}' is for {' and '.join(users)}, and this is about "
-                f"{', '.join(sorted(chosen))}; leave '{name}' out"
+                f"{', '.join(sorted(strategies))}; leave '{name}' out"
             )
 
 
 def refuse_draws(searches: Collection[SearchRequest]) -> None:
-    """Raise RequestError if random draws alone are to be saved."""
-    if {each.strategy for each in searches} == {NULL}:
+    """Raise RequestError if the result to save would come from random draws alone."""
+    if {search.strategy for search in searches} == {RANDOM_STRATEGY}:
         raise RequestError(
             "--output saves what is recommended, and random draws are never recommended; add "
             "another strategy, or leave --output out and save one by 'tracker export'"
@@ -240,40 +257,35 @@ def refuse_draws(searches: Collection[SearchRequest]) -> None:
 
 
 class PruneFile(Sweep):
-    """One experiment file of searches."""
+    """An experiment file that defines a grid of searches."""
 
     parameters: SearchParameters
 
     def searches(self) -> list[SearchRequest]:
-        """Expand the grid, with equal models next to each other.
+        """Expand the grid to searches; those of the same model are adjacent.
 
         Raises RequestError for an invalid value.
         """
-        grid = {"strategy": list(DEFAULT), **self.parameters.options}
-        options = dict(sorted(grid.items()))
-        count = math.prod(map(len, options.values()))
+        grid = {"strategy": list(DEFAULT_STRATEGIES), **self.parameters.options}
+        names, options = zip(*sorted(grid.items()), strict=True)
+        count = math.prod(map(len, options))
         if count > MAX_CELLS:
-            raise ExperimentError(
-                f"'parameters': the grid has {count:,} searches; one file may have {MAX_CELLS:,}. "
-                "Split it into several"
-            )
-        found: dict[SearchRequest, None] = {}
-        for values in itertools.product(*options.values()):
-            settings = dict(zip(options, values, strict=True))
-            found[search_request(settings, "parameters.")] = None
-        refuse_idle(found)
-        capped = list(found)[: self.run_cap]
-        return sorted(capped, key=lambda one: one.cell.model.order)
+            limit = f"one file may have {MAX_CELLS:,}. Split it into several"
+            raise ExperimentError(f"'parameters': the grid has {count:,} searches; {limit}")
+        rows = (dict(zip(names, values, strict=True)) for values in itertools.product(*options))
+        requests = list(dict.fromkeys(search_request(row, "parameters.") for row in rows))
+        refuse_unused_settings(requests)
+        return sorted(requests[: self.run_cap], key=lambda request: request.cell.model.order)
 
 
 def load_searches(
-    given: Given, settings: Mapping[str, Any] | None = None
+    source: ExperimentSource, settings: Mapping[str, Any] | None = None
 ) -> ExperimentInput[PruneFile]:
     """Read and check the requests of searches.
 
     Args:
-        given: The file, or its contents in another form.
-        settings: Keys of the file with their values, as `with_settings` takes them.
+        source: The path of the file, or its contents.
+        settings: Values for keys of the file, as `with_settings` takes them.
 
     Returns:
         The requests.
@@ -281,14 +293,14 @@ def load_searches(
     Raises:
         ExperimentError: The file is missing, is not YAML, or has unknown keys or values.
     """
-    return read_input(given, settings or {}, _SEARCHES)
+    return read_input(source, settings or {}, _SEARCHES)
 
 
 _SEARCHES = FileKind(
     PruneFile,
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
-    is_of_removals,
+    is_removal_file,
     "says itself what is removed ('layer'), where a search takes 'remove' or 'keep', such as "
     "remove: {value: 8}. To measure it: tracker run",
 )

@@ -1,6 +1,6 @@
-"""Score sets of removals, and parts that could be removed next, on the calibration documents.
+"""Score removals of sets of parts, and candidates for the next removal, on calibration documents.
 
-All scores are losses: the smaller, the better it is to remove.
+All scores are losses: the smaller the loss, the better the removal.
 """
 
 from __future__ import annotations
@@ -11,110 +11,110 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tracker.analysis.stopping import CandidateRace
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.estimates import Estimate
-from tracker.core.proxies import PROXIES, passes
+from tracker.core.proxies import PROXIES, proxy_cost
 from tracker.core.prune_records import PruneCost, PruneStep
 from tracker.core.search_parts import SearchParts
-from tracker.engine.observers.layer_proxies import output_proxies, span_similarity
+from tracker.engine.observers.layer_proxies import measure_span_similarity, output_proxies
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.shards import Arrays
-from tracker.measuring.meter import Place
-from tracker.measuring.observing import Observe
-from tracker.search.cells import OpenCell
+from tracker.ledger.shards import DocumentArrays
+from tracker.measuring.meter import DocumentKey
+from tracker.measuring.observing import ObserveDocument
+from tracker.search.cells import OpenCell, engine_passes
 from tracker.stats.accuracy import mean_interval
-from tracker.stats.arrays import Array, per_token
-from tracker.stats.rank_agreement import rounded
-from tracker.stats.support import together
+from tracker.stats.arrays import Array, token_means
+from tracker.stats.rank_agreement import rounded_values
+from tracker.stats.support import widen
 
-Set = tuple[int, ...]
-"""Parts that are removed together, ascending, as `SearchParts` numbers them."""
+PartSet = tuple[int, ...]
+"""Numbers of parts that are removed together, ascending, as `SearchParts` numbers them."""
 
-NO_FINITE = (
+NO_FINITE_SCORE = (
     "no removal has a finite score on all calibration documents; take another strategy, or dtype: "
     "{value: float32}"
 )
-"""Reasons given if nothing can be compared."""
-_TURNING = ("cosine_score", "relative_update", "angular_distance")
-"""Proxies that are stored together, as one kind of observation."""
+"""Error messages if no removals can be compared."""
+_DIRECTION_PROXIES = ("cosine_score", "relative_update", "angular_distance")
+"""Proxies that one observation measures and stores together."""
 
 
-def grown(removed: Set, *parts: int) -> Set:
-    """Return a set extended by some parts."""
+def add_parts(removed: PartSet, *parts: int) -> PartSet:
+    """Return a set of parts extended by further parts."""
     return tuple(sorted((*removed, *parts)))
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of some sets, document by document.
+    """The loss of each document under the removal of each of some sets.
 
     Attributes:
         sets: The sets of removed parts.
         values: Losses `[documents, sets]`.
         weights: Weights of documents `[documents]`, summing to 1.
-        ties: Values that decide between sets of equal loss `[sets]`.
-        binary: Whether a document's losses differ by whole numbers.
+        tie_breakers: Values that order sets of equal loss `[sets]`.
+        is_binary: True if a document's losses differ by whole numbers only.
     """
 
-    sets: Sequence[Set]
+    sets: Sequence[PartSet]
     values: Array
     weights: Array
-    ties: Array
-    binary: bool = False
+    tie_breakers: Array
+    is_binary: bool = False
 
     @property
     def means(self) -> Array:
         """The loss of each set; infinite if any document's loss is not finite."""
-        return np.nan_to_num(rounded(self.weights @ self.values), nan=np.inf)
+        return np.nan_to_num(rounded_values(self.weights @ self.values), nan=np.inf)
 
     @property
     def order(self) -> list[int]:
-        """The indices of sets from the smallest loss to the largest.
+        """The indices of sets in ascending order of loss.
 
-        Equal losses are ordered by `ties`, then the set whose parts are later comes first.
+        Equal losses are ordered by `tie_breakers`. Then the set with later parts comes first.
         """
-        ties = np.nan_to_num(rounded(self.ties), nan=np.inf)
-        later = ([-part for part in reversed(each)] for each in self.sets)
-        keys = list(zip(self.means, ties, later, strict=True))
+        ties = np.nan_to_num(rounded_values(self.tie_breakers), nan=np.inf)
+        later_first = ([-part for part in reversed(part_set)] for part_set in self.sets)
+        keys = list(zip(self.means, ties, later_first, strict=True))
         return sorted(range(len(keys)), key=keys.__getitem__)
 
-    def step(self, before: Set | None, order: Sequence[int] | None = None) -> PruneStep:
+    def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
         """Choose the best set, and estimate its margin over the runner-up.
 
-        Raises CellError if no loss is finite. `before` is the set it extends; None if there is
-        none.
+        `removed` is the set that the step extends; None if there is none. Raises CellError if no
+        loss is finite.
         """
         best, *others = self.order if order is None else order
         means = self.means
         if not math.isfinite(means[best]):
-            raise CellError(NO_FINITE)
+            raise CellError(NO_FINITE_SCORE)
         chosen = self.sets[best]
-        added = None if before is None else next(iter(set(chosen) - set(before)))
+        added = None if removed is None else next(iter(set(chosen) - set(removed)))
         step = PruneStep(removed=chosen, layer=added, score=float(means[best]))
         if not others or not math.isfinite(means[others[0]]):
             return step.model_copy(update={"reasons": {"margin": "there was nothing else"}})
-        second = others[0]
-        apart = self.values[:, second] - self.values[:, best]
-        extra = (1.0, -1.0) if self.binary else ()
-        margin = float(means[second] - means[best])
+        second, n = others[0], len(self.values)
+        differences = self.values[:, second] - self.values[:, best]
+        extremes = (1.0, -1.0) if self.is_binary else ()
+        mean = float(means[second] - means[best])
         # It is the best of many: the intervals beside all others hold simultaneously.
-        alone = Estimate(margin, *mean_interval(apart, self.weights, extra))
-        (wide,) = together([alone], [len(apart)], len(others))
-        found: dict[str, object] = {"runner_up": self.sets[second], "margin": wide}
-        if margin and wide.low is not None and wide.high is not None and wide.low <= 0:
-            half = (wide.high - wide.low) / 2
-            found["separates"] = math.ceil(len(apart) * (half / margin) ** 2)
-        return step.model_copy(update=found)
+        margin = Estimate(mean, *mean_interval(differences, self.weights, extremes))
+        (margin,) = widen([margin], [n], len(others))
+        updates: dict[str, object] = {"runner_up": self.sets[second], "margin": margin}
+        if mean and margin.low is not None and margin.high is not None and margin.low <= 0:
+            half_width = (margin.high - margin.low) / 2
+            updates["separates"] = math.ceil(n * (half_width / mean) ** 2)
+        return step.model_copy(update=updates)
 
 
 class Scores:
-    """Scores of sets on the calibration cells of a search, and the cost of measuring them.
+    """Scores of sets on the calibration cells of a search, and the cost of the measurements.
 
-    All cells count equally, whatever their sizes. `parts` are the parts that may be removed.
+    All cells have equal weight, regardless of size. `parts` are the parts that may be removed.
     """
 
     def __init__(self, cells: Sequence[OpenCell], parts: SearchParts) -> None:
@@ -125,162 +125,157 @@ class Scores:
         self._passes = self._evaluations = 0.0
         self._seconds = 0.0
         self._observed: set[str] = set()
-        self._raced: dict[str, frozenset[Place]] = {}
+        self._race_documents: dict[str, set[DocumentKey]] = {}
 
     @property
     def documents(self) -> int:
-        """The number of documents of all cells together."""
+        """The total number of documents in all cells."""
         return sum(cell.n for cell in self.cells)
 
-    def ablation(self, removed: Set) -> Ablation:
-        """Return the ablation of a set."""
-        return self.parts.without(removed)
+    def ablation(self, removed: PartSet) -> Ablation:
+        """Return the ablation that removes a set of parts."""
+        return self.parts.removal(removed)
 
-    def losses(self, by: str, sets: Sequence[Set]) -> Losses:
-        """Score sets by their measured losses: `accuracy`, or `gold_logprob`."""
-        ablations = [self.ablation(each) for each in sets]
-        new = [one for one in ablations if one not in self.evaluated]
+    def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
+        """Measure the loss of sets by an outcome: `accuracy`, or `gold_logprob`."""
+        ablations = [self.ablation(part_set) for part_set in sets]
+        missing = [ablation for ablation in ablations if ablation not in self.evaluated]
         for cell in self.cells:
-            if new or not self.evaluated:
-                self._passes += cell.passes(new) * cell.n / self.documents
-            cell.measure(ablations, candidates=True)
+            if missing or not self.evaluated:
+                self._add_passes(cell, engine_passes(missing, self.layers))
+            cell.measure(ablations, are_candidates=True)
         self.evaluated |= {INTACT, *ablations}
-        chosen, other = (
-            _stacked([(paired.drops, paired.weights) for paired in of_cells])
-            for of_cells in (
-                [cell.paired(ablations, which) for cell in self.cells]
-                for which in (by, "gold_logprob" if by == "accuracy" else "accuracy")
-            )
-        )
-        whole = bool((chosen[0] == np.rint(chosen[0])).all())
-        return Losses(sets, *chosen, other[1] @ other[0], whole)
 
-    def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
-        """Score parts that could be removed next by a proxy, in the model without `removed`.
+        def drops(name: str) -> tuple[Array, Array]:
+            outcomes = [cell.outcomes(ablations, name) for cell in self.cells]
+            return _stack_documents([(paired.drops, paired.weights) for paired in outcomes])
+
+        values, weights = drops(outcome)
+        other_values, other_weights = drops("gold_logprob" if outcome == "accuracy" else "accuracy")
+        is_binary = bool((values == np.rint(values)).all())
+        return Losses(sets, values, weights, other_weights @ other_values, is_binary)
+
+    def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
+        """Score candidates for the next removal by a proxy, in the model without `removed`.
 
         Args:
-            name: One of `PROXIES` that has a strategy, or `angular_distance`.
+            name: A key of `PROXIES` that has a strategy, or `angular_distance`.
             removed: The layers removed so far.
-            spans: Spans of layers that could be removed together, of the intact model; None = each
-                layer alone.
+            spans: Candidate spans of layers, numbered as in the intact model; None = each layer
+                alone.
 
         Returns:
-            The losses; for `angular_distance` those of spans.
+            The losses of the candidate layers; for `angular_distance`, the losses of spans.
         """
-        left = [layer for layer in range(self.layers) if layer not in removed]
-        spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
-        found = [self._proxy(cell, name, removed, spans) for cell in self.cells]
-        values, weights = _stacked(found)
-        sets = [grown(removed, *(left[n] for n in span)) for span in spans]
-        return Losses(sets, values, weights, np.zeros(len(sets)))
+        losses = [self._proxy(cell, name, removed, spans) for cell in self.cells]
+        sets = self.extended_sets(removed, spans)
+        return Losses(sets, *_stack_documents(losses), np.zeros(len(sets)))
+
+    def extended_sets(self, removed: PartSet, spans: Sequence[range] | None) -> list[PartSet]:
+        """Extend a set by each span; if `spans` is None, by each remaining layer."""
+        layers = [layer for layer in range(self.layers) if layer not in removed]
+        if spans is None:
+            return [add_parts(removed, layer) for layer in layers]
+        return [add_parts(removed, *(layers[n] for n in span)) for span in spans]
+
+    def _add_passes(self, cell: OpenCell, n_passes: float) -> None:
+        """Add passes of a cell to the cost, weighted by the cell's share of all documents."""
+        self._passes += n_passes * cell.n / self.documents
 
     def _proxy(
-        self, cell: OpenCell, name: str, removed: Set, spans: Sequence[range]
+        self, cell: OpenCell, name: str, removed: PartSet, spans: Sequence[range] | None
     ) -> tuple[Array, Array]:
-        """Return a proxy's mean in each document, and the documents' weights."""
-        how = "turning" if name in _TURNING else name.replace("_", "-")
-        without = f"-without-{'-'.join(map(str, removed))}" if removed else ""
-        kind = f"{how}-1{without}"
-        sums = cell.observe(kind, partial(_observer, name=name, removed=removed)).arrays
+        """Return the mean of a proxy in each document, and the documents' weights."""
+        observation = "turning" if name in _DIRECTION_PROXIES else name.replace("_", "-")
+        suffix = f"-without-{'-'.join(map(str, removed))}" if removed else ""
+        kind = f"{observation}-1{suffix}"
+        sums = cell.observe(kind, partial(_build_observer, name=name, removed=removed)).arrays
+        n_layers = self.layers - len(removed)
         if (key := f"{cell.store.identity.key}/{kind}") not in self._observed:
             self._observed.add(key)
-            left = self.layers - len(removed)
-            self._passes += (
-                passes(name, left, shared=True) * left / self.layers * cell.n / self.documents
-            )
+            cost = proxy_cost(name, n_layers, is_shared=True)
+            self._add_passes(cell, cost * n_layers / self.layers)
             self._seconds += float(sums["seconds"].sum())
-        counted = sums["tokens" if PROXIES[name].observe else "predicted"]
+        n_tokens = sums["tokens" if PROXIES[name].observe else "predicted"]
+        spans = [range(n, n + 1) for n in range(n_layers)] if spans is None else spans
         starts, ends = [span.start for span in spans], [span.stop - 1 for span in spans]
-        far = name == "angular_distance"
-        means = per_token(sums[name][:, starts, ends] if far else sums[name][:, starts], counted)
+        columns = (starts, ends) if name == "angular_distance" else (starts,)
+        means = token_means(sums[name][:, *columns], n_tokens)
         if name == "gate_gradient":
             # The magnitude per document, so that opposite signs do not cancel.
             return np.abs(means), np.full(len(means), 1 / len(means))
-        return means, counted / counted.sum()
+        return means, n_tokens / n_tokens.sum()
 
-    def raced(
-        self,
-        cell: OpenCell,
-        beneath: Sequence[Ablation],
-        ablations: Sequence[Ablation],
-        seen: NDArray[np.int64],
-        took: NDArray[np.int64],
-        order: Sequence[Place],
+    def record_race(
+        self, race: CandidateRace, candidates: Sequence[Ablation], start: Sequence[Ablation]
     ) -> None:
-        """Record the candidates that a race measured on a cell, each on its number of documents.
+        """Record the documents that a race measured for the starting set and each candidate."""
+        (cell,) = self.cells
+        n_seen = race.rule.seen
+        n_measured = race.measured_documents(n_seen)
+        ends = sorted(set(n_measured.tolist()))
+        for begin, end in zip([0, *ends], ends, strict=False):
+            remaining = [c for c, n in zip(candidates, n_measured, strict=True) if n >= end]
+            n_passes = engine_passes([*start, *remaining], self.layers)
+            self._passes += n_passes * (end - begin) / cell.n
+        self._evaluations += float(n_measured.sum()) / cell.n + (not self._evaluations)
+        n_documents = dict.fromkeys((INTACT, *start), int(n_seen.max()))
+        n_documents |= zip(candidates, n_seen.tolist(), strict=True)
+        for ablation, n in n_documents.items():
+            self._race_documents.setdefault(ablation.name, set()).update(race.order[:n])
 
-        `beneath` is the removal that they have in common, by itself, if any. A race `took` more
-        documents of a group than it looked at.
+    def choosing_documents(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
+        """Return the numbers of a cell's documents that influenced the choice, for each task.
+
+        The numbers are ascending. A race uses only some of the documents.
         """
-        ends = sorted(set(took.tolist()))
-        for before, end in zip([0, *ends], ends, strict=False):
-            open_then = [one for one, n in zip(ablations, took, strict=True) if n >= end]
-            self._passes += cell.passes([*beneath, *open_then]) * (end - before) / cell.n
-        self._evaluations += float(took.sum()) / cell.n + (not self._evaluations)
-        looked = dict.fromkeys((INTACT, *beneath), int(seen.max()))
-        looked |= zip(ablations, seen.tolist(), strict=True)
-        for one, n in looked.items():
-            self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
-
-    def looked_at(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
-        """Return the documents of a cell that chose: task → their numbers, ascending.
-
-        A race uses only some of the documents.
-        """
-        if not self._raced:
+        if not self._race_documents:
             return cell.documents
-        places = frozenset[Place]().union(*self._raced.values())
-        tasks = dict.fromkeys(task for task, _ in sorted(places))
-        return {task: tuple(sorted(n for one, n in places if one == task)) for task in tasks}
+        chosen: dict[str, list[int]] = {}
+        for task, number in sorted(set().union(*self._race_documents.values())):
+            chosen.setdefault(task, []).append(number)
+        return {task: tuple(numbers) for task, numbers in chosen.items()}
 
     def cost(self) -> PruneCost:
-        """Return the cost so far."""
-        names = [one.name for one in self.evaluated]
-        seconds = 0.0
-        if names or self._raced:
-            seconds = sum(
-                cell.store.seconds(self._raced | dict.fromkeys(names, cell.places))
-                for cell in self.cells
-            )
-        return PruneCost(
-            evaluations=len(self.evaluated)
-            + len(self._observed) / max(1, len(self.cells))
-            + self._evaluations,
-            passes=self._passes,
-            seconds=seconds + self._seconds,
-        )
+        """Return the cost of all measurements so far."""
+        n_observed = len(self._observed) / max(1, len(self.cells))
+        seconds = self._seconds
+        if self.evaluated or self._race_documents:
+            names = [ablation.name for ablation in self.evaluated]
+            for cell in self.cells:
+                measured = self._race_documents | dict.fromkeys(names, cell.document_keys)
+                seconds += cell.store.seconds(measured)
+        evaluations = len(self.evaluated) + n_observed + self._evaluations
+        return PruneCost(evaluations=evaluations, passes=self._passes, seconds=seconds)
 
 
-def _stacked(each: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Stack the documents of several cells, with equal weight for each cell."""
-    values = np.concatenate([values for values, _ in each])
-    return values, np.concatenate([weights / len(each) for _, weights in each])
+def _stack_documents(parts_of_cells: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Concatenate the documents of several cells, with equal total weight for each cell."""
+    values = np.concatenate([values for values, _ in parts_of_cells])
+    return values, np.concatenate([weights / len(parts_of_cells) for _, weights in parts_of_cells])
 
 
-def _observer(engine: Engine, name: str, removed: Set) -> Observe:
-    """Build an observer of a proxy in a copy of the model that really lacks some layers."""
+def _build_observer(engine: Engine, name: str, removed: PartSet) -> ObserveDocument:
+    """Build an observer of a proxy in a copy of the model without the removed layers."""
     import time
 
     sharing = engine.sharing
-    layers = len(engine.loaded.layers)
+    n_layers = len(engine.loaded.layers)
     if removed:
-        engine = engine.without(Ablation.of(removed=removed)).with_sharing(sharing)
-    left = [n for n in range(layers) if n not in removed]
-    # Layers that cannot be cut stay in place, and pass on their input.
-    there = left if len(engine.loaded.layers) == layers else list(range(len(left)))
-    watched: Callable[[Document], Mapping[str, object]] = (
-        partial(span_similarity, engine)
-        if PROXIES[name].observe
-        else partial(output_proxies, engine, only=name)
-    )
+        engine = engine.ablate(Ablation.from_changes(removed=removed)).with_sharing(sharing)
+    positions = [n for n in range(n_layers) if n not in removed]
+    if len(engine.loaded.layers) < n_layers:
+        positions = list(range(len(positions)))
+    # Otherwise layers that cannot be cut have stayed in place, and pass on their input.
+    measure: Callable[[Document], Mapping[str, object]] = partial(measure_span_similarity, engine)
+    if not PROXIES[name].observe:
+        measure = partial(output_proxies, engine, only=name)
 
-    def watch(document: Document) -> Arrays:
+    def watch(document: Document) -> DocumentArrays:
         start = time.perf_counter()
-        found = {key: np.asarray(value) for key, value in watched(document).items()}
-        cut = {
-            key: value[np.ix_(*[there] * value.ndim)] if value.ndim else value
-            for key, value in found.items()
-        }
-        return {**cut, "seconds": np.asarray(time.perf_counter() - start)}
+        arrays = {key: np.asarray(value) for key, value in measure(document).items()}
+        for key, array in arrays.items():
+            arrays[key] = array[np.ix_(*[positions] * array.ndim)] if array.ndim else array
+        return {**arrays, "seconds": np.asarray(time.perf_counter() - start)}
 
     return watch

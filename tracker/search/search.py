@@ -1,91 +1,93 @@
-"""Run one search: measure its calibration cells, block by block, until its budget is met.
+"""Run one search: remove parts, chosen by measurements on its calibration cells, within a budget.
 
-The module also chooses the recommended set among the results of searches, by calibration documents
-alone.
+The module also recommends one of the sets that searches chose, using calibration documents only.
 
-A budget of seconds depends on the duration of each layer, which is measured here.
+A budget in seconds depends on the duration of each layer, which this module measures.
 """
 
 from __future__ import annotations
 
 import re
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 from tracker.benchmarks.benchmark import check_benchmark
+from tracker.core.changes import Ablation
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, TrackerError
-from tracker.core.kinds import NUMBERED
-from tracker.core.provenance import content_hash, machine
-from tracker.core.prune_records import Calibrated, PruneCost, PruneStep
+from tracker.core.kinds import NUMBERED_COMPONENTS
+from tracker.core.provenance import content_hash, describe_machine
+from tracker.core.prune_records import CalibrationSet, PruneCost, PruneStep
 from tracker.core.search_parts import SearchParts
 from tracker.ledger.files import read_note
-from tracker.models.checkpoint import refuse_packed
-from tracker.models.devices import describe, synchronize
+from tracker.models.checkpoint import check_plain_weights
+from tracker.models.devices import describe_device, synchronize
 from tracker.models.layers import find_layers
-from tracker.models.load import LoadedModel, weightless
-from tracker.models.parts.anatomy import search_parts
-from tracker.models.sources import ModelSource, count_layers, read_config
-from tracker.search.cells import Lender, OpenCell
-from tracker.search.request import SearchRequest, deciding
-from tracker.search.scores import Scores, Set
-from tracker.search.settings import FREE, Budget, Constraints, budget, constraints_of
-from tracker.search.strategies import NULL, STRATEGIES, Search
+from tracker.models.load import LoadedModel, build_for_planning
+from tracker.models.parts.anatomy import find_search_parts
+from tracker.models.sources import count_layers, read_config
+from tracker.search.cells import ModelCache, OpenCell
+from tracker.search.request import SearchRequest, deciding_request
+from tracker.search.scores import PartSet, Scores
+from tracker.search.settings import Budget, Constraints, build_budget, resolve_constraints
+from tracker.search.strategies import RANDOM_STRATEGY, STRATEGIES, Search
 
-TOKENS = 128
-"""Tokens of the text that is read in each pass."""
-PASSES = 15
-"""Number of passes for each layer's median; half as many run before, without measurement."""
+TIMING_TOKENS = 128
+"""Number of tokens that the model reads in each timed pass."""
+TIMING_PASSES = 15
+"""Number of timed passes for each layer's median; half as many warm-up passes run first."""
 
 
-def seconds_a_token(loaded: LoadedModel, lender: Lender) -> tuple[list[float], float]:
-    """Measure the seconds per token of each layer, and of the whole model, on a long text.
+def seconds_per_token(loaded: LoadedModel, cache: ModelCache) -> tuple[list[float], float]:
+    """Return the seconds per token of each layer and of the whole model, on a text of fixed length.
 
-    It is measured once per model, machine and device, and `Lender.keep_timings` writes it to the
-    results folder, so that a continued search has the same budget.
+    Each model is timed once per machine and device. `ModelCache.keep_timings` writes the timing to
+    the results folder, so that a continued search has the same budget.
     """
     identity = loaded.identity
-    where = {**machine(), **describe(loaded.device), "threads": str(torch.get_num_threads())}
-    name = content_hash([identity.fingerprint, identity.dtype, where])[:16]
-    path = lender.ledger.root / "searches" / "timing" / f"{name}.json"
-    timing = lender.timings.get(path) or read_note(path)
+    hardware = {**describe_machine(), **describe_device(loaded.device)}
+    hardware["threads"] = str(torch.get_num_threads())
+    name = content_hash([identity.fingerprint, identity.dtype, hardware])[:16]
+    path = cache.ledger.root / "searches" / "timing" / f"{name}.json"
+    timing = cache.timings.get(path) or read_note(path)
     if not timing:
-        layers, whole = _measured(loaded)
-        timing = {"model": identity.name, **where, "layers": layers, "whole": whole}
-        lender.timings[path] = timing
-    return [float(each) for each in timing["layers"]], float(timing["whole"])
+        layers, model_seconds = _time_layers(loaded)
+        timing = {"model": identity.name, **hardware, "layers": layers, "whole": model_seconds}
+        cache.timings[path] = timing
+    return [float(layer_seconds) for layer_seconds in timing["layers"]], float(timing["whole"])
 
 
 @torch.inference_mode()
-def _measured(loaded: LoadedModel) -> tuple[list[float], float]:
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=loaded.device)
-    rounds: list[list[float]] = []
-    whole: list[float] = []
-    with _timed(loaded.layers) as ticks:
-        for _ in range(PASSES + PASSES // 2):
+def _time_layers(loaded: LoadedModel) -> tuple[list[float], float]:
+    """Measure the seconds per token of each layer, and of the whole model."""
+    ids = torch.zeros(1, TIMING_TOKENS, dtype=torch.long, device=loaded.device)
+    layer_seconds, model_seconds = [], []
+    with _record_ticks(loaded.layers) as ticks:
+        for _ in range(TIMING_PASSES + TIMING_PASSES // 2):
             ticks.clear()
-            start = _now()
+            start = _synchronized_time()
             loaded.model(input_ids=ids, use_cache=False)
-            whole.append(_now() - start)
-            rounds.append([end - begin for begin, end in zip(ticks[::2], ticks[1::2], strict=True)])
-    layers = [statistics.median(each) / TOKENS for each in zip(*rounds[-PASSES:], strict=True)]
-    return layers, statistics.median(whole[-PASSES:]) / TOKENS
+            model_seconds.append(_synchronized_time() - start)
+            # Each layer has two ticks: when it begins, and when it ends.
+            layer_seconds.append(np.diff(ticks)[::2])
+    layers = np.median(layer_seconds[-TIMING_PASSES:], axis=0) / TIMING_TOKENS
+    return layers.tolist(), float(np.median(model_seconds[-TIMING_PASSES:])) / TIMING_TOKENS
 
 
 @contextmanager
-def _timed(layers: nn.ModuleList) -> Iterator[list[float]]:
+def _record_ticks(layers: nn.ModuleList) -> Iterator[list[float]]:
     """Record the times at which each layer begins and ends."""
     ticks: list[float] = []
 
-    def tick(*given: object) -> None:
-        ticks.append(_now())
+    def tick(*hook_arguments: object) -> None:
+        ticks.append(_synchronized_time())
 
     with ExitStack() as stack:
         for layer in layers:
@@ -94,33 +96,34 @@ def _timed(layers: nn.ModuleList) -> Iterator[list[float]]:
         yield ticks
 
 
-def _now() -> float:
+def _synchronized_time() -> float:
+    """Return the time after the device has finished all its work."""
     synchronize()
     return time.perf_counter()
 
 
-FEWEST = 2
+MIN_DOCUMENTS = 2
 """Minimum number of calibration documents for a comparison."""
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchDraw:
     """Result of one draw of a search.
 
     Attributes:
-        asked: The search.
-        parts: The parts of the model that it may remove.
-        draw: Number of the draw; None if the strategy does not draw.
-        steps: Its steps, not tested yet.
-        calibration: The documents that chose.
+        request: The request of the search.
+        parts: The parts of the model that the search may remove.
+        draw: Number of the draw; None if the strategy does not draw at random.
+        steps: The steps of the search, without test results.
+        calibration: The calibration documents.
         cost: The cost of the search.
     """
 
-    asked: SearchRequest
+    request: SearchRequest
     parts: SearchParts
     draw: int | None
     steps: tuple[PruneStep, ...]
-    calibration: tuple[Calibrated, ...]
+    calibration: tuple[CalibrationSet, ...]
     cost: PruneCost
 
     @property
@@ -128,126 +131,124 @@ class Found:
         """The parts removed after the last step, ascending."""
         return self.steps[-1].removed
 
-    def name(self, tests: str) -> str:
-        """Return its name, unique among the searches of a results folder.
+    @property
+    def ablations(self) -> list[Ablation]:
+        """The ablation that removes the set after each step, for the test documents."""
+        return [self.parts.removal(step.removed) for step in self.steps]
 
-        `tests` is the key of the cell that tests it; it differs for another model at the same
-        place.
+    def run_request(self, step: PruneStep) -> CellRequest | None:
+        """Build the request of a step as a run: its removal, in addition to earlier removals.
+
+        None if several attentions, MLPs, heads or experts are removed: a run can lack only one.
         """
-        asked = self.asked
-        words = [
-            str(asked.cell.model),
-            str(asked.cell.benchmark),
-            asked.strategy,
-            self.draw,
-            asked.asked,
-        ]
-        chose = [each.key for each in self.calibration]
-        digest = content_hash([asked.identity, self.draw, tests, chose])[:8]
-        readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(w)).strip("-") for w in words if w)
-        return f"{readable[-100:].lstrip('-')}-{digest}"
+        part = step.layer if step.layer is not None else max(step.removed)
+        removed = tuple(layer for layer in step.removed if layer != part)
+        if self.parts.unit != "layer" and removed:
+            return None
+        request = replace(self.request.test(), removed=removed)
+        return request.with_changes(self.parts.removal([part]).changes)
+
+    def name(self, test_key: str) -> str:
+        """Return the name of the draw, unique among the searches of a results folder.
+
+        `test_key` is the key of the test cell, which differs for another model at the same path.
+        """
+        request, cell = self.request, self.request.cell
+        words = (cell.model, cell.benchmark, request.strategy, self.draw, request.amount_text)
+        names = [re.sub(r"[^A-Za-z0-9_]+", "-", str(word)).strip("-") for word in words if word]
+        calibration = [calibrated.key for calibrated in self.calibration]
+        digest = content_hash([request.identity, self.draw, test_key, calibration])[:8]
+        return f"{'-'.join(names)[-100:].lstrip('-')}-{digest}"
 
 
-def refuse_unknown(searches: Sequence[SearchRequest], lender: Lender) -> None:
-    """Refuse models, layers and benchmarks that are not there, and models that are never saved.
+def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
+    """Refuse models, layers and benchmarks that do not exist, or models that cannot be saved.
 
-    It is done before anything is measured, and raises RequestError.
+    The check runs before any measurement, and raises RequestError.
     """
-    tried: set[ModelSource] = set()
-    for asked in searches:
-        source = lender.source(asked.cell.model)
-        if asked.unit == "layer" and source not in tried:
-            tried.add(source)
-            refuse_packed(source)
-        stays_of(asked, lender)
-        for request in (*asked.calibration(), asked.test()):
+    for source in dict.fromkeys(cache.source(s.cell.model) for s in searches if s.unit == "layer"):
+        check_plain_weights(source)
+    for search in searches:
+        find_constraints(search, cache)
+        for request in (*search.calibration(), search.test()):
             check_benchmark(request.benchmark)
 
 
-def refuse_mixed(
-    searches: Sequence[SearchRequest], lender: Lender, cells: dict[CellRequest, OpenCell]
-) -> None:
-    """Refuse searches whose calibration documents are test documents too.
+def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
+    """Refuse searches that calibrate and test on some of the same documents.
 
-    Halves are drawn task by task, so those of two tasks over the same rows overlap. Benchmarks are
-    opened for this check, so that other problems with them are reported before measurement too.
+    Halves are drawn for each task separately. So the calibration half of one task overlaps with the
+    test half of another task over the same rows. This check opens the benchmarks, so other problems
+    with them are also reported before measurement.
 
     Args:
         searches: The searches.
-        lender: Loads the model; not used for that here.
-        cells: The cells opened so far, to which the others are added.
+        cache: Opens the cells; no model is loaded here.
 
     Raises:
-        ExperimentError: Some documents would both choose and test.
+        ExperimentError: Some documents would be used for both calibration and test.
         BenchmarkError: A benchmark cannot be read, or has no such parts.
     """
-    pairs = {}
-    for asked in searches:
-        requests = (*asked.calibration(), asked.test())
-        *own, test = (cells.setdefault(each, OpenCell(each, lender)) for each in requests)
-        tested = {task.name for task in test.benchmark.tasks}
-        for cell in own:
-            names = {task.name for task in cell.benchmark.tasks}
-            if len(names | tested) > 1:
-                pairs[cell.request, test.request] = (asked, cell, names, test, tested)
-    for asked, cell, names, test, tested in pairs.values():
-        rows = {name: test.rows(name) for name in sorted(tested)}
-        for name in sorted(names):
-            digest = cell.rows(name)
-            also = next((t for t, d in rows.items() if t != name and d == digest), None)
-            if also is not None:
+    pairs = {(c, search.test()): search for search in searches for c in search.calibration()}
+    for requests, search in pairs.items():
+        cells = [cache.cell(request) for request in requests]
+        tasks, test_tasks = (sorted(task.name for task in c.benchmark.tasks) for c in cells)
+        if len({*tasks, *test_tasks}) == 1:
+            continue
+        hashes = {name: cells[1].rows_hash(name) for name in test_tasks}
+        for task in tasks:
+            digest = cells[0].rows_hash(task)
+            shared = [name for name in test_tasks if name != task and hashes[name] == digest]
+            if shared:
                 raise ExperimentError(
-                    f"{asked.title}: {name}, which calibrates, and {also}, which tests, have "
-                    "the same documents, and halves are drawn task by task, so that some would "
-                    f"choose and be tested; calibrate and test on {also} alone, or calibrate "
+                    f"{search.title}: {task}, which calibrates, and {shared[0]}, which tests, have "
+                    "the same documents. Halves are drawn task by task, so some documents would "
+                    f"both choose and test; calibrate and test on {shared[0]} alone, or calibrate "
                     "on other documents"
                 )
 
 
-def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
-    """Return the budget of a search; ExperimentError where nothing would go, or everything."""
-    cell, measure = asked.cell, asked.amount.measure
-    source = lender.source(cell.model)
-    within = stays_of(asked, lender)  # what is wrong with it is said before anything is timed
+def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
+    """Build the budget of a search; raise ExperimentError if it removes nothing or everything."""
+    cell, amount = request.cell, request.amount
+    source = cache.source(cell.model)
+    # Constraints that are wrong are reported before anything is timed.
+    constraints = find_constraints(request, cache)
     parts: SearchParts | None = None
-    if measure == "seconds":
-        each, total = seconds_a_token(lender.model(cell.model).loaded, lender)
-    elif measure == "parts":
-        parts = search_parts(source, asked.unit)
-        total = float(len(parts.numbers))
-        each = [1.0] * parts.total
+    if amount.measure == "seconds":
+        sizes, total = seconds_per_token(cache.model(cell.model).loaded, cache)
+    elif amount.measure == "parts":
+        parts = find_search_parts(source, request.unit)
+        sizes, total = [1.0] * parts.total, float(len(parts.numbers))
     else:
-        model, _ = weightless(source, cell.model.dtype)
-        size = 1 if measure == "parameters" else int(model.dtype.itemsize)
+        model, _ = build_for_planning(source, cell.model.dtype)
+        size = 1 if amount.measure == "parameters" else int(model.dtype.itemsize)
         layers = find_layers(model)
-        each = [float(size * sum(p.numel() for p in one.parameters())) for one in layers]
+        sizes = [float(size * sum(p.numel() for p in layer.parameters())) for layer in layers]
         total = float(size * model.num_parameters())
-    return budget(asked.word, asked.amount, each, total, asked.title, within, parts)
+    key, title = request.amount_key, request.title
+    return build_budget(key, amount, sizes, total, title, constraints, parts)
 
 
-def stays_of(request: SearchRequest, lender: Lender) -> Constraints:
-    """Find what must stay of a search's model; ExperimentError for a layer that is not there."""
-    source = lender.source(request.cell.model)
-    if not request.stays:
-        return FREE
-    total = count_layers(source)
-    config = partial(read_config, source)
+def find_constraints(request: SearchRequest, cache: ModelCache) -> Constraints:
+    """Find the layers that must stay; raise ExperimentError for a layer that does not exist."""
+    if not request.constraints_text:
+        return Constraints()
+    source = cache.source(request.cell.model)
+    texts = request.protect, request.among, request.at_least
     try:
-        return constraints_of(request.protect, request.among, request.at_least, total, config)
+        return resolve_constraints(*texts, count_layers(source), partial(read_config, source))
     except ExperimentError as error:
         raise ExperimentError(f"{request.title}: {error}") from None
 
 
-def search(
-    asked: SearchRequest, within: Budget, lender: Lender, cells: dict[CellRequest, OpenCell]
-) -> Iterator[Found]:
-    """Choose the parts to remove, once per draw.
+def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Iterator[SearchDraw]:
+    """Choose the parts to remove, separately for each draw.
 
     Args:
-        asked: The search.
-        within: Its budget.
-        lender: Loads the model.
-        cells: The cells opened so far, which other searches may share.
+        request: The request of the search.
+        budget: The budget of the search.
+        cache: Opens the cells, which other searches may share.
 
     Yields:
         The result of each draw.
@@ -256,45 +257,46 @@ def search(
         ExperimentError: There are too few calibration documents.
         CellError: No removal has a finite score.
     """
-    own = [cells.setdefault(each, OpenCell(each, lender)) for each in asked.calibration()]
-    for cell in own:
+    cells = [cache.cell(calibration) for calibration in request.calibration()]
+    for cell in cells:
         refuse_few(cell.request, cell.n)
-    _refuse_mixtures(asked, own)
-    lender.keep_timings()
-    for draw in asked.draws_of:
-        scores = Scores(own, within.parts_of(asked.unit))
-        given = Search(scores, within, asked.cell.documents.seed, draw or 1, asked.rescored)
+    _refuse_mixtures(request, cells)
+    cache.keep_timings()
+    seed, rescoring = request.cell.documents.seed, request.used_rescoring
+    for draw in request.draw_numbers:
+        scores = Scores(cells, budget.parts_for(request.unit))
         steps = []
-        for step in STRATEGIES[asked.strategy](given):
+        search = Search(scores, budget, seed, draw or 1, rescoring)
+        for step in STRATEGIES[request.strategy](search):
             steps.append(step)
-            lender.progress.say(_said(asked, scores.parts, draw, step))
-        calibration = tuple(calibrated(cell, scores.looked_at(cell)) for cell in own)
-        yield Found(asked, scores.parts, draw, tuple(steps), calibration, scores.cost())
+            cache.progress.say(_step_message(request, scores, draw, step))
+        records = tuple(calibration_record(cell, scores.choosing_documents(cell)) for cell in cells)
+        yield SearchDraw(request, scores.parts, draw, tuple(steps), records, scores.cost())
 
 
-def refuse_few(request: CellRequest, documents: int) -> None:
+def refuse_few(request: CellRequest, n_documents: int) -> None:
     """Raise ExperimentError if there are too few calibration documents for a comparison."""
-    if documents < FEWEST:
+    if n_documents < MIN_DOCUMENTS:
         raise ExperimentError(
-            f"{request.title}: {documents} calibration document tells no layers apart; raise "
-            f"'sample' to {FEWEST} at least, better 100"
+            f"{request.title}: too few calibration documents ({n_documents}); raise 'sample' to "
+            f"{MIN_DOCUMENTS} at least, better 100"
         )
 
 
-def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
-    """Raise ExperimentError for losses without a common mean: accuracies and nats."""
-    kinds = {cell.higher_is_better for cell in cells}
-    if len(kinds) > 1:
+def _refuse_mixtures(request: SearchRequest, cells: list[OpenCell]) -> None:
+    """Raise ExperimentError if losses would be averaged over both accuracies and nats."""
+    directions = {cell.higher_is_better for cell in cells}
+    if len(directions) > 1:
         names = ", ".join(str(cell.request.benchmark) for cell in cells)
         raise ExperimentError(
-            f"{asked.title}: 'calibrate' mixes accuracies with losses of texts ({names}), which "
-            "have no common mean; calibrate on the ones or on the others"
+            f"{request.title}: 'calibrate' mixes accuracies with losses of texts ({names}), "
+            "which have no common mean; calibrate on one kind only"
         )
 
 
-def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
-    """Return a record of the documents of a cell that choose: task → their numbers."""
-    return Calibrated(
+def calibration_record(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> CalibrationSet:
+    """Build the record of a cell's calibration documents, from the document numbers per task."""
+    return CalibrationSet(
         key=cell.store.identity.key,
         benchmark=str(cell.request.benchmark),
         metric=cell.view.metric,
@@ -304,66 +306,67 @@ def calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibra
     )
 
 
-def _said(asked: SearchRequest, parts: SearchParts, draw: int | None, step: PruneStep) -> str:
-    """Describe the removal of a step in one line; for many parts by their number."""
-    name = asked.strategy if draw is None else f"{asked.strategy} {draw}"
-    if asked.calibrate:
-        name += f" calibrated on {', '.join(asked.calibrate)}"
-    gone = parts.names(step.removed)
-    what = f"removed together: {gone}"
-    if step.layer is not None and parts.unit in NUMBERED:
-        what = f"{asked.unit} {parts.name(step.layer)} goes, {len(step.removed)} in all"
+def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step: PruneStep) -> str:
+    """Describe the removal of a step in one line; many parts are only counted."""
+    name = request.strategy if draw is None else f"{request.strategy} {draw}"
+    if request.calibrate:
+        name += f" calibrated on {', '.join(request.calibrate)}"
+    parts, unit = scores.parts, request.unit
+    removed = parts.names(step.removed)
+    text = f"removed together: {removed}"
+    if step.layer is not None and parts.unit in NUMBERED_COMPONENTS:
+        text = f"{unit} {parts.name(step.layer)} goes, {len(step.removed)} in all"
     elif step.layer is not None:
-        what = f"{asked.unit} {step.layer} goes; removed: {gone}"
-    return f"{asked.cell.benchmark}, {name}: {what}"
+        text = f"{unit} {step.layer} goes; removed: {removed}"
+    return f"{request.cell.benchmark}, {name}: {text}"
 
 
 @dataclass(frozen=True)
-class Recommended:
-    """The recommended set among those that searches with one goal chose.
+class Recommendation:
+    """The recommended set among the sets that searches with one goal chose.
 
     Attributes:
-        removed: The set; empty if none is recommended.
-        of: Number of different sets to choose from.
-        step: Its loss on the deciding documents, the runner-up, and whether the documents separate
-            the two; None if there was nothing to decide.
-        decided_on: The deciding documents; None if there was nothing to decide.
+        removed: The recommended set; empty if there is none.
+        n_sets: Number of different sets to choose from.
+        step: The set's loss on the deciding documents, the runner-up, and the margin between the
+            two; None if there were no different sets to compare.
+        decided_on: The documents on which sets were compared; None if no sets were compared.
         reason: Reason why nothing is recommended; empty otherwise.
     """
 
-    removed: Set = ()
-    of: int = 0
+    removed: PartSet = ()
+    n_sets: int = 0
     step: PruneStep | None = None
-    decided_on: Calibrated | None = None
+    decided_on: CalibrationSet | None = None
     reason: str = ""
 
 
-def recommended(
-    found: Sequence[Found], lender: Lender, cells: dict[CellRequest, OpenCell]
-) -> Recommended:
-    """Recommend one of the sets of searches with one goal, by its loss on calibration documents.
+def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendation:
+    """Recommend the set with the smallest loss on calibration documents, for searches of one goal.
 
-    Random draws are the reference for the others, and never recommended. If the others all chose
-    one set, nothing is measured.
+    Random draws are only a reference, and never recommended. If all other searches chose the same
+    set, nothing is measured.
 
     Args:
-        found: The results of the searches.
-        lender: Loads the model.
-        cells: The cells opened so far, to which the deciding one is added.
+        draws: The results of the searches.
+        cache: Opens the cell of the deciding documents.
 
     Returns:
         The recommendation, or the reason why there is none.
     """
-    sets = list(dict.fromkeys(one.removed for one in found if one.asked.strategy != NULL))
+    chosen = (draw.removed for draw in draws if draw.request.strategy != RANDOM_STRATEGY)
+    sets = list(dict.fromkeys(chosen))
     if not sets:
-        return Recommended(reason="random draws say what chance leaves")
+        return Recommendation(
+            reason="random draws are the chance baseline and are never recommended"
+        )
     if len(sets) == 1:
-        return Recommended(sets[0], 1)
-    request = deciding([result.asked for result in found])
-    lender.progress.say(f"{request.title}: which of {len(sets)} sets costs least")
-    cell = cells.setdefault(request, OpenCell(request, lender))
+        return Recommendation(sets[0], 1)
+    request = deciding_request([draw.request for draw in draws])
+    cache.progress.say(f"{request.title}: which of {len(sets)} sets costs least")
+    cell = cache.cell(request)
     try:
-        step = Scores([cell], found[0].parts).losses("accuracy", sets).step(None)
+        step = Scores([cell], draws[0].parts).losses("accuracy", sets).choose_step(None)
     except TrackerError as error:
-        return Recommended(of=len(sets), reason=str(error))
-    return Recommended(step.removed, len(sets), step, calibrated(cell, cell.documents))
+        return Recommendation(n_sets=len(sets), reason=str(error))
+    return Recommendation(step.removed, len(sets), step, calibration_record(cell, cell.documents))

@@ -1,4 +1,4 @@
-"""Settings of a search: the constraints, the amount to remove, and the keys of a file.
+"""Define the settings of a search: the constraints, the amount to remove, and the file's keys.
 
 protect: {value: [0, 1, last]}
 among: {value: {min: 8, max: 24}}
@@ -15,135 +15,139 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from tracker.core.changes import MAX_LAYERS
-from tracker.core.config import IN_THE_FILE, KEYS
+from tracker.core.config import FIELDS_BY_KEY, FILE_KEYS
 from tracker.core.errors import ExperimentError, ModelError
 from tracker.core.extent import Positive
-from tracker.core.fields import Arguments, Name, Strict, decoded, several
-from tracker.core.formats import counted
-from tracker.core.kinds import NUMBERED, Component, SearchUnit
+from tracker.core.fields import JsonArguments, Name, StrictModel, as_tuple, decode_arguments
+from tracker.core.formats import count_text
+from tracker.core.kinds import NUMBERED_COMPONENTS, Component, SearchUnit
 from tracker.core.model_parts import layers_of_kind
 from tracker.core.prune_records import Rescoring
-from tracker.core.safe_yaml import short
+from tracker.core.safe_yaml import short_text
 from tracker.core.search_parts import SearchParts
 
 CONSTRAINTS = ("protect", "among", "at_least")
 """Keys of a search that define constraints."""
-LAST = "last"
-"""Word for the last layer."""
+LAST_LAYER = "last"
+"""Word for the last layer in settings."""
 LAYER_FORMS = "[0, 1, last], 3-7, {min: 8, max: 24}, odd, even, or {kind: sliding_attention}"
-"""Forms of layers in settings, for messages."""
-LEAST = "{full_attention: 2}, or {full_attention: 1 of 4}"
-"""Forms of minimum numbers of layers, for messages."""
+"""Examples of valid layers in settings, shown in messages."""
+MINIMUM_FORMS = "{full_attention: 2}, or {full_attention: 1 of 4}"
+"""Examples of valid minimum numbers of layers, shown in messages."""
 
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?", re.ASCII)
 _KIND = re.compile(r"[A-Za-z]\w*")
-_SETTINGS: TypeAdapter[str] = TypeAdapter(Arguments)
+_SETTINGS: TypeAdapter[str] = TypeAdapter(JsonArguments)
 _RATIO = re.compile(r"(\d+)(?: of (\d+))?", re.ASCII)
 
 
-def _words(given: Any) -> tuple[int | str, ...]:
-    """Parse layers as YAML gives them, as W&B passes them on, or as users type them."""
-    text = given.strip() if isinstance(given, str) else ""
+def _parse_layers(layers: Any) -> tuple[int | str, ...]:
+    """Parse layers from YAML, from W&B, or as typed on the command line."""
+    text = layers.strip() if isinstance(layers, str) else ""
     if text[:1] in ("[", "(", "{"):
-        for read in (json.loads, ast.literal_eval):
+        for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError):
-                given = read(text)
+                layers = parse(text)
                 break
         else:  # a list typed without quotes
-            given = text.strip("[]()")
-    if isinstance(given, dict):
-        given = _of_mapping(given)
-    if isinstance(given, str):
-        given = given.split(",")
-    if not isinstance(given, list | tuple):
-        given = [given]
-    words = [word for value in given for word in _read(value)]
+            layers = text.strip("[]()")
+    if isinstance(layers, dict):
+        layers = _parse_mapping(layers)
+    if isinstance(layers, str):
+        layers = layers.split(",")
+    if not isinstance(layers, list | tuple):
+        layers = [layers]
+    words = [word for value in layers for word in _parse_layer(value)]
     if not words:
-        raise ValueError(f"it names no layer; write {LAYER_FORMS}")
+        raise ValueError(f"no layer is named; expected e.g. {LAYER_FORMS}")
     if len(set(words)) < len(words):
-        raise ValueError("a layer stands twice in it")
+        raise ValueError("a layer is listed twice")
     numbers = sorted(value for value in words if isinstance(value, int))
     return (*numbers, *sorted(value for value in words if isinstance(value, str)))
 
 
-def _of_mapping(given: dict[Any, Any]) -> Any:
-    if given.keys() == {"min", "max"}:
-        return f"{given['min']}-{given['max']}"
-    if given.keys() == {"kind"}:
-        return given["kind"]
-    raise ValueError(f"{short(given)} is no choice of layers; write {LAYER_FORMS}")
+def _parse_mapping(mapping: dict[Any, Any]) -> Any:
+    """Parse layers written as `{min, max}` or `{kind}`."""
+    if mapping.keys() == {"min", "max"}:
+        return f"{mapping['min']}-{mapping['max']}"
+    if mapping.keys() == {"kind"}:
+        return mapping["kind"]
+    raise ValueError(f"invalid layers {short_text(mapping)}; expected e.g. {LAYER_FORMS}")
 
 
-def _read(given: Any) -> Iterator[int | str]:
-    text = str(given).strip()
+def _parse_layer(value: Any) -> Iterator[int | str]:
+    """Yield the layers of one entry: `3`, `3-7`, or a word."""
+    text = str(value).strip()
     numbers = _RANGE.fullmatch(text)
-    if isinstance(given, bool) or not (numbers or _KIND.fullmatch(text)):
-        raise ValueError(f"{short(given)} is no layer; write {LAYER_FORMS}")
+    if isinstance(value, bool) or not (numbers or _KIND.fullmatch(text)):
+        raise ValueError(f"invalid layer {short_text(value)}; expected e.g. {LAYER_FORMS}")
     if numbers is None:
         yield text
         return
-    first, end = int(numbers[1]), int(numbers[2] or numbers[1])
-    if end < first:
-        raise ValueError(f"{text} ends before it begins; write {end}-{first}")
-    if end >= MAX_LAYERS:
-        raise ValueError(f"no model has a layer {end:,}")
-    yield from range(first, end + 1)
+    start, last = int(numbers[1]), int(numbers[2] or numbers[1])
+    if last < start:
+        raise ValueError(f"{text} ends before it begins; write {last}-{start}")
+    if last >= MAX_LAYERS:
+        raise ValueError(f"no model has a layer {last:,}")
+    yield from range(start, last + 1)
 
 
-def _ratios(given: Any) -> str:
-    """Validate the number of layers, or `N of M`, that stay of each kind; return canonical JSON."""
+def _parse_minimums(value: Any) -> str:
+    """Validate `N` or `N of M`, the layers of each kind that must stay; return canonical JSON."""
+    expected = f"expected e.g. {MINIMUM_FORMS}"
     try:
-        read = decoded(_SETTINGS.validate_python(given))
+        minimums = decode_arguments(_SETTINGS.validate_python(value))
     except ValidationError:
-        raise ValueError(f"{short(given)} says of no kind how many stay; write {LEAST}") from None
-    ratios = {kind: " ".join(str(text).split()) for kind, text in read.items()}
-    for kind, text in ratios.items():
-        ratio = _RATIO.fullmatch(text)
-        if ratio is None or int(ratio[1]) < 1:
-            raise ValueError(f"{kind}: {short(text)} is no number of layers; write {LEAST}")
-        if ratio[2] and int(ratio[2]) < int(ratio[1]):
-            raise ValueError(f"{kind}: of {ratio[2]} layers {ratio[1]} cannot stay; write {LEAST}")
-    if not ratios:
-        raise ValueError(f"it names no kind; write {LEAST}")
-    return json.dumps(ratios, sort_keys=True)
+        raise ValueError(f"invalid minimum {short_text(value)}; {expected}") from None
+    if not minimums:
+        raise ValueError(f"no kind is named; {expected}")
+    texts = {kind: " ".join(str(text).split()) for kind, text in minimums.items()}
+    for kind, text in texts.items():
+        match = _RATIO.fullmatch(text)
+        if match is None or int(match[1]) < 1:
+            raise ValueError(f"{kind}: invalid number of layers {short_text(text)}; {expected}")
+        if match[2] and int(match[2]) < int(match[1]):
+            raise ValueError(f"{kind}: of {match[2]} layers {match[1]} cannot stay; {expected}")
+    return json.dumps(texts, sort_keys=True)
 
 
-Chosen = Annotated[tuple[int | str, ...], BeforeValidator(_words)]
-"""Layers: numbers, ascending, then words: kinds, `odd`, `even`, `last`."""
-Ratios = Annotated[str, BeforeValidator(_ratios)]
+LayerWords = Annotated[tuple[int | str, ...], BeforeValidator(_parse_layers)]
+"""Layers: first numbers, ascending, then words: kinds, `odd`, `even`, `last`."""
+LayerMinimums = Annotated[str, BeforeValidator(_parse_minimums)]
 """Minimum numbers of layers by kind, as canonical JSON."""
 
 
 @dataclass(frozen=True)
-class Least:
-    """A constraint: a minimum number of layers of a kind stays.
+class LayerMinimum:
+    """A constraint: a minimum number of layers of one kind must stay.
 
     Attributes:
-        kind: The kind.
+        kind: The kind of layers.
         layers: The layers of the kind.
         count: Minimum number of layers that stay.
-        of: Number of consecutive layers of the intact model among which they stay; None = all.
+        window: Length of each run of consecutive layers that must keep `count`; None = all layers.
     """
 
     kind: str
     layers: tuple[int, ...]
     count: int
-    of: int | None
+    window: int | None
 
     def __str__(self) -> str:
-        """Format the number as in a file."""
-        return f"{self.count}" if self.of is None else f"{self.count} of {self.of}"
+        """Format the minimum as in an experiment file: `2`, or `1 of 4`."""
+        return f"{self.count}" if self.window is None else f"{self.count} of {self.window}"
 
-    def groups(self, total: int) -> Iterator[tuple[int, ...]]:
-        """Yield the sets of layers, of `total` layers, of each of which `count` stay."""
-        width = total if self.of is None else self.of
-        for first in range(total - width + 1):
-            yield tuple(layer for layer in self.layers if first <= layer < first + width)
+    def groups(self, n_layers: int) -> Iterator[tuple[int, ...]]:
+        """Yield each group of layers of which `count` must stay, in a model of `n_layers`."""
+        width = n_layers if self.window is None else self.window
+        for start in range(n_layers - width + 1):
+            yield tuple(layer for layer in self.layers if start <= layer < start + width)
 
 
 @dataclass(frozen=True)
@@ -151,46 +155,46 @@ class Constraints:
     """Constraints of a search: the layers of a model that must stay.
 
     Attributes:
-        protected: Layers that stay.
-        among: The only layers that may go; None for all.
-        least: Minimum numbers of layers by kind.
+        protected: Layers that must stay.
+        among: The only layers that may be removed; None for all.
+        minimums: Minimum numbers of layers by kind.
     """
 
     protected: tuple[int, ...] = ()
     among: tuple[int, ...] | None = None
-    least: tuple[Least, ...] = ()
+    minimums: tuple[LayerMinimum, ...] = ()
 
     @property
     def names(self) -> str:
-        """The keys of the constraints, as messages name them."""
-        values = {"protect": self.protected, "among": self.among, "at_least": self.least}
+        """The keys of the constraints in use, as messages name them."""
+        values = {"protect": self.protected, "among": self.among, "at_least": self.minimums}
         return " and ".join(f"'{key}'" for key, value in values.items() if value)
 
-    def fixed(self, total: int) -> frozenset[int]:
-        """Return the layers, of `total` layers, that always stay."""
-        among = range(total) if self.among is None else self.among
-        return frozenset(range(total)) - (frozenset(among) - frozenset(self.protected))
+    def fixed(self, n_layers: int) -> frozenset[int]:
+        """Return the layers that must stay, in a model of `n_layers` layers."""
+        candidates = range(n_layers) if self.among is None else self.among
+        return frozenset(range(n_layers)) - (frozenset(candidates) - frozenset(self.protected))
 
 
-FREE = Constraints()
+NO_CONSTRAINTS = Constraints()
 """No constraints."""
 
 
-def constraints_of(
+def resolve_constraints(
     protect: Sequence[int | str],
     among: Sequence[int | str],
     at_least: str | None,
-    total: int,
+    n_layers: int,
     config: Callable[[], Any],
 ) -> Constraints:
-    """Resolve the layers named in constraints.
+    """Resolve the words in constraints to layers of a model.
 
     Args:
-        protect: The layers of `protect`, as `Chosen`; empty for none.
-        among: The layers of `among`, as `Chosen`; empty for none.
-        at_least: The minimum numbers, as `Ratios`; None for none.
-        total: Number of layers of the model.
-        config: Function that reads its text configuration, which names kinds of layers.
+        protect: The layers of `protect`, as `LayerWords`; empty for none.
+        among: The layers of `among`, as `LayerWords`; empty for none.
+        at_least: The minimum numbers, as `LayerMinimums`; None for none.
+        n_layers: Number of layers of the model.
+        config: Function that reads the model's text configuration, which names kinds of layers.
 
     Returns:
         The constraints.
@@ -199,74 +203,69 @@ def constraints_of(
         ExperimentError: A layer or a kind does not exist, the intact model violates a constraint,
             or nothing could be removed.
     """
-    protected = _layers("protect", protect, total, config)
-    only = _layers("among", among, total, config) if among else None
-    least = tuple(_least(kind, text, total, config) for kind, text in decoded(at_least).items())
-    if not set(range(total) if only is None else only) - set(protected):
-        held = f"all {total} layers" if only is None else "every layer of 'among'"
-        raise ExperimentError(
-            f"'protect' holds {held}, so that nothing can go; protect fewer layers"
-        )
-    return Constraints(protected, only, least)
+    protected = _resolve_layers("protect", protect, n_layers, config)
+    allowed = _resolve_layers("among", among, n_layers, config) if among else None
+    texts = decode_arguments(at_least).items()
+    minimums = tuple(_parse_minimum(kind, text, n_layers, config) for kind, text in texts)
+    if not set(range(n_layers) if allowed is None else allowed) - set(protected):
+        layers = f"all {n_layers} layers" if allowed is None else "every layer of 'among'"
+        raise ExperimentError(f"'protect' holds {layers}, so nothing can go; protect fewer layers")
+    return Constraints(protected, allowed, minimums)
 
 
-def _layers(
-    key: str, words: Sequence[int | str], total: int, config: Callable[[], Any]
+def _resolve_layers(
+    key: str, words: Sequence[int | str], n_layers: int, config: Callable[[], Any]
 ) -> tuple[int, ...]:
-    """Resolve layers from words."""
-    kinds = [word for word in words if isinstance(word, str) and word != LAST]
+    """Resolve numbers and words to layers of a model."""
+    kinds = [word for word in words if isinstance(word, str) and word != LAST_LAYER]
     numbers = {word for word in words if isinstance(word, int)}
-    if numbers and max(numbers) >= total:
+    if numbers and max(numbers) >= n_layers:
         raise ExperimentError(
-            f"'{key}': there is no layer {max(numbers)}; the model has layers 0 to {total - 1}"
+            f"'{key}': there is no layer {max(numbers)}; the model has layers 0 to {n_layers - 1}"
         )
-    last = {total - 1} if LAST in words else set()
-    return tuple(sorted({*numbers, *last, *_of_kinds(key, kinds, config)}))
+    last_layer = {n_layers - 1} if LAST_LAYER in words else set()
+    return tuple(sorted({*numbers, *last_layer, *_layers_of_kinds(key, kinds, config)}))
 
 
-def _of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tuple[int, ...]:
+def _layers_of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tuple[int, ...]:
+    """Find the layers of some kinds; `key` is the constraint that names the kinds."""
     try:
         return layers_of_kind(config(), kinds) if kinds else ()
     except ModelError as error:
         raise ExperimentError(f"'{key}': {error}") from None
 
 
-def _least(kind: str, text: str, total: int, config: Callable[[], Any]) -> Least:
+def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any]) -> LayerMinimum:
     """Parse `N`, or `N of M`; raise ExperimentError if the intact model violates it."""
-    layers = _of_kinds("at_least", [kind], config)
-    count, _, width = text.partition(" of ")
-    least = Least(kind, layers, int(count), int(width) if width else None)
-    head = f"'at_least': {kind}: {text}"
-    if least.of is not None and least.of > total:
-        raise ExperimentError(f"{head}: the model has {total} layers; write {count} of {total}")
-    for first, group in enumerate(least.groups(total)):
-        if len(group) < least.count:
-            among = f" among layers {first} to {first + least.of - 1}" if least.of else ""
-            raise ExperimentError(
-                f"{head}: the intact model has {len(group)} of that kind{among}; ask for no "
-                "more than it has"
-            )
-    return least
+    layers = _layers_of_kinds("at_least", [kind], config)
+    n, _, width = text.partition(" of ")
+    minimum = LayerMinimum(kind, layers, int(n), int(width) if width else None)
+    prefix, window = f"'at_least': {kind}: {text}", minimum.window
+    if window is not None and window > n_layers:
+        raise ExperimentError(f"{prefix}: the model has {n_layers} layers; write {n} of {n_layers}")
+    for start, group in enumerate(minimum.groups(n_layers)):
+        if len(group) < minimum.count:
+            among = f" among layers {start} to {start + window - 1}" if window else ""
+            has = f"the intact model has {len(group)} of that kind{among}"
+            raise ExperimentError(f"{prefix}: {has}; ask for no more than it has")
+    return minimum
 
 
-def in_words(layers: Sequence[int | str]) -> list[str]:
-    """Format layers, runs of three and more as `8 to 24`."""
+def format_layers(layers: Sequence[int | str]) -> list[str]:
+    """Format layers; runs of three or more are shortened to `8 to 24`."""
     runs: list[list[int | str]] = []
     for layer in layers:
         if runs and isinstance(layer, int) and layer - 1 == runs[-1][-1]:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return [
-        word
-        for run in runs
-        for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))
-    ]
+    texts = ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run) for run in runs)
+    return list(chain.from_iterable(texts))
 
 
-Measure = Literal["parts", "parameters", "bytes", "seconds", "bits"]
+AmountMeasure = Literal["parts", "parameters", "bytes", "seconds", "bits"]
 AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"
-"""Forms of amounts, for messages."""
+"""Examples of valid amounts, shown in messages."""
 
 _TOO_FEW: Mapping[Component, str] = {
     "layer": "leaves no layer",
@@ -275,81 +274,71 @@ _TOO_FEW: Mapping[Component, str] = {
     "expert": "leaves layers fewer experts than their routers choose",
 }
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(.*)")
-_SHARES: Mapping[str, Measure] = {
+_SHARES: Mapping[str, AmountMeasure] = {
     "%": "parts",
     "% parameters": "parameters",
     "% bytes": "bytes",
     "% seconds": "seconds",
 }
-_UNITS: Mapping[str, tuple[Measure, float]] = {
-    "parameters": ("parameters", 1),
-    "K parameters": ("parameters", 1e3),
-    "M parameters": ("parameters", 1e6),
-    "B parameters": ("parameters", 1e9),
-    "KB": ("bytes", 1e3),
-    "MB": ("bytes", 1e6),
-    "GB": ("bytes", 1e9),
-    "KiB": ("bytes", 2**10),
-    "MiB": ("bytes", 2**20),
-    "GiB": ("bytes", 2**30),
-    "ms": ("seconds", 1e-3),
-    "s": ("seconds", 1),
-    "bpw": ("bits", 1),
+_SIZES: Mapping[AmountMeasure, Mapping[str, float]] = {
+    "parameters": {"parameters": 1, "K parameters": 1e3, "M parameters": 1e6, "B parameters": 1e9},
+    "bytes": {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "seconds": {"ms": 1e-3, "s": 1},
+    "bits": {"bpw": 1},
 }
+_UNITS = {unit: (measure, n) for measure, sizes in _SIZES.items() for unit, n in sizes.items()}
 
 
 @dataclass(frozen=True)
 class Amount:
-    """An amount of parts or of what they take, absolute or as a share of the model's.
+    """An amount of parts, parameters, bytes, bits or seconds, absolute or as a share of the model.
 
     Attributes:
-        text: The text as written.
+        text: The amount as the user wrote it.
         value: The number; a fraction if it is a share.
-        measure: The quantity; seconds are those of one token, bits those of one weight.
-        share: Whether it is a share of the whole model, of all parts for `parts`.
+        measure: The quantity; seconds are per token, bits per weight.
+        is_share: True if the amount is a share of the whole model; for `parts`, of all parts.
     """
 
     text: str
     value: float
-    measure: Measure
-    share: bool = False
+    measure: AmountMeasure
+    is_share: bool = False
 
 
-def amount(given: int | str) -> Amount:
-    """Parse an amount.
+def parse_amount(value: int | str) -> Amount:
+    """Parse an amount such as `8` or `25 % parameters`.
 
     Args:
-        given: A whole number of parts, or a text as in `AMOUNT_FORMS`.
+        value: A whole number of parts, or a text as in `AMOUNT_FORMS`.
 
     Returns:
         The amount.
 
     Raises:
-        ValueError: It is no amount, or nothing, or everything.
+        ValueError: The value is not an amount, or means nothing or everything.
 
     Examples:
-        >>> amount("25 % parameters").measure, amount("34M parameters").value
+        >>> parse_amount("25 % parameters").measure, parse_amount("34M parameters").value
         ('parameters', 34000000.0)
     """
-    read = read_amount(str(given))
-    if isinstance(given, bool) or read is None or read.measure == "bits":
-        raise ValueError(f"{short(given)} is no amount; write one of: {AMOUNT_FORMS}")
-    if read.value <= 0 or (read.share and read.value >= 1):
-        raise ValueError(
-            f"{read.text} is nothing, or everything; write more than 0 and less than 100 %"
-        )
-    return read
+    amount = match_amount(str(value))
+    if isinstance(value, bool) or amount is None or amount.measure == "bits":
+        raise ValueError(f"invalid amount {short_text(value)}; expected e.g. {AMOUNT_FORMS}")
+    if amount.value <= 0 or (amount.is_share and amount.value >= 1):
+        raise ValueError(f"invalid amount {amount.text!r}; expected more than 0, less than 100 %")
+    return amount
 
 
-def read_amount(text: str) -> Amount | None:
-    """Parse a number of parts, or an amount with a unit; None if it is neither."""
+def match_amount(text: str) -> Amount | None:
+    """Parse a number of parts, or an amount with a unit; return None for any other text."""
     text = " ".join(text.split())
     match = _AMOUNT.fullmatch(text)
     if match is None:
         return None
     number, unit = float(match[1]), match[2]
     if unit in _SHARES:
-        return Amount(text, number / 100, _SHARES[unit], share=True)
+        return Amount(text, number / 100, _SHARES[unit], is_share=True)
     if unit in _UNITS:
         measure, size = _UNITS[unit]
         return Amount(text, number * size, measure)
@@ -358,204 +347,210 @@ def read_amount(text: str) -> Amount | None:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget, which is met when enough is removed.
+    """A budget, which is met when the removed parts have a minimum total size.
 
     Attributes:
-        each: The size of each part: 1, parameters, bytes or seconds.
-        needed: Minimum size to remove; `budget` ensures that a part can stay.
-        fixed: Parts that stay.
-        least: Groups of parts, each with the minimum number of its parts that stay.
+        sizes: The size of each part: 1, or its number of parameters, bytes or seconds.
+        min_removed: Minimum size to remove; `build_budget` ensures that a part can stay.
+        fixed: Parts that must stay.
+        minimums: Groups of parts, each with the minimum number of its parts that must stay.
     """
 
-    each: tuple[float, ...]
-    needed: float
+    sizes: tuple[float, ...]
+    min_removed: float
     fixed: frozenset[int] = frozenset()
-    least: tuple[tuple[tuple[int, ...], int], ...] = ()
+    minimums: tuple[tuple[tuple[int, ...], int], ...] = ()
 
     @property
-    def free(self) -> list[int]:
-        """The parts that may go."""
-        return [part for part in range(len(self.each)) if part not in self.fixed]
+    def free_parts(self) -> list[int]:
+        """The parts that may be removed."""
+        return [part for part in range(len(self.sizes)) if part not in self.fixed]
 
-    def parts_of(self, unit: Component) -> SearchParts:
-        """Return the parts of the budget."""
-        return SearchParts(unit, len(self.each))
+    def parts_for(self, unit: Component) -> SearchParts:
+        """Return the numbering of the budget's parts, which are of kind `unit`."""
+        return SearchParts(unit, len(self.sizes))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may be removed together."""
+        """Return whether the constraints allow the removal of these parts together."""
         return self.fixed.isdisjoint(removed) and all(
-            sum(part not in removed for part in parts) >= stay for parts, stay in self.least
+            len(set(parts).difference(removed)) >= count for parts, count in self.minimums
         )
 
-    def enough(self, removed: Collection[int]) -> bool:
-        """Return whether removing these parts is enough."""
-        gone = sum(self.each[part] for part in removed)
-        return gone >= self.needed * (1 - 1e-9)
+    def is_met(self, removed: Collection[int]) -> bool:
+        """Return whether the total size of these parts is large enough."""
+        removed_size = sum(self.sizes[part] for part in removed)
+        return removed_size >= self.min_removed * (1 - 1e-9)
 
-    def reachable(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may be removed so that enough can follow and a part stays."""
-        return self.allows(removed) and self.enough(self.most(removed))
+    def can_reach(self, removed: Collection[int]) -> bool:
+        """Return whether these parts may be removed and the budget can be met afterwards."""
+        return self.allows(removed) and self.is_met(self.largest_removal(removed))
 
-    def most(self, removed: Collection[int] = ()) -> set[int]:
-        """Return the largest removable set with these parts such that a part stays."""
-        free = set(self.free)
-        if self.least:
-            return _largest(self, frozenset(removed))
-        stay = {} if self.fixed else free.difference(removed)
-        return free - {min(stay, key=lambda part: self.each[part])} if stay else free
+    def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
+        """Return the largest removable set that contains these parts; at least one part stays."""
+        if self.minimums:
+            return _largest_removal(self, frozenset(removed))
+        free_parts = set(self.free_parts)
+        if self.fixed or not (removable := free_parts.difference(removed)):
+            return free_parts
+        return free_parts - {min(removable, key=lambda part: self.sizes[part])}
 
     @property
-    def largest(self) -> float:
-        """The maximum size that may be removed."""
-        return sum(self.each[part] for part in self.most())
+    def largest_size(self) -> float:
+        """The largest total size that may be removed."""
+        return sum(self.sizes[part] for part in self.largest_removal())
 
-    def left(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that could be removed next."""
-        most = self.most(removed)
-        sure = most if self.enough(most) else set()
-        parts = [part for part in self.free if part not in removed]
-        return [part for part in parts if part in sure or self.reachable((*removed, part))]
+    def next_parts(self, removed: Collection[int]) -> list[int]:
+        """Return the candidates for the next removal, after which the budget can still be met."""
+        largest = self.largest_removal(removed)
+        certain = largest if self.is_met(largest) else set()
+        parts = [part for part in self.free_parts if part not in removed]
+        return [part for part in parts if part in certain or self.can_reach((*removed, part))]
 
 
 @dataclass(frozen=True)
-class BudgetOfParts(Budget):
-    """A budget of parts of size 1, several per layer.
+class PartsBudget(Budget):
+    """A budget that counts heads or experts: parts of size 1, several per layer.
 
     Attributes:
-        parts: Their kind, with the minimum number of each layer that stays.
+        parts: The kind of parts, with the minimum number of parts that each layer keeps.
     """
 
     parts: SearchParts = field(kw_only=True)
 
-    def parts_of(self, unit: Component) -> SearchParts:
-        """Return the parts of the budget."""
+    def parts_for(self, unit: Component) -> SearchParts:
+        """Return the numbering of the budget's parts, which are of kind `unit`."""
         return self.parts
 
     @cached_property
-    def _rooms(self) -> Mapping[int, int]:
-        """Layer → the number of its parts that may be removed."""
-        most = self.parts.per_layer - self.parts.stay
-        return {layer: min(free, most) for layer, free in self._of_layers(self.free).items()}
+    def _max_removals(self) -> Mapping[int, int]:
+        """Maximum number of removed parts of each layer."""
+        room = self.parts.per_layer - self.parts.min_kept
+        counts = self._count_by_layer(self.free_parts)
+        return {layer: min(count, room) for layer, count in counts.items()}
 
-    def _of_layers(self, parts: Iterable[int]) -> Counter[int]:
+    def _count_by_layer(self, parts: Iterable[int]) -> Counter[int]:
+        """Count parts in each layer."""
         return Counter(map(self.parts.layer_of, parts))
 
     @property
-    def largest(self) -> float:
-        """The maximum size that may be removed."""
-        return float(sum(self._rooms.values()))
+    def largest_size(self) -> float:
+        """The largest total size that may be removed."""
+        return float(sum(self._max_removals.values()))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may be removed together."""
-        gone = self._of_layers(removed).items()
-        fit = all(count <= self._rooms.get(layer, 0) for layer, count in gone)
-        return fit and self.fixed.isdisjoint(removed)
+        """Return whether the constraints allow the removal of these parts together."""
+        counts = self._count_by_layer(removed).items()
+        fits_layers = all(count <= self._max_removals.get(layer, 0) for layer, count in counts)
+        return fits_layers and self.fixed.isdisjoint(removed)
 
-    def reachable(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may be removed so that enough can follow."""
-        return self.allows(removed) and self.largest >= self.needed * (1 - 1e-9)
+    def can_reach(self, removed: Collection[int]) -> bool:
+        """Return whether these parts may be removed and the budget can be met afterwards."""
+        return self.allows(removed) and self.largest_size >= self.min_removed * (1 - 1e-9)
 
-    def left(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that could be removed next."""
-        if not self.reachable(removed):
+    def next_parts(self, removed: Collection[int]) -> list[int]:
+        """Return the candidates for the next removal, after which the budget can still be met."""
+        if not self.can_reach(removed):
             return []
-        counts, gone = self._of_layers(removed), set(removed)
-        full = {layer for layer, room in self._rooms.items() if counts[layer] >= room}
-        free = (part for part in self.free if part not in gone)
-        return [part for part in free if self.parts.layer_of(part) not in full]
+        counts, layer_of = self._count_by_layer(removed), self.parts.layer_of
+        rooms = {layer: count - counts[layer] for layer, count in self._max_removals.items()}
+        parts = set(self.free_parts).difference(removed)
+        return sorted(part for part in parts if rooms[layer_of(part)] > 0)
 
 
-def out_of_reach(why: str) -> ExperimentError:
-    """Return the error of a strategy that cannot remove enough."""
+def unmet_budget_error(reason: str) -> ExperimentError:
+    """Build the error of a strategy that cannot remove enough to meet the budget."""
     return ExperimentError(
-        f"{why}, and that is not enough; let less go, or take a strategy that chooses one by one, "
-        "such as accuracy"
+        f"{reason}, and that is not enough; let less go, or take a strategy that chooses one by "
+        "one, such as accuracy"
     )
 
 
-def budget(
-    word: Literal["remove", "keep"],
-    asked: Amount,
-    each: Sequence[float],
-    total: float,
+def build_budget(
+    key: Literal["remove", "keep"],
+    amount: Amount,
+    sizes: Sequence[float],
+    model_size: float,
     title: str,
-    constraints: Constraints = FREE,
+    constraints: Constraints = NO_CONSTRAINTS,
     parts: SearchParts | None = None,
 ) -> Budget:
-    """Build the budget of an amount.
+    """Build the budget that removes or keeps an amount.
 
     Args:
-        word: Whether the amount is a minimum to remove, or a maximum to keep.
-        asked: The amount.
-        each: The size of each part, in the amount's measure.
-        total: The size of the whole model; for `parts`, their number.
-        title: The search, for messages.
-        constraints: The constraints, in layers.
+        key: `remove` if the amount is a minimum to remove, `keep` if it is a maximum to keep.
+        amount: The amount.
+        sizes: The size of each part, in the amount's measure.
+        model_size: The size of the whole model; for `parts`, the number of parts.
+        title: The name of the search in messages.
+        constraints: The constraints on layers.
         parts: The parts that may be removed; None = whole layers.
 
     Returns:
         The budget.
 
     Raises:
-        ExperimentError: Nothing would be removed, or everything, or more than allowed.
+        ExperimentError: The amount would remove nothing, everything, or more than allowed.
     """
-    value = asked.value * total if asked.share else asked.value
-    needed = value if word == "remove" else total - value
-    if needed <= 0:
+    measure = amount.measure
+    value = amount.value * model_size if amount.is_share else amount.value
+    min_removed = value if key == "remove" else model_size - value
+    if min_removed <= 0:
         raise ExperimentError(
-            f"{title}: '{word}: {asked.text}' removes nothing: the model has "
-            f"{_written(total, asked.measure)}; keep less"
+            f"{title}: '{key}: {amount.text}' removes nothing: the model has "
+            f"{_format_amount(model_size, measure)}; keep less"
         )
-    parts = parts or SearchParts("layer", len(each))
-    fixed = {*parts.of_layers(constraints.fixed(parts.layers))}
-    fixed |= set(range(parts.total)).difference(parts.numbers)
-    if parts.unit in NUMBERED:
-        found: Budget = BudgetOfParts(tuple(each), needed, frozenset(fixed), parts=parts)
+    parts = parts or SearchParts("layer", len(sizes))
+    fixed = frozenset(range(parts.total)).difference(parts.numbers)
+    fixed |= {*parts.parts_of_layers(constraints.fixed(parts.layers))}
+    if parts.unit in NUMBERED_COMPONENTS:
+        budget: Budget = PartsBudget(tuple(sizes), min_removed, fixed, parts=parts)
     else:
-        groups = ((one.groups(parts.layers), one.count) for one in constraints.least)
-        least = dict.fromkeys((layers, count) for some, count in groups for layers in some)
-        found = Budget(tuple(each), needed, frozenset(fixed), tuple(least))
-    if not found.reachable(()):
-        most = found.largest
-        limit, bound = ("at most", most) if word == "remove" else ("no less than", total - most)
-        names = constraints.names
-        why = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
-        raise ExperimentError(
-            f"{title}: '{word}: {asked.text}' {why}: of "
-            f"{_written(total, asked.measure)}, {word} {limit} {_written(bound, asked.measure)}"
+        minimums = dict.fromkeys(
+            (group, minimum.count)
+            for minimum in constraints.minimums
+            for group in minimum.groups(parts.layers)
         )
-    return found
+        budget = Budget(tuple(sizes), min_removed, fixed, tuple(minimums))
+    if not budget.can_reach(()):
+        limit, bound = "at most", budget.largest_size
+        if key == "keep":
+            limit, bound = "no less than", model_size - bound
+        names = constraints.names
+        reason = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
+        raise ExperimentError(
+            f"{title}: '{key}: {amount.text}' {reason}: of {_format_amount(model_size, measure)}, "
+            f"{key} {limit} {_format_amount(bound, measure)}"
+        )
+    return budget
 
 
 @lru_cache(maxsize=4096)
-def _largest(within: Budget, removed: frozenset[int]) -> set[int]:
-    """Return the largest removable set with some parts, by integer programming."""
+def _largest_removal(budget: Budget, removed: frozenset[int]) -> set[int]:
+    """Return the largest removable set that contains some parts, by integer programming."""
     # Imported here, since most commands do not need it.
     import numpy as np
     from scipy import optimize
 
-    parts = range(len(within.each))
+    parts = range(len(budget.sizes))
     # At least one of all parts stays, and the minimum number of each group.
-    groups = [(parts, 1), *within.least]
-    holds = np.array([[part in group for part in parts] for group, _ in groups], dtype=float)
-    may_go = holds.sum(axis=1) - [stay for _, stay in groups]
+    groups = [(parts, 1), *budget.minimums]
+    membership = np.array([np.isin(parts, group) for group, _ in groups], dtype=float)
+    max_removed = membership.sum(axis=1) - [minimum for _, minimum in groups]
     solution = optimize.milp(
-        -np.array(within.each) / max(within.each),
+        -np.array(budget.sizes) / max(budget.sizes),
         integrality=np.ones(len(parts)),
-        bounds=optimize.Bounds(
-            [float(part in removed) for part in parts],
-            [float(part not in within.fixed) for part in parts],
-        ),
-        constraints=optimize.LinearConstraint(holds, ub=may_go),
+        bounds=optimize.Bounds(np.isin(parts, [*removed]), ~np.isin(parts, [*budget.fixed])),
+        constraints=optimize.LinearConstraint(membership, ub=max_removed),
         options={"mip_rel_gap": 0},
     )
     assert solution.x is not None  # `removed` itself is allowed
     return {part for part in parts if solution.x[part] > 0.5}
 
 
-def _written(value: float, measure: Measure) -> str:
+def _format_amount(value: float, measure: AmountMeasure) -> str:
+    """Format a number of parts, parameters, bytes or seconds."""
     if measure == "parts":
-        return counted(round(value), "part")
+        return count_text(round(value), "part")
     if measure == "parameters":
         return f"{value / 1e6:,.1f}M parameters"
     if measure == "bytes":
@@ -563,35 +558,35 @@ def _written(value: float, measure: Measure) -> str:
     return f"{1000 * value:,.3g} ms a token"
 
 
-def _several(given: Any) -> Any:
-    """Parse one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
-    if isinstance(given, str) and not given.startswith("["):
-        return tuple(name.strip() for name in given.split(","))
-    return several(given)
+def _parse_names(value: Any) -> Any:
+    """Parse one name, a list of names, W&B's text of a list, or a comma-separated text."""
+    if isinstance(value, str) and not value.startswith("["):
+        return tuple(name.strip() for name in value.split(","))
+    return as_tuple(value)
 
 
-Written = Annotated[str, BeforeValidator(lambda given: amount(given).text)]
+AmountText = Annotated[str, BeforeValidator(lambda value: parse_amount(value).text)]
 
 
-class SearchSettings(Strict):
-    """Settings of a search, beside those of its benchmarks, which are `CellSettings`."""
+class SearchSettings(StrictModel):
+    """Settings of a search, without the settings of its benchmarks (`CellSettings`)."""
 
     strategy: Name
     """Strategy of the search, e.g. accuracy, cosine_oneshot, last or random."""
-    remove: Written | None = None
+    remove: AmountText | None = None
     """Minimum amount to remove, e.g. 8, 25 %, 25 % parameters, 70 MB or 5 ms."""
-    keep: Written | None = None
+    keep: AmountText | None = None
     """Maximum amount to keep, e.g. 22, 100M parameters or 200 MB."""
     unit: SearchUnit = "layer"
     """Unit to remove."""
-    protect: Chosen = ()
+    protect: LayerWords = ()
     """Layers to keep, e.g. 0,1,last or 3-7, odd, even, or a kind such as full_attention."""
-    among: Chosen = ()
+    among: LayerWords = ()
     """Layers that may be removed, in the same notation (default: all)."""
-    at_least: Ratios | None = None
+    at_least: LayerMinimums | None = None
     """Minimum number of layers of a kind to keep, of all or of each run of consecutive layers, e.g.
     full_attention=2 or 'full_attention=1 of 4'."""
-    calibrate: Annotated[tuple[Name, ...], BeforeValidator(_several)] = ()
+    calibrate: Annotated[tuple[Name, ...], BeforeValidator(_parse_names)] = ()
     """Calibration benchmarks, comma-separated (default: the benchmark itself)."""
     sample: Positive | None = None
     """Number of calibration documents per task (default: all)."""
@@ -604,10 +599,10 @@ class SearchSettings(Strict):
     """Number of draws of random strategies."""
 
 
-OF_CELLS = tuple(
+CELL_KEYS = tuple(
     key
-    for key in KEYS
-    if key not in IN_THE_FILE.values()
+    for key in FIELDS_BY_KEY
+    if key not in FILE_KEYS.values()
     and key not in ("removed", "control", "part", "limit", "sample", "until")
 )
-"""Keys of benchmarks that a search sets itself: it removes parts and draws documents."""
+"""Keys of `CellSettings` in a search file; the search itself removes parts and draws documents."""

@@ -1,10 +1,10 @@
-"""Strategies that choose the parts to remove: each takes a search and yields its steps in order.
+"""Define strategies that choose the parts to remove; each is a generator of a search's steps.
 
-All of them minimise a loss. Among sets with equal losses, the one with the smaller loss by the
-other measure comes first (for `accuracy` that is `gold_logprob`, and the reverse). Among sets still
-equal, it is the one whose parts are later.
+Strategies minimise a loss. Sets with equal loss by one outcome are ordered by the loss of the other
+outcome: `gold_logprob` for `accuracy`, and the reverse. Sets that are still equal are ordered by
+position: the set with later parts comes first.
 
-Some of them do not score every candidate on every document after each removal.
+Some strategies do not score every candidate on every document after each removal.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 
 from tracker.analysis.stopping import CandidateRace
 from tracker.core.errors import CellError
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
-from tracker.measuring.fill import CellWork, fill
-from tracker.search.scores import NO_FINITE, Scores, Set, grown
-from tracker.search.settings import Budget, out_of_reach
-from tracker.stats.rank_agreement import rounded
+from tracker.measuring.fill import CellWork, fill_cell
+from tracker.search.scores import NO_FINITE_SCORE, PartSet, Scores, add_parts
+from tracker.search.settings import Budget, unmet_budget_error
+from tracker.stats.rank_agreement import rounded_values
 
-BATCH = 6
-"""Number of candidates that a lazy search scores in one engine call; at least one layer's parts."""
+LAZY_BATCH = 6
+"""Minimum number of candidates per engine call of a lazy search; at least one layer's parts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Search:
         budget: The budget, which ends the search.
         seed: Seed of random draws.
         draw: Number of the draw.
-        rescoring: How greedy searches by outcomes score candidates again.
+        rescoring: Method by which greedy searches by outcomes score candidates again.
     """
 
     scores: Scores
@@ -48,73 +48,76 @@ class Search:
     draw: int = 1
     rescoring: Rescoring = "full"
 
-    def lots(self, strategy: str) -> random.Random:
-        """Return a strategy's random generator, the same for the same seed and draw everywhere."""
+    def random_generator(self, strategy: str) -> random.Random:
+        """Return a strategy's random generator, which depends only on its name, seed and draw."""
         return random.Random(f"{strategy}/{self.seed}/{self.draw}")
 
 
 Strategy = Callable[[Search], Iterator[PruneStep]]
+StepChooser = Callable[[PartSet], PruneStep]
+"""Function that chooses the next step, given the parts removed so far."""
 
 
-def _stepwise(budget: Budget, choose: Callable[[Set], PruneStep]) -> Iterator[PruneStep]:
-    """Yield steps until the budget is met, each chosen by the parts removed before it."""
-    removed: Set = ()
-    while not budget.enough(removed):
+def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
+    """Yield steps until the budget is met; `choose` gets the parts removed so far."""
+    removed: PartSet = ()
+    while not budget.is_met(removed):
         step = choose(removed)
         yield step
         removed = step.removed
 
 
-def by_outcomes(search: Search, by: str) -> Iterator[PruneStep]:
-    """Remove the part that costs least with all removed before; score again after each removal."""
-    ways = {"full": _fully, "lazy": _lazily, "race": _by_races}
-    return _stepwise(search.budget, ways[search.rescoring](search, by))
+def remove_by_outcome(search: Search, outcome: str) -> Iterator[PruneStep]:
+    """Remove the part with the smallest additional loss; score candidates after each removal."""
+    rescorings = {"full": _rescore_fully, "lazy": _rescore_lazily, "race": _rescore_by_races}
+    return _yield_steps(search.budget, rescorings[search.rescoring](search, outcome))
 
 
-def _fully(search: Search, by: str) -> Callable[[Set], PruneStep]:
-    """Return a function that chooses a step by scoring all candidates."""
+def _rescore_fully(search: Search, outcome: str) -> StepChooser:
+    """Return a function that scores all candidates to choose a step."""
 
-    def choose(removed: Set) -> PruneStep:
-        sets = [grown(removed, part) for part in search.budget.left(removed)]
-        return search.scores.losses(by, sets).step(removed)
+    def choose(removed: PartSet) -> PruneStep:
+        sets = [add_parts(removed, part) for part in search.budget.next_parts(removed)]
+        return search.scores.losses(outcome, sets).choose_step(removed)
 
     return choose
 
 
-def _lazily(search: Search, by: str) -> Callable[[Set], PruneStep]:
+def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
     """Return a function that scores candidates again only while they can still win.
 
-    It assumes that costs only grow: the cost of a part at its last scoring is taken as its minimum
-    cost now. That holds if removals are redundant (together they cost more than the sum). Otherwise
-    a part that became cheaper is overlooked.
+    The method assumes that costs only grow: the last measured cost of a part is its minimum cost
+    now. The assumption holds if parts are redundant (the removals together cost more than their
+    sum). Otherwise a part that became cheaper is overlooked.
     """
-    scores, loss = search.scores, 0.0
+    scores, total_loss = search.scores, 0.0
     costs = dict.fromkeys(range(scores.parts.total), -np.inf)
 
-    def choose(removed: Set) -> PruneStep:
-        nonlocal loss
-        fresh: list[Set] = []
-        left = sorted(search.budget.left(removed), key=lambda part: (costs[part], -part))
-        while left:
+    def choose(removed: PartSet) -> PruneStep:
+        nonlocal total_loss
+        rescored: list[PartSet] = []
+        parts = search.budget.next_parts(removed)
+        parts.sort(key=lambda part: (costs[part], -part))
+        while parts:
             # All of them at first, when no costs are known.
-            size = max(BATCH, scores.parts.per_layer) if removed else len(left)
-            batch, left = left[:size], left[size:]
-            fresh += [grown(removed, part) for part in batch]
-            losses = scores.losses(by, fresh)
-            if left and float(losses.means.min()) < loss + costs[left[0]]:
+            size = max(LAZY_BATCH, scores.parts.per_layer) if removed else len(parts)
+            batch, parts = parts[:size], parts[size:]
+            rescored += [add_parts(removed, part) for part in batch]
+            losses = scores.losses(outcome, rescored)
+            if parts and float(losses.means.min()) < total_loss + costs[parts[0]]:
                 break
-        step = losses.step(removed)
-        for each, mean in zip(fresh, losses.means, strict=True):
-            (part,) = set(each) - set(removed)
-            costs[part] = float(mean) - loss
-        loss = float(step.score or 0.0)
+        step = losses.choose_step(removed)
+        for part_set, mean in zip(rescored, losses.means, strict=True):
+            (part,) = set(part_set) - set(removed)
+            costs[part] = float(mean) - total_loss
+        total_loss = float(step.score or 0.0)
         return step
 
     return choose
 
 
-def _by_races(search: Search, by: str) -> Callable[[Set], PruneStep]:
-    """Return a function that drops candidates once documents show that they will not win.
+def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
+    """Return a function that drops candidates once enough documents show that they will not win.
 
     With 95 % confidence, the removed part costs at most one percentage point more than the best one
     by accuracy (each step is the question `prune 1 within 1 pp`). By log-probability it costs at
@@ -124,151 +127,158 @@ def _by_races(search: Search, by: str) -> Callable[[Set], PruneStep]:
     scores = search.scores
     (cell,) = scores.cells
 
-    def choose(removed: Set) -> PruneStep:
-        left = search.budget.left(removed)
-        if len(left) == 1:
-            alone = dict.fromkeys(("score", "margin"), "nothing else may go")
-            return PruneStep(removed=grown(removed, *left), layer=left[0], reasons=alone)
-        sets = [grown(removed, part) for part in left]
-        ablations = [scores.ablation(each) for each in sets]
-        beneath = [scores.ablation(removed)] if removed else []
-        racing = CandidateRace(
-            cell.store, cell.view, by, cell.request.documents.seed, ablations, beneath
-        )
-        if racing.lacking is not None:
-            meter = cell.opened([*beneath, *ablations], candidates=True)
-            work = CellWork(cell.store, meter.facts, cell.progress, race=racing)
-            fill(work, meter.measure, cell.progress)
-        seen, means = racing.deciding.seen, rounded(racing.deciding.means)
-        scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
+    def choose(removed: PartSet) -> PruneStep:
+        parts = search.budget.next_parts(removed)
+        sets = [add_parts(removed, part) for part in parts]
+        if len(parts) == 1:
+            reasons = dict.fromkeys(("score", "margin"), "nothing else may go")
+            return PruneStep(removed=sets[0], layer=parts[0], reasons=reasons)
+        candidates = [scores.ablation(part_set) for part_set in sets]
+        start = [scores.ablation(removed)] if removed else []
+        seed = cell.request.documents.seed
+        race = CandidateRace(cell.store, cell.view, outcome, seed, candidates, start)
+        if race.next_block is not None:
+            meter = cell.open_meter([*start, *candidates], are_candidates=True)
+            work = CellWork(cell.store, meter.facts, cell.progress, race=race)
+            fill_cell(work, meter.measure, cell.progress)
+        scores.record_race(race, candidates, start)
+        if not race.winners:
+            raise CellError(NO_FINITE_SCORE)
+        means = rounded_values(race.rule.means)
         # If all documents leave several open, they are level: the later one is removed.
-        winners = sorted(racing.winners, key=lambda number: (means[number], -left[number]))
-        if not winners:
-            raise CellError(NO_FINITE)
-        best, why = winners[0], "a race does not look at every candidate on all documents"
-        score, reasons = float(means[best]), {"margin": why}
-        return PruneStep(removed=sets[best], layer=left[best], score=score, reasons=reasons)
+        best = min(race.winners, key=lambda index: (means[index], -parts[index]))
+        reasons = {"margin": "a race does not look at every candidate on all documents"}
+        score = float(means[best])
+        return PruneStep(removed=sets[best], layer=parts[best], score=score, reasons=reasons)
 
     return choose
 
 
-def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
-    """Remove the layer with the smallest proxy in the remaining model; measure it each time."""
+def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
+    """Remove the layer with the smallest proxy; measure the proxy again after each removal."""
 
-    def choose(removed: Set) -> PruneStep:
+    def choose(removed: PartSet) -> PruneStep:
         losses = search.scores.proxy(name, removed)
         # Without those after which the budget could not be met any more.
-        order = [number for number in losses.order if search.budget.reachable(losses.sets[number])]
-        return losses.step(removed, order)
+        order = [index for index in losses.order if search.budget.can_reach(losses.sets[index])]
+        return losses.choose_step(removed, order)
 
-    return _stepwise(search.budget, choose)
+    return _yield_steps(search.budget, choose)
 
 
-def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneStep]:
-    """Score each part once, alone, and remove those with the smallest scores.
+def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Iterator[PruneStep]:
+    """Score each part once, alone, and remove the parts with the smallest scores.
 
-    This assumes that scores add up. Parts of unequal size are ordered by score alone too. They are
-    scored `by` an outcome, or by a `proxy`.
+    This assumes that scores add up. The order ignores the size of parts. Scores are losses by an
+    `outcome`, or values of a `proxy`.
     """
     scores = search.scores
-    sets = [(part,) for part in search.budget.free]
-    losses = scores.proxy(proxy, ()) if proxy else scores.losses(by, sets)
+    sets = [(part,) for part in search.budget.free_parts]
+    losses = scores.proxy(proxy, ()) if proxy else scores.losses(outcome, sets)
     order = losses.order
 
-    def choose(removed: Set) -> PruneStep:
-        left = set(search.budget.left(removed))
-        step = losses.step((), [number for number in order if losses.sets[number][0] in left])
-        second = grown(removed, *step.runner_up) if step.runner_up else ()
-        return step.model_copy(
-            update={"removed": grown(removed, *step.removed), "runner_up": second}
-        )
+    def choose(removed: PartSet) -> PruneStep:
+        parts = set(search.budget.next_parts(removed))
+        step = losses.choose_step((), [index for index in order if losses.sets[index][0] in parts])
+        updates = {"removed": add_parts(removed, *step.removed)}
+        if step.runner_up:
+            updates["runner_up"] = add_parts(removed, *step.runner_up)
+        return step.model_copy(update=updates)
 
-    return _stepwise(search.budget, choose)
+    return _yield_steps(search.budget, choose)
 
 
-def contiguous(search: Search) -> Iterator[PruneStep]:
-    """Remove the span of layers over which the residual stream turns least (PruneMe).
+def remove_span(search: Search) -> Iterator[PruneStep]:
+    """Remove the span of layers over which the residual stream changes direction least (PruneMe).
 
-    For each length it is the best span of all; the spans need not lie within each other.
+    Each step removes the best span of the next length; it need not contain the previous span.
     """
-    within, total = search.budget, search.scores.layers
-    every = (range(first, end) for first in range(total) for end in range(first + 1, total + 1))
-    stretches = grouped(filter(within.allows, every), len)
-    lengths = [n for n, some in stretches.items() if n < total and any(map(within.enough, some))]
-    longest = max(lengths, default=0)
-    if longest == 0:
-        raise out_of_reach("angular removes a stretch of layers, each of which may go")
-    length = 0
-    removed: Set = ()
-    while not within.enough(removed):
-        length += 1
-        spans = stretches[length]
-        if length == longest:
-            spans = [span for span in spans if within.enough(span)]
-        losses = search.scores.proxy("angular_distance", (), spans)
-        step = losses.step(None)
-        nested = set(removed) < set(step.removed)
-        added = next(iter(set(step.removed) - set(removed))) if nested else None
+    budget, n = search.budget, search.scores.layers
+    spans = (range(start, end) for start in range(n) for end in range(start + 1, n + 1))
+    spans_by_length = group_by(filter(budget.allows, spans), len)
+    # The last step is at the greatest length of which a span is enough.
+    lengths = [k for k, runs in spans_by_length.items() if k < n and any(map(budget.is_met, runs))]
+    if not lengths:
+        raise unmet_budget_error("angular removes a stretch of layers, each of which may go")
+    removed: PartSet = ()
+    for length in range(1, max(lengths) + 1):
+        candidates = spans_by_length[length]
+        if length == max(lengths):
+            candidates = list(filter(budget.is_met, candidates))
+        step = search.scores.proxy("angular_distance", (), candidates).choose_step(None)
+        added = set(step.removed) - set(removed)
+        is_nested = set(removed) < set(step.removed)
         removed = step.removed
-        yield step.model_copy(update={"layer": added})
-
-
-def last(search: Search) -> Iterator[PruneStep]:
-    """Remove layers from the end, except the very last one, which feeds the head."""
-    within, parts = search.budget, search.scores.parts
-    within = replace(within, fixed=within.fixed | {*parts.of_layers([parts.layers - 1])})
-    if not within.reachable(()):
-        raise out_of_reach("last leaves the very last layer")
-    yield from _in_order(search, _fitting(reversed(within.free), within))
-
-
-def at_random(search: Search) -> Iterator[PruneStep]:
-    """Remove in a random order."""
-    order = list(range(search.scores.parts.total))
-    search.lots("random").shuffle(order)
-    yield from _in_order(search, _fitting(order, search.budget))
-
-
-def _fitting(order: Iterable[int], within: Budget) -> Iterator[int]:
-    """Yield the parts of an order that may go together with those before them."""
-    found: list[int] = []
-    for part in order:
-        if within.reachable((*found, part)):
-            found.append(part)
-            yield part
-
-
-def _in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
-    removed: Set = ()
-    reasons = {"score": "the strategy looks at no document", "margin": "it compares nothing"}
-    for part in order:
-        removed = grown(removed, part)
-        yield PruneStep(removed=removed, layer=part, reasons=reasons)
-        if search.budget.enough(removed):
+        yield step.model_copy(update={"layer": min(added) if is_nested else None})
+        if budget.is_met(removed):
             return
 
 
-NULL = "random"
-"""The strategy of random removal: the reference for the others."""
-_BY_PROXY = {proxy.strategy: proxy.name for proxy in PROXIES.values() if proxy.strategy}
-OUTCOMES = ("accuracy", "gold_logprob")
-STRATEGIES: Mapping[str, Strategy] = {
-    **{name: partial(by_outcomes, by=name) for name in OUTCOMES},
-    **{f"{name}_oneshot": partial(one_shot, by=name) for name in OUTCOMES},
-    **{name: partial(by_proxy, name=proxy) for name, proxy in _BY_PROXY.items()},
-    **{f"{name}_oneshot": partial(one_shot, proxy=proxy) for name, proxy in _BY_PROXY.items()},
-    "angular": contiguous,
-    "last": last,
-    NULL: at_random,
+def remove_last(search: Search) -> Iterator[PruneStep]:
+    """Remove layers from the end, except the last layer, whose output is the head's input."""
+    budget, parts = search.budget, search.scores.parts
+    budget = replace(budget, fixed=budget.fixed | {*parts.parts_of_layers([parts.layers - 1])})
+    if not budget.can_reach(()):
+        raise unmet_budget_error("the strategy last keeps the final layer")
+    yield from _remove_in_order(search, _filter_removable(reversed(budget.free_parts), budget))
+
+
+def remove_at_random(search: Search) -> Iterator[PruneStep]:
+    """Remove parts in a random order."""
+    order = list(range(search.scores.parts.total))
+    search.random_generator("random").shuffle(order)
+    yield from _remove_in_order(search, _filter_removable(order, search.budget))
+
+
+def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
+    """Yield, in the given order, the parts that may be removed together with all parts before."""
+    removed: list[int] = []
+    for part in order:
+        if budget.can_reach((*removed, part)):
+            removed.append(part)
+            yield part
+
+
+def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
+    """Remove parts in a given order, until the budget is met."""
+    removed: PartSet = ()
+    reasons = {"score": "the strategy looks at no document", "margin": "it compares nothing"}
+    for part in order:
+        removed = add_parts(removed, part)
+        yield PruneStep(removed=removed, layer=part, reasons=reasons)
+        if search.budget.is_met(removed):
+            return
+
+
+RANDOM_STRATEGY = "random"
+"""The strategy of random removal, a reference for the other strategies."""
+OUTCOME_STRATEGIES = ("accuracy", "gold_logprob")
+_BY_OUTCOME: dict[str, Strategy] = {
+    **{name: partial(remove_by_outcome, outcome=name) for name in OUTCOME_STRATEGIES},
+    **{f"{name}_oneshot": partial(remove_one_shot, outcome=name) for name in OUTCOME_STRATEGIES},
 }
-"""Every strategy by its name."""
-OF_LAYERS = (*_BY_PROXY, *(f"{name}_oneshot" for name in _BY_PROXY), "angular")
-"""Strategies by figures that only whole layers have."""
-SCORED = (*OUTCOMES, *(f"{name}_oneshot" for name in OUTCOMES))
-"""Strategies that remove one part after the other, any that may go."""
-BLIND = ("last", NULL)
+_PROXIES = {proxy.strategy: proxy.name for proxy in PROXIES.values() if proxy.strategy}
+_BY_PROXY: dict[str, Strategy] = {
+    **{name: partial(remove_by_proxy, name=p) for name, p in _PROXIES.items()},
+    **{
+        f"{name}_oneshot": partial(remove_one_shot, proxy=proxy) for name, proxy in _PROXIES.items()
+    },
+    "angular": remove_span,
+}
+STRATEGIES: Mapping[str, Strategy] = {
+    **_BY_OUTCOME,
+    **_BY_PROXY,
+    "last": remove_last,
+    RANDOM_STRATEGY: remove_at_random,
+}
+"""All strategies by name."""
+LAYER_STRATEGIES = tuple(_BY_PROXY)
+"""Strategies that use proxies, which only whole layers have."""
+STEPWISE_STRATEGIES = tuple(_BY_OUTCOME)
+"""Strategies that remove one part at a time, in any order."""
+BLIND_STRATEGIES = ("last", RANDOM_STRATEGY)
 """Strategies that use no documents."""
-DRAWN = (NULL,)
+DRAWN_STRATEGIES = (RANDOM_STRATEGY,)
 """Strategies that draw at random."""
-RESCORED = OUTCOMES
+RESCORED_STRATEGIES = OUTCOME_STRATEGIES
 """Strategies to which `rescoring` applies."""

@@ -1,4 +1,4 @@
-"""Compute accuracies, drops, their intervals, and the drops that a sample can reveal.
+"""Compute accuracies, drops, their intervals, and statistical power.
 
 All values are fractions, never percentage points. They are computed from per-document outcomes: one
 number in [0, 1] for each document, mostly 0 or 1, NaN if the model gave no finite score. The same
@@ -9,7 +9,8 @@ document has a pair (sum, units): log-likelihood and bytes, or right tokens and 
 both sums is the mean of the documents' own ratios, weighted by their units. Drops, intervals and
 resampling therefore work as for any other metric.
 
-Power: how small a change a sample reveals, and how many documents reveal a change.
+Power is computed too: the smallest change that a sample reveals, and the number of documents that
+reveal a given change.
 
 A two-sided test of the paired outcomes at the level `ALPHA` reveals a change if it finds the change
 with the probability `POWER`. Power depends on the variance of one document's outcome change, which
@@ -28,37 +29,19 @@ import scipy  # imports its slow submodules on first use
 from numpy.typing import ArrayLike
 
 from tracker.core.estimates import Estimate
-from tracker.stats.arrays import Array, Numbers, divided
+from tracker.stats.arrays import Array, IntArray, safe_divide
 
 RATIO = "ratio"
-"""The plain ratio of both sums."""
-SCALES = {RATIO: 1.0, "bits_per_byte": -1 / math.log(2)}
-"""Aggregations that are a ratio of sums, ours or lm-eval's → factor of the ratio."""
+"""Name of the aggregation that is the plain ratio of both sums."""
+RATIO_SCALES = {RATIO: 1.0, "bits_per_byte": -1 / math.log(2)}
+"""Aggregation that is a ratio of sums, of tracker or lm-eval → factor of the ratio."""
 
 
-def ratio_of_sums(how: str, pairs: Sequence[tuple[float, float]]) -> float:
-    """Aggregate a metric over documents.
-
-    Args:
-        how: The aggregation, one of `SCALES`.
-        pairs: One (sum, units) a document.
-
-    Returns:
-        The scaled ratio; NaN without units.
-
-    Examples:
-        >>> ratio_of_sums("ratio", [(1, 2), (5, 6)])
-        0.75
-    """
-    total = sum(units for _, units in pairs)
-    return SCALES[how] * sum(part for part, _ in pairs) / total if total else math.nan
-
-
-def document_ratios(how: str, sums: Array, units: Array) -> Array:
-    """Compute each document's own ratio.
+def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
+    """Compute the ratio of sum and units for each document.
 
     Args:
-        how: The aggregation, one of `SCALES`.
+        aggregation: The aggregation, one of `RATIO_SCALES`.
         sums: `[documents]`.
         units: `[documents]`, 0 or more.
 
@@ -70,28 +53,26 @@ def document_ratios(how: str, sums: Array, units: Array) -> Array:
         >>> document_ratios("ratio", np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
         [0.5, 0.0]
     """
-    nothing = np.where((units == 0) & (sums == 0), 0.0, np.nan)
-    return divided(SCALES[how] * sums, units, nothing)
+    empty = np.where((units == 0) & (sums == 0), 0.0, np.nan)
+    return safe_divide(RATIO_SCALES[aggregation] * sums, units, empty)
 
 
 LEVEL = 0.95
 """The confidence level of every interval in this module."""
 
-_SAME = 1e-9
-"""Accuracies and weights that are nearer to each other than this differ by rounding alone."""
+_TOLERANCE = 1e-9
+"""Accuracies and weights that differ by less than this value count as equal."""
 
 
-def weights_by_task(
-    tasks: Sequence[str], weight_by_size: bool, units: Array | None = None
-) -> Array:
-    """Weigh each document so that the weighted mean is the benchmark's accuracy.
+def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = None) -> Array:
+    """Compute document weights whose weighted mean is the benchmark's metric.
 
     lm-eval aggregates a group either over its documents (`weight_by_size: true`) or as the plain
     mean of its tasks' accuracies. The mean of task means is a weighted mean over documents too.
 
     Args:
         tasks: The task of every document.
-        weight_by_size: Whether every document has the same weight; otherwise every task does.
+        by_size: Whether every document has the same weight; otherwise every task has the same.
         units: `[documents]`, the units behind each outcome where the metric is a ratio of sums;
             None where it is a mean over documents.
 
@@ -101,30 +82,29 @@ def weights_by_task(
         weight in proportion to their units.
 
     Examples:
-        >>> weights_by_task(["law", "law", "art"], weight_by_size=False).tolist()
+        >>> weights_by_task(["law", "law", "art"], by_size=False).tolist()
         [0.25, 0.25, 0.5]
     """
     if not len(tasks):
         return np.empty(0)
-    names, task, sizes = np.unique(np.asarray(tasks), return_inverse=True, return_counts=True)
-    each = np.full(len(names), 1 / len(tasks)) if weight_by_size else 1 / (len(names) * sizes)
+    _, task, sizes = np.unique(np.asarray(tasks), return_inverse=True, return_counts=True)
+    weights = np.full(len(sizes), 1 / len(tasks)) if by_size else 1 / (len(sizes) * sizes)
     if units is None:
-        return np.asarray(each[task], dtype=np.float64)
-    known = np.nan_to_num(units)
-    totals = np.bincount(task, known).astype(np.float64)
-    shared = divided(known, totals[task], 1 / sizes[task])
-    return np.asarray(each[task] * sizes[task] * shared, dtype=np.float64)
+        return np.asarray(weights[task], dtype=np.float64)
+    known_units = np.nan_to_num(units)
+    totals = np.bincount(task, known_units).astype(np.float64)[task]
+    return (weights * sizes)[task] * safe_divide(known_units, totals, 1 / sizes[task])
 
 
 def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     """Estimate the accuracy from the outcomes of independent documents.
 
-    The interval is Wilson's for 0/1 outcomes of equal weight. For 0/1 outcomes of unequal weight it
-    is the normal interval after adding two right and two wrong documents of mean weight (Agresti &
-    Coull's "plus four"), because a plain one has no width when all are right. For any other
-    outcomes it is the t interval of the weighted mean. The last two are not clipped and may reach
-    beyond [0, 1]. Unequal weights are taken as given and the tasks behind them as unknown, so for a
-    group whose tasks differ in accuracy the interval is rather too wide than too narrow.
+    The interval is Wilson's for 0/1 outcomes of equal weight. For 0/1 outcomes of unequal weight,
+    two right and two wrong documents of mean weight are added to a normal interval (Agresti &
+    Coull's "plus four"). A plain normal interval would have no width if all outcomes are right. For
+    other outcomes it is the t interval of the weighted mean. The last two are not clipped and may
+    reach beyond [0, 1]. Unequal weights are taken as fixed, and tasks are ignored. For a group
+    whose tasks differ in accuracy, the interval is therefore too wide rather than too narrow.
 
     Args:
         outcomes: `[documents]`, in [0, 1]; NaN where there is no finite score.
@@ -142,23 +122,21 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
         >>> round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)
         (0.308, 0.2553, 0.3662)
     """
-    values, shares = _checked(outcomes, weights)
-    if reason := _undefined(values):
+    array, shares = _check_weights(outcomes, weights)
+    if reason := missing_reason(array):
         return Estimate(None, reason=reason)
-    if not _binary(values):
-        low, high = _t_interval(values, shares)
-    elif _equal(shares):
-        wilson = scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(
-            LEVEL, "wilson"
-        )
-        low, high = float(wilson.low), float(wilson.high)
+    if not _is_binary(array):
+        low, high = mean_interval(array, shares)
+    elif _has_equal_weights(shares):
+        test = scipy.stats.binomtest(int(array.sum()), len(array))
+        low, high = map(float, test.proportion_ci(LEVEL, "wilson"))
     else:
-        low, high = _adjusted_wald(values, shares, (1.0, 1.0, 0.0, 0.0))
-    return Estimate(_mean(values, shares), low, high)
+        low, high = mean_interval(array, shares, (1.0, 1.0, 0.0, 0.0))
+    return Estimate(_weighted_mean(array, shares), low, high)
 
 
 def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate the accuracy that an ablation costs, from the same documents with and without it.
+    """Estimate the accuracy that an ablation costs, from paired outcomes.
 
     Positive = the layer mattered. For 0/1 outcomes the interval is Bonett & Price's adjusted Wald
     interval for paired proportions: a Wald interval after one document is added to each of the two
@@ -194,22 +172,21 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         >>> round(drop.low, 3), round(drop.high, 3)
         (-0.023, 0.477)
     """
-    before, shares = _checked(baseline, weights)
-    after, _ = _checked(ablated, None)
-    difference = before - after
-    if reason := _undefined(difference):
+    intact, shares = _check_weights(baseline, weights)
+    changed, _ = _check_weights(ablated, None)
+    drops = intact - changed
+    if reason := missing_reason(drops):
         return Estimate(None, reason=reason)
-    value = _mean(difference, shares)
-    if not (_binary(before) and _binary(after)):
-        return Estimate(value, *_t_interval(difference, shares))
-    low, high = _adjusted_wald(difference, shares, (1.0, -1.0))
-    lost, won = int((difference > 0).sum()), int((difference < 0).sum())
-    p_value = float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-    return Estimate(value, low, high, p_value)
+    value = _weighted_mean(drops, shares)
+    if not (_is_binary(intact) and _is_binary(changed)):
+        return Estimate(value, *mean_interval(drops, shares))
+    n_lost, n_changed = int((drops > 0).sum()), int((drops != 0).sum())
+    p_value = float(scipy.stats.binomtest(n_lost, n_changed).pvalue) if n_changed else 1.0
+    return Estimate(value, *mean_interval(drops, shares, (1.0, -1.0)), p_value)
 
 
 def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate the spread of the drops of single documents.
+    """Estimate the standard deviation of the drops of single documents.
 
     Args:
         baseline: `[documents]`, the intact model's outcomes; NaN where there is no finite score.
@@ -224,41 +201,53 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
         >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
         0.5
     """
-    before, shares = _checked(baseline, weights)
-    difference = before - _checked(ablated, None)[0]
-    if reason := _undefined(difference):
+    intact, shares = _check_weights(baseline, weights)
+    drops = intact - _check_weights(ablated, None)[0]
+    if reason := missing_reason(drops):
         return Estimate(None, reason=reason)
-    concentration = float(shares @ shares)
-    if 1 - concentration < _SAME:
+    variance = _error_variance(drops, shares)
+    if variance is None:
         return Estimate(None, reason="one document has no spread")
-    squares = (difference - float(shares @ difference)) ** 2
-    variance = float(shares**2 @ squares) * len(squares) / (1 - concentration)
-    return Estimate(math.sqrt(variance))
+    return Estimate(math.sqrt(variance * len(drops)))
 
 
 def mean_interval(
     values: Array, weights: Array | None = None, extra: tuple[float, ...] = ()
 ) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of the mean of documents' own figures.
+    """Return the 95 % interval of the mean of the documents' values.
+
+    Without `extra` it is the t interval; Kish's effective sample size gives the degrees of freedom.
 
     Args:
         values: `[documents]`, finite.
         weights: `[documents]`, summing to 1; None for equal weights.
-        extra: Documents of mean weight that are added for a Wald interval; none for a t interval.
+        extra: Values of documents of mean weight that are added for a Wald interval.
 
     Returns:
         Both ends, not clipped; None for a single document without `extra`.
     """
-    numbers, shares = _checked(values, weights)
-    return _adjusted_wald(numbers, shares, extra) if extra else _t_interval(numbers, shares)
+    array, shares = _check_weights(values, weights)
+    if extra:
+        n = len(array)
+        array = np.concatenate([array, extra])
+        shares = np.concatenate([shares, np.full(len(extra), 1 / n)]) / (1 + len(extra) / n)
+        variance: float | None = float(shares**2 @ (array - float(array @ shares)) ** 2)
+        quantile = scipy.special.ndtri((1 + LEVEL) / 2)
+    else:
+        variance = _error_variance(array, shares)
+        quantile = scipy.special.stdtrit(1 / float(shares @ shares) - 1, (1 + LEVEL) / 2)
+    if variance is None:
+        return None, None
+    mean, half_width = float(array @ shares), float(quantile) * math.sqrt(variance)
+    return mean - half_width, mean + half_width
 
 
-def chance_accuracy(choices: Numbers | Array, weights: Array | None = None) -> float:
-    """Return the expected accuracy of a predictor that picks a choice at random.
+def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> float:
+    """Return the expected accuracy of a random choice.
 
     Args:
-        choices: `[documents]`, how many choices each has; 0 for generation and greedy match, where
-            a random predictor is never right.
+        choices: `[documents]`, number of choices of each document; 0 for generation and greedy
+            match, where a random predictor is never right.
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
@@ -268,14 +257,14 @@ def chance_accuracy(choices: Numbers | Array, weights: Array | None = None) -> f
         >>> chance_accuracy(np.array([4, 4, 5, 0]))
         0.175
     """
-    counts, shares = _checked(choices, weights)
+    counts, shares = _check_weights(choices, weights)
     if not len(counts):
         return math.nan
-    return _mean(divided(1.0, counts, 0.0), shares)
+    return _weighted_mean(safe_divide(1.0, counts, 0.0), shares)
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
-    """Score a layer by the share of the accuracy above chance that its removal costs.
+    """Compute the share of the accuracy above chance that a removal costs.
 
     1 - max(ablated - chance, 0) / max(baseline - chance, 0): 1 = down to chance, 0 = no change,
     negative = the removal helps.
@@ -298,84 +287,69 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
         >>> accuracy_relevance(0.25, 0.2, chance=0.25).reason
         'the baseline accuracy 0.2500 is not above chance 0.2500'
     """
-    if baseline is None or not math.isfinite(baseline):
-        return Estimate(None, reason="the baseline accuracy is undefined")
-    if ablated is None or not math.isfinite(ablated):
-        return Estimate(None, reason="the ablated accuracy is undefined")
-    if not math.isfinite(chance):
-        return Estimate(None, reason="the chance accuracy is undefined")
-    if baseline - chance <= _SAME:
-        reason = f"the baseline accuracy {baseline:.4f} is not above chance {chance:.4f}"
+    intact, changed = (math.nan if level is None else level for level in (baseline, ablated))
+    for name, level in (("baseline", intact), ("ablated", changed), ("chance", chance)):
+        if not math.isfinite(level):
+            return Estimate(None, reason=f"the {name} accuracy is undefined")
+    if intact - chance <= _TOLERANCE:
+        reason = f"the baseline accuracy {intact:.4f} is not above chance {chance:.4f}"
         return Estimate(None, reason=reason)
-    return Estimate(1 - max(ablated - chance, 0.0) / (baseline - chance))
+    return Estimate(1 - max(changed - chance, 0.0) / (intact - chance))
 
 
-def _checked(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
-    """Return the values and their weights."""
-    numbers = np.asarray(values, dtype=np.float64)
-    n = len(numbers)
+def _check_weights(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
+    """Return values and weights as arrays; raise ValueError if weights do not sum to 1."""
+    array = np.asarray(values, dtype=np.float64)
+    n = len(array)
     if weights is None:
-        return numbers, np.full(n, 1 / max(n, 1))
+        return array, np.full(n, 1 / max(n, 1))
     shares = np.asarray(weights, dtype=np.float64)
-    if n and not ((shares >= 0).all() and abs(shares.sum() - 1) < _SAME * n):
+    if n and not ((shares >= 0).all() and abs(shares.sum() - 1) < _TOLERANCE * n):
         raise ValueError(f"weights must be 0 or more and sum to 1, not {shares.sum()}")
-    return numbers, shares
+    return array, shares
 
 
-def _equal(shares: Array) -> bool:
-    return bool(np.allclose(shares * len(shares), 1, rtol=0, atol=_SAME))
+def _has_equal_weights(shares: Array) -> bool:
+    """Check whether all documents have the same weight."""
+    return bool(np.allclose(shares * len(shares), 1, rtol=0, atol=_TOLERANCE))
 
 
-def _mean(values: Array, shares: Array) -> float:
-    """Return the weighted mean; of equal weights the plain one, which rounds less."""
-    return float(values.mean() if _equal(shares) else values @ shares)
+def _weighted_mean(values: Array, shares: Array) -> float:
+    """Return the weighted mean; for equal weights the plain mean, which rounds less."""
+    return float(values.mean() if _has_equal_weights(shares) else values @ shares)
 
 
-def _undefined(values: Array) -> str | None:
-    """Return the reason why no mean of these values is defined; None if it is."""
+def missing_reason(values: Array, noun: str = "finite score") -> str | None:
+    """Return the reason why the mean of documents' values is undefined; None if defined."""
     if not len(values):
         return "no documents"
-    if missing := int((~np.isfinite(values)).sum()):
-        verb = "has" if missing == 1 else "have"
-        return f"{missing} of {len(values)} documents {verb} no finite score"
-    return None
+    n_missing = int((~np.isfinite(values)).sum())
+    verb = "has" if n_missing == 1 else "have"
+    return f"{n_missing} of {len(values)} documents {verb} no {noun}" if n_missing else None
 
 
-def _binary(values: Array) -> bool:
+def _is_binary(values: Array) -> bool:
+    """Check whether all values are 0 or 1."""
     return bool(((values == 0) | (values == 1)).all())
 
 
-def _t_interval(values: Array, shares: Array) -> tuple[float | None, float | None]:
-    """Return the t interval of a weighted mean; Kish's effective sample size gives its df."""
+def _error_variance(values: Array, shares: Array) -> float | None:
+    """Estimate the variance of a weighted mean; None for a single document."""
     concentration = float(shares @ shares)
-    if 1 - concentration < _SAME:
-        return None, None
-    mean = float(values @ shares)
-    error = math.sqrt(float(shares**2 @ (values - mean) ** 2) / (1 - concentration))
-    half = float(scipy.special.stdtrit(1 / concentration - 1, (1 + LEVEL) / 2)) * error
-    return mean - half, mean + half
-
-
-def _adjusted_wald(values: Array, shares: Array, extra: tuple[float, ...]) -> tuple[float, float]:
-    """Return the Wald interval of a weighted mean after adding documents of mean weight."""
-    n = len(values)
-    padded = np.concatenate([values, np.array(extra)])
-    weights = np.concatenate([shares, np.full(len(extra), 1 / n)]) / (1 + len(extra) / n)
-    mean = float(padded @ weights)
-    error = math.sqrt(float(weights**2 @ (padded - mean) ** 2))
-    half = float(scipy.special.ndtri((1 + LEVEL) / 2)) * error
-    return mean - half, mean + half
+    if 1 - concentration < _TOLERANCE:
+        return None
+    return float(shares**2 @ (values - float(values @ shares)) ** 2) / (1 - concentration)
 
 
 ALPHA = 0.05
-POWER = 0.8
-MEANT = 0.05
-"""The drop, a fraction, for which pages, terminals and plans name a number of documents."""
+TEST_POWER = 0.8
+REPORTED_DROP = 0.05
+"""The drop, as a fraction, for which reports and plans state the number of documents needed."""
 
 
 @dataclass(frozen=True)
 class OutcomeVariance:
-    """Variance of the change of one document's outcome under a removal.
+    """Variance of one document's change of outcome when a layer is removed.
 
     For 0/1 outcomes it is the share of documents that change, lost or won. This is the normal
     approximation of McNemar's test. Its variance is that share if losses and gains balance, and
@@ -394,79 +368,82 @@ class OutcomeVariance:
         Half of the documents are lost, a fifth is won (S.-C. Chow, J. Shao, H. Wang, Sample Size
         Calculations in Clinical Research, example 6.4.3).
 
-        >>> OutcomeVariance(0.7, binary=True).documents(0.3)
+        >>> OutcomeVariance(0.7, binary=True).count_documents(0.3)
         59
     """
 
     variance: float
     binary: bool
 
-    def documents(self, change: float, tests: int = 1) -> int:
+    def count_documents(self, change: float, n_tests: int = 1) -> int:
         """Count the documents that reveal a change.
 
         Args:
             change: A drop or an increase, above 0.
-            tests: Number of simultaneous tests, each at the level `ALPHA` / `tests`.
+            n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
             The smallest such number.
         """
-        return math.ceil(self._product(change, tests) / change**2)
+        return math.ceil(self._scaled_documents(change, n_tests) / change**2)
 
-    def change(self, documents: int, tests: int = 1) -> float | None:
-        """Return the smallest change that a number of documents reveals.
+    def detectable_change(self, n_documents: int, n_tests: int = 1) -> float | None:
+        """Return the smallest change that a given number of documents reveals.
 
         Args:
-            documents: Number of documents, one or more.
-            tests: Number of simultaneous tests, each at the level `ALPHA` / `tests`.
+            n_documents: Number of documents, one or more.
+            n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
             The change; None if not even the loss of every document is revealed.
         """
         if not self.binary:
-            return math.sqrt(self._product(0, tests) / documents)
+            return math.sqrt(self._scaled_documents(0, n_tests) / n_documents)
 
         def excess(change: float) -> float:
-            return documents * change**2 - self._product(change, tests)
+            return n_documents * change**2 - self._scaled_documents(change, n_tests)
 
         if excess(1) < 0:
             return None
         # Search above 0, because at 0 nothing changes and nothing is revealed.
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
-    def _product(self, change: float, tests: int) -> float:
-        """Return the number of documents that reveal a change, times its square."""
-        level, power = map(float, scipy.special.ndtri([1 - ALPHA / (2 * tests), POWER]))
+    def _scaled_documents(self, change: float, n_tests: int) -> float:
+        """Return the number of documents that reveal a change, times the squared change."""
+        level_z, power_z = map(float, scipy.special.ndtri([1 - ALPHA / (2 * n_tests), TEST_POWER]))
         if not self.binary:
-            return (level + power) ** 2 * self.variance
+            return (level_z + power_z) ** 2 * self.variance
         share = max(self.variance, change)
-        return float((level * math.sqrt(share) + power * math.sqrt(share - change**2)) ** 2)
+        return float((level_z * math.sqrt(share) + power_z * math.sqrt(share - change**2)) ** 2)
 
 
 def documents_needed(
-    variances: Sequence[OutcomeVariance], tests: int, benchmarks: int = 1, change: float = MEANT
+    variances: Sequence[OutcomeVariance],
+    n_tests: int,
+    n_benchmarks: int = 1,
+    change: float = REPORTED_DROP,
 ) -> int:
-    """Count the documents of each benchmark that reveal a mean change under half of some removals.
+    """Count the documents that reveal a mean change for half of the removals.
 
     Args:
         variances: Variances of the removals, at least one.
-        tests: Number of removals that are tested together.
-        benchmarks: Number of benchmarks in the mean, all with equally many documents.
+        n_tests: Number of removals that are tested together.
+        n_benchmarks: Number of benchmarks in the mean, all with equally many documents.
         change: The change.
 
     Returns:
         The number, rounded to two digits.
 
     Examples:
-        >>> documents_needed([OutcomeVariance(0.2, binary=True)], tests=30)
+        >>> documents_needed([OutcomeVariance(0.2, binary=True)], n_tests=30)
         1300
     """
-    middle = median(variance.documents(change, tests) for variance in variances)
-    needed = math.ceil(middle / benchmarks)
-    return round(needed, 2 - len(str(needed)))
+    counts = [variance.count_documents(change, n_tests) for variance in variances]
+    n_documents = math.ceil(median(counts) / n_benchmarks)
+    return round(n_documents, 2 - len(str(n_documents)))
 
 
-UNRELATED = OutcomeVariance(0.5, binary=True)
+UNRELATED_VARIANCE = OutcomeVariance(0.5, binary=True)
 """Assumption before anything is measured: two unrelated models, each right half of the time.
 
 A removal changes fewer outcomes than that.

@@ -1,9 +1,9 @@
-"""Compute confidence sequences of means, valid after every document drawn without replacement.
+"""Compute confidence sequences of means of a finite population.
 
-A confidence sequence is an interval after every document. All of them together contain the mean
-with the stated confidence. Looking at it repeatedly and stopping at any time is therefore as safe
-as looking once. The construction is a game. For each mean m that a population could have, one bets
-that the next documents are above it (and, in a second game, below it). If m is the mean, the
+A confidence sequence gives an interval after every document. All intervals together contain the
+mean with the stated confidence. Looking repeatedly and stopping at any time is therefore as safe as
+looking once. The construction is a game. For each mean m that a population could have, a player
+bets that the next documents are above m (and, in a second game, below m). If m is the mean, the
 capital that grows from a stake of 1 is a martingale, which ever reaches 1/α with a probability of
 at most α (Ville). A candidate m whose game reaches this capital is rejected.
 
@@ -23,12 +23,13 @@ stakes. This mixture costs the logarithm of their number. If intervals of one wi
 most of the stake is on the λ that reaches it first.
 
 The two bets for the smallest τ are bold, and are computed exactly for each candidate. A candidate's
-λ is limited so that no document takes more than BOLDEST of its stake. They bet on the first BOLD_ON
-documents only, because the others are better after them. λ of the other bets is limited so that no
-document takes more than BOLDEST from any remaining candidate, and candidates are not tracked
-individually. For y ≥ −BOLDEST, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With
-y = ±λ·(x − m') the sum over documents is a polynomial of degree six in m, whose coefficients are
-sums over documents. It never overestimates a stake, and hardly underestimates it, since y is small.
+λ is limited so that no document takes more than MAX_RISK of its stake. They bet on the first
+BOLD_DOCUMENTS documents only, because the others are better after them. λ of the other bets is
+limited so that no document takes more than MAX_RISK from any remaining candidate, and candidates
+are not tracked individually. For y ≥ −MAX_RISK,
+log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y = ±λ·(x − m') the sum over documents is a
+polynomial of degree six in m, whose coefficients are sums over documents. It never overestimates a
+stake, and hardly underestimates it, since y is small.
 
 A stake on "above" falls as m grows, so candidates are rejected from one end only, and the remaining
 candidates are an interval.
@@ -45,42 +46,42 @@ import numpy as np
 from numpy.polynomial.polynomial import polyval
 
 from tracker.stats.accuracy import LEVEL
-from tracker.stats.arrays import Array, Numbers
+from tracker.stats.arrays import Array, IntArray
 
-BOLD = 2
+N_BOLD_BETS = 2
 """Number of bets that are computed for each candidate."""
 
-BOLD_ON = 256
+BOLD_DOCUMENTS = 256
 """Number of documents that bold bets use."""
 
-BOLDEST = 0.65
+MAX_RISK = 0.65
 """Largest share of a stake that one document can take."""
 
-EARLY = 3
+N_EARLY_BETS = 3
 """Number of bets for the smallest τ if intervals of one width are wanted."""
 
-EARLY_SHARE = 0.2
-"""The part of the stake that they have together."""
+EARLY_STAKE = 0.2
+"""Share of the stake that all `N_EARLY_BETS` bets have together."""
 
 _DEGREE = 6
-_WEIGHTS = np.array([0.0, *((-1) ** (power + 1) / power for power in range(1, _DEGREE)), 0.0])
-"""Coefficients of the powers of y in the lower bound of log(1 + y), with equality at −BOLDEST."""
-_WEIGHTS[-1] = (
-    math.log(1 - BOLDEST) - np.polynomial.Polynomial(_WEIGHTS)(-BOLDEST)
-) / BOLDEST**_DEGREE
+_LOG_COEFFICIENTS = np.array([0.0, *((-1) ** (n + 1) / n for n in range(1, _DEGREE)), 0.0])
+"""Coefficients of the powers of y in the lower bound of log(1 + y), with equality at −MAX_RISK."""
+_LOG_COEFFICIENTS[-1] = (
+    math.log(1 - MAX_RISK) - np.polynomial.Polynomial(_LOG_COEFFICIENTS)(-MAX_RISK)
+) / MAX_RISK**_DEGREE
 
-_HALVINGS = 10
+_BISECTIONS = 10
 """Number of bisections of the distance from a bound to the mean."""
 
-_LEAST = 1e-9
-"""The least room below or above a candidate that is divided by."""
+_MIN_ROOM = 1e-9
+"""Minimum divisor: smaller room below or above a candidate is replaced by this value."""
 
 _SIDES = np.array([[1.0], [-1.0]])
-"""Bets above a candidate, which draw up the lower bound, and below it."""
+"""Signs of bets above a candidate, which raise the lower bound, and of bets below it."""
 
 
 def horizons(population: int) -> Array:
-    """List the values of τ for which bets are optimal, up to at least 8/9 of all documents.
+    """List the values of τ for each of which one bet is optimal.
 
     Args:
         population: Number of documents in the population.
@@ -92,8 +93,8 @@ def horizons(population: int) -> Array:
         >>> horizons(570).astype(int).tolist()
         [32, 128, 512, 2048, 8192]
     """
-    steps = max(0, math.ceil(math.log(8 * population / 32, 4)))
-    return np.asarray(32 * 4.0 ** np.arange(steps + 1), dtype=np.float64)
+    n_steps = max(0, math.ceil(math.log(8 * population / 32, 4)))
+    return np.asarray(32 * 4.0 ** np.arange(n_steps + 1), dtype=np.float64)
 
 
 class MeanSequences:
@@ -118,7 +119,7 @@ class MeanSequences:
 
         >>> right = np.arange(1000) % 2
         >>> drawn = np.random.default_rng(0).permutation(right)[:, None]
-        >>> sequence = MeanSequences(1000, 1, lowest=0, highest=1)
+        >>> sequence = MeanSequences(1000, 1, min_value=0, max_value=1)
         >>> sequence.add(drawn[:200])
         >>> sequence.low.round(3).tolist(), sequence.high.round(3).tolist()
         ([0.362], [0.561])
@@ -130,55 +131,53 @@ class MeanSequences:
     def __init__(
         self,
         population: int,
-        count: int,
+        n_series: int,
         *,
         level: float = LEVEL,
-        together: int | None = None,
-        lowest: float = -1.0,
-        highest: float = 1.0,
-        within: float | None = None,
+        family: int | None = None,
+        min_value: float = -1.0,
+        max_value: float = 1.0,
+        half_width: float | None = None,
     ) -> None:
         """Start before the first document.
 
         Args:
             population: Number of documents in the population.
-            count: Number of series.
+            n_series: Number of series.
             level: The probability with which all bounds hold at all times.
-            together: Number of series that share the error (a union bound, for any dependence);
-                None = `count`.
-            lowest: The lowest value that a document can have.
-            highest: Highest value that a document can have.
-            within: Target distance of the bounds from the mean, which they reach as early as
+            family: Number of series that share the error (a union bound, for any dependence);
+                None = `n_series`.
+            min_value: The lowest value that a document can have.
+            max_value: Highest value that a document can have.
+            half_width: Target distance of the bounds from the mean, which they reach as early as
                 possible; None = good bounds at any time.
         """
-        together = count if together is None else together
+        family = n_series if family is None else family
         self.population = population
-        self.low = np.full(count, float(lowest))
-        self.high = np.full(count, float(highest))
-        self.seen = np.zeros(count, dtype=np.int64)
-        self._lowest, self._range = float(lowest), float(highest) - float(lowest)
-        self._within = None if within is None else within / self._range
-        every = horizons(population)
-        stakes = np.full(len(every), 1 / len(every))
-        if within is not None:
-            every = every[:EARLY]
-            stakes = np.append(EARLY_SHARE / len(every) * np.ones(len(every)), 1 - EARLY_SHARE)
-        self._bold, self._cautious = every[:BOLD], every[BOLD:]
+        self.low = np.full(n_series, float(min_value))
+        self.high = np.full(n_series, float(max_value))
+        self.seen = np.zeros(n_series, dtype=np.int64)
+        self._lowest, self._range = float(min_value), float(max_value) - float(min_value)
+        self._half_width = None if half_width is None else half_width / self._range
+        taus = horizons(population)
+        stakes = np.full(len(taus), 1 / len(taus))
+        if half_width is not None:
+            taus = taus[:N_EARLY_BETS]
+            stakes = np.append(EARLY_STAKE / len(taus) * np.ones(len(taus)), 1 - EARLY_STAKE)
+        self._bold_taus, self._cautious_taus = taus[:N_BOLD_BETS], taus[N_BOLD_BETS:]
         self._stakes = np.log(stakes)
-        self._enough = math.log(2 * together / (1 - level))
-        self._sum, self._squares = np.zeros(count), np.zeros(count)
-        # Bold bets by document: its value, the terms of m' for a candidate, and λ.
-        shape = (min(BOLD_ON, population), count)
-        self._values, self._scale, self._shift = np.zeros((3, *shape))
-        self._bets = np.zeros((len(self._bold), *shape))
-        # Of the others, polynomials in the distance from `_centre`: the odd and the even terms of
-        # the logarithm.
-        others = len(stakes) - len(self._bold)
-        self._centre = np.full(count, 0.5)
-        self._odd = np.zeros((_DEGREE, others, count))
-        self._even = np.zeros((_DEGREE + 1, others, count))
+        self._log_target = math.log(2 * family / (1 - level))
+        self._sums, self._square_sums = np.zeros(n_series), np.zeros(n_series)
+        # Bold bets, by document: its value, the scale and shift of m' for a candidate, and each λ.
+        shape = (min(BOLD_DOCUMENTS, population), n_series)
+        self._bold_rows = np.zeros((3 + len(self._bold_taus), *shape))
+        # Cautious bets: even and odd terms of the logarithm, as polynomials in the distance from
+        # `_centres`.
+        n_cautious = len(stakes) - len(self._bold_taus)
+        self._centres = np.full(n_series, 0.5)
+        self._terms = np.zeros((2, _DEGREE + 1, n_cautious, n_series))
 
-    def add(self, values: Array, series: Numbers | None = None) -> None:
+    def add(self, values: Array, series: IntArray | None = None) -> None:
         """Add further documents, in their order.
 
         Args:
@@ -189,137 +188,141 @@ class MeanSequences:
             ValueError: A value is not finite or out of range, or there are more documents than
                 the population has.
         """
-        which = np.arange(len(self.low)) if series is None else np.asarray(series)
-        scaled = self.scaled(values)
-        if not scaled.size:
+        indexes = np.arange(len(self.low)) if series is None else np.asarray(series)
+        shares = self.scale_values(values)
+        if not shares.size:
             return
-        if (self.seen[which] + len(scaled)).max() > self.population:
+        if (self.seen[indexes] + len(shares)).max() > self.population:
             raise ValueError(f"more than all {self.population} documents")
-        self._bet(scaled, which)
-        self._narrow(which)
+        self._bet(shares, indexes)
+        self._narrow_bounds(indexes)
 
-    def scaled(self, values: Array) -> Array:
-        """Write values as parts of the range; ValueError for one that is not in it."""
-        scaled = (np.asarray(values, dtype=np.float64) - self._lowest) / self._range
-        if not ((scaled >= 0) & (scaled <= 1)).all():
-            raise ValueError(
-                f"a value is not from {self._lowest:g} to {self._lowest + self._range:g}"
-            )
-        return scaled
+    def scale_values(self, values: Array) -> Array:
+        """Scale values from the allowed range to [0, 1]; raise ValueError if out of range."""
+        shares = (np.asarray(values, dtype=np.float64) - self._lowest) / self._range
+        if not ((shares >= 0) & (shares <= 1)).all():
+            highest = self._lowest + self._range
+            raise ValueError(f"a value is not from {self._lowest:g} to {highest:g}")
+        return shares
 
-    def _bet(self, values: Array, which: Numbers) -> None:
-        """Bet on a few documents."""
-        number = self.seen[which] + np.arange(len(values))[:, None]
-        before = np.cumsum(values, axis=0) - values + self._sum[which]
-        squares = np.cumsum(values**2, axis=0) - values**2 + self._squares[which]
+    def _bet(self, values: Array, indexes: IntArray) -> None:
+        """Update all bets with some further documents."""
+        n_before = self.seen[indexes] + np.arange(len(values))[:, None]
+        sums = np.cumsum(values, axis=0) - values + self._sums[indexes]
+        squares = np.cumsum(values**2, axis=0) - values**2 + self._square_sums[indexes]
         # Half a document at 0 and half a one at 1 come before all others.
-        mean = (before + 0.5) / (number + 1)
-        variance = (squares + 0.5) / (number + 1) - mean**2
-        left = self.population - number
-        scale, shift = self.population / left, before / left
+        means = (sums + 0.5) / (n_before + 1)
+        variances = (squares + 0.5) / (n_before + 1) - means**2
+        n_left = self.population - n_before
+        scales, shifts = self.population / n_left, sums / n_left
         # The best λ for τ = 1; the others are a part of it.
-        base = scale * np.sqrt(2 * (self._enough + math.log(len(self._stakes))) / variance)
-        rows, columns = np.nonzero(number < len(self._values))
+        log_odds = self._log_target + math.log(len(self._stakes))
+        base_bets = scales * np.sqrt(2 * log_odds / variances)
+        rows, columns = np.nonzero(n_before < self._bold_rows.shape[1])
         if rows.size:
-            place = number[rows, columns], which[columns]
-            self._values[place] = values[rows, columns]
-            self._scale[place], self._shift[place] = scale[rows, columns], shift[rows, columns]
-            self._bets[:, *place] = base[rows, columns] / np.sqrt(self._bold)[:, None]
-        best = base / np.sqrt(self._cautious)[:, None, None]
-        if self._within is not None:
-            best = np.concatenate([best, [scale * self._within / variance]])
-        self._move(which, mean[0])
-        # Of the candidates that are not rejected, the one that a bet can cost most.
-        far = [scale * self._unit(bound[which]) - shift for bound in (self.low, self.high)]
-        cap = BOLDEST / np.clip(np.maximum(far[1], 1 - far[0]), 0.5, 1.0)
-        bet = np.minimum(best, cap)
+            bold_bets = base_bets / np.sqrt(self._bold_taus)[:, None, None]
+            table = np.stack([values, scales, shifts, *bold_bets])[:, rows, columns]
+            self._bold_rows[:, n_before[rows, columns], indexes[columns]] = table
+        best_bets = base_bets / np.sqrt(self._cautious_taus)[:, None, None]
+        if self._half_width is not None:
+            best_bets = np.concatenate([best_bets, [scales * self._half_width / variances]])
+        self._move_centre(indexes, means[0])
+        # Of the candidates that are not rejected, the candidate whose bets can lose most.
+        low, high = (self._unit_bound(bounds[indexes]) for bounds in (self.low, self.high))
+        max_losses = np.maximum(scales * high - shifts, 1 - (scales * low - shifts))
+        bets = np.minimum(best_bets, MAX_RISK / np.clip(max_losses, 0.5, 1.0))
         # y = centre − distance · slope
-        centres = _powers(bet * (values + shift - mean[0] * scale))
-        slopes = _powers(-bet * scale)
-        for power, weight in enumerate(_WEIGHTS):
-            terms = self._odd if power % 2 else self._even
+        centres = _powers(bets * (values + shifts - means[0] * scales))
+        slopes = _powers(-bets * scales)
+        for power, weight in enumerate(_LOG_COEFFICIENTS):
             for degree in range(power + 1):
-                part = np.einsum("bns,bns->bs", centres[power - degree], slopes[degree])
-                terms[degree][:, which] += weight * math.comb(power, degree) * part
-        self._sum[which] += values.sum(axis=0)
-        self._squares[which] += (values**2).sum(axis=0)
-        self.seen[which] += len(values)
+                products = np.einsum("bns,bns->bs", centres[power - degree], slopes[degree])
+                terms = self._terms[power % 2, degree]
+                terms[:, indexes] += weight * math.comb(power, degree) * products
+        self._sums[indexes] += values.sum(axis=0)
+        self._square_sums[indexes] += (values**2).sum(axis=0)
+        self.seen[indexes] += len(values)
 
-    def _move(self, which: Numbers, centre: Array) -> None:
-        """Write the polynomials as those of the distance from another centre."""
-        by = centre - self._centre[which]
-        for terms in (self._odd, self._even):
-            for end in range(len(terms) - 1):
-                for degree in range(len(terms) - 2, end - 1, -1):
-                    terms[degree][:, which] += by * terms[degree + 1][:, which]
-        self._centre[which] = centre
+    def _move_centre(self, indexes: IntArray, centres: Array) -> None:
+        """Rewrite the polynomials in terms of the distance from another centre."""
+        distances = centres - self._centres[indexes]
+        for lowest_degree in range(_DEGREE):
+            for degree in range(_DEGREE - 1, lowest_degree - 1, -1):
+                terms, higher_terms = self._terms[:, degree], self._terms[:, degree + 1]
+                terms[..., indexes] += distances * higher_terms[..., indexes]
+        self._centres[indexes] = centres
 
-    def _unit(self, bound: Array) -> Array:
-        return np.clip((bound - self._lowest) / self._range, 0.0, 1.0)
+    def _unit_bound(self, bounds: Array) -> Array:
+        """Scale bounds from the allowed range to [0, 1]."""
+        return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
-    def _narrow(self, which: Numbers) -> None:
-        """Draw bounds together, as far as candidates are rejected."""
+    def _narrow_bounds(self, indexes: IntArray) -> None:
+        """Tighten the bounds by excluding rejected candidates."""
+        sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
-        least = self._sum[which] / self.population
-        most = (self._sum[which] + self.population - self.seen[which]) / self.population
-        low = np.clip(self._unit(self.low[which]), least, most)
-        high = np.clip(self._unit(self.high[which]), least, most)
-        rejected = np.stack([low, high])
-        kept = np.clip(self._sum[which] / self.seen[which], low, high) + np.zeros((2, 1))
-        cautious = self._cautious_stakes(which)
-        bold = self._bold_stakes(which)
-        for _ in range(_HALVINGS):
-            middle = (rejected + kept) / 2
-            logs = np.concatenate([bold(middle), cautious(middle)])
-            logs += self._stakes[:, None, None]
-            rich = np.logaddexp.reduce(logs) >= self._enough
-            rejected, kept = np.where(rich, middle, rejected), np.where(rich, kept, middle)
-        # Nothing is left of an interval only where an error was made; then it is a point.
-        self.low[which] = self._lowest + self._range * rejected[0]
-        self.high[which] = self._lowest + self._range * rejected.max(axis=0)
+        certain_low = sums / self.population
+        certain_high = (sums + self.population - self.seen[indexes]) / self.population
+        low = np.clip(self._unit_bound(self.low[indexes]), certain_low, certain_high)
+        high = np.clip(self._unit_bound(self.high[indexes]), certain_low, certain_high)
+        rejected_means = np.stack([low, high])
+        accepted_means = np.tile(np.clip(sums / self.seen[indexes], low, high), (2, 1))
+        cautious_stakes = self._cautious_stakes(indexes)
+        bold_stakes = self._bold_stakes(indexes)
+        for _ in range(_BISECTIONS):
+            candidates = (rejected_means + accepted_means) / 2
+            log_stakes = np.concatenate([bold_stakes(candidates), cautious_stakes(candidates)])
+            log_stakes += self._stakes[:, None, None]
+            is_rejected = np.logaddexp.reduce(log_stakes) >= self._log_target
+            rejected_means = np.where(is_rejected, candidates, rejected_means)
+            accepted_means = np.where(is_rejected, accepted_means, candidates)
+        # An interval becomes empty only if an error occurred; it is then replaced by a point.
+        self.low[indexes] = self._lowest + self._range * rejected_means[0]
+        self.high[indexes] = self._lowest + self._range * rejected_means.max(axis=0)
 
-    def _bold_stakes(self, which: Numbers) -> Callable[[Array], Array]:
-        """Return the log stakes of bold bets: candidates `[2, series]` → `[bets, 2, series]`.
+    def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
+        """Return a function that computes the log stakes of bold bets.
 
-        This iterates over all documents in their order.
+        The function maps candidates `[2, series]` to `[bets, 2, series]`.
+
+        It iterates over all documents in their order.
         """
-        (playing,) = np.nonzero(self.seen[which] <= len(self._values))
-        if not playing.size:
-            return lambda candidates: np.full((len(self._bold), *candidates.shape), -np.inf)
-        series = which[playing]
-        until = slice(self.seen[series].max())
-        values, scale, shift = (
-            each[until, series] for each in (self._values, self._scale, self._shift)
-        )
-        bets = self._bets[:, until, series]
+        (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
+        n_bold = len(self._bold_taus)
+        if not active.size:
+            return lambda candidates: np.full((n_bold, *candidates.shape), -np.inf)
+        series = indexes[active]
+        values, scales, shifts, *bets = self._bold_rows[:, : self.seen[series].max(), series]
 
-        def logs(candidates: Array) -> Array:
-            rest = candidates[:, None, playing] * scale - shift
-            gains = _SIDES[:, None] * (values - rest)
-            room = np.stack([rest[0], 1 - rest[1]])
-            cap = BOLDEST / np.maximum(room, _LEAST)
-            found = np.full((len(bets), *candidates.shape), -np.inf)
+        def log_stakes(candidates: Array) -> Array:
+            rest_means = candidates[:, None, active] * scales - shifts
+            gains = _SIDES[:, None] * (values - rest_means)
+            room = np.stack([rest_means[0], 1 - rest_means[1]])
+            max_bets = MAX_RISK / np.maximum(room, _MIN_ROOM)
+            logs = np.full((n_bold, *candidates.shape), -np.inf)
             with np.errstate(over="ignore"):  # an infinite stake is enough
-                for n, bet in enumerate(bets):
-                    grown = np.prod(1 + np.minimum(bet, cap) * gains, axis=1)
-                    found[n][:, playing] = np.log(grown)
-            return found
+                for table, bet in zip(logs, bets, strict=True):
+                    capital = np.prod(1 + np.minimum(bet, max_bets) * gains, axis=1)
+                    table[:, active] = np.log(capital)
+            return logs
 
-        return logs
+        return log_stakes
 
-    def _cautious_stakes(self, which: Numbers) -> Callable[[Array], Array]:
-        """Return a lower bound of the log stakes of cautious bets, in the same form."""
-        centre = self._centre[which]
-        odd, even = (terms[:, :, None, which] for terms in (self._odd, self._even))
+    def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
+        """Return a function that computes a lower bound of the log stakes of cautious bets.
 
-        def logs(candidates: Array) -> Array:
-            distance = candidates - centre
-            above, both = (polyval(distance, terms, tensor=False) for terms in (odd, even))
-            return np.asarray(_SIDES * above + both)
+        The function takes and returns the same shapes as that of `_bold_stakes`.
+        """
+        centres = self._centres[indexes]
+        coefficients = self._terms[:, :, :, None, indexes]
 
-        return logs
+        def log_stakes(candidates: Array) -> Array:
+            distances = candidates - centres
+            sums = [polyval(distances, terms, tensor=False) for terms in coefficients]
+            return np.asarray(_SIDES * sums[1] + sums[0])
+
+        return log_stakes
 
 
 def _powers(values: Array) -> list[Array]:
-    """List the powers from 0 to the highest."""
+    """List the powers of values from exponent 0 to the highest exponent."""
     return list(accumulate([np.ones_like(values), *[values] * _DEGREE], operator.mul))

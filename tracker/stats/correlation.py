@@ -1,7 +1,7 @@
 """Correlate a proxy with the accuracy drop over layers.
 
-The layers are the sample: one proxy value and one accuracy drop each. Ties and coefficients are
-those of `rank_agreement`.
+The layers are the sample: each layer has one proxy value and one accuracy drop. Ties and
+coefficients are computed as in `rank_agreement`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from tracker.core.estimates import Estimate
-from tracker.stats.arrays import Array, Numbers, divided
+from tracker.stats.arrays import Array, IntArray, chunk_sizes, safe_divide
 from tracker.stats.rank_agreement import (
     Coefficient,
     midranks,
-    rounded,
+    rounded_values,
     row_coefficients,
     surrogate_series,
 )
 from tracker.stats.resampling import bias_corrected_interval
 
-DRAWS = 4999
-"""Number of surrogates for each series that is redrawn."""
-_DEALT = 1_000_000
-"""Number of values that are permuted at once."""
+SURROGATES = 4999
+"""Number of surrogate series that replace each of the two series."""
+_VALUES_AT_ONCE = 1_000_000
+"""Maximum number of values that are permuted at once."""
 
 
 def correlate(
@@ -30,10 +30,10 @@ def correlate(
     drop: Array,
     *,
     coefficient: Coefficient,
-    resampled: tuple[Array, Array] | None = None,
-    within: Numbers | None = None,
-    what: str = "layer",
-    surrogates: int = DRAWS,
+    resamples: tuple[Array, Array] | None = None,
+    groups: IntArray | None = None,
+    noun: str = "layer",
+    surrogates: int = SURROGATES,
     seed: int = 0,
 ) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers, or over parts of them.
@@ -62,10 +62,10 @@ def correlate(
         proxy: `[layers]`, larger = the layer changes more; NaN where undefined.
         drop: `[layers]`, the accuracy drop of the same layers; NaN where undefined.
         coefficient: One of `COEFFICIENTS`.
-        resampled: Both from the same resampled documents, `[resamples, layers]` each, or `[1,
+        resamples: Both from the same resampled documents, `[resamples, layers]` each, or `[1,
             layers]` for one that is held fixed. None = no interval.
-        within: `[parts]`, the layer of each part; None where the sample is whole layers.
-        what: Name of a sample's element, for messages.
+        groups: `[parts]`, the layer of each part; None where the sample is whole layers.
+        noun: Name of a sample's element, for messages.
         surrogates: Number of series to draw in place of each, or of permutations.
         seed: Seed of these series.
 
@@ -84,94 +84,93 @@ def correlate(
         >>> round(correlation.value, 4), round(correlation.p_value, 2)
         (0.6667, 0.37)
     """
-    x, y = rounded(proxy), rounded(drop)
+    x, y = rounded_values(proxy), rounded_values(drop)
     series = (("the proxy", x), ("the accuracy drop", y))
-    if reason := _undefined(3, "a correlation", *series, what=what):
+    if reason := _undefined_reason(3, "a correlation", *series, noun=noun):
         return Estimate(None, reason=reason)
     (value,) = row_coefficients(x[None], y[None], coefficient).tolist()
     low = high = None
-    if resampled is not None:
-        rows = row_coefficients(*resampled, coefficient)
+    if resamples is not None:
+        rows = row_coefficients(*resamples, coefficient)
         low, high = bias_corrected_interval(value, rows, -1, 1)
     if coefficient == "spearman":
         # Ranks move with their layers: ranking once is ranking every order.
         x, y, coefficient = midranks(x), midranks(y), "pearson"
-    if within is None:
+    if groups is None:
         p_value = _surrogate_p(x, y, abs(value), coefficient, surrogates, seed)
     else:
-        p_value = _dealt_p(x, y, value, coefficient, within, surrogates, seed)
+        p_value = _permutation_p(x, y, value, coefficient, groups, surrogates, seed)
     return Estimate(value, low, high, p_value)
 
 
 def correlation_difference(
-    one: tuple[Array, Array],
-    other: tuple[Array, Array],
+    first_proxy: tuple[Array, Array],
+    second_proxy: tuple[Array, Array],
     drop: tuple[Array, Array],
     coefficient: Coefficient,
 ) -> Estimate:
-    """Estimate by how much one proxy correlates better with the accuracy drop than another.
+    """Estimate how much better one proxy correlates than another.
 
     Both use the same layers and resampled documents, so common noise cancels. As in `correlate`,
     the interval keeps the layers and resamples the documents.
 
     Args:
-        one: A proxy `[layers]`, and from resampled documents `[resamples, layers]`.
-        other: Another one, from the same resampled documents.
-        drop: The accuracy drop, from the same resampled documents.
+        first_proxy: A proxy `[layers]`, and from resampled documents `[resamples, layers]`.
+        second_proxy: Another proxy, from the same documents and resampled documents.
+        drop: The accuracy drop, from the same documents and resampled documents.
         coefficient: One of `COEFFICIENTS`.
 
     Returns:
-        Coefficient of `one` minus coefficient of `other`; None with a reason if one of them is
-        undefined.
+        The first proxy's coefficient minus the second's; None with a reason if one is undefined.
 
     Examples:
-        >>> drop, same = np.array([0.0, 0.1, 0.2]), np.array([[0.0, 0.1, 0.2]] * 9)
-        >>> up, down = (drop, same), (-drop, -same)
-        >>> found = correlation_difference(up, down, (drop, same), "kendall")
-        >>> round(found.value, 9), round(found.low, 9), round(found.high, 9)
+        >>> drop, resamples = np.array([0.0, 0.1, 0.2]), np.array([[0.0, 0.1, 0.2]] * 9)
+        >>> rising, falling = (drop, resamples), (-drop, -resamples)
+        >>> estimate = correlation_difference(rising, falling, rising, "kendall")
+        >>> round(estimate.value, 9), round(estimate.low, 9), round(estimate.high, 9)
         (2.0, 2.0, 2.0)
     """
     values, rows = [], []
-    for value, resampled in (one, other):
-        x, y = rounded(value), rounded(drop[0])
-        if reason := _undefined(3, "a correlation", ("the proxy", x), ("the accuracy drop", y)):
+    for proxy, resamples in (first_proxy, second_proxy):
+        series = ("the proxy", proxy), ("the accuracy drop", drop[0])
+        if reason := _undefined_reason(3, "a correlation", *series):
             return Estimate(None, reason=reason)
-        values.append(float(row_coefficients(x[None], y[None], coefficient)[0]))
-        rows.append(row_coefficients(resampled, drop[1], coefficient))
+        values.append(float(row_coefficients(proxy[None], drop[0][None], coefficient)[0]))
+        rows.append(row_coefficients(resamples, drop[1], coefficient))
     difference = values[0] - values[1]
     return Estimate(difference, *bias_corrected_interval(difference, rows[0] - rows[1], -2, 2))
 
 
 def partial_correlate(
-    first: Array,
-    second: Array,
-    given: Array,
+    first_series: Array,
+    second_series: Array,
+    control: Array,
     *,
-    resampled: tuple[Array, Array, Array] | None = None,
-    surrogates: int = DRAWS,
+    resamples: tuple[Array, Array, Array] | None = None,
+    surrogates: int = SURROGATES,
     seed: int = 0,
 ) -> Estimate:
-    """Correlate the ranks of two series over layers, a third one held fixed.
+    """Correlate the ranks of two series over layers while a third series is held fixed.
 
     Spearman's partial coefficient: the linear part of the third series' ranks is removed from both
     ranks first. Interval and p-value are as in `correlate`. The interval resamples the documents.
-    The p-value redraws one of the two residuals as a series of the same smoothness
-    (`surrogate_series`), removes the linear part again, and takes the larger p-value of the two. A
-    third series with a nonlinear relation to both ranks is removed only in part.
+    For the p-value, one of the two residuals is redrawn with the same smoothness
+    (`surrogate_series`), and the linear part is removed again. Each residual is redrawn in turn,
+    and the larger p-value is returned. Nonlinear effects of the third series are removed only in
+    part.
 
     Args:
-        first: `[layers]`; NaN where undefined.
-        second: `[layers]`.
-        given: `[layers]`, series that is held fixed.
-        resampled: The three from the same resampled documents, each `[resamples, layers]` or
+        first_series: `[layers]`; NaN where undefined.
+        second_series: `[layers]`.
+        control: `[layers]`, series that is held fixed.
+        resamples: The three from the same resampled documents, each `[resamples, layers]` or
             `[1, layers]`; None = no interval.
         surrogates: Number of series to draw in place of each.
         seed: Seed of these series.
 
     Returns:
-        The coefficient; the value is None with a reason for fewer than four
-        layers, a NaN, a series that is the same in every layer, or one whose ranks are those of
-        the third, forwards or backwards.
+        The coefficient. None with a reason for fewer than four layers, a NaN, a constant series, or
+        a series with the same or the reversed ranks of the third.
 
     References:
         M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman,
@@ -179,93 +178,94 @@ def partial_correlate(
 
     Examples:
         >>> first, second = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])
-        >>> given = np.array([1.0, 2, 3, 5, 4])
-        >>> round(partial_correlate(first, second, given, surrogates=99).value, 4)
+        >>> control = np.array([1.0, 2, 3, 5, 4])
+        >>> round(partial_correlate(first, second, control, surrogates=99).value, 4)
         0.7456
     """
-    x, y, z = rounded(first), rounded(second), rounded(given)
-    named = (("a series", series) for series in (x, y, z))
-    if reason := _undefined(4, "a partial correlation", *named):
+    x, y, z = map(rounded_values, (first_series, second_series, control))
+    series = (("a series", values) for values in (x, y, z))
+    if reason := _undefined_reason(4, "a partial correlation", *series):
         return Estimate(None, reason=reason)
-    (value,) = _partial_rows(x[None], y[None], z[None]).tolist()
+    (value,) = _partial_coefficients(x[None], y[None], z[None]).tolist()
     if not np.isfinite(value):
-        return Estimate(None, reason="a series has the ranks of what is held fixed")
+        return Estimate(None, reason="a variable has the same ranks as the control variable")
     low = high = None
-    if resampled is not None:
-        low, high = bias_corrected_interval(value, _partial_rows(*resampled), -1, 1)
-    about = midranks(z)
-    one, other = (_without(midranks(series)[None], about)[0] for series in (x, y))
-    p_value = _surrogate_p(one, other, abs(value), "pearson", surrogates, seed, about)
+    if resamples is not None:
+        low, high = bias_corrected_interval(value, _partial_coefficients(*resamples), -1, 1)
+    ranks = midranks(z)
+    x, y = (_residuals(midranks(values)[None], ranks)[0] for values in (x, y))
+    p_value = _surrogate_p(x, y, abs(value), "pearson", surrogates, seed, ranks)
     return Estimate(value, low, high, p_value)
 
 
-def _partial_rows(x: Array, y: Array, z: Array) -> Array:
-    """Compute Spearman's partial coefficient of each row of two tables, given that of a third."""
+def _partial_coefficients(x: Array, y: Array, z: Array) -> Array:
+    """Compute Spearman's partial coefficient of the rows of `x` and `y`, given `z`."""
     xy, xz, yz = (row_coefficients(*pair, "spearman") for pair in ((x, y), (x, z), (y, z)))
-    left = (1 - xz**2) * (1 - yz**2)
-    return divided(xy - xz * yz, np.sqrt(np.where(left > 1e-12, left, 0)))
+    unexplained = (1 - xz**2) * (1 - yz**2)
+    return safe_divide(xy - xz * yz, np.sqrt(np.where(unexplained > 1e-12, unexplained, 0)))
 
 
-def _without(rows: Array, about: Array) -> Array:
-    """Return the residuals of rows after removing their linear part in a series."""
-    centred = about - about.mean()
+def _residuals(rows: Array, control: Array) -> Array:
+    """Return the residuals of rows after a linear regression on the control series."""
+    centred = control - control.mean()
     rows = rows - rows.mean(axis=1, keepdims=True)
     return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
 
 
-def _undefined(
-    fewest: int, figure: str, *series: tuple[str, Array], what: str = "layer"
+def _undefined_reason(
+    min_layers: int, figure: str, *series: tuple[str, Array], noun: str = "layer"
 ) -> str | None:
-    """Return the reason why a figure of named series is undefined; None if it is defined."""
+    """Return the reason why a figure of named series is undefined; None if defined."""
     n = len(series[0][1])
-    if n < fewest:
-        return f"{n} {what}{'' if n == 1 else 's'}, and {figure} needs at least {fewest}"
+    if n < min_layers:
+        return f"{n} {noun}{'' if n == 1 else 's'}, and {figure} needs at least {min_layers}"
     for name, values in series:
-        if missing := int((~np.isfinite(values)).sum()):
-            return f"{name} is undefined in {missing} of {n} {what}s"
-        if np.ptp(values) == 0:
-            return f"{name} is the same in all {n} {what}s"
+        if n_missing := int(np.isnan(rounded_values(values)).sum()):
+            return f"{name} is undefined in {n_missing} of {n} {noun}s"
+        if np.ptp(rounded_values(values)) == 0:
+            return f"{name} is the same in all {n} {noun}s"
     return None
 
 
-def _dealt_p(
+def _permutation_p(
     x: Array,
     y: Array,
     value: float,
     coefficient: Coefficient,
-    within: Numbers,
-    draws: int,
+    groups: IntArray,
+    n_draws: int,
     seed: int,
 ) -> float:
-    """Return the p-value of a coefficient under permutations of a series within its groups."""
-    generator = np.random.default_rng(seed)
-    by_group = np.argsort(within, kind="stable")
-    higher = lower = 0
-    for first in range(0, draws, step := max(1, _DEALT // len(x))):
-        rows = min(step, draws - first)
-        dealt = np.empty((rows, len(x)))
-        keys = within + generator.random((rows, len(x)))
-        dealt[:, by_group] = x[np.argsort(keys, axis=1)]
-        found = row_coefficients(dealt, y[None], coefficient)
-        higher += int((found >= value - 1e-9).sum())
-        lower += int((found <= value + 1e-9).sum())
-    return min(1.0, 2 * (min(higher, lower) + 1) / (draws + 1))
+    """Return the p-value of a coefficient from permutations within groups."""
+    rng = np.random.default_rng(seed)
+    group_order = np.argsort(groups, kind="stable")
+    n_higher = n_lower = 0
+    for n_rows in chunk_sizes(n_draws, max(1, _VALUES_AT_ONCE // len(x))):
+        permuted = np.empty((n_rows, len(x)))
+        # Sorting random keys by group shuffles each group within its own layers.
+        keys = groups + rng.random((n_rows, len(x)))
+        permuted[:, group_order] = x[np.argsort(keys, axis=1)]
+        coefficients = row_coefficients(permuted, y[None], coefficient)
+        n_higher += int((coefficients >= value - 1e-9).sum())
+        n_lower += int((coefficients <= value + 1e-9).sum())
+    return min(1.0, 2 * (min(n_higher, n_lower) + 1) / (n_draws + 1))
 
 
 def _surrogate_p(
     x: Array,
     y: Array,
-    observed: float,
+    strength: float,
     coefficient: Coefficient,
     surrogates: int,
     seed: int,
-    about: Array | None = None,
+    control: Array | None = None,
 ) -> float:
-    """Redraw each of two series, without the linear part of a third, and return the p-value."""
-    as_strong = 0
-    for kept, redrawn in ((x, y), (y, x)):
-        drawn = surrogate_series(redrawn, surrogates, seed)
-        others = drawn if about is None else _without(drawn, about)
-        by_chance = np.abs(row_coefficients(kept[None], others, coefficient))
-        as_strong = max(as_strong, int((by_chance >= observed - 1e-9).sum()))
-    return (as_strong + 1) / (surrogates + 1)
+    """Return the p-value of a coefficient from redrawn smooth series."""
+    n_as_strong = 0
+    for fixed_series, redrawn_series in ((x, y), (y, x)):
+        rows = surrogate_series(redrawn_series, surrogates, seed)
+        if control is not None:
+            rows = _residuals(rows, control)
+        coefficients = np.abs(row_coefficients(fixed_series[None], rows, coefficient))
+        n_as_strong = max(n_as_strong, int((coefficients >= strength - 1e-9).sum()))
+    return (n_as_strong + 1) / (surrogates + 1)

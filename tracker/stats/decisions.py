@@ -1,4 +1,4 @@
-"""Compute decisions between options, their margins, and the effect of rounding on them.
+"""Compute the chosen options, the margins of choices, and the effects of rounding.
 
 An option's score is its log-likelihood, possibly divided by its length. Scores are
 [documents, options], with NaN where a document has fewer options than others. `phi` and
@@ -18,32 +18,34 @@ A judgement depends only on the gold option and the best of the others.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import scipy  # imports its slow submodules on first use
 
-from tracker.stats.arrays import Array
+from tracker.stats.arrays import Array, safe_divide
 
 
-def phi(both: Array, lost: Array, documents: int) -> Array:
-    """Correlate the documents that pairs of ablations lose: 1 = the same ones, 0 = chance.
+def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
+    """Correlate which documents are lost, for each pair of ablations (phi).
+
+    1 = both lose the same documents, 0 = agreement by chance.
 
     This is Pearson's correlation of two binary columns (Yule 1912): independent losses give 0,
     for any number of lost documents.
 
     Args:
-        both: Number of documents that both of a pair lose [ablations, ablations].
-        lost: Number of documents that each ablation loses.
-        documents: Number of documents that could be lost: those that the baseline has right.
+        joint_losses: `[ablations, ablations]`, number of documents that both ablations lose.
+        losses: Number of documents that each ablation loses.
+        n_documents: Number of documents that could be lost: those that the baseline has right.
 
     Returns:
-        The coefficients, symmetric; NaN if one of the two loses none, or all.
+        The coefficients, symmetric; NaN if an ablation of the pair loses no document, or all.
     """
-    lost = np.asarray(lost, dtype=np.float64)
-    spread = np.sqrt(lost * (documents - lost))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = (documents * both - np.outer(lost, lost)) / np.outer(spread, spread)
-    return np.where(np.outer(spread, spread) > 0, found, np.nan)
+    losses = np.asarray(losses, dtype=np.float64)
+    deviations = np.sqrt(losses * (n_documents - losses))
+    covariances = n_documents * joint_losses - np.outer(losses, losses)
+    return safe_divide(covariances, np.outer(deviations, deviations))
 
 
 def cluster_order(agreement: Array) -> list[int]:
@@ -58,9 +60,9 @@ def cluster_order(agreement: Array) -> list[int]:
     Returns:
         Indexes of the ablations.
     """
-    count = len(agreement)
-    if count < 2:
-        return list(range(count))
+    n_ablations = len(agreement)
+    if n_ablations < 2:
+        return list(range(n_ablations))
     distance = np.clip(1 - (agreement + agreement.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     condensed = scipy.spatial.distance.squareform(distance, checks=False)
@@ -69,8 +71,8 @@ def cluster_order(agreement: Array) -> list[int]:
     return [int(leaf) for leaf in hierarchy.leaves_list(tree)]
 
 
-def choices(scores: Array) -> Array:
-    """Return the option that each document's model chooses: the first of the best, as in lm-eval.
+def choose_options(scores: Array) -> Array:
+    """Return the option with the highest score for each document; on ties the first option.
 
     Args:
         scores: The options' scores.
@@ -78,9 +80,9 @@ def choices(scores: Array) -> Array:
     Returns:
         Number of the option for each document; NaN without options.
     """
-    lowest = np.where(np.isnan(scores), -np.inf, scores)
-    taken = lowest.argmax(axis=1).astype(np.float64) if scores.shape[1] else np.full(len(scores), 0)
-    return np.where(np.isnan(scores).all(axis=1), np.nan, taken)
+    # A last column of −∞ is the maximum of a document without options.
+    padded = np.column_stack([np.nan_to_num(scores, nan=-np.inf), np.full(len(scores), -np.inf)])
+    return np.where(np.isnan(scores).all(axis=1), np.nan, padded.argmax(axis=1))
 
 
 def margins(scores: Array, gold: Array) -> Array:
@@ -93,47 +95,47 @@ def margins(scores: Array, gold: Array) -> Array:
     Returns:
         The margin of each document; NaN without a gold option, or without another option.
     """
-    found = np.full(len(scores), np.nan)
-    (known,) = np.nonzero(~np.isnan(gold))
-    right = gold[known].astype(int)
-    others = np.where(np.isnan(scores), -np.inf, scores)[known]
-    others[np.arange(len(known)), right] = -np.inf
-    best = others.max(axis=1, initial=-np.inf)
-    mine = scores[known, right]
-    found[known] = np.where(np.isneginf(best), np.nan, mine - np.where(best > -np.inf, best, 0))
-    return found
+    gold_margins = np.full(len(scores), np.nan)
+    (rows,) = np.nonzero(~np.isnan(gold))
+    gold_options = gold[rows].astype(int)
+    other_scores = np.where(np.isnan(scores), -np.inf, scores)[rows]
+    other_scores[np.arange(len(rows)), gold_options] = -np.inf
+    best_scores = other_scores.max(axis=1, initial=-np.inf)
+    with np.errstate(invalid="ignore"):
+        differences = scores[rows, gold_options] - best_scores
+    gold_margins[rows] = np.where(np.isneginf(best_scores), np.nan, differences)
+    return gold_margins
 
 
-def shares(taken: Array, options: int) -> Array:
+def option_shares(choices: Array, n_options: int) -> Array:
     """Return the share of documents that choose each option.
 
     Args:
-        taken: Number of each document's option; NaN if it has none.
-        options: Largest number of options.
+        choices: Number of each document's option; NaN if it has none.
+        n_options: Largest number of options.
 
     Returns:
         The share of each option among the documents that have one; NaN where none has.
     """
-    known = taken[~np.isnan(taken)].astype(int)
-    counts = np.bincount(known, minlength=options).astype(np.float64)
-    return counts / len(known) if len(known) else np.full(options, np.nan)
+    valid = choices[~np.isnan(choices)].astype(int)
+    counts = np.bincount(valid, minlength=n_options).astype(np.float64)
+    return safe_divide(counts, np.array([len(valid)], dtype=np.float64))
 
 
-WITHIN = 2.0
+ROUNDING_SDS = 2.0
 """Margins below this many standard deviations of the rounding count as within rounding."""
 
 
-def least_chance() -> float:
-    """Return the probability that rounding reverses a judgement with a margin of `WITHIN`."""
-    return float(scipy.special.ndtr(-WITHIN))
+MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
+"""Probability that rounding reverses a judgement whose margin is `ROUNDING_SDS`."""
 
 
-def movement(scores: Array, again: Array) -> float | None:
-    """Estimate how far rounding moves the difference of two options, relative to their size.
+def rounding_movement(scores: Array, repeats: Array) -> float | None:
+    """Estimate how far rounding moves the difference of two options' scores.
 
     Args:
         scores: Scores of the options.
-        again: Scores of the same options, computed in another way.
+        repeats: Scores of the same options, computed in another way.
 
     Returns:
         The root mean square, over all pairs of options of all documents, of the movement of their
@@ -143,26 +145,25 @@ def movement(scores: Array, again: Array) -> float | None:
     Examples:
         Of -3 and -4 the first moves by 0.1, the second does not: 0.1 / 5.
 
-        >>> round(movement(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
+        >>> round(rounding_movement(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
         0.02
     """
-    count = scores.shape[1]
-    one, other = np.triu_indices(count, 1)
-    moved = (scores - again)[:, one] - (scores - again)[:, other]
-    size = np.hypot(scores[:, one], scores[:, other])
-    known = np.isfinite(moved) & (size > 0)
-    if not known.any():
+    i, j = np.triu_indices(scores.shape[1], 1)
+    changes = (scores - repeats)[:, i] - (scores - repeats)[:, j]
+    sizes = np.hypot(scores[:, i], scores[:, j])
+    usable = np.isfinite(changes) & (sizes > 0)
+    if not usable.any():
         return None
-    return float(np.sqrt(np.mean((moved[known] / size[known]) ** 2))) or None
+    return float(np.sqrt(np.mean((changes[usable] / sizes[usable]) ** 2))) or None
 
 
-def turning(scores: Array, gold: Array, moved: float) -> Array:
-    """Return the probability that another way of computing changes each document's judgement.
+def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
+    """Return the probability that rounding changes each judgement.
 
     Args:
         scores: The options' scores.
         gold: Number of each document's gold option; NaN if it has none.
-        moved: Relative movement of differences, from `movement`.
+        movement: Relative movement of differences, from `rounding_movement`.
 
     Returns:
         The probability that a normal movement exceeds the document's margin, at most 0.5; NaN
@@ -171,40 +172,40 @@ def turning(scores: Array, gold: Array, moved: float) -> Array:
     Examples:
         The gold option leads by 1, and rounding moves the difference of -3 and -4 by 0.2 · 5 = 1.
 
-        >>> turning(np.array([[-3.0, -4.0]]), np.array([0.0]), 0.2).round(3).tolist()
+        >>> flip_probabilities(np.array([[-3.0, -4.0]]), np.array([0.0]), 0.2).round(3).tolist()
         [0.159]
     """
-    margin = margins(scores, gold)
-    found = np.full(len(scores), math.nan)
-    (known,) = np.nonzero(np.isfinite(margin))
-    mine = scores[known, gold[known].astype(int)]
-    size = np.hypot(mine, mine - margin[known])
+    gold_margins = margins(scores, gold)
+    chances = np.full(len(scores), math.nan)
+    (rows,) = np.nonzero(np.isfinite(gold_margins))
+    gold_scores = scores[rows, gold[rows].astype(int)]
+    sizes = np.hypot(gold_scores, gold_scores - gold_margins[rows])
     with np.errstate(divide="ignore", invalid="ignore"):
-        found[known] = scipy.special.ndtr(-np.abs(margin[known]) / (moved * size))
-    return found
+        chances[rows] = scipy.special.ndtr(-np.abs(gold_margins[rows]) / (movement * sizes))
+    return chances
 
 
-def within(chances: Array) -> int:
+def count_undecided(chances: Array) -> int:
     """Count the documents whose judgement is within rounding.
 
     Args:
-        chances: Probabilities from `turning`.
+        chances: Probabilities from `flip_probabilities`.
 
     Returns:
-        Number of margins below `WITHIN` standard deviations of the rounding.
+        Number of margins below `ROUNDING_SDS` standard deviations of the rounding.
 
     Examples:
-        >>> within(np.array([0.5, 0.159, 0.02, 0.0]))
+        >>> count_undecided(np.array([0.5, 0.159, 0.02, 0.0]))
         2
     """
-    return int((chances > least_chance()).sum())
+    return int((chances > MIN_FLIP_CHANCE).sum())
 
 
-def shift(chances: Array, weights: Array) -> float:
-    """Return how far another way of computing moves an accuracy, in 95 of 100 cases.
+def rounding_shift(chances: Array, weights: Array) -> float:
+    """Return how far rounding moves an accuracy, with 95 % probability.
 
     Args:
-        chances: Probabilities from `turning`, for each document.
+        chances: Probabilities from `flip_probabilities`, for each document.
         weights: `[documents]`, summing to 1.
 
     Returns:
@@ -214,8 +215,8 @@ def shift(chances: Array, weights: Array) -> float:
     Examples:
         Two of 16 documents are undecided, and 14 are certain.
 
-        >>> round(shift(np.array([0.5, 0.5] + [0.0] * 14), np.full(16, 1 / 16)), 3)
+        >>> round(rounding_shift(np.array([0.5, 0.5] + [0.0] * 14), np.full(16, 1 / 16)), 3)
         0.087
     """
-    both_sides = float(scipy.special.ndtri(0.975))
-    return both_sides * math.sqrt(float(weights**2 @ (chances * (1 - chances))))
+    z = float(scipy.special.ndtri(0.975))
+    return z * math.sqrt(float(weights**2 @ (chances * (1 - chances))))

@@ -1,4 +1,4 @@
-"""Compute the agreement of two orders of layers: ranks, ties, coefficients, overlaps and chance.
+"""Compute ranks, rank correlations and overlaps of orders of layers.
 
 Values that agree to twelve decimals are ties, because means of the same outcomes may differ by
 rounding. Ties share the mean of their ranks (midranks), so no figure depends on the order of the
@@ -20,14 +20,14 @@ import numpy as np
 import scipy  # imports its slow submodules on first use
 from numpy.typing import ArrayLike, NDArray
 
-from tracker.stats.arrays import Array, Numbers, divided
+from tracker.stats.arrays import Array, IntArray, safe_divide
 
-SMOOTHNESS = np.append(np.arange(-19, 20) / 20, 0.98)
-"""Autocorrelations of neighbouring layers that are possible, all equally before the data."""
+AUTOCORRELATIONS = np.append(np.arange(-19, 20) / 20, 0.98)
+"""Possible autocorrelations of neighbouring layers, with equal prior probabilities."""
 
 
-def surrogate_series(values: Array, draws: int, seed: int) -> Array:
-    """Draw series that hold the same values in another order, as smooth as the given order.
+def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
+    """Draw random reorderings of a series that are as smooth as the series itself.
 
     The values are modelled as a monotonic function of a stationary Gaussian series of first order,
     AR(1), over equidistant layers. Each draw takes an autocorrelation from its posterior, simulates
@@ -39,7 +39,7 @@ def surrogate_series(values: Array, draws: int, seed: int) -> Array:
 
     Args:
         values: `[layers]` in the order of depth, finite and not all equal.
-        draws: Number of series.
+        n_draws: Number of series.
         seed: Seed of the generator.
 
     Returns:
@@ -52,72 +52,73 @@ def surrogate_series(values: Array, draws: int, seed: int) -> Array:
         restricted likelihood of short AR series). X.-L. Meng, Annals of Statistics 22 (1994)
         1142-1160 (p-values that draw the nuisance parameter).
     """
-    orders = _drawn_orders(tuple(scipy.stats.rankdata(values).tolist()), draws, seed)
+    orders = _draw_orders(tuple(scipy.stats.rankdata(values).tolist()), n_draws, seed)
     return np.asarray(np.sort(values)[orders], dtype=np.float64)
 
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
-def _drawn_orders(ranks: tuple[float, ...], draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw the places of a series' values, ascending, which its ranks decide: `[draws, layers]`."""
-    generator = np.random.default_rng(seed)
+def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
+    """Draw random orders `[draws, layers]` that are as smooth as the given ranks."""
+    rng = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
-    chosen = generator.choice(SMOOTHNESS, size=draws, p=smoothness_likelihood(scores))
-    series = generator.standard_normal((len(ranks), draws))
+    rho = rng.choice(AUTOCORRELATIONS, size=n_draws, p=smoothness_likelihood(scores))
+    series = rng.standard_normal((len(ranks), n_draws))
     for layer in range(1, len(ranks)):
-        series[layer] *= np.sqrt(1 - chosen**2)
-        series[layer] += chosen * series[layer - 1]
+        series[layer] = np.sqrt(1 - rho**2) * series[layer] + rho * series[layer - 1]
     return series.T.argsort(axis=1).argsort(axis=1).astype(np.int32)
 
 
 def smoothness_likelihood(scores: Array) -> Array:
-    """Return how likely each autocorrelation is: AR(1), mean and variance integrated out."""
-    n, rho = len(scores), SMOOTHNESS[:, None]
+    """Return the restricted likelihood of each autocorrelation (AR(1)).
+
+    The unknown mean and variance of the scores are integrated out.
+    """
+    n, rho = len(scores), AUTOCORRELATIONS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.
     weights = np.where(np.isin(np.arange(n), (0, n - 1)), 1.0, 1 - rho) / (1 + rho)
-    total = weights.sum(axis=1)
-    centred = scores - (weights @ scores / total)[:, None]
-    news = (centred[:, 1:] - rho * centred[:, :-1]) ** 2 / (1 - rho**2)
-    squares = centred[:, 0] ** 2 + news.sum(axis=1)
-    log = -(np.log(total) + (n - 1) * (np.log(1 - SMOOTHNESS**2) + np.log(squares))) / 2
-    likelihood = np.exp(log - log.max())
-    return np.asarray(likelihood / likelihood.sum(), dtype=np.float64)
+    totals = weights.sum(axis=1)
+    centred = scores - (weights @ scores / totals)[:, None]
+    innovations = (centred[:, 1:] - rho * centred[:, :-1]) ** 2 / (1 - rho**2)
+    squares = centred[:, 0] ** 2 + innovations.sum(axis=1)
+    variances = np.log(1 - AUTOCORRELATIONS**2) + np.log(squares)
+    return np.asarray(scipy.special.softmax(-(np.log(totals) + (n - 1) * variances) / 2))
 
 
-DECIMALS = 12
-"""Number of decimals to which ties agree."""
+TIE_DECIMALS = 12
+"""Values that agree to this number of decimals are ties."""
 Coefficient = Literal["spearman", "kendall", "pearson"]
 COEFFICIENTS: tuple[Coefficient, ...] = get_args(Coefficient)
 """Spearman's rho, Kendall's tau-b, and Pearson's r."""
-DRAWS = 4999
+RELABELLINGS = 4999
 _EPS = 1e-9
-_PAIRS = 2_000_000
-"""Pairs of layers that are compared at once."""
+_PAIRS_AT_ONCE = 2_000_000
+"""Maximum number of pairs of layers that are compared at once."""
 
 
-def rounded(values: ArrayLike) -> Array:
-    """Return the values with rounding errors gone and everything undefined as NaN."""
-    numbers = np.asarray(values, dtype=np.float64)
-    finite = np.where(np.isfinite(numbers), numbers, np.nan)
-    return np.asarray(np.round(finite, DECIMALS), dtype=np.float64)
+def rounded_values(values: ArrayLike) -> Array:
+    """Round values so that ties are equal; undefined values become NaN."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.where(np.isfinite(array), array, np.nan)
+    return np.asarray(np.round(finite, TIE_DECIMALS), dtype=np.float64)
 
 
 def midranks(rows: ArrayLike) -> Array:
-    """Rank each row from the smallest value, 1, ties sharing the mean of their ranks."""
-    return np.asarray(scipy.stats.rankdata(rounded(rows), axis=-1), dtype=np.float64)
+    """Rank the values of each row, 1 = smallest; ties share the mean of their ranks."""
+    return np.asarray(scipy.stats.rankdata(rounded_values(rows), axis=-1), dtype=np.float64)
 
 
-def places(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
-    """Place figures as a leaderboard does, from 1, the largest unless `lowest_first`.
+def min_ranks(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
+    """Rank figures from 1 for the largest, or for the lowest.
 
-    Equal ones share the better place.
+    Equal figures share the better rank.
     """
-    numbers = rounded(np.array(values, dtype=np.float64))
-    found = scipy.stats.rankdata(numbers if lowest_first else -numbers, method="min")
-    return [int(place) for place in found]
+    array = rounded_values(np.array(values, dtype=np.float64))
+    ranks = scipy.stats.rankdata(array if lowest_first else -array, method="min")
+    return list(map(int, ranks))
 
 
 def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
-    """Correlate each row of one table with the same row of another.
+    """Correlate each row of one table with the same row of another table.
 
     Args:
         x: `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of the other table.
@@ -126,45 +127,41 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
 
     Returns:
         `[rows]`; NaN where a row is constant or holds a NaN.
-
     """
-    x, y = rounded(x), rounded(y)
-    if coefficient == "kendall":
-        values = _kendall_rows(x, y)
-    elif coefficient == "spearman":
-        values = _pearson_rows(scipy.stats.rankdata(x, axis=1), scipy.stats.rankdata(y, axis=1))
-    else:
-        values = _pearson_rows(x, y)
+    x, y = rounded_values(x), rounded_values(y)
     # The spread of a row with a NaN is NaN; comparisons with it are False.
-    usable = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
-    return np.where(usable, values, np.nan)
-
-
-def _pearson_rows(x: Array, y: Array) -> Array:
-    x = x - x.mean(axis=1, keepdims=True)
-    y = y - y.mean(axis=1, keepdims=True)
+    is_defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
+    if coefficient == "kendall":
+        return np.where(is_defined, _kendall_rows(x, y), np.nan)
+    if coefficient == "spearman":
+        x, y = (scipy.stats.rankdata(rows, axis=1) for rows in (x, y))
+    x, y = (rows - rows.mean(axis=1, keepdims=True) for rows in (x, y))
     spread = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return np.clip(divided((x * y).sum(axis=1), spread), -1, 1)
+    values = np.clip(safe_divide((x * y).sum(axis=1), spread), -1, 1)
+    return np.where(is_defined, values, np.nan)
 
 
 def _kendall_rows(x: Array, y: Array) -> Array:
-    """Return tau-b: the sum of concordance signs over the pairs, divided by the untied pairs."""
-    first, second = np.triu_indices(x.shape[1], k=1)
+    """Return Kendall's tau-b of each row.
+
+    It is the sum of concordance signs over pairs, divided by the untied pairs.
+    """
+    i, j = np.triu_indices(x.shape[1], k=1)
     values = []
-    step = max(1, _PAIRS // max(len(first), 1))
+    step = max(1, _PAIRS_AT_ONCE // max(len(i), 1))
     for start in range(0, max(len(x), len(y)), step):
         signs = []
         for table in (x, y):
             block = table if len(table) == 1 else table[start : start + step]
-            signs.append(np.sign(block[:, first] - block[:, second]).astype(np.float32))
+            signs.append(np.sign(block[:, i] - block[:, j]).astype(np.float32))
         balance = np.einsum("ij,ij->i", *np.broadcast_arrays(*signs))
-        one, other = (np.abs(sign).sum(axis=1, dtype=np.float64) for sign in signs)
-        values.append(divided(balance, np.sqrt(one * other)))
+        x_untied, y_untied = (np.abs(sign).sum(axis=1, dtype=np.float64) for sign in signs)
+        values.append(safe_divide(balance, np.sqrt(x_untied * y_untied)))
     return np.concatenate(values)
 
 
-def overlap(first: Array, second: Array, k: int) -> Array:
-    """Return the share of the `k` largest layers that two rankings have in common.
+def top_overlap(x: Array, y: Array, k: int) -> Array:
+    """Return the overlap of the `k` largest layers of two rankings, as a share of `k`.
 
     Ties are broken at random, independently in each ranking, and the expected overlap is returned.
     Of m layers that are tied for the last j of the k ranks, each has one with the probability j /
@@ -172,34 +169,37 @@ def overlap(first: Array, second: Array, k: int) -> Array:
     orders.
 
     Args:
-        first: `[rows, layers]`.
-        second: The same layers, `[rows, layers]` or `[1, layers]`.
+        x: `[rows, layers]`.
+        y: The same layers, `[rows, layers]` or `[1, layers]`.
         k: Number of layers, at least 1 and at most all.
 
     Returns:
         `[rows]`, in [0, 1]; NaN where a figure is.
 
     Examples:
-        >>> one = np.array([[4.0, 3.0, 2.0, 1.0]])
-        >>> overlap(one, np.array([[4.0, 1.0, 3.0, 2.0]]), k=2).tolist()
+        >>> x, y = np.array([[4.0, 3.0, 2.0, 1.0]]), np.array([[4.0, 1.0, 3.0, 2.0]])
+        >>> top_overlap(x, y, k=2).tolist()
         [0.5]
     """
-    shared = (_places(first, k) * _places(second, k)).sum(axis=1) / k
-    defined = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
-    return np.where(defined, shared, np.nan)
+    shares = (_top_probabilities(x, k) * _top_probabilities(y, k)).sum(axis=1) / k
+    is_defined = np.isfinite(x).all(axis=1) & np.isfinite(y).all(axis=1)
+    return np.where(is_defined, shares, np.nan)
 
 
-def _places(rows: Array, k: int) -> Array:
-    """Return the probability that each layer is among the `k` largest of its row, ties random."""
-    figures = rounded(rows)
-    last = np.sort(figures, axis=1)[:, -k][:, None]
-    above, tied = figures > last, figures == last
-    left = k - above.sum(axis=1, keepdims=True)
+def _top_probabilities(rows: Array, k: int) -> Array:
+    """Return the probability of each layer to be among the `k` largest.
+
+    Ties are broken at random.
+    """
+    figures = rounded_values(rows)
+    thresholds = np.sort(figures, axis=1)[:, -k][:, None]
+    is_above, is_tied = figures > thresholds, figures == thresholds
+    n_left = k - is_above.sum(axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):  # NaN is equal to nothing
-        return np.asarray(above + tied * left / tied.sum(axis=1, keepdims=True))
+        return np.asarray(is_above + is_tied * n_left / is_tied.sum(axis=1, keepdims=True))
 
 
-def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, float]:
+def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tuple[float, float]:
     """Return the share of layers whose two ranks differ, and its chance level.
 
     The chance level is exact under random permutation: any two ranks meet with the probability 1 /
@@ -209,21 +209,22 @@ def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, fl
     Args:
         proxy: `[benchmarks, layers]`.
         drop: `[benchmarks, layers]`.
-        beyond: Largest difference of ranks that still agree; 0 = exact ranks.
+        tolerance: Largest difference of ranks that still agree; 0 = exact ranks.
 
     Returns:
         The share, and its mean over random orders of these values, both over all benchmarks; NaN if
         a value is not finite, because its rank is unknown.
 
     Examples:
-        >>> ranks_apart(np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]]))
+        >>> proxy, drop = np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]])
+        >>> differing_rank_share(proxy, drop)
         (0.5, 0.75)
     """
-    x, y = midranks(proxy), midranks(drop)
     if not (np.isfinite(proxy).all() and np.isfinite(drop).all()):
         return math.nan, math.nan
-    pairs = np.abs(x[:, :, None] - y[:, None, :]) > beyond + _EPS
-    return float((np.abs(x - y) > beyond + _EPS).mean()), float(pairs.mean())
+    x, y = midranks(proxy), midranks(drop)
+    is_apart = np.abs(x[:, :, None] - y[:, None, :]) > tolerance + _EPS
+    return float(np.diagonal(is_apart, axis1=1, axis2=2).mean()), float(is_apart.mean())
 
 
 @dataclass(frozen=True)
@@ -231,11 +232,11 @@ class Disagreement:
     """Share of layers in which two ranks differ, on average over benchmarks.
 
     Attributes:
-        share: The share of layers.
+        share: Share of layers whose two ranks differ.
         chance: The share that random orders of these values give on average, exactly.
         shuffled_p: Share of free shuffles of the layers that disagree as rarely.
-        smooth_p: Share of shuffles of the same smoothness over depth that disagree as rarely; the
-            larger p-value of redrawing either series.
+        smooth_p: Share of shuffles of the same smoothness over depth that disagree as rarely: the
+            larger of two p-values, since each series is redrawn in turn.
     """
 
     share: float
@@ -244,17 +245,17 @@ class Disagreement:
     smooth_p: float
 
 
-def disagreement(proxy: Array, drop: Array, beyond: float, seed: int = 0) -> Disagreement:
+def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) -> Disagreement:
     """Test whether the ranks of two series agree better than chance.
 
-    Share and chance level are those of `ranks_apart`. The p-values relabel the layers of one
-    series, the same way in every benchmark, because a layer's values in several benchmarks are
+    Share and chance level are those of `differing_rank_share`. The p-values relabel the layers of
+    one series, the same way in every benchmark, because a layer's values in several benchmarks are
     dependent. They are (k + 1) / (m + 1) for k of m relabellings.
 
     Args:
         proxy: `[benchmarks, layers]`, finite.
         drop: `[benchmarks, layers]`, finite, no row constant.
-        beyond: Largest difference of ranks that still agree; 0 = exact ranks.
+        tolerance: Largest difference of ranks that still agree; 0 = exact ranks.
         seed: Seed of the relabellings.
 
     Returns:
@@ -264,28 +265,28 @@ def disagreement(proxy: Array, drop: Array, beyond: float, seed: int = 0) -> Dis
         Two random orders of 30 layers have 96.7 % of their exact ranks apart.
 
         >>> layers = np.arange(30.0)[None]
-        >>> found = disagreement(layers, layers, 0)
-        >>> found.share, round(found.chance, 3), found.shuffled_p
+        >>> result = compare_ranks(layers, layers, 0)
+        >>> result.share, round(result.chance, 3), result.shuffled_p
         (0.0, 0.967, 0.0002)
     """
-    share, chance = ranks_apart(proxy, drop, beyond)
+    share, chance = differing_rank_share(proxy, drop, tolerance)
     x, y = midranks(proxy), midranks(drop)
-    generator = np.random.default_rng(seed)
-    free = generator.permuted(np.tile(np.arange(x.shape[1]), (DRAWS, 1)), axis=1)
-    # Relabelling x by an order is relabelling y by its inverse.
-    by_drop, by_proxy = (smooth_orders(each.mean(axis=0), DRAWS, seed) for each in (y, x))
+    rng = np.random.default_rng(seed)
+    free_orders = rng.permuted(np.tile(np.arange(x.shape[1]), (RELABELLINGS, 1)), axis=1)
+    x_orders, y_orders = (smooth_orders(ranks.mean(axis=0), RELABELLINGS, seed) for ranks in (x, y))
 
-    def p_value(orders: Numbers) -> float:
-        drawn = np.moveaxis(y[:, orders], 0, 1)
-        shares = (np.abs(drawn - x) > beyond + _EPS).mean(axis=(1, 2))
+    def p_value(orders: IntArray) -> float:
+        relabelled = np.moveaxis(y[:, orders], 0, 1)
+        shares = (np.abs(relabelled - x) > tolerance + _EPS).mean(axis=(1, 2))
         return float(((shares <= share + _EPS).sum() + 1) / (len(orders) + 1))
 
-    smooth = max(p_value(by_drop), p_value(by_proxy.argsort(axis=1)))
-    return Disagreement(share, chance, p_value(free), smooth)
+    # Relabelling x by an order is relabelling y by its inverse.
+    smooth_p = max(p_value(y_orders), p_value(x_orders.argsort(axis=1)))
+    return Disagreement(share, chance, p_value(free_orders), smooth_p)
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Test that a proxy and the drop are unrelated in every benchmark.
+    """Test the hypothesis that a proxy and the drop are unrelated in every benchmark.
 
     The statistic is the mean over benchmarks of Spearman's coefficient, two-sided. As in
     `correlation.correlate`, each series in turn is redrawn with the same smoothness over depth, and
@@ -300,23 +301,22 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
     Returns:
         (k + 1) / (m + 1) for k of m relabellings that correlate as strongly.
     """
-    x, y = (scipy.stats.zscore(midranks(each), axis=1) for each in (proxy, drop))
-    count = x.shape[0] * x.shape[1]
-    observed = abs(float((x * y).sum() / count))
-    worst = 0
-    for kept, redrawn in ((x, y), (y, x)):
-        orders = smooth_orders(redrawn.mean(axis=0), DRAWS, seed)
-        drawn = np.einsum("bl,bml->m", kept, redrawn[:, orders]) / count
-        worst = max(worst, int((np.abs(drawn) >= observed - _EPS).sum()))
-    return (worst + 1) / (DRAWS + 1)
+    x, y = (scipy.stats.zscore(midranks(values), axis=1) for values in (proxy, drop))
+    strength = abs(float((x * y).sum() / x.size))
+    n_as_strong = 0
+    for fixed_ranks, redrawn_ranks in ((x, y), (y, x)):
+        orders = smooth_orders(redrawn_ranks.mean(axis=0), RELABELLINGS, seed)
+        coefficients = np.einsum("bl,bml->m", fixed_ranks, redrawn_ranks[:, orders]) / x.size
+        n_as_strong = max(n_as_strong, int((np.abs(coefficients) >= strength - _EPS).sum()))
+    return (n_as_strong + 1) / (RELABELLINGS + 1)
 
 
-def smooth_orders(values: Array, draws: int, seed: int) -> Numbers:
-    """Draw orders of the layers in which a series stays as smooth over depth as it is.
+def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
+    """Draw random orders of layers in which a series stays equally smooth.
 
     Args:
         values: `[layers]` in the order of depth, finite; equal ones count as ascending.
-        draws: Number of orders.
+        n_draws: Number of orders.
         seed: Seed of the generator.
 
     Returns:
@@ -324,5 +324,5 @@ def smooth_orders(values: Array, draws: int, seed: int) -> Numbers:
         `surrogate_series`.
     """
     ranks = scipy.stats.rankdata(values, method="ordinal").astype(np.float64)
-    positions = surrogate_series(ranks, draws, seed).astype(np.int64) - 1
+    positions = surrogate_series(ranks, n_draws, seed).astype(np.int64) - 1
     return np.asarray(ranks.argsort()[positions], dtype=np.int64)

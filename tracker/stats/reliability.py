@@ -1,4 +1,4 @@
-"""Compute how well samples of documents agree on the order of layers, and how many are needed.
+"""Compute how well samples of documents agree on the order of layers.
 
 A layer's figure is a weighted mean over documents. Two samples without a common document give two
 orders of the same layers. Their rank correlation is the reliability of the order at that sample
@@ -19,19 +19,17 @@ from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
-from tracker.stats.arrays import Array, Numbers, Strata, divided
-from tracker.stats.rank_agreement import rounded, row_coefficients
-from tracker.stats.resampling import SEED, jackknife_error
+from tracker.stats.arrays import Array, IntArray, Strata, safe_divide
+from tracker.stats.rank_agreement import rounded_values, row_coefficients
+from tracker.stats.resampling import SEED, jackknife_error, random_signs
 
-FLIPS = 19_999
-_CHUNK = 1000
-"""Signs that are held in memory at once."""
+DIFFERENCE_FLIPS = 19_999
 _GROUPS = 10
-"""Parts of the documents that are left out in turn, for an interval."""
+"""Number of groups of documents, each of which is left out once for an interval."""
 
 
-def stratified_orders(strata: Strata, draws: int, seed: int) -> Iterator[Numbers]:
-    """Shuffle documents so that every part of the order contains each stratum by its share.
+def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntArray]:
+    """Shuffle documents so that every part of the order has each stratum in proportion.
 
     Within a stratum all orders are equally likely. The strata are interleaved evenly: a part
     of the order contains each stratum's share of the documents, rounded up or down. With one
@@ -39,7 +37,7 @@ def stratified_orders(strata: Strata, draws: int, seed: int) -> Iterator[Numbers
 
     Args:
         strata: `[documents]`, e.g. each document's task.
-        draws: Number of orders.
+        n_draws: Number of orders.
         seed: Seed of the generator.
 
     Yields:
@@ -47,16 +45,18 @@ def stratified_orders(strata: Strata, draws: int, seed: int) -> Iterator[Numbers
     """
     _, stratum, sizes = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)
     starts = np.cumsum(sizes) - sizes
-    generator = np.random.default_rng(seed)
-    for _ in range(draws):
-        shuffled = np.lexsort((generator.random(len(stratum)), stratum))
-        within = np.arange(len(stratum)) - starts[stratum[shuffled]]
-        offsets = generator.random(len(sizes))[stratum[shuffled]]
-        yield shuffled[np.argsort((within + offsets) / sizes[stratum[shuffled]], kind="stable")]
+    rng = np.random.default_rng(seed)
+    for _ in range(n_draws):
+        shuffled = np.lexsort((rng.random(len(stratum)), stratum))
+        strata_in_order = stratum[shuffled]
+        # Spread each stratum evenly over [0, 1], from a random offset, and sort by the position.
+        ranks = np.arange(len(stratum)) - starts[strata_in_order]
+        offsets = rng.random(len(sizes))[strata_in_order]
+        yield shuffled[np.argsort((ranks + offsets) / sizes[strata_in_order], kind="stable")]
 
 
 def disjoint_means(
-    values: Array, weights: Array, strata: Strata, sizes: Sequence[int], draws: int, seed: int
+    values: Array, weights: Array, strata: Strata, sizes: Sequence[int], n_draws: int, seed: int
 ) -> tuple[Array, Array]:
     """Average the layers' values over two disjoint samples of documents.
 
@@ -65,30 +65,25 @@ def disjoint_means(
         weights: `[documents]`, 0 or more.
         strata: `[documents]`, e.g. each document's task; see `stratified_orders`.
         sizes: Numbers of documents of each of the two samples, from 1 to all.
-        draws: Number of draws of the two.
+        n_draws: Number of draws of the two.
         seed: Seed of the generator; equal seeds draw equal documents.
 
     Returns:
         Both samples' weighted means, `[draws, sizes, layers]` each. The second is NaN if
         there are fewer than twice as many documents; both are NaN if their weights are 0.
     """
-    bounds = sorted({0, *sizes, *(2 * n for n in sizes if 2 * n <= len(values))})
-    at = {bound: place for place, bound in enumerate(bounds)}
-    table = np.column_stack([np.where(weights[:, None] > 0, values * weights[:, None], 0), weights])
-    both = np.full((2, draws, len(sizes), values.shape[1]), np.nan)
-    for draw, order in enumerate(stratified_orders(strata, draws, seed)):
-        pieces = np.add.reduceat(table[order], bounds[:-1], axis=0)
-        # The last piece reaches to the end of the table, beyond the last bound.
-        pieces[-1] = table[order[bounds[-2] : bounds[-1]]].sum(axis=0)
-        sums = np.vstack([np.zeros(table.shape[1]), np.cumsum(pieces, axis=0)])
-        for place, n in enumerate(sizes):
-            parts = [sums[at[n]]]
-            if 2 * n in at:
-                parts.append(sums[at[2 * n]] - sums[at[n]])
-            for sample, part in zip(both, parts, strict=False):
-                if part[-1] > 0:
-                    sample[draw, place] = part[:-1] / part[-1]
-    return both[0], both[1]
+    weighted = np.where(weights[:, None] > 0, values * weights[:, None], 0)
+    table = np.column_stack([weighted, weights])
+    ends = np.array(sizes)
+    fits = 2 * ends <= len(values)
+    means = np.full((2, n_draws, len(sizes), values.shape[1]), np.nan)
+    for draw, order in enumerate(stratified_orders(strata, n_draws, seed)):
+        sums = np.cumsum(table[order], axis=0)
+        first_sums = sums[ends - 1]
+        second_sums = sums[2 * ends[fits] - 1] - first_sums[fits]
+        means[0, draw] = safe_divide(first_sums[:, :-1], first_sums[:, -1:])
+        means[1, draw, fits] = safe_divide(second_sums[:, :-1], second_sums[:, -1:])
+    return means[0], means[1]
 
 
 def spearman_brown(reliability: float, factor: float) -> float:
@@ -115,27 +110,27 @@ def spearman_brown(reliability: float, factor: float) -> float:
     return factor * reliability / (1 + (factor - 1) * reliability)
 
 
-def documents_for(target: float, documents: float, reliability: float) -> float:
-    """Compute the documents that reach a reliability, by the inverse Spearman-Brown formula.
+def extrapolate_documents(target: float, n_documents: float, reliability: float) -> float:
+    """Compute the documents for a reliability by Spearman-Brown's formula.
 
     Args:
         target: Target reliability, between 0 and 1.
-        documents: Number of measured documents.
+        n_documents: Number of measured documents.
         reliability: Reliability of the measured documents.
 
     Returns:
         The number, not rounded; NaN if the reliability is not between 0 and 1.
 
     Examples:
-        >>> round(documents_for(0.9, 100, 0.6))
+        >>> round(extrapolate_documents(0.9, 100, 0.6))
         600
     """
     if not 0 < reliability < 1:
         return math.nan
-    return documents * target / (1 - target) * (1 - reliability) / reliability
+    return n_documents * target / (1 - target) * (1 - reliability) / reliability
 
 
-def documents_needed(
+def documents_to_reach(
     sizes: Sequence[int], reliabilities: Sequence[float], target: float
 ) -> tuple[float, bool]:
     """Compute the number of documents that reach a reliability and keep it.
@@ -151,28 +146,28 @@ def documents_needed(
         from the Spearman-Brown formula, NaN if that has no solution.
 
     Examples:
-        >>> documents, extrapolated = documents_needed([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
-        >>> round(documents), extrapolated
+        >>> n_documents, extrapolated = documents_to_reach([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
+        >>> round(n_documents), extrapolated
         (316, False)
     """
-    known = [(n, r) for n, r in zip(sizes, reliabilities, strict=True) if math.isfinite(r)]
-    below = [place for place, (_, r) in enumerate(known) if r < target]
-    if not known or (below and below[-1] == len(known) - 1):
-        last = known[-1] if known else (0, math.nan)
-        return documents_for(target, *last), True
-    if not below:
-        return float(known[0][0]), False
-    (n, r), (m, s) = known[below[-1]], known[below[-1] + 1]
+    points = [(n, r) for n, r in zip(sizes, reliabilities, strict=True) if math.isfinite(r)]
+    # The first point from which on the reliability stays at the target.
+    index = max((i + 1 for i, (_, r) in enumerate(points) if r < target), default=0)
+    if index == len(points):
+        return extrapolate_documents(target, *(points[-1] if points else (0, math.nan))), True
+    if not index:
+        return float(points[0][0]), False
+    (n, r), (m, s) = points[index - 1 : index + 1]
     return float(n * (m / n) ** ((target - r) / (s - r))), False
 
 
-def differ(values: Array, weights: Array, seed: int) -> float:
-    """Test whether layers have different means at all.
+def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
+    """Test whether any layers have different means.
 
-    Each document's figures are taken less their own mean over layers. If layers do not differ, and
-    a document's deviations are as likely to be x as −x, all signs of the documents are equally
-    likely; p is the share of signs under which the squares of the layers' means sum to as much as
-    was found.
+    The mean over layers is subtracted from each document's values. If layers do not differ, and a
+    document's deviations are as likely to be x as −x, all signs of the documents are equally
+    likely. p is the share of signs for which the sum of squared layer means is at least the
+    observed sum.
 
     Args:
         values: `[documents, layers]`.
@@ -180,31 +175,29 @@ def differ(values: Array, weights: Array, seed: int) -> float:
         seed: Seed of the signs.
 
     Returns:
-        The p-value, from `FLIPS` drawn signs.
+        The p-value, from `DIFFERENCE_FLIPS` drawn signs.
 
     References:
         R. A. Fisher, The Design of Experiments (1935), section 21. B. Phipson, G. K. Smyth,
         Statistical Applications in Genetics and Molecular Biology 9 (2010) 39.
 
     Examples:
-        >>> differ(np.tile([0.0, 0.0, 1.0], (20, 1)), np.ones(20), 0) < 0.001
+        >>> layer_difference_p(np.tile([0.0, 0.0, 1.0], (20, 1)), np.ones(20), 0) < 0.001
         True
     """
-    counted = weights > 0
-    apart = values[counted] - values[counted].mean(axis=1, keepdims=True)
-    weighed = apart * weights[counted, None]
-    found = float((rounded(weighed.sum(axis=0)) ** 2).sum())
-    generator = np.random.default_rng(seed)
-    as_far = 0
-    for first in range(0, FLIPS, _CHUNK):
-        size = (min(_CHUNK, FLIPS - first), len(weighed))
-        sums = generator.choice((-1.0, 1.0), size) @ weighed
-        as_far += int(((sums**2).sum(axis=1) >= found * (1 - 1e-9)).sum())
-    return (as_far + 1) / (FLIPS + 1)
+    is_counted = weights > 0
+    deviations = values[is_counted] - values[is_counted].mean(axis=1, keepdims=True)
+    weighted = deviations * weights[is_counted, None]
+    observed = float((rounded_values(weighted.sum(axis=0)) ** 2).sum())
+    n_as_far = 0
+    for signs in random_signs(weighted.shape, DIFFERENCE_FLIPS, seed):
+        square_sums = ((signs @ weighted) ** 2).sum(axis=1)
+        n_as_far += int((square_sums >= observed * (1 - 1e-9)).sum())
+    return (n_as_far + 1) / (DIFFERENCE_FLIPS + 1)
 
 
-def positive_estimate(figure: Callable[[Numbers], float], strata: Strata, seed: int) -> Estimate:
-    """Estimate a positive figure of documents by leaving out a tenth of them in turn.
+def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed: int) -> Estimate:
+    """Estimate a positive figure; its interval comes from leaving out tenths of the documents.
 
     The interval is on the logarithm, with Student's t of one degree of freedom less than groups. It
     covers the values that other documents of the same benchmark would give. The tests simulate
@@ -216,24 +209,24 @@ def positive_estimate(figure: Callable[[Numbers], float], strata: Strata, seed: 
         seed: Seed of the grouping of documents; see `jackknife_error`.
 
     Returns:
-        The figure with its 95 % interval; None if it is undefined for all documents, or for a group
-        less.
+        The figure with its 95 % interval; None if it is undefined for all documents, or if a group
+        is left out.
     """
     value = figure(np.arange(len(strata)))
-    error = jackknife_error(lambda kept: float(np.log(figure(kept))), strata, _GROUPS, seed)
+    error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
     if not (math.isfinite(value) and math.isfinite(error)):
-        return Estimate(None, reason="it is not defined for all documents, or without some of them")
-    freedom = min(_GROUPS, len(strata)) - 1
-    factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error)
+        return Estimate(None, reason="undefined for all documents, or without a part of them")
+    df = min(_GROUPS, len(strata)) - 1
+    factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, df)) * error)
     return Estimate(value, value / factor, value * factor)
 
 
-DRAWS = 100
+HALF_SPLITS = 100
 
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """A measure that orders the layers.
+    """Measure that ranks the layers by a weighted mean over documents.
 
     Attributes:
         values: `[documents, layers]`, values of each document.
@@ -246,17 +239,17 @@ class LayerMeasure:
     price: float
 
     def means(self) -> Array:
-        """Average over the documents `[layers]`."""
-        return np.asarray(self.weights @ _known(self) / self.weights.sum(), dtype=np.float64)
+        """Return the weighted mean over the documents `[layers]`."""
+        return np.asarray(_running_means(self, np.arange(len(self.values)))[-1])
 
 
-def at_equal_cost(
+def prediction_by_budget(
     measures: Mapping[str, LayerMeasure], truth: LayerMeasure, budgets: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Estimate how well each measure predicts the truth on other documents, by budget.
+    """Estimate how well each measure predicts the true ranking, for each compute budget.
 
-    The documents are halved at random, `DRAWS` times. The truth is computed on one half. A measure
-    uses as many documents of the other half as a budget pays for.
+    The documents are halved at random, `HALF_SPLITS` times. The truth is computed on one half. A
+    measure uses as many documents of the other half as a budget pays for.
 
     Args:
         measures: Name → measure, all on the same documents.
@@ -268,35 +261,30 @@ def at_equal_cost(
         pays for no document, or for more than there are, or where fewer than half of the halves
         have a coefficient.
     """
-    count = len(truth.values)
-    half = count // 2
-    generator = np.random.default_rng(SEED)
-    orders = [generator.permutation(count) for _ in range(DRAWS)]
-    targets = np.array([_running(truth, order[half:])[-1] for order in orders])
+    n_documents = len(truth.values)
+    half_size = n_documents // 2
+    rng = np.random.default_rng(SEED)
+    orders = [rng.permutation(n_documents) for _ in range(HALF_SPLITS)]
+    targets = np.array([_running_means(truth, order[half_size:])[-1] for order in orders])
     means = {}
     for name, measure in measures.items():
-        drawn = np.full((DRAWS, len(budgets)), np.nan)
-        paid = [int(budget / measure.price) for budget in budgets]
-        fits = [i for i, documents in enumerate(paid) if 1 <= documents <= half]
-        if fits:
-            last = [paid[i] - 1 for i in fits]
-            rows = np.concatenate([_running(measure, order[:half])[last] for order in orders])
+        paid = np.array([int(budget / measure.price) for budget in budgets])
+        (fits,) = np.nonzero((paid >= 1) & (paid <= half_size))
+        coefficients = np.full((HALF_SPLITS, len(budgets)), np.nan)
+        if len(fits):
             # In one call: ranking a table takes hardly longer than ranking a row.
+            samples = (_running_means(measure, order[:half_size]) for order in orders)
+            rows = np.concatenate([sample[paid[fits] - 1] for sample in samples])
             values = row_coefficients(rows, targets.repeat(len(fits), axis=0), "spearman")
-            drawn[:, fits] = values.reshape(DRAWS, len(fits))
-        known = np.isfinite(drawn).sum(axis=0)
-        enough = np.where(2 * known >= DRAWS, known, 0)
-        means[name] = divided(np.nansum(drawn, axis=0), enough).tolist()
+            coefficients[:, fits] = values.reshape(HALF_SPLITS, len(fits))
+        n_defined = np.isfinite(coefficients).sum(axis=0)
+        denominators = np.where(2 * n_defined >= HALF_SPLITS, n_defined, 0)
+        means[name] = safe_divide(np.nansum(coefficients, axis=0), denominators).tolist()
     return means
 
 
-def _running(measure: LayerMeasure, order: Numbers) -> Array:
-    """Weighted means of the first 1, 2, … documents of an order `[documents, layers]`."""
-    weights = measure.weights[order]
-    sums = np.cumsum(weights[:, None] * _known(measure)[order], axis=0)
-    return divided(sums, np.cumsum(weights)[:, None])
-
-
-def _known(measure: LayerMeasure) -> Array:
-    """Return the values whose weights are above 0."""
-    return np.where(measure.weights[:, None] > 0, measure.values, 0.0)
+def _running_means(measure: LayerMeasure, order: IntArray) -> Array:
+    """Return the weighted means of the first 1, 2, … documents of an order."""
+    weights = measure.weights[order, None]
+    values = np.where(weights > 0, measure.values[order], 0.0)
+    return safe_divide(np.cumsum(weights * values, axis=0), np.cumsum(weights, axis=0))

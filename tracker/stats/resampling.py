@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.stats.accuracy import LEVEL
-from tracker.stats.arrays import Array, Numbers, Strata, divided
+from tracker.stats.arrays import Array, IntArray, Strata, chunk_sizes, safe_divide
 
 RESAMPLES = 2000
 """Default number of resamples for an interval."""
@@ -23,55 +23,69 @@ _CHUNK = 1_000_000
 
 
 def document_counts(
-    documents: int, resamples: int, seed: int, strata: Strata | None = None
+    n_documents: int, n_resamples: int, seed: int, strata: Strata | None = None
 ) -> Iterator[Array]:
-    """Yield how often each document is drawn in resamples, a few resamples at a time.
+    """Yield the number of times that each document is drawn in bootstrap resamples.
 
     The same arguments give the same documents, so two quantities that are resampled separately
     are still paired.
 
     Args:
-        documents: Number of documents, at least one.
-        resamples: Number of resamples, each of as many documents.
+        n_documents: Number of documents, at least one.
+        n_resamples: Number of resamples, each of as many documents.
         seed: Seed of the generator.
         strata: `[documents]`, e.g. each document's task: every stratum keeps its size. Strata of
             one document are merged, since each alone would never vary.
 
     Yields:
-        `[resamples of a chunk, documents]`; every row sums to `documents`.
+        `[resamples of a chunk, documents]`; every row sums to `n_documents`.
     """
-    labels = np.zeros(documents) if strata is None else np.asarray(strata)
-    _, stratum, sizes = np.unique(_collapsed(labels), return_inverse=True, return_counts=True)
+    labels = np.zeros(n_documents) if strata is None else np.asarray(strata)
+    _, stratum, sizes = np.unique(_merge_strata(labels), return_inverse=True, return_counts=True)
     order = np.argsort(stratum, kind="stable")
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     limits = np.repeat(sizes, sizes)
-    generator = np.random.default_rng(seed)
-    step = max(1, _CHUNK // documents)
-    for first in range(0, resamples, step):
-        rows = min(step, resamples - first)
-        drawn = order[starts + generator.integers(0, limits, size=(rows, documents))]
-        drawn += np.arange(rows)[:, None] * documents
-        counts = np.bincount(drawn.ravel(), minlength=rows * documents)
-        yield counts.reshape(rows, documents).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    for n_rows in chunk_sizes(n_resamples, max(1, _CHUNK // n_documents)):
+        indexes = order[starts + rng.integers(0, limits, size=(n_rows, n_documents))]
+        indexes += np.arange(n_rows)[:, None] * n_documents
+        counts = np.bincount(indexes.ravel(), minlength=n_rows * n_documents)
+        yield counts.reshape(n_rows, n_documents).astype(np.float64)
 
 
-def _collapsed(labels: NDArray[np.generic]) -> Numbers:
-    """Assign numbers to strata: those of one document are merged, one alone joins the smallest."""
+def _merge_strata(labels: NDArray[np.generic]) -> IntArray:
+    """Assign numbers to strata; merge strata of one document, one alone with the smallest."""
     _, stratum, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    alone = sizes[stratum] == 1
-    if alone.sum() == 1 and len(sizes) > 1:
-        alone |= stratum == np.argmin(np.where(sizes == 1, len(labels) + 1, sizes))
-    return np.where(alone, len(sizes), stratum)
+    is_single = sizes[stratum] == 1
+    if is_single.sum() == 1 and len(sizes) > 1:
+        is_single |= stratum == np.argmin(np.where(sizes == 1, len(labels) + 1, sizes))
+    return np.where(is_single, len(sizes), stratum)
+
+
+def random_signs(shape: tuple[int, ...], n_draws: int, seed: int) -> Iterator[Array]:
+    """Yield random signs of documents, a few draws at a time.
+
+    Args:
+        shape: Shape of the documents' values, the number of documents first.
+        n_draws: Number of draws.
+        seed: Seed of the generator.
+
+    Yields:
+        `[draws of a chunk, documents]`, each 1 or −1.
+    """
+    rng = np.random.default_rng(seed)
+    for n_rows in chunk_sizes(n_draws, max(1, _CHUNK // max(shape))):
+        yield np.asarray(2.0 * rng.integers(0, 2, (n_rows, shape[0])) - 1)
 
 
 def resampled_means(
     values: Array,
-    resamples: int,
+    n_resamples: int,
     seed: int,
     strata: Strata | None = None,
     weights: Array | None = None,
 ) -> Array:
-    """Bootstrap the weighted means of columns that were measured on the same documents.
+    """Bootstrap the weighted mean of each column, with the same resamples for all columns.
 
     All columns see the same resampled documents, so differences between columns stay paired; so do
     two calls with the same number of documents, seed and strata. A proxy is resampled per document
@@ -79,7 +93,7 @@ def resampled_means(
 
     Args:
         values: `[documents, k]`, e.g. each document's accuracy drop for k layers.
-        resamples: Number of resamples.
+        n_resamples: Number of resamples.
         seed: Seed of the generator.
         strata: `[documents]`, e.g. each document's task: resample within it, so that every resample
             has each task at its size; as in `document_counts`.
@@ -95,29 +109,31 @@ def resampled_means(
         Cochran, Sampling Techniques (1977), 5A.12 (collapsed strata).
 
     Examples:
-        >>> means = resampled_means(np.array([[0.0, 1.0], [1.0, 0.0]]), resamples=200, seed=0)
+        >>> means = resampled_means(np.array([[0.0, 1.0], [1.0, 0.0]]), n_resamples=200, seed=0)
         >>> means.shape, sorted({float(mean) for mean in means[:, 0]})
         ((200, 2), [0.0, 0.5, 1.0])
         >>> bool((means.sum(axis=1) == 1).all())
         True
     """
-    documents, columns = values.shape
-    weighed = np.ones(documents) if weights is None else np.asarray(weights, dtype=np.float64)
-    if not documents:
-        return np.full((resamples, columns), np.nan)
-    weighted = np.where(weighed[:, None] > 0, values * weighed[:, None], 0.0)
-    drawn = document_counts(documents, resamples, seed, strata)
-    return np.concatenate([divided(n @ weighted, (n @ weighed)[:, None]) for n in drawn])
+    n_documents, n_columns = values.shape
+    if not n_documents:
+        return np.full((n_resamples, n_columns), np.nan)
+    weights = np.ones(n_documents) if weights is None else np.asarray(weights, dtype=np.float64)
+    weighted = np.where(weights[:, None] > 0, values * weights[:, None], 0.0)
+    chunks = document_counts(n_documents, n_resamples, seed, strata)
+    means = [safe_divide(counts @ weighted, (counts @ weights)[:, None]) for counts in chunks]
+    return np.concatenate(means)
 
 
 def bias_corrected_interval(
-    value: float, resampled: Array, lowest: float = -math.inf, highest: float = math.inf
+    value: float, resamples: Array, min_value: float = -math.inf, max_value: float = math.inf
 ) -> tuple[float, float] | tuple[None, None]:
-    """Return the 95 % percentile interval, moved so that its median is the value itself.
+    """Return the 95 % bootstrap percentile interval, shifted by the median bias.
 
-    Resampling documents adds the measurement noise a second time. A rank correlation that noise
-    pulls towards 0 is pulled once more in every resample, so the plain percentile interval lies too
-    near 0 and may not even hold the value. Moving it by the median bias undoes the second pull.
+    Resampling documents adds the measurement noise a second time. Noise pulls a rank correlation
+    towards 0, and resampling pulls it once more. The plain percentile interval is therefore too
+    near 0 and may not even contain the value. Shifting it by the median bias undoes the second
+    pull.
 
     The interval covers the mean value of other samples of the same size. The first pull remains, so
     it is no interval for the value without measurement noise.
@@ -128,9 +144,9 @@ def bias_corrected_interval(
 
     Args:
         value: Figure of the documents themselves.
-        resampled: `[resamples]`, the figure from each resample; NaN where it is undefined.
-        lowest: The lowest value that the figure can have, to which the interval is clipped.
-        highest: The highest.
+        resamples: `[resamples]`, the figure from each resample; NaN where it is undefined.
+        min_value: The lowest value that the figure can have, to which the interval is clipped.
+        max_value: The highest.
 
     Returns:
         Both ends; None when fewer than half of the resamples are defined.
@@ -140,24 +156,24 @@ def bias_corrected_interval(
         >>> round(low, 3), round(high, 3)
         (0.805, 0.995)
     """
-    defined = resampled[np.isfinite(resampled)]
-    if not np.isfinite(value) or not len(defined) or 2 * len(defined) < len(resampled):
+    defined = resamples[np.isfinite(resamples)]
+    if not np.isfinite(value) or not len(defined) or 2 * len(defined) < len(resamples):
         return None, None
     low, median, high = np.quantile(defined, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
-    return max(float(value + low - median), lowest), min(float(value + high - median), highest)
+    return max(float(value + low - median), min_value), min(float(value + high - median), max_value)
 
 
 def jackknife_error(
-    figure: Callable[[Numbers], float], strata: Strata, groups: int, seed: int = SEED
+    figure: Callable[[IntArray], float], strata: Strata, n_groups: int, seed: int = SEED
 ) -> float:
-    """Estimate a figure's standard error by leaving out each group of documents in turn.
+    """Estimate a figure's standard error by the grouped jackknife.
 
     Groups are random, and each stratum is spread over them as evenly as possible.
 
     Args:
         figure: Function of the indexes of the remaining documents, ascending.
         strata: `[documents]`, e.g. each document's task; two documents or more.
-        groups: Number of groups; with fewer documents, each is a group.
+        n_groups: Number of groups; with fewer documents, each is a group.
         seed: Seed of the groups.
 
     Returns:
@@ -176,9 +192,9 @@ def jackknife_error(
         (0.645497, 0.645497)
     """
     documents = np.arange(len(strata))
-    groups = min(groups, len(documents))
-    drawn = np.random.default_rng(seed).permutation(documents)
-    dealt = np.empty_like(documents)
-    dealt[np.lexsort((drawn, np.asarray(strata)))] = documents % groups
-    without = [figure(documents[dealt != group]) for group in range(groups)]
-    return math.sqrt(float(np.var(without)) * (groups - 1))
+    n_groups = min(n_groups, len(documents))
+    permutation = np.random.default_rng(seed).permutation(documents)
+    group_numbers = np.empty_like(documents)
+    group_numbers[np.lexsort((permutation, np.asarray(strata)))] = documents % n_groups
+    figures = [figure(documents[group_numbers != group]) for group in range(n_groups)]
+    return math.sqrt(float(np.var(figures)) * (n_groups - 1))

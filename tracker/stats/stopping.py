@@ -1,9 +1,9 @@
-"""Stopping rules for questions about several means of one population.
+"""Decide when to stop measuring for questions about several means of one population.
 
-The size of a drop, and whether it differs from 0, follow from bounds of each mean. The largest
-drops follow from pairwise differences (`SequentialTopK`). Neither revises an answer: a settled run
-stays settled when only others are measured. `forecast` estimates the documents that a question will
-take.
+Bounds of each mean decide the size of a drop, and whether it differs from 0. Pairwise differences
+decide the largest drops (`SequentialTopK`). Neither revises an answer: a settled run stays settled
+when only other runs are measured. `forecast_race` estimates the number of documents that a question
+will take.
 
 The largest of several means, by pairwise differences:
 
@@ -37,28 +37,28 @@ import numpy as np
 
 from tracker.core.questions import Question
 from tracker.stats.accuracy import LEVEL
-from tracker.stats.arrays import Array, Mask, Numbers
+from tracker.stats.arrays import Array, IntArray, Mask
 from tracker.stats.confidence import MeanSequences
 from tracker.stats.resampling import SEED
 
-FRACTIONS = 0.8 / 2.0 ** np.arange(4)
-"""Shares of the capital that are risked while nearly all documents are to come.
+BET_FRACTIONS = 0.8 / 2.0 ** np.arange(4)
+"""Shares of the capital that bets risk while few documents have been seen.
 
-The best share is about the range · the difference / its variance.
+The best share is about the range · the difference / the variance of the difference.
 """
 
-MOST = 0.9
+MAX_BET_FRACTION = 0.9
 """Largest share of the capital that is risked."""
 
-SAME = 1e-9
-"""Means that are nearer to each other than this differ by rounding alone."""
+MEAN_TOLERANCE = 1e-9
+"""Means that differ by less than this value count as equal."""
 
-_LEAST = 1e-6
-"""The least room that a null hypothesis is given, in units of the range; it makes bets smaller."""
+_MIN_ROOM = 1e-6
+"""Minimum room of a null hypothesis, in units of the range; more room makes bets smaller."""
 
 
 class SequentialTopK:
-    """The `count` largest of several means over one finite population.
+    """Sequential choice of the `count` largest means of a population.
 
     The documents must come in random order. A settled run takes no further part. With a tolerance,
     no chosen run is further below the last chosen rank than the tolerance, and no other run is
@@ -81,7 +81,7 @@ class SequentialTopK:
         >>> drawn = np.random.default_rng(0).permutation(right)
         >>> duels = SequentialTopK(400, 3, count=1)
         >>> while duels.open.any():
-        ...     duels.look(drawn[duels.seen :][:32])
+        ...     duels.update(drawn[duels.seen :][:32])
         >>> duels.seen, duels.chosen.tolist()
         (128, [False, True, False])
     """
@@ -89,36 +89,37 @@ class SequentialTopK:
     def __init__(
         self,
         population: int,
-        runs: int,
+        n_runs: int,
         count: int,
         *,
-        within: float | None = None,
+        tolerance: float | None = None,
         level: float = 0.95,
-        reach: float = 1.0,
+        max_difference: float = 1.0,
     ) -> None:
         """Start before the first document.
 
         Args:
             population: Number of documents in the population.
-            runs: Number of means.
+            n_runs: Number of means.
             count: Number of runs to choose, at least one and not all.
-            within: Tolerance; None = no tolerance, so that exact ties for the last rank stay open.
+            tolerance: Difference that is ignored; None = none, so that exact ties for the last
+                rank stay open.
             level: The probability with which the answer is right.
-            reach: Largest difference of two values of a document.
+            max_difference: Largest difference of two values of a document.
         """
-        self.open: Mask = np.ones(runs, dtype=bool)
-        self.chosen: Mask = np.zeros(runs, dtype=bool)
+        self.open: Mask = np.ones(n_runs, dtype=bool)
+        self.chosen: Mask = np.zeros(n_runs, dtype=bool)
         self.seen = 0
-        self._population, self._count, self._reach = population, count, reach
-        self._tolerant = within is not None
-        # By how much a is better than b, at least, were it wrong that b beats a, or nearly does.
-        self._nulls = np.array([-SAME] if within is None else [-SAME, within + SAME])
-        self._enough = math.log(count * (runs - count) / (1 - level))
-        self._totals = np.zeros(runs)
-        self._capital = np.zeros((len(FRACTIONS), runs, runs, len(self._nulls)))
-        self._claimed = np.zeros((runs, runs, len(self._nulls)), dtype=bool)
+        self._population, self._count, self._max_difference = population, count, max_difference
+        # Null hypotheses: a − b is at least this. Rejection shows that b beats a, or nearly does.
+        nulls = [] if tolerance is None else [tolerance + MEAN_TOLERANCE]
+        self._nulls = np.array([-MEAN_TOLERANCE, *nulls])
+        self._log_target = math.log(count * (n_runs - count) / (1 - level))
+        self._totals = np.zeros(n_runs)
+        self._capital = np.zeros((len(BET_FRACTIONS), n_runs, n_runs, len(self._nulls)))
+        self._claims = np.zeros((n_runs, n_runs, len(self._nulls)), dtype=bool)
 
-    def look(self, values: Array) -> None:
+    def update(self, values: Array) -> None:
         """Evaluate further documents, in their order.
 
         Args:
@@ -126,78 +127,81 @@ class SequentialTopK:
 
         Raises:
             ValueError: There are more documents than the population has, or the values of two runs
-                differ by more than `reach` or are not finite.
+                differ by more than `max_difference` or are not finite.
         """
         if self.seen + len(values) > self._population:
             raise ValueError(f"more than all {self._population} documents")
-        contending = np.flatnonzero(self.open)
-        values = np.asarray(values, dtype=np.float64)
-        spread = np.ptp(values[:, contending], axis=1) if contending.size else np.zeros(1)
-        if not (spread <= self._reach + SAME).all():
-            raise ValueError(f"two values of a document are more than {self._reach:g} apart")
-        if not contending.size or not len(values):
+        runs = np.flatnonzero(self.open)
+        if not runs.size or not len(values):
             return
-        first, second = (contending[of] for of in np.nonzero(~np.eye(contending.size, dtype=bool)))
+        values = np.asarray(values, dtype=np.float64)
+        if not (np.ptp(values[:, runs], axis=1) <= self._max_difference + MEAN_TOLERANCE).all():
+            limit = f"{self._max_difference:g}"
+            raise ValueError(f"two values of a document are more than {limit} apart")
+        a, b = (runs[indexes] for indexes in np.nonzero(~np.eye(runs.size, dtype=bool)))
         # Stop betting on b once a is known to be better.
-        lacking = ~self._claimed[first, second].all(axis=1) & ~self._claimed[second, first, 0]
-        first, second = first[lacking], second[lacking]
-        self._bet(values, first, second)
-        self._totals[contending] += values[:, contending].sum(axis=0)
+        is_open = ~self._claims[a, b].all(axis=1) & ~self._claims[b, a, 0]
+        a, b = a[is_open], b[is_open]
+        self._bet(values, a, b)
+        self._totals[runs] += values[:, runs].sum(axis=0)
         self.seen += len(values)
-        rich = np.logaddexp.reduce(self._capital[:, first, second]) - math.log(len(FRACTIONS))
-        certain = np.zeros_like(rich, dtype=bool)
+        log_capital = np.logaddexp.reduce(self._capital[:, a, b]) - math.log(len(BET_FRACTIONS))
+        is_certain = np.zeros_like(log_capital, dtype=bool)
         if self.seen == self._population:
-            means = (self._totals[first] - self._totals[second]) / self._population
-            certain = means[:, None] < self._nulls
-        self._claimed[first, second] |= certain | (rich >= self._enough)
+            means = (self._totals[a] - self._totals[b]) / self._population
+            is_certain = means[:, None] < self._nulls
+        self._claims[a, b] |= is_certain | (log_capital >= self._log_target)
         self._settle()
 
-    def _bet(self, values: Array, first: Numbers, second: Numbers) -> None:
-        """Bet for each pair that the second is better: its capital if the first were as good."""
-        differences = values[:, first] - values[:, second]
-        before = np.cumsum(differences, axis=0) - differences
-        before += self._totals[first] - self._totals[second]
-        left = self._population - self.seen - np.arange(len(values))
+    def _bet(self, values: Array, a: IntArray, b: IntArray) -> None:
+        """Bet for each pair (a, b) that b is better than a.
+
+        The capital is a martingale if a is as good as b.
+        """
+        differences = values[:, a] - values[:, b]
+        sums = np.cumsum(differences, axis=0) - differences
+        sums += self._totals[a] - self._totals[b]
+        n_left = (self._population - self.seen - np.arange(len(values)))[:, None, None]
         # Mean difference over the remaining documents under the claim.
-        rest = (self._population * self._nulls - before[:, :, None]) / left[:, None, None]
-        room = np.maximum(self._reach - rest, _LEAST * self._reach)
-        odds = (rest - differences[:, :, None]) / room
-        for capital, fraction in zip(self._capital, FRACTIONS, strict=True):
-            risked = np.minimum(fraction * self._population / left, MOST)[:, None, None]
+        rest_means = (self._population * self._nulls - sums[:, :, None]) / n_left
+        max_losses = np.maximum(self._max_difference - rest_means, _MIN_ROOM * self._max_difference)
+        odds = (rest_means - differences[:, :, None]) / max_losses
+        for capital, fraction in zip(self._capital, BET_FRACTIONS, strict=True):
+            risks = np.minimum(fraction * self._population / n_left, MAX_BET_FRACTION)
             with np.errstate(over="ignore"):  # an infinite capital is enough
-                capital[first, second] += np.log(np.prod(1 + risked * odds, axis=0))
+                capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _settle(self) -> None:
-        """Settle the runs that beat, or lose to, enough of the open runs."""
+        """Settle the runs that beat, or lose to, enough other open runs."""
         while True:
-            contending = np.flatnonzero(self.open)
-            places = self._count - int(self.chosen.sum())
-            claimed = self._claimed[np.ix_(contending, contending)]
-            member = claimed[..., 0].sum(axis=0) >= len(contending) - places
-            outside = claimed[..., 0].sum(axis=1) >= places
-            order = np.lexsort((-self._totals[contending], outside, ~member))
-            ahead, behind = order[:places], order[places:]
-            answered = member.sum() >= places or outside.sum() >= len(behind)
-            if self._tolerant and not answered:
-                answered = bool(claimed[np.ix_(behind, ahead)][..., 1].all())
-            if answered:
-                self.chosen[contending[ahead]] = True
+            runs = np.flatnonzero(self.open)
+            n_free = self._count - int(self.chosen.sum())
+            claims = self._claims[np.ix_(runs, runs)]
+            is_member = claims[..., 0].sum(axis=0) >= len(runs) - n_free
+            is_outside = claims[..., 0].sum(axis=1) >= n_free
+            order = np.lexsort((-self._totals[runs], is_outside, ~is_member))
+            leaders, followers = order[:n_free], order[n_free:]
+            is_answered = is_member.sum() >= n_free or is_outside.sum() >= len(followers)
+            if len(self._nulls) > 1 and not is_answered:
+                is_answered = bool(claims[np.ix_(followers, leaders)][..., 1].all())
+            if is_answered:
+                self.chosen[runs[leaders]] = True
                 self.open[:] = False
                 return
-            if not (member | outside).any():
+            if not (is_member | is_outside).any():
                 return
-            self.chosen[contending[member]] = True
-            self.open[contending[member | outside]] = False
+            self.chosen[runs[is_member]] = True
+            self.open[runs[is_member | is_outside]] = False
 
 
-FIRST = 128
-"""Documents before the first look."""
-BEST_AT = 512
+FIRST_LOOK = 128
+"""Number of documents that are evaluated before the first look."""
+NARROWEST_AT = 512
 """Number of documents at which the intervals are optimised to be narrowest."""
 
 
 class SmallestMean:
-    """The smallest of several means over one finite population, within a tolerance.
+    """Sequential choice of the smallest mean of a population.
 
     The documents must come in random order. A run that is shown to be larger than the smallest so
     far takes no further part. Differences are evaluated pairwise, on the documents of both. The
@@ -219,36 +223,35 @@ class SmallestMean:
 
         >>> values = np.random.default_rng(0).normal(0, 0.3, (4000, 1)) + [[0.2, 0.0, 0.005]]
         >>> values += np.random.default_rng(1).normal(0, 0.05, values.shape)
-        >>> race = SmallestMean(4000, 3, within=0.01)
+        >>> race = SmallestMean(4000, 3, tolerance=0.01)
         >>> while race.open.any():
-        ...     race.look(values[race.looked :][:32])
+        ...     race.update(values[race.looked :][:32])
         >>> race.seen.tolist(), race.chosen.tolist()
         ([128, 160, 160], [False, False, True])
     """
 
-    def __init__(self, population: int, runs: int, *, within: float, level: float = LEVEL) -> None:
+    def __init__(self, population: int, n_runs: int, *, tolerance: float) -> None:
         """Start before the first document.
 
         Args:
             population: Number of documents in the population.
-            runs: Number of means.
-            within: Tolerance.
-            level: Probability with which the answer is right.
+            n_runs: Number of means.
+            tolerance: Difference that is ignored. The answer is right with 95 % probability.
         """
-        self.open: Mask = np.ones(runs, dtype=bool)
-        self.chosen: Mask = np.zeros(runs, dtype=bool)
-        self.seen: Numbers = np.zeros(runs, dtype=np.int64)
-        self.means: Array = np.full(runs, np.nan)
-        self._population, self._within = population, within
-        self._error = (1 - level) / max(1, runs - 1)
+        self.open: Mask = np.ones(n_runs, dtype=bool)
+        self.chosen: Mask = np.zeros(n_runs, dtype=bool)
+        self.seen: IntArray = np.zeros(n_runs, dtype=np.int64)
+        self.means: Array = np.full(n_runs, np.nan)
+        self._population, self._tolerance = population, tolerance
+        self._error = (1 - LEVEL) / max(1, n_runs - 1)
         self._values: list[Array] = []
 
     @property
     def looked(self) -> int:
-        """Documents that were looked at."""
+        """Number of evaluated documents."""
         return sum(map(len, self._values))
 
-    def look(self, values: Array) -> None:
+    def update(self, values: Array) -> None:
         """Evaluate further documents, in their order.
 
         Args:
@@ -260,43 +263,44 @@ class SmallestMean:
         """
         if self.looked + len(values) > self._population:
             raise ValueError(f"more than all {self._population} documents")
-        (contending,) = np.nonzero(self.open)
-        if not contending.size or not len(values):
+        runs = np.flatnonzero(self.open)
+        if not runs.size or not len(values):
             return
         self._values.append(np.asarray(values, dtype=np.float64))
-        self.seen[contending] += len(values)
-        here = np.concatenate([each[:, contending] for each in self._values])
-        usable = np.isfinite(here).all(axis=0)
-        self.means[contending] = np.where(usable, np.where(usable, here, 0).mean(axis=0), np.inf)
-        self.open[contending[~usable]] = False
-        if usable.any():
-            self._settle(here[:, usable], contending[usable])
+        self.seen[runs] += len(values)
+        open_values = np.concatenate([block[:, runs] for block in self._values])
+        is_usable = np.isfinite(open_values).all(axis=0)
+        self.means[runs[~is_usable]] = np.inf
+        self.open[runs[~is_usable]] = False
+        if is_usable.any():
+            self._settle(open_values[:, is_usable], runs[is_usable])
 
-    def _settle(self, here: Array, contending: Numbers) -> None:
-        """Drop those that are shown to be larger, and choose where the rest is as good."""
-        looked, means = len(here), self.means[contending]
+    def _settle(self, values: Array, runs: IntArray) -> None:
+        """Drop runs whose mean is shown to be larger; stop if the best remaining run suffices."""
+        n_looked, means = len(values), values.mean(axis=0)
+        self.means[runs] = means
         best = int(means.argmin())
-        if looked == self._population or len(contending) == 1:
-            self.chosen[contending[means <= means[best] + SAME]] = True
+        if n_looked == self._population or len(runs) == 1:
+            self.chosen[runs[means <= means[best] + MEAN_TOLERANCE]] = True
             self.open[:] = False
-        elif looked >= FIRST:
-            apart = here - here[:, [best]]
-            half = apart.std(axis=0, ddof=1) * width(looked, self._population, self._error)
-            least = means - means[best] - half
-            self.open[contending[least > 0]] = False
-            # −least is the largest excess cost of the best over another run.
-            if (least >= -self._within).all():
-                self.chosen[contending[best]] = True
+        elif n_looked >= FIRST_LOOK:
+            deviations = (values - values[:, [best]]).std(axis=0, ddof=1)
+            half_widths = deviations * half_width(n_looked, self._population, self._error)
+            min_excess = means - means[best] - half_widths
+            self.open[runs[min_excess > 0]] = False
+            # −min_excess is the largest excess cost of the best over another run.
+            if (min_excess >= -self._tolerance).all():
+                self.chosen[runs[best]] = True
                 self.open[:] = False
 
 
-def width(looked: int, population: int, error: float) -> float:
-    """Half of an asymptotic confidence sequence's width, in standard deviations.
+def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
+    """Return the half width of a confidence sequence, in standard deviations.
 
     Args:
-        looked: Documents that were looked at.
-        population: Documents that there are, more than that.
-        error: The probability with which it ever misses the mean.
+        n_looked: Number of evaluated documents.
+        n_documents: Number of documents in the population, above `n_looked`.
+        error_rate: The probability that the sequence ever misses the mean.
 
     Returns:
         The factor.
@@ -304,57 +308,38 @@ def width(looked: int, population: int, error: float) -> float:
     Examples:
         Wider than an interval of one look, which is 1.96 / √512 = 0.087.
 
-        >>> round(width(512, 10**9, 0.05), 3)
+        >>> round(half_width(512, 10**9, 0.05), 3)
         0.134
     """
-    twice = -2 * math.log(error)
-    rho = (twice + math.log(twice + 1)) / BEST_AT
-    tau = looked * population / (population - looked)
-    grown = tau * rho + 1
-    return math.sqrt(2 * grown / (tau**2 * rho) * math.log(math.sqrt(grown) / error))
+    log_term = -2 * math.log(error_rate)
+    rho = (log_term + math.log(log_term + 1)) / NARROWEST_AT
+    tau = n_looked * n_documents / (n_documents - n_looked)
+    growth = tau * rho + 1
+    return math.sqrt(2 * growth / (tau**2 * rho) * math.log(math.sqrt(growth) / error_rate))
 
 
-@dataclass(frozen=True)
-class Standing:
-    """State of a question.
-
-    Attributes:
-        open: `[runs]`, mask of the runs whose part of the answer is open.
-        chosen: `[runs]`, mask of the runs that are settled to be in the requested set. For `sign`
-            these are the runs whose mean is not 0; for `drop` none.
-    """
-
-    open: Mask
-    chosen: Mask
-
-    @property
-    def answered(self) -> bool:
-        """True if nothing is open."""
-        return not self.open.any()
-
-
-def standing(low: Array, high: Array, within: float | None) -> Standing:
+def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
     """Return the state of a question about single means.
 
     Args:
         low: `[runs]`, lower bounds that hold together.
         high: `[runs]`, upper bounds.
-        within: Target half width of each mean's interval; None = find the means that are not 0.
+        tolerance: Target half width of each mean's interval; None = find the means that are not 0.
 
     Returns:
-        The masks of open and of chosen runs.
+        The masks of open and of chosen runs, as in `Race`.
 
     Examples:
         >>> low, high = np.array([0.1, -0.3, 0.0]), np.array([0.35, 0.4, 0.05])
-        >>> standing(low, high, within=0.1).open.tolist()
+        >>> race_state(low, high, tolerance=0.1)[0].tolist()
         [True, True, False]
-        >>> standing(low, high, within=None).chosen.tolist()
+        >>> race_state(low, high, tolerance=None)[1].tolist()
         [True, False, False]
     """
-    if within is not None:
-        return Standing(high - low > 2 * within + SAME, np.zeros(len(low), dtype=bool))
-    differs = (low > SAME) | (high < -SAME)
-    return Standing(~differs & (high - low > SAME), differs)
+    if tolerance is not None:
+        return high - low > 2 * tolerance + MEAN_TOLERANCE, np.zeros(len(low), dtype=bool)
+    is_nonzero = (low > MEAN_TOLERANCE) | (high < -MEAN_TOLERANCE)
+    return ~is_nonzero & (high - low > MEAN_TOLERANCE), is_nonzero
 
 
 class Race:
@@ -363,51 +348,56 @@ class Race:
     The documents must come in random order. A settled run takes no further part.
 
     Attributes:
-        standing: State of the question.
+        open: `[runs]`, mask of the runs whose part of the answer is open.
+        chosen: `[runs]`, mask of the runs that are settled to be in the requested set. For `sign`
+            these are the runs whose mean is not 0; for `drop` none.
         seen: `[runs]`, number of documents of each run.
     """
 
-    def __init__(self, asked: Question, population: int, runs: int, reach: float = 1.0) -> None:
+    def __init__(
+        self, question: Question, population: int, n_runs: int, max_value: float = 1.0
+    ) -> None:
         """Start before the first document.
 
         Args:
-            asked: The question.
+            question: The question.
             population: Number of documents in the population.
-            runs: Number of means.
-            reach: Largest absolute value of a document, and largest difference of two runs' values.
+            n_runs: Number of means.
+            max_value: Largest absolute value of a document, and largest difference of the values
+                of two runs.
 
         Raises:
             ValueError: The question needs another number of runs.
         """
-        asked.refuse(runs)
-        self._asked = asked
+        question.check_runs(n_runs)
+        self._question = question
         self._bounds = MeanSequences(
             population,
-            runs,
-            level=asked.level,
-            lowest=-reach,
-            highest=reach,
-            within=asked.within if asked.kind == "drop" else None,
+            n_runs,
+            level=question.level,
+            min_value=-max_value,
+            max_value=max_value,
+            half_width=question.within if question.kind == "drop" else None,
         )
-        self._sign = -1.0 if asked.kind == "prune" else 1.0
+        self._sign = -1.0 if question.kind == "prune" else 1.0
         self._duels = None
-        if asked.count is not None:
+        if question.count is not None:
             self._duels = SequentialTopK(
-                population, runs, asked.count, within=asked.within, level=asked.level, reach=reach
+                population,
+                n_runs,
+                question.count,
+                tolerance=question.within,
+                level=question.level,
+                max_difference=max_value,
             )
-        self.seen = np.zeros(runs, dtype=np.int64)
-        self._unread: list[tuple[Array, Numbers]] = []
-        self.standing = self._stand()
+        self.seen = np.zeros(n_runs, dtype=np.int64)
+        self._pending: list[tuple[Array, IntArray]] = []
+        self.open, self.chosen = self._read_state()
 
     @property
-    def open(self) -> Mask:
-        """`[runs]`, whose part of the answer is not settled."""
-        return self.standing.open
-
-    @property
-    def chosen(self) -> Mask:
-        """The mask `[runs]` of the runs that are settled to be in the requested set."""
-        return self.standing.chosen
+    def is_answered(self) -> bool:
+        """True if no part of the answer is open."""
+        return not self.open.any()
 
     @property
     def means(self) -> Array:
@@ -418,14 +408,14 @@ class Race:
     def bounds(self) -> MeanSequences:
         """The bounds of each mean, which hold together with the question's confidence.
 
-        The answer separately has the same confidence, because the largest means are found without
-        these bounds. They are computed on first use.
+        The answer has the same confidence separately, because the largest means are found without
+        these bounds. The bounds are computed on first use.
         """
-        while self._unread:
-            self._bounds.add(*self._unread.pop(0))
+        while self._pending:
+            self._bounds.add(*self._pending.pop(0))
         return self._bounds
 
-    def look(self, values: Array) -> None:
+    def update(self, values: Array) -> None:
         """Evaluate further documents.
 
         Args:
@@ -435,63 +425,64 @@ class Race:
             ValueError: A value is not finite or out of range, two are too far apart, or there are
                 too many documents.
         """
-        (contending,) = np.nonzero(self.standing.open)
-        self._bounds.scaled(values[:, contending])
-        self._unread.append((values[:, contending], contending))
+        runs = np.flatnonzero(self.open)
+        self._bounds.scale_values(values[:, runs])
+        self._pending.append((values[:, runs], runs))
         if self._duels is not None:
-            self._duels.look(self._sign * values)
-        self.seen[contending] += len(values)
-        self.standing = self._stand()
+            self._duels.update(self._sign * values)
+        self.seen[runs] += len(values)
+        self.open, self.chosen = self._read_state()
 
-    def _stand(self) -> Standing:
+    def _read_state(self) -> tuple[Mask, Mask]:
+        """Return the masks of open and of chosen runs."""
         if self._duels is not None:
-            return Standing(self._duels.open.copy(), self._duels.chosen.copy())
-        return standing(self.bounds.low, self.bounds.high, self._asked.within)
+            return self._duels.open.copy(), self._duels.chosen.copy()
+        return race_state(self.bounds.low, self.bounds.high, self._question.within)
 
 
-DRAWS = 24
-"""Populations that are simulated."""
+FORECAST_DRAWS = 24
+"""Number of simulated populations."""
 
-LOOK = 32
-"""Documents between two looks."""
+LOOK_SIZE = 32
+"""Number of documents between two looks."""
 
 
 @dataclass(frozen=True)
-class Forecast:
+class RaceForecast:
     """Number of documents that a race takes in simulated populations.
 
     Attributes:
-        looked: `[draws]`, documents that were looked at.
-        seen: `[draws, runs]`, the documents of each run.
-        answered: `[draws]`, whether the question was answered by the last of them.
+        looked: `[draws]`, number of evaluated documents.
+        seen: `[draws, runs]`, number of documents of each run.
+        answered: `[draws]`, whether the question was answered by the last evaluated document.
     """
 
-    looked: Numbers
-    seen: Numbers
+    looked: IntArray
+    seen: IntArray
     answered: Mask
 
 
-def forecast(
-    asked: Question,
+def forecast_race(
+    question: Question,
     values: Array,
     population: int,
     *,
-    reach: float = 1.0,
+    max_value: float = 1.0,
     chances: Array | None = None,
-    draws: int = DRAWS,
-) -> Forecast:
-    """Simulate a race in populations that are drawn from measured documents with replacement.
+    n_draws: int = FORECAST_DRAWS,
+) -> RaceForecast:
+    """Simulate a race in populations drawn from measured documents.
 
     With few documents, runs differ by more on them than in the population, so the forecast is too
     low.
 
     Args:
-        asked: The question.
+        question: The question.
         values: `[documents, runs]`, measured values of at least one document.
         population: Number of documents in the population.
-        reach: Largest absolute value of a document, as for `Race`.
+        max_value: Largest absolute value of a document, as for `Race`.
         chances: `[documents]`, probability of drawing each, summing to 1; None = equal.
-        draws: Number of populations.
+        n_draws: Number of populations.
 
     Returns:
         The result of each race.
@@ -504,18 +495,18 @@ def forecast(
         2,000.
 
         >>> lost = np.array([[1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]] * 20, dtype=float)
-        >>> found = forecast(Question("top", 1), lost, 2000)
-        >>> bool(found.looked.max() < 500), bool(found.answered.all())
+        >>> races = forecast_race(Question("top", 1), lost, 2000)
+        >>> bool(races.looked.max() < 500), bool(races.answered.all())
         (True, True)
     """
-    dice = np.random.default_rng(SEED)
-    took = []
-    for _ in range(draws):
-        race = Race(asked, population, values.shape[1], reach)
-        at = 0
-        while at < population and not race.standing.answered:
-            count = min(LOOK, population - at)
-            race.look(values[dice.choice(len(values), size=count, p=chances)])
-            at += count
-        took.append((at, race.seen, race.standing.answered))
-    return Forecast(*map(np.array, zip(*took, strict=True)))
+    rng = np.random.default_rng(SEED)
+    results = []
+    for _ in range(n_draws):
+        race = Race(question, population, values.shape[1], max_value)
+        n_looked = 0
+        while n_looked < population and not race.is_answered:
+            count = min(LOOK_SIZE, population - n_looked)
+            race.update(values[rng.choice(len(values), size=count, p=chances)])
+            n_looked += count
+        results.append((n_looked, race.seen, race.is_answered))
+    return RaceForecast(*map(np.array, zip(*results, strict=True)))

@@ -1,4 +1,4 @@
-"""Combine estimates, and decide whether statements about layers are supported or open.
+"""Combine estimates, and decide which statements are supported.
 
 A 95 % interval is wrong in one of twenty cases, so of thirty layers without any effect one or two
 have an interval above 0. Statements that name some of many layers need simultaneous intervals: with
@@ -28,8 +28,10 @@ from tracker.stats.accuracy import ALPHA, LEVEL
 from tracker.stats.arrays import Array
 
 
-def recovered(lost: Array, left: Array, drawn_lost: Array, drawn_left: Array) -> Estimate:
-    """Compute the share of a summed loss that is recovered: 1 − sum(left) / sum(lost).
+def recovered_share(
+    losses: Array, remainders: Array, loss_resamples: Array, remainder_resamples: Array
+) -> Estimate:
+    """Compute the recovered share of a loss: 1 − Σ remainder / Σ loss.
 
     The interval is the percentile interval of the same ratio over resamples of the documents, with
     both sums over the same documents. It assumes independent documents and takes the layers as
@@ -37,138 +39,137 @@ def recovered(lost: Array, left: Array, drawn_lost: Array, drawn_left: Array) ->
     resamples.
 
     Args:
-        lost: `[layers]`, mean drop of each layer when it is removed.
-        left: `[layers]`, mean drop of each layer when it is replaced.
-        drawn_lost: `[resamples, layers]`, `lost` of resampled documents.
-        drawn_left: `[resamples, layers]`, `left` of the same documents.
+        losses: `[layers]`, mean drop of each layer when it is removed.
+        remainders: `[layers]`, mean drop of each layer when it is replaced.
+        loss_resamples: `[resamples, layers]`, `losses` of resampled documents.
+        remainder_resamples: `[resamples, layers]`, `remainders` of the same documents.
 
     Returns:
-        The share, 1 = all of it, with its 95 % interval; None with a reason if undefined.
+        The share, 1 = the whole loss, with its 95 % interval; None with a reason if undefined.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
     Examples:
-        >>> some = np.full((100, 2), 0.1)
-        >>> round(recovered(some[0], some[0] / 4, some, some / 4).value, 3)
+        >>> drops = np.full((100, 2), 0.1)
+        >>> round(recovered_share(drops[0], drops[0] / 4, drops, drops / 4).value, 3)
         0.75
     """
-    over, under = drawn_left.sum(axis=1), drawn_lost.sum(axis=1)
-    if not np.isfinite([*lost, *left]).all():
+    if not np.isfinite([*losses, *remainders]).all():
         return Estimate(None, reason="a drop is not a finite number")
-    if lost.sum() <= 0 or np.mean(under > 0) < (1 + LEVEL) / 2:
-        return Estimate(None, reason="removals cost nothing here that these documents could show")
-    low, high = np.quantile(
-        1 - over[under > 0] / under[under > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    )
-    return Estimate(float(1 - left.sum() / lost.sum()), float(low), float(high))
+    loss_sums, remainder_sums = loss_resamples.sum(axis=1), remainder_resamples.sum(axis=1)
+    is_positive = loss_sums > 0
+    if losses.sum() <= 0 or is_positive.mean() < (1 + LEVEL) / 2:
+        return Estimate(None, reason="the summed loss is not shown to be above 0")
+    shares = 1 - remainder_sums[is_positive] / loss_sums[is_positive]
+    low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(1 - remainders.sum() / losses.sum()), float(low), float(high))
 
 
-def ratio(over: Estimate, under: Estimate) -> Estimate:
-    """Divide one figure by another that is surely positive.
+def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
+    """Divide one estimate by another estimate that is surely positive.
 
     The two are taken as independent. Figures of the same documents rise and fall together, which
     makes the true interval of their ratio narrower: this one is then too wide, never too narrow.
 
     Args:
-        over: The numerator, with its interval.
-        under: The denominator, with its interval.
+        numerator: The numerator, with its interval.
+        denominator: The denominator, with its interval.
 
     Returns:
-        The ratio and its interval; no interval where one of the two has none, or where the
-        denominator's reaches 0. None where the denominator is not positive.
+        The ratio and its interval. There is no interval if one of the two has none, or if the
+        denominator's interval reaches 0. None if the denominator is not positive.
 
     Examples:
-        >>> found = ratio(Estimate(0.1, 0.05, 0.15), Estimate(0.5, 0.4, 0.6))
-        >>> found.value, round(found.low, 3), round(found.high, 3)
+        >>> share = divide(Estimate(0.1, 0.05, 0.15), Estimate(0.5, 0.4, 0.6))
+        >>> share.value, round(share.low, 3), round(share.high, 3)
         (0.2, 0.098, 0.319)
     """
-    a, b = over.value, under.value
+    a, b = numerator.value, denominator.value
     if a is None or b is None:
-        return Estimate(None, reason=over.reason or under.reason)
+        return Estimate(None, reason=numerator.reason or denominator.reason)
     if b <= 0:
-        return Estimate(None, reason="a share of nothing")
-    above, below = over.between, under.between
-    if above is None or below is None or below[0] <= 0 or below[1] >= 2 * b:
+        return Estimate(None, reason="the denominator is not above 0")
+    a_bounds, b_bounds = numerator.bounds, denominator.bounds
+    if a_bounds is None or b_bounds is None or b_bounds[0] <= 0 or b_bounds[1] >= 2 * b:
         return Estimate(a / b)
 
-    def end(of_a: float, of_b: float, sign: int) -> float:
-        spread = (a * b) ** 2 - of_a * of_b * (2 * a - of_a) * (2 * b - of_b)
-        return (a * b + sign * math.sqrt(max(spread, 0.0))) / (of_b * (2 * b - of_b))
+    def bound(a_end: float, b_end: float, sign: int) -> float:
+        spread = (a * b) ** 2 - a_end * b_end * (2 * a - a_end) * (2 * b - b_end)
+        return (a * b + sign * math.sqrt(max(spread, 0.0))) / (b_end * (2 * b - b_end))
 
-    return Estimate(a / b, end(above[0], below[1], -1), end(above[1], below[0], 1))
+    low, high = bound(a_bounds[0], b_bounds[1], -1), bound(a_bounds[1], b_bounds[0], 1)
+    return Estimate(a / b, low, high)
 
 
-def difference(one: Estimate, other: Estimate) -> Estimate:
+def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
     """Subtract one estimate from another that was measured independently.
 
     Args:
-        one: Estimate with its interval.
-        other: Estimate to subtract, with its interval.
+        minuend: Estimate with its interval.
+        subtrahend: Estimate to subtract, with its interval.
 
     Returns:
-        one - other and its interval (None where one of the two has none). Of two models on the
+        The difference and its interval (None where one of the two has none). Of two models on the
         same documents it is too wide rather than too narrow, because the documents are shared.
 
     Examples:
-        >>> found = difference(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
-        >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
+        >>> difference = subtract(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
+        >>> round(difference.value, 3), round(difference.low, 3), round(difference.high, 3)
         (0.2, 0.059, 0.341)
     """
-    if one.value is None or other.value is None:
-        return Estimate(None, reason=one.reason or other.reason)
-    value = one.value - other.value
-    if one.between is None or other.between is None:
-        return Estimate(value)
-    (low, high), (other_low, other_high) = one.between, other.between
-    return Estimate(
-        value,
-        value - math.hypot(one.value - low, other_high - other.value),
-        value + math.hypot(high - one.value, other.value - other_low),
-    )
+    a, b = minuend.value, subtrahend.value
+    if a is None or b is None:
+        return Estimate(None, reason=minuend.reason or subtrahend.reason)
+    if minuend.bounds is None or subtrahend.bounds is None:
+        return Estimate(a - b)
+    (a_low, a_high), (b_low, b_high) = minuend.bounds, subtrahend.bounds
+    lower_half, upper_half = math.hypot(a - a_low, b_high - b), math.hypot(a_high - a, b - b_low)
+    return Estimate(a - b, a - b - lower_half, a - b + upper_half)
 
 
-def mean(figures: Sequence[Estimate], independent: bool = True) -> Estimate:
-    """Average figures, each with its interval.
+def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate:
+    """Average estimates, and combine their intervals.
 
     The interval covers the values that other documents of the same benchmarks (or layers) would
     give; it does not cover other benchmarks.
 
     Args:
-        figures: Estimates to average; those without a value are left out.
-        independent: Whether they rest on different documents. Otherwise their errors are added up,
-            which is the worst case of dependence.
+        estimates: Estimates to average; those without a value are left out.
+        independent: Whether the estimates rest on different documents. Otherwise their errors are
+            added up, which is the worst case of dependence.
 
     Returns:
         The plain mean, and its interval if every estimate has one; None without an estimate.
 
     Examples:
         >>> four = [Estimate(0.2, 0.1, 0.3)] * 4
-        >>> found, shared = mean(four), mean(four, independent=False)
-        >>> round(found.low, 3), round(found.high, 3), round(shared.low, 3)
+        >>> mean, dependent = average(four), average(four, independent=False)
+        >>> round(mean.low, 3), round(mean.high, 3), round(dependent.low, 3)
         (0.15, 0.25, 0.1)
     """
-    there = [(f.value, f.between) for f in figures if f.value is not None]
-    if not there:
-        return Estimate(None, reason=next((f.reason for f in figures if f.reason), "no figures"))
-    value = math.fsum(v for v, _ in there) / len(there)
-    known = [(v, between) for v, between in there if between]
-    if len(known) < len(there):
-        return Estimate(value)
-    together = math.hypot if independent else lambda *parts: math.fsum(parts)
-    below = together(*(v - low for v, (low, _) in known)) / len(there)
-    above = together(*(high - v for v, (_, high) in known)) / len(there)
-    return Estimate(value, value - below, value + above)
+    values = [(figure.value, figure.bounds) for figure in estimates if figure.value is not None]
+    if not values:
+        return Estimate(None, reason=next((f.reason for f in estimates if f.reason), "no figures"))
+    mean = math.fsum(value for value, _ in values) / len(values)
+    intervals = [(value, *bounds) for value, bounds in values if bounds]
+    if len(intervals) < len(values):
+        return Estimate(mean)
+    combine = math.hypot if independent else lambda *parts: math.fsum(parts)
+    lower_half = combine(*(value - low for value, low, _ in intervals)) / len(values)
+    upper_half = combine(*(high - value for value, _, high in intervals)) / len(values)
+    return Estimate(mean, mean - lower_half, mean + upper_half)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values by Holm's method, which controls the family-wise error rate.
+    """Adjust p-values by Holm's method for the family-wise error rate.
 
     Calling all tests below α significant is wrong anywhere with at most the probability α, for any
     dependence of the tests.
 
     Args:
-        p_values: One for each test; None for a test that could not be made, which does not count.
+        p_values: p-value of each test; None for a test that could not be made, which does not
+            count.
 
     Returns:
         The adjusted p-values, at most 1, in the same order; None stays None.
@@ -180,12 +181,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         >>> holm([0.01, 0.04, None, 0.03])
         [0.03, 0.06, None, 0.06]
     """  # fmt: skip
-    made = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    sorted_p = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
-    least = 0.0
-    for rank, (p, place) in enumerate(made):
-        least = max(least, min(1.0, p * (len(made) - rank)))
-        adjusted[place] = least
+    largest = 0.0
+    for rank, (p, index) in enumerate(sorted_p):
+        largest = max(largest, min(1.0, p * (len(sorted_p) - rank)))
+        adjusted[index] = largest
     return adjusted
 
 
@@ -193,8 +194,8 @@ Verdict = Literal["costs", "helps", "open"]
 """Supported statement about a removal: accuracy is lost, accuracy is gained, or neither."""
 
 
-def together(
-    figures: Sequence[Estimate], documents: Sequence[int], family: int | None = None
+def widen(
+    estimates: Sequence[Estimate], counts: Sequence[int], family: int | None = None
 ) -> list[Estimate]:
     """Widen 95 % intervals so that they hold for all figures at once.
 
@@ -205,8 +206,8 @@ def together(
     baseline, is taken as t, which is wider.
 
     Args:
-        figures: Estimates with 95 % intervals; those without one do not count.
-        documents: Number of documents of each estimate.
+        estimates: Estimates with 95 % intervals; those without one do not count.
+        counts: Number of documents of each estimate.
         family: Number of simultaneous statements; None = the number of estimates with an interval.
 
     Returns:
@@ -216,36 +217,37 @@ def together(
         O. J. Dunn, Journal of the American Statistical Association 56 (1961) 52-64.
 
     Examples:
-        >>> one, other = together([Estimate(0.1, 0.0, 0.2, 0.04), Estimate(0.3, 0.2, 0.4, 0.01)],
-        ...                       [100, 100])
-        >>> round(one.low, 4), round(one.high, 4)
+        >>> drops = [Estimate(0.1, 0.0, 0.2, 0.04), Estimate(0.3, 0.2, 0.4, 0.01)]
+        >>> wide, _ = widen(drops, [100, 100])
+        >>> round(wide.low, 4), round(wide.high, 4)
         (-0.0144, 0.2144)
     """  # fmt: skip
     if family is None:
-        family = sum(figure.low is not None and figure.high is not None for figure in figures)
+        family = sum(None not in (estimate.low, estimate.high) for estimate in estimates)
 
     @cache
-    def factor(freedom: float) -> float:
+    def widening_factor(df: float) -> float:
         levels = [1 - (1 - LEVEL) / (2 * family), (1 + LEVEL) / 2]
-        wide, narrow = scipy.special.stdtrit(freedom, levels)
+        wide, narrow = scipy.special.stdtrit(df, levels)
         return float(wide / narrow)
 
-    def widened(figure: Estimate, count: int) -> Estimate:
-        if family == 1 or figure.low is None or figure.high is None:
-            return figure
+    def widen_one(estimate: Estimate, count: int) -> Estimate:
+        low, high = estimate.low, estimate.high
+        if family == 1 or low is None or high is None:
+            return estimate
         # Student's distribution converges to the normal one.
-        times = factor(max(count - 1, 1) if figure.p_value is None else math.inf)
-        middle, half = (figure.low + figure.high) / 2, times * (figure.high - figure.low) / 2
-        return replace(figure, low=middle - half, high=middle + half)
+        factor = widening_factor(max(count - 1, 1) if estimate.p_value is None else math.inf)
+        centre, half_width = (low + high) / 2, factor * (high - low) / 2
+        return replace(estimate, low=centre - half_width, high=centre + half_width)
 
-    return [widened(figure, count) for figure, count in zip(figures, documents, strict=True)]
+    return [widen_one(*pair) for pair in zip(estimates, counts, strict=True)]
 
 
-def verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
+def decide_verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
     """Decide for each removal whether it costs accuracy, helps, or is open.
 
     Args:
-        drops: Drop of each removal, with simultaneous intervals (`together`, or a confidence
+        drops: Drop of each removal, with simultaneous intervals (`widen`, or a confidence
             sequence). A p-value, if there is one, must agree after Holm's adjustment, because it is
             exact for few documents.
 
@@ -254,26 +256,24 @@ def verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
         verdict than open is at most 5 %.
 
     Examples:
-        >>> verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
+        >>> decide_verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
         ['costs', 'open', 'open']
     """
+    words: dict[int, Verdict] = {1: "costs", -1: "helps", 0: "open"}
     adjusted = holm([drop.p_value for drop in drops])
-
-    def verdict(drop: Estimate, p_value: float | None) -> Verdict:
-        if drop.low is None or drop.high is None or (p_value is not None and p_value > ALPHA):
-            return "open"
-        return "costs" if drop.low > 0 else "helps" if drop.high < 0 else "open"
-
-    return [verdict(drop, p_value) for drop, p_value in zip(drops, adjusted, strict=True)]
+    return [
+        words[drop.side() if p_value is None or p_value <= ALPHA else 0]
+        for drop, p_value in zip(drops, adjusted, strict=True)
+    ]
 
 
-def pairs(count: int) -> int:
-    """Return the number of pairs among some figures: the family of `ranks`."""
-    return max(count * (count - 1) // 2, 1)
+def count_pairs(n_figures: int) -> int:
+    """Count the pairs of some figures, which is the number of statements of `possible_ranks`."""
+    return max(n_figures * (n_figures - 1) // 2, 1)
 
 
-def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
-    """Compute the best and the worst possible rank of each figure, 1 for the largest.
+def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
+    """Compute each figure's best and worst possible rank, 1 = largest.
 
     Two figures are distinguished if the interval of their difference excludes 0. The interval is
     that of independent figures (Donner and Zou 2012). Figures of the same documents rise together,
@@ -281,8 +281,8 @@ def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
     smaller ones; undistinguished ones may be on either side.
 
     Args:
-        figures: Estimates with intervals simultaneous for all pairs (`together`, of the family
-            `pairs`). One without an interval may have any rank.
+        estimates: Estimates with intervals simultaneous for all pairs (`widen`, of the family
+            `count_pairs`). One without an interval may have any rank.
 
     Returns:
         The best and the worst rank of each; all hold simultaneously if the intervals do.
@@ -291,30 +291,29 @@ def ranks(figures: Sequence[Estimate]) -> list[tuple[int, int]]:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.
 
     Examples:
-        >>> ranks([Estimate(0.5, 0.4, 0.6), Estimate(0.2, 0.1, 0.3), Estimate(0.1, 0.0, 0.2)])
+        >>> drops = [Estimate(0.5, 0.4, 0.6), Estimate(0.2, 0.1, 0.3), Estimate(0.1, 0.0, 0.2)]
+        >>> possible_ranks(drops)
         [(1, 1), (2, 3), (2, 3)]
     """
-    known = [
-        (one.value, one.low, one.high) if None not in (one.low, one.high) else (math.nan,) * 3
-        for one in figures
-    ]
-    value, low, high = np.array(known, dtype=np.float64).reshape(-1, 3).T
+    rows = [(estimate.value, *(estimate.bounds or (math.nan,) * 2)) for estimate in estimates]
+    value, low, high = np.array(rows, dtype=np.float64).reshape(-1, 3).T
     # Comparisons with NaN are False.
-    return between(value[:, None] - value > np.hypot((value - low)[:, None], high - value))
+    distances = np.hypot((value - low)[:, None], high - value)
+    return ranks_by_comparison(value[:, None] - value > distances)
 
 
-def between(larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Compute the best and the worst possible rank of items, 1 for the largest.
+def ranks_by_comparison(is_larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Compute best and worst ranks from pairwise comparisons, 1 = largest.
 
     Args:
-        larger: `[items, items]`, whether the first is surely larger than the second.
+        is_larger: `[items, items]`, whether the first is surely larger than the second.
 
     Returns:
         The best and the worst rank of each.
 
     Examples:
-        >>> between(np.array([[False, True, True], [False] * 3, [False] * 3]))
+        >>> ranks_by_comparison(np.array([[False, True, True], [False] * 3, [False] * 3]))
         [(1, 1), (2, 3), (2, 3)]
     """
-    best, worst = 1 + larger.sum(axis=0), len(larger) - larger.sum(axis=1)
-    return [(int(first), int(last)) for first, last in zip(best, worst, strict=True)]
+    best, worst = 1 + is_larger.sum(axis=0), len(is_larger) - is_larger.sum(axis=1)
+    return list(zip(best.tolist(), worst.tolist(), strict=True))

@@ -14,36 +14,33 @@ invalid. The mean over layers has an interval from the documents instead.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
-from tracker.stats.arrays import Array, Numbers, Strata
-from tracker.stats.rank_agreement import rounded
+from tracker.stats.arrays import Array, IntArray, Strata
+from tracker.stats.rank_agreement import rounded_values
 from tracker.stats.resampling import jackknife_error
 
-Sample = tuple[Array, Array, Strata | None]
-"""Values, weights and strata of one benchmark, as `sampling_noise` takes them."""
-_Both = tuple[Sample, Sample]
-BLOCK = 3
+BenchmarkSample = tuple[Array, Array, Strata | None]
+"""Values, weights and strata of one benchmark: the arguments of `estimate_profile`."""
+SIGN_BLOCK = 3
 """Number of neighbouring layers whose signs change together in the check of the test."""
-MOST_BLOCKS = 14
-"""Largest number of blocks for which all signs are tried; beyond it, `DRAWS` random ones."""
-DRAWS = 9999
-GROUPS = 100
+SIGN_DRAWS = 2**14
+"""If there are more choices of signs than this, this number of random choices is drawn."""
+LEFT_OUT_GROUPS = 100
 """Documents of a benchmark are left out one at a time, or in this many groups if there are more."""
-_EPS = 1e-9
 
 
-def sampling_noise(
+def estimate_profile(
     values: Array, weights: Array, strata: Strata | None = None
 ) -> tuple[Array, Array]:
-    """Estimate a profile over layers, and its variance over samples of documents.
+    """Estimate the mean of each layer (the profile), and the variance of each of these means.
 
     The profile is centred on its mean over layers, so common changes of all layers are excluded.
 
@@ -58,28 +55,30 @@ def sampling_noise(
         NaN in the variance for a single document.
 
     Examples:
-        >>> profile, variance = sampling_noise(np.array([[1.0, 0.0], [0.0, 0.0]]), np.ones(2))
+        >>> profile, variance = estimate_profile(np.array([[1.0, 0.0], [0.0, 0.0]]), np.ones(2))
         >>> profile.tolist(), variance.tolist()
         ([0.25, -0.25], [0.0625, 0.0625])
     """
     shares = weights / weights.sum()
     centred = values - values.mean(axis=1, keepdims=True)
     profile = shares @ centred
-    off = shares[:, None] * (centred - profile)
+    if len(values) == 1:
+        return profile, np.full(values.shape[1], np.nan)
+    influences = shares[:, None] * (centred - profile)
     labels = np.zeros(len(values)) if strata is None else np.asarray(strata)
     variance = np.zeros(values.shape[1])
     for label in np.unique(labels):
-        mine = off[labels == label]
-        if len(values) == 1:
-            return profile, np.full(values.shape[1], np.nan)
+        stratum = influences[labels == label]
+        n = len(stratum)
         # The only document of a stratum keeps its deviation from the mean of all.
-        there = mine - mine.mean(axis=0) if len(mine) > 1 else mine
-        variance += (there**2).sum(axis=0) * (len(mine) / max(len(mine) - 1, 1))
+        variance += n * stratum.var(axis=0, ddof=1) if n > 1 else stratum[0] ** 2
     return profile, variance
 
 
-def reliability(profile: Array, noise: Array) -> float:
-    """Return the share of a profile's spread over layers that is not noise; below 0 if none is.
+def profile_reliability(profile: Array, noise: Array) -> float:
+    """Return the share of a profile's variation over layers that is not noise.
+
+    It is below 0 if the noise exceeds the spread.
 
     Args:
         profile: `[layers]`, centred.
@@ -92,7 +91,7 @@ def reliability(profile: Array, noise: Array) -> float:
     return float(1 - noise.mean() / spread) if spread > 0 else float("nan")
 
 
-def variance_across(profiles: Array, noise: Array | None = None) -> Array:
+def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
     """Compute the variance of each layer's z-score over benchmarks.
 
     Args:
@@ -109,9 +108,9 @@ def variance_across(profiles: Array, noise: Array | None = None) -> Array:
         ValueError: Fewer than two benchmarks, or the spread of one is all noise.
 
     Examples:
-        >>> variance_across(np.array([[1.0, -1.0], [1.0, -1.0]])).tolist()
+        >>> benchmark_variance(np.array([[1.0, -1.0], [1.0, -1.0]])).tolist()
         [0.0, 0.0]
-        >>> variance_across(np.array([[1.0, -1.0], [-2.0, 2.0]])).tolist()
+        >>> benchmark_variance(np.array([[1.0, -1.0], [-2.0, 2.0]])).tolist()
         [2.0, 2.0]
     """
     if len(profiles) < 2:
@@ -121,23 +120,25 @@ def variance_across(profiles: Array, noise: Array | None = None) -> Array:
     spread = (centred**2 - noise).mean(axis=1, keepdims=True)
     if (spread <= 0).any():
         raise ValueError("the spread over layers of a benchmark is no larger than its noise")
-    z, off = centred / np.sqrt(spread), noise / spread
-    count = len(z)
-    between = (z.sum(axis=0) ** 2 - (z**2).sum(axis=0)) / (count * (count - 1))
-    return np.asarray((z**2 - off).mean(axis=0) - between, dtype=np.float64)
+    z, scaled_noise = centred / np.sqrt(spread), noise / spread
+    n_benchmarks = len(z)
+    covariances = (z.sum(axis=0) ** 2 - (z**2).sum(axis=0)) / (n_benchmarks * (n_benchmarks - 1))
+    return np.asarray((z**2 - scaled_noise).mean(axis=0) - covariances, dtype=np.float64)
 
 
-def clean_difference(ones: Sequence[Sample], others: Sequence[Sample]) -> Estimate:
+def variance_difference(
+    first_samples: Sequence[BenchmarkSample], second_samples: Sequence[BenchmarkSample]
+) -> Estimate:
     """Estimate how much more one measure varies over benchmarks than another, without noise.
 
-    The figure is the mean over layers of the noise-free `variance_across` of `ones`, minus that of
-    `others`. Its interval is the jackknife over the documents of each benchmark with the normal
-    distribution; both measures leave out the same documents. The bootstrap is too narrow here,
-    because its population includes the noise of the documents.
+    The figure is the mean over layers of the noise-free `benchmark_variance` of `first_samples`,
+    minus that of `second_samples`. Its interval is the jackknife over the documents of each
+    benchmark with the normal distribution; both measures leave out the same documents. The
+    bootstrap is too narrow here, because its population includes the noise of the documents.
 
     Args:
-        ones: One measure of the documents of each benchmark, two benchmarks or more.
-        others: Other measure of the same documents.
+        first_samples: One measure of the documents of each benchmark, two benchmarks or more.
+        second_samples: Other measure of the same documents.
 
     Returns:
         The difference, without an interval if some document cannot be left out.
@@ -145,38 +146,42 @@ def clean_difference(ones: Sequence[Sample], others: Sequence[Sample]) -> Estima
     Raises:
         ValueError: Fewer than two benchmarks, or the spread of one is all noise.
     """
-    pairs = [[sampling_noise(*sample) for sample in side] for side in (ones, others)]
-    value = _mean_variance(pairs[0]) - _mean_variance(pairs[1])
-    squares = 0.0
-    for place, samples in enumerate(zip(ones, others, strict=True)):
+    samples = list(zip(first_samples, second_samples, strict=True))
+    profiles = [[estimate_profile(*sample) for sample in pair] for pair in samples]
 
-        def without(kept: Numbers, place: int = place, samples: _Both = samples) -> float:
-            means = []
-            for side, (values, weights, strata) in zip(pairs, samples, strict=True):
-                labels = None if strata is None else np.asarray(strata)[kept]
-                fewer = sampling_noise(values[kept], weights[kept], labels)
-                try:
-                    means.append(_mean_variance([*side[:place], fewer, *side[place + 1 :]]))
-                except ValueError:
-                    return float("nan")
-            return means[0] - means[1]
+    def difference(profiles: Sequence[Sequence[tuple[Array, Array]]]) -> float:
+        first, second = (_mean_variance(side) for side in zip(*profiles, strict=True))
+        return first - second
 
-        values, _, strata = samples[0]
+    def leave_out(index: int, kept_documents: IntArray) -> float:
+        """Return the difference if only some documents of one benchmark are kept."""
+        pair = []
+        for values, weights, strata in samples[index]:
+            labels = None if strata is None else np.asarray(strata)[kept_documents]
+            pair.append(estimate_profile(values[kept_documents], weights[kept_documents], labels))
+        try:
+            return difference([*profiles[:index], pair, *profiles[index + 1 :]])
+        except ValueError:
+            return float("nan")
+
+    value, variance = difference(profiles), 0.0
+    for index, (values, _, strata) in enumerate(first_samples):
         labels = np.zeros(len(values)) if strata is None else strata
-        squares += jackknife_error(without, labels, GROUPS) ** 2
-    if not np.isfinite(squares):
+        variance += jackknife_error(partial(leave_out, index), labels, LEFT_OUT_GROUPS) ** 2
+    if not np.isfinite(variance):
         return Estimate(value)
-    off = float(stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(squares))
-    return Estimate(value, value - off, value + off)
+    half_width = float(stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(variance))
+    return Estimate(value, value - half_width, value + half_width)
 
 
-def _mean_variance(pairs: Sequence[tuple[Array, Array]]) -> float:
-    profiles, noise = (np.array(each) for each in zip(*pairs, strict=True))
-    return float(variance_across(profiles, noise).mean())
+def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
+    """Average the noise-free variance (over benchmarks) over all layers."""
+    profiles, noise = (np.array(arrays) for arrays in zip(*estimates, strict=True))
+    return float(benchmark_variance(profiles, noise).mean())
 
 
 @dataclass(frozen=True)
-class Paired:
+class VarianceComparison:
     """Comparison of two variances of the same layers.
 
     Attributes:
@@ -192,44 +197,41 @@ class Paired:
     block_p: float
 
 
-def compared(one: Array, other: Array) -> Paired:
-    """Compare two variances layer by layer (F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83).
+def compare_variances(first_variances: Array, second_variances: Array) -> VarianceComparison:
+    """Compare two variances layer by layer with Wilcoxon's test.
 
     Wilcoxon's test assumes that the layers' differences are independent and, without an effect,
     symmetric about 0. Neighbouring layers resemble each other, so its p-value is too small. The
-    check keeps the symmetry but drops independence within blocks of `BLOCK` neighbours: all
-    differences of a block change their signs together. All choices of signs are tried, and the
-    p-value is the share whose statistic is as far from the middle.
+    check keeps the symmetry but drops independence within blocks of `SIGN_BLOCK` neighbours: all
+    differences of a block change their signs together. All choices of signs are tried, or
+    `SIGN_DRAWS` random ones, and the p-value is the share whose statistic is as far from 0.
 
     Args:
-        one: `[layers]`.
-        other: `[layers]`.
+        first_variances: `[layers]`.
+        second_variances: `[layers]`.
 
     Returns:
         The comparison; p-values are 1 if all differences are 0.
 
+    References:
+        F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83.
+
     Examples:
-        >>> found = compared(np.arange(1.0, 10.0), np.zeros(9))
-        >>> found.larger, round(found.p_value, 4), found.block_p
+        >>> comparison = compare_variances(np.arange(1.0, 10.0), np.zeros(9))
+        >>> comparison.larger, round(comparison.p_value, 4), comparison.block_p
         (9, 0.0039, 0.25)
     """
-    difference = rounded(one - other)
-    n = len(difference)
-    blocks = -(-n // BLOCK)
-    larger = int((difference > 0).sum())
-    if not difference.any():
-        return Paired(larger, n, 1.0, 1.0)
-    p_value = float(stats.wilcoxon(difference).pvalue)
-    kept = difference != 0
-    ranks = np.zeros(n)
-    ranks[kept] = stats.rankdata(np.abs(difference[kept]))
+    differences = rounded_values(first_variances - second_variances)
+    n_layers, n_larger = len(differences), int((differences > 0).sum())
+    if not differences.any():
+        return VarianceComparison(n_larger, n_layers, 1.0, 1.0)
+    p_value = float(stats.wilcoxon(differences).pvalue)
+    is_nonzero = differences != 0
+    ranks = np.zeros(n_layers)
+    ranks[is_nonzero] = stats.rankdata(np.abs(differences[is_nonzero]))
     # Contribution of each block to the sum of signed ranks.
-    adds = np.add.reduceat(np.sign(difference) * ranks, np.arange(0, n, BLOCK))
-    if blocks <= MOST_BLOCKS:
-        signs = np.array(list(itertools.product((-1, 1), repeat=blocks)))
-        extra = 0
-    else:
-        signs, extra = np.random.default_rng(0).choice((-1, 1), size=(DRAWS, blocks)), 1
-    sums = np.abs(signs @ adds)
-    as_far = int((sums >= abs(adds.sum()) - _EPS).sum())
-    return Paired(larger, n, p_value, (as_far + extra) / (len(signs) + extra))
+    block_sums = np.add.reduceat(np.sign(differences) * ranks, np.arange(0, n_layers, SIGN_BLOCK))
+    test = stats.permutation_test(
+        (block_sums,), np.sum, permutation_type="samples", n_resamples=SIGN_DRAWS, rng=0
+    )
+    return VarianceComparison(n_larger, n_layers, p_value, float(test.pvalue))

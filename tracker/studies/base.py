@@ -1,4 +1,4 @@
-"""Define a study: its requests, and its answer from measured cells."""
+"""Define a study: the cells that it requests, and its answer from the measured cells."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from tracker.core.errors import (
 )
 from tracker.core.experiment import Experiment
 from tracker.core.experiment_input import ExperimentInput
-from tracker.core.fields import checked
-from tracker.core.findings import FindingRecord, FoundChart, LineChart, MapChart
-from tracker.core.formats import measure_of
-from tracker.core.records import CellRecord, Place
+from tracker.core.fields import validate_settings
+from tracker.core.findings import FindingRecord, LineChart, MapChart, StudyChart
+from tracker.core.formats import metric_format
+from tracker.core.records import CellRecord, RecordKey
 from tracker.core.tables import Table
 from tracker.core.views import View
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cells import CellStore
-from tracker.ledger.store import Ledger, keep_finding
+from tracker.ledger.store import Ledger, write_finding
 from tracker.measuring import observing
-from tracker.measuring.derive import record_of
+from tracker.measuring.derive import derive_record
 from tracker.measuring.job import Options
-from tracker.measuring.observing import Observe, Observed
-from tracker.measuring.prepare import look_up
+from tracker.measuring.observing import Observations, ObserveDocument
+from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
 from tracker.report.texts import TextTemplate
 from tracker.report.wording import second_rounding_note
 from tracker.runner import RunOutcome, run_cells
-from tracker.studies.registry import STUDIES, StudySettings, settings_of
+from tracker.studies.registry import STUDIES, StudySettings, find_settings
 from tracker.team.publish import Publisher
 
 SIGNIFICANT = 0.05
 """An adjusted p-value below this is called significant."""
-FEWEST = 3
-"""Layers that an order of layers needs."""
+MIN_LAYERS_RANKED = 3
+"""Minimum number of layers for a ranking of layers."""
 Settings = TypeVar("Settings", bound=StudySettings)
 
 
@@ -78,11 +78,12 @@ class StudyContext:
         return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
 
     def subject(self, request: CellRequest) -> Subject | None:
-        """Return the cell of a request; None where not all of it is measured."""
-        cell = look_up(request, self.ledger)
+        """Return the measured cell of a request; None if a part of the cell is not measured."""
+        cell = find_cell(request, self.ledger)
         if cell.store is None or not cell.complete:
             return None
-        return Subject(request, cell.store, record_of(cell.store, cell.store.views.of(request)))
+        record = derive_record(cell.store, cell.store.views.view_of(request))
+        return Subject(request, cell.store, record)
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Subject:
 
     Attributes:
         request: The request.
-        store: Its folder in the ledger.
-        record: The record derived from its outcomes.
+        store: The cell's folder in the ledger.
+        record: The record derived from the cell's outcomes.
     """
 
     request: CellRequest
@@ -102,47 +103,51 @@ class Subject:
     @property
     def view(self) -> View:
         """The view of the request."""
-        return self.store.views.of(self.request)
+        return self.store.views.view_of(self.request)
 
     @property
     def name(self) -> str:
-        """The model and the benchmark, as they begin a sentence or a title."""
-        return name_of(self.record)
+        """The names of the model and the benchmark, for the start of a sentence or title."""
+        return cell_label(self.record)
 
-    def outcomes(self, besides: Sequence[Ablation] = ()) -> AlignedOutcomes:
-        """Read the outcomes of its view, aligned with those of other ablations."""
-        return AlignedOutcomes(self.store, self.view, besides=besides)
+    def outcomes(self, extra_ablations: Sequence[Ablation] = ()) -> AlignedOutcomes:
+        """Read the outcomes of the cell's view on the documents that all ablations share."""
+        return AlignedOutcomes(self.store, self.view, extra_ablations=extra_ablations)
 
 
-def name_of(record: CellRecord) -> str:
-    """Return the model and the benchmark of a cell, as they begin a sentence or a title."""
+def cell_label(record: CellRecord) -> str:
+    """Return the names of a cell's model and benchmark, for the start of a sentence or title."""
     return f"{record.model.name}, {record.benchmark.name}"
 
 
-def observe(
+def observe_subject(
     subject: Subject,
     kind: str,
     context: StudyContext,
-    begin: Callable[[Engine], Observe],
-    among: Collection[tuple[str, int]] | None = None,
-) -> Observed:
-    """Observe documents of a study's cell, as `tracker.measuring.observing` does."""
+    begin: Callable[[Engine], ObserveDocument],
+    documents: Collection[tuple[str, int]] | None = None,
+) -> Observations:
+    """Observe documents of a study's cell with `tracker.measuring.observing`."""
     request, store, progress = subject.request, subject.store, context.progress
     machine = context.ledger, context.options, progress
-    opened = partial(observing.open_observed, request, store, *machine)
-    return observing.observe(request, store, kind, begin, opened, progress, among)
+    open_cell = partial(observing.open_observed_cell, request, store, *machine)
+    return observing.observe_cell(request, store, kind, begin, open_cell, progress, documents)
 
 
-def second_roundings(subjects: Sequence[Subject]) -> list[str]:
-    """Return which error is measured, of each model whose weights were rounded before."""
+def second_rounding_notes(subjects: Sequence[Subject]) -> list[str]:
+    """Return a note for each model with already rounded weights: which error is measured."""
     notes = (second_rounding_note(subject.record) for subject in subjects)
     return [*dict.fromkeys(filter(None, notes))]
 
 
 def study_texts(name: str, **names: Any) -> TextTemplate:
-    """Open the template of a study of this package; `names` are available in it."""
-    common = {"measure_of": measure_of, "significant": SIGNIFICANT}
+    """Open the template of a study of this package; the template can use `names`."""
+    common = {"metric_format": metric_format, "significant": SIGNIFICANT}
     return TextTemplate("tracker.studies", name, **common, **names)
+
+
+_FRAME_TEXTS = study_texts("frame")
+"""Template of the reasons why an experiment file is not enough for a study."""
 
 
 @dataclass
@@ -150,36 +155,36 @@ class StudyResult:
     """Answer of a study; see `FindingRecord`.
 
     Attributes:
-        answers: Sentences, the most important one first.
+        answers: Sentences, the most important sentence first.
         tables: Tables.
         charts: Charts.
         lacking: Questions that could not be answered, and how to answer them.
         ran: Outcome of the cells that the study ran itself.
-        rests_on: Cells that it uses besides its subjects.
+        rests_on: Cells that the study uses in addition to its subjects.
         exports: Commands that save models shown to be better; not stored.
-        files: Files that it wrote to the results folder.
-        beside: Text that distinguishes it from other answers about the same file.
+        files: Files that the study wrote to the results folder.
+        suffix: Text that distinguishes the answer from other answers about the same file.
     """
 
     answers: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    charts: list[FoundChart] = field(default_factory=list)
+    charts: list[StudyChart] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
     ran: RunOutcome = field(default_factory=RunOutcome)
-    rests_on: list[Place] = field(default_factory=list)
+    rests_on: list[RecordKey] = field(default_factory=list)
     exports: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-    beside: str = ""
+    suffix: str = ""
 
-    def add(self, *parts: str | Table | FoundChart) -> None:
-        """Add sentences, tables and charts, each behind those of its kind."""
-        for part in parts:
-            if isinstance(part, Table):
-                self.tables.append(part)
-            elif isinstance(part, LineChart | MapChart):
-                self.charts.append(part)
+    def add(self, *elements: str | Table | StudyChart) -> None:
+        """Append sentences, tables and charts to the lists of answers, tables and charts."""
+        for element in elements:
+            if isinstance(element, Table):
+                self.tables.append(element)
+            elif isinstance(element, LineChart | MapChart):
+                self.charts.append(element)
             else:
-                self.answers.append(part)
+                self.answers.append(element)
 
     def lack(self, title: str, *reasons: str) -> None:
         """Record the reasons why a cell's question could not be answered."""
@@ -187,22 +192,22 @@ class StudyResult:
 
 
 class Study(Generic[Settings]):
-    """Research question: its requests, and its answer once they are measured.
+    """Research question: the cells that it requests, and its answer once they are measured.
 
-    It keeps no state between calls, so each method may be called alone.
+    A study keeps no state between calls, so each method may be called alone.
 
     Args:
         settings: Settings of the study.
 
     Attributes:
         name: Name in the registry.
-        question: Question, the heading of its section.
-        texts: Template of its sentences, with the macro `assumptions`; None if another package's
-            study writes them in code.
-        races: Whether `until` may stop its measuring early.
-        intact: Whether it requires the intact model, without removed layers.
+        question: Question, the heading of the study's section.
+        texts: Template of the study's sentences, with the macro `assumptions`; None if a study of
+            another package writes its sentences in code.
+        races: Whether `until` may stop the measuring early.
+        intact: Whether the study requires the intact model, without removed layers.
         layers: Minimum number of whole single layers that each cell must remove.
-        chooses: Whether documents choose something, so that they must be drawn at random.
+        chooses: Whether the study chooses by documents, which must then be drawn at random.
     """
 
     name: ClassVar[str]
@@ -218,18 +223,18 @@ class Study(Generic[Settings]):
 
     @property
     def assumptions(self) -> Sequence[str]:
-        """Assumptions of the statistics, each with its source."""
-        return () if self.texts is None else self.texts.all("assumptions", self.settings)
+        """Assumptions of the statistical methods, each with its source."""
+        return () if self.texts is None else self.texts.render_all("assumptions", self.settings)
 
     @property
     def command(self) -> list[str]:
-        """The command that asks the question again, without the experiment."""
+        """The command that runs the study again, without the name of the experiment."""
         return [*(self.settings.command or f"tracker study {self.name}").split()]
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the cells that it needs measured, equal models next to each other.
+        """List the cells that the study needs measured, equal models next to each other.
 
-        RequestError where the experiment file is not enough for the question.
+        Raises RequestError if the experiment file is not enough for the question.
         """
         cells = context.experiment.cells()
         for cell in cells:
@@ -237,96 +242,85 @@ class Study(Generic[Settings]):
         return [request for cell in cells for request in self.expand(cell, context)]
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Yield the requests for one cell of the file: by default the cell itself."""
+        """Yield the requests for one cell of the experiment file: by default the cell itself."""
         return [cell]
 
     def prepare(self, context: StudyContext) -> None:
-        """Prepare what its cells need, such as a model to build; most studies need nothing.
+        """Prepare the study's cells, for example build a model; most studies prepare nothing.
 
-        Raises RequestError if that fails.
+        Raises RequestError if the preparation fails.
         """
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer from the cells that could be measured, in the order of the requests."""
+        """Answer from the measured cells, which are in the order of the requests."""
         raise NotImplementedError
 
     def _check(self, cell: CellRequest, context: StudyContext) -> None:
         """Raise RequestError for a cell that does not meet the requirements."""
-        file, problem = context.input.source, ""
-        if self.races is False and cell.until is not None:
-            raise ExperimentError(
-                "'until' stops at the answer to another question than a study's; leave it out of "
-                "the file, or write 'sample' for fewer documents"
-            )
+        named, problem = (cell, self, context.input.source), ""
+        if cell.until is not None and not self.races:
+            raise ExperimentError(_FRAME_TEXTS.render("races"))
         if self.intact and cell.removed:
-            problem = f"the study {self.name} starts from the intact model; leave 'removed' out "
-            problem += f"of {file}"
+            problem = _FRAME_TEXTS.render("intact", *named)
         elif self.layers > len(layers := {*cell.changes.whole_layers} - {*cell.removed}):
-            problem = (
-                f"the study {self.name} needs whole single layers, {self.layers} or more, and "
-                f"{file} removes {len(layers)}; write layer: {{value: all}}, and leave "
-                "'component', 'span' and 'intervention' out"
-            )
+            problem = _FRAME_TEXTS.render("layers", *named, len(layers))
         elif self.chooses and cell.documents.limit is not None:
-            problem = (
-                "documents that choose are drawn at random; write 'sample: {value: "
-                f"{cell.documents.limit}}}' instead of 'limit'"
-            )
+            problem = _FRAME_TEXTS.render("limit", cell)
         if problem:
-            raise RequestError(f"{cell.title}: {problem}")
+            raise RequestError(problem)
 
 
 def open_study(name: str, **values: Any) -> Study[Any]:
-    """Load a study with these settings; RequestError if there is none, or a setting is wrong."""
-    settings = checked(settings_of(name), values, "--")
+    """Load a study with settings; RequestError if its name is unknown or a setting is wrong."""
+    settings = validate_settings(find_settings(name), values, "--")
     module, _, kind = settings.study.partition(":")
 
-    def problem(error: Exception) -> RequestError | None:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        text = f"study {name!r}, {settings.study}, cannot be opened: {why}"
+    def translate(error: Exception) -> RequestError | None:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        text = f"study {name!r}, {settings.study}, cannot be opened: {reason}"
         return None if name in STUDIES else RequestError(text)
 
-    with translate_errors(problem):
+    with translate_errors(translate):
         study: Study[Any] = getattr(import_module(module), kind)(settings)
     return study
 
 
-def conduct(
+def conduct_study(
     study: Study[Any], context: StudyContext
 ) -> tuple[FindingRecord, RunOutcome, StudyResult]:
     """Measure and publish the cells of a study, answer its question and store the finding.
 
-    Returns the finding, the outcome of all cells, and the whole answer. RequestError if the file
-    lacks required runs, CellError if no cell could be measured.
+    Returns the finding, the outcome of all cells, and the whole answer. Raises RequestError if the
+    file lacks required runs, and CellError if no cell could be measured.
     """
     requests = study.requests(context)
     study.prepare(context)
     outcome = context.run(requests)
     subjects = [*filter(None, map(context.subject, requests))]
     if not subjects:
-        raise CellError("\n".join(_failures(outcome)))
+        raise CellError("\n".join(_failure_notes(outcome)))
     result = study.answer(context, subjects)
     outcome = outcome.joined(result.ran)
-    places = (*(subject.record.place for subject in subjects), *result.rests_on)
-    options = study.settings.typed()
+    keys = (*(subject.record.record_key for subject in subjects), *result.rests_on)
+    options = study.settings.command_options()
     command = shlex.join([*study.command, *options])
     finding = FindingRecord(
         study=study.name,
         experiment=context.input.name,
         question=study.question,
-        lacking=(*result.lacking, *_failures(outcome)),
-        rests_on=tuple(dict.fromkeys(places)),
+        lacking=(*result.lacking, *_failure_notes(outcome)),
+        rests_on=tuple(dict.fromkeys(keys)),
         command=command if options or study.settings.command else "",
-        beside=result.beside,
+        beside=result.suffix,
         answers=tuple(result.answers),
         tables=tuple(result.tables),
         charts=tuple(result.charts),
         assumptions=tuple(study.assumptions),
     )
-    keep_finding(context.ledger.root, finding)
+    write_finding(context.ledger.root, finding)
     return finding, outcome, result
 
 
-def _failures(outcome: RunOutcome) -> Iterator[str]:
+def _failure_notes(outcome: RunOutcome) -> Iterator[str]:
     for title, reason in outcome.failed.items():
         yield f"{title}: {reason}"

@@ -1,4 +1,4 @@
-"""Tables and charts of studies: declared by the labelled fields of their figures."""
+"""Build charts and tables of studies; labelled fields of dataclasses declare the columns."""
 
 from __future__ import annotations
 
@@ -8,59 +8,62 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
-from tracker.core.estimates import Estimate, Unit
+from tracker.core.estimates import Estimate, FigureUnit
 from tracker.core.findings import Line, LineChart
-from tracker.core.formats import ACCURACY, Measure, defined
-from tracker.core.tables import Column, Table, Value, table
+from tracker.core.formats import ACCURACY_FORMAT, MetricFormat, is_finite
+from tracker.core.tables import Column, ColumnValue, Table, build_table
 
-LabelUnit = Unit | Literal["change", "level"]
-"""The unit of a field; `change` is that of the loss, `level` that of the lost quantity."""
+LabelUnit = FigureUnit | Literal["change", "level"]
+"""The unit of a field; `change` is the unit of the loss, `level` that of the lost quantity."""
 
 
 @dataclass(frozen=True)
-class Label:
-    """The head of a field's column; see `labelled`."""
+class ColumnLabel:
+    """The heading of a field's table column, with its unit; see `labelled`."""
 
     label: str | Mapping[str, str]
     unit: LabelUnit
-    otherwise: str
+    reason: str
 
-    def columns(self, value: Callable[[Any], Any], measure: Measure) -> Iterator[Column[Any]]:
-        """Yield the columns of a field: one, or one for each key of a dictionary."""
+    def columns(self, value: Callable[[Any], Any], measure: MetricFormat) -> Iterator[Column[Any]]:
+        """Yield the columns of a field: a single column, or one for each key of a dictionary."""
         unit = measure.form if self.unit == "change" else self.unit
         unit = measure.level_form if unit == "level" else unit
         if isinstance(self.label, str):
             label = self.label.format(change=measure.change, level=measure.level)
-            yield Column(label, unit, value, self.otherwise)
+            yield Column(label, unit, value, self.reason)
             return
         for key, label in self.label.items():
-            entry = partial(_entry, value, key)
-            yield Column(label, unit, entry, self.otherwise, key)
+            yield Column(label, unit, partial(_read_entry, value, key), self.reason, key)
 
 
-def _entry(value: Callable[[Any], Any], key: str, row: Any) -> Value:
-    entry: Value = value(row)[key]
+def _read_entry(value: Callable[[Any], Any], key: str, row: Any) -> ColumnValue:
+    entry: ColumnValue = value(row)[key]
     return entry
 
 
-def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", otherwise: str = "") -> Any:
-    """Declare a field that is a column of its figures' table.
+def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", reason: str = "") -> Any:
+    """Declare a dataclass field that becomes a column of the table of figures.
 
     Args:
-        label: Head of the column. `{change}` is replaced by the name of the loss, and `{level}` by
-            that of the lost quantity. A dictionary has a column for each head, by the name of the
-            column in code.
+        label: Heading of the column. `{change}` is replaced by the name of the loss, and `{level}`
+            by the name of the lost quantity. A dictionary declares several columns: the name of
+            the column in code → its heading.
         unit: Unit of the values.
-        otherwise: Reason of an undefined value that has none of its own.
+        reason: Reason shown for an undefined value that has no reason of its own.
 
     Returns:
         The field of a dataclass.
     """
-    return field(metadata={"column": Label(label, unit, otherwise)})
+    return field(metadata={"column": ColumnLabel(label, unit, reason)})
 
 
 def figure_table(
-    kind: type[Any], title: str, rows: Iterable[Any], *notes: str, measure: Measure = ACCURACY
+    kind: type[Any],
+    title: str,
+    rows: Iterable[Any],
+    *notes: str,
+    measure: MetricFormat = ACCURACY_FORMAT,
 ) -> Table:
     """Build the table of figures, with a column for each labelled field of their dataclass.
 
@@ -74,25 +77,22 @@ def figure_table(
     Returns:
         The table.
     """
-    labels = {item.name: item.metadata.get("column") for item in fields(kind)}
-    columns = [
-        column
-        for name, label in labels.items()
-        if label is not None
-        for column in label.columns(attrgetter(name), measure)
-    ]
-    return table(title, columns, rows, *notes)
+    columns: list[Column[Any]] = []
+    for item in fields(kind):
+        if label := item.metadata.get("column"):
+            columns += label.columns(attrgetter(item.name), measure)
+    return build_table(title, columns, rows, *notes)
 
 
 def rank_estimate(ranks: tuple[int, int]) -> Estimate:
-    """Return the best rank with the interval from best to worst, for a column of intervals."""
+    """Convert a best and a worst rank to an estimate: the best rank, with both as interval."""
     return Estimate(ranks[0], *ranks)
 
 
 def line_chart(
     title: str,
     axes: tuple[str, str],
-    unit: Unit,
+    unit: FigureUnit,
     positions: Iterable[float],
     lines: Mapping[str, Iterable[Estimate | float | None]],
     **logarithmic: bool,
@@ -104,24 +104,24 @@ def line_chart(
         axes: Names of the horizontal and the vertical axis.
         unit: Unit of the figures.
         positions: Positions on the horizontal axis.
-        lines: Values at these positions, by the name of their line; intervals are drawn.
+        lines: Name of a line → its values at these positions; intervals are drawn.
         **logarithmic: `log_x` or `log_y`.
 
     Returns:
         The chart.
     """
-    drawn = []
+    chart_lines = []
     for name, figures in lines.items():
         estimates = [f if isinstance(f, Estimate) else Estimate(f) for f in figures]
-        finite = [estimate if defined(estimate.value) else None for estimate in estimates]
-        band = any(estimate.low is not None for estimate in estimates)
-        drawn.append(Line.of(name, finite, band))
+        finite = [estimate if is_finite(estimate.value) else None for estimate in estimates]
+        has_band = any(estimate.low is not None for estimate in estimates)
+        chart_lines.append(Line.from_figures(name, finite, has_band))
     return LineChart(
         title=title,
         x=axes[0],
         y=axes[1],
         unit=unit,
         places=tuple(positions),
-        lines=tuple(drawn),
+        lines=tuple(chart_lines),
         **logarithmic,
     )

@@ -1,4 +1,4 @@
-"""Registry of studies: the settings of each, which are its command's options and help."""
+"""Define the settings of all studies, which give each study's command its options and help."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class StudySettings(BaseModel):
     study: ClassVar[str]
     command: ClassVar[str] = ""
 
-    def typed(self) -> list[str]:
+    def command_options(self) -> list[str]:
         """Return the options that are not at their defaults, as they are typed."""
-        words: list[str] = []
+        options: list[str] = []
         for name, field in type(self).model_fields.items():
             value, option = getattr(self, name), f"--{field.alias or name.replace('_', '-')}"
             if value is True and field.default is False:
-                words.append(option)
+                options.append(option)
             elif value != field.default:
                 values = value if isinstance(value, tuple) else (value,)
-                words += [word for item in values for word in (option, str(item))]
-        return words
+                options += [word for value in values for word in (option, str(value))]
+        return options
 
 
 class AuditSettings(StudySettings):
@@ -158,7 +158,8 @@ class QuantiseSettings(StudySettings):
     """Budget of bits: 4.5bpw (bits per weight of the rounded maps), 80 MB, 2.1 GB or 25 % bytes (of
     the whole model)."""
     format: Annotated[
-        str, BeforeValidator(lambda given: given if isinstance(given, str) else ",".join(given))
+        str,
+        BeforeValidator(lambda formats: formats if isinstance(formats, str) else ",".join(formats)),
     ] = "q3_k,q4_k,q6_k"
     """Allowed formats, comma-separated, e.g. int4,int8."""
     by: Literal["map", "layer"] = "map"
@@ -293,21 +294,17 @@ STUDIES: Mapping[str, type[StudySettings]] = {
     "snowball": SnowballSettings,
     "theorem": TheoremSettings,
 }
-"""Settings of the studies of this package, by name."""
-
-
-def studies() -> dict[str, type[StudySettings]]:
-    """Return the settings of all studies by name, those of other packages too.
-
-    Other packages add theirs as entry points of the group `layer_tracker.studies`, which name a
-    class of settings.
-    """
-    return {**STUDIES, **_extensions()}
+"""Name of each study of this package → class of its settings."""
 
 
 @cache
-def _extensions() -> dict[str, type[StudySettings]]:
-    return load_extensions("studies", _check_settings, STUDIES)
+def load_studies() -> Mapping[str, type[StudySettings]]:
+    """Return the settings class of each study by name, including studies of other packages.
+
+    Other packages add studies by entry points of the group `layer_tracker.studies`. Each entry
+    point names a settings class.
+    """
+    return {**STUDIES, **load_extensions("studies", _check_settings, STUDIES)}
 
 
 def _check_settings(extension: object) -> type[StudySettings]:
@@ -318,12 +315,10 @@ def _check_settings(extension: object) -> type[StudySettings]:
     return extension
 
 
-def settings_of(name: str) -> type[StudySettings]:
-    """Return the settings of a study; RequestError if there is none of that name."""
-    registered = studies()
+def find_settings(name: str) -> type[StudySettings]:
+    """Return the settings class of a study; RequestError if no study has the name."""
+    registered = load_studies()
     if name not in registered:
-        names = ", ".join(registered)
-        raise RequestError(
-            f"there is no study {name!r}; use one of: {names}.{did_you_mean(name, registered)}"
-        )
+        names = f"{', '.join(registered)}.{did_you_mean(name, registered)}"
+        raise RequestError(f"there is no study {name!r}; use one of: {names}")
     return registered[name]

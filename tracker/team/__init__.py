@@ -3,8 +3,8 @@
 Modules:
     collect: Collect cells of several folders and projects.
     live: Show cells in trackers while they are measured.
-    publish: Publish cells to trackers, and remember which tracker has what.
+    publish: Publish cells to trackers, and record which cells each tracker has.
     reports: Write and publish reports.
-    result_files: Write lm-eval's result files of a results folder.
+    result_files: Write the results of a folder as lm-eval's result files.
     sweeps: Complete the trials of a W&B sweep.
 """

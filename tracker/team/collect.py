@@ -1,8 +1,8 @@
 """Collect the cells of several results folders and tracking projects.
 
-The cells of a tracking project are downloaded once, into a cache that is a results folder, and then
-handled like local ones. Downloads are checked first: the key is computed again, and no downloaded
-name is used as a path.
+The cells of a tracking project are downloaded once, to a cache in the form of a results folder, and
+then handled like local cells. Each download is checked first: the cell's key is computed again, and
+no downloaded name is used as a path.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from typing import Any
 from filelock import FileLock
 
 from tracker.core.decision_records import DecisionsRecord
-from tracker.core.distribution import other_format
+from tracker.core.distribution import format_problem
 from tracker.core.errors import TrackerError, TrackingError
 from tracker.core.findings import FindingRecord
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord, Place
-from tracker.core.text import masked
+from tracker.core.records import CellRecord, RecordKey
+from tracker.core.text import mask_secrets
 from tracker.core.views import View
-from tracker.ledger.cache import own_folder
+from tracker.ledger.cache import private_folder
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import read_note, write_note, write_text
 from tracker.ledger.store import Ledger
-from tracker.ledger.texts import is_texts
+from tracker.ledger.texts import is_text_file
 from tracker.ledger.views import CellIdentity, folder_name
-from tracker.measuring.derive import decisions_of, record_of
+from tracker.measuring.derive import derive_record, read_decisions
 from tracker.measuring.progress import Progress
 from tracker.tracking import open_backend, service, target
 from tracker.tracking.base import Backend, RemoteCell, Target
 
 
-def pull(
+def pull_project(
     source: Target, name: str, progress: Progress
 ) -> tuple[list[tuple[CellStore, View]], dict[str, str]]:
-    """Read the cells of a tracking project, downloading new ones.
+    """Read the cells of a tracking project; download new cells first.
 
     Args:
         source: The project.
@@ -49,105 +49,112 @@ def pull(
         progress: Receives the progress of the download.
 
     Returns:
-        The cells with their views, and cell → reason for those that could not be downloaded.
+        The cells with their views, and the reason for each cell that could not be downloaded.
 
     Raises:
-        TrackingError: There is no such project, or the backend could not be reached.
+        TrackingError: The project does not exist, or the backend could not be reached.
     """
-    where = source.server or service(source.backend).server()
-    root = own_folder(f"{source.backend}-{content_hash([where, source.project])[:16]}")
+    server = source.server or service(source.backend).server()
+    root = private_folder(f"{source.backend}-{content_hash([server, source.project])[:16]}")
     ledger = Ledger(root)
     ledger.create()
-    opened = open_backend(source.backend, source.project or "", root, source.server)
-    failed: dict[str, str] = {}
-    with closing(opened) as backend:
-        there = backend.cells()
+    opened_backend = open_backend(source.backend, source.project or "", root, source.server)
+    errors: dict[str, str] = {}
+    with closing(opened_backend) as backend:
+        remote_cells = backend.cells()
         with FileLock(root / "pull.lock"):
-            sound = {store.identity.key: store for store in ledger.cells()}
-            stale = [cell for cell in there if not _is_here(root, cell, sound)]
-            if stale:
-                progress.start(f"downloading {masked(name)}", len(stale), "measurements")
-            for cell in stale:
+            stores = {store.identity.key: store for store in ledger.cells()}
+            stale_cells = [cell for cell in remote_cells if not _is_cached(root, cell, stores)]
+            if stale_cells:
+                progress.start(
+                    f"downloading {mask_secrets(name)}", len(stale_cells), "measurements"
+                )
+            for cell in stale_cells:
                 try:
-                    _fetch(backend, cell, root)
+                    _download_cell(backend, cell, root)
                 except TrackerError as error:
-                    failed[f"{cell.name} of {masked(name)}"] = masked(str(error))
+                    errors[f"{cell.name} of {mask_secrets(name)}"] = mask_secrets(str(error))
                 progress.advance(1)
             progress.finish()
-    wanted = {(note.get("cell"), note.get("view")) for note in (_note(root, c) for c in there)}
+    wanted_views = {
+        (note.get("cell"), note.get("view")) for note in (_read_note(root, c) for c in remote_cells)
+    }
     views = [
-        (store, asked.view)
-        for store, asked in ledger.contents().views
-        if (store.identity.key, store.views.name_of(asked.view)) in wanted
+        (store, view_request.view)
+        for store, view_request in ledger.contents().views
+        if (store.identity.key, store.views.view_name(view_request.view)) in wanted_views
     ]
-    return views, failed
+    return views, errors
 
 
 def _note_path(root: Path, cell: RemoteCell) -> Path:
     return root / "pulled" / f"{content_hash(cell.key)[:32]}.json"
 
 
-def _note(root: Path, cell: RemoteCell) -> dict[str, Any]:
-    """Read the note about a cached cell: its version, view and shards."""
+def _read_note(root: Path, cell: RemoteCell) -> dict[str, Any]:
+    """Read the note about a cached cell: version, view and shards."""
     return read_note(_note_path(root, cell))
 
 
-def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bool:
-    """Check whether the cache holds a cell's current version, undamaged."""
-    note = _note(root, cell)
-    store = sound.get(note.get("cell", ""))
+def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) -> bool:
+    """Check whether the cache holds an undamaged copy of a cell's current version."""
+    note = _read_note(root, cell)
+    store = stores.get(note.get("cell", ""))
     if note.get("version") != cell.version or store is None:
         return False
-    views = {store.views.name_of(asked.view) for asked in store.views.asked(damaged={})}
-    shards = {name for name, _ in store.proofs()}
+    views = {
+        store.views.view_name(view_request.view)
+        for view_request in store.views.read_requested(damaged={})
+    }
+    shards = {name for name, _ in store.shard_digests()}
     return note["view"] in views and set(note["shards"]) <= shards
 
 
-def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
+def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
     if not cell.version:
         raise TrackingError(
             "it was published without its outcomes; "
             "tracker sync, from the results folder that it came from"
         )
-    with TemporaryDirectory(dir=root) as temporary:
-        folder = Path(temporary)
+    with TemporaryDirectory(dir=root) as temporary_path:
+        folder = Path(temporary_path)
         backend.fetch(cell, folder)
         try:
-            (file,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
-            view = file.read_text(encoding="utf-8")
-            if why := other_format(json.loads(view).get("format")):
-                raise TrackingError(f"it {why}")
+            (view_path,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
+            view_text = view_path.read_text(encoding="utf-8")
+            if reason := format_problem(json.loads(view_text).get("format")):
+                raise TrackingError(f"it {reason}")
             identity = CellIdentity.read((folder / "cell.json").read_bytes())
             if identity.key != cell.key.partition("/")[0]:
                 raise ValueError("its key is not that of what it describes")
             name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
             store = CellStore(root / "cells" / name, identity)
-            asked = store.views.read(view)
-            parquet = sorted(folder.glob("*.parquet"))
-            shards = [store.adopt(path) for path in parquet if not is_texts(path)]
-            for path in filter(is_texts, parquet):
-                store.texts.adopt(path)
+            view_request = store.views.read(view_text)
+            parquet_paths = sorted(folder.glob("*.parquet"))
+            shards = [store.import_shard(path) for path in parquet_paths if not is_text_file(path)]
+            for path in filter(is_text_file, parquet_paths):
+                store.texts.import_file(path)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
-        write_text(store.folder / "cell.json", identity.sealed())
-        store.views.write(asked)
+        write_text(store.folder / "cell.json", identity.to_note())
+        store.views.write(view_request)
     note = {"version": cell.version, "cell": identity.key, "shards": shards}
-    write_note(_note_path(root, cell), note | {"view": store.views.name_of(asked.view)})
+    write_note(_note_path(root, cell), note | {"view": store.views.view_name(view_request.view)})
 
 
 @dataclass
-class Collected:
+class CollectedCells:
     """Cells from several sources.
 
     Attributes:
-        cells: The records, each (cell, view, number of documents) once, derived from all outcomes
-            in the sources.
-        experiments: The experiment files in the results folders: name → exact text.
-        failed: Source, or a cell of it → the reason why it is missing.
+        cells: The records, derived from all outcomes in the sources; one record for each
+            combination of cell, view and number of documents.
+        experiments: The exact text of each experiment file in the results folders, by name.
+        failed: The reason for each source, or cell of a source, that is missing.
         findings: The findings of studies in the results folders.
-        origins: Place of a record → the cell and the view that it was derived from.
-        searched: The cells of the steps of searches.
-        unfinished: Folders of unfinished cells, each with what to do.
+        origins: The cell and the view from which each record was derived, by record key.
+        searched: The cells that measured the steps of searches.
+        unfinished: Advice for each folder of an unfinished cell.
         projects: The tracking projects of the cells in results folders.
     """
 
@@ -155,36 +162,38 @@ class Collected:
     experiments: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     findings: tuple[FindingRecord, ...] = ()
-    origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
-    searched: set[Place] = field(default_factory=set)
+    origins: dict[RecordKey, tuple[CellStore, View]] = field(default_factory=dict)
+    searched: set[RecordKey] = field(default_factory=set)
     unfinished: list[str] = field(default_factory=list)
     projects: set[str] = field(default_factory=set)
 
-    def decisions(self) -> dict[Place, DecisionsRecord]:
-        """Derive the documents that the cells' runs lose and win: a cell's place → record.
+    def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
+        """Derive, by record key, the documents that the runs of each cell lose and win.
 
         Cells that cannot be read are added to `failed`.
         """
-        found = {}
-        for place in [cell.place for cell in self.cells if cell.place in self.origins]:
-            store, view = self.origins[place]
+        decisions = {}
+        for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:
+            store, view = self.origins[key]
             try:
-                if record := decisions_of(store, view):
-                    found[place] = record
+                if record := read_decisions(store, view):
+                    decisions[key] = record
             except TrackerError as error:
                 self.failed[str(store.folder)] = str(error)
-        return found
+        return decisions
 
 
-def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> Collected:
+def collect_cells(
+    sources: Sequence[str], progress: Progress, verify_all: bool = False
+) -> CollectedCells:
     """Collect the cells of several sources.
 
     Args:
         sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
             `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
         progress: Receives the progress of downloads.
-        anew: True if every outcome is read and verified first, also those verified before; needed
-            by output that shows more than the records.
+        verify_all: True if all outcomes are read and verified first, even if verified earlier;
+            needed by output that shows more than the records.
 
     Returns:
         The cells. Sources and cells that cannot be read are listed in `failed`.
@@ -192,86 +201,88 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
     Raises:
         RequestError: A source is invalid.
     """
-    opened = {source: _opened(source) for source in sources}
-    found = Collected()
+    opened = {source: _open_source(source) for source in sources}
+    collected = CollectedCells()
     views: list[tuple[CellStore, View]] = []
-    for source, place in opened.items():
+    for source, opened_source in opened.items():
         try:
-            if isinstance(place, Target):
-                there, lacking = pull(place, source, progress)
-                views += there
-                found.failed |= lacking
+            if isinstance(opened_source, Target):
+                remote_views, errors = pull_project(opened_source, source, progress)
+                views += remote_views
+                collected.failed |= errors
                 continue
-            contents = place.contents()
-            found.failed |= contents.damaged
-            views += [(store, asked.view) for store, asked in contents.views]
-            found.findings = tuple(dict.fromkeys((*found.findings, *contents.findings)))
-            found.searched |= contents.searched
-            found.projects |= {asked.project for _, asked in contents.views}
-            found.unfinished += [f"{cell.folder}: {why}" for cell, why in contents.unfinished]
+            contents = opened_source.contents()
+            collected.failed |= contents.damaged
+            views += [(store, request.view) for store, request in contents.views]
+            collected.findings = tuple(dict.fromkeys((*collected.findings, *contents.findings)))
+            collected.searched |= contents.search_keys
+            collected.projects |= {request.project for _, request in contents.views}
+            collected.unfinished += [
+                f"{cell.folder}: {advice}" for cell, advice in contents.unfinished
+            ]
             for name, text in contents.experiments.items():
-                if found.experiments.setdefault(name, text) != text:
-                    found.experiments[f"{name} ({masked(source)})"] = text
+                if collected.experiments.setdefault(name, text) != text:
+                    collected.experiments[f"{name} ({mask_secrets(source)})"] = text
         except TrackerError as error:
-            found.failed[masked(source)] = masked(str(error))
+            collected.failed[mask_secrets(source)] = mask_secrets(str(error))
     cells = []
-    asked = {id(store): store for store, _ in views}
-    if anew:
-        for store in {store.folder: store for store in asked.values()}.values():
-            store.proofs(anew=True)
-    for same in grouped(views, _shown).values():
+    stores = {id(store): store for store, _ in views}
+    if verify_all:
+        for store in {store.folder: store for store in stores.values()}.values():
+            store.shard_digests(verify_all=True)
+    for same_views in group_by(views, _view_key).values():
         try:
-            origin = _joined(same)
-            asked[id(origin[0])] = origin[0]
-            cells.append(record_of(*origin))
-            found.origins[cells[-1].place] = origin
+            origin = _join_views(same_views)
+            stores[id(origin[0])] = origin[0]
+            cells.append(derive_record(*origin))
+            collected.origins[cells[-1].record_key] = origin
         except TrackerError as error:
-            found.failed[str(same[0][0].folder)] = str(error)
-    for store in asked.values():
-        found.failed |= store.damage()
-    found.cells = tuple(merged(cell for cell in cells if cell.n))
-    return found
+            collected.failed[str(same_views[0][0].folder)] = str(error)
+    for store in stores.values():
+        collected.failed |= store.damaged_shards()
+    collected.cells = tuple(remove_contained(cell for cell in cells if cell.n))
+    return collected
 
 
-def _shown(one: tuple[CellStore, View]) -> Hashable:
-    """Return the identity of a view among all cells."""
-    store, view = one
-    return store.identity.key, store.views.name_of(view)
+def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
+    """Return a key that identifies a view among all cells."""
+    store, view = stored_view
+    return store.identity.key, store.views.view_name(view)
 
 
-def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Join the outcomes of one view from several folders."""
-    (store, view), *rest = same
-    if rest:
-        by_folder = {one.folder.resolve(): one for one, _ in same}
+def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
+    """Merge the outcomes of one view from several folders."""
+    (store, view), *other_views = same_views
+    if other_views:
+        by_folder = {part.folder.resolve(): part for part, _ in same_views}
         store, *others = sorted(
-            by_folder.values(), key=lambda one: (-len(one.shards()), str(one.folder))
+            by_folder.values(), key=lambda part: (-len(part.shards()), str(part.folder))
         )
-        held = {path.name for path in store.shards()}
+        names = {path.name for path in store.shards()}
         # Equal names hold the same documents and ablations, and equal keys mean equal outcomes.
-        more = [one for one in others if not {path.name for path in one.shards()} <= held]
-        store = CellStore(store.folder, store.identity, more)
-        view = view.joined(*(each for _, each in rest))
+        extra = [part for part in others if not {path.name for path in part.shards()} <= names]
+        store = CellStore(store.folder, store.identity, extra)
+        view = view.merge(*(shown for _, shown in other_views))
     return store, view
 
 
-def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:
-    """Remove records that another record of the same cell contains.
+def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
+    """Remove records whose runs and documents another record of the same cell contains.
 
-    Records are never merged from parts, since figures derived from some runs or documents differ
-    from those of all. The remaining records keep their order.
+    Records are never merged, since figures derived from some runs or documents differ from figures
+    of all. The remaining records keep their order.
     """
-    found: dict[object, list[CellRecord]] = {}
+    groups: dict[object, list[CellRecord]] = {}
     for cell in cells:
-        known = found.setdefault((cell.key, cell.removed, cell.metric), [])
-        if not any(other.holds(cell) for other in known):
-            known[:] = [*(other for other in known if not cell.holds(other)), cell]
-    return [cell for known in found.values() for cell in known]
+        group = groups.setdefault((cell.key, cell.removed, cell.metric), [])
+        if not any(member.contains(cell) for member in group):
+            group[:] = [*(member for member in group if not cell.contains(member)), cell]
+    return [cell for group in groups.values() for cell in group]
 
 
-def _opened(source: str) -> Ledger | Target:
-    """Open a source; raise RequestError for an invalid one before anything is downloaded."""
+def _open_source(source: str) -> Ledger | Target:
+    """Open a source; raise RequestError for an invalid source before any download."""
     path = Path(source)
     if ":" not in source or path.exists():
-        return Ledger.existing(path)
-    return target(source, reading=True)
+        return Ledger.open_existing(path)
+    return target(source, is_source=True)

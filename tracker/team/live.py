@@ -1,7 +1,7 @@
-"""Show cells in trackers while they are measured: progress, speed and interim results.
+"""Show progress, speed and interim results of cells in trackers during measurement.
 
-Measuring never waits for it. It only signals the start and the end of a cell. A thread does the
-rest from the ledger, and skips updates while it is busy.
+Measurement never waits for trackers. It only signals the start and the end of a cell. A thread
+reads the ledger and updates the trackers, and skips updates while it is busy.
 """
 
 from __future__ import annotations
@@ -17,59 +17,61 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
 from tracker.analysis.records import unmeasured_record
-from tracker.analysis.stopping import Interim, interim_estimates
+from tracker.analysis.stopping import InterimEstimates, interim_estimates
 from tracker.core.errors import TrackerError, attempt
 from tracker.core.records import CellRecord
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.tracking.base import PROGRESS, Ending, LiveRun
-from tracker.tracking.figures import only_defined
+from tracker.tracking.base import PROGRESS, LiveRun, RunStatus
+from tracker.tracking.figures import defined_figures
 from tracker.tracking.identity import run_key
 
-GRACE = 5.0
-"""Seconds after which a cell's run opens; shorter measurements are not shown."""
-EVERY = 10.0
+GRACE_PERIOD = 5.0
+"""Seconds of measurement after which a cell's run opens; shorter measurements are not shown."""
+UPDATE_INTERVAL = 10.0
 """Minimum number of seconds between two updates from the ledger."""
-_SHARE = 20
-"""Updates may take one part in this many of the time."""
-_PATIENCE = 5.0
-"""Seconds that closing waits for an update in progress."""
-_SHOWN = 100
-"""Maximum number of a cell's runs whose drops are shown."""
+_TIME_DIVISOR = 20
+"""Divisor of the time for updates: they may take at most one twentieth of the time."""
+_CLOSE_TIMEOUT = 5.0
+"""Maximum number of seconds that closing waits for an update in progress."""
+_MAX_SHOWN_RUNS = 100
+"""Maximum number of a cell's runs whose accuracy drops are shown during measurement."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Cell:
+class _LiveCell:
     """A cell that is being measured."""
 
     store: CellStore
     view: View
     record: CellRecord
-    began: float
-    due: float
-    first: Interim | None = None
-    """Its progress when its run was opened."""
-    shown: tuple[LiveRun, ...] = ()
-    """The live runs in which the cell is open."""
+    start_time: float
+    due_time: float
+    first_interim: InterimEstimates | None = None
+    """The progress of the cell when its run was opened."""
+    live_runs: tuple[LiveRun, ...] = ()
+    """The live runs (of different backends) in which the cell is open."""
 
     @property
     def key(self) -> str:
-        """The run key of its own run."""
+        """The run key of the cell's own run."""
         return run_key(self.record, "cell")
 
 
-class Live:
-    """Shows cells in live runs while they are measured; a failing one does not affect others."""
+class LiveUpdater:
+    """Updater of live runs during measurement; a failing live run does not affect others."""
 
     def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
         self._live_runs = live_runs
-        self._said: SimpleQueue[tuple[Hashable, _Cell | Ending, Event] | None] = SimpleQueue()
-        self._cells: dict[Hashable, _Cell] = {}
+        self._messages: SimpleQueue[tuple[Hashable, _LiveCell | RunStatus, Event] | None] = (
+            SimpleQueue()
+        )
+        self._cells: dict[Hashable, _LiveCell] = {}
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
-        """Show a cell, identified by `name`, from now on."""
+        """Start to show a cell, identified by `name`."""
         if not self._live_runs:
             return
         record = unmeasured_record(
@@ -81,108 +83,112 @@ class Live:
             unfinished="it is being measured",
         )
         now = time.monotonic()
-        cell = _Cell(store, view, record, now, now + GRACE)
+        cell = _LiveCell(store, view, record, now, now + GRACE_PERIOD)
         if self._thread is None:
-            self._thread = Thread(target=self._work, name="tracker-live", daemon=True)
+            self._thread = Thread(target=self._process_messages, name="tracker-live", daemon=True)
             self._thread.start()
-        self._said.put((name, cell, Event()))
+        self._messages.put((name, cell, Event()))
 
-    def end(self, name: Hashable, status: Ending) -> Event:
-        """End a cell's run; the returned event is set when other writers may use the run."""
-        left = Event()
+    def end(self, name: Hashable, status: RunStatus) -> Event:
+        """End a cell's live run; return an event that is set when others may write the run."""
+        event = Event()
         if self._thread is None:
-            left.set()
+            event.set()
         else:
-            self._said.put((name, status, left))
-        return left
+            self._messages.put((name, status, event))
+        return event
 
     def close(self) -> None:
         """Mark unfinished runs as killed; never raises."""
-        self._said.put(None)
+        self._messages.put(None)
         if self._thread is not None:
             # A run that is cut off in the middle of a call cannot be marked as killed.
-            self._thread.join(_PATIENCE)
+            self._thread.join(_CLOSE_TIMEOUT)
         for live_run in self._live_runs:
             live_run.close()
 
-    def _work(self) -> None:
+    def _process_messages(self) -> None:
         while True:
-            due = min((cell.due for cell in self._cells.values()), default=math.inf)
-            wait = None if due == math.inf else max(0.0, due - time.monotonic())
+            next_due = min((cell.due_time for cell in self._cells.values()), default=math.inf)
+            wait = None if next_due == math.inf else max(0.0, next_due - time.monotonic())
             try:
-                said = self._said.get(timeout=wait)
+                message = self._messages.get(timeout=wait)
             except Empty:
                 for cell in self._cells.values():
-                    if cell.due <= time.monotonic():
-                        self._look(cell)
+                    if cell.due_time <= time.monotonic():
+                        self._update_cell(cell)
                 continue
-            if said is None:
+            if message is None:
                 return
-            name, what, left = said
-            if isinstance(what, _Cell):
-                self._cells[name] = what
-            elif ended := self._cells.pop(name, None):
-                for live_run in ended.shown:
+            name, content, event = message
+            if isinstance(content, _LiveCell):
+                self._cells[name] = content
+            elif ended_cell := self._cells.pop(name, None):
+                for live_run in ended_cell.live_runs:
                     with suppress(TrackerError):
-                        live_run.end(ended.key, what)
-            left.set()
+                        live_run.end(ended_cell.key, content)
+            event.set()
 
-    def _look(self, cell: _Cell) -> None:
-        """Update a cell in its live runs; those that fail are dropped for this cell."""
+    def _update_cell(self, cell: _LiveCell) -> None:
+        """Update a cell in its live runs; drop live runs that fail."""
         start = time.monotonic()
-        found = attempt(partial(interim_estimates, cell.store, cell.view))
-        if isinstance(found, Exception):
-            log.debug("%s: no estimate yet", cell.record.title, exc_info=found)
-            cell.due = time.monotonic() + EVERY
+        interim = attempt(partial(interim_estimates, cell.store, cell.view))
+        if isinstance(interim, Exception):
+            log.debug("%s: no estimate yet", cell.record.title, exc_info=interim)
+            cell.due_time = time.monotonic() + UPDATE_INTERVAL
             return
-        taken = time.monotonic() - start
-        opening = cell.first is None
-        if opening:
-            cell.first, cell.shown = found, self._live_runs
-        figures = progress_figures(cell.first or found, found, start - cell.began, cell.record)
-        kept = []
-        for live_run in cell.shown:
+        duration = time.monotonic() - start
+        is_first = cell.first_interim is None
+        if is_first:
+            cell.first_interim, cell.live_runs = interim, self._live_runs
+        figures = progress_figures(
+            cell.first_interim or interim, interim, start - cell.start_time, cell.record
+        )
+        working_runs = []
+        for live_run in cell.live_runs:
             try:
-                if opening:
+                if is_first:
                     live_run.begin(cell.record)
-                live_run.update(cell.key, figures, found.documents)
-                kept.append(live_run)
+                live_run.update(cell.key, figures, interim.documents)
+                working_runs.append(live_run)
             except TrackerError:
                 log.debug("%s is not shown any more", cell.record.title, exc_info=True)
-        cell.shown = tuple(kept)
-        cell.due = time.monotonic() + max(EVERY, _SHARE * taken)
+        cell.live_runs = tuple(working_runs)
+        cell.due_time = time.monotonic() + max(UPDATE_INTERVAL, _TIME_DIVISOR * duration)
 
 
 def progress_figures(
-    first: Interim, now: Interim, seconds: float, record: CellRecord
+    first_interim: InterimEstimates, interim: InterimEstimates, seconds: float, record: CellRecord
 ) -> Mapping[str, float]:
-    """Compute the progress figures of a cell that is being measured.
+    """Compute the progress figures of a cell during measurement.
 
     Args:
-        first: The interim results when its run was opened.
-        now: The current interim results.
-        seconds: The time between the two.
+        first_interim: The interim results when the cell's run was opened.
+        interim: The current interim results.
+        seconds: The time between the two interim results.
         record: The record of the cell.
 
     Returns:
-        Figures under names that begin with `PROGRESS`; drops are fractions, or in the metric's
-        unit.
+        Figures under names that begin with `PROGRESS`. Drops are fractions of accuracy, or in the
+        unit of a loss.
     """
-    new = now.documents - first.documents
-    left = None if now.wanted is None else now.wanted - now.documents
+    n_new = interim.documents - first_interim.documents
+    n_left = None if interim.requested is None else interim.requested - interim.documents
     figures: dict[str, float | None] = {
-        "documents": now.documents,
-        "documents_wanted": now.wanted,
-        "tokens_per_second": (now.tokens - first.tokens) / seconds if new > 0 else None,
-        "seconds_left": seconds * left / new if new > 0 and left is not None else None,
+        "documents": interim.documents,
+        "documents_wanted": interim.requested,
+        "tokens_per_second": (interim.tokens - first_interim.tokens) / seconds
+        if n_new > 0
+        else None,
+        "seconds_left": seconds * n_left / n_new if n_new > 0 and n_left is not None else None,
     }
     widths = []
-    for run, drop in now.drops.items():
+    for run, drop in interim.drops.items():
         if drop.low is not None and drop.high is not None:
             widths.append((drop.high - drop.low) / 2)
-        if len(widths) <= _SHOWN:
+        if len(widths) <= _MAX_SHOWN_RUNS:
             label = run.label(max(2, len(str(record.model.layers - 1))))
             ends = {"": drop.value, "_low": drop.low, "_high": drop.high}
             figures |= {f"accuracy_drop{end}/{label}": value for end, value in ends.items()}
     figures["half_width"] = sum(widths) / len(widths) if widths else None
-    return {PROGRESS + name: value for name, value in only_defined(figures).items()}
+    return {PROGRESS + name: value for name, value in defined_figures(figures).items()}

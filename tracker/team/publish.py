@@ -1,4 +1,4 @@
-"""Publish cells to tracking backends, and record which backend has what."""
+"""Publish cells to tracking backends, and record which cells each backend has."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from typing_extensions import override
 
 from tracker.analysis.comparable import row_labels
 from tracker.core.changes import Change
-from tracker.core.decision_records import PRIVATE
+from tracker.core.decision_records import PRIVATE_TEXTS
 from tracker.core.errors import TrackerError, TrackingError, WorkError
-from tracker.core.formats import counted
+from tracker.core.formats import count_text
 from tracker.core.provenance import content_hash
 from tracker.core.records import INTACT_VIEW, CellRecord
-from tracker.core.text import masked
-from tracker.ledger.cells import CellStore, measured_last
+from tracker.core.text import mask_secrets
+from tracker.ledger.cells import CellStore, last_measured
 from tracker.ledger.store import Ledger
-from tracker.ledger.texts import is_texts
-from tracker.measuring.derive import decisions_of, every_record, record_of
+from tracker.ledger.texts import is_text_file
+from tracker.measuring.derive import derive_record, derive_records, read_decisions
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import cell_answer
-from tracker.team.live import Live
+from tracker.team.live import LiveUpdater
 from tracker.tracking import (
+    address_file,
     default_targets,
     destination,
-    file_of,
     in_sweep,
     open_backend,
     open_live_run,
     open_trial,
-    places_of,
-    remember,
+    published_targets,
     service,
     sweep_backend,
-    target,
-    title_of,
+    typed_address,
+    write_address,
 )
+from tracker.tracking import target as parse_target
 from tracker.tracking.base import (
     Backend,
-    Ending,
     LiveRun,
     Published,
+    RunStatus,
     Target,
+    retry_advice,
     sync_command,
-    when_mended,
 )
 from tracker.tracking.figures import LoggedTable, logged_documents
 from tracker.tracking.identity import content_digest
-from tracker.tracking.runs import Which, one_by_one
+from tracker.tracking.runs import RunSelection, individual_runs
 
-_PATIENCE = 60.0
-"""Seconds that publishing a cell waits for its live run to end."""
+_LIVE_TIMEOUT = 60.0
+"""Maximum number of seconds that publishing waits for the end of a cell's live run."""
 log = logging.getLogger(__name__)
-TEXTS_PUBLIC = "texts of documents are published with it, as of all data of the hub or a package"
-TEXTS_ASKED = "texts of documents are published with it, as --publish-documents says"
+PUBLIC_TEXTS_NOTE = "document texts are published too, since they come from the hub or a package"
+REQUESTED_TEXTS_NOTE = "document texts are published too (--publish-documents)"
 
 
 @dataclass
@@ -68,27 +68,27 @@ class Publication:
     """Result of publishing a cell.
 
     Attributes:
-        places: Place → location of the runs.
-        done: Place → what was published there.
-        failed: Reasons why other places do not have it; empty if all do.
+        locations: Address of the runs at each place (a project of a backend).
+        published: Result of publishing to each place.
+        error: Reasons why other places lack the cell; empty if all places have it.
         notes: Further remarks.
     """
 
-    places: dict[str, str] = field(default_factory=dict)
-    done: dict[str, Published] = field(default_factory=dict)
-    failed: str = ""
+    locations: dict[str, str] = field(default_factory=dict)
+    published: dict[str, Published] = field(default_factory=dict)
+    error: str = ""
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Synced:
+class SyncResult:
     """Result of a sync.
 
     Attributes:
         published: Titles of the cells that all their places now have.
-        failed: Cell title → reason why a place does not have it.
-        locations: Place → location of the runs.
-        places: Place → what was published there, one entry per cell.
+        failed: For each cell title, the reason why a place lacks the cell.
+        locations: Address of the runs at each place (a project of a backend).
+        places: Results of publishing to each place, one entry per cell.
         notes: Further remarks.
     """
 
@@ -100,13 +100,13 @@ class Synced:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _Attachments:
     """Files and tables that are published with a cell's record.
 
     Attributes:
         files: The files from which the record is derived.
         tables: Additional tables by name.
-        texts: Names of the files with texts of documents.
+        texts: Names of the files that contain texts of documents.
         note: Message about the texts; empty if there are none.
     """
 
@@ -120,13 +120,13 @@ _Job = tuple[Future[Publication], Callable[[], Publication]]
 
 
 class Publisher:
-    """Publishes cells to some backends, each opened when it is first needed.
+    """Publisher of cells to some backends, each opened when first needed.
 
     `track` holds the backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
-    Other places of earlier publishing are updated too, unless `track` is empty, `others` is False,
-    or this is a sweep's trial. In a sweep, `trial` is W&B's run of the cell. Public texts of
-    documents are always published, others with `texts`. `which` selects the cell's runs that are
-    published as runs of their own. RequestError is raised for an unknown backend.
+    Places to which a cell was published earlier are updated too, unless `track` is empty, `others`
+    is False, or this is a sweep's trial. In a sweep, `trial` is W&B's run of the cell. Public texts
+    of documents are always published, other texts only with `texts`. `which` selects the cell's
+    runs that become runs in the backend. RequestError is raised for an unknown backend.
     """
 
     def __init__(
@@ -134,314 +134,341 @@ class Publisher:
         track: Sequence[str],
         project: str,
         results: Path,
-        texts: bool = False,
+        publish_texts: bool = False,
         trial: Trial | None = None,
-        others: bool | None = None,
-        which: Which = "auto",
+        update_others: bool | None = None,
+        run_selection: RunSelection = "auto",
     ) -> None:
-        self._which = which
+        self._run_selection = run_selection
         self.project = project
-        self._others = (bool(track) if others is None else others) and not in_sweep()
-        self._away: dict[Target, str] = {}
-        self._texts = texts
-        self._said: set[str] = set()
-        self._targets = list(dict.fromkeys(map(target, track)))
+        others = bool(track) if update_others is None else update_others
+        self._update_others = others and not in_sweep()
+        self._unreachable: dict[Target, str] = {}
+        self._publish_texts = publish_texts
+        self._shown_notes: set[str] = set()
+        self._targets = list(dict.fromkeys(map(parse_target, track)))
         self._results = results
-        self._open: dict[Target, Backend] = {}
+        self._backends: dict[Target, Backend] = {}
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread: Thread | None = None
-        live_runs: list[LiveRun] = [trial] if trial is not None and trial.joins else []
+        live_runs: list[LiveRun] = [trial] if trial is not None and trial.is_tracked else []
         is_shown = bool(live_runs)
-        for to in self._targets:
-            known = service(to.backend)
-            if "live runs" in known.can and not (is_shown and known.sweep_variable):
-                live_runs.append(open_live_run(*self._there(to)))
-        self.live = Live(tuple(live_runs))
+        for target in self._targets:
+            backend = service(target.backend)
+            if "live runs" in backend.can and not (is_shown and backend.sweep_variable):
+                live_runs.append(open_live_run(*self._backend_arguments(target)))
+        self.live = LiveUpdater(tuple(live_runs))
 
     def begin(
-        self, store: CellStore, record: CellRecord, after: Event | None = None
+        self, store: CellStore, record: CellRecord, ended: Event | None = None
     ) -> Future[Publication]:
-        """Publish a cell in a background thread, after those begun before.
+        """Publish a cell in a background thread, after all cells begun earlier.
 
-        The thread waits for `after`, up to a time limit. In a W&B trial, publishing ends before
-        this returns, since the trial's run must end last. The future never raises.
+        The thread waits for `ended`, up to a time limit. In a W&B trial, the method returns after
+        publishing, since the trial's run must end last. The future never raises.
         """
         # The record's files, listed before more of the cell is measured.
-        files = _files(store, record)
+        files = _record_files(store, record)
 
-        def job() -> Publication:
-            if after is not None:
-                after.wait(_PATIENCE)
+        def publish_cell() -> Publication:
+            if ended is not None:
+                ended.wait(_LIVE_TIMEOUT)
             return self._publish(store, record, files, True)
 
         future: Future[Publication] = Future()
         if in_sweep():
-            future.set_result(job())
+            future.set_result(publish_cell())
             return future
         if self._thread is None:
             # A daemon, so that Ctrl-C need not wait for an upload.
-            self._thread = Thread(target=self._work, name="tracker-publisher", daemon=True)
+            self._thread = Thread(target=self._run_jobs, name="tracker-publisher", daemon=True)
             self._thread.start()
-        self._jobs.put((future, job))
+        self._jobs.put((future, publish_cell))
         return future
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while job := self._jobs.get():
             future, publish = job
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish a cell after querying the backends for what they have."""
-        return self._publish(store, record, _files(store, record), False)
+        """Query the backends for a cell's existing runs, and publish the cell."""
+        return self._publish(store, record, _record_files(store, record), False)
 
-    def _parts(self, store: CellStore, record: CellRecord, files: Sequence[Path]) -> _Parts:
-        """Select the files, tables and message that are published with a record."""
-        decided = None
+    def _build_attachments(
+        self, store: CellStore, record: CellRecord, files: Sequence[Path]
+    ) -> _Attachments:
+        """Select the files, tables and message to publish with a record."""
+        decisions = None
         with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
-            decided = decisions_of(store, view)
-        texts, note = [path for path in files if is_texts(path)], ""
+            decisions = read_decisions(store, view)
+        texts, note = [path for path in files if is_text_file(path)], ""
         if texts:
-            public = all(text.public for text in store.texts.read().values())
-            note = TEXTS_PUBLIC if public else TEXTS_ASKED if self._texts else PRIVATE
-        if note == PRIVATE:
-            texts, decided = [], decided and decided.without_texts()
-        tables = {} if decided is None else {"documents": logged_documents(decided)}
-        kept = [path for path in files if not is_texts(path) or path in texts]
-        return _Parts(kept, tables, tuple(path.name for path in texts), note)
+            is_public = all(text.public for text in store.texts.read().values())
+            note = REQUESTED_TEXTS_NOTE if self._publish_texts else PRIVATE_TEXTS
+            note = PUBLIC_TEXTS_NOTE if is_public else note
+        if note == PRIVATE_TEXTS:
+            texts, decisions = [], decisions and decisions.without_texts()
+        tables = {} if decisions is None else {"documents": logged_documents(decisions)}
+        published_paths = [path for path in files if not is_text_file(path) or path in texts]
+        return _Attachments(published_paths, tables, tuple(path.name for path in texts), note)
 
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a view, and the view that has replaced it in the meantime, if any."""
+        """Publish a view, and a newer view if it has replaced this one in the meantime."""
         publication = self._publish_record(store, record, files, trust_receipts)
-        if (view := store.views.superseding(record.view)) is None:
+        if (view := store.views.superseding_view(record.view)) is None:
             return publication
-        record = record_of(store, view)
-        return self._publish_record(store, record, _files(store, record), False)
+        record = derive_record(store, view)
+        return self._publish_record(store, record, _record_files(store, record), False)
 
     def _publish_record(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a record; a failing place does not affect the others."""
-        record = _told_apart(store, record)
+        """Publish a record to each place; a failing place does not affect the others."""
+        record = _distinguish_record(store, record)
         outcome, errors = Publication(), []
-        apart = len(one_by_one(record, self._which))
-        if self._targets and not in_sweep() and apart < len(record.runs):
-            rest = counted(len(record.runs) - apart, "run")
-            outcome.notes.append(f"{rest} are one with their table; --runs all makes one of each")
-        asked = {service(to.backend).place_of(to, self.project): to for to in self._targets}
-        parts: _Parts | None = None
+        n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
+        if self._targets and not in_sweep() and n_joined:
+            runs = count_text(n_joined, "run")
+            outcome.notes.append(f"{runs} are one with their table; --runs all makes one of each")
+        targets = {
+            service(target.backend).full_address(target, self.project): target
+            for target in self._targets
+        }
+        attachments: _Attachments | None = None
         charts, answer = None, ""
-        for place in [*asked, *self._left(store, record, asked)]:
-            title = title_of(place)
+        for address in [*targets, *self._earlier_targets(store, record, targets)]:
+            title = typed_address(address)
             try:
-                if trust_receipts and place in self._away:
-                    raise TrackingError(self._away[place])
-                to = asked.get(place) or service(place.backend).target_of(place, self._results)
-                parts = parts or self._parts(store, record, files)
-                digest = content_digest(record, *parts.texts, *record.supersedes)
-                receipt = store.receipt(self._receipt(to, record.view))
+                if trust_receipts and address in self._unreachable:
+                    raise TrackingError(self._unreachable[address])
+                target = targets.get(address)
+                target = target or service(address.backend).reachable_target(address, self._results)
+                attachments = attachments or self._build_attachments(store, record, files)
+                digest = content_digest(record, *attachments.texts, *record.supersedes)
+                receipt = store.receipt(self._receipt_name(target, record.view))
                 if trust_receipts and receipt.get("record") == digest:
-                    outcome.places[title] = receipt["location"]
+                    outcome.locations[title] = receipt["location"]
                     continue
                 if charts is None:
                     charts, answer = cell_charts(record), cell_answer(record)
-                if to not in self._open:
-                    self._open[to] = open_backend(*self._there(to))
-                backend = self._open[to]
-                more = (charts, parts.tables, self._which, answer)
-                published = backend.publish(record, parts.files, *more)
-                outcome.places[title] = published.location
-                outcome.done[title] = published
+                if target not in self._backends:
+                    self._backends[target] = open_backend(*self._backend_arguments(target))
+                backend = self._backends[target]
+                extras = (charts, attachments.tables, self._run_selection, answer)
+                published = backend.publish(record, attachments.files, *extras)
+                outcome.locations[title] = published.location
+                outcome.published[title] = published
                 outcome.notes += published.notes
-                if parts.note and parts.note not in self._said:
-                    self._said.add(parts.note)
-                    outcome.notes.append(parts.note)
-                whole = replace(place, project=published.project or place.project)
-                kept = {"place": remember(whole, self._results), "view": record.view}
-                kept |= {"record": digest, "location": published.location}
+                if attachments.note and attachments.note not in self._shown_notes:
+                    self._shown_notes.add(attachments.note)
+                    outcome.notes.append(attachments.note)
+                actual_address = replace(address, project=published.project or address.project)
+                address_text = write_address(actual_address, self._results)
+                fields = {"place": address_text, "view": record.view}
+                fields |= {"record": digest, "location": published.location}
                 # Named after publishing: the first publish makes the database.
-                store.add_receipt(self._receipt(to, record.view), **kept)
+                store.add_receipt(self._receipt_name(target, record.view), **fields)
             except (Exception, SystemExit) as error:
                 log.debug("%s: %s failed", record.title, title, exc_info=True)
-                if place in asked:
-                    errors.append(self._why(error, _typed(asked[place])))
-                    self._owe(store, record, asked[place], place)
+                if address in targets:
+                    target = targets[address]
+                    errors.append(self._failure_message(error, _target_text(target)))
+                    self._record_pending(store, record, target, address)
                 else:
-                    why = self._why(error, title)
-                    self._away[place] = why
+                    message = self._failure_message(error, title)
+                    self._unreachable[address] = message
+                    file = address_file(address, self._results)
                     errors.append(
-                        f"{title}, where it was published before: {why}\nTo leave that place as it "
-                        f"is from now on, delete {file_of(place, self._results)}"
+                        f"{title}, where it was published before: {message}\nTo leave that place "
+                        f"as it is from now on, delete {file}"
                     )
-        outcome.failed = "\n".join(errors)
+        outcome.error = "\n".join(errors)
         return outcome
 
-    def _left(
-        self, store: CellStore, record: CellRecord, asked: Mapping[Target, Target]
+    def _earlier_targets(
+        self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the places of earlier publishing that are not among the current ones."""
-        if not self._others:
+        """List the targets of earlier publishing that are not among the current targets."""
+        if not self._update_others:
             return []
-        known = places_of(store, record, self._results)
+        earlier = published_targets(store, record, self._results)
         # W&B completes a project's name; the receipt knows it.
         views = (record.view, *record.supersedes)
-        receipts = [store.receipt(self._receipt(to, v)) for to in asked.values() for v in views]
-        same = {receipt.get("place") for receipt in receipts}
-        return [place for name, place in known.items() if name not in same and place not in asked]
+        names = [self._receipt_name(target, v) for target in targets.values() for v in views]
+        current = {store.receipt(name).get("place") for name in names}
+        return [a for name, a in earlier.items() if name not in current and a not in targets]
 
-    def _owe(self, store: CellStore, record: CellRecord, to: Target, place: Target) -> None:
-        """Record that a place should have a view, and does not have it yet."""
+    def _record_pending(
+        self, store: CellStore, record: CellRecord, target: Target, address: Target
+    ) -> None:
+        """Record that a view is still to be published to a place."""
         with suppress(OSError, WorkError):
-            name = self._receipt(to, record.view)
+            name = self._receipt_name(target, record.view)
             if not store.receipt(name).get("place"):
-                kept = {"place": remember(place, self._results), "view": record.view}
-                store.add_receipt(name, record="", location="", **kept)
+                address_text = write_address(address, self._results)
+                fields = {"record": "", "location": "", "place": address_text}
+                store.add_receipt(name, view=record.view, **fields)
 
-    def _why(self, error: BaseException, to: str) -> str:
-        known = isinstance(error, TrackerError)
-        said = str(error) if known else masked(f"{type(error).__name__}: {error}")
-        if "tracker sync" in said:
-            return said
-        again = masked(sync_command(self._results.absolute(), to))
-        return f"{said}\n{when_mended(again)}"
+    def _failure_message(self, error: BaseException, target_text: str) -> str:
+        is_expected = isinstance(error, TrackerError)
+        message = str(error) if is_expected else mask_secrets(f"{type(error).__name__}: {error}")
+        if "tracker sync" in message:
+            return message
+        command = mask_secrets(sync_command(self._results.absolute(), target_text))
+        return f"{message}\n{retry_advice(command)}"
 
-    def _there(self, to: Target) -> tuple[str, str, Path, str | None]:
-        """Return the arguments that open a target: backend, project, results folder, server."""
-        return to.backend, to.project or self.project, self._results, to.server
+    def _backend_arguments(self, target: Target) -> tuple[str, str, Path, str | None]:
+        """Return the arguments to open a target: backend, project, results folder, server."""
+        return target.backend, target.project or self.project, self._results, target.server
 
-    def _receipt(self, to: Target, view: str) -> str:
-        """Return the name of the receipt of one view at one backend."""
-        place = destination(*self._there(to))
-        return place if view == INTACT_VIEW else content_hash([place, view])
+    def _receipt_name(self, target: Target, view: str) -> str:
+        """Return the name of the receipt file for one view at one backend."""
+        name = destination(*self._backend_arguments(target))
+        return name if view == INTACT_VIEW else content_hash([name, view])
 
     def close(self) -> None:
-        """Release the backends, and cancel publishing that has not started."""
+        """Close the backends, and cancel publishing that has not started."""
         with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
         self._jobs.put(None)
         self.live.close()
-        for backend in self._open.values():
+        for backend in self._backends.values():
             backend.close()
 
 
 class Trial(LiveRun):
-    """The run that a W&B agent opened for this process, if there is one and W&B is tracked.
+    """The run that a W&B agent opened for this process, if any, and if W&B is tracked.
 
-    It is joined only when there is something to show, so that an unreachable server never stops a
-    measurement. `run` is the change that the trial requests.
+    The run is joined only when there are results to show, so that an unreachable server never stops
+    a measurement. `run` is the change that the trial requests.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
         agent = sweep_backend()
-        self.joins = agent is not None and any(target(text).backend == agent for text in track)
+        self.is_tracked = agent is not None and any(
+            parse_target(text).backend == agent for text in track
+        )
         self._run = run
         self._trial = open_trial(results)
-        self._busy = Lock()
+        self._lock = Lock()
 
     @override
     def begin(self, cell: CellRecord) -> None:
-        with self._busy:
+        with self._lock:
             self._trial.begin(cell, self._run)
 
     @override
     def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
-        with self._busy:
+        with self._lock:
             self._trial.update(figures)
 
     @override
-    def end(self, key: str, status: Ending) -> None:
-        pass  # `log` or `leave` does
+    def end(self, key: str, status: RunStatus) -> None:
+        pass  # `log` or `end_unmeasured` does
 
     @override
     def close(self) -> None:
-        pass  # `log` or `leave` does
+        pass  # `log` or `end_unmeasured` does
 
-    def log(self, cell: CellRecord, more: Mapping[str, float] = {}) -> None:
-        """Log the run that the trial requested, with additional figures, and end it.
-
-        TrackingError is raised if W&B refused or could not be reached.
-        """
-        if self.joins:
-            wanted = self._run
-            run = next(run for run in cell.runs if run.change == wanted)
-            self._done("log", cell, run, dict(more))
-
-    def leave(self, note: str, status: Ending = "finished") -> None:
-        """End the run without a measurement, with a note; `status` is its state in the sweep.
+    def log(self, cell: CellRecord, extra_figures: Mapping[str, float] = {}) -> None:
+        """Log the results that the trial requested, with additional figures, and end the run.
 
         TrackingError is raised if W&B refused or could not be reached.
         """
-        if self.joins:
-            self._done("end", note, status)
+        if self.is_tracked:
+            change = self._run
+            run = next(run for run in cell.runs if run.change == change)
+            self._end_run("log", cell, run, dict(extra_figures))
+
+    def end_unmeasured(self, note: str, status: RunStatus = "finished") -> None:
+        """End the run with a note and no measurement; `status` is the run's state in the sweep.
+
+        TrackingError is raised if W&B refused or could not be reached.
+        """
+        if self.is_tracked:
+            self._end_run("end", note, status)
 
     def fail(self, error: BaseException) -> None:
-        """End the run with an error as its note; errors of W&B itself are ignored."""
-        status: Ending = "failed" if isinstance(error, Exception) else "killed"
+        """End the run as failed, with an error as note; ignore errors of W&B itself."""
+        status: RunStatus = "failed" if isinstance(error, Exception) else "killed"
         with suppress(TrackingError):
-            self.leave(str(error) or type(error).__name__, status)
+            self.end_unmeasured(str(error) or type(error).__name__, status)
 
-    def _done(self, method: str, *arguments: object) -> None:
-        if self._busy.acquire(timeout=_PATIENCE):
-            self._busy.release()
+    def _end_run(self, method: str, *arguments: object) -> None:
+        if self._lock.acquire(timeout=_LIVE_TIMEOUT):
+            self._lock.release()
         else:
             self._trial.close()  # it does not respond: another process ends the run
-        with closing(self._trial), self._busy:
+        with closing(self._trial), self._lock:
             getattr(self._trial, method)(*arguments)
 
 
-def _told_apart(store: CellStore, record: CellRecord) -> CellRecord:
-    """Distinguish a record from others of its folder with the same name in a list of runs."""
-    alike = [record]
-    for one in store.siblings():
-        if one.views.path(record.view).exists():
-            about = {name: getattr(one.identity, name) for name in ("key", "model", "benchmark")}
-            about["measured"] = measured_last(one.abouts()) or None
-            alike.append(record.model_copy(update=about))
-    model, more = row_labels(alike, documents=False)[0]
-    words = (model.removeprefix(record.model.name).removeprefix(" · "), more)
-    return record.model_copy(update={"apart": " · ".join(filter(None, words))})
+def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
+    """Mark a record whose name in lists of runs equals that of another record of the folder."""
+    records = [record]
+    for sibling in store.siblings():
+        if sibling.views.path(record.view).exists():
+            identity = sibling.identity
+            fields = {name: getattr(identity, name) for name in ("key", "model", "benchmark")}
+            fields["measured"] = last_measured(sibling.all_metadata()) or None
+            records.append(record.model_copy(update=fields))
+    model, details = row_labels(records, documents=False)[0]
+    parts = (model.removeprefix(record.model.name).removeprefix(" · "), details)
+    return record.model_copy(update={"apart": " · ".join(filter(None, parts))})
 
 
-def _files(store: CellStore, record: CellRecord) -> list[Path]:
+def _record_files(store: CellStore, record: CellRecord) -> list[Path]:
     """List the files from which a record and its tables are derived."""
     view = store.views.path(record.view)
     return [store.folder / "cell.json", view, *store.shards(), *store.texts.files()]
 
 
-def sync(
-    ledger: Ledger, to: Sequence[str] | None, texts: bool = False, which: Which = "auto"
-) -> Synced:
-    """Publish every view that a place lacks, after querying the backends.
+def sync_ledger(
+    ledger: Ledger,
+    addresses: Sequence[str] | None,
+    publish_texts: bool = False,
+    run_selection: RunSelection = "auto",
+) -> SyncResult:
+    """Publish all views of a results folder that backends lack, after querying the backends.
 
-    Each of `to` is `BACKEND` or `BACKEND:PROJECT`; the default project is that of the measurement.
-    None = every place of earlier publishing, and the default backend if there is none or if the
-    environment names a server. `texts` and `which` are as for a `Publisher`.
+    Each of `addresses` is `BACKEND` or `BACKEND:PROJECT`; the default project is that of the
+    measurement.
+    None = every place of earlier publishing; also the default backend if there is no such place, or
+    if the environment names a server. `publish_texts` and `run_selection` are as in `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
-    named = any(service(target(text).backend).server() for text in default_targets())
-    begun = [f"not published yet: {cell.folder}: {why}" for cell, why in contents.unfinished]
-    synced = Synced(failed=contents.damaged, notes=begun)
+    has_server = any(service(parse_target(text).backend).server() for text in default_targets())
+    notes = [f"not published yet: {cell.folder}: {advice}" for cell, advice in contents.unfinished]
+    synced = SyncResult(failed=contents.damaged, notes=notes)
     publishers: dict[tuple[str, bool], Publisher] = {}
-    for record, store, asked in every_record(contents):
-        anew = to is not None or named or not places_of(store, record, ledger.root)
-        targets = (default_targets() if to is None else to) if anew else ()
-        publisher = publishers.get((asked.project, anew))
-        if publisher is None:
-            publisher = Publisher(
-                targets, asked.project, ledger.root, texts, others=to is None, which=which
+    for record, store, request in derive_records(contents):
+        is_published = bool(published_targets(store, record, ledger.root))
+        has_targets = addresses is not None or has_server or not is_published
+        targets = default_targets() if addresses is None else addresses
+        key = request.project, has_targets
+        if key not in publishers:
+            publishers[key] = Publisher(
+                targets if has_targets else (),
+                request.project,
+                ledger.root,
+                publish_texts,
+                update_others=addresses is None,
+                run_selection=run_selection,
             )
-            publishers[asked.project, anew] = publisher
+        publisher = publishers[key]
         outcome = publisher.publish(store, record)
-        synced.locations.update(outcome.places)
-        for place, done in outcome.done.items():
-            synced.places.setdefault(place, []).append(done)
+        synced.locations.update(outcome.locations)
+        for title, published in outcome.published.items():
+            synced.places.setdefault(title, []).append(published)
         synced.notes += [f"{record.title}: {note}" for note in outcome.notes]
-        if outcome.failed:
-            synced.failed[record.title] = outcome.failed
+        if outcome.error:
+            synced.failed[record.title] = outcome.error
         else:
             synced.published.append(record.title)
     for publisher in publishers.values():
@@ -449,7 +476,7 @@ def sync(
     return synced
 
 
-def _typed(to: Target) -> str:
+def _target_text(target: Target) -> str:
     """Return a target in the form in which users type it."""
-    server = f"{to.server}/" if to.server else ""
-    return f"{to.backend}:{server}{to.project}" if to.project else to.backend
+    server = f"{target.server}/" if target.server else ""
+    return f"{target.backend}:{server}{target.project}" if target.project else target.backend

@@ -11,138 +11,173 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from tracker.analysis.boards import part_boards
-from tracker.analysis.claims import claims
+from tracker.analysis.claims import decide_claims
 from tracker.analysis.comparable import named_models
-from tracker.analysis.decisions import decisions
-from tracker.core.decision_records import PRIVATE, DecisionsRecord
+from tracker.analysis.decisions import derive_decisions
+from tracker.core.decision_records import PRIVATE_TEXTS, DecisionsRecord
 from tracker.core.errors import RequestError, TrackerError
-from tracker.core.records import CellRecord, Place
-from tracker.core.text import as_markdown, masked
+from tracker.core.records import CellRecord, RecordKey
+from tracker.core.text import escape_markdown, mask_secrets
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import every_record
-from tracker.report.export import FORMATS, board_data, export, figures
+from tracker.measuring.derive import derive_records
+from tracker.report.export import REPORT_FORMATS, board_data, export_report, report_figures
 from tracker.report.frames import document_frames
 from tracker.report.page.html import render_report
-from tracker.report.page.studies import standing_alone
+from tracker.report.page.studies import exclude_search_cells
 from tracker.report.wording import model_answer, rule, summary
-from tracker.team.collect import Collected
+from tracker.team.collect import CollectedCells
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import Page, Target
-from tracker.tracking.figures import logged
+from tracker.tracking.figures import logged_table
 
-_CHARTS = 60
-"""Maximum number of charts of a report in a tracking backend."""
+_MAX_CHARTS = 60
+"""Maximum number of charts in a report that is published to a tracking backend."""
 
 
 def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
-    """Write the report page of a results folder, over the cells with measured documents.
+    """Write the report page of a results folder, about all cells with measured documents.
 
-    Returns its path, and files of the folder that cannot be shown → what to do.
+    Returns the path of the page, and advice for each file of the folder that cannot be shown.
     """
     contents = ledger.contents()
-    collected = Collected(
+    collected = CollectedCells(
         experiments=contents.experiments,
         failed=contents.damaged,
         findings=tuple(contents.findings),
-        searched=contents.searched,
+        searched=contents.search_keys,
     )
-    for record, store, asked in every_record(contents):
+    for record, store, view_request in derive_records(contents):
         if record.n:
             collected.cells += (record,)
-            collected.origins[record.place] = store, asked.view
-    return _page(collected, ledger.root / "report.html", collected.decisions()), collected.failed
+            collected.origins[record.record_key] = store, view_request.view
+    return _write_page(
+        collected, ledger.root / "report.html", collected.derive_decisions()
+    ), collected.failed
 
 
-def write(collected: Collected, form: str, path: Path) -> list[Path]:
-    """Write a report to a file or a folder; `form` is `html` or a key of `FORMATS`.
+def write_collected(collected: CollectedCells, report_format: str, path: Path) -> list[Path]:
+    """Write a report to a file or a folder; `report_format` is `html` or a key of `FORMATS`.
 
     RequestError is raised for an unknown form, WorkError if the disk is full or not writable.
     """
-    if form == "html":
-        return [_page(collected, path, collected.decisions())]
-    if form not in FORMATS:
-        raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
-    if form in ("csv", "parquet"):
-        return export(
-            collected.cells, form, path, {"documents": _documents(collected)}, collected.findings
+    if report_format == "html":
+        return [_write_page(collected, path, collected.derive_decisions())]
+    if report_format not in REPORT_FORMATS:
+        raise RequestError(
+            f"there is no format {report_format!r}; use one of: html, {', '.join(REPORT_FORMATS)}"
         )
-    alone = standing_alone(collected.cells, collected.findings, collected.searched)
-    return export(alone, form, path, {}, collected.findings)
+    if report_format in ("csv", "parquet"):
+        return export_report(
+            collected.cells,
+            report_format,
+            path,
+            {"documents": _document_frames(collected)},
+            collected.findings,
+        )
+    shown_cells = exclude_search_cells(collected.cells, collected.findings, collected.searched)
+    return export_report(shown_cells, report_format, path, {}, collected.findings)
 
 
-def _page(collected: Collected, path: Path, decided: Mapping[Place, DecisionsRecord]) -> Path:
+def _write_page(
+    collected: CollectedCells, path: Path, decisions: Mapping[RecordKey, DecisionsRecord]
+) -> Path:
     return render_report(
-        *(collected.cells, collected.experiments, path, decided, collected.findings),
-        searches=collected.searched,
+        *(collected.cells, collected.experiments, path, decisions, collected.findings),
+        search_cells=collected.searched,
     )
 
 
-def _documents(collected: Collected, private: bool = True) -> Iterator[pd.DataFrame]:
-    """Yield data frames of documents that runs lose or win, with `private` texts or without."""
-    origins = ((cell, collected.origins.get(cell.place)) for cell in collected.cells)
-    decided = ((cell, decisions(*origin)) for cell, origin in origins if origin)
-    return document_frames(((cell, each) for cell, each in decided if each), private)
+def _document_frames(
+    collected: CollectedCells, with_private: bool = True
+) -> Iterator[pd.DataFrame]:
+    """Yield data frames of documents that runs lose or win; private texts are optional."""
+    origins = ((cell, collected.origins.get(cell.record_key)) for cell in collected.cells)
+    cell_decisions = ((cell, derive_decisions(*origin)) for cell, origin in origins if origin)
+    return document_frames(
+        ((cell, decisions) for cell, decisions in cell_decisions if decisions), with_private
+    )
 
 
-def publish(
-    collected: Collected, targets: Sequence[str], results: Path, private: bool = False
+def publish_report(
+    collected: CollectedCells, targets: Sequence[str], results: Path, with_private: bool = False
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Publish the page with tables and charts as a run of its own in each `BACKEND:PROJECT`.
+    """Publish the report with tables and charts as a separate run to each `BACKEND:PROJECT`.
 
-    With `private`, texts of documents that are not from the hub or a package are included.
-    Returns target → location, target → error, and messages about texts. RequestError is raised for
-    an invalid target.
+    `with_private` includes texts of documents that are not from the hub or a package. Returns the
+    report's location at each target, the errors by target, and messages about texts. RequestError
+    is raised for an invalid target.
     """
-    decided = collected.decisions() if targets else {}
-    withheld = [key for key, record in decided.items() if not (record.public or private)]
-    decided |= {key: decided[key].without_texts() for key in withheld}
-    notes = tuple(f"{cell.title}: {PRIVATE}" for cell in collected.cells if cell.place in withheld)
+    decisions = collected.derive_decisions() if targets else {}
+    withheld_keys = [
+        key for key, record in decisions.items() if not (record.public or with_private)
+    ]
+    decisions |= {key: decisions[key].without_texts() for key in withheld_keys}
+    notes = tuple(
+        f"{cell.title}: {PRIVATE_TEXTS}"
+        for cell in collected.cells
+        if cell.record_key in withheld_keys
+    )
     locations: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for text, to in [(text, _target(text, collected.projects)) for text in targets]:
-        backend = open_backend(to.backend, to.project or "", results, to.server)
+    errors: dict[str, str] = {}
+    for target_text, report_target in [
+        (target_text, _read_target(target_text, collected.projects)) for target_text in targets
+    ]:
+        backend = open_backend(
+            report_target.backend, report_target.project or "", results, report_target.server
+        )
         with closing(backend), TemporaryDirectory() as folder:
             try:
-                page = _published_page(collected, decided, private, Path(folder))
-                locations[masked(text)] = backend.add_page(page)
+                page = _build_page(collected, decisions, with_private, Path(folder))
+                locations[mask_secrets(target_text)] = backend.add_page(page)
             except TrackerError as error:
-                failed[masked(text)] = masked(str(error))
-    return locations, failed, notes
+                errors[mask_secrets(target_text)] = mask_secrets(str(error))
+    return locations, errors, notes
 
 
-def _published_page(
-    collected: Collected, decided: Mapping[Place, DecisionsRecord], private: bool, folder: Path
+def _build_page(
+    collected: CollectedCells,
+    decisions: Mapping[RecordKey, DecisionsRecord],
+    with_private: bool,
+    folder: Path,
 ) -> Page:
     """Write a report's files to a folder, and build its tables, charts and summary."""
-    more = {"documents": _documents(collected, private)}
-    page = _page(collected, folder / "report.html", decided)
-    files = [page, *export(collected.cells, "parquet", folder, more, collected.findings)]
-    alone = standing_alone(collected.cells, collected.findings, collected.searched)
+    extra_frames = {"documents": _document_frames(collected, with_private)}
+    page = _write_page(collected, folder / "report.html", decisions)
+    files = [
+        page,
+        *export_report(collected.cells, "parquet", folder, extra_frames, collected.findings),
+    ]
+    shown_cells = exclude_search_cells(collected.cells, collected.findings, collected.searched)
     return Page(
         files=files,
-        tables={name: logged(made) for name, made in board_data(collected.cells).items()},
+        tables={name: logged_table(table) for name, table in board_data(collected.cells).items()},
         cells=collected.cells,
-        text=f"{summary(alone)}\n\n{board_text(collected.cells)}",
-        charts=dict(list(figures(alone, collected.findings).items())[:_CHARTS]),
+        text=f"{summary(shown_cells)}\n\n{board_text(collected.cells)}",
+        charts=dict(list(report_figures(shown_cells, collected.findings).items())[:_MAX_CHARTS]),
     )
 
 
 def board_text(cells: Sequence[CellRecord]) -> str:
-    """Write the answer for each model, and how to read the leaderboards, in Markdown."""
+    """Write the answer for each model, and a guide to the leaderboards, in Markdown."""
     answers = (
-        f"**{as_markdown(model)}**: "
-        + as_markdown(model_answer(claims(group), part_boards(group), group))
-        for model, group in named_models(cells).items()
+        f"**{escape_markdown(model)}**: "
+        + escape_markdown(
+            model_answer(decide_claims(model_cells), part_boards(model_cells), model_cells)
+        )
+        for model, model_cells in named_models(cells).items()
     )
     return "\n\n".join((*answers, rule("layers"), rule("models"), rule("intervals")))
 
 
-def _target(text: str, projects: Collection[str]) -> Target:
-    """Read a target; the default project is that of the results."""
-    to = target(text, "reports")
-    if to.project is None and len(projects) != 1:
-        several = f", and the results are of {', '.join(sorted(projects))}" if projects else ""
-        raise RequestError(
-            f"{masked(text)!r} names no project{several}; write {masked(text)}:PROJECT"
+def _read_target(text: str, projects: Collection[str]) -> Target:
+    """Read a target from text; the default project is the project of the results."""
+    report_target = target(text, "reports")
+    if report_target.project is None and len(projects) != 1:
+        projects_text = (
+            f", and the results are of {', '.join(sorted(projects))}" if projects else ""
         )
-    return replace(to, project=to.project or next(iter(projects)))
+        raise RequestError(
+            f"{mask_secrets(text)!r} names no project{projects_text}; "
+            f"write {mask_secrets(text)}:PROJECT"
+        )
+    return replace(report_target, project=report_target.project or next(iter(projects)))

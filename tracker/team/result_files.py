@@ -1,4 +1,4 @@
-"""Write lm-eval's result files of a results folder: for the intact and every ablated model."""
+"""Write lm-eval's result files for the intact and each ablated model of a results folder."""
 
 from __future__ import annotations
 
@@ -11,97 +11,101 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tracker.benchmarks.corpus import is_corpus
+from tracker.benchmarks.corpus import names_corpus
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import CellRequest, ModelSpec, cell_request
 from tracker.core.distribution import __version__
 from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
 from tracker.core.extent import DEFAULT_SEED, Extent
-from tracker.core.fields import decoded
-from tracker.core.grouping import grouped
+from tracker.core.fields import decode_arguments
+from tracker.core.grouping import group_by
 from tracker.core.identities import ModelIdentity
-from tracker.core.provenance import united
+from tracker.core.provenance import merge_provenances
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import cell_key
-from tracker.measuring.progress import Progress, telling
+from tracker.measuring.progress import Progress, report_work
 from tracker.models.sources import find_model
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.benchmarks.results import Evaluated, Judged
+    from tracker.benchmarks.results import EvaluatedModel, JudgedAnswers
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
 
-def started(parts: Sequence[CellPart]) -> float | None:
-    """Return the time of the first outcomes, in seconds since 1970; None if unknown."""
+def first_outcome_time(parts: Sequence[CellPart]) -> float | None:
+    """Return the time of a cell's first outcomes, in seconds since 1970; None if unknown."""
     names = ["task", "doc"]
-    shards = [part.store.shard(path, names) for part in parts for path in part.store.shards()]
-    times = [shard.about.get("measured") for shard in shards if shard is not None]
-    return min((datetime.fromisoformat(at).timestamp() for at in times if at), default=None)
+    shards = [part.store.load_shard(path, names) for part in parts for path in part.store.shards()]
+    times = [shard.metadata.get("measured") for shard in shards if shard is not None]
+    return min((datetime.fromisoformat(text).timestamp() for text in times if text), default=None)
 
 
-def evaluated(
+def describe_model(
     parts: Sequence[CellPart],
     ablation: Ablation,
     rows: Sequence[Mapping[Any, Any]],
-    started: float | None,
-) -> Evaluated:
-    """Build lm-eval's description of an ablated model; unknown values are None."""
-    from tracker.benchmarks.results import BOOTSTRAP_ITERS, Evaluated
+    start_time: float | None,
+) -> EvaluatedModel:
+    """Build the description of an ablated model for lm-eval's results; unknown values are None."""
+    from tracker.benchmarks.results import BOOTSTRAP_ITERS, EvaluatedModel
 
     identities = [part.store.identity for part in parts]
     model = identities[0].model
     extent = parts[0].extent
-    said = identities[0].benchmark.settings
-    thinking = {n: v for n, v in said.items() if n in ("enable_thinking", "think_end_token")}
-    changed = changed_args(ablation)
-    args = model_args(model) | thinking
-    if changed:  # readers take `pretrained` for the model's id; without it they take the name
-        args = {"base": args.pop("pretrained"), **args, **changed}
-    stack = united([json.loads(one) for one in sorted({row[PROVENANCE] for row in rows})])
+    settings = identities[0].benchmark.settings
+    thinking_args = {
+        n: v for n, v in settings.items() if n in ("enable_thinking", "think_end_token")
+    }
+    change_args = ablation_args(ablation)
+    args = model_args(model) | thinking_args
+    if change_args:  # readers take `pretrained` for the model's id; without it they take the name
+        args = {"base": args.pop("pretrained"), **args, **change_args}
+    provenance = merge_provenances(
+        [json.loads(text) for text in sorted({row[PROVENANCE_COLUMN] for row in rows})]
+    )
     config: dict[str, Any] = {
         "model_num_parameters": model.parameters if ablation == INTACT else None,
         "model_dtype": f"torch.{model.dtype}",
-        "model_revision": None if changed else model.revision,
-        "model_sha": None if changed else model.revision,
+        "model_revision": None if change_args else model.revision,
+        "model_sha": None if change_args else model.revision,
         **dict.fromkeys(("batch_size", "use_cache", "random_seed", "numpy_seed", "torch_seed")),
         "batch_sizes": [],
-        "device": stack.get("device"),
+        "device": provenance.get("device"),
         "limit": extent.limit,
         "bootstrap_iters": BOOTSTRAP_ITERS,
-        "gen_kwargs": decoded(said.get("gen_kwargs")) or None,
+        "gen_kwargs": decode_arguments(settings.get("gen_kwargs")) or None,
         "fewshot_seed": next((i.benchmark.seed for i in identities if i.benchmark.seed), None),
         "tracker": {
             "version": __version__,
             "ablation": ablation.name,
             "cells": {identity.benchmark.name: identity.key for identity in identities},
-            "settings": said,
+            "settings": settings,
             "sample": extent.sample,
             "sample_seed": None if extent.sample is None else extent.seed,
-            "provenance": stack,
+            "provenance": provenance,
         },
     }
     versions = {
         **dict.fromkeys(("git_hash", "pretty_env_info", "upper_git_hash")),
-        "date": started,
-        "transformers_version": stack.get("transformers"),
-        "lm_eval_version": stack.get("lm-eval"),
+        "date": start_time,
+        "transformers_version": provenance.get("transformers"),
+        "lm_eval_version": provenance.get("lm-eval"),
     }
-    return Evaluated(
-        name=",".join((model.arguments.get("peft", model.source), *_typed(changed))),
-        model_args=",".join(_typed(args)),
-        system_instruction=said.get("system_instruction"),
-        fewshot_as_multiturn=said.get("fewshot_as_multiturn") != "false",
+    return EvaluatedModel(
+        name=",".join((model.arguments.get("peft", model.source), *_format_args(change_args))),
+        model_args=",".join(_format_args(args)),
+        system_instruction=settings.get("system_instruction"),
+        fewshot_as_multiturn=settings.get("fewshot_as_multiturn") != "false",
         config=config,
         versions=versions,
     )
 
 
 def model_args(model: ModelIdentity) -> dict[str, str]:
-    """Return the arguments of `lm_eval --model_args` for the measured weights."""
+    """Return the `--model_args` with which lm-eval loads the measured weights."""
     args = {"pretrained": model.source}
     if model.source.endswith(".gguf"):
         path = Path(model.source)
@@ -111,8 +115,8 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
     return {**args, "dtype": model.dtype, **model.arguments}
 
 
-def changed_args(ablation: Ablation) -> dict[str, str]:
-    """Return the arguments that describe an ablation, one per kind of change, without commas.
+def ablation_args(ablation: Ablation) -> dict[str, str]:
+    """Return arguments that describe an ablation, one per kind of change, without commas.
 
     Different ablations have different arguments.
     """
@@ -123,18 +127,18 @@ def changed_args(ablation: Ablation) -> dict[str, str]:
             for component in ("attention", "mlp", "shared_expert")
             for layer in ablation.removed(component)
         ),
-        *((f"{change.intervention}_layers", change.layer) for change in ablation.replaced),
+        *((f"{change.intervention}_layers", change.layer) for change in ablation.replacements),
         *((f"removed_{change.component}", change.target) for change in ablation.parts),
-        *((f"{change.intervention}_weights", change.target) for change in ablation.rounded),
+        *((f"{change.intervention}_weights", change.target) for change in ablation.roundings),
     ]
-    for span in ablation.repeated:
-        times = "" if span.repeats == 2 else f"x{span.repeats}"
-        changes.append(("repeated_layers", span.target + times))
-    values = grouped(changes, lambda change: change[0])
+    for span in ablation.repetitions:
+        suffix = "" if span.repeats == 2 else f"x{span.repeats}"
+        changes.append(("repeated_layers", span.target + suffix))
+    values = group_by(changes, lambda change: change[0])
     return {name: "+".join(str(value) for _, value in pairs) for name, pairs in values.items()}
 
 
-def _typed(args: dict[str, str]) -> list[str]:
+def _format_args(args: dict[str, str]) -> list[str]:
     return [f"{name}={value}" for name, value in args.items()]
 
 
@@ -154,47 +158,59 @@ class CellPart:
         return f"{model} · {benchmark.title} · {benchmark.num_fewshot}-shot"
 
     @property
-    def together(self) -> str:
+    def call_key(self) -> str:
         """The key of parts that one lm-eval call can evaluate: model, settings and documents."""
         identity = self.store.identity
-        own = {"name", "tasks", "num_fewshot", "primary_metric", "weight_by_size", "found_by"}
-        settings = identity.benchmark.model_dump(mode="json", exclude=own)
+        own_fields = {
+            "name",
+            "tasks",
+            "num_fewshot",
+            "primary_metric",
+            "weight_by_size",
+            "found_by",
+        }
+        settings = identity.benchmark.model_dump(mode="json", exclude=own_fields)
         settings["seed"] = settings["seed"] or DEFAULT_SEED  # any seed, if nothing is drawn
         model = identity.model.model_dump(mode="json")
         return json.dumps([model, settings, self.extent.model_dump()], sort_keys=True)
 
     @property
     def tasks(self) -> set[str]:
-        """The tasks of its benchmark."""
+        """The tasks of the cell's benchmark."""
         return {task.name for task in self.store.identity.benchmark.tasks}
 
-    def outcomes(self) -> dict[Ablation, pd.DataFrame]:
-        """Read the measured outcomes of the requested ablations: ablation → rows of documents."""
+    def read_outcomes(self) -> dict[Ablation, pd.DataFrame]:
+        """Read the measured outcomes of the requested ablations: rows of documents by ablation."""
         frame = self.store.read_documents(self.extent)
-        found = dict(iter(frame.groupby("ablation"))) if len(frame) else {}
-        return {each: found[each.name] for each in self.ablations if each.name in found}
+        frames = dict(iter(frame.groupby("ablation"))) if len(frame) else {}
+        return {
+            ablation: frames[ablation.name]
+            for ablation in self.ablations
+            if ablation.name in frames
+        }
 
-    def lacks(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
-        """Yield a line about ablations with missing documents, for each number of documents."""
-        wanted = sum(self.store.counts(self.extent).values())
-        short: dict[int, list[str]] = {}
+    def missing_notes(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
+        """Yield lines about ablations with missing documents, grouped by the number measured."""
+        n_documents = sum(self.store.counts(self.extent).values())
+        names_by_count: dict[int, list[str]] = {}
         for ablation in self.ablations:
-            if (measured := len(outcomes.get(ablation, ()))) < wanted:
-                short.setdefault(measured, []).append(ablation.name)
-        for measured, names in short.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            kept = "their files hold these" if measured else "they have no files"
-            yield f"{self.title}: {measured} of {wanted} documents are measured of {shown}; {kept}"
+            if (n_measured := len(outcomes.get(ablation, ()))) < n_documents:
+                names_by_count.setdefault(n_measured, []).append(ablation.name)
+        for n_measured, names in names_by_count.items():
+            names_text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            remark = "their files hold these" if n_measured else "they have no files"
+            measured = f"{n_measured} of {n_documents} documents are measured of {names_text}"
+            yield f"{self.title}: {measured}; {remark}"
 
 
 @dataclass(frozen=True)
-class Written:
+class ResultFiles:
     """lm-eval's result files.
 
     Attributes:
-        files: The written files: for each model its results, then the samples of each task.
+        files: The written files: for each model, the results, then the samples of each task.
         notes: Remarks on missing outcomes, and on corpora, which are no lm-eval tasks.
-        failed: Cell or folder → error.
+        failed: The error for each cell or folder that could not be written.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -210,17 +226,17 @@ def write_result_files(
     layers: Collection[int],
     trust_remote_code: bool,
     progress: Progress,
-) -> Written:
-    """Write lm-eval's result files of a results folder; failures do not affect other files.
+) -> ResultFiles:
+    """Write lm-eval's result files of a results folder; a failure does not affect other files.
 
     Args:
         ledger: The results folder.
-        output: The output folder, which gets one folder per model, as `lm_eval --output_path`.
-        models: The models, by typed or short names; empty for all.
+        output: The output folder, which gets one folder per model, as with `lm_eval --output_path`.
+        models: The models, by names as typed or short names; empty for all.
         benchmarks: The benchmarks; empty for all.
         layers: The first layers of the removals; empty for all.
         trust_remote_code: True if code from a model's download may run for its chat template.
-        progress: Receives the number of written models.
+        progress: Receives the number of models whose files are written.
 
     Returns:
         The written files.
@@ -230,33 +246,37 @@ def write_result_files(
     """
     if output.exists() and not output.is_dir():
         raise RequestError(f"--output: {output} is a file; name a folder")
-    done = Written()
+    result = ResultFiles()
     parts: list[CellPart] = []
-    begun: set[int] = set()
-    for store in _chosen(ledger.cells(done.failed), models, benchmarks):
-        views = [asked.view for asked in store.views.asked(done.failed)]
-        begun.update(run.layer for view in views for run in view.runs if not run.is_end)
-        found = list(_parts(store, views, layers))
-        if found and is_corpus(store.identity.benchmark.name):
-            done.notes.append(f"{found[0].title}: a corpus is no task of lm-eval's; it is left out")
+    first_layers: set[int] = set()
+    for store in _select_stores(ledger.cells(result.failed), models, benchmarks):
+        views = [view_request.view for view_request in store.views.read_requested(result.failed)]
+        first_layers.update(run.layer for view in views for run in view.runs if not run.is_outer)
+        cell_parts = list(_cell_parts(store, views, layers))
+        if cell_parts and names_corpus(store.identity.benchmark.name):
+            result.notes.append(
+                f"{cell_parts[0].title}: a corpus is no task of lm-eval's; it is left out"
+            )
         else:
-            parts += found
-    if not parts and not done.notes:
+            parts += cell_parts
+    if not parts and not result.notes:
         raise RequestError("nothing of it is measured yet; tracker run EXPERIMENT.yaml")
-    if absent := set(layers) - begun:
+    if absent_layers := set(layers) - first_layers:
         raise RequestError(
-            f"--layer: no removal begins at layer {min(absent)}; there is: "
-            f"{', '.join(map(str, sorted(begun)))}"
+            f"--layer: no removal begins at layer {min(absent_layers)}; there is: "
+            f"{', '.join(map(str, sorted(first_layers)))}"
         )
-    calls = _calls(parts)
+    calls = _group_calls(parts)
     output.mkdir(parents=True, exist_ok=True)
-    with telling(progress, "writing", sum(len(_ablations(call)) for call in calls), "models"):
+    with report_work(
+        progress, "writing", sum(len(_call_ablations(call)) for call in calls), "models"
+    ):
         for call in calls:
-            _write_call(call, output, trust_remote_code, progress, done)
-    return done
+            _write_call(call, output, trust_remote_code, progress, result)
+    return result
 
 
-def _chosen(
+def _select_stores(
     stores: Sequence[CellStore], models: Collection[str], benchmarks: Collection[str]
 ) -> list[CellStore]:
     """Select the cells of some models and benchmarks; raise RequestError for unknown names."""
@@ -265,157 +285,176 @@ def _chosen(
             "there is no finished benchmark yet; tracker run EXPERIMENT.yaml begins one, or goes "
             "on with it"
         )
-    typed = {name for store in stores for name in _names(store)}
-    known = {store.identity.benchmark.name for store in stores}
-    for what, asked, there in (("model", models, typed), ("benchmark", benchmarks, known)):
-        for name in asked:
-            if name not in there:
+    model_names = {name for store in stores for name in _model_names(store)}
+    benchmark_names = {store.identity.benchmark.name for store in stores}
+    for option, names, known_names in (
+        ("model", models, model_names),
+        ("benchmark", benchmarks, benchmark_names),
+    ):
+        for name in names:
+            if name not in known_names:
                 raise RequestError(
-                    f"--{what}: nothing of {name!r} is measured.{did_you_mean(name, there)} "
-                    f"There is: {', '.join(sorted(there))}"
+                    f"--{option}: nothing of {name!r} is measured."
+                    f"{did_you_mean(name, known_names)} There is: {', '.join(sorted(known_names))}"
                 )
-    chosen = [
+    selected_stores = [
         store
         for store in stores
-        if _names(store) & set(models or typed)
-        and store.identity.benchmark.name in (benchmarks or known)
+        if _model_names(store) & set(models or model_names)
+        and store.identity.benchmark.name in (benchmarks or benchmark_names)
     ]
-    if not chosen:
+    if not selected_stores:
         raise RequestError("none of these benchmarks is measured for these models; tracker ls")
-    return chosen
+    return selected_stores
 
 
-def _names(store: CellStore) -> set[str]:
-    """Return the names of a cell's model: its short name, and the typed one."""
+def _model_names(store: CellStore) -> set[str]:
+    """Return the names of a cell's model: the short name, and the name that the user typed."""
     return {store.identity.model.name, store.identity.model.source}
 
 
-def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> Iterator[CellPart]:
-    """Yield a cell's parts: its views grouped by their documents."""
+def _cell_parts(
+    store: CellStore, views: Sequence[View], layers: Collection[int]
+) -> Iterator[CellPart]:
+    """Yield a cell's parts: groups of views with the same documents."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
-            wanted = [run for run in view.runs if not layers or run.first in layers]
-            ablations.append(Ablation.of(removed=view.removed))
-            ablations += [Ablation.of(run, removed=view.removed) for run in wanted]
+            view_runs = [run for run in view.runs if not layers or run.first_layer in layers]
+            ablations.append(Ablation.from_changes(removed=view.removed))
+            ablations += [Ablation.from_changes(run, removed=view.removed) for run in view_runs]
         yield CellPart(store, extent, tuple(dict.fromkeys(ablations)))
 
 
-def _calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Group parts that one lm-eval call could evaluate; no group has a task twice."""
+def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
+    """Group the parts that one lm-eval call could evaluate; no group has a task twice."""
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
-        alike = calls.setdefault(part.together, [])
-        free = (call for call in alike if not any(part.tasks & other.tasks for other in call))
-        if (call := next(free, None)) is None:
-            alike.append(call := [])
+        same_calls = calls.setdefault(part.call_key, [])
+        free_calls = (
+            call
+            for call in same_calls
+            if not any(part.tasks & other_part.tasks for other_part in call)
+        )
+        if (call := next(free_calls, None)) is None:
+            same_calls.append(call := [])
         call.append(part)
-    return [call for alike in calls.values() for call in alike]
+    return [call for same_calls in calls.values() for call in same_calls]
 
 
-def _ablations(call: Sequence[CellPart]) -> list[Ablation]:
+def _call_ablations(call: Sequence[CellPart]) -> list[Ablation]:
     return list(dict.fromkeys(ablation for part in call for ablation in part.ablations))
 
 
 def _write_call(
-    call: Sequence[CellPart], output: Path, trust: bool, progress: Progress, done: Written
+    call: Sequence[CellPart],
+    output: Path,
+    trust_remote_code: bool,
+    progress: Progress,
+    result: ResultFiles,
 ) -> None:
-    """Write the files of every model of one call."""
-    from tracker.benchmarks.results import Questions
+    """Write the result files of all models of one lm-eval call."""
+    from tracker.benchmarks.results import ResultFileWriter
 
     parts: dict[CellPart, LmEvalBenchmark] = {}
     for part in call:
         try:
-            parts[part] = _open(part.store)
+            parts[part] = _open_benchmark(part.store)
         except TrackerError as error:
-            done.failed[part.title] = str(error)
-    ablations = _ablations(call)
-    left = len(ablations)
+            result.failed[part.title] = str(error)
+    ablations = _call_ablations(call)
+    n_left = len(ablations)
     try:
         if not parts:
             return
         first = next(iter(parts))
-        questions = Questions([*parts.values()], first.extent, _encoder(first.store, trust))
-        outcomes = {part: part.outcomes() for part in parts}
-        done.notes.extend(note for part in parts for note in part.lacks(outcomes[part]))
-        since = started([*parts])
+        questions = ResultFileWriter(
+            [*parts.values()], first.extent, _build_encoder(first.store, trust_remote_code)
+        )
+        outcomes = {part: part.read_outcomes() for part in parts}
+        result.notes.extend(note for part in parts for note in part.missing_notes(outcomes[part]))
+        start_time = first_outcome_time([*parts])
         for ablation in ablations:
-            frames = [each[ablation] for each in outcomes.values() if ablation in each]
+            frames = [
+                part_frames[ablation]
+                for part_frames in outcomes.values()
+                if ablation in part_frames
+            ]
             rows = [row for frame in frames for row in frame.to_dict("records")]
             if rows:
-                model = evaluated([*parts], ablation, rows, since)
-                done.files.extend(questions.write(model, _known(rows), output))
-            left -= 1
+                model = describe_model([*parts], ablation, rows, start_time)
+                result.files.extend(questions.write(model, _judged_documents(rows), output))
+            n_left -= 1
             progress.advance(1)
     except TrackerError as error:
-        done.failed[", ".join(part.title for part in parts)] = str(error)
+        result.failed[", ".join(part.title for part in parts)] = str(error)
     finally:
-        progress.advance(left)
+        progress.advance(n_left)
 
 
-def _open(store: CellStore) -> LmEvalBenchmark:
-    """Open the benchmark of a cell; raise BenchmarkError if it has changed since measuring."""
+def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
+    """Open a cell's benchmark; raise BenchmarkError if it has changed since the measurement."""
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     identity = store.identity
-    found = LmEvalBenchmark(_request(store))
-    if cell_key(identity.model, found.identity) != identity.key:
+    benchmark = LmEvalBenchmark(_rebuild_request(store))
+    if cell_key(identity.model, benchmark.identity) != identity.key:
         raise BenchmarkError(
             f"{identity.benchmark.name} is not what was measured: its documents in "
             f"{identity.benchmark.data}, or the task in the installed lm-eval, have changed. Go "
             "back to those, or measure it again"
         )
-    return found
+    return benchmark
 
 
-def _request(store: CellStore) -> CellRequest:
+def _rebuild_request(store: CellStore) -> CellRequest:
     """Rebuild the request of a measured cell, without layers."""
     identity = store.identity
-    asked = identity.benchmark
+    benchmark = identity.benchmark
     settings: dict[str, Any] = {
         "model": identity.model.source,
-        "benchmark": asked.name,
+        "benchmark": benchmark.name,
         "layers": (),
-        "seed": DEFAULT_SEED if asked.seed is None else asked.seed,
-        "num_fewshot": asked.num_fewshot,
-        "apply_chat_template": asked.apply_chat_template,
-        "data": asked.data,
-        **{name: _SAID.get(value, value) for name, value in asked.settings.items()},
-        **asked.found_by,
+        "seed": DEFAULT_SEED if benchmark.seed is None else benchmark.seed,
+        "num_fewshot": benchmark.num_fewshot,
+        "apply_chat_template": benchmark.apply_chat_template,
+        "data": benchmark.data,
+        **{name: _BOOLEANS.get(value, value) for name, value in benchmark.settings.items()},
+        **benchmark.found_by,
     }
     return cell_request(**settings)
 
 
-_SAID = {"true": True, "false": False}
+_BOOLEANS = {"true": True, "false": False}
 
 
-def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
-    """Build the encoder that applies the chat template, without weights; None if not needed."""
+def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder | None:
+    """Build an encoder without weights that applies the chat template; None if not needed."""
     if not store.identity.benchmark.apply_chat_template:
         return None
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.models.load import weightless
+    from tracker.models.load import build_for_planning
 
     model = store.identity.model
     # Of the loading arguments, only the subfolder affects the tokenizer.
-    inside = {n: v for n, v in model.arguments.items() if n == "subfolder"}
-    arguments = json.dumps(inside) if inside else None
-    spec = ModelSpec(model=model.source, revision=model.revision, model_args=arguments)
-    model_and_tokenizer = weightless(find_model(spec, trust), "auto")
-    return RequestEncoder(*model_and_tokenizer, _request(store).benchmark)
+    tokenizer_args = {n: v for n, v in model.arguments.items() if n == "subfolder"}
+    arguments_text = json.dumps(tokenizer_args) if tokenizer_args else None
+    spec = ModelSpec(model=model.source, revision=model.revision, model_args=arguments_text)
+    model_and_tokenizer = build_for_planning(find_model(spec, trust_remote_code), "auto")
+    return RequestEncoder(*model_and_tokenizer, _rebuild_request(store).benchmark)
 
 
-def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Judged]:
-    """Convert outcomes of one model to lm-eval's form: document → judged responses."""
-    from tracker.benchmarks.results import Judged
+def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
+    """Convert one model's outcomes to lm-eval's form: the judged responses of each document."""
+    from tracker.benchmarks.results import JudgedAnswers
 
-    known = {}
+    judged_documents = {}
     for row in rows:
         metrics = {
-            name.removeprefix(METRIC): None if pd.isna(value) else value
+            name.removeprefix(METRIC_PREFIX): None if pd.isna(value) else value
             for name, value in row.items()
-            if name.startswith(METRIC)
+            if name.startswith(METRIC_PREFIX)
         }
-        judged = Judged(row["loglikelihoods"], row["greedy"], row.get("text"), metrics)
-        known[row["task"], int(row["doc"])] = judged
-    return known
+        judged = JudgedAnswers(row["loglikelihoods"], row["greedy"], row.get("text"), metrics)
+        judged_documents[row["task"], int(row["doc"])] = judged
+    return judged_documents

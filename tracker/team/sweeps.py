@@ -10,31 +10,31 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tracker.core.config import KEYS, CellRequest, Changes, run_request
+from tracker.core.config import FIELDS_BY_KEY, CellRequest, Changes, run_request
 from tracker.core.errors import ResultsError, TrackerError
 from tracker.core.experiment import Experiment
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import record_of
-from tracker.measuring.prepare import asked_before, look_up
+from tracker.measuring.derive import derive_record
+from tracker.measuring.prepare import find_cell, find_earlier_request
 from tracker.tracking import in_sweep, open_sweep
 from tracker.tracking.base import SweepTrial
 
-_OF_A_GRID = ("method", "parameters", "run_cap")
-_UNFINISHED = ("crashed", "failed", "killed", "preempted")
-"""States of a run that no agent continues."""
+_GRID_KEYS = ("method", "parameters", "run_cap")
+_UNFINISHED_STATES = ("crashed", "failed", "killed", "preempted")
+"""States of unfinished runs that no agent continues."""
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class SweepFilled:
+class SweepResult:
     """Result of completing a sweep's killed and failed trials.
 
     Attributes:
-        unfinished: Number of such trials.
+        unfinished: Number of killed and failed trials.
         filled: Trials that are finished now.
-        wanting: Trial → reason why it must still be measured.
-        failed: Trial → reason why W&B did not accept its results.
+        wanting: For each trial still to be measured, the reason.
+        failed: For each trial whose results W&B did not accept, the reason.
     """
 
     unfinished: int = 0
@@ -44,68 +44,72 @@ class SweepFilled:
 
 
 def trial_request(settings: dict[str, Any]) -> CellRequest:
-    """Build a trial's request from its settings; raise RequestError if they are invalid."""
-    return run_request({key: settings[key] for key in KEYS if key in settings})
+    """Build a trial's request from the trial's settings; raise RequestError if invalid."""
+    return run_request({key: settings[key] for key in FIELDS_BY_KEY if key in settings})
 
 
-def asked_of_cell(request: CellRequest, results: Path) -> CellRequest | None:
-    """Find the cell of a trial in the grid of this process's sweep.
+def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
+    """Find the cell that contains a trial in the grid of this process's sweep.
 
-    Returns None outside a sweep, and if its grid cannot be read or does not contain the trial.
+    Returns None outside a sweep, or if the grid cannot be read or does not contain the trial.
     """
     if not in_sweep():
         return None
     try:
         with closing(open_sweep("", results)) as sweep:
             config = sweep.config()
-        known = {name: config[name] for name in _OF_A_GRID if name in config}
-        cells = Experiment.model_validate(known).cells()
+        grid = {name: config[name] for name in _GRID_KEYS if name in config}
+        cells = Experiment.model_validate(grid).cells()
     except (TrackerError, ValidationError):
         log.debug("the sweep could not be read", exc_info=True)
         return None
 
-    def of_any_run(cell: CellRequest) -> CellRequest:
+    def without_change(cell: CellRequest) -> CellRequest:
         return replace(cell, changes=Changes(control=cell.changes.control))
 
-    return next((cell for cell in cells if of_any_run(cell) == of_any_run(request)), None)
+    return next((cell for cell in cells if without_change(cell) == without_change(request)), None)
 
 
-def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
+def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
     """Complete the runs of a sweep's killed and failed trials from the ledger.
 
-    RequestError is raised if the path names no sweep, TrackingError if it could not be read.
+    RequestError is raised if the path names no sweep, TrackingError if the sweep cannot be read.
     """
-    done = SweepFilled()
+    result = SweepResult()
     with closing(open_sweep(path, ledger.root)) as sweep:
-        trials: list[SweepTrial] = [t for t in sweep.trials() if t.state in _UNFINISHED]
-        done.unfinished = len(trials)
+        trials: list[SweepTrial] = [t for t in sweep.trials() if t.state in _UNFINISHED_STATES]
+        result.unfinished = len(trials)
         for trial in trials:
             title = trial.name
             try:
                 request = trial_request(trial.settings)
-                title = f"{trial.name} ({request.title}, {request.changes.single.label()})"
-                found = _measured(request, ledger)
+                title = f"{trial.name} ({request.title}, {request.changes.first_change.label()})"
+                cell_and_run = _find_measured_run(request, ledger)
             except TrackerError as error:
-                done.wanting[title] = str(error)
+                result.wanting[title] = str(error)
                 continue
             try:
-                sweep.fill(trial.id, *found)
-                done.filled.append(title)
+                sweep.fill(trial.id, *cell_and_run)
+                result.filled.append(title)
             except TrackerError as error:
-                done.failed[title] = str(error)
-    return done
+                result.failed[title] = str(error)
+    return result
 
 
-def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Return a trial's cell and run; raise ResultsError if the ledger lacks them."""
-    plain = replace(request, until=None)
-    store = look_up(plain, ledger).store
-    raced = asked_before(request, store)
-    whole = raced if raced is not None and look_up(raced, ledger).complete else plain
-    if store is None or not look_up(whole, ledger).complete:
+def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
+    """Find a trial's cell and run; raise ResultsError if the ledger lacks the measurement."""
+    full_request = replace(request, until=None)
+    store = find_cell(full_request, ledger).store
+    stopped_request = find_earlier_request(request, store)
+    used_request = (
+        stopped_request
+        if stopped_request is not None and find_cell(stopped_request, ledger).complete
+        else full_request
+    )
+    if store is None or not find_cell(used_request, ledger).complete:
         raise ResultsError(f"{ledger.root} does not hold all of it")
-    view, wanted = store.views.of(whole), request.changes.single
-    if (why := request.why_invalid(wanted, store.identity.model.layers)) is not None:
-        raise ResultsError(f"it is no run: {why}")
-    record = record_of(store, view)
-    return record, next(run for run in record.runs if run.change == wanted)
+    view, change = store.views.view_of(used_request), request.changes.first_change
+    if (reason := request.invalid_reason(change, store.identity.model.layers)) is not None:
+        raise ResultsError(f"it is no run: {reason}")
+    record = derive_record(store, view)
+    return record, next(run for run in record.runs if run.change == change)

@@ -1,16 +1,15 @@
 """Write records to MLflow, W&B and Trackio, and read them back.
 
-The ledger is the source of truth. A backend receives frozen records and files, and can be filled
-again from the ledger at any time. A results folder remembers where it was published. Another
-folder's addresses may be planted to steal a login, so an address is contacted only if the
-environment names its server, or if there is no login to send.
+The ledger is the source of truth. A backend receives frozen records and files, and can be refilled
+from the ledger at any time. A results folder stores the addresses to which it was published. A
+folder from somebody else may contain an address that steals a login. So an address is contacted
+only if the environment names its server, or if there is no login to send.
 
 Modules:
     mlflow: Write to MLflow.
     trackio: Write to Trackio.
     wandb: Write to Weights & Biases.
-    base: Define the interface of a backend.
-    downloads: Check the files that a server sends.
+    base: Define the interface of a backend, and check the files that a server sends.
     figures: Flatten records into metrics, curves and tables.
     identity: Compute the names and digests of runs.
     isolated: Call an SDK in a process of its own.
@@ -29,7 +28,7 @@ from urllib.parse import quote
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.extensions import load_extensions
 from tracker.core.provenance import content_hash
-from tracker.core.text import masked
+from tracker.core.text import mask_secrets
 from tracker.ledger.files import read_note, write_note
 from tracker.tracking.base import OFFLINE, Ability, Backend, LiveRun, Models, Service, Target
 
@@ -40,65 +39,61 @@ if TYPE_CHECKING:
 
 @cache
 def backends() -> dict[str, Service]:
-    """Return the tracking backends by the names that users type, ours first.
+    """Return the tracking backends by the names that users type, built-in backends first.
 
-    Other packages add theirs as entry points of the group `layer_tracker.tracking`, which name a
-    class that is a `Service`. No SDK is imported.
+    Other packages add backends as entry points of the group `layer_tracker.tracking`, which name a
+    subclass of `Service`. No SDK is imported.
     """
     # Here, since its package sets variables that MLflow reads when it is imported.
     from tracker.tracking.mlflow.service import MlflowService
     from tracker.tracking.trackio.service import TrackioService
     from tracker.tracking.wandb.service import WandbService
 
-    ours: dict[str, Service] = {
-        "mlflow": MlflowService(),
-        "wandb": WandbService(),
-        "trackio": TrackioService(),
-    }
+    services = (MlflowService(), WandbService(), TrackioService())
+    ours: dict[str, Service] = {service.name: service for service in services}
     return ours | load_extensions("tracking", _new_service, reserved=ours)
 
 
 def _new_service(extension: object) -> Service:
+    """Create the service that an extension provides."""
     if not (isinstance(extension, type) and issubclass(extension, Service)):
         raise TypeError(f"{extension!r} is no subclass of tracker.tracking.base.Service")
     return extension()
 
 
 def service(name: str) -> Service:
-    """Return a backend by its typed name; raise RequestError if there is none."""
+    """Return a backend by the name that users type; raise RequestError for an unknown name."""
     if name not in backends():
-        raise RequestError(
-            f"There is no tracking backend {masked(name)!r}; use one of: {', '.join(backends())}."
-            + did_you_mean(name, backends())
-        )
+        advice = f"use one of: {', '.join(backends())}.{did_you_mean(name, backends())}"
+        raise RequestError(f"There is no tracking backend {mask_secrets(name)!r}; {advice}")
     return backends()[name]
 
 
-def target(text: str, *needs: Ability, reading: bool = False) -> Target:
-    """Read the target of runs from its typed form.
+def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
+    """Parse the target of runs from the text that a user typed.
 
     Args:
         text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow`, `wandb:ENTITY/PROJECT` or
             `mlflow:http://mlflow.lab:5000/EXPERIMENT`.
         *needs: Abilities that the backend must have.
-        reading: True if cells are read there, so that the text must name a project.
+        is_source: True if cells are read from the target, so that the text must name a project.
 
     Returns:
         The target.
 
     Raises:
-        RequestError: There is no such backend, it lacks an ability, or the text names no project
+        RequestError: The backend does not exist or lacks an ability, or the text names no project
             to read from.
     """
     name, colon, project = text.partition(":")
-    backend = service(name)
+    backend, masked = service(name), mask_secrets(text)
     if colon and not project.strip("/"):
-        raise RequestError(f"{masked(text)!r} names no project; write {name} or {name}:PROJECT")
+        raise RequestError(f"{masked!r} names no project; write {name} or {name}:PROJECT")
     for ability in needs:
         if ability not in backend.can:
-            able = ", ".join(name for name, other in backends().items() if ability in other.can)
-            raise RequestError(f"{backend.title} takes no {ability}; use one of: {able}")
-    return backend.target(project, reading)
+            names = ", ".join(key for key, entry in backends().items() if ability in entry.can)
+            raise RequestError(f"{backend.title} takes no {ability}; use one of: {names}")
+    return backend.target(project, is_source)
 
 
 def sweep_backend() -> str | None:
@@ -113,16 +108,16 @@ def in_sweep() -> bool:
 
 
 def default_targets() -> tuple[str, ...]:
-    """Return where runs go by default: a sweep's trial to its backend, else to MLflow."""
+    """Return the default targets of runs: the backend of this process's sweep, else MLflow."""
     return (sweep_backend() or "mlflow",)
 
 
 def open_backend(name: str, project: str, results: Path, server: str | None = None) -> Backend:
-    """Open a tracking backend; nothing is contacted before it is used.
+    """Open a tracking backend; no server is contacted before the first use.
 
     Args:
         name: One of `backends()`.
-        project: The project, in the backend's words.
+        project: The project, in the backend's terms.
         results: The results folder; a backend that needs no server may keep its files in it.
         server: As in a `Target`.
 
@@ -133,25 +128,25 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
 
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
-    """Open the live runs of a backend with this ability, as `open_backend`."""
+    """Open the live runs of a backend that has them; the arguments are those of `open_backend`."""
     return cast(LiveRun, service(name).open("live runs", project, results, server))
 
 
 def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
-    """Open the storage of pruned models of a backend with this ability, as `open_backend`."""
+    """Open a backend's storage of pruned models; the arguments are those of `open_backend`."""
     return cast(Models, service(name).open("lighter models", project, results, server))
 
 
 def open_trial(results: Path) -> Any:
-    """Open the run that an agent opened for this process; its interface is `WandbTrial`'s."""
+    """Open the run that an agent created for this process, with the interface of `WandbTrial`."""
     return _sweep_service().open("trial", "", results)
 
 
 def open_sweep(path: str, results: Path) -> Any:
-    """Open a sweep, with the interface of `WandbSweep`; nothing is contacted before its use.
+    """Open a sweep, with the interface of `WandbSweep`; no server is contacted before its use.
 
     Args:
-        path: The sweep, in its backend's words; empty for that of this process.
+        path: The sweep, in the backend's terms; empty for the sweep of this process.
         results: The results folder.
 
     Returns:
@@ -164,7 +159,7 @@ def open_sweep(path: str, results: Path) -> Any:
 
 
 def _sweep_service() -> Service:
-    """Return the backend of this process's sweep; outside one, the first that has sweeps."""
+    """Return the backend of this process's sweep; outside a sweep, the first with sweeps."""
     if name := sweep_backend():
         return service(name)
     return next(backend for backend in backends().values() if backend.sweep_variable)
@@ -180,47 +175,48 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
         server: As in a `Target`.
 
     Returns:
-        A hash that changes with the project, the server, or a local store that is new or was moved.
-        It reveals neither address nor password.
+        A hash that changes with the project, the server, or a new or moved local store. The hash
+        reveals neither address nor password.
     """
-    setting, local = service(name).store(results, server)
-    made = None
-    if local is not None and local.exists():
-        made = [local.stat().st_ino, str(local.absolute())]
-    return content_hash([name, project, setting, made])
+    store_setting, local_path = service(name).store(results, server)
+    local_identity = None
+    if local_path is not None and local_path.exists():
+        local_identity = [local_path.stat().st_ino, str(local_path.absolute())]
+    return content_hash([name, project, store_setting, local_identity])
 
 
-def title_of(address: Target) -> str:
-    """Return an address as it is typed after `--to`."""
-    named = address.server and service(address.backend).names_server
-    return masked(f"{address.backend}:{f'{address.server}/' if named else ''}{address.project}")
+def typed_address(address: Target) -> str:
+    """Return an address in the form that users type after `--to`."""
+    has_server = address.server and service(address.backend).names_server
+    server = f"{address.server}/" if has_server else ""
+    return mask_secrets(f"{address.backend}:{server}{address.project}")
 
 
-def file_of(place: Target, results: Path) -> Path:
-    """Return the file of a place in a results folder."""
-    name = re.sub(r"[^\w.-]+", "-", title_of(place), flags=re.ASCII)[:80]
-    return results / "places" / f"{name}--{content_hash(vars(place))[:8]}.json"
+def address_file(address: Target, results: Path) -> Path:
+    """Return the file that stores a publishing address in a results folder."""
+    name = re.sub(r"[^\w.-]+", "-", typed_address(address), flags=re.ASCII)[:80]
+    return results / "places" / f"{name}--{content_hash(vars(address))[:8]}.json"
 
 
-def remember(place: Target, results: Path) -> str:
-    """Write a place to the results folder, and return its name in receipts."""
-    path = file_of(place, results)
+def write_address(address: Target, results: Path) -> str:
+    """Write a publishing address to the results folder; return the address's name in receipts."""
+    path = address_file(address, results)
     if not read_note(path):
-        write_note(path, dict(vars(place)))
+        write_note(path, dict(vars(address)))
     return path.stem
 
 
-def places_of(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
-    """Return the places by name that have or should have a view or its predecessors.
+def published_targets(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
+    """Return, by name, the targets that have or should have a view or an earlier version of it.
 
-    Places that the current environment does not update are left out.
+    Targets that the current environment does not update are left out.
     """
-    found = {}
-    for name in store.places(record.view, *record.supersedes):
+    targets = {}
+    for name in store.published_places(record.view, *record.supersedes):
         note = read_note(results / "places" / f"{quote(name, safe='')}.json")
         if note.get("backend") in backends() and isinstance(note.get("project"), str):
-            address = Target(note["backend"], note["project"], note.get("server"))
-            is_offline = service(address.backend).server() == OFFLINE
-            if is_offline == (address.server == OFFLINE):
-                found[name] = address
-    return found
+            published_target = Target(note["backend"], note["project"], note.get("server"))
+            is_offline = service(published_target.backend).server() == OFFLINE
+            if is_offline == (published_target.server == OFFLINE):
+                targets[name] = published_target
+    return targets

@@ -1,8 +1,8 @@
 """Define the interface of a tracking backend.
 
-A backend receives frozen records and files, nothing else. Pure functions define what all backends
-have in common: `identity` the names and digests of runs, `figures` their contents. The steps of
-publishing a cell are the same for all and defined here; a backend implements the operations.
+A backend receives only frozen records and files. Pure functions define the names and digests of
+runs (`identity`) and the contents of runs (`figures`) for all backends. This module defines the
+steps of publishing a cell, which are the same for all backends; a backend implements them.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from typing_extensions import override
 
 from tracker.core.errors import RequestError, TrackingError
 from tracker.core.records import CellRecord
-from tracker.core.text import masked
+from tracker.core.text import mask_secrets
 from tracker.ledger.files import lock_file
 from tracker.tracking.figures import LoggedTable
+from tracker.tracking.identity import files_digest
 from tracker.tracking.isolated import Isolated
-from tracker.tracking.runs import DescribedRun, Which, described
+from tracker.tracking.runs import DescribedRun, RunSelection, describe_runs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-Ending = Literal["finished", "failed", "killed"]
+RunStatus = Literal["finished", "failed", "killed"]
 PROGRESS = "progress/"
-"""Prefix of the figures that a run shows while its cell is measured."""
+"""Prefix of the figures that a run shows during the measurement of its cell."""
 _LOCK_SECONDS = 600.0
+LARGEST_FILE = 2**28
+"""Maximum number of bytes of a downloaded file; a shard has 32 documents."""
 
 Ability = Literal["live runs", "reports", "lighter models", "registered models"]
 """Optional abilities of a backend besides the runs of cells."""
-Part = Literal["runs", "live runs", "lighter models", "trial", "sweep"]
+PartName = Literal["runs", "live runs", "lighter models", "trial", "sweep"]
 """Parts of a backend that can be opened."""
 OFFLINE = "offline"
 """The server of runs that are written to files for a later upload."""
@@ -46,12 +49,12 @@ OFFLINE = "offline"
 
 @dataclass(frozen=True)
 class Target:
-    """Target or source of runs.
+    """Project of a backend to which runs are written, or from which cells are read.
 
     Attributes:
         backend: A registered name.
-        project: The project, in the backend's words; None = that of the experiment file.
-        server: The server or the folder; None = that of the environment, or the backend's own.
+        project: The project, in the backend's terms; None = the experiment file's project.
+        server: The server or folder; None = the environment's server, or the backend's default.
     """
 
     backend: str
@@ -61,7 +64,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Published:
-    """Result of one `publish`, counted in runs: the cell's, the intact model's, and each run's."""
+    """Numbers of created, updated and unchanged runs of one `publish`, and their location."""
 
     created: int
     updated: int
@@ -69,21 +72,21 @@ class Published:
     location: str
     """The address of the runs, or the command that shows them."""
     notes: tuple[str, ...] = ()
-    """Further remarks."""
+    """Further remarks for the user."""
     project: str = ""
-    """The project's full name, if the backend completes it; else empty."""
+    """The project's full name, if the backend completes the name; otherwise empty."""
 
 
 @dataclass(frozen=True)
 class RemoteCell:
-    """A published cell in a backend, with the files that it was derived from."""
+    """A published cell in a backend, with the files from which its figures were derived."""
 
     key: str
     """The run key of the cell's own run."""
     name: str
     version: str
     """Version that changes with the files; empty if the backend has none."""
-    place: str
+    files_id: str
     """The backend's identifier of the files."""
 
 
@@ -95,30 +98,30 @@ class SweepTrial:
     name: str
     state: str
     settings: dict[str, Any]
-    """Its configuration: the sweep's parameters, and logged values."""
+    """The trial's configuration: the sweep's parameters, and logged values."""
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved pruned model, for a backend."""
+    """A saved pruned model to publish to a backend."""
 
     folder: Path
     name: str
     facts: Mapping[str, Any]
-    """Facts about it, as plain values."""
+    """Facts about the model, as plain values."""
     figures: Mapping[str, float]
-    """Its numeric figures by name."""
-    made_of: tuple[CellRecord, ...]
-    """The cells that chose it or measured its cost, to which the backend links."""
+    """Numeric figures of the model by name."""
+    source_cells: tuple[CellRecord, ...]
+    """The cells that chose the model's change or measured its cost; the backend links to them."""
     register: str | None = None
-    """Its name in a model registry; None for none."""
+    """The model's name in a model registry; None for none."""
 
 
 class Models(Protocol):
     """Storage of pruned models beside the runs that chose them."""
 
     def add_model(self, model: SavedModel) -> str:
-        """Add a version of a model, or its first one.
+        """Add a model, or a new version of an existing model.
 
         Args:
             model: The model.
@@ -136,12 +139,12 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Page:
-    """Report over several cells, for a backend.
+    """Report about several cells to publish to a backend.
 
     Attributes:
         files: The page and its additional files.
         tables: Tables by name.
-        cells: The cells it shows, to whose outcomes the backend links.
+        cells: The cells in the report; the backend links to their outcomes.
         text: Summary in a few paragraphs of Markdown.
         charts: Plotly figures by name.
     """
@@ -154,7 +157,7 @@ class Page:
 
 
 class LiveRun(Protocol):
-    """Runs that a backend shows while their cells are measured; no result depends on them."""
+    """Runs that a backend shows during measurement; no result depends on them."""
 
     def begin(self, cell: CellRecord) -> None:
         """Open the cell's run, or continue it.
@@ -172,13 +175,13 @@ class LiveRun(Protocol):
         Args:
             key: The run key of the cell's own run.
             figures: Interim figures, under names that begin with `PROGRESS`.
-            step: Number of documents.
+            step: Number of measured documents.
 
         Raises:
             TrackingError: The backend refused or could not be reached.
         """
 
-    def end(self, key: str, status: Ending) -> None:
+    def end(self, key: str, status: RunStatus) -> None:
         """Close the cell's run.
 
         Args:
@@ -190,11 +193,11 @@ class LiveRun(Protocol):
         """
 
     def close(self) -> None:
-        """Mark open runs as killed; never raises in the caller."""
+        """Mark open runs as killed; never raises an exception."""
 
 
 class OpenRuns(LiveRun):
-    """Live runs in the process that opens them, each by its run key."""
+    """Base class of live runs: holds the open runs of this process by run key."""
 
     def __init__(self) -> None:
         self._runs: dict[str, Any] = {}
@@ -206,10 +209,10 @@ class OpenRuns(LiveRun):
 
 
 class Backend(ABC):
-    """A tracking backend for browsing runs; it may be unreachable, the ledger never depends on it.
+    """A tracking backend to browse runs; the ledger never depends on it, even if unreachable.
 
     Args:
-        project: The project, in the backend's words.
+        project: The project, in the backend's terms.
         results: The results folder.
     """
 
@@ -219,7 +222,7 @@ class Backend(ABC):
     def __init__(self, project: str, results: Path) -> None:
         self._project = project
         self._results = results.absolute()
-        self._to = f"{self.name}:{project}"
+        self._typed_target = f"{self.name}:{project}"
 
     def publish(
         self,
@@ -227,16 +230,16 @@ class Backend(ABC):
         artifacts: Sequence[Path],
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
-        which: Which = "auto",
+        selection: RunSelection = "auto",
         answer: str = "",
     ) -> Published:
         """Publish a cell: its own run, one for the intact model, and one for each of its runs.
 
-        If there are very many runs of a kind, only the table in the cell's run has them, unless
-        `which` selects otherwise.
+        If there are very many runs of a kind, only a table in the cell's run shows them, unless
+        `selection` selects otherwise.
 
         Publishing again creates and logs nothing twice; a changed record updates its runs. After
-        any failure, publishing again completes what is missing.
+        any failure, publishing again adds the missing parts.
 
         Args:
             cell: The record, complete or still growing.
@@ -244,8 +247,8 @@ class Backend(ABC):
             charts: Plotly figures of the cell's run, by name.
             tables: Additional tables of the cell's run by name, which are derived from the
                 artifacts.
-            which: Selection of the runs that are published as runs of their own.
-            answer: The benchmark's answer on its own.
+            selection: Selection of the runs that are published as runs of their own.
+            answer: The answer that this benchmark alone gives.
 
         Returns:
             The numbers of created, updated and unchanged runs, and their location.
@@ -253,9 +256,9 @@ class Backend(ABC):
         Raises:
             TrackingError: The backend refused or could not be reached.
         """
-        advice = when_mended(self._setting() + sync_command(self._results, self._to))
+        advice = retry_advice(self._environment() + sync_command(self._results, self._typed_target))
         with self._one_writer("did not take the runs", advice):
-            runs = described(cell, artifacts, charts, tables, which, answer)
+            runs = describe_runs(cell, artifacts, charts, tables, selection, answer)
             outcomes = Counter(self._write(runs))
             return Published(
                 created=outcomes["created"],
@@ -263,7 +266,7 @@ class Backend(ABC):
                 unchanged=outcomes["unchanged"],
                 location=self._location(),
                 notes=self._notes(),
-                project=self._whole_name(),
+                project=self._full_project(),
             )
 
     def cells(self) -> list[RemoteCell]:
@@ -273,7 +276,7 @@ class Backend(ABC):
             One entry per completely written run of a cell.
 
         Raises:
-            TrackingError: There is no such project, or the backend could not be reached.
+            TrackingError: The project does not exist, or the backend could not be reached.
         """
         with self._explained("could not be read"):
             return list(self._cells())
@@ -283,7 +286,7 @@ class Backend(ABC):
 
         Args:
             cell: One of `cells`.
-            folder: An empty folder for them.
+            folder: An empty folder for the files.
 
         Raises:
             TrackingError: The backend could not be reached, or the files have changed.
@@ -292,13 +295,13 @@ class Backend(ABC):
             self._download(cell, folder)
 
     def add_page(self, page: Page) -> str:
-        """Add a report as a run of its own, if the backend supports reports.
+        """Add a report as a separate run, if the backend supports reports.
 
         Args:
             page: The report.
 
         Returns:
-            An address, or the command that shows it.
+            The address of the report, or the command that shows it.
 
         Raises:
             TrackingError: The backend refused or could not be reached.
@@ -310,22 +313,22 @@ class Backend(ABC):
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Convert any exception inside a `with` block to a TrackingError about the problem."""
-        with explaining(lambda error: self._explain(error, problem, advice)):
+        """Convert any exception inside a `with` block to a TrackingError that names the problem."""
+        with explain_errors(lambda error: self._describe_error(error, problem, advice)):
             yield
 
-    def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
+    def _describe_error(self, error: Exception, problem: str, advice: str) -> TrackingError:
         """Convert an error of the SDK to a readable TrackingError."""
-        return explained(f"{self._to} {problem}", error, advice)
+        return build_error(f"{self._typed_target} {problem}", error, advice)
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Lock out other writers, since no backend can create a run key only if it is new."""
+        """Lock out other writers, since backends cannot refuse a second run with the same key."""
         with self._explained(problem, advice), lock_file(self._lock(), _LOCK_SECONDS):
             yield
 
     def _lock(self) -> Path:
-        """Return the lock file of the project's writers."""
+        """Return the lock file that writers of the project share."""
         return self._results / f"{self.name}.lock"
 
     @abstractmethod
@@ -333,25 +336,25 @@ class Backend(ABC):
         """Write the runs of a cell, and check the result.
 
         Args:
-            runs: The described runs, that of the cell last.
+            runs: The described runs; the cell's own run is last.
 
         Returns:
-            The outcome of each: `created`, `updated` or `unchanged`.
+            The outcome of each run: `created`, `updated` or `unchanged`.
         """
 
     @abstractmethod
     def _location(self) -> str:
-        """Return the location of the runs: an address, or a command."""
+        """Return the address of the runs, or the command that shows them."""
 
     def _cells(self) -> Iterable[RemoteCell]:
-        """Return the cells whose runs were written completely."""
+        """Return the cells of the project whose runs were written completely."""
         raise TrackingError("it cannot be read back")
 
     def _download(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files of a cell, checked by `check_listing` and `check_downloaded`."""
+        """Download the files of a cell, checked by `check_sizes` and `check_files`."""
         raise TrackingError("it cannot be read back")
 
-    def _setting(self) -> str:
+    def _environment(self) -> str:
         """Return the environment variables that a command needs to find the project."""
         return ""
 
@@ -359,14 +362,14 @@ class Backend(ABC):
         """Return remarks on the last `_write`."""
         return ()
 
-    def _whole_name(self) -> str:
-        """Return the project's full name if the backend completes it; else an empty text."""
+    def _full_project(self) -> str:
+        """Return the project's full name if the backend completes the name; else an empty text."""
         return ""
 
 
 @contextmanager
-def explaining(explain: Callable[[Exception], TrackingError]) -> Iterator[None]:
-    """Convert any exception inside a `with` block by `explain`."""
+def explain_errors(explain: Callable[[Exception], TrackingError]) -> Iterator[None]:
+    """Convert any exception inside a `with` block with the function `explain`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  SDKs raise requests, SQL, cloud errors, ...
@@ -374,22 +377,22 @@ def explaining(explain: Callable[[Exception], TrackingError]) -> Iterator[None]:
         raise explain(error) from None
 
 
-def explained(
-    what: str,
+def build_error(
+    problem: str,
     error: Exception,
     advice: str,
     secrets: Sequence[str | None] = (),
-    characters: int | None = None,
+    max_characters: int | None = None,
 ) -> TrackingError:
-    """Build a TrackingError with problem, cause and advice, in which secrets are masked.
+    """Build a TrackingError from problem, cause and advice, with secrets masked.
 
-    `characters` limits the length of the cause. Raise it from None: a traceback of the cause could
-    show a password.
+    `max_characters` limits the length of the cause. Callers raise the error from None, since a
+    traceback of the cause could show a password.
     """
-    text = masked(str(error) or type(error).__name__, secrets)
-    if characters is not None:
-        text = textwrap.shorten(text, characters, placeholder=" …")
-    return TrackingError("\n".join(filter(None, (f"{what}: {text}", advice))))
+    text = mask_secrets(str(error) or type(error).__name__, secrets)
+    if max_characters is not None:
+        text = textwrap.shorten(text, max_characters, placeholder=" …")
+    return TrackingError("\n".join(filter(None, (f"{problem}: {text}", advice))))
 
 
 class Service(ABC):
@@ -404,92 +407,138 @@ class Service(ABC):
     """The name for display."""
     can: ClassVar[frozenset[Ability]] = frozenset()
     names_server: ClassVar[bool] = False
-    """True if users type a server before the project."""
+    """True if users can type a server before the project."""
     sweep_variable: ClassVar[str] = ""
-    """The environment variable of a trial's sweep, set by its agents; empty without agents."""
+    """Environment variable with a trial's sweep, set by agents; empty if there are no agents."""
 
     @abstractmethod
-    def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
-        """Open a part of the backend; nothing is contacted before it is used.
+    def open(self, part: PartName, project: str, results: Path, server: str | None = None) -> Any:
+        """Open a part of the backend; no server is contacted before the first use.
 
         Args:
             part: `runs` for a `Backend`, `live runs` for a `LiveRun`, `lighter models` for a
-                `Models`; `trial` and `sweep` if it has a `sweep_variable`. Only supported parts
-                are requested.
+                `Models`; `trial` and `sweep` if the service has a `sweep_variable`. Only supported
+                parts are requested.
             project: The project, in the backend's terms; for a sweep, its path.
             results: The results folder.
-            server: The server or the folder; None for that of the environment.
+            server: The server or folder; None for the environment's server.
 
         Returns:
             The part.
         """
 
-    def _isolated(self, kind: str, *arguments: object, **environment: Any) -> Isolated:
-        """Open a class beside the service's module, as `MODULE:CLASS`, in its own process."""
-        package = type(self).__module__.rpartition(".")[0]
-        return Isolated(self.title, f"{package}.{kind}", *arguments, **environment)
+    def _isolated(
+        self, kind: str, *arguments: object, remove: Sequence[str] = (), add: Mapping[str, str] = {}
+    ) -> Isolated:
+        """Open a class `MODULE:CLASS` of the service's package in a separate process.
+
+        `remove` lists environment variables to remove from the process; `add` has additional ones.
+        """
+        path = f"{type(self).__module__.rpartition('.')[0]}.{kind}"
+        return Isolated(self.title, path, *arguments, removed_variables=remove, added_variables=add)
 
     def refuse_closed(self, results: Path) -> None:  # noqa: B027  most need no login
-        """Raise RequestError if runs cannot be written, as far as this machine can tell."""
+        """Raise RequestError if runs cannot be written; check without contacting a server."""
 
-    def target(self, project: str, reading: bool) -> Target:
-        """Return the target that a user typed.
+    def target(self, project: str, is_source: bool) -> Target:
+        """Parse the target that a user typed.
 
         Args:
-            project: The text after the name and a colon; empty if there is none.
-            reading: True if cells are read there.
+            project: The text after the backend's name and a colon; empty if there is none.
+            is_source: True if cells are read from the target.
 
         Returns:
             The target.
 
         Raises:
-            RequestError: It is invalid, or names no project to read from.
+            RequestError: The text is invalid, or names no project to read from.
         """
-        if reading and not project:
+        if is_source and not project:
             raise RequestError(f"{self.name!r} names no project; write {self.name}:PROJECT")
         return Target(self.name, project or None)
 
     def server(self) -> str | None:
-        """Return the server or folder of this environment, without a login; None for its own."""
+        """Return the environment's server or folder, without login; None for the default."""
         return None
 
-    def place_of(self, to: Target, project: str) -> Target:
-        """Return the full address of a target in this environment, for use in another one."""
-        server = without_login(to.server) or self.server()
-        return Target(self.name, masked(to.project or project), server)
+    def full_address(self, target: Target, project: str) -> Target:
+        """Return a target's full address, valid in other environments."""
+        server = without_login(target.server) or self.server()
+        return Target(self.name, mask_secrets(target.project or project), server)
 
-    def target_of(self, place: Target, results: Path) -> Target:
-        """Return the target that reaches a place from this environment.
+    def reachable_target(self, address: Target, results: Path) -> Target:
+        """Return the target by which this environment reaches an address.
 
-        TrackingError, with a command, is raised if the place's server would get another server's
-        login.
+        TrackingError, with a command for the user, is raised if the address's server would get the
+        login of another server.
         """
-        return place
+        return address
 
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
-        """Return the identity of its store: a setting, and a local file or folder."""
+        """Return the identity of the backend's store: a setting, and a local file or folder."""
         return server or self.server(), None
 
 
-def other_login(place: Target, setting: str, results: Path) -> TrackingError:
-    """Build the error about a place that would get another server's login."""
-    again = sync_command(results.absolute(), f"{place.backend}:{place.project}")
+def login_error(address: Target, setting: str, results: Path) -> TrackingError:
+    """Build the error about an address whose server would get another server's login."""
+    command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
         "its server is another than this environment names, and would get the login that is "
-        f"for that one. With the login for it: {setting}={place.server or ''} {again}"
+        f"for that one. With the login for it: {setting}={address.server or ''} {command}"
     )
 
 
 def without_login(uri: str | None) -> str | None:
-    """Return an address without its login."""
-    return None if uri is None else masked(re.sub(r"://[^/\s]*@", "://", uri)).rstrip("/")
+    """Return an address without user name and password."""
+    return None if uri is None else mask_secrets(re.sub(r"://[^/\s]*@", "://", uri)).rstrip("/")
 
 
-def sync_command(results: Path, to: str) -> str:
-    """Return the command that syncs a backend; `to` is `BACKEND` or `BACKEND:PROJECT`."""
-    return f"tracker sync --to {shlex.quote(to)} --results {shlex.quote(str(results))}"
+def sync_command(results: Path, target: str) -> str:
+    """Return the command that syncs to a backend; `target` is `BACKEND` or `BACKEND:PROJECT`."""
+    return f"tracker sync --to {shlex.quote(target)} --results {shlex.quote(str(results))}"
 
 
-def when_mended(command: str) -> str:
+def retry_advice(command: str) -> str:
     """Return the advice after a failed publication: the command to repeat it."""
     return f"The results are on disk; when it is mended: {command}"
+
+
+def check_sizes(sizes: Mapping[str, int | None]) -> None:
+    """Check a server's list of files before any file is downloaded.
+
+    Args:
+        sizes: Size in bytes of each file by name; None if the server does not give sizes.
+
+    Raises:
+        TrackingError: A name is not a plain file name, or a file is too large.
+    """
+    for name, size in sizes.items():
+        plain_names = {PurePosixPath(name).name, PureWindowsPath(name).name}
+        if plain_names != {name} or name in ("", "..") or "\0" in name:
+            raise TrackingError(f"invalid file name {name!r}; it is not downloaded")
+        _check_size(name, size or 0)
+
+
+def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
+    """Check downloaded files, independently of the server's list.
+
+    Args:
+        folder: The folder of the files.
+        cell: The cell whose version the files must match; None if the client compares them.
+
+    Raises:
+        TrackingError: A file is too large, or the files differ from those attached.
+    """
+    for path in folder.iterdir():
+        _check_size(path.name, path.stat().st_size)
+    if cell is not None and files_digest(folder.iterdir()) != cell.version:
+        raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
+
+
+def _check_size(name: str, size: int) -> None:
+    """Raise TrackingError for a file that is too large."""
+    if size > LARGEST_FILE:
+        raise TrackingError(
+            f"the server's file {name!r} has {size} bytes; "
+            f"no file of tracker's has more than {LARGEST_FILE // 2**20} MiB"
+        )

@@ -6,15 +6,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tracker.core import run_table
 from tracker.core.answers import interval_name, statement
 from tracker.core.changes import Change
 from tracker.core.decision_records import DecisionsRecord
-from tracker.core.formats import defined
-from tracker.core.kinds import KINDS
-from tracker.core.proxies import FIGURES
+from tracker.core.formats import is_finite
+from tracker.core.kinds import KIND_STYLES
+from tracker.core.proxies import PROXY_FIGURES
 from tracker.core.records import AnswerRecord, CellRecord, RunRecord
-from tracker.core.run_table import correlation_columns, metric_columns, pick, run_columns, runs_of
-from tracker.core.tables import Table, table
+from tracker.core.tables import Table, build_table
 
 CURVES = (
     "accuracy",
@@ -22,27 +22,27 @@ CURVES = (
     "accuracy_drop_low",
     "accuracy_drop_high",
     "accuracy_relevance",
-    *FIGURES,
+    *PROXY_FIGURES,
     "gold_logprob_drop",
 )
 """Figures of a `RunRecord` that a cell's run shows as curves over the layers."""
-_KINDS = "|".join(f"{word}/" for word in KINDS if word != "layer")
-_PART = r"\d+/|[A-Za-z_][\w.]*/"
-_CURVE = re.compile(rf"(({_KINDS})({_PART})?)?(x\d+/)?(span\d+/)?({'|'.join(CURVES)})")
-_LAYER_VALUES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
-Scalar = str | int | float | None
+_KINDS = "|".join(f"{word}/" for word in KIND_STYLES if word != "layer")
+_PARTS = r"\d+/|[A-Za-z_][\w.]*/"
+_CURVE_PATTERN = re.compile(rf"(({_KINDS})({_PARTS})?)?(x\d+/)?(span\d+/)?({'|'.join(CURVES)})")
+_RUN_FIGURES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
+TableValue = str | int | float | None
 
 
 @dataclass(frozen=True)
 class LoggedTable:
-    """Rows that a backend shows as a table; undefined values are None."""
+    """Table that a backend shows, as rows of values; undefined values are None."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[Scalar, ...], ...]
+    rows: tuple[tuple[TableValue, ...], ...]
 
 
-def metric_name(name: str) -> str:
-    """Return a metric's name in a form that every backend accepts.
+def tracked_name(name: str) -> str:
+    """Convert a metric's name to a form that every backend accepts.
 
     The comma before the filter in lm-eval's names becomes `/`. Characters that MLflow refuses
     become `_`.
@@ -52,62 +52,65 @@ def metric_name(name: str) -> str:
 
 
 def curve_name(run: Change, figure: str) -> str:
-    """Return the name of the curve of a run's figure, which is one of `CURVES`.
+    """Return the name of the curve to which a run's figure belongs; the figure is in `CURVES`.
 
-    For whole single layers it is the figure's name. Others are `attention/accuracy_drop`,
+    For whole single layers this is the figure's name. Other names are `attention/accuracy_drop`,
     `span4/accuracy_drop`, `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` or
     `repeat/x3/span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     number = "" if run.kind.part is None else f"{run.kind.part}/"
-    times = "" if run.repeats == 2 else f"x{run.repeats}/"
+    repeats = "" if run.repeats == 2 else f"x{run.repeats}/"
     span = "" if run.span == 1 else f"span{run.span}/"
-    return f"{component}{number}{times}{span}{figure}"
+    return f"{component}{number}{repeats}{span}{figure}"
 
 
 def is_curve(name: str) -> bool:
     """Check whether a metric's name has the form of `curve_name`."""
-    return _CURVE.fullmatch(name) is not None
+    return _CURVE_PATTERN.fullmatch(name) is not None
 
 
-def only_defined(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the values that are defined and finite."""
-    return {name: float(value) for name, value in values.items() if defined(value)}
+def defined_figures(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the figures whose values are defined and finite."""
+    return {name: float(value) for name, value in values.items() if is_finite(value)}
 
 
-def flat_metrics(layer: RunRecord) -> dict[str, float]:
-    """Return a run's defined figures by name; the benchmark's metrics are `metric/NAME`.
+def run_metrics(layer: RunRecord) -> dict[str, float]:
+    """Return the defined figures of a run by name; metrics of the benchmark are `metric/NAME`.
 
     Values are fractions, or a loss and its increase in the metric's own unit; `gold_logprob_drop`
     is in nats.
     """
-    values = {name: layer.figure(name) for name in _LAYER_VALUES}
+    values = {name: layer.figure(name) for name in _RUN_FIGURES}
     values |= {f"metric/{name}": value for name, value in layer.metrics.items()}
-    return {"n": float(layer.n), **only_defined(values)}
+    return {"n": float(layer.n), **defined_figures(values)}
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
-    """Return the figures of the model that a cell's runs start from, in the form of a run.
+    """Return the figures of a cell's starting model, with the same names as figures of runs.
 
     The drop of the intact model is 0 by definition. Undefined figures are left out.
     """
-    base, chance = cell.baseline.value, cell.chance_accuracy
+    baseline, chance = cell.baseline.value, cell.chance_accuracy
+    values: dict[str, float | None] = {"n": float(cell.n)}
     if cell.removed:
-        left = cell.remaining.value
-        sign = 1 if cell.higher_is_better else -1
-        drop = None if base is None or left is None else sign * (base - left)
-        return {"n": float(cell.n), **only_defined({"accuracy": left, "accuracy_drop": drop})}
-    values = {
-        "accuracy": base,
-        "accuracy_drop": None if base is None else 0.0,
-        "accuracy_relevance": None if base is None or chance is None or base <= chance else 0.0,
-        **{f"metric/{name}": value for name, value in cell.baseline_metrics.items()},
-    }
-    return {"n": float(cell.n), **only_defined(values)}
+        remaining = cell.remaining.value
+        values["accuracy"] = remaining
+        if baseline is not None and remaining is not None:
+            sign = 1 if cell.higher_is_better else -1
+            values["accuracy_drop"] = sign * (baseline - remaining)
+        return defined_figures(values)
+    values["accuracy"] = baseline
+    if baseline is not None:
+        values["accuracy_drop"] = 0.0
+        if chance is not None and baseline > chance:
+            values["accuracy_relevance"] = 0.0
+    metrics = {f"metric/{name}": value for name, value in cell.baseline_metrics.items()}
+    return defined_figures(values | metrics)
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
-    """Return the figures of the cell itself by name; undefined ones are None.
+    """Return the figures of the cell itself by name; undefined figures are None.
 
     Values are fractions, or a loss in the metric's own unit. Correlations are named
     `spearman/cosine_score/all`.
@@ -126,7 +129,7 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return an answer's cost as figures by name."""
+    """Return the figures about the cost of an answer, by name."""
     return {
         "answer/answered": float(answer.answered),
         "answer/documents": answer.measured,
@@ -136,12 +139,12 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
     }
 
 
-def until_marks(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
+def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
     """Return the tags of a cell with a question, or of one of its runs.
 
     Args:
         cell: The cell.
-        run: The run; None for the cell, or its intact model.
+        run: The run; None for the cell or its intact model.
 
     Returns:
         Names and values in the terms of the experiment file; empty without a question.
@@ -149,66 +152,72 @@ def until_marks(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
     answer = cell.answer
     if answer is None:
         return {}
-    marks = {
+    tags = {
         "until": answer.question,
-        "answered": _yes(answer.answered),
-        "stopped": _yes(cell.is_stopped),
+        "answered": _format_boolean(answer.answered),
+        "stopped": _format_boolean(cell.is_stopped),
         "looked": f"{answer.looked} of {answer.population}",
         "interval": interval_name(cell),
     }
     if run is None:
-        return marks | {"answer": statement(answer)}
-    for decided in answer.runs:
-        if decided.change == run:
-            marks |= {"open": _yes(decided.open), "chosen": _yes(decided.chosen)}
-    return marks
+        return tags | {"answer": statement(answer)}
+    for decision in answer.runs:
+        if decision.change == run:
+            tags["open"] = _format_boolean(decision.open)
+            tags["chosen"] = _format_boolean(decision.chosen)
+    return tags
 
 
-def _yes(value: bool) -> str:
+def _format_boolean(value: bool) -> str:
+    """Format a boolean for tags."""
     return "true" if value else "false"
 
 
-def logged(made: Table) -> LoggedTable:
-    """Convert a table for backends."""
-    names, rows = made.plain()
+def logged_table(table: Table) -> LoggedTable:
+    """Convert a table to the form that backends take."""
+    names, rows = table.plain()
     return LoggedTable(names, tuple(rows))
 
 
 def logged_layers(cell: CellRecord) -> LoggedTable:
-    """Build the table of the runs, one per row.
+    """Build the table of a cell's runs: one row per run.
 
     `layer` is a run's first layer, 0-based, and `reasons` explains undefined values.
     """
-    columns = run_columns(cell)
-    which = ("layer", "component", "span", "intervention", "ablation", "n")
-    metrics = metric_columns([cell], "metric/")
-    picked = [*pick(columns, *which, *_LAYER_VALUES), *metrics, columns["reasons"]]
-    return logged(table(cell.title, picked, runs_of([cell])))
+    run_columns = run_table.run_columns(cell)
+    names = ("layer", "component", "span", "intervention", "ablation", "n", *_RUN_FIGURES)
+    metrics = run_table.metric_columns([cell], "metric/")
+    picked = run_table.pick_columns(run_columns, *names)
+    columns = [*picked, *metrics, run_columns["reasons"]]
+    return logged_table(build_table(cell.title, columns, run_table.measured_runs([cell])))
 
 
 def logged_correlations(cell: CellRecord) -> LoggedTable:
     """Build the table of correlations: one row per proxy, coefficient and subset of layers."""
     names = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
-    columns = pick(correlation_columns(), *names, "n", "documents", "reason")
-    return logged(table(cell.title, columns, [(cell, record) for record in cell.correlations]))
+    columns = run_table.correlation_columns()
+    picked = run_table.pick_columns(columns, *names, "n", "documents", "reason")
+    rows = [(cell, record) for record in cell.correlations]
+    return logged_table(build_table(cell.title, picked, rows))
 
 
-def logged_documents(decided: DecisionsRecord) -> LoggedTable:
-    """Build the table of lost and won documents whose margin changes most, one per row.
+def logged_documents(decisions: DecisionsRecord) -> LoggedTable:
+    """Build the table of lost and won documents whose margins change most: one row per document.
 
     `choice` and `gold` are options, 0-based; `margin` is in nats, as in `DecisionsRecord`.
     """
     question_columns = ("task", "document", "question", "choices", "gold", "answer")
-    which = ("layer", "component", "span", "intervention")
+    change_columns = ("layer", "component", "span", "intervention")
     answer_columns = ("choice_intact", "choice", "text_intact", "text", "margin_intact", "margin")
-    columns = (*question_columns, *which, "change", *answer_columns)
-    rows: list[tuple[Scalar, ...]] = []
-    for run in decided.runs:
-        place = tuple(getattr(run.run, name) for name in which)
-        for number, after in enumerate(run.named):
-            doc = decided.documents[after.document]
-            change = "lost" if number < run.named_lost else "won"
-            question = (doc.task, doc.doc, doc.question, "\n".join(doc.choices) or None)
-            answers = (doc.choice, after.choice, doc.text, after.text, doc.margin, after.margin)
-            rows.append((*question, doc.gold, doc.answer, *place, change, *answers))
-    return LoggedTable(columns, tuple(rows))
+    rows: list[tuple[TableValue, ...]] = []
+    for run in decisions.runs:
+        change = tuple(getattr(run.run, name) for name in change_columns)
+        for rank, answer in enumerate(run.named):
+            document = decisions.documents[answer.document]
+            outcome = "lost" if rank < run.named_lost else "won"
+            choices = "\n".join(document.choices) or None
+            question = (document.task, document.doc, document.question, choices, document.gold)
+            choice, text = (document.choice, answer.choice), (document.text, answer.text)
+            answers = (*choice, *text, document.margin, answer.margin)
+            rows.append((*question, document.answer, *change, outcome, *answers))
+    return LoggedTable((*question_columns, *change_columns, "change", *answer_columns), tuple(rows))

@@ -1,9 +1,9 @@
-"""Call an SDK in a process of its own.
+"""Call an SDK in a separate process.
 
-W&B has one session per process: settings, a service process and open runs. These may belong to a
-notebook, whose runs must continue whatever happens to tracker's. After an outage, the service can
-also prevent its process from ending. So tracker's session has a process of its own. Live runs have
-one too: it survives a killed measurement and marks its runs as killed.
+W&B has one session per process: settings, a service process and open runs. The session may belong
+to a notebook, whose runs must continue if tracker's runs fail. After an outage, the service can
+also prevent its process from ending. So tracker's session has a separate process. Live runs have
+another process, which survives a killed measurement and marks its runs as killed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tracker.core.remote import ProcessEndedError, RemoteError, RemoteObject
 
 
 class Isolated(RemoteObject):
-    """An object in another process, which ends with a call that fails.
+    """Proxy of an object in another process, which ends after a failed call.
 
     Args:
-        name: Its name in messages.
+        name: The object's name in messages.
         kind: The object's class, as `MODULE:CLASS`.
         *arguments: The arguments of the class.
-        without: Environment variables that the process does not get.
-        also: Additional environment variables of the process.
+        removed_variables: Environment variables to remove from the process.
+        added_variables: Additional environment variables of the process.
     """
 
     @override
@@ -34,8 +34,8 @@ class Isolated(RemoteObject):
         try:
             return super()._call(method, *arguments)
         except ProcessEndedError as error:
-            why = f"the process of {self.name} has ended ({error})"
-            raise TrackingError(why) from None
+            reason = f"the process of {self.name} has ended ({error})"
+            raise TrackingError(reason) from None
         except TrackerError as error:
             self.close()
             raise TrackingError(str(error)) if isinstance(error, RemoteError) else error from None

@@ -1,4 +1,4 @@
-"""Describe the runs of a cell for every backend, which writes them in its own terms.
+"""Describe the runs of a cell, independently of the backend that writes them.
 
 The notes of runs, in Markdown, are the same in every backend.
 """
@@ -17,33 +17,33 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tracker.core.answers import interval_name, statement
 from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.config import IN_THE_FILE, field_of
-from tracker.core.formats import counted, measure_of, named_interval
+from tracker.core.config import FILE_KEYS, number_field
+from tracker.core.formats import count_text, metric_format, named_interval
 from tracker.core.identities import Record
-from tracker.core.kinds import REPLACED_BY
+from tracker.core.kinds import REPLACEMENT_WORDS
 from tracker.core.records import CellRecord, RunRecord
-from tracker.core.run_table import not_finite, reasons_of
-from tracker.core.text import as_code, as_markdown
-from tracker.stats.support import together, verdicts
+from tracker.core.run_table import non_finite_reasons, run_reasons
+from tracker.core.text import escape_markdown, markdown_code
+from tracker.stats.support import decide_verdicts, widen
 from tracker.tracking.figures import (
     CURVES,
     LoggedTable,
     cell_figures,
     curve_name,
-    flat_metrics,
+    defined_figures,
     intact_metrics,
     logged_correlations,
     logged_layers,
-    metric_name,
-    only_defined,
-    until_marks,
+    question_tags,
+    run_metrics,
+    tracked_name,
 )
 from tracker.tracking.identity import (
-    cell_name,
+    baseline_record,
+    cell_run_name,
     content_digest,
     files_digest,
     intact_name,
-    intact_part,
     run_key,
     run_name,
 )
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-AVERAGE = "an average over several benchmarks can say more"
-"""The remark that refers from one benchmark to the averages of page and leaderboard."""
+AVERAGE_NOTE = "an average over several benchmarks can say more"
+"""Remark on one benchmark that refers to the averages of the report and the leaderboard."""
 
 
 def cell_note(cell: CellRecord, answer: str = "") -> str:
@@ -61,24 +61,31 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
 
     Args:
         cell: The cell.
-        answer: The benchmark's answer on its own; empty for none.
+        answer: The answer that this benchmark alone gives; empty for none.
 
     Returns:
         A paragraph.
     """
-    measured, values = "accuracy loses", "Values are fractions"
-    alone = answer and f"\n\n{as_markdown(answer)} This rests on this benchmark alone; {AVERAGE}."
+    effect, values = "accuracy loses", "Values are fractions"
     if not cell.higher_is_better:
-        measured = "loss gains"
+        effect = "loss gains"
         values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
-    return (
-        f"**{as_markdown(cell.heading)}**: what the benchmark's {measured} "
-        f"({as_code(cell.metric)}, {cell.documents}) when {_what_is_removed(cell)}, beside "
+    text = (
+        f"{_note_head(cell.heading)}what the benchmark's {effect} "
+        f"({markdown_code(cell.metric)}, {cell.documents_text}) when {_removal_text(cell)}, beside "
         "the cheap proxies. The step of every curve is the 0-based layer. "
         f"{values}; `gold_logprob_drop` is in nats."
-        + (f"\n\n{statement(cell.answer)}." if cell.answer else "")
-        + alone
     )
+    if cell.answer:
+        text += f"\n\n{statement(cell.answer)}."
+    if answer:
+        text += f"\n\n{escape_markdown(answer)} This rests on this benchmark alone; {AVERAGE_NOTE}."
+    return text
+
+
+def _note_head(name: str) -> str:
+    """Write the first sentences of a note."""
+    return f"**{escape_markdown(name)}**: "
 
 
 def intact_note(cell: CellRecord) -> str:
@@ -90,17 +97,17 @@ def intact_note(cell: CellRecord) -> str:
     Returns:
         A paragraph.
     """
-    on = cell.documents_of(f"{cell.n:,}")
+    head, documents = _note_head(intact_name(cell)), cell.describe_documents(f"{cell.n:,}")
+    metric = markdown_code(cell.metric)
     if cell.removed:
         return (
-            f"**{as_markdown(intact_name(cell))}**: {as_code(cell.metric)} on {on} of the model "
-            "that every run of the benchmark takes more of; its drop, as theirs, is from the "
-            "intact model."
+            f"{head}{metric} on {documents} of the model that every run of the benchmark takes "
+            "more of; its drop, as theirs, is from the intact model."
         )
     return (
-        f"**{as_markdown(intact_name(cell))}**: {as_code(cell.metric)} of the whole model on {on}: "
-        "what the runs without some of its layers are compared with."
-        + _rounding(cell, cell.baseline_rounded, cell.n, cell.baseline_rounding, "it")
+        f"{head}{metric} of the whole model on {documents}: what the runs without some of its "
+        "layers are compared with."
+        + _rounding_sentence(cell, cell.baseline_rounded, cell.n, cell.baseline_rounding, "it")
     )
 
 
@@ -114,85 +121,84 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     Returns:
         A paragraph.
     """
-    change = run.change
-    replacement = REPLACED_BY.get(change.intervention)
-    how = f"with the layer replaced by {replacement}" if replacement else "without it"
+    change, drop = run.change, run.drop
+    replacement = REPLACEMENT_WORDS.get(change.intervention)
+    removal_text = f"with the layer replaced by {replacement}" if replacement else "without it"
     if change.map is not None:
-        how = f"with {as_markdown(change.map)} in {change.intervention}"
+        removal_text = f"with {escape_markdown(change.map)} in {change.intervention}"
     if change.intervention == "repeat":
-        how = f"with it passed {'again' if change.repeats == 2 else change.times}"
-    on = cell.documents_of(f"{run.n:,}")
-    what = f"**{as_markdown(run_name(cell, change))}**: {as_code(cell.metric)} on {on} {how}"
-    if run.drop.value is None:
-        return f"{what}; its drop is not defined: {run.drop.reason or 'no reason'}."
-    measure, falls = measure_of(cell), (run.drop.value >= 0) == cell.higher_is_better
-    size = run.drop if run.drop.value >= 0 else -run.drop
-    by = f"{measure.write(abs(run.drop.value))} {measure.unit}"
-    between = named_interval(size, measure.write, interval_name(cell))
-    among = f"among {counted(len(cell.runs), 'run')} of this benchmark alone"
-    chance = f", which may be chance {among}; {AVERAGE}"
-    text = f"{what}; it {'falls' if falls else 'rises'} by {by}{between}"
-    text += f"{'' if _is_shown(cell, run) else chance}."
+        removal_text = f"with it passed {'again' if change.repeats == 2 else change.times}"
+    documents = cell.describe_documents(f"{run.n:,}")
+    head = _note_head(run_name(cell, change))
+    text = f"{head}{markdown_code(cell.metric)} on {documents} {removal_text}"
+    if drop.value is None:
+        return f"{text}; its drop is not defined: {drop.reason or 'no reason'}."
+    measure, size = metric_format(cell), drop if drop.value >= 0 else -drop
+    verb = "falls" if (drop.value >= 0) == cell.higher_is_better else "rises"
+    interval = named_interval(size, measure.write, interval_name(cell))
+    text += f"; it {verb} by {measure.write(abs(drop.value))} {measure.unit}{interval}"
+    if not _is_proved(cell, run):
+        runs = count_text(len(cell.runs), "run")
+        text += f", which may be chance among {runs} of this benchmark alone; {AVERAGE_NOTE}"
     if not cell.higher_is_better:
-        return text
-    return text + _rounding(cell, run.rounded, run.n, run.drop_rounding, "the fall")
+        return f"{text}."
+    return f"{text}." + _rounding_sentence(cell, run.rounded, run.n, run.drop_rounding, "the fall")
 
 
-def _is_shown(cell: CellRecord, run: RunRecord) -> bool:
+def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
     """Check whether a run's effect is proved, simultaneously over all runs of its cell."""
-    drops = [one.drop for one in cell.runs]
+    drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
-        drops = together(drops, [one.n for one in cell.runs], len(drops))
-    return verdicts(drops)[cell.runs.index(run)] != "open"
+        drops = widen(drops, [cell_run.n for cell_run in cell.runs], len(drops))
+    return decide_verdicts(drops)[cell.runs.index(run)] != "open"
 
 
-def _rounding(
-    cell: CellRecord, count: int | None, documents: int, moved: float | None, what: str
+def _rounding_sentence(
+    cell: CellRecord, n_rounded: int | None, n_documents: int, shift: float | None, subject: str
 ) -> str:
-    """Write how many documents half precision decides by rounding; begins with a space."""
-    if count is None or moved is None:
+    """State the number of documents decided by rounding in half precision, with a leading space."""
+    if n_rounded is None or shift is None:
         return ""
     return (
-        f" {cell.model.dtype} decides up to {count:,} of these {documents:,} documents by "
-        f"rounding: another batch size moves {what} by ± {100 * moved:.1f} percentage points."
+        f" {cell.model.dtype} decides up to {n_rounded:,} of these {n_documents:,} documents by "
+        f"rounding: another batch size moves {subject} by ± {100 * shift:.1f} percentage points."
     )
 
 
-def _what_is_removed(cell: CellRecord) -> str:
+def _removal_text(cell: CellRecord) -> str:
     """Describe the removed parts for the note, with the names of their curves."""
     kinds = dict.fromkeys(run.change.kind for run in cell.runs)
-    if all(kind == WHOLE_LAYER for kind in kinds):
-        text = "one layer is removed"
-    else:
-        text = (
-            "one layer is removed, or its attention or MLP alone (curves `attention/…`, `mlp/…`), "
-            "or several layers from a first one on (curves `span4/…` for 4 of them)"
+    text = "one layer is removed"
+    if any(kind != WHOLE_LAYER for kind in kinds):
+        text += (
+            ", or its attention or MLP alone (curves `attention/…`, `mlp/…`), or several layers "
+            "from a first one on (curves `span4/…` for 4 of them)"
         )
-        if parts := dict.fromkeys(kind.component for kind in kinds if kind.number is not None):
-            words = " and ".join(f"`{word}/3/…`" for word in parts)
-            text += f", or one of its heads or groups of heads (curves {words} for number 3)"
-    done = [word for word in REPLACED_BY if any(kind.intervention == word for kind in kinds)]
-    if done:
-        text += f", or replaced (curves {', '.join(f'`{word}/…`' for word in done)})"
+    if parts := dict.fromkeys(kind.component for kind in kinds if kind.number is not None):
+        curves = " and ".join(f"`{part}/3/…`" for part in parts)
+        text += f", or one of its heads or groups of heads (curves {curves} for number 3)"
+    interventions = {kind.intervention for kind in kinds}
+    if curves := ", ".join(f"`{name}/…`" for name in REPLACEMENT_WORDS if name in interventions):
+        text += f", or replaced (curves {curves})"
     if cell.removed:
         layers = ", ".join(map(str, cell.removed))
         text += f", from a model that lacks {layers} already (drops are from the intact model)"
     return text
 
 
-Which = Literal["auto", "all", "cells"]
-"""Selection of a cell's runs that are runs of their own in a backend."""
-MANY = 200
-"""Maximum number of runs of a kind that are runs of their own by default."""
-ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
-NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
+RunSelection = Literal["auto", "all", "cells"]
+"""Selection of the cell's runs that become separate runs in a backend."""
+MAX_OWN_RUNS = 200
+"""Maximum number of runs of one kind that become separate runs by default."""
+MAX_ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
+INVALID_NAME_PATTERN = r"[^A-Za-z0-9_.-]+"
 Value = TypeVar("Value")
 Run = TypeVar("Run")
 
 
 @dataclass(frozen=True)
 class OutcomesArtifact:
-    """The artifact of a cell: everything its figures were computed from."""
+    """The artifact of a cell: the files from which the cell's figures were computed."""
 
     name: str
     aliases: tuple[str, ...]
@@ -201,28 +207,28 @@ class OutcomesArtifact:
 
 @dataclass(frozen=True)
 class DescribedRun:
-    """Description of one run.
+    """Description of one run in a backend.
 
     Attributes:
         cell: The cell of the run.
-        kind: Its kind: the cell itself, the model that its runs start from, or one of them.
-        name: Its name in lists of runs.
-        note: Its note in Markdown.
-        known: The record that, with name and `files`, determines all its contents.
-        figures: Its defined figures, by names that every backend accepts.
-        reasons: The reasons of undefined figures.
-        run: The cell's run that it shows; None for other kinds.
-        curves: The figures of the cell's runs: layers, and curve name → figure of each.
-        tables: Its tables by name.
-        charts: Its charts by name.
-        files: Its attached files.
+        kind: The kind: the cell itself, the cell's starting model, or one of the cell's runs.
+        name: The name in lists of runs.
+        note: The note in Markdown.
+        record: The record that, with name and `files`, determines all contents.
+        figures: The defined figures, by names that every backend accepts.
+        reasons: The reasons for undefined figures.
+        run: The cell's run that is shown; None for other kinds.
+        curves: Layers, and the figure of each layer by curve name, over the cell's runs.
+        tables: Tables by name.
+        charts: Charts by name.
+        files: Attached files.
     """
 
     cell: CellRecord
     kind: Literal["cell", "baseline", "layer"]
     name: str
     note: str
-    known: Record
+    record: Record
     figures: Mapping[str, float]
     reasons: Mapping[str, str] = field(default_factory=dict)
     run: RunRecord | None = None
@@ -233,7 +239,7 @@ class DescribedRun:
 
     @property
     def ablation(self) -> str:
-        """The ablation's name; the kind, if it is not one of the cell's runs."""
+        """The ablation's name; for the cell and its starting model, the kind."""
         return self.run.ablation if self.run else self.kind
 
     @property
@@ -243,45 +249,45 @@ class DescribedRun:
 
     @property
     def step(self) -> int:
-        """The position of its figures on the axis of layers."""
+        """The position of the run's figures on the axis of layers."""
         return self.run.change.layer if self.run else 0
 
     @property
-    def which(self) -> dict[str, str | int]:
+    def run_fields(self) -> dict[str, str | int]:
         """The fields that identify the run within its cell; empty for other kinds."""
         if self.run is None:
             return {}
         change, names = self.run.change, ("layer", "component", "span", "intervention")
-        fields = {name: getattr(change, name) for name in names[change.is_end :]}
+        fields = {name: getattr(change, name) for name in names[change.is_outer :]}
         if change.members:
             fields["members"] = ",".join(map(str, change.members))
         if change.number is not None:
-            fields[IN_THE_FILE[field_of(change.component)]] = change.number
+            fields[FILE_KEYS[number_field(change.component)]] = change.number
         if change.map is not None:
             fields["map"] = change.map
         return fields | ({"repeats": change.repeats} if change.intervention == "repeat" else {})
 
     @property
-    def marks(self) -> dict[str, str]:
+    def question_tags(self) -> dict[str, str]:
         """The tags about the cell's question; empty without a question."""
-        return until_marks(self.cell, self.run.change if self.run else None)
+        return question_tags(self.cell, self.run.change if self.run else None)
 
     @cached_property
     def version(self) -> str:
-        """The digest of its files; empty if it has none."""
+        """The digest of the attached files; empty without files."""
         return files_digest(self.files) if self.kind == "cell" else ""
 
-    def digest(self, *also: str) -> str:
-        """Compute the digest of its contents, and of the backend's additions `also`."""
-        marks, cell = self.marks.values(), self.cell
-        about = (self.key, self.name, cell.title, cell.metric, self.version)
-        return content_digest(self.known, *about, *marks, *also)
+    def digest(self, *additions: str) -> str:
+        """Compute the digest of the run's contents and the backend's `additions`."""
+        tag_values, cell = self.question_tags.values(), self.cell
+        identity = (self.key, self.name, cell.title, cell.metric, self.version)
+        return content_digest(self.record, *identity, *tag_values, *additions)
 
     @property
     def config(self) -> dict[str, Any]:
         """The run's identity as a nested dictionary, without periods in names.
 
-        Request fields have the same names as in a sweep's trials, so that both filter alike.
+        Request fields have the same names as in a sweep's trials, so that the same filters work.
         """
         cell, outcomes = self.cell, self.outcomes
         return {
@@ -291,21 +297,21 @@ class DescribedRun:
             **cell.benchmark.settings,
             "dtype": cell.model.dtype,
             "removed": list(cell.removed),
-            **self.which,
+            **self.run_fields,
             "tracker": {
                 "run_key": self.key,
                 "ablation": self.ablation,
                 **({"outcomes": outcomes.name} if outcomes else {}),
                 **_facts(cell),
-                "provenance": _nested(cell.provenance),
-                **self.marks,
-                "reasons": _nested(self.reasons),
+                "provenance": _flat_names(cell.provenance),
+                **self.question_tags,
+                "reasons": _flat_names(self.reasons),
             },
         }
 
     @cached_property
     def outcomes(self) -> OutcomesArtifact | None:
-        """The artifact of its files; None for runs other than the cell's own."""
+        """The artifact with the attached files; None for runs other than the cell's own run."""
         if self.kind != "cell":
             return None
         cell = self.cell
@@ -315,121 +321,122 @@ class DescribedRun:
             aliases=("complete", f"documents-{cell.n}") if cell.is_complete else aliases,
             metadata={
                 "files": self.version,
-                "missing": list(cell.lacks),
-                "provenance": _nested(cell.provenance),
+                "missing": list(cell.missing_labels),
+                "provenance": _flat_names(cell.provenance),
                 **_facts(cell),
             },
         )
 
 
-def one_by_one(cell: CellRecord, which: Which) -> list[RunRecord]:
-    """List the cell's runs that are runs of their own in a backend.
+def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord]:
+    """List the cell's runs that become separate runs in a backend.
 
-    If there are more than `MANY` of a kind, such as the heads of all layers, only the table and the
-    map of the cell's own run show them, unless `which` selects otherwise.
+    If there are more than `MAX_OWN_RUNS` of a kind, such as the heads of all layers, only the
+    table and the map of the cell's own run show them, unless `selection` selects otherwise.
     """
     # Whole layers are counted separately from spans.
-    count = Counter(map(_family, cell.runs))
-    most = {"all": math.inf, "cells": 0, "auto": MANY}[which]
-    return [run for run in cell.runs if count[_family(run)] <= most]
+    count = Counter(map(_run_family, cell.runs))
+    max_runs = {"all": math.inf, "cells": 0, "auto": MAX_OWN_RUNS}[selection]
+    return [run for run in cell.runs if count[_run_family(run)] <= max_runs]
 
 
-def _family(run: RunRecord) -> tuple[bool, Change]:
+def _run_family(run: RunRecord) -> tuple[bool, Change]:
+    """Return the kind of a run, for the limit `MAX_OWN_RUNS` per kind."""
     return run.change.kind == WHOLE_LAYER, run.change.kind.family
 
 
-def described(
+def describe_runs(
     cell: CellRecord,
     files: Sequence[Path],
     charts: Mapping[str, Figure],
     tables: Mapping[str, LoggedTable] = {},
-    which: Which = "auto",
+    selection: RunSelection = "auto",
     answer: str = "",
 ) -> list[DescribedRun]:
-    """Describe the runs of a cell, in the order in which they are written.
+    """Describe the runs of a cell, in the order of writing.
 
-    Backends list the newest run first, so the cell's own run comes last. The model that its runs
-    start from comes before it, and before that the runs in reverse order.
+    Backends list the newest run first, so the order is reversed: first the cell's runs from last to
+    first, then the starting model, then the cell's own run.
     """
-    runs = [layer_run(cell, run) for run in reversed(one_by_one(cell, which))]
-    return [*runs, intact_run(cell), cell_run(cell, files, charts, tables, answer)]
+    runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
+    return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]
 
 
-def take_over(present: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
+def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
     """Transfer the runs of superseded views to the view that replaces them.
 
     Args:
-        present: A backend's runs by run key; those of superseded views get their new keys.
+        by_key: A backend's runs by run key; runs of superseded views get their new keys.
         cell: The record of the view.
-        runs: Its described runs.
+        runs: The described runs of the view.
 
     Returns:
-        The runs to delete: those that exist under both keys, or are no runs of the view.
+        The runs to delete: runs that exist under both keys, or that the view does not contain.
     """
-    keys, superfluous = {run.key for run in runs}, []
+    keys, obsolete_runs = {run.key for run in runs}, []
     for view in cell.supersedes:
-        start = run_key(cell, "", view)
-        for former in [key for key in present if key.rpartition("/")[0] == start[:-1]]:
-            run, key = present.pop(former), run_key(cell, former[len(start) :])
-            if key not in keys or present.setdefault(key, run) is not run:
-                superfluous.append(run)
-    return superfluous
+        prefix = run_key(cell, "", view)
+        for old_key in [key for key in by_key if key.rpartition("/")[0] == prefix[:-1]]:
+            run, key = by_key.pop(old_key), run_key(cell, old_key[len(prefix) :])
+            if key not in keys or by_key.setdefault(key, run) is not run:
+                obsolete_runs.append(run)
+    return obsolete_runs
 
 
-def layer_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
+def describe_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
     """Describe one run of a cell."""
     return DescribedRun(
         cell=cell,
         kind="layer",
         name=run_name(cell, run.change),
         note=layer_note(cell, run),
-        known=run,
-        figures=_named(flat_metrics(run)),
-        reasons=_named(reasons_of(run)),
+        record=run,
+        figures=_accepted_names(run_metrics(run)),
+        reasons=_accepted_names(run_reasons(run)),
         run=run,
     )
 
 
-def intact_run(cell: CellRecord) -> DescribedRun:
-    """Describe the run of the model that a cell's runs start from."""
+def describe_intact(cell: CellRecord) -> DescribedRun:
+    """Describe the run of a cell's starting model."""
     return DescribedRun(
         cell=cell,
         kind="baseline",
         name=intact_name(cell),
         note=intact_note(cell),
-        known=intact_part(cell),
-        figures=_named(intact_metrics(cell)),
+        record=baseline_record(cell),
+        figures=_accepted_names(intact_metrics(cell)),
     )
 
 
-def cell_run(
+def describe_cell(
     cell: CellRecord,
     files: Sequence[Path] = (),
     charts: Mapping[str, Figure] = {},
     tables: Mapping[str, LoggedTable] = {},
     answer: str = "",
 ) -> DescribedRun:
-    """Describe the run of a cell, with the figures of its runs as curves over the layers."""
+    """Describe a cell's own run, with figures of the cell's runs as curves over the layers."""
     figures = cell_figures(cell)
-    reasons = {**not_finite(figures), **cell.all_reasons}
+    reasons = {**non_finite_reasons(figures), **cell.all_reasons}
     curves = []
     # Very many runs of a kind would give hundreds of curves.
-    alone = {run.ablation for run in one_by_one(cell, "auto")}
+    curve_ablations = {run.ablation for run in individual_runs(cell, "auto")}
     for run in cell.runs:
         if run.change.members:  # several begin at one layer
             continue
-        known = flat_metrics(run)
-        names = CURVES if run.ablation in alone else ("accuracy_drop",)
-        points = {curve_name(run.change, name): known[name] for name in names if name in known}
+        metrics = run_metrics(run)
+        names = CURVES if run.ablation in curve_ablations else ("accuracy_drop",)
+        points = {curve_name(run.change, name): metrics[name] for name in names if name in metrics}
         curves.append((run.change.layer, points))
     return DescribedRun(
         cell=cell,
         kind="cell",
-        name=cell_name(cell),
+        name=cell_run_name(cell),
         note=cell_note(cell, answer),
-        known=cell,
-        figures=_named(only_defined(figures)),
-        reasons=_named(reasons),
+        record=cell,
+        figures=_accepted_names(defined_figures(figures)),
+        reasons=_accepted_names(reasons),
         curves=tuple(curves),
         tables={"layers": logged_layers(cell), "correlations": logged_correlations(cell), **tables},
         charts=charts,
@@ -437,13 +444,13 @@ def cell_run(
     )
 
 
-def _named(values: Mapping[str, Value]) -> dict[str, Value]:
+def _accepted_names(values: Mapping[str, Value]) -> dict[str, Value]:
     """Rename figures or reasons to names that every backend accepts."""
-    return {metric_name(name): value for name, value in values.items()}
+    return {tracked_name(name): value for name, value in values.items()}
 
 
 def _facts(cell: CellRecord) -> dict[str, Any]:
-    """Return the fields that the cell's figures depend on."""
+    """Return the fields of the cell on which its figures depend."""
     return {
         "cell": cell.key,
         "metric": cell.metric,
@@ -455,24 +462,24 @@ def _facts(cell: CellRecord) -> dict[str, Any]:
     }
 
 
-def _nested(values: Mapping[str, str]) -> dict[str, str]:
-    """Replace periods in names, which W&B would read as nesting."""
+def _flat_names(values: Mapping[str, str]) -> dict[str, str]:
+    """Replace periods in names, since W&B would read them as nesting."""
     return {name.replace(".", "_"): value for name, value in values.items()}
 
 
 def artifact_name(cell: CellRecord) -> str:
     """Return the artifact's name, equal on every machine, with the cell's key at the end."""
-    key = re.sub(NOT_IN_NAMES, "-", f"{cell.view}-{cell.key[:12]}")
-    name = re.sub(NOT_IN_NAMES, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
-    if len(key) > ARTIFACT_NAME // 2:
-        return fitting(f"{name}-{key}", ARTIFACT_NAME)
-    return f"{name[: ARTIFACT_NAME - len(key) - 1]}-{key}"
+    key = re.sub(INVALID_NAME_PATTERN, "-", f"{cell.view}-{cell.key[:12]}")
+    name = re.sub(INVALID_NAME_PATTERN, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
+    if len(key) > MAX_ARTIFACT_NAME // 2:
+        return cut_text(f"{name}-{key}", MAX_ARTIFACT_NAME)
+    return f"{name[: MAX_ARTIFACT_NAME - len(key) - 1]}-{key}"
 
 
-def fitting(text: str, limit: int) -> str:
-    """Shorten a text of too many bytes, and end it with a hash of the whole text."""
-    whole = text.encode()
-    if len(whole) <= limit:
+def cut_text(text: str, limit: int) -> str:
+    """Shorten a text with too many bytes, and append a hash of the whole text."""
+    encoded = text.encode()
+    if len(encoded) <= limit:
         return text
-    end = f"-{hashlib.sha256(whole).hexdigest()[:12]}"
-    return whole[: limit - len(end)].decode(errors="ignore") + end
+    suffix = f"-{hashlib.sha256(encoded).hexdigest()[:12]}"
+    return encoded[: limit - len(suffix)].decode(errors="ignore") + suffix

@@ -19,23 +19,28 @@ from functools import partial
 from itertools import chain, product
 from pathlib import Path
 
-from tracker.cli.terminal import say
+from tracker.cli.terminal import echo
 
-from .made_up import ALIKE, THREE
-from .reading import named, tried
+from .made_up import N_ALIKE, THREE_LAYERS
+from .reading import check_folders_of, named_layers_in
 
 FOLDERS = 200
 SIZES = (8, 30, 100, 400)
 
 
-def some(seed: int, costs: Mapping[int, float], documents: int) -> list[tuple[dict, bool]]:
+def check_folders(seed: int, costs: Mapping[int, float], documents: int) -> list[tuple[dict, bool]]:
     """Check folders from a seed on: kind of text → false statements; whether all are named."""
     with tempfile.TemporaryDirectory() as scratch:
-        found = tried(Path(scratch), range(seed, seed + ALIKE), costs, documents, studies=True)
-        return [(wrong, {*THREE} <= named(said["run"][0])) for said, wrong in found]
+        readings = check_folders_of(
+            Path(scratch), range(seed, seed + N_ALIKE), costs, documents, studies=True
+        )
+        return [
+            (false_texts, {*THREE_LAYERS} <= named_layers_in(statements["run"][0]))
+            for statements, false_texts in readings
+        ]
 
 
-def words(sentence: str) -> str:
+def normalise_sentence(sentence: str) -> str:
     """Take out of a sentence what differs from one folder to the next."""
     numbered = re.sub(r"\d+(?:[.,–]\d+)*", "#", sentence)
     return re.sub(r"#(?:,? (?:and |or )?#)*", "#", numbered)
@@ -43,31 +48,43 @@ def words(sentence: str) -> str:
 
 def main(folders: int, *sizes: int) -> None:
     """Print in how many folders each kind of text is wrong, for some numbers of documents."""
-    cases = list(product(({}, THREE), sizes or SIZES))
+    cases = list(product(({}, THREE_LAYERS), sizes or SIZES))
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for number, (costs, documents) in enumerate(cases):
-            each = partial(some, costs=costs, documents=documents)
-            done = [*chain(*workers.map(each, range(0, folders, ALIKE)))]
-            if not number:
-                heads = ("layers that matter", "documents", "folders", "all named", *done[0][0])
-                say(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+        for case_index, (costs, documents) in enumerate(cases):
+            check_seeds = partial(check_folders, costs=costs, documents=documents)
+            checked_folders = [*chain(*workers.map(check_seeds, range(0, folders, N_ALIKE)))]
+            if not case_index:
+                heads = (
+                    "layers that matter",
+                    "documents",
+                    "folders",
+                    "all named",
+                    *checked_folders[0][0],
+                )
+                echo(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
             shares = []
-            for where in done[0][0]:
-                wrong = [{*map(words, found[where])} for found, _ in done if found[where]]
-                worst = Counter(chain.from_iterable(wrong)).most_common(5)
-                counts = len(wrong), worst[0][1] if worst else 0
-                shares.append("{:.1f} % ({:.1f} %)".format(*(100 * n / len(done) for n in counts)))
-                for sentence, count in worst:
-                    say(f"{where}: {count} × {sentence[:200]}", error=True)
-            both = f"{100 * sum(all_named for _, all_named in done) / len(done):.0f} %"
+            for text_kind in checked_folders[0][0]:
+                false_sets = [
+                    {*map(normalise_sentence, false_texts[text_kind])}
+                    for false_texts, _ in checked_folders
+                    if false_texts[text_kind]
+                ]
+                most_frequent = Counter(chain.from_iterable(false_sets)).most_common(5)
+                counts = len(false_sets), most_frequent[0][1] if most_frequent else 0
+                shares.append(
+                    "{:.1f} % ({:.1f} %)".format(*(100 * n / len(checked_folders) for n in counts))
+                )
+                for sentence, count in most_frequent:
+                    echo(f"{text_kind}: {count} × {sentence[:200]}", error=True)
+            named = sum(all_named for _, all_named in checked_folders) / len(checked_folders)
             row = (
                 "three" if costs else "none",
                 documents,
-                len(done),
-                both if costs else "–",
+                len(checked_folders),
+                f"{100 * named:.0f} %" if costs else "–",
                 *shares,
             )
-            say(f"| {' | '.join(map(str, row))} |")
+            echo(f"| {' | '.join(map(str, row))} |")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.config import cell_request
 from tracker.core.documents import Document, Response
-from tracker.core.extent import ALL
+from tracker.core.extent import ALL_DOCUMENTS
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
@@ -22,9 +22,9 @@ from tracker.ledger.store import Ledger
 LAYERS = 16
 OPTIONS = 4
 BENCHMARKS = ("arc_easy", "openbookqa")
-ALIKE = 10
+N_ALIKE = 10
 """So many seeds, from a multiple of it on, make models that differ by chance alone."""
-THREE = {0: 4.0, 3: 3.0, 7: 2.0}
+THREE_LAYERS = {0: 4.0, 3: 3.0, 7: 2.0}
 """Three layers that matter, by how many nats their removal lowers the right option."""
 
 
@@ -50,7 +50,7 @@ def write_results(
         name: The model's.
         pairs: Of so many first layers every two are removed together as well.
     """
-    dice = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     ledger = Ledger(folder)
     ledger.create()
     model = ModelIdentity(
@@ -64,7 +64,7 @@ def write_results(
         dtype="float32",
     )
     # One size of errors for all models: a larger one would cost accuracy by itself.
-    sizes = np.random.default_rng(seed // ALIKE).choice([0.2, 1.0], len(BENCHMARKS))
+    sizes = np.random.default_rng(seed // N_ALIKE).choice([0.2, 1.0], len(BENCHMARKS))
     for benchmark_name, size in zip(BENCHMARKS, sizes, strict=True):
         task = TaskIdentity(
             name=benchmark_name,
@@ -83,32 +83,32 @@ def write_results(
             apply_chat_template=False,
             primary_metric="acc",
         )
-        store = ledger.cell(model, benchmark, {"torch": "2"})
-        _measure(store, dice, costs, documents, size, pairs)
+        store = ledger.open_cell(model, benchmark, {"torch": "2"})
+        _write_outcomes(store, generator, costs, documents, size, pairs)
         request = cell_request(model="m", benchmark=benchmark_name, layers=tuple(range(LAYERS)))
-        store.views.ask(request, "layers")
+        store.views.add_request(request, "layers")
 
 
 def draw_scores(
-    dice: np.random.Generator,
+    generator: np.random.Generator,
     sets: Sequence[tuple[int, ...]],
     costs: Mapping[int, float],
     documents: int,
     size: float,
 ) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
     """Draw which options are right, and scores of all options without some sets of layers."""
-    gold = dice.integers(0, OPTIONS, documents)
-    truth = dice.normal(-8, 2, (documents, OPTIONS))
+    gold = generator.integers(0, OPTIONS, documents)
+    truth = generator.normal(-8, 2, (documents, OPTIONS))
     truth[np.arange(documents), gold] += 1.5
-    scores = [truth + dice.normal(0, size, truth.shape) for _ in sets]
-    for gone, table in zip(sets, scores, strict=True):
-        table[np.arange(documents), gold] -= sum(costs.get(layer, 0.0) for layer in gone)
+    scores = [truth + generator.normal(0, size, truth.shape) for _ in sets]
+    for removed, table in zip(sets, scores, strict=True):
+        table[np.arange(documents), gold] -= sum(costs.get(layer, 0.0) for layer in removed)
     return gold, scores
 
 
-def _measure(
+def _write_outcomes(
     store: CellStore,
-    dice: np.random.Generator,
+    generator: np.random.Generator,
     costs: Mapping[int, float],
     documents: int,
     size: float,
@@ -116,22 +116,23 @@ def _measure(
 ) -> None:
     (task,) = store.identity.benchmark.tasks
     sets = [(), *((layer,) for layer in range(LAYERS)), *combinations(range(pairs), 2)]
-    gold, drawn = draw_scores(dice, sets, costs, documents, size)
+    gold, tables = draw_scores(generator, sets, costs, documents, size)
     scores = {
-        Ablation.of(removed=gone).name: table for gone, table in zip(sets, drawn, strict=True)
+        Ablation.from_changes(removed=removed).name: table
+        for removed, table in zip(sets, tables, strict=True)
     }
-    cosine = 10 * dice.uniform(0.9, 1, LAYERS)
-    observed = (10, [cosine.tolist(), [1.0] * LAYERS, [1.0] * LAYERS])
-    for block in store.blocks(ALL):
+    cosine = 10 * generator.uniform(0.9, 1, LAYERS)
+    proxies = (10, [cosine.tolist(), [1.0] * LAYERS, [1.0] * LAYERS])
+    for block in store.blocks(ALL_DOCUMENTS):
         rows = [
             outcome_row(
                 Document(task.name, doc, requests=(), gold=int(gold[doc]), choices=OPTIONS),
                 name,
                 [Response(float(score), False, 0) for score in table[doc]],
                 {"acc": float(table[doc].argmax() == gold[doc])},
-                observed if name == INTACT.name else None,
+                proxies if name == INTACT.name else None,
             )
-            for doc in store.documents(block, ALL)
+            for doc in store.documents(block, ALL_DOCUMENTS)
             for name, table in scores.items()
         ]
         store.write(block, rows, {"device": "cpu"})

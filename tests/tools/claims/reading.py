@@ -12,14 +12,14 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from tests.helpers.pages import read as read_tables
+from tests.helpers.pages import read_page as read_tables
 from tracker import api
 from tracker.cli import main
-from tracker.cli.printing import print_cell, print_measured
+from tracker.cli.printing import print_cell, print_results
 from tracker.core.formats import DASH
 
 from .made_up import LAYERS, write_results
-from .studied import PAIRS, is_false_of, said_by_studies
+from .studied import PAIRS, is_false_statement, study_statements
 
 _UNREAD = {"script", "style", "table", "svg", "template", "button"}
 _BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "small", "summary", "div", "section"}
@@ -67,114 +67,122 @@ class _Prose(HTMLParser):
             self._lines[-1] += data
 
 
-def prose(page: str) -> dict[str, list[str]]:
+def page_prose(page: str) -> dict[str, list[str]]:
     """Read the text of a page that is no table: section → lines."""
-    found = _Prose()
-    found.feed(page)
-    return found.sections
+    parser = _Prose()
+    parser.feed(page)
+    return parser.sections
 
 
-def rows(page: str, table: str) -> list[dict[str, str]]:
+def table_rows(page: str, table: str) -> list[dict[str, str]]:
     """Read a table of a page, if it is there: a row is the beginning of a column's head → text."""
-    found = read_tables(page)
-    if table not in found.tables:
+    contents = read_tables(page)
+    if table not in contents.tables:
         return []
-    names = [re.split(r"[,(]", head)[0].strip() for head in found.headers[table]]
-    return [dict(zip(names, (text for text, _ in row), strict=True)) for row in found.tables[table]]
+    names = [re.split(r"[,(]", heading)[0].strip() for heading in contents.headers[table]]
+    return [
+        dict(zip(names, (text for text, _ in row), strict=True)) for row in contents.tables[table]
+    ]
 
 
-def sentences(text: str) -> Iterator[str]:
+def split_sentences(text: str) -> Iterator[str]:
     """Take a text apart."""
     for line in text.splitlines():
-        yield from (each for each in re.split(r"(?<=[.]) ", " ".join(line.split())) if each)
+        yield from (
+            sentence for sentence in re.split(r"(?<=[.]) ", " ".join(line.split())) if sentence
+        )
 
 
-def named(sentence: str) -> set[int]:
+def named_layers_in(sentence: str) -> set[int]:
     """Find the layers that a sentence names by number."""
-    found: set[int] = set()
+    layers: set[int] = set()
     for numbers in _NAMED.findall(sentence) + _UNLIKE.findall(sentence):
-        for each in re.findall(_NUMBERS, numbers):
-            first, _, last = each.partition("–")
-            found |= set(range(int(first), int(last or first) + 1))
-    return found
+        for number_text in re.findall(_NUMBERS, numbers):
+            first_layer, _, last_layer = number_text.partition("–")
+            layers |= set(range(int(first_layer), int(last_layer or first_layer) + 1))
+    return layers
 
 
-def in_order(ranks: Mapping[str, str]) -> Iterator[str]:
+def ordered_pairs(ranks: Mapping[str, str]) -> Iterator[str]:
     """Yield the pairs that are surely ordered, by ranks such as `1 to 3`."""
-    ends = {name: [*map(int, rank.split(" to "))] for name, rank in ranks.items() if rank != DASH}
-    for one, other in permutations(ends, 2):
-        if ends[one][-1] < ends[other][0]:
-            yield f"{one} before {other}"
+    rank_ranges = {
+        name: [*map(int, rank.split(" to "))] for name, rank in ranks.items() if rank != DASH
+    }
+    for better_name, worse_name in permutations(rank_ranges, 2):
+        if rank_ranges[better_name][-1] < rank_ranges[worse_name][0]:
+            yield f"{better_name} before {worse_name}"
 
 
-def of_tables(page: str) -> Iterator[str]:
+def table_statements(page: str) -> Iterator[str]:
     """Put what the page's tables mark, name and rank in sentences."""
-    board = rows(page, "model-1-board")
+    board = table_rows(page, "model-1-board")
     for row in board:
         if row["shown"] != "open":
             yield f"layer {row['layer']} {row['shown']}"
-    yield from in_order({row["layer"]: row.get("rank", DASH) for row in board})
-    for row in rows(page, "overview"):
+    yield from ordered_pairs({row["layer"]: row.get("rank", DASH) for row in board})
+    for row in table_rows(page, "overview"):
         for layer in re.findall(r"(\d+)\xa0\(", row["layers shown to matter"]):
             yield f"layer {layer} matters on {row['benchmark']}"
 
 
-def listed(text: str) -> Iterator[str]:
+def listed_layers(text: str) -> Iterator[str]:
     """Read which layers the tables list that end a run: those that are shown to matter."""
-    before = table = ""
+    previous_line = table = ""
     for line in text.splitlines():
         if line.startswith("layer (0-based)"):
-            table = before or "mean"
+            table = previous_line or "mean"
         if row := _ROW.match(line):
             yield f"layer {row[1]} matters: {table}"
-        before = line
+        previous_line = line
 
 
-def rows_of_board(text: str) -> Iterator[str]:
+def board_statements(text: str) -> Iterator[str]:
     """Read what a leaderboard that is printed shows of its layers."""
     for line in text.splitlines():
         if row := _SHOWN_ROW.search(line):
             yield f"layer {row[1]} {row[2]}"
 
 
-def read(results: Path, rival: Path) -> dict[str, list[str]]:
+def read_statements(results: Path, rival: Path) -> dict[str, list[str]]:
     """Read all texts about a results folder: kind of text → sentences.
 
     Under `models` it is what the page says of its model beside the `rival` of another folder, under
     `run`, `evaluate`, `leaderboard` and `ls` what these commands print.
     """
     page = api.report(results=results).files[0].read_text()
-    both = api.report(rival, results, output=results / "both.html").files[0].read_text()
+    joint_page = api.report(rival, results, output=results / "both.html").files[0].read_text()
     cells = api.ls(results)
     runner = CliRunner()
     printed = [
         runner.invoke(main, [name, "--results", str(results)]) for name in ("leaderboard", "ls")
     ]
-    assert not any(done.exit_code for done in printed), [done.output for done in printed]
+    assert not any(result.exit_code for result in printed), [result.output for result in printed]
     evaluate, run = io.StringIO(), io.StringIO()
     with redirect_stdout(evaluate):
         for cell in cells:
             print_cell(cell)
     with redirect_stdout(run):
-        print_measured(cells)
-    across = [line for line in prose(both)["across"] if " minus " in line]
-    models = in_order({row["model"]: row.get("rank", DASH) for row in rows(both, "model-board")})
+        print_results(cells)
+    across = [line for line in page_prose(joint_page)["across"] if " minus " in line]
+    models = ordered_pairs(
+        {row["model"]: row.get("rank", DASH) for row in table_rows(joint_page, "model-board")}
+    )
     texts = {
-        "page": "\n".join(line for lines in prose(page).values() for line in lines),
-        "tables": "\n".join(of_tables(page)),
+        "page": "\n".join(line for lines in page_prose(page).values() for line in lines),
+        "tables": "\n".join(table_statements(page)),
         "models": "\n".join([*across, *models]),
         "run": run.getvalue(),
         "evaluate": evaluate.getvalue(),
         "leaderboard": printed[0].output,
         "ls": printed[1].output,
     }
-    said = {where: [*sentences(text)] for where, text in texts.items()}
-    said["run"] += listed(run.getvalue())
-    said["leaderboard"] += rows_of_board(printed[0].output)
-    return said
+    statements = {text_kind: [*split_sentences(text)] for text_kind, text in texts.items()}
+    statements["run"] += listed_layers(run.getvalue())
+    statements["leaderboard"] += board_statements(printed[0].output)
+    return statements
 
 
-def tried(
+def check_folders_of(
     folder: Path,
     seeds: Iterable[int],
     costs: Mapping[int, float],
@@ -186,19 +194,27 @@ def tried(
 
     `studies` includes those of studies, which take seconds; `pages` those of pages and commands.
     """
-    made, pairs = [folder / str(seed) for seed in seeds], PAIRS if studies else 0
-    for results in made:
+    folders, pairs = [folder / str(seed) for seed in seeds], PAIRS if studies else 0
+    for results in folders:
         name = f"made-up-{results.name}"
         write_results(results, int(results.name), costs, documents, name, pairs)
-    for results, rival in zip(made, [*made[1:], made[0]], strict=True):
-        said = read(results, rival) if pages else {}
+    for results, rival in zip(folders, [*folders[1:], folders[0]], strict=True):
+        statements = read_statements(results, rival) if pages else {}
         if studies:
-            answers = said_by_studies(results, costs, int(results.name))
-            said |= {"studies": [*chain(*map(sentences, answers))]}
-        yield said, {where: false_statements(where, each, costs) for where, each in said.items()}
+            answers = study_statements(results, costs, int(results.name))
+            statements |= {"studies": [*chain(*map(split_sentences, answers))]}
+        yield (
+            statements,
+            {
+                text_kind: false_statements(text_kind, texts, costs)
+                for text_kind, texts in statements.items()
+            },
+        )
 
 
-def false_statements(where: str, said: Sequence[str], costs: Mapping[int, float]) -> list[str]:
+def false_statements(
+    text_kind: str, statements: Sequence[str], costs: Mapping[int, float]
+) -> list[str]:
     """List the sentences that are not so.
 
     Of two models, which are alike, nothing is. A layer of no cost is not named, and no layer comes
@@ -206,23 +222,29 @@ def false_statements(where: str, said: Sequence[str], costs: Mapping[int, float]
     cosine scores are drawn at random, and of those of other ranks than their cost's there are twice
     as many as layers that cost, at most.
     """
-    true = {str(layer) for layer in costs} if where != "models" else set()
+    true_layers = {str(layer) for layer in costs} if text_kind != "models" else set()
 
     def is_false(sentence: str) -> bool:
-        if order := _BEFORE.fullmatch(sentence):
-            return order[1] not in true or order[2] in true
+        if order_match := _BEFORE.fullmatch(sentence):
+            return order_match[1] not in true_layers or order_match[2] in true_layers
         if _RELATED.search(sentence):
             return True
-        if where == "studies" and is_false_of(sentence, costs):
+        if text_kind == "studies" and is_false_statement(sentence, costs):
             return True
-        if (small := _SMALL.match(sentence)) and int(small[1]) > LAYERS - len(true):
+        if (small_match := _SMALL.match(sentence)) and int(small_match[1]) > LAYERS - len(
+            true_layers
+        ):
             return True
-        if (moved := _ELSEWHERE.match(sentence)) and int(moved[1]) > 2 * len(true):
+        if (moved_match := _ELSEWHERE.match(sentence)) and int(moved_match[1]) > 2 * len(
+            true_layers
+        ):
             return True
-        if any(_NOT_MADE.search(clause) and named(clause) for clause in sentence.split(";")):
+        if any(
+            _NOT_MADE.search(clause) and named_layers_in(clause) for clause in sentence.split(";")
+        ):
             return True
-        layers = {*map(str, named(sentence))}
+        named_layers = {*map(str, named_layers_in(sentence))}
         is_small = sentence.endswith(" below 5 pp") or "less than 5 pp" in sentence
-        return bool(layers & true if is_small else layers - true)
+        return bool(named_layers & true_layers if is_small else named_layers - true_layers)
 
-    return [sentence for sentence in said if is_false(sentence)]
+    return [sentence for sentence in statements if is_false(sentence)]

@@ -6,42 +6,47 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.claims.made_up import THREE
-from tests.tools.claims.reading import (
-    named,
-    tried,
-)
+from tests.tools.claims.made_up import THREE_LAYERS
+from tests.tools.claims.reading import check_folders_of, named_layers_in
 
 
 @pytest.mark.parametrize("documents", [8, 100])
 def test_where_no_layer_matters_none_is_named(tmp_path: Path, documents: int) -> None:
-    wrong = [false for _, false in tried(tmp_path, range(3), {}, documents) if any(false.values())]
+    false_folders = [
+        false_texts
+        for _, false_texts in check_folders_of(tmp_path, range(3), {}, documents)
+        if any(false_texts.values())
+    ]
     # With 5 % in each folder, two of three have a probability of 0.7 %.
-    assert len(wrong) < 2, wrong
+    assert len(false_folders) < 2, false_folders
 
 
 def test_where_three_matter_these_are_named(tmp_path: Path) -> None:
-    wrong = []
-    for statements, false in tried(tmp_path, range(3), THREE, 200):
-        wrong += [false] if any(false.values()) else []
-        assert {*THREE} <= named(statements["run"][0])
-        assert {*THREE} <= set().union(*map(named, statements["page"]))
-        for where in ("tables", "leaderboard"):
-            assert {f"layer {layer} matters" for layer in THREE} <= {*statements[where]}
-        assert {f"layer {layer} matters: mean" for layer in THREE} <= {*statements["run"]}
+    false_folders = []
+    for statements, false_texts in check_folders_of(tmp_path, range(3), THREE_LAYERS, 200):
+        false_folders += [false_texts] if any(false_texts.values()) else []
+        assert {*THREE_LAYERS} <= named_layers_in(statements["run"][0])
+        assert {*THREE_LAYERS} <= set().union(*map(named_layers_in, statements["page"]))
+        for text_kind in ("tables", "leaderboard"):
+            assert {f"layer {layer} matters" for layer in THREE_LAYERS} <= {*statements[text_kind]}
+        assert {f"layer {layer} matters: mean" for layer in THREE_LAYERS} <= {*statements["run"]}
         assert "0 before 5" in statements["tables"]
-    assert len(wrong) < 2, wrong
+    assert len(false_folders) < 2, false_folders
 
 
-@pytest.mark.parametrize("costs", [{}, THREE])
+@pytest.mark.parametrize("costs", [{}, THREE_LAYERS])
 def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, float]) -> None:
-    wrong = []
-    for statements, false in tried(tmp_path, range(2), costs, 60, studies=True, pages=False):
-        wrong += [false["studies"]] if false["studies"] else []
+    false_folders = []
+    for statements, false_texts in check_folders_of(
+        tmp_path, range(2), costs, 60, studies=True, pages=False
+    ):
+        false_folders += [false_texts["studies"]] if false_texts["studies"] else []
         # What accuracy spares is told from what takes a layer that matters, and from nothing else.
-        better = "better than cosine_oneshot, last, random" if costs else "better than no other"
-        assert any(better in statement for statement in statements["studies"])
+        expected_phrase = (
+            "better than cosine_oneshot, last, random" if costs else "better than no other"
+        )
+        assert any(expected_phrase in statement for statement in statements["studies"])
         assert any(
             "may be each of them" in statement for statement in statements["studies"]
         ) != bool(costs)
-    assert len(wrong) < 2, wrong
+    assert len(false_folders) < 2, false_folders

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-from tests.tools.claims.__main__ import words
-from tests.tools.claims.made_up import THREE
-from tests.tools.claims.reading import false_statements, in_order, listed, named, rows_of_board
+from tests.tools.claims.__main__ import normalise_sentence
+from tests.tools.claims.made_up import THREE_LAYERS
+from tests.tools.claims.reading import (
+    board_statements,
+    false_statements,
+    listed_layers,
+    named_layers_in,
+    ordered_pairs,
+)
 
 
 def test_what_is_said_is_read() -> None:
-    assert named("Without layer 0, 3 or 7 it falls, as of layers 11–13.") == {0, 3, 7, 11, 12, 13}
-    assert named("14 of 30 layers cost less than 5 pp.") == set()
+    assert named_layers_in("Without layer 0, 3 or 7 it falls, as of layers 11–13.") == {
+        0,
+        3,
+        7,
+        11,
+        12,
+        13,
+    }
+    assert named_layers_in("14 of 30 layers cost less than 5 pp.") == set()
     ranks = {"0": "1 to 2", "3": "1 to 3", "5": "3 to 3", "6": "–"}
-    assert [*in_order(ranks)] == ["0 before 5"]
+    assert [*ordered_pairs(ranks)] == ["0 before 5"]
     assert [
-        *listed("m · piqa\nlayer (0-based)  drop\n     3   20.1 (1.0 to 39.2)\n15 of 16 runs")
+        *listed_layers(
+            "m · piqa\nlayer (0-based)  drop\n     3   20.1 (1.0 to 39.2)\n15 of 16 runs"
+        )
     ] == ["layer 3 matters: m · piqa"]
     board = " 1 to 3      3  matters   1.00  38.3 (23.5 to 49.7)\n 4 to 9      5  open   0.1"
-    assert [*rows_of_board(board)] == ["layer 3 matters"]
+    assert [*board_statements(board)] == ["layer 3 matters"]
 
 
 def test_a_sentence_is_the_same_of_other_layers() -> None:
-    said = "It falls without layer 0, 3 or 11."
-    assert words(said) == words("It falls without layer 12.") == "It falls without layer #."
+    sentence = "It falls without layer 0, 3 or 11."
+    assert (
+        normalise_sentence(sentence)
+        == normalise_sentence("It falls without layer 12.")
+        == "It falls without layer #."
+    )
 
 
 def test_what_is_not_so_is_found() -> None:
-    said = [
+    statements = [
         *("Without layer 3 it falls.", "layer 5 matters", "3 before 5", "0 before 3"),
         *("layer 5 below 5 pp", "layer 3 below 5 pp", "5 before 3"),
         "13 of 16 layers are shown to cost less than 5 pp.",
@@ -42,15 +61,18 @@ def test_what_is_not_so_is_found() -> None:
         "The 2 layers with the highest cosine scores are 3 and 4, not 0 and 3.",
         "The 2 layers with the highest cosine scores are 3 and 4, not 3 and 5.",
     ]
-    few = {said[number] for number in (1, 3, 5, 6, 8, 10, 11, 12, 13, 15, 17, 20)}
-    assert {*false_statements("page", said, THREE)} == few
-    assert false_statements("page", said[-7:-6], {}) == said[-7:-6]
-    alike = ["a minus b: shown: 1 of 32 differences, such as layer 3 on piqa", "a before b"]
-    assert false_statements("models", alike, THREE) == alike
+    false_set = {statements[index] for index in (1, 3, 5, 6, 8, 10, 11, 12, 13, 15, 17, 20)}
+    assert {*false_statements("page", statements, THREE_LAYERS)} == false_set
+    assert false_statements("page", statements[-7:-6], {}) == statements[-7:-6]
+    model_statements = [
+        "a minus b: shown: 1 of 32 differences, such as layer 3 on piqa",
+        "a before b",
+    ]
+    assert false_statements("models", model_statements, THREE_LAYERS) == model_statements
 
 
 def test_what_studies_say_that_is_not_so_is_found() -> None:
-    said = [
+    statements = [
         *("0.9 needs about 300.", "Documents for 0.9 by other figures: cosine score 8."),
         "Documents for 0.9 by other figures: gold log-prob drop 300.",
         "accuracy beats random by 1.0 pp.",
@@ -69,8 +91,9 @@ def test_what_studies_say_that_is_not_so_is_found() -> None:
         "Accuracy is significantly better than random, gold_logprob.",
         "which of 5 strategies leaves the most is open, it may be accuracy or last; they leave 3 %",
     ]
-    assert false_statements("studies", said, THREE) == said[7:]
-    assert [each for each in said if each not in false_statements("studies", said, {})] == [
-        said[1],
-        said[6],
-    ]
+    assert false_statements("studies", statements, THREE_LAYERS) == statements[7:]
+    assert [
+        statement
+        for statement in statements
+        if statement not in false_statements("studies", statements, {})
+    ] == [statements[1], statements[6]]

@@ -22,26 +22,26 @@ def main() -> int:
     header = "".join(f"{name:>20}" for name in tried.OUTCOMES)
     sys.stdout.write(f"{'':20}{'tries':>8}{header}\n")
 
-    def add(*topics: tried.Tried) -> None:
+    def print_topics(*topics: tried.FuzzTrial) -> None:
         """Print the row of each topic and what it found, so that nothing is lost by a Ctrl-C."""
         nonlocal found_any
-        for one in topics:
-            found_any = found_any or bool(one.finds)
-            counts = "".join(f"{one.counts[name]:20}" for name in tried.OUTCOMES)
-            row = f"{one.what:20}{one.counts.total():8}{counts}"
-            sys.stdout.write("\n\n".join([row, *one.finds]) + "\n")
+        for topic in topics:
+            found_any = found_any or bool(topic.finds)
+            counts = "".join(f"{topic.counts[name]:20}" for name in tried.OUTCOMES)
+            row = f"{topic.topic:20}{topic.counts.total():8}{counts}"
+            sys.stdout.write("\n\n".join([row, *topic.finds]) + "\n")
             sys.stdout.flush()
 
     with tempfile.TemporaryDirectory(prefix="fuzz") as name:
-        room = Path(name)
-        os.environ["TRACKER_CACHE"] = str(room / "cache")
-        model = save_llama(room / "tiny")
-        add(*tried.ledgers(FLIPS, FILES, SEED, room))
+        scratch = Path(name)
+        os.environ["TRACKER_CACHE"] = str(scratch / "cache")
+        model = save_llama(scratch / "tiny")
+        print_topics(*tried.try_ledgers(FLIPS, FILES, SEED, scratch))
         for kind, count in COUNTS.items():
-            add(getattr(tried, kind)(model, count, SEED, room))
+            print_topics(getattr(tried, kind)(model, count, SEED, scratch))
         for kind, count in MANY_HANDS.items():
-            add(getattr(folders, kind)(model, count, SEED, room))
-        add(folders.kills(model, [str(TRACKER)], KILLS, SEED, room))
+            print_topics(getattr(folders, kind)(model, count, SEED, scratch))
+        print_topics(folders.try_kills(model, [str(TRACKER)], KILLS, SEED, scratch))
     return int(found_any)
 
 

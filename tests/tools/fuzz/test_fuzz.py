@@ -22,7 +22,7 @@ def test_whatever_is_typed_ends_in_words(model, tmp_path, kind, count):
     trial = getattr(tried, kind)(model, count, SEED, tmp_path)
     assert not trial.finds, "\n\n".join(trial.finds)
     assert trial.counts[tried.REFUSED] > count / 2
-    assert trial.counts[tried.FINE], "all of it is nonsense, so little is tried"
+    assert trial.counts[tried.FINE_OUTCOME], "all of it is nonsense, so little is tried"
 
 
 @pytest.mark.parametrize(("kind", "count"), [("caches", 1), ("months", 2), ("at_once", 1)])
@@ -33,5 +33,5 @@ def test_whatever_others_do_to_a_folder_changes_no_figure(model, tmp_path, kind,
 
 
 def test_whatever_happens_to_the_disk_is_noticed(tmp_path):
-    for trial in tried.ledgers(8, 4, SEED, tmp_path):
+    for trial in tried.try_ledgers(8, 4, SEED, tmp_path):
         assert not trial.finds, "\n".join(trial.finds)

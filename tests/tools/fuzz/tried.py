@@ -25,24 +25,29 @@ from tests.tools.fuzz import drawn
 from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
 
-FINE, REFUSED, TRACEBACK, SILENT = "fine", "refused well", "tracebacks", "silent differences"
+FINE_OUTCOME, REFUSED, TRACEBACK, SILENT = (
+    "fine",
+    "refused well",
+    "tracebacks",
+    "silent differences",
+)
 LOST, DOUBLED = "lost", "doubled"
-OUTCOMES = (FINE, REFUSED, TRACEBACK, SILENT, LOST, DOUBLED)
-LONGEST = 3000
+OUTCOMES = (FINE_OUTCOME, REFUSED, TRACEBACK, SILENT, LOST, DOUBLED)
+MAX_MESSAGE = 3000
 """Characters that a refusal may have."""
 
 
 @dataclass
-class Tried:
+class FuzzTrial:
     """Outcomes of many attempts of one kind.
 
     Attributes:
-        what: The kind.
+        topic: The kind.
         counts: How often each outcome came.
         finds: What should not have been, in words.
     """
 
-    what: str
+    topic: str
     counts: Counter[str] = field(default_factory=Counter)
     finds: list[str] = field(default_factory=list)
 
@@ -53,9 +58,9 @@ class Tried:
             self.finds.append(find)
 
 
-def every(strategy: st.SearchStrategy[Any], count: int, start: int) -> Iterator[Any]:
+def draw_examples(strategy: st.SearchStrategy[Any], count: int, start: int) -> Iterator[Any]:
     """Draw so many examples, the same ones for the same seed."""
-    found: list[Any] = []
+    examples: list[Any] = []
 
     @seed(start)
     @settings(
@@ -67,140 +72,148 @@ def every(strategy: st.SearchStrategy[Any], count: int, start: int) -> Iterator[
     )
     @given(strategy)
     def draw(example: Any) -> None:
-        found.append(example)
+        examples.append(example)
 
     draw()
-    yield from found[:count]
+    yield from examples[:count]
 
 
-def command(arguments: list[str], tried: Tried, about: str) -> None:
+def judge_command(arguments: list[str], trial: FuzzTrial, description: str) -> None:
     """Run a command in this process, and judge how it ends."""
-    found = CliRunner().invoke(main, arguments)
-    said = f"{about}\n{arguments}\n{found.output[-600:]}"
-    crashed = found.exception is not None and not isinstance(found.exception, SystemExit)
-    if crashed or "Traceback" in found.output or "this is a bug of tracker's" in found.output:
-        tried.add(TRACEBACK, f"{said}\n{found.exception!r}")
-    elif found.exit_code == 0:
-        tried.add(FINE)
-    elif found.exit_code in (1, 2) and 0 < len(found.output) < LONGEST:
-        tried.add(REFUSED)
+    result = CliRunner().invoke(main, arguments)
+    message = f"{description}\n{arguments}\n{result.output[-600:]}"
+    crashed = result.exception is not None and not isinstance(result.exception, SystemExit)
+    if crashed or "Traceback" in result.output or "internal error" in result.output:
+        trial.add(TRACEBACK, f"{message}\n{result.exception!r}")
+    elif result.exit_code == 0:
+        trial.add(FINE_OUTCOME)
+    elif result.exit_code in (1, 2) and 0 < len(result.output) < MAX_MESSAGE:
+        trial.add(REFUSED)
     else:
-        tried.add(TRACEBACK, f"exit code {found.exit_code}, {len(found.output)} characters: {said}")
+        trial.add(
+            TRACEBACK, f"exit code {result.exit_code}, {len(result.output)} characters: {message}"
+        )
 
 
 @contextmanager
-def inside(folder: Path) -> Iterator[Path]:
+def working_in(folder: Path) -> Iterator[Path]:
     """Work in a folder that is thrown away."""
-    before = Path.cwd()
+    old_folder = Path.cwd()
     folder.mkdir(parents=True)
     os.chdir(folder)
     try:
         yield folder
     finally:
-        os.chdir(before)
+        os.chdir(old_folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def experiments(model: Path, count: int, start: int, room: Path) -> Tried:
+def experiments(model: Path, count: int, start: int, scratch: Path) -> FuzzTrial:
     """Validate experiment files."""
-    tried = Tried("experiment files")
-    with inside(room / "experiments") as folder:
-        for content in every(drawn.experiment_texts(str(model)), count, start):
+    trial = FuzzTrial("experiment files")
+    with working_in(scratch / "experiments") as folder:
+        for content in draw_examples(drawn.experiment_texts(str(model)), count, start):
             (folder / "x.yaml").write_bytes(content)
-            command(["validate", "x.yaml"], tried, content[:800].decode(errors="replace"))
-    return tried
+            judge_command(["validate", "x.yaml"], trial, content[:800].decode(errors="replace"))
+    return trial
 
 
-def command_lines(model: Path, count: int, start: int, room: Path) -> Tried:
+def command_lines(model: Path, count: int, start: int, scratch: Path) -> FuzzTrial:
     """Type commands."""
-    tried = Tried("command lines")
-    whole = faults.make(room / "whole")
-    with inside(room / "typing") as folder:
-        known = [str(whole), "x.yaml", "results", str(model)]
-        for line in every(drawn.command_lines(known), count, start):
-            drawn_experiment = drawn.experiment(str(model))
+    trial = FuzzTrial("command lines")
+    results_folder = faults.make_results(scratch / "whole")
+    with working_in(scratch / "typing") as folder:
+        good_arguments = [str(results_folder), "x.yaml", "results", str(model)]
+        for line in draw_examples(drawn.command_lines(good_arguments), count, start):
+            drawn_experiment = drawn.valid_experiment(str(model))
             (folder / "x.yaml").write_text(drawn.yaml.safe_dump(drawn_experiment))
-            command(line, tried, "")
-    return tried
+            judge_command(line, trial, "")
+    return trial
 
 
-def configurations(model: Path, count: int, start: int, room: Path) -> Tried:
+def configurations(model: Path, count: int, start: int, scratch: Path) -> FuzzTrial:
     """Plan with, and measure, a model whose configuration was spoilt."""
-    tried = Tried("configurations")
+    trial = FuzzTrial("configurations")
     import json
 
-    whole = json.loads((model / "config.json").read_text())
-    with inside(room / "configurations") as folder:
+    original = json.loads((model / "config.json").read_text())
+    with working_in(scratch / "configurations") as folder:
         shutil.copytree(model, folder / "model")
-        (folder / "x.yaml").write_text(drawn.yaml.safe_dump(drawn.experiment("./model")))
-        for number, text in enumerate(every(drawn.configurations(whole), count, start)):
+        (folder / "x.yaml").write_text(drawn.yaml.safe_dump(drawn.valid_experiment("./model")))
+        for number, text in enumerate(draw_examples(drawn.configurations(original), count, start)):
             (folder / "model" / "config.json").write_text(text, errors="replace")
             arguments = ["run", "x.yaml", "--track", "none", "--results", f"r{number}"]
-            command(["plan", "x.yaml", "--gflops", "1"] if number % 2 else arguments, tried, text)
+            judge_command(
+                ["plan", "x.yaml", "--gflops", "1"] if number % 2 else arguments, trial, text
+            )
             shutil.rmtree(folder / f"r{number}", ignore_errors=True)
-    return tried
+    return trial
 
 
-def ledgers(flips: int, files: int, start: int, room: Path) -> tuple[Tried, Tried]:
+def try_ledgers(flips: int, files: int, start: int, scratch: Path) -> tuple[FuzzTrial, FuzzTrial]:
     """Flip bits of a results folder, and replace its files."""
-    whole = faults.make(room / "ledger")
-    truth, _ = faults.seen(whole)
-    draw = random.Random(start)
-    paths = [path.relative_to(whole) for path in faults.files(whole)]
+    results_folder = faults.make_results(scratch / "ledger")
+    truth, _ = faults.show_results(results_folder)
+    generator = random.Random(start)
+    paths = [path.relative_to(results_folder) for path in faults.damageable_files(results_folder)]
     shards = [path for path in paths if path.suffix == ".parquet"]
 
-    def attempt(tried: Tried, hit: Path, harm: Callable[[Path], object]) -> None:
-        copy = Path(shutil.copytree(whole, room / "copy"))
-        harm(copy / hit)
-        if draw.random() < 0.5:  # what was derived before may not hide it
+    def attempt(trial: FuzzTrial, path: Path, harm: Callable[[Path], object]) -> None:
+        copy = Path(shutil.copytree(results_folder, scratch / "copy"))
+        harm(copy / path)
+        if generator.random() < 0.5:  # what was derived before may not hide it
             shutil.rmtree(next(copy.glob("cells/*/derived")), ignore_errors=True)
         try:
-            found = faults.silent(copy, truth, hit)
+            difference = faults.silent_difference(copy, truth, path)
         except Exception as error:  # noqa: BLE001  whatever it is, it is a find
-            tried.add(TRACEBACK, f"{hit}: {error!r}")
+            trial.add(TRACEBACK, f"{path}: {error!r}")
         else:
-            tried.add(SILENT if found else REFUSED, found)
+            trial.add(SILENT if difference else REFUSED, difference)
         shutil.rmtree(copy)
 
-    bits, replaced = Tried("flipped bits"), Tried("spoilt files")
+    bits, replaced = FuzzTrial("flipped bits"), FuzzTrial("spoilt files")
     for _ in range(flips):
-        hit = draw.choice(shards if draw.random() < 0.7 else paths)
-        place = draw.randrange(8 * (whole / hit).stat().st_size)
-        attempt(bits, hit, lambda path, place=place: faults.flip(path, place))
+        hit = generator.choice(shards if generator.random() < 0.7 else paths)
+        bit = generator.randrange(8 * (results_folder / hit).stat().st_size)
+        attempt(bits, hit, lambda path, bit=bit: faults.flip_bit(path, bit))
     for _ in range(files):
-        attempt(replaced, draw.choice(paths), faults.FAULTS[draw.choice(sorted(faults.FAULTS))])
+        attempt(
+            replaced,
+            generator.choice(paths),
+            faults.FAULTS[generator.choice(sorted(faults.FAULTS))],
+        )
     return bits, replaced
 
 
-def killed(process: subprocess.Popen[bytes], after: float) -> bool:
+def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
     """Kill a process after some seconds; whether it was still at it."""
-    time.sleep(after)
+    time.sleep(seconds)
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     return alive
 
 
-def kept(results: Path, before: Mapping[Path, bytes]) -> tuple[str, str]:
+def judge_shards(results: Path, shards_before: Mapping[Path, bytes]) -> tuple[str, str]:
     """Classify what happened to the shards of a results folder during an attempt."""
-    after = shards(results)
-    if any(after.get(path) != content for path, content in before.items()):
+    shards_after = read_shards(results)
+    if any(shards_after.get(path) != content for path, content in shards_before.items()):
         return LOST, f"{results}: what was there is gone or changed"
-    places = ["cell", "task", "doc", "ablation"]
-    tables = [pd.read_parquet(path).assign(cell=path.parents[1].name) for path in after]
-    if tables and pd.concat(tables).duplicated(places).any():
+    key_columns = ["cell", "task", "doc", "ablation"]
+    tables = [pd.read_parquet(path).assign(cell=path.parents[1].name) for path in shards_after]
+    if tables and pd.concat(tables).duplicated(key_columns).any():
         return DOUBLED, f"{results}: doubled"
-    return FINE, ""
+    return FINE_OUTCOME, ""
 
 
-def shards(results: Path) -> dict[Path, bytes]:
+def read_shards(results: Path) -> dict[Path, bytes]:
     """Read all files of outcomes."""
     return {path: path.read_bytes() for path in results.glob("cells/*/shards/*.parquet")}
 
 
-def outcomes(results: Path) -> pd.DataFrame:
+def read_all_outcomes(results: Path) -> pd.DataFrame:
     """Read all outcomes, as text, but for who measured them."""
-    stores = Ledger.existing(results).cells()
+    stores = Ledger.open_existing(results).cells()
     frame = pd.concat(store.read().assign(cell=store.identity.key) for store in stores)
-    places = ["cell", "task", "doc", "ablation"]
-    return frame.drop(columns="provenance").sort_values(places, ignore_index=True).map(str)
+    key_columns = ["cell", "task", "doc", "ablation"]
+    return frame.drop(columns="provenance").sort_values(key_columns, ignore_index=True).map(str)

@@ -1,7 +1,6 @@
-"""Forward passes of the modules of a layer in which streams differ.
+"""Run the modules of a layer in which streams differ.
 
-There is one class for each intervention: removed sublayers, heads and experts, and weights in
-formats.
+There is a class for each intervention: removed sublayers, heads and experts, and quantised weights.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.engine.forward.streams import LayerStep
 from tracker.engine.refusal import RefusalError
 from tracker.models import hooks
-from tracker.models.devices import neighbours, put, take
+from tracker.models.devices import consecutive_slices, put_entries, take_entries
 from tracker.models.parts.anatomy import LayerAnatomy
-from tracker.models.parts.experts import Experts, SharedExperts, routed
+from tracker.models.parts.experts import Experts, SharedExperts, call_reduced_router
 from tracker.models.parts.heads import Heads
-from tracker.models.parts.linear_maps import LinearMap, holding, weights_in
+from tracker.models.parts.linear_maps import LinearMap, copy_with_weights, rounded_parameters
 from tracker.models.parts.probe import integer_tables
 from tracker.models.parts.sublayers import Sublayers
 
-HEADS = ("head", "kv_head")
+HEAD_COMPONENTS = ("head", "kv_head")
 
 
 @dataclass(frozen=True)
 class LayerSite:
-    """One layer with the streams for which its modules are computed apart.
+    """A layer, and the streams for which the layer's modules are computed separately.
 
     Attributes:
         index: The number of the layer.
@@ -53,28 +52,28 @@ class LayerSite:
     @property
     def name(self) -> str:
         """The name of the layer in messages."""
-        return self.anatomy.name(self.index)
+        return self.anatomy.layer_name(self.index)
 
-    def streams_of(self, module: nn.Module) -> Sequence[int]:
+    def list_streams(self, module: nn.Module) -> Sequence[int]:
         """List the indices of the entering streams that a module of the layer computes."""
         step = self.step
-        if not step.components.isdisjoint(HEADS):
-            heads = self.anatomy.at(Heads, self.index)
+        if not step.components.isdisjoint(HEAD_COMPONENTS):
+            heads = self.anatomy.get_part(Heads, self.index)
             if module in {*self.layer.get_submodule(heads.projection).modules()}:
-                return [source for source, _ in step.heads]
+                return [source for source, _ in step.projections]
         if step.has_sublayers:
-            parts = self.anatomy.at(Sublayers, self.index)
-            for sublayer, streams in ((parts.attention, step.computed), (parts.mlp, step.mlps)):
+            parts = self.anatomy.get_part(Sublayers, self.index)
+            for sublayer, streams in ((parts.attention, step.attentions), (parts.mlp, step.mlps)):
                 if module in {*sublayer.modules()}:
                     return streams
-        return range(len(step.entering))
+        return range(len(step.entrants))
 
 
 class LayerState(Protocol):
     """Progress of the pass through one layer.
 
     Attributes:
-        is_whole: Whether the current streams pass the layer without any module computed apart.
+        is_whole: Whether no module of the layer is changed for the current streams.
     """
 
     is_whole: bool
@@ -82,14 +81,14 @@ class LayerState(Protocol):
 
 @dataclass
 class ModuleFork(ABC):
-    """The forward pass of one module of a layer, in which some streams differ.
+    """Replacement of a module's forward pass in which some streams differ.
 
-    Each intervention within a layer is a subclass. A module may have several forks: the later one
-    calls the earlier one as its `original`.
+    Each intervention within a layer is a subclass. A module may have several forks: a later fork
+    calls the earlier fork as its `original`.
 
     Attributes:
         module: The module.
-        original: Its forward pass without this fork, set on installation.
+        original: The module's forward pass without this fork, set on installation.
     """
 
     module: nn.Module
@@ -97,62 +96,60 @@ class ModuleFork(ABC):
 
     @classmethod
     @abstractmethod
-    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the forks that a layer needs; none if no stream has the intervention."""
+    def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield the forks that a layer needs; yield none if no stream has the intervention."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's output for all streams, stream by stream."""
+        """Return the module's output for all streams, ordered by stream."""
 
-    def installed(self, layer: LayerState) -> AbstractContextManager[None]:
-        """Replace the module's forward pass until exit, except while its layer is passed whole."""
+    def install(self, layer_state: LayerState) -> AbstractContextManager[None]:
+        """Replace the module's forward pass until exit, except for streams without changes."""
         self.original = self.module.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            forward = self.original if layer.is_whole else self.forward
+            forward = self.original if layer_state.is_whole else self.forward
             return forward(*args, **kwargs)
 
         return hooks.replaced_forward(self.module, call)
 
 
-def by_stream(batch: Tensor, streams: int, owner: str = "a batch has") -> Tensor:
+def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> Tensor:
     """View a batch by stream: [streams × n, …] as [streams, n, …].
 
-    Raises RefusalError if the rows cannot be divided; `owner` begins its message.
+    Raises RefusalError if the rows cannot be divided; `owner` is the beginning of the message.
     """
-    if len(batch) % streams:
-        raise RefusalError(f"{owner} no row a stream")
-    return batch.reshape(streams, -1, *batch.shape[1:])
+    if len(batch) % n_streams:
+        raise RefusalError(f"{owner} no row for each stream")
+    return batch.reshape(n_streams, -1, *batch.shape[1:])
 
 
-def cut(value: Any, streams: int, entering: list[int]) -> Any:
-    """Select the entering streams in all tensors that have one row per stream."""
+def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
+    """Keep the rows of entering streams in every tensor whose first axis is the streams."""
     if isinstance(value, Tensor):
-        return take(value, entering) if value.ndim and len(value) == streams else value
+        return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
     if isinstance(value, tuple):
-        return tuple(cut(item, streams, entering) for item in value)
+        return tuple(select_streams(item, n_streams, entrants) for item in value)
     if isinstance(value, dict):
-        return {name: cut(item, streams, entering) for name, item in value.items()}
+        return {name: select_streams(item, n_streams, entrants) for name, item in value.items()}
     return value
 
 
 def is_alibi(name: str, value: Tensor) -> bool:
-    """Check whether an argument is Bloom's ALiBi, which has a row for each head and text."""
+    """Check whether an argument is Bloom's ALiBi tensor, with a row for each head and text."""
     return name == "alibi" and value.ndim == 3
 
 
-def each_tensor(
-    arguments: hooks.Arguments, change: Callable[[str, Tensor], Tensor]
-) -> hooks.Arguments:
-    """Apply a function to the tensors of arguments with their names (empty if positional)."""
+def map_tensors(
+    arguments: hooks.CallArguments, function: Callable[[str, Tensor], Tensor]
+) -> hooks.CallArguments:
+    """Apply a function to each tensor in arguments and its name (empty if positional)."""
+
+    def change(name: str, value: Any) -> Any:
+        return function(name, value) if isinstance(value, Tensor) else value
+
     args, kwargs = arguments
-    return (
-        tuple(change("", value) if isinstance(value, Tensor) else value for value in args),
-        {
-            n: change(n, value) if isinstance(value, Tensor) else value
-            for n, value in kwargs.items()
-        },
-    )
+    return tuple(change("", v) for v in args), {n: change(n, v) for n, v in kwargs.items()}
 
 
 @dataclass
@@ -160,96 +157,94 @@ class SublayerFork(ModuleFork):
     """The attention or the MLP of a layer.
 
     Streams that fork within the layer enter it with the same state, so the attention of such a
-    state is computed once: with its MLP removed, a stream uses the attention of the baseline.
-    The input [entering × rows, tokens, hidden] is cut to the streams that are computed. The outputs
-    are distributed to [entering × rows, tokens, hidden] again. A stream without the sublayer gets
-    the output of a silent sublayer: zeros if the layer adds to the residual stream, the residual
-    stream itself if the sublayer does.
+    state is computed once: with its MLP removed, a stream uses the attention of the baseline. The
+    input [entering × rows, tokens, hidden] is cut to the streams to compute. Their outputs are
+    distributed to all entering streams [entering × rows, tokens, hidden]. A stream without the
+    sublayer gets an output that adds nothing: zeros, or the residual stream itself if the sublayer
+    and not the layer adds to it.
 
     Attributes:
-        computed: Indices of the entering streams that the sublayer computes.
-        taken: The output that each entering stream uses; None = the sublayer is removed.
-        outputs: Number of outputs: one for each computed stream, or more if some lack heads.
+        computed_streams: Indices of the entering streams that the sublayer computes.
+        sources: Index of the output that each entering stream uses; None = the sublayer is removed.
+            There is an output for each computed stream, or more if some streams lack heads.
         batched: Whether each stream has its own row in all inputs of the layer.
     """
 
-    computed: Sequence[int]
-    taken: tuple[int | None, ...]
-    outputs: int
+    computed_streams: Sequence[int]
+    sources: tuple[int | None, ...]
     batched: bool
 
     @classmethod
-    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+    def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
         """Yield the forks of both sublayers."""
         step = site.step
         if step.has_sublayers:
-            parts = site.anatomy.at(Sublayers, site.index)
-            yield cls(parts.attention, step.computed, step.projected, len(step.heads), site.batched)
-            yield cls(parts.mlp, step.mlps, step.mlp, len(step.mlps), site.batched)
+            parts = site.anatomy.get_part(Sublayers, site.index)
+            yield cls(parts.attention, step.attentions, step.head_sources, site.batched)
+            yield cls(parts.mlp, step.mlps, step.mlp_sources, site.batched)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the sublayer, computing only what the streams need."""
-        entering, computed = len(self.taken), list(self.computed)
-        if self.taken == tuple(range(entering)) == tuple(computed):
+        n_entering, streams = len(self.sources), list(self.computed_streams)
+        if self.sources == tuple(range(n_entering)) == tuple(streams):
             return self.original(*args, **kwargs)
-        given = (args, kwargs)
+        arguments = (args, kwargs)
         if self.batched:
-            args, kwargs = cut((args, kwargs), entering, computed)
+            args, kwargs = select_streams((args, kwargs), n_entering, streams)
         else:
-            rows = hooks.state_of(args, kwargs).shape[:2]
+            shape = hooks.input_state(args, kwargs).shape[:2]
 
-            def computed_rows(name: str, value: Tensor) -> Tensor:
-                """Select the computed rows of per-stream inputs: hidden states, or ALiBi."""
-                if value.shape[:2] != rows and not is_alibi(name, value):
+            def select_rows(name: str, value: Tensor) -> Tensor:
+                """Select the rows of computed streams in inputs with rows per stream."""
+                if value.shape[:2] != shape and not is_alibi(name, value):
                     return value
-                return take(by_stream(value, entering), computed).flatten(0, 1)
+                return take_entries(view_streams(value, n_entering), streams).flatten(0, 1)
 
-            args, kwargs = each_tensor(given, computed_rows)
+            args, kwargs = map_tensors(arguments, select_rows)
         output = self.original(*args, **kwargs)
         # There is always a stream: the baseline passes everything.
-        added = hooks.first_of(output)
-        outputs = by_stream(added, self.outputs, "what its attention makes of its heads has")
-        silent = hooks.nothing(self.module, *given, added, len(added) * entering // self.outputs)
-        nil = by_stream(silent, entering)
-        sources = enumerate(self.taken)
-        merged = [nil[stream] if source is None else outputs[source] for stream, source in sources]
-        return hooks.with_first(output, torch.stack(merged).flatten(0, 1))
+        states, n_outputs = hooks.first_output(output), len({*self.sources} - {None})
+        outputs = view_streams(states, n_outputs, "the output of its attention has")
+        n_rows = len(states) * n_entering // n_outputs
+        fill = hooks.neutral_output(self.module, *arguments, states, n_rows)
+        fills = view_streams(fill, n_entering)
+        pairs = zip(self.sources, fills, strict=True)
+        parts = [fill if source is None else outputs[source] for source, fill in pairs]
+        return hooks.replace_first_output(output, torch.stack(parts).flatten(0, 1))
 
 
 @dataclass
 class HeadFork(ModuleFork):
     """The output projection of an attention, before which some streams lose heads.
 
-    Its input is [computed × rows, tokens, columns], all heads side by side. A checkpoint whose
-    projection has zeros in the columns of removed heads computes the same.
+    The input is [computed × rows, tokens, columns], with the columns of all heads side by side. A
+    checkpoint whose projection has zeros in the columns of removed heads computes the same.
 
     Attributes:
-        sources: The computed attention from which each output is made.
-        columns: The input columns that are zero for each output.
+        sources: Index of the computed attention from which each output is made.
+        columns: The input columns that are set to zero for each output.
     """
 
     sources: list[int]
     columns: Sequence[Sequence[slice]]
 
     @classmethod
-    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the fork of the projection, if some stream lacks heads."""
-        step = site.step
-        if not step.components.isdisjoint(HEADS):
-            heads = site.anatomy.at(Heads, site.index)
-            columns = [[heads.columns(part, site.name) for part in gone] for _, gone in step.heads]
-            sources = [step.computed.index(source) for source, _ in step.heads]
+    def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield the fork of the output projection, if some stream lacks heads."""
+        step, projections = site.step, site.step.projections
+        if not step.components.isdisjoint(HEAD_COMPONENTS):
+            heads = site.anatomy.get_part(Heads, site.index)
+            columns = [[heads.columns(h, site.name) for h in removed] for _, removed in projections]
+            sources = [step.attentions.index(source) for source, _ in projections]
             yield cls(site.layer.get_submodule(heads.projection), sources, columns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the projection of the remaining heads for each output."""
-        (given,) = (*args, *kwargs.values())
-        streams = max(self.sources) + 1
-        states: Tensor = take(
-            by_stream(given, streams, "the heads of its attention have"), self.sources
-        )
-        for state, removed in zip(states, self.columns, strict=True):
-            for columns in removed:
+        (inputs,) = (*args, *kwargs.values())
+        attended = view_streams(inputs, max(self.sources) + 1, "the heads of its attention have")
+        states = take_entries(attended, self.sources)
+        for state, removed_columns in zip(states, self.columns, strict=True):
+            for columns in removed_columns:
                 state[..., columns] = 0
         return self.original(states.flatten(0, 1))
 
@@ -258,168 +253,172 @@ class HeadFork(ModuleFork):
 class RouterFork(ModuleFork):
     """The router of a mixture, which in some streams chooses among fewer experts.
 
-    Its input are the tokens of the streams whose MLPs are computed, ordered by stream. Its output
-    for a stream is that of a router with rows for the remaining experts alone, with the numbers of
-    all experts, so the experts are called once.
+    The input consists of the tokens of the streams whose MLPs are computed, ordered by stream. The
+    output for a stream is that of a router with rows for the remaining experts only. Experts keep
+    their original numbers in it, so the experts' module is called once for all streams.
 
     Attributes:
         experts: The experts of the layer.
-        remaining: The remaining experts of each computed MLP; None for all.
+        remaining: The remaining experts of each computed MLP; None for all experts.
     """
 
     experts: Experts
     remaining: Sequence[list[int] | None]
 
     @classmethod
-    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+    def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
         """Yield the fork of the router, if some stream lacks experts."""
         if "expert" in site.step.components:
-            experts = site.anatomy.at(Experts, site.index)
+            experts = site.anatomy.get_part(Experts, site.index)
             remaining = [
-                experts.without(gone, site.name) if gone else None for gone in site.step.experts
+                experts.remaining_experts(ablation.experts, site.name) if ablation.experts else None
+                for ablation in site.step.mlp_ablations
             ]
             yield cls(site.layer.get_submodule(experts.router), experts, remaining)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the router's choices for all streams."""
-        streams, given = len(self.remaining), (args, kwargs)
-        states = by_stream(hooks.state_of(args, kwargs), streams, "the router of its experts has")
-        intact = [stream for stream, remaining in enumerate(self.remaining) if remaining is None]
+        arguments, hidden = (args, kwargs), hooks.input_state(args, kwargs)
+        states = view_streams(hidden, len(self.remaining), "the router of its experts has")
+        intact = [stream for stream, experts in enumerate(self.remaining) if experts is None]
         # There is always a stream: the baseline lacks none.
-        whole = hooks.call_with(self.original, take(states, intact).flatten(0, 1), *given)
-        parted = zip(*(by_stream(table, len(intact)) for table in whole), strict=True)
+        intact_states = take_entries(states, intact).flatten(0, 1)
+        output = hooks.call_with(self.original, intact_states, *arguments)
+        intact_tables = zip(*(view_streams(table, len(intact)) for table in output), strict=True)
         choices = [
-            next(parted)
-            if remaining is None
-            else routed(self.module, self.experts, remaining, whole, state, given)
-            for remaining, state in zip(self.remaining, states, strict=True)
+            next(intact_tables)
+            if experts is None
+            else call_reduced_router(self.module, self.experts, experts, output, state, arguments)
+            for experts, state in zip(self.remaining, states, strict=True)
         ]
-        make = getattr(type(whole), "_make", type(whole))
-        return make(torch.cat(tables) for tables in zip(*choices, strict=True))
+        make_output = getattr(type(output), "_make", type(output))
+        return make_output(torch.cat(tables) for tables in zip(*choices, strict=True))
 
 
 @dataclass
 class SharedExpertFork(ModuleFork):
-    """A shared expert, whose output is zeros in some streams.
+    """A shared expert whose output is set to zero in some streams.
 
     Attributes:
-        streams: Number of computed MLPs, whose tokens are its input, ordered by stream.
-        removed: Indices of the streams that lack the expert.
+        is_removed: For each computed MLP, whether it lacks the expert. The expert's input consists
+            of the tokens of these MLPs, ordered by stream.
     """
 
-    streams: int
-    removed: Sequence[int]
+    is_removed: Sequence[bool]
 
     @classmethod
-    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a fork of each shared expert, if some stream lacks them."""
-        step = site.step
-        if "shared_expert" in step.components:
-            for path in site.anatomy.at(SharedExperts, site.index).paths:
-                yield cls(site.layer.get_submodule(path), len(step.mlps), step.without_shared)
+    def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
+        """Yield a fork of each shared expert, if some stream lacks the shared experts."""
+        if "shared_expert" in site.step.components:
+            is_removed = [bool(a.removed("shared_expert")) for a in site.step.mlp_ablations]
+            for path in site.anatomy.get_part(SharedExperts, site.index).paths:
+                yield cls(site.layer.get_submodule(path), is_removed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the expert, with zeros for the streams that lack it."""
         output = self.original(*args, **kwargs)
-        added: Tensor = hooks.first_of(output)
-        outputs = by_stream(added, self.streams, "its shared experts have").clone()
-        for run in neighbours(self.removed):
-            outputs[run] = 0
-        return hooks.with_first(output, outputs.reshape(added.shape))
+        states: Tensor = hooks.first_output(output)
+        outputs = view_streams(states, len(self.is_removed), "its shared experts have").clone()
+        # Slices, because an index tensor would have to be copied to an accelerator.
+        for part in consecutive_slices([i for i, lacks in enumerate(self.is_removed) if lacks]):
+            outputs[part] = 0
+        return hooks.replace_first_output(output, outputs.reshape(states.shape))
 
 
 _Formats = tuple[tuple[str, str], ...]
-"""Paths of the maps of a module that are rounded, each with its format."""
+"""Paths of the rounded linear maps of a module, each with its format."""
 
 
 @dataclass
 class RoundedFork(ModuleFork):
-    """A module of a layer that has weights in formats in some streams.
+    """A module of a layer that has quantised weights in some streams.
 
     Attributes:
         maps: The rounded linear maps of the layer, by their paths.
-        formats: The rounded maps with their formats, for each stream that the module computes.
-        weights: Function that returns the weights of a map in a format.
+        formats: For each stream that the module computes, the rounded maps with their formats.
+        make_weight: Function that returns the weights of a map in a format.
     """
 
     maps: Mapping[str, LinearMap]
     formats: Sequence[_Formats]
-    weights: Callable[[str, LinearMap, str], Tensor]
+    make_weight: Callable[[str, LinearMap, str], Tensor]
 
     @classmethod
-    def of_layer(cls, site: LayerSite) -> Iterator[ModuleFork]:
+    def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
         """Yield the forks of all modules with rounded weights."""
         step, index = site.step, site.index
         if "rounded" not in step.components:
             return
-        formats = [site.anatomy.formats(index, step.done[s].rounded) for s in step.entering]
-        maps = {path: site.anatomy.map_at(index, path) for paths in formats for path in paths}
-        weights = partial(site.anatomy.weights.of, index)
-        for module, group in grouped(maps.items(), lambda item: item[1].module).items():
-            rounded = [
+        roundings = (step.ablations[stream].roundings for stream in step.entrants)
+        formats = [site.anatomy.expand_formats(index, changes) for changes in roundings]
+        maps = {path: site.anatomy.get_map(index, path) for paths in formats for path in paths}
+        make_weight = partial(site.anatomy.weights.get_weight, index)
+        for module, group in group_by(maps.items(), lambda item: item[1].module).items():
+            stream_formats = [
                 tuple((path, formats[stream][path]) for path, _ in group if path in formats[stream])
-                for stream in site.streams_of(module)
+                for stream in site.list_streams(module)
             ]
-            fork = ExpertsFork if group[0][1].experts else LinearFork
-            yield fork(module, maps, rounded, weights)
+            fork_class = ExpertsFork if group[0][1].experts else LinearFork
+            yield fork_class(module, maps, stream_formats, make_weight)
 
     @property
-    def alike(self) -> dict[_Formats, list[int]]:
-        """Group the streams by their formats: streams in a group have the same weights."""
-        return grouped(range(len(self.formats)), lambda stream: self.formats[stream])
+    def streams_by_formats(self) -> dict[_Formats, list[int]]:
+        """Group the streams by their formats; all streams of a group have the same weights."""
+        return group_by(range(len(self.formats)), lambda stream: self.formats[stream])
 
 
 class LinearFork(RoundedFork):
     """One linear map of a layer.
 
     Its input is [streams × rows, tokens, inputs], or all tokens of a stream in one row. The module
-    maps everything once, and the rows of streams with other weights again with these.
+    runs once for all streams, and again with quantised weights for the streams that have them.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the map, each stream with its weights."""
-        (given,) = (*args, *kwargs.values())
-        output: Tensor = self.original(given)
-        inputs = by_stream(given, len(self.formats), "a linear map of its layers has")
-        mapped = by_stream(output, len(self.formats))
-        for formats, streams in self.alike.items():
+        """Return the output of the linear map, computing each stream with its own weights."""
+        (inputs,) = (*args, *kwargs.values())
+        output: Tensor = self.original(inputs)
+        stream_inputs = view_streams(inputs, len(self.formats), "a linear map of its layers has")
+        stream_outputs = view_streams(output, len(self.formats))
+        for formats, streams in self.streams_by_formats.items():
             for path, form in formats:
                 bias = cast("Tensor | None", self.module.bias)
-                weight = self.weights(path, self.maps[path], form)
-                put(mapped, streams, linear(take(inputs, streams), weight, bias))
-        return mapped.reshape(output.shape)
+                weight = self.make_weight(path, self.maps[path], form)
+                rounded = linear(take_entries(stream_inputs, streams), weight, bias)
+                put_entries(stream_outputs, streams, rounded)
+        return stream_outputs.reshape(output.shape)
 
 
 class ExpertsFork(RoundedFork):
     """The experts of a mixture.
 
-    Its input are the tokens, all of a stream in one row, and for each token its experts with
-    their weights. Streams with the same weights are computed together.
+    The input consists of the tokens, all tokens of a stream in one row, and the experts of each
+    token with their weights. Streams with the same weights are computed together.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the experts, each stream with its weights."""
-        count, state = len(self.formats), hooks.state_of(args, kwargs)
+        """Return the output of the experts, computing each stream with its own weights."""
+        n_streams, state = len(self.formats), hooks.input_state(args, kwargs)
         choices = integer_tables((*args, *kwargs.values()))
-        if not choices or len(choices[0]) % count or len(state) % count:
-            raise RefusalError("what its experts are given has no row a stream")
+        if not choices or len(choices[0]) % n_streams or len(state) % n_streams:
+            raise RefusalError("the rows of its experts' input cannot be assigned to the streams")
 
-        def rows(streams: list[int], value: Any) -> Any:
+        def select_rows(streams: list[int], value: Any) -> Any:
             is_table = isinstance(value, Tensor) and value.shape == choices[0].shape
             if value is not state and not is_table:
                 return value
-            return take(by_stream(value, count), streams).flatten(0, 1)
+            return take_entries(view_streams(value, n_streams), streams).flatten(0, 1)
 
         outputs: dict[int, Tensor] = {}
-        for formats, streams in self.alike.items():
+        for formats, streams in self.streams_by_formats.items():
             forward = self.original
             if formats:
-                weights = weights_in(self.maps, dict(formats), self.weights)
-                rounded = {name: weight for (_, name), weight in weights.items()}
-                forward = holding(self.module, rounded).forward
+                weights = rounded_parameters(self.maps, dict(formats), self.make_weight)
+                rounded_weights = {name: weight for (_, name), weight in weights.items()}
+                forward = copy_with_weights(self.module, rounded_weights).forward
             output = forward(
-                *(rows(streams, value) for value in args),
-                **{name: rows(streams, value) for name, value in kwargs.items()},
+                *(select_rows(streams, value) for value in args),
+                **{name: select_rows(streams, value) for name, value in kwargs.items()},
             )
-            outputs |= zip(streams, by_stream(output, len(streams)), strict=True)
-        return torch.cat([outputs[stream] for stream in range(count)])
+            outputs |= zip(streams, view_streams(output, len(streams)), strict=True)
+        return torch.cat([outputs[stream] for stream in range(n_streams)])

@@ -1,9 +1,9 @@
-"""Plan the sharing over depth: an ablation is a stream that forks where it first differs.
+"""Plan the sharing over depth: an ablation is a stream that forks at its first changed layer.
 
-With layer l removed, layers 0 to l−1 see what the baseline sees. So the ablations are the batch: a
-stream is forked from its parent's *input* to the first layer at which it differs. The work for all
-single layers is L(L+1)/2 layer passes instead of L² + L. Inside a layer the streams share too:
-with its MLP removed, its attention is the baseline's.
+With layer l removed, layers 0 to l−1 compute the same as in the baseline. So the ablations form a
+batch: a stream forks from its parent's *input* to the first layer at which they differ. The work
+for all single layers is L(L+1)/2 layer passes instead of L² + L. Streams also share work inside a
+layer: if only the MLP is removed, the attention's output equals the baseline's.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.grouping import grouped
+from tracker.core.grouping import group_by
 from tracker.core.kinds import Action
 
-_OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)
-_TAKEN_APART = (*_OF_PARTS[1:], Action.ROUNDED)
+Ablations = Sequence[Ablation]
+_PART_ACTIONS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)
+_DIVIDING_ACTIONS = (*_PART_ACTIONS[1:], Action.ROUNDED)
 
 
 @dataclass(frozen=True)
@@ -25,143 +26,135 @@ class LayerStep:
     """The effect of one layer on each stream.
 
     Attributes:
-        streams: Number of streams before the layer.
-        forked: The parent of each new stream; new streams follow the existing ones.
-        done: The ablation of this layer in each stream, new streams included.
+        n_streams: Number of streams that exist before the layer.
+        parents: The parent of each new stream; new streams follow the existing streams.
+        ablations: For each stream, including new streams, the change of this layer.
         divided: Whether streams may fork between its attention and its MLP.
     """
 
-    streams: int
-    forked: tuple[int, ...]
-    done: tuple[Ablation, ...]
+    n_streams: int
+    parents: tuple[int, ...]
+    ablations: tuple[Ablation, ...]
     divided: bool = True
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
         """The action of the layer in each stream."""
-        return tuple(done.action for done in self.done)
+        return tuple(ablation.action for ablation in self.ablations)
 
     @cached_property
-    def entering(self) -> tuple[int, ...]:
+    def entrants(self) -> tuple[int, ...]:
         """The streams that enter the layer.
 
-        Of the streams with one state that repeat a span behind the layer, only one enters."""
-        behind = {stream for stream, source, _ in self.repeating if source != stream}
-        return tuple(i for i, a in enumerate(self.actions) if a.enters and i not in behind)
+        A stream that repeats a span after the layer does not enter if another stream passes the
+        layer with the same state."""
+        copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
+        return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
-    def repeating(self) -> tuple[tuple[int, int, Change], ...]:
-        """The streams that pass a span again, each with the stream whose output it starts from."""
-        first: dict[int, int] = {}
+    def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
+        """(stream, source stream, span) per repetition, which starts from the source's output."""
+        first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
-                first.setdefault(self.origin(stream), stream)
+                first_streams.setdefault(self.origin(stream), stream)
         return tuple(
-            (stream, first[self.origin(stream)], span)
-            for stream, done in enumerate(self.done)
-            for span in done.repeated
+            (stream, first_streams[self.origin(stream)], span)
+            for stream, ablation in enumerate(self.ablations)
+            for span in ablation.repetitions
         )
 
     @cached_property
-    def apart(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """The step and the numbers of the streams for which the layer is taken apart.
+    def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
+        """The step and the indices of the streams with changes inside the layer.
 
-        Included are the baseline and all streams that enter with the same state. Both are empty
-        where the layer stays whole."""
-        asked = [stream for stream in self.entering if self.actions[stream] in _TAKEN_APART]
-        states = {0, *map(self.origin, asked)} if asked else set()
-        found = [stream for stream in range(len(self.done)) if self.origin(stream) in states]
-        place = {stream: number for number, stream in enumerate(found)}
-        forked = [stream for stream in found if stream >= self.streams]
+        Included are the baseline and all streams that enter with the same state. Both are empty if
+        no stream changes parts of the layer."""
+        origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
+        origins |= {0} if origins else set()
+        streams = [i for i in range(len(self.ablations)) if self.origin(i) in origins]
+        index_of = {stream: number for number, stream in enumerate(streams)}
+        new_streams = [stream for stream in streams if stream >= self.n_streams]
         step = LayerStep(
-            len(found) - len(forked),
-            tuple(place[self.origin(stream)] for stream in forked),
-            tuple(self.done[stream] for stream in found),
+            len(streams) - len(new_streams),
+            tuple(index_of[self.origin(stream)] for stream in new_streams),
+            tuple(self.ablations[stream] for stream in streams),
             self.divided,
         )
-        return step, tuple(found[each] for each in step.entering)
+        return step, tuple(streams[index] for index in step.entrants)
 
     @cached_property
     def has_sublayers(self) -> bool:
-        """True if some stream forks within the layer, at a sublayer or a part of one."""
-        return self.divided and any(self.actions[i] in _OF_PARTS[1:] for i in self.entering)
+        """True if some stream forks within the layer, at a sublayer or a part of a sublayer."""
+        return self.divided and any(self.actions[i] in _PART_ACTIONS[1:] for i in self.entrants)
 
     @cached_property
     def components(self) -> set[str]:
-        """The components that some stream lacks, and `rounded` for weights in formats."""
-        changes = {change for done in self.done for change in done.changes}
+        """The components that a stream lacks, and `rounded` if a stream has quantised weights."""
+        changes = {change for ablation in self.ablations for change in ablation.changes}
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
     def origin(self, stream: int) -> int:
-        """Return the stream before the layer whose state a stream enters with."""
-        return stream if stream < self.streams else self.forked[stream - self.streams]
+        """Return the existing stream whose state is the input of a stream at the layer."""
+        return stream if stream < self.n_streams else self.parents[stream - self.n_streams]
 
     @cached_property
-    def attention(self) -> tuple[int | None, ...]:
-        """The index of the entering stream whose attention each entering stream uses; None = none.
+    def attention_sources(self) -> tuple[int | None, ...]:
+        """For each entering stream, the index of the stream whose attention it uses; None = none.
 
-        Streams that enter with the same state share one attention, those that remove parts alone.
+        Streams that enter with the same state, and at most remove parts, share one attention.
         """
-        computed: dict[tuple[int, Ablation | None], int] = {}
-        found: list[int | None] = []
-        for place, stream in enumerate(self.entering):
+        index_of: dict[tuple[int, Ablation | None], int] = {}
+        sources: list[int | None] = []
+        for index, stream in enumerate(self.entrants):
             action = self.actions[stream]
             if action is Action.NO_ATTENTION:
-                found.append(None)
+                sources.append(None)
                 continue
-            done = None if action in _OF_PARTS and self.divided else self.done[stream]
-            found.append(computed.setdefault((self.origin(stream), done), place))
-        return tuple(found)
+            ablation = None if action in _PART_ACTIONS and self.divided else self.ablations[stream]
+            sources.append(index_of.setdefault((self.origin(stream), ablation), index))
+        return tuple(sources)
 
     @cached_property
-    def heads(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The computed attentions to project, each with the heads that are removed from it."""
-        made = {
-            (source, self.done[stream].heads): None
-            for stream, source in zip(self.entering, self.attention, strict=True)
-            if source is not None
-        }
-        return tuple(sorted(made))
-
-    @cached_property
-    def projected(self) -> tuple[int | None, ...]:
-        """The index into `heads` for each entering stream; None = no attention."""
-        place_of = {made: number for number, made in enumerate(self.heads)}
+    def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
+        """The output projection that each entering stream uses; None = no attention."""
         return tuple(
-            None if source is None else place_of[source, self.done[stream].heads]
-            for stream, source in zip(self.entering, self.attention, strict=True)
+            None if source is None else (source, self.ablations[stream].heads)
+            for stream, source in zip(self.entrants, self.attention_sources, strict=True)
         )
 
     @cached_property
-    def computed(self) -> tuple[int, ...]:
+    def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
+        """The computed attentions to project, each with the heads removed from the attention."""
+        return tuple(sorted({pair for pair in self._projection_of if pair}))
+
+    @cached_property
+    def head_sources(self) -> tuple[int | None, ...]:
+        """For each entering stream, the index into `projections`; None = no attention."""
+        index_of = {pair: index for index, pair in enumerate(self.projections)}
+        return tuple(pair and index_of[pair] for pair in self._projection_of)
+
+    @cached_property
+    def attentions(self) -> tuple[int, ...]:
         """The indices of the entering streams whose attention is computed."""
-        return tuple(sorted({source for source in self.attention if source is not None}))
+        return tuple(sorted({source for source in self.attention_sources if source is not None}))
 
     @cached_property
     def mlps(self) -> tuple[int, ...]:
-        """The indices of the entering streams whose MLP is computed: no two streams share one."""
-        actions = enumerate(self.actions[stream] for stream in self.entering)
-        return tuple(place for place, action in actions if action is not Action.NO_MLP)
+        """The indices of the entering streams whose MLP is computed; streams never share an MLP."""
+        actions = enumerate(self.actions[stream] for stream in self.entrants)
+        return tuple(index for index, action in actions if action is not Action.NO_MLP)
+
+    @property
+    def mlp_ablations(self) -> list[Ablation]:
+        """The ablation of each computed MLP."""
+        return [self.ablations[self.entrants[index]] for index in self.mlps]
 
     @cached_property
-    def experts(self) -> tuple[tuple[Change, ...], ...]:
-        """The removed experts of each computed MLP."""
-        return tuple(self.done[self.entering[place]].experts for place in self.mlps)
-
-    @cached_property
-    def without_shared(self) -> list[int]:
-        """The indices of the computed MLPs that lack the shared experts."""
-        return [
-            n
-            for n, place in enumerate(self.mlps)
-            if self.done[self.entering[place]].removed("shared_expert")
-        ]
-
-    @cached_property
-    def mlp(self) -> tuple[int | None, ...]:
-        """The index of the computed MLP that each entering stream uses; None = none."""
-        place_of = {place: number for number, place in enumerate(self.mlps)}
-        return tuple(place_of.get(place) for place in range(len(self.entering)))
+    def mlp_sources(self) -> tuple[int | None, ...]:
+        """For each entering stream, the index of its computed MLP; None = no MLP."""
+        index_of = {entrant: number for number, entrant in enumerate(self.mlps)}
+        return tuple(map(index_of.get, range(len(self.entrants))))
 
 
 @dataclass(frozen=True)
@@ -169,131 +162,130 @@ class StreamPlan:
     """The layers at which streams fork, and the stream of each ablation.
 
     Attributes:
-        steps: One step per layer.
-        paths: For each layer, the stream that holds each ablation in that layer, in order.
-        starts: The format of the embedding of each stream before the first layer, in order.
-        heads: The format of the output head of each ablation, in order; empty where none is passed.
+        steps: The step of each layer.
+        paths: For each layer, the stream that each ablation uses there, in the order of ablations.
+        embedding_formats: The format of the embedding of each stream before the first layer.
+        head_formats: The format of the output head of each ablation; empty for a plan without
+            heads.
     """
 
     steps: tuple[LayerStep, ...]
     paths: tuple[tuple[int, ...], ...]
-    starts: tuple[str | None, ...] = (None,)
-    heads: tuple[str | None, ...] = ()
+    embedding_formats: tuple[str | None, ...] = (None,)
+    head_formats: tuple[str | None, ...] = ()
 
     @property
-    def stream_of(self) -> tuple[int, ...]:
-        """The stream that holds each ablation after the last layer, in order."""
+    def final_streams(self) -> tuple[int, ...]:
+        """For each ablation, the index of its stream after the last layer."""
         return self.paths[-1]
 
     @cached_property
-    def passing(self) -> dict[str | None, list[int]]:
-        """Format of the head → streams that pass it, the model's own first; some pass several."""
-        found: dict[str | None, set[int]] = {}
-        for stream, head in zip(self.stream_of, self.heads, strict=True):
-            found.setdefault(head, set()).add(stream)
-        return {head: sorted(found[head]) for head in sorted(found, key=lambda head: head or "")}
+    def head_streams(self) -> dict[str | None, list[int]]:
+        """Format of the head → streams that pass this head; the model's own head comes first."""
+        pairs = sorted((head or "", stream) for stream, head in set(self._answers))
+        by_head = group_by(pairs, lambda pair: pair[0] or None)
+        return {head: [stream for _, stream in group] for head, group in by_head.items()}
+
+    @property
+    def _answers(self) -> Iterator[tuple[int, str | None]]:
+        """Yield, for each ablation in order, its stream and the format of its head."""
+        return zip(self.final_streams, self.head_formats, strict=True)
 
     @cached_property
-    def answer_of(self) -> tuple[int, ...]:
-        """The index of each ablation's answer among the answers of `passing`, in order."""
-        every = ((s, head) for head, streams in self.passing.items() for s in streams)
-        places = {answer: place for place, answer in enumerate(every)}
-        return tuple(places[answer] for answer in zip(self.stream_of, self.heads, strict=True))
+    def answer_indices(self) -> tuple[int, ...]:
+        """For each ablation, the index of its answer among all answers of `head_streams`."""
+        answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
+        index_of = {answer: index for index, answer in enumerate(answers)}
+        return tuple(index_of[answer] for answer in self._answers)
 
     @property
-    def answers(self) -> int:
+    def n_answers(self) -> int:
         """The number of head passes of each predicting token, summed over all streams."""
-        return sum(map(len, self.passing.values()))
+        return sum(map(len, self.head_streams.values()))
 
     @property
-    def has_ends(self) -> bool:
-        """True if an embedding or an output head has a format somewhere."""
-        return any((*self.starts, *self.heads))
+    def has_rounded_embeddings(self) -> bool:
+        """True if some ablation has a quantised embedding or output head."""
+        return any((*self.embedding_formats, *self.head_formats))
 
     @property
-    def attention_of(self) -> Iterator[tuple[int | None, ...]]:
-        """The computed attention that each ablation uses, layer by layer; None = none."""
+    def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
+        """For each layer, the computed attention that each ablation uses; None = none."""
         for step, path in zip(self.steps, self.paths, strict=True):
-            of = {
-                stream: step.computed.index(source)
-                for stream, source in zip(step.entering, step.attention, strict=True)
+            index_of = {
+                stream: step.attentions.index(source)
+                for stream, source in zip(step.entrants, step.attention_sources, strict=True)
                 if source is not None
             }
-            yield tuple(of.get(stream) for stream in path)
+            yield tuple(index_of.get(stream) for stream in path)
 
     @property
     def attention_passes(self) -> int:
         """The number of attention passes of each token, summed over all streams."""
-        return sum(len(step.computed) for step in self.steps) + self.repeats
+        return sum(len(step.attentions) for step in self.steps) + self.n_repeats
 
     @property
     def mlp_passes(self) -> int:
         """The number of MLP passes of each token, summed over all streams."""
-        return sum(len(step.mlps) for step in self.steps) + self.repeats
+        return sum(len(step.mlps) for step in self.steps) + self.n_repeats
 
     @property
     def layer_passes(self) -> float:
-        """The number of layer passes of each token; an attention or an MLP alone counts as half."""
+        """The number of layer passes of each token; a single attention or MLP counts as half."""
         return (self.attention_passes + self.mlp_passes) / 2
 
     @property
-    def is_divided(self) -> bool:
-        """True if streams may fork between the attention and the MLP of a layer."""
-        return self.steps[0].divided
-
-    @property
     def has_groups_of_maps(self) -> bool:
-        """True if an attention's or an MLP's linear maps are rounded as a whole."""
-        return any(done.has_groups_of_maps for step in self.steps for done in step.done)
+        """True if all linear maps of an attention or an MLP are rounded as a group."""
+        return any(done.has_map_groups for step in self.steps for done in step.ablations)
 
     @property
-    def repeats(self) -> int:
-        """The number of additional layer passes of repeated layers."""
-        return sum(span.extra for step in self.steps for _, _, span in step.repeating)
+    def n_repeats(self) -> int:
+        """The number of additional layer passes due to repeated layers."""
+        return sum(span.extra for step in self.steps for _, _, span in step.repeated_spans)
 
     @property
-    def streams(self) -> int:
+    def n_streams(self) -> int:
         """The number of streams after the last layer."""
-        return max(self.stream_of) + 1
+        return max(self.final_streams) + 1
 
 
 def plan_streams(
-    ablations: Sequence[Ablation], layers: int, tied: bool = False, divided: bool = True
+    ablations: Ablations, n_layers: int, is_tied: bool = False, divided: bool = True
 ) -> StreamPlan:
-    """Plan the layer at which each ablation forks: the first where its set of changes differs.
+    """Plan the layer at which each ablation forks: the first layer where its changes differ.
 
-    The baseline must be among the ablations and becomes stream 0. An embedding in a format forks
-    in front of the first layer, an output head in a format behind the last one, and a `tied` one at
-    both. Without `divided`, each stream passes the layers whole.
+    The baseline must be among the ablations and becomes stream 0. Quantised embeddings fork before
+    the first layer, quantised output heads after the last layer, and tied weights at both. Without
+    `divided`, streams do not fork inside layers.
     """
-    intact = ablations.index(INTACT)
-    order = [intact, *(i for i in range(len(ablations)) if i != intact)]
-    started = grouped(order, lambda i: ablations[i].ends.get("embedding"))
-    groups = [*started.values()]
+    baseline_index = ablations.index(INTACT)
+    order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]
+    by_embedding = group_by(order, lambda i: ablations[i].outer_formats.get("embedding"))
+    groups = [*by_embedding.values()]
     steps, paths = [], []
-    for layer in range(layers):
-        own, new = [], []
+    for layer in range(n_layers):
+        changes = [ablation.at_layer(layer) for ablation in ablations]
+        old_forks, new_forks = [], []  # parent stream, its change, the ablations with that change
         for stream, group in enumerate(groups):
-            by_done: dict[Ablation, list[int]] = {}
-            for i in group:
-                by_done.setdefault(ablations[i].at(layer), []).append(i)
+            members = group_by(group, changes.__getitem__)
             # A stream that passes the layer keeps its number: the baseline remains stream 0.
-            first, *others = sorted(by_done, key=lambda done: done.action is not Action.PASS)
-            own.append((stream, first, by_done[first]))
-            new += [(stream, done, by_done[done]) for done in others]
-        forked, done = tuple(s for s, *_ in new), tuple(d for _, d, _ in (*own, *new))
-        steps.append(LayerStep(len(groups), forked, done, divided))
-        groups = [members for *_, members in (*own, *new)]
+            first, *others = sorted(members, key=lambda change: change.action is not Action.PASS)
+            old_forks.append((stream, first, members[first]))
+            new_forks += [(stream, change, members[change]) for change in others]
+        parents, forks = tuple(stream for stream, *_ in new_forks), [*old_forks, *new_forks]
+        steps.append(LayerStep(len(groups), parents, tuple(c for _, c, _ in forks), divided))
+        groups = [group for *_, group in forks]
         stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
         paths.append(tuple(stream_of[i] for i in range(len(ablations))))
-    head = "embedding" if tied else "lm_head"
-    heads = tuple(ablation.ends.get(head) for ablation in ablations)
-    return StreamPlan(tuple(steps), tuple(paths), tuple(started), heads)
+    head = "embedding" if is_tied else "lm_head"
+    head_formats = tuple(ablation.outer_formats.get(head) for ablation in ablations)
+    return StreamPlan(tuple(steps), tuple(paths), tuple(by_embedding), head_formats)
 
 
-def plain_passes(ablations: Sequence[Ablation], layers: int) -> tuple[int, int]:
+def count_plain_passes(ablations: Ablations, n_layers: int) -> tuple[int, int]:
     """Count the attention and MLP passes of a token if each ablation runs separately."""
-    actions = [ablation.at(layer).action for ablation in ablations for layer in range(layers)]
-    again = sum(span.extra for ablation in ablations for span in ablation.repeated)
-    entered = sum(action.enters for action in actions) + again
-    return entered - actions.count(Action.NO_ATTENTION), entered - actions.count(Action.NO_MLP)
+    actions = [a.at_layer(layer).action for a in ablations for layer in range(n_layers)]
+    n_repeated = sum(span.extra for ablation in ablations for span in ablation.repetitions)
+    n_entered = sum(action.runs_modules for action in actions) + n_repeated
+    return n_entered - actions.count(Action.NO_ATTENTION), n_entered - actions.count(Action.NO_MLP)

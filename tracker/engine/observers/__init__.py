@@ -1,4 +1,4 @@
-"""Compute figures of layers and experts other than benchmark outcomes.
+"""Compute statistics of layers and experts other than benchmark outcomes.
 
 Modules:
     layer_proxies: Compute proxies: divergence, loss, logit lens, Taylor, angles, loads of experts.

@@ -1,4 +1,4 @@
-"""Errors of linear maps in a format, from which tools choose bits.
+"""Measure the errors of quantised linear maps, from which tools choose bits.
 
 The embedding and the output head are linear maps too.
 """
@@ -18,99 +18,100 @@ from torch.nn.functional import linear as apply
 from tracker.core.changes import Change
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.core.grouping import grouped
-from tracker.core.proxies import widened
+from tracker.core.grouping import group_by
+from tracker.core.proxies import to_double
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.parts.experts import single_outputs
-from tracker.models.parts.linear_maps import LinearMap, holding
+from tracker.models.parts.experts import single_expert_outputs
+from tracker.models.parts.linear_maps import LinearMap, copy_with_weights
 from tracker.models.parts.probe import integer_tables
 
 
-def at_ends(
-    engine: Engine, tokens: Sequence[int], measured: int, maps: Sequence[Change]
+def compare_embeddings(
+    engine: Engine, tokens: Sequence[int], start: int, maps: Sequence[Change]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run the intact model, and its embedding and head again in a format.
+    """Run the intact model, recompute its embedding and head quantised, and yield both outputs.
 
     Args:
         engine: The engine, whose model reads the tokens.
         tokens: The tokens.
-        measured: Index of the first token that counts.
-        maps: Linear maps with formats; only the embedding and the head are measured.
+        start: Index of the first token that counts.
+        maps: Linear maps with formats, of which only the embedding and the head are measured.
 
     Yields:
-        The index of a map in `maps`, the module's output for some tokens [tokens, …], and its
-        output in the format. For an embedding these are the looked-up rows, for a head its logits
-        before any further step.
+        The index of a map in `maps`, the module's output for some tokens [tokens, …], and the
+        output with quantised weights. The output of an embedding is the looked-up rows, that of a
+        head the logits before any further step.
     """
-    numbers = [number for number, change in enumerate(maps) if change.is_end]
+    numbers = [number for number, change in enumerate(maps) if change.is_outer]
     if not numbers:
         return
-    ends = engine.ends
-    seen: list[tuple[Any, Tensor]] = []
+    embeddings = engine.embeddings
+    calls: list[tuple[Any, Tensor]] = []
 
-    def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append((args[0], output))
+    def record_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((args[0], output))
 
-    def compared(name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        given, before = seen.pop()
+    def compare_formats(name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        module_input, exact = calls.pop()
         for number in numbers:
             if maps[number].path == name:
-                with ends.having(name, maps[number].intervention):
-                    after = ends[name].module.forward(given)
-                yield number, before.flatten(0, -2), after.flatten(0, -2)
+                with embeddings.temporary_format(name, maps[number].intervention):
+                    rounded = embeddings[name].module.forward(module_input)
+                yield number, exact.flatten(0, -2), rounded.flatten(0, -2)
 
-    with ends.embedding.module.register_forward_hook(look):
-        output = engine.run(tokens)
-    for number, *both in compared("embedding"):
-        before, after = (change[measured:] for change in both)
-        yield number, before, after
+    with embeddings.embedding.module.register_forward_hook(record_call):
+        output = engine.run_text(tokens)
+    for number, exact, rounded in compare_formats("embedding"):
+        yield number, exact[start:], rounded[start:]
     if all(maps[number].path != "lm_head" for number in numbers):
         return
-    size = max(1, LOGITS_BYTES // (8 * len(ends.lm_head.weight)))
-    for states in output.last_hidden_state[:, measured:].split(size, dim=1):
-        with ends.lm_head.module.register_forward_hook(look):
+    size = max(1, LOGITS_BYTES // (8 * len(embeddings.lm_head.weight)))
+    for states in output.last_hidden_state[:, start:].split(size, dim=1):
+        with embeddings.lm_head.module.register_forward_hook(record_call):
             engine.head.logits(output, states)
-        yield from compared("lm_head")
+        yield from compare_formats("lm_head")
 
 
-_Places = dict[tuple[int, str], list[int]]
-"""Layer and path of a linear map → its indices among the requested maps."""
+_MapIndices = dict[tuple[int, str], list[int]]
+"""(layer, path) of a linear map → indices of the map among the requested maps."""
 
 
 @torch.inference_mode()
 def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
-    """Measure the relative error of weights in a format, independent of any text.
+    """Measure the relative error of quantised weights, independent of any text.
 
     Args:
         engine: The engine.
         maps: Single linear maps with their formats.
 
     Returns:
-        Squared distance over squared size of each map [maps], float64.
+        Squared norm of the error over squared norm of the weight of each map [maps], float64.
     """
-    found = torch.zeros(len(maps), dtype=torch.float64)
-    for place, each in enumerate(maps):
-        if each.is_end:
-            linear = engine.ends[each.path]
-            weight = engine.ends.weight(each.path, each.intervention)
+    errors = torch.zeros(len(maps), dtype=torch.float64)
+    weights = engine.anatomy.weights
+    for index, change in enumerate(maps):
+        path, form = change.path, change.intervention
+        if change.is_outer:
+            linear = engine.embeddings[path]
+            weight = engine.embeddings.rounded_weight(path, form)
         else:
-            linear = engine.anatomy.map_at(each.layer, each.path)
-            weight = engine.anatomy.weights.of(each.layer, each.path, linear, each.intervention)
+            linear = engine.anatomy.get_map(change.layer, path)
+            weight = weights.get_weight(change.layer, path, linear, form)
         # One expert after the other: all at once may take much memory.
-        own, rounded = (one if one.ndim == 3 else one[None] for one in (linear.weight, weight))
-        pairs = [*zip(own, rounded, strict=True)]
-        apart = sum(float((one.float() - other.float()).square().sum()) for one, other in pairs)
-        found[place] = apart / sum(float(one.float().square().sum()) for one, _ in pairs)
-    return found
+        exact, rounded = (w if w.ndim == 3 else w[None] for w in (linear.weight, weight))
+        pairs = [*zip(exact, rounded, strict=True)]
+        error = sum(float((x.float() - y.float()).square().sum()) for x, y in pairs)
+        errors[index] = error / sum(float(x.float().square().sum()) for x, _ in pairs)
+    return errors
 
 
 @torch.inference_mode()
 def rounding_errors(
     engine: Engine, document: Document, maps: Sequence[Change]
 ) -> dict[str, Tensor]:
-    """Measure the output errors of linear maps of the intact model in a format.
+    """Measure the output errors of quantised linear maps, with inputs from the intact model.
 
     Args:
         engine: The engine, whose model reads the document.
@@ -118,90 +119,81 @@ def rounding_errors(
         maps: Single linear maps with their formats.
 
     Returns:
-        Sums, float64. `tokens` []: the number of tokens of the document. The others are per map
-        [maps], over tokens. `output_error` and `output_size`: squared distance of its outputs, and
-        their squared size. `output_angle`: 1 minus the cosine of the two outputs. For experts' maps
-        they are the outputs of the experts before weighting: summed over all experts of a token,
-        and averaged for the angle.
+        Sums, float64. `tokens` []: the number of tokens of the document. The other entries are per
+        map [maps], summed over tokens. `output_error` and `output_size`: squared distance of the
+        two outputs, and squared norm of the original output. `output_angle`: 1 minus the cosine of
+        the two outputs. For experts' maps the outputs are those of the experts before weighting:
+        summed over all experts of a token, and averaged for the angle.
 
     Raises:
-        CellError: Its experts cannot be called one by one.
+        CellError: The model's experts cannot be called one by one.
     """
-    of_layers = [place for place, each in enumerate(maps) if not each.is_end]
-    places = grouped(of_layers, lambda place: (maps[place].layer, maps[place].path))
+    inner = [index for index, change in enumerate(maps) if not change.is_outer]
+    indices = group_by(inner, lambda index: (maps[index].layer, maps[index].path))
     names = ("output_error", "output_size", "output_angle")
-    found = {name: torch.zeros(len(maps), dtype=torch.float64) for name in names}
-    found["tokens"] = torch.zeros((), dtype=torch.float64)
-    kept = engine.anatomy.weights
+    sums = {name: torch.zeros(len(maps), dtype=torch.float64) for name in names}
+    sums["tokens"] = torch.zeros((), dtype=torch.float64)
+    weights = engine.anatomy.weights
 
-    def compare(place: int, before: Tensor, after: Tensor, share: float = 1) -> None:
-        found["output_error"][place] += float((after.float() - before.float()).square().sum())
-        found["output_size"][place] += float(before.float().square().sum())
-        turned = 1 - cosine_similarity(widened(after), widened(before), dim=-1)
-        found["output_angle"][place] += share * float(turned.sum())
+    def add_error(index: int, exact: Tensor, rounded: Tensor, share: float = 1) -> None:
+        sums["output_error"][index] += float((rounded.float() - exact.float()).square().sum())
+        sums["output_size"][index] += float(exact.float().square().sum())
+        angles = 1 - cosine_similarity(to_double(rounded), to_double(exact), dim=-1)
+        sums["output_angle"][index] += share * float(angles.sum())
 
-    def look(layer: int, path: str, linear: LinearMap, module: nn.Module, *call: Any) -> None:
-        for place in places[layer, path]:
-            weight = kept.of(layer, path, linear, maps[place].intervention)
-            pairs = [*(_of_experts if linear.experts else _of_map)(linear, weight, measured, *call)]
-            for before, after in pairs:
-                compare(place, before, after, 1 / len(pairs))
+    def compare(layer: int, path: str, linear: LinearMap, module: nn.Module, *call: Any) -> None:
+        compute_outputs = _expert_outputs if linear.experts else _map_outputs
+        for index in indices[layer, path]:
+            weight = weights.get_weight(layer, path, linear, maps[index].intervention)
+            pairs = [*compute_outputs(linear, weight, start, *call)]
+            for exact, rounded in pairs:
+                add_error(index, exact, rounded, 1 / len(pairs))
 
-    for tokens, measured in measured_texts(document, engine.max_length):
-        with _watched(engine, places, look):
-            engine.run(tokens)
-        for place, before, after in at_ends(engine, tokens, measured, maps):
-            compare(place, before, after)
-        found["tokens"] += len(tokens) - measured
-    return found
+    for tokens, start in measured_texts(document, engine.max_length):
+        with _hook_maps(engine, indices, compare):
+            engine.run_text(tokens)
+        for index, exact, rounded in compare_embeddings(engine, tokens, start, maps):
+            add_error(index, exact, rounded)
+        sums["tokens"] += len(tokens) - start
+    return sums
 
 
 _Pairs = Iterator[tuple[Tensor, Tensor]]
-"""Output of a map or an expert [tokens, width], and its output with another weight."""
+"""Output of a map or an expert [tokens, width], and its output with the quantised weight."""
 
 
-def _of_map(
-    linear: LinearMap,
-    weight: Tensor,
-    measured: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-) -> _Pairs:
-    states, before = (each.flatten(0, -2)[measured:] for each in (args[0], output))
-    yield before, apply(states, weight, linear.module.bias)  # type: ignore[arg-type]
+def _map_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
+    args, _, output = call
+    states, exact = (tensor.flatten(0, -2)[start:] for tensor in (args[0], output))
+    yield exact, apply(states, weight, linear.module.bias)  # type: ignore[arg-type]
 
 
-def _of_experts(
-    linear: LinearMap,
-    weight: Tensor,
-    measured: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-) -> _Pairs:
+def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
     """Yield the outputs of the experts, one expert of each token after the other."""
+    args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
-            f"{type(linear.module).__name__} is not told which tokens go to which experts, so what "
-            "one of them gives cannot be seen; leave the errors of its maps out"
+            f"{type(linear.module).__name__} does not get the experts of each token, so outputs "
+            "of single experts cannot be computed; leave the errors of its maps out"
         )
-    own = linear.laid_out(weight, linear.parameter)
-    rounded = holding(linear.module, {linear.name: own})
-    both = (single_outputs(each.forward, args, kwargs) for each in (linear.module, rounded))
-    for (numbers, _, before), (_, _, after) in zip(*both, strict=True):
-        mine = torch.arange(len(numbers), device=numbers.device) >= measured
+    expert_weight = linear.to_module_layout(weight, linear.parameter)
+    modules = linear.module, copy_with_weights(linear.module, {linear.name: expert_weight})
+    outputs = (single_expert_outputs(module.forward, args, kwargs) for module in modules)
+    for (numbers, _, exact), (_, _, rounded) in zip(*outputs, strict=True):
+        is_counted = torch.arange(len(numbers), device=numbers.device) >= start
         if linear.expert is not None:
-            mine &= numbers == linear.expert
-        yield before[mine], after[mine]
+            is_counted &= numbers == linear.expert
+        yield exact[is_counted], rounded[is_counted]
 
 
 @contextmanager
-def _watched(engine: Engine, asked: _Places, look: Callable[..., None]) -> Iterator[None]:
-    """Call `look` with linear maps of layers, and the inputs and outputs of their modules."""
+def _hook_maps(
+    engine: Engine, map_paths: _MapIndices, visit: Callable[..., None]
+) -> Iterator[None]:
+    """Call `visit` with linear maps of layers, and the inputs and outputs of the maps' modules."""
     with ExitStack() as stack:
-        for layer, path in asked:
-            linear = engine.anatomy.map_at(layer, path)
-            seen = partial(look, layer, path, linear)
-            stack.enter_context(linear.module.register_forward_hook(seen, with_kwargs=True))
+        for layer, path in map_paths:
+            linear = engine.anatomy.get_map(layer, path)
+            hook = partial(visit, layer, path, linear)
+            stack.enter_context(linear.module.register_forward_hook(hook, with_kwargs=True))
         yield

@@ -2,11 +2,11 @@
 
 Modules:
     generation: Generate texts under every ablation at once.
-    head: Run embedding and output head, in formats, the head only at predicted tokens.
+    head: Run embedding and output head, also quantised; the head only at predicting tokens.
     masks: Build the attention masks of a row.
-    model: Take a model apart, call it plainly, and make changed copies.
-    row_size: Time rows of several sizes and choose the fastest.
+    model: Access the parts of a model, call the intact model, and make changed copies.
+    row_size: Time rows of several sizes and choose the fastest size.
     rows: Build prefix trees of requests, and pack them into rows.
-    score: Read a common beginning once, and score one row.
+    score: Read the common beginning of documents once, and score one row.
     sweep: Score all documents under all ablations.
 """

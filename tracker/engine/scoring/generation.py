@@ -1,4 +1,4 @@
-"""Generate under all ablations at once: the streams are the batch, each with its own layers.
+"""Generate texts under all ablations at once: the batch has one row per ablation.
 
 The prompt is read once for all ablations, as in scoring. Each layer's keys and values are then
 copied to every stream that passes its attention, and the model's own generation continues with one
@@ -16,119 +16,121 @@ from transformers.cache_utils import Cache
 
 from tracker.core.changes import Ablation
 from tracker.engine.forward.layer import ForwardPass
-from tracker.engine.forward.streams import LayerStep, StreamPlan
+from tracker.engine.forward.streams import Ablations, LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.head import by_row
+from tracker.engine.scoring.head import use_row_formats
 from tracker.engine.scoring.rows import reading_row
 from tracker.engine.scoring.score import (
     GrowingLayer,
     Prefix,
-    cache_argument,
-    kept_bytes,
+    find_cache_argument,
+    measure_cache_bytes,
     new_cache,
     run_base,
 )
-from tracker.engine.scoring.sweep import Engine, grouped_ablations
-from tracker.models.devices import take
+from tracker.engine.scoring.sweep import Engine, split_ablations
+from tracker.models.devices import take_entries
 
 
 @contextmanager
-def decoding(
-    engine: Engine, ablations: Sequence[Ablation], prompt: Sequence[int], prefix: Prefix | None
+def fork_decoding(
+    engine: Engine, ablations: Ablations, prompt: Sequence[int], prefix: Prefix | None
 ) -> Iterator[Cache]:
-    """Make a model continue one prompt under every ablation, while the context is open.
+    """Make a model continue one prompt under every ablation until exit.
 
-    Reading the prompt forks as scoring does. After it nothing is shared, because the texts soon
-    differ: each ablation has its own row of the batch in every layer. A layer computes just the
-    rows that do not skip it, each with its own keys and values.
+    Streams fork while the prompt is read, as in scoring. After the prompt nothing is shared,
+    because the texts soon differ: each ablation has its own row of the batch in every layer. A
+    layer computes only the rows that do not skip it, each with its own keys and values.
 
     Args:
         engine: The engine of the model.
-        ablations: The rows of the batch; the baseline must be among them.
+        ablations: The ablation of each row of the batch, including the baseline.
         prompt: The prompt's token ids.
-        prefix: A beginning of the prompt that was read for these ablations.
+        prefix: A beginning of the prompt that was already read for these ablations.
 
     Yields:
-        Keys and values of all but the prompt's last token, as the model takes them. A forward pass
-        must have one row per ablation, in their order.
+        Keys and values of all tokens of the prompt but the last, as the model takes them. A forward
+        pass must have one row per ablation, in their order.
     """
     layers, plan = engine.loaded.layers, engine.plan(ablations)
-    start = 0 if prefix is None else len(prefix.tokens)
-    rest = prompt[start:-1]
+    n_prefix = 0 if prefix is None else len(prefix.tokens)
     cache = new_cache() if prefix is None else prefix.cache
-    if rest:
-        run_base(engine, plan, reading_row(rest, start), cache)
-    done = [tuple(a.at(layer) for a in ablations) for layer in range(len(layers))]
-    together = StreamPlan(
-        tuple(LayerStep(len(ablations), (), actions, plan.is_divided) for actions in done),
-        (tuple(range(len(ablations))),) * len(layers),
-    )
-    caches = _handed_out(cache, plan, len(prompt) - 1)
+    if new_tokens := prompt[n_prefix:-1]:
+        run_base(engine, plan, reading_row(new_tokens, n_prefix), cache)
+    # From here on, each ablation is a stream from the first layer on.
+    changes = [tuple(a.at_layer(layer) for a in ablations) for layer in range(len(layers))]
+    n_streams, divided = len(ablations), plan.steps[0].divided
+    steps = tuple(LayerStep(n_streams, (), layer_changes, divided) for layer_changes in changes)
+    decoding_plan = StreamPlan(steps, (tuple(range(n_streams)),) * len(layers))
+    ablation_cache = _spread_cache(cache, plan, len(prompt) - 1)
     with ExitStack() as stack:
-        if plan.has_ends:
-            starts = [ablation.ends.get("embedding") for ablation in ablations]
-            stack.enter_context(by_row(engine.ends, "embedding", starts))
-            stack.enter_context(by_row(engine.ends, "lm_head", plan.heads))
-        anatomy, replacements = engine.anatomy_for(together), engine.placed_replacements
-        stack.enter_context(
-            ForwardPass(
-                layers, together, anatomy, replacements=replacements, batched=True
-            ).installed()
+        if plan.has_rounded_embeddings:
+            formats = [ablation.outer_formats.get("embedding") for ablation in ablations]
+            stack.enter_context(use_row_formats(engine.embeddings, "embedding", formats))
+            stack.enter_context(use_row_formats(engine.embeddings, "lm_head", plan.head_formats))
+        decoding = ForwardPass(
+            layers,
+            decoding_plan,
+            engine.find_anatomy(decoding_plan),
+            replacements=engine.device_replacements,
+            batched=True,
         )
-        yield caches
+        stack.enter_context(decoding.install())
+        yield ablation_cache
 
 
-def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
+def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
     """Copy the prompt's keys and values to every ablation, layer by layer.
 
     The prompt was read with a row for each attention that differs in the layer, [computed, heads,
-    tokens, size]; `plan.attention_of` says which one an ablation used. These rows are copied to
-    [ablations that pass the attention, heads, tokens, size], in the order of the ablations: the
-    rows that reach the layer's attention during generation.
+    tokens, size]; `plan.attention_paths` holds the row that each ablation used. These rows are
+    copied to [ablations that pass the attention, heads, tokens, size], in the order of the
+    ablations: the rows that reach the layer's attention during generation.
     """
     if not cache.layers:
         return new_cache()
     layers = []
-    for held, sources in zip(cache.layers, plan.attention_of, strict=True):
-        index = [source for source in sources if source is not None]
+    for cached, sources in zip(cache.layers, plan.attention_paths, strict=True):
+        indices = [source for source in sources if source is not None]
         layer = GrowingLayer()
-        layer.update(*(take(x[:, :, :tokens], index) for x in (held.keys, held.values)))
+        buffers = cached.keys, cached.values
+        layer.update(*(take_entries(buffer[:, :, :tokens], indices) for buffer in buffers))
         layers.append(layer)
     return Cache(layers=layers)
 
 
 def generation_groups(
-    engine: Engine, ablations: Sequence[Ablation], tokens: int
+    engine: Engine, ablations: Ablations, tokens: int
 ) -> Iterator[list[Ablation]]:
-    """Split ablations so that the texts of each group fit into half of the budget.
+    """Split ablations into groups whose texts fit into half of the memory budget.
 
-    Each group has the baseline; `tokens` is the longest text, including the prompt. Raises
-    RefusalError if the model takes no keys and values.
+    Each group includes the baseline; `tokens` is the length of the longest text, with the prompt.
+    Raises RefusalError if the model takes no keys and values.
     """
     loaded = engine.loaded
-    if cache_argument(loaded.model) is None:
+    if find_cache_argument(loaded.model) is None:
         raise RefusalError("it takes no cache of keys and values")
-    if engine.plan(ablations).repeats:
-        raise RefusalError("a layer that is passed again would need a cache of its own")
-    size = tokens * len(loaded.layers) * kept_bytes(engine)
-    return grouped_ablations(ablations, engine.budget // 2 // size)
+    if engine.plan(ablations).n_repeats:
+        raise RefusalError("a layer that runs twice would need two caches of keys and values")
+    size = tokens * len(loaded.layers) * measure_cache_bytes(engine)
+    return split_ablations(ablations, engine.budget // 2 // size)
 
 
 @contextmanager
-def generating(
-    engine: Engine, ablations: Sequence[Ablation], prompt: Sequence[int]
+def prepare_generation(
+    engine: Engine, ablations: Ablations, prompt: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Continue one prompt under every ablation, one row per ablation, in the open context.
+    """Prepare a model to continue one prompt under every ablation until exit, one row each.
 
-    Yields the arguments for transformers' `generate`: the prompt's keys and values; nothing for a
-    model that takes none.
+    Yields the arguments for transformers' `generate`: the prompt's keys and values, or no arguments
+    for a model without a cache.
     """
-    prefix = engine.prefix_of(engine.plan(ablations), prompt)
-    engine.put_back()
+    prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
+    engine.restore_state()
     try:
         # A kept prefix was read in inference mode, and can only be extended there.
-        with torch.inference_mode(), decoding(engine, ablations, prompt, prefix) as cache:
-            name = cache_argument(engine.loaded.model)
+        with torch.inference_mode(), fork_decoding(engine, ablations, prompt, prefix) as cache:
+            name = find_cache_argument(engine.loaded.model)
             yield {} if name is None else {name: cache}
     finally:
-        engine.put_back()
+        engine.restore_state()

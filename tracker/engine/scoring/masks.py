@@ -1,7 +1,7 @@
-"""Attention masks of a row: a token sees its ancestors, within its layer's window.
+"""Build the attention masks of a row: a token sees its ancestors within the layer's window.
 
-A layer's window or chunk is not read from the configuration: the model gets a plain text, and the
-mask that arrives at each layer is examined.
+Windows and chunks are not read from the configuration. Instead, the model reads a plain text, and
+the mask that each layer gets is examined.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import Row
-from tracker.models.hooks import all_of, replaced_forward, state_of, with_first
+from tracker.models.hooks import enter_all, input_state, replace_first_output, replaced_forward
 
-ARGUMENT = "attention_mask"
+MASK_ARGUMENT = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -28,134 +28,137 @@ class AttentionWindows:
     """The attention window of each layer, for texts up to a length.
 
     Attributes:
-        tokens: The length of the text for which it was found.
-        first: The first position that each position sees, for each layer [tokens], on the device
-            of the masks, the same tensor for layers with equal windows. None where a position sees
-            all before it, or where the model gives the layer no such mask.
+        tokens: The length of the text for which the windows were found.
+        starts: For each layer, the first position that each position sees [tokens], on the device
+            of the masks; layers with equal windows share a tensor. None for a layer in which each
+            position sees all earlier ones, or to which the model gives no such mask.
     """
 
     tokens: int
-    first: tuple[Tensor | None, ...]
+    starts: tuple[Tensor | None, ...]
 
 
 @torch.inference_mode()
-def attention_windows(
+def find_attention_windows(
     base: PreTrainedModel, layers: nn.ModuleList, tokens: int, device: torch.device
 ) -> AttentionWindows:
-    """Find the mask that a model gives to each of its layers for a plain text of some length.
+    """Find the attention windows of all layers from the masks for a plain text of some length.
 
-    The layers themselves do not run: each passes on its hidden state, with the other outputs that
-    it returned for two tokens, so that the model goes on. A layer gets a mask [1, 1, tokens,
-    tokens], or none.
+    The layers themselves do not run. Each layer returns its input state, with the other outputs
+    that it returned for two tokens, so that the model continues. A layer gets a mask [1, 1, tokens,
+    tokens] or no mask.
     """
-    shapes: dict[int, Any] = {}
-    seen: list[Any] = [None] * len(layers)
+    layer_outputs: dict[int, Any] = {}
+    masks: list[Any] = [None] * len(layers)
 
-    def noting(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        shapes[index] = forward(*args, **kwargs)
-        return shapes[index]
+    def record(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        layer_outputs[index] = forward(*args, **kwargs)
+        return layer_outputs[index]
 
-    def passing(index: int, layer: nn.Module) -> Callable[..., Any]:
+    def make_skip(index: int, layer: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen[index] = _given(layer, args, kwargs)
-            return with_first(shapes[index], state_of(args, kwargs))
+            masks[index] = _find_mask(layer, args, kwargs)
+            return replace_first_output(layer_outputs[index], input_state(args, kwargs))
 
         call.is_weightless = True  # type: ignore[attr-defined]
         return call
 
-    def read(length: int, forwards: Callable[[int, nn.Module], Callable[..., Any]]) -> None:
+    def read_text(length: int, forwards: Sequence[Callable[..., Any]]) -> None:
         ids = torch.zeros(1, length, dtype=torch.long, device=device)
-        with all_of(replaced_forward(layer, forwards(n, layer)) for n, layer in enumerate(layers)):
+        with enter_all(map(replaced_forward, layers, forwards)):
             base(input_ids=ids, use_cache=False)
 
-    read(2, lambda index, layer: partial(noting, index, layer.forward))
-    if len(shapes) < len(layers):
-        raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
-    read(tokens, passing)
-    firsts = [first_seen(mask, tokens) for mask in seen]
-    kinds = {first.numpy().tobytes(): first.to(device) for first in firsts if first is not None}
-    return AttentionWindows(
-        tokens, tuple(f if f is None else kinds[f.numpy().tobytes()] for f in firsts)
-    )
+    read_text(2, [partial(record, index, layer.forward) for index, layer in enumerate(layers)])
+    if (n_run := len(layer_outputs)) < len(layers):
+        raise RefusalError(f"only {n_run} of its {len(layers)} layers run on plain text")
+    read_text(tokens, [make_skip(index, layer) for index, layer in enumerate(layers)])
+    # Layers with equal windows get the same tensor, so that rows make one mask for all of them.
+    starts = [find_first_visible(layer_mask, tokens) for layer_mask in masks]
+    keys = [None if start is None else start.numpy().tobytes() for start in starts]
+    start_of = dict(zip(keys, starts, strict=True))
+    moved = {key: start if start is None else start.to(device) for key, start in start_of.items()}
+    return AttentionWindows(tokens, tuple(moved[key] for key in keys))
 
 
-def _given(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _find_mask(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return the mask among a layer's arguments."""
-    if ARGUMENT in kwargs:
-        return kwargs[ARGUMENT]
+    if MASK_ARGUMENT in kwargs:
+        return kwargs[MASK_ARGUMENT]
     position = mask_position(layer)
     return args[position] if position is not None and position < len(args) else None
 
 
 def mask_position(layer: nn.Module) -> int | None:
-    """Return the position of the mask among a layer's arguments; None if it takes none."""
+    """Return the position of the mask in a layer's arguments; None if the layer takes no mask."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
-    return names.index(ARGUMENT) if ARGUMENT in names else None
+    return names.index(MASK_ARGUMENT) if MASK_ARGUMENT in names else None
 
 
-def first_seen(mask: object, tokens: int) -> Tensor | None:
-    """Reduce a causal mask with one contiguous range per token to the begin of each range.
+def find_first_visible(mask: object, tokens: int) -> Tensor | None:
+    """Reduce a causal mask with a contiguous range per token to the start of each range.
 
-    [1, 1, tokens, tokens] becomes [tokens]; None where every token sees all before it, or the layer
-    has no such mask. Other masks (a bias, a gap) are refused: their equivalent for a tree is
-    unknown.
+    [1, 1, tokens, tokens] becomes [tokens]; Returns None if every token sees all earlier tokens, or
+    the layer has no such mask. Other masks (a bias, a gap) are refused: their equivalent for a tree
+    is unknown.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
-    shown = mask[0, 0].cpu()
-    if shown.dtype != torch.bool:
-        if ((shown != 0) & (shown > -1e4)).any():
-            raise RefusalError("its attention masks say more than which token is seen")
-        shown = shown == 0
-    first = shown.int().argmax(-1)
-    places = torch.arange(tokens)
-    stretch = (places[None, :] >= first[:, None]) & (places[None, :] <= places[:, None])
-    if not torch.equal(shown, stretch):
-        raise RefusalError("a token sees others than an unbroken stretch before it")
-    return first if first.any() else None
+    visible = mask[0, 0].cpu()
+    if visible.dtype != torch.bool:
+        if ((visible != 0) & (visible > -1e4)).any():
+            raise RefusalError("its attention masks hold more than which tokens are visible")
+        visible = visible == 0
+    starts = visible.int().argmax(-1)
+    positions = torch.arange(tokens)
+    contiguous = (positions >= starts[:, None]) & (positions <= positions[:, None])
+    if not torch.equal(visible, contiguous):
+        raise RefusalError("a token attends to more than one unbroken range before it")
+    return starts if starts.any() else None
 
 
 class Masks:
-    """The masks of one row, [1, 1, tokens, prefix + tokens], one for each kind of layer.
+    """The masks of one row [1, 1, tokens, prefix + tokens], one mask for each kind of layer.
 
     A row holds a tree of requests, flattened: node i is a token, and `row.ancestors[i, j]` is True
     if j is an ancestor of i. In place of the model's triangle, a layer gets a mask in which a node
-    sees the kept prefix and its ancestors, itself included, and no sibling. For the node, that is
-    exactly the text that ends with it, at the positions of that text. A layer with a window or
-    chunks sees less of it. `AttentionWindows.first` is the position p from which a token at some
-    depth sees a plain text, so ancestors before p are hidden too. Depth counts, not the index in
-    the row.
-    Masked entries are the lowest number of the dtype, as in transformers; from a boolean mask,
-    attention would compute such numbers in each layer. The same object goes to all layers with the
-    same `first`. It is built on the device, from two numbers per node.
+    sees the kept prefix and its ancestors, itself included, and no sibling. The node thus sees
+    exactly the text that ends with the node, at the positions of this text. In a layer with a
+    window or chunks the node sees less of the text. `AttentionWindows.starts` is the position p
+    from which a token at some depth sees a plain text, so ancestors before p are hidden too. Depth
+    counts, not the index in the row. Masked entries are the lowest number of the dtype, as in
+    transformers; from a boolean mask, attention would compute such numbers in each layer. The same
+    object goes to all layers with the same `starts`. It is built on the device, from two numbers
+    per node.
 
     `windows` must cover the depth of the row, and `row.spans` must be set: a row without them
-    needs no mask. `of_layer` holds the mask of each layer.
+    needs no mask. `layer_masks` holds the mask of each layer.
     """
 
     def __init__(
         self, row: Row, windows: AttentionWindows, dtype: torch.dtype, device: torch.device
     ) -> None:
-        row = row.on(device)
+        row = row.to_device(device)
         ancestors, depth = row.ancestors, row.positions[0]
         assert ancestors is not None
-        before = torch.ones(len(ancestors), row.prefix, dtype=torch.bool, device=device)
-        ancestors = torch.cat([before, ancestors], dim=1)
+        prefix_visible = torch.ones(len(ancestors), row.prefix, dtype=torch.bool, device=device)
+        ancestors = torch.cat([prefix_visible, ancestors], dim=1)
         depths = torch.cat([torch.arange(row.prefix, device=device), depth])
-        made: dict[int, Tensor] = {}
-        for first in {id(first): first for first in windows.first}.values():
-            seen = ancestors if first is None else ancestors & (depths >= first[depth][:, None])
-            mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-            made[id(first)] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
-        self.of_layer = [made[id(first)] for first in windows.first]
+        masks: dict[Tensor | None, Tensor] = {}
+        for starts in dict.fromkeys(windows.starts):
+            visible = ancestors
+            if starts is not None:
+                visible = ancestors & (depths >= starts[depth][:, None])
+            mask = torch.zeros(1, 1, *visible.shape, dtype=dtype, device=device)
+            masks[starts] = mask.masked_fill_(~visible, torch.finfo(dtype).min)
+        self.layer_masks = [masks[starts] for starts in windows.starts]
 
-    def put(
+    def replace_mask(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a layer's arguments with its mask in place of the model's own."""
-        mask, position = self.of_layer[index], mask_position(layer)
+        mask, position = self.layer_masks[index], mask_position(layer)
         if position is not None and position < len(args):
             return (*args[:position], mask, *args[position + 1 :]), kwargs
-        if position is not None or ARGUMENT in kwargs:
-            return args, {**kwargs, ARGUMENT: mask}
+        if position is not None or MASK_ARGUMENT in kwargs:
+            return args, {**kwargs, MASK_ARGUMENT: mask}
         return args, kwargs

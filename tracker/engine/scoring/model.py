@@ -1,4 +1,4 @@
-"""A model taken apart: its layers, their parts, and facts that are computed once.
+"""Access a model's layers and their parts, and cache facts about the model.
 
 The module also defines which computations ablations may share, the side effects of calling a model,
 and really changed copies of it.
@@ -19,21 +19,21 @@ from transformers import PreTrainedModel
 from tracker.core.changes import Ablation
 from tracker.core.documents import Request, Response
 from tracker.core.errors import ModelError
-from tracker.core.grouping import grouped
-from tracker.core.kinds import NUMBERED, Action
-from tracker.core.model_parts import experts_of_a_token
+from tracker.core.grouping import group_by
+from tracker.core.kinds import NUMBERED_COMPONENTS, Action
+from tracker.core.model_parts import experts_per_token
 from tracker.engine.forward.layer import FittedReplacement, Replacement
-from tracker.engine.forward.streams import StreamPlan, plan_streams
+from tracker.engine.forward.streams import Ablations, StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.head import Head
-from tracker.engine.scoring.masks import AttentionWindows, attention_windows
+from tracker.engine.scoring.masks import AttentionWindows, find_attention_windows
 from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
-from tracker.models.devices import take
-from tracker.models.hooks import returning
+from tracker.models.devices import take_entries
+from tracker.models.hooks import replace_output
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
-from tracker.models.offloaded import least_free
-from tracker.models.parts.anatomy import KIND_OF, LayerAnatomy
+from tracker.models.offloaded import min_free_memory
+from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy
 from tracker.models.parts.experts import SharedExperts
 from tracker.models.parts.linear_maps import (
     Embeddings,
@@ -42,7 +42,13 @@ from tracker.models.parts.linear_maps import (
     round_embeddings,
 )
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.pruned import State, as_loaded, left, pruned, put_back
+from tracker.models.pruned import (
+    ModuleState,
+    apply_reload,
+    prune_model,
+    remaining_layers,
+    restore_state,
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class Sharing:
 
     Attributes:
         depth: Whether layers below the removed one are computed once for all ablations.
-        tokens: Whether common tokens of the requests of a row are computed once.
+        tokens: Whether tokens that requests of a row have in common are computed once.
         prefix: Whether the common beginning of all documents is computed once for all rows.
-        calls: Whether texts of one length share a call, of which only predicting tokens pass the
-            head. Otherwise each request is a call of the unchanged model, with all of its logits.
+        calls: Whether texts of one length share a call, in which only predicting tokens pass the
+            head. Otherwise each request is a separate call of the unchanged model, which computes
+            all logits.
     """
 
     depth: bool = True
@@ -63,29 +70,17 @@ class Sharing:
     calls: bool = True
 
     def __str__(self) -> str:
-        """Return the names of what is shared, as the ledger and the page show them."""
+        """Return the names of the shared computations, as the ledger and the report show them."""
         names = ("depth", "tokens", "prefix")
         return ", ".join(name for name in names if getattr(self, name)) or "nothing"
 
 
 FULL = Sharing()
-
-
 NO_PREFIX = Sharing(prefix=False)
-
-
 DEPTH_ONLY = Sharing(tokens=False, prefix=False)
-
-
 PLAIN = Sharing(depth=False, tokens=False, prefix=False)
-
-
 ONE_BY_ONE = Sharing(depth=False, tokens=False, prefix=False, calls=False)
-"""No sharing at all: the reference."""
-
-
-ALONE = DEPTH_ONLY
-"""The sharing for one model by itself: there is no second stream to share depth with."""
+"""No sharing at all, as in the reference."""
 
 
 @dataclass(frozen=True)
@@ -93,38 +88,39 @@ class Quirks:
     """Side effects of calling a model, found by the self-check.
 
     Attributes:
-        lengths: Lengths at which its computation changes.
-        leftovers: Original values of the attributes that one call leaves changed for the next.
-        first: Original values of what the first call changes for good, including weights.
-        stay: Whether a removed layer stays in place and passes on its input, because the model
+        lengths: Lengths of a text at which the model's computation changes.
+        leftovers: Original values of attributes that a call changes and that affect the next call.
+        first: Original values of attributes, including weights, that the first call changes
+            permanently.
+        in_place: Whether a removed layer stays in place and returns its input, because the model
             cannot be cut there.
-        loaded: Whether a copy without layers gets the values that its class computes on loading, if
-            possible. Otherwise the layers stay in place, if `stay` says so.
+        as_loaded: Whether a copy without layers gets the values that its class computes on loading,
+            if possible. Otherwise the layers stay in place, if `in_place` says so.
     """
 
     lengths: Lengths = ANY_LENGTH
-    leftovers: State = field(default_factory=dict, compare=False)
-    first: State = field(default_factory=dict, compare=False)
-    stay: bool = False
-    loaded: bool = False
+    leftovers: ModuleState = field(default_factory=dict, compare=False)
+    first: ModuleState = field(default_factory=dict, compare=False)
+    in_place: bool = False
+    as_loaded: bool = False
 
 
-NO_HABITS = Quirks()
+NO_QUIRKS = Quirks()
 
 
 ROW_MULTIPLE_ACCELERATOR = 8
-"""Multiple of nodes per row on accelerators: attention kernels copy other masks in each layer."""
-AT_ONCE = 2048
-"""Tokens of all streams that pass a layer at once on a CPU, per thread: intermediate results stay
-in the cache, and no large buffers are requested from the system."""
+"""Multiple of nodes per row on accelerators; attention kernels copy masks of other sizes."""
+PASS_TOKENS_PER_THREAD = 2048
+"""Number of tokens of all streams that pass a layer at once on a CPU, per thread. Intermediate
+results stay in the cache, and no large buffers are requested from the system."""
 WINDOW_STEP = 256
-"""Lengths of text for which attention windows are found are multiples of this."""
+"""Attention windows are found for lengths of text that are multiples of this number."""
 
 
-def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Compute logits of texts [texts, tokens] in one call: [texts, tokens, vocabulary].
+def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Compute logits [texts, tokens, vocabulary] of texts [texts, tokens] in one call.
 
-    Raises RefusalError if the model returns something else.
+    Raises RefusalError if the model returns no such tensor.
     """
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
@@ -132,20 +128,14 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
-@torch.inference_mode()
-def read(loaded: LoadedModel, tokens: Sequence[int]) -> Tensor:
-    """Compute the logits of one text in a call of its own: [tokens, vocabulary]."""
-    return logits_of(loaded.model, torch.tensor([tokens], device=loaded.device))[0]
-
-
-def read_for(request: Request, max_length: int) -> tuple[int, ...]:
+def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
     """Return the tokens that lm-eval gives a model to read for a request."""
     return (request.context + request.continuation)[-(max_length + 1) :][:-1]
 
 
 @torch.inference_mode()
-def scored(logits: Tensor, continuation: Sequence[int]) -> Response:
-    """Score a continuation by the logits of the text that ends before its last token.
+def score_continuation(logits: Tensor, continuation: Sequence[int]) -> Response:
+    """Score a continuation by the logits of the text without the continuation's last token.
 
     Log-likelihood in nats, greedy flag and hits are computed as in lm-eval.
     """
@@ -162,41 +152,41 @@ class ModelFacts:
 
     Attributes:
         windows: The attention windows of its layers.
-        kept_bytes: Bytes of the keys and values of one token in one attention.
-        parts: The parts of its layers found so far; see `LayerAnatomy`.
-        weights: Weights of its layers in formats.
-        ends: Its embedding and output head, with weights in formats.
+        cache_bytes: Bytes of the keys and values of one token in one attention.
+        parts: The parts of the layers found so far; see `LayerAnatomy`.
+        weights: Quantised weights of the layers.
+        embeddings: The embedding and output head, with their quantised weights.
     """
 
     windows: AttentionWindows | None = None
-    kept_bytes: int | None = None
+    cache_bytes: int | None = None
     parts: dict[Any, Any] = field(default_factory=dict)
     weights: RoundedWeights | None = None
-    ends: Embeddings | None = None
+    embeddings: Embeddings | None = None
 
 
 @dataclass(frozen=True)
 class EngineModel:
-    """A model with its layers accessible, for ablations by a plan.
+    """A model whose layers can be ablated by a plan of streams.
 
     Attributes:
         loaded: The model.
-        max_length: Maximum number of tokens that it reads, as lm-eval determines it.
+        max_length: Maximum number of tokens that the model reads, determined as in lm-eval.
         quirks: Side effects of a call of the model.
-        memory: Bytes that hidden states and kept prefixes may take; None = half of the free memory
-            of the fullest device.
-        at_once: Tokens of all streams that pass a layer at once on a CPU; None = by its threads.
-        row_multiple: Multiple to which the nodes of a row are padded, see `Row.padded`; None = by
-            the device.
+        memory: Maximum bytes of hidden states and kept prefixes; None = half of the free memory of
+            the fullest device.
+        pass_tokens: Tokens of all streams that pass a layer at once on a CPU; None = by threads.
+        row_multiple: Multiple to which the nodes of a row are padded, see `Row.pad_nodes`; None =
+            by the device.
         replacements: Replacements of layers, by layer.
         facts: Facts about the model, shared by all engines of it.
     """
 
     loaded: LoadedModel
     max_length: int
-    quirks: Quirks = NO_HABITS
+    quirks: Quirks = NO_QUIRKS
     memory: int | None = None
-    at_once: int | None = None
+    pass_tokens: int | None = None
     row_multiple: int | None = None
     replacements: Mapping[int, Replacement] = field(default_factory=dict, repr=False, compare=False)
     facts: ModelFacts = field(default_factory=ModelFacts, repr=False, compare=False)
@@ -206,44 +196,50 @@ class EngineModel:
         """The name of the model's class, for messages."""
         return type(self.loaded.model).__name__
 
-    def put_back(self) -> None:
+    def restore_state(self) -> None:
         """Undo the side effects of the last call, so that calls do not depend on each other."""
         if self.quirks.leftovers:
-            put_back(self.loaded.model, self.quirks.leftovers)
+            restore_state(self.loaded.model, self.quirks.leftovers)
 
-    def left(self, ablation: Ablation) -> list[int]:
-        """List the layers of a copy under an ablation, in order; a repeated one twice."""
-        return left(len(self.loaded.layers), ablation.removed(), ablation.repeated)
+    def layers_left(self, ablation: Ablation) -> list[int]:
+        """List the layers of a copy under an ablation, in order; repeated layers repeatedly."""
+        return remaining_layers(len(self.loaded.layers), ablation.removed(), ablation.repetitions)
 
-    def read(self, tokens: Sequence[int]) -> Tensor:
+    @torch.inference_mode()
+    def read_logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the intact model's logits [tokens, vocabulary], in a call of its own."""
-        self.put_back()
-        return read(self.loaded, tokens)
+        self.restore_state()
+        ids = torch.tensor([tokens], device=self.loaded.device)
+        return compute_logits(self.loaded.model, ids)[0]
 
-    def run(self, tokens: Sequence[int]) -> Any:
+    def run_text(self, tokens: Sequence[int]) -> Any:
         """Return the output of the intact model's base for a text, in a call of its own."""
-        self.put_back()
+        self.restore_state()
         ids = torch.tensor([tokens], device=self.loaded.device)
         return self.head.base(input_ids=ids, use_cache=False)
 
     @cached_property
     def budget(self) -> int:
         """The bytes that hidden states and kept prefixes may take."""
-        return self.memory or least_free(self.loaded.model, self.loaded.device) // 2
+        return self.memory or min_free_memory(self.loaded.model, self.loaded.device) // 2
 
-    def streams(self, tokens: int) -> int:
-        """Return how many streams of so many tokens each fit into the budget."""
+    def count_streams(self, tokens: int) -> int:
+        """Return the number of streams of some number of tokens that fit into the budget."""
         return self.budget // (tokens * stream_bytes(self.loaded.model))
 
-    def plan(self, ablations: Sequence[Ablation]) -> StreamPlan:
-        """Plan where the streams of some ablations fork."""
-        tied = any(ablation.ends for ablation in ablations) and self.ends.is_tied
-        return plan_streams(ablations, len(self.loaded.layers), tied, self._is_divided(ablations))
+    def plan(self, ablations: Ablations) -> StreamPlan:
+        """Plan the layers at which the streams of some ablations fork."""
+        is_tied = any(ablation.outer_formats for ablation in ablations) and self.embeddings.is_tied
+        # Parts of attentions and MLPs can be removed from layers that are not divided into the two.
+        has_parts = any(ablation.parts for ablation in ablations)
+        has_sublayers = any(ablation.has_sublayers for ablation in ablations)
+        divided = has_sublayers or not has_parts or self.anatomy.has_sublayers
+        return plan_streams(ablations, len(self.loaded.layers), is_tied, divided)
 
-    def anatomy_for(self, plan: StreamPlan) -> LayerAnatomy:
-        """Return the anatomy of the layers, with the parts found that a plan takes apart."""
+    def find_anatomy(self, plan: StreamPlan) -> LayerAnatomy:
+        """Return the anatomy of the layers, after finding all parts that a plan changes."""
         anatomy, components = self.anatomy, {c for step in plan.steps for c in step.components}
-        kinds = [KIND_OF[component] for component in NUMBERED if component in components]
+        kinds = [PART_CLASSES[name] for name in NUMBERED_COMPONENTS if name in components]
         if "shared_expert" in components:
             kinds.append(SharedExperts)
         if any(step.has_sublayers for step in plan.steps) or plan.has_groups_of_maps:
@@ -253,32 +249,32 @@ class EngineModel:
         return anatomy
 
     @property
-    def tokens_at_once(self) -> int | None:
+    def max_pass_tokens(self) -> int | None:
         """The tokens of all streams that pass a layer at once; None = all, as on accelerators."""
         if self.loaded.device.type != "cpu" or self.loaded.offloaded is not None:
             return None
-        return self.at_once or AT_ONCE * torch.get_num_threads()
+        return self.pass_tokens or PASS_TOKENS_PER_THREAD * torch.get_num_threads()
 
     @property
     def row_size_multiple(self) -> int:
-        """The multiple to which the nodes of a row are padded; see `Row.padded`."""
-        usual = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
-        return self.row_multiple or usual
+        """The multiple to which the nodes of a row are padded; see `Row.pad_nodes`."""
+        default = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
+        return self.row_multiple or default
 
     @cached_property
-    def placed_replacements(self) -> Mapping[int, Replacement]:
+    def device_replacements(self) -> Mapping[int, Replacement]:
         """The replacements of layers, each moved once to the device of its layer.
 
-        With offloaded weights they stay on the host: the device has room for layers alone.
+        With offloaded weights, replacements stay on the host: the device has room for layers only.
         """
         if self.loaded.offloaded is not None:
             return self.replacements
-        placed = dict(self.replacements)
+        replacements = dict(self.replacements)
         for index, layer in enumerate(self.loaded.layers):
-            if isinstance(fitted := placed.get(index), FittedReplacement):
+            if isinstance(replacement := replacements.get(index), FittedReplacement):
                 device = next((p.device for p in layer.parameters()), self.loaded.device)
-                placed[index] = fitted.on(device)
-        return placed
+                replacements[index] = replacement.to_device(device)
+        return replacements
 
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
         """Run the head of each of a plan's ablations: [ablations, kept, vocabulary].
@@ -286,24 +282,25 @@ class EngineModel:
         `output` is the output of the base, `states` [ablations, kept, hidden] are the ablations'
         own. All logits are in memory at once.
         """
-        if not plan.has_ends:
+        if not plan.has_rounded_embeddings:
             return self.head.logits(output, states)
         logits = dict[int, Tensor]()
-        for form, numbers in grouped(range(len(states)), lambda n: plan.heads[n]).items():
-            with self.having_head(form):
-                logits |= zip(numbers, self.head.logits(output, take(states, numbers)), strict=True)
+        for form, numbers in group_by(range(len(states)), lambda n: plan.head_formats[n]).items():
+            with self.use_head_format(form):
+                parts = self.head.logits(output, take_entries(states, numbers))
+                logits |= zip(numbers, parts, strict=True)
         return torch.stack([logits[n] for n in range(len(states))])
 
-    def windows(self, tokens: int) -> AttentionWindows:
-        """Find the attention windows of the layers for texts of so many tokens."""
+    def find_windows(self, tokens: int) -> AttentionWindows:
+        """Find the attention windows of the layers for texts of a given number of tokens."""
         facts = self.facts
         if facts.windows is None or facts.windows.tokens < tokens:
-            loaded = self.loaded
-            reach = min(-(-tokens // WINDOW_STEP) * WINDOW_STEP, max(self.max_length, tokens))
-            self.put_back()
-            facts.windows = attention_windows(self.head.base, loaded.layers, reach, loaded.device)
+            base, loaded = self.head.base, self.loaded
+            n_tokens = min(-(-tokens // WINDOW_STEP) * WINDOW_STEP, max(self.max_length, tokens))
+            self.restore_state()
+            facts.windows = find_attention_windows(base, loaded.layers, n_tokens, loaded.device)
             # Windows are needed in the middle of a call, which must begin like every other.
-            self.put_back()
+            self.restore_state()
         return facts.windows
 
     @cached_property
@@ -311,49 +308,44 @@ class EngineModel:
         """The output head, behind the model's base."""
         return Head(self.loaded.model)
 
-    def having_head(self, form: str | None) -> AbstractContextManager[None]:
-        """Give the head weights in a format until exit; None for its own."""
-        return self.ends.having("lm_head", form) if form else nullcontext()
+    def use_head_format(self, form: str | None) -> AbstractContextManager[None]:
+        """Quantise the weights of the head until exit; None leaves them unchanged."""
+        return self.embeddings.temporary_format("lm_head", form) if form else nullcontext()
 
     @property
     def anatomy(self) -> LayerAnatomy:
         """The parts of its layers."""
         facts, loaded = self.facts, self.loaded
-        facts.weights = facts.weights or RoundedWeights(self.cached_weights)
+        facts.weights = facts.weights or RoundedWeights(self.weight_cache_bytes)
         # Not cached: it holds this engine, whose quirks apply to every call of the model.
         return LayerAnatomy(
-            loaded.model, loaded.layers, loaded.device, self._alone, facts.parts, facts.weights
+            loaded.model, loaded.layers, loaded.device, self._isolate, facts.parts, facts.weights
         )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Provide a context in which a call of the model does not affect later passes."""
-        self.put_back()
-        with nullcontext() if self.loaded.offloaded is None else self.loaded.offloaded.alone():
+    def _isolate(self) -> Iterator[None]:
+        """Open a context in which a call of the model does not affect later passes."""
+        self.restore_state()
+        offloaded = self.loaded.offloaded
+        with nullcontext() if offloaded is None else offloaded.sequential_passes():
             yield
-        self.put_back()
-
-    def _is_divided(self, ablations: Sequence[Ablation]) -> bool:
-        """Check whether layers are divided into attention and MLP; parts can do without."""
-        is_whole = any(ablation.has_sublayers for ablation in ablations)
-        has_parts = any(ablation.parts for ablation in ablations)
-        return is_whole or not has_parts or self.anatomy.is_divided
+        self.restore_state()
 
     @property
-    def ends(self) -> Embeddings:
-        """The embedding and the head; their formats are large, and each row needs all of them."""
+    def embeddings(self) -> Embeddings:
+        """The embedding and the head; their quantised weights are large, and each row needs all."""
         facts = self.facts
-        if facts.ends is None:
-            facts.ends = find_embeddings(self.loaded.model, self.budget // 2)
-        return facts.ends
+        if facts.embeddings is None:
+            facts.embeddings = find_embeddings(self.loaded.model, self.budget // 2)
+        return facts.embeddings
 
     @property
-    def cached_weights(self) -> int:
-        """The bytes that cached weights in formats may take while no layer uses them."""
+    def weight_cache_bytes(self) -> int:
+        """The maximum bytes of cached quantised weights that no layer is using."""
         return self.budget // 8
 
 
-def changed_copy(model: EngineModel, ablation: Ablation, briefly: bool = False) -> LoadedModel:
+def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = False) -> LoadedModel:
     """Copy a model and really apply an ablation to the copy.
 
     The copy shares the weights; removed sublayers stay in place and add nothing.
@@ -361,63 +353,62 @@ def changed_copy(model: EngineModel, ablation: Ablation, briefly: bool = False) 
     Args:
         model: The model.
         ablation: The changes.
-        briefly: Whether the copy is for a few calls: with several layers in formats it holds no
-            more of their weights than fit, and a layer has them while it is called.
+        brief: Whether the copy is for a few calls. If several layers are quantised, it then caches
+            only as many quantised weights as fit, and a layer has them only while it is called.
 
     Returns:
         The copy.
-        The copy.
     """
-    model.put_back()
-    few = briefly and sum(bool(at.rounded) for at in ablation.by_layer.values()) > 1
-    cache = RoundedWeights(model.cached_weights) if few else None
+    model.restore_state()
+    is_limited = brief and sum(bool(change.roundings) for change in ablation.by_layer.values()) > 1
+    cache = RoundedWeights(model.weight_cache_bytes) if is_limited else None
     loaded, quirks = model.loaded, model.quirks
-    make = partial(
-        pruned,
+    make_copy = partial(
+        prune_model,
         loaded.model,
         ablation.removed(),
         quirks.first,
-        changes=[*_changes(model, ablation, cache)],
-        repeated=ablation.repeated,
+        changes=[*_layer_changes(model, ablation, cache)],
+        repeated=ablation.repetitions,
     )
-    copied = make(stay=quirks.stay and not quirks.loaded)
-    if quirks.loaded:
+    model_copy = make_copy(in_place=quirks.in_place and not quirks.as_loaded)
+    if quirks.as_loaded:
         try:
-            as_loaded(loaded.model, copied, model.left(ablation))
+            apply_reload(loaded.model, model_copy, model.layers_left(ablation))
         except ModelError:  # no checkpoint can hold such layers
-            copied = make(stay=quirks.stay)
-    round_embeddings(copied, ablation.ends)
-    return replace(loaded, model=copied, layers=find_layers(copied))
+            model_copy = make_copy(in_place=quirks.in_place)
+    round_embeddings(model_copy, ablation.outer_formats)
+    return replace(loaded, model=model_copy, layers=find_layers(model_copy))
 
 
-def _changes(
+def _layer_changes(
     model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
 ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-    """Yield the changes of layers that an ablation neither removes nor repeats.
+    """Yield an ablation's changes to layers, other than removals and repetitions.
 
     Each layer comes with the function that changes the weights or the output of a copy of it.
     `cache` is as for `round_layer`.
     """
-    for change in ablation.replaced:
+    for change in ablation.replacements:
         # The layer still runs; its output is dropped.
-        make = partial(model.replacements[change.layer].change, change.action)
-        yield change.layer, partial(returning, make=make)
-    if any(c.action.enters and c.action is not Action.REPEAT for c in ablation.changes):
-        yield from model.anatomy.changes(ablation, cache)
+        make = partial(model.replacements[change.layer].apply, change.action)
+        yield change.layer, partial(replace_output, make=make)
+    if any(c.action.runs_modules and c.action is not Action.REPEAT for c in ablation.changes):
+        yield from model.anatomy.part_changes(ablation, cache)
 
 
 def stream_bytes(model: PreTrainedModel) -> int:
     """Estimate the maximum bytes of one token of one stream inside a layer.
 
-    A mixture holds a token once for each of its experts: before, inside and behind the expert.
+    A mixture stores a token once for each of its experts: before, inside and after the expert.
     """
     config = model.config.get_text_config()
 
-    def width(name: str, otherwise: int) -> int:
-        size = getattr(config, name, None) or otherwise
+    def width(name: str, default: int) -> int:
+        size = getattr(config, name, None) or default
         return size if isinstance(size, int) else max(size)
 
-    between = width("intermediate_size", 4 * config.hidden_size)
-    of_expert = 2 * config.hidden_size + 3 * width("moe_intermediate_size", between)
-    wide = 6 * config.hidden_size + max(3 * between, experts_of_a_token(config) * of_expert)
-    return int(wide * model.dtype.itemsize)
+    inner_width = width("intermediate_size", 4 * config.hidden_size)
+    expert_width = 2 * config.hidden_size + 3 * width("moe_intermediate_size", inner_width)
+    module_width = max(3 * inner_width, experts_per_token(config) * expert_width)
+    return int((6 * config.hidden_size + module_width) * model.dtype.itemsize)

@@ -1,7 +1,7 @@
 """Pack requests into rows that share tokens; each row is scored in one forward pass.
 
-A row is a prefix tree: one node per distinct token, position = depth, a node sees its ancestors.
-For models that cannot take such a mask, it is a batch of sequences of equal length.
+A row is a prefix tree with a node per distinct token; position = depth, and a node sees its
+ancestors. For models that cannot take such a mask, a row is a batch of sequences of equal length.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from torch.nn.functional import pad
 
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
-from tracker.core.grouping import grouped
-from tracker.models.devices import send, split
+from tracker.core.grouping import group_by
+from tracker.models.devices import copy_to_device, split_packed
+
+Documents = Sequence[Document]
 
 
-def alike(text: Sequence[int], other: Sequence[int]) -> int:
+def count_common_tokens(text: Sequence[int], other_text: Sequence[int]) -> int:
     """Count the tokens that two texts share at the beginning."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((number for number, (a, b) in pairs if a != b), min(len(text), len(other)))
+    pairs = enumerate(zip(text, other_text, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(text), len(other_text)))
 
 
 class Tree:
@@ -51,19 +53,19 @@ class Tree:
             parent = node
         return nodes
 
-    def added_by(self, paths: Sequence[Sequence[int]]) -> int:
-        """Count the nodes that some sequences would add."""
-        missing = set()
+    def count_new_nodes(self, paths: Sequence[Sequence[int]]) -> int:
+        """Count the nodes that inserting some sequences would add to the tree."""
+        new_paths = set()
         for path in paths:
             parent: int | None = -1
             for depth, token in enumerate(path):
                 parent = self._children.get((parent, token)) if parent is not None else None
                 if parent is None:
-                    missing.add(tuple(path[: depth + 1]))
-        return len(missing)
+                    new_paths.add(tuple(path[: depth + 1]))
+        return len(new_paths)
 
-    def spans(self) -> Tensor:
-        """Assign numbers to nodes branch by branch: the span of each node and its descendants.
+    def compute_spans(self) -> Tensor:
+        """Renumber the nodes in depth-first order; return each node's span of descendants.
 
         Returns:
             The first node of each node's span, in depth-first order, and the end of the span [2,
@@ -90,19 +92,19 @@ class Lengths:
 
     Attributes:
         thresholds: Lengths at which something changes.
-        each: Whether every length beyond the first threshold differs from every other.
+        all_differ: Whether every length beyond the first threshold differs from every other.
     """
 
     thresholds: tuple[int, ...] = ()
-    each: bool = False
+    all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return the interval between thresholds of a length; equal values are computed alike.
+        """Return an identifier of the interval between thresholds to which a length belongs.
 
-        A length that is a threshold is an interval of its own, since models differ in where it
-        belongs.
+        Texts with equal identifiers are computed alike. A length equal to a threshold is an
+        interval of its own, since models differ in its side.
         """
-        if self.each and tokens >= min(self.thresholds, default=0):
+        if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens
         return sum((tokens >= t) + (tokens > t) for t in self.thresholds)
 
@@ -112,16 +114,16 @@ ANY_LENGTH = Lengths()
 
 @dataclass(frozen=True)
 class Row:
-    """Requests that are ready for one forward pass. N = rows × tokens.
+    """Requests packed for one forward pass. N = rows × tokens.
 
     Attributes:
         prefix: Number of tokens of the common beginning, which is read before the row.
         input_ids: Token ids [rows, tokens].
         positions: Position of each token, the prefix counted [1, tokens].
-        spans: Begin and end of each node's span, as `Tree.spans` numbers them [2, tokens]; None for
-            plain causal sequences.
-        keep: Flat indices into N of the tokens that predict something [kept].
-        predictor: The index into `keep` that predicts each predicted token [predicted].
+        spans: Begin and end of each node's span, as `Tree.compute_spans` numbers them [2, tokens];
+            None for plain causal sequences.
+        predicting_nodes: Flat indices into N of the tokens that predict something [kept].
+        predictor: The index into `predicting_nodes` that predicts each predicted token [predicted].
         predicted: Ids of the predicted tokens [predicted].
         owner: The index into `requests` of each predicted token [predicted].
         requests: (document, request) of each request, as indices into the packed documents.
@@ -134,7 +136,7 @@ class Row:
     input_ids: Tensor
     positions: Tensor
     spans: Tensor | None
-    keep: Tensor
+    predicting_nodes: Tensor
     predictor: Tensor
     predicted: Tensor
     owner: Tensor
@@ -149,41 +151,42 @@ class Row:
 
     @property
     def ancestors(self) -> Tensor | None:
-        """The visibility of nodes: each sees those in whose span it is [tokens, tokens], bool."""
+        """The nodes that each node sees: its ancestors and itself [tokens, tokens], bool."""
         if self.spans is None:
             return None
         starts, ends = self.spans
-        seen: Tensor = (starts[None] <= starts[:, None]) & (starts[:, None] < ends[None])
-        return seen
+        visible: Tensor = (starts[None] <= starts[:, None]) & (starts[:, None] < ends[None])
+        return visible
 
-    def padded(self, multiple: int) -> Row:
-        """Return the row with nodes added to its tree, up to a multiple with its prefix.
+    def pad_nodes(self, multiple: int) -> Row:
+        """Pad the tree until the number of its nodes and of the prefix's tokens is a multiple.
 
         An added node sees the prefix and itself, and its output is not used.
         """
-        missing = -(self.prefix + self.tokens) % multiple
-        if self.spans is None or not missing:
+        n_missing = -(self.prefix + self.tokens) % multiple
+        if self.spans is None or not n_missing:
             return self
-        added = torch.arange(missing) + self.tokens
+        new_nodes = torch.arange(n_missing) + self.tokens
         return replace(
             self,
-            input_ids=pad(self.input_ids, (0, missing)),
-            positions=pad(self.positions, (0, missing), value=self.prefix),
-            spans=torch.cat([self.spans, torch.stack([added, added + 1])], dim=1),
+            input_ids=pad(self.input_ids, (0, n_missing)),
+            positions=pad(self.positions, (0, n_missing), value=self.prefix),
+            spans=torch.cat([self.spans, torch.stack([new_nodes, new_nodes + 1])], dim=1),
         )
 
-    def on(self, device: torch.device) -> Row:
-        """Copy the tensors that a device needs to it, all at once; `gold` stays on the host."""
+    def to_device(self, device: torch.device) -> Row:
+        """Copy the row's tensors to a device in one transfer; `gold` stays on the host."""
         if self.input_ids.device.type == device.type:
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        packed = send(torch.cat([tensor.flatten() for tensor in tensors.values()]), device)
-        parts = split(packed, [tensor.shape for tensor in tensors.values()])
-        placed: dict[str, Any] = dict(zip(tensors, parts, strict=True))
-        return replace(self, **placed)
+        packed = torch.cat([tensor.flatten() for tensor in tensors.values()])
+        shapes = [tensor.shape for tensor in tensors.values()]
+        parts = split_packed(copy_to_device(packed, device), shapes)
+        device_tensors: dict[str, Any] = dict(zip(tensors, parts, strict=True))
+        return replace(self, **device_tensors)
 
-    def renumbered(self, documents: Sequence[int]) -> Row:
-        """Return the row with other numbers for the packed documents."""
+    def renumber(self, documents: Sequence[int]) -> Row:
+        """Return the row with other indices of the packed documents."""
         return replace(
             self,
             requests=[(documents[number], request) for number, request in self.requests],
@@ -193,86 +196,61 @@ class Row:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One request as the model reads it: `tokens`, of which the last `scored` are predicted.
+    """A request as the model reads it: `tokens`, the last `n_scored` of which are predicted.
 
-    `read` tokens go into the model: all but the last, which is only predicted, or all where the
-    proxies are measured, from the token `measured` on. Equal `side`s may share a pass.
+    `n_read` tokens go into the model: all but the last, which is only predicted, or all where the
+    proxies are measured, from the token `start` on. Equal `side`s may share a pass.
     """
 
     document: int
     request: int
     tokens: tuple[int, ...]
-    scored: int
-    read: int
-    measured: int | None
+    n_scored: int
+    n_read: int
+    start: int | None
     side: int
 
     @property
     def path(self) -> tuple[int, ...]:
-        return self.tokens[: self.read]
-
-    @property
-    def context(self) -> int:
-        """The number of tokens before the first one that predicts."""
-        return len(self.tokens) - self.scored - 1
+        return self.tokens[: self.n_read]
 
 
-def _request(
-    number: int, index: int, document: Document, max_length: int, lengths: Lengths
-) -> list[_Sequence]:
-    """Truncate a request to the model's length from the left, exactly as lm-eval does.
+def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
+    """Truncate requests to the model's length from the left, exactly as lm-eval does.
 
-    The proxies also need the last token read. Where one more token changes the others, the
-    proxies are measured in a separate pass.
+    To measure the proxies, the last token must also be read. Where this token changes the scores of
+    others, the proxies are measured in a separate pass.
     """
-    request = document.requests[index]
-    scored = len(request.continuation)
-    if scored == 0 or scored > max_length:
-        raise CellError(
-            f"a continuation of {scored} tokens cannot be scored by a model that reads "
-            f"1 to {max_length}; lm-eval refuses it too"
-        )
-    tokens = (request.context + request.continuation)[-(max_length + 1) :]
-    measured = None
-    if document.rolling:
-        measured = len(tokens) - scored
-    elif index == (document.gold or 0):
-        measured = 0
-    short, whole = len(tokens) - 1, min(len(tokens), max_length)
-    side = lengths.side(short)
-    alone = _Sequence(number, index, tokens, scored, short, None, side)
-    if measured is None:
-        return [alone]
-    if lengths.side(whole) == side:
-        return [replace(alone, read=whole, measured=measured)]
-    both = replace(alone, scored=0, read=whole, measured=measured, side=lengths.side(whole))
-    return [alone, both]
+    for number, document in enumerate(documents):
+        for index, request in enumerate(document.requests):
+            n_scored = len(request.continuation)
+            if n_scored == 0 or n_scored > max_length:
+                raise CellError(
+                    f"a continuation of {n_scored} tokens cannot be scored by a model that reads "
+                    f"1 to {max_length}; lm-eval refuses it too"
+                )
+            tokens = (request.context + request.continuation)[-(max_length + 1) :]
+            n_read, n_whole = len(tokens) - 1, min(len(tokens), max_length)
+            side = lengths.side(n_read)
+            sequence = _Sequence(number, index, tokens, n_scored, n_read, None, side)
+            if not document.rolling and index != (document.gold or 0):
+                yield sequence
+                continue
+            start = len(tokens) - n_scored if document.rolling else 0
+            whole = replace(sequence, n_read=n_whole, start=start, side=lengths.side(n_whole))
+            yield from [whole] if whole.side == side else [sequence, replace(whole, n_scored=0)]
 
 
-def _sequences(
-    documents: Sequence[Document], max_length: int, lengths: Lengths
-) -> list[list[_Sequence]]:
-    return [
-        [
-            sequence
-            for index in range(len(document.requests))
-            for sequence in _request(number, index, document, max_length, lengths)
-        ]
-        for number, document in enumerate(documents)
-    ]
+def _group_by_side(
+    documents: Documents, max_length: int, lengths: Lengths
+) -> list[list[list[_Sequence]]]:
+    """Group the sequences that may share a pass, keeping documents together in each group."""
+    sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
+    return [list(group_by(side, attrgetter("document")).values()) for side in sides]
 
 
-def _by_side(sequences: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
-    """Separate the sequences that must not share a pass; within a side, keep documents together."""
-    sides: dict[int, list[list[_Sequence]]] = {}
-    for each in sequences:
-        for side, some in grouped(each, attrgetter("side")).items():
-            sides.setdefault(side, []).append(some)
-    return list(sides.values())
-
-
-def tree_rows(
-    documents: Sequence[Document],
+def pack_tree_rows(
+    documents: Documents,
     max_length: int,
     row_tokens: int,
     prefix: int = 0,
@@ -289,7 +267,7 @@ def tree_rows(
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads; longer requests lose their
             beginning, as in lm-eval.
-        row_tokens: Nodes of a tree; a single larger document still makes one row.
+        row_tokens: Maximum number of nodes of a tree; a single larger document still makes one row.
         prefix: Number of tokens of the common beginning that are read separately; rows for which
             this makes a difference contain them.
         lengths: Lengths that decide which requests may share a row.
@@ -297,41 +275,42 @@ def tree_rows(
     Yields:
         Rows that hold every request of every document exactly once.
     """
-    for together in _by_side(_sequences(documents, max_length, lengths)):
-        begun = prefix if lengths.side(prefix) == together[0][0].side else 0
-        tree, packed = Tree(), list[_Sequence]()
+    for side_group in _group_by_side(documents, max_length, lengths):
+        n_prefix = prefix if lengths.side(prefix) == side_group[0][0].side else 0
+        tree, row_sequences = Tree(), list[_Sequence]()
         # Sorted by their tokens, documents with a common beginning come into the same row.
-        for sequences in sorted(together, key=lambda each: each[0].tokens):
-            paths = [sequence.path[begun:] for sequence in sequences]
-            added = tree.added_by(paths)
-            if packed and len(tree.tokens) + added > row_tokens:
-                yield _tree_row(tree, packed, begun)
-                tree, packed = Tree(), []
+        for sequences in sorted(side_group, key=lambda group: group[0].tokens):
+            paths = [sequence.path[n_prefix:] for sequence in sequences]
+            n_added = tree.count_new_nodes(paths)
+            if row_sequences and len(tree.tokens) + n_added > row_tokens:
+                yield _tree_row(tree, row_sequences, n_prefix)
+                tree, row_sequences = Tree(), []
             for path in paths:
                 tree.insert(path)
-            packed.extend(sequences)
-        yield _tree_row(tree, packed, begun)
+            row_sequences.extend(sequences)
+        yield _tree_row(tree, row_sequences, n_prefix)
 
 
-def tree_size(document: Document, max_length: int) -> int:
-    """Count the nodes of the row that `tree_rows` makes of a single document."""
+def count_tree_nodes(document: Document, max_length: int) -> int:
+    """Count the nodes of the row that `pack_tree_rows` builds from a single document."""
     tree = Tree()
-    for sequence in _sequences([document], max_length, ANY_LENGTH)[0]:
+    for sequence in _list_sequences([document], max_length, ANY_LENGTH):
         tree.insert(sequence.path)
     return len(tree.tokens)
 
 
-def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[int, ...]:
+def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
     """Find the tokens with which all requests begin, before the first predicting token.
 
-    `max_length` is as in `tree_rows`.
+    `max_length` is as in `pack_tree_rows`.
     """
-    sequences = list(chain.from_iterable(_sequences(documents, max_length, ANY_LENGTH)))
+    sequences = list(_list_sequences(documents, max_length, ANY_LENGTH))
     if not sequences:
         return ()
     # The first and the last in sorted order differ earliest.
-    first, last = (end(s.path for s in sequences) for end in (min, max))
-    return first[: min(alike(first, last), *(s.context for s in sequences))]
+    first_path, last_path = (extreme(s.path for s in sequences) for extreme in (min, max))
+    n_context = min(len(s.tokens) - s.n_scored - 1 for s in sequences)
+    return first_path[: min(count_common_tokens(first_path, last_path), n_context)]
 
 
 def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -339,16 +318,15 @@ def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[
 
     Args:
         document: The document.
-        max_length: Maximum number of tokens that the model reads, as in `tree_rows`.
+        max_length: Maximum number of tokens that the model reads, as in `pack_tree_rows`.
 
     Yields:
         The tokens to read (context and gold continuation, or a window of a rolling text), and the
         index of the first measured token.
     """
-    for index in range(len(document.requests)):
-        for sequence in _request(0, index, document, max_length, ANY_LENGTH):
-            if sequence.measured is not None:
-                yield sequence.path, sequence.measured
+    for sequence in _list_sequences([document], max_length, ANY_LENGTH):
+        if sequence.start is not None:
+            yield sequence.path, sequence.start
 
 
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
@@ -360,12 +338,12 @@ def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
 
 def _tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
     nodes = [tree.insert(sequence.path[prefix:]) for sequence in sequences]
-    tokens, depths = torch.tensor([tree.tokens]), torch.tensor([tree.depths])
-    return _row(prefix, tokens, depths + prefix, tree.spans(), sequences, nodes)
+    node_tokens, depths = torch.tensor([tree.tokens]), torch.tensor([tree.depths])
+    return _row(prefix, node_tokens, depths + prefix, tree.compute_spans(), sequences, nodes)
 
 
-def flat_rows(
-    documents: Sequence[Document], max_length: int, row_tokens: int, lengths: Lengths = ANY_LENGTH
+def pack_flat_rows(
+    documents: Documents, max_length: int, row_tokens: int, lengths: Lengths = ANY_LENGTH
 ) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows [rows, length] that need no mask.
 
@@ -374,31 +352,31 @@ def flat_rows(
 
     Args:
         documents: The documents to score.
-        max_length: Maximum number of tokens that the model reads, as in `tree_rows`.
-        row_tokens: Tokens of a row; a single longer sequence still makes one row.
+        max_length: Maximum number of tokens that the model reads, as in `pack_tree_rows`.
+        row_tokens: Maximum number of tokens of a row; a single longer sequence still makes one row.
         lengths: Lengths that decide which requests may share a row.
 
     Yields:
         Rows that hold every request of every document exactly once.
     """
-    for together in _by_side(_sequences(documents, max_length, lengths)):
+    for side_group in _group_by_side(documents, max_length, lengths):
         by_path: dict[tuple[int, ...], list[_Sequence]] = {}
-        longest: tuple[int, ...] = ()
+        longest_path: tuple[int, ...] = ()
         # In reverse order, a sequence that is the beginning of another comes after it and is read
         # with it.
-        sequences = chain.from_iterable(together)
+        sequences = chain.from_iterable(side_group)
         for sequence in sorted(sequences, key=attrgetter("path"), reverse=True):
-            if longest[: len(sequence.path)] != sequence.path:
-                longest = sequence.path
-            by_path.setdefault(longest, []).append(sequence)
-        for length, paths in grouped(by_path, len).items():
-            size = max(1, row_tokens // length)
-            for start in range(0, len(paths), size):
-                chunk = paths[start : start + size]
+            if longest_path[: len(sequence.path)] != sequence.path:
+                longest_path = sequence.path
+            by_path.setdefault(longest_path, []).append(sequence)
+        for length, paths in group_by(by_path, len).items():
+            n_paths = max(1, row_tokens // length)
+            for start in range(0, len(paths), n_paths):
+                chunk = paths[start : start + n_paths]
                 members = [(row, s) for row, path in enumerate(chunk) for s in by_path[path]]
                 nodes = [list(range(row * length, (row + 1) * length)) for row, _ in members]
-                positions, asked = torch.arange(length)[None], [s for _, s in members]
-                yield _row(0, torch.tensor(chunk), positions, None, asked, nodes)
+                positions, row_sequences = torch.arange(length)[None], [s for _, s in members]
+                yield _row(0, torch.tensor(chunk), positions, None, row_sequences, nodes)
 
 
 def _row(
@@ -409,31 +387,24 @@ def _row(
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
-    """Build a row with the indices at which each request's continuation is predicted."""
-    places: dict[int, int] = {}
+    """Build a row, computing the indices at which each request's continuation is predicted."""
+    index_of: dict[int, int] = {}
     predictor, predicted, owner = [], [], []
-    scored = [(s, path) for s, path in zip(sequences, nodes, strict=True) if s.scored]
-    for number, (sequence, path) in enumerate(scored):
-        first = len(sequence.tokens) - sequence.scored
-        for place in range(first, len(sequence.tokens)):
-            predictor.append(places.setdefault(path[place - 1 - prefix], len(places)))
-            predicted.append(sequence.tokens[place])
+    paths = list(zip(sequences, nodes, strict=True))
+    scored_paths = [(sequence, path) for sequence, path in paths if sequence.n_scored]
+    for number, (sequence, path) in enumerate(scored_paths):
+        start = len(sequence.tokens) - sequence.n_scored
+        for position in range(start, len(sequence.tokens)):
+            predictor.append(index_of.setdefault(path[position - 1 - prefix], len(index_of)))
+            predicted.append(sequence.tokens[position])
             owner.append(number)
-    return Row(
-        prefix=prefix,
-        input_ids=input_ids,
-        positions=positions,
-        spans=spans,
-        keep=torch.tensor(list(places)).long(),
-        predictor=torch.tensor(predictor).long(),
-        predicted=torch.tensor(predicted).long(),
-        owner=torch.tensor(owner).long(),
-        requests=[(sequence.document, sequence.request) for sequence, _ in scored],
-        gold=[
-            (sequence.document, torch.tensor(path[measured : sequence.read - prefix]).long())
-            for sequence, path in zip(sequences, nodes, strict=True)
-            if sequence.measured is not None
-            for measured in [max(0, sequence.measured - prefix)]
-        ],
-        length=int(positions.max()) + 1,
-    )
+    requests = [(sequence.document, sequence.request) for sequence, _ in scored_paths]
+    gold = [
+        (s.document, torch.tensor(path[max(0, s.start - prefix) : s.n_read - prefix]).long())
+        for s, path in paths
+        if s.start is not None
+    ]
+    index_lists = (list(index_of), predictor, predicted, owner)
+    kept_nodes, predictors, ids, owners = (torch.tensor(values).long() for values in index_lists)
+    tensors = (input_ids, positions, spans, kept_nodes, predictors, ids, owners)
+    return Row(prefix, *tensors, requests, gold, length=int(positions.max()) + 1)

@@ -1,15 +1,15 @@
 """Score one row with the model's own forward pass and head: lm-eval's log-likelihoods.
 
-The common beginning of many documents (few-shot examples) is read once by every stream. Its keys
-and values are kept, layer by layer, for just the streams that pass the layer's attention; each row
-then attends to them. Experts that get no token of a row do not affect it, so ablations of them are
-not computed for it.
+The common beginning of many documents (few-shot examples) is read once by every stream. In each
+layer, its keys and values are kept only for the streams that pass the layer's attention. Each row
+then attends to them. Ablations of experts that get no token of a row are not computed for this row,
+since they cannot affect it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,41 +21,41 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.grouping import grouped
-from tracker.core.proxies import OBSERVED, observed
+from tracker.core.grouping import group_by
+from tracker.core.proxies import observed
 from tracker.engine.forward.layer import ForwardPass
-from tracker.engine.forward.streams import StreamPlan
+from tracker.engine.forward.streams import Ablations, StreamPlan
 from tracker.engine.refusal import RefusalError
-from tracker.engine.scoring.head import first_states
-from tracker.engine.scoring.masks import ARGUMENT, Masks
+from tracker.engine.scoring.head import compute_first_states
+from tracker.engine.scoring.masks import MASK_ARGUMENT, Masks
 from tracker.engine.scoring.model import EngineModel
-from tracker.engine.scoring.rows import Lengths, Row, alike, reading_row
-from tracker.models.devices import fetch, split, take
-from tracker.models.hooks import state_of
-from tracker.models.parts.experts import Experts, routed
+from tracker.engine.scoring.rows import Lengths, Row, count_common_tokens, reading_row
+from tracker.models.devices import split_packed, start_host_copy, take_entries
+from tracker.models.hooks import input_state
+from tracker.models.parts.experts import Experts, call_reduced_router
 
-SHORTEST = 48
-"""Tokens from which a common beginning is read separately; repeating a shorter one is cheap."""
-MARGIN = 64
+MIN_PREFIX = 48
+"""Minimum number of tokens of a common beginning to be read separately; shorter ones are cheap."""
+CACHE_MARGIN = 64
 """Number of spare tokens in a new buffer."""
-REUSED_SHARE = 0.9
-"""Share of a new beginning from which a beginning that was already read serves it."""
+MIN_REUSED_SHARE = 0.9
+"""Minimum share of a new beginning that an earlier beginning must hold to be reused."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [streams, heads, tokens, size] in a buffer with room to grow.
 
-    A buffer that is too short is replaced by one with `MARGIN` spare tokens. So a token that is
-    appended while a text is generated is written in place and nothing else is copied. `update`
-    returns the front of the buffer, `[:, :, :tokens]`, a view.
+    A buffer that is too short is replaced by one with `MARGIN` spare tokens. So generation writes
+    each new token in place, without copying the others. `update` returns a view of the front of the
+    buffer, `[:, :, :tokens]`.
 
-    With `kept`, the beginning stays and the tokens of a row are overwritten by the next row. A
+    With `is_kept`, the beginning stays and the tokens of a row are overwritten by the next row. A
     row's `update` writes its keys [streams, heads, row, size] behind the beginning's and returns
-    both. No row sees another one, because the returned view ends with the row's own last token.
-    No row copies the beginning, unless it needs a longer buffer.
+    both. No row sees another row, because the returned view ends with the row's own last token. No
+    row copies the beginning, unless it needs a longer buffer.
     """
 
-    kept = False
+    is_kept = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,17 +64,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return all."""
+        """Append keys and values, and return all keys and values."""
         if not self.tokens:
             self.keys, self.values = key_states, value_states
             self.is_initialized = True
         stop = self.tokens + key_states.shape[-2]
         if self.keys.shape[-2] < stop:
-            self.keys, self.values = (self._wider(x, stop) for x in (self.keys, self.values))
+            buffers = self.keys, self.values
+            self.keys, self.values = (self._extend_buffer(buffer, stop) for buffer in buffers)
         if self.tokens:
             self.keys[:, :, self.tokens : stop] = key_states
             self.values[:, :, self.tokens : stop] = value_states
-        if not self.kept:
+        if not self.is_kept:
             self.tokens = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
@@ -82,23 +83,23 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Return the number of tokens in the buffer."""
         return self.tokens
 
-    def _wider(self, held: Tensor, tokens: int) -> Tensor:
-        wide = held.new_empty(*held.shape[:2], tokens + MARGIN, held.shape[-1])
-        wide[:, :, : self.tokens] = held[:, :, : self.tokens]
-        return wide
+    def _extend_buffer(self, buffer: Tensor, tokens: int) -> Tensor:
+        new_buffer = buffer.new_empty(*buffer.shape[:2], tokens + CACHE_MARGIN, buffer.shape[-1])
+        new_buffer[:, :, : self.tokens] = buffer[:, :, : self.tokens]
+        return new_buffer
 
 
 @dataclass
 class Prefix:
-    """A common beginning that was read.
+    """A common beginning that was already read.
 
     Attributes:
         plan: The plan of the streams that read it.
-        tokens: Its token ids: all that were read, or the first of them.
+        tokens: Token ids of the beginning: all that were read, or the first of these.
         cache: Its keys and values, as the model's base takes them. A layer holds [computed
             attentions, heads, tokens, size]: only streams that pass its attention, in the plan's
             order, so that a row under the same plan finds its own.
-        proxies: Observed figures of each of its tokens [`OBSERVED`, tokens, layers].
+        proxies: Observed statistics of each token [`OBSERVED`, tokens, layers].
     """
 
     plan: StreamPlan
@@ -107,34 +108,34 @@ class Prefix:
     proxies: Tensor
 
     def __post_init__(self) -> None:
-        self._read = len(self.tokens)
-        self._keep(self._read)
+        self._n_read = len(self.tokens)
+        self._truncate(self._n_read)
 
-    def cut_to(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Shorten the prefix to what it shares with another beginning; return whether it serves it.
+    def shorten(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
+        """Shorten the prefix to its common part with another beginning; return whether it did.
 
-        It does if nearly all of the other beginning is shared; otherwise nothing is changed. Keys
-        and values of the remaining tokens do not depend on those cut off, since the model is
-        causal. They depend on the number of tokens only where `lengths` says so.
+        It does so if nearly all of the other beginning is shared; otherwise nothing is changed.
+        Keys and values of the remaining tokens do not depend on the tokens cut off, since the model
+        is causal. They depend on the number of tokens only at the thresholds of `lengths`.
         """
-        shared = alike(self.tokens, beginning)
-        if shared < max(SHORTEST, REUSED_SHARE * len(beginning)):
+        n_shared = count_common_tokens(self.tokens, beginning)
+        if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
             return False
-        if lengths.side(shared) != lengths.side(self._read):
+        if lengths.side(n_shared) != lengths.side(self._n_read):
             return False
-        self._keep(shared)
+        self._truncate(n_shared)
         return True
 
-    def begins(self, prompt: Sequence[int]) -> bool:
+    def is_prefix_of(self, prompt: Sequence[int]) -> bool:
         """Check whether a prompt begins with the prefix and is longer."""
         length = len(self.tokens)
         return length < len(prompt) and tuple(prompt[:length]) == self.tokens
 
-    def _keep(self, tokens: int) -> None:
+    def _truncate(self, tokens: int) -> None:
         self.tokens = self.tokens[:tokens]
         self.proxies = self.proxies[:, :tokens]
         for layer in self.cache.layers:
-            layer.kept, layer.tokens = True, tokens
+            layer.is_kept, layer.tokens = True, tokens
 
 
 def new_cache() -> Cache:
@@ -146,15 +147,15 @@ def new_cache() -> Cache:
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
-def cache_argument(base: PreTrainedModel) -> str | None:
-    """Return the name of the argument of a model's base for keys and values; None without one."""
-    names = inspect.signature(base.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
+def find_cache_argument(base: PreTrainedModel) -> str | None:
+    """Return the name of the argument for keys and values of a model's base; None without one."""
+    parameters = inspect.signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 OBSERVED_SIZE = 2**22
-"""Size of the states of layers that are observed together on an accelerator: several layers take
-as many launches as one."""
+"""Maximum size of the states of layers that are observed together on an accelerator. Several layers
+take as many kernel launches as one layer."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,11 @@ class RowScores:
 
     Attributes:
         loglikelihoods: Summed log-probability of each continuation in nats [answers, requests].
-            There is one answer for each stream, or for each head that it passes
-            (`StreamPlan.passing`).
-        hits: Number of its tokens that are the most likely ones [answers, requests].
-        proxies: Observed figures of the layers, summed over the measured tokens of each of the
+            There is an answer for each stream, or for each head that the stream passes
+            (`StreamPlan.head_streams`).
+        hits: Number of tokens of each continuation that are the most likely tokens [answers,
+            requests].
+        proxies: Observed statistics of the layers, summed over the measured tokens of each of the
             row's gold paths [gold paths, `OBSERVED`, layers].
     """
 
@@ -179,10 +181,10 @@ class RowScores:
 def launch_row(
     model: EngineModel, plan: StreamPlan, row: Row, prefix: Prefix | None = None
 ) -> Callable[[], RowScores]:
-    """Launch the scoring of a row for every stream; return a function that waits for the scores.
+    """Start scoring a row for every stream; return a function that waits for the scores.
 
-    On an accelerator the next row may be launched before the call. Scores come to the CPU in one
-    copy.
+    On an accelerator the next row may be launched before the returned function is called. Scores
+    come to the CPU in one copy.
 
     The base returns [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
     hidden], of which only the `kept` positions predict something and pass the heads. The
@@ -191,56 +193,53 @@ def launch_row(
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """
-    host = row.padded(model.row_size_multiple)
-    row, before = host.on(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
-    output, seen = run_base(model, plan, row, prefix and prefix.cache)
-    none = seen.new_zeros(plan.answers, 0)
-    predictions = _predictions(model, plan, row, output) if row.requests else (none, none)
-    dtype = predictions[0].dtype
-    figures = [figure.to(seen.device) for figure in (*predictions, seen)]
-    fetched = fetch(torch.cat([figure.flatten() for figure in figures]))
-    shapes = [figure.shape for figure in figures]
+    host = row.pad_nodes(model.row_size_multiple)
+    row, prefix_sums = host.to_device(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
+    output, figures = run_base(model, plan, row, prefix and prefix.cache)
+    empty = figures.new_zeros(plan.n_answers, 0)
+    predictions = _predict(model, plan, row, output) if row.requests else (empty, empty)
+    # In one copy to the host: each waits for the accelerator.
+    tensors = [tensor.to(figures.device) for tensor in (*predictions, figures)]
+    fetch_all = start_host_copy(torch.cat([tensor.flatten() for tensor in tensors]))
+    dtype, shapes = predictions[0].dtype, [tensor.shape for tensor in tensors]
 
     def read() -> RowScores:
-        logprobs, greedy, seen = split(fetched(), shapes)
-        none, owner = torch.zeros(plan.answers, len(row.requests)), host.owner[: logprobs.shape[1]]
+        logprobs, greedy, figures = split_packed(fetch_all(), shapes)
+        zeros = torch.zeros(plan.n_answers, len(row.requests))
+        owner = host.owner[: logprobs.shape[1]]
         # Summed in float32 and rounded once, like the sum of a half-precision tensor in lm-eval;
         # on the host, since the order of summation on an accelerator varies.
-        totals = none.index_add(1, owner, logprobs.float()).to(dtype)
-        hits = none.index_add(1, owner, greedy.float())
-        sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
-        proxies = (
-            torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(model.loaded.layers))
-        )
+        totals = zeros.index_add(1, owner, logprobs.float()).to(dtype)
+        hits = zeros.index_add(1, owner, greedy.float())
+        proxies = torch.zeros(len(row.gold), *figures[:, 0].shape, dtype=torch.float64)
+        for index, (_, path) in enumerate(row.gold):
+            proxies[index] = figures[:, path].double().sum(1) + prefix_sums
         return RowScores(totals.float(), hits.int(), proxies)
 
     return read
 
 
-def _predictions(
-    model: EngineModel, plan: StreamPlan, row: Row, output: Any
-) -> tuple[Tensor, Tensor]:
+def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
     """Compute log-probability and greedy flag of each predicted token [answers, predicted]."""
     states = output.last_hidden_state
-    kept, predictor, predicted = (
-        index.to(states.device) for index in (row.keep, row.predictor, row.predicted)
-    )
-    hidden = states.unflatten(0, (plan.streams, -1)).flatten(1, 2)[:, kept]
-    found = []
-    for form, streams in plan.passing.items():
-        mine = hidden if len(streams) == len(hidden) else take(hidden, streams)
-        with model.having_head(form):
-            found.append(model.head.predictions(output, mine, predictor, predicted))
-    logprobs, greedy = (torch.cat(each) for each in zip(*found, strict=True))
+    indices = (row.predicting_nodes, row.predictor, row.predicted)
+    nodes, *predicted = (index.to(states.device) for index in indices)
+    hidden = states.unflatten(0, (plan.n_streams, -1)).flatten(1, 2)[:, nodes]
+    predictions = []
+    for form, streams in plan.head_streams.items():
+        stream_states = hidden if len(streams) == len(hidden) else take_entries(hidden, streams)
+        with model.use_head_format(form):
+            predictions.append(model.head.predictions(output, stream_states, *predicted))
+    logprobs, greedy = map(torch.cat, zip(*predictions, strict=True))
     return logprobs, greedy
 
 
 @torch.inference_mode()
 def read_prefix(model: EngineModel, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
-    """Read the common beginning of some documents once for every stream; rows continue it."""
+    """Read the common beginning of some documents once for every stream, for rows to continue."""
     cache = new_cache()
-    _, seen = run_base(model, plan, reading_row(tokens), cache)
-    return Prefix(plan, tokens, cache, seen.cpu().double())
+    _, figures = run_base(model, plan, reading_row(tokens), cache)
+    return Prefix(plan, tokens, cache, figures.cpu().double())
 
 
 def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
@@ -250,98 +249,94 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
         model: The model.
         plan: The plan of the streams.
         row: The row to read.
-        cache: Keys and values that the row continues and is added to; None for no cache.
+        cache: Keys and values that the row continues, and to which it adds its own; None for no
+            cache.
 
     Returns:
         The output of the base, with the states of all streams [streams × rows, tokens, hidden], and
-        the observed figures of each of the N tokens [`OBSERVED`, N, layers]; both on the device.
+        the observed statistics of each of the N tokens [`OBSERVED`, N, layers]; both on the device.
     """
     layers, device, base = model.loaded.layers, model.loaded.device, model.head.base
-    row, anatomy = row.on(device), model.anatomy_for(plan)
+    row, anatomy = row.to_device(device), model.find_anatomy(plan)
     figures: list[Tensor] = []
-    waiting: list[tuple[Tensor, Tensor]] = []
+    pending: list[tuple[Tensor, Tensor]] = []
 
-    def observe(layer: int, before: Tensor, after: Tensor) -> None:
-        if before.shape[:2] != row.input_ids.shape:
-            raise RefusalError(
-                f"its layers pass on {tuple(before.shape)}, and not [texts, tokens, width]"
-            )
+    def observe(layer: int, inputs: Tensor, outputs: Tensor) -> None:
+        if inputs.shape[:2] != row.input_ids.shape:
+            shape = tuple(inputs.shape)
+            raise RefusalError(f"its layers pass on {shape}, and not [texts, tokens, width]")
         # Some models have several parallel residual streams: together they are the state.
-        before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
-        if waiting and waiting[0][0].device != before.device:
-            compute()
-        is_last = device.type == "cpu" or (len(waiting) + 2) * before.numel() > OBSERVED_SIZE
+        inputs, outputs = (state.flatten(0, 1).flatten(1) for state in (inputs, outputs))
+        if pending and pending[0][0].device != inputs.device:
+            compute_figures()
+        is_last = device.type == "cpu" or (len(pending) + 2) * inputs.numel() > OBSERVED_SIZE
         # Views would keep the states of all streams in memory.
-        waiting.append((before, after) if is_last else (before.clone(), after.clone()))
+        pending.append((inputs, outputs) if is_last else (inputs.clone(), outputs.clone()))
         if is_last:
-            compute()
+            compute_figures()
 
-    def compute() -> None:
-        if len(waiting) == 1:
-            figures.append(torch.stack(observed(*waiting[0])))
-        elif waiting:
-            befores, afters = map(torch.stack, zip(*waiting, strict=True))
-            figures.extend(torch.stack(observed(befores, afters)).unbind(1))
-        waiting.clear()
+    def compute_figures() -> None:
+        if len(pending) == 1:
+            figures.append(torch.stack(observed(*pending[0])))
+        elif pending:
+            inputs, outputs = map(torch.stack, zip(*pending, strict=True))
+            figures.extend(torch.stack(observed(inputs, outputs)).unbind(1))
+        pending.clear()
 
-    name = None if cache is None else cache_argument(base)
-    cached = {} if name is None else {name: cache}
-    masks = None
+    cache_name = None if cache is None else find_cache_argument(base)
+    extra_inputs = {} if cache_name is None else {cache_name: cache}
+    replace_mask = None
     if row.spans is not None:
-        taken = inspect.signature(base.forward).parameters
-        if "position_ids" not in taken:
+        parameters = inspect.signature(base.forward).parameters
+        if "position_ids" not in parameters:
             raise RefusalError("it takes no positions")
-        cached["position_ids"] = row.positions
-        masks = Masks(row, model.windows(row.length), model.loaded.model.dtype, device)
-        if cache is None and ARGUMENT in taken:
+        extra_inputs["position_ids"] = row.positions
+        masks = Masks(row, model.find_windows(row.length), model.loaded.model.dtype, device)
+        replace_mask = masks.replace_mask
+        if cache is None and MASK_ARGUMENT in parameters:
             # Without it, transformers looks for texts in the positions, and waits for the device.
-            cached[ARGUMENT] = masks.of_layer[0]
-    inputs = {"input_ids": row.input_ids, "use_cache": name is not None, **cached}
-    others = [form for form in plan.starts if form is not None]
-    embedded = first_states(base, layers[0], model.ends, others, inputs) if others else []
-    at_once = None
-    if cache is None and (most := model.tokens_at_once) is not None:
-        at_once = max(1, most // row.input_ids.numel())
-    with ForwardPass(
-        layers, plan, anatomy, observe, masks, model.placed_replacements, embedded, at_once
-    ).installed():
+            extra_inputs[MASK_ARGUMENT] = masks.layer_masks[0]
+    inputs = {"input_ids": row.input_ids, "use_cache": cache_name is not None, **extra_inputs}
+    embeddings, max_streams = [], None
+    if formats := [form for form in plan.embedding_formats if form is not None]:
+        embeddings = compute_first_states(base, layers[0], model.embeddings, formats, inputs)
+    if cache is None and (max_tokens := model.max_pass_tokens) is not None:
+        max_streams = max(1, max_tokens // row.input_ids.numel())
+    changes = (replace_mask, model.device_replacements, embeddings, max_streams)
+    with ForwardPass(layers, plan, anatomy, observe, *changes).install():
         output = base(**inputs)
-    compute()
+    compute_figures()
     if len(figures) != len(layers):
         raise RefusalError(f"its {len(layers)} layers run {len(figures)} times in a pass")
     return output, torch.stack([figure.to(figures[0].device) for figure in figures], dim=-1)
 
 
 @torch.inference_mode()
-def kept_bytes(model: EngineModel) -> int:
+def measure_cache_bytes(model: EngineModel) -> int:
     """Return the bytes of the keys and values of one token in one attention, on average."""
     facts = model.facts
-    if facts.kept_bytes is None:
+    if facts.cache_bytes is None:
         cache = new_cache()
-        model.put_back()
+        model.restore_state()
         run_base(model, model.plan([INTACT]), reading_row((0, 0)), cache)
         layers = [layer for layer in cache.layers if layer.is_initialized]
         size = sum(t.numel() * t.itemsize for layer in layers for t in (layer.keys, layer.values))
-        facts.kept_bytes = max(1, int(size) // (2 * max(1, len(layers))))
-    return facts.kept_bytes
+        facts.cache_bytes = max(1, int(size) // (2 * max(1, len(layers))))
+    return facts.cache_bytes
 
 
 MIN_EXPERT_ABLATIONS = 8
-"""Number of ablations of experts from which one more pass is worthwhile."""
-_Gone = tuple[Change, ...]
+"""Minimum number of expert ablations for which an extra pass to find idle ones is worthwhile."""
+_Removal = tuple[Change, ...]
 
 
-def of_experts(ablations: Sequence[Ablation]) -> list[Ablation]:
+def find_expert_ablations(ablations: Ablations) -> list[Ablation]:
     """List the ablations that remove experts and nothing else."""
-    return [
-        ablation
-        for ablation in ablations
-        if {change.component for change in ablation.changes} == {"expert"}
-    ]
+    return [a for a in ablations if {change.component for change in a.changes} == {"expert"}]
 
 
 @torch.inference_mode()
-def idle(model: EngineModel, row: Row, ablations: Sequence[Ablation]) -> set[Ablation]:
+def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> set[Ablation]:
     """Find the ablations that do not change the result of a row.
 
     Args:
@@ -350,57 +345,54 @@ def idle(model: EngineModel, row: Row, ablations: Sequence[Ablation]) -> set[Abl
         ablations: Ablations of experts alone.
 
     Returns:
-        The ablations under which the row is read as by the intact model, up to rounding of weights.
+        The ablations under which the row's result equals the intact model's, up to rounding of
+        weights.
     """
-    gone_of = {
-        ablation: [at.experts for at in ablation.by_layer.values()] for ablation in ablations
-    }
-    every = {gone for removals in gone_of.values() for gone in removals}
-    by_layer = grouped(every, lambda gone: gone[0].layer)
-    anatomy, unread = model.anatomy, dict[_Gone, bool]()
+    removals_of = {a: [change.experts for change in a.by_layer.values()] for a in ablations}
+    removals = {removal for group in removals_of.values() for removal in group}
+    anatomy, is_idle = model.anatomy, dict[_Removal, bool]()
 
-    def look(those: Experts, gone: Collection[_Gone], router: nn.Module, *call: Any) -> None:
-        args, kwargs, whole = call
-        chosen = torch.zeros(those.count, dtype=torch.bool, device=whole[0].device)
-        for table in whole:
+    def check(experts: Experts, group: Sequence[_Removal], router: nn.Module, *call: Any) -> None:
+        args, kwargs, tables = call
+        is_chosen = torch.zeros(experts.count, dtype=torch.bool, device=tables[0].device)
+        for table in tables:
             if not table.is_floating_point():
-                chosen[table.flatten()] = True
+                is_chosen[table.flatten()] = True
         # Converted once: each conversion waits for the accelerator.
-        numbers = {number for number, is_chosen in enumerate(chosen.tolist()) if is_chosen}
-        for removed in gone:
-            remaining = those.without(removed, anatomy.name(removed[0].layer))
+        chosen_experts = {number for number, flag in enumerate(is_chosen.tolist()) if flag}
+        for removal in group:
+            remaining = experts.remaining_experts(removal, anatomy.layer_name(removal[0].layer))
             # The search for attention windows also calls routers, in the middle of the pass.
-            unread[removed] = (
-                unread.get(removed, True)
-                and numbers.isdisjoint(part.number for part in removed)
-                and _same(router, those, remaining, whole, (args, kwargs))
+            is_idle[removal] = (
+                is_idle.get(removal, True)
+                and chosen_experts.isdisjoint(part.number for part in removal)
+                and _routes_alike(router, experts, remaining, tables, (args, kwargs))
             )
 
     with ExitStack() as stack:
-        for layer, gone in by_layer.items():
-            those = anatomy.at(Experts, layer)
-            router = anatomy.layers[layer].get_submodule(those.router)
-            hook = partial(look, those, gone)
+        for layer, group in group_by(removals, lambda removal: removal[0].layer).items():
+            experts = anatomy.get_part(Experts, layer)
+            router = anatomy.layers[layer].get_submodule(experts.router)
+            hook = partial(check, experts, group)
             stack.enter_context(router.register_forward_hook(hook, with_kwargs=True))
         run_base(model, model.plan([INTACT]), row, None)
-    return {
-        ablation
-        for ablation, removals in gone_of.items()
-        if all(unread.get(gone, False) for gone in removals)
-    }
+    return {a for a, group in removals_of.items() if all(is_idle.get(r, False) for r in group)}
 
 
-def _same(
-    router: nn.Module, experts: Experts, remaining: Sequence[int], whole: Sequence[Any], given: Any
+def _routes_alike(
+    router: nn.Module, experts: Experts, remaining: Sequence[int], tables: Sequence[Any], call: Any
 ) -> bool:
-    """Check whether a router's choices and weights stay the same with fewer experts."""
-    fewer = routed(router, experts, remaining, whole, state_of(*given), given)
-    return all(map(partial(_alike, experts.count), whole, fewer))
+    """Check whether a router's choices and weights stay the same with fewer experts.
 
-
-def _alike(count: int, values: Tensor, other: Tensor) -> bool:
-    """Check whether choices are equal, and weights up to rounding; ignore full score tables."""
-    if not values.is_floating_point():
-        return torch.equal(values, other)
-    few = 4 * torch.finfo(values.dtype).eps
-    return values.shape[-1] == count or torch.allclose(values, other, rtol=few, atol=few)
+    Weights are compared up to rounding; full score tables are ignored.
+    """
+    new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
+    for old_table, new_table in zip(tables, new_tables, strict=True):
+        if not old_table.is_floating_point():
+            if not torch.equal(old_table, new_table):
+                return False
+        elif old_table.shape[-1] != experts.count:
+            tolerance = 4 * torch.finfo(old_table.dtype).eps
+            if not torch.allclose(old_table, new_table, rtol=tolerance, atol=tolerance):
+                return False
+    return True

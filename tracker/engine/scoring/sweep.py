@@ -1,4 +1,4 @@
-"""The sweep: every ablation's responses to every document, by the fastest exact way."""
+"""Compute every ablation's responses to every document in the fastest exact way."""
 
 from __future__ import annotations
 
@@ -16,46 +16,53 @@ from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError
 from tracker.core.proxies import OBSERVED
-from tracker.engine.forward.streams import StreamPlan, plan_streams
-from tracker.engine.lockstep import reporting, side_by_side
+from tracker.engine.forward.streams import Ablations, StreamPlan, plan_streams
+from tracker.engine.lockstep import report_progress, run_lockstep
 from tracker.engine.refusal import is_out_of_memory
 from tracker.engine.scoring.model import (
-    ALONE,
+    DEPTH_ONLY,
     FULL,
     PLAIN,
     EngineModel,
     ModelFacts,
     Sharing,
-    changed_copy,
-    read_for,
-    scored,
+    input_tokens,
+    make_changed_copy,
+    score_continuation,
     stream_bytes,
 )
-from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
+from tracker.engine.scoring.rows import (
+    ANY_LENGTH,
+    Documents,
+    Row,
+    common_beginning,
+    pack_flat_rows,
+    pack_tree_rows,
+)
 from tracker.engine.scoring.score import (
     MIN_EXPERT_ABLATIONS,
-    SHORTEST,
+    MIN_PREFIX,
     Prefix,
     RowScores,
-    cache_argument,
-    idle,
-    kept_bytes,
+    find_cache_argument,
+    find_expert_ablations,
+    find_idle_ablations,
     launch_row,
-    of_experts,
+    measure_cache_bytes,
     read_prefix,
 )
 from tracker.models.devices import can_pin, empty_cache
-from tracker.models.pruned import remember
+from tracker.models.pruned import record_state
 
 T = TypeVar("T")
 
 ROW_TOKENS = 192
-"""Nodes of a prefix tree on a CPU: enough to saturate a matrix product, few enough for a dense
-mask."""
+"""Maximum number of nodes of a prefix tree on a CPU: enough to saturate a matrix product, few
+enough for a dense mask."""
 ROW_TOKENS_ACCELERATOR = 1024
-HALVED = (
-    "out of memory: what did not fit at once is measured in halves, which takes longer and changes "
-    "no figure; with --memory 4GiB, or whatever is free there, it fits at once"
+HALVED_NOTE = (
+    "out of memory: measured in halves instead, which takes longer and changes no figure. To "
+    "measure at once, set --memory to what is free, e.g. 4GiB"
 )
 
 
@@ -65,10 +72,10 @@ class DocumentScores:
 
     Attributes:
         document: The document.
-        responses: One response per request for every ablation, in order.
+        responses: For each ablation in order, the responses to all requests.
         proxy_tokens: Number of tokens that the proxies were measured on: context and gold
             continuation, or the whole text.
-        proxy_sums: Observed figures of the intact model's layers, summed over those tokens
+        proxy_sums: Observed statistics of the intact model's layers, summed over these tokens
             [`OBSERVED`, layers].
     """
 
@@ -78,17 +85,19 @@ class DocumentScores:
     proxy_sums: Tensor
 
 
-_Scored = tuple[Row, Sequence[Ablation], RowScores]
+_Scored = tuple[Row, Ablations, RowScores]
 
 
 @dataclass(frozen=True)
 class Engine(EngineModel):
-    """Scores documents under many ablations of one model.
+    """Scorer of documents under many ablations of one model.
 
     Attributes:
-        sharing: The parts of the computation that are shared; `check` lowers it if not exact.
-        row_tokens: Largest size of a row of several documents; None = by the device.
-        notes: Remarks on the measurement, each line once; engines of copies add to them.
+        sharing: The parts of the computation that are shared; `check` reduces sharing that is not
+            exact.
+        row_tokens: Maximum size of a row of several documents; None = by the device.
+        notes: Remarks on the measurement, without duplicates; engines of copies add to the same
+            remarks.
     """
 
     sharing: Sharing = FULL
@@ -100,34 +109,28 @@ class Engine(EngineModel):
         """Return the same engine with other sharing."""
         return replace(self, sharing=sharing)
 
-    def without(self, ablation: Ablation, briefly: bool = False) -> Engine:
-        """Return an engine for a copy that is really changed; see `changed_copy`."""
-        loaded, quirks = changed_copy(self, ablation, briefly), self.quirks
-        changing = {name for _, name in quirks.leftovers}
-        leftovers = remember(loaded.model, changing)
-        return replace(
-            self,
-            loaded=loaded,
-            sharing=PLAIN,
-            quirks=replace(quirks, leftovers=leftovers, first={}),
-            facts=ModelFacts(),
-        )
+    def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
+        """Return an engine for a really changed copy of the model; see `make_changed_copy`."""
+        loaded = make_changed_copy(self, ablation, brief)
+        leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
+        quirks = replace(self.quirks, leftovers=leftovers, first={})
+        return replace(self, loaded=loaded, sharing=PLAIN, quirks=quirks, facts=ModelFacts())
 
     def copy(self) -> Any:
         """Return a copy of the intact model that calls may change."""
-        return self.without(INTACT).loaded.model
+        return self.ablate(INTACT).loaded.model
 
     def score(
         self,
-        documents: Sequence[Document],
-        ablations: Sequence[Ablation],
+        documents: Documents,
+        ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> list[DocumentScores]:
         """Score documents; return one result per document, in the same order.
 
         Args:
             documents: The documents to score.
-            ablations: The ablations; must include the baseline, and nothing twice.
+            ablations: The ablations, without duplicates, including the baseline.
             progress: Called with the responses of each finished row (requests times ablations), or
                 with a share of them for each loaded layer where rows wait for weights.
 
@@ -141,258 +144,266 @@ class Engine(EngineModel):
         hits = torch.zeros(len(documents), *shape, dtype=torch.int)
         sums = torch.zeros(len(documents), len(OBSERVED), layers, dtype=torch.float64)
         tokens = [0] * len(documents)
-        places = {ablation: place for place, ablation in enumerate(ablations)}
+        column_of = {ablation: column for column, ablation in enumerate(ablations)}
         try:
             # As many ablations at a time as the budget allows for the largest document.
-            for turn, group in enumerate(self.groups(ablations, max(map(_tokens, documents)))):
-                for row, ablated, scores in self._scored(documents, group, progress):
-                    which = torch.tensor([places[ablation] for ablation in ablated])
+            groups = self.group_ablations(ablations, max(map(_bound_nodes, documents)))
+            for group_number, group in enumerate(groups):
+                for row, row_ablations, scores in self._score_rows(documents, group, progress):
+                    columns = torch.tensor([column_of[ablation] for ablation in row_ablations])
                     for number, (document, request) in enumerate(row.requests):
-                        loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
-                        hits[document, which, request] = scores.hits[:, number]
+                        cells = document, columns, request
+                        loglikelihoods[cells] = scores.loglikelihoods[:, number]
+                        hits[cells] = scores.hits[:, number]
                     # The baseline comes with each group, but its proxies count once.
-                    gold = row.gold if turn == 0 else []
+                    gold = row.gold if group_number == 0 else []
                     for (document, path), proxies in zip(gold, scores.proxies, strict=False):
                         sums[document] += proxies
                         tokens[document] += row.prefix + len(path)
         finally:
             # The next cell on this model records its state as that of a fresh one.
-            self.put_back()
-        found = []
-        for number, asked in enumerate(documents):
-            lengths = [len(request.continuation) for request in asked.requests]
-            each = zip(loglikelihoods[number].tolist(), hits[number].tolist(), strict=True)
-            responses = [
-                [
-                    Response(loglikelihood, right == length, right)
-                    for loglikelihood, right, length in zip(*answers, lengths, strict=False)
-                ]
-                for answers in each
-            ]
-            found.append(DocumentScores(asked, responses, tokens[number], sums[number]))
-        return found
+            self.restore_state()
+        results = zip(documents, loglikelihoods, hits, tokens, sums, strict=True)
+        return [
+            DocumentScores(document, _make_responses(document, values, n_hits), n_tokens, proxies)
+            for document, values, n_hits, n_tokens, proxies in results
+        ]
 
-    def shares_a_prefix(self, documents: Sequence[Document]) -> bool:
+    def has_shared_prefix(self, documents: Documents) -> bool:
         """Return whether the common beginning of some documents would be read separately.
 
-        It is if the common beginning is long enough, and the model takes a cache.
+        It would if the common beginning is long enough, and the model takes a cache.
         """
-        long = len(common_beginning(documents, self.max_length)) >= SHORTEST
-        return long and cache_argument(self.head.base) is not None
+        is_long = len(common_beginning(documents, self.max_length)) >= MIN_PREFIX
+        return is_long and find_cache_argument(self.head.base) is not None
 
-    def groups(self, ablations: Sequence[Ablation], tokens: int) -> Iterator[list[Ablation]]:
+    def group_ablations(self, ablations: Ablations, tokens: int) -> Iterator[list[Ablation]]:
         """Split ablations into groups whose streams of `tokens` tokens each fit into memory.
 
-        The baseline comes first in each group; without depth sharing all are one group.
+        The baseline comes first in each group. Without depth sharing all ablations are one group.
         """
-        size = self.streams(tokens) if self.sharing.depth else len(ablations)
-        return grouped_ablations(ablations, size)
+        size = self.count_streams(tokens) if self.sharing.depth else len(ablations)
+        return split_ablations(ablations, size)
 
-    def _scored(
+    def _score_rows(
         self,
-        documents: Sequence[Document],
-        ablations: Sequence[Ablation],
+        documents: Documents,
+        ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
         """Score rows; a row that does not fit into memory is halved."""
         if not self.sharing.depth:
-            for row, ablated, found in self._scored_apart(documents, ablations):
-                yield row, ablated, found
-                progress(len(row.requests) * len(ablated))
+            for scored_row in self._score_separately(documents, ablations):
+                yield scored_row
+                progress(len(scored_row[0].requests))
             return
         plan = self.plan(ablations)
-        prefix = self._prefix(documents, plan) if self.sharing.prefix else None
+        prefix = self._find_prefix(documents, plan) if self.sharing.prefix else None
 
         def launch(row: Row) -> Callable[[], RowScores | str]:
-            wait = _unless_full(partial(self._launch_row, row, plan, prefix, ablations))
-            return (lambda: wait) if isinstance(wait, str) else partial(_unless_full, wait)
+            wait = _try_in_memory(partial(self._launch_row, row, plan, prefix, ablations))
+            return (lambda: wait) if isinstance(wait, str) else partial(_try_in_memory, wait)
 
         def launch_all() -> Iterator[tuple[Row, Callable[[], RowScores | str], partial[None]]]:
-            for rows in self._at_once(self._rows(documents, plan, prefix), plan):
-                due = [len(row.requests) * len(ablations) for row in rows]
-                with reporting(self.loaded.offloaded, sum(due), progress) as report:
-                    waits = self.side_by_side(partial(launch, row) for row in rows)
-                    for row, responses, wait in zip(rows, due, waits, strict=True):
+            for rows in self._group_rows(self._pack_rows(documents, plan, prefix), plan):
+                n_responses = [len(row.requests) * len(ablations) for row in rows]
+                with report_progress(self.loaded.offloaded, sum(n_responses), progress) as report:
+                    waits = self.run_lockstep(partial(launch, row) for row in rows)
+                    for row, responses, wait in zip(rows, n_responses, waits, strict=True):
                         yield row, wait, partial(report, responses)
 
-        launched = launch_all()
+        launched_rows = launch_all()
         if can_pin(self.loaded.device):
             # A row is computed while the one before is read and the next one is built.
-            launched = (this for this, _ in pairwise(chain(launched, [None])) if this)
-        for row, wait, report in launched:
+            launched_rows = (item for item, _ in pairwise(chain(launched_rows, [None])) if item)
+        for row, wait, report in launched_rows:
             scores = wait()
             if isinstance(scores, RowScores):
                 yield row, ablations, scores
             else:
                 # Outside the handler, so that the failed row's tensors are free.
                 empty_cache()
-                yield from self._halved(row, documents, ablations, scores)
+                yield from self._score_halves(row, documents, ablations, scores)
             report()
 
-    def side_by_side(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
+    def run_lockstep(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
         """Run passes of the model, or of copies of it, in lockstep if its weights are offloaded."""
         # Side effects of a call must not reach the calls of another pass.
         weights = None if self.quirks.leftovers else self.loaded.offloaded
-        return side_by_side(weights, self.loaded.model, passes)
+        return run_lockstep(weights, self.loaded.model, passes)
 
-    def _at_once(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
-        """Group rows: one by one, or as many as fit into memory where they wait for weights."""
+    def _group_rows(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
+        """Yield groups of rows: single rows, or as many as fit if weights are offloaded."""
         if self.loaded.offloaded is None:
             yield from ([row] for row in rows)
             return
         model = self.loaded.model
-        state = plan.streams * model.config.get_text_config().hidden_size * model.dtype.itemsize
-        some: list[Row] = []
-        waiting = 0
+        token_bytes = 2 * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        max_tokens = self.budget // 2 // (plan.n_streams * token_bytes)
+        group: list[Row] = []
         for row in rows:
-            size = 2 * state * row.input_ids.numel()
-            if some and waiting + size > self.budget // 2:
-                yield some
-                some, waiting = [], 0
-            some.append(row)
-            waiting += size
-        yield some
+            if group and sum(member.tokens for member in (*group, row)) > max_tokens:
+                yield group
+                group = []
+            group.append(row)
+        yield group
 
-    def _scored_apart(
-        self, documents: Sequence[Document], ablations: Sequence[Ablation]
-    ) -> Iterator[_Scored]:
+    def _score_separately(self, documents: Documents, ablations: Ablations) -> Iterator[_Scored]:
         """Score rows under each ablation separately, on a really changed model."""
         memory = self.memory
         if self.loaded.offloaded is not None:  # the rows of all ablations wait together
             memory = self.budget // len(ablations)
 
-        def passed(ablation: Ablation) -> list[_Scored]:
-            engine = replace(self.without(ablation), sharing=ALONE, memory=memory)
+        def score_ablation(ablation: Ablation) -> list[_Scored]:
+            # For one model by itself, there is no second stream to share depth with.
+            engine = replace(self.ablate(ablation), sharing=DEPTH_ONLY, memory=memory)
             # The proxies are those of the intact model.
-            intact = ablation == INTACT
+            is_intact = ablation == INTACT
             if self.sharing.calls:
-                scored = engine._scored(documents, [INTACT])
+                scored = engine._score_rows(documents, [INTACT])
             else:
-                scored = engine._one_by_one(documents, intact)
-            return [
-                (row if intact else replace(row, gold=[]), [ablation], scores)
-                for row, _, scores in scored
-            ]
+                scored = engine._score_one_by_one(documents, is_intact)
+            rows = ((row if is_intact else replace(row, gold=[]), s) for row, _, s in scored)
+            return [(row, [ablation], scores) for row, scores in rows]
 
-        for some in self.side_by_side(partial(passed, ablation) for ablation in ablations):
-            yield from some
+        passes = (partial(score_ablation, ablation) for ablation in ablations)
+        yield from chain.from_iterable(self.run_lockstep(passes))
 
-    def _one_by_one(self, documents: Sequence[Document], proxies: bool) -> Iterator[_Scored]:
-        """Score each request of a row in its own call; the pass of the row gives only proxies."""
-        layers = len(self.loaded.layers)
+    def _score_one_by_one(self, documents: Documents, proxies: bool) -> Iterator[_Scored]:
+        """Score each request of a row in its own call; read the row as a whole only for proxies."""
         if proxies:
-            passed = ((row, scores.proxies) for row, _, scores in self._scored(documents, [INTACT]))
+            rows = ((row, s.proxies) for row, _, s in self._score_rows(documents, [INTACT]))
         else:
-            rows = self._rows(documents, plan_streams([INTACT], layers), None)
-            passed = ((row, torch.zeros(0, len(OBSERVED), layers)) for row in rows)
-        for row, sums in passed:
-            asked = (partial(self.answer, documents[d].requests[r]) for d, r in row.requests)
-            found = [*self.side_by_side(asked)]
-            loglikelihoods = torch.tensor([[each.loglikelihood for each in found]])
-            hits = torch.tensor([[each.hits for each in found]], dtype=torch.int)
+            empty = torch.zeros(0, len(OBSERVED), len(self.loaded.layers))
+            plan = plan_streams([INTACT], len(self.loaded.layers))
+            rows = ((row, empty) for row in self._pack_rows(documents, plan, None))
+        for row, sums in rows:
+            answers = (partial(self.answer, documents[d].requests[r]) for d, r in row.requests)
+            responses = [*self.run_lockstep(answers)]
+            loglikelihoods = torch.tensor([[response.loglikelihood for response in responses]])
+            hits = torch.tensor([[response.hits for response in responses]], dtype=torch.int)
             yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
         """Score one request with the intact model, in a call of its own."""
-        return scored(self.read(read_for(request, self.max_length)), request.continuation)
+        logits = self.read_logits(input_tokens(request, self.max_length))
+        return score_continuation(logits, request.continuation)
 
-    def _halved(
-        self, row: Row, documents: Sequence[Document], ablations: Sequence[Ablation], failed: str
+    def _score_halves(
+        self, row: Row, documents: Documents, ablations: Ablations, message: str
     ) -> Iterator[_Scored]:
-        """Score the documents of a row in two halves; a single one with half of the ablations."""
+        """Score a row in two halves of its documents, or of the ablations for one document."""
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
-            raise CellError(f"out of memory: {failed}. Use --memory, or a smaller dtype")
-        if HALVED not in self.notes:
-            self.notes.append(HALVED)
+            raise CellError(f"out of memory: {message}. Use --memory, or a smaller dtype")
+        if HALVED_NOTE not in self.notes:
+            self.notes.append(HALVED_NOTE)
         numbers = sorted({document for document, _ in row.requests})
-        middle = len(numbers) // 2
-        if middle:
-            for half in (numbers[:middle], numbers[middle:]):
-                for part, ablated, scores in self._scored([documents[i] for i in half], ablations):
-                    yield part.renumbered(half), ablated, scores
-            return
-        removed = _removed(ablations)
-        middle = len(removed) // 2
-        if not middle:
+        changes = _drop_baseline(ablations)
+        if len(numbers) > 1:
+            halves = [(half, ablations, True) for half in _halve(numbers)]
+        elif len(changes) > 1:
+            # The baseline comes with each half, but its proxies count once.
+            first, second = _halve(changes)
+            halves = [(numbers, [INTACT, *first], True), (numbers, [INTACT, *second], False)]
+        else:
             raise CellError(
-                f"out of memory with a single document and a single ablation: {failed}. "
+                f"out of memory with a single document and a single ablation: {message}. "
                 "Use a smaller dtype or a larger device"
             )
-        for first in (True, False):
-            some = [INTACT, *(removed[:middle] if first else removed[middle:])]
-            for part, ablated, scores in self._scored([documents[numbers[0]]], some):
-                part = part.renumbered(numbers)
-                yield part if first else replace(part, gold=[]), ablated, scores
+        for half, half_ablations, has_gold in halves:
+            scored = self._score_rows([documents[i] for i in half], half_ablations)
+            for part, ablated, scores in scored:
+                part = part.renumber(half)
+                yield part if has_gold else replace(part, gold=[]), ablated, scores
 
-    def _rows(
-        self, documents: Sequence[Document], plan: StreamPlan, prefix: Prefix | None
+    def _pack_rows(
+        self, documents: Documents, plan: StreamPlan, prefix: Prefix | None
     ) -> Iterator[Row]:
-        """Pack documents for this engine's sharing, into rows that the budget allows."""
-        most = self.budget // (plan.streams * stream_bytes(self.loaded.model))
-        size = min(self.most_row_tokens, most)
-        lengths = self.quirks.lengths
+        """Pack documents into rows for this engine's sharing that fit into the memory budget."""
+        max_nodes = self.budget // (plan.n_streams * stream_bytes(self.loaded.model))
+        size, lengths = min(self.max_row_tokens, max_nodes), self.quirks.lengths
         if self.sharing.tokens:
-            length = 0 if prefix is None else len(prefix.tokens)
-            return tree_rows(documents, self.max_length, size, length, lengths)
+            n_prefix = 0 if prefix is None else len(prefix.tokens)
+            return pack_tree_rows(documents, self.max_length, size, n_prefix, lengths)
         # While streams fork, a mask that a model builds itself must broadcast: one sequence a row.
-        return flat_rows(documents, self.max_length, 1 if plan.streams > 1 else size, lengths)
+        size = 1 if plan.n_streams > 1 else size
+        return pack_flat_rows(documents, self.max_length, size, lengths)
 
     @property
-    def most_row_tokens(self) -> int:
-        """The maximum nodes of a row of several documents, memory aside."""
+    def max_row_tokens(self) -> int:
+        """The maximum number of nodes of a row of several documents, ignoring memory."""
         on_cpu = self.loaded.device.type == "cpu"
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
-    def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
-        """Read the common beginning of all documents, or reuse one that was read earlier."""
+    def _find_prefix(self, documents: Documents, plan: StreamPlan) -> Prefix | None:
+        """Read the common beginning of all documents, or reuse a beginning read earlier."""
         # A layer that is passed again would need a cache of its own.
-        if plan.repeats or not self.shares_a_prefix(documents):
+        if plan.n_repeats or not self.has_shared_prefix(documents):
             return None
-        shared = common_beginning(documents, self.max_length)
+        beginning = common_beginning(documents, self.max_length)
         for prefix in self._prefixes:
-            if prefix.plan == plan and prefix.cut_to(shared, self.quirks.lengths):
+            if prefix.plan == plan and prefix.shorten(beginning, self.quirks.lengths):
                 return prefix
         self._prefixes.clear()
-        if len(shared) * plan.attention_passes * kept_bytes(self) > self.budget // 2:
+        if len(beginning) * plan.attention_passes * measure_cache_bytes(self) > self.budget // 2:
             return None
-        self.put_back()
-        result = _unless_full(lambda: read_prefix(self, plan, shared))
+        self.restore_state()
+        result = _try_in_memory(lambda: read_prefix(self, plan, beginning))
         if isinstance(result, str):
             return None
         self._prefixes.append(result)
         return result
 
-    def prefix_of(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
+    def find_read_prefix(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
         """Return the beginning of a text that was read for a plan, if any."""
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
-        return next((prefix for prefix in prefixes if prefix.begins(tokens)), None)
+        return next((prefix for prefix in prefixes if prefix.is_prefix_of(tokens)), None)
 
     def _launch_row(
-        self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Sequence[Ablation]
+        self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Ablations
     ) -> Callable[[], RowScores]:
-        """Launch a row; return a function that reads its scores, in the ablations' order."""
+        """Launch a row; return a function that reads its scores in the order of the ablations."""
         prefix = prefix if row.prefix else None
-        some = [] if prefix or self.loaded.offloaded is not None else of_experts(ablations)
+        can_skip = prefix is None and self.loaded.offloaded is None
+        candidates = find_expert_ablations(ablations) if can_skip else []
         computed = ablations
-        if len(some) >= MIN_EXPERT_ABLATIONS:
-            self.put_back()
-            unread = idle(self, row, some)
-            computed = [ablation for ablation in ablations if ablation not in unread]
-            plan = self.plan(computed) if unread else plan
-        self.put_back()
-        read = launch_row(self, plan, row, prefix)
-        places = dict(zip(computed, plan.answer_of, strict=True))
-        order = torch.tensor([places.get(each, places[INTACT]) for each in ablations])
+        if len(candidates) >= MIN_EXPERT_ABLATIONS:
+            self.restore_state()
+            if idle := find_idle_ablations(self, row, candidates):
+                computed = [ablation for ablation in ablations if ablation not in idle]
+                plan = self.plan(computed)
+        self.restore_state()
+        read_scores = launch_row(self, plan, row, prefix)
+        # An idle ablation has the answers of the baseline.
+        index_of = dict(zip(computed, plan.answer_indices, strict=True))
+        order = torch.tensor([index_of.get(ablation, index_of[INTACT]) for ablation in ablations])
 
-        def in_order() -> RowScores:
-            scores = read()
+        def read_in_order() -> RowScores:
+            scores = read_scores()
             return RowScores(scores.loglikelihoods[order], scores.hits[order], scores.proxies)
 
-        return in_order
+        return read_in_order
 
 
-def _unless_full(compute: Callable[[], T]) -> T | str:
+def _make_responses(
+    document: Document, loglikelihoods: Tensor, hits: Tensor
+) -> list[list[Response]]:
+    """Build each ablation's responses to a document from arrays [ablations, requests]."""
+    lengths = [len(request.continuation) for request in document.requests]
+    return [
+        [Response(value, n == length, n) for value, n, length in zip(*row, lengths, strict=False)]
+        for row in zip(loglikelihoods.tolist(), hits.tolist(), strict=True)
+    ]
+
+
+def _halve(items: list[T]) -> tuple[list[T], list[T]]:
+    """Split a list into two halves."""
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
+
+
+def _try_in_memory(compute: Callable[[], T]) -> T | str:
     """Return the result of a function, or the message of its out-of-memory error."""
     try:
         return compute()
@@ -402,22 +413,22 @@ def _unless_full(compute: Callable[[], T]) -> T | str:
         return str(error)
 
 
-def _removed(ablations: Sequence[Ablation]) -> list[Ablation]:
+def _drop_baseline(ablations: Ablations) -> list[Ablation]:
     """Return all ablations but the baseline."""
     return [ablation for ablation in ablations if ablation != INTACT]
 
 
-def grouped_ablations(ablations: Sequence[Ablation], size: int) -> Iterator[list[Ablation]]:
-    """Split ablations into groups of `size`, each with the baseline first and at least one other.
+def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]:
+    """Split ablations into groups of `size`, each with the baseline first and another ablation.
 
     The baseline alone is one group.
     """
-    removed, others = _removed(ablations), max(1, size - 1)
-    for start in range(0, max(1, len(removed)), others):
-        yield [INTACT, *removed[start : start + others]]
+    changed_ablations, n_others = _drop_baseline(ablations), max(1, size - 1)
+    for start in range(0, max(1, len(changed_ablations)), n_others):
+        yield [INTACT, *changed_ablations[start : start + n_others]]
 
 
-def _tokens(document: Document) -> int:
-    """Return an upper bound of the nodes of a document's tree."""
+def _bound_nodes(document: Document) -> int:
+    """Return an upper bound of the number of nodes of a document's tree."""
     contexts = {request.context for request in document.requests}
     return sum(map(len, contexts)) + sum(len(r.continuation) for r in document.requests)

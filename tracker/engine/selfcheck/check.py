@@ -1,4 +1,4 @@
-"""The self-check: compare shared computation with that of really changed models.
+"""Run the self-check, which compares shared computation with really changed models.
 
 The architecture is checked on a miniature with every ablation (`miniature_check`). Then the model
 itself answers a few real requests both ways. While it is measured, the longest document and some
@@ -25,44 +25,46 @@ from transformers import PreTrainedModel
 from tracker.core.changes import INTACT, Ablation
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
+from tracker.core.grouping import group_by
 from tracker.core.provenance import content_hash
 from tracker.engine.forward.layer import Replacement
-from tracker.engine.scoring.model import read_for
-from tracker.engine.scoring.rows import common_beginning, tree_size
-from tracker.engine.scoring.score import SHORTEST
+from tracker.engine.forward.streams import Ablations
+from tracker.engine.scoring.model import Sharing, input_tokens
+from tracker.engine.scoring.rows import Documents, common_beginning, count_tree_nodes
+from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.engine.selfcheck.miniature_check import (
     LONGEST_REACH,
     check_longer_texts,
     check_miniature,
+    find_most_sharing,
     miniature_key,
-    most_sharing,
-    reachable,
-    some_of,
+    reachable_numbers,
+    sample_ablations,
 )
-from tracker.engine.selfcheck.reference import Comparison, Reference, Verdict, less
-from tracker.models.devices import hardware
+from tracker.engine.selfcheck.reference import Comparison, Reference, SharingVerdict, describe_loss
+from tracker.models.devices import hardware_name
 from tracker.models.miniature import NumberPath
 
-DOCUMENTS = 2
-"""Number of real documents on which the model itself is confirmed."""
-BEGINNING, END = SHORTEST, 8
+CONFIRMED_DOCUMENTS = 2
+"""Number of real documents on which sharing is confirmed for the model itself."""
+KEPT_BEGINNING, KEPT_END = MIN_PREFIX, 8
 """Tokens kept at both ends of a longer context when every ablation is compared: the beginning just
-suffices to be read separately. Of a continuation `BEGINNING` tokens are kept."""
-BRANCHES = 4
-"""Maximum number of requests kept of a document that is scored whole."""
-OF_THE_BASELINE = 6
-"""Number of requests compared for the baseline; each ablation has one."""
-SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
-"""Tolerances of an answer for rounding: nats, and share of the answer."""
-SHORTEST_REACH, FARTHEST = 128, 8 * LONGEST_REACH
-"""Tokens of the longest text on a miniature; a longer one would take a minute or more."""
-RATE = 200
-"""One in this many documents is answered both ways while a cell is measured."""
-TASKS, TASK_RATE = 8, 16
-"""Number of tasks of which at least one document is answered both ways: `TASKS`, or one task per
-`TASK_RATE` documents if that is more. Otherwise a group of 57 tasks with one document each would
-have all documents answered twice."""
+suffices to be read separately. Of a continuation `KEPT_BEGINNING` tokens are kept."""
+MAX_BRANCHES = 4
+"""Maximum number of requests of a document that the check scores as a whole."""
+BASELINE_ANSWERS = 6
+"""Number of requests compared for the baseline; each other ablation has one request."""
+SINGLE_TOLERANCE, HALF_TOLERANCE = (1e-3, 1e-4), (0.1, 0.02)
+"""Rounding tolerances of an answer: absolute in nats, and relative to the answer."""
+MIN_REACH, MAX_REACH = 128, 8 * LONGEST_REACH
+"""Bounds of the length of the longest text on a miniature; a longer text takes a minute or more."""
+WATCH_RATE = 200
+"""While a cell is measured, one in `WATCH_RATE` documents is answered both ways."""
+MIN_WATCHED_TASKS, WATCHED_TASK_RATE = 8, 16
+"""Number of tasks of which at least one document is answered both ways: `MIN_WATCHED_TASKS`, or one
+task per `WATCHED_TASK_RATE` documents if that is more. Otherwise a group of 57 tasks with one
+document each would have all documents answered twice."""
 T = TypeVar("T")
 
 
@@ -74,39 +76,39 @@ class Check:
         engine: The engine with as much sharing as is exact.
         difference: Largest difference of a log-likelihood from the really changed model, in nats,
             on the miniature and on the model itself.
-        lost: One line that states which sharing was lost and why; None if none was.
-        unsteady: One line that states that rounding moves answers far; None if it does not.
-        which: One line that states which results are of no saved checkpoint; None if all are.
+        sharing_note: One line that states which sharing was lost and why; None if none was.
+        unsteady_note: One line that states that rounding changes answers much; None otherwise.
+        checkpoint_note: One line that states which results are of no checkpoint; None if all are.
     """
 
     engine: Engine
     difference: float
-    lost: str | None
-    unsteady: str | None
-    which: str | None = None
+    sharing_note: str | None
+    unsteady_note: str | None
+    checkpoint_note: str | None = None
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Tokens of a cell's longest text, of its widest document alone and of its longest row."""
+    """Number of tokens of a cell's longest text, widest single document and longest row."""
 
     text: int
     document: int
     row: int
 
 
-VERDICT = TypeAdapter(Verdict)
+VERDICT = TypeAdapter(SharingVerdict)
 """JSON adapter for verdicts on architectures."""
 CONFIRMATION = TypeAdapter(tuple[Literal["confirmed"], Comparison])
-"""JSON adapter for comparisons by which models have confirmed the sharing of their architecture."""
+"""JSON adapter for comparisons that confirmed the sharing of an architecture on a model itself."""
 Fit = Callable[[Engine], Mapping[int, Replacement]]
 _Texts = tuple[tuple[NumberPath, ...], tuple[int, int, int] | None]
 """Numbers of a configuration in reach of texts, and rows of longer texts, as in `miniature_key`."""
-_Round = tuple[Sequence[Document], Sequence[Ablation], Sequence[tuple[int, int, int]]]
+_Round = tuple[Documents, Ablations, Sequence[tuple[int, int, int]]]
 """Documents, ablations, and the answers to compare, as (ablation, document, request)."""
 
 
-class Kept(Protocol):
+class VerdictStore(Protocol):
     """Storage of verdicts between checks."""
 
     def recall(self, key: str) -> str | None:
@@ -116,24 +118,24 @@ class Kept(Protocol):
         """Store a verdict."""
 
 
-def check(
+def check_sharing(
     engine: Engine,
-    documents: Sequence[Document],
-    ablations: Sequence[Ablation],
-    kept: Kept | None = None,
+    documents: Documents,
+    ablations: Ablations,
+    store: VerdictStore | None = None,
     fit: Fit = lambda engine: {},
-    typical: Sequence[Ablation] = (),
+    typical_ablations: Ablations = (),
 ) -> Check:
-    """Find how much sharing is exact.
+    """Find the most sharing that gives exact results.
 
     Args:
         engine: The engine, with full sharing; no call has changed its model yet.
         documents: The cell's documents.
         ablations: All ablations of the cell, with the baseline.
-        kept: Storage of verdicts on the architecture and on the model; None = no storage.
+        store: Storage of verdicts on the architecture and on the model; None = no storage.
         fit: Function that fits replacements of layers, on the model whose quirks are known.
-        typical: Ablations to check on the miniature, with the baseline, instead of `ablations`: the
-            same for every cell, so that all cells share its verdict.
+        typical_ablations: Ablations to check on the miniature, with the baseline, instead of
+            `ablations`: the same for every cell, so that all cells share its verdict.
 
     Returns:
         The result, with the engine to use.
@@ -142,40 +144,41 @@ def check(
         CellError: The model cannot be measured; the message gives the reason.
     """
     model = engine.loaded.model
-    blank = holds_blank(model, documents)
-    reached = reach(engine, documents)
-    verdict = _verdict(engine, typical or ablations, reached, blank, kept)
-    engine = replace(engine, quirks=verdict.quirks(model))
+    blank = has_blank_token(model, documents)
+    reach = measure_reach(engine, documents)
+    verdict = _judge_architecture(engine, typical_ablations or ablations, reach, blank, store)
+    engine = replace(engine, quirks=verdict.make_quirks(model))
     engine = replace(engine, replacements=fit(engine))
     truth = Reference(engine)
     rounds = [*confirmation_rounds(documents, ablations)]
-    keys, recalled = list[str](), None
-    if (
-        kept is not None and not engine.replacements
-    ):  # replacements are fitted on the benchmark's own texts
-        keys = _confirmation_keys(engine, ablations, verdict, reached.text, blank)
-        recalled = _recalled(kept, keys, CONFIRMATION, lambda _: True)
-    if recalled is not None:
-        sharing, (_, comparison), why = verdict.sharing, recalled, None
+    keys, confirmation = list[str](), None
+    # Replacements are fitted on the benchmark's own texts: no other cell has the same.
+    if store is not None and not engine.replacements:
+        keys = _confirmation_keys(engine, ablations, verdict, reach.text, blank)
+        confirmation = _recall_verdict(store, keys, CONFIRMATION, lambda _: True)
+    if confirmation is not None:
+        sharing, (_, comparison), reason = verdict.sharing, confirmation, None
     else:
-        sharing, comparison, why = most_sharing(
-            verdict.sharing, engine, lambda way: confirm(engine.with_sharing(way), truth, rounds)
-        )
-        if kept is not None and keys and why is None:  # a loss may be temporary
-            kept.keep(keys[0], CONFIRMATION.dump_json(("confirmed", comparison)).decode())
-    every = comparison + Comparison(verdict.compared, verdict.difference, verdict.unsteady)
+
+        def compare(sharing: Sharing) -> Comparison:
+            return confirm(engine.with_sharing(sharing), truth, rounds)
+
+        sharing, comparison, reason = find_most_sharing(verdict.sharing, engine, compare)
+        if store is not None and keys and reason is None:  # a loss may be temporary
+            store.keep(keys[0], CONFIRMATION.dump_json(("confirmed", comparison)).decode())
+    total = comparison + Comparison(verdict.compared, verdict.difference, verdict.unsteady)
     return Check(
         engine.with_sharing(sharing),
-        every.difference,
-        less(verdict.lost, sharing, why),
-        _unsteady(every, model.dtype, truth.is_half),
-        verdict.which,
+        total.difference,
+        describe_loss(verdict.sharing_note, sharing, reason),
+        _describe_unsteady(total, model.dtype, truth.is_half),
+        verdict.checkpoint_note,
     )
 
 
-def _verdict(
-    engine: Engine, ablations: Sequence[Ablation], reached: Reach, blank: bool, kept: Kept | None
-) -> Verdict:
+def _judge_architecture(
+    engine: Engine, ablations: Ablations, reach: Reach, blank: bool, store: VerdictStore | None
+) -> SharingVerdict:
     """Check the architecture on a miniature, or load the stored verdict of such a check.
 
     `blank` is whether the cell's texts hold a blank token. A clean verdict on longer texts holds
@@ -183,91 +186,86 @@ def _verdict(
     """
     model = engine.loaded.model
     # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.
-    bits = reached.row.bit_length()
-    ends = [(1 << n) - 1 for n in range(bits, max(bits, FARTHEST.bit_length()) + 1)]
-    paths = [*dict.fromkeys(reachable(model, end) for end in ends)]
-    rows = [
-        (min(order, engine.max_length), engine.most_row_tokens, order)
-        for order in _orders(min(max(reached.text, reached.document), FARTHEST))
-    ]
+    bits = reach.row.bit_length()
+    lengths = [(1 << n) - 1 for n in range(bits, max(bits, MAX_REACH.bit_length()) + 1)]
+    paths = [*dict.fromkeys(reachable_numbers(model, length) for length in lengths)]
+    text_lengths = _text_lengths(min(max(reach.text, reach.document), MAX_REACH))
+    rows = [(min(n, engine.max_length), engine.max_row_tokens, n) for n in text_lengths]
 
-    def key(texts: _Texts) -> str:
-        return miniature_key(model, ablations, *texts, blank)
-
-    def recalled_or(make: Callable[[], Verdict], *texts: _Texts) -> Verdict:
-        if kept is None:
+    def recall_or(make: Callable[[], SharingVerdict], *texts: _Texts) -> SharingVerdict:
+        keys = [miniature_key(model, ablations, *text, blank) for text in texts]
+        if store is None:
             return make()
-        verdict = _recalled(kept, map(key, texts), VERDICT, lambda verdict: verdict.is_clean)
+        verdict = _recall_verdict(store, keys, VERDICT, lambda verdict: verdict.is_clean)
         if verdict is None:
             verdict = make()
-            kept.keep(key(texts[0]), VERDICT.dump_json(verdict).decode())
+            store.keep(keys[0], VERDICT.dump_json(verdict).decode())
         return verdict
 
-    short = recalled_or(
-        lambda: check_miniature(engine, ablations, paths[0], blank), *product(paths, [None])
-    )
-    return recalled_or(
-        lambda: check_longer_texts(engine, ablations, short, rows[0], blank), *product(paths, rows)
-    )
+    check_short = partial(check_miniature, engine, ablations, paths[0], blank)
+    short_verdict = recall_or(check_short, *product(paths, [None]))
+    check_long = partial(check_longer_texts, engine, ablations, short_verdict, rows[0], blank)
+    return recall_or(check_long, *product(paths, rows))
 
 
-def _recalled(
-    verdicts: Kept, keys: Iterable[str], form: TypeAdapter[T], holds: Callable[[T], bool]
+def _recall_verdict(
+    store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load the verdict of the first key, or one of another key that `holds` for it too.
+    """Load the verdict of the first key, or a verdict of another key if `is_valid` accepts it.
 
     A damaged verdict counts as missing and is computed again.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
-            verdict = form.validate_json(verdicts.recall(key) or "")
-            if index == 0 or holds(verdict):
+            verdict = adapter.validate_json(store.recall(key) or "")
+            if index == 0 or is_valid(verdict):
                 return verdict
     return None
 
 
 def _confirmation_keys(
-    engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, tokens: int, blank: bool
+    engine: Engine, ablations: Ablations, verdict: SharingVerdict, n_tokens: int, blank: bool
 ) -> list[str]:
-    """Return keys for the confirmation by the model itself: SHA-256 of all that it depends on.
+    """Return keys for the confirmation on the model itself: SHA-256 of everything it depends on.
 
-    That is the key of the architecture's check, the weights, the hardware, the verdict on the
-    architecture, and the lengths of the texts. The first key is for texts of up to `tokens` tokens,
-    the others are for longer ones.
+    It depends on the key of the architecture's check, the weights, the hardware, the verdict on the
+    architecture, and the lengths of the texts. The first key is for texts of up to `n_tokens`, the
+    others are for longer ones.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
-    about = [
+    sharing = replace(verdict, sharing_note=None, difference=0.0, compared=0, unsteady=0)
+    key_parts = [
         miniature_key(loaded.model, ablations, (), None, blank),
         loaded.identity.fingerprint,
         str(loaded.model.dtype),
-        sorted({hardware(device) for device in devices}),
+        sorted({hardware_name(device) for device in devices}),
         torch.get_float32_matmul_precision(),
         loaded.offloaded is not None,
-        engine.most_row_tokens,
+        engine.max_row_tokens,
         engine.max_length,
-        VERDICT.dump_python(replace(verdict, lost=None, difference=0.0, compared=0, unsteady=0)),
+        VERDICT.dump_python(sharing),
     ]
-    return [content_hash([*about, order]) for order in _orders(tokens)]
+    return [content_hash([*key_parts, length]) for length in _text_lengths(n_tokens)]
 
 
-def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
-    """Measure a cell's longest text, widest document and longest row with its kept beginning."""
-    most = engine.max_length
-    text = max(request.length for document in documents for request in document.requests)
-    each = max(tree_size(document, most) for document in documents)
-    row = each + max(engine.most_row_tokens, len(common_beginning(documents, most)))
-    return Reach(min(text, most), each, row)
+def measure_reach(engine: Engine, documents: Documents) -> Reach:
+    """Measure the tokens of a cell's longest text, widest document and longest row with prefix."""
+    max_length = engine.max_length
+    longest = max(request.length for document in documents for request in document.requests)
+    widest = max(count_tree_nodes(document, max_length) for document in documents)
+    n_prefix = len(common_beginning(documents, max_length))
+    return Reach(min(longest, max_length), widest, widest + max(engine.max_row_tokens, n_prefix))
 
 
-def _orders(tokens: int) -> list[int]:
-    """List the powers of two from a length on; texts between two of them share a verdict."""
-    first = max(SHORTEST_REACH, 1 << (tokens - 1).bit_length())
-    return [first << n for n in range(max(1, (FARTHEST // first).bit_length()))]
+def _text_lengths(n_tokens: int) -> list[int]:
+    """List the powers of two from a length on; texts between two powers share a verdict."""
+    shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
+    return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
 
-def holds_blank(model: PreTrainedModel, documents: Sequence[Document]) -> bool:
-    """Return whether some text holds a token whose embedding is zero, as that of padding may be."""
+def has_blank_token(model: PreTrainedModel, documents: Documents) -> bool:
+    """Return whether some text holds a token whose embedding is zero, e.g. a padding token."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # a checkpoint's own code need not define its embeddings
@@ -275,232 +273,219 @@ def holds_blank(model: PreTrainedModel, documents: Sequence[Document]) -> bool:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
         return False
     requests = (request for document in documents for request in document.requests)
-    said = {token for r in requests for part in (r.context, r.continuation) for token in part}
-    known = torch.tensor([token for token in said if token < len(weight)], device=weight.device)
-    return bool((weight[known.long()] == 0).all(-1).any())
+    tokens = {token for r in requests for part in (r.context, r.continuation) for token in part}
+    ids = [token for token in tokens if token < len(weight)]
+    rows = weight[torch.tensor(ids, device=weight.device).long()]
+    return bool((rows == 0).all(-1).any())
 
 
-def _unsteady(found: Comparison, dtype: torch.dtype, is_half: bool) -> str | None:
-    if not found.unsteady:
+def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool) -> str | None:
+    if not comparison.unsteady:
         return None
+    share = f"{comparison.unsteady} of {comparison.compared} answers"
     if is_half:
+        verb = "changes" if comparison.unsteady == 1 else "change"
         name = str(dtype).removeprefix("torch.")
-        change = "changes" if found.unsteady == 1 else "change"
-        return (
-            f"in {name}, {found.unsteady} of {found.compared} answers {change} by rounding alone "
-            "(in lm-eval too)"
-        )
+        return f"in {name}, {share} {verb} by rounding alone (in lm-eval too)"
     return (
-        f"the model is discontinuous: {found.unsteady} of {found.compared} answers move by more "
-        "than rounding (a router or a top-k near a tie), in lm-eval too"
+        f"the model is discontinuous: {share} move by more than rounding (a router or a top-k near "
+        "a tie), in lm-eval too"
     )
 
 
-def shortest_documents(documents: Sequence[Document]) -> list[Document]:
+def shortest_documents(documents: Documents) -> list[Document]:
     """Return the shortest documents, which share rows, with as many answers as possible."""
 
     def size(document: Document) -> tuple[int, int]:
-        return -min(len(document.requests), 4), sum(each.length for each in document.requests)
+        return -min(len(document.requests), 4), sum(request.length for request in document.requests)
 
-    return sorted(documents, key=size)[:DOCUMENTS]
+    return sorted(documents, key=size)[:CONFIRMED_DOCUMENTS]
 
 
 def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
     """Compare answers of the model itself under every ablation, computed both ways."""
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
-        *(partial(engine.score, few, some) for few, some, _ in rounds),
-        partial(truth.ask, _questions(rounds)),
+        *(partial(engine.score, documents, ablations) for documents, ablations, _ in rounds),
+        partial(truth.answer_all, _list_questions(rounds)),
     ]
-    *scores, _ = engine.side_by_side(passes)
-    if engine.loaded.offloaded is not None:
-        _refuse_absent(engine, scores)
-    for score, (_, some, asked) in zip(scores, rounds, strict=True):
-        for number, d, r in asked:
-            comparison += _compare(truth, score[d], number, some[number], r)
+    *scores, _ = engine.run_lockstep(passes)
+    answers = (r for batch in scores for score in batch for rs in score.responses for r in rs)
+    is_offloaded = engine.loaded.offloaded is not None
+    # With weights that are not loaded, both ways agree on NaN.
+    if is_offloaded and any(math.isnan(answer.loglikelihood) for answer in answers):
+        raise CellError(
+            f"{engine.class_name} returns NaN while its weights are offloaded: a layer uses "
+            "another layer's weights. The whole model must fit into memory: set a larger "
+            "--weights or a smaller dtype, or use a larger machine"
+        )
+    for score, (_, ablations, keys) in zip(scores, rounds, strict=True):
+        for index, d, r in keys:
+            comparison += _compare(truth, score[d], index, ablations[index], r)
     return comparison
 
 
-def _refuse_absent(engine: Engine, scores: Iterable[Iterable[DocumentScores]]) -> None:
-    """Refuse a model that computes with weights that are not loaded: both ways agree then."""
-    answers = (r for batch in scores for score in batch for rs in score.responses for r in rs)
-    if any(math.isnan(answer.loglikelihood) for answer in answers):
-        raise CellError(
-            f"{engine.class_name} says no number while its weights rest elsewhere: a layer of it "
-            "uses another layer's weights. It must be in memory as a whole: a larger --weights, a "
-            "smaller dtype, or a larger machine"
-        )
-
-
-def confirmation_rounds(
-    documents: Sequence[Document], ablations: Sequence[Ablation]
-) -> Iterator[_Round]:
+def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[_Round]:
     """Yield the comparisons on the model itself: all ablations of short texts, two of the longest.
 
     The longest text comes with the shortest document of its task, which may share its beginning. It
     is answered by the intact model and under one drawn ablation, because reading it costs as much
     as many short texts. The miniature tests the effects of long texts, and the watch meets others.
     """
-    ablations = some_of(ablations)
-    short = [_shortened(document) for document in shortest_documents(documents)]
-    yield short, ablations, [*draw_answers(short, ablations)]
-    longest = max(documents, key=_longest)
-    if _shortened(longest) == longest:
+    ablations = sample_ablations(ablations)
+    short_texts = [_shorten(document) for document in shortest_documents(documents)]
+    yield short_texts, ablations, [*draw_answers(short_texts, ablations)]
+    longest = max(documents, key=_max_request_length)
+    if _shorten(longest) == longest:
         return
     text = max(longest.requests, key=lambda request: request.length)
-    same_task = (document for document in documents if document.task == longest.task)
-    shortest = min(same_task, key=_longest)
-    whole = [_with_requests(longest, [text, *longest.requests])]
+    task_documents = (document for document in documents if document.task == longest.task)
+    shortest = min(task_documents, key=_max_request_length)
+    long = [_keep_requests(longest, [text, *longest.requests])]
     if shortest is not longest:
-        whole.append(_with_requests(shortest, shortest.requests))
-    removed = [ablation for ablation in ablations if ablation != INTACT]
-    two = [INTACT, *random.Random(0).sample(removed, min(1, len(removed)))]
-    requests = enumerate(whole[0].requests)
-    alike = [number for number, request in requests if _text(request) == _text(text)]
-    yield whole, two, [*product(range(len(two)), [0], alike)]
+        long.append(_keep_requests(shortest, shortest.requests))
+    changes = [ablation for ablation in ablations if ablation != INTACT]
+    pair = [INTACT, *random.Random(0).sample(changes, min(1, len(changes)))]
+    indices = [i for i, request in enumerate(long[0].requests) if _text(request) == _text(text)]
+    yield long, pair, [*product(range(len(pair)), [0], indices)]
 
 
-def _questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
-    """List the requests of some rounds that are also answered without sharing."""
-    return [(done[a], few[d].requests[r]) for few, done, triples in rounds for a, d, r in triples]
-
-
-def _with_requests(document: Document, requests: Iterable[Request]) -> Document:
+def _keep_requests(document: Document, requests: Iterable[Request]) -> Document:
     """Return a document with only some of its requests, each once."""
-    return replace(document, requests=tuple(dict.fromkeys(requests))[:BRANCHES], gold=0)
+    return replace(document, requests=tuple(dict.fromkeys(requests))[:MAX_BRANCHES], gold=0)
+
+
+def _list_questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
+    """List the requests of some rounds to answer without sharing too."""
+    return [(abls[a], docs[d].requests[r]) for docs, abls, keys in rounds for a, d, r in keys]
 
 
 def _text(request: Request) -> tuple[int, ...]:
     return request.context + request.continuation[:-1]
 
 
-def _shortened(document: Document) -> Document:
-    """Return a document with each context cut to its beginning, which may be shared, and end."""
+def _shorten(document: Document) -> Document:
+    """Return a document with each context cut to its beginning and its end."""
     requests = tuple(
         Request(
-            request.context[:BEGINNING] + request.context[BEGINNING:][-END:],
-            request.continuation[:BEGINNING],
+            request.context[:KEPT_BEGINNING] + request.context[KEPT_BEGINNING:][-KEPT_END:],
+            request.continuation[:KEPT_BEGINNING],
         )
         for request in document.requests
     )
     return replace(document, requests=requests)
 
 
-def draw_answers(
-    documents: Sequence[Document], ablations: Sequence[Ablation]
-) -> Iterator[tuple[int, int, int]]:
+def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
     """Yield the answers to compare, (ablation, document, request): one each, more for the baseline.
 
     A single short request costs nearly as much as a long one: all weights are read once.
     """
-    draw = random.Random(0)
+    rng = random.Random(0)
     requests = [(d, r) for d, doc in enumerate(documents) for r in range(len(doc.requests))]
-    for number, ablation in enumerate(ablations):
-        draw.shuffle(requests)
+    for index, ablation in enumerate(ablations):
+        rng.shuffle(requests)
         # Sorted, so that answers to one text follow each other.
-        for d, r in sorted(requests[: OF_THE_BASELINE if ablation == INTACT else 1]):
-            yield number, d, r
+        for d, r in sorted(requests[: BASELINE_ANSWERS if ablation == INTACT else 1]):
+            yield index, d, r
 
 
-def plain_tokens(
-    documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
-) -> int:
+def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
     """Count the tokens that the self-check reads without sharing, before and during measurement.
 
     Each passes about all layers once.
     """
     watched = watched_documents(documents)
-    asked: list[tuple[Any, Request]] = [*_questions(confirmation_rounds(documents, ablations))]
-    for document in documents:
-        if (key := (document.task, document.index)) in watched:
-            asked += [(key, request) for request in document.requests]
-    texts = ((of, read_for(request, max_length)) for of, request in asked)
+    questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
+    questions += [
+        (key, request)
+        for document in documents
+        if (key := (document.task, document.index)) in watched
+        for request in document.requests
+    ]
+    texts = ((subject, input_tokens(request, max_length)) for subject, request in questions)
     return sum(len(text) for (_, text), _ in groupby(texts))
 
 
 def _compare(
-    truth: Reference, score: DocumentScores, number: int, ablation: Ablation, request: int
+    truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
     """Compare one answer of the model itself with that of the really changed model.
 
     In float32 it may differ by 1e-3 nats and 1e-4 of itself. In half precision, where the order of
     summation alone changes values by per cents, it may differ by 0.1 nats and 2 %.
     """
-    ours = score.responses[number][request].loglikelihood
-    found = truth.compare(
-        ours, ablation, score.document.requests[request], *(HALF if truth.is_half else SINGLE)
-    )
-    if found.wrong is None:
-        return found
-    where = f"document {score.document.index} of {score.document.task}, request {request}"
-    return replace(found, wrong=f"{where}, {ablation.name}: {found.wrong}")
+    document, value = score.document, score.responses[index][request].loglikelihood
+    tolerance = HALF_TOLERANCE if truth.is_half else SINGLE_TOLERANCE
+    comparison = truth.compare(value, ablation, document.requests[request], *tolerance)
+    if comparison.wrong is None:
+        return comparison
+    location = f"document {document.index} of {document.task}, request {request}"
+    return replace(comparison, wrong=f"{location}, {ablation.name}: {comparison.wrong}")
 
 
-def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
+def watched_documents(documents: Documents) -> set[tuple[str, int]]:
     """Draw the documents, as (task, index), that are answered both ways during measurement.
 
-    They are one in `RATE`, and at least one of each task (of some drawn tasks if there are many).
-    The one with the longest text is added, which crosses all thresholds in the model's code. The
-    draw is always the same, and more documents add to it.
+    They are one in `WATCH_RATE`, and at least one of each task (of some drawn tasks if there are
+    many). The one with the longest text is added, which crosses all thresholds in the model's code.
+    The draw is always the same, and more documents add to it.
     """
 
-    def drawn(document: Document) -> float:
+    def draw(document: Document) -> float:
         return random.Random(f"{document.task}/{document.index}").random()
 
-    first: dict[str, Document] = {}
-    for document in documents:
-        first[document.task] = min(first.get(document.task, document), document, key=drawn)
-    some = [document for document in documents if drawn(document) < 1 / RATE]
-    longest = sorted(documents, key=lambda d: (-_longest(d), drawn(d)))[:1]
-    tasks = sorted(first, key=lambda task: random.Random(task).random())
-    tasks = tasks[: max(TASKS, len(documents) // TASK_RATE)]
-    watched = (*some, *(first[task] for task in tasks), *longest)
-    return {(document.task, document.index) for document in watched}
+    by_task = group_by(documents, lambda document: document.task)
+    tasks = sorted(by_task, key=lambda task: random.Random(task).random())
+    tasks = tasks[: max(MIN_WATCHED_TASKS, len(documents) // WATCHED_TASK_RATE)]
+    sample = [document for document in documents if draw(document) < 1 / WATCH_RATE]
+    sample += [min(by_task[task], key=draw) for task in tasks]
+    sample += sorted(documents, key=lambda d: (-_max_request_length(d), draw(d)))[:1]
+    return {(document.task, document.index) for document in sample}
 
 
-def _longest(document: Document) -> int:
+def _max_request_length(document: Document) -> int:
     return max((request.length for request in document.requests), default=0)
 
 
 def watched_requests(
-    documents: Sequence[Document], ablations: Sequence[Ablation], seed: str, first: int = 0
+    documents: Documents, ablations: Ablations, seed: str, first_ablation: int = 0
 ) -> list[tuple[Ablation, Request]]:
     """List the (ablation, request) pairs that `watch` compares."""
     return [
-        (ablations[_drawn(document, ablations, seed, first)], request)
+        (ablations[_draw_ablation(document, ablations, seed, first_ablation)], request)
         for document in documents
         for request in document.requests
     ]
 
 
-def _drawn(document: Document, ablations: Sequence[Ablation], seed: str, first: int) -> int:
-    """Draw the ablation under which a document is answered again, from number `first` on."""
-    draw = random.Random(f"{seed}/{document.task}/{document.index}")
-    return draw.randrange(first, len(ablations))
+def _draw_ablation(document: Document, ablations: Ablations, seed: str, first_ablation: int) -> int:
+    """Draw the index of the ablation under which a document is answered again."""
+    rng = random.Random(f"{seed}/{document.task}/{document.index}")
+    return rng.randrange(first_ablation, len(ablations))
 
 
 def watch(
     truth: Reference,
     scores: Sequence[DocumentScores],
-    ablations: Sequence[Ablation],
+    ablations: Ablations,
     seed: str,
-    first: int = 0,
+    first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
     """Answer measured documents again on a really changed model, each under one ablation.
 
     Args:
-        truth: The reference for the engine that measured them.
+        truth: The reference for the engine that measured the documents.
         scores: The engine's results.
         ablations: The measured ablations.
         seed: Seed of the draw of each document's ablation.
-        first: Number of the first ablation that may be drawn.
+        first_ablation: Number of the first ablation that may be drawn.
 
     Yields:
         Each document's scores, the number of its ablation, and the comparison of its requests.
     """
     for score in scores:
-        number = _drawn(score.document, ablations, seed, first)
-        found = Comparison()
-        for request in range(len(score.document.requests)):
-            found += _compare(truth, score, number, ablations[number], request)
-        yield score, number, found
+        index = _draw_ablation(score.document, ablations, seed, first_ablation)
+        requests = range(len(score.document.requests))
+        comparisons = (_compare(truth, score, index, ablations[index], r) for r in requests)
+        yield score, index, sum(comparisons, Comparison())

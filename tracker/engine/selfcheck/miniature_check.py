@@ -14,9 +14,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -24,33 +24,42 @@ from transformers import PreTrainedModel
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.documents import Document, Request
 from tracker.core.errors import CellError
-from tracker.core.grouping import grouped
-from tracker.core.kinds import Action, Component
-from tracker.core.model_parts import one_experts
-from tracker.core.provenance import content_hash, file_hash, machine, package_versions
+from tracker.core.grouping import group_by
+from tracker.core.kinds import Action
+from tracker.core.model_parts import split_expert_map
+from tracker.core.provenance import content_hash, describe_machine, file_hash, package_versions
 from tracker.engine.forward.layer import RandomReplacement
-from tracker.engine.refusal import refused, tried
+from tracker.engine.forward.streams import Ablations
+from tracker.engine.refusal import refusal_reason, try_model
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
-from tracker.engine.scoring.score import SHORTEST
+from tracker.engine.scoring.rows import Documents
+from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import Engine
-from tracker.engine.selfcheck.quirks import STEPS, as_removed, find_quirks, find_switches, shortened
+from tracker.engine.selfcheck.quirks import (
+    SMALL_NUMBERS,
+    build_shortened,
+    find_quirks,
+    find_removed_model,
+    find_switches,
+)
 from tracker.engine.selfcheck.reference import (
+    STATE,
     Comparison,
     Reference,
-    Verdict,
-    in_words,
-    less,
-    of_difference,
-    of_refusal,
+    SharingVerdict,
+    describe_difference,
+    describe_error,
+    describe_loss,
+    keeps_state,
 )
 from tracker.models.layers import find_layers
-from tracker.models.miniature import NumberPath, miniature, numbers
-from tracker.models.sources import parts_of
+from tracker.models.miniature import NumberPath, build_miniature, find_numbers
+from tracker.models.sources import parts_of_config
 
-FIRST = 2
-"""The first token id that is drawn; smaller ones are special in many vocabularies."""
+FIRST_TOKEN = 2
+"""The smallest token id that is drawn; smaller ids are special in many vocabularies."""
 _Tokens = Callable[[int], tuple[int, ...]]
-"""Function that draws so many tokens, or as many as a model reads."""
+"""Function that draws a given number of tokens, at most as many as a model reads."""
 _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
 """A context and its answers."""
 
@@ -60,12 +69,13 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
 
     `vocabulary` is the number of token ids.
     """
-    tokens = _drawing(vocabulary, longest - 1)
+    tokens = _make_token_source(vocabulary, longest - 1)
     # Texts that end just before every second threshold, and continue beyond it.
     return [
-        _branches(tokens),
-        _documents([(tokens(n - 1), [tokens(n // 8), (3,)]) for n in STEPS[1::2]]),
-        *(_shared(tokens, min(common, longest - 12)) for common in (SHORTEST + 4, SHORTEST + 1)),
+        _branch_documents(tokens),
+        _make_documents([(tokens(n - 1), [tokens(n // 8), (3,)]) for n in SMALL_NUMBERS[1::2]]),
+        _shared_documents(tokens, min(MIN_PREFIX + 4, longest - 12)),
+        _shared_documents(tokens, min(MIN_PREFIX + 1, longest - 12)),
     ]
 
 
@@ -78,29 +88,26 @@ def reaching_calls(
     of one document up to `widest`, which is more than any text has tokens. Texts that test sharing
     beyond `sharing` are left out.
     """
-    tokens = _drawing(vocabulary)
+    tokens = _make_token_source(vocabulary)
 
-    def doubled(common: tuple[int, ...], context: int) -> _Content:
+    def make_doubled(beginning: tuple[int, ...], context: int) -> _Content:
         # Alone, the one-token answer takes a call half as long as the one that both share.
-        more = tokens(context + 2)
-        return common + tokens(context), [more[:1], more]
+        answer = tokens(context + 2)
+        return beginning + tokens(context), [answer[:1], answer]
 
     halves = [(longest >> times) - 1 for times in range(1, longest.bit_length() - 1)]
     beginning = tokens(longest // 2)
     branches = max(2, -(-(widest - longest // 4) // max(1, longest // 2)))
-    wide = tokens(longest // 4), [tokens(longest // 2) for _ in range(branches)]
-    full = [(tokens(13), [tokens(3)]) for _ in range(nodes // 16)]
-    contents: list[Sequence[_Content]] = [
-        [doubled((), half) for half in halves],
-        full,
-        [wide] if sharing.tokens else [],
+    wide_content = tokens(longest // 4), [tokens(longest // 2) for _ in range(branches)]
+    short = [(tokens(13), [tokens(3)]) for _ in range(nodes // 16)]
+    contents: list[Sequence[_Content]] = [[make_doubled((), half) for half in halves], short]
+    if sharing.tokens:
+        contents.append([wide_content])
+    if sharing.prefix:
         # Long and short; all lengths are crossed above.
-        [doubled(beginning, half) for half in halves[1::3]]
-        + [(beginning + context, answers) for context, answers in full]
-        if sharing.prefix
-        else [],
-    ]
-    return [_documents(texts) for texts in contents if texts]
+        long_texts = [make_doubled(beginning, half) for half in halves[1::3]]
+        contents.append(long_texts + [(beginning + context, answers) for context, answers in short])
+    return [_make_documents(texts) for texts in contents if texts]
 
 
 def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
@@ -108,40 +115,39 @@ def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> li
 
     `vocabulary` is the number of token ids, and `widest` the number of nodes of a document.
     """
-    tokens = _drawing(vocabulary)
+    tokens = _make_token_source(vocabulary)
     contents: list[_Content] = []
     for switch in switches:
         contents.append((tokens(switch - 3), [tokens(1), tokens(6)]))
         branches = [tokens(switch // 3) for _ in range(2 if switch <= widest else 1)]
         contents.append((tokens(switch // 2), branches))
-    return [_documents(contents)]
+    return [_make_documents(contents)]
 
 
-def _drawing(vocabulary: int, most: int | None = None) -> _Tokens:
+def _make_token_source(vocabulary: int, max_tokens: int | None = None) -> _Tokens:
     """Return a function that draws texts, the same ones each time, of at most so many tokens."""
-    draw = random.Random(0)
+    rng = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(count)[:most])
+        return tuple(rng.randrange(FIRST_TOKEN, vocabulary) for _ in range(count)[:max_tokens])
 
     return tokens
 
 
-def _branches(tokens: _Tokens) -> list[Document]:
+def _branch_documents(tokens: _Tokens) -> list[Document]:
     """Build documents with branches and single-letter answers, long before short."""
     letters = [(tokens(n), [(3,), (4,)]) for n in (44, 33, 12, 26, 9)]
-    spoken = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
-    long = [(tokens(5), [tokens(30), tokens(28)])]
-    return _documents([*letters, *spoken, *long])
+    texts = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
+    return _make_documents([*letters, *texts, (tokens(5), [tokens(30), tokens(28)])])
 
 
-def _shared(tokens: _Tokens, length: int) -> list[Document]:
+def _shared_documents(tokens: _Tokens, length: int) -> list[Document]:
     """Build documents with a beginning that is read separately."""
-    common = tokens(length)
-    return _documents([(common + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
+    common_tokens = tokens(length)
+    return _make_documents([(common_tokens + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
 
 
-def _documents(contents: Sequence[_Content]) -> list[Document]:
+def _make_documents(contents: Sequence[_Content]) -> list[Document]:
     return [
         Document("probe", number, requests, number % len(requests), len(requests))
         for number, (context, answers) in enumerate(contents)
@@ -149,34 +155,46 @@ def _documents(contents: Sequence[_Content]) -> list[Document]:
     ]
 
 
-WAYS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
-"""Ways of sharing, from the most to the least."""
-TOLERANCE = 2e-4, 1e-5
+SHARING_LEVELS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
+"""Levels of sharing, from the most to the least."""
+MINI_TOLERANCE = 2e-4, 1e-5
 """Tolerances of a miniature's answers: nats, and share of the answer."""
-ANSWERS = 128
-"""Number of answers compared besides all of the baseline's."""
-SOME = 4
+MAX_ANSWERS = 128
+"""Number of answers compared in addition to all answers of the baseline."""
+MIN_ANSWERS = 4
 """Minimum number of answers compared per ablation."""
-FEW = 16
+BOTH_ORDERS_LIMIT = 16
 """Maximum number of ablations that are scored in both orders."""
-OFTEN = 0.02
+MAX_UNSTEADY_SHARE = 0.02
 """Share of answers at discontinuities of the model above which sharing is rejected."""
-ROW_TOKENS = 40
-"""Nodes of a row: several short texts share one, a long one has its own."""
+MINI_ROW_TOKENS = 40
+"""Number of nodes of a row: several short texts share a row, a long text has its own."""
 MAX_LENGTH = 96
 LONGEST_REACH = 1024
-"""Tokens up to which a miniature is tested at every length; longer calls would be too slow."""
-TEXTS = 5
-"""Number of texts that are read in two orders, besides the longest."""
-DRAWN = 128
-"""Number of heads or spans up to which all are compared; of more, this many are drawn."""
-_Place = tuple[Ablation, int, int, int]
-"""An ablation, and the number of a call, a document and a request."""
+"""Number of tokens up to which a miniature is tested at every length; longer calls are too slow."""
+MEMORY_TEXTS = 5
+"""Number of texts that are read in two orders, in addition to the longest text."""
+MAX_PART_ABLATIONS = 128
+"""Maximum number of heads or spans that are compared; if there are more, a sample is drawn."""
+
+
+class _Probe(NamedTuple):
+    """Texts to score under ablations, and the answers to compare.
+
+    Attributes:
+        calls: The texts, call by call.
+        ablations: The ablations, with the baseline.
+        keys: An ablation, and the number of a call, a document and a request, of each answer.
+    """
+
+    calls: Sequence[Documents]
+    ablations: Ablations
+    keys: Sequence[tuple[Ablation, int, int, int]]
 
 
 def miniature_key(
     model: PreTrainedModel,
-    ablations: Sequence[Ablation],
+    ablations: Ablations,
     paths: Sequence[NumberPath],
     rows: tuple[int, int, int] | None,
     blank: bool,
@@ -188,31 +206,31 @@ def miniature_key(
     versions, machine, this code and the model's own, which its checkpoint may bring. The weights
     do not count.
     """
-    here = Path(__file__).parents[2]
-    its_own = Path(inspect.getfile(type(model))).parent
-    ours = (path for room in ("engine", "models") for path in (here / room).rglob("*.py"))
-    code = file_hash([*ours, *its_own.glob("*.py")])
+    package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
+    folders = (package / "engine", package / "models")
+    engine_paths = (path for folder in folders for path in folder.rglob("*.py"))
+    code = file_hash([*engine_paths, *model_folder.glob("*.py")])
     config = model.config.to_dict()
     for name in ("_name_or_path", "quantization_config", "dtype"):
         config.pop(name, None)
     # The kernels that compute the model; `to_dict` leaves them out.
-    kernels = [
-        getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")
-    ]
-    names = [ablation.name for ablation in ablations]
-    of_the_model = [type(model).__name__, config, kernels]
-    texts = [paths, rows, blank]
-    return content_hash([of_the_model, names, texts, package_versions(), machine(), code])
+    names = ("_attn_implementation", "_experts_implementation")
+    kernels = [getattr(model.config, name, None) for name in names]
+    model_inputs = [type(model).__name__, config, kernels]
+    cell_inputs = [[ablation.name for ablation in ablations], paths, rows, blank]
+    system = [package_versions(), describe_machine(), code]
+    return content_hash([*model_inputs, *cell_inputs, *system])
 
 
-def reachable(model: PreTrainedModel, reach: int) -> tuple[NumberPath, ...]:
-    """List the paths of a configuration's numbers that rows of up to `reach` tokens can reach."""
-    return tuple(p for p, value in numbers(model.config.get_text_config()) if value <= reach)
+def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath, ...]:
+    """List the paths of a configuration's numbers that rows of so many tokens can reach."""
+    numbers = find_numbers(model.config.get_text_config())
+    return tuple(path for path, value in numbers if value <= n_tokens)
 
 
 def check_miniature(
-    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[NumberPath], blank: bool
-) -> Verdict:
+    engine: Engine, ablations: Ablations, paths: Sequence[NumberPath], blank: bool
+) -> SharingVerdict:
     """Check the architecture of an engine's model with short texts.
 
     Args:
@@ -228,46 +246,47 @@ def check_miniature(
     Raises:
         CellError: The model cannot be measured: it is not causal, or not without some layer.
     """
-    small = miniature(engine.loaded.model)
-    if small is None:
-        return _check_itself(engine, some_of(ablations))
-    ablations = _of_its_parts(small, some_of(ablations))
+    mini = build_miniature(engine.loaded.model)
+    if mini is None:
+        return _check_model_itself(engine, sample_ablations(ablations))
+    ablations = _map_to_miniature(mini, sample_ablations(ablations))
 
-    def truth_of(model: PreTrainedModel, verdict: Verdict) -> Reference:
-        return Reference(_engine(engine, model, verdict, MAX_LENGTH, ROW_TOKENS), miniature=True)
+    def make_reference(model: PreTrainedModel, verdict: SharingVerdict) -> Reference:
+        mini_engine = _engine(engine, model, verdict, MAX_LENGTH, MINI_ROW_TOKENS)
+        return Reference(mini_engine, is_miniature=True)
 
-    with _threads_for_a_text(miniature=True):
-        found = find_quirks(small, paths)
-    if not found.causal:
+    with _limit_threads(is_miniature=True):
+        findings = find_quirks(mini, paths)
+    if not findings.causal:
         raise CellError(
-            f"{engine.class_name} is not causal: what it says of a token depends on later tokens "
-            "of the same call, so no two ways to ask it agree"
+            f"{engine.class_name} is not causal: its logits of a token depend on later tokens of "
+            "the same call, so no log-likelihood is well-defined"
         )
-    leftovers, first = tuple(sorted(found.leftovers)), tuple(sorted(found.first))
-    verdict = Verdict(FULL, lengths=found.lengths, leftovers=leftovers, first=first)
-    models = [small, *shortened(small, found.matters)]
+    leftovers, first = tuple(sorted(findings.leftovers)), tuple(sorted(findings.first))
+    verdict = SharingVerdict(FULL, lengths=findings.lengths, leftovers=leftovers, first=first)
+    models = [mini, *build_shortened(mini, findings.relevant_numbers)]
     if blank:
-        for each in models:
-            _blank(each)
-    truth = truth_of(small, verdict)
-    with _threads_for_a_text(miniature=True):
-        verdict = as_removed(truth, ablations, verdict)
-    calls = probe_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
-    asked = list(_asked(calls, ablations, max(SOME, ANSWERS // len(ablations))))
-    for each in models:
-        if each is not small or verdict.stay or verdict.loaded:
-            truth = truth_of(each, verdict)
-        verdict = _checked(truth, ablations, verdict, calls, asked)
+        for tested_model in models:
+            _zero_embedding(tested_model)
+    truth = make_reference(mini, verdict)
+    with _limit_threads(is_miniature=True):
+        verdict = find_removed_model(truth, ablations, verdict)
+    calls = probe_calls(_vocabulary(mini), min(MAX_LENGTH, engine.max_length))
+    probe = _make_probe(calls, ablations, max(MIN_ANSWERS, MAX_ANSWERS // len(ablations)))
+    for tested_model in models:
+        if tested_model is not mini or verdict.in_place or verdict.as_loaded:
+            truth = make_reference(tested_model, verdict)
+        verdict = _lower_verdict(truth, verdict, probe)
     return verdict
 
 
 def check_longer_texts(
     engine: Engine,
-    ablations: Sequence[Ablation],
-    verdict: Verdict,
+    ablations: Ablations,
+    verdict: SharingVerdict,
     rows: tuple[int, int, int],
     blank: bool,
-) -> Verdict:
+) -> SharingVerdict:
     """Check the architecture with texts as long as a cell's, for thresholds in the model's code.
 
     Args:
@@ -284,31 +303,30 @@ def check_longer_texts(
     Raises:
         CellError: The model cannot be measured.
     """
-    if verdict.tried_on == "the model":
+    if verdict.tested_on == "the model":
         return verdict
-    small = miniature(engine.loaded.model)
+    mini = build_miniature(engine.loaded.model)
     if blank:
-        _blank(small)
+        _zero_embedding(mini)
     longest, nodes, widest = rows
-    some = _of_its_parts(small, (INTACT, ablations[len(ablations) // 2]))
+    tested_ablations = _map_to_miniature(mini, (INTACT, ablations[len(ablations) // 2]))
 
-    def checked(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
-        asked = list(_asked(calls, some, SOME))
-        truth = Reference(_engine(engine, small, verdict, tokens, nodes), miniature=True)
-        return _checked(truth, some, verdict, calls, asked)
+    def check(calls: Sequence[Documents], n_tokens: int) -> SharingVerdict:
+        truth = Reference(_engine(engine, mini, verdict, n_tokens, nodes), is_miniature=True)
+        return _lower_verdict(truth, verdict, _make_probe(calls, tested_ablations, MIN_ANSWERS))
 
-    switches, each = _switches(engine, small, verdict, max(longest, widest))
+    switches, all_differ = _find_switch_lengths(engine, mini, verdict, max(longest, widest))
     if switches:
-        verdict = replace(verdict, switches=tuple((tokens, each) for tokens in switches))
-        verdict = checked(switching_calls(_vocabulary(small), switches, widest), 2 * max(switches))
+        verdict = replace(verdict, switches=tuple((tokens, all_differ) for tokens in switches))
+        verdict = check(switching_calls(_vocabulary(mini), switches, widest), 2 * max(switches))
     longest, widest = (min(tokens, LONGEST_REACH) for tokens in (longest, widest))
-    reached = min(longest, engine.max_length)
-    calls = reaching_calls(_vocabulary(small), reached, nodes, widest, verdict.sharing)
-    return checked(calls, longest)
+    max_tokens = min(longest, engine.max_length)
+    calls = reaching_calls(_vocabulary(mini), max_tokens, nodes, widest, verdict.sharing)
+    return check(calls, longest)
 
 
-def _switches(
-    engine: Engine, small: PreTrainedModel, verdict: Verdict, longest: int
+def _find_switch_lengths(
+    engine: Engine, mini: PreTrainedModel, verdict: SharingVerdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
     """Find the lengths of a call at which something changes, beyond those that are all tested.
 
@@ -316,69 +334,63 @@ def _switches(
     """
     if longest <= LONGEST_REACH:
         return (), False
-    doubled = (LONGEST_REACH << times for times in range(longest.bit_length()))
-    lengths = {t for t in (*doubled, engine.max_length) if LONGEST_REACH <= t < longest}
-    known = verdict.quirks(small).lengths
-    found = find_switches(small, known, {*lengths, longest})
-    return found.thresholds[len(known.thresholds) :], found.each
+    powers = (LONGEST_REACH << n_doublings for n_doublings in range(longest.bit_length()))
+    lengths = {t for t in (*powers, engine.max_length) if LONGEST_REACH <= t < longest}
+    old_lengths = verdict.make_quirks(mini).lengths
+    switches = find_switches(mini, old_lengths, {*lengths, longest})
+    return switches.thresholds[len(old_lengths.thresholds) :], switches.all_differ
 
 
-def some_of(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Reduce ablations of parts and of spans to a drawn selection, where there are very many.
+def sample_ablations(ablations: Ablations) -> list[Ablation]:
+    """Draw a sample of the ablations of parts and of spans if there are very many.
 
     A model has hundreds of heads and thousands of spans, which all take the same code paths.
     Ablations that remove layers stay.
     """
-    many = [
-        ablation
-        for ablation in ablations
-        if ablation.parts or ablation.repeated or (ablation.rounded and not ablation.ends)
-    ]
-    if len(many) <= DRAWN:
-        return list(ablations)
-    out = set(many) - set(random.Random(0).sample(many, DRAWN))
-    return [ablation for ablation in ablations if ablation not in out]
+    inner = (a for a in ablations if a.parts or a.repetitions or a.roundings)
+    many = [a for a in inner if a.parts or a.repetitions or not a.outer_formats]
+    sample = random.Random(0).sample(many, min(len(many), MAX_PART_ABLATIONS))
+    omitted = set(many) - set(sample)
+    return [ablation for ablation in ablations if ablation not in omitted]
 
 
-def _of_its_parts(small: PreTrainedModel, ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Map the parts of a model to the few of its miniature; return no ablation twice.
+def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablation]:
+    """Map ablations of a model's parts to parts of its miniature; drop duplicate ablations.
 
     Sets keep at most half of a layer's parts: a router chooses two of a miniature's four.
     """
-    parts = parts_of(small.config.get_text_config())
+    parts = parts_of_config(mini.config.get_text_config())
 
-    def of_miniature(change: Change) -> Change:
+    def map_change(change: Change) -> Change:
         part = change.part
         if isinstance(part, int):
-            count = parts.numbered(change.component)
-            return replace(change, part=part % count) if count else change
+            n_parts = parts.count_of(change.component)
+            return replace(change, part=part % n_parts) if n_parts else change
         if change.action is not Action.ROUNDED:
             return change
-        if part is not None and parts.expert and (expert := one_experts(part)):
+        if part is not None and parts.expert and (expert := split_expert_map(part)):
             holder, _, name = expert[0].rpartition(".")
             part = f"{holder}.{expert[1] % parts.expert}.{name}"
         # Rows of a miniature fill no blocks of most formats; few bits reveal errors.
         return replace(change, intervention="int4_row", part=part)
 
-    def smaller(ablation: Ablation) -> Ablation:
-        changes = Ablation.of(*map(of_miniature, ablation.changes))
-        rest, of_layers = changes.changes - {*changes.parts}, grouped(changes.parts, _place)
-        for (_, component), own in of_layers.items():
-            rest |= {*own[: max(1, (parts.numbered(component) or 2 * len(own)) // 2)]}
-        return Ablation(rest)
+    def map_ablation(ablation: Ablation) -> Ablation:
+        mapped = Ablation.from_changes(*map(map_change, ablation.changes))
+        changes = mapped.changes - {*mapped.parts}
+        groups = group_by(mapped.parts, lambda part: (part.layer, part.component))
+        for (_, component), group in groups.items():
+            n_parts = parts.count_of(component) or 2 * len(group)
+            changes |= {*group[: max(1, n_parts // 2)]}
+        return Ablation(changes)
 
-    return list(dict.fromkeys(map(smaller, ablations)))
-
-
-def _place(part: Change) -> tuple[int, Component]:
-    return part.layer, part.component
+    return list(dict.fromkeys(map(map_ablation, ablations)))
 
 
 @contextmanager
-def _threads_for_a_text(miniature: bool) -> Iterator[None]:
-    """Use one thread for a miniature until exit: a second one hardly helps, and may wait."""
+def _limit_threads(is_miniature: bool) -> Iterator[None]:
+    """Use one thread for a miniature until exit; a second thread hardly helps, and may wait."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if miniature else threads)
+    torch.set_num_threads(1 if is_miniature else threads)
     try:
         yield
     finally:
@@ -386,121 +398,113 @@ def _threads_for_a_text(miniature: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _blank(model: PreTrainedModel) -> None:
+def _zero_embedding(model: PreTrainedModel) -> None:
     """Set the embedding of a token that texts are drawn from to zeros."""
-    model.get_input_embeddings().weight[FIRST] = 0
+    model.get_input_embeddings().weight[FIRST_TOKEN] = 0
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
     """Return the number of tokens that a model both reads and predicts: Moshi reads one more."""
     head = model.get_output_embeddings()
-    read = int(model.get_input_embeddings().num_embeddings)
-    return read if head is None else min(read, int(head.weight.shape[0]))
+    n_embeddings = int(model.get_input_embeddings().num_embeddings)
+    return n_embeddings if head is None else min(n_embeddings, int(head.weight.shape[0]))
 
 
 def _engine(
-    engine: Engine, model: PreTrainedModel, verdict: Verdict, longest: int, nodes: int
+    engine: Engine, model: PreTrainedModel, verdict: SharingVerdict, longest: int, nodes: int
 ) -> Engine:
-    """Build an engine for a miniature that reads so many tokens, in rows of so many nodes."""
+    """Build an engine for a miniature, with a maximum text length and a size of rows."""
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
-    most = min(longest, engine.max_length)
-    replacements = _random_replacements(loaded.layers)
-    # Streams pass a layer in several batches, as they do with long texts or many streams.
     return Engine(
         loaded,
-        most,
-        verdict.quirks(model),
+        min(longest, engine.max_length),
+        verdict.make_quirks(model),
         memory=2**30,
-        at_once=2 * nodes,
-        replacements=replacements,
+        # Streams pass a layer in several batches, as they do with long texts or many streams.
+        pass_tokens=2 * nodes,
+        replacements=_random_replacements(loaded.layers),
         row_tokens=nodes,
     )
 
 
 def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
-    """Build random replacements of layers: fitting them takes a checked model."""
+    """Build random replacements of layers, since fitting needs a checked model."""
     return {layer: RandomReplacement(layer) for layer in range(len(layers))}
 
 
-def _check_itself(engine: Engine, ablations: Sequence[Ablation]) -> Verdict:
+def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     """Check a model without a miniature, on the assumption that every length matters."""
-    verdict = Verdict(
+    verdict = SharingVerdict(
         DEPTH_ONLY,
         "no miniature of the model can be built on which sharing over tokens could be proven",
         lengths=(((), True),),
-        tried_on="the model",
+        tested_on="the model",
     )
-    verdict = as_removed(Reference(engine), ablations, verdict)
-    quirks = verdict.quirks(engine.loaded.model)
+    verdict = find_removed_model(Reference(engine), ablations, verdict)
+    quirks = verdict.make_quirks(engine.loaded.model)
     engine = replace(engine, quirks=quirks, replacements=_random_replacements(engine.loaded.layers))
     calls = [probe_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
-    return _checked(Reference(engine), ablations, verdict, calls, [*_asked(calls, ablations, 1)])
+    return _lower_verdict(Reference(engine), verdict, _make_probe(calls, ablations, 1))
 
 
-def _checked(
-    truth: Reference,
-    ablations: Sequence[Ablation],
-    verdict: Verdict,
-    calls: Sequence[Sequence[Document]],
-    asked: Sequence[_Place],
-) -> Verdict:
+def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
     """Lower a verdict to the sharing that is exact on the reference's model."""
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
-        with _threads_for_a_text(truth.miniature):
-            _refuse_memory(engine, calls)
+        with _limit_threads(truth.is_miniature):
+            _refuse_stateful_model(engine, probe.calls)
 
     def compare(sharing: Sharing) -> Comparison:
-        found = compare_both_ways(engine.with_sharing(sharing), calls, ablations, asked, truth)
-        if sharing.calls and found.unsteady > OFTEN * found.compared:
-            return replace(found, wrong="too often discontinuous")
-        return found
+        comparison = compare_both_ways(engine.with_sharing(sharing), truth, probe)
+        if sharing.calls and comparison.unsteady > MAX_UNSTEADY_SHARE * comparison.compared:
+            return replace(comparison, wrong="too often discontinuous")
+        return comparison
 
-    sharing, found, why = most_sharing(verdict.sharing, engine, compare)
+    sharing, comparison, reason = find_most_sharing(verdict.sharing, engine, compare)
     return replace(
         verdict,
         sharing=sharing,
-        lost=less(verdict.lost, sharing, why),
-        difference=max(found.difference, verdict.difference),
-        compared=verdict.compared + found.compared,
-        unsteady=verdict.unsteady + found.unsteady,
+        sharing_note=describe_loss(verdict.sharing_note, sharing, reason),
+        difference=max(comparison.difference, verdict.difference),
+        compared=verdict.compared + comparison.compared,
+        unsteady=verdict.unsteady + comparison.unsteady,
     )
 
 
-def _refuse_memory(engine: Engine, calls: Sequence[Sequence[Document]]) -> None:
+def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
     """Raise CellError if a model's answers depend on the texts before them.
 
     One copy of the model reads texts of rising length, another of falling; both must agree. If
     not, there is no reference to compare with.
     """
-    ordered = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
-    texts = [*ordered[:: -(-len(ordered) // TEXTS)], ordered[-1]]
-    rising, falling = engine.without(INTACT), engine.without(INTACT)
-    nats, share = TOLERANCE
+    requests = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
+    texts = [*requests[:: -(-len(requests) // MEMORY_TEXTS)], requests[-1]]
+    rising_engine, falling_engine = engine.ablate(INTACT), engine.ablate(INTACT)
+    abs_tol, rel_tol = MINI_TOLERANCE
 
-    def both_orders() -> list[tuple[float, float]]:
-        after_shorter = [rising.answer(text).loglikelihood for text in texts]
-        after_longer = [falling.answer(text).loglikelihood for text in reversed(texts)][::-1]
-        return list(zip(after_shorter, after_longer, strict=True))
+    def read_both_orders() -> list[tuple[float, float]]:
+        after_shorter = [rising_engine.answer(text).loglikelihood for text in texts]
+        after_longer = [falling_engine.answer(text).loglikelihood for text in reversed(texts)]
+        return list(zip(after_shorter, after_longer[::-1], strict=True))
 
-    # `most_sharing` reports texts that the model cannot answer in any way.
-    for one, other in tried(both_orders)[0] or ():
-        both_nan = math.isnan(one) and math.isnan(other)
-        if not both_nan and not math.isclose(one, other, rel_tol=share, abs_tol=nats):
+    # `find_most_sharing` reports texts that the model cannot answer in any way.
+    for x, y in try_model(read_both_orders)[0] or ():
+        both_nan = math.isnan(x) and math.isnan(y)
+        if not both_nan and not math.isclose(x, y, rel_tol=rel_tol, abs_tol=abs_tol):
             raise CellError(
-                f"{engine.class_name} contradicts itself: it says {one:.6g} nats of a text after "
-                f"shorter ones, and {other:.6g} after longer ones"
+                f"{engine.class_name} contradicts itself: a text scores {x:.6g} nats after shorter "
+                f"texts, and {y:.6g} after longer ones"
             )
 
 
-def most_sharing(
-    start: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
+def find_most_sharing(
+    most: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
-    """Find the most sharing that gives the results of the really changed model.
+    """Find the most sharing whose results equal those of the really changed model.
 
     Args:
-        start: The most sharing to test.
+        most: The most sharing to test.
         engine: The engine that names the model and makes the copy that explains a loss.
         compare: Function that compares answers computed with some sharing.
 
@@ -511,76 +515,75 @@ def most_sharing(
         CellError: The model does not run even with nothing shared, or contradicts itself.
     """
     name = engine.class_name
-    why: Callable[[], str] | None = None
-    ways = (*WAYS, ONE_BY_ONE)
-    for sharing in ways[ways.index(start) :]:
+    lost: tuple[Sharing, str, str] | None = None  # and why, for models without and with a state
+    levels = (*SHARING_LEVELS, ONE_BY_ONE)
+    for sharing in levels[levels.index(most) :]:
         try:
-            found = compare(sharing)
+            comparison = compare(sharing)
         except Exception as error:  # a model may refuse this way of sharing
-            said = refused(error)
-            if said is None:
+            message = refusal_reason(error)
+            if message is None:
                 raise
             if sharing == ONE_BY_ONE:
-                raise CellError(f"{name} cannot be asked one request at a time: {said}") from error
-            why = partial(of_refusal, sharing, in_words(error, sharing, name), engine)
+                text = f"{name} cannot be asked one request at a time: {message}"
+                raise CellError(text) from error
+            lost = sharing, describe_error(error, sharing, name), STATE
             continue
-        if found.wrong is None:
-            return sharing, found, None if why is None else why()
+        if comparison.wrong is None:
+            break
         if sharing == ONE_BY_ONE:
-            raise CellError(f"{name} contradicts itself: {found.wrong}")
-        why = partial(of_difference, sharing, found, engine)
-    raise AssertionError("the last way returns or raises")
+            raise CellError(f"{name} contradicts itself: {comparison.wrong}")
+        reason = describe_difference(sharing, comparison)
+        lost = sharing, reason, reason if comparison.unsteady else f"{STATE}: {reason}"
+    if lost is None:
+        return sharing, comparison, None
+    way, reason, state_reason = lost
+    has_state = way == NO_PREFIX and reason != state_reason and keeps_state(engine.copy())
+    return sharing, comparison, state_reason if has_state else reason
 
 
-def _asked(
-    calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation], some: int
-) -> Iterator[_Place]:
-    """Yield the answers to compare: all of the baseline, and `some` of each other ablation.
+def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int) -> _Probe:
+    """Draw the answers to compare: all of the baseline, `n_answers` of each other ablation.
 
     They are drawn from one call after the other, since each call tests something else.
     """
-    every = [
+    answers_by_call = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
         for c, call in enumerate(calls)
     ]
-    draw = random.Random(0)
+    rng, keys = random.Random(0), []
     for ablation in ablations:
-        drawn = zip_longest(*(draw.sample(places, len(places)) for places in every))
-        chosen = [place for places in drawn for place in places if place is not None]
+        shuffled = (rng.sample(group, len(group)) for group in answers_by_call)
+        drawn_answers = [answer for turn in zip_longest(*shuffled) for answer in turn if answer]
         # Sorted, so that answers to one text follow each other.
-        for place in sorted(chosen if ablation == INTACT else chosen[:some]):
-            yield (ablation, *place)
+        answers = sorted(drawn_answers if ablation == INTACT else drawn_answers[:n_answers])
+        keys += [(ablation, *answer) for answer in answers]
+    return _Probe(calls, ablations, keys)
 
 
-def compare_both_ways(
-    engine: Engine,
-    calls: Sequence[Sequence[Document]],
-    ablations: Sequence[Ablation],
-    asked: Sequence[_Place],
-    truth: Reference,
-) -> Comparison:
-    """Score all calls in order and then in reverse, and compare until something is wrong.
+def compare_both_ways(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
+    """Score all calls in order and then in reverse; compare answers until one is wrong.
 
-    Of more than `FEW` ablations, half are scored in order and half in reverse, since order affects
-    a state that all of them share. The baseline is scored both times. The halves are drawn,
-    because kinds of layers may alternate.
+    Of more than `BOTH_ORDERS_LIMIT` ablations, half are scored in order and half in reverse, since
+    the order affects a state that all ablations share. The baseline is scored both times. The
+    halves are drawn, because kinds of layers may alternate.
     """
-    found = Comparison()
-    removed = [ablation for ablation in ablations if ablation != INTACT]
-    orders = removed, removed
-    if len(removed) > FEW:
-        drawn = random.Random(0).sample(removed, len(removed))
-        orders = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
-    for step, some in zip((1, -1), orders, strict=True):
-        places = {ablation: place for place, ablation in enumerate((INTACT, *some))}
-        for number in range(len(calls))[::step]:
-            call = calls[number]
-            scores = engine.score(call[::step], list(places))[::step]
-            mine = [(a, d, r) for a, c, d, r in asked if c == number and a in places]
-            with _threads_for_a_text(truth.miniature):
-                for ablation, d, r in mine:
-                    ours = scores[d].responses[places[ablation]][r].loglikelihood
-                    found += truth.compare(ours, ablation, call[d].requests[r], *TOLERANCE)
-                    if found.wrong:
-                        return found
-    return found
+    comparison = Comparison()
+    changes = [ablation for ablation in probe.ablations if ablation != INTACT]
+    orders = changes, changes
+    if len(changes) > BOTH_ORDERS_LIMIT:
+        sample = random.Random(0).sample(changes, len(changes))
+        orders = sample[: len(sample) // 2], sample[len(sample) // 2 :]
+    for direction, order in zip((1, -1), orders, strict=True):
+        column_of = {ablation: column for column, ablation in enumerate((INTACT, *order))}
+        for number, call in [*enumerate(probe.calls)][::direction]:
+            scores = engine.score(call[::direction], list(column_of))[::direction]
+            answers = [(a, d, r) for a, c, d, r in probe.keys if c == number and a in column_of]
+            with _limit_threads(truth.is_miniature):
+                for ablation, d, r in answers:
+                    value = scores[d].responses[column_of[ablation]][r].loglikelihood
+                    request = call[d].requests[r]
+                    comparison += truth.compare(value, ablation, request, *MINI_TOLERANCE)
+                    if comparison.wrong:
+                        return comparison
+    return comparison

@@ -1,7 +1,8 @@
-"""Reference answers of really changed models, one request at a time, and verdicts on sharing.
+"""Compute reference answers of really changed models, and define verdicts on sharing.
 
-The engine's shared results are compared with these. A verdict explains in one sentence for users
-why sharing was lost: the experiment that failed. Errors of the model's own code go to the log.
+The engine's shared results are compared with these answers, one request at a time. A verdict
+explains in one sentence for users why sharing was lost: the experiment that failed. Errors of the
+model's own code go to the log.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from tracker.core.changes import Ablation
 from tracker.core.documents import Request, Response
 from tracker.core.errors import attempt
+from tracker.core.grouping import group_by
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import (
     DEPTH_ONLY,
@@ -32,32 +34,32 @@ from tracker.engine.scoring.model import (
     PLAIN,
     Quirks,
     Sharing,
-    read_for,
-    scored,
+    input_tokens,
+    score_continuation,
 )
 from tracker.engine.scoring.rows import Lengths
 from tracker.engine.scoring.sweep import Engine
-from tracker.models.miniature import NumberPath, numbers
-from tracker.models.pruned import remember
+from tracker.models.miniature import NumberPath, find_numbers
+from tracker.models.pruned import record_state
 
-CALM = 10.0
-"""Factor by which two ways may differ, relative to how far rounding moves the model itself."""
-SHAKE = 16
-"""Machine epsilons by which embeddings are perturbed: rounding sums up to this in a few layers."""
-DRAWS = 32
+MAX_ROUNDING_FACTOR = 10.0
+"""Maximum difference between two ways, as a multiple of the effect of rounding on the model."""
+NOISE_EPSILONS = 16
+"""Size of perturbations of embeddings, in machine epsilons: the rounding of a few layers."""
+NOISE_DRAWS = 32
 """Maximum number of times that a request is scored with perturbed embeddings."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers that were computed both ways.
+    """Comparison of answers that were computed both ways.
 
     Attributes:
         compared: Number of log-likelihoods.
         difference: The largest difference, in nats.
-        unsteady: Number that differ by more than rounding should, where the model itself moves as
-            far when its embeddings move by rounding: it is discontinuous there.
-        wrong: Description of the first that differs by more; None if none does.
+        unsteady: Number of answers that differ by more than rounding should, but no more than if
+            embeddings are perturbed by rounding: the model is discontinuous there.
+        wrong: Description of the first answer that differs by more; None if there is none.
     """
 
     compared: int = 0
@@ -76,70 +78,65 @@ class Comparison:
 
 
 class Reference:
-    """Answers requests on models that were really changed.
+    """Answerer of requests on really changed models.
 
     The engine provides the model, the side effects of its calls, and changed copies. Every copy of
-    a `miniature` is kept, and NaN on both sides is no agreement for it: it would agree with
-    anything, while a real model may well return it.
+    a miniature is kept, and NaN on both sides is no agreement for it: it would agree with anything,
+    while a real model may well return it.
     """
 
-    def __init__(self, engine: Engine, miniature: bool = False) -> None:
+    def __init__(self, engine: Engine, is_miniature: bool = False) -> None:
         self.engine = engine
-        self.miniature = miniature
-        self._made: dict[Ablation, Engine] = {}
-        self._read: tuple[tuple[Ablation, tuple[int, ...]], Tensor] | None = None
+        self.is_miniature = is_miniature
+        self._copies: dict[Ablation, Engine] = {}
+        self._last_logits: tuple[tuple[Ablation, tuple[int, ...]], Tensor] | None = None
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
-    def without(self, ablation: Ablation) -> Engine:
+    def ablate(self, ablation: Ablation) -> Engine:
         """Return an engine for a copy without the ablation's parts, reusing one made before."""
-        if ablation not in self._made:
-            if not self.miniature:  # requests are sorted by ablation
-                self._made.clear()
-            self._made[ablation] = self.engine.without(ablation, briefly=True)
-        return self._made[ablation]
+        if ablation not in self._copies:
+            if not self.is_miniature:  # requests are sorted by ablation
+                self._copies.clear()
+            self._copies[ablation] = self.engine.ablate(ablation, brief=True)
+        return self._copies[ablation]
 
-    def ask(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
+    def answer_all(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
         """Answer questions in lockstep if weights are offloaded, so that they are loaded once."""
         if self.engine.loaded.offloaded is None:
             return
         questions = [question for question in questions if question not in self._answers]
+        texts = group_by(questions, lambda q: (q[0], input_tokens(q[1], self.engine.max_length)))
 
-        def answered(ablation: Ablation, requests: Sequence[Request]) -> None:
-            engine = self.engine.without(ablation)
-            logits = engine.read(read_for(requests[0], engine.max_length))
-            for request in requests:
-                self._answers[ablation, request] = scored(logits, request.continuation)
+        def answer_text(ablation: Ablation, text: tuple[int, ...]) -> None:
+            logits = self.engine.ablate(ablation).read_logits(text)
+            for question in texts[ablation, text]:
+                self._answers[question] = score_continuation(logits, question[1].continuation)
 
-        texts: dict[tuple[Ablation, tuple[int, ...]], list[Request]] = {}
-        for ablation, request in questions:
-            text = read_for(request, self.engine.max_length)
-            texts.setdefault((ablation, text), []).append(request)
-        passes = (partial(answered, ablation, some) for (ablation, _), some in texts.items())
-        deque(self.engine.side_by_side(passes), maxlen=0)
+        deque(self.engine.run_lockstep(partial(answer_text, *text) for text in texts), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
         """Score one request, once, on a model without what the ablation removes."""
-        place = (ablation, request)
-        if place not in self._answers:
-            engine = self.without(ablation)
-            text = ablation, read_for(request, engine.max_length)
-            if self._read is None or self._read[0] != text:
-                self._read = None  # logits of a long text are large: never two at a time
-                self._read = text, engine.read(text[1])
-            self._answers[place] = scored(self._read[1], request.continuation)
-        return self._answers[place]
+        key = (ablation, request)
+        if key not in self._answers:
+            engine = self.ablate(ablation)
+            text = ablation, input_tokens(request, engine.max_length)
+            if self._last_logits is None or self._last_logits[0] != text:
+                self._last_logits = None  # logits of a long text are large: never two at a time
+                self._last_logits = text, engine.read_logits(text[1])
+            self._answers[key] = score_continuation(self._last_logits[1], request.continuation)
+        return self._answers[key]
 
-    def moves(self, ablation: Ablation, request: Request, nats: float) -> bool:
-        """Return whether an answer moves by so many nats when embeddings move by their rounding.
+    def is_unsteady(self, ablation: Ablation, request: Request, nats: float) -> bool:
+        """Return whether perturbing embeddings by rounding changes an answer by so many nats.
 
-        Near a tie of a router or a top-k, it may in one of `DRAWS` draws: the model is
+        Near a tie of a router or a top-k, it may in one of `NOISE_DRAWS` draws: the model is
         discontinuous there, and no two ways to compute it agree.
         """
-        engine = self.without(ablation)
-        calm = self.answer(ablation, request).loglikelihood
-        for seed in range(DRAWS):
-            with shaken(engine.loaded.model, seed):
-                if abs(engine.answer(request).loglikelihood - calm) >= nats:
+        engine = self.ablate(ablation)
+        expected = self.answer(ablation, request).loglikelihood
+        for seed in range(NOISE_DRAWS):
+            with perturb_embeddings(engine.loaded.model, seed):
+                if abs(engine.answer(request).loglikelihood - expected) >= nats:
                     return True
         return False
 
@@ -149,7 +146,7 @@ class Reference:
         return self.engine.loaded.model.dtype not in (torch.float32, torch.float64)
 
     def compare(
-        self, ours: float, ablation: Ablation, request: Request, nats: float, share: float
+        self, value: float, ablation: Ablation, request: Request, abs_tol: float, rel_tol: float
     ) -> Comparison:
         """Compare a log-likelihood with that of the reference.
 
@@ -157,79 +154,79 @@ class Reference:
         embeddings move by their rounding.
 
         Args:
-            ours: The log-likelihood.
+            value: The log-likelihood.
             ablation: The ablation of the model.
             request: The request.
-            nats: Absolute tolerance in nats.
-            share: Relative tolerance, added to it.
+            abs_tol: Absolute tolerance in nats.
+            rel_tol: Relative tolerance, added to it.
 
         Returns:
             The comparison.
         """
-        right = self.answer(ablation, request).loglikelihood
-        if ours == right or (math.isnan(ours) and math.isnan(right) and not self.miniature):
+        expected = self.answer(ablation, request).loglikelihood
+        both_nan = math.isnan(value) and math.isnan(expected)
+        if value == expected or (both_nan and not self.is_miniature):
             return Comparison(1)
-        difference = abs(ours - right)
+        difference = abs(value - expected)
         if math.isnan(difference):
             difference = math.inf
-        allowed = nats + share * abs(right)
-        if difference <= allowed and math.isfinite(difference):
+        if difference <= abs_tol + rel_tol * abs(expected) and math.isfinite(difference):
             return Comparison(1, difference)
-        if self.moves(ablation, request, difference / CALM):
+        if self.is_unsteady(ablation, request, difference / MAX_ROUNDING_FACTOR):
             return Comparison(1, difference, 1)
-        wrong = f"{ours:.6g} nats shared, {right:.6g} on the really pruned model"
-        return Comparison(1, difference, wrong=wrong)
+        message = f"{value:.6g} nats with sharing, {expected:.6g} on the pruned model"
+        return Comparison(1, difference, wrong=message)
 
 
 @contextmanager
-def shaken(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def perturb_embeddings(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Perturb a model's token embeddings by about their rounding, drawn by `seed`, until exit."""
     generator = torch.Generator().manual_seed(seed)
 
-    def shake(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def add_noise(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output)
         # A model in float64 computes parts of itself in float32 too.
         eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
-        return output * (1 + SHAKE * eps * noise)
+        return output * (1 + NOISE_EPSILONS * eps * noise)
 
-    with model.get_input_embeddings().register_forward_hook(shake):
+    with model.get_input_embeddings().register_forward_hook(add_noise):
         yield
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SharingVerdict:
     """Result of checking an architecture on a miniature.
 
     Attributes:
         sharing: As much sharing as is exact.
-        lost: One line that states which sharing was lost and why; None if none was.
+        sharing_note: One line that states which sharing was lost and why; None if none was.
         difference: The largest difference that remained, in nats.
         compared: Number of log-likelihoods compared.
         unsteady: Number of them that differ by more, where the model itself moves as far by
             rounding.
         lengths: Numbers of the configuration at which the length of a call matters, with whether
             every length beyond differs from every other; the empty path if every length matters.
-        leftovers: Names of attributes that one call leaves changed for the next.
-        first: Module and attribute of all that the first call changes for good.
-        stay: Whether removed layers stay in place, because the model cannot be cut.
-        loaded: Whether copies get the values that their class computes on loading without layers.
-        which: One line that states which results are of no checkpoint; None if all are.
-        tried_on: `a miniature`, or `the model` if none can be built.
+        leftovers: Names of attributes that a call changes and that affect the next call.
+        first: Module and name of each attribute that the first call changes permanently.
+        in_place: Whether removed layers stay in place, because the model cannot be cut.
+        as_loaded: Whether copies get the values that their class computes on loading.
+        checkpoint_note: One line that states which results are of no checkpoint; None if all are.
+        tested_on: `a miniature`, or `the model` if none can be built.
         switches: More lengths of a call that matter, found by experiment; True as in `lengths`.
     """
 
     sharing: Sharing
-    lost: str | None = None
+    sharing_note: str | None = None
     difference: float = 0.0
     compared: int = 0
     unsteady: int = 0
     lengths: tuple[tuple[NumberPath, bool], ...] = ()
     leftovers: tuple[str, ...] = ()
     first: tuple[tuple[str, str], ...] = ()
-    stay: bool = False
-    loaded: bool = False
-    which: str | None = None
-    tried_on: str = "a miniature"
+    in_place: bool = False
+    as_loaded: bool = False
+    checkpoint_note: str | None = None
+    tested_on: str = "a miniature"
     switches: tuple[tuple[int, bool], ...] = ()
 
     @property
@@ -238,111 +235,98 @@ class Verdict:
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
-    def quirks(self, model: PreTrainedModel) -> Quirks:
+    def make_quirks(self, model: PreTrainedModel) -> Quirks:
         """Return the quirks of a model of this architecture that no call has changed yet."""
-        values = dict(numbers(model.config.get_text_config()))
+        values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (
             *(int(values[path]) for path, _ in self.lengths if path in values),
             *(tokens for tokens, _ in self.switches),
         )
-        first = remember(model, {name for _, name in self.first})
-        is_each = any(is_every for _, is_every in (*self.lengths, *self.switches))
+        first = record_state(model, {name for _, name in self.first})
+        all_differ = any(differs for _, differs in (*self.lengths, *self.switches))
         return Quirks(
-            lengths=Lengths(thresholds, is_each),
-            leftovers=remember(model, self.leftovers),
+            lengths=Lengths(thresholds, all_differ),
+            leftovers=record_state(model, self.leftovers),
             first={attribute: first[attribute] for attribute in self.first if attribute in first},
-            stay=self.stay,
-            loaded=self.loaded,
+            in_place=self.in_place,
+            as_loaded=self.as_loaded,
         )
 
 
 log = logging.getLogger(__name__)
-LEFT = {
+REMAINING_SHARING = {
     NO_PREFIX: "shared over depth and tokens, and not what documents begin with",
     DEPTH_ONLY: "shared over depth alone, and not over tokens or documents",
     PLAIN: "nothing is shared",
     ONE_BY_ONE: "nothing is shared, and each request is asked alone",
 }
-"""Description of the sharing that is left, and of the sharing that is not."""
-REFUSED = {
+"""Sharing → description of the remaining sharing, and of the lost sharing."""
+REFUSAL_REASONS = {
     FULL: "it does not go on from a beginning that was read before: its cache cannot be rewound",
     NO_PREFIX: "it refuses a row of several texts with a mask of their own",
     DEPTH_ONLY: "its layers refuse the states of several ablations as one batch",
     PLAIN: "it refuses several texts in one call",
 }
-"""Requirement of a way of sharing that a model's own code does not meet."""
+"""Way of sharing → requirement that the code of a model does not meet."""
 STATE = "it keeps a state of its own for each text"
-MOVED = {PLAIN: "a call of several texts"}
-"""Cause of a different answer, where it is not the sharing itself."""
 
 
-def less(before: str | None, sharing: Sharing, why: str | None) -> str | None:
-    """Describe the sharing that was lost, and why; return `before` if nothing more was lost."""
-    if why is None:
-        return before
-    sentence = f"{LEFT[sharing]}, because {why}"
+def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
+    """Describe the sharing that was lost, and why; return `previous` if nothing more was lost."""
+    if reason is None:
+        return previous
+    sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"
     # A later loss includes the earlier ones, and its reason applies to them.
-    if before is None or before.startswith(tuple(LEFT.values())):
+    if previous is None or previous.startswith(tuple(REMAINING_SHARING.values())):
         return sentence
-    return f"{before}; {sentence}"
+    return f"{previous}; {sentence}"
 
 
-def in_words(error: Exception, way: Sharing, name: str) -> str:
-    """Describe why a model refuses some sharing; errors of its own code go to the log."""
+def describe_error(error: Exception, way: Sharing, name: str) -> str:
+    """Describe why a model cannot share work; errors of the model's own code go to the log."""
     log.debug("%s, shared over %s: %s", name, way, error)
-    return str(error) if isinstance(error, RefusalError) else REFUSED[way]
+    return str(error) if isinstance(error, RefusalError) else REFUSAL_REASONS[way]
 
 
-def of_refusal(way: Sharing, reason: str, engine: Engine) -> str:
-    """Return why a model does not run with some sharing; a copy of it is called to find out."""
-    return STATE if way == NO_PREFIX and keeps_a_state(engine.copy()) else reason
-
-
-def of_difference(way: Sharing, comparison: Comparison, engine: Engine) -> str:
-    """Describe how far answers with some sharing are from the reference, and why."""
-    cause, nats = MOVED.get(way, "sharing more"), comparison.difference
-    sentence = f"{cause} changes a log-likelihood by {nats:.3g} nats"
-    if comparison.unsteady:
-        return (
-            f"{sentence}, mostly where the model is discontinuous ({comparison.unsteady} answers)"
-        )
-    return f"{STATE}: {sentence}" if way == NO_PREFIX and keeps_a_state(engine.copy()) else sentence
+def describe_difference(way: Sharing, comparison: Comparison) -> str:
+    """Describe the difference between answers with some sharing and the reference."""
+    cause = "a call of several texts" if way == PLAIN else "sharing more"
+    sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
+    if not comparison.unsteady:
+        return sentence
+    return f"{sentence}, mostly where the model is discontinuous ({comparison.unsteady} answers)"
 
 
 @torch.inference_mode()
-def keeps_a_state(model: PreTrainedModel) -> bool:
+def keeps_state(model: PreTrainedModel) -> bool:
     """Check whether a model keeps a state of a text whose size does not grow with it.
 
     Keys and values grow; the states of recurrent layers and convolutions do not. Each token
     overwrites them, so texts in one row would overwrite each other's.
     """
-    shapes: list[list[torch.Size]] = []
-    for tokens in (2, 3):
-        state = attempt(partial(_state_shapes, model, tokens))
-        if isinstance(state, Exception):  # called only to explain an earlier refusal
-            log.debug("%s keeps nothing: %s", type(model).__name__, state)
-            return False
-        shapes.append(state)
+
+    def read_shapes() -> list[list[torch.Size]]:
+        texts = [torch.arange(tokens, device=model.device)[None] + 3 for tokens in (2, 3)]
+        outputs = [model(input_ids=ids, use_cache=True) for ids in texts]
+        return [[*_tensor_shapes(out if isinstance(out, dict) else {})] for out in outputs]
+
+    shapes = attempt(read_shapes)
+    if isinstance(shapes, Exception):  # called only to explain an earlier refusal
+        log.debug("%s keeps nothing: %s", type(model).__name__, shapes)
+        return False
+
     return len(shapes[0]) == len(shapes[1]) and any(
-        shape == other and len(shape) > 2 and 0 not in shape
-        for shape, other in zip(*shapes, strict=True)
+        x == y and len(x) > 2 and 0 not in x for x, y in zip(*shapes, strict=True)
     )
 
 
-def _state_shapes(model: PreTrainedModel, tokens: int) -> list[torch.Size]:
-    """Return the shapes of the tensors that a model keeps of a text of so many tokens."""
-    ids = torch.arange(tokens, device=model.device)[None] + 3
-    output = model(input_ids=ids, use_cache=True)
-    return list(_shapes(output if isinstance(output, dict) else {}))
-
-
-def _shapes(output: Any) -> Iterator[torch.Size]:
+def _tensor_shapes(output: Any) -> Iterator[torch.Size]:
     """Yield the shapes of all tensors in the output of a call, including those in caches."""
     if isinstance(output, Tensor):
         yield output.shape
     elif isinstance(output, dict):
-        yield from _shapes([value for name, value in output.items() if name != "logits"])
+        yield from _tensor_shapes([value for name, value in output.items() if name != "logits"])
     elif isinstance(output, (list, tuple)):
-        yield from chain.from_iterable(map(_shapes, output))
+        yield from chain.from_iterable(map(_tensor_shapes, output))
     elif type(output).__module__.startswith("transformers."):
-        yield from _shapes(vars(output))
+        yield from _tensor_shapes(vars(output))

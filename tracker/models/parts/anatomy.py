@@ -1,6 +1,6 @@
-"""The parts of a model's layers, each kind found once, when it is first needed.
+"""Find each kind of parts of a model's layers once, when it is first needed.
 
-Parts given by a model's configuration are listed without reading a weight.
+Parts whose number is in a model's configuration are listed without reading weights.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from torch import nn
 
 from tracker.core.changes import Ablation, Change
 from tracker.core.errors import CellError, ExperimentError, ModelError
-from tracker.core.grouping import grouped
-from tracker.core.kinds import KINDS, MAPS, NUMBERED, Component
-from tracker.core.model_parts import experts_of_a_token
+from tracker.core.grouping import group_by
+from tracker.core.kinds import KIND_STYLES, MAP_GROUPS, NUMBERED_COMPONENTS, Component
+from tracker.core.model_parts import experts_per_token
 from tracker.core.search_parts import SearchParts
 from tracker.core.weight_formats import FORMATS
-from tracker.models.load import hollow
-from tracker.models.miniature import miniature
+from tracker.models.load import build_hollow
+from tracker.models.miniature import build_miniature
 from tracker.models.parts.experts import Experts, SharedExperts
 from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import (
     LinearMap,
     RoundedWeights,
     find_embeddings,
-    linear_maps,
-    map_at,
+    find_linear_maps,
+    find_map,
     round_layer,
 )
 from tracker.models.parts.probe import LayerPart, PartFinder
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.rounding import refuse_uninstalled
-from tracker.models.sources import ModelSource, count_parts, parts_of, read_config
+from tracker.models.rounding import check_installed
+from tracker.models.sources import ModelSource, count_parts, parts_of_config, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KIND_OF: Mapping[Component, type[LayerPart]] = {
+PART_CLASSES: Mapping[Component, type[LayerPart]] = {
     "attention": Sublayers,
     "mlp": Sublayers,
     "head": Heads,
@@ -47,7 +47,7 @@ KIND_OF: Mapping[Component, type[LayerPart]] = {
     "expert": Experts,
     "shared_expert": SharedExperts,
 }
-"""Class of each component that is a part of a layer."""
+"""Component → class of the layer parts that belong to the component."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class LayerAnatomy(PartFinder):
     """The parts of a model's layers, and the functions that change them.
 
     Attributes:
-        weights: Cache of weights in formats.
+        weights: Cache of quantised weights.
     """
 
     weights: RoundedWeights = field(default_factory=lambda: RoundedWeights(0))
 
     @property
-    def is_divided(self) -> bool:
-        """True if its layers are divided into attention and MLP."""
+    def has_sublayers(self) -> bool:
+        """True if each layer of the model consists of attention and MLP."""
         if Sublayers not in self.parts:
             try:
                 self.find(Sublayers)
@@ -74,176 +74,177 @@ class LayerAnatomy(PartFinder):
         """Return the linear maps of a layer by their paths; raise CellError as `linear_maps`."""
         key = ("linear maps", layer)
         if key not in self.parts:
-            self.parts[key] = linear_maps(self.layers[layer], self.name(layer))
+            self.parts[key] = find_linear_maps(self.layers[layer], self.layer_name(layer))
         maps: Mapping[str, LinearMap] = self.parts[key]
         return maps
 
-    def map_at(self, layer: int, path: str) -> LinearMap:
-        """Return a linear map of a layer, or one expert's; raise CellError if there is none."""
-        return map_at(self.linear_maps(layer), path, self.name(layer))
+    def get_map(self, layer: int, path: str) -> LinearMap:
+        """Return a linear map of a layer or of one expert; raise CellError if it is missing."""
+        return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
-    def formats(self, layer: int, rounded: Sequence[Change]) -> dict[str, str]:
-        """Expand the rounded parts of a layer to path of a linear map → format.
+    def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
+        """Expand the rounded parts of a layer to a mapping: path of a linear map → format.
 
         For a map that is named twice, the last format counts. Raises CellError if the layer has no
         such map, holds other matrices, or has quantised weights.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
-        for change in rounded:
+        for change in rounding_changes:
             paths = [change.path] if change.path else [*maps]
-            if change.path in MAPS:
-                modules = {*self.at(Sublayers, layer).module(change.path).modules()}
+            if change.path in MAP_GROUPS:
+                modules = {*self.get_part(Sublayers, layer).module(change.path).modules()}
                 paths = [path for path, linear in maps.items() if linear.module in modules]
             for path in paths or [change.path]:
-                self.map_at(layer, path)
+                self.get_map(layer, path)
             formats |= dict.fromkeys(paths, change.intervention)
         return formats
 
-    def changes(
+    def part_changes(
         self, ablation: Ablation, cache: RoundedWeights | None = None
     ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-        """Yield the real changes of parts of a copy's layers under an ablation.
+        """Yield functions that apply an ablation's changes of layer parts to a copy of the model.
 
         Args:
             ablation: The ablation; layers that it removes, repeats or replaces are not changed.
-            cache: Cache of weights in formats, as for `round_layer`.
+            cache: Cache of quantised weights, as for `round_layer`.
 
         Yields:
-            A layer, and the function that changes the copy of it.
+            A layer, and the function that changes the copy of this layer.
         """
-        for layer, changed in ablation.by_layer.items():
-            if changed.rounded:
-                formats = self.formats(layer, changed.rounded)
+        for layer, layer_changes in ablation.by_layer.items():
+            if layer_changes.roundings:
+                formats = self.expand_formats(layer, layer_changes.roundings)
                 yield layer, partial(round_layer, formats=formats, number=layer, cache=cache)
-            removed = sorted(change for change in changed.changes if change.word in KIND_OF)
-            for kind, parts in grouped(removed, lambda part: KIND_OF[part.component]).items():
-                remove = self.at(kind, layer).remove
-                yield layer, partial(remove, parts=parts, name=self.name(layer))
+            removed = sorted(part for part in layer_changes.changes if part.word in PART_CLASSES)
+            by_class = group_by(removed, lambda part: PART_CLASSES[part.component])
+            for part_class, parts in by_class.items():
+                remove = self.get_part(part_class, layer).remove
+                yield layer, partial(remove, parts=parts, name=self.layer_name(layer))
 
-    def refuse_formats(self, ablations: Sequence[Ablation]) -> None:
-        """Refuse formats that the model cannot have, before anything is measured.
+    def check_formats(self, ablations: Sequence[Ablation]) -> None:
+        """Raise ExperimentError for formats that the model does not support.
 
-        For a model on the meta device, attentions and MLPs as a whole are checked later: finding
-        them takes a model that runs.
+        For a model on the meta device, formats of whole attentions and MLPs are checked later: only
+        a model that runs shows which maps belong to them.
 
         Args:
             ablations: The ablations.
 
         Raises:
-            ExperimentError: A map does not exist, is quantised already, or has no whole blocks of a
-                format; or the format's package is not installed.
+            ExperimentError: A map does not exist, is already quantised, or has rows that are no
+                multiple of the format's block; or the format's package is not installed.
         """
-        for change in sorted({change for ablation in ablations for change in ablation.rounded}):
-            if change.is_end or (
+        for change in sorted({change for ablation in ablations for change in ablation.roundings}):
+            if change.is_outer or (
                 change.layer < len(self.layers)
-                and not (change.path in MAPS and self.device.type == "meta")
+                and not (change.path in MAP_GROUPS and self.device.type == "meta")
             ):
                 try:
-                    self._refuse_format(change)
+                    self._check_format(change)
                 except CellError as error:
                     raise ExperimentError(str(error)) from None
 
-    def _refuse_format(self, change: Change) -> None:
-        form, where = FORMATS[change.intervention], self.name(change.layer)
-        refuse_uninstalled(form)
-        if change.is_end:
-            where = type(self.model).__name__
-            ends = find_embeddings(self.model)
-            if ends.is_tied and change.path == "lm_head":
+    def _check_format(self, change: Change) -> None:
+        form, owner = FORMATS[change.intervention], self.layer_name(change.layer)
+        check_installed(form)
+        if change.is_outer:
+            owner = type(self.model).__name__
+            embeddings = find_embeddings(self.model)
+            if embeddings.is_tied and change.path == "lm_head":
                 raise ExperimentError(
-                    f"the head of this {where} is its embedding, one tensor for both; name it by "
+                    f"the head of this {owner} is its embedding, one tensor for both; name it by "
                     "'map' as embedding, which rounds it at both ends"
                 )
-            maps = {change.path: ends[change.path]}
+            maps = {change.path: embeddings[change.path]}
         else:
-            paths = self.formats(change.layer, [change])
-            maps = {path: self.map_at(change.layer, path) for path in paths}
+            paths = self.expand_formats(change.layer, [change])
+            maps = {path: self.get_map(change.layer, path) for path in paths}
         for path, linear in maps.items():
             inputs = linear.shape[1]
             if form.for_rows(inputs) is None:
                 raise ExperimentError(
-                    f"{form.name} keeps {form.block} inputs together, and {path} of {where} has "
+                    f"{form.name} keeps {form.block} inputs together, and {path} of {owner} has "
                     f"rows of {inputs}; take another format, or name other linear maps by 'map'"
                 )
 
 
-Shape = tuple[int, int]
-"""Number of outputs (for experts, of all together), and number of inputs."""
+MapShape = tuple[int, int]
+"""Number of outputs (for experts, the total of all experts), and number of inputs."""
 
 
-def linear_map_shapes(source: ModelSource) -> tuple[dict[str, Shape], ...]:
+def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
     """List the linear maps of each layer with their shapes.
 
     Args:
         source: The model; no weight is read.
 
     Returns:
-        Path of each map within its layer → its shape, layer by layer.
+        For each layer, path of each map in the layer → shape.
 
     Raises:
         ModelError: The configuration cannot be read, or a layer holds other matrices.
     """
-    anatomy = LayerAnatomy.of(hollow(source, "auto"))
+    anatomy = LayerAnatomy.of(build_hollow(source, "auto"))
     try:
         maps = [anatomy.linear_maps(layer) for layer in range(len(anatomy.layers))]
     except CellError as error:  # nothing has been measured yet
         raise ModelError(f"{source.source}: {error}") from None
-    return tuple({path: linear.shape for path, linear in of.items()} for of in maps)
+    return tuple({path: linear.shape for path, linear in layer_maps.items()} for layer_maps in maps)
 
 
 @cache
-def search_parts(source: ModelSource, unit: Component) -> SearchParts:
-    """Find the parts of a model that a search may remove; once per process.
+def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
+    """Find the parts of a model that a search may remove; cache them until the process ends.
 
-    Their number is in the configuration. A miniature of the same class, whose layers hold the same
-    modules, shows which layers have them, so no weights are read.
+    The number of parts is in the configuration. A miniature of the same class, whose layers hold
+    the same modules, shows which layers have such parts. No weights are read.
 
     Args:
         source: The model.
         unit: The kind of parts.
 
     Returns:
-        The parts. One head of each layer stays, or as many experts as its router chooses.
+        The parts. At least one head of each layer must stay, or as many experts as the router
+        chooses.
 
     Raises:
-        ModelError: It has no such parts, or its configuration does not give their number.
+        ModelError: The model has no such parts, or the configuration does not give their number.
     """
     counts = count_parts(source)
-    if unit not in NUMBERED:
+    if unit not in NUMBERED_COMPONENTS:
         return SearchParts(unit, counts.layers)
-    count, many = counts.numbered(unit), KINDS[unit].many
+    count, plural = counts.count_of(unit), KIND_STYLES[unit].plural
     if count is None:
         raise ModelError(
-            f"{source.source} has no {many} that its configuration counts; take another 'unit'"
+            f"{source.source} has no {plural} that its configuration counts; take another 'unit'"
         )
-    stay = 1
-    if unit == "expert":
-        stay = experts_of_a_token(read_config(source))
-    small = miniature(hollow(source, "auto"))
+    n_staying = experts_per_token(read_config(source)) if unit == "expert" else 1
+    small = build_miniature(build_hollow(source, "auto"))
     # Without a miniature, the engine finds the layers before it measures.
-    layers = tuple(range(counts.layers)) if small is None else _layers_with(small, unit)
-    if not layers or stay >= count:
-        why = f": of {count} in a layer {stay} must stay"
+    layers = tuple(range(counts.layers)) if small is None else _layers_with_parts(small, unit)
+    if not layers or n_staying >= count:
+        reason = f": of {count} in a layer {n_staying} must stay"
         if not layers:
             router = f"{Experts.NEEDS}, in no groups and by no fixed table"
-            why = f" (needed: {router if unit == 'expert' else Heads.NEEDS})"
+            reason = f" (needed: {router if unit == 'expert' else Heads.NEEDS})"
         raise ModelError(
-            f"{source.source} has no {many} that could be taken out alone{why}; take another 'unit'"
+            f"{source.source} has no {plural} that could be taken out alone{reason}; take another "
+            "'unit'"
         )
-    return SearchParts(unit, counts.layers, count, layers, stay)
+    return SearchParts(unit, counts.layers, count, layers, n_staying)
 
 
-def _layers_with(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """Return the layers of a miniature with as many parts as its configuration says."""
+def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
+    """Return the layers of a miniature that have as many parts as its configuration says."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
-    count = parts_of(config).numbered(unit)
+    count = parts_of_config(config).count_of(unit)
     if unit != "expert":
         heads = enumerate(anatomy.find(Heads))
         return tuple(layer for layer, part in heads if part and part.count(unit) == count)
-    chosen = experts_of_a_token(config)
+    experts, expected = enumerate(anatomy.find(Experts)), (True, count, experts_per_token(config))
     return tuple(
         layer
-        for layer, part in enumerate(anatomy.find(Experts))
-        if part and part.removable and (part.count, part.chosen) == (count, chosen)
+        for layer, part in experts
+        if part and (part.removable, part.count, part.n_chosen) == expected
     )

@@ -1,18 +1,19 @@
-"""Experts of mixtures, routed and shared ones, found by structure.
+"""Find the routed and the shared experts of mixtures by structure.
 
 A mixture has two modules. The router chooses the experts of each token and their weights. The
-experts' tensors have one entry per expert. A router that lacks an expert is the same module without
-that row, as in a checkpoint without that expert: the router itself normalises the other scores.
+experts' tensors have one entry per expert. To remove an expert, the expert's row is cut from the
+router, as in a checkpoint without this expert. The router itself normalises the remaining scores.
 
-Every token passes the shared experts beside the routed ones. Families call them `shared_experts`,
-`shared_expert` or `shared_mlp`, and some weight their output by a separate gate. Names do not
-count, only the effect.
+Every token passes the shared experts in addition to the routed ones. Families call them
+`shared_experts`, `shared_expert` or `shared_mlp`, and some weight their output by a separate gate.
+They are found by their effect, not by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 from tracker.core.changes import Change
 from tracker.core.errors import CellError, attempt
 from tracker.models import hooks
-from tracker.models.devices import put, take
-from tracker.models.offloaded import Attribute, is_absent, replace_attributes
-from tracker.models.parts.probe import Call, PartFinder, integer_tables, paths_in
+from tracker.models.devices import put_entries, take_entries
+from tracker.models.hooks import Args, Kwargs
+from tracker.models.offloaded import ModuleAttribute, is_absent, replace_attributes
+from tracker.models.parts.probe import ModuleCall, PartFinder, integer_tables, module_paths
 from tracker.models.parts.sublayers import Sublayers
 
-TOKENS = 16
-"""Length of the text for the verification."""
-_ROUNDING = 0.1
+EXPERT_TEXT_TOKENS = 16
+"""Number of tokens of the text for the verification."""
+_ADDITION_TOLERANCE = 0.1
 """Tolerance between two orders of summation in half precision, relative to a shared expert's
 output."""
 
@@ -38,11 +40,11 @@ class Experts:
     """The routed experts of one layer.
 
     Attributes:
-        router: Path in the layer of the module that chooses among them.
-        held: Path in the layer of the module that holds their tensors.
+        router: Path in the layer of the module that chooses the experts of each token.
+        holder: Path in the layer of the module that holds the experts' tensors.
         count: Number of experts.
-        chosen: Number of experts of each token.
-        removable: Whether the router works without one, and chooses among the others.
+        n_chosen: Number of experts of each token.
+        removable: Whether the router without an expert works, and chooses among the other experts.
     """
 
     KIND: ClassVar[str] = "routed experts"
@@ -52,72 +54,73 @@ class Experts:
     )
 
     router: str
-    held: str
+    holder: str
     count: int
-    chosen: int
+    n_chosen: int
     removable: bool
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Experts | None]:
         """Find the routed experts of every layer.
 
-        The experts are a module whose own tensors all have the same number of entries, one of them
-        with a matrix in each. It is called with a choice: numbers of experts for each token, and as
-        many weights. The router is the innermost module that returned this choice and has a row per
-        expert. It is then called again without an expert.
+        The experts are a module whose own tensors all have the same number of entries; in one
+        tensor each entry is a matrix. The module is called with a choice: the indices of each
+        token's experts, and as many weights. The router is the innermost module that returned this
+        choice and has a row per expert. To test removal, the router is called again without an
+        expert.
         """
 
-        def find(layer: nn.Module, calls: Sequence[Call]) -> Experts | None:
-            paths, experts = paths_in(layer), None
+        def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
+            paths, experts = module_paths(layer), None
             for index, call in enumerate(calls):
-                count = entries(call.module)
-                choice = next(_choices(calls[:index], call, count), None) if count else None
+                count = count_experts(call.module)
+                choice = next(_find_choices(calls[:index], call, count), None) if count else None
                 if choice is None:
                     continue
                 router, table = choice
-                path, held = paths[router.module], paths[call.module]
-                if path.rpartition(".")[0] == held.rpartition(".")[0]:
-                    removable = _does_without(router, table, count)
-                    experts = cls(path, held, count, table.shape[-1], removable)
+                router_path, holder = paths[router.module], paths[call.module]
+                if router_path.rpartition(".")[0] == holder.rpartition(".")[0]:
+                    removable = _works_without_one(router, table, count)
+                    experts = cls(router_path, holder, count, table.shape[-1], removable)
             return experts
 
-        return finder.probe(cls, TOKENS, find)
+        return finder.probe(cls, EXPERT_TEXT_TOKENS, find)
 
     @property
-    def block(self) -> str:
-        """The path in the layer of the module around both; empty for the layer itself."""
-        return self.held.rpartition(".")[0]
+    def mixture_path(self) -> str:
+        """The layer's path of the module around router and experts; empty for the layer itself."""
+        return self.holder.rpartition(".")[0]
 
-    def without(self, parts: Sequence[Change], name: str) -> list[int]:
-        """List the remaining experts of layer `name`; raise CellError if that is impossible."""
-        gone = {part.number for part in parts if part.number is not None}
-        last = max(gone)
-        if last >= self.count:
+    def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
+        """List the experts that remain in layer `name`; raise CellError if removal cannot work."""
+        removed = {part.number for part in parts if part.number is not None}
+        if max(removed) >= self.count:
             raise CellError(
-                f"{name} has {self.count} experts, 0 to {self.count - 1}; leave {last} out of "
-                "'expert'"
+                f"{name} has {self.count} experts, 0 to {self.count - 1}; leave {max(removed)} out "
+                "of 'expert'"
             )
-        if self.count - len(gone) < self.chosen:
+        if self.count - len(removed) < self.n_chosen:
             raise CellError(
-                f"{name} sends each token to {self.chosen} of {self.count} experts, and without "
-                f"{len(gone)} of them too few are left; leave it out of 'layer', or expert out of "
-                "'component'"
+                f"{name} sends each token to {self.n_chosen} of {self.count} experts, and without "
+                f"{len(removed)} of them too few are left; leave it out of 'layer', or expert out "
+                "of 'component'"
             )
         if not self.removable:
             raise CellError(
-                f"the router of {name} cannot do without an expert, since it chooses by groups of "
-                "one size or by a fixed table; leave such layers out of 'layer', or expert out of "
+                f"the router of {name} cannot do without an expert: it chooses by groups of one "
+                "size or by a fixed table. Leave such layers out of 'layer', or expert out of "
                 "'component'"
             )
-        return [number for number in range(self.count) if number not in gone]
+        return [number for number in range(self.count) if number not in removed]
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Give a copied layer a router and tensors without some experts."""
-        remaining = self.without(parts, name)
-        router, held = (layer.get_submodule(path) for path in (self.router, self.held))
-        inside = (router, held) if self.block else ()
-        paths = [self.block] if self.block else [self.router, self.held]
-        tensors = [*router.parameters(), *held.parameters()]
+        """Remove some experts from the router and the tensors of a copied layer."""
+        remaining = self.remaining_experts(parts, name)
+        router, holder = (layer.get_submodule(path) for path in (self.router, self.holder))
+        modules = (router, holder) if self.mixture_path else ()
+        # The module around both is replaced too, since it may hold the number of experts.
+        paths = [self.mixture_path] if self.mixture_path else [self.router, self.holder]
+        tensors = [*router.parameters(), *holder.parameters()]
         if not all(tensor.is_floating_point() for tensor in tensors):
             raise CellError(
                 f"the experts of {name} are quantised, and cannot be taken apart; leave "
@@ -126,13 +129,11 @@ class Experts:
         owners = [path.rpartition(".") for path in paths]
         attributes = [(layer.get_submodule(owner), child) for owner, _, child in owners]
 
-        def make() -> dict[Attribute, nn.Module]:
-            return {
-                attribute: lacking(getattr(*attribute), remaining, self.count, inside)
-                for attribute in attributes
-            }
+        def make() -> dict[ModuleAttribute, nn.Module]:
+            keep = partial(keep_experts, remaining=remaining, count=self.count, modules=modules)
+            return {attribute: keep(getattr(*attribute)) for attribute in attributes}
 
-        replace_attributes(layer, attributes, make, briefly=any(map(is_absent, tensors)))
+        replace_attributes(layer, attributes, make, during_calls=any(map(is_absent, tensors)))
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class SharedExperts:
     """The shared experts of one layer.
 
     Attributes:
-        paths: Paths of their modules in the layer: nearly always one that holds the matrices of all
-            of them.
+        paths: Paths of the shared experts' modules in the layer. Nearly always one module holds the
+            matrices of all shared experts.
     """
 
     KIND: ClassVar[str] = "shared experts"
@@ -155,48 +156,48 @@ class SharedExperts:
         """Find the shared experts of every layer's MLP.
 
         The MLP holds routed experts: tensors with one entry per expert. A shared expert is an
-        outermost module beside these, which is called with the MLP's own input and whose output the
-        MLP adds, with or without a weight. Replacing its output by zeros leaves another output, and
+        outermost module beside these. It is called with the MLP's own input, and the MLP adds its
+        output, with or without a weight. Zeros instead of its output change the MLP's output;
         doubling it adds the same contribution once more.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
-        def find(layer: nn.Module, calls: Sequence[Call]) -> SharedExperts | None:
-            of_mlps = [call for call in calls if call.module in mlps]
-            if not of_mlps or not any(map(entries, of_mlps[-1].module.modules())):
+        def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> SharedExperts | None:
+            mlp = next((call for call in reversed(calls) if call.module in mlps), None)
+            if mlp is None or not any(map(count_experts, mlp.module.modules())):
                 return None
-            mlp, names, paths = of_mlps[-1], paths_in(layer), list[str]()
-            beside = _beside_routed(mlp.module)
-            inner = [call for call in calls if call.module in beside]
-            given = {call.module for call in inner if _passes_state(call, mlp)}
-            for module in beside:
-                path = names[module]
-                inside = any(path.startswith(f"{outer}.") for outer in paths)
-                if module in given and not inside and _is_added(module, mlp):
+            path_of, paths = module_paths(layer), list[str]()
+            readers = {call.module for call in calls if _reads_mlp_input(call, mlp)}
+            for module in _unrouted_modules(mlp.module):
+                path = path_of[module]
+                is_nested = any(path.startswith(f"{outer}.") for outer in paths)
+                if module in readers and not is_nested and _is_added(module, mlp):
                     paths.append(path)
             return cls(tuple(paths)) if paths else None
 
-        return finder.probe(cls, TOKENS, find)
+        return finder.probe(cls, EXPERT_TEXT_TOKENS, find)
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Silence the shared experts of a copied layer: they add nothing."""
+        """Silence the shared experts of a copied layer, so that they add nothing."""
         for path in self.paths:
-            layer.get_submodule(path).register_forward_hook(hooks.add_nothing, with_kwargs=True)
+            layer.get_submodule(path).register_forward_hook(hooks.silence_output, with_kwargs=True)
 
 
-def _choices(calls: Sequence[Call], experts: Call, count: int) -> Iterator[tuple[Call, Tensor]]:
-    """Yield the calls of routers that chose the experts' arguments, and the choice."""
+def _find_choices(
+    calls: Sequence[ModuleCall], experts: ModuleCall, count: int
+) -> Iterator[tuple[ModuleCall, Tensor]]:
+    """Yield the calls of routers that returned the experts' arguments, with the chosen experts."""
     for choice in integer_tables(experts.arguments):
         for call in calls:
-            outputs = call.output if isinstance(call.output, tuple) else ()
-            for made in integer_tables(outputs):
-                has_rows = any(p.ndim == 2 and len(p) == count for p in call.module.parameters())
-                if has_rows and torch.equal(made, choice):
-                    yield call, made
+            weights = [p for p in call.module.parameters() if p.ndim == 2 and len(p) == count]
+            outputs = call.output if isinstance(call.output, tuple) and weights else ()
+            for table in integer_tables(outputs):
+                if torch.equal(table, choice):
+                    yield call, table
 
 
-def entries(module: nn.Module) -> int:
-    """Count a module's experts; 0 if its own tensors do not have one entry per expert."""
+def count_experts(module: nn.Module) -> int:
+    """Count the experts of a module; 0 if its own tensors do not have one entry per expert."""
     tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(counts) != 1 or not any(tensor.ndim == 3 for tensor in tensors):
@@ -204,47 +205,51 @@ def entries(module: nn.Module) -> int:
     return count if (count := counts.pop()) > 1 else 0
 
 
-def _does_without(router: Call, choice: Tensor, count: int) -> bool:
-    """Check whether a router without its last expert chooses as many others for each token."""
+def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
+    """Check whether a router without its last expert still chooses as many experts per token."""
     if choice.shape[-1] >= count:
         return True  # all are chosen, so none may be removed anyway
     remaining = range(count - 1)
-    args, kwargs = _cut_biases((router.args, router.kwargs), remaining, count)
-    output = attempt(lambda: lacking(router.module, remaining, count).forward(*args, **kwargs))
+    args, kwargs = _keep_biases((router.args, router.kwargs), remaining, count)
+    output = attempt(lambda: keep_experts(router.module, remaining, count).forward(*args, **kwargs))
     if isinstance(output, Exception):  # a router may refuse a number that it cannot divide
         return False
-    made = next((table for table in integer_tables(output) if table.shape == choice.shape), None)
-    if made is None or made.min() < 0 or made.max() >= len(remaining):
+    choices = (table for table in integer_tables(output) if table.shape == choice.shape)
+    new_choice = next(choices, None)
+    if new_choice is None or new_choice.min() < 0 or new_choice.max() >= len(remaining):
         return False
-    return bool((made.sort(-1).values.diff(dim=-1) > 0).all())
+    return bool((new_choice.sort(-1).values.diff(dim=-1) > 0).all())
 
 
-def lacking(
-    module: nn.Module, remaining: Sequence[int], count: int, inside: Sequence[nn.Module] = ()
+def keep_experts(
+    module: nn.Module, remaining: Sequence[int], count: int, modules: Sequence[nn.Module] = ()
 ) -> nn.Module:
-    """Copy a module of a mixture with the entries of only some experts.
+    """Copy a module of a mixture, keeping the entries of only some experts.
 
     Args:
         module: A router, the module that holds experts, or the one around both.
-        remaining: The experts whose entries are left.
+        remaining: The experts whose entries are kept.
         count: Number of experts.
-        inside: Submodules that have such entries; empty for all.
+        modules: Submodules with one entry per expert; empty for all.
 
     Returns:
         The copy, which shares everything else with the module.
     """
 
-    def cut(value: Tensor | nn.Module | None) -> Any:
+    def keep(value: Tensor | nn.Module | None) -> Any:
         if isinstance(value, nn.Parameter):
-            return nn.Parameter(_cut(value, remaining, count), requires_grad=False)
-        if isinstance(value, nn.Module):
-            return value if inside and value not in inside else lacking(value, remaining, count)
-        return None if value is None else _cut(value, remaining, count)
+            return nn.Parameter(_keep_entries(value, remaining, count), requires_grad=False)
+        if isinstance(value, Tensor):
+            return _keep_entries(value, remaining, count)
+        if value is None or (modules and value not in modules):
+            return value
+        return keep_experts(value, remaining, count)
 
     tables = {
-        table: {name: cut(value) for name, value in vars(module)[table].items()}
+        table: {name: keep(value) for name, value in vars(module)[table].items()}
         for table in ("_parameters", "_buffers", "_modules")
     }
+    # The router may use these numbers to reshape its scores.
     counts = {
         name: len(remaining)
         for name, value in vars(module).items()
@@ -253,128 +258,135 @@ def lacking(
     return hooks.shallow_copy(module, **tables, **counts)
 
 
-def _cut(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
-    """Return some entries of a tensor with one per expert, also along a single row."""
+def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
+    """Return some experts' entries of a tensor with one entry or one column per expert."""
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
-    return take(value, remaining, axis)
+    return take_entries(value, remaining, axis)
 
 
-def _cut_biases(given: Any, remaining: Sequence[int], count: int) -> Any:
-    """Return some entries of a router's arguments other than the tokens: a bias of scores."""
-    if isinstance(given, dict):
-        return {name: _cut_biases(value, remaining, count) for name, value in given.items()}
-    if isinstance(given, tuple):
-        return tuple(_cut_biases(value, remaining, count) for value in given)
-    return _cut(given, remaining, count) if isinstance(given, Tensor) and given.ndim == 1 else given
+def _keep_biases(arguments: Any, remaining: Sequence[int], count: int) -> Any:
+    """Return a router's arguments, keeping only some experts' entries of a bias of scores."""
+    if isinstance(arguments, dict):
+        return {name: _keep_biases(value, remaining, count) for name, value in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(_keep_biases(value, remaining, count) for value in arguments)
+    is_bias = isinstance(arguments, Tensor) and arguments.ndim == 1
+    return _keep_entries(arguments, remaining, count) if is_bias else arguments
 
 
-def routed(
+def call_reduced_router(
     router: nn.Module,
     experts: Experts,
     remaining: Sequence[int],
-    whole: Sequence[Any],
+    full_outputs: Sequence[Any],
     state: Tensor,
-    given: tuple[Any, Any],
+    arguments: tuple[Any, Any],
 ) -> tuple[Any, ...]:
-    """Call a router that lacks some experts, and return its outputs in the numbers of all.
+    """Call a router that lacks some experts; return outputs with the original indices of experts.
 
     Args:
         router: The router of all experts.
         experts: The experts.
         remaining: The remaining experts.
-        whole: Output of the router of all experts for other tokens.
+        full_outputs: Output of the router of all experts for other tokens.
         state: The tokens.
-        given: Positional and keyword arguments of the router, with other tokens.
+        arguments: Positional and keyword arguments of the router; their tokens are replaced by
+            `state`.
 
     Returns:
-        An entry for each of `whole`; the score of a removed expert is −∞.
+        An entry for each of `full_outputs`; the score of a removed expert is −∞.
     """
-    fewer = lacking(router, remaining, experts.count)
-    numbers = take(torch.arange(experts.count, device=state.device), remaining)
+    count = experts.count
+    reduced_router = keep_experts(router, remaining, count)
+    numbers = take_entries(torch.arange(count, device=state.device), remaining)
 
-    def in_all(part: Tensor, like: Tensor) -> Tensor:
+    def restore_numbers(part: Tensor, full_part: Tensor) -> Tensor:
         if not part.is_floating_point():
             return numbers[part]
-        if part.shape[-1] == like.shape[-1]:
+        if part.shape[-1] == full_part.shape[-1]:
             return part
-        scores = part.new_full((*part.shape[:-1], experts.count), -torch.inf)
-        put(scores.movedim(-1, 0), remaining, part.movedim(-1, 0))
+        # Scores of the remaining experts: the removed ones are never chosen.
+        scores = part.new_full((*part.shape[:-1], count), -torch.inf)
+        put_entries(scores.movedim(-1, 0), remaining, part.movedim(-1, 0))
         return scores
 
-    output = hooks.call_with(fewer.forward, state, *_cut_biases(given, remaining, experts.count))
-    return tuple(in_all(part, like) for part, like in zip(output, whole, strict=True))
+    args, kwargs = _keep_biases(arguments, remaining, count)
+    output = hooks.call_with(reduced_router.forward, state, args, kwargs)
+    return tuple(map(restore_numbers, output, full_outputs))
 
 
-def single_outputs(
-    forward: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+def single_expert_outputs(
+    forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the output of each expert of a token before it is weighted.
+    """Yield the output of each expert of each token before the router's weight is applied.
 
-    The module that holds the experts is called for one of a token's choices at a time, with a
-    weight of 1.
+    The module that holds the experts is called with one expert per token at a time, and a weight of
+    1.
 
     Args:
-        forward: The forward pass of that module.
+        forward: The forward pass of the module that holds the experts.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
 
     Yields:
-        The experts' numbers [tokens] of each choice, their weights [tokens] as the router returns
+        For each choice, the experts' indices [tokens], their weights [tokens] as the router returns
         them, and their outputs [tokens, width].
     """
-    values, state = (*args, *kwargs.values()), hooks.state_of(args, kwargs)
-    choice = integer_tables(values)[0]
+    arguments, state = (*args, *kwargs.values()), hooks.input_state(args, kwargs)
+    choice = integer_tables(arguments)[0]
+    # Scores of all experts have another shape than the choice.
     weights = next(
         value
-        for value in values
+        for value in arguments
         if value is not state and isinstance(value, Tensor) and value.shape == choice.shape
         if value.is_floating_point()
     )
 
-    def alone(value: object, index: int) -> object:
+    def single_choice(value: object, index: int) -> object:
         if value is weights:
             return torch.ones_like(weights[:, :1])
         return choice[:, index : index + 1].contiguous() if value is choice else value
 
     for index in range(choice.shape[-1]):
-        given = [alone(value, index) for value in args]
-        output = forward(*given, **{name: alone(value, index) for name, value in kwargs.items()})
+        single_args = (single_choice(value, index) for value in args)
+        single_kwargs = {name: single_choice(value, index) for name, value in kwargs.items()}
+        output = forward(*single_args, **single_kwargs)
         yield choice[:, index], weights[:, index], output.flatten(0, -2)
 
 
-def _passes_state(call: Call, mlp: Call) -> bool:
-    """Check whether a module maps the input of its MLP to something of the same size."""
-    state = hooks.state_of(mlp.args, mlp.kwargs)
-    given, made = next(iter(call.arguments), None), hooks.first_of(call.output)
-    if not (isinstance(given, Tensor) and isinstance(made, Tensor)):
+def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
+    """Check whether a module maps the input of its MLP to an output of the same shape."""
+    state = hooks.input_state(mlp.args, mlp.kwargs)
+    call_input, call_output = next(iter(call.arguments), None), hooks.first_output(call.output)
+    if not (isinstance(call_input, Tensor) and isinstance(call_output, Tensor)):
         return False
-    if made.numel() != state.numel() or given.dtype != state.dtype:
+    if call_output.numel() != state.numel() or call_input.dtype != state.dtype:
         return False
-    return torch.equal(given.flatten(), state.flatten())
+    return torch.equal(call_input.flatten(), state.flatten())
 
 
-def _beside_routed(mlp: nn.Module) -> list[nn.Module]:
-    """List an MLP's modules that neither hold nor belong to routed experts, outermost first."""
-    holding = [module for module in mlp.modules() if entries(module)]
-    routed_modules = {module for holder in holding for module in holder.modules()}
-    around = {m for m in mlp.modules() if any(child in holding for child in m.modules())}
-    return [module for module in mlp.modules() if module not in routed_modules | around]
+def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
+    """List an MLP's modules that neither hold nor belong to routed experts, outermost ones only."""
+    holders = [module for module in mlp.modules() if count_experts(module)]
+    routed_modules = {module for holder in holders for module in holder.modules()}
+    around = {module for module in mlp.modules() if not routed_modules.isdisjoint(module.modules())}
+    return [module for module in mlp.modules() if module not in around]
 
 
-def _is_added(module: nn.Module, mlp: Call) -> bool:
-    """Check whether an MLP adds the output of one of its modules to something else."""
+def _is_added(module: nn.Module, mlp: ModuleCall) -> bool:
+    """Check whether an MLP adds the output of one of its modules to other outputs."""
 
-    def times(factor: int) -> Tensor:
+    def scaled_result(factor: int) -> Tensor:
         def scale(_: nn.Module, __: Any, output: Any) -> Any:
-            return hooks.with_first(output, factor * hooks.first_of(output))
+            return hooks.replace_first_output(output, factor * hooks.first_output(output))
 
         with module.register_forward_hook(scale):
-            output = hooks.first_of(mlp.module.forward(*mlp.args, **mlp.kwargs))
-        return torch.as_tensor(output).float()
+            result = hooks.first_output(mlp.module.forward(*mlp.args, **mlp.kwargs))
+        return torch.as_tensor(result).float()
 
-    without, once, twice = (times(factor) for factor in (0, 1, 2))
-    added = once - without
-    apart = (twice - once - added).norm()
-    return bool(without.any() and added.any() and apart < _ROUNDING * added.norm())
+    outputs = [scaled_result(factor) for factor in (0, 1, 2)]
+    contribution, difference = outputs[1] - outputs[0], outputs[2] - outputs[1]
+    is_linear = (difference - contribution).norm() < _ADDITION_TOLERANCE * contribution.norm()
+    return bool(outputs[0].any() and contribution.any() and is_linear)

@@ -1,10 +1,10 @@
-"""Attention heads, found by structure and verified to be the columns of a linear map."""
+"""Find attention heads by structure, and verify that they are columns of a linear map."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,14 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from tracker.core.changes import Change
 from tracker.core.errors import CellError
-from tracker.core.kinds import KINDS, Component
-from tracker.models.offloaded import Attribute, replace_attributes
-from tracker.models.parts.linear_maps import map_of
-from tracker.models.parts.probe import Call, PartFinder, paths_in
+from tracker.core.kinds import KIND_STYLES, Component
+from tracker.models.hooks import enter_all, replaced_attributes
+from tracker.models.offloaded import ModuleAttribute, replace_attributes
+from tracker.models.parts.linear_maps import map_of_module
+from tracker.models.parts.probe import ModuleCall, PartFinder, module_paths
 
-TOKENS = 6
-"""Length of the text for the verification."""
-_PROOF = "tracker_proof_of_heads"
+HEAD_TEXT_TOKENS = 6
+"""Number of tokens of the text for the verification."""
+_PROBE_ATTENTION = "tracker_proof_of_heads"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Heads:
     """The heads of one attention: adjacent columns of its output projection's input.
 
     Attributes:
-        projection: Path in the layer of the linear map that all heads pass.
+        projection: Path in the layer of the output projection, the linear map of all heads.
         heads: Number of heads.
         groups: Number of groups of heads that share keys and values.
         width: Number of columns of each head.
@@ -50,17 +51,17 @@ class Heads:
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Heads | None]:
-        """Find the heads of every layer's attention, wherever in the layer it is.
+        """Find the heads of every layer's attention, wherever in the layer the attention is.
 
-        For one call on a short text, the attention of transformers is replaced by one in which
-        every second head returns ones and all others zeros. The output projection is the linear map
-        whose input then has ones (or anything but zeros) in exactly these columns, and which no
-        other layer has.
+        For one call on a short text, the attention of transformers is replaced by a function in
+        which every second head returns ones and all others zeros. The output projection is the
+        linear map whose input then is non-zero in exactly these columns. It must belong to one
+        layer only.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = Counter(module for layer in finder.layers for module in layer.modules())
 
-        def alternate(
+        def mark_alternate_heads(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
         ) -> tuple[Tensor, None]:
             batch, heads, tokens, _width = query.shape
@@ -69,41 +70,42 @@ class Heads:
             shapes.append((heads, key.shape[1], value.shape[-1]))
             return output, None
 
-        def find(layer: nn.Module, calls: Sequence[Call]) -> Heads | None:
+        def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Heads | None:
             attentions = [*shapes]
             shapes.clear()
             if len(attentions) != 1:
                 return None
             heads, groups, width = attentions[0]
-            ones = torch.arange(heads).repeat_interleave(width) % 2 == 0
-            fitting = {call.module for call in calls if _reads(call, ones)}
-            if len(fitting) != 1 or heads % groups or holders[module := fitting.pop()] != 1:
+            # Only the output projection reads all heads side by side.
+            is_one = torch.arange(heads).repeat_interleave(width) % 2 == 0
+            modules = {call.module for call in calls if _reads_columns(call, is_one)}
+            if heads % groups or [holders[module] for module in modules] != [1]:
                 return None
-            return cls(paths_in(layer)[module], heads, groups, width)
+            return cls(module_paths(layer)[modules.pop()], heads, groups, width)
 
-        with _attention(finder.model, alternate):
-            return finder.probe(cls, TOKENS, find)
+        with _replaced_attention(finder.model, mark_alternate_heads):
+            return finder.probe(cls, HEAD_TEXT_TOKENS, find)
 
     def count(self, component: Component) -> int:
-        """Return the number of heads, or of groups of heads."""
+        """Return the number of heads or of groups of heads."""
         return self.groups if component == "kv_head" else self.heads
 
     def columns(self, part: Change, name: str) -> slice:
-        """Return the columns of a head or a group; raise CellError if the layer `name` has none."""
-        count = self.count(part.component)
+        """Return the columns of a head or group; raise CellError if layer `name` lacks it."""
+        n_parts = self.count(part.component)
         assert part.number is not None
-        if part.number >= count:
+        if part.number >= n_parts:
             raise CellError(
-                f"{name} has {count} {KINDS[part.component].many}, 0 to {count - 1}; leave "
-                f"{part.number} out of 'head'"
+                f"{name} has {n_parts} {KIND_STYLES[part.component].plural}, 0 to {n_parts - 1}; "
+                f"leave {part.number} out of 'head'"
             )
-        width = self.heads // count * self.width
+        width = self.heads // n_parts * self.width
         return slice(part.number * width, (part.number + 1) * width)
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Give a copied layer its own output projection that ignores some heads."""
+        """Give a copied layer an output projection of its own that ignores some heads."""
         columns = [self.columns(part, name) for part in parts]
-        linear = map_of(layer.get_submodule(self.projection))
+        linear = map_of_module(layer.get_submodule(self.projection))
         attribute = (linear.module, linear.name)
         if not linear.weight.is_floating_point():
             raise CellError(
@@ -111,34 +113,31 @@ class Heads:
                 f"{self.COMPONENTS} out of 'component'"
             )
 
-        def make() -> dict[Attribute, Tensor]:
+        def make() -> dict[ModuleAttribute, Tensor]:
             weight = linear.weight.detach().clone()
-            for run in columns:
-                weight[:, run] = 0
-            return {attribute: linear.laid_out(weight, linear.parameter)}
+            for part_columns in columns:
+                weight[:, part_columns] = 0
+            return {attribute: linear.to_module_layout(weight, linear.parameter)}
 
         replace_attributes(layer, [attribute], make)
 
 
-def _reads(call: Call, columns: Tensor) -> bool:
-    """Check whether a linear map's input was non-zero in exactly some of its columns."""
+def _reads_columns(call: ModuleCall, columns: Tensor) -> bool:
+    """Check whether a linear map's input was non-zero in exactly the given columns."""
     if not isinstance(call.module, (nn.Linear, Conv1D)) or not call.args:
         return False
-    given = call.args[0]
-    return given.ndim > 1 and torch.equal((given.flatten(0, -2) != 0).any(0).cpu(), columns)
+    states = call.args[0]
+    return states.ndim > 1 and torch.equal((states.flatten(0, -2) != 0).any(0).cpu(), columns)
 
 
-@contextmanager
-def _attention(model: nn.Module, function: Callable[..., object]) -> Iterator[None]:
+def _replaced_attention(
+    model: nn.Module, function: Callable[..., object]
+) -> AbstractContextManager[None]:
     """Replace the attention of all of a model's modules by a function until exit."""
-    AttentionInterface.register(_PROOF, function)
-    AttentionMaskInterface.register(_PROOF, eager_mask)
+    AttentionInterface.register(_PROBE_ATTENTION, function)
+    AttentionMaskInterface.register(_PROBE_ATTENTION, eager_mask)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = _PROOF
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+    return enter_all(
+        replaced_attributes(config, _attn_implementation=_PROBE_ATTENTION)
+        for config in configs.values()
+    )

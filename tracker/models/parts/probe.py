@@ -1,4 +1,4 @@
-"""Find parts: a model reads a short text while the calls of its modules are recorded."""
+"""Find parts of layers by recording the calls of modules while the model reads a short text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tracker.core.changes import Change
 from tracker.core.errors import CellError, ModelError, translate_errors
+from tracker.models.hooks import Args, Kwargs
 from tracker.models.layers import find_layers
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class LayerPart(Protocol):
 
     Attributes:
         KIND: Plural name of the parts in messages.
-        COMPONENTS: Values to leave out of `component` if no layer has such parts.
-        NEEDS: Requirements for a layer's parts to be found.
+        COMPONENTS: Values of the key `component` that cannot be used if no layer has such parts.
+        NEEDS: Description of the conditions under which the parts of a layer are found.
     """
 
     KIND: ClassVar[str]
@@ -47,7 +48,7 @@ class LayerPart(Protocol):
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """One call of a module.
 
     Attributes:
@@ -58,8 +59,8 @@ class Call:
     """
 
     module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     output: Any
 
     @property
@@ -70,56 +71,56 @@ class Call:
 
 @dataclass(frozen=True)
 class PartFinder:
-    """Finds the parts of a model's layers, each kind once.
+    """Finder of the parts of a model's layers, which searches for each kind once.
 
     Attributes:
         model: A causal language model of transformers.
         layers: Its decoder layers.
         device: The device of its inputs.
-        alone: Context in which the model may be called.
+        exclusive_use: Context in which the model may be called.
         parts: Parts found so far: kind → one entry per layer.
     """
 
     model: PreTrainedModel
     layers: nn.ModuleList
     device: torch.device
-    alone: Callable[[], AbstractContextManager[Any]] = nullcontext
+    exclusive_use: Callable[[], AbstractContextManager[Any]] = nullcontext
     parts: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """Return a finder for a model with weights on its inputs' device or the meta device."""
+        """Return a finder for a model whose weights are on the input device or the meta device."""
         return cls(model, find_layers(model), model.device)
 
     def find(self, kind: type[P]) -> Sequence[P | None]:
         """Find one kind of parts in every layer; the first call runs the model.
 
-        Raises ModelError if the model does not run, or its layers have no such parts by
-        construction.
+        Raises ModelError if the model does not run, or is not built of layers with such parts.
         """
         if not self.parts.get(kind):
-            with self.alone():
+            with self.exclusive_use():
                 self.parts[kind] = kind.find(self)
         parts: Sequence[P | None] = self.parts[kind]
         return parts
 
-    def at(self, kind: type[P], layer: int) -> P:
-        """Return the parts of one kind in a layer; raise CellError if it has none."""
+    def get_part(self, kind: type[P], layer: int) -> P:
+        """Return the parts of one kind in a layer; raise CellError if the layer has none."""
         parts = self.find(kind)
         part = parts[layer]
         if part is not None:
             return part
-        lacking = [str(index) for index, entry in enumerate(parts) if entry is None]
+        layers = [str(index) for index, entry in enumerate(parts) if entry is None]
         needed = f" (needed: {kind.NEEDS})" if kind.NEEDS else ""
-        why = f"no {kind.KIND} that could be taken out alone{needed}"
-        if len(lacking) == len(parts):
+        problem = f"has no {kind.KIND} that could be taken out alone{needed}"
+        if len(layers) == len(parts):
             model = type(self.model).__name__
-            raise CellError(f"{model} has {why}; leave {kind.COMPONENTS} out of 'component'")
+            raise CellError(f"{model} {problem}; leave {kind.COMPONENTS} out of 'component'")
         raise CellError(
-            f"{self.name(layer)} has {why}; leave such layers out of 'layer': {', '.join(lacking)}"
+            f"{self.layer_name(layer)} {problem}; leave such layers out of 'layer': "
+            f"{', '.join(layers)}"
         )
 
-    def name(self, layer: int) -> str:
+    def layer_name(self, layer: int) -> str:
         """Return the name of a layer for messages."""
         return f"layer {layer} of {type(self.model).__name__}"
 
@@ -127,37 +128,35 @@ class PartFinder:
     def probe(
         self,
         kind: type[LayerPart],
-        tokens: int,
-        find: Callable[[nn.Module, Sequence[Call]], T | None],
+        n_tokens: int,
+        find_part: Callable[[nn.Module, Sequence[ModuleCall]], T | None],
     ) -> list[T | None]:
         """Find parts of each layer by the calls of its modules while the model reads a short text.
 
         Args:
             kind: The kind of parts.
-            tokens: Length of the text.
-            find: Called with a layer and the calls of its modules, itself among them, in the order
-                in which they ended.
+            n_tokens: Number of tokens of the text.
+            find_part: Function of a layer and the calls of its modules, including the layer's own
+                call, in the order in which the calls ended.
 
         Returns:
-            The result for each layer.
+            The result of `find_part` for each layer.
 
         Raises:
             ModelError: The model does not take the text.
         """
         parts: dict[int, T] = {}
-        calls: list[Call] = []
+        calls: list[ModuleCall] = []
 
-        def record(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            calls.append(Call(module, args, kwargs, output))
+        def record(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+            calls.append(ModuleCall(module, args, kwargs, output))
 
         def finish(index: int, layer: nn.Module, *_: object) -> None:
-            if (part := find(layer, tuple(calls))) is not None:
+            if (part := find_part(layer, tuple(calls))) is not None:
                 parts[index] = part
 
         with ExitStack() as stack:
-            for module in dict.fromkeys(m for layer in self.layers for m in layer.modules()):
+            for module in {m: None for layer in self.layers for m in layer.modules()}:
                 stack.enter_context(module.register_forward_hook(record, with_kwargs=True))
             for index, layer in enumerate(self.layers):
                 stack.enter_context(layer.register_forward_pre_hook(lambda *_: calls.clear()))
@@ -168,21 +167,21 @@ class PartFinder:
                     f"leave {kind.COMPONENTS} out of 'component'"
                 )
             ):
-                self.model(text(tokens, self.device), use_cache=False)
+                self.model(probe_text(n_tokens, self.device), use_cache=False)
         return [parts.get(index) for index in range(len(self.layers))]
 
 
-def text(tokens: int, device: torch.device) -> Tensor:
-    """Build a short text [1, tokens] of different tokens."""
-    return torch.arange(1, tokens + 1, device=device)[None]
+def probe_text(n_tokens: int, device: torch.device) -> Tensor:
+    """Build a short text [1, tokens] in which all tokens differ."""
+    return torch.arange(1, n_tokens + 1, device=device)[None]
 
 
-def paths_in(layer: nn.Module) -> dict[nn.Module, str]:
+def module_paths(layer: nn.Module) -> dict[nn.Module, str]:
     """Return the path of each module of a layer."""
     return {module: path for path, module in layer.named_modules()}
 
 
 def integer_tables(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tables of integers [tokens, chosen] among some values."""
+    """Return those of some values that are integer tensors with two axes [tokens, chosen]."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
     return [tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)]

@@ -1,4 +1,4 @@
-"""Heat maps: layers × benchmarks, and layers × spans or heads."""
+"""Draw heat maps: layers × benchmarks, and layers × spans or heads."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.analysis.boards import layer_relevance
-from tracker.analysis.claims import shown_runs
+from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels
 from tracker.core import formats
 from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.grouping import grouped
-from tracker.core.kinds import ENDS
-from tracker.core.records import CellRecord, layers_of
+from tracker.core.grouping import group_by
+from tracker.core.kinds import OUTER_MATRICES
+from tracker.core.records import CellRecord, first_layers
 from tracker.report.charts.style import (
     GREY,
-    OPEN,
+    OPEN_OPACITY,
     Chart,
-    along_layers,
-    chart,
-    finite,
+    align_runs,
+    build_chart,
+    build_trace,
     layer_axis,
-    trace,
-    wrap,
+    scale_value,
+    wrap_text,
 )
 from tracker.report.wording import WORDS
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
-_SCALE = [
+_COLOUR_SCALE = [
     [0.0, "rgba(196,118,47,1)"],
     [0.499, "rgba(196,118,47,0.08)"],
     [0.501, "rgba(61,116,168,0.08)"],
     [1.0, "rgba(61,116,168,1)"],
 ]
-_CROSS = {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}}
-_DOT = {"size": 5, "color": "#fdfdfc", "line": {"width": 1.2, "color": "#1f2328"}}
-_DOTTED = 12
-"""In maps of more rows than this, dots would hide the colours."""
-ROWS = {"autorange": "reversed", "showgrid": False, "ticks": "", "type": "category"}
-"""The axis of a map's rows."""
+_CROSS_MARKER = {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}}
+_DOT_MARKER = {"size": 5, "color": "#fdfdfc", "line": {"width": 1.2, "color": "#1f2328"}}
+_MAX_DOTTED_ROWS = 12
+"""Maximum number of rows of a map with dots; in larger maps, dots would hide the colours."""
+ROW_AXIS = {"autorange": "reversed", "showgrid": False, "ticks": "", "type": "category"}
+"""Settings of the axis for the rows of a map."""
 COLOUR_BAR = {
     "orientation": "h",
     "thickness": 9,
-    # As long on a phone, where labels would be slanted on fewer pixels.
+    # The scale has this length on a phone too, because shorter scales would have slanted labels.
     "lenmode": "pixels",
     "len": 200,
     "tickangle": 0,
@@ -55,37 +55,37 @@ COLOUR_BAR = {
 }
 
 
-def heat_title(cells: Sequence[CellRecord]) -> str:
+def heat_map_title(cells: Sequence[CellRecord]) -> str:
     """Return a title of the heat map: its size, and the number of undefined values."""
-    layers = layers_of(WHOLE_LAYER, *cells)
-    total = len(layers) * len(cells)
-    known = (layer_relevance(cell, layer).value for cell in cells for layer in layers)
-    count = sum(value is not None for value in known)
-    rows = "cell" if any(cell.removed for cell in cells) else "benchmark"
-    size = f"{len(layers)} layers × {formats.counted(len(cells), rows)}"
-    text = f"{cells[0].model.name}: accuracy relevance, {size}"
-    return text + (f"; {total - count} undefined" if total > count else "")
+    layers = first_layers(WHOLE_LAYER, *cells)
+    noun = "cell" if any(cell.removed for cell in cells) else "benchmark"
+    size = f"{len(layers)} layers × {formats.count_text(len(cells), noun)}"
+    values = [layer_relevance(cell, layer).value for cell in cells for layer in layers]
+    n_undefined = values.count(None)
+    undefined = f"; {n_undefined} undefined" if n_undefined else ""
+    return f"{cells[0].model.name}: accuracy relevance, {size}{undefined}"
 
 
 def heat_map(cells: Sequence[CellRecord]) -> Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
-    One row for each cell, centred at 0. Verdicts other than open are strong, all other values
-    faint. Undefined and missing values are gaps with crosses that explain them (trace `undefined`).
+    There is one row for each cell; colours are centred at 0. Values that are not significant are
+    pale.
+    Undefined and missing values are gaps with crosses that explain them (trace `undefined`).
     Raises ValueError if there is no cell, or if cells belong to several models.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
-    layers = layers_of(WHOLE_LAYER, *cells)
+    layers = first_layers(WHOLE_LAYER, *cells)
     labels = [row_label(label) for label in benchmark_labels(cells)]
     return centred_map(
-        heat_title(cells),
+        heat_map_title(cells),
         "accuracy relevance",
         columns=layers,
         rows=labels,
         values=[[layer_relevance(cell, layer).value for layer in layers] for cell in cells],
-        hovers=[along_layers(cell, WHOLE_LAYER, layers)[1] for cell in cells],
-        shown=[_shown(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
+        hovers=[align_runs(cell, WHOLE_LAYER, layers)[1] for cell in cells],
+        shown_mask=[_shown_mask(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
         ticks=("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
         largest=1,
         height=165 + row_height(labels) * len(cells),
@@ -94,126 +94,128 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 
 
 def row_label(label: str) -> str:
-    """Return the label of a row: a benchmark, and below it the details that distinguish it."""
-    name, _, rest = label.partition(" · ")
-    return "<br>".join(filter(None, (html.escape(name), wrap(rest, 18))))
+    """Return the label of a row: the benchmark, and below it the distinguishing details."""
+    name, _, details = label.partition(" · ")
+    return "<br>".join(filter(None, (html.escape(name), wrap_text(details, 18))))
 
 
 def row_height(labels: Sequence[str]) -> int:
-    """Return the height of rows with these labels in pixels, enough for the longest label."""
+    """Return the height of a row in pixels, such that the longest of the labels fits."""
     return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
-def mapped(cell: CellRecord) -> dict[str, list[Change]]:
-    """Find the kinds of runs that make a map together, by its name.
+def find_map_kinds(cell: CellRecord) -> dict[str, list[Change]]:
+    """Group the kinds of runs that share a map; return name of the map → kinds.
 
-    They are the spans of one component, where there are several, and the parts of layers: a row
-    each.
+    A map has one row for each kind: several spans of one component, or parts of layers.
     """
-    drawn = [kind for kind in cell.kinds if not kind.members]  # of which several begin at one layer
-    drawn.sort(key=lambda kind: (kind.span, kind.number or 0))
+    # Several sets of layers begin at the same layer, so sets have no position on a map.
+    kinds = [kind for kind in cell.kinds if not kind.members]
+    kinds.sort(key=lambda kind: (kind.span, kind.number or 0))
     return {
-        _name(family): kinds
-        for family, kinds in grouped(drawn, lambda kind: kind.family).items()
-        if len(kinds) > 1 or kinds[0].part is not None
+        _family_name(family): rows
+        for family, rows in group_by(kinds, lambda kind: kind.family).items()
+        if len(rows) > 1 or rows[0].part is not None
     }
 
 
-def _name(family: Change) -> str:
+def _family_name(family: Change) -> str:
     name = family.word if family.repeats == 2 else f"{family.word}-{family.repeats}"
     return f"linear-{name}" if family.component == "linear" else name
 
 
-def _rows_of(kinds: Sequence[Change]) -> tuple[str, str]:
-    """Return the names of a map's rows for its title, and for its axis."""
+def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
+    """Return two names for the rows of a map: one for the title, one for the axis."""
     kind = kinds[0]
     if kind.map is not None:
         return f"layer and linear map in {kind.intervention}", "linear map"
     if kind.number is not None:
         return f"layer and {kind.component}", kind.component
-    first = "first layer and number of "
     if kind.intervention == "repeat":
         times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
-        return f"{first}layers that are passed {times}", f"layers passed {times}"
-    what = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
-    return f"{first}removed {what}", "layers"
+        return f"first layer and number of layers that are passed {times}", f"layers passed {times}"
+    removed = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
+    return f"first layer and number of removed {removed}", "layers"
 
 
 def map_caption(kinds: Sequence[Change]) -> str:
-    """Explain a map of kinds: its rows, its columns, and its blanks."""
-    return WORDS.one("map_caption", kinds, kinds[0])
+    """Explain the rows, the columns and the blank fields of a map of kinds."""
+    return WORDS.render("map_caption", kinds, kinds[0])
 
 
 def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
     """Return a title of a map of kinds in plain text."""
-    return f"{cell.title}: {formats.measure_of(cell).change} by {_rows_of(kinds)[0]}"
+    return f"{cell.title}: {formats.metric_format(cell).change} by {_row_names(kinds)[0]}"
 
 
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
     """Draw the accuracy drop (or loss increase) by layer and by kind of change.
 
-    One row for each span or head, centred at 0. Verdicts other than open are strong, all other
-    values faint. Undefined and missing values are gaps with crosses that explain them (trace
-    `undefined`). Positions without a run are blank.
+    There is one row for each kind, such as a span or head; colours are centred at 0. Values that
+    are not significant are pale.
+    Undefined and missing values are gaps with crosses that explain them (trace `undefined`).
+    Positions without a run are blank.
     """
-    measure = formats.measure_of(cell)
-    numbered = kinds[0].part is not None
-    of_layers = {layer for kind in kinds if not kind.is_end for layer in layers_of(kind, cell)}
-    layers = sorted(of_layers) or [*range(cell.model.layers)]
+    measure = formats.metric_format(cell)
+    has_parts = kinds[0].part is not None
+    starts = {layer for kind in kinds if not kind.is_outer for layer in first_layers(kind, cell)}
+    layers = sorted(starts) or [*range(cell.model.layers)]
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
     for kind in kinds:
-        there = {*layers_of(kind, cell)}
-        where = _layers_along(kind, layers)
-        records, texts = along_layers(cell, kind, where)
-        values.append([finite(r.drop.value, measure.scale) if r else None for r in records])
-        hovers.append([t if layer in there else "" for layer, t in zip(where, texts, strict=True)])
-    largest = strongest(values)
-    most = formats.three_digits(largest)
-    done = "passing it again" if kinds[0].intervention == "repeat" else "removal"
-    done = "rounding" if kinds[0].map is not None else done
+        possible = {*first_layers(kind, cell)}
+        columns = _column_layers(kind, layers)
+        records, texts = align_runs(cell, kind, columns)
+        values.append([scale_value(r.drop.value, measure.scale) if r else None for r in records])
+        hovers.append([t if c in possible else "" for c, t in zip(columns, texts, strict=True)])
+    largest = largest_magnitude(values)
+    limit = formats.three_digits(largest)
+    action = "passing it again" if kinds[0].intervention == "repeat" else "removal"
+    action = "rounding" if kinds[0].map is not None else action
     return centred_map(
         map_title(cell, kinds),
         measure.change,
         columns=layers,
-        rows=[str(kind.part if numbered else kind.span) for kind in kinds],
+        rows=[str(kind.part if has_parts else kind.span) for kind in kinds],
         values=values,
         hovers=hovers,
-        shown=_shown(cell, kinds, layers),
-        ticks=(f"−{most}<br>{done} helps", "0<br>no change", most),
+        shown_mask=_shown_mask(cell, kinds, layers),
+        ticks=(f"−{limit}<br>{action} helps", "0<br>no change", limit),
         largest=largest,
-        height=165 + max(30 * min(len(kinds), _DOTTED), 14 * len(kinds)),
-        xaxis=layer_axis(layers, "layer (0-based)" if numbered else "first layer (0-based)"),
-        yaxis=ROWS | {"title": {"text": _rows_of(kinds)[1]}},
+        height=165 + max(30 * min(len(kinds), _MAX_DOTTED_ROWS), 14 * len(kinds)),
+        xaxis=layer_axis(layers, "layer (0-based)" if has_parts else "first layer (0-based)"),
+        yaxis=ROW_AXIS | {"title": {"text": _row_names(kinds)[1]}},
     )
 
 
-def _layers_along(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Return the layer whose run of a kind is shown in each column.
+def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
+    """Return for each column of a map the layer whose run is shown there.
 
-    The embedding and the head have a single run each, stored as layer 0. The embedding's is shown
-    in the first column, the head's in the last one. All other columns get a layer without a run.
+    The embedding and the head have a single run each, stored as layer 0. The embedding's run is
+    shown in the first column, the head's run in the last. Other columns get a layer without a run.
     """
-    if not kind.is_end:
+    if not kind.is_outer:
         return layers
-    place = 0 if kind.map == ENDS[0] else len(layers) - 1
-    return [0 if column == place else 1 for column in range(len(layers))]
+    shown_column = 0 if kind.map == OUTER_MATRICES[0] else len(layers) - 1
+    return [0 if column == shown_column else 1 for column in range(len(layers))]
 
 
-def _shown(cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]) -> list[list[bool]]:
-    """Return which runs have a verdict other than open, simultaneous for all runs of a map."""
-    verdicts = shown_runs(cell, [run for run in cell.runs if run.change.kind in kinds])
+def _shown_mask(
+    cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
+) -> list[list[bool]]:
+    """Return which runs of a map are significant, tested jointly for all its runs."""
+    verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [
-            not (kind.is_end and layer) and verdicts.get(kind.at(layer), "open") != "open"
-            for layer in _layers_along(kind, layers)
+            not (kind.is_outer and layer) and verdicts.get(kind.at_layer(layer), "open") != "open"
+            for layer in _column_layers(kind, layers)
         ]
         for kind in kinds
     ]
 
 
-def strongest(values: Sequence[Sequence[float | None]]) -> float:
-    """Find the size of the largest value of a map, 1 where all are 0 or none is defined."""
+def largest_magnitude(values: Sequence[Sequence[float | None]]) -> float:
+    """Return the largest absolute value of a map; 1 if all values are 0 or undefined."""
     return max((abs(v) for row in values for v in row if v is not None), default=0) or 1
 
 
@@ -228,14 +230,14 @@ def centred_map(
     ticks: tuple[str, str, str],
     largest: float,
     height: int,
-    shown: Sequence[Sequence[bool]] | None = None,
-    crosses: bool = True,
+    shown_mask: Sequence[Sequence[bool]] | None = None,
+    has_crosses: bool = True,
     **layout: Any,
 ) -> Chart:
     """Draw a heat map whose colours are centred at 0.
 
-    Values with a verdict (trace `name`) have a dot if there is room, since they may be small. Open
-    values (trace `open`) are faint.
+    Significant values (trace `name`) have a dot if there is room, since they may be small. All
+    others (trace `open`) are pale.
 
     Args:
         title: Title in plain text.
@@ -247,54 +249,49 @@ def centred_map(
         ticks: Labels of the colours of -largest, 0 and largest.
         largest: Value of the strongest colour.
         height: Height in pixels.
-        shown: Mask of the values with a verdict; None = no verdicts.
-        crosses: Whether gaps with a hover box are marked (trace `undefined`).
+        shown_mask: Mask of the significant values; None = there was no test.
+        has_crosses: Whether gaps with a hover box are marked (trace `undefined`).
         **layout: Axes: `xaxis`, and `yaxis` if it is not `ROWS`.
 
     Returns:
         The chart.
     """
-    known = shown or [[True] * len(columns)] * len(rows)
+    mask = shown_mask or [[True] * len(columns)] * len(rows)
 
-    def heat(label: str, sure: bool, **look: Any) -> dict[str, Any]:
-        mine = [
-            [value if which == sure else None for value, which in zip(*row, strict=True)]
-            for row in zip(values, known, strict=True)
+    def field_trace(label: str, is_shown: bool, **more: Any) -> dict[str, Any]:
+        shown = [
+            [value if flag == is_shown else None for value, flag in zip(*row, strict=True)]
+            for row in zip(values, mask, strict=True)
         ]
-        common = {"coloraxis": "coloraxis", "xgap": 1, "ygap": 1, "hoverongaps": False}
-        return trace("heatmap", label, columns, rows, hovers, z=mine, **common, **look)
+        more |= {"coloraxis": "coloraxis", "xgap": 1, "ygap": 1, "hoverongaps": False}
+        return build_trace("heatmap", label, columns, rows, hovers, z=shown, **more)
 
-    data = [heat(name, True)]
-    if shown:
-        data.append(heat("open", False, opacity=OPEN))
-    if shown and len(rows) <= _DOTTED:
-        dots = [
-            (column, row, "")
-            for row, figures, surely in zip(rows, values, known, strict=True)
-            for column, value, sure in zip(columns, figures, surely, strict=True)
-            if sure and value is not None
-        ]
-        # The field below has the hover box.
-        data.append(_marks("shown", dots, _DOT) | {"hoverinfo": "skip"})
-    if crosses:
-        gaps = [
-            (column, row, hover)
-            for row, figures, texts in zip(rows, values, hovers, strict=True)
-            for column, value, hover in zip(columns, figures, texts, strict=True)
-            if value is None and hover
-        ]
-        data.append(_marks("undefined", gaps, _CROSS))
-    colours = {"cmin": -largest, "cmid": 0, "cmax": largest, "colorscale": _SCALE}
+    data = [field_trace(name, True)]
+    if shown_mask:
+        data.append(field_trace("open", False, opacity=OPEN_OPACITY))
+    texts = hovers or [[""] * len(columns)] * len(rows)
+    fields = [
+        (column, row, *field)
+        for row, *lines in zip(rows, values, mask, texts, strict=True)
+        for column, *field in zip(columns, *lines, strict=True)
+    ]
+    if shown_mask and len(rows) <= _MAX_DOTTED_ROWS:
+        dots = [(x, y, "") for x, y, value, shown, _ in fields if shown and value is not None]
+        # The field below the mark has the hover box.
+        data.append(_mark_trace("shown", dots, _DOT_MARKER) | {"hoverinfo": "skip"})
+    if has_crosses:
+        gaps = [(x, y, text) for x, y, value, _, text in fields if value is None and text]
+        data.append(_mark_trace("undefined", gaps, _CROSS_MARKER))
+    colours = {"cmin": -largest, "cmid": 0, "cmax": largest, "colorscale": _COLOUR_SCALE}
     bar = COLOUR_BAR | {"tickvals": [-largest, 0, largest], "ticktext": list(ticks)}
-    axes = {"yaxis": ROWS, "coloraxis": colours | {"colorbar": bar}} | layout
-    return chart(title, data, height, margin={"b": 105}, **axes)
+    axes = {"yaxis": ROW_AXIS, "coloraxis": colours | {"colorbar": bar}} | layout
+    return build_chart(title, data, height, margin={"b": 105}, **axes)
 
 
-def _marks(
-    name: str, places: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any]
+def _mark_trace(
+    name: str, marks: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Mark places of a map: column, row label and hover box of each."""
-    columns, rows, hovers = zip(*places, strict=True) if places else ((), (), ())
-    return trace(
-        "scatter", name, columns, rows, hovers, mode="markers", marker=marker, showlegend=False
-    )
+    """Build a trace that marks fields of a map, given the column, row and hover box of each."""
+    x, y, hovers = zip(*marks, strict=True) if marks else ((), (), ())
+    look = {"mode": "markers", "marker": marker, "showlegend": False}
+    return build_trace("scatter", name, x, y, hovers, **look)

@@ -1,4 +1,4 @@
-"""Charts of one model over depth, and of several models."""
+"""Draw charts of one model over depth, and of several models."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tracker.analysis.agreement import Pair, cosine_ranks, misjudged
-from tracker.analysis.boards import LayerBoard, layer_relevance, relative_depth, why_undefined
-from tracker.analysis.claims import shown_runs
+from tracker.analysis.agreement import ModelPair, cosine_ranks, find_misjudged
+from tracker.analysis.boards import LayerBoard, layer_relevance, relative_depth, undefined_reason
+from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, defined, three_digits, two_digits, write
+from tracker.core.formats import count_text, is_finite, three_digits, two_digits, write_figure
 from tracker.core.proxies import OBSERVED, Proxy
-from tracker.core.records import CellRecord, layers_of
+from tracker.core.records import CellRecord, first_layers
 from tracker.report.charts import style
-from tracker.report.charts.maps import centred_map, row_height, row_label, strongest
+from tracker.report.charts.maps import centred_map, largest_magnitude, row_height, row_label
 from tracker.report.charts.style import estimate_hover
 from tracker.report.wording import WORDS
 
@@ -25,273 +25,261 @@ from tracker.report.wording import WORDS
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
     """Draw the possible ranks of each layer against its rank by cosine score.
 
-    One labelled point with its interval for each layer, 1 = matters most on both axes. Points whose
-    interval misses the diagonal (trace `stands elsewhere`) are strong, all others (trace `open`)
-    are faint. On the diagonal (trace `equal ranks`) the cosine score is right. None if no layer has
-    both ranks.
+    There is one labelled point with an interval for each layer; rank 1 matters most on both axes.
+    Points whose interval misses the diagonal (trace `different rank`) are solid, all others (trace
+    `open`) are pale. On the diagonal (trace `equal ranks`), both ranks are equal. Returns None if
+    no layer has both ranks.
     """
-    proxy = cosine_ranks(board)
-    standings = [standing for standing in board.ranked if standing.layer in proxy]
+    cosine = cosine_ranks(board)
+    standings = [standing for standing in board.ranked if standing.layer in cosine]
     if not standings:
         return None
-    wrong = {found.standing.layer for found in misjudged(board)}
-    ends = [0.5, len(board.ranked) + 0.5]
+    misjudged = {entry.standing.layer for entry in find_misjudged(board)}
+    n_ranks = len(board.ranked)
+    ends = [0.5, n_ranks + 0.5]
     data: list[dict[str, Any]] = [
         {"type": "scatter", "name": "equal ranks", "x": ends, "y": ends, "mode": "lines"}
         | {"line": {"color": style.GREY, "width": 1, "dash": "dot"}}
         | {"hoverinfo": "skip", "showlegend": False}
     ]
     for name, opacity, colour in (
-        ("open", style.OPEN, style.FAINT),
-        ("stands elsewhere", 1.0, style.GREY),
+        ("open", style.OPEN_OPACITY, style.FAINT_GREY),
+        ("different rank", 1.0, style.GREY),
     ):
-        mine = [one for one in standings if (one.layer in wrong) == (opacity == 1)]
-        ranks = [one.rank for one in mine]
+        group = [row for row in standings if (row.layer in misjudged) == (opacity == 1)]
         hovers = [
             estimate_hover(
-                f"layer {one.layer}",
-                "rank by mean relevance",
-                rank,
-                "{:.0f}".format,
-                f"rank by cosine score {proxy[one.layer]}",
+                f"layer {row.layer}",
+                *("rank by mean relevance", row.rank, "{:.0f}".format),
+                f"rank by cosine score {cosine[row.layer]}",
             )
-            for one, rank in zip(mine, ranks, strict=True)
+            for row in group
         ]
         data.append(
-            style.trace(
-                "scatter",
-                name,
-                [proxy[one.layer] for one in mine],
-                [rank.value for rank in ranks],
+            style.estimate_trace(
+                *("scatter", name, [cosine[row.layer] for row in group]),
+                [row.rank for row in group],
                 hovers,
-                error_y=style.errors(ranks, color=colour),
-                mode="markers+text",
-                text=[str(one.layer) for one in mine],
+                bars={"color": colour},
+                text=[str(row.layer) for row in group],
                 textposition="middle right",
-                textfont={"size": 10, "color": style.GREY},
-                marker={"size": 8, "color": style.MATTERS, "opacity": opacity},
+                marker={"size": 8, "color": style.COST_COLOUR, "opacity": opacity},
                 cliponaxis=False,
-                showlegend=False,
+                **style.LABELLED_POINTS,
             )
         )
     axis: dict[str, Any] = {"showgrid": False, "zeroline": False, "tickangle": 0}
-    few = len(board.ranked) <= 12
-    axis["tickvals"] = [1, *range(2 if few else 5, len(board.ranked) + 1, 1 if few else 5)]
-    return style.chart(
-        _title(label, len(wrong), len(standings)),
+    axis["tickvals"] = [1, *(range(2, n_ranks + 1) if n_ranks <= 12 else range(5, n_ranks + 1, 5))]
+    x_title, y_title = "rank by cosine score (1 = highest)", "rank by relevance (1 = largest)"
+    return style.build_chart(
+        _rank_title(label, len(misjudged), len(standings)),
         data,
         460,
-        xaxis=axis
-        | {"range": [0.5, ends[1] + 1], "title": {"text": "rank by cosine score (1 = highest)"}},
-        yaxis=axis | {"range": ends[::-1], "title": {"text": "rank by relevance (1 = largest)"}},
+        xaxis=axis | {"range": [0.5, ends[1] + 1], "title": {"text": x_title}},
+        yaxis=axis | {"range": ends[::-1], "title": {"text": y_title}},
     )
 
 
-def _title(label: str, wrong: int, total: int) -> str:
-    if not wrong:
+def _rank_title(label: str, n_misjudged: int, n_layers: int) -> str:
+    if not n_misjudged:
         return f"{label}: for no layer can we show that its true rank differs from its cosine rank"
-    of = f"{wrong} of {counted(total, 'layer')}"
-    return f"{label}: for {of} we can show that the true rank differs from the cosine rank"
+    layers_text = f"{n_misjudged} of {count_text(n_layers, 'layer')}"
+    return f"{label}: for {layers_text} we can show that the true rank differs from the cosine rank"
 
 
-_TOP = 0.96
-"""Top of the first panel, below its title."""
-_THICK = {"color": style.MATTERS, "width": 2.5}
+_FIRST_PANEL_TOP = 0.96
+"""Vertical position of the top of the first panel, below the panel's title."""
+_THICK_LINE = {"color": style.COST_COLOUR, "width": 2.5}
 
 
 def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
-    """Draw the accuracy relevance of every layer, a line for each benchmark and their mean.
+    """Draw the accuracy relevance over layers, with a line for each benchmark and the mean.
 
-    Only the trace `mean`, or a single benchmark, has intervals, because those of several lines
-    would overlap. Open points are faint.
+    Only the trace `mean`, or a single benchmark, has intervals, because the intervals of several
+    lines would overlap. Points that are not significant are pale.
     """
-    cells, found = board.cells, board.claims
+    cells, claims = board.cells, board.claims
     layers = [standing.layer for standing in board.by_depth]
-    alone = len(cells) == 1
+    is_single = len(cells) == 1
     data = []
     for number, (cell, name) in enumerate(zip(cells, benchmark_labels(cells), strict=True)):
-        figures = [layer_relevance(cell, layer) for layer in layers]
-        runs, shown = cell.runs_of(), shown_runs(cell, cell.whole_layers)
-        strong = style.strength(la in runs and shown[runs[la].change] != "open" for la in layers)
-        drawn = _relevance(name, layers, figures, [cell.documents] * len(layers))
-        drawn["marker"] = {"size": 5, "opacity": strong}
-        if alone:
-            drawn |= {"line": _THICK, "error_y": style.errors(figures), "showlegend": False}
-        else:  # they step back behind their mean
-            drawn |= {"line": style.line(number), "opacity": 0.7}
-            drawn["showlegend"] = len(cells) <= style.MANY
-        data.append(drawn)
-    if not alone:
+        estimates = [layer_relevance(cell, layer) for layer in layers]
+        runs, verdicts = cell.runs_of_kind(), run_verdicts(cell, cell.whole_layers)
+        shown = [la in runs and verdicts[runs[la].change] != "open" for la in layers]
+        look: dict[str, Any] = {"line": _THICK_LINE, "showlegend": False}
+        if not is_single:  # lines of benchmarks are less prominent than their mean
+            look = {"line": style.line_style(number), "opacity": 0.7, "bars": None}
+            look["showlegend"] = len(cells) <= style.MAX_LEGEND_LINES
+        look["marker"] = {"size": 5, "opacity": style.opacities(shown)}
+        samples = [cell.documents_text] * len(layers)
+        data.append(_relevance_trace(name, layers, estimates, samples, **look))
+    if not is_single:
         means = [standing.relevance for standing in board.by_depth]
-        samples = [counted(standing.benchmarks, "benchmark") for standing in board.by_depth]
-        drawn = _relevance("mean", layers, means, samples)
-        strong = style.strength(layer in {*found.costly, *found.helpful} for layer in layers)
-        drawn |= {"line": _THICK, "marker": {"size": 8, "opacity": strong}}
-        data.append(drawn | {"error_y": style.errors(means), "showlegend": True})
-    made = style.chart(
+        samples = [count_text(standing.benchmarks, "benchmark") for standing in board.by_depth]
+        opacities = style.opacities(layer in {*claims.costly, *claims.helpful} for layer in layers)
+        look = {"line": _THICK_LINE, "marker": {"size": 8, "opacity": opacities}}
+        data.append(_relevance_trace("mean", layers, means, samples, showlegend=True, **look))
+    chart = style.build_chart(
         relevance_title(board, label),
         data,
         420,
         xaxis=style.layer_axis(layers),
         yaxis={"title": {"text": "accuracy relevance (share lost)"}, "zeroline": True},
     )
-    return replace(made, explains=WORDS.one("relevance_curves", board))
+    return replace(chart, explanation=WORDS.render("relevance_curves", board))
 
 
-def _relevance(
-    name: str, layers: Sequence[int], figures: Sequence[Estimate], samples: Sequence[str]
+def _relevance_trace(
+    name: str,
+    layers: Sequence[int],
+    estimates: Sequence[Estimate],
+    samples: Sequence[str],
+    **look: Any,
 ) -> dict[str, Any]:
-    """Draw the relevance of layers; hover boxes name the sample of each value."""
-    hover = [
-        estimate_hover(f"layer {layer} · {name}", "accuracy relevance", figure, two_digits, of)
-        for layer, figure, of in zip(layers, figures, samples, strict=True)
+    """Draw a line of relevances over layers; hover boxes name the sample of each value."""
+    hovers = [
+        estimate_hover(f"layer {layer} · {name}", "accuracy relevance", value, two_digits, sample)
+        for layer, value, sample in zip(layers, estimates, samples, strict=True)
     ]
-    values = [style.finite(figure.value) for figure in figures]
-    return style.trace("scatter", html.escape(name), layers, values, hover, mode="lines+markers")
+    look["mode"] = "lines+markers"
+    return style.estimate_trace("scatter", html.escape(name), layers, estimates, hovers, **look)
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
-    """Return a title of the chart: its benchmarks, and the layer shown to matter most."""
-    text = f"{label}: accuracy relevance over depth, {counted(len(board.cells), 'benchmark')}"
-    first = [standing.layer for standing in board.ranked if standing.rank.high == 1]
-    return f"{text}; layer {first[0]} matters most" if first else text
+    """Return the title of the chart: benchmarks, and the layer shown to matter most."""
+    title = f"{label}: accuracy relevance over depth, {count_text(len(board.cells), 'benchmark')}"
+    top_layers = [standing.layer for standing in board.ranked if standing.rank.high == 1]
+    return f"{title}; layer {top_layers[0]} matters most" if top_layers else title
 
 
 def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
-    """Draw every proxy over depth: a panel each with one layer axis, a line a benchmark.
+    """Draw each proxy over layers in a separate panel, with a line for each benchmark.
 
-    Undefined and missing layers are gaps.
+    The panels share the layer axis. Undefined and missing layers are gaps.
     """
     labels = benchmark_labels(cells)
-    layers = layers_of(WHOLE_LAYER, *cells)
+    layers = first_layers(WHOLE_LAYER, *cells)
     data: list[dict[str, Any]] = []
     axes: dict[str, dict[str, Any]] = {}
-    heads = []
+    headings = []
     gap = 0.225 / len(OBSERVED)
-    step = (_TOP + gap) / len(OBSERVED)
-    head = {"showarrow": False, "xref": "paper", "x": 0, "xanchor": "left"}
-    head |= {"y": 1, "yanchor": "bottom"}
-    for place, proxy in enumerate(OBSERVED):
-        panel = str(place + 1) if place else ""
-        drawn: list[float | None] = []
+    step = (_FIRST_PANEL_TOP + gap) / len(OBSERVED)
+    heading = {"showarrow": False, "xref": "paper", "x": 0, "xanchor": "left"}
+    heading |= {"y": 1, "yanchor": "bottom"}
+    for index, proxy in enumerate(OBSERVED):
+        yaxis = f"y{index + 1 if index else ''}"
+        panel: list[float | None] = []
         for number, (cell, name) in enumerate(zip(cells, labels, strict=True)):
-            values, hover = _proxy(cell, proxy, name, layers)
-            drawn += values
-            curve = style.trace(
-                "scatter", html.escape(name), layers, values, hover, yaxis=f"y{panel}"
-            )
-            curve |= {"mode": "lines+markers", "line": style.line(number), "marker": {"size": 4}}
-            curve |= {"legendgroup": str(number)}
-            curve["showlegend"] = not place and 1 < len(cells) <= style.MANY
-            data.append(curve)
-        top = _TOP - place * step
-        axis = style.value_axis(proxy.heading, drawn) | {"domain": [max(top - step + gap, 0), top]}
+            values, hovers = _proxy_values(cell, proxy, name, layers)
+            panel += values
+            look: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 4}, "yaxis": yaxis}
+            look |= {"line": style.line_style(number), "legendgroup": str(number)}
+            look["showlegend"] = not index and 1 < len(cells) <= style.MAX_LEGEND_LINES
+            title = html.escape(name)
+            data.append(style.build_trace("scatter", title, layers, values, hovers, **look))
+        top = _FIRST_PANEL_TOP - index * step
+        axis = style.value_axis(proxy.heading, panel)
+        axis["domain"] = [max(top - step + gap, 0), top]
         # The title is above its panel, where a phone has room for it.
-        heads.append(head | {"text": axis.pop("title")["text"], "yref": f"y{panel} domain"})
-        axes[f"yaxis{panel}"] = axis
-    return style.chart(
+        headings.append(heading | {"text": axis.pop("title")["text"], "yref": f"{yaxis} domain"})
+        axes[yaxis.replace("y", "yaxis")] = axis
+    return style.build_chart(
         proxy_title(cells, label),
         data,
         200 * len(OBSERVED),
         xaxis=style.layer_axis(layers) | {"anchor": f"y{len(OBSERVED)}"},
         **axes,
-        annotations=heads,
+        annotations=headings,
         legend={"tracegroupgap": 0, "y": 1.04},
     )
 
 
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
-    """Return a title of the chart of proxies in plain text."""
-    text = f"{label}: the proxies over depth, {counted(len(cells), 'benchmark')}"
-    scored = any(defined(run.cosine_score) for cell in cells for run in cell.whole_layers)
-    return text if scored else f"{text}; no cosine score is defined"
+    """Return the title of the chart of proxies as plain text."""
+    title = f"{label}: the proxies over depth, {count_text(len(cells), 'benchmark')}"
+    has_score = any(is_finite(run.cosine_score) for cell in cells for run in cell.whole_layers)
+    return title if has_score else f"{title}; no cosine score is defined"
 
 
-def _proxy(
+def _proxy_values(
     cell: CellRecord, proxy: Proxy, name: str, layers: Sequence[int]
 ) -> tuple[list[float | None], list[str]]:
-    """Line up one proxy over the layers, with hover boxes."""
-    records = cell.runs_of()
+    """Return the values of one proxy for each layer, and the hover boxes of the values."""
+    records = cell.runs_of_kind()
     values: list[float | None] = []
-    hover = []
+    hovers = []
     for layer in layers:
-        value = style.finite(records[layer].figure(proxy.name)) if layer in records else None
-        undefined = f"undefined: {style.wrap(why_undefined(cell, layer, proxy.name))}"
-        says = undefined if value is None else write("proxy", value)
+        value = style.scale_value(records[layer].figure(proxy.name)) if layer in records else None
+        reason = f"undefined: {style.wrap_text(undefined_reason(cell, layer, proxy.name))}"
+        text = reason if value is None else write_figure("proxy", value)
         values.append(value)
-        hover.append(
-            f"<b>{style.wrap(f'layer {layer} · {name}')}</b><br>{proxy.heading} {says}"
+        hovers.append(
+            f"<b>{style.wrap_text(f'layer {layer} · {name}')}</b><br>{proxy.heading} {text}"
             f"<br>{cell.tokens:,} tokens"
         )
-    return values, hover
+    return values, hovers
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
-    """Draw the mean accuracy relevance over relative depth, a line a model; intervals if few.
+    """Draw the mean accuracy relevance over relative depth, with a line for each model.
 
-    Points of open layers are faint.
+    A few lines have intervals. Points that are not significant are pale.
     """
     data = []
-    few = len(boards) <= style.FEW
+    has_intervals = len(boards) <= style.MAX_INTERVAL_LINES
     for number, (board, label) in enumerate(zip(boards, labels, strict=True)):
-        standings, look, found = board.by_depth, style.line(number), board.claims
-        means = [standing.relevance for standing in standings]
-        hover = [
+        line, n_layers = style.line_style(number), board.model.layers
+        hovers = [
             estimate_hover(
-                f"layer {standing.layer} of {board.model.layers} · {label}",
-                "mean accuracy relevance",
-                standing.relevance,
-                two_digits,
-                counted(standing.benchmarks, "benchmark"),
+                f"layer {standing.layer} of {n_layers} · {label}",
+                *("mean accuracy relevance", standing.relevance, two_digits),
+                count_text(standing.benchmarks, "benchmark"),
             )
-            for standing in standings
+            for standing in board.by_depth
         ]
         # Side by side, so that no interval hides another.
-        aside = 0.004 * (number - (len(boards) - 1) / 2) if few else 0.0
-        depths = [
-            relative_depth(standing.layer, board.model.layers) + aside for standing in standings
-        ]
-        values = [style.finite(mean.value) for mean in means]
-        drawn = style.trace(
-            "scatter", html.escape(label), depths, values, hover, mode="lines+markers"
+        offset = 0.004 * (number - (len(boards) - 1) / 2) if has_intervals else 0.0
+        depths = [relative_depth(row.layer, n_layers) + offset for row in board.by_depth]
+        shown = {*board.claims.costly, *board.claims.helpful}
+        opacities = style.opacities(standing.layer in shown for standing in board.by_depth)
+        data.append(
+            style.estimate_trace(
+                *("scatter", html.escape(label), depths),
+                [standing.relevance for standing in board.by_depth],
+                hovers,
+                bars={"thickness": 1, "color": line["color"]} if has_intervals else None,
+                mode="lines+markers",
+                line=line,
+                marker={"size": 6, "opacity": opacities},
+                showlegend=len(boards) <= style.MAX_LEGEND_LINES,
+            )
         )
-        shown = {*found.costly, *found.helpful}
-        strong = style.strength(standing.layer in shown for standing in standings)
-        drawn |= {"line": look, "marker": {"size": 6, "opacity": strong}}
-        drawn["showlegend"] = len(boards) <= style.MANY
-        if few:
-            drawn["error_y"] = style.errors(means, thickness=1, color=look["color"])
-        data.append(drawn)
-    depth = "relative depth (0 = first layer, 1 = last)"
-    return style.chart(
+    axis = {"title": {"text": "relative depth (0 = first layer, 1 = last)"}, "showgrid": False}
+    return style.build_chart(
         _depth_title(boards, labels),
         data,
         430,
-        xaxis={
-            "range": [-0.02, 1.02],
-            "title": {"text": depth},
-            "showgrid": False,
-            "zeroline": False,
-        },
+        xaxis=axis | {"range": [-0.02, 1.02], "zeroline": False},
         yaxis={"title": {"text": "mean accuracy relevance (share lost)"}, "zeroline": True},
     )
 
 
 def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
-    first = [
+    top_layers = [
         f"layer {standing.layer} of {label}"
         for board, label in zip(boards, labels, strict=True)
         for standing in board.ranked
         if standing.rank.high == 1
     ]
-    return WORDS.one("depth_title", len(boards), first)
+    return WORDS.render("depth_title", len(boards), top_layers)
 
 
-def difference_chart(pair: Pair) -> style.Chart:
+def difference_chart(pair: ModelPair) -> style.Chart:
     """Draw the differences of the drops of two models, layer by layer.
 
-    Points with 95 % intervals, one trace for each benchmark, if there are few benchmarks. Otherwise
-    a heat map with a dot where a difference is shown. Open differences are faint.
+    For few benchmarks, the chart has points with 95 % intervals, one trace for each benchmark.
+    Otherwise it is a heat map with a dot for each significant difference. Differences that are not
+    significant are pale.
     """
     measure, layers = pair.measure, pair.layers
     rows = [[shared.difference(layer) for layer in layers] for shared in pair.comparisons]
@@ -299,20 +287,19 @@ def difference_chart(pair: Pair) -> style.Chart:
         [
             estimate_hover(
                 f"layer {layer} · {shared.benchmark}",
-                f"difference in {measure.unit}",
-                estimate,
-                measure.write,
-                f"{counted(shared.n, 'document')} each",
+                *(f"difference in {measure.unit}", estimate, measure.write),
+                f"{count_text(shared.n, 'document')} each",
             )
             for layer, estimate in zip(layers, row, strict=True)
         ]
         for shared, row in zip(pair.comparisons, rows, strict=True)
     ]
-    values = [[style.finite(estimate.value, measure.scale) for estimate in row] for row in rows]
+    shown = [[layer in shared.shown for layer in layers] for shared in pair.comparisons]
     title = f"difference of {measure.change}s"
-    if len(rows) > style.FEW:
-        largest = strongest(values)
-        most = f"{three_digits(largest)} {measure.unit}"
+    if len(rows) > style.MAX_INTERVAL_LINES:
+        values = [[style.scale_value(cell.value, measure.scale) for cell in row] for row in rows]
+        largest = largest_magnitude(values)
+        limit = f"{three_digits(largest)} {measure.unit}"
         labels = [row_label(shared.benchmark) for shared in pair.comparisons]
         return centred_map(
             difference_title(pair),
@@ -321,26 +308,33 @@ def difference_chart(pair: Pair) -> style.Chart:
             rows=labels,
             values=values,
             hovers=hovers,
-            shown=[[layer in shared.shown for layer in layers] for shared in pair.comparisons],
-            ticks=(f"−{most}<br>more to the second", "0<br>alike", f"{most}<br>more to the first"),
+            shown_mask=shown,
+            ticks=(
+                f"−{limit}<br>more to the second",
+                "0<br>alike",
+                f"{limit}<br>more to the first",
+            ),
             largest=largest,
             height=165 + row_height(labels) * len(labels),
             xaxis=style.layer_axis(layers),
         )
     data = []
-    for number, (shared, row) in enumerate(zip(pair.comparisons, rows, strict=True)):
-        colour = style.line(number)["color"]
+    for number, shared in enumerate(pair.comparisons):
+        colour = style.line_style(number)["color"]
         # Side by side, so that no interval hides another.
-        aside = 0.18 * (number - (len(rows) - 1) / 2)
-        places = [layer + aside for layer in layers]
-        name = html.escape(shared.benchmark)
-        drawn = style.trace("scatter", name, places, values[number], hovers[number], mode="markers")
-        strong = style.strength(layer in shared.shown for layer in layers)
-        drawn |= {"marker": {"size": 7, "color": colour, "opacity": strong}}
-        drawn |= {"showlegend": len(rows) > 1}
-        drawn["error_y"] = style.errors(row, measure.scale, color=colour)
-        data.append(drawn)
-    return style.chart(
+        offset = 0.18 * (number - (len(rows) - 1) / 2)
+        opacities = style.opacities(shown[number])
+        data.append(
+            style.estimate_trace(
+                *("scatter", html.escape(shared.benchmark), [layer + offset for layer in layers]),
+                *(rows[number], hovers[number], measure.scale),
+                bars={"color": colour},
+                mode="markers",
+                marker={"size": 7, "color": colour, "opacity": opacities},
+                showlegend=len(rows) > 1,
+            )
+        )
+    return style.build_chart(
         difference_title(pair),
         data,
         380,
@@ -349,13 +343,13 @@ def difference_chart(pair: Pair) -> style.Chart:
     )
 
 
-def difference_title(pair: Pair) -> str:
-    """Name the largest difference of those that are shown, and count them, in plain text."""
+def difference_title(pair: ModelPair) -> str:
+    """Return a title that counts the significant differences and names the largest."""
     total = sum(len(shared.differences) for shared in pair.comparisons)
-    known = [
+    shown = [
         (shared.differences[layer], layer, shared.benchmark)
         for shared in pair.comparisons
         for layer in sorted(shared.shown)
     ]
-    top = max(known, key=lambda difference: abs(difference[0].value or 0.0), default=None)
-    return WORDS.one("difference_title", pair, len(known), total, top)
+    largest = max(shown, key=lambda entry: abs(entry[0].value or 0.0), default=None)
+    return WORDS.render("difference_title", pair, len(shown), total, largest)

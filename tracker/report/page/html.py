@@ -19,128 +19,124 @@ from tracker.analysis.agreement import agreements
 from tracker.core import answers, run_table
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.findings import FindingRecord
-from tracker.core.formats import measure_of
-from tracker.core.kinds import REPLACED_BY
-from tracker.core.proxies import OBSERVED, OF_EXPERTS
-from tracker.core.records import CellRecord, Place
-from tracker.core.tables import headed, written
-from tracker.core.text import harmless, masked
+from tracker.core.formats import metric_format
+from tracker.core.kinds import REPLACEMENT_WORDS
+from tracker.core.proxies import EXPERT_PROXIES, OBSERVED
+from tracker.core.records import CellRecord, RecordKey
+from tracker.core.tables import entry_text, heading_text
+from tracker.core.text import mask_secrets, replace_controls
 from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_text
 from tracker.report import tables, wording
-from tracker.report.charts.style import FEW, TEMPLATE
-from tracker.report.frames import layer_files, packed, packed_json
+from tracker.report.charts.style import CHART_TEMPLATE, MAX_INTERVAL_LINES
+from tracker.report.frames import pack_json, pack_layers, pack_text
 from tracker.report.leaderboard import layer_board_table, misjudged_table, part_board_table
 from tracker.report.page import sections
-from tracker.report.page.sections import decision_table, packed_documents
-from tracker.report.page.studies import standing_alone, study_sections
-from tracker.report.texts import templates_of
+from tracker.report.page.sections import decision_table, pack_documents
+from tracker.report.page.studies import exclude_search_cells, study_sections
+from tracker.report.texts import open_templates
 
 
 def render_report(
     cells: Sequence[CellRecord],
     experiments: Mapping[str, str],
     path: Path,
-    decided: Mapping[Place, DecisionsRecord] = {},
+    decisions: Mapping[RecordKey, DecisionsRecord] = {},
     findings: Sequence[FindingRecord] = (),
-    searches: Collection[Place] = (),
+    search_cells: Collection[RecordKey] = (),
 ) -> Path:
     """Write the report page of a results folder, and return its path.
 
     The file is replaced atomically: it is written next to its path and then renamed.
 
     Args:
-        cells: The cells, in this order.
+        cells: The cells, in the order of the page.
         experiments: The experiment files: name → YAML text, whose passwords are not shown.
         path: Path of the page.
-        decided: Key of a cell → decisions of its runs document by document, if known.
+        decisions: Key of a cell → decisions of the cell's runs for each document, if known.
         findings: Findings of studies.
-        searches: Cells in which searches took their steps, besides those of findings.
+        search_cells: Cells with steps of searches, in addition to the cells that findings name.
 
     Returns:
-        The path.
+        The path of the page.
 
     Raises:
         WorkError: The disk is full or not writable; an existing page is kept.
     """
-    write_text(path, render_page(cells, experiments, decided, findings, searches))
+    write_text(path, render_page(cells, experiments, decisions, findings, search_cells))
     return path
 
 
 @cache
-def _templates() -> Environment:
-    """Compile the templates once for all pages of a process."""
-    environment = templates_of("tracker.report.page", autoescape=True)
-    modules = (answers, run_table, tables, wording)
-    functions = (
-        decision_table,
-        headed,
-        layer_board_table,
-        measure_of,
-        misjudged_table,
-        part_board_table,
-        written,
+def _page_templates() -> Environment:
+    """Compile the templates of the page once per process."""
+    environment = open_templates("tracker.report.page", autoescape=True)
+    helpers = (
+        *(answers, run_table, tables, wording),
+        *(agreements, decision_table, entry_text, heading_text, layer_board_table),
+        *(metric_format, misjudged_table, part_board_table),
     )
-    every = (*modules, *functions, agreements)
-    environment.globals |= {each.__name__.split(".")[-1]: each for each in every}
-    environment.globals |= {"few": FEW, "replaced_by": REPLACED_BY, "weight_formats": [*FORMATS]}
-    environment.globals |= {"proxies": (*OBSERVED, *OF_EXPERTS)}
+    environment.globals |= {helper.__name__.split(".")[-1]: helper for helper in helpers}
+    environment.globals |= {
+        "few": MAX_INTERVAL_LINES,
+        "replaced_by": REPLACEMENT_WORDS,
+        "weight_formats": [*FORMATS],
+        "proxies": (*OBSERVED, *EXPERT_PROXIES),
+    }
     return environment
 
 
 @cache
-def _plotly() -> str:
+def _packed_plotly() -> str:
     """Return plotly's script, compressed to two fifths of its size."""
-    return packed(get_plotlyjs())
+    return pack_text(get_plotlyjs())
 
 
 def render_page(
     cells: Sequence[CellRecord],
     experiments: Mapping[str, str],
-    decided: Mapping[Place, DecisionsRecord] = {},
+    decisions: Mapping[RecordKey, DecisionsRecord] = {},
     findings: Sequence[FindingRecord] = (),
-    searches: Collection[Place] = (),
+    search_cells: Collection[RecordKey] = (),
 ) -> str:
-    """Render the HTML of cells in this order, as `render_report` writes it."""
-    environment = _templates()
+    """Render the HTML of the page; the arguments are those of `render_report`."""
+    environment = _page_templates()
 
-    def inlined(name: str) -> Markup:
+    def read_inline(file_name: str) -> Markup:
         assert environment.loader is not None
-        return Markup(environment.loader.get_source(environment, name)[0])
+        return Markup(environment.loader.get_source(environment, file_name)[0])
 
     studies = study_sections(findings, cells)
-    cells = standing_alone(cells, findings, searches)
-    models = sections.model_sections(cells, decided)
+    cells = exclude_search_cells(cells, findings, search_cells)
+    models = sections.model_sections(cells, decisions)
     across = sections.across_section(cells, models)
-    ids = {s.cell.place: s.id for model in models for s in model.cells}
+    cell_sections = [section for model in models for section in model.cells]
+    ids = {section.cell.record_key: section.id for section in cell_sections}
     figures = [figure for model in models for figure in model.figures]
     figures += (across.depth, *across.pairs) if across else ()
     figures += [figure for study in studies for figure in study.figures]
-    csv, parquet = layer_files(cells) if cells else ("", "")
+    charts = {figure.id: [figure.chart.data, figure.chart.layout] for figure in figures}
+    documents = {
+        f"{section.id}-documents": (section.cell, section.decisions)
+        for section in cell_sections
+        if section.decisions
+    }
+    csv, parquet = pack_layers(cells) if cells else ("", "")
     return environment.get_template("report.html.j2").render(
-        style=inlined("report.css"),
-        script=inlined("report.js"),
-        plotly=_plotly() if figures else "",
-        charts=packed_json(
-            {
-                "template": TEMPLATE,
-                "figures": {one.id: [one.chart.data, one.chart.layout] for one in figures},
-            }
-        ),
-        documents=packed_documents(
-            {
-                f"{one.id}-documents": (one.cell, one.decisions)
-                for model in models
-                for one in model.cells
-                if one.decisions
-            }
-        ),
+        style=read_inline("report.css"),
+        script=read_inline("report.js"),
+        plotly=_packed_plotly() if figures else "",
+        charts=pack_json({"template": CHART_TEMPLATE, "figures": charts}),
+        documents=pack_documents(documents),
         csv=csv,
         parquet=parquet,
-        overview_links=[ids[cell.place] for cell in cells],
+        overview_links=[ids[cell.record_key] for cell in cells],
         models=models,
         across=across,
         studies=studies,
         cells=cells,
-        experiments={harmless(name): masked(harmless(text)) for name, text in experiments.items()},
+        experiments={
+            replace_controls(name): mask_secrets(replace_controls(text))
+            for name, text in experiments.items()
+        },
     )

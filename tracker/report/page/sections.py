@@ -1,4 +1,4 @@
-"""Build the sections of the page: of each cell, of each model, and across models."""
+"""Build the sections of the page: one for each cell, for each model, and across models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tracker.analysis.agreement import pairs_of
+from tracker.analysis.agreement import pair_models
 from tracker.analysis.boards import (
     LayerBoard,
     ModelBoard,
@@ -16,14 +16,14 @@ from tracker.analysis.boards import (
     part_boards,
 )
 from tracker.analysis.comparable import benchmark_labels, named_models
-from tracker.analysis.decisions import SHOWN
+from tracker.analysis.decisions import MAX_SHOWN_DOCUMENTS
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.decision_records import DecisionsRecord, RunDecisions
-from tracker.core.formats import DASH, counted, points
-from tracker.core.records import CellRecord, Place
-from tracker.core.run_table import CellRun, pick, run_columns, telling_apart
-from tracker.core.tables import Column, Table, Value, table
-from tracker.core.text import capital
+from tracker.core.formats import DASH, count_text, points
+from tracker.core.records import CellRecord, RecordKey
+from tracker.core.run_table import CellRun, distinguishing_columns, pick_columns, run_columns
+from tracker.core.tables import Column, ColumnValue, Table, build_table
+from tracker.core.text import capitalise
 from tracker.report import tables
 from tracker.report.charts.cells import (
     agreement_map,
@@ -33,8 +33,8 @@ from tracker.report.charts.cells import (
     margin_name,
     proxy_scatter,
 )
-from tracker.report.charts.headline import headline
-from tracker.report.charts.maps import heat_map, kind_map, map_caption, mapped
+from tracker.report.charts.headline import headline_chart
+from tracker.report.charts.maps import find_map_kinds, heat_map, kind_map, map_caption
 from tracker.report.charts.model import (
     depth_curves,
     difference_chart,
@@ -43,7 +43,7 @@ from tracker.report.charts.model import (
     relevance_curves,
 )
 from tracker.report.charts.style import Chart
-from tracker.report.frames import packed_json
+from tracker.report.frames import pack_json
 from tracker.report.leaderboard import (
     depth_table,
     difference_table,
@@ -53,115 +53,120 @@ from tracker.report.leaderboard import (
 )
 from tracker.report.wording import model_answer
 
-BUDGET = 2_000_000
-"""Characters that the documents of all cells may take of a page."""
-Row = DecisionsRecord | RunDecisions
-"""Row of the table: the intact model, or the decisions of a run."""
-_OPTIONS = 6
-"""With more options than this, the others share a column."""
+DOCUMENT_BUDGET = 2_000_000
+"""Maximum number of characters of a page for the documents of all cells."""
+DecisionRow = DecisionsRecord | RunDecisions
+"""Row of the table of decisions: the intact model, or the decisions of a run."""
+_MAX_OPTION_COLUMNS = 6
+"""Maximum number of options with a separate column; further options share a column."""
 
 
-def letter(option: int) -> str:
-    """Name an option as examinations do: A, B, and so on; by its number beyond Z."""
+def option_letter(option: int) -> str:
+    """Name an option by a letter as in examinations (A, B, …), or by its number after Z."""
     return chr(ord("A") + option) if option < 26 else str(option + 1)
 
 
-def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
+def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
     """Build a table with a row for each run: lost and won documents, margin, option shares."""
-    options = len(decided.options)
-    several = min(options, _OPTIONS)
-    why = decided.reasons.get("margin", "no margin is defined")
+    options = len(decisions.options)
+    n_columns = min(options, _MAX_OPTION_COLUMNS)
+    reason = decisions.reasons.get("margin", "no margin is defined")
 
-    def name(column: Column[CellRun]) -> Column[Row]:
-        def value(row: Row) -> Value:
+    def name_column(column: Column[CellRun]) -> Column[DecisionRow]:
+        def value(row: DecisionRow) -> ColumnValue:
             if isinstance(row, RunDecisions):
                 return column.value(CellRun(cell, row.run))
             return "none" if column.name == "layer" else ""
 
         return Column(column.label, column.unit, value)
 
-    def changed(change: str) -> Column[Row]:
+    def count_column(change: str) -> Column[DecisionRow]:
         return Column(f"documents {change}", "count", lambda row: getattr(row, change, DASH))
 
-    def taken(label: str, first: int, last: int) -> Column[Row]:
-        def share(row: Row) -> float | None:
+    def share_column(label: str, first: int, last: int) -> Column[DecisionRow]:
+        def share(row: DecisionRow) -> float | None:
             return sum(row.options[first:last]) if row.options else None
 
-        return Column(label, "percent", share, why)
+        return Column(label, "percent", share, reason)
 
-    margin = f"median {margin_name(cell, decided)}"
-    columns: list[Column[Row]] = [
-        *map(name, pick(run_columns(cell), *telling_apart(cell))),
-        changed("lost"),
-        changed("won"),
-        Column(margin, "coefficient", lambda row: row.margins[1] if row.margins else None, why),
-        *(taken(f"{letter(option)} taken", option, option + 1) for option in range(several)),
+    shares = [(f"{option_letter(n)} taken", n, n + 1) for n in range(n_columns)]
+    if options > _MAX_OPTION_COLUMNS:
+        shares.append(("later ones", n_columns, options))
+    columns: list[Column[DecisionRow]] = [
+        *map(name_column, pick_columns(run_columns(cell), *distinguishing_columns(cell))),
+        count_column("lost"),
+        count_column("won"),
+        Column(
+            *(f"median {margin_name(cell, decisions)}", "coefficient"),
+            *(lambda row: row.margins[1] if row.margins else None, reason),
+        ),
+        *(share_column(*share) for share in shares),
     ]
-    if options > _OPTIONS:
-        columns.append(taken("later ones", several, options))
-    rows: list[Row] = [decided, *decided.runs]
+    rows: list[DecisionRow] = [decisions, *decisions.runs]
     notes = []
     if options:
-        gold = ", ".join(f"{letter(n)} {points(share)} %" for n, share in enumerate(decided.gold))
-        notes.append(f"How often each option is the right one: {gold}.")
-    if "margin" in decided.reasons:
-        notes.append(f"Margins: {why}.")
-    return table(
+        gold = [f"{option_letter(n)} {points(share)} %" for n, share in enumerate(decisions.gold)]
+        notes.append(f"How often each option is the right one: {', '.join(gold)}.")
+    if "margin" in decisions.reasons:
+        notes.append(f"Margins: {reason}.")
+    return build_table(
         f"{cell.title}: what the model decides without each layer, and in its first row intact. "
-        f"{counted(decided.n, 'document')}; lost: worse than intact, won: better.",
+        f"{count_text(decisions.n, 'document')}; lost: worse than intact, won: better.",
         columns,
         rows,
         *notes,
     )
 
 
-def packed_documents(decided: Mapping[str, tuple[CellRecord, DecisionsRecord]]) -> dict[str, str]:
-    """Compress the documents that runs lose and win; a page decompresses them on request.
+def pack_documents(
+    cell_decisions: Mapping[str, tuple[CellRecord, DecisionsRecord]],
+) -> dict[str, str]:
+    """Compress the documents that runs lose and win; the page decompresses them on request.
 
     Args:
-        decided: Name → cell, and the decisions of its runs.
+        cell_decisions: Name → cell, and the decisions of the cell's runs.
 
     Returns:
-        Name → compressed JSON. The number of documents for each run is limited by the page's size.
+        Name → compressed JSON. `DOCUMENT_BUDGET` limits the number of documents of each run.
     """
-    budget = BUDGET // max(1, len(decided))
-    found = {}
-    for name, (cell, record) in decided.items():
-        few = SHOWN
-        found[name] = packed_json(_content(cell, record, few))
-        while len(found[name]) > budget and few > 1:
-            few = max(1, int(0.9 * few * budget / len(found[name])))
-            found[name] = packed_json(_content(cell, record, few))
-    return found
+    budget = DOCUMENT_BUDGET // max(1, len(cell_decisions))
+    packed = {}
+    for name, (cell, record) in cell_decisions.items():
+        n_shown = MAX_SHOWN_DOCUMENTS
+        packed[name] = pack_json(_document_content(cell, record, n_shown))
+        while len(packed[name]) > budget and n_shown > 1:
+            n_shown = max(1, int(0.9 * n_shown * budget / len(packed[name])))
+            packed[name] = pack_json(_document_content(cell, record, n_shown))
+    return packed
 
 
-def _content(cell: CellRecord, decided: DecisionsRecord, few: int) -> dict[str, Any]:
-    numbers: dict[int, int] = {}
+def _document_content(cell: CellRecord, decisions: DecisionsRecord, n_shown: int) -> dict[str, Any]:
+    positions: dict[int, int] = {}
 
-    def named(run: RunDecisions) -> list[list[Any]]:
-        halves = run.named[: run.named_lost][:few], run.named[run.named_lost :][:few]
+    def named_documents(run: RunDecisions) -> list[list[Any]]:
+        groups = run.named[: run.named_lost][:n_shown], run.named[run.named_lost :][:n_shown]
         return [
-            [numbers.setdefault(d.document, len(numbers)), won, d.choice, d.margin, d.text]
-            for won, half in enumerate(halves)
-            for d in half
+            [positions.setdefault(d.document, len(positions)), is_won, d.choice, d.margin, d.text]
+            for is_won, group in enumerate(groups)
+            for d in group
         ]
 
-    runs = [[run.run.label(), run.lost, run.won, named(run)] for run in decided.runs]
-    documents = [decided.documents[number] for number in numbers]
+    runs = [[run.run.label(), run.lost, run.won, named_documents(run)] for run in decisions.runs]
+    documents = [decisions.documents[number] for number in positions]
     return {
         "runs": runs,
         "documents": [
             [d.task, d.doc, d.question, d.choices, d.answer, d.gold, d.choice, d.margin, d.text]
             for d in documents
         ],
-        "margin": margin_name(cell, decided),
-        "why": decided.reasons.get("texts", ""),
+        "margin": margin_name(cell, decisions),
+        "why": decisions.reasons.get("texts", ""),
     }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its place on the page, and the table of its numbers where it has its own."""
+    """Chart with its position on the page, and the table of its numbers if there is one."""
 
     id: str
     title: str
@@ -170,15 +175,15 @@ class Figure:
 
     @property
     def height(self) -> int:
-        """In pixels; the box keeps it before the chart is drawn."""
+        """Height in pixels, which the page reserves before the chart is drawn."""
         return int(self.chart.layout["height"])
 
 
 @dataclass(frozen=True)
 class CellSection:
-    """One cell on the page; `charts` are those that can be drawn, by name.
+    """Section of the page for one cell; `charts` maps names to the available charts.
 
-    `decisions` are there where its runs are known document by document.
+    `decisions` exist if the outcomes of the cell's runs are known for each document.
     """
 
     id: str
@@ -186,16 +191,16 @@ class CellSection:
     cell: CellRecord
     charts: dict[str, Figure]
     maps: dict[str, str]
-    """Name of each chart that is a map → its explanation."""
+    """Name of each chart that is a map → explanation of the map."""
     curve_lines: int
     decisions: DecisionsRecord | None
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """One model: the boards of its layers and parts, its charts over depth by name, and its cells.
+    """Section of the page for one model: leaderboards, charts over depth by name, and cells.
 
-    A chart is lacking where no whole layer is removed, or no benchmark defines a relevance.
+    A chart is missing if no whole layer is removed, or no benchmark defines a relevance.
     """
 
     id: str
@@ -207,20 +212,20 @@ class ModelSection:
 
     @property
     def answer(self) -> str:
-        """The verdicts on the model's layers, and on its parts if it has boards of them."""
+        """Verdicts on the model's layers, and on its parts if they have leaderboards."""
         cells = [section.cell for section in self.cells]
         return model_answer(self.board.claims, self.parts, cells)
 
     @property
     def figures(self) -> tuple[Figure, ...]:
-        """Every chart of the section and of its cells."""
+        """All charts of the section and of its cells."""
         of_cells = [figure for cell in self.cells for figure in cell.charts.values()]
         return (*self.charts.values(), *of_cells)
 
 
 @dataclass(frozen=True)
 class AcrossSection:
-    """Statements across models."""
+    """Section of the page that compares models."""
 
     depth: Figure
     board: ModelBoard
@@ -230,15 +235,15 @@ class AcrossSection:
 
 
 def model_sections(
-    cells: Sequence[CellRecord], decided: Mapping[Place, DecisionsRecord]
+    cells: Sequence[CellRecord], decisions: Mapping[RecordKey, DecisionsRecord]
 ) -> tuple[ModelSection, ...]:
-    """Build a section for each model, in the order of their first cells.
+    """Build a section for each model, in the order of the models' first cells.
 
-    `decided` maps the key of a cell to the decisions of its runs, document by document.
+    `decisions` maps the key of a cell to the decisions of the cell's runs for each document.
     """
     groups = named_models(cells)
     return tuple(
-        _model_section(group, decided, label, f"model-{number}", alone=len(groups) == 1)
+        _model_section(group, decisions, label, f"model-{number}", is_only=len(groups) == 1)
         for number, (label, group) in enumerate(groups.items(), 1)
     )
 
@@ -246,101 +251,103 @@ def model_sections(
 def across_section(
     cells: Sequence[CellRecord], models: Sequence[ModelSection]
 ) -> AcrossSection | None:
-    """Compare the models of a page; None where there is nothing to compare."""
+    """Build the section that compares models; None if there is nothing to compare."""
     if len(models) < 2:
         return None
-    ranked_layers = [model.board for model in models]
+    boards = [model.board for model in models]
     labels = [model.label for model in models]
     board = model_board(cells)
     names = {model.board.model.key: model.label for model in models}
-    pairs, count = pairs_of(cells)
-    table = depth_table(ranked_layers, labels)
+    pairs, n_pairs = pair_models(cells)
+    depth = depth_curves(boards, labels)
     return AcrossSection(
-        depth=_figure(depth_curves(ranked_layers, labels), "across-depth", table),
+        depth=_page_figure(depth, "across-depth", depth_table(boards, labels)),
         board=board,
         leaderboard=model_board_table(board, [names[model.model.key] for model in board.models]),
         pairs=tuple(
-            _figure(difference_chart(pair), f"pair-{number}", difference_table(pair))
+            _page_figure(difference_chart(pair), f"pair-{number}", difference_table(pair))
             for number, pair in enumerate(pairs, 1)
         ),
-        pair_count=count,
+        pair_count=n_pairs,
     )
 
 
 def _model_section(
     cells: Sequence[CellRecord],
-    decided: Mapping[Place, DecisionsRecord],
+    decisions: Mapping[RecordKey, DecisionsRecord],
     label: str,
     name: str,
-    alone: bool,
+    is_only: bool,
 ) -> ModelSection:
-    benchmarks = benchmark_labels(cells)
     mapped = [cell for cell in cells if _has_whole_layers(cell)]
-    whole = [cell for cell in cells if cell.whole_layers]
+    with_layers = [cell for cell in cells if cell.whole_layers]
     board = layer_board(cells)
-    drawn: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
 
-    def draw(chart: Chart, end: str, table: Table | None, subject: str = label) -> None:
-        drawn[end] = _figure(chart, f"{name}-{end}", table, subject)
+    def add_figure(end: str, chart: Chart, table: Table | None, subject: str = label) -> None:
+        figures[end] = _page_figure(chart, f"{name}-{end}", table, subject)
 
     if board.parts:
-        draw(headline(board, label), "headline", None, label if alone else "")
+        add_figure("headline", headline_chart(board, label), None, label if is_only else "")
         table = relevance_interval_table(board, label)
-        draw(relevance_curves(board, label), "relevance-curves", table)
-    if whole:
-        draw(proxy_curves(whole, label), "proxies", proxy_table(whole, label))
+        add_figure("relevance-curves", relevance_curves(board, label), table)
+    if with_layers:
+        add_figure("proxies", proxy_curves(with_layers, label), proxy_table(with_layers, label))
     if mapped:
-        draw(heat_map(mapped), "heat-map", tables.relevance_table(mapped), cells[0].model.name)
+        table = tables.relevance_table(mapped)
+        add_figure("heat-map", heat_map(mapped), table, cells[0].model.name)
     if ranks := rank_chart(board, label):
-        draw(ranks, "ranks", None)
+        add_figure("ranks", ranks, None)
+    labelled = zip(cells, benchmark_labels(cells), strict=True)
     return ModelSection(
         id=name,
         label=label,
         board=board,
         parts=tuple(part_boards(cells)),
         cells=tuple(
-            _cell_section(cell, decided.get(cell.place), benchmark, f"{name}-cell-{index}")
-            for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)
+            _cell_section(cell, decisions.get(cell.record_key), benchmark, f"{name}-cell-{index}")
+            for index, (cell, benchmark) in enumerate(labelled, 1)
         ),
-        charts=drawn,
+        charts=figures,
     )
 
 
 def _has_whole_layers(cell: CellRecord) -> bool:
-    """Return whether whole single layers are removed, or the cell has no runs at all."""
+    """Return whether a cell has runs that remove one whole layer, or no runs at all."""
     return WHOLE_LAYER in cell.kinds or not cell.kinds
 
 
 def _cell_section(
-    cell: CellRecord, decided: DecisionsRecord | None, label: str, name: str
+    cell: CellRecord, decisions: DecisionsRecord | None, label: str, name: str
 ) -> CellSection:
-    lines = curve_kinds(cell)
-    charts: dict[str, Chart | None] = {"curve": layer_curve(cell)} if lines else {}
-    maps = {f"map-{name}": kinds for name, kinds in mapped(cell).items()}
+    n_lines = len(curve_kinds(cell))
+    decisions = decisions if decisions and decisions.runs else None
+    charts: dict[str, Chart | None] = {"curve": layer_curve(cell)} if n_lines else {}
+    maps = {f"map-{name}": kinds for name, kinds in find_map_kinds(cell).items()}
     charts |= {end: kind_map(cell, kinds) for end, kinds in maps.items()}
     if _has_whole_layers(cell):
         charts["scatter"] = proxy_scatter(cell)
-    if decided and decided.runs:
-        charts["margins"] = margin_chart(cell, decided)
-        charts["agreement"] = agreement_map(cell, decided)
+    if decisions:
+        charts["margins"] = margin_chart(cell, decisions)
+        charts["agreement"] = agreement_map(cell, decisions)
     return CellSection(
         id=name,
         label=label,
         cell=cell,
         charts={
-            end: _figure(chart, f"{name}-{end}", subject=cell.title)
+            end: _page_figure(chart, f"{name}-{end}", subject=cell.title)
             for end, chart in charts.items()
             if chart
         },
         maps={end: map_caption(kinds) for end, kinds in maps.items()},
-        curve_lines=len(lines),
-        decisions=decided if decided and decided.runs else None,
+        curve_lines=n_lines,
+        decisions=decisions,
     )
 
 
-def _figure(chart: Chart, name: str, table: Table | None = None, subject: str = "") -> Figure:
-    # The heading above the chart names its subject already.
-    says = chart.title.removeprefix(f"{subject}: ")
+def _page_figure(chart: Chart, name: str, table: Table | None = None, subject: str = "") -> Figure:
+    # The heading above the chart already names the subject of the chart.
+    title = chart.title.removeprefix(f"{subject}: ")
     # A title that begins with a model's name keeps the name as it is.
-    says = chart.title if says == chart.title else capital(says)
-    return Figure(name, says, chart, table)
+    title = chart.title if title == chart.title else capitalise(title)
+    return Figure(name, title, chart, table)

@@ -1,4 +1,4 @@
-"""Lay out the findings of studies: tables, charts, sections of the page."""
+"""Present the findings of studies: tables, charts and sections of the page."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from typing import Any
 
 import pandas as pd
 
-from tracker.analysis.boards import sure
 from tracker.core.changes import WHOLE_LAYER
 from tracker.core.estimates import Estimate
-from tracker.core.findings import SEARCH, FindingRecord, FoundChart, Line, LineChart, MapChart
-from tracker.core.formats import WRITTEN, three_digits, with_interval
-from tracker.core.records import CellRecord, Place
-from tracker.report.charts.maps import ROWS, centred_map, row_height, row_label, strongest
-from tracker.report.charts.style import (
-    FEW,
-    Chart,
-    chart,
-    errors,
-    finite,
-    layer_axis,
-    line,
-    log_axis,
-    strength,
-    trace,
+from tracker.core.findings import SEARCH_STUDY, FindingRecord, Line, LineChart, MapChart, StudyChart
+from tracker.core.formats import UNIT_FORMATS, figure_text, three_digits
+from tracker.core.records import CellRecord, RecordKey
+from tracker.report.charts.maps import (
+    ROW_AXIS,
+    centred_map,
+    largest_magnitude,
+    row_height,
+    row_label,
 )
-from tracker.report.frames import frame_of
+from tracker.report.charts.style import (
+    MAX_INTERVAL_LINES,
+    Chart,
+    build_chart,
+    estimate_trace,
+    layer_axis,
+    line_style,
+    log_axis,
+    opacities,
+    scale_value,
+)
+from tracker.report.frames import table_frame
 from tracker.report.page.sections import Figure
 from tracker.report.wording import WORDS
 
-_IN_SECTIONS = (SEARCH, "prune", "joint")
-"""Findings whose sections show their runs: steps of searches, and the pairs of a first layer."""
+_SHOWN_STUDIES = (SEARCH_STUDY, "prune", "joint")
+"""Studies whose sections show their runs: steps of searches, and pairs with a first layer."""
 
 
 @dataclass(frozen=True)
@@ -44,204 +48,203 @@ class StudySection:
     id: str
     finding: FindingRecord
     figures: tuple[Figure, ...]
-    outgrown: str
+    growth_note: str
 
 
 def study_sections(
     findings: Sequence[FindingRecord], cells: Sequence[CellRecord]
 ) -> tuple[StudySection, ...]:
-    """Build a section for each finding, with a note if the folder's cells have grown since."""
+    """Build a section for each finding, with a note if the documents of its cells have changed."""
     return tuple(
         StudySection(
             id=f"study-{number}",
             finding=finding,
             figures=tuple(
-                Figure(f"study-{number}-chart-{i}", each.title, study_chart(each))
-                for i, each in enumerate(finding.charts, 1)
+                Figure(f"study-{number}-chart-{i}", chart.title, draw_study_chart(chart))
+                for i, chart in enumerate(finding.charts, 1)
             ),
-            outgrown=outgrown(finding, cells),
+            growth_note=growth_note(finding, cells),
         )
         for number, finding in enumerate(findings, 1)
     )
 
 
-def standing_alone(
-    cells: Sequence[CellRecord], findings: Sequence[FindingRecord], searches: Collection[Place] = ()
+def exclude_search_cells(
+    cells: Sequence[CellRecord],
+    findings: Sequence[FindingRecord],
+    search_keys: Collection[RecordKey] = (),
 ) -> list[CellRecord]:
-    """Return the cells except those without a run, and those of searches' steps and of pairs.
+    """Return the cells with requested runs, except cells of search steps and of pairs.
 
-    The sections of their findings show these. `searches` are steps that no finding names.
+    The sections of the findings show search steps and pairs. `search_keys` are the keys of search
+    cells that no finding names.
     """
-    steps = {
-        place for finding in findings if finding.study in _IN_SECTIONS for place in finding.rests_on
-    }.union(searches)
+    shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
+    steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
     # Cells without a requested run are the references of exports.
-    return [cell for cell in cells if (cell.runs or cell.missing) and not _is_step(cell, steps)]
+    cells = [cell for cell in cells if cell.runs or cell.missing]
+    return [cell for cell in cells if not _is_search_step(cell, steps)]
 
 
-def _is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
-    """Return whether a cell holds only steps of searches, or pairs.
+def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
+    """Return whether a cell contains only steps of searches, or pairs.
 
-    A cell that lacks layers, or some of all runs of one layer, holds nothing else unless a run
-    requested it. `steps` are the keys of all cells of searches and pairs.
+    Such a cell has removed layers or lacks runs of some single layers, and no run requested the
+    cell. `steps` are the keys of all cells of searches and pairs.
     """
-    whole = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
-    partial = bool(cell.removed) or len(whole) < cell.model.layers
-    return partial and cell.place in steps and not cell.explicit
+    whole_layers = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
+    is_partial = bool(cell.removed) or len(whole_layers) < cell.model.layers
+    return is_partial and cell.record_key in steps and not cell.explicit
 
 
-def outgrown(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
-    """Return a sentence about cells that hold other documents by now; empty where none does."""
-    held = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
-    now = [held.get((key, view), n) != n for key, view, n in finding.rests_on]
-    if not any(now):
+def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
+    """Describe how many cells of a finding have other documents by now; "" if none has."""
+    sizes = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
+    grown = [sizes.get((key, view), n) != n for key, view, n in finding.rests_on]
+    if not any(grown):
         return ""
     return (
-        f"{sum(now)} of its {len(now)} measurements hold other documents by now; for today's "
-        f"answer: {finding.again}"
+        f"{sum(grown)} of its {len(grown)} measurements hold other documents by now; for today's "
+        f"answer: {finding.command_line}"
     )
 
 
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     """Return the tables of findings as data frames, in the record's own units, by file stem.
 
-    A figure with an interval has columns `… low` and `… high`. An undefined one is empty, and its
-    column `… reason` has the reason.
+    A figure with an interval has columns `… low` and `… high`. An undefined figure is empty, and
+    the column `… reason` gives the reason.
     """
     return {
-        f"{stem}-{number}": frame_of(table)
-        for stem, finding in by_stem(findings)
+        f"{stem}-{number}": table_frame(table)
+        for stem, finding in name_findings(findings)
         for number, table in enumerate(finding.tables, 1)
     }
 
 
 def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
-    """Draw the charts of findings, by file stem."""
+    """Draw the charts of findings; return file stem → chart."""
     return {
-        f"{stem}-{number}": study_chart(chart)
-        for stem, finding in by_stem(findings)
+        f"{stem}-{number}": draw_study_chart(chart)
+        for stem, finding in name_findings(findings)
         for number, chart in enumerate(finding.charts, 1)
     }
 
 
-def by_stem(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
-    """Yield each finding with a stem for its files; names that occur twice are numbered."""
-    taken: set[str] = set()
+def name_findings(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
+    """Yield each finding with a stem for its file names; equal stems are numbered."""
+    stems: set[str] = set()
     for finding in findings:
         names = (f"{finding.name}--{number}" for number in count(2))
-        stem = next(name for name in chain([finding.name], names) if name not in taken)
-        taken.add(stem)
+        stem = next(name for name in chain([finding.name], names) if name not in stems)
+        stems.add(stem)
         yield stem, finding
 
 
-def study_chart(found: FoundChart) -> Chart:
-    """Draw a chart of a finding."""
-    return _lines(found) if isinstance(found, LineChart) else _map(found)
+def draw_study_chart(record: StudyChart) -> Chart:
+    """Draw one chart of a finding from its record."""
+    return _draw_lines(record) if isinstance(record, LineChart) else _draw_map(record)
 
 
-def _lines(found: LineChart) -> Chart:
-    form = WRITTEN[found.unit]
-    unit = f" {form.name}" if form.name else ""
-    banded = [each for each in found.lines if each.low]
-    whole = all(float(place).is_integer() for place in found.places)
-    layers = whole and not found.log_x and "layer" in found.x
+def _draw_lines(record: LineChart) -> Chart:
+    unit = UNIT_FORMATS[record.unit]
+    suffix = f" {unit.name}" if unit.name else ""
+    tested = [line for line in record.lines if line.low]
+    is_integral = all(float(x).is_integer() for x in record.places)
+    is_by_layer = is_integral and not record.log_x and "layer" in record.x
     data: list[dict[str, Any]] = []
-    for number, each in enumerate(found.lines):
-        look, figures = line(number), _estimates(found, each)
-        places = list(found.places)
-        drawn: dict[str, Any] = {}
-        if each.low and len(banded) == 1:
-            data.append(_band(found, each, form.scale, look["color"]))
-        elif each.low and len(banded) <= FEW:
-            # Side by side, so that no interval hides another.
-            aside = 0.14 * (banded.index(each) - (len(banded) - 1) / 2) if layers else 0
-            places = [place + aside for place in places]
-            drawn["error_y"] = errors(figures, form.scale, color=look["color"], thickness=1)
+    for number, line in enumerate(record.lines):
+        look, estimates = line_style(number), _line_estimates(record, line)
+        positions, bars = list(record.places), None
+        if line.low and len(tested) == 1:
+            data.append(_interval_band(record, line, unit.scale, look["color"]))
+        elif line.low and len(tested) <= MAX_INTERVAL_LINES:
+            # Points of several traces are side by side, so that no interval hides another.
+            offset = 0.14 * (tested.index(line) - (len(tested) - 1) / 2) if is_by_layer else 0
+            positions = [x + offset for x in positions]
+            bars = {"color": look["color"], "thickness": 1}
         hovers = [
-            f"<b>{html.escape(each.name)}</b><br>{html.escape(found.x)} {place:g}: "
-            f"{with_interval(figure, form.write, unit)}"
-            for place, figure in zip(found.places, figures, strict=True)
+            f"<b>{html.escape(line.name)}</b><br>{html.escape(record.x)} {x:g}: "
+            f"{figure_text(estimate, unit.write, suffix)}"
+            for x, estimate in zip(record.places, estimates, strict=True)
         ]
-        heights = [finite(figure.value, form.scale) for figure in figures]
-        strong = strength(not _holds_zero(figure) for figure in figures)
+        strong = opacities(not _contains_zero(estimate) for estimate in estimates)
         data.append(
-            trace("scatter", html.escape(each.name), places, heights, hovers, mode="lines+markers")
-            | {"line": look, "marker": {"size": 5, "opacity": strong}}
-            | drawn
+            estimate_trace(
+                *("scatter", html.escape(line.name), positions, estimates, hovers, unit.scale),
+                bars=bars,
+                mode="lines+markers",
+                line=look,
+                marker={"size": 5, "opacity": strong},
+            )
         )
-    along: dict[str, Any] = {"title": {"text": found.x}}
-    if layers:
-        along = layer_axis([int(place) for place in found.places], found.x)
-    elif found.log_x:
-        along = log_axis(found.x, found.places)
-    up = f"{found.y} ({form.name})" if form.name else found.y
-    values = [finite(value, form.scale) for each in found.lines for value in each.values]
-    axis = log_axis(up, values) if found.log_y else {"title": {"text": up}}
-    made = chart(found.title, data, 380, xaxis=along, yaxis=axis)
-    faint = any(_holds_zero(figure) for line in banded for figure in _estimates(found, line))
-    return replace(made, explains=WORDS.one("study_lines", banded, FEW, faint))
+    x_axis: dict[str, Any] = {"title": {"text": record.x}}
+    if is_by_layer:
+        x_axis = layer_axis([int(x) for x in record.places], record.x)
+    elif record.log_x:
+        x_axis = log_axis(record.x, record.places)
+    title = f"{record.y} ({unit.name})" if unit.name else record.y
+    values = [scale_value(value, unit.scale) for line in record.lines for value in line.values]
+    y_axis = log_axis(title, values) if record.log_y else {"title": {"text": title}}
+    chart = build_chart(record.title, data, 380, xaxis=x_axis, yaxis=y_axis)
+    has_pale = any(_contains_zero(e) for line in tested for e in _line_estimates(record, line))
+    words = WORDS.render("study_lines", tested, MAX_INTERVAL_LINES, has_pale)
+    return replace(chart, explanation=words)
 
 
-def _estimates(found: LineChart, each: Line) -> list[Estimate]:
-    nothing = (None,) * len(found.places)
-    ends = (each.values, each.low or nothing, each.high or nothing)
-    return [Estimate(*figures) for figures in zip(*ends, strict=True)]
+def _line_estimates(record: LineChart, line: Line) -> list[Estimate]:
+    gaps = (None,) * len(record.places)
+    figures = zip(line.values, line.low or gaps, line.high or gaps, strict=True)
+    return [Estimate(*values) for values in figures]
 
 
-def _holds_zero(figure: Estimate) -> bool:
-    return figure.between is not None and not sure(figure)
+def _contains_zero(estimate: Estimate) -> bool:
+    return estimate.bounds is not None and not estimate.side()
 
 
-def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, Any]:
-    """Shade between the ends of a line's intervals."""
-    ends = [
-        (place, finite(low, scale), finite(high, scale))
-        for place, low, high in zip(found.places, each.low, each.high, strict=True)
+def _interval_band(record: LineChart, line: Line, scale: float, colour: str) -> dict[str, Any]:
+    """Build a trace that shades the area between the ends of a line's intervals."""
+    points = [
+        (x, scale_value(low, scale), scale_value(high, scale))
+        for x, low, high in zip(record.places, line.low, line.high, strict=True)
         if low is not None and high is not None
     ]
-    places, lows, highs = zip(*ends, strict=True) if ends else ((), (), ())
+    positions, lows, highs = zip(*points, strict=True) if points else ((), (), ())
     return {
-        "type": "scatter",
-        "name": f"{html.escape(each.name)}, 95 %",
-        "x": places + places[::-1],
-        "y": highs + lows[::-1],
-        "mode": "lines",
-        "fill": "toself",
-        "fillcolor": colour,
-        "opacity": 0.15,
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-        "showlegend": False,
+        **{"type": "scatter", "name": f"{html.escape(line.name)}, 95 %", "mode": "lines"},
+        **{"x": positions + positions[::-1], "y": highs + lows[::-1]},
+        **{"fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}},
+        **{"hoverinfo": "skip", "showlegend": False},
     }
 
 
-def _map(found: MapChart) -> Chart:
-    form = WRITTEN[found.unit]
+def _draw_map(record: MapChart) -> Chart:
+    unit = UNIT_FORMATS[record.unit]
 
-    def worded(value: float | None) -> str:
-        return "undefined" if value is None else f"{form.write(value)} {form.name}".strip()
+    def value_text(value: float | None) -> str:
+        return "undefined" if value is None else f"{unit.write(value)} {unit.name}".strip()
 
-    rows = [row_label(row) for row in found.rows]
-    values = [[finite(value, form.scale) for value in row] for row in found.values]
-    largest = strongest(values)
-    most = three_digits(largest)
-    drawn = centred_map(
-        found.title,
-        found.name,
-        columns=found.columns,
+    rows = [row_label(row) for row in record.rows]
+    values = [[scale_value(value, unit.scale) for value in row] for row in record.values]
+    largest = largest_magnitude(values)
+    limit = three_digits(largest)
+    chart = centred_map(
+        record.title,
+        record.name,
+        columns=record.columns,
         rows=rows,
         values=values,
-        hovers=found.hovers
+        hovers=record.hovers
         or [
-            [f"{row} · {x}: {worded(v)}" for x, v in zip(found.columns, line, strict=True)]
-            for row, line in zip(found.rows, found.values, strict=True)
+            [f"{row} · {x}: {value_text(v)}" for x, v in zip(record.columns, line, strict=True)]
+            for row, line in zip(record.rows, record.values, strict=True)
         ],
-        ticks=(f"−{most}", "0", f"{most} {form.name}".strip()),
+        ticks=(f"−{limit}", "0", f"{limit} {unit.name}".strip()),
         largest=largest,
-        shown=found.shown or None,
+        shown_mask=record.shown or None,
         height=165 + max(16, min(row_height(rows), 480 // max(1, len(rows)))) * len(rows),
-        crosses=False,
-        xaxis=layer_axis(found.columns, found.x),
-        yaxis=ROWS | {"title": {"text": found.y}},
+        has_crosses=False,
+        xaxis=layer_axis(record.columns, record.x),
+        yaxis=ROW_AXIS | {"title": {"text": record.y}},
     )
-    return replace(drawn, explains=WORDS.one("study_map", found))
+    return replace(chart, explanation=WORDS.render("study_map", record))

@@ -1,4 +1,4 @@
-"""The audit: every proxy of a layer's relevance against the accuracy that its removal costs."""
+"""Study: compare every proxy of a layer's relevance with the accuracy drop of its removal."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from dataclasses import dataclass, replace
 
 from scipy import stats
 
-from tracker.analysis.claims import ranks_in
+from tracker.analysis.claims import cell_ranks
 from tracker.analysis.comparable import benchmark_labels, model_labels
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate, Unit
-from tracker.core.findings import FoundChart, LineChart, MapChart
-from tracker.core.grouping import grouped
-from tracker.core.proxies import OF_LAYERS, passes
-from tracker.core.tables import Column, Table, Value, table
-from tracker.stats.rank_agreement import midranks, places
+from tracker.core.estimates import Estimate, FigureUnit
+from tracker.core.findings import LineChart, MapChart, StudyChart
+from tracker.core.grouping import group_by
+from tracker.core.proxies import LAYER_PROXIES, proxy_cost
+from tracker.core.tables import Column, ColumnValue, Table, build_table
+from tracker.stats.rank_agreement import midranks, min_ranks
 from tracker.stats.support import holm
-from tracker.stats.task_dependence import BLOCK
+from tracker.stats.task_dependence import SIGN_BLOCK
 from tracker.studies.audit.figures import (
     DROP,
-    MAJOR,
-    RELIABLE,
-    TOP,
+    MAJOR_SHARE,
+    MIN_RELIABILITY,
+    TOP_LAYERS,
     AuditedCell,
     ModelAudit,
-    Spreads,
-    Summary,
-    means,
-    pooled,
+    ProxySummary,
+    RelevanceVariance,
+    mean_profiles,
+    pooled_correlation,
 )
 from tracker.studies.base import (
-    FEWEST,
+    MIN_LAYERS_RANKED,
     Study,
     StudyContext,
     StudyResult,
@@ -42,26 +42,26 @@ from tracker.studies.base import (
 from tracker.studies.layout import figure_table, labelled, line_chart, rank_estimate
 from tracker.studies.registry import AuditSettings
 
-PAPER = (0.15, 0.46)
-"""The paper's coefficients over inner layers and benchmarks, without their minus: y is the accuracy
-after removal."""
-PAPER_DIFFER, PAPER_MAJORLY = 0.938, 0.536
-_AGAINST = "against the paper"
-TEXTS = study_texts("audit", paper=PAPER, proxies=OF_LAYERS)
+PAPER_CORRELATIONS = (0.15, 0.46)
+"""Range of the paper's coefficients over inner layers and benchmarks, without the minus sign that
+comes from correlating with accuracy after removal."""
+PAPER_DIFFERENT, PAPER_MAJOR = 0.938, 0.536
+_CONTRADICTION = "against the paper"
+AUDIT_TEXTS = study_texts("audit", paper=PAPER_CORRELATIONS, proxies=LAYER_PROXIES)
 
 
 class Audit(Study[AuditSettings]):
-    """Sets every proxy beside the accuracy drop, per model and benchmark, with what each costs."""
+    """Compare every proxy with the accuracy drop, for each model and benchmark, and its cost."""
 
     name = "audit"
     question = (
         "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
         "worth its compute?"
     )
-    texts = TEXTS
+    texts = AUDIT_TEXTS
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the cells of the file, each with its whole single layers of the intact model."""
+        """List the cells of the file, restricted to removals of single whole layers."""
         cells: dict[CellRequest, None] = {}
         for cell in super().requests(context):
             layers = cell.changes.layers
@@ -69,129 +69,127 @@ class Audit(Study[AuditSettings]):
                 layers = cell.changes.whole_layers
             if layers:
                 cells[replace(cell, removed=()).with_changes(layers=layers)] = None
-        if not any(len(cell.changes.layers) >= FEWEST for cell in cells):
-            raise RequestError(
-                "the audit orders layers, and this file names fewer than three; write layer: "
-                "{value: all}"
-            )
+        if not any(len(cell.changes.layers) >= MIN_LAYERS_RANKED for cell in cells):
+            raise RequestError(AUDIT_TEXTS.render("too_few_layers"))
         return list(cells)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare, model by model."""
-        by_model = grouped(subjects, lambda subject: subject.record.model.key).values()
-        names = model_labels([mine[0].record.model for mine in by_model])
+        """Compare the proxies with the accuracy drop, for each model."""
+        models = group_by(subjects, lambda subject: subject.record.model.key).values()
+        names = model_labels([group[0].record.model for group in models])
         result = StudyResult()
-        for name, mine in zip(names, by_model, strict=True):
-            labels = benchmark_labels([subject.record for subject in mine])
-            cells = [AuditedCell(context, *pair) for pair in zip(mine, labels, strict=True)]
-            audit = ModelAudit(name, cells)
-            result.add(*answers_of(audit), *tables_of(audit), *charts_of(audit))
-            result.lack(name, *lacking_of(audit))
+        for name, group in zip(names, models, strict=True):
+            labels = benchmark_labels([subject.record for subject in group])
+            pairs = zip(group, labels, strict=True)
+            audit = ModelAudit(name, [AuditedCell(context, *pair) for pair in pairs])
+            result.add(*audit_answers(audit), *audit_tables(audit), *audit_charts(audit))
+            result.lack(name, *list_unanswered(audit))
         return result
 
 
 # Sentences
 
 
-def answers_of(audit: ModelAudit) -> list[str]:
-    """Return the sentences of one model, contradictions of the paper first."""
+def audit_answers(audit: ModelAudit) -> list[str]:
+    """Return the sentences about one model, contradictions of the paper first."""
     if not audit.summaries:
-        return TEXTS.all("nothing", audit)
-    sentences = _pooled(audit), _task(audit), _best(audit), TEXTS.one("worth", audit.at_cost)
-    ordered = sorted(filter(None, sentences), key=lambda text: not text.startswith(_AGAINST))
+        return AUDIT_TEXTS.render_all("nothing", audit)
+    worth = AUDIT_TEXTS.render("worth", audit.prediction_by_cost)
+    sentences = (_pooled_sentence(audit), _task_sentence(audit), _best_sentence(audit), worth)
+    ordered = sorted(filter(None, sentences), key=lambda text: not text.startswith(_CONTRADICTION))
     return [f"{audit.name}: {sentence}" for sentence in ordered]
 
 
-def _pooled(audit: ModelAudit) -> str:
-    """Build the paper's own figure: cosine over inner layers × benchmarks."""
+def _pooled_sentence(audit: ModelAudit) -> str:
+    """Describe the paper's own figure: correlation of cosine over inner layers × benchmarks."""
     summary = audit.summaries.get("cosine_score")
-    if summary is None or (found := pooled(summary.cells)) is None:
+    if summary is None or (correlation := pooled_correlation(summary.cells)) is None:
         return ""
     benchmarks = sum(bool(c.inner) and c.record.higher_is_better for c in summary.cells)
-    return TEXTS.one("pooled", audit, summary.spearman, found, benchmarks)
+    return AUDIT_TEXTS.render("pooled", audit, summary.spearman, correlation, benchmarks)
 
 
-def _task(audit: ModelAudit) -> str:
-    """Describe whether relevance depends on the task more than cosine says: the paper's claim 3."""
+def _task_sentence(audit: ModelAudit) -> str:
+    """Describe whether relevance depends on the task more than cosine does (paper's claim 3)."""
     cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
     if cosine is None or drop is None or cosine.test is None:
         return ""
-    return TEXTS.one("task", audit, cosine, drop)
+    return AUDIT_TEXTS.render("task", audit, cosine, drop)
 
 
-def _best(audit: ModelAudit) -> str:
-    """Return which proxy orders the layers best, where comparisons with all others show it."""
+def _best_sentence(audit: ModelAudit) -> str:
+    """Name the proxy that ranks layers best, if comparisons with all other proxies show it."""
     if len(audit.summaries) == 1:
         return ""
-    first = [name for name, (rank, _) in audit.ranks.items() if rank == 1]
-    best, cosine = audit.summaries[first[0]], audit.summaries.get("cosine_score")
-    times = passes(best.proxy, audit.total, shared=True)
-    more = None if cosine in (None, best) else audit.apart(best, cosine)
-    return TEXTS.one("best", audit, list(map(_label, first)), best.spearman, more, times)
+    names = [name for name, (rank, _) in audit.ranks.items() if rank == 1]
+    best, cosine = audit.summaries[names[0]], audit.summaries.get("cosine_score")
+    passes = proxy_cost(best.proxy, audit.total, is_shared=True)
+    gain = None if cosine in (None, best) else audit.compare_proxies(best, cosine)
+    labels = list(map(_proxy_label, names))
+    return AUDIT_TEXTS.render("best", audit, labels, best.spearman, gain, passes)
 
 
-def lacking_of(audit: ModelAudit) -> list[str]:
-    """Describe the unanswered questions, and how to answer them."""
-    return TEXTS.all("lacking", audit.left_out, audit.spreads.get(DROP))
+def list_unanswered(audit: ModelAudit) -> list[str]:
+    """Describe the unanswered questions about a model, and how to answer these questions."""
+    return AUDIT_TEXTS.render_all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 
 # Tables and charts
 
 
-def tables_of(audit: ModelAudit) -> list[Table]:
-    """Return every table of the model."""
-    return [_proxies(audit), _benchmarks(audit), _disagreements(audit), *_variances(audit)]
+def audit_tables(audit: ModelAudit) -> list[Table]:
+    """Return all tables of one model."""
+    tables = [_proxy_table(audit), _benchmark_table(audit), _disagreement_table(audit)]
+    return [*tables, _variance_table(audit)] if audit.spreads else tables
 
 
-def _proxies(audit: ModelAudit) -> Table:
-    summaries = audit.summaries
+def _proxy_table(audit: ModelAudit) -> Table:
+    summaries, total = audit.summaries, audit.total
 
-    def column(label: str, unit: Unit, value: Callable[[Summary], Value]) -> Column[str]:
-        def entry(proxy: str) -> Value:
+    def column(label: str, unit: FigureUnit, value: Callable[..., ColumnValue]) -> Column[str]:
+        def entry(proxy: str) -> ColumnValue:
             if proxy in summaries:
                 return value(summaries[proxy])
-            reasons = (cell.found[proxy].spearman.reason for cell in audit.cells)
+            reasons = (cell.agreements[proxy].spearman.reason for cell in audit.cells)
             return Estimate(None, reason=next(filter(None, reasons), "undefined"))
 
-        return Column(label, unit, entry)
+        return Column(label, unit, entry, interval=label == "its rank")
 
-    def inner(summary: Summary) -> Estimate:
-        return Estimate(summary.inner, reason=_no_inner(summary.cells))
+    def rank(summary: ProxySummary) -> Estimate:
+        return rank_estimate(audit.ranks[summary.proxy])
 
-    total = audit.total
+    def inner(summary: ProxySummary) -> Estimate:
+        return Estimate(summary.inner, reason=_inner_reason(summary.cells))
+
     columns = [
-        Column("proxy", "text", _label),
-        replace(
-            column("its rank", "count", lambda s: rank_estimate(audit.ranks[s.proxy])),
-            interval=True,
-        ),
+        Column("proxy", "text", _proxy_label),
+        column("its rank", "count", rank),
         column("mean Spearman", "coefficient", lambda s: s.spearman),
         column("inner layers", "coefficient", inner),
         column("mean Kendall", "coefficient", lambda s: s.kendall),
-        column(f"top-{TOP} overlap", "percent", lambda s: s.overlaps[0]),
-        column(f"bottom-{TOP} overlap", "percent", lambda s: s.overlaps[1]),
+        column(f"top-{TOP_LAYERS} overlap", "percent", lambda s: s.overlaps[0]),
+        column(f"bottom-{TOP_LAYERS} overlap", "percent", lambda s: s.overlaps[1]),
         column("by chance", "percent", lambda s: s.overlaps[2]),
-        column("passes, naive", "times", lambda s: passes(s.proxy, total, shared=False)),
-        column("passes, shared", "times", lambda s: passes(s.proxy, total, shared=True)),
+        column("passes, naive", "times", lambda s: proxy_cost(s.proxy, total, is_shared=False)),
+        column("passes, shared", "times", lambda s: proxy_cost(s.proxy, total, is_shared=True)),
         column("p (Holm)", "p", lambda s: audit.adjusted[s.proxy]),
     ]
-    dear = passes(DROP, total, shared=True)
-    return table(
+    return build_table(
         f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
         columns,
-        [*summaries, *(proxy for proxy in OF_LAYERS if proxy not in summaries)],
-        *TEXTS.all("proxy_notes", audit, dear),
+        [*summaries, *(proxy for proxy in LAYER_PROXIES if proxy not in summaries)],
+        *AUDIT_TEXTS.render_all("proxy_notes", audit, proxy_cost(DROP, total, is_shared=True)),
     )
 
 
-def _no_inner(cells: Sequence[AuditedCell]) -> str:
-    if all(len(cell.inner) < FEWEST for cell in cells):
+def _inner_reason(cells: Sequence[AuditedCell]) -> str:
+    if all(len(cell.inner) < MIN_LAYERS_RANKED for cell in cells):
         return "fewer than three inner layers"
     return "the inner layers all have the same drop or the same proxy"
 
 
 @dataclass(frozen=True)
-class ProxyOnBenchmark:
+class BenchmarkProxyRow:
     """The agreement of a proxy with the drop on one benchmark."""
 
     benchmark: str = labelled("benchmark")
@@ -204,149 +202,137 @@ class ProxyOnBenchmark:
     adjusted: Estimate = labelled("p (Benjamini-Hochberg)", "p")
 
 
-def _benchmarks(audit: ModelAudit) -> Table:
-    found = [(cell, proxy, cell.found[proxy]) for cell in audit.cells for proxy in OF_LAYERS]
-    p_values = [order.spearman.p_value for *_, order in found]
-    given = [p for p in p_values if p is not None]
-    adjusted = iter(stats.false_discovery_control(given) if given else [])
+def _benchmark_table(audit: ModelAudit) -> Table:
+    pairs = [(cell, proxy) for cell in audit.cells for proxy in LAYER_PROXIES]
+    p_values = [cell.agreements[proxy].spearman.p_value for cell, proxy in pairs]
+    defined = [p for p in p_values if p is not None]
+    q_values = iter(stats.false_discovery_control(defined) if defined else [])
     rows = []
-    for (cell, proxy, order), p in zip(found, p_values, strict=True):
-        reason = order.spearman.reason or _no_inner([cell])
-        q = None if p is None else float(next(adjusted))
-        figures = (order.inner, order.kendall, order.pearson, p, q)
+    for (cell, proxy), p in zip(pairs, p_values, strict=True):
+        agreement = cell.agreements[proxy]
+        reason = agreement.spearman.reason or _inner_reason([cell])
+        q = None if p is None else float(next(q_values))
+        figures = (agreement.inner, agreement.kendall, agreement.pearson, p, q)
         entries = (Estimate(figure, reason=reason) for figure in figures)
-        rows.append(ProxyOnBenchmark(cell.label, _label(proxy), order.spearman, *entries))
-    return figure_table(
-        ProxyOnBenchmark,
-        f"{audit.name}: every proxy beside the {audit.drop}, benchmark by benchmark",
-        rows,
-        *TEXTS.all("benchmark_notes"),
+        names = cell.label, _proxy_label(proxy)
+        rows.append(BenchmarkProxyRow(*names, agreement.spearman, *entries))
+    title = f"{audit.name}: every proxy beside the {audit.drop}, benchmark by benchmark"
+    return figure_table(BenchmarkProxyRow, title, rows, *AUDIT_TEXTS.render_all("benchmark_notes"))
+
+
+def _disagreement_table(audit: ModelAudit) -> Table:
+    units: dict[str, FigureUnit] = {"share": "percent", "chance": "percent"}
+    units |= {"shuffled_p": "p", "smooth_p": "p"}
+    labels = (
+        ("ranks differ", "by chance", "p, shuffled", "p, as smooth"),
+        ("majorly", "majorly by chance", "majorly: p, shuffled", "majorly: p, as smooth"),
     )
 
+    def column(label: str, name: str, index: int) -> Column[str]:
+        def value(proxy: str) -> float:
+            figure: float = getattr(audit.disagreements[proxy][index], name)
+            return figure
 
-def _disagreements(audit: ModelAudit) -> Table:
-    def columns(words: Sequence[str], index: int) -> list[Column[str]]:
-        """State four columns of ranks that differ (place 0), or do so majorly (1)."""
-        differ, chance, shuffled, smooth = words
-        return [
-            Column(differ, "percent", lambda proxy: audit.orders[proxy][index].share),
-            Column(chance, "percent", lambda proxy: audit.orders[proxy][index].chance),
-            Column(shuffled, "p", lambda proxy: audit.orders[proxy][index].shuffled_p),
-            Column(smooth, "p", lambda proxy: audit.orders[proxy][index].smooth_p),
-        ]
+        return Column(label, units[name], value)
 
-    words = ("", " by chance", ": p, shuffled", ": p, as smooth")
-    return table(
-        f"{audit.name}: in how many layers the ranks differ",
-        [
-            Column("proxy", "text", _label),
-            *columns(("ranks differ", "by chance", "p, shuffled", "p, as smooth"), 0),
-            *columns([f"majorly{word}" for word in words], 1),
-        ],
-        audit.orders,
-        *TEXTS.all("disagreement_notes", MAJOR, PAPER_DIFFER, PAPER_MAJORLY),
-    )
+    columns = [Column("proxy", "text", _proxy_label)]
+    for index, group in enumerate(labels):
+        columns += [column(*pair, index) for pair in zip(group, units, strict=True)]
+    figures = (MAJOR_SHARE, PAPER_DIFFERENT, PAPER_MAJOR)
+    notes = AUDIT_TEXTS.render_all("disagreement_notes", *figures)
+    title = f"{audit.name}: in how many layers the ranks differ"
+    return build_table(title, columns, audit.disagreements, *notes)
 
 
-def _variances(audit: ModelAudit) -> Iterator[Table]:
-    if not audit.spreads:
-        return
-    tests = [spread.test for spread in audit.spreads.values()]
+def _variance_table(audit: ModelAudit) -> Table:
+    spreads = audit.spreads
+    tests = [spread.test for spread in spreads.values()]
     p_values = holm([None if test is None else test.p_value for test in tests])
-    adjusted = dict(zip(audit.spreads, p_values, strict=True))
-    compared = "it is what the proxies are held against"
+    adjusted = dict(zip(spreads, p_values, strict=True))
+    reference = "it is what the proxies are held against"
 
     def column(
-        label: str, unit: Unit, value: Callable[[Spreads], Value], otherwise: str = ""
+        label: str,
+        value: Callable[[RelevanceVariance], ColumnValue],
+        unit: FigureUnit = "coefficient",
+        reason: str = "",
     ) -> Column[str]:
-        def entry(name: str) -> Value:
-            found = value(audit.spreads[name])
-            if found is None:
-                return Estimate(None, reason=otherwise or audit.spreads[name].reason)
-            return found
+        def entry(name: str) -> ColumnValue:
+            figure = value(spreads[name])
+            if figure is None:
+                return Estimate(None, reason=reason or spreads[name].reason)
+            return figure
 
-        return Column(label, unit, entry, compared)
+        return Column(label, unit, entry, reference)
 
-    def larger(spread: Spreads) -> str | None:
+    def larger(spread: RelevanceVariance) -> str | None:
         return f"{spread.test.larger} of {spread.test.n} layers" if spread.test else None
 
+    def block_p(spread: RelevanceVariance) -> float | None:
+        return spread.test.block_p if spread.test else None
+
     columns = [
-        Column("measure", "text", _label),
-        column("variance", "coefficient", lambda each: each.raw),
-        column("drop varies more in", "text", larger, compared),
-        Column("Wilcoxon p (Holm)", "p", adjusted.__getitem__, compared),
-        column(
-            f"p in blocks of {BLOCK}", "p", lambda s: s.test.block_p if s.test else None, compared
-        ),
-        column("variance where noise can be taken off", "coefficient", lambda s: s.noisy),
-        column("variance without noise", "coefficient", lambda s: s.clean),
-        column("drop's without noise exceeds it by", "coefficient", lambda s: s.excess),
+        Column("measure", "text", _proxy_label),
+        column("variance", lambda spread: spread.raw),
+        column("drop varies more in", larger, "text", reference),
+        Column("Wilcoxon p (Holm)", "p", adjusted.__getitem__, reference),
+        column(f"p in blocks of {SIGN_BLOCK}", block_p, "p", reference),
+        column("variance where noise can be taken off", lambda spread: spread.noisy),
+        column("variance without noise", lambda spread: spread.clean),
+        column("drop's without noise exceeds it by", lambda spread: spread.excess),
     ]
-    yield table(
-        f"{audit.name}: variance of a layer's z-score from benchmark to benchmark",
-        columns,
-        audit.spreads,
-        *TEXTS.all("variance_notes", audit, RELIABLE),
-    )
+    title = f"{audit.name}: variance of a layer's z-score from benchmark to benchmark"
+    notes = AUDIT_TEXTS.render_all("variance_notes", audit, MIN_RELIABILITY)
+    return build_table(title, columns, spreads, *notes)
 
 
-def _label(name: str) -> str:
-    return OF_LAYERS[name].label if name in OF_LAYERS else name
+def _proxy_label(name: str) -> str:
+    return LAYER_PROXIES[name].label if name in LAYER_PROXIES else name
 
 
-def charts_of(audit: ModelAudit) -> list[FoundChart]:
-    """Return every chart of the model."""
-    return [*_cost(audit), *_depth(audit), *_map(audit)]
+def audit_charts(audit: ModelAudit) -> list[StudyChart]:
+    """Return all charts of one model."""
+    return [*_cost_charts(audit), *_depth_charts(audit), *_rank_maps(audit)]
 
 
-def _cost(audit: ModelAudit) -> Iterator[LineChart]:
-    budgets, found, _ = audit.at_cost
-    lines = {
-        audit.drop if name == DROP else _label(name): row
-        for name, row in found.items()
-        if any(value is not None for value in row)
-    }
+def _cost_charts(audit: ModelAudit) -> Iterator[LineChart]:
+    budgets, curves, _ = audit.prediction_by_cost
+    labels = {name: audit.drop if name == DROP else _proxy_label(name) for name in curves}
+    lines = {labels[name]: row for name, row in curves.items() if {*row} != {None}}
     if lines:
         title = f"{audit.name}: what a proxy predicts for what it costs"
         axes = "forward passes spent on a benchmark", "Spearman with the drop of other documents"
         yield line_chart(title, axes, "coefficient", budgets, lines, log_x=True)
 
 
-def _depth(audit: ModelAudit) -> Iterator[LineChart]:
-    best = [proxy for proxy in audit.summaries if audit.ranks[proxy] == (1, 1)]
-    named = [s for s in audit.summaries.values() if s.proxy in ("cosine_score", *best)]
-    cells = [cell for cell in audit.cells if named and all(cell in s.cells for s in named)]
+def _depth_charts(audit: ModelAudit) -> Iterator[LineChart]:
+    best = [name for name in audit.summaries if audit.ranks[name] == (1, 1)]
+    summaries = [s for s in audit.summaries.values() if s.proxy in ("cosine_score", *best)]
+    cells = [c for c in audit.cells if summaries and all(c in s.cells for s in summaries)]
     if cells:
-        profiles = {audit.drop: means(DROP, cells)}
-        profiles |= {_label(s.proxy): means(s.proxy, cells) for s in named}
-        yield line_chart(
-            f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks",
-            ("layer (0-based)", "rank, the least relevant is 1"),
-            "count",
-            cells[0].layers,
-            {name: midranks(rows).mean(axis=0) for name, rows in profiles.items()},
-        )
+        profiles = {audit.drop: mean_profiles(DROP, cells)}
+        profiles |= {_proxy_label(s.proxy): mean_profiles(s.proxy, cells) for s in summaries}
+        lines = {name: midranks(rows).mean(axis=0) for name, rows in profiles.items()}
+        title = f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks"
+        axes = ("layer (0-based)", "rank, the least relevant is 1")
+        yield line_chart(title, axes, "count", cells[0].layers, lines)
 
 
-def _map(audit: ModelAudit) -> Iterator[FoundChart]:
-    cells = [c for c in audit.cells if c.found["cosine_score"].spearman.value is not None]
+def _rank_maps(audit: ModelAudit) -> Iterator[StudyChart]:
+    cells = [c for c in audit.cells if c.agreements["cosine_score"].spearman.value is not None]
     if not cells:
         return
     columns = sorted({layer for cell in cells for layer in cell.layers})
-    values, shown = [], []
+    values, marks = [], []
     for cell in cells:
         x, y = (midranks(cell.measures[name].means()) for name in ("cosine_score", DROP))
-        at = dict(zip(cell.layers, (x - y).tolist(), strict=True))
-        values.append(tuple(at.get(layer) for layer in columns))
+        differences = dict(zip(cell.layers, (x - y).tolist(), strict=True))
+        values.append(tuple(map(differences.get, columns)))
         runs = cell.record.whole_layers
-        between = ranks_in(cell.record, runs)
-        scores = places([run.cosine_score for run in runs])
-        off = {
-            run.change.layer
-            for run, score, (best, worst) in zip(runs, scores, between, strict=True)
-            if not best <= score <= worst
-        }
-        shown.append(tuple(layer in off for layer in columns))
+        scores = min_ranks([run.cosine_score for run in runs])
+        rows = zip(runs, scores, cell_ranks(cell.record, runs), strict=True)
+        wrong = {run.change.layer for run, n, (best, worst) in rows if not best <= n <= worst}
+        marks.append(tuple(layer in wrong for layer in columns))
     yield MapChart(
         title=f"{audit.name}: ranks by cosine score beside those by the measured {audit.drop}",
         x="layer (0-based)",
@@ -356,7 +342,7 @@ def _map(audit: ModelAudit) -> Iterator[FoundChart]:
         columns=tuple(columns),
         rows=tuple(cell.label for cell in cells),
         values=tuple(values),
-        shown=tuple(shown),
+        shown=tuple(marks),
         shown_by=f"the cosine score gives a rank that is shown not to be that by {audit.drop}, "
         "with 95 % confidence for all layers of the benchmark",
     )

@@ -1,4 +1,4 @@
-"""Figures of the audit: drops and proxies of each layer, document by document, and by model."""
+"""Compute the audit's figures: drops and proxies of each layer, by document and by model."""
 
 from __future__ import annotations
 
@@ -9,64 +9,64 @@ from functools import cached_property
 import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes
-from tracker.analysis.records import OUTER
+from tracker.analysis.records import OUTER_LAYERS
 from tracker.core.documents import Document
 from tracker.core.estimates import Estimate
-from tracker.core.findings import gaps
-from tracker.core.formats import counted
-from tracker.core.proxies import OBSERVED, OF_LAYERS, passes
+from tracker.core.findings import chart_values
+from tracker.core.formats import count_text
+from tracker.core.proxies import LAYER_PROXIES, OBSERVED, proxy_cost
 from tracker.engine.observers.layer_proxies import output_proxies
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.shards import Arrays
-from tracker.measuring.observing import Observe, Observed
-from tracker.stats.arrays import Array, per_token
+from tracker.ledger.shards import DocumentArrays
+from tracker.measuring.observing import Observations, ObserveDocument
+from tracker.stats.arrays import Array, token_means
 from tracker.stats.correlation import correlate
 from tracker.stats.rank_agreement import (
     Disagreement,
-    disagreement,
+    compare_ranks,
     mean_spearman_p,
-    overlap,
     row_coefficients,
+    top_overlap,
 )
-from tracker.stats.reliability import LayerMeasure, at_equal_cost
+from tracker.stats.reliability import LayerMeasure, prediction_by_budget
 from tracker.stats.resampling import RESAMPLES, SEED, bias_corrected_interval, resampled_means
-from tracker.stats.support import between, holm, pairs, together
+from tracker.stats.support import count_pairs, holm, ranks_by_comparison, widen
 from tracker.stats.task_dependence import (
-    Paired,
-    Sample,
-    clean_difference,
-    compared,
-    reliability,
-    sampling_noise,
-    variance_across,
+    BenchmarkSample,
+    VarianceComparison,
+    benchmark_variance,
+    compare_variances,
+    estimate_profile,
+    profile_reliability,
+    variance_difference,
 )
-from tracker.studies.base import FEWEST, StudyContext, Subject, observe
+from tracker.studies.base import MIN_LAYERS_RANKED, StudyContext, Subject, observe_subject
 
-KIND = "output-proxies-1"
-"""Kind of the observations besides outcomes: the sums of `output_proxies`."""
+OBSERVATION_KIND = "output-proxies-1"
+"""Kind of the stored observations that are not outcomes: the sums of `output_proxies`."""
 DROP = "accuracy drop"
-_NO_NUMBER = {
+_UNDEFINED = {
     "gate_gradient": "autograd cannot differentiate this model, or its loss is not finite",
     "gold_logprob_drop": "a document has no gold answer, or none of a finite score",
 }
-TOP = 5
-"""Layers that are called the most, or the least, relevant ones."""
-MAJOR = 1 / 4
-"""Ranks that differ by more than this share of the layers differ majorly."""
-RELIABLE = 0.5
-"""The figures of a benchmark must be as much signal as noise before their noise is taken off."""
+TOP_LAYERS = 5
+"""Number of layers that are called the most, or the least, relevant layers."""
+MAJOR_SHARE = 1 / 4
+"""Two ranks differ majorly if they differ by more than this share of the layers."""
+MIN_RELIABILITY = 0.5
+"""Noise is subtracted only for benchmarks with at least this share of signal in their drops."""
 
 
 @dataclass(frozen=True)
-class Ordering:
-    """The agreement of a proxy with the drop on one benchmark.
+class ProxyAgreement:
+    """Agreement of one proxy with the drop on one benchmark.
 
     Attributes:
-        spearman: Spearman correlation with interval and p-value; if None, so are the others.
+        spearman: Spearman correlation with interval and p-value; if None, all others are None too.
         inner: Spearman correlation without the outer layers.
-        kendall: Tau-b.
-        pearson: r.
-        resampled: Spearman of each resample of the documents.
+        kendall: Kendall's tau-b.
+        pearson: Pearson's r.
+        resampled: Spearman correlation in each resample of the documents.
     """
 
     spearman: Estimate
@@ -77,113 +77,109 @@ class Ordering:
 
 
 class AuditedCell:
-    """One cell: drops and proxies of its whole layers, on the same documents in the same order."""
+    """Drops and proxies of the whole layers of one cell, on the same documents in one order."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Observe what the ledger lacks, and align all arrays on the same documents."""
+        """Observe proxies that the ledger lacks, and align all arrays on the same documents."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
-        self.layers = [run.layer for run in cell.whole_layers]
+        layers = self.layers = [run.layer for run in cell.whole_layers]
         self.tasks = cell.tasks
         self.strata = cell.strata
-        self.not_observed = {proxy.name: cell.not_observed(proxy) for proxy in OBSERVED}
+        self.not_observed = {proxy.name: cell.unobserved_reason(proxy) for proxy in OBSERVED}
         total = subject.record.model.layers
-        observed = observe(subject, KIND, context, _begin)
-        self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
+        observations = observe_subject(subject, OBSERVATION_KIND, context, _begin_observing)
+        outer = range(OUTER_LAYERS, total - OUTER_LAYERS)
+        self.inner = [index for index, layer in enumerate(layers) if layer in outer]
         ablations = [cell.ablation(run) for run in cell.whole_layers]
-        metric, gold = cell.by_metric(ablations), cell.by_gold_logprob(ablations)
-        figures = [
-            (DROP, metric.drops, metric.weights),
-            ("gold_logprob_drop", gold.drops, gold.weights),
-            *((name, v[:, self.layers], weights) for name, v, weights in _proxies(cell, observed)),
-        ]
-        self.measures = {
-            name: LayerMeasure(values, weights, passes(name, total, shared=True))
-            for name, values, weights in figures
-        }
+        metric, gold = cell.metric_outcomes(ablations), cell.gold_outcomes(ablations)
+        pairs = {DROP: metric, "gold_logprob_drop": gold}
+        figures = {name: (paired.drops, paired.weights) for name, paired in pairs.items()}
+        for name, values, weights in _proxy_figures(cell, observations):
+            figures[name] = values[:, layers], weights
+        costs = {name: proxy_cost(name, total, is_shared=True) for name in figures}
+        self.measures = {n: LayerMeasure(*pair, costs[n]) for n, pair in figures.items()}
 
     @property
     def drop(self) -> LayerMeasure:
-        """The measure that the proxies are compared with."""
+        """The accuracy drop, with which the proxies are compared."""
         return self.measures[DROP]
 
     @property
     def relevance(self) -> Array:
-        """The accuracy relevance of each whole layer; NaN where it is undefined."""
+        """The accuracy relevance of each whole layer; NaN if undefined."""
         return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
-    def drawn(self, name: str) -> Array:
-        """Return a measure of each layer in each resample of the documents, the same for all."""
+    def resample(self, name: str) -> Array:
+        """Return a measure of each layer in each resample; all measures share the resamples."""
         measure = self.measures[name]
         return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
     @cached_property
-    def found(self) -> dict[str, Ordering]:
+    def agreements(self) -> dict[str, ProxyAgreement]:
         """The agreement of each proxy with the drop."""
-        drawn_drop = self.drawn(DROP)
-        return {name: self._ordering(name, drawn_drop) for name in OF_LAYERS}
+        drops = self.resample(DROP)
+        return {name: self._agreement(name, drops) for name in LAYER_PROXIES}
 
-    def _ordering(self, name: str, drawn_drop: Array) -> Ordering:
-        x, y, drawn = self.measures[name].means(), self.drop.means(), self.drawn(name)
-        spearman = correlate(x, y, coefficient="spearman", resampled=(drawn, drawn_drop))
+    def _agreement(self, name: str, drops: Array) -> ProxyAgreement:
+        x, y, resamples = self.measures[name].means(), self.drop.means(), self.resample(name)
+        spearman = correlate(x, y, coefficient="spearman", resamples=(resamples, drops))
         if spearman.value is None:
-            why = spearman.reason or ""
-            if why.startswith("the proxy is undefined"):
-                why = self.not_observed.get(name) or _NO_NUMBER.get(
-                    name, "a hidden state or a logit is not finite"
-                )
-            nothing = np.full(RESAMPLES, np.nan)
-            return Ordering(Estimate(None, reason=why), None, None, None, nothing)
-        return Ordering(
-            spearman,
-            _coefficient(x[self.inner], y[self.inner], "spearman"),
-            _coefficient(x, y, "kendall"),
-            _coefficient(x, y, "pearson"),
-            row_coefficients(drawn, drawn_drop, "spearman"),
-        )
+            reason = spearman.reason or ""
+            if reason.startswith("the proxy is undefined"):
+                default = _UNDEFINED.get(name, "a hidden state or a logit is not finite")
+                reason = self.not_observed.get(name) or default
+            undefined = np.full(RESAMPLES, np.nan)
+            return ProxyAgreement(Estimate(None, reason=reason), None, None, None, undefined)
+        inner = _coefficient(x[self.inner], y[self.inner], "spearman")
+        kendall, pearson = (_coefficient(x, y, kind) for kind in ("kendall", "pearson"))
+        resampled = row_coefficients(resamples, drops, "spearman")
+        return ProxyAgreement(spearman, inner, kendall, pearson, resampled)
 
 
-def _proxies(cell: AlignedOutcomes, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
-    """Yield each proxy of every layer of the model: means of documents, and their weights."""
+def _proxy_figures(
+    cell: AlignedOutcomes, observations: Observations
+) -> Iterator[tuple[str, Array, Array]]:
+    """Yield each proxy of all layers of the model: document means, and document weights."""
     for proxy in OBSERVED:
-        means = per_token(cell.proxy_sums(proxy), cell.tokens)
-        yield proxy.name, proxy.of(means), cell.tokens
-    sums = observed.of(cell.documents)
+        means = token_means(cell.proxy_sums(proxy), cell.tokens)
+        yield proxy.name, proxy.from_observed(means), cell.tokens
+    sums = observations.select(cell.documents)
     tokens, predicted = sums["tokens"], sums["predicted"]
     for name in ("lens_changes", "kl", "js"):
-        yield name, per_token(sums[name], tokens), tokens
-    yield "loss_increase", per_token(sums["loss_increase"], predicted), predicted
-    # Of each document the size of its derivative, so that opposite ones do not cancel.
-    derivatives = np.abs(per_token(sums["gate_gradient"], predicted))
+        yield name, token_means(sums[name], tokens), tokens
+    yield "loss_increase", token_means(sums["loss_increase"], predicted), predicted
+    # Use the absolute derivative of each document, so that opposite signs do not cancel.
+    derivatives = np.abs(token_means(sums["gate_gradient"], predicted))
     yield "gate_gradient", derivatives, cell.plain_weights
 
 
 def _coefficient(x: Array, y: Array, name: str) -> float | None:
-    if len(x) < FEWEST:
+    if len(x) < MIN_LAYERS_RANKED:
         return None
     value = float(row_coefficients(x[None], y[None], name)[0])
     return value if np.isfinite(value) else None
 
 
-def _begin(engine: Engine) -> Observe:
-    def watch(document: Document) -> Arrays:
-        return {name: each.numpy() for name, each in output_proxies(engine, document).items()}
+def _begin_observing(engine: Engine) -> ObserveDocument:
+    def observe_document(document: Document) -> DocumentArrays:
+        return {name: array.numpy() for name, array in output_proxies(engine, document).items()}
 
-    return watch
+    return observe_document
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Agreement of one proxy with the order of the layers, over all benchmarks where it is defined.
+class ProxySummary:
+    """Agreement of one proxy with the drop, over all benchmarks where the proxy is defined.
 
     Attributes:
-        proxy: Name in `OF_LAYERS`.
+        proxy: Name in `LAYER_PROXIES`.
         cells: Cells of the benchmarks.
         spearman: Mean coefficient, always defined, with an interval over documents.
         inner: Mean coefficient without the outer layers.
         kendall: Mean tau-b.
-        p_value: p-value of the mean, not adjusted.
+        p_value: p-value of the mean coefficient, not adjusted.
         resampled: Mean coefficient in each resample of the documents.
     """
 
@@ -197,32 +193,32 @@ class Summary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlap of the most relevant layers, of the least relevant ones, and by chance."""
-        found = []
+        """Mean overlap of the most relevant layers, of the least relevant, and by chance."""
+        rows = []
         for cell in self.cells:
-            count = min(TOP, len(cell.layers))
+            count = min(TOP_LAYERS, len(cell.layers))
             x, y = cell.measures[self.proxy].means()[None], cell.drop.means()[None]
-            top, bottom = (float(overlap(sign * x, sign * y, count)[0]) for sign in (1, -1))
-            found.append((top, bottom, count / len(cell.layers)))
-        top, bottom, chance = np.mean(found, axis=0).tolist()
+            top, bottom = (float(top_overlap(sign * x, sign * y, count)[0]) for sign in (1, -1))
+            rows.append((top, bottom, count / len(cell.layers)))
+        top, bottom, chance = np.mean(rows, axis=0).tolist()
         return top, bottom, chance
 
 
 @dataclass(frozen=True)
-class Spreads:
+class RelevanceVariance:
     """Variation of layers' relevance over benchmarks, by one measure.
 
     Attributes:
         raw: Mean over layers of the variance of z-scores.
-        test: Comparison of the accuracy drop's variance with this one, layer by layer.
+        test: Comparison of the accuracy drop's variance with this measure's, for each layer.
         noisy: `raw` over the benchmarks that `clean` uses.
         clean: `raw` without the noise of the documents.
-        excess: Difference of the accuracy drop's `clean` and this one.
+        excess: `clean` of the accuracy drop minus `clean` of this measure.
         reason: Reason why `clean` is None.
     """
 
     raw: float
-    test: Paired | None = None
+    test: VarianceComparison | None = None
     noisy: float | None = None
     clean: float | None = None
     excess: Estimate | None = None
@@ -230,7 +226,7 @@ class Spreads:
 
 
 class ModelAudit:
-    """One model, audited."""
+    """Drops and proxies of one model over its benchmarks."""
 
     def __init__(self, name: str, cells: Sequence[AuditedCell]) -> None:
         self.name = name
@@ -239,9 +235,10 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """The number of benchmarks and documents, in words."""
-        documents = sum(cell.record.n for cell in self.lined_up)
-        return f"{counted(len(self.lined_up), 'benchmark')}, {counted(documents, 'document')}"
+        """The number of benchmarks and of documents, in words."""
+        cells = self.comparable
+        documents = count_text(sum(cell.record.n for cell in cells), "document")
+        return f"{count_text(len(cells), 'benchmark')}, {documents}"
 
     @property
     def drop(self) -> str:
@@ -250,229 +247,222 @@ class ModelAudit:
         return " or ".join(DROP if accuracy else "loss increase" for accuracy in kinds)
 
     @cached_property
-    def lined_up(self) -> list[AuditedCell]:
-        """The cells that means over benchmarks use: one of each, all with the same layers."""
-        return alike(apart(self.cells))
+    def comparable(self) -> list[AuditedCell]:
+        """The cells in means over benchmarks: one cell for each benchmark, with equal layers.
+
+        The layers are the set that most cells have; on ties, the largest such set.
+        """
+        cells = distinct_cells(self.cells)
+        sets = [tuple(cell.layers) for cell in cells]
+        common = max(sets, key=lambda layers: (sets.count(layers), len(layers)))
+        return [cell for cell in cells if tuple(cell.layers) == common]
 
     @property
     def left_out(self) -> list[str]:
-        """The cells that means over benchmarks leave out, with reasons."""
-        kept, reasons = apart(self.cells), []
+        """The cells that are left out of means over benchmarks, with reasons."""
+        distinct, reasons = distinct_cells(self.cells), []
+        reference = self.comparable[0]
         for cell in self.cells:
-            if cell not in kept:
-                same = next(other for other in kept if set(other.tasks) & set(cell.tasks))
+            if cell not in distinct:
+                same = next(other for other in distinct if {*other.tasks} & {*cell.tasks})
                 reasons.append(f"{cell.label} has documents of {same.label}")
-            elif cell not in self.lined_up:
-                others = self.lined_up[0]
+            elif cell not in self.comparable:
                 reasons.append(
-                    f"{cell.label} removes {counted(len(cell.layers), 'layer')}, not the "
-                    f"{len(others.layers)} that {others.label} does"
+                    f"{cell.label} removes {count_text(len(cell.layers), 'layer')}, not the "
+                    f"{len(reference.layers)} that {reference.label} does"
                 )
         return reasons
 
     @cached_property
-    def summaries(self) -> dict[str, Summary]:
-        """The comparable proxies by name, sorted by their mean coefficient."""
-        summaries = {}
-        for proxy in OF_LAYERS:
-            cells = [c for c in self.lined_up if c.found[proxy].spearman.value is not None]
-            if not cells:
+    def summaries(self) -> dict[str, ProxySummary]:
+        """Name → summary of each comparable proxy, sorted by mean coefficient."""
+        summaries = []
+        for proxy in LAYER_PROXIES:
+            pairs = [(cell, cell.agreements[proxy]) for cell in self.comparable]
+            pairs = [(cell, a) for cell, a in pairs if a.spearman.value is not None]
+            if not pairs:
                 continue
-            orders = [cell.found[proxy] for cell in cells]
-            value = float(np.mean([order.spearman.value for order in orders]))
-            resampled = np.mean([order.resampled for order in orders], axis=0)
-            inner = [order.inner for order in orders if order.inner is not None]
-            summaries[proxy] = Summary(
-                proxy,
-                tuple(cells),
-                Estimate(value, *bias_corrected_interval(value, resampled, -1, 1)),
-                float(np.mean(inner)) if inner else None,
-                float(np.mean([order.kendall for order in orders if order.kendall is not None])),
-                mean_spearman_p(means(proxy, cells), means(DROP, cells)),
-                resampled,
-            )
-        best_first = sorted(summaries, key=lambda s: -(summaries[s].spearman.value or 0.0))
-        return {proxy: summaries[proxy] for proxy in best_first}
+            cells, agreements = zip(*pairs, strict=True)
+            value = float(np.mean([a.spearman.value for a in agreements]))
+            resampled = np.mean([a.resampled for a in agreements], axis=0)
+            inner = [a.inner for a in agreements if a.inner is not None]
+            spearman = Estimate(value, *bias_corrected_interval(value, resampled, -1, 1))
+            kendall = float(np.mean([a.kendall for a in agreements if a.kendall is not None]))
+            p_value = mean_spearman_p(mean_profiles(proxy, cells), mean_profiles(DROP, cells))
+            means = float(np.mean(inner)) if inner else None, kendall
+            summaries.append(ProxySummary(proxy, cells, spearman, *means, p_value, resampled))
+        summaries.sort(key=lambda summary: -(summary.spearman.value or 0.0))
+        return {summary.proxy: summary for summary in summaries}
 
-    def apart(self, one: Summary, other: Summary) -> Estimate:
-        """Compute how much better a proxy orders the layers than another, on the same documents.
+    def compare_proxies(self, summary: ProxySummary, other: ProxySummary) -> Estimate:
+        """Estimate how much better one proxy ranks the layers than another proxy.
 
-        The interval is simultaneous for all comparisons of two proxies.
+        Both use the same documents. The interval is simultaneous for all pairs of proxies.
         """
-        if one.cells != other.cells or one.spearman.value is None or other.spearman.value is None:
+        a, b = summary.spearman.value, other.spearman.value
+        if summary.cells != other.cells or a is None or b is None:
             return Estimate(None, reason="they are not defined on the same benchmarks")
-        value = one.spearman.value - other.spearman.value
-        ends = bias_corrected_interval(value, one.resampled - other.resampled)
-        documents = sum(cell.record.n for cell in one.cells)
-        (found,) = together([Estimate(value, *ends)], [documents], pairs(len(self.summaries)))
-        return found
+        ends = bias_corrected_interval(a - b, summary.resampled - other.resampled)
+        documents = sum(cell.record.n for cell in summary.cells)
+        n_pairs = count_pairs(len(self.summaries))
+        (difference,) = widen([Estimate(a - b, *ends)], [documents], n_pairs)
+        return difference
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """The possible ranks of proxies by their agreement with the drops, simultaneous."""
-        some = list(self.summaries.values())
-        better = [[(self.apart(one, other).low or 0.0) > 0 for other in some] for one in some]
-        return dict(zip(self.summaries, between(np.array(better, dtype=bool)), strict=True))
+        """Proxy → best and worst possible rank by agreement with the drops (simultaneous)."""
+        summaries = list(self.summaries.values())
+        lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
+        ranks = ranks_by_comparison(np.array(lows) > 0)
+        return dict(zip(self.summaries, ranks, strict=True))
 
     @cached_property
     def adjusted(self) -> dict[str, float]:
-        """P-values of the means, adjusted by Holm for the number of proxies."""
-        adjusted = holm([summary.p_value for summary in self.summaries.values()])
-        return {n: p for n, p in zip(self.summaries, adjusted, strict=True) if p is not None}
+        """Proxy → p-value of the mean coefficient, adjusted by Holm over all proxies."""
+        p_values = holm([summary.p_value for summary in self.summaries.values()])
+        return {n: p for n, p in zip(self.summaries, p_values, strict=True) if p is not None}
 
     @cached_property
-    def orders(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Proxy → in how many layers its ranks differ from those of the drop: at all, majorly."""
-        found = {}
+    def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
+        """Proxy → disagreement of its ranks with ranks by drop: any difference, major ones."""
+        disagreements = {}
         for name, summary in self.summaries.items():
-            x, y = means(name, summary.cells), means(DROP, summary.cells)
-            found[name] = (disagreement(x, y, 0), disagreement(x, y, MAJOR * x.shape[1]))
-        return found
+            x, y = (mean_profiles(measure, summary.cells) for measure in (name, DROP))
+            majorly = compare_ranks(x, y, MAJOR_SHARE * x.shape[1])
+            disagreements[name] = compare_ranks(x, y, 0), majorly
+        return disagreements
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Benchmarks in which relevance is defined: the intact model is above chance."""
-        finite = [cell for cell in self.lined_up if np.isfinite(cell.relevance).all()]
+        """The benchmarks where relevance is defined, because the intact model is above chance."""
+        finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
-        """Benchmark → which share of the spread of its drops is no noise of the documents."""
-        noise = {
-            c.label: sampling_noise(c.drop.values, c.drop.weights, c.strata) for c in self.cells
-        }
-        return {label: reliability(*pair) for label, pair in noise.items()}
+        """Benchmark → share of the spread of its drops over layers that is not document noise."""
+        drops = {c.label: (c.drop.values, c.drop.weights, c.strata) for c in self.cells}
+        return {name: profile_reliability(*estimate_profile(*d)) for name, d in drops.items()}
 
     @cached_property
     def reliable(self) -> list[AuditedCell]:
-        """The benchmarks above chance of which noise can be taken off."""
-        return [c for c in self.above_chance if self.reliabilities[c.label] >= RELIABLE]
+        """The benchmarks above chance whose noise can be subtracted."""
+        return [c for c in self.above_chance if self.reliabilities[c.label] >= MIN_RELIABILITY]
 
     @cached_property
-    def spreads(self) -> dict[str, Spreads]:
-        """The variation of each measure over benchmarks; empty if it is undefined."""
+    def spreads(self) -> dict[str, RelevanceVariance]:
+        """Measure → its variation over benchmarks; empty if undefined."""
         cells = self.above_chance
         if not cells:
             return {}
-        raw_drop = variance_across(means(DROP, cells))
+        spreads = {}
         relevance = np.array([cell.relevance for cell in cells])
-        found = {}
         if (np.ptp(relevance, axis=1) > 0).all():
-            raw = float(variance_across(relevance).mean())
-            found["accuracy relevance"] = Spreads(raw, reason="its noise is that of the drop")
-        found[DROP] = self._spread(DROP, raw_drop, None)
-        for proxy in OF_LAYERS:
-            if all(cell.found[proxy].spearman.value is not None for cell in cells):
-                raw_proxy = variance_across(means(proxy, cells))
-                found[proxy] = self._spread(proxy, raw_proxy, compared(raw_drop, raw_proxy))
-        return found
+            mean = float(benchmark_variance(relevance).mean())
+            reason = "its noise is that of the drop"
+            spreads["accuracy relevance"] = RelevanceVariance(mean, reason=reason)
+        drop = benchmark_variance(mean_profiles(DROP, cells))
+        spreads[DROP] = self._spread(DROP, drop, None)
+        for name in LAYER_PROXIES:
+            if all(cell.agreements[name].spearman.value is not None for cell in cells):
+                proxy = benchmark_variance(mean_profiles(name, cells))
+                spreads[name] = self._spread(name, proxy, compare_variances(drop, proxy))
+        return spreads
 
-    def _spread(self, name: str, raw: Array, test: Paired | None) -> Spreads:
-        mean, cells = float(raw.mean()), self.reliable
+    def _spread(
+        self, name: str, variances: Array, test: VarianceComparison | None
+    ) -> RelevanceVariance:
+        mean, cells = float(variances.mean()), self.reliable
         if len(cells) < 2:
-            return Spreads(mean, test, reason=self.noisy)
-        samples = [_sample(name, cell) for cell in cells]
-        pairs = [sampling_noise(*each) for each in samples]
-        for cell, pair in zip(cells, pairs, strict=True):
-            if not reliability(*pair) >= RELIABLE:
-                why = f"on {cell.label} it is more noise of the documents than signal"
-                return Spreads(mean, test, reason=why)
-        profiles, noise = (np.array(each) for each in zip(*pairs, strict=True))
-        drops = [_sample(DROP, cell) for cell in cells]
-        return Spreads(
-            mean,
-            test,
-            float(variance_across(profiles).mean()),
-            float(variance_across(profiles, noise).mean()),
-            None if name == DROP else clean_difference(drops, samples),
-        )
+            return RelevanceVariance(mean, test, reason=self.noisy)
+        samples = [_benchmark_sample(name, cell) for cell in cells]
+        estimates = [estimate_profile(*sample) for sample in samples]
+        for cell, estimate in zip(cells, estimates, strict=True):
+            if not profile_reliability(*estimate) >= MIN_RELIABILITY:
+                reason = f"on {cell.label} the sampling noise of documents exceeds the signal"
+                return RelevanceVariance(mean, test, reason=reason)
+        profiles, noise = map(np.array, zip(*estimates, strict=True))
+        drops = [_benchmark_sample(DROP, cell) for cell in cells]
+        both = benchmark_variance(profiles), benchmark_variance(profiles, noise)
+        noisy, clean = (float(variance.mean()) for variance in both)
+        excess = None if name == DROP else variance_difference(drops, samples)
+        return RelevanceVariance(mean, test, noisy, clean, excess)
 
     @cached_property
-    def at_cost(self) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
-        """The prediction of other documents by each measure, for its cost.
+    def prediction_by_cost(
+        self,
+    ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
+        """Estimate how well each measure predicts drops of other documents, by its cost.
 
-        Returns budgets in forward passes for each benchmark; measure → mean Spearman correlation
-        for each budget; and that of the drop of half of the documents, for any cost.
+        Returns the budgets in forward passes for each benchmark; measure → mean Spearman
+        correlation for each budget; and the correlation of the drop on half of the documents, at
+        any cost.
         """
-        dearest = passes(DROP, self.total, shared=True)
-        most = max(len(cell.tasks) for cell in self.lined_up) // 2 * dearest
+        passes = proxy_cost(DROP, self.total, is_shared=True)
+        most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
         budgets = [float(2**i) for i in range(int(np.log2(max(most, 1))) + 1)]
         by_cell = []
-        for cell in self.lined_up:
+        for cell in self.comparable:
             if len(cell.tasks) < 4 or np.ptp(cell.drop.means()) == 0:
                 continue
-            usable = {
-                name: measure
-                for name, measure in cell.measures.items()
-                if name == DROP or cell.found[name].spearman.value is not None
-            }
-            half = len(cell.tasks) // 2 * dearest
-            by_cell.append(at_equal_cost(usable, cell.drop, [*budgets, half]))
+            defined = [n for n, a in cell.agreements.items() if a.spearman.value is not None]
+            usable = {name: cell.measures[name] for name in (DROP, *defined)}
+            half = len(cell.tasks) // 2 * passes
+            by_cell.append(prediction_by_budget(usable, cell.drop, [*budgets, half]))
         if not by_cell:
             return budgets, {}, None
-        nothing = [np.nan] * (len(budgets) + 1)
-        found = {
-            name: gaps(np.mean([rows.get(name, nothing) for rows in by_cell], axis=0))
-            for name in (*OF_LAYERS, DROP)
-        }
-        return budgets, {name: row[:-1] for name, row in found.items()}, found[DROP][-1]
+        undefined = [np.nan] * (len(budgets) + 1)
+        curves = {}
+        for name in (*LAYER_PROXIES, DROP):
+            rows = [curve.get(name, undefined) for curve in by_cell]
+            curves[name] = chart_values(np.mean(rows, axis=0))
+        return budgets, {name: row[:-1] for name, row in curves.items()}, curves[DROP][-1]
 
     @property
     def noisy(self) -> str:
-        """The benchmarks that are too noisy, and the documents that they need, in words."""
+        """The benchmarks that are too noisy, and the number of documents they need, in words."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
-            if not share >= RELIABLE:
-                more = "many more"
-                if share > 0:
-                    more = f"about {np.ceil(n * (1 - share) / share):,.0f}"
+            if not share >= MIN_RELIABILITY:
+                needed = n * (1 - share) / share if share > 0 else 0.0
+                more = f"about {np.ceil(needed):,.0f}" if needed else "many more"
                 needs.append(f"{cell.label} needs {more} documents, and has {n:,}")
         return "; ".join(needs)
 
 
-def apart(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Choose one cell for each benchmark, without common tasks, by metric, layers, documents."""
+def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
+    """Choose one cell for each benchmark, none sharing tasks, by metric, layers and documents."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
-    kept: list[AuditedCell] = []
+    distinct: list[AuditedCell] = []
     for cell in best:
-        if not any(set(cell.tasks) & set(each.tasks) for each in kept):
-            kept.append(cell)
-    return [cell for cell in cells if cell in kept]
+        if not any({*cell.tasks} & {*other.tasks} for other in distinct):
+            distinct.append(cell)
+    return [cell for cell in cells if cell in distinct]
 
 
-def alike(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Those with the layers that most of them have; of equally many, with the most layers."""
-    of_each = [tuple(cell.layers) for cell in cells]
-    most = max(of_each, key=lambda layers: (of_each.count(layers), len(layers)), default=())
-    return [cell for cell, layers in zip(cells, of_each, strict=True) if layers == most]
-
-
-def means(name: str, cells: Sequence[AuditedCell]) -> Array:
-    """Return the profiles of a measure [cells, layers]."""
+def mean_profiles(name: str, cells: Sequence[AuditedCell]) -> Array:
+    """Return the mean of a measure for each cell and layer `[cells, layers]`."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 
-def _sample(name: str, cell: AuditedCell) -> Sample:
+def _benchmark_sample(name: str, cell: AuditedCell) -> BenchmarkSample:
     measure = cell.measures[name]
     return np.nan_to_num(measure.values), measure.weights, cell.strata
 
 
-def pooled(cells: Sequence[AuditedCell]) -> Estimate | None:
-    """Pearson over inner layers × benchmarks of cosine score and accuracy drop, with its interval.
+def pooled_correlation(cells: Sequence[AuditedCell]) -> Estimate | None:
+    """Compute Pearson's r of cosine score and accuracy drop over inner layers × benchmarks.
 
-    Losses have units of their own, and no place among accuracies.
+    Benchmarks with a loss are left out, because losses and accuracies have different units.
     """
-    inner = [cell for cell in cells if cell.inner and cell.record.higher_is_better]
-    if not inner or sum(len(cell.inner) for cell in inner) < FEWEST:
+    cells = [cell for cell in cells if cell.inner and cell.record.higher_is_better]
+    if sum(len(cell.inner) for cell in cells) < MIN_LAYERS_RANKED:
         return None
-    both = ("cosine_score", DROP)
-    x, y = (np.concatenate([c.measures[name].means()[c.inner] for c in inner]) for name in both)
-    drawn_x, drawn_y = (
-        np.concatenate([c.drawn(name)[:, c.inner] for c in inner], axis=1) for name in both
-    )
+    names = ("cosine_score", DROP)
+    x, y = (np.concatenate([c.measures[name].means()[c.inner] for c in cells]) for name in names)
+    xs, ys = (np.concatenate([c.resample(n)[:, c.inner] for c in cells], axis=1) for n in names)
     value = float(row_coefficients(x[None], y[None], "pearson")[0])
-    drawn = row_coefficients(drawn_x, drawn_y, "pearson")
-    low, high = bias_corrected_interval(value, drawn, -1, 1)
+    low, high = bias_corrected_interval(value, row_coefficients(xs, ys, "pearson"), -1, 1)
     return None if low is None else Estimate(value, low, high)

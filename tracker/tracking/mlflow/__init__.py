@@ -3,7 +3,7 @@
 Modules:
     backend: Keep an MLflow experiment in step with the ledger.
     database: Create the local SQLite file.
-    live_run: Show a cell while it is measured.
+    live_run: Show a cell during its measurement.
     models: Log pruned models.
     runs: Describe runs in MLflow's terms, without importing MLflow.
     service: Describe MLflow to the other packages, without importing MLflow.

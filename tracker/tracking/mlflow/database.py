@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 
 import psutil
 
-from tracker.ledger.files import share
+from tracker.ledger.files import share_with_group
 
 # Hides "Creating initial MLflow database tables...".
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -20,31 +20,31 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 _NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|orangefs|pvfs|9p|fuse\.sshfs", re.IGNORECASE
 )
-_FILES = "mlartifacts"
-_OF_TRACKER = re.compile(rf"(file:.*/{_FILES})(?:/.*)?")
-_ADDRESSES = (
+_ARTIFACTS_FOLDER = "mlartifacts"
+_TRACKER_FOLDER = re.compile(rf"(file:.*/{_ARTIFACTS_FOLDER})(?:/.*)?")
+_ADDRESS_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Tables and columns of MLflow with addresses of files."""
+"""Tables and columns of MLflow's database that hold addresses of files."""
 
 
 def artifact_folder(database: Path) -> Path:
     """Return the folder of the runs' files, beside the database."""
-    return database.parent / _FILES
+    return database.parent / _ARTIFACTS_FOLDER
 
 
 def create_database(path: Path) -> None:
-    """Create the SQLite file, or check quickly that an existing one can be used.
+    """Create the SQLite file, or check quickly that an existing file can be used.
 
-    MLflow's migrations take seconds and cannot be repeated when they are interrupted, so they run
-    on a draft that is renamed when it is complete. The caller holds the lock.
+    MLflow's migrations take seconds and cannot be repeated after an interruption. So they run on a
+    draft file, which is renamed when complete. The caller holds the lock.
     """
     if path.exists() and path.stat().st_size:
-        follow_folder(path)
+        update_addresses(path)
         return
 
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -59,47 +59,48 @@ def create_database(path: Path) -> None:
     store = SqlAlchemyStore(f"sqlite:///{draft}", artifact_folder(path).as_uri())
     store.engine.dispose()
     draft.replace(path)
-    share(path)
+    share_with_group(path)
 
 
-def follow_folder(path: Path) -> None:
-    """Update the addresses of runs' files after the database was moved or copied with them.
+def update_addresses(path: Path) -> None:
+    """Update the addresses of runs' files after database and files were moved or copied.
 
-    MLflow stores absolute addresses. It would continue to write to the former folder, which is
-    missing, or belongs to the original of a copy.
+    MLflow stores absolute addresses. Without the update, MLflow would continue to write to the old
+    folder, which is missing, or belongs to the original of the copy.
     """
-    here = artifact_folder(path)
+    folder = artifact_folder(path)
     with closing(sqlite3.connect(path)) as database:
-        there = {
+        columns = [
             (table, column)
-            for table, column in _ADDRESSES
+            for table, column in _ADDRESS_COLUMNS
             if any(row[1] == column for row in database.execute(f"PRAGMA table_info({table})"))
-        }
-        if _ADDRESSES[0] not in there:
+        ]
+        if _ADDRESS_COLUMNS[0] not in columns:
             return
         rows = database.execute("SELECT artifact_location FROM experiments").fetchall()
-        found = (_OF_TRACKER.fullmatch(address or "") for (address,) in rows)
-        for old in {match[1] for match in found if match}:
-            before = Path(url2pathname(urlsplit(old).path))
-            if before.is_dir() and (
-                not here.is_dir()
-                or before.samefile(here)
+        matches = (_TRACKER_FOLDER.fullmatch(address or "") for (address,) in rows)
+        for uri in {match[1] for match in matches if match}:
+            old_folder = Path(url2pathname(urlsplit(uri).path))
+            if old_folder.is_dir() and (
+                not folder.is_dir()
+                or old_folder.samefile(folder)
                 # Without the original's database, the folder belongs to something else.
-                or not before.with_name(path.name).exists()
+                or not old_folder.with_name(path.name).exists()
             ):
                 continue
+            n = len(uri) + 1
             with database:
-                for table, column in there:
+                for table, column in columns:
                     database.execute(
                         f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
                         f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                        (here.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
+                        (folder.as_uri(), n, uri, n, f"{uri}/"),
                     )
 
 
 def _on_local_disk(folder: Path) -> bool:
-    """Check whether SQLite's write-ahead log is safe: it is not on network file systems."""
-    place, every = folder.resolve(), psutil.disk_partitions(all=True)
-    mounts = [mount for mount in every if place.is_relative_to(mount.mountpoint)]
+    """Check whether SQLite's write-ahead log is safe; on network file systems it is not."""
+    resolved, partitions = folder.resolve(), psutil.disk_partitions(all=True)
+    mounts = [mount for mount in partitions if resolved.is_relative_to(mount.mountpoint)]
     nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
     return nearest is None or not _NETWORK_FILE_SYSTEMS.search(nearest.fstype)

@@ -1,4 +1,4 @@
-"""Log pruned models with MLflow's transformers flavour, in a process of its own."""
+"""Log pruned models with MLflow's transformers flavour, in a separate process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mlflow.entities import Metric, Param
 from typing_extensions import override
 
 from tracker.tracking.base import Models, SavedModel
-from tracker.tracking.figures import metric_name
+from tracker.tracking.figures import tracked_name
 from tracker.tracking.mlflow.backend import MlflowBackend
-from tracker.tracking.mlflow.runs import PARAM_CHARACTERS, tags_of
+from tracker.tracking.mlflow.runs import PARAM_CHARACTERS, source_tags
 
 
 class MlflowModels(Models):
-    """Logs models to an experiment; the arguments are those of `MlflowBackend`."""
+    """Storage of pruned models in an experiment; the arguments are those of `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._backend = MlflowBackend(project, results, tracking_uri)
@@ -31,24 +31,26 @@ class MlflowModels(Models):
 
         card = (model.folder / "README.md").read_text(encoding="utf-8")
         user, text = self._backend.user(), ModelCard(card).text
-        tags = tags_of("pruned model", model.made_of, user, text)
+        tags = source_tags("pruned model", model.source_cells, user, text)
         run_id, uri, location = self._backend.begin(model.name, tags)
         with self._backend.connected(f"did not take {model.name}") as client:
-            now = int(time.time() * 1000)
-            pinned = [f"{n}=={version(n).partition('+')[0]}" for n in ("torch", "transformers")]
-            metrics = [Metric(metric_name(name), v, now, 0) for name, v in model.figures.items()]
-            params = [Param(name, value[:PARAM_CHARACTERS]) for name, value in _params(model.facts)]
+            timestamp, figures = int(time.time() * 1000), model.figures.items()
+            packages = ("torch", "transformers")
+            requirements = [f"{name}=={version(name).partition('+')[0]}" for name in packages]
+            metrics = [Metric(tracked_name(name), value, timestamp, 0) for name, value in figures]
+            values = _model_params(model.facts)
+            params = [Param(name, value[:PARAM_CHARACTERS]) for name, value in values]
             client.log_batch(run_id, metrics=metrics, params=params, synchronous=True)
             mlflow.set_tracking_uri(uri)
             with mlflow.start_run(run_id=run_id):
                 mlflow.transformers.log_model(
-                    _parts(model.folder),
+                    _load_parts(model.folder),
                     name=model.name,
                     task="text-generation",
                     model_card=ModelCard(card),
                     metadata={"tracker": json.dumps(model.facts)},
                     # Without them, MLflow loads the model again to detect its imports.
-                    pip_requirements=pinned,
+                    pip_requirements=requirements,
                     registered_model_name=model.register,
                 )
         return location
@@ -58,7 +60,7 @@ class MlflowModels(Models):
         self._backend.close()
 
 
-def _parts(folder: Path) -> dict[str, Any]:
+def _load_parts(folder: Path) -> dict[str, Any]:
     """Load a model and its tokenizer, since MLflow 3.17 fails on folders of transformers 5."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,8 +70,8 @@ def _parts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the params that distinguish a model from others."""
+def _model_params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the params that distinguish a model from other models."""
     yield "model", facts["base"]["source"]
     for name in ("removed", "strategy", "calibration"):
         if facts[name] is not None:

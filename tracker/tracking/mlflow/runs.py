@@ -10,12 +10,12 @@ from tracker.core.changes import BASELINE
 from tracker.core.identities import TaskIdentity
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
-from tracker.core.text import as_markdown
-from tracker.tracking.identity import first_label, run_key
+from tracker.core.text import escape_markdown
+from tracker.tracking.identity import run_key, start_label
 from tracker.tracking.runs import DescribedRun, cell_note
 
-FORMAT = "7"
-"""Part of every digest: raise it when runs are written differently, and all are updated once."""
+MLFLOW_FORMAT = "7"
+"""Version in every digest; increase it when the form of runs changes, to update all runs once."""
 
 KEY_TAG = "tracker.run_key"
 KIND_TAG = "tracker.kind"
@@ -29,16 +29,16 @@ _DIGEST_CHARACTERS = 36
 class MlflowRun:
     """Description of one MLflow run."""
 
-    of: DescribedRun
+    source: DescribedRun
     digest: str
     params: dict[str, str]
     tags: dict[str, str]
     points: dict[tuple[str, int], float]
     """Metric values by name and step."""
-    data: tuple[dict[str, str], ...] = ()
-    """Its data sets, with the fields of MLflow's `Dataset`."""
-    measured_on: tuple[str, str] | None = None
-    """Name and digest of the data of a model's figures; None if the run is not of one model."""
+    data_sets: tuple[dict[str, str], ...] = ()
+    """The run's data sets, with the fields of MLflow's `Dataset`."""
+    data_identity: tuple[str, str] | None = None
+    """Name and digest of the data behind a model's figures; None if the run has no single model."""
 
 
 def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "") -> MlflowRun:
@@ -46,67 +46,65 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 
     Args:
         run: The run.
-        parent_id: The id of the cell's run that contains it; None for the cell's run itself.
+        parent_id: The id of the cell's own run that contains the run; None for the cell's own run.
         links: Links to the cell's runs, which are added to the note.
 
     Returns:
         The run in MLflow's terms.
     """
-    cell, of_cell = run.cell, run.kind == "cell"
+    cell, is_cell = run.cell, run.kind == "cell"
     points = {(name, run.step): value for name, value in run.figures.items()}
-    points |= {(name, at): value for at, values in run.curves for name, value in values.items()}
-    params: dict[str, object] = {**_identity(cell), **run.which}
-    params |= _of_cell(cell) if of_cell else {"ablation": run.ablation}
-    data = [_data_set(task, cell.benchmark.data) for task in cell.benchmark.tasks if of_cell]
+    points |= {(name, step): value for step, values in run.curves for name, value in values.items()}
+    params: dict[str, object] = {**_run_params(cell), **run.run_fields}
+    params |= _cell_params(cell) if is_cell else {"ablation": run.ablation}
+    data = [_data_set(task, cell.benchmark.data) for task in cell.benchmark.tasks if is_cell]
     return MlflowRun(
-        of=run,
-        digest=run.digest(FORMAT, parent_id or "", links),
-        params=_texts(params),
+        source=run,
+        digest=run.digest(MLFLOW_FORMAT, parent_id or "", links),
+        params=_as_texts(params),
         tags=_tags(run, parent_id, links),
         points=points,
-        data=tuple(data),
-        measured_on=None if of_cell else _measured_on(cell),
+        data_sets=tuple(data),
+        data_identity=None if is_cell else _data_identity(cell),
     )
 
 
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
-    """Write links to as many of a cell's runs as fit its note; `ids` maps run keys to ids."""
+    """Write links to a cell's runs, as many as fit the note; `ids` maps run keys to ids."""
     digits = max(2, len(str(cell.model.layers - 1)))
-    labels = {
-        BASELINE: first_label(cell),
-        **{run.ablation: run.change.label(digits) for run in cell.runs},
-    }
+    labels = {run.ablation: run.change.label(digits) for run in cell.runs}
+    labels = {BASELINE: start_label(cell), **labels}
     labels = {name: label for name, label in labels.items() if run_key(cell, name) in ids}
-    room = _TAG_CHARACTERS - len(cell_note(cell)) - 100
+    max_length = _TAG_CHARACTERS - len(cell_note(cell)) - 100
     text = "\n\nRuns:"
     for ablation, label in labels.items():
         run_id = ids[run_key(cell, ablation)]
-        link = f" [{as_markdown(label)}](#/experiments/{experiment}/runs/{run_id})"
-        if len(text) + len(link) > room:
+        link = f" [{escape_markdown(label)}](#/experiments/{experiment}/runs/{run_id})"
+        if len(text) + len(link) > max_length:
             return f"{text} … of {len(labels)}"
         text += link
     return text
 
 
-def tags_of(kind: str, made_of: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
-    """Build the tags of a report or model that was made of cells, with their run keys."""
+def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
+    """Build the tags of a report or model, with the run keys of the cells used for it."""
     return {
         KIND_TAG: kind,
-        "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in made_of)[:_TAG_CHARACTERS],
+        "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in cells)[:_TAG_CHARACTERS],
         "mlflow.source.name": "tracker",
         "mlflow.user": user,
         "mlflow.note.content": note,
     }
 
 
-def _measured_on(cell: CellRecord) -> tuple[str, str]:
-    """Return name and digest of a cell's data: a task's, or those of a whole group."""
-    prints = [_content(task) for task in cell.benchmark.tasks]
-    digest = prints[0] if len(prints) == 1 else content_hash(prints)
+def _data_identity(cell: CellRecord) -> tuple[str, str]:
+    """Return the name and digest of a cell's data: one task, or a whole group of tasks."""
+    task_digests = [_task_digest(task) for task in cell.benchmark.tasks]
+    digest = task_digests[0] if len(task_digests) == 1 else content_hash(task_digests)
     return cell.benchmark.title, digest[:_DIGEST_CHARACTERS]
 
 
-def _content(task: TaskIdentity) -> str:
+def _task_digest(task: TaskIdentity) -> str:
     """Return the digest of a task's documents, which differs between its halves."""
     if task.half is None:
         return task.fingerprint
@@ -114,18 +112,20 @@ def _content(task: TaskIdentity) -> str:
 
 
 def tables_tag(names: Iterable[str]) -> str:
-    """Build the tag by which MLflow's page finds tables of these names."""
+    """Build the tag by which MLflow's page finds the tables with these names."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 
-def _of_cell(cell: CellRecord) -> dict[str, object]:
+def _cell_params(cell: CellRecord) -> dict[str, object]:
+    """Return the params that only a cell's own run has."""
     model, benchmark = cell.model, cell.benchmark
     size = {name: getattr(model, name) for name in ("architecture", "layers", "parameters")}
-    how = {name: getattr(benchmark, name) for name in ("apply_chat_template", "seed")}
-    return {**size, **how, "tasks": len(benchmark.tasks)}
+    prompt = {name: getattr(benchmark, name) for name in ("apply_chat_template", "seed")}
+    return {**size, **prompt, "tasks": len(benchmark.tasks)}
 
 
-def _identity(cell: CellRecord) -> dict[str, object]:
+def _run_params(cell: CellRecord) -> dict[str, object]:
+    """Return the params of every run of a cell."""
     return {
         "model": cell.model.name,
         "model_fingerprint": cell.model.fingerprint,
@@ -139,10 +139,11 @@ def _identity(cell: CellRecord) -> dict[str, object]:
 
 
 def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
+    """Describe a task as a data set of MLflow."""
     source = {"data": data, "task": task.name, "version": task.version, "split": task.split}
     return {
         "name": task.name,
-        "digest": _content(task)[:_DIGEST_CHARACTERS],
+        "digest": _task_digest(task)[:_DIGEST_CHARACTERS],
         "source_type": "tracker",
         "source": json.dumps(source),
         "profile": json.dumps({"num_rows": task.documents}),
@@ -150,6 +151,7 @@ def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
 
 
 def _tags(run: DescribedRun, parent_id: str | None, links: str) -> dict[str, str]:
+    """Build the tags of a run."""
     cell = run.cell
     tags: dict[str, object] = {
         KEY_TAG: run.key,
@@ -161,8 +163,8 @@ def _tags(run: DescribedRun, parent_id: str | None, links: str) -> dict[str, str
         "tracker.benchmark": cell.benchmark.name,
         "tracker.metric": cell.metric,
         "tracker.lower_is_better": None if cell.higher_is_better else "true",
-        "tracker.layer": run.which.get("layer"),
-        **{f"tracker.{name}": value for name, value in run.marks.items()},
+        "tracker.layer": run.run_fields.get("layer"),
+        **{f"tracker.{name}": value for name, value in run.question_tags.items()},
         "mlflow.source.name": "tracker",
         "mlflow.parentRunId": parent_id,
         "mlflow.note.content": run.note + links,
@@ -171,13 +173,14 @@ def _tags(run: DescribedRun, parent_id: str | None, links: str) -> dict[str, str
         tags |= {
             FILES_TAG: run.version,
             "tracker.data": cell.benchmark.data,
-            "tracker.missing": ", ".join(cell.lacks) or None,
+            "tracker.missing": ", ".join(cell.missing_labels) or None,
             **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
             "mlflow.loggedArtifacts": tables_tag(run.tables),
         }
     tags |= {f"tracker.reason.{name}": reason for name, reason in run.reasons.items()}
-    return {name: text[:_TAG_CHARACTERS] for name, text in _texts(tags).items()}
+    return {name: text[:_TAG_CHARACTERS] for name, text in _as_texts(tags).items()}
 
 
-def _texts(values: Mapping[str, object]) -> dict[str, str]:
+def _as_texts(values: Mapping[str, object]) -> dict[str, str]:
+    """Convert defined values to texts."""
     return {name: str(value) for name, value in values.items() if value is not None}

@@ -10,16 +10,16 @@ from urllib.parse import urlsplit
 from typing_extensions import override
 
 from tracker.core.errors import RequestError
-from tracker.core.fields import expanded
-from tracker.core.text import masked
-from tracker.tracking.base import Part, Service, Target, other_login, without_login
+from tracker.core.fields import expand_home
+from tracker.core.text import mask_secrets
+from tracker.tracking.base import PartName, Service, Target, login_error, without_login
 
-_LOGINS = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4")
+_LOGIN_SETTINGS = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4")
 _LOGIN_FILE = Path("~/.mlflow/credentials")
 
 
 class MlflowService(Service):
-    """MLflow: an experiment on a server, or in a SQLite file in the results folder."""
+    """Service for MLflow: an experiment on a server, or in a SQLite file in the results folder."""
 
     name = "mlflow"
     title = "MLflow"
@@ -27,7 +27,7 @@ class MlflowService(Service):
     can = frozenset({"live runs", "reports", "lighter models", "registered models"})
 
     @override
-    def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
+    def open(self, part: PartName, project: str, results: Path, server: str | None = None) -> Any:
         if part == "live runs":
             return self._isolated("live_run:MlflowLiveRun", project, results, server)
         if part == "lighter models":
@@ -38,18 +38,16 @@ class MlflowService(Service):
         return MlflowBackend(project, results, server)
 
     @override
-    def target(self, project: str, reading: bool) -> Target:
+    def target(self, project: str, is_source: bool) -> Target:
         server, experiment = None, project
-        typed = masked(f"{self.name}:{project}")
+        typed = mask_secrets(f"{self.name}:{project}")
         if "://" in project:
             server, experiment = _server_and_experiment(project)
             if not experiment:
                 raise RequestError(f"{typed!r} names no experiment; write mlflow:URI/EXPERIMENT")
-        if reading and not (server or self.server()):
-            raise RequestError(
-                f"{typed!r} does not say on which server; write mlflow:URI/EXPERIMENT, or "
-                "set MLFLOW_TRACKING_URI"
-            )
+        if is_source and not (server or self.server()):
+            forms = "mlflow:URI/EXPERIMENT, or set MLFLOW_TRACKING_URI"
+            raise RequestError(f"{typed!r} names no server; write {forms}")
         return Target(self.name, experiment or None, server)
 
     @override
@@ -57,21 +55,19 @@ class MlflowService(Service):
         return without_login(os.environ.get("MLFLOW_TRACKING_URI") or None)
 
     @override
-    def target_of(self, place: Target, results: Path) -> Target:
-        here = self.server()
-        if place.server is None:
-            own = f"sqlite:///{results.absolute() / 'mlflow.db'}" if here else None
-            return Target(self.name, place.project, own)
-        if place.server == here:
-            return Target(self.name, place.project)
-        is_remote = urlsplit(place.server).scheme not in ("sqlite", "file", "")
-        has_login = (
-            any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in _LOGINS)
-            or expanded(_LOGIN_FILE).exists()
-        )
+    def reachable_target(self, address: Target, results: Path) -> Target:
+        current_server = self.server()
+        if address.server is None:
+            local_uri = f"sqlite:///{results.absolute() / 'mlflow.db'}" if current_server else None
+            return Target(self.name, address.project, local_uri)
+        if address.server == current_server:
+            return Target(self.name, address.project)
+        is_remote = urlsplit(address.server).scheme not in ("sqlite", "file", "")
+        settings = (f"MLFLOW_TRACKING_{name}" for name in _LOGIN_SETTINGS)
+        has_login = any(map(os.environ.get, settings)) or expand_home(_LOGIN_FILE).exists()
         if is_remote and has_login:
-            raise other_login(place, "MLFLOW_TRACKING_URI", results)
-        return place
+            raise login_error(address, "MLFLOW_TRACKING_URI", results)
+        return address
 
     @override
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
@@ -80,12 +76,12 @@ class MlflowService(Service):
 
 
 def _server_and_experiment(text: str) -> tuple[str, str]:
-    """Split an address at `#`, or else after a server's port, or at the last slash of a file."""
+    """Split an address into server and experiment: at `#`, after a port, or at the last slash."""
     if "#" in text:
         server, _, project = text.partition("#")
     elif text.startswith(("http://", "https://")):
-        scheme, _, rest = text.partition("://")
-        host, _, project = rest.partition("/")
+        scheme, _, path = text.partition("://")
+        host, _, project = path.partition("/")
         server = f"{scheme}://{host}"
     else:
         server, _, project = text.rpartition("/")

@@ -1,12 +1,12 @@
 """Write one run of MLflow: metrics, params, tags, tables, charts, files, and its digest last.
 
 The run of an ablation is also a logged model without weights, by which MLflow ranks ablations.
-MLflow cannot remove a model's figure, and stores NaN as zero. So if a figure becomes undefined, the
-run's model is logged again.
+MLflow cannot remove a figure of a logged model, and stores NaN as zero. So if a figure becomes
+undefined, the run's model is logged again.
 
-Params never change in MLflow, so they hold identity only; everything that may change is a metric or
-a tag. MLflow shows a metric's value with the latest timestamp, which the writer sets. So new
-timestamps always follow the run's last one, independently of the clock.
+MLflow params cannot change, so they hold identity only; all changeable values are metrics or tags.
+MLflow shows a metric's value with the latest timestamp, which the writer sets. So new timestamps
+always follow the run's last timestamp, independently of the clock.
 """
 
 from __future__ import annotations
@@ -16,25 +16,16 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from tracker.core.provenance import file_hash
@@ -43,15 +34,13 @@ from tracker.tracking.figures import LoggedTable, is_curve
 from tracker.tracking.identity import kept_name
 from tracker.tracking.mlflow.runs import KEY_TAG, MlflowRun
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
-
-_OF_MODELS = ("model", "benchmark", "ablation")
+Points = dict[tuple[str, int], float]
+"""Metric values by metric name and step."""
+_MODEL_PARAMS = ("model", "benchmark", "ablation")
 """Params of a logged model; its run has all params."""
-_NOT_IN_NAMES = r"[/:.%\"']"
-_AT_ONCE = 50
-_NO_MODELS = "ENDPOINT_NOT_FOUND"
+_INVALID_CHARACTERS = r"[/:.%\"']"
+_IDS_PER_QUERY = 50
+_NO_MODELS_ERROR = "ENDPOINT_NOT_FOUND"
 """Error code of an MLflow 2 server, which has no logged models."""
 
 
@@ -63,40 +52,17 @@ class ShownModel:
     figures: Mapping[str, Metric]
     is_ready: bool = True
 
-    def fits(self, run: MlflowRun) -> bool:
-        """Check whether it can be updated to a run: it has no figures that the run lacks."""
+    def can_become(self, run: MlflowRun) -> bool:
+        """Check whether the model can be updated to a run: all its figures are in the run."""
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
-    def lacks(self, run: MlflowRun) -> dict[str, float]:
-        """Return the run's figures that differ from its newest ones."""
-        mine = {name: metric.value for name, metric in self.figures.items()}
-        return {name: value for name, value in _figures(run).items() if mine.get(name) != value}
+    def differing_figures(self, run: MlflowRun) -> dict[str, float]:
+        """Return the run's figures that differ from the model's newest figures."""
+        values = {name: metric.value for name, metric in self.figures.items()}
+        return {name: value for name, value in _figures(run).items() if values.get(name) != value}
 
 
-def ranked(
-    client: MlflowClient, experiment: str, runs: Iterable[Any]
-) -> dict[str, list[ShownModel]]:
-    """Return the logged models by run id; there may be several after a killed program."""
-    found: dict[str, list[ShownModel]] = {}
-    every = [run.info.run_id for run in runs]
-    for first in range(0, len(every), _AT_ONCE):
-        ids = ", ".join(f"'{run_id}'" for run_id in every[first : first + _AT_ONCE])
-        wanted = f"source_run_id IN ({ids})"
-        try:
-            models = list(every_page(partial(client.search_logged_models, [experiment], wanted)))
-        except MlflowException as error:
-            if error.error_code != _NO_MODELS:
-                raise
-            return {}
-        for model in (model for model in models if KEY_TAG in model.tags):
-            points = sorted(model.metrics or (), key=lambda m: (m.timestamp, m.step))
-            newest = {point.key: point for point in points}
-            mine = ShownModel(model.model_id, newest, model.status == LoggedModelStatus.READY)
-            found.setdefault(model.source_run_id, []).append(mine)
-    return found
-
-
-def every_page(search: Callable[..., Any]) -> Iterator[Any]:
+def iterate_pages(search: Callable[..., Any]) -> Iterator[Any]:
     """Yield all results of a paged search of MLflow."""
     token = None
     while True:
@@ -107,177 +73,188 @@ def every_page(search: Callable[..., Any]) -> Iterator[Any]:
             return
 
 
-def log_model(
-    client: MlflowClient, experiment: str, run: MlflowRun, run_id: str
-) -> ShownModel | None:
-    """Log the model of a run, without figures; None if the server (MLflow 2) has no models."""
-    try:
-        model = client.create_logged_model(
-            experiment,
-            name=re.sub(_NOT_IN_NAMES, "-", run.of.name),
-            source_run_id=run_id,
-            tags={"mlflow.model.isExternal": "true", KEY_TAG: run.of.key},
-            params={n: value for n, value in run.params.items() if n in _OF_MODELS},
-            model_type="ablation",
-        )
-    except MlflowException as error:
-        if error.error_code != _NO_MODELS:
-            raise
-        return None
-    client.finalize_logged_model(model.model_id, "READY")
-    return ShownModel(str(model.model_id), {})
-
-
 def _figures(run: MlflowRun) -> dict[str, float]:
+    """Return the finite figures of a run by name."""
     return {name: value for (name, _), value in run.points.items() if math.isfinite(value)}
 
 
 DIGEST_TAG = "tracker.digest"
 MODEL_TAG = "tracker.logged_model"
-_DIGESTS = "digests/files.json"
+_DIGESTS_FILE = "digests/files.json"
 """File with the digests of attached files by name; unchanged files are not uploaded again."""
 
 
-def later(last: int) -> int:
+def next_timestamp(last: int) -> int:
     """Return the current time in milliseconds, but at least one more than `last`."""
     return max(int(time.time() * 1000), last + 1)
 
 
-def write(
-    client: MlflowClient,
-    experiment: str,
-    run: MlflowRun,
-    existing: dict[str, Any],
-    models: Mapping[str, Sequence[ShownModel]],
-) -> str:
-    """Create or update one run.
+@dataclass
+class CellWriter:
+    """Writer of a cell's runs, which also compares them with the runs that MLflow shows.
 
-    Args:
+    Attributes:
         client: MLflow's client.
         experiment: The experiment's id.
-        run: The described run.
-        existing: The cell's runs by run key; a new run is added.
-        models: The logged models of runs, by the run's id.
-
-    Returns:
-        `created`, `updated` or `unchanged`.
+        runs: The cell's runs by run key; new runs are added.
+        models: The logged models by run id; a run may have several after a killed program.
     """
-    of, found = run.of, existing.get(run.of.key)
-    known: dict[tuple[str, int], float] = {}
-    if found is None:
-        found = client.create_run(experiment, tags=run.tags, run_name=of.name)
-        existing[of.key] = found
-        last, tags, outcome = 0, {}, "created"
-    elif not lacks(found, run, models):
-        return "unchanged"
-    else:
-        known, last = _known_points(client, found, run)
-        tags, outcome = run.tags, "updated"
 
-    run_id = found.info.run_id
-    at_once = not (of.tables or of.charts or of.files or run.data)
-    before = models.get(run_id, ()) if run.measured_on else ()
-    fitting = [model for model in before if model.fits(run)]
-    model = min(fitting, key=lambda model: len(model.lacks(run)), default=None)
-    if run.measured_on and model is None:
-        model = log_model(client, experiment, run, run_id)
-    changes = _changes(known, run.points)
-    if model is not None:
-        missing = model.lacks(run)
-        changes |= {at: value for at, value in run.points.items() if at[0] in missing}
-        last = max([last, *(metric.timestamp for metric in model.figures.values())])
-        tags = {**tags, MODEL_TAG: model.id}
-    if at_once:
-        # It is valid once the run is finished; this saves a separate request for each layer.
-        tags = {**tags, DIGEST_TAG: run.digest}
-    new = [Param(n, value) for n, value in run.params.items() if n not in found.data.params]
-    client.log_batch(
-        run_id,
-        metrics=_metrics(run, changes, model, later(last)),
-        params=new,
-        tags=[RunTag(name, value) for name, value in tags.items()],
-        synchronous=True,
-    )
-    for other in before:
-        if other is not model:
-            client.delete_logged_model(other.id)
-    for tag in found.data.tags:
-        if tag.startswith("tracker.") and tag not in {*run.tags, DIGEST_TAG, MODEL_TAG}:
-            client.delete_tag(run_id, tag)
-    attach(client, run_id, of.tables, of.charts)
-    if of.files:
-        _attach_files(client, run_id, of.files)
-    if run.data:
-        # MLflow does not add a data set twice.
-        context = [InputTag("mlflow.data.context", "evaluation")]
-        client.log_inputs(run_id, [DatasetInput(Dataset(**data), context) for data in run.data])
-    if found.info.run_name != of.name:
-        client.update_run(run_id, name=of.name)
-    if found.info.status != "FINISHED":
-        client.set_terminated(run_id, "FINISHED", later(found.info.start_time))
-    if not at_once:
-        client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
-    return outcome
+    client: MlflowClient
+    experiment: str
+    runs: dict[str, Any]
+    models: dict[str, list[ShownModel]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        run_ids = [run.info.run_id for run in self.runs.values()]
+        for start in range(0, len(run_ids), _IDS_PER_QUERY):
+            ids = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + _IDS_PER_QUERY])
+            experiments, filter_string = [self.experiment], f"source_run_id IN ({ids})"
+            search = partial(self.client.search_logged_models, experiments, filter_string)
+            with _allow_no_models():
+                for model in list(iterate_pages(search)):
+                    if KEY_TAG in model.tags:
+                        self.models.setdefault(model.source_run_id, []).append(_shown_model(model))
+
+    def _create_model(self, run: MlflowRun, run_id: str) -> ShownModel | None:
+        """Log a run's model without figures; None if the server (MLflow 2) has no logged models."""
+        with _allow_no_models():
+            model = self.client.create_logged_model(
+                self.experiment,
+                name=re.sub(_INVALID_CHARACTERS, "-", run.source.name),
+                source_run_id=run_id,
+                tags={"mlflow.model.isExternal": "true", KEY_TAG: run.source.key},
+                params={n: value for n, value in run.params.items() if n in _MODEL_PARAMS},
+                model_type="ablation",
+            )
+            self.client.finalize_logged_model(model.model_id, "READY")
+            return ShownModel(str(model.model_id), {})
+        return None
+
+    def write(self, run: MlflowRun) -> str:
+        """Create or update one run; return `created`, `updated` or `unchanged`."""
+        client, source = self.client, run.source
+        shown_run = self.runs.get(source.key)
+        points: Points = {}
+        if shown_run is None:
+            shown_run = client.create_run(self.experiment, tags=run.tags, run_name=source.name)
+            self.runs[source.key] = shown_run
+            timestamp, tags, outcome = 0, {}, "created"
+        elif not self.find_difference(run):
+            return "unchanged"
+        else:
+            points, timestamp = _read_points(client, shown_run, run)
+            tags, outcome = run.tags, "updated"
+
+        run_id = shown_run.info.run_id
+        is_single_batch = not (source.tables or source.charts or source.files or run.data_sets)
+        changes = _changed_points(points, run.points)
+        models = self.models.get(run_id, []) if run.data_identity else []
+        usable = [model for model in models if model.can_become(run)]
+        model = min(usable, key=lambda model: len(model.differing_figures(run)), default=None)
+        if run.data_identity and model is None:
+            model = self._create_model(run, run_id)
+        if model is not None:
+            names = model.differing_figures(run)
+            changes |= {point: value for point, value in run.points.items() if point[0] in names}
+            timestamp = max([timestamp, *(metric.timestamp for metric in model.figures.values())])
+            tags = {**tags, MODEL_TAG: model.id}
+        if is_single_batch:
+            # It is valid once the run is finished; this saves a separate request for each layer.
+            tags = {**tags, DIGEST_TAG: run.digest}
+        params = [Param(n, v) for n, v in run.params.items() if n not in shown_run.data.params]
+        client.log_batch(
+            run_id,
+            metrics=_metrics(run, changes, model, next_timestamp(timestamp)),
+            params=params,
+            tags=[RunTag(name, value) for name, value in tags.items()],
+            synchronous=True,
+        )
+        for old_model in models:
+            if old_model is not model:
+                client.delete_logged_model(old_model.id)
+        for tag in shown_run.data.tags:
+            if tag.startswith("tracker.") and tag not in {*run.tags, DIGEST_TAG, MODEL_TAG}:
+                client.delete_tag(run_id, tag)
+        log_attachments(client, run_id, source.tables, source.charts)
+        if source.files:
+            _attach_files(client, run_id, source.files)
+        if run.data_sets:
+            # MLflow does not add a data set twice.
+            context = [InputTag("mlflow.data.context", "evaluation")]
+            inputs = [DatasetInput(Dataset(**data), context) for data in run.data_sets]
+            client.log_inputs(run_id, inputs)
+        if shown_run.info.run_name != source.name:
+            client.update_run(run_id, name=source.name)
+        if shown_run.info.status != "FINISHED":
+            client.set_terminated(run_id, "FINISHED", next_timestamp(shown_run.info.start_time))
+        if not is_single_batch:
+            client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
+        return outcome
+
+    def find_difference(self, run: MlflowRun) -> str:
+        """Return the first difference between a run in MLflow and its description, or empty."""
+        shown_run = self.runs.get(run.source.key)
+        if shown_run is None:
+            return "there is nothing"
+        tags, info = shown_run.data.tags, shown_run.info
+        if tags.get(DIGEST_TAG) != run.digest or info.status != "FINISHED":
+            return "it is incomplete"
+        metrics = {metric.key: metric for metric in _newest_metrics(shown_run)}
+        steps = {name: metric.step for name, metric in metrics.items()}
+        for name, step in run.points:
+            steps[name] = max(step, steps.get(name, step))
+        for name, step in steps.items():
+            expected, metric = run.points.get((name, step), math.nan), metrics.get(name)
+            value = math.nan if metric is None or metric.step != step else metric.value
+            if value != expected and not (math.isnan(value) and math.isnan(expected)):
+                return f"it shows {name} = {value:.6g} instead of {expected:.6g}"
+        models = self.models.get(info.run_id, [])
+        for model in models:
+            if len(models) > 1 or not model.can_become(run) or model.differing_figures(run):
+                return "its logged model has other figures"
+        return ""
 
 
-def lacks(found: Run | None, run: MlflowRun, models: Mapping[str, Sequence[ShownModel]]) -> str:
-    """Compare a run in MLflow with its description.
-
-    Args:
-        found: The run in MLflow; None = there is none.
-        run: The described run.
-        models: The logged models of runs, by the run's id.
-
-    Returns:
-        The first difference in words; empty if there is none.
-    """
-    if found is None:
-        return "there is nothing"
-    if found.data.tags.get(DIGEST_TAG) != run.digest or found.info.status != "FINISHED":
-        return "it is not written whole"
-    shown = {metric.key: metric for metric in _latest(found)}
-    steps = {name: metric.step for name, metric in shown.items()}
-    for name, step in run.points:
-        steps[name] = max(step, steps.get(name, step))
-    for name, step in steps.items():
-        wanted, metric = run.points.get((name, step), math.nan), shown.get(name)
-        value = math.nan if metric is None or metric.step != step else metric.value
-        if value != wanted and not (math.isnan(value) and math.isnan(wanted)):
-            return f"it shows {name} = {value:.6g} instead of {wanted:.6g}"
-    of_run = models.get(found.info.run_id, ())
-    for model in of_run:
-        if len(of_run) > 1 or not model.fits(run) or model.lacks(run):
-            return "its logged model has other figures"
-    return ""
+@contextmanager
+def _allow_no_models() -> Iterator[None]:
+    """Suppress the error of an MLflow 2 server, which has no logged models."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != _NO_MODELS_ERROR:
+            raise
 
 
-def _latest(found: Run) -> Iterator[Any]:
+def _shown_model(model: Any) -> ShownModel:
+    """Describe a logged model by its newest figures."""
+    points = sorted(model.metrics or (), key=lambda point: (point.timestamp, point.step))
+    newest = {point.key: point for point in points}
+    return ShownModel(model.model_id, newest, str(model.status) == "READY")
+
+
+def _newest_metrics(shown_run: Run) -> Iterator[Any]:
     """Yield the displayed metrics of a run, each with its step and timestamp."""
-    for metric in found.data.to_proto().metrics:
+    for metric in shown_run.data.to_proto().metrics:
         # Progress figures of the measurement are not compared.
         if not metric.key.startswith((PROGRESS, "system/")):
             yield metric
 
 
-def _metrics(
-    run: MlflowRun, values: Mapping[tuple[str, int], float], model: ShownModel | None, now: int
-) -> list[Metric]:
-    """Build the metrics of a run, which are also its model's if it has one."""
-    of_model = () if model is None or run.measured_on is None else (model.id, *run.measured_on)
+def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int) -> list[Metric]:
+    """Build a run's metrics with a timestamp; they also belong to the run's model, if any."""
+    model_fields = (model.id, *run.data_identity) if model and run.data_identity else ()
     return [
         # MLflow stores NaN of a model as zero.
-        Metric(name, value, now, step, *(() if math.isnan(value) else of_model))
-        for (name, step), value in values.items()
+        Metric(name, value, time, step, *(() if math.isnan(value) else model_fields))
+        for (name, step), value in points.items()
     ]
 
 
-def attach(
-    client: MlflowClient,
-    run_id: str,
-    tables: Mapping[str, LoggedTable],
-    charts: Mapping[str, Figure],
+def log_attachments(
+    client: MlflowClient, run_id: str, tables: Mapping[str, LoggedTable], charts: Mapping[str, Any]
 ) -> None:
-    """Log tables and charts, by name."""
+    """Log a run's tables and charts by name."""
     for name, table in tables.items():
         # Not log_table: it appends to a table that is already there.
         content = {"columns": table.columns, "data": table.rows}
@@ -286,60 +263,57 @@ def attach(
         client.log_figure(run_id, figure, f"charts/{name}.html")
 
 
-def stated_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
+def read_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
     """Read the recorded digests of a run's existing files, by name."""
-    there = {artifact.path for artifact in client.list_artifacts(run_id)}
-    if _DIGESTS.split("/")[0] not in there:
+    paths = {artifact.path for artifact in client.list_artifacts(run_id)}
+    if _DIGESTS_FILE.split("/")[0] not in paths:
         return {}
     with TemporaryDirectory() as folder, suppress(ValueError):
-        path = client.download_artifacts(run_id, _DIGESTS, folder)
-        stated: dict[str, str] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {name: digest for name, digest in stated.items() if name in there}
+        path = client.download_artifacts(run_id, _DIGESTS_FILE, folder)
+        digests: dict[str, str] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {name: digest for name, digest in digests.items() if name in paths}
     return {}
 
 
 def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> None:
-    """Upload the files that a run lacks, and record the digests of all."""
+    """Upload the files that a run lacks, and record the digests of all files."""
     digests = {kept_name(file): file_hash([file]) for file in files}
-    stated = stated_digests(client, run_id)
-    kept = {name: old for name, old in stated.items() if digests.get(name) == old}
-    if kept != stated:
+    old_digests = read_digests(client, run_id)
+    unchanged = {name: old for name, old in old_digests.items() if digests.get(name) == old}
+    if unchanged != old_digests:
         # Written first, so that an interrupted replacement is not taken for the former file.
-        client.log_text(run_id, json.dumps(kept), _DIGESTS)
+        client.log_text(run_id, json.dumps(unchanged), _DIGESTS_FILE)
     with TemporaryDirectory() as folder:
         for file in files:
             name = kept_name(file)
-            if name not in kept:
-                same = name == file.name
-                copy = file if same else Path(shutil.copy(file, Path(folder) / name))
-                client.log_artifact(run_id, str(copy))
-    client.log_text(run_id, json.dumps(digests), _DIGESTS)
+            if name not in unchanged:
+                path = file if name == file.name else shutil.copy(file, Path(folder) / name)
+                client.log_artifact(run_id, str(path))
+    client.log_text(run_id, json.dumps(digests), _DIGESTS_FILE)
 
 
-def _known_points(
-    client: MlflowClient, found: Run, run: MlflowRun
-) -> tuple[dict[tuple[str, int], float], int]:
+def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[Points, int]:
     """Read the newest value of every metric at every step, and the last timestamp."""
-    known: dict[tuple[str, int], float] = {}
-    last = 0
-    for metric in _latest(found):
+    values: Points = {}
+    timestamp = 0
+    for metric in _newest_metrics(shown_run):
         points = [metric]
-        if run.of.kind == "cell" and is_curve(metric.key):
-            history = client.get_metric_history(found.info.run_id, metric.key)
+        if run.source.kind == "cell" and is_curve(metric.key):
+            history = client.get_metric_history(shown_run.info.run_id, metric.key)
             points = sorted(history, key=lambda point: point.timestamp)
         for point in points:
-            known[metric.key, point.step] = point.value
-            last = max(last, point.timestamp)
-    return known, last
+            values[metric.key, point.step] = point.value
+            timestamp = max(timestamp, point.timestamp)
+    return values, timestamp
 
 
-def _changes(
-    known: Mapping[tuple[str, int], float], wanted: Mapping[tuple[str, int], float]
-) -> dict[tuple[str, int], float]:
-    """Return the values that must be logged.
+def _changed_points(old_points: Points, points: Points) -> Points:
+    """Return the metric values that must be logged.
 
     MLflow cannot remove a metric, so a value that becomes undefined is logged as NaN.
     """
-    changed = {at: value for at, value in wanted.items() if known.get(at) != value}
-    gone = (at for at, old in known.items() if at not in wanted and not math.isnan(old))
-    return changed | dict.fromkeys(gone, math.nan)
+    changes = {point: value for point, value in points.items() if old_points.get(point) != value}
+    for point, value in old_points.items():
+        if point not in points and not math.isnan(value):
+            changes[point] = math.nan
+    return changes

@@ -1,8 +1,8 @@
 """Publish cells to Trackio: a run per cell, one for its intact model, one for each run.
 
-This code runs in a process of its own, called by `isolated`. A run is found by `tracker.run_key` in
-its config. Trackio cannot remove a figure, so a changed run is deleted and written again. It warns
-where others raise errors, so written runs are read back.
+This code runs in a separate process, called by `isolated`. A run is identified by `tracker.run_key`
+in its config. Trackio cannot remove a figure, so a changed run is deleted and written again.
+Trackio gives warnings instead of errors, so written runs are read back.
 """
 
 from __future__ import annotations
@@ -22,32 +22,31 @@ from trackio.sqlite_storage import SQLiteStorage
 from typing_extensions import override
 
 from tracker.core.errors import TrackingError
-from tracker.tracking.base import Backend, RemoteCell, explained
-from tracker.tracking.downloads import check_downloaded, check_listing
+from tracker.tracking.base import Backend, RemoteCell, build_error, check_files, check_sizes
 from tracker.tracking.identity import filter_words, group_name
-from tracker.tracking.runs import DescribedRun, artifact_name, take_over
-from tracker.tracking.trackio.service import usual_folder
+from tracker.tracking.runs import DescribedRun, artifact_name, move_runs
+from tracker.tracking.trackio.service import default_folder
 
-FORMAT = "1"
-"""Part of every digest: raise it when runs are written differently, and all are updated once."""
+TRACKIO_FORMAT = "1"
+"""Version in every digest; increase it when the form of runs changes, to update all runs once."""
 
 
 class TrackioBackend(Backend):
-    """Keeps a Trackio project in step with the ledger.
+    """Backend that keeps a Trackio project in step with the ledger.
 
     Tracker's charts are left out: Trackio draws the curves, and keeps charts of deleted runs.
 
     Args:
         project: The project.
         results: The results folder.
-        ignored: Environment variables that it ignores.
+        ignored: Environment variables that the backend ignores.
     """
 
     name = "trackio"
 
     def __init__(self, project: str, results: Path, ignored: Sequence[str] = ()) -> None:
         super().__init__(project, results)
-        self._ignored = ignored
+        self._ignored_settings = ignored
 
     @override
     def _write(self, runs: Sequence[DescribedRun]) -> Iterator[str]:
@@ -57,114 +56,112 @@ class TrackioBackend(Backend):
                 "it cannot be asked what it has where it appends to files, as on a network "
                 "filesystem; set TRACKIO_DIR to a folder of this machine"
             )
-        known = self._known()
-        for former in chain(*take_over(known, runs[-1].cell, runs)):
-            former.delete()
+        existing = self._runs_by_key()
+        for old_run in chain(*move_runs(existing, runs[-1].cell, runs)):
+            old_run.delete()
         for run in runs:
-            there = known.get(run.key, [])
-            if len(there) == 1 and self._is_whole(there[0], run):
+            old_runs = existing.get(run.key, [])
+            if len(old_runs) == 1 and self._is_complete(old_runs[0], run):
                 yield "unchanged"
                 continue
-            for former in there:
-                former.delete()
-            self._write_one(run)
-            yield "updated" if there else "created"
+            for old_run in old_runs:
+                old_run.delete()
+            self._write_run(run)
+            yield "updated" if old_runs else "created"
 
     @override
     def _cells(self) -> Iterator[RemoteCell]:
-        for _, mine in self._mine():
-            if mine["ablation"] == "cell":
-                yield RemoteCell(mine["run_key"], mine["name"], mine["files"], mine["outcomes"])
+        for _, config in self._tracker_runs():
+            if config["ablation"] == "cell":
+                keys = ("run_key", "name", "files", "outcomes")
+                yield RemoteCell(*(config[key] for key in keys))
 
     @override
     def _download(self, cell: RemoteCell, folder: Path) -> None:
-        there = self._files(cell.place)
-        check_listing({name: entry["size"] for name, entry in there.items()})
-        for name, entry in there.items():
+        entries = self._files(cell.files_id)
+        check_sizes({name: entry["size"] for name, entry in entries.items()})
+        for name, entry in entries.items():
             blob = cas.blob_path(self._project, cas.validate_digest(entry["digest"]))
             shutil.copyfile(blob, folder / name)
-        check_downloaded(folder, cell)
+        check_files(folder, cell)
 
-    def _known(self) -> dict[str, list[Any]]:
-        """Return the project's runs that tracker wrote, by run key."""
-        found: dict[str, list[Any]] = {}
+    def _runs_by_key(self) -> dict[str, list[Any]]:
+        """Return tracker's runs in the project by run key."""
+        runs: dict[str, list[Any]] = {}
         if SQLiteStorage.get_project_db_path(self._project).exists():
-            for run, mine in self._mine():
-                found.setdefault(mine["run_key"], []).append(run)
-        return found
+            for run, config in self._tracker_runs():
+                runs.setdefault(config["run_key"], []).append(run)
+        return runs
 
-    def _mine(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        """Yield the project's runs that tracker wrote, each with tracker's part of its config."""
+    def _tracker_runs(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+        """Yield tracker's runs in the project, each with tracker's part of the run's config."""
         configs = SQLiteStorage.get_all_run_configs(self._project)  # each run asks by itself
         for run in trackio.Api().runs(self._project):
-            mine = (configs.get(run.id) or {}).get("tracker")
-            if isinstance(mine, Mapping) and "run_key" in mine:
-                yield run, mine
+            config = (configs.get(run.id) or {}).get("tracker")
+            if isinstance(config, Mapping) and "run_key" in config:
+                yield run, config
 
-    def _is_whole(self, found: Any, run: DescribedRun) -> bool:
+    def _is_complete(self, trackio_run: Any, run: DescribedRun) -> bool:
         """Check whether a run is complete and equal to its description."""
-        if found.config["tracker"].get("digest") != run.digest(FORMAT):
+        if trackio_run.config["tracker"].get("digest") != run.digest(TRACKIO_FORMAT):
             return False
-        logs = SQLiteStorage.get_logs(self._project, found.name, run_id=found.id)
-        shown = {(row["step"], name) for row in logs for name in row if name != "timestamp"}
-        wanted = {(at, name) for at, row in _rows(run).items() for name in (*row, "step")}
+        logs = SQLiteStorage.get_logs(self._project, trackio_run.name, run_id=trackio_run.id)
+        points = {(row["step"], name) for row in logs for name in row if name != "timestamp"}
+        rows = _rows_by_step(run).items()
         files = {file.name for file in run.files}
-        return shown == wanted and (not files or set(self._files(artifact_name(run.cell))) == files)
+        return points == {(step, name) for step, row in rows for name in (*row, "step")} and (
+            not files or set(self._files(artifact_name(run.cell))) == files
+        )
 
-    def _write_one(self, run: DescribedRun) -> None:
-        digest = {"digest": run.digest(FORMAT), "name": run.name, "files": run.version}
+    def _write_run(self, run: DescribedRun) -> None:
+        """Write a run, and check that Trackio stored it."""
+        digests = {"digest": run.digest(TRACKIO_FORMAT), "name": run.name, "files": run.version}
         config = {
             **run.config,
             "kind": run.kind,
             "tags": list(filter_words(run.cell)),
             "note": run.note,
-            "tracker": {**run.config["tracker"], **digest},
+            "tracker": {**run.config["tracker"], **digests},
         }
-        handle = trackio.init(
-            self._project,
-            name=run.name,
-            group=group_name(run.cell),
-            config=config,
-            embed=False,
-            auto_log_cpu=False,
-            auto_log_gpu=False,
-        )
+        switched_off = dict.fromkeys(("embed", "auto_log_cpu", "auto_log_gpu"), False)
+        labels = {"name": run.name, "group": group_name(run.cell), "config": config}
+        handle = trackio.init(self._project, **labels, **switched_off)
         try:
             if run.outcomes and run.files:
-                made = run.outcomes
-                artifact = trackio.Artifact(made.name, "outcomes", metadata=made.metadata)
+                outcomes = run.outcomes
+                artifact = trackio.Artifact(outcomes.name, "outcomes", metadata=outcomes.metadata)
                 for file in run.files:
                     artifact.add_file(file, name=file.name)
-                handle.log_artifact(artifact, aliases=list(made.aliases))
-            for step, row in _rows(run).items():
+                handle.log_artifact(artifact, aliases=list(outcomes.aliases))
+            for step, row in _rows_by_step(run).items():
                 handle.log(row, step=step)
         finally:
             trackio.finish()
-        (found,) = (one for one in trackio.Api().runs(self._project) if one.id == handle.id)
-        if not self._is_whole(found, run):
-            raise TrackingError(f"the run {run.name!r} did not arrive whole")
+        (trackio_run,) = (r for r in trackio.Api().runs(self._project) if r.id == handle.id)
+        if not self._is_complete(trackio_run, run):
+            raise TrackingError(f"the run {run.name!r} arrived incomplete")
 
     def _files(self, artifact: str) -> dict[str, dict[str, Any]]:
         """Return the files of an artifact's latest version, with their digests and sizes."""
-        found = SQLiteStorage.get_artifact_manifest(self._project, artifact, None)
-        return {entry["path"]: entry for entry in found["manifest"]} if found else {}
+        manifest = SQLiteStorage.get_artifact_manifest(self._project, artifact, None)
+        return {entry["path"]: entry for entry in manifest["manifest"]} if manifest else {}
 
     @override
     def _location(self) -> str:
         project = SQLiteStorage.get_project_db_path(self._project).stem
-        return f"{self._setting()}trackio show --project {shlex.quote(project)}"
+        return f"{self._environment()}trackio show --project {shlex.quote(project)}"
 
     @override
-    def _setting(self) -> str:
-        if usual_folder() == utils.TRACKIO_DIR:
+    def _environment(self) -> str:
+        if default_folder() == utils.TRACKIO_DIR:
             return ""
         return f"TRACKIO_DIR={shlex.quote(str(utils.TRACKIO_DIR))} "
 
     @override
     def _notes(self) -> tuple[str, ...]:
-        if not self._ignored:
+        if not self._ignored_settings:
             return ()
-        names = ", ".join(self._ignored)
+        names = ", ".join(self._ignored_settings)
         return (f"{names} is not followed: runs are on this machine, and trackio sync sends them",)
 
     @override
@@ -174,17 +171,18 @@ class TrackioBackend(Backend):
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
+        """Convert exceptions, and hide what Trackio prints."""
         # Trackio prints the start and the end of every run.
         with super()._explained(problem, advice), redirect_stdout(StringIO()):
             yield
 
     @override
-    def _explain(self, error: Exception, problem: str, advice: str) -> TrackingError:
-        return explained(f"Trackio in {utils.TRACKIO_DIR} {problem}", error, advice)
+    def _describe_error(self, error: Exception, problem: str, advice: str) -> TrackingError:
+        return build_error(f"Trackio in {utils.TRACKIO_DIR} {problem}", error, advice)
 
 
-def _rows(run: DescribedRun) -> dict[int, dict[str, Any]]:
-    """Build the rows to log by step; figures and tables have the step of the run's layer."""
+def _rows_by_step(run: DescribedRun) -> dict[int, dict[str, Any]]:
+    """Build the rows to log, by step; figures and tables get the step of the run's layer."""
     rows: dict[int, dict[str, Any]] = {}
     for layer, points in run.curves:
         rows.setdefault(layer, {}).update(points)

@@ -10,42 +10,41 @@ from typing import Any
 from typing_extensions import override
 
 from tracker.core.errors import RequestError
-from tracker.core.text import masked
-from tracker.tracking.base import OFFLINE, Part, Service, Target, other_login, without_login
+from tracker.core.text import mask_secrets
+from tracker.tracking.base import OFFLINE, PartName, Service, Target, login_error, without_login
 
-_SESSION = ("WANDB_SERVICE",)
+_SESSION_SETTINGS = ("WANDB_SERVICE",)
 """Environment variable by which a process finds the session of its parent."""
-_SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+_SWEEP_SETTINGS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """Environment variables of a sweep's trial; a process with them can only open the trial's run."""
 
 
 class WandbService(Service):
-    """W&B: a project of an entity, or files beside the results."""
+    """Service for W&B: a project of an entity, or offline files in the results folder."""
 
     name = "wandb"
     title = "W&B"
     can = frozenset({"live runs", "reports", "lighter models"})
-    sweep_variable = _SWEEP[0]
+    sweep_variable = _SWEEP_SETTINGS[0]
 
     @override
-    def open(self, part: Part, project: str, results: Path, server: str | None = None) -> Any:
-        without = (*_SESSION, *_SWEEP)
+    def open(self, part: PartName, project: str, results: Path, server: str | None = None) -> Any:
+        remove = (*_SESSION_SETTINGS, *_SWEEP_SETTINGS)
         if part == "trial":  # the one part that finds the run of its trial
-            return self._isolated("sweep:WandbTrial", results, without=_SESSION)
+            return self._isolated("sweep:WandbTrial", results, remove=_SESSION_SETTINGS)
         if part == "sweep":
-            path = _sweep_path(project)
-            return self._isolated("sweep:WandbSweep", path, results, without=without)
+            return self._isolated("sweep:WandbSweep", _sweep_path(project), results, remove=remove)
         if part == "live runs":
-            return self._isolated("sweep:WandbLiveRun", project, results, without=without)
+            return self._isolated("sweep:WandbLiveRun", project, results, remove=remove)
         arguments = (project, results, _in_sweep())
-        return self._isolated("backend:WandbBackend", *arguments, without=without)
+        return self._isolated("backend:WandbBackend", *arguments, remove=remove)
 
     @override
     def refuse_closed(self, results: Path) -> None:
         if _in_sweep() or self.server() == OFFLINE or os.environ.get("WANDB_API_KEY"):
             return
         arguments = ("", results, False)
-        isolated = self._isolated("backend:WandbBackend", *arguments, without=_SESSION)
+        isolated = self._isolated("backend:WandbBackend", *arguments, remove=_SESSION_SETTINGS)
         with closing(isolated) as backend:
             if not backend.is_open():
                 raise RequestError(
@@ -56,9 +55,9 @@ class WandbService(Service):
                 )
 
     @override
-    def target(self, project: str, reading: bool) -> Target:
-        if reading and "/" not in project and "WANDB_ENTITY" not in os.environ:
-            typed = masked(f"{self.name}:{project}")
+    def target(self, project: str, is_source: bool) -> Target:
+        if is_source and "/" not in project and "WANDB_ENTITY" not in os.environ:
+            typed = mask_secrets(f"{self.name}:{project}")
             raise RequestError(f"{typed!r} names no entity; write wandb:ENTITY/PROJECT")
         return Target(self.name, project or None)
 
@@ -69,17 +68,17 @@ class WandbService(Service):
         return without_login(os.environ.get("WANDB_BASE_URL") or None)
 
     @override
-    def place_of(self, to: Target, project: str) -> Target:
-        entity, project = os.environ.get("WANDB_ENTITY"), masked(to.project or project)
+    def full_address(self, target: Target, project: str) -> Target:
+        entity, project = os.environ.get("WANDB_ENTITY"), mask_secrets(target.project or project)
         if entity and "/" not in project:
             project = f"{entity}/{project}"
         return Target(self.name, project, self.server())
 
     @override
-    def target_of(self, place: Target, results: Path) -> Target:
-        if place.server != self.server():
-            raise other_login(place, "WANDB_BASE_URL", results)
-        return Target(self.name, place.project)
+    def reachable_target(self, address: Target, results: Path) -> Target:
+        if address.server != self.server():
+            raise login_error(address, "WANDB_BASE_URL", results)
+        return Target(self.name, address.project)
 
     @override
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
@@ -89,14 +88,15 @@ class WandbService(Service):
 
 
 def _in_sweep() -> bool:
+    """Check whether a W&B agent started this process."""
     return bool(os.environ.get(WandbService.sweep_variable))
 
 
 def _sweep_path(path: str) -> str:
-    """Return the checked path of a sweep; an empty one means the sweep of this process."""
+    """Check and return the path of a sweep; an empty path means the sweep of this process."""
     if not path:
         names = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID")
         path = "/".join(os.environ.get(name, "") for name in names)
     if len([part for part in path.split("/") if part]) != 3 or path.count("/") != 2:
-        raise RequestError(f"{masked(path)!r} names no sweep; write ENTITY/PROJECT/ID")
+        raise RequestError(f"{mask_secrets(path)!r} names no sweep; write ENTITY/PROJECT/ID")
     return path

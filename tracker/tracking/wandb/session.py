@@ -12,7 +12,7 @@ import wandb
 from wandb import Run
 
 from tracker.core.errors import TrackingError
-from tracker.tracking.base import explained, explaining
+from tracker.tracking.base import build_error, explain_errors
 
 _FINISH_SECONDS = 120.0
 _ENVIRONMENT = {
@@ -24,13 +24,13 @@ _ENVIRONMENT = {
     "WANDB__FILE_TRANSFER_RETRY_MAX": "4",
     "WANDB__GRAPHQL_RETRY_MAX": "3",
 }
-"""Environment variables that W&B reads at set-up; a user's own setting wins."""
+"""Environment variables that W&B reads at set-up; values set by the user take precedence."""
 
 _QUIET = ("silent", "disable_code", "disable_git", "x_disable_machine_info", "x_disable_meta")
 
 
 @contextmanager
-def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
+def wandb_session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
     """Set up W&B for the process, and explain any exception inside a `with` block.
 
     Args:
@@ -49,7 +49,7 @@ def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     secrets = [os.environ.get("WANDB_API_KEY")]
-    with explaining(lambda error: explained(problem, error, advice, secrets)):
+    with explain_errors(lambda error: build_error(problem, error, advice, secrets)):
         yield
 
 
@@ -59,7 +59,7 @@ def is_offline() -> bool:
 
 
 def log_in() -> None:
-    """Log in, or raise TrackingError; never wait at a prompt of an unattended run."""
+    """Log in, or raise TrackingError; never prompt, since a prompt blocks unattended runs."""
     if not wandb.login(prompt=False, verify=True):
         raise TrackingError(
             "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
@@ -67,22 +67,22 @@ def log_in() -> None:
         )
 
 
-def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
-    """Open a run beside other open ones: quiet, with time-outs, without data of this machine.
+def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> Any:
+    """Open a run beside other open runs: quiet, with time-outs, without data of this machine.
 
     Args:
         results: The results folder, which keeps the run's files.
-        watched: The process for W&B's system metrics; None for none.
+        watched_pid: The process for W&B's system metrics; None for none.
         **run: The arguments of `wandb.init` that identify the run.
 
     Returns:
-        W&B's run, for `finished` to end.
+        W&B's run, which `finish_run` ends.
     """
     settings = wandb.Settings(
         root_dir=str(results),
         console="off",
-        x_disable_stats=watched is None,
-        x_stats_pid=watched or os.getpid(),
+        x_disable_stats=watched_pid is None,
+        x_stats_pid=watched_pid or os.getpid(),
         x_save_requirements=False,
         init_timeout=60,
         finish_timeout=_FINISH_SECONDS,
@@ -93,8 +93,8 @@ def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
 
 
 @contextmanager
-def finished(handle: Run, exit_code: int = 0) -> Iterator[Any]:
-    """Yield a run and end it, as failed after an exception."""
+def finish_run(handle: Run, exit_code: int = 0) -> Iterator[Any]:
+    """Yield a run and end it; mark it as failed after an exception."""
     try:
         yield handle
     except BaseException:

@@ -1,6 +1,6 @@
 """Read a sweep and its trials, and log into the run of this process's trial.
 
-An agent opens that run when it starts the process as a trial.
+A W&B agent opens the trial's run when it starts the process.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ from wandb import Run
 from tracker.core.changes import Change
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord, RunRecord
-from tracker.core.text import masked
-from tracker.tracking.base import PROGRESS, Ending, OpenRuns, SweepTrial, sync_command, when_mended
+from tracker.core.text import mask_secrets
+from tracker.tracking.base import (
+    PROGRESS,
+    OpenRuns,
+    RunStatus,
+    SweepTrial,
+    retry_advice,
+    sync_command,
+)
 from tracker.tracking.identity import run_name
-from tracker.tracking.runs import DescribedRun, cell_run, layer_run
+from tracker.tracking.runs import DescribedRun, describe_cell, describe_run
 from tracker.tracking.wandb.backend import WandbBackend
-from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
-from tracker.tracking.wandb.writing import labels_of, write
+from tracker.tracking.wandb.session import finish_run, is_offline, log_in, start_run, wandb_session
+from tracker.tracking.wandb.writing import run_labels, write_run
 
-EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "killed": 255}
-"""Ending → exit code, as in W&B's own hooks: 255 is displayed as killed."""
+EXIT_CODES: dict[RunStatus, int] = {"finished": 0, "failed": 1, "killed": 255}
+"""Exit code by final status, as in W&B's own hooks; W&B displays 255 as killed."""
 
 
 class WandbLiveRun(OpenRuns):
-    """Shows cells of a project; the arguments are those of `WandbBackend`."""
+    """Live runs of a W&B project; the arguments are those of `WandbBackend`."""
 
     def __init__(self, project: str, results: Path) -> None:
         super().__init__()
@@ -42,8 +49,8 @@ class WandbLiveRun(OpenRuns):
     @override
     def begin(self, cell: CellRecord) -> None:
         with self._session():
-            run = cell_run(cell)
-            handle = self._backend.open(run, watched=os.getppid())
+            run = describe_cell(cell)
+            handle = self._backend.open(run, watched_pid=os.getppid())
             if handle is not None:
                 show_progress(handle)
                 self._runs[run.key] = handle
@@ -55,13 +62,14 @@ class WandbLiveRun(OpenRuns):
                 self._runs[key].log(dict(figures))
 
     @override
-    def end(self, key: str, status: Ending) -> None:
+    def end(self, key: str, status: RunStatus) -> None:
         with self._session():
             if (handle := self._runs.pop(key, None)) is not None:
                 handle.finish(exit_code=EXIT_CODES[status])
 
     def _session(self) -> Any:
-        return session(self._results, "W&B does not show what is measured")
+        """Set up W&B, and explain exceptions."""
+        return wandb_session(self._results, "W&B does not show what is measured")
 
 
 def show_progress(handle: Run) -> None:
@@ -70,7 +78,7 @@ def show_progress(handle: Run) -> None:
 
 
 class WandbSweep:
-    """A sweep.
+    """A W&B sweep with its trials.
 
     Args:
         path: `ENTITY/PROJECT/ID`.
@@ -95,37 +103,39 @@ class WandbSweep:
             runs = self._sweep().runs
             return [SweepTrial(run.id, run.name, run.state, dict(run.config)) for run in runs]
 
-    def fill(self, trial: str, cell: CellRecord, layer: RunRecord) -> None:
+    def fill(self, trial_id: str, cell: CellRecord, layer: RunRecord) -> None:
         """Write the run of an unfinished trial; raise TrackingError on failure."""
-        run = layer_run(cell, layer)
-        place: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial}
+        run = describe_run(cell, layer)
+        ids: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial_id}
         with self._session("did not take a run"):
             log_in()
-            labels = labels_of(cell, run.name, run.kind)
-            with finished(start(self._results, **place, resume="must", **labels)) as handle:
-                _write(handle, run)
+            labels = run_labels(cell, run.name, run.kind)
+            with finish_run(start_run(self._results, **ids, resume="must", **labels)) as handle:
+                _write_trial(handle, run)
 
     def _sweep(self) -> Any:
+        """Return W&B's sweep."""
         api: Any = wandb.Api()
         return api.sweep(self._path)
 
     def _session(self, problem: str) -> AbstractContextManager[None]:
-        return session(self._results, f"W&B's sweep {self._path} {problem}")
+        """Set up W&B, and explain exceptions."""
+        return wandb_session(self._results, f"W&B's sweep {self._path} {problem}")
 
 
 class WandbTrial:
-    """The run that a W&B agent opened for its trial; it is opened once, and ended once."""
+    """The run that a W&B agent created for its trial; the run is opened once and ended once."""
 
     def __init__(self, results: Path) -> None:
         self._results = results.absolute()
         self._handle: Any = None
 
     def begin(self, cell: CellRecord, layer: Change) -> None:
-        """Open the run while the trial's run of the cell is measured."""
+        """Open the run when the measurement of the trial starts."""
         with self._session():
             log_in()
-            labels = labels_of(cell, run_name(cell, layer), "layer")
-            self._handle = start(self._results, os.getppid(), **labels)
+            labels = run_labels(cell, run_name(cell, layer), "layer")
+            self._handle = start_run(self._results, os.getppid(), **labels)
             show_progress(self._handle)
 
     def update(self, figures: Mapping[str, float]) -> None:
@@ -133,17 +143,17 @@ class WandbTrial:
         with self._session():
             self._handle.log(dict(figures))
 
-    def log(self, cell: CellRecord, layer: RunRecord, more: Mapping[str, float]) -> None:
-        """Log the trial's run of the cell, with additional figures, and end it."""
-        run = layer_run(cell, layer)
-        run = replace(run, figures={**run.figures, **more})
-        with self._opened("finished", **labels_of(cell, run.name, run.kind)) as handle:
-            _write(handle, run)
+    def log(self, cell: CellRecord, layer: RunRecord, additions: Mapping[str, float]) -> None:
+        """Log the cell's run that the trial requested, with additional figures, and end the run."""
+        run = describe_run(cell, layer)
+        run = replace(run, figures={**run.figures, **additions})
+        with self._open_run("finished", **run_labels(cell, run.name, run.kind)) as handle:
+            _write_trial(handle, run)
 
-    def end(self, note: str, status: Ending) -> None:
-        """End the run without a measurement, with a note."""
-        with self._opened(status) as handle:
-            handle.config.update({"tracker": {"note": masked(note)}})
+    def end(self, note: str, status: RunStatus) -> None:
+        """End the run with a note and without a measurement."""
+        with self._open_run(status) as handle:
+            handle.config.update({"tracker": {"note": mask_secrets(note)}})
 
     def close(self) -> None:
         """Mark the run as killed if it is still open."""
@@ -152,21 +162,23 @@ class WandbTrial:
             handle.finish(exit_code=EXIT_CODES["killed"])
 
     @contextmanager
-    def _opened(self, status: Ending, **names: Any) -> Iterator[Any]:
+    def _open_run(self, status: RunStatus, **names: Any) -> Iterator[Any]:
+        """Yield the trial's run, and end it."""
         with self._session():
             handle, self._handle = self._handle, None
             if handle is None:
                 log_in()
-                handle = start(self._results, **names)
-            with finished(handle, EXIT_CODES[status]):
+                handle = start_run(self._results, **names)
+            with finish_run(handle, EXIT_CODES[status]):
                 yield handle
 
     def _session(self) -> AbstractContextManager[None]:
-        advice = when_mended(sync_command(self._results, "wandb"))
-        return session(self._results, "W&B did not take the runs", advice)
+        """Set up W&B, and explain exceptions."""
+        advice = retry_advice(sync_command(self._results, "wandb"))
+        return wandb_session(self._results, "W&B did not take the runs", advice)
 
 
-def _write(handle: Any, run: DescribedRun) -> None:
-    """Write a trial's run, except for the sweep's own settings, which W&B locks."""
+def _write_trial(handle: Any, run: DescribedRun) -> None:
+    """Write a trial's run without the sweep's own settings, which W&B locks."""
     handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
-    write(handle, run, [])
+    write_run(handle, run, [])

@@ -11,39 +11,38 @@ from wandb_workspaces.workspaces.internal import get_view_dict
 
 from tracker.core.proxies import OBSERVED, PROXIES
 
-TITLE = "Which layers matter"
+REPORT_TITLE = "Which layers matter"
 VIEW_TITLE = "Layers by benchmark"
-_VIEW = "trackercells"
-"""The view's name in addresses; W&B accepts letters and digits only."""
+_VIEW_ID = "trackercells"
+"""The saved view's name in addresses; W&B accepts letters and digits only."""
 
 _LAYER_AXIS = "layer (0-based)"
-_CELLS = "Metric('jobType') == 'cell'"
-_RUNS = "Metric('jobType') == 'layer'"
+_CELLS_FILTER = "Metric('jobType') == 'cell'"
+_RUNS_FILTER = "Metric('jobType') == 'layer'"
 
 
-def save_report(entity: str, project: str, text: str, known: str | None) -> str:
-    """Save the project's report, replacing the former one.
+def save_report(entity: str, project: str, text: str, report_id: str | None) -> str:
+    """Save the project's report, and replace the previous report.
 
     Args:
         entity: The entity.
         project: The project.
         text: The text above the panels.
-        known: The id of the former report; None for a new one.
+        report_id: The id of the previous report; None for a new report.
 
     Returns:
-        Its address.
+        The address of the report.
     """
     report = reports.Report(
         entity=entity,
         project=project,
-        title=TITLE,
+        title=REPORT_TITLE,
         description="Written by tracker; publishing again replaces it.",
         width="fluid",
     )
-    cells = reports.Runset(entity=entity, project=project, name="cells", filters=_CELLS)
-    runs = reports.Runset(
-        entity=entity, project=project, name="layers", filters=_RUNS, groupby=["group"]
-    )
+    source = {"entity": entity, "project": project}
+    cells = reports.Runset(**source, name="cells", filters=_CELLS_FILTER)
+    runs = reports.Runset(**source, name="layers", filters=_RUNS_FILTER, groupby=["group"])
     report.blocks = [
         reports.TableOfContents(),
         *(reports.P(text=paragraph) for paragraph in text.split("\n\n")),
@@ -52,17 +51,17 @@ def save_report(entity: str, project: str, text: str, known: str | None) -> str:
         reports.H2(text="Proxy against truth"),
         reports.PanelGrid(runsets=[runs], panels=_scatters()),
     ]
-    report.id = known or ""
+    report.id = report_id or ""
     report.save()
     return str(report.url)
 
 
 def save_view(entity: str, project: str) -> None:
-    """Save a workspace that groups the project's runs by cell, replacing the former one."""
+    """Save a workspace that groups the project's runs by cell; replace the previous workspace."""
     try:
-        known = get_view_dict(entity, project, _VIEW)["id"]
+        view_id = get_view_dict(entity, project, _VIEW_ID)["id"]
     except ValueError:  # there is none yet
-        known = ""
+        view_id = ""
     view = workspaces.Workspace(
         entity=entity,
         project=project,
@@ -73,12 +72,13 @@ def save_view(entity: str, project: str) -> None:
         ],
         runset_settings=workspaces.RunsetSettings(groupby=[workspaces.Metric("group")]),
     )
-    view._internal_name = f"nw-{_VIEW}-v"
-    view._internal_id = known
+    view._internal_name = f"nw-{_VIEW_ID}-v"
+    view._internal_id = view_id
     view.save()
 
 
 def _curves() -> list[reports.LinePlot]:
+    """Return the panels of curves over the layers."""
     return [
         reports.LinePlot(title=title, x="layer", y=[name], title_x=_LAYER_AXIS, title_y=unit)
         for title, name, unit in (
@@ -90,6 +90,7 @@ def _curves() -> list[reports.LinePlot]:
 
 
 def _scatters() -> list[reports.ScatterPlot]:
+    """Return the panels of the accuracy drop against each proxy."""
     return [
         reports.ScatterPlot(
             title=f"Accuracy drop against {proxy.label}",
