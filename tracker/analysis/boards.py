@@ -65,7 +65,7 @@ def relative_depth(layer: int, layers: int) -> float:
 def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Estimate:
     """Compute a run's accuracy relevance, with a simultaneous interval.
 
-    The drop is divided by the baseline above chance, as if both were independent. Both come from
+    The drop is divided by the baseline above chance, taken as independent. Both come from
     the same documents, so the interval is too wide rather than too narrow. There is no interval if
     the baseline's interval reaches chance.
     """

@@ -215,7 +215,7 @@ def benchmark_label(cell: CellRecord, label: str) -> str:
 
 
 def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> None:
-    """Print the commands that show every figure and that may follow."""
+    """Print suggested next commands, including the one that shows every figure."""
     from tracker.analysis.claims import decide_claims
     from tracker.analysis.comparable import group_models
 

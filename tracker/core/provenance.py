@@ -84,7 +84,7 @@ def content_hash(value: object) -> str:
 
 
 def file_hash(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 of files' names and contents in hexadecimal, in any order."""
+    """Return the SHA-256 (hex) of files' names and contents, whatever their order."""
     digest = hashlib.sha256()
     for name, content in sorted((path.name, _digest(path)) for path in paths):
         digest.update(name.encode() + b"\0" + content)

@@ -441,7 +441,7 @@ class CellStore:
     def write_derived(self, state: str, name: str, record: Record) -> None:
         """Store a derived record of the view `name`, if the folder can be written.
 
-        Records derived without some outcomes are not stored: deriving them again fills `mixed`.
+        Records derived without some outcomes are not stored, so that each reading sets `mixed`.
         """
         if self.mixed:
             return

@@ -531,7 +531,7 @@ def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
 def find_savable(
     searches: Searches, recommendations: Recommendations
 ) -> tuple[TestedSearch, CellRequest] | None:
-    """Find the first recommended set that can be saved, and the request of its last step's run.
+    """Find the first recommended set that can be saved, and the request that tested it.
 
     The set belongs to the first model, benchmark and amount of the file. None if no set can be
     saved.

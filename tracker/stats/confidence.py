@@ -139,7 +139,7 @@ class MeanSequences:
         max_value: float = 1.0,
         half_width: float | None = None,
     ) -> None:
-        """Start before the first document.
+        """Begin a sequence that has seen no document yet.
 
         Args:
             population: Number of documents in the population.

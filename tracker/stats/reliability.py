@@ -199,7 +199,7 @@ def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
 def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed: int) -> Estimate:
     """Estimate a positive figure; its interval comes from leaving out tenths of the documents.
 
-    The interval is on the logarithm, with Student's t of one degree of freedom less than groups. It
+    The interval is on the logarithm, with Student's t of (groups − 1) degrees of freedom. It
     covers the values that other documents of the same benchmark would give. The tests simulate
     benchmarks to check its coverage of the number of documents needed.
 

@@ -12,7 +12,7 @@ therefore vary less than two single values, and need one error instead of two. A
 is no better than a" one bets as in `confidence`, with all documents on which both were measured.
 
 A wrong answer can come only from pairs of one of the `count` best with one of the others. These are
-count · (runs − count) pairs, whichever the best are, and share the error evenly (a union bound).
+count · (runs − count) pairs whichever runs are the best. Each pair gets an equal error share.
 
 The smallest of several means, for unbounded values:
 
@@ -96,7 +96,7 @@ class SequentialTopK:
         level: float = 0.95,
         max_difference: float = 1.0,
     ) -> None:
-        """Start before the first document.
+        """Begin a race that has seen no document yet.
 
         Args:
             population: Number of documents in the population.
@@ -231,7 +231,7 @@ class SmallestMean:
     """
 
     def __init__(self, population: int, n_runs: int, *, tolerance: float) -> None:
-        """Start before the first document.
+        """Begin a race that has seen no document yet.
 
         Args:
             population: Number of documents in the population.
@@ -357,7 +357,7 @@ class Race:
     def __init__(
         self, question: Question, population: int, n_runs: int, max_value: float = 1.0
     ) -> None:
-        """Start before the first document.
+        """Begin a race that has seen no document yet.
 
         Args:
             question: The question.

@@ -47,7 +47,7 @@ def estimate_profile(
     Args:
         values: `[documents, layers]`, value of each document, e.g. its drop.
         weights: `[documents]`, 0 or more; the profile is the weighted mean.
-        strata: `[documents]`, e.g. each document's task, where each keeps its size; None for one.
+        strata: `[documents]`, e.g. each document's task, each of a fixed size; None for one.
 
     Returns:
         The centred profile and the variance of each of its figures `[layers]`, of the weighted mean

@@ -284,7 +284,7 @@ def _token_growth(arrays: Mapping[str, Array], strata: TaskNames, tokens: int) -
     starts, ends = _split(arrays, tokens)
 
     def growth(start: Array, end: Array) -> Growth:
-        """Compute the growth from each layer except the last layer to the head."""
+        """Compute how a change grows to the head, from each layer but the last."""
         factors = growths(start[:, :-1], end[:, :-1], strata, SEED)
         factors.append(Estimate(None, reason=_LAST_LAYER))
         return Growth(factors, holm([factor.p_value for factor in factors]))

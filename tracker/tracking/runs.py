@@ -254,7 +254,7 @@ class DescribedRun:
 
     @property
     def run_fields(self) -> dict[str, str | int]:
-        """The fields that identify the run within its cell; empty for other kinds."""
+        """The fields that identify a change's run within its cell; empty for a cell's run."""
         if self.run is None:
             return {}
         change, names = self.run.change, ("layer", "component", "span", "intervention")

@@ -53,7 +53,7 @@ from tracker.models.pruned import (
 
 @dataclass(frozen=True)
 class Sharing:
-    """The parts of a computation that the ablations of a model share, exactly.
+    """The parts of a computation that a model's ablations share without changing any result.
 
     Attributes:
         depth: Whether layers below the removed one are computed once for all ablations.

@@ -46,7 +46,7 @@ def is_worth_timing(engine: Engine) -> bool:
 
 
 def row_sizes(engine: Engine) -> tuple[int, ...]:
-    """Return the sizes to time on the device of an engine's model, the default first."""
+    """Return the row sizes to time on the engine's device, the default first."""
     return CPU_ROW_SIZES if engine.loaded.device.type == "cpu" else ACCELERATOR_ROW_SIZES
 
 

@@ -142,7 +142,7 @@ def _branch_documents(tokens: _Tokens) -> list[Document]:
 
 
 def _shared_documents(tokens: _Tokens, length: int) -> list[Document]:
-    """Build documents with a beginning that is read separately."""
+    """Build documents with a common beginning that has a forward pass of its own."""
     common_tokens = tokens(length)
     return _make_documents([(common_tokens + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
 

@@ -141,7 +141,7 @@ class AuditedCell:
 def _proxy_figures(
     cell: AlignedOutcomes, observations: Observations
 ) -> Iterator[tuple[str, Array, Array]]:
-    """Yield each proxy of all layers of the model: document means, and document weights."""
+    """Yield each proxy's name, its means [documents, layers] and the document weights."""
     for proxy in OBSERVED:
         means = token_means(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.from_observed(means), cell.tokens
