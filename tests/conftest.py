@@ -168,8 +168,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark unit tests, and start the slowest files first."""
     for item in items:
-        sort_key = {item.path.parent.name, item.path.name}
-        if UNIT & sort_key and not SIMULATING & sort_key:
+        names = {item.path.parent.name, item.path.name}
+        if UNIT & names and not SIMULATING & names:
             item.add_marker(pytest.mark.unit)
     order = ("test_survey.py", "runner", "tracking", "engine")
 

@@ -86,30 +86,36 @@ def docstring_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
     for node in ast.walk(tree):
         if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Module)):
             first_line = (ast.get_docstring(node) or "").partition("\n")[0]
-            if first_line.startswith(BAD_STARTS) and not first_line.endswith(
-                "?"
-            ):  # a study is a question
+            is_question = first_line.endswith("?")  # as of a study
+            if first_line.startswith(BAD_STARTS) and not is_question:
                 yield Breach("docstring", f"{where}:{getattr(node, 'lineno', 1)}", first_line)
 
 
 def message_breaches(tree: ast.Module, where: str) -> Iterator[Breach]:
     """Yield the sentences of a module's messages that are too long, and of help in docstrings."""
+    for line, text in code_texts(tree, with_docstrings=where.startswith(HELP_MODULES)):
+        for sentence in long_sentences(text):
+            yield Breach("long sentence", f"{where}:{line}", sentence)
+
+
+def code_texts(tree: ast.Module, with_docstrings: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each string of a module, with `{…}` for what is filled in."""
     nodes = [*ast.walk(tree)]
-    inner_ids = {
+    skipped = {
         id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values
     }
-    if not where.startswith(HELP_MODULES):
-        inner_ids |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    if not with_docstrings:
+        skipped |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     for node in nodes:
         if isinstance(node, ast.JoinedStr):
-            parts = (v.value if isinstance(v, ast.Constant) else "x" for v in node.values)
-            text = "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = "" if id(node) in inner_ids else node.value
-        else:
-            continue
-        for sentence in long_sentences(text):
-            yield Breach("long sentence", f"{where}:{node.lineno}", sentence)
+            parts = (v.value if isinstance(v, ast.Constant) else "{…}" for v in node.values)
+            yield node.lineno, "".join(map(str, parts))
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in skipped
+        ):
+            yield node.lineno, node.value
 
 
 def shared_names(trees: Iterable[tuple[str, ast.Module]]) -> Iterator[Breach]:
@@ -134,8 +140,10 @@ def shared_names(trees: Iterable[tuple[str, ast.Module]]) -> Iterator[Breach]:
 def subject_breaches(base: str) -> Iterator[Breach]:
     """Yield the subjects since a commit that are too long."""
     command = ["git", "log", "--format=%h %s", f"{base}..HEAD"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for commit, _, subject in (line.partition(" ") for line in lines.splitlines()):
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"invalid commit {base!r}; give one that this checkout has")
+    for commit, _, subject in (line.partition(" ") for line in result.stdout.splitlines()):
         if len(subject) > MAX_SUBJECT:
             yield Breach("commit subject", commit, subject)
 

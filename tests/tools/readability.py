@@ -1,7 +1,7 @@
 """Draw texts and names at random to be judged out of context: `python -m tests.tools.readability`.
 
 Readers who do not know the project mark each sentence plain, second reading or author needed, and
-each name guessable or not. CONTRIBUTING.md has the targets.
+each name guessable or not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.tools.language import ROOT
+from tests.tools.language import ROOT, code_texts
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -107,38 +107,12 @@ def messages(root: Path) -> list[str]:
     """List the texts of at least six words in code, with `{…}` for what is filled in."""
     texts: set[str] = set()
     for _, tree in trees(root):
-        nodes = [*ast.walk(tree)]
-        inner = {
-            id(value) for node in nodes if isinstance(node, ast.JoinedStr) for value in node.values
-        }
-        inner |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        for node in nodes:
-            if isinstance(node, ast.JoinedStr):
-                text = "".join(
-                    str(v.value) if isinstance(v, ast.Constant) else _filled(v) for v in node.values
-                )
-            elif (
-                isinstance(node, ast.Constant)
-                and isinstance(node.value, str)
-                and id(node) not in inner
-            ):
-                text = node.value
-            else:
-                continue
+        for _, text in code_texts(tree):
             text = re.sub(r"\s+", " ", text).strip()
-            words = re.findall(r"\b[A-Za-z][a-z']*\b", re.sub(r"\{[^}]*\}", "X", text))
-            if (
-                len(words) >= 6
-                and len(text) < 600
-                and not re.search(r"</|function\(|=>|;\s*\w+:", text)
-            ):
+            is_code = len(text) >= 600 or re.search(r"</|function\(|=>|;\s*\w+:", text)
+            if len(re.findall(r"\b[A-Za-z][a-z']*\b", text)) >= 6 and not is_code:
                 texts.add(text)
     return sorted(texts)
-
-
-def _filled(value: ast.expr) -> str:
-    """Return a placeholder of a formatted string as it is written."""
-    return f"{{{ast.unparse(value.value)}}}" if isinstance(value, ast.FormattedValue) else ""
 
 
 KINDS: dict[str, Callable[[Path], list[str]]] = {

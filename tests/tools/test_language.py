@@ -36,11 +36,21 @@ def test_a_module_breaks_the_rules(code: str, kinds: list[str]) -> None:
 
 def test_a_name_has_one_meaning_in_a_package() -> None:
     codes = {
-        "a.py": "DRAWS = 1\nlog = 2\n_OWN = 1\n",
-        "b.py": "DRAWS: int = 2\nlog = 2\n_OWN = 2\n",
+        "a.py": "DRAWS = 1\nlog = 2\n_OWN = 1\ndef size(): ...\n",
+        "b.py": "DRAWS: int = 2\nlog = 2\n_OWN = 2\ndef size(): ...\ndef run(): ...\n",
+        "tracker/api.py": "def run(): ...\n",  # a command, named like what it calls
     }
-    (row,) = language.shared_names((name, ast.parse(code)) for name, code in codes.items())
-    assert (row.text, row.where) == ("DRAWS", "a.py, b.py")
+    rows = language.shared_names((name, ast.parse(code)) for name, code in codes.items())
+    assert [(row.text, row.where) for row in rows] == [
+        ("DRAWS", "a.py, b.py"),
+        ("size", "a.py, b.py"),
+    ]
+
+
+def test_an_unknown_commit_is_refused() -> None:
+    """Was: a traceback of git's exit code."""
+    with pytest.raises(SystemExit, match="invalid commit '0000000'"):
+        language.main(["0000000"])
 
 
 def test_tables_and_headings_are_no_sentences() -> None:
