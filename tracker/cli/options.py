@@ -68,7 +68,7 @@ class PathType(TextType):
             return path
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ValueError(f"{str(text)[:60]!r} is no path: {reason}") from None
+            raise ValueError(f"invalid path {str(text)[:60]!r}: {reason}") from None
         return path
 
 
@@ -98,7 +98,7 @@ class SizeType(TextType):
                 raise ValueError
             return int(TypeAdapter(ByteSize).validate_python(text))
         except (ValueError, OverflowError):
-            raise ValueError(f"{text!r} is no size; write 4GiB or 500MB") from None
+            raise ValueError(f"invalid size {text!r}; expected e.g. 4GiB or 500MB") from None
 
 
 class LayersType(TextType):
@@ -126,7 +126,7 @@ class LayersType(TextType):
         for word in words:
             match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", word, re.ASCII)
             if not match:
-                raise ValueError(f"{text!r} is no list of layers; write 3,17 or 3-7 or [3, 17]")
+                raise ValueError(f"invalid layers {text!r}; expected e.g. 3,17 or 3-7 or [3, 17]")
             first_layer, last_layer = int(match[1]), int(match[2] or match[1])
             if last_layer < first_layer:
                 raise ValueError(f"{word} ends before it begins; write {last_layer}-{first_layer}")
@@ -152,7 +152,7 @@ class SettingType(TextType):
 
         key, separator, value_text = text.partition("=")
         if not separator or not key.isidentifier():
-            raise ValueError(f"{text!r} is no setting; write KEY=VALUE")
+            raise ValueError(f"invalid setting {text!r}; expected KEY=VALUE")
         if self._is_yaml:
             value: object = parse_yaml(value_text, f"--set {key}")
             if key in ("layer", "removed") and isinstance(value, str):
@@ -508,7 +508,7 @@ work_options = add_options(WorkOptions, *WorkOptions.model_fields)
 def check_finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """Raise BadParameter for NaN and infinity, which click's ranges accept."""
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number", ctx, param)
+        raise click.BadParameter(f"invalid number {value}; expected a finite one", ctx, param)
     return value
 
 
