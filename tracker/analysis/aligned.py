@@ -94,7 +94,8 @@ class AlignedOutcomes:
         stacks: list[str] = list(frame[PROVENANCE_COLUMN].unique()) if self._with_stacks else []
         self.stacks: list[dict[str, str]] = [json.loads(stack) for stack in stacks]
         self.runs = [run for run in runs if self.is_measured(self.ablation(run))]
-        self.missing = [run for run in runs if run not in self.runs]
+        measured = {*self.runs}
+        self.missing = [run for run in runs if run not in measured]
         self.tasks = [str(task) for task in self.rows(INTACT)["task"]] if self._rows else []
         self._cache: dict[tuple[str, str], Array] = {}
 
