@@ -40,12 +40,14 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
     """
     labels: dict[int, str] = {}
     for editions in group_editions(cells):
+        if len(editions) < 2:
+            continue
         dates = [_last_measured(edition) for edition in editions]
         days = [date[:10] for date in dates]
         for edition, date, day in zip(editions, dates, days, strict=True):
             if days.count(day) > 1 and day:
                 day = datetime.fromisoformat(date).strftime("%Y-%m-%d %H:%M:%S UTC")
-            for cell in edition if len(editions) > 1 else ():
+            for cell in edition:
                 key = cell.key[:8]
                 labels[id(cell)] = f"measured {day} ({key})" if day else f"key {key}"
     return [labels.get(id(cell), "") for cell in cells]
