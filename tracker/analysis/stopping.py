@@ -421,15 +421,17 @@ class CandidateRace(BlockRace):
             WorkError: A document has no score that could decide.
         """
         by_accuracy, count = criterion == "accuracy", len(ablations)
-        columns = ["gold", "rolling", "loglikelihoods"]
-        figure = RacedFigure(columns, gold_logprobs, _missing_gold_reason)
         if by_accuracy:
             figure = bounded_figure(store.identity.benchmark, view.metric, "rescoring: race")
+        else:
+            columns = ["gold", "rolling", "loglikelihoods"]
+            figure = RacedFigure(columns, gold_logprobs, _missing_gold_reason)
         super().__init__(store, seed, ablations, extra_ablations, figure)
-        self.rule = SmallestMean(self.population, count, tolerance=LOGPROB_TOLERANCE)
         if by_accuracy:
             question = parse_question(CANDIDATE_QUESTION)
             self.rule = Race(question, self.population, count, self.max_weight)
+        else:
+            self.rule = SmallestMean(self.population, count, tolerance=LOGPROB_TOLERANCE)
         self.advance()
 
     @property
