@@ -146,14 +146,16 @@ def audit_tables(audit: ModelAudit) -> list[Table]:
 def _proxy_table(audit: ModelAudit) -> Table:
     summaries, total = audit.summaries, audit.total
 
-    def column(label: str, unit: FigureUnit, value: Callable[..., ColumnValue]) -> Column[str]:
+    def column(
+        label: str, unit: FigureUnit, value: Callable[..., ColumnValue], interval: bool = False
+    ) -> Column[str]:
         def entry(proxy: str) -> ColumnValue:
             if proxy in summaries:
                 return value(summaries[proxy])
             reasons = (cell.agreements[proxy].spearman.reason for cell in audit.cells)
             return Estimate(None, reason=next(filter(None, reasons), "undefined"))
 
-        return Column(label, unit, entry, interval=label == "its rank")
+        return Column(label, unit, entry, interval=interval)
 
     def rank(summary: ProxySummary) -> Estimate:
         return rank_estimate(audit.ranks[summary.proxy])
@@ -163,7 +165,7 @@ def _proxy_table(audit: ModelAudit) -> Table:
 
     columns = [
         Column("proxy", "text", _proxy_label),
-        column("its rank", "count", rank),
+        column("its rank", "count", rank, interval=True),
         column("mean Spearman", "coefficient", lambda s: s.spearman),
         column("inner layers", "coefficient", inner),
         column("mean Kendall", "coefficient", lambda s: s.kendall),
