@@ -376,8 +376,8 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
     positions = sorted({*drop.sizes, *(n for n in SAMPLE_SIZES if n <= 2 * end)})
 
     def line(curve: AgreementCurve, disjoint: bool = True) -> list[Estimate | None]:
-        sizes = (n if n in curve.sizes else None for n in positions)
-        return [None if n is None else curve.agreement(n, disjoint=disjoint) for n in sizes]
+        sizes = curve.sizes
+        return [curve.agreement(n, disjoint=disjoint) if n in sizes else None for n in positions]
 
     def values(curve: AgreementCurve, disjoint: bool = True) -> list[float | None]:
         return [None if figure is None else figure.value for figure in line(curve, disjoint)]
