@@ -88,8 +88,10 @@ class Repeat(Study[RepeatSettings]):
 def all_spans(layers: Sequence[int]) -> list[Change]:
     """List all spans of neighbouring layers, each as a change that passes the span once more."""
     spans = (tuple(range(a, a + n)) for a in layers for n in range(1, len(layers) + 1))
-    spans = (span for span in spans if {*span} <= {*layers})
-    return [Change(layers=span, intervention="repeat") for span in spans]
+    layer_set = {*layers}
+    return [
+        Change(layers=span, intervention="repeat") for span in spans if layer_set.issuperset(span)
+    ]
 
 
 def choose_runs(record: CellRecord) -> list[RunRecord]:
