@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tracker.analysis.runs import finite_or_none
 from tracker.analysis.stopping import check_bounded
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.estimates import Estimate
 from tracker.core.findings import LineChart
-from tracker.core.formats import is_finite
 from tracker.core.questions import Question, parse_question
 from tracker.core.tables import Column, Table, build_table
 from tracker.engine.forward.streams import count_plain_passes, plan_streams
@@ -320,12 +320,8 @@ def draw_orders(documents: int) -> NDArray[np.int64]:
 
 def _write_answers(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Iterator[str]:
     """Yield two sentences: the cheapest question's cost, and a bound for the dearest question."""
-
-    def finite(share: float) -> float | None:
-        return share if is_finite(share) else None
-
     cheapest = min(replays, key=lambda replay: cost_quantile(replay.passes))
-    shares = [finite(cost_quantile(cheapest.passes, quantile)) for quantile in (0.5, 0.9)]
+    shares = [finite_or_none(cost_quantile(cheapest.passes, quantile)) for quantile in (0.5, 0.9)]
     yield SAVINGS_TEXTS.render("cheapest", cell, len(replays), cheapest, *shares)
 
     def cost(replay: QuestionReplay) -> tuple[float, float]:
@@ -333,7 +329,7 @@ def _write_answers(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -
         return cost_quantile(replay.passes), replay.bound.documents.value or math.inf
 
     dearest = max(replays, key=cost)
-    taken = finite(cost_quantile(dearest.documents) * cell.population)
+    taken = finite_or_none(cost_quantile(dearest.documents) * cell.population)
     yield SAVINGS_TEXTS.render("dearest", cell, dearest, dearest.bound.documents, taken)
 
 
