@@ -106,7 +106,7 @@ class StrategyResult:
         return accuracy(self.outcomes, self.weights)
 
     def level_after(self, n_removed: int) -> Estimate:
-        """Return the test accuracy with `n` layers removed; None if no step ends there."""
+        """Return the test accuracy after `n_removed` layers; undefined if no step ends there."""
         outcomes = []
         for record, paired in zip(self.records, self.paired_outcomes, strict=True):
             counts = [0, *(len(step.removed) for step in record.steps)]
@@ -417,7 +417,7 @@ def _explain_names(record: PruneRecord) -> Iterator[str]:
     if record.unit in NUMBERED_COMPONENTS:
         parts, part = record.parts, record.removed[0]
         words = f"{record.unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"
-        yield f"{parts.name(part)}: {words}, both count_text from 0"
+        yield f"{parts.name(part)}: {words}, both counted from 0"
 
 
 def _level_heading(higher_is_better: bool) -> str:
