@@ -147,7 +147,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
             progress.say(f"not scored by lm-eval: {error}")
             proof = prove(folder, answers, None, trust_remote_code)
         change = add_origin(change, request.ledger, model.base)
-        rows = [] if cell is None else [_accuracy(record, cell, request)]
+        rows = [] if cell is None else [_accuracy(record, cell, change, request.ledger)]
         # A measurement on exactly these documents is not repeated in the list.
         keys = {(row.benchmark, row.n, row.before) for row in rows}
         rows += [row for row in change.tested if (row.benchmark, row.n, row.before) not in keys]
@@ -274,21 +274,23 @@ def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str
     )
 
 
-def _accuracy(record: CellRecord | None, cell: MeasuredCell, request: ExportRequest) -> Accuracy:
+def _accuracy(
+    record: CellRecord | None, cell: MeasuredCell, change: ModelChange, ledger: Ledger
+) -> Accuracy:
     """Return a cell's metric before and after the change, and count documents used to choose."""
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, shots = benchmark.title, benchmark.num_fewshot
     if record is None:
         unit = "%" if benchmark.tasks[0].higher_is_better.get(metric, True) else ""
-        texts = unused_documents(cell.n)
-        return Accuracy(title, shots, metric, texts, cell.n, cell.baseline, cell.level, unit)
-    texts, unit = record.documents_text, metric_format(record).level_unit
+        documents = unused_documents(cell.n)
+        return Accuracy(title, shots, metric, documents, cell.n, cell.baseline, cell.level, unit)
+    documents, unit = record.documents_text, metric_format(record).level_unit
     if title != benchmark.name:
-        texts += f" of {title}"
-    if n := count_choosing(request.ledger, request.change, cell.store, cell.request.extent):
-        verb = "may have chosen" if request.change.kind == "repeated" else "chose"
-        texts += f", {n:,} of which {verb} the layers"
-    return Accuracy(title, shots, metric, texts, record.n, record.baseline, cell.level, unit)
+        documents += f" of {title}"
+    if n := count_choosing(ledger, change, cell.store, cell.request.extent):
+        verb = "may have chosen" if change.kind == "repeated" else "chose"
+        documents += f", {n:,} of which {verb} the layers"
+    return Accuracy(title, shots, metric, documents, record.n, record.baseline, cell.level, unit)
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:
