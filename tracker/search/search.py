@@ -166,7 +166,9 @@ def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None
 
     The check runs before any measurement, and raises RequestError.
     """
-    for source in dict.fromkeys(cache.source(s.cell.model) for s in searches if s.unit == "layer"):
+    sources = [cache.source(search.cell.model) for search in searches]
+    pairs = zip(sources, searches, strict=True)
+    for source in dict.fromkeys(source for source, search in pairs if search.unit == "layer"):
         check_plain_weights(source)
     for search in searches:
         find_constraints(search, cache)
@@ -189,15 +191,18 @@ def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
         ExperimentError: Some documents would be used for both calibration and test.
         BenchmarkError: A benchmark cannot be read, or has no such parts.
     """
+    requests = dict.fromkeys(
+        r for search in searches for r in (*search.calibration(), search.test())
+    )
+    names = {r: sorted(task.name for task in cache.cell(r).benchmark.tasks) for r in requests}
     pairs = {(c, search.test()): search for search in searches for c in search.calibration()}
-    for requests, search in pairs.items():
-        cells = [cache.cell(request) for request in requests]
-        tasks, test_tasks = (sorted(task.name for task in c.benchmark.tasks) for c in cells)
+    for (calibration, test), search in pairs.items():
+        tasks, test_tasks = names[calibration], names[test]
         if len({*tasks, *test_tasks}) == 1:
             continue
-        hashes = {name: cells[1].rows_hash(name) for name in test_tasks}
+        hashes = {name: cache.cell(test).rows_hash(name) for name in test_tasks}
         for task in tasks:
-            digest = cells[0].rows_hash(task)
+            digest = cache.cell(calibration).rows_hash(task)
             shared = [name for name in test_tasks if name != task and hashes[name] == digest]
             if shared:
                 raise ExperimentError(
