@@ -55,16 +55,16 @@ class RandomScores(Scores):
     def __init__(self, parts: SearchParts, variant: str = "") -> None:
         super().__init__([], parts)
         self._variant = variant
-
-    @functools.cache  # noqa: B019  lives as long as a plan
-    def _cost(self, outcome: str, part: int) -> float:
-        """Return the random cost of removing a part."""
-        return random.Random(f"{outcome}/{part}{self._variant}").random()
+        self._costs: dict[str, list[float]] = {}
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
         """Return random losses of sets."""
-        costs = [sum(self._cost(outcome, part) for part in part_set) for part_set in sets]
-        return Losses(sets, np.array([costs]), np.ones(1), np.zeros(len(sets)))
+        if outcome not in self._costs:
+            seeds = (f"{outcome}/{part}{self._variant}" for part in range(self.parts.total))
+            self._costs[outcome] = [random.Random(seed).random() for seed in seeds]
+        costs = self._costs[outcome]
+        values = np.array([[sum(costs[part] for part in part_set) for part_set in sets]])
+        return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
         """Return random values of a proxy for the model without some layers."""
