@@ -201,9 +201,10 @@ def remove_span(search: Search) -> Iterator[PruneStep]:
     if not lengths:
         raise unmet_budget_error("angular removes a stretch of layers, each of which may go")
     removed: PartSet = ()
-    for length in range(1, max(lengths) + 1):
+    longest = max(lengths)
+    for length in range(1, longest + 1):
         candidates = spans_by_length[length]
-        if length == max(lengths):
+        if length == longest:
             candidates = list(filter(budget.is_met, candidates))
         step = search.scores.proxy("angular_distance", (), candidates).choose_step(None)
         added = set(step.removed) - set(removed)
