@@ -447,10 +447,10 @@ def sync_ledger(
     notes = [f"not published yet: {cell.folder}: {advice}" for cell, advice in contents.unfinished]
     synced = SyncResult(failed=contents.damaged, notes=notes)
     publishers: dict[tuple[str, bool], Publisher] = {}
+    targets = default_targets() if addresses is None else addresses
+    has_own_targets = addresses is not None or has_server
     for record, store, request in derive_records(contents):
-        is_published = bool(published_targets(store, record, ledger.root))
-        has_targets = addresses is not None or has_server or not is_published
-        targets = default_targets() if addresses is None else addresses
+        has_targets = has_own_targets or not published_targets(store, record, ledger.root)
         key = request.project, has_targets
         if key not in publishers:
             publishers[key] = Publisher(

@@ -368,7 +368,7 @@ def _write_call(
         if not parts:
             return
         first = next(iter(parts))
-        questions = ResultFileWriter(
+        writer = ResultFileWriter(
             [*parts.values()], first.extent, _build_encoder(first.store, trust_remote_code)
         )
         outcomes = {part: part.read_outcomes() for part in parts}
@@ -383,7 +383,7 @@ def _write_call(
             rows = [row for frame in frames for row in frame.to_dict("records")]
             if rows:
                 model = describe_model([*parts], ablation, rows, start_time)
-                result.files.extend(questions.write(model, _judged_documents(rows), output))
+                result.files.extend(writer.write(model, _judged_documents(rows), output))
             n_left -= 1
             progress.advance(1)
     except TrackerError as error:
