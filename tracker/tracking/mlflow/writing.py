@@ -107,12 +107,13 @@ class CellWriter:
 
     def __post_init__(self) -> None:
         run_ids = [run.info.run_id for run in self.runs.values()]
-        for start in range(0, len(run_ids), _IDS_PER_QUERY):
-            ids = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + _IDS_PER_QUERY])
-            experiments, filter_string = [self.experiment], f"source_run_id IN ({ids})"
-            search = partial(self.client.search_logged_models, experiments, filter_string)
-            with _allow_no_models():
-                for model in list(iterate_pages(search)):
+        # A server without logged models is asked once, not for each group of runs.
+        with _allow_no_models():
+            for start in range(0, len(run_ids), _IDS_PER_QUERY):
+                ids = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + _IDS_PER_QUERY])
+                experiments, filter_string = [self.experiment], f"source_run_id IN ({ids})"
+                search = partial(self.client.search_logged_models, experiments, filter_string)
+                for model in iterate_pages(search):
                     if KEY_TAG in model.tags:
                         self.models.setdefault(model.source_run_id, []).append(_shown_model(model))
 

@@ -167,10 +167,12 @@ class WandbBackend(Backend):
     def _linked_run(self, cells: Iterable[CellRecord], labels: Mapping[str, Any]) -> Iterator[Any]:
         """Open a separate run that links to the outcomes of cells that the project has."""
         with finish_run(self._start(**labels)) as handle:
-            for cell in () if handle.offline else cells:
-                api, name = wandb.Api(), f"{self._path()}/{artifact_name(cell)}"
-                if api.artifact_collection_exists(name, "outcomes"):
-                    handle.use_artifact(api.artifact(f"{name}:latest"))
+            if not handle.offline:
+                api, path = wandb.Api(), self._path()
+                names = [f"{path}/{artifact_name(cell)}" for cell in cells]
+                for name in names:
+                    if api.artifact_collection_exists(name, "outcomes"):
+                        handle.use_artifact(api.artifact(f"{name}:latest"))
             yield handle
 
     def _find_cell_runs(self, cell: CellRecord) -> dict[str, _ExistingRun]:
