@@ -92,6 +92,12 @@ def test_many_layers_draw_their_signs_and_equal_ones_say_nothing() -> None:
     assert (equal.p_value, equal.block_p, equal.larger) == (1, 1, 0)
 
 
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_one_block_of_layers_shows_nothing(n_layers: int) -> None:
+    comparison = compare_variances(np.arange(1.0, n_layers + 1), np.zeros(n_layers))
+    assert (comparison.block_p, comparison.larger) == (1, n_layers)
+
+
 def _draw_samples(truth: np.ndarray, n_documents: int, rng: np.random.Generator) -> list:
     losses = (rng.random((n_documents, len(row))) < row for row in truth)
     return [(values * 1.0, np.ones(n_documents), None) for values in losses]

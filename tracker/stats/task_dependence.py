@@ -211,7 +211,8 @@ def compare_variances(first_variances: Array, second_variances: Array) -> Varian
         second_variances: `[layers]`.
 
     Returns:
-        The comparison; p-values are 1 if all differences are 0.
+        The comparison; p-values are 1 if all differences are 0, and the p-value of blocks is 1 if
+        there is a single block.
 
     References:
         F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83.
@@ -231,6 +232,8 @@ def compare_variances(first_variances: Array, second_variances: Array) -> Varian
     ranks[is_nonzero] = stats.rankdata(np.abs(differences[is_nonzero]))
     # Contribution of each block to the sum of signed ranks.
     block_sums = np.add.reduceat(np.sign(differences) * ranks, np.arange(0, n_layers, SIGN_BLOCK))
+    if len(block_sums) == 1:
+        return VarianceComparison(n_larger, n_layers, p_value, 1.0)
     test = stats.permutation_test(
         (block_sums,), np.sum, permutation_type="samples", n_resamples=SIGN_DRAWS, rng=0
     )
