@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -193,13 +193,16 @@ def _judge_architecture(
     rows = [(min(n, engine.max_length), engine.max_row_tokens, n) for n in text_lengths]
 
     def recall_or(make: Callable[[], SharingVerdict], *texts: _Texts) -> SharingVerdict:
-        keys = [miniature_key(model, ablations, *text, blank) for text in texts]
         if store is None:
             return make()
+        # Lazily: each key hashes the code, and the first one often holds a verdict.
+        other_keys = (miniature_key(model, ablations, *text, blank) for text in texts)
+        key = next(other_keys)
+        keys = chain([key], other_keys)
         verdict = _recall_verdict(store, keys, VERDICT, lambda verdict: verdict.is_clean)
         if verdict is None:
             verdict = make()
-            store.keep(keys[0], VERDICT.dump_json(verdict).decode())
+            store.keep(key, VERDICT.dump_json(verdict).decode())
         return verdict
 
     check_short = partial(check_miniature, engine, ablations, paths[0], blank)
