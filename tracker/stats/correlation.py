@@ -132,7 +132,8 @@ def correlation_difference(
     """
     values, rows = [], []
     for proxy, resamples in (first_proxy, second_proxy):
-        series = ("the proxy", proxy), ("the accuracy drop", drop[0])
+        x, y = map(rounded_values, (proxy, drop[0]))
+        series = ("the proxy", x), ("the accuracy drop", y)
         if reason := _undefined_reason(3, "a correlation", *series):
             return Estimate(None, reason=reason)
         values.append(float(row_coefficients(proxy[None], drop[0][None], coefficient)[0]))
@@ -215,14 +216,14 @@ def _residuals(rows: Array, control: Array) -> Array:
 def _undefined_reason(
     min_layers: int, figure: str, *series: tuple[str, Array], noun: str = "layer"
 ) -> str | None:
-    """Return the reason why a figure of named series is undefined; None if defined."""
+    """Return the reason why a figure of rounded series is undefined; None if defined."""
     n = len(series[0][1])
     if n < min_layers:
         return f"{n} {noun}{'' if n == 1 else 's'}, and {figure} needs at least {min_layers}"
     for name, values in series:
-        if n_missing := int(np.isnan(rounded_values(values)).sum()):
+        if n_missing := int(np.isnan(values).sum()):
             return f"{name} is undefined in {n_missing} of {n} {noun}s"
-        if np.ptp(rounded_values(values)) == 0:
+        if np.ptp(values) == 0:
             return f"{name} is the same in all {n} {noun}s"
     return None
 

@@ -347,8 +347,9 @@ def sample_ablations(ablations: Ablations) -> list[Ablation]:
     A model has hundreds of heads and thousands of spans, which all take the same code paths.
     Ablations that remove layers stay.
     """
-    inner = (a for a in ablations if a.parts or a.repetitions or a.roundings)
-    many = [a for a in inner if a.parts or a.repetitions or not a.outer_formats]
+    many = [
+        a for a in ablations if a.parts or a.repetitions or (a.roundings and not a.outer_formats)
+    ]
     sample = random.Random(0).sample(many, min(len(many), MAX_PART_ABLATIONS))
     omitted = set(many) - set(sample)
     return [ablation for ablation in ablations if ablation not in omitted]
