@@ -13,8 +13,8 @@ Power is computed too: the smallest change that a sample reveals, and the number
 reveal a given change.
 
 A two-sided test of the paired outcomes at the level `ALPHA` reveals a change if it finds the change
-with the probability `POWER`. Power depends on the variance of one document's outcome change, which
-is observed in a cell, or assumed before a cell is measured.
+with the probability `TEST_POWER`. Power depends on the variance of one document's outcome change,
+which is observed in a cell, or assumed before a cell is measured.
 """
 
 from __future__ import annotations

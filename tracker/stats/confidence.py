@@ -105,9 +105,9 @@ class MeanSequences:
     equal its mean.
 
     Attributes:
-        low: `[count]`, the lower bounds so far, never falling.
-        high: `[count]`, the upper bounds so far, never rising.
-        seen: `[count]`, number of documents of each series.
+        low: `[series]`, the lower bounds so far, never falling.
+        high: `[series]`, the upper bounds so far, never rising.
+        seen: `[series]`, number of documents of each series.
 
     References:
         I. Waudby-Smith, A. Ramdas, JRSS-B 86 (2024) 1-27 (betting, the hedged capital, several

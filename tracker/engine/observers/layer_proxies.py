@@ -323,7 +323,7 @@ def measure_expert_load(
         parts: The experts.
 
     Returns:
-        For each expert, in the order of `OF_EXPERTS`, sums over the tokens routed to this expert:
+        For each expert, in the order of `EXPERT_PROXIES`, sums over the tokens routed to it:
         gate × ‖output‖, and the number of tokens. The first is NaN if the expert's output cannot be
         separated from those of others.
     """

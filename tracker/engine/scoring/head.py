@@ -59,12 +59,12 @@ class Head:
 
     The logits of all streams at once, [streams, kept, vocabulary], may be gigabytes, so the states
     pass in chunks of streams. On a CPU in full precision the vocabulary is cut into blocks of
-    `BLOCK` tokens too: the projection multiplies only some rows of its weight, [block, hidden], and
-    the rest of the head (soft-capping, scaling) follows as usual. Of each block's logits [streams,
-    kept, block] only three values are stored: the maximum with its index, the log-sum-exp, and the
-    logits of the predicted tokens in the block. The log-sum-exp of the blocks' log-sum-exps is that
-    of the whole vocabulary, so `targets - normaliser` is the log-softmax, up to the order of
-    summation.
+    `VOCABULARY_BLOCK` tokens too: the projection multiplies only some rows of its weight, [block,
+    hidden], and the rest of the head (soft-capping, scaling) follows as usual. Of each block's
+    logits [streams, kept, block] only three values are stored: the maximum with its index, the
+    log-sum-exp, and the logits of the predicted tokens in the block. The log-sum-exp of the blocks'
+    log-sum-exps is that of the whole vocabulary, so `targets - normaliser` is the log-softmax, up
+    to the order of summation.
 
     This holds if the projection is linear and the rest of the head treats each logit separately;
     `_is_separable` tests it. Half precision is not cut, because lm-eval rounds after the

@@ -45,9 +45,9 @@ MIN_REUSED_SHARE = 0.9
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [streams, heads, tokens, size] in a buffer with room to grow.
 
-    A buffer that is too short is replaced by one with `MARGIN` spare tokens. So generation writes
-    each new token in place, without copying the others. `update` returns a view of the front of the
-    buffer, `[:, :, :tokens]`.
+    A buffer that is too short is replaced by one with `CACHE_MARGIN` spare tokens. So generation
+    writes each new token in place, without copying the others. `update` returns a view of the front
+    of the buffer, `[:, :, :tokens]`.
 
     With `is_kept`, the beginning stays and the tokens of a row are overwritten by the next row. A
     row's `update` writes its keys [streams, heads, row, size] behind the beginning's and returns
@@ -187,9 +187,9 @@ def launch_row(
     come to the CPU in one copy.
 
     The base returns [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
-    hidden], of which only the `kept` positions predict something and pass the heads. The
-    log-probabilities of the predicted tokens, [streams, predicted], are summed by request,
-    [streams, requests]. In a tree one position may predict for many requests, and is computed once.
+    hidden], of which only the row's `predicting_nodes` pass the heads. The log-probabilities of the
+    predicted tokens, [streams, predicted], are summed by request, [streams, requests]. In a tree
+    one position may predict for many requests, and is computed once.
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """

@@ -93,8 +93,8 @@ class Engine(EngineModel):
     """Scorer of documents under many ablations of one model.
 
     Attributes:
-        sharing: The parts of the computation that are shared; `check` reduces sharing that is not
-            exact.
+        sharing: The parts of the computation that are shared; `check_sharing` reduces sharing that
+            is not exact.
         row_tokens: Maximum size of a row of several documents; None = by the device.
         notes: Remarks on the measurement, without duplicates; engines of copies add to the same
             remarks.
