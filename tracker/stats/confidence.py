@@ -216,8 +216,8 @@ class MeanSequences:
         n_left = self.population - n_before
         scales, shifts = self.population / n_left, sums / n_left
         # The best λ for τ = 1; the others are a part of it.
-        log_odds = self._log_target + math.log(len(self._stakes))
-        base_bets = scales * np.sqrt(2 * log_odds / variances)
+        bet_log_target = self._log_target + math.log(len(self._stakes))
+        base_bets = scales * np.sqrt(2 * bet_log_target / variances)
         rows, columns = np.nonzero(n_before < self._bold_rows.shape[1])
         if rows.size:
             bold_bets = base_bets / np.sqrt(self._bold_taus)[:, None, None]
