@@ -38,6 +38,7 @@ from tracker.engine.scoring.row_size import make_documents
 from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.progress import Progress, report_work
 from tracker.models.devices import accelerators, describe_device, free_memory, runtime_versions
+from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.load import SPREAD, find_device, load_model
 from tracker.models.offloaded import min_weight_bytes
 from tracker.models.parts.linear_maps import find_linear_maps
@@ -248,7 +249,7 @@ def _save_tiny_model(folder: Path) -> None:
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    with torch.random.fork_rng(devices=[]):
+    with TRANSFORMERS_LOCK, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         config = AutoConfig.from_pretrained(TINY_CONFIG)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.errors import CellError
-from tracker.models.hooks import replaced_attributes
+from tracker.models.hooks import TRANSFORMERS_LOCK, replaced_attributes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +132,7 @@ def build_empty_llama(
         tie_word_embeddings=True,
         dtype="float32",
     )
-    with torch.device("meta"):
+    with TRANSFORMERS_LOCK, torch.device("meta"):
         return LlamaForCausalLM(config)
 
 

@@ -231,7 +231,7 @@ def _load_parts(source: ModelSource, dtype: str, options: Mapping[str, Any]) -> 
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 source.location, dtype=dtype, output_loading_info=True, **arguments
             )
-        model = _add_adapter(model, source, tokenizer)
+            model = _add_adapter(model, source, tokenizer)
     if missing := loading_info["missing_keys"]:
         raise ModelError(
             f"{source.source} lacks weights that its configuration asks for, such as {min(missing)}"
