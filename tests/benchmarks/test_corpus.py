@@ -229,7 +229,7 @@ class TestRefusals:
         (tmp_path / name).write_text(content)
         assert "holds no text" in refusal(tmp_path / name)
 
-    @pytest.mark.parametrize("value", [7, [7], {"a": "b"}, [{"said": "x"}]])
+    @pytest.mark.parametrize("value", [7, [7], {"a": "b"}, {"value": "x"}, [{"said": "x"}]])
     def test_a_column_without_text(self, tmp_path, value: object) -> None:
         path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": value}])
         assert "document 2: the column 'text' holds no text" in refusal(path)

@@ -273,14 +273,18 @@ def _join_columns(
     for number, row in enumerate(rows, 1):
         parts = []
         for column in text_columns:
-            turns = row.get(column) or []
-            for turn in turns if isinstance(turns, list) else [turns]:
-                text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else turn
-                if not isinstance(text, str):
-                    raise BenchmarkError(
-                        f"{location.name}, document {number}: the column {column!r} holds no text"
-                    )
-                parts.append(text)
+            value = row.get(column) or []
+            if isinstance(value, list):  # turns of a conversation
+                texts = [
+                    t.get("value", t.get("content")) if isinstance(t, dict) else t for t in value
+                ]
+            else:
+                texts = [value]
+            if not all(isinstance(text, str) for text in texts):
+                raise BenchmarkError(
+                    f"{location.name}, document {number}: the column {column!r} holds no text"
+                )
+            parts += texts
         yield "\n".join(filter(None, parts))
 
 
