@@ -161,11 +161,12 @@ def plan_cells(
     from tracker.engine.plan import estimate_cost
     from tracker.models.parts.anatomy import LayerAnatomy
 
-    planned: list[PlannedCell] = []
+    planned, earlier = [], set[CellRequest]()
     for cell in cells:
         request = cell.request
-        plain_requests = [replace(earlier.request, metric=None) for earlier in planned]
-        shared = replace(request, metric=None) in plain_requests
+        plain_request = replace(request, metric=None)
+        shared = plain_request in earlier
+        earlier.add(plain_request)
         (progress or Progress()).step(f"planning {request.title}")
         texts = read_texts(request, cell.source)
         benchmark, metric = texts.benchmark, texts.metric

@@ -274,11 +274,12 @@ def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list
     Returns notes on unchecked benchmarks. Raises RequestError in the same cases as
     `open_benchmarks`.
     """
-    local_requests = [request for request in requests if is_local(request.benchmark)]
+    specs = dict.fromkeys(request.benchmark for request in requests)
+    hub_specs = {spec: str(spec) for spec in specs if not is_local(spec)}
+    local_requests = (request for request in requests if request.benchmark not in hub_specs)
     for _ in open_benchmarks(local_requests, progress):
         pass
-    specs = [request.benchmark for request in requests if request not in local_requests]
-    names = dict.fromkeys(map(str, specs))
+    names = dict.fromkeys(hub_specs.values())
     if not names:
         return []
     return [f"documents and metrics of {', '.join(names)}, on the hub; tracker plan reads them"]
