@@ -488,10 +488,11 @@ def place_layers(
     """
     layers = find_layers(model)
     sizes = [weight_bytes(layer) for layer in layers]
-    total, minimum = weight_bytes(model), min_weight_bytes(model)
+    total = weight_bytes(model)
     if not all_layers and total <= (FITTING_SHARE * free_bytes if max_bytes is None else max_bytes):
         return None
     budget = int(RESIDENT_SHARE * free_bytes) if max_bytes is None else max_bytes
+    minimum = min_weight_bytes(model)
     if budget < minimum:
         raise ModelError(
             f"its embeddings, its head and {LAYER_SLOTS} of its layers take "
