@@ -470,15 +470,15 @@ def _stale_attributes(
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):
             continue
-        old, full, clone_module = (vars(m).get(name) for m in (old_module, full_module, clone))
-        is_unchanged = are_equal(value, full) and are_equal(clone_module, old)
-        if not is_unchanged and not are_equal(clone_module, value):
+        old, full, current = (vars(m).get(name) for m in (old_module, full_module, clone))
+        is_unchanged = are_equal(value, full) and are_equal(current, old)
+        if not is_unchanged and not are_equal(current, value):
             yield clone, name, copy.deepcopy(value)
     for name in cut_module._non_persistent_buffers_set:
-        value, full, clone_module = (m._buffers.get(name) for m in (cut_module, full_module, clone))
-        if value is not None and clone_module is not None and not are_equal(value, full):
-            value = value.to(clone_module.device, clone_module.dtype)
-            if not are_equal(clone_module, value):
+        value, full, current = (m._buffers.get(name) for m in (cut_module, full_module, clone))
+        if value is not None and current is not None and not are_equal(value, full):
+            value = value.to(current.device, current.dtype)
+            if not are_equal(current, value):
                 yield clone, name, value
 
 

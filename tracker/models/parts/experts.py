@@ -368,7 +368,7 @@ def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
 
 
 def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
-    """List an MLP's modules that neither hold nor belong to routed experts, outermost ones only."""
+    """List an MLP's modules that neither hold nor belong to routed experts, outermost first."""
     holders = [module for module in mlp.modules() if count_experts(module)]
     routed_modules = {module for holder in holders for module in holder.modules()}
     around = {module for module in mlp.modules() if not routed_modules.isdisjoint(module.modules())}
