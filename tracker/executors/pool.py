@@ -90,7 +90,8 @@ class WorkerPool:
         executor = ThreadPoolExecutor(len(self._workers))
         with report_work(self._report.progress, title, 0), executor:
             try:
-                futures = [executor.submit(self._run_worker, worker) for worker in self._workers]
+                workers = [*self._workers]  # a worker that cannot start leaves the list meanwhile
+                futures = [executor.submit(self._run_worker, worker) for worker in workers]
                 for future in as_completed(futures):
                     future.result()
             finally:
