@@ -196,7 +196,7 @@ def apply_settings(
         raw: The contents of a file; None for no file.
         settings: Keys of the file with a value or a list of values; None removes the key from
             `raw`. `limit` and `sample` replace each other.
-        kind: The kind of file; its `new` holds the defaults where `raw` is None.
+        kind: The kind of file; its `defaults` are used where `raw` is None.
 
     Returns:
         The contents of the file.

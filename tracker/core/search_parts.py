@@ -80,7 +80,7 @@ class SearchParts:
         return Ablation.from_changes(*(Change(self.unit, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Return the parts, in order, whose removal leaves at least `stay` parts in each layer."""
+        """Return the parts, in order, whose removal leaves `min_kept` parts in each layer."""
         counts: Counter[int] = Counter()
         allowed = []
         limit = self.per_layer - self.min_kept if self.min_kept else math.inf

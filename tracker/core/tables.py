@@ -1,7 +1,7 @@
 """Define a table as columns and rows.
 
-`table` builds a table from columns and rows, in the record's own units (fractions, nats). For
-people, `headed` and `written` scale and round it; code and trackers use `Table.plain`.
+`build_table` builds a table from columns and rows, in the record's own units (fractions, nats). For
+people, `heading_text` and `entry_text` scale and round it; code and trackers use `Table.plain`.
 """
 
 from __future__ import annotations

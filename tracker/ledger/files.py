@@ -29,7 +29,7 @@ from tracker.core.provenance import content_hash
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name, flush it, rename it, and flush its folder.
 
-    A `stream` is written directly, since a rename would replace it.
+    What `find_stream` finds is written directly, since a rename would replace it.
 
     Args:
         path: The path of the file.

@@ -75,7 +75,7 @@ def write_search(root: Path, record: PruneRecord) -> Path:
 
 
 def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) -> list[RecordType]:
-    """Map the name of each record in a folder to the record; add unusable files to `damaged`."""
+    """Read the records of a folder, sorted by file name; add unusable files to `damaged`."""
     records = []
     for path in sorted(folder.glob("*.json")):
         try:

@@ -251,7 +251,7 @@ def centred_map(
         height: Height in pixels.
         shown_mask: Mask of the significant values; None = there was no test.
         has_crosses: Whether gaps with a hover box are marked (trace `undefined`).
-        **layout: Axes: `xaxis`, and `yaxis` if it is not `ROWS`.
+        **layout: Axes: `xaxis`, and `yaxis` if it is not `ROW_AXIS`.
 
     Returns:
         The chart.
