@@ -199,17 +199,18 @@ class CellStore:
             raise ValueError("it belongs to another benchmark")
         columns = shard.table.select(["task", "doc"]).to_pydict()
         tasks, documents = set(columns["task"]), set(columns["doc"])
-        seed, all_documents = shard.metadata.get("seed"), self.task_documents(ALL_DOCUMENTS)
+        problem = "it holds more or less than one block"
+        if len(tasks) != 1:
+            raise ValueError(problem)
+        (task,), seed = tasks, shard.metadata.get("seed")
         # Positions depend on the order, so the same documents may be of another block in another.
-        blocks = set()
-        for task in tasks:
-            positions = document_positions(task, all_documents.get(task, ()), seed)
-            if len(tasks) == 1 and not documents <= positions.keys():
-                raise ValueError("the benchmark has no such document")
-            blocks |= {Block(task, positions.get(d, 0) // BLOCK_SIZE, seed) for d in documents}
-        if len(blocks) != 1:
-            raise ValueError("it holds more or less than one block")
-        return blocks.pop()
+        positions = document_positions(task, self.task_documents(ALL_DOCUMENTS).get(task, ()), seed)
+        if not documents <= positions.keys():
+            raise ValueError("the benchmark has no such document")
+        numbers = {positions[document] // BLOCK_SIZE for document in documents}
+        if len(numbers) != 1:
+            raise ValueError(problem)
+        return Block(task, numbers.pop(), seed)
 
     def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
         """Return a shard's path; the name depends on its documents, ablations and tokens."""
