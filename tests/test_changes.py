@@ -166,7 +166,7 @@ def test_spans_of_a_kind_refuse_other_components():
     """Was: spans of other components, and stretches, went without a word."""
     parts = ModelParts(8, kind_layers=(0, 1, 3))
     for settings in ({"interventions": ("remove", "repeat")}, {"components": ("layer", "mlp")}):
-        with pytest.raises(ExperimentError, match="in a file of their own"):
+        with pytest.raises(ExperimentError, match="in a separate file"):
             fill_parts(request(layers=(), spans=(1, 2), **settings), parts)
 
 

@@ -35,8 +35,8 @@ def grid(**values: object) -> str:
     ("text", "expected"),
     [
         (BOMB, "it holds more than 30,000 values"),
-        ("a: &a [*a]\n", "it holds itself, by an anchor"),
-        ("a: &a {b: *a}\n", "it holds itself, by an anchor"),
+        ("a: &a [*a]\n", "the value contains itself through an anchor"),
+        ("a: &a {b: *a}\n", "the value contains itself through an anchor"),
         ("x: " + "[" * 20_000, "it is nested too deeply"),
         ("x: !!int abc\n", "not valid YAML: invalid literal"),
         ("x: !!timestamp 2024-13-45\n", "not valid YAML"),
@@ -47,7 +47,7 @@ def grid(**values: object) -> str:
         ("? [a]\n: 1\n", "found unhashable key"),
         (
             grid(layer=[0], **dict.fromkeys(("span", "num_fewshot", "limit", "seed"), MANY)),
-            "the grid has 1,000,000,000,000 runs; one file may have 100,000",
+            "the grid has 1,000,000,000,000 runs; a file may have at most 100,000",
         ),
         (grid(layer=["x" * 5000]), "(got 'xxx"),
         (grid(layer=[0], removed=[list(range(20_000))]), "no model has 20,000 layers"),
@@ -98,7 +98,9 @@ def test_a_grid_of_searches_is_refused_before_it_is_expanded(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(grid(remove=[1], seed=range(300), sample=range(1, 101)))
     # Three strategies, where none is said.
-    with pytest.raises(ExperimentError, match="the grid has 90,000 searches; one file may have 20"):
+    with pytest.raises(
+        ExperimentError, match="the grid has 90,000 searches; a file may have at most 20"
+    ):
         load_searches(path)
 
 

@@ -78,7 +78,7 @@ def two_models(experiment) -> Path:
         (404, {"X-Error-Code": "RepoNotFound"}, "the hub has no org/model"),
         (401, {"X-Error-Code": "RepoNotFound"}, "the hub has no public org/model; if it is priv"),
         (403, GATED, "org/model is gated: ask for access at {hub}/org/model, then set HF_TOKEN"),
-        (403, {}, "the hub forbids org/model to you; ask for access at {hub}/org/model"),
+        (403, {}, "the hub denies you access to org/model; ask for access at {hub}/org/model"),
         (404, {"X-Error-Code": "RevisionNotFound"}, "org/model has no such revision"),
     ],
 )
@@ -147,7 +147,7 @@ def test_data_that_the_hub_does_not_give(
     file = experiment(tiny_llama(), data="hub")
     output = commands.run("run", file, "--results", tmp_path / "results", "--track", "none")
     assert message.format(hub=commands.hub.address) in output
-    assert "Offline: where there is internet" in output
+    assert "Offline: on a machine with internet" in output
     assert (commands.code, len(commands.lines)) == (2, 3)
     assert commands.count_requests("README.md") <= 3  # we, and the client that then fetches it
     assert not (tmp_path / "results").exists()

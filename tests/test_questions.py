@@ -73,12 +73,14 @@ def test_answers_about_other_runs_and_signs():
     assert open_runs_text(answer_record("top 1", *parts)) == expected
     zero_run, negative_run = (run_answer(2, low=0, high=0), run_answer(1, "+", low=-0.2, high=-0.1))
     record = answer_record("sign", run_answer(0, "+"), negative_run, zero_run)
-    expected = "sign: the drops above 0 are those of layer 0, below 0 layer 1 ("
+    expected = "sign: above 0 are the drops of layer 0, below 0 the drops of layer 1 ("
     assert statement(record).startswith(expected)
-    expected = "sign: the drops above 0 are those of none, below 0 none ("
+    expected = "sign: above 0 are the drops of none, below 0 the drops of none ("
     assert statement(answer_record("sign", zero_run)).startswith(expected)
 
 
 def test_cost_of_an_answer_about_a_group():
     record = answer_record("sign", run_answer(0, "+"), looked=1018, measured=1312)
-    assert answer_cost(record) == f"{MEASURED}; looked at were 1,018, each task in proportion"
+    assert (
+        answer_cost(record) == f"{MEASURED}; 1,018 of them were evaluated, each task in proportion"
+    )

@@ -44,7 +44,7 @@ def answer_cost(answer: AnswerRecord) -> str:
     cost = f"{answer.measured:,} of {answer.population:,} documents, {share}"
     if answer.looked == answer.measured:
         return cost
-    return f"{cost}; looked at were {answer.looked:,}, each task in proportion"
+    return f"{cost}; {answer.looked:,} of them were evaluated, each task in proportion"
 
 
 def interval_name(cell: CellRecord) -> str:
@@ -107,7 +107,7 @@ def _answer_text(answer: AnswerRecord) -> str:
     if parsed.kind == "sign":
         positive = _run_names([run for run in chosen_runs if run.low > 0])
         negative = _run_names([run for run in chosen_runs if run.high < 0])
-        return f"the drops above 0 are those of {positive}, below 0 {negative}"
+        return f"above 0 are the drops of {positive}, below 0 the drops of {negative}"
     verb = " is that" if is_single else "s are those"
     return f"the {size} drop{verb} of {_run_names(chosen_runs)}"
 

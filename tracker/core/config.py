@@ -211,9 +211,9 @@ class Changes(ChangeGrid):
         """The first requested change; raises ExperimentError if no part of the layer is named."""
         if self.lacks_maps:
             raise ExperimentError(
-                "which linear map of the layer? Give its name: --map mlp.down_proj (a sweep lists "
-                "them: 'map: {values: [mlp.down_proj]}'); all of a layer at once are --component "
-                "layer"
+                "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
+                "file: 'map: {values: [mlp.down_proj]}'). For all linear maps of the layer at "
+                "once, give --component layer"
             )
         for component in self.numbered:
             if not self.numbers(component):
@@ -334,9 +334,9 @@ class CellRequest:
         """
         component, intervention = change.component, change.intervention
         if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
-            return f"{component} is removed from one layer at a time"
+            return f"{component} can only be removed, and only from one layer at a time"
         if component == "linear" and (intervention not in FORMATS or change.span != 1):
-            return "a linear map of a single layer takes only a format such as int4"
+            return "a linear map takes only a format such as int4, and only in a single layer"
         if change.is_outer:
             return None
         if intervention == "repeat" and component != "layer":
@@ -349,7 +349,7 @@ class CellRequest:
             return f"{intervention} applies to single whole layers only"
         if change.stop > layers:
             reach = f"{change.span} layers from layer {change.layer} on"
-            return f"{reach} reach beyond layer {layers - 1}, the last one"
+            return f"{reach} reach beyond layer {layers - 1}, the last layer"
         if {*change.layers} & {*self.removed}:
             span = f"layer {change.layer}"
             if change.span > 1:

@@ -100,7 +100,7 @@ ALL_PARTS = "all"
 
 def _check_number(given: object, number: ValidatorFunctionWrapHandler) -> Any:
     if isinstance(given, str) and given != ALL_PARTS:
-        raise ValueError(f"it is a number, or all; not {short_text(given)}")
+        raise ValueError(f"expected a number or all, not {short_text(given)}")
     return given if given == ALL_PARTS else number(given)
 
 
@@ -121,7 +121,7 @@ class _PartValues(GridValues):
         value = self.value if isinstance(self.value, int) else 0
         last = max(self.values or [value, self.max or 0])
         if last >= MAX_LAYERS:
-            raise ValueError(f"no model has a layer {last:,}; the first one is 0")
+            raise ValueError(f"no model has a layer {last:,}; layers are numbered from 0")
 
     def _count_spellings(self) -> int:
         has_range = (self.min, self.max) != (None, None)
@@ -136,7 +136,7 @@ class _PartValues(GridValues):
 def _parse_kinds(given: object) -> object:
     kinds = as_tuple(given)
     if not isinstance(kinds, tuple):
-        raise ValueError(f"a kind of layers is a word, as full_attention; not {short_text(given)}")
+        raise ValueError(f"expected a layer kind such as full_attention, not {short_text(given)}")
     return kinds
 
 
@@ -268,14 +268,14 @@ class Experiment(Sweep):
             raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")
         grid = {key: values for key, values in self.parameters.options.items() if values != [None]}
         if self.size > MAX_RUNS:
-            limit = f"one file may have {MAX_RUNS:,}. Split it into several"
+            limit = f"a file may have at most {MAX_RUNS:,}. Split the file into several"
             raise ExperimentError(f"'parameters': the grid has {self.size:,} runs; {limit}")
         names = [name for name in FIELDS_BY_KEY if name not in _RUN_KEYS and name in grid]
         count = math.prod(len(grid[name]) for name in names)
         if count > MAX_CELLS:
             raise ExperimentError(
                 f"'parameters': the grid has {count:,} pairs of a model and a benchmark with their "
-                f"settings; one file may have {MAX_CELLS:,}. Split it into several"
+                f"settings; a file may have at most {MAX_CELLS:,}. Split the file into several"
             )
         # Settings of a cell → what tells its runs apart. W&B's grid, of which a cap leaves the
         # first runs, has the names in alphabetical order, the last one changing fastest.
@@ -318,7 +318,7 @@ class Experiment(Sweep):
                 pair = (twin, cell)
                 first, last = (f"until {r.until or 'null'}, seed {r.documents.seed}" for r in pair)
                 raise ExperimentError(
-                    f"'parameters': the grid asks {cell.title} two questions: {first}, and {last}. "
-                    "Ask one of them in a file of its own (nothing is measured twice)"
+                    f"'parameters': the grid asks two questions about {cell.title}: {first}, and "
+                    f"{last}. Move one question to a separate file (nothing is measured twice)"
                 )
         return sorted(cells, key=lambda cell: cell.model.order)

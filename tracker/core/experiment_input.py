@@ -310,7 +310,9 @@ def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
             "'method: grid'; for fewer runs give fewer values, or 'run_cap'"
         )
     if "early_terminate" in raw:
-        raise ExperimentError("'early_terminate': all runs are measured together. Leave it out")
+        raise ExperimentError(
+            "'early_terminate' has no effect, because all runs are measured together. Leave it out"
+        )
 
 
 _OTHER_METHODS = ("bayes", "random")
@@ -320,5 +322,5 @@ REMOVAL_FILES = FileKind(
     Experiment.cells,
     {"method": "grid", "command": EVALUATE_COMMAND, "parameters": {"layer": {"value": ALL_PARTS}}},
     is_search_file,
-    "asks for searches ('remove', 'keep' and 'strategy' say so): tracker prune",
+    "requests searches (it has 'remove', 'keep' or 'strategy'); type: tracker prune",
 )

@@ -35,10 +35,12 @@ def load_extensions(
             if point.name in reserved or point.name in extensions:
                 raise ValueError(f"the name {point.name!r} is taken")
             if not _VALID_NAME.fullmatch(point.name):
-                raise ValueError("a name has lower-case letters, digits and _, a letter first")
+                raise ValueError(
+                    "a name must have lower-case letters, digits and _, and begin with a letter"
+                )
             extension = check(point.load())
             if (name := getattr(extension, "name", point.name)) != point.name:
-                raise ValueError(f"it is called {name!r}; name its entry point so too")
+                raise ValueError(f"it is called {name!r}; give its entry point the same name")
             extensions[point.name] = extension
         except (Exception, SystemExit) as error:  # any code may run there
             log.warning("%s", describe_failure(point, error))

@@ -43,7 +43,9 @@ def _canonical_json(value: object) -> object:
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
-        raise ValueError("it has values that JSON cannot hold; use texts, numbers, lists") from None
+        raise ValueError(
+            "the settings have values that JSON cannot represent; use texts, numbers or lists"
+        ) from None
     if not is_writable(text):
         raise ValueError(f"it holds {HALF_CHARACTER}")
     return text
@@ -88,7 +90,7 @@ def decode_arguments(arguments: str | None) -> dict[str, Any]:
 def _check_writable(name: str) -> str:
     """Raise ValueError for a name with a null character, which no file system accepts."""
     if "\0" in name:
-        raise ValueError("it holds a character that cannot be written")
+        raise ValueError("it contains a null character, which cannot be written")
     return name
 
 
@@ -102,11 +104,11 @@ Times = Annotated[int, Field(ge=2)]
 def _sort_layers(value: Any) -> Any:
     """Check a list of layers from YAML or JSON and sort it."""
     if not isinstance(value, list | tuple):
-        raise ValueError(f"each value is a list of layers, e.g. [3, 17], not {short_text(value)}")
+        raise ValueError(f"expected lists of layers, e.g. [3, 17], not {short_text(value)}")
     if len(value) > MAX_LAYERS:
         raise ValueError(f"no model has {len(value):,} layers")
     if len(set(map(str, value))) < len(value):
-        raise ValueError("a layer stands twice in it")
+        raise ValueError("the list contains a layer twice")
     are_numbers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value)
     return tuple(sorted(value)) if are_numbers else tuple(value)
 
@@ -124,7 +126,7 @@ def _check_single(name: str) -> str:
     """Raise ValueError if a name lists several benchmarks."""
     if SEVERAL_BENCHMARKS.fullmatch(name):
         names = ", ".join(part.strip() for part in name.split(","))
-        raise ValueError(f"these are several; give one, or values: [{names}]")
+        raise ValueError(f"several benchmarks are given; give one, or values: [{names}]")
     return name
 
 

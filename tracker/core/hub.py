@@ -15,7 +15,7 @@ from tracker.core.errors import attempt
 
 HUB_TIMEOUT = 5
 """Timeout of a request to the hub."""
-_TOKEN = "set HF_TOKEN to a token of yours"
+_TOKEN = "set HF_TOKEN to your access token"
 HUB_ID_FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', e.g. gpt2"
 
 
@@ -73,7 +73,7 @@ def _test_hub() -> None:
 
     if constants.is_offline_mode():
         name = next((n for n in _OFFLINE if n in os.environ), _OFFLINE[0])
-        _go_offline(f"{name} is set in the environment; unset {name} to ask the hub")
+        _go_offline(f"{name} is set in the environment; unset {name} to use the hub")
         return
     # The library's own address, or the mirror of HF_ENDPOINT; any status is an answer.
     answer = attempt(partial(get_session().head, constants.ENDPOINT, timeout=HUB_TIMEOUT))
@@ -125,7 +125,7 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
         return f"{constants.ENDPOINT} does not answer in time" if _is_temporary(error) else ""
     messages = {
         401: f"the hub has no public {name}; if it is private, {_TOKEN}",
-        403: f"the hub forbids {name} to you; ask for access at {page}, then {_TOKEN}",
+        403: f"the hub denies you access to {name}; ask for access at {page}, then {_TOKEN}",
         404: f"the hub has no {name}",
         429: f"the hub limits the rate of requests; wait some minutes, or {_TOKEN}",
     }

@@ -90,13 +90,13 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
         if count is None:
             raise ExperimentError(
                 f"{request.title}: the model's configuration does not give the number of parts of "
-                f"the kind {component}; name them by '{FILE_KEYS[field]}'"
+                f"the kind {component}; list the numbers of the parts in '{FILE_KEYS[field]}'"
             )
         # Heads and groups of heads share the field, but not the count.
         if len(numbers.setdefault(field, tuple(range(count)))) != count:
             raise ExperimentError(
-                f"{request.title}: it has {parts.head} heads in {parts.kv_head} groups a layer; "
-                "ask for head and kv_head in two files, or name some by 'head'"
+                f"{request.title}: a layer has {parts.head} heads in {parts.kv_head} groups; "
+                "request head and kv_head in two files, or list numbers in 'head'"
             )
     changes = request.changes.model_copy(update=numbers)
     try:
@@ -118,8 +118,8 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
     if parts.kind_layers is not None:
         if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                "spans of a kind are removals of whole layers; ask for other components and "
-                "interventions in a file of their own, or leave 'kind' out"
+                "spans of layers of one kind can only be removed as whole layers; request other "
+                "components and interventions in a separate file, or leave 'kind' out"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
         exact = [change for change in exact if change.span == 1] + [
@@ -139,14 +139,14 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
 def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
     """Fill in all linear maps of the requested layers."""
     if parts.maps is None:
-        raise ExperimentError("its linear maps are not known here; name them by 'map'")
+        raise ExperimentError("the model's linear maps are unknown; name some in 'map'")
     by_layer = dict(enumerate(parts.maps))
     all_maps = dict.fromkeys(name for layer in changes.layers for name in by_layer.get(layer, ()))
     filled = changes.model_copy(update={"maps": tuple(all_maps)})
     if all(set(by_layer.get(layer, all_maps)) == set(all_maps) for layer in changes.layers):
         return filled
     if changes.components != ("linear",) or changes.spans != (1,):
-        raise ExperimentError("its layers have different linear maps; name some by 'map'")
+        raise ExperimentError("the layers have different linear maps; name linear maps in 'map'")
     return filled.with_exact(
         Change("linear", (layer,), intervention, name)
         for intervention in changes.interventions

@@ -236,7 +236,7 @@ _OWN_PROXIES: Mapping[str, Proxy] = {
             "expert_saliency",
             "expert saliency",
             "gate × norm",
-            formula="mean over its tokens of g(x) ‖f(x)‖",
+            formula="mean of g(x) ‖f(x)‖ over the tokens routed to the expert",
             source="REAP, arXiv 2510.13999",
             # Each token passes its experts twice.
             passes=2.0,
@@ -247,7 +247,7 @@ _OWN_PROXIES: Mapping[str, Proxy] = {
             "routed_share",
             "routed share",
             "share of tokens",
-            formula="tokens routed to it / all tokens",
+            formula="tokens routed to the expert / all tokens",
             passes=1.0,
             component="expert",
         ),
@@ -269,9 +269,11 @@ def _check_proxy(extension: object) -> Proxy:
     if _RESERVED_NAMES.fullmatch(extension.name):
         raise ValueError(f"the name {extension.name!r} is taken")
     if not callable(extension.observe) or extension.component != "layer":
-        raise ValueError("it has no function `observe` of a layer's input and output")
+        raise ValueError("the proxy has no function `observe` of a layer's input and output")
     if extension.complement_of or extension.strategy or extension.per_token or extension.over:
-        raise ValueError("complement_of, strategy, per_token and over are for proxies of tracker")
+        raise ValueError(
+            "complement_of, strategy, per_token and over are only for tracker's own proxies"
+        )
     return replace(extension, observe=_guard(extension.name, extension.observe))
 
 

@@ -95,7 +95,7 @@ def parse_question(text: str) -> Question:
     if kind is None:
         near, examples = did_you_mean(word, QUESTION_EXAMPLES), QUESTION_EXAMPLES.values()
         listing = ", ".join(map(repr, examples))
-        raise ValueError(f"no question begins with {short_text(word)}.{near} Known are {listing}")
+        raise ValueError(f"no question begins with {short_text(word)}.{near} Known: {listing}")
     quoted, example = short_text(text), QUESTION_EXAMPLES[kind]
     if kind in ("top", "prune"):
         number, _, rest = rest.partition(" ")
@@ -104,12 +104,12 @@ def parse_question(text: str) -> Question:
         count = int(number)
     match = _QUALIFIERS.fullmatch(f" {rest}" if rest else "")
     if match is None:
-        order = f"After {word!r} may come 'within 1 pp' and 'at 99 %', in this order"
+        order = f"After {word!r}, 'within 1 pp' and 'at 99 %' are allowed, in this order"
         raise ValueError(f"{quoted}: {short_text(rest)} is not understood. {order}")
     within, level = (float(Decimal(number) / 100) if number else None for number in match.groups())
     if kind == "sign" and within is not None:
         drop_example = QUESTION_EXAMPLES["drop"]
-        raise ValueError(f"{quoted}: a sign has no size. Write 'sign', or '{drop_example}'")
+        raise ValueError(f"{quoted}: 'sign' takes no 'within'. Write 'sign', or '{drop_example}'")
     if kind == "drop" and within is None:
         raise ValueError(f"{quoted}: how exactly? Write for instance '{example}'")
     if within is not None and not 0 < within < 1:

@@ -37,7 +37,7 @@ def read_yaml(path: Path) -> tuple[Any, str]:
     except OSError as error:
         raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ExperimentError(f"{path} cannot be read: it is no UTF-8 text") from None
+        raise ExperimentError(f"{path} cannot be read: it is not UTF-8 text") from None
     return parse_yaml(text, str(path)), text
 
 
@@ -91,7 +91,7 @@ def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise _yaml_error("it holds itself, by an anchor", node.start_mark)
+            raise _yaml_error("the value contains itself through an anchor", node.start_mark)
         return sizes[id(node)]
     sizes[id(node)] = 0  # until it is counted
     inner_nodes: list[yaml.Node] = []

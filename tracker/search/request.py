@@ -270,7 +270,7 @@ class PruneFile(Sweep):
         names, options = zip(*sorted(grid.items()), strict=True)
         count = math.prod(map(len, options))
         if count > MAX_CELLS:
-            limit = f"one file may have {MAX_CELLS:,}. Split it into several"
+            limit = f"a file may have at most {MAX_CELLS:,}. Split the file into several"
             raise ExperimentError(f"'parameters': the grid has {count:,} searches; {limit}")
         rows = (dict(zip(names, values, strict=True)) for values in itertools.product(*options))
         requests = list(dict.fromkeys(search_request(row, "parameters.") for row in rows))
