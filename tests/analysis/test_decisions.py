@@ -133,7 +133,7 @@ class TestDecisions:
         derived = derive_decisions(two_tasks, view(two_tasks))
         assert derived.options == 0
         assert np.isnan(derived.gold).all()
-        assert "stands for it" in derived.reasons["margin"]
+        assert "is shown instead" in derived.reasons["margin"]
         for index, document in enumerate(derived.documents):
             assert derived.baseline.margin[index] == study.answers[(*document, "baseline")][0]
 

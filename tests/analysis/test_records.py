@@ -400,7 +400,7 @@ def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(record_of,
     for module in (records, runs):
         monkeypatch.setattr(module, "OBSERVED", (*OBSERVED, proxy))
     record = record_of(make_items({"arc_easy": 10}))
-    reason = "not observed when 10 of 10 documents were measured"
+    reason = "the proxy was not computed for 10 of 10 documents"
     for run in record.runs:
         assert (run.figure("later"), run.reasons["later"]) == (None, reason)
     estimates = [c.estimate for c in record.correlations if c.proxy == "later"]

@@ -138,7 +138,7 @@ def invert_accuracy(row: Row) -> Row:
     [
         (drop_repeats, "none of these documents was computed twice"),
         (repeat_exactly, "repeated computations agree to the last bit"),
-        (invert_accuracy, "acc is not whether the best option is the gold one"),
+        (invert_accuracy, "acc does not score whether the best option is the gold option"),
         (lambda row: row | {"choices": 0}, "the documents have no answer options"),
     ],
 )

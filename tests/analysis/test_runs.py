@@ -128,7 +128,7 @@ def test_proxies_of_experts_are_those_of_the_documents_tokens(cell):
         "expert:2.1": (None, pytest.approx(4 / 10)),
     }
     reasons = {name: run.reasons.get("expert_saliency") for name, run in runs.items()}
-    assert reasons["expert:2.0"] == "no token of these documents is routed to it"
+    assert reasons["expert:2.0"] == "no token of these documents is routed to this expert"
     assert "is not finite" in str(reasons["expert:2.1"])
     correlations = {(c.proxy, c.coefficient): c for c in record.correlations if c.subset == "all"}
     # Ranks of saliency 4 1 3 2, of drops 4 2 3 1.
@@ -148,7 +148,7 @@ def test_experts_that_were_measured_before_were_not_observed(cell):
     rows.sort(key=lambda row: row["doc"])
     write_rows_to_blocks(cell, rows)
     record = cell_record(cell, EXPERT_REQUEST)
-    reason = "not observed when 8 of 20 documents were measured"
+    reason = "the proxy was not computed for 8 of 20 documents"
     for run in record.runs:
         assert (run.expert_saliency, run.routed_share) == (None, None)
         assert {run.reasons["expert_saliency"], run.reasons["routed_share"]} == {reason}

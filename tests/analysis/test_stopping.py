@@ -36,7 +36,7 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell_of):
     assert stored.race.chosen.tolist() == [True, False, False, False]
     assert stored.looked == naive.bounds.seen.max() < 500
     assert stored.record().measured == stored.record().looked == stored.looked
-    assert "looked at were" not in answer_cost(stored.record())
+    assert "were evaluated" not in answer_cost(stored.record())
     # Whoever was settled was measured no longer.
     assert n_measured == naive.bounds.seen.sum() + stored.looked
     assert naive.bounds.seen.min() < stored.looked
@@ -178,7 +178,7 @@ def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(cell_
     assert answer.passes_of == total * (4 + 3 + 2 + 1 + 0)
     assert answer_cost(answer) == (
         f"{answer.measured} of {total} documents, {100 * answer.passes / answer.passes_of:.0f} % "
-        f"of the layer passes; looked at were {answer.looked}, each task in proportion"
+        f"of the layer passes; {answer.looked} of them were evaluated, each task in proportion"
     )
     counts = np.array([0, 1, 2, 30, answer.looked, answer.looked + 1, total])
     expected = [count_started(order[:n], sizes) for n in counts]

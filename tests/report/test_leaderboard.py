@@ -298,13 +298,15 @@ def test_more_documents_of_one_model_take_nobodys_rank():
     # … or it is gone: the others are still ranked, and it is said why one is not.
     board = model_board([large_cell, *small_cells[1:]])
     assert {name for name, rank in model_ranks(board).items() if rank is None} == {"a"}
-    assert board.left_out["a"] == "not all its layers are measured on arc_easy · 0-shot"
+    assert board.left_out["a"] == "not all layers of the model are measured on arc_easy · 0-shot"
     # When all have more, more counts.
     large_cells = [build_cell(model=name, n=400, seed=3) for name in ("a", "b", "c")]
     board = model_board([*small_cells, *large_cells])
     assert board.benchmarks == ("arc_easy · 0-shot",)
     assert board.models == model_board(large_cells).models
-    assert list(board.left_out.values()) == ["the benchmark counts once, by its larger sample"]
+    assert list(board.left_out.values()) == [
+        "the benchmark counts once: the measurement on the larger sample is used"
+    ]
 
 
 def test_a_few_layers_on_more_documents_do_not_stand_for_all():
@@ -399,7 +401,7 @@ def test_proxies_are_set_beside_chance():
 
 
 STOPPED_REASON = (
-    "stopped at the answer to 'top 2': 64 to 96 of 2000 documents were looked at, run by run"
+    "stopped at the answer to 'top 2': each run was evaluated on 64 to 96 of 2000 documents"
 )
 
 
@@ -507,7 +509,7 @@ def test_the_board_takes_the_latest_and_names_the_others(cells):
     assert board.cells == (NEW_EDITION,)
     other_labels = [label for label in benchmark_labels(cells) if LATEST_LABEL not in label]
     reason = (
-        "its task was edited later: only the latest measurement counts, our_sums · 0-shot · "
+        "the task was edited later: only the latest measurement counts, our_sums · 0-shot · "
         + LATEST_LABEL
     )
     assert board.left_out == dict.fromkeys(other_labels, reason)
@@ -534,7 +536,7 @@ def test_models_are_compared_on_the_latest_that_they_share():
     board = model_board([OLD_EDITION, NEW_EDITION, *other_cells])
     assert len(board.benchmarks) == 1
     assert (
-        "its task was edited later: only the latest measurement counts" in board.left_out.values()
+        "the task was edited later: only the latest measurement counts" in board.left_out.values()
     )
     # Where they do not share it, they are compared on what they share.
     board = model_board([OLD_EDITION, NEW_EDITION, other_cells[0]])

@@ -298,7 +298,7 @@ class AlignedOutcomes:
 def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
     """Describe how many documents lack a proxy; return "" if none does."""
     count = f"{sum(is_unobserved)} of {len(is_unobserved)}"
-    return f"not observed when {count} documents were measured" if any(is_unobserved) else ""
+    return f"the proxy was not computed for {count} documents" if any(is_unobserved) else ""
 
 
 def read_pairs(column: pd.Series[Any]) -> Array:

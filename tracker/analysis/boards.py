@@ -290,7 +290,7 @@ def mean_relevance(cells: Sequence[CellRecord], runs: Sequence[RunRecord], famil
 MODEL_GAP = 0.1
 """Difference of two models' mean relevance for which the needed documents are reported."""
 _Z = NormalDist().inv_cdf(0.975)
-_NOTHING_SHARED = "no two models share a benchmark on all their layers"
+_NOTHING_SHARED = "no benchmark was measured on all layers of two models"
 
 
 @dataclass(frozen=True)
@@ -380,8 +380,8 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         counted, reason = [table[key] for key in keys if key in table], _NOTHING_SHARED
         if len(counted) < len(keys):
             missing = [label for key, label in zip(keys, labels, strict=True) if key not in table]
-            left_out[name] = f"not all its layers are measured on {', '.join(missing)}"
-            counted, reason = [], "it lacks what the others are ranked on"
+            left_out[name] = f"not all layers of the model are measured on {', '.join(missing)}"
+            counted, reason = [], "the model lacks a benchmark on which the other models are ranked"
         standings[name] = _model_standing(groups[name][0].model, counted, reason)
     needed, available = None, 0
     if len(ranked) > 1:
@@ -450,8 +450,8 @@ def _unshared_reason(
         return "; ".join(reasons)
     cells = usable[ranked[0]]
     if id(cells[key]) in find_outdated(cells.values()):
-        return "its task was edited later: only the latest measurement counts"
-    return "the benchmark counts once, by its larger sample"
+        return "the task was edited later: only the latest measurement counts"
+    return "the benchmark counts once: the measurement on the larger sample is used"
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:
@@ -459,7 +459,10 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
     layers = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if layers.issuperset(range(cell.model.layers)):
         return None
-    return f"{len(layers)} of {cell.model.layers} layers have a relevance, and a model counts whole"
+    return (
+        f"only {len(layers)} of {cell.model.layers} layers have a relevance; a model is ranked "
+        "only with all its layers"
+    )
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:

@@ -203,7 +203,7 @@ def select_countable(
             left_out[labels[id(cell)]] = reason
         elif latest := outdated.get(id(cell)):
             label = labels[id(latest)]
-            reason = f"its task was edited later: only the latest measurement counts, {label}"
+            reason = f"the task was edited later: only the latest measurement counts, {label}"
             left_out[labels[id(cell)]] = reason
         else:
             usable.append(cell)

@@ -133,7 +133,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None, options.reason)
     scores = options.scores(rows["loglikelihoods"])
     if not np.array_equal(choose_options(scores) == options.gold, outcomes.values(ablation)):
-        reason = f"{outcomes.metric} is not whether the best option is the gold one"
+        reason = f"{outcomes.metric} does not score whether the best option is the gold option"
         return RoundingRisk(None, reason)
     is_repeated = rows[REPEATED_COLUMN].notna().to_numpy()
     repeats = options.scores(rows[REPEATED_COLUMN].where(is_repeated, rows["loglikelihoods"]))
@@ -220,7 +220,7 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
     options = OptionScores(outcomes.rows(INTACT), view.metric, lambda: known_texts)
     reason = options.reason
     if not options.max_options:
-        reason = "there are no options; the log-probability of the answer or text stands for it"
+        reason = "there are no options; the log-probability of the answer or text is shown instead"
     reasons = {"margin": reason} if reason else {}
     if all(text is None for text in texts):
         reasons["texts"] = "the texts of the documents are not stored"
@@ -244,7 +244,7 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
     scores = np.column_stack([paired.baseline, paired.ablated])
     binary = bool(np.isin(scores, (0, 1)).all())
     if not binary:
-        reasons["agreement"] = f"{view.metric} is not right or wrong for every document"
+        reasons["agreement"] = f"{view.metric} is not 0 or 1 for every document"
     requested = store.task_documents(view.extent) if view.until is None else {}
     requested_keys = chain.from_iterable(product([task], docs) for task, docs in requested.items())
     measured_keys = {*documents}

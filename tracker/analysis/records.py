@@ -207,7 +207,7 @@ def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) ->
     status = f"stopped at the answer to {answer.question!r}"
     if not answer.over:
         status = f"{answer.question!r} is not answered yet"
-    return f"{status}: {span} of {answer.population} documents were looked at, run by run"
+    return f"{status}: each run was evaluated on {span} of {answer.population} documents"
 
 
 def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]) -> str | None:

@@ -34,8 +34,8 @@ ONE_LOOK_REASON = "it assumes a fixed sample size, but sampling was stopped earl
 
 _NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
 _WHOLE_ONLY = "measured for whole single layers only"
-_NEVER_ROUTED = "no token of these documents is routed to it"
-_NOT_SEPARABLE = "its output is not finite, or cannot be separated from that of other experts"
+_NEVER_ROUTED = "no token of these documents is routed to this expert"
+_NOT_SEPARABLE = "the expert's output is not finite or not separable from other experts' outputs"
 _NO_EFFECT = (
     "no log-probability changed: no token that an answer depends on is routed to this expert"
 )
@@ -156,7 +156,7 @@ def run_record(
         relevance = relevance if intact.chance is None else drop
     metrics = metric_values(outcomes, ablation, aggregate)
     risk = rounding_risk(outcomes, ablation, intact.texts)
-    no_test_reason = drop.reason or "the outcomes are not all right or wrong"
+    no_test_reason = drop.reason or "the outcomes are not all 0 or 1"
     reasons = {
         "accuracy": level.reason,
         "drop_sd": spread.reason,
@@ -201,7 +201,7 @@ def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:
-        reasons["accuracy_drop_low"] = "the question does not include this run"
+        reasons["accuracy_drop_low"] = "the question in 'until' does not ask about this run"
     estimates = {
         name: replace(getattr(run, name), low=None, high=None, p_value=None)
         for name in ("drop", "gold_drop", "options_drop")

@@ -107,7 +107,7 @@ def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until")
     if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
         raise ExperimentError(
             f"'{key}' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
-            f"{metric} of {benchmark.name} is none. Leave '{key}' out, or name another 'metric'"
+            f"{metric} of {benchmark.name} is no such metric. Leave '{key}' out, or change 'metric'"
         )
 
 
@@ -147,8 +147,8 @@ def bounded_figure(benchmark: BenchmarkIdentity, metric: str, key: str = "until"
         if not is_wrong.any():
             return ""
         return (
-            f"'{key}' cannot be answered: {metric} is {outcomes[is_wrong][0]:g} for a document of "
-            f"{{task}}, and not between 0 and 1. Leave '{key}' out"
+            f"'{key}' needs outcomes between 0 and 1, but {metric} is {outcomes[is_wrong][0]:g} "
+            f"for a document of {{task}}. Leave '{key}' out"
         )
 
     def compute(rows: pd.DataFrame) -> Array:
