@@ -279,7 +279,7 @@ class TestRefusals:
 
     def test_a_batch_that_changes_between_layers(self) -> None:
         layers = make_layers()
-        message = "^something between its layers changes the batch$"
+        message = "^the model changes the batch between its layers$"
         with ForwardPass(layers, self.PLAN).install(), pytest.raises(RefusalError, match=message):
             layers[1](layers[0](hidden_states())[:3])
 
@@ -296,7 +296,7 @@ class TestRefusals:
     def test_layers_that_hand_on_more_than_the_hidden_state(self, named: bool) -> None:
         layers = make_layers(tuple)
         layers[0].extra = torch.ones(1)
-        message = "^its layers pass more to each other than the hidden state$"
+        message = "^the layers pass more to each other than the hidden state$"
         for plan in (self.PLAN, plan_streams([INTACT, Ablation.parse("layer:1")], 3)):
             with ForwardPass(layers, plan).install():
                 hidden, extra_output = layers[0](hidden_states())

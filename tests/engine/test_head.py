@@ -128,5 +128,5 @@ def test_a_head_that_takes_something_else_is_refused() -> None:
     output = head.base(IDS, use_cache=False)
     model.forward = lambda **_: output
     output.logits = torch.zeros(3, 7, 97)
-    with pytest.raises(RefusalError, match=r"^its head does not take what the layers return$"):
+    with pytest.raises(RefusalError, match=r"^the head does not take the output of the layers$"):
         head.predictions(output, output.last_hidden_state, torch.tensor([0]), torch.tensor([0]))

@@ -74,7 +74,7 @@ def test_a_mask_that_weighs_is_refused(slope):
     mask = make_additive(CAUSAL)
     mask[0, 0, 4, 1] = slope
     with pytest.raises(
-        RefusalError, match=r"^its attention masks hold more than which tokens are visible$"
+        RefusalError, match=r"^the attention masks hold more than the visibility of tokens$"
     ):
         find_first_visible(mask, 5)
 
@@ -84,7 +84,7 @@ def test_a_token_that_sees_no_unbroken_stretch_is_refused(token, other, sees):
     seen = CAUSAL.clone()
     seen[token, other] = sees
     with pytest.raises(
-        RefusalError, match=r"^a token attends to more than one unbroken range before it$"
+        RefusalError, match=r"^a token attends to more than one contiguous range of earlier tokens$"
     ):
         find_first_visible(seen[None, None], 5)
 

@@ -219,7 +219,7 @@ class TestCheck:
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
         assert verdict.sharing_note == (
-            "no miniature of the model can be built on which sharing over tokens could be proven"
+            "no tiny copy of the model can be built on which sharing over tokens could be tested"
         )
         # No length is believed of it anyway.
         assert check_longer_texts(engine, ABLATIONS, verdict, (256, 192, 256), False) is verdict
@@ -322,7 +322,10 @@ class TestMiniatures:
         monkeypatch.setattr(
             miniature_check, "find_removed_model", lambda truth, of, verdict: verdict
         )
-        message = f"a text scores {x:g} nats after shorter texts, and {y:g} after longer ones"
+        message = (
+            f"the same text scores {x:g} nats after shorter texts, "
+            f"but {y:g} nats after longer texts"
+        )
         with nullcontext() if agree else pytest.raises(CellError, match=message):
             assert verdict_on("llama").sharing == FULL
 
@@ -459,7 +462,10 @@ class TestCut:
     def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(self, watched) -> None:
         """A model built from a configuration alone is no proof."""
         verdict = self.checked(make_llama(Hidden), (0,))
-        assert "(the model itself, saved and loaded, is another one)" in verdict.checkpoint_note
+        assert (
+            "(the model itself computes other logits after it is saved and loaded)"
+            in verdict.checkpoint_note
+        )
         assert verdict.in_place
 
     @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ class TestRefusalsSayWhatHappened:
     @pytest.mark.parametrize("model", [gemma3n, lambda: gemma4(8)], ids=["gemma3n", "gemma4"])
     def test_one_table_holds_embeddings_for_every_layer(self, model):
         """Gemma 3n is refused before that, for a list as `intermediate_size`."""
-        measure_cell(model(), long_documents((12, 9), (1, 3)), (0, 1), refusal="pass on")
+        measure_cell(model(), long_documents((12, 9), (1, 3)), (0, 1), refusal="the layers return")
 
 
 def undecided(family: str) -> Any:

@@ -197,7 +197,7 @@ def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(spy):
     [
         (ANY_LENGTH, "with a single document and a single ablation: .* a larger device"),
         # Requests of a document may stand in several rows there, which cannot be halved.
-        (Lengths((10,)), ": CUDA out of memory. Use --memory, or a smaller dtype"),
+        (Lengths((10,)), ": CUDA out of memory. Lower --memory, or use a smaller dtype"),
     ],
 )
 def test_out_of_memory_with_nothing_left_to_halve_names_the_way_out(monkeypatch, lengths, message):
@@ -326,7 +326,7 @@ def test_a_model_without_a_cache_continues_no_prompt(monkeypatch):
         monkeypatch.setattr(module, "find_cache_argument", lambda base: None)
     engine = engine_of("llama")
     assert not engine.has_shared_prefix(make_documents(3, shared=60))
-    with pytest.raises(RefusalError, match=r"^it takes no cache of keys and values$"):
+    with pytest.raises(RefusalError, match=r"^the model takes no cache of keys and values$"):
         list(generation_groups(engine, [INTACT], 10))
     with prepare_generation(engine, [INTACT], [1, 2, 3]) as arguments:
         assert arguments == {}

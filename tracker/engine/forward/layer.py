@@ -228,14 +228,14 @@ class LayerFork:
             parent.extra_outputs.clear()
         values = (*args, *kwargs.values())
         if len(step.actions) > 1 and any(a is b for a in values for b in parent.extra_outputs):
-            raise RefusalError("its layers pass more to each other than the hidden state")
+            raise RefusalError("the layers pass more to each other than the hidden state")
         if parent.replace_mask is not None:
             args, kwargs = parent.replace_mask(self.index, self.module, args, kwargs)
         hidden: Tensor = hooks.input_state(args, kwargs)
         if self.index == 0 and parent.embeddings:
             hidden = torch.cat([hidden, *parent.embeddings])
         if len(hidden) % step.n_streams:
-            raise RefusalError("something between its layers changes the batch")
+            raise RefusalError("the model changes the batch between its layers")
         self.arguments = hooks.replace_state(args, kwargs, None)
         if parent.batched and step.entrants != tuple(range(step.n_streams)):
             self.arguments = select_streams(self.arguments, step.n_streams, list(step.entrants))
@@ -326,7 +326,7 @@ def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
             if streams := [stream for stream, enters in enumerate(are_entered) if enters]:
                 layer_fork = fork.parent.forks[layer]
                 if any(map(is_absent, layer_fork.module.parameters())):
-                    raise RefusalError("offloaded layers cannot be passed again together")
+                    raise RefusalError("offloaded layers cannot be repeated in one shared pass")
                 put_entries(states, streams, layer_fork.run(take_entries(states, streams)))
     put_entries(outputs, [stream for stream, *_ in repeats], states)
 

@@ -204,7 +204,7 @@ class SublayerFork(ModuleFork):
         output = self.original(*args, **kwargs)
         # There is always a stream: the baseline passes everything.
         states, n_outputs = hooks.first_output(output), len({*self.sources} - {None})
-        outputs = view_streams(states, n_outputs, "the output of its attention has")
+        outputs = view_streams(states, n_outputs, "the output of the attention has")
         n_rows = len(states) * n_entering // n_outputs
         fill = hooks.neutral_output(self.module, *arguments, states, n_rows)
         fills = view_streams(fill, n_entering)
@@ -241,7 +241,7 @@ class HeadFork(ModuleFork):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the projection of the remaining heads for each output."""
         (inputs,) = (*args, *kwargs.values())
-        attended = view_streams(inputs, max(self.sources) + 1, "the heads of its attention have")
+        attended = view_streams(inputs, max(self.sources) + 1, "the attention heads have")
         states = take_entries(attended, self.sources)
         for state, removed_columns in zip(states, self.columns, strict=True):
             for columns in removed_columns:
@@ -279,7 +279,7 @@ class RouterFork(ModuleFork):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the router's choices for all streams."""
         arguments, hidden = (args, kwargs), hooks.input_state(args, kwargs)
-        states = view_streams(hidden, len(self.remaining), "the router of its experts has")
+        states = view_streams(hidden, len(self.remaining), "the router of the experts has")
         intact = [stream for stream, experts in enumerate(self.remaining) if experts is None]
         # There is always a stream: the baseline lacks none.
         intact_states = take_entries(states, intact).flatten(0, 1)
@@ -378,7 +378,7 @@ class LinearFork(RoundedFork):
         """Return the output of the linear map, computing each stream with its own weights."""
         (inputs,) = (*args, *kwargs.values())
         output: Tensor = self.original(inputs)
-        stream_inputs = view_streams(inputs, len(self.formats), "a linear map of its layers has")
+        stream_inputs = view_streams(inputs, len(self.formats), "a linear map of the layers has")
         stream_outputs = view_streams(output, len(self.formats))
         for formats, streams in self.streams_by_formats.items():
             for path, form in formats:
@@ -401,7 +401,7 @@ class ExpertsFork(RoundedFork):
         n_streams, state = len(self.formats), hooks.input_state(args, kwargs)
         choices = integer_tables((*args, *kwargs.values()))
         if not choices or len(choices[0]) % n_streams or len(state) % n_streams:
-            raise RefusalError("the rows of its experts' input cannot be assigned to the streams")
+            raise RefusalError("the input rows of the experts cannot be assigned to the streams")
 
         def select_rows(streams: list[int], value: Any) -> Any:
             is_table = isinstance(value, Tensor) and value.shape == choices[0].shape

@@ -115,7 +115,7 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
     atol = _TOLERANCES.get(loaded.model.dtype, _HALF_TOLERANCE) * float(expected.max())
     result = differences[:-1, layer, layer:]
     if not torch.allclose(result, expected, rtol=0, atol=atol, equal_nan=True):
-        raise RefusalError("its layers compute something else for several streams than for one")
+        raise RefusalError("the layers compute other results for several streams than for one")
 
 
 def _follow_perturbations(
@@ -209,7 +209,7 @@ class _PerturbedPass:
         """Perturb the stream after a layer; measure all streams' difference from the intact one."""
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
-            raise RefusalError(f"its layers pass on {tuple(states.shape)}, not [texts, tokens, …]")
+            raise RefusalError(f"the layers return {tuple(states.shape)}, not [texts, tokens, …]")
         intact, n_perturbations = states[0], self.directions.n_per_layer
         if layer in self.group:
             inputs = states[-n_perturbations].clone()

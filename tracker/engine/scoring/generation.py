@@ -109,7 +109,7 @@ def generation_groups(
     """
     loaded = engine.loaded
     if find_cache_argument(loaded.model) is None:
-        raise RefusalError("it takes no cache of keys and values")
+        raise RefusalError("the model takes no cache of keys and values")
     if engine.plan(ablations).n_repeats:
         raise RefusalError("a layer that runs twice would need two caches of keys and values")
     size = tokens * len(loaded.layers) * measure_cache_bytes(engine)

@@ -70,7 +70,7 @@ def find_attention_windows(
 
     read_text(2, [partial(record, index, layer.forward) for index, layer in enumerate(layers)])
     if (n_run := len(layer_outputs)) < len(layers):
-        raise RefusalError(f"only {n_run} of its {len(layers)} layers run on plain text")
+        raise RefusalError(f"only {n_run} of the {len(layers)} layers run on plain text")
     read_text(tokens, [make_skip(index, layer) for index, layer in enumerate(layers)])
     # Layers with equal windows get the same tensor, so that rows make one mask for all of them.
     starts = [find_first_visible(layer_mask, tokens) for layer_mask in masks]
@@ -106,13 +106,13 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
     visible = mask[0, 0].cpu()
     if visible.dtype != torch.bool:
         if ((visible != 0) & (visible > -1e4)).any():
-            raise RefusalError("its attention masks hold more than which tokens are visible")
+            raise RefusalError("the attention masks hold more than the visibility of tokens")
         visible = visible == 0
     starts = visible.int().argmax(-1)
     positions = torch.arange(tokens)
     contiguous = (positions >= starts[:, None]) & (positions <= positions[:, None])
     if not torch.equal(visible, contiguous):
-        raise RefusalError("a token attends to more than one unbroken range before it")
+        raise RefusalError("a token attends to more than one contiguous range of earlier tokens")
     return starts if starts.any() else None
 
 

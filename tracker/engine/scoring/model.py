@@ -124,7 +124,7 @@ def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
-        raise RefusalError("it does not return 'logits' of every token")
+        raise RefusalError("the model does not return 'logits' for every token")
     return logits
 
 

@@ -226,8 +226,8 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
             n_scored = len(request.continuation)
             if n_scored == 0 or n_scored > max_length:
                 raise CellError(
-                    f"a continuation of {n_scored} tokens cannot be scored by a model that reads "
-                    f"1 to {max_length}; lm-eval refuses it too"
+                    f"a continuation of {n_scored} tokens cannot be scored by a model that reads 1 "
+                    f"to {max_length} tokens; lm-eval refuses this too"
                 )
             tokens = (request.context + request.continuation)[-(max_length + 1) :]
             n_read, n_whole = len(tokens) - 1, min(len(tokens), max_length)

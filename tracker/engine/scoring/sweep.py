@@ -61,8 +61,8 @@ ROW_TOKENS = 192
 enough for a dense mask."""
 ROW_TOKENS_ACCELERATOR = 1024
 HALVED_NOTE = (
-    "out of memory: measured in halves instead, which takes longer and changes no figure. To "
-    "measure at once, set --memory to what is free, e.g. 4GiB"
+    "out of memory: a batch was measured in two halves instead, which takes longer and changes no "
+    "figure. To avoid this, set --memory to the free memory, e.g. 4GiB"
 )
 
 
@@ -295,7 +295,7 @@ class Engine(EngineModel):
         """Score a row in two halves of its documents, or of the ablations for one document."""
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
-            raise CellError(f"out of memory: {message}. Use --memory, or a smaller dtype")
+            raise CellError(f"out of memory: {message}. Lower --memory, or use a smaller dtype")
         if HALVED_NOTE not in self.notes:
             self.notes.append(HALVED_NOTE)
         numbers = sorted({document for document, _ in row.requests})

@@ -438,7 +438,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     """Check a model without a miniature, on the assumption that every length matters."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
-        "no miniature of the model can be built on which sharing over tokens could be proven",
+        "no tiny copy of the model can be built on which sharing over tokens could be tested",
         lengths=(((), True),),
         tested_on="the model",
     )
@@ -494,8 +494,8 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
         both_nan = math.isnan(x) and math.isnan(y)
         if not both_nan and not math.isclose(x, y, rel_tol=rel_tol, abs_tol=abs_tol):
             raise CellError(
-                f"{engine.class_name} contradicts itself: a text scores {x:.6g} nats after shorter "
-                f"texts, and {y:.6g} after longer ones"
+                f"{engine.class_name} contradicts itself: the same text scores {x:.6g} nats after "
+                f"shorter texts, but {y:.6g} nats after longer texts"
             )
 
 

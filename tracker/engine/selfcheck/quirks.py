@@ -226,7 +226,7 @@ PROBE_TEXT = tuple(5 * index % 29 + 2 for index in range(12))
 """Text that is read to compare models."""
 MAX_LAYERS_NAMED = 3
 """Maximum number of layers that a note lists as impossible to remove in a checkpoint."""
-_ITSELF = "the model itself, saved and loaded, is another one"
+_ITSELF = "the model itself computes other logits after it is saved and loaded"
 _OTHER = "no configuration describes what is left"
 _NOT = "what is left does not run"
 _COMPUTED = "what its class computes when it is loaded cannot be given to a model in memory"
@@ -350,12 +350,12 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
         full_model = build_from_config(model)
         loaded_engine = loading.reload_copy(engine, original, INTACT)
     except ModelError as error:
-        log.debug("%s is not loaded as it is: %s", engine.class_name, error)
+        log.debug("%s cannot be loaded unchanged: %s", engine.class_name, error)
         return loading
     logits, reason = _probe_logits(loaded_engine)
     if logits_alike(logits, _probe_logits(original)[0]):
         return replace(loading, full_model=full_model)
-    log.debug("%s, saved and loaded, raises: %s", engine.class_name, reason)
+    log.debug("%s, saved and loaded, differs or raises: %s", engine.class_name, reason)
     return loading
 
 
