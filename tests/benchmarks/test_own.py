@@ -339,7 +339,7 @@ class TestSettings:
         for name in ("default", "bare"):
             plain = record_requests(model, tokenizer, "paint", folder, apply_chat_template=name)
             assert plain.tokens == request_tokens(documents(True))
-        with pytest.raises(BenchmarkError, match="'bare' is another one"):
+        with pytest.raises(BenchmarkError, match="'bare' is not the default"):
             documents("bare")
         with pytest.raises(BenchmarkError, match="'bear' is not available"):
             documents("bear")

@@ -157,7 +157,9 @@ class TestHalves:
 
     def test_one_document_makes_no_halves(self, tmp_path) -> None:
         data = write(tmp_path / "baber/piqa", validation=piqa("pump", 1))
-        with pytest.raises(BenchmarkError, match="piqa has 1 document, which makes no two halves"):
+        with pytest.raises(
+            BenchmarkError, match="piqa has 1 document, which is too few for two halves"
+        ):
             open_benchmark(part_request("piqa", "test", data=data))
 
 
@@ -238,5 +240,5 @@ def test_halves_of_the_texts(encoder, tmp_path) -> None:
     copied = open_benchmark(part_request(f"corpus:{copy}", data="hub"))
     assert copied.rows_digest("corpus:copy.txt") == whole.rows_digest("corpus:notes.txt")
     notes.write_text("One paragraph.")
-    with pytest.raises(BenchmarkError, match="has 1 document, which makes no two halves"):
+    with pytest.raises(BenchmarkError, match="has 1 document, which is too few for two halves"):
         open_benchmark(part_request(name, "calibration", data="hub"))

@@ -217,7 +217,7 @@ class TestRefusals:
         if greedy:
             assert make("own", data).identity.num_fewshot == 5
         else:
-            assert "samples its texts or searches with beams" in refusal("own", data)
+            assert "samples its texts or uses beam search" in refusal("own", data)
 
     def test_a_split_that_is_not_there(self, data) -> None:
         """A folder's validation split does not stand in for the test split, as a package's does."""
@@ -262,7 +262,7 @@ class TestMetrics:
                 "arc_easy has no metric 'acc_nrom'. Did you mean 'acc_norm'? It has: acc, acc_no",
             ),
             # It has no value a document.
-            ("cb", "f1", "over all documents at once (cb_multi_fi), so no paired drop can be"),
+            ("cb", "f1", "over all documents at once (cb_multi_fi), so a paired drop cannot be"),
             ("cb", "f1", "choose acc"),
         ],
     )

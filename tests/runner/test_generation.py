@@ -192,7 +192,7 @@ def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
     model, options = tiny_llama(max_position_embeddings=64), {"benchmark": "sums", "layer": 0}
     file = experiment(model, data=data, num_fewshot=0, **options)
     (reason,) = run_experiment(file, tmp_path / "results").outcome.failed.values()
-    assert "a text may have 64 tokens, and the model reads 64" in reason
+    assert "a generated text may have 64 tokens, but the model reads only 64" in reason
 
 
 def test_texts_that_end_by_themselves(tiny_llama, as_lm_eval):

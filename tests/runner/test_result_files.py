@@ -410,8 +410,8 @@ def test_an_lm_eval_that_judges_otherwise_is_not_believed(study, monkeypatch):
     monkeypatch.setattr(ConfigurableTask, "process_results", judge_wrongly)
     log = tracker.log_samples(folder / "ours-other", benchmark=["words"])
     (reason,) = log.failed.values()
-    assert "document 0 of words: acc was" in reason
-    assert "the installed lm-eval makes" in reason
+    assert "document 0 of words: the stored acc is" in reason
+    assert "the installed lm-eval computes" in reason
     assert not log.files
 
 

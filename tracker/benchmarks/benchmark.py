@@ -95,11 +95,9 @@ def choose_metric(benchmark: BenchmarkIdentity, requested: str | None) -> str:
             raise BenchmarkError(f"{task.name} has no metric {metric!r}.{hint} It has: {names}.")
         usable = [name for name, kind in task.metrics.items() if kind in ("mean", *RATIO_SCALES)]
         if metric not in usable:
-            advice = (
-                f"choose {' or '.join(usable)}" if usable else "it has no metric that gives one"
-            )
+            advice = f"choose {' or '.join(usable)}" if usable else "choose another task"
             raise BenchmarkError(
                 f"{metric!r} of {task.name} is computed over all documents at once "
-                f"({task.metrics[metric]}), so no paired drop can be given; {advice}"
+                f"({task.metrics[metric]}), so a paired drop cannot be computed; {advice}"
             )
     return metric

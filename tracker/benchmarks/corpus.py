@@ -95,10 +95,10 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
     if not name:
         raise BenchmarkError(
             f"{spec.benchmark!r} names no text; write corpus:FILE.txt, corpus:FILE.jsonl or "
-            "corpus:NAME of a data set"
+            "corpus:NAME with the name of a data set"
         )
     if max_tokens == 0:
-        raise BenchmarkError(f"{spec.benchmark!r} reads no token; write a number from 1 on")
+        raise BenchmarkError(f"{spec.benchmark!r} reads 0 tokens; write a number of at least 1")
     for setting, reason in (
         ("num_fewshot", "has no few-shot examples"),
         ("apply_chat_template", "is read without a chat template"),
@@ -131,8 +131,8 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
         check_name(f"{data_set}/{configuration}" if "/" in (configuration or "") else data_set)
     except ValueError as name_error:
         raise BenchmarkError(
-            f"{name!r} is neither a corpus file here nor a data set of the hub; {name_error}, with "
-            "/CONFIGURATION after it where the data set has several"
+            f"{name!r} is neither a corpus file here nor a data set of the hub; {name_error}. If "
+            "the data set has several configurations, append /CONFIGURATION"
         ) from None
     return location
 
@@ -302,6 +302,6 @@ def _choose_columns(location: _CorpusLocation, columns: Sequence[str]) -> tuple[
         if set(required_names) <= set(columns):
             return tuple(column for column in names if column in columns)
     raise BenchmarkError(
-        f"{name} has none of the columns text, content, instruction and output, or conversations; "
-        f"it has: {', '.join(columns)}. Name the one to read: corpus:{name}#{columns[0]}"
+        f"{name} has no text column (text, content, conversations, instruction and output); it "
+        f"has: {', '.join(columns)}. Name the column to read: corpus:{name}#{columns[0]}"
     )

@@ -91,9 +91,9 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             raise BenchmarkError(f"apply_chat_template: {first_line(error)}") from None
         if not is_default:
             raise BenchmarkError(
-                f"apply_chat_template: lm-eval applies the tokenizer's default template, whatever "
-                f"name it is given, and {spec.apply_chat_template!r} is another one; make it "
-                "the default in the tokenizer's configuration, and write apply_chat_template: true"
+                "apply_chat_template: lm-eval always applies the tokenizer's default template, but "
+                f"{spec.apply_chat_template!r} is not the default. Make it the default in the "
+                "tokenizer's configuration, and write apply_chat_template: true"
             )
         prompt = spec.system_instruction
         if prompt is None:
@@ -108,8 +108,8 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             problem = f"refuses a system prompt ({error})"
         if problem:
             raise BenchmarkError(
-                f"system_instruction: the model's chat template {problem}, and lm-eval would leave "
-                "it out; leave out system_instruction, or apply_chat_template"
+                f"system_instruction: the model's chat template {problem}, so lm-eval would drop "
+                "the prompt; leave out system_instruction, or apply_chat_template"
             )
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
@@ -117,7 +117,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         with translate_errors(
             lambda error: BenchmarkError(
                 f"apply_chat_template: the model's chat template fails ({type(error).__name__}: "
-                f"{first_line(error)}); correct it, change chat_template_args or "
+                f"{first_line(error)}); correct the template, change chat_template_args or "
                 "fewshot_as_multiturn, or leave apply_chat_template out"
             )
         ):

@@ -193,7 +193,7 @@ def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
             hint = did_you_mean(file.name, [path.name for path in task.parent.iterdir()])
             raise BenchmarkError(
                 f"{name}: there is no file {file}, from which {task} reads its documents.{hint} "
-                f"A relative name is one of {Path.cwd()} or {task.absolute().parent}."
+                f"Relative names are looked up in {Path.cwd()} and {task.absolute().parent}."
             )
 
 

@@ -54,8 +54,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         max_tokens = max(prompt.max_tokens for prompt in prompts)
         if max_tokens >= self.max_length:
             raise CellError(
-                f"a text may have {max_tokens} tokens, and the model reads {self.max_length}: "
-                "nothing is left for the prompt; lm-eval refuses it too"
+                f"a generated text may have {max_tokens} tokens, but the model reads only "
+                f"{self.max_length}, so none are left for the prompt; lm-eval refuses this too"
             )
         instances = [
             Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)

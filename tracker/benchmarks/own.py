@@ -45,7 +45,7 @@ def check_own_tasks(spec: BenchmarkSpec) -> bool:
     if file is not None:
         if not file.is_file():
             raise BenchmarkError(
-                f"there is no task file {file}; name a YAML file, or a task: lm-eval ls tasks"
+                f"there is no task file {file}; name a YAML file, or a task from: lm-eval ls tasks"
             )
         content = read_task(file)
         if not task_names(content):

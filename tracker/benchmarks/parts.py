@@ -51,8 +51,8 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
         fewshot.split = training
     if num_fewshot and fewshot.split == training and fewshot.process_docs != config.process_docs:
         raise BenchmarkError(
-            f"part: {task.task_name} reads the documents of its split {training!r} differently as "
-            "few-shot examples, so a document could be its own example; use num_fewshot 0"
+            f"part: {task.task_name} preprocesses its split {training!r} differently for few-shot "
+            "examples, so a document could be its own example; use num_fewshot 0"
         )
     return None
 
@@ -70,7 +70,7 @@ def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
     """Return the requested half of a task's documents; BenchmarkError for a single document."""
     assert documents.part is not None
     if total < 2:
-        raise BenchmarkError(f"part: {task} has {total} document, which makes no two halves")
+        raise BenchmarkError(f"part: {task} has {total} document, which is too few for two halves")
     return Half(part=documents.part, seed=documents.seed, of=total)
 
 

@@ -265,8 +265,8 @@ def _refuse_contradictions(
                 stored, current = metrics.get(name), storable_value(row[metric])
                 if stored is not None and not _are_equal(stored, current):
                     raise CellError(
-                        f"document {row['doc_id']} of {task}: {name} was {stored} when it was "
-                        f"measured, and the installed lm-eval makes {current} of the same answers"
+                        f"document {row['doc_id']} of {task}: the stored {name} is {stored}, but "
+                        f"the installed lm-eval computes {current} from the same answers"
                     )
 
 

