@@ -79,9 +79,13 @@ class TestAdopt:
         [
             ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another benchmark"),
             ({"format": NEXT_FORMAT}, [("arc_easy", 0)], f"it {format_problem(NEXT_FORMAT)}"),
-            ({}, [("arc_easy", 0), ("b", 0)], "it holds more or less than one block"),
-            ({}, [("arc_easy", 31), ("arc_easy", 32)], "it holds more or less than one block"),
-            ({}, [], "it holds more or less than one block"),
+            ({}, [("arc_easy", 0), ("b", 0)], "it does not hold exactly one block of documents"),
+            (
+                {},
+                [("arc_easy", 31), ("arc_easy", 32)],
+                "it does not hold exactly one block of documents",
+            ),
+            ({}, [], "it does not hold exactly one block of documents"),
             ({}, [("arc_easy", 70)], "the benchmark has no such document"),
             ({}, [("arc_easy", -1)], "the benchmark has no such document"),
             ({}, [("b", 0)], "the benchmark has no such document"),
@@ -97,7 +101,7 @@ class TestAdopt:
         path.write_bytes(shard_file(table, metadata))
         with pytest.raises(ValueError, match=r"it\.parquet") as caught:
             cell.import_shard(path)
-        assert str(caught.value) == f"it.parquet is no shard of this benchmark: {message}"
+        assert str(caught.value) == f"it.parquet is not a shard of this benchmark: {message}"
         assert path.exists()
         assert cell.shards() == []
 
@@ -163,7 +167,7 @@ class TestNoShard:
     @pytest.mark.parametrize(
         ("spoil", "message"),
         [
-            (lambda path, _: path.symlink_to("nowhere"), "it is a link that leads nowhere)"),
+            (lambda path, _: path.symlink_to("nowhere"), "it is a broken link)"),
             (lambda path, _: path.mkdir(), "it is a folder)"),
             (lambda path, _: path.write_bytes(b""), "Parquet file size is 0 bytes)"),
             (lambda path, content: path.write_bytes(content[:3]), "Parquet file size is 3 bytes"),
@@ -186,7 +190,7 @@ class TestNoShard:
             assert list(cell.read()["doc"]) == [32]
         (warning,) = [record.getMessage() for record in caplog.records]
         aside = path.with_suffix(".aside")
-        assert warning.startswith(f"the shard {path} is not what was written ({message}")
+        assert warning.startswith(f"the shard {path} is damaged ({message}")
         assert os.path.lexists(aside)
         fill_block(cell, BLOCK, [0], ["baseline"])
         assert cell.is_complete(Extent(limit=1), ["baseline"])
@@ -212,13 +216,13 @@ class TestNoShard:
         assert not len(cell.read())
         assert path.exists()
         (warning,) = caplog.messages
-        assert warning.endswith("); it counts for nothing, and is computed again")
+        assert warning.endswith("); it is ignored, and its outcomes are computed again")
 
     def test_shards_under_another_blocks_name_are_set_aside(self, cell, path, caplog):
         renamed_path = path.rename(path.with_name(path.name.replace("00000", "00001")))
         assert not len(cell.read())
         assert f"the shard {renamed_path} is not" in caplog.text
-        assert "(it is named as another block)" in caplog.text
+        assert "(its name belongs to another block of documents)" in caplog.text
 
     def test_shards_of_another_model_are_set_aside(self, cell, cell_of, path, caplog):
         """Was: taken for one's own; and over another block, missing documents on every rerun."""

@@ -320,7 +320,9 @@ class TestLedger:
             with pytest.raises(ResultsError, match=message):
                 Ledger(root).refuse_unwritable()
         monkeypatch.setattr("os.access", lambda *_: False)
-        with pytest.raises(ResultsError, match=f"{tmp_path} is .*'s, and you may not write it"):
+        with pytest.raises(
+            ResultsError, match=f"{tmp_path} belongs to .*, and you have no permission to write it"
+        ):
             Ledger(tmp_path).refuse_unwritable()
 
 

@@ -63,7 +63,7 @@ class TestVerify:
         (path,) = cell.shards()
         cell.shard_digests()
         path.unlink()
-        assert "it is gone" in verify_ledger(ledger).damaged[str(path)]
+        assert "the file is missing" in verify_ledger(ledger).damaged[str(path)]
 
     def test_every_kind_of_note_is_read(self, ledger, cell):
         """Also those that nothing is shown from: a disk that rots is noticed by its first bit."""
@@ -169,7 +169,7 @@ class TestCompare:
         assert other_cell.folder.name != cell.folder.name
         assert list(compare_ledgers(ledger, other)) == [
             f"{cell.folder.name}: the two cell.json differ",
-            f"{cell.folder.name}: the requested runs of the two differ",
+            f"{cell.folder.name}: the two folders have different requested runs",
         ]
 
     def test_the_first_outcome_that_differs_is_named(self, ledger, copied, measured):
@@ -177,8 +177,8 @@ class TestCompare:
         changed += [make_row(1, acc=0.5), make_row(1, "layer:0")]
         self.replace(copied, changed)
         assert list(compare_ledgers(ledger, copied)) == [
-            f"{measured.folder.name}: 2 outcomes differ, that of document 0 of arc_easy under "
-            "layer:0 among them"
+            f"{measured.folder.name}: 2 outcomes differ, such as the outcome of document 0 of "
+            "arc_easy under layer:0"
         ]
 
     def test_tasks_with_equal_document_numbers_are_distinguished(self, ledger, cell_of, tmp_path):
@@ -189,7 +189,9 @@ class TestCompare:
         cell.write(Block("a", 0), [make_row(0, task="a")], {})
         copied.cells()[0].write(Block("a", 0), [make_row(0, task="a", acc=0.0)], {})
         (difference,) = compare_ledgers(ledger, copied)
-        assert "1 outcomes differ, that of document 0 of a under baseline" in difference
+        assert (
+            "1 outcomes differ, such as the outcome of document 0 of a under baseline" in difference
+        )
 
     def test_the_last_bit_and_the_middle_of_a_long_list_count(self, ledger, copied):
         """As NumPy prints them, both are the same: eight digits, and dots in the middle."""

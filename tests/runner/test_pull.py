@@ -89,14 +89,14 @@ def test_an_identity_that_does_not_fit_its_key_is_refused(project, field):
     project.change_file("cell.json", change)
     assert pull() == (
         [],
-        "its files are not what tracker writes: its key is not that of what it describes",
+        "its files are not what tracker writes: its key does not match its content",
     )
     assert not files(project)
 
 
 def test_the_files_of_another_cell_are_refused(project):
     project.key = f"{'0' * 64}/cell"
-    assert "its key is not that of what it describes" in pull()[1]
+    assert "its key does not match its content" in pull()[1]
 
 
 def test_names_are_never_paths(project):
@@ -119,7 +119,7 @@ def test_a_shard_of_another_cell_is_refused(project, change):
     rows = pq.read_table(path).to_pylist()
     rows[0].update(change)
     pq.write_table(pa.Table.from_pylist(rows if change else [{"a": 1}]), path)
-    assert f"{path.name} is no shard of this benchmark" in pull()[1]
+    assert f"{path.name} is not a shard of this benchmark" in pull()[1]
 
 
 @pytest.mark.parametrize(

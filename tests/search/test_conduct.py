@@ -132,7 +132,7 @@ def test_a_killed_search_continues(write, tmp_path: Path) -> None:
     killed_progress = KillingProgress(first_responses + 1)
     with pytest.raises(KeyboardInterrupt):
         api.prune(path, results=tmp_path / "killed", track=[], progress=killed_progress)
-    prefix = "its search goes on, or was stopped: then type its command again: "
+    prefix = "its search is in progress or was stopped; if it was stopped, type its command again: "
     message = f"{prefix}tracker prune {path} --results {tmp_path / 'killed'}"
     assert unfinished_messages(tmp_path / "killed") == [f"12 documents; {message}", message]
     second_progress = KillingProgress()
@@ -321,7 +321,7 @@ def test_output_saves_the_recommended_set(write, prune, truth, tmp_path: Path) -
     blind_removal = removal_by_search(ledger, records["last"], calibration)
     assert count_choosing(ledger, blind_removal, stores[calibration.key], Extent(sample=8)) == 8
 
-    refused(prune(path, "--output", lighter), "holds something")
+    refused(prune(path, "--output", lighter), "that is not empty")
 
 
 def test_export_command_has_all_settings(write, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def cache_folder() -> Path:
             return folder
     folder = _temporary_folder("cache")
     os.environ["TRACKER_CACHE"] = str(folder)  # for child processes
-    advice = "is used as the cache and removed at the end. Set TRACKER_CACHE to keep it"
+    advice = "is used as the cache and removed at the end. To keep a cache, set TRACKER_CACHE"
     log.warning("there is no home folder; %s %s", folder, advice)
     return folder
 
@@ -137,8 +137,8 @@ def _is_trusted(path: Path, root: Path) -> bool:
 def _warn_untrusted(root: Path) -> None:
     """Warn once that the cache is not trusted."""
     log.warning(
-        "the cache %s is not used, since others can write it or own it. If it is yours: "
-        "chmod -R go-w %s; else set TRACKER_CACHE",
+        "the cache %s is not used, because another user owns it or can write to it. If it is "
+        "yours, type: chmod -R go-w %s; otherwise set TRACKER_CACHE to another folder",
         *(root, shlex.quote(str(root))),
     )
 

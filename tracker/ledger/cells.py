@@ -35,10 +35,10 @@ Derived = TypeVar("Derived", bound=Record)
 _OUTCOME_KEYS = ["task", "doc", "ablation"]
 """Columns that identify an outcome."""
 _OTHER_TOKENS = (
-    "its texts were tokenised otherwise (by {}) than those of the rest of its cell (by {}), so it "
-    "is left out. Measure such outcomes in a results folder of their own"
+    "its texts were tokenised by {}, but the other texts of the benchmark by {}, so it is left "
+    "out. Measure such outcomes in a separate results folder"
 )
-SHARD_SET_ASIDE = "it was set aside as damaged; run its experiment again, then delete it"
+SHARD_SET_ASIDE = "it was set aside as damaged; run its experiment again, then delete this file"
 """The message about a damaged shard that has not been measured again yet."""
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class CellStore:
             shard = read_shard(path.read_bytes())
             block = self._find_block(shard)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path.name} is no shard of this benchmark: {error}") from None
+            raise ValueError(f"{path.name} is not a shard of this benchmark: {error}") from None
         names = {*_OUTCOME_KEYS, DIGEST_COLUMN} & {*shard.table.column_names}
         target = self._shard_path(block, shard.table.select([*names]).to_pylist())
         make_folder(target.parent)
@@ -199,7 +199,7 @@ class CellStore:
             raise ValueError("it belongs to another benchmark")
         columns = shard.table.select(["task", "doc"]).to_pydict()
         tasks, documents = set(columns["task"]), set(columns["doc"])
-        problem = "it holds more or less than one block"
+        problem = "it does not hold exactly one block of documents"
         if len(tasks) != 1:
             raise ValueError(problem)
         (task,), seed = tasks, shard.metadata.get("seed")
@@ -300,12 +300,12 @@ class CellStore:
         try:
             shard = read_shard(path.read_bytes(), columns)
             if self._find_block(shard).name != _block_name(path):
-                raise ValueError("it is named as another block")
+                raise ValueError("its name belongs to another block of documents")
             return shard
         except FileNotFoundError:
             if not path.is_symlink():
                 return None
-            problem = "it is a link that leads nowhere"
+            problem = "it is a broken link"
         except IsADirectoryError:
             problem = "it is a folder"
         except OSError as error:
@@ -317,10 +317,10 @@ class CellStore:
         self._unread.add(aside_path)
         try:
             path.replace(aside_path)
-            consequence = f"it is set aside as {aside_path.name} and computed again"
+            consequence = f"it is renamed to {aside_path.name} and its outcomes are computed again"
         except OSError:  # another process was first, or the folder is a colleague's
-            consequence = "it counts for nothing, and is computed again"
-        log.warning("the shard %s is not what was written (%s); %s", path, problem, consequence)
+            consequence = "it is ignored, and its outcomes are computed again"
+        log.warning("the shard %s is damaged (%s); %s", path, problem, consequence)
         return None
 
     def damaged_shards(self) -> dict[str, str]:

@@ -63,8 +63,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if isinstance(error, PermissionError):
             reason = write_problem(path.parent)
         raise WorkError(
-            f"{path} cannot be written: {reason}. What was measured before is safe; "
-            "mend it and type the same command to continue."
+            f"{path} cannot be written: {reason}. Earlier measurements are safe; solve the problem "
+            "and type the same command to continue."
         ) from None
     finally:
         # No failure, Ctrl-C included, leaves a partial file behind.
@@ -110,7 +110,7 @@ def lock_file(path: Path, timeout: float = -1) -> FileLock:
         raise WorkError(f"{path} cannot be made: {error.strerror}") from None
     if not os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK):
         command = f"chmod -R g+rwX {shlex.quote(str(path.parent))}"
-        raise WorkError(f"{write_problem(path)}. To share a folder with its group: {command}")
+        raise WorkError(f"{write_problem(path)}. To share a folder with its group, type: {command}")
     return FileLock(path, timeout=timeout, mode=mode)
 
 
@@ -195,7 +195,7 @@ def owner_name(path: Path) -> str:
 
 def write_problem(path: Path) -> str:
     """Write an error message about a file or folder that this user may not write."""
-    return f"{path} is {owner_name(path)}'s, and you may not write it"
+    return f"{path} belongs to {owner_name(path)}, and you have no permission to write it"
 
 
 def access_problem(folder: Path) -> str:
@@ -205,7 +205,7 @@ def access_problem(folder: Path) -> str:
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
         return ""
     command = f"chmod -R g+rX {shlex.quote(str(folder))}"
-    return f"it is {owner_name(folder)}'s, and you may not read it; ask for: {command}"
+    return f"it belongs to {owner_name(folder)}; you may not read it. Ask the owner for: {command}"
 
 
 def _flush(folders: Iterable[Path]) -> None:

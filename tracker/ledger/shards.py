@@ -98,7 +98,7 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
     except ValueError:
         raise
     except MemoryError:
-        raise ValueError("unpacked it takes more than the available memory") from None
+        raise ValueError("its unpacked content needs more than the available memory") from None
     # Errors of the reader on damaged files.
     except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError) as e:
         raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None

@@ -98,7 +98,7 @@ _WRITTEN_FOLDERS = ("cells", "experiments", "index", "locks")
 """Folders of the results folder that a measurement writes."""
 _SHOWN_FOLDERS = ("cells", "experiments", "searches", "studies")
 """Folders of the results folder whose contents pages and commands show."""
-UNFINISHED_CELL = "its run goes on, or was stopped: then type its command again"
+UNFINISHED_CELL = "its run is in progress or was stopped; if it was stopped, type its command again"
 """The message about an unfinished cell."""
 
 
@@ -217,7 +217,7 @@ class Ledger:
             try:
                 contents.experiments[path.name] = _read_experiment(path)
             except (OSError, ValueError) as error:
-                damaged[str(path)] = f"{error_reason(error)}; run it again, or delete it"
+                damaged[str(path)] = f"{error_reason(error)}; run the file again, or delete it"
         return contents
 
     def _search_message(self, command: Sequence[str]) -> str:
@@ -294,7 +294,7 @@ class Ledger:
         except (OSError, ValueError) as error:
             raise ResultsError(
                 f"its cell.json cannot be used ({error_reason(error)}); move the folder away, or "
-                "run its experiment again, which writes it anew and measures nothing twice"
+                "run its experiment again to write a new cell.json; nothing is measured twice"
             ) from None
         return CellStore(folder, identity)
 
@@ -319,7 +319,7 @@ def _read_experiment(path: Path) -> str:
     """Read an experiment file; raise ValueError if it does not match its digest."""
     content, digest_path = path.read_bytes(), _digest_path(path)
     if digest_path.exists() and digest_path.read_text().split()[:1] != [_hash_content(content)]:
-        raise ValueError("it is not the text that was run: edited, or damaged")
+        raise ValueError("it differs from the experiment that was run: edited or damaged")
     return content.decode()
 
 

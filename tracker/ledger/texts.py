@@ -131,12 +131,12 @@ class Texts:
         try:
             table, _ = self._read_table(path)
         except OSError as error:  # the system has failed, not the file
-            log.warning("the texts %s cannot be read now: %s", path, error)
+            log.warning("the text file %s cannot be read now: %s", path, error)
             return {}
         except ValueError as error:
             with suppress(OSError):  # a colleague's folder
                 path.replace(path.with_suffix(ASIDE_SUFFIX))
-            log.warning("the texts %s are not what was written (%s); set aside", path, error)
+            log.warning("the text file %s is damaged (%s) and is set aside", path, error)
             return {}
         return {
             (row["task"], row["doc"]): StoredText(
@@ -157,5 +157,5 @@ class Texts:
                 raise ValueError("the benchmark has no such document")
         block = str(shard.metadata.get("block"))
         if Path(block).name != block:
-            raise ValueError("its block is not a valid name")
+            raise ValueError("the name of its block is not valid")
         return shard.table.replace_schema_metadata(None), block

@@ -18,8 +18,8 @@ _NOTES = (
     *(f"cells/*/{notes}.json" for notes in ("derived/*", "receipts/*", "begun/*", "verified")),
 )
 """Patterns of the paths of notes that are created again if they are damaged."""
-_LOST = "it is gone; run its experiment again, which measures what is missing"
-_NO_TEXTS = "it was set aside as damaged; no outcome is affected; delete it"
+_LOST = "the file is missing; run its experiment again, which measures the missing outcomes"
+_NO_TEXTS = "the file was set aside as damaged; no outcome is affected; delete the file"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _check_file(path: Path, read: Callable[[Path], object], verb: str) -> dict[s
         read(path)
     except (OSError, ValueError) as error:
         reason = error_reason(error)
-        return {str(path): f"{reason}; it is ignored, and {verb} again when it is needed"}
+        return {str(path): f"{reason}; the file is ignored, and {verb} again when it is needed"}
     return {}
 
 
@@ -132,7 +132,7 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
         for store in stores
     )
     if views != other_views:
-        yield "the requested runs of the two differ"
+        yield "the two folders have different requested runs"
     outcomes, other_outcomes = map(_outcomes, stores)
     lone_keys = (outcomes.keys() - other_outcomes, other_outcomes.keys() - outcomes)
     for store, keys in zip(stores, lone_keys, strict=True):
@@ -141,11 +141,11 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
     texts, other_texts = (store.texts.read() for store in stores)
     if documents := [key for key in texts.keys() & other_texts if texts[key] != other_texts[key]]:
         task, doc = min(documents)
-        yield f"the texts of {len(documents)} documents differ, document {doc} of {task}"
+        yield f"the texts of {len(documents)} documents differ, such as document {doc} of {task}"
     shared_keys = outcomes.keys() & other_outcomes
     if differing := [key for key in shared_keys if outcomes[key] != other_outcomes[key]]:
         task, doc, ablation = min(differing)
-        example = f"that of document {doc} of {task} under {ablation} among them"
+        example = f"such as the outcome of document {doc} of {task} under {ablation}"
         yield f"{len(differing)} outcomes differ, {example}"
 
 

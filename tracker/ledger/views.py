@@ -101,7 +101,7 @@ class CellIdentity(Record):
         """Read the text of a `cell.json`; raise ValueError if it is damaged or its key is wrong."""
         identity = cls.model_validate(parse_note(text))
         if cell_key(identity.model, identity.benchmark) != identity.key:
-            raise ValueError("its key is not that of what it describes")
+            raise ValueError("its key does not match its content")
         return identity
 
     def to_note(self) -> str:
