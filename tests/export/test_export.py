@@ -217,8 +217,8 @@ class TestFailedExport:
     @pytest.mark.parametrize(
         ("spoil", "problem"),
         [
-            (scale_weights, "what plain transformers loads is another model: logits of"),
-            (drop_weights, "has no place for, model.layers.1.mlp.down_proj"),
+            (scale_weights, "plain transformers loads a different model: logits of"),
+            (drop_weights, "does not use, the weight model.layers.1.mlp.down_proj"),
             (break_configuration, "does not load in a fresh process"),
         ],
     )
@@ -245,12 +245,12 @@ class TestFailedExport:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
         assert "is not written" in message
-        assert "Nothing of it is left" in message
+        assert "No file of it is left" in message
 
     def test_a_small_disk(self, refused, base, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
         message = refused(WorkError, base)
-        assert "has room for 1,048,576 bytes, and the checkpoint takes" in message
+        assert "has 1,048,576 bytes of free space, but the checkpoint needs" in message
 
     def test_a_model_that_cannot_shrink(self, refused, tmp_path):
         make_registered("jamba").save_pretrained(tmp_path / "jamba")
@@ -299,7 +299,7 @@ class TestProof:
     def test_answers_within_rounding_are_ties(self, prove_falsified):
         proof = prove_falsified(5e-4)
         assert proof.ties == 1
-        assert "but for 1 whose answers lie within rounding" in proof.sentences()[-1]
+        assert "except for 1 whose answers differ only within rounding" in proof.sentences()[-1]
 
     def test_another_figure(self, in_process, exported, measured, answers, monkeypatch):
         monkeypatch.setattr(MeasuredCell, "level", Estimate(0.75))
@@ -311,7 +311,7 @@ class TestRefusedExport:
     @pytest.mark.parametrize(
         ("folder", "problem"),
         [
-            ("there", "is a folder that holds something; name a new folder"),
+            ("there", "is a folder that is not empty; name a new folder"),
             ("there/thesis.tex", "is a file; name a new folder"),
             ("no/where", "there is no folder"),
         ],

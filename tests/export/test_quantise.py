@@ -153,7 +153,7 @@ def test_a_repeated_command_measures_nothing(quantised, tmp_path):
         (("--budget=much",), "invalid budget 'much'; expected e.g. 4.5bpw"),
         (("--budget=5bpw", "--format=q4_0"), "name two formats or more"),
         (("--budget=5bpw", "--format=q4_0,q8"), "there is no format 'q8'"),
-        (("--budget=5bpw", "--output", model), "is a folder that holds something"),
+        (("--budget=5bpw", "--output", model), "is a folder that is not empty"),
     ):
         result = cli(*command, *words)
         assert (result.exit_code, message in result.output) == (2, True), result.output

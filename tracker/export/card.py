@@ -49,18 +49,18 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "safetensors": Recipe(
-        "mergekit reads no GGUF file; this makes the folder that it reads:", "python"
+        "mergekit reads no GGUF file; this program makes the folder that mergekit reads:", "python"
     ),
     "mergekit": Recipe("mergekit (`mergekit-yaml RECIPE.yaml OUTPUT`):", "yaml"),
-    "llama.cpp": Recipe("llama.cpp, on a GGUF file of the base:", "sh"),
+    "llama.cpp": Recipe("llama.cpp, on a GGUF file of the base model:", "sh"),
     CONVERTER_RECIPE: Recipe(
         "llama.cpp, in the saved folder (llama-quantize cannot repeat layers):", "sh"
     ),
     WINDOWS_RECIPE: Recipe(
-        "llama.cpp computes from a layer's place whether it sees a window, and the layers that are "
-        "there do not follow the period of the base. So that file is another model, and so is "
-        "whatever convert_hf_to_gguf.py makes of this folder, until the file says which layers see "
-        "a window (read by b11739). This writes it:",
+        "llama.cpp infers from a layer's index whether the layer has a sliding window, but the "
+        "layers of this model do not follow the period of the base. So the file above is another "
+        "model, and so is any file of convert_hf_to_gguf.py from this folder, until it lists the "
+        "layers with a window (llama.cpp b11739 reads the list). This program writes the list:",
         "python",
     ),
     "llm-compressor": Recipe("llm-compressor, as its recipe:", "yaml"),
@@ -85,15 +85,15 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
 def no_recipe_reason(resized: Sequence[str]) -> str:
     """Return why there is no recipe of any tool; `resized` are changed configuration entries."""
     if not resized:
-        return "None: no tool has names for all of these formats and weights."
+        return "None: no tool supports all of these formats and weights."
     reason = (
-        "None: mergekit and llama.cpp change how many layers there are and nothing else, and this "
-        f"configuration says more of each: {', '.join(resized)}."
+        "None: mergekit and llama.cpp change only the number of layers, but this configuration "
+        f"also describes each layer: {', '.join(resized)}."
     )
     if "layer_types" in resized:
         reason += (
-            " Programs that infer a layer's kind from its index, as some converters do, build "
-            "another model from this folder: compare its logits with this model's."
+            " Programs that infer a layer's kind from its index, such as some converters, build "
+            "another model from this folder: compare its logits with the logits of this model."
         )
     return reason
 
@@ -365,7 +365,7 @@ def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
     ignored = [] if "lm_head" in formats else ["lm_head"]
     modifier = {"ignore": ignored, "config_groups": groups}
     recipe = {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}
-    comment = f"# {tied} is left as it is: it is the head too.\n" if tied else ""
+    comment = f"# {tied} is not quantised, because it is also the output head.\n" if tied else ""
     return comment + yaml.safe_dump(recipe, sort_keys=False, width=1000)
 
 

@@ -55,7 +55,7 @@ def layer_change(
 ) -> ModelChange:
     """Return the change for a removal or repetition of layers; raise RequestError for others."""
     if repeats is not None and not repeat:
-        raise RequestError("--repeats says how often layers are passed; name them: --repeat 8-11")
+        raise RequestError("--repeats needs the layers that are repeated: add --repeat 8-11")
     if not repeat:
         if not remove:
             raise RequestError("nothing to remove or repeat; use --remove 3,17 or --repeat 8-11")
@@ -63,16 +63,16 @@ def layer_change(
         return removal(remove)
     if remove:
         raise RequestError(
-            "--remove and --repeat are saved one after the other: export with the one, and give "
-            "the folder that it makes to 'tracker export FOLDER' with the other"
+            "--remove and --repeat cannot be saved in one step: export with one of the options, "
+            "then give the new folder to 'tracker export FOLDER' with the other option"
         )
     if component != "layer":
         raise RequestError("--repeat runs whole layers a second time; leave --component out")
     n_passes = 2 if repeats is None else repeats
     if list(repeat) != list(range(repeat[0], repeat[-1] + 1)):
-        raise RequestError("--repeat is one stretch of neighbours, as in --repeat 8-11")
+        raise RequestError("--repeat takes one span of consecutive layers, as in --repeat 8-11")
     if n_passes < 2:
-        raise RequestError("--repeats counts all passes: 2 is twice")
+        raise RequestError("--repeats counts all passes, so it must be at least 2 (twice)")
     repetition = Change("layer", tuple(repeat), "repeat", repeats=n_passes)
     return ModelChange(Ablation.from_changes(repetition))
 
@@ -84,10 +84,10 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
     sublayers = "attentions" if component == "attention" else "MLPs"
     raise RequestError(
         f"plain transformers cannot load a checkpoint without some {sublayers}: its classes give "
-        "every layer both. Export whole layers (--remove), or use the model classes of LLM-Drop "
-        "(https://github.com/CASE-Lab-UMD/LLM-Drop). They read this from config.json:\n"
-        f"{skip_lists(component, layers)}\n"
-        "vLLM loads such models as nemotron-nas, with no_op in a layer's block_configs."
+        "every layer an attention and an MLP. Export whole layers (--remove), or use the model "
+        "classes of LLM-Drop (https://github.com/CASE-Lab-UMD/LLM-Drop). They read this from "
+        f"config.json:\n{skip_lists(component, layers)}\nvLLM loads such models as nemotron-nas, "
+        "with no_op in a layer's block_configs."
     )
 
 
@@ -95,7 +95,7 @@ def refuse_units(units: Collection[Component]) -> None:
     """Raise RequestError if results of searches for parts other than layers are to be saved."""
     other_units = sorted(set(units) - {"layer"})
     if other_units:
-        raise RequestError(f"--output cannot save unit {other_units[0]}; leave --output out")
+        raise RequestError(f"--output needs unit layer, not {other_units[0]}; leave --output out")
 
 
 class ChangedModel(NamedTuple):

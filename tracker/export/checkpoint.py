@@ -87,7 +87,7 @@ def model_request(model: str, benchmark: str | None, **settings: Any) -> CellReq
     """Build a request for a model, and optionally a benchmark; raise RequestError if invalid."""
     extra = [f"--{name}" for name in _BENCHMARK_SETTINGS if settings.get(name) is not None]
     if benchmark is None and extra:
-        raise RequestError(f"{extra[0]} is about a benchmark; name one, as in --benchmark arc_easy")
+        raise RequestError(f"{extra[0]} needs a benchmark; name one, as in --benchmark arc_easy")
     return cell_request(model=model, benchmark=benchmark or "none", layers=(), **settings)
 
 
@@ -96,7 +96,7 @@ def refuse_output(output: Path) -> None:
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
-        problem = "is a folder that holds something" if output.is_dir() else "is a file"
+        problem = "is a folder that is not empty" if output.is_dir() else "is a file"
         raise RequestError(f"--output: {output} {problem}; name a new folder")
     if not output.absolute().parent.is_dir():
         raise RequestError(f"--output: there is no folder {output.absolute().parent}")
@@ -123,7 +123,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
     backends = [service(target(text, "lighter models").backend) for text in request.track]
     refuse_output(request.output)
     if request.register and not any("registered models" in backend.can for backend in backends):
-        raise RequestError("--register is a name in MLflow's registry; add --track mlflow")
+        raise RequestError("--register needs MLflow's model registry; add --track mlflow")
     source = find_model(request.request.model, trust_remote_code)
     is_rounded = change.kind == "quantised"
     if request.has_benchmark and not is_rounded:
@@ -137,7 +137,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
     record, cell = _measure_cost(request, progress) if request.has_benchmark else (None, None)
     with draft_folder(request.output) as folder:
         model, answers = _write_checkpoint(request, source, folder, progress)
-        progress.say("loading it in a fresh process" + (", for lm-eval" if cell else ""))
+        progress.say("loading the model in a fresh process" + (", for lm-eval" if cell else ""))
         release_memory()
         try:
             proof = prove(folder, answers, cell, trust_remote_code)
@@ -269,7 +269,7 @@ def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str
     threads = f", {count_text(answers.n_threads, 'thread')}" if answers.device == "cpu" else ""
     cores = count_text(int(facts["cores"]), "core")
     return (
-        f"both by turns in one process, batch {TIMING_BATCH}, {length} tokens, {dtype}, on "
+        f"both models in turns in one process, batch {TIMING_BATCH}, {length} tokens, {dtype}, on "
         f"{answers.device}{threads} ({facts['platform']}, {cores})"
     )
 
@@ -298,8 +298,8 @@ def _refuse_small_disk(folder: Path, size: int) -> None:
     free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < size + _RESERVED_BYTES:
         raise WorkError(
-            f"{folder.parent} has room for {free_bytes:,} bytes, and the checkpoint takes {size:,} "
-            "and some more; nothing was written"
+            f"{folder.parent} has {free_bytes:,} bytes of free space, but the checkpoint needs "
+            f"more than {size:,} bytes; nothing was written"
         )
 
 
@@ -315,9 +315,9 @@ def draft_folder(output: Path) -> Iterator[Path]:
         reason = error.strerror or str(error)
         if error.errno in _DISK_FULL_ERRORS:
             reason = "the disk is full"
-        raise WorkError(f"{output} is not written: {reason}. Nothing of it is left.") from None
+        raise WorkError(f"{output} is not written: {reason}. No file of it is left.") from None
     except SafetensorError as error:
         if "os error" not in str(error).lower():
             raise
         # The message of safetensors for it: "I/O error: No space left on device (os error 28)"
-        raise WorkError(f"{output} is not written: {error}. Nothing of it is left.") from None
+        raise WorkError(f"{output} is not written: {error}. No file of it is left.") from None

@@ -82,16 +82,16 @@ class Proof:
         difference = self.difference
         precision = "bit by bit" if difference == 0 else f"to within {difference:.1e} (rounding)"
         sentences = [
-            f"Loaded in a fresh process by plain AutoModelForCausalLM, {self.texts} texts have the "
-            f"logits of the model that was really changed, {precision}."
+            f"In a fresh process, plain AutoModelForCausalLM computes for {self.texts} texts the "
+            f"same logits as the model that was changed in memory, {precision}."
         ]
         if self.tasks:
             name = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
             figure = "".join(f": {metric} {value!r}" for metric, value in self.figure.items())
-            exception = f", but for {self.ties} whose answers lie within rounding of each other"
+            exception = f", except for {self.ties} whose answers differ only within rounding"
             sentences.append(
-                f"Scored there by plain lm-eval, each of {self.documents:,} documents of {name} is "
-                f"judged as was measured{exception if self.ties else ''}{figure}."
+                f"In this process, plain lm-eval judges each of {self.documents:,} documents of "
+                f"{name} as tracker measured{exception if self.ties else ''}{figure}."
             )
         return sentences
 
@@ -226,11 +226,11 @@ class ExportedModel:
     def speed(self) -> str:
         """A sentence that compares the speed of the model and the base."""
         if self.faster is None:
-            return "Its speed could not be measured: other work on the machine disturbed the timing"
+            return "The model's speed could not be measured: other work disturbed the timing"
         ratio, low, high = self.faster
         return (
-            f"It reads {ratio:.2f} times as fast as the base, in the middle half of all turns "
-            f"{low:.2f} to {high:.2f}"
+            f"The model reads {ratio:.2f} times as fast as the base; half of all timed turns lie "
+            f"between {low:.2f} and {high:.2f}"
         )
 
     def figures(self) -> dict[str, float]:

@@ -199,7 +199,7 @@ def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if process.returncode:
         error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         raise WorkError(
-            "what was saved does not load in a fresh process, or lm-eval cannot score it: "
+            "the saved checkpoint does not load in a fresh process, or lm-eval cannot score it: "
             f"{error[:_MAX_ERROR_CHARACTERS]}"
         )
     answer: dict[str, Any] = json.loads(Path(question["answer"]).read_text(encoding="utf-8"))
@@ -211,16 +211,16 @@ def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
     """Raise WorkError if weights or tokens of the saved model differ."""
     if names := answer["not_as_saved"]:
-        raise WorkError(f"plain transformers does not find, or has no place for, {names[0]}")
+        raise WorkError(f"plain transformers lacks, or does not use, the weight {names[0]}")
     if answer["parameters"] != expected.n_parameters:
         raise WorkError(
-            f"plain transformers loads {answer['parameters']:,} parameters, and the model "
-            f"here has {expected.n_parameters:,}"
+            f"plain transformers loads {answer['parameters']:,} parameters, but the model in "
+            f"memory has {expected.n_parameters:,}"
         )
     tokens = zip(PROOF_TEXTS, answer["tokens"], expected.tokens, strict=True)
     for text, saved_tokens, expected_tokens in tokens:
         if saved_tokens != expected_tokens:
-            raise WorkError(f"the saved tokenizer makes other tokens of {text!r}")
+            raise WorkError(f"the saved tokenizer makes different tokens of {text!r}")
 
 
 def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -> float:
@@ -231,7 +231,7 @@ def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -
         difference = float((their_logits - our_logits).abs().max())
         if not difference <= max_nats + max_share * float(our_logits.abs().max()):
             raise WorkError(
-                f"what plain transformers loads is another model: logits of {text!r} differ by "
+                f"plain transformers loads a different model: logits of {text!r} differ by "
                 f"{difference:.3g}"
             )
         largest = max(largest, difference)
@@ -261,8 +261,8 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
                 ties.add(key)
                 continue
             raise WorkError(
-                f"document {number} of {task}: lm-eval finds {name} {saved_value} on what was "
-                f"saved, and {value} was measured (answers differ by up to {nats:.3g} nats)"
+                f"document {number} of {task}: lm-eval finds {name} {saved_value} for the saved "
+                f"model, but {value} was measured (answers differ by up to {nats:.3g} nats)"
             )
     if n_missing := cell.n - len(keys):
         raise WorkError(f"lm-eval left out {n_missing} of the documents that were measured")
