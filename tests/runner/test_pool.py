@@ -140,7 +140,7 @@ def test_documents_that_kill_their_threadsfail_their_cell_alone(shared, error):
     assert str(cells.outcomes["arc_easy"]) == (
         f"{MAX_DEATHS} workers died over the same documents of arc_easy; the last: out of memory"
     )
-    assert "worker 1 died; what it did is done again (out of memory)" in cells.heard.lines
+    assert "worker 1 died; its unfinished work is done again (out of memory)" in cells.heard.lines
     assert len(cells.store("arc_challenge").read()) == DOCUMENTS * 5
     # The other block was measured, and is kept.
     _, store = cells.ledger.cells()

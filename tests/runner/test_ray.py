@@ -95,7 +95,7 @@ def test_a_cluster_that_is_gone_is_said_at_once(
 def test_two_nodes_give_what_one_process_gives_also_where_a_worker_is_killed(as_one_process):
     _, heard = as_one_process(partial(kill_program, "ray::RemoteWorker.measure"), executor="ray")
     (death,) = [line for line in heard.lines if "died" in line]
-    assert re.fullmatch(r"worker [12] on \S+ died; what it did is done again \(.+\)", death)
+    assert re.fullmatch(r"worker [12] on \S+ died; its unfinished work is done again \(.+\)", death)
 
 
 def test_a_worker_gets_as_many_gpus_of_a_node_as_its_model_needs(monkeypatch):

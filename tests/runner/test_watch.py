@@ -135,7 +135,7 @@ def test_what_is_removed_besides_is_measured_together(tiny_llama, experiment, tm
     run_results = run_experiment(experiment(model, data=data, removed=views), joint_folder, heard)
     assert [list(cell.removed) for cell in run_results.cells] == views
     assert [len(cell.runs) for cell in run_results.cells] == [4, 2]
-    assert sum("checking that sharing" in line for line in heard.lines) == 1
+    assert sum("checking that shared computation" in line for line in heard.lines) == 1
     assert heard.n_counted == heard.n_expected
 
     for view in views:

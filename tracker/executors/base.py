@@ -63,7 +63,7 @@ def open_executor(options: Options) -> Executor:
             return None
         reason = f"{type(error).__name__}: {last_line(error)}"
         return RequestError(
-            f"--executor {name}, an entry point {entry_point.value}, cannot be opened: {reason}"
+            f"--executor {name}: its entry point {entry_point.value} cannot be loaded: {reason}"
         )
 
     with translate_errors(wrap_error):

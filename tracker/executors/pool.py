@@ -210,7 +210,7 @@ class WorkerPool:
             # A machine on which no worker can open the cell must not fail the cell for the others.
             limit = MAX_DEATHS * (len(self._workers) if block is None else 1)
             if cell.deaths[block] < limit:
-                text = f"{worker.name} died; what it did is done again ({reason})"
+                text = f"{worker.name} died; its unfinished work is done again ({reason})"
                 self._report.progress.say(text)
                 return
             activity = "opening it" if block is None else f"the same documents of {block.task}"
@@ -251,8 +251,8 @@ def group_devices(
     n_groups = n_groups or len(devices) // size
     if not n_groups or n_groups * size > len(devices):
         raise RequestError(
-            f"{max(n_groups, 1)} workers of {size} accelerators each: this machine has "
-            f"{len(devices)}; lower --workers or --devices-per-worker"
+            f"{max(n_groups, 1)} workers with {size} accelerators each are requested, but this "
+            f"machine has {len(devices)}; lower --workers or --devices-per-worker"
         )
     if can_grow and size > 1:
         size = len(devices) // n_groups

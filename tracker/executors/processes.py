@@ -59,9 +59,9 @@ class WorkerProcess(RemoteObject):
     @override
     def _why_ended(self, code: int | None) -> str:
         if code is None:
-            return "it does not answer any more"
+            return "the worker does not answer any more"
         if code == -signal.SIGKILL:
-            return "killed, as the system does when memory runs out; fewer workers need less"
+            return "it was killed, as the system does when memory runs out; use fewer workers"
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         lines = self._output.read_text(errors="replace").strip().splitlines()
         return f"{cause}: {lines[-1][:300]}" if lines else cause
@@ -85,8 +85,8 @@ class ProcessesExecutor:
                 raise RequestError("--devices-per-worker: there are no accelerators to choose from")
             if device.type != "cpu" and (options.workers or 1) > 1:
                 raise RequestError(
-                    f"--workers {options.workers}: {device} has room for one worker; use --device "
-                    "all, or --device cpu, which divides the cores"
+                    f"--workers {options.workers}: only one worker can use {device}; use --device "
+                    "all, or --device cpu, where the workers share the cores"
                 )
         elif options.devices_per_worker or options.workers:
             group_devices(self._devices, options.devices_per_worker or 1, options.workers)

@@ -47,9 +47,9 @@ class RayExecutor:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise RequestError(
-                    f"the Ray cluster cannot be reached: {last_line(error)}. It is looked for at "
-                    "RAY_ADDRESS, then where 'ray start' made one here; to do without, unset "
-                    "RAY_ADDRESS and type: ray stop"
+                    f"the Ray cluster cannot be reached: {last_line(error)}. tracker uses the "
+                    "cluster at RAY_ADDRESS, else the one that 'ray start' made on this machine. "
+                    "To run without a cluster, unset RAY_ADDRESS and type: ray stop"
                 ) from None
         size = options.devices_per_worker
         if not list(_make_actors(options, size or 1)):

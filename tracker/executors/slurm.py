@@ -166,8 +166,8 @@ class _SubmittedJob:
         cell = find_cell(request, self._reporting.ledger)
         if cell.store is None or not cell.complete:
             return CellError(
-                f"its job ended well, but {self._reporting.ledger.root} lacks the outcomes; the "
-                "results folder must be on a file system that all nodes share"
+                f"its SLURM job ended well, but {self._reporting.ledger.root} lacks the outcomes; "
+                "the results folder must be on a file system that all nodes share"
             )
         return cell.store
 
@@ -177,7 +177,7 @@ def _make_executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) ->
     settings = dict(_DEFAULT_PARAMETERS)
     for key, value in parameters.items():
         if key in ("time", "timeout_min") and not isinstance(value, int | float):
-            raise RequestError(f"--slurm {key}={value}: it is in minutes, such as {key}=240")
+            raise RequestError(f"--slurm {key}={value}: expected minutes, such as {key}=240")
         settings[key if key in _COMMON_PARAMETERS else f"slurm_{key}"] = value
     try:
         # CellJob counts time-outs itself, because it knows whether it has written new shards.
@@ -194,8 +194,8 @@ def _make_executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) ->
         raise RequestError(f"--slurm: {first_line(error)}") from None
     except RuntimeError as error:
         raise RequestError(
-            f"there is no SLURM here ({error}). Log in to the cluster, or try the same jobs on "
-            "this machine with --slurm cluster=local"
+            f"SLURM is not available here ({error}). Log in to the cluster, or try the same jobs "
+            "on this machine with --slurm cluster=local"
         ) from None
     return executor
 
@@ -251,8 +251,8 @@ class CellJob(Checkpointable):  # type: ignore[misc]
         self._shards = n_shards
         if self._starts > MAX_STARTS:
             raise CellError(
-                f"its job was stopped {MAX_STARTS} times before a single block of documents was "
-                "measured; give it more time: --slurm timeout_min=240"
+                f"the SLURM job was stopped {MAX_STARTS} times before it measured a single block "
+                "of documents; give the job more time: --slurm timeout_min=240"
             )
         job = Job(cells, open_benchmark(cells[0].request))
         reporting = Reporting(ledger, _Log(), lambda *_: None, lambda *_: None)

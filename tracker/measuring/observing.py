@@ -111,6 +111,6 @@ def open_observed_cell(
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_other_tokens(store, meter.facts, progress)
-    progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
+    progress.say(f"{request.benchmark}: checking that shared computation is exact")
     meter.check(Checks(ledger.root))
     return meter.engine, meter.documents
