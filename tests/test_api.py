@@ -208,11 +208,13 @@ def test_model_objects_that_cannot_be_saved_are_refused(loaded, tmp_path):
         tracker.run(**settings)
     with pytest.raises(RequestError, match="a model of transformers"):
         tracker.run(**{**settings, "model": torch.nn.Linear(1, 1)}, tokenizer=tokenizer)
-    with pytest.raises(RequestError, match=r"ray takes the name .*save_pretrained\(FOLDER\)"):
+    with pytest.raises(
+        RequestError, match=r"executor ray needs the name .*save_pretrained\(FOLDER\)"
+    ):
         tracker.run(**settings, tokenizer=tokenizer, executor="ray")
     with pytest.raises(RequestError, match=r"parameters\.limit"):
         tracker.run(**settings, tokenizer=tokenizer, limit=-1)
-    with pytest.raises(RequestError, match="run, study and prune take the object"):
+    with pytest.raises(RequestError, match="run, study and prune accept a model object"):
         tracker.plan(**settings)
     with pytest.raises(RequestError, match=r"benchmark is missing; .*run\(model=model, benchmark="):
         tracker.run(model=model, tokenizer=tokenizer, results=tmp_path / "r")

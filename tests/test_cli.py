@@ -222,7 +222,7 @@ def test_commands_accept_experiments_in_all_forms(model, experiment, tmp_path):
     assert f"experiment: {stored_file}" in pruned
     assert "arc_easy: last, remove 2" in printed("plan", stored_file, "--remove=2", "--gflops=1")
     bench = ("bench", experiment(model, benchmark=["arc_easy", "piqa"]))
-    refused(cli(*bench), "has 2 measurements, and one is timed at a time: add --model")
+    refused(cli(*bench), "has 2 measurements, but tracker bench times only one: add --model")
 
 
 def test_run_then_run_again(tiny_llama, experiment, tmp_path):
@@ -337,16 +337,16 @@ def test_ls_lists_unfinished_cells(tmp_path):
     (requests,) = root.glob("cells/*/requests")
     shutil.rmtree(requests)
     output = printed("ls", "--results", root)
-    assert f"unfinished: {requests.parent}: 6 documents; its run goes" in output
-    refused(cli("report", "--results", root), "no finished benchmark", "goes on with it")
+    assert f"unfinished: {requests.parent}: 6 documents; its run is in progress" in output
+    refused(cli("report", "--results", root), "no finished benchmark", "to start or continue")
     synced = printed("sync", "--results", root)
     assert synced.startswith("published: 0 measurements\n")
-    assert f"not published yet: {requests.parent}: its run goes on" in synced
+    assert f"not published yet: {requests.parent}: its run is in progress" in synced
     finished = faults.make_results(tmp_path / "finished")
     for command in (("report", "--output", tmp_path / "both.html"), ("leaderboard",)):
         output = printed(*command, root, finished)
         assert output.count("not shown yet") == 1
-        assert f"not shown yet: {requests.parent}: its run goes on" in output
+        assert f"not shown yet: {requests.parent}: its run is in progress" in output
     shutil.rmtree(requests.parent / "shards")
     assert "unfinished" not in cli("ls", "--results", root).output
 

@@ -183,8 +183,8 @@ def _read_experiment(
 
     if call.options.executor != "local":
         raise RequestError(
-            f"a model object stays in this process; {call.options.executor} takes the name or "
-            "the folder of a model. Save it: model.save_pretrained(FOLDER), "
+            f"a model object stays in this process; executor {call.options.executor} needs the "
+            "name or the folder of a model. Save the model: model.save_pretrained(FOLDER), "
             "tokenizer.save_pretrained(FOLDER), and give model=FOLDER"
         )
     # Everything else is checked before the model is saved.
@@ -365,7 +365,7 @@ def quantise(
     if output is None:
         return results
     if len(results.files) != 1:
-        count = f"--output saves one model, but {len(results.files)} are recommended"
+        count = f"--output saves one model, but {len(results.files)} models are recommended"
         raise RequestError(f"{count}; ask for one model and one benchmark")
     note = read_note(results.files[0])
     change, request = rounding(note["formats"]), stored_request(note["tested_on"])
@@ -494,8 +494,8 @@ def _read_searches(
     _refuse_incomplete(experiment, settings, call)
     if _is_model_object(settings.get("model")):
         raise RequestError(
-            "a model object is saved when it is measured, and nothing is written here; give the "
-            "model's name or folder. run, study and prune take the object"
+            "validate and plan take no model object, because they save no model; give the model's "
+            "name or folder. run, study and prune accept a model object"
         )
     if not requests_searches(experiment, settings):
         return None
@@ -781,8 +781,8 @@ def _collect(
         raise TrackingError("\n".join(problems))
     if not collected.cells:
         raise RequestError(
-            f"there is no finished benchmark in {mask_secrets(', '.join(names))} yet; "
-            "tracker run EXPERIMENT.yaml begins one, or goes on with it"
+            f"there is no finished benchmark in {mask_secrets(', '.join(names))} yet; to start or "
+            "continue a measurement, type: tracker run EXPERIMENT.yaml"
         )
     notes = tuple(f"not shown yet: {cell}" for cell in collected.unfinished)
     outcome = RunOutcome(cells=[*collected.cells], failed=collected.failed)

@@ -44,8 +44,8 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert (cell.is_stopped, cell.is_complete) == (True, False)
     most = max(record.n for record in cell.runs)
     assert cell.missing_labels == (
-        f"stopped at the answer to 'drop within 10 pp at 80 %': {cell.n} to {most} of {total} "
-        "documents were looked at, run by run",
+        "stopped at the answer to 'drop within 10 pp at 80 %': each run was evaluated on "
+        f"{cell.n} to {most} of {total} documents",
     )
     assert heard.n_counted == heard.n_expected
     assert "the drops of layers 0, 1 and 2 are not known within 10 pp; 64 documents" in heard.lines
@@ -139,12 +139,16 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     heard, results = RecordingProgress(), tmp_path / "results"
     settings = {"limit": None, "benchmark": "copa", "layer": [1, 2]}
     tie_file = experiment(folder, **settings, until="top 1")
-    assert "once 32 are measured: --set until=null --sample 64" in plan_text(tie_file, results)
+    assert (
+        "once 32 documents are measured. To measure some, add --set until=null --sample 64"
+        in plan_text(tie_file, results)
+    )
     run_experiment(experiment(folder, "pilot.yaml", **settings, sample=40), results)
     assert (
-        "until top 1: about 100 of 100 documents and 100 % of the layer passes; in nine of ten "
-        "cases at most 100 and 100 %. This is simulated from 40 measured documents; few give too "
-        "low a figure. In 100 % of the simulations all documents leave it open"
+        "until top 1: the answer needs about 100 of 100 documents and 100 % of the layer passes; "
+        "in nine of ten simulations at most 100 documents and 100 %. Simulated from 40 measured "
+        "documents; with few documents, the estimate is too low. In 100 % of the simulations all "
+        "documents do not suffice"
     ) in plan_text(tie_file, results)
     run_results = run_experiment(tie_file, results, heard)
     assert [record.drop.value for record in run_results.cells[0].runs] == [0, 0]
@@ -156,7 +160,7 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     assert "copa: top 1: the largest drop is not separated by all" in plan_text(tie_file, results)
     # Other questions, which all that is measured answers.
     for text, answer in (
-        ("sign", "the drops above 0 are those of none, below 0 none (95 %"),
+        ("sign", "above 0 are the drops of none, below 0 the drops of none (95 %"),
         ("prune 1 within 99 pp", "the smallest drop is that of layer 1 (95 %"),
         ("top 1 within 99 pp at 90 %", "the largest drop is that of layer 1 (90 %"),
     ):

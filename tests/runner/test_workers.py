@@ -46,7 +46,7 @@ def test_a_failure_stays_in_its_cell(tiny_llama, experiment, tmp_path):
     code, output = type_command("run", file, "--results", tmp_path / "results", "--track", "none")
     assert code == 1, output
     assert "continuation" in output
-    assert "to run just what failed, give the same command again" in output
+    assert "to repeat only failed ones, type the same command again" in output
     assert "arc_challenge · 0-shot" in output
 
 
@@ -59,7 +59,9 @@ def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process
     assert heard.lines.count("2 workers, 1 thread each") == 1
     assert heard.lines.count("loading tiny-llama") == 1
     (death,) = [line for line in heard.lines if "died" in line]
-    assert re.match(r"worker [12] died; what it did is done again \(killed, as the", death)
+    assert re.match(
+        r"worker [12] died; its unfinished work is done again \(it was killed, as the", death
+    )
     assert not list(descendants(WORKER))
 
 

@@ -86,8 +86,8 @@ class BenchResult:
         ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in self.times_the_passes.items())
         weights = (
             f"weights       {self.offloaded_bytes / 1e9:8.1f} GB  offloaded, "
-            f"{self.read_bytes / 1e9:.1f} GB were read; {100 * self.waiting_share:.1f} % of "
-            "the time waited for them"
+            f"{self.read_bytes / 1e9:.1f} GB read; {100 * self.waiting_share:.1f} % of the time "
+            "spent waiting for weights"
         )
         lines = [
             f"{self.benchmark}, {self.documents} documents, {self.ablations} ablations, "
@@ -95,10 +95,11 @@ class BenchResult:
             f"engine        {self.engine_seconds:8.1f} s   (self-check {notes})",
             *[weights] * bool(self.offloaded_bytes),
             *(loop.text(name) for name, loop in self.loops.items()),
-            f"layer passes  {self.layer_passes:8,.0f}     (counted; times as many: {ratios})",
+            f"layer passes  {self.layer_passes:8,.0f}     (counted; ratio of other programs: "
+            f"{ratios})",
             f"rate          {self.engine_gflops:8.0f} GFLOP/s, "
-            f"{100 * self.engine_gflops / self.matrix_gflops:.0f} % of "
-            f"{self.matrix_gflops:.0f} in a matrix product",
+            f"{100 * self.engine_gflops / self.matrix_gflops:.0f} % of the "
+            f"{self.matrix_gflops:.0f} GFLOP/s of a matrix product",
             f"peak memory   {self.engine_peak_gib:8.1f} GiB",
         ]
         return "\n".join(lines)
@@ -120,7 +121,9 @@ def prepare_engine(
     encoder = RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark)
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
-        raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")
+        raise BenchmarkError(
+            f"{request.benchmark} generates texts; tracker bench only times scoring"
+        )
     engine = set_row_size(Engine(loaded, encoder.max_length, memory=options.memory))
     return engine, documents, f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot"
 
@@ -164,7 +167,7 @@ def run_bench(
 
     check_seconds = None
     if with_check:
-        progress.say("checking that sharing is exact for this model")
+        progress.say("checking that shared computation is exact")
         check_seconds, checked = time_call(lambda: check_sharing(engine, documents, ablations))
         engine = checked.engine
 

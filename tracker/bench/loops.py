@@ -197,8 +197,8 @@ def refuse_vllm(request: CellRequest) -> None:
     """Raise RequestError, before anything is loaded, if vLLM cannot be timed for a request."""
     parts = ", ".join(sorted({*request.changes.components} - {"layer"}))
     reasons = {
-        f"only whole layers are passed over in vLLM, not {parts}; leave --component out": parts,
-        "vLLM does not take model_args; leave them out": request.model.model_args,
+        f"vLLM can only skip whole layers, not {parts}; leave --component out": parts,
+        "vLLM does not take model_args; leave model_args out": request.model.model_args,
         "vLLM is not installed in this environment; type pip install vllm": not find_spec("vllm"),
     }
     for reason in (text for text, applies in reasons.items() if applies):
@@ -235,8 +235,8 @@ def open_vllm(
     if device != loaded.device.type or loaded.device.index or offloaded:
         state = "offloaded" if offloaded else f"on {loaded.device}"
         raise RequestError(
-            f"--against vllm: vLLM runs on the first device of type {device or 'none'}, and the "
-            f"model is {state}; leave --against out"
+            f"--against vllm: vLLM only runs on the first device of type {device or 'none'}, but "
+            f"the model is {state}; leave --against out"
         )
     empty_cache()
     memory_share = VLLM_MEMORY_SHARE * free_memory(loaded.device) / total_memory(loaded.device)

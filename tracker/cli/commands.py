@@ -230,7 +230,7 @@ class BenchOptions(CommandOptions):
 @add_options(BenchOptions, "components", "against")
 @device_options
 @add_options(ExecutionOptions, "offload")
-@click.option("--check/--no-check", "checking", default=True, help="Whether to run the self-check.")
+@click.option("--check/--no-check", "checking", default=True, help="Run or skip the self-check.")
 @add_options(BenchOptions, "as_json")
 @trust_option
 def bench(
@@ -276,8 +276,8 @@ def bench(
     request, *others = loaded.file.cells()
     if others:
         raise ExperimentError(
-            f"{loaded.source} has {len(others) + 1} measurements, and one is timed at a time: add "
-            f"--model {request.model} --benchmark {request.benchmark}"
+            f"{loaded.source} has {len(others) + 1} measurements, but tracker bench times only "
+            f"one: add --model {request.model} --benchmark {request.benchmark}"
         )
     display = ProgressDisplay(error=True)
     comparison = measure(request, Options(**options), display, checking, against)
@@ -344,7 +344,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     "--gflops",
     type=click.FloatRange(min=0, max=1e12, min_open=True, max_open=True),
     callback=check_finite,
-    help="Assumed rate in GFLOP/s (default: measured here with a matrix product).",
+    help="Assumed compute rate in GFLOP/s (default: the rate of a matrix product, measured here).",
 )
 @trust_option
 @results_option

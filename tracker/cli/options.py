@@ -60,7 +60,7 @@ class PathType(TextType):
     def read(self, text: str) -> Path:
         """Read a path; the command reports what does not exist."""
         if not str(text).strip():
-            raise ValueError("it is empty; write '.' for this folder")
+            raise ValueError("the path is empty; write '.' for this folder")
         path = Path(text)
         try:
             path.lstat()
@@ -200,8 +200,8 @@ class TrialCommand(GroupedCommand):
         if "--layer=all" in args:
             raise click.UsageError(
                 "--layer=all: a trial measures one layer, and W&B does not count a model's layers. "
-                "Write them for wandb sweep, such as layer: {min: 0, max: 29}, or type "
-                "tracker run FILE, which takes all",
+                "Write the layers into the sweep file, for example layer: {min: 0, max: 29}, or "
+                "type tracker run FILE, which measures all layers",
                 ctx,
             )
         given_args = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
@@ -305,7 +305,7 @@ def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
     if setting[0] not in known_keys:
         suggestion = did_you_mean(setting[0], known_keys)
         raise click.UsageError(
-            f"--set {setting[0]}: no experiment file has such a key.{suggestion}"
+            f"--set {setting[0]}: experiment files have no such key.{suggestion}"
         )
     return setting
 
@@ -326,7 +326,7 @@ def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path |
     example = f"tracker {command} {model} --benchmark arc_easy {amount}"
     if "benchmark" not in settings and experiment is not None:
         raise click.UsageError(
-            f"{_describe_missing(experiment)} add what it is measured on: {example}"
+            f"{_describe_missing(experiment)} add a benchmark, for example: {example}"
         )
     if missing_keys := [key for key in ("model", "benchmark") if key not in settings]:
         raise click.UsageError(
@@ -335,7 +335,7 @@ def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path |
         )
     if command == "prune" and not {"remove", "keep"} & settings.keys():
         raise click.UsageError(
-            f"--remove or --keep is missing: how much is to go? Such as {example}"
+            f"--remove or --keep is missing; give the amount to remove, for example: {example}"
         )
     return None
 
@@ -352,7 +352,7 @@ def _describe_missing(name: str) -> str:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise click.UsageError(
-            f"{name} is a folder without config.json, so no model, and no experiment file either"
+            f"{name} is a folder without config.json, so neither a model nor an experiment file"
         )
     if path.exists() or name.startswith("package:"):
         return f"{name} is a model;"
@@ -488,7 +488,7 @@ def choose_folder(folder: Path | None, results: Path) -> Path:
         return results
     source = click.get_current_context().get_parameter_source("results")
     if source is ParameterSource.COMMANDLINE and results != folder:
-        raise click.UsageError(f"two folders are given, {folder} and {results}; give one")
+        raise click.UsageError(f"two results folders are given, {folder} and {results}; give one")
     return folder
 
 
@@ -518,6 +518,6 @@ def publish_option(subject: str) -> Callable[[F], F]:
         "--publish",
         multiple=True,
         metavar="TARGET",
-        help=f"Tracking project that gets {subject}: mlflow[:PROJECT] or wandb[:ENTITY/PROJECT] "
-        "(default: the experiment's project). May be given several times.",
+        help=f"Tracking project that receives {subject}: mlflow[:PROJECT] or "
+        "wandb[:ENTITY/PROJECT] (default: the experiment's project). May be given several times.",
     )

@@ -165,7 +165,10 @@ def print_results(cells: Sequence[CellRecord]) -> None:
     echo()
     print_table(build_table("", columns, cells))
     if any(cell.whole_layers for cell in cells):
-        echo("Spearman correlation of the two rankings: 1 = identical, 0 = unrelated.")
+        echo(
+            "Spearman correlation of the rankings by cosine score and by accuracy lost: "
+            "1 = identical, 0 = unrelated."
+        )
     for cell in cells:
         if any(verdict != "open" for verdict in run_verdicts(cell, cell.runs).values()):
             print_cell(cell, brief=True, average=id(cell) in averaged_ids)
@@ -272,10 +275,10 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         topics = ["layers", *["models"] * (len(board_tables) > 1), "intervals"]
         echo_all(*map(rule, topics))
     else:
-        echo("nothing is ranked: no benchmark here counts")
+        echo("nothing is ranked: every benchmark is left out")
     if notes:
         n_more = len(notes) - _MAX_NOTES
-        more = f" And {n_more} more, which the page names." if n_more > 0 else ""
+        more = f" The page lists {n_more} more." if n_more > 0 else ""
         echo(f"left out: {' '.join(notes[:_MAX_NOTES])}{more}")
 
 
@@ -290,7 +293,7 @@ def print_end(result: Results, is_new: bool = False) -> None:
     print_failures("failed", outcome.failed)
     if outcome.failed:
         echo(
-            "what was measured is kept; to run just what failed, give the same command again",
+            "all measurements are kept; to repeat only failed ones, type the same command again",
             error=True,
         )
     print_failures("not published", outcome.unpublished)
@@ -345,7 +348,9 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         return "as above" if cell.shared else _time_text(seconds(cell))
 
     def work_saved(cell: PlannedCell) -> str:
-        return f"{cell.cost.naive_flops / cell.cost.flops:.1f} × less than lm-eval per layer"
+        return (
+            f"{cell.cost.naive_flops / cell.cost.flops:.1f} × less than one lm-eval run per layer"
+        )
 
     def self_check_share(cell: PlannedCell) -> str:
         return f"{100 * cell.cost.check_layer_passes / cell.cost.layer_passes:.1f} %"
@@ -370,13 +375,13 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     if all(cell.measured or cell.shared for cell in cells):
         echo(f"{n_runs} runs: all are measured already")
     else:
-        rate = f"at {rates}. Real work reaches a part of that rate"
+        rate = f"at {rates}. Real work reaches only a fraction of this rate"
         echo(f"{n_runs} runs, at least {_time_text(total)}, {rate}")
     echo()
     print_table(build_table("", columns, cells))
     echo(
         "self-check: this share of the work is repeated on a model without the layer, to verify "
-        "the results. Besides, each architecture is stress-tested once on a tiny copy"
+        "the results. In addition, each architecture is stress-tested once on a tiny copy"
     )
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
@@ -386,12 +391,12 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     rounded = {(str(c.request.model), c.stored_format): None for c in cells if c.rounds_again}
     echo_all(*(second_rounding_text(*pair) for pair in rounded))
     echo(
-        f"A drop is detected with {100 * TEST_POWER:.0f} % power by two-sided paired tests at "
-        f"{100 * ALPHA:.0f} % for all runs together"
+        f"Smallest detectable drop: two-sided paired tests at {100 * ALPHA:.0f} % for all runs "
+        f"together detect it with {100 * TEST_POWER:.0f} % power"
     )
-    echo("Both assume that a removal changes half of the outcomes, as between unrelated models")
+    echo("Both figures assume that a removal changes half of the outcomes, like unrelated models")
     if any(cell.observed for cell in cells):
-        echo("*: assumes that it changes as many as the median removal that is measured already")
+        echo("*: assumes that a removal changes as many outcomes as the median measured removal")
 
 
 class _ComputeRates:
@@ -426,7 +431,7 @@ def print_search_plan(
 ) -> None:
     """Print the cost of searches and their tests, at a rate or at the one measured here."""
     rates = _ComputeRates(gflops)
-    no_search = "this is not a search: it measures the sets that searches chose"
+    no_search = "a test is not a search: it measures the sets that the searches chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
     all_constraints = {request.constraints_text for request in requests}
 
@@ -449,8 +454,8 @@ def print_search_plan(
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(None, reason="nothing is measured that is not measured above")
-        return f"{row.naive_flops / row.flops:.1f} × less than lm-eval per layer"
+            return Estimate(None, reason="the rows above include all measurements of this row")
+        return f"{row.naive_flops / row.flops:.1f} × less than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:
         return rates.seconds(row.flops, row.dtype)
@@ -474,13 +479,13 @@ def print_search_plan(
     )
     rows = [*searches, *tests]
     total, table = sum(map(seconds, rows)), build_table("", columns, rows)
-    rate = f"at {rates}. Real work reaches a part of that rate"
+    rate = f"at {rates}. Real work reaches only a fraction of this rate"
     echo(f"{count_text(len(searches), 'search')}, at least {_time_text(total)} {rate}\n")
     print_table(table)
-    echo("TFLOP: work that no search above requests, as if nothing were measured yet")
-    echo("evaluations and passes: those of the search alone")
+    echo("TFLOP: work that no search in the rows above requests, as if nothing were measured yet")
+    echo("evaluations and passes: counts for the search alone, without the searches above")
     figures = "evaluations, passes" if any(request.at_least for request in requests) else "passes"
-    echo(f"The tried sets are simulated, so {figures} and TFLOP are near what they will be")
+    echo(f"The sets that a search tries are simulated, so {figures} and TFLOP are estimates")
     echo_all(*(all_constraints if len(all_constraints) == 1 else ()))
     echo_all(*(row.note for row in searches), *_dash_reasons(table))
 
@@ -494,19 +499,19 @@ def _describe_stopping(cell: PlannedCell) -> str:
     prefix, estimate = f"until {cell.request.until}", cell.forecast
     if estimate is None:
         return (
-            f"{prefix}: the table says what all documents take. Plan says what the answer takes "
-            f"once {PILOT_DOCUMENTS} are measured: --set until=null --sample 64 measures some, and "
-            "nothing is measured twice"
+            f"{prefix}: the table gives the cost of all documents. tracker plan estimates the cost "
+            f"of the answer once {PILOT_DOCUMENTS} documents are measured. To measure some, add "
+            "--set until=null --sample 64; nothing is measured twice"
         )
     (documents, max_documents), (share, max_share) = estimate.documents, estimate.share
     text = (
-        f"{prefix}: about {documents:,} of {cell.cost.documents:,} documents and "
-        f"{100 * share:.0f} % of the layer passes; in nine of ten cases at most "
-        f"{max_documents:,} and {100 * max_share:.0f} %. This is simulated from "
-        f"{estimate.measured:,} measured documents; few give too low a figure"
+        f"{prefix}: the answer needs about {documents:,} of {cell.cost.documents:,} documents and "
+        f"{100 * share:.0f} % of the layer passes; in nine of ten simulations at most "
+        f"{max_documents:,} documents and {100 * max_share:.0f} %. Simulated from "
+        f"{estimate.measured:,} measured documents; with few documents, the estimate is too low"
     )
     if estimate.open:
-        text += f". In {100 * estimate.open:.0f} % of the simulations all documents leave it open"
+        text += f". In {100 * estimate.open:.0f} % of the simulations all documents do not suffice"
     return text
 
 
@@ -547,11 +552,11 @@ def print_export(model: ExportedModel) -> None:
     echo_all(*model.proof.sentences())
     echo()
     if model.recipes:
-        echo("the same model by other tools:")
+        echo("to make the same model with other tools:")
         for recipe in ordered_recipes(model.recipes):
             echo_all(recipe.words, recipe.text)
     else:
-        echo(f"the same model by other tools: {no_recipe_reason(model.resized)}")
+        echo(f"to make the same model with other tools: {no_recipe_reason(model.resized)}")
     echo(f"\nsaved: {model.folder}")
     for location in model.locations.values():
         echo(f"model: {runnable_command(location)}")

@@ -110,7 +110,9 @@ def export(**settings: Any) -> None:
     type=click.Path(path_type=Path),
     help="New folder in which to save the recommended model, as 'tracker export' does.",
 )
-@project_option(help="Project of the tracking backends (default: the file's, else tracker).")
+@project_option(
+    help="Project of the tracking backends (default: the file's project, else tracker)."
+)
 @work_options
 def prune(
     experiment: Path | None, settings: dict[str, Any], project: str | None, **options: Any
@@ -141,7 +143,7 @@ def prune(
         echo(f"\nto save the recommended one: {command}")
     for unit in dict.fromkeys(search.unit for search in result.searches if search.unit != "layer"):
         plural = unit_plural(unit)
-        echo(f"no command saves it: tracker export takes whole layers out, and no {plural}")
+        echo(f"no command saves such a model: tracker export removes whole layers, not {plural}")
     if result.saved:
         echo()
         print_export(result.saved)

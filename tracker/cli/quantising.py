@@ -52,10 +52,10 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     if result.saved is None:
         for path in result.files:
             echo(f"which map has which format: {path}")
-        echo("to save the recommended choice: the same command with --output FOLDER")
+        echo("to save the recommended model, type the same command with --output FOLDER")
     else:
         echo_all(*result.saved.proof.sentences())
         echo(f"saved: {result.saved.folder}")
         for tool in result.saved.recipes:
-            echo(f"the smaller file by {tool}: see the folder")
+            echo(f"to make the smaller file with {tool}, see the recipe in the folder")
     sys.exit(result.outcome.exit_code)

@@ -64,7 +64,7 @@ def _study_command(name: str, settings_class: type[StudySettings]) -> click.Comm
         result = api.study(name, experiment, progress=ProgressDisplay(), **settings, **options)
         print_study(result, is_new=bool(settings))
         for command_line in result.exports:
-            echo(f"\nto save the best that is shown to be better: {command_line}")
+            echo(f"to save the best model that is shown to be better than the base: {command_line}")
         sys.exit(result.outcome.exit_code)
 
     run_study.__doc__ = settings_class.__doc__

@@ -53,7 +53,7 @@ class ReportOptions(CommandOptions):
 @main.command()
 @sources_argument
 @add_options(ReportOptions, "form", "output")
-@publish_option("the page, as a run of its own")
+@publish_option("the page, as a separate run")
 @documents_option
 @results_option
 def report(sources: tuple[str, ...], **settings: Any) -> None:
@@ -84,7 +84,7 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
 
 @main.command()
 @sources_argument
-@publish_option("the table and the page made of it")
+@publish_option("the table and its page")
 @results_option
 def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """Rank layers within models, and models.
@@ -134,8 +134,8 @@ class SyncOptions(CommandOptions):
 @click.option(
     "--sweep",
     metavar="ENTITY/PROJECT/ID",
-    help="W&B sweep whose killed or failed trials are filled instead; trials that still lack "
-    "measurements are listed.",
+    help="W&B sweep; its killed or failed trials get their results from this folder. Trials that "
+    "still lack measurements are listed.",
 )
 @runs_option
 @documents_option
@@ -154,10 +154,10 @@ def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **options
 
     if sweep is not None:
         if to is not None:
-            raise click.UsageError("--sweep fills that sweep alone; leave --to out")
+            raise click.UsageError("--sweep only publishes to that sweep; leave --to out")
         _sync_sweep(sweep, results)
     if to == ():
-        raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
+        raise click.BadParameter("'none' names no tracking backend; write mlflow or wandb")
     result = api.sync(to, results=results, **options)
     echo(f"published: {count_text(len(result.published), 'measurement')}")
     for target, cells in result.places.items():
@@ -174,12 +174,12 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
     from tracker import api
 
     result = api.sync_sweep(sweep, results=results)
-    echo(f"{len(result.filled)} runs filled, of {result.unfinished} that were killed or failed")
+    echo(f"{len(result.filled)} of {result.unfinished} killed or failed runs got their results")
     print_failures("wants measuring", result.wanting)
     if result.wanting:
         echo(
-            "measure them into this folder (tracker run FILE, or tracker evaluate with a trial's "
-            "settings), then type this again",
+            "measure the missing trials into this folder (tracker run FILE, or tracker evaluate "
+            "with a trial's settings), then type the same command again",
             error=True,
         )
     print_failures("not filled", result.failed)
