@@ -149,7 +149,7 @@ def test_two_folders_are_not_mixed(measured, tmp_path):
     assert len(collected.cells) == len({cell.record_key for cell in cells})
     code, output = type_command("report", first, second, "--output", tmp_path / "page.html")
     assert code == 1, output
-    assert "tokenised otherwise" in output
+    assert "were tokenised by" in output
 
 
 def test_a_folder_that_holds_both_is_named_and_shows_one(measured, tmp_path):

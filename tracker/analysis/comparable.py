@@ -233,7 +233,7 @@ def unusable_reason(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> st
     if cell.is_raced:
         return cell.unfinished
     if not (runs := select(cell)):
-        return "no whole single layer was removed"
+        return "no run removed exactly one whole layer"
     if all(run.accuracy_relevance is None for run in runs):
         return cell.reason_of("accuracy_relevance", runs[0])
     return None

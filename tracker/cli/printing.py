@@ -160,7 +160,7 @@ def print_results(cells: Sequence[CellRecord]) -> None:
         Column("documents", "count", lambda cell: cell.counted),
         Column("intact model (95 % interval)", "count", baseline),
         Column("guessing", "count", chance),
-        Column("order by cosine score: Spearman (95 % over documents)", "count", rank_correlation),
+        Column("Spearman, cosine score (95 % interval over documents)", "count", rank_correlation),
     )
     echo()
     print_table(build_table("", columns, cells))

@@ -109,7 +109,7 @@ def _chance_estimate(row: _LabelledCell) -> Estimate:
 def _costly_layers(row: _LabelledCell) -> Estimate | str:
     cell, measure = row[0], metric_format(row[0])
     if cell.runs and not cell.whole_layers:
-        return Estimate(None, reason="no whole single layer was removed")
+        return Estimate(None, reason="no run removed exactly one whole layer")
     verdicts = run_verdicts(cell, cell.whole_layers)
     costly = [run for run in cell.whole_layers if verdicts[run.change] == "costs"]
     drops = sorted(((run.drop.value or 0.0, run.change.layer) for run in costly), reverse=True)
