@@ -117,7 +117,7 @@ def file(tmp_path):
     return path
 
 
-SMALL = "is {} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB"
+SMALL = "invalid memory of {} bytes; expected at least 1MiB, e.g. 4GiB or 500MB"
 
 
 CALLS = {
@@ -134,8 +134,11 @@ CALLS = {
     ("memory", "message"),
     [
         *((few, SMALL.format(few)) for few in (13, 0, -(2**30), True)),
-        ("1,3,", "memory is '1,3,', which is no whole number of bytes; write 4 * 2**30 for 4GiB"),
-        (float("nan"), "memory is nan, which is no whole number of bytes"),
+        (
+            "1,3,",
+            "invalid memory '1,3,'; expected a whole number of bytes, e.g. 4 * 2**30 for 4GiB",
+        ),
+        (float("nan"), "invalid memory nan; expected a whole number of bytes"),
     ],
 )
 def test_invalid_memory_is_refused_in_python(call, memory, message, file):

@@ -44,7 +44,7 @@ def test_shipped_shapes_have_the_size_in_their_name(name, layers, billions):
 def test_full_disk_is_reported_before_writing(tiny_llama, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(load.shutil, "disk_usage", lambda folder: usage(1, 1, 1000))
-    with pytest.raises(ModelError, match=r"takes .* GB in .* take fewer layers"):
+    with pytest.raises(ModelError, match=r"takes .* GB in .* use fewer layers"):
         load_model(find_model(f"shape:{tiny_llama()}"))
 
 

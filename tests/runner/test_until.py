@@ -213,9 +213,9 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked_file, tmp_p
     (plain_cell,) = run_experiment(asked_file, tmp_path / "alone").cells
     settings = {"results": tmp_path / "results", "track": []}
     # Nobody knows which other runs the question is about.
-    with pytest.raises(ExperimentError, match="which others there are says its sweep") as caught:
+    with pytest.raises(ExperimentError, match="sweep of the trial lists the other runs") as caught:
         tracker.evaluate(first_trial, **settings)
-    assert "'drop within 9 pp at 80 %' asks about all runs" in str(caught.value)
+    assert "'drop within 9 pp at 80 %' compares all runs" in str(caught.value)
 
     calls = []
     monkeypatch.setattr(api, "find_grid_cell", lambda *_: calls.append(1) or cell)
@@ -236,6 +236,6 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked_file, tmp_p
     # Another question is asked of the sweep again.
     other_trial = replace(second_trial, until=parse_question("sign at 80 %"))
     monkeypatch.setattr(api, "find_grid_cell", lambda *_: calls.append(1))
-    with pytest.raises(ExperimentError, match="'sign at 80 %' asks about all runs"):
+    with pytest.raises(ExperimentError, match="'sign at 80 %' compares all runs"):
         tracker.evaluate(other_trial, **settings)
     assert len(calls) == 2

@@ -261,7 +261,7 @@ class Views:
             try:
                 requested = self.read(path.read_bytes(), path.name)
             except (OSError, ValueError) as error:
-                again = "delete it and run its experiment again (nothing is measured twice)"
+                again = "delete the file and run its experiment again (outcomes are kept)"
                 damage = f"it is damaged ({error_reason(error)}); {again}"
                 problem = access_problem(path) or damage
                 if damaged is None:

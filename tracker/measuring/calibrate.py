@@ -115,7 +115,7 @@ class CalibrationTexts:
         if has_linear and self.tokens < needed:
             raise CellError(
                 f"the calibration text has {self.tokens:,} tokens, and a linear map of {width:,} "
-                f"dimensions needs {needed:,}: leave 'linear' out of 'intervention', or take a "
+                f"dimensions needs {needed:,}: leave 'linear' out of 'intervention', or use a "
                 "benchmark with more documents"
             )
         intact = engine.ablate(INTACT)  # state that a call leaves behind stays with the copy
@@ -140,7 +140,7 @@ def choose_calibration(
             break
         n_documents *= 2
     if not tokens:
-        raise CellError(f"{benchmark.identity.name} has no text to fit anything on")
+        raise CellError(f"{benchmark.identity.name} has no text for fitting replacements")
     return CalibrationTexts(texts, _group_numbers(documents), tokens)
 
 

@@ -50,17 +50,17 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
     frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
     for task, doc, digest, provenance_text in frame.itertuples(index=False):
         if isinstance(digest, str) and facts.digests.get((task, doc), digest) != digest:
-            change = f"document {doc} of {task} is read as other tokens"
+            change = f"document {doc} of {task} has other tokens"
             raise _mixing_error(change, json.loads(provenance_text), provenance)
     if has_other_tokens(store.identity.provenance, provenance):
-        raise _mixing_error("texts are read otherwise", store.identity.provenance, provenance)
+        raise _mixing_error("texts have other tokens", store.identity.provenance, provenance)
     undigested = map(json.loads, frame[PROVENANCE_COLUMN][frame[DIGEST_COLUMN].isna()].unique())
     versions = {tokeniser_differences(stored, provenance) for stored in undigested}
     if versions := versions - {SAME_VERSIONS}:
         progress.say(
-            f"{store.identity.benchmark.title}: what is measured ({'; '.join(sorted(versions))}) "
-            f"does not state its tokens. If {tokeniser_differences(provenance, {})} read texts "
-            "otherwise, figures are mixed; choose another --results to be sure"
+            f"{store.identity.benchmark.title}: stored results ({'; '.join(sorted(versions))}) do "
+            f"not record tokens. If {tokeniser_differences(provenance, {})} split texts into "
+            "other tokens, results are mixed; to avoid this, choose another --results"
         )
 
 
@@ -68,13 +68,13 @@ def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, 
     """Build the error for a cell whose new outcomes would have other tokens than stored ones."""
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
-        ". A chat template may state the date, which chat_template_args can fix; and the model's "
-        "own code runs only with --trust-remote-code"
+        ". A chat template that contains the date needs chat_template_args; the model's own code "
+        "runs only with --trust-remote-code"
     )
     return CellError(
-        f"{change} now ({new}) than when this was measured ({old}); the two are not mixed, and "
-        "nothing is added. Measure with what was used then, or choose another --results"
-        f"{advice * (old == SAME_VERSIONS)}"
+        f"{change} now ({new}) than in the stored results ({old}); results with different tokens "
+        "are not mixed, so nothing was added. Use the former versions and settings, or choose "
+        f"another --results{advice * (old == SAME_VERSIONS)}"
     )
 
 

@@ -63,7 +63,7 @@ class Options:
                 raise RequestError(text + did_you_mean(value, allowed))
         if self.slurm and self.executor != "slurm":
             raise RequestError(
-                "--slurm needs --executor slurm: it sets the resources of SLURM jobs"
+                "--slurm sets the resources of SLURM jobs, so it needs --executor slurm"
             )
         _refuse_invalid_size("memory", self.memory)
         _refuse_invalid_size("weights", self.weights)
@@ -84,22 +84,22 @@ class Options:
         counts = self._worker_counts
         for name, number in counts.items():
             if not isinstance(number, Integral) or number < 1:
-                raise RequestError(f"{name} is {number!r}; write a whole number from 1 on")
+                raise RequestError(f"{name} is {number!r}; expected a whole number above 0")
         if counts and self.device == "spread":
             raise RequestError(
-                "--device spread is one model over all accelerators; for workers with some of them "
-                "each: --device all --devices-per-worker 2"
+                "--device spread uses all accelerators for one model in one worker; for several "
+                "workers: --device all --devices-per-worker 2"
             )
         if self.executor == "ray" and self.workers is not None:
             raise RequestError(
-                "--workers is for this machine; Ray has a worker at every GPU, or at every "
-                "--devices-per-worker of them, or at every node"
+                "--workers counts processes of this machine; leave it out for Ray, which starts a "
+                "worker for every GPU, for every --devices-per-worker GPUs, or for every node"
             )
         if self.executor == "slurm" and (counts or self.device == "all"):
             raise RequestError(
-                "a SLURM job measures in one process. For a model that needs several GPUs: --slurm "
-                "gpus_per_node=2 --device spread. For several workers in a job, have sbatch type: "
-                "tracker run FILE --device all"
+                "a SLURM job measures in one process. For a model that needs several GPUs: "
+                "--slurm gpus_per_node=2 --device spread. For several workers in one job, write a "
+                "script for sbatch that runs: tracker run FILE --device all"
             )
 
 
@@ -107,12 +107,12 @@ def _refuse_invalid_size(name: str, size: object) -> None:
     """Raise RequestError for an invalid number of bytes; callers may pass any type."""
     if size is not None and not isinstance(size, Integral):
         raise RequestError(
-            f"{name} is {size!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
+            f"invalid {name} {size!r}; expected a whole number of bytes, e.g. 4 * 2**30 for 4GiB"
         )
     if size is not None and size < _MIN_BYTES:
         raise RequestError(
-            f"{name} is {size} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB "
-            "(4 * 2**30 in Python)"
+            f"invalid {name} of {size} bytes; expected at least 1MiB, e.g. 4GiB or 500MB (4 * "
+            "2**30 in Python)"
         )
 
 

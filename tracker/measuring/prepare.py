@@ -136,9 +136,9 @@ def widen_request(
     cell = read_sweep() if reason is None else None
     if cell is None and reason is None and request.until is not None:
         raise ExperimentError(
-            f"'until': '{request.until}' asks about all runs of a benchmark, and a trial is one; "
-            "which others there are says its sweep, and that cannot be read here. Give the "
-            "experiment file to tracker run, or leave 'until' out of it"
+            f"'until': '{request.until}' compares all runs of a benchmark, but a trial is a "
+            "single run. The sweep of the trial lists the other runs, but it cannot be read here. "
+            "Give the experiment file to tracker run, or leave 'until' out of the file"
         )
     changes = request.changes if cell is None else cell.changes
     layer_numbers = [n for n in range(layers) if cell is None or n in changes.layers]
@@ -282,4 +282,4 @@ def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list
     names = dict.fromkeys(hub_specs.values())
     if not names:
         return []
-    return [f"documents and metrics of {', '.join(names)}, on the hub; tracker plan reads them"]
+    return [f"documents and metrics of {', '.join(names)} on the hub (tracker plan reads them)"]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 CHECKED_TOKENS = 16
 """Number of tokens that the check of generation generates under each ablation."""
 _LESS_SHARING = "measured with less sharing: "
-_ROUNDING_ADVICE = ". The report counts them; --dtype float32 avoids it"
+_ROUNDING_ADVICE = ". The report counts these documents; --dtype float32 avoids this"
 ROUNDING_DRAWS = 8
 """Number of times that a text is generated again with embeddings perturbed by rounding."""
 
@@ -108,8 +108,8 @@ class Scorer:
                 comparison += self.generation.compare(prompt, ablation, text)
             if comparison.wrong is not None:
                 raise CellError(
-                    f"stopped, because sharing is not exact here: {comparison.wrong}. What was "
-                    "measured of this benchmark is not to be trusted; please report this line"
+                    f"stopped, because sharing is not exact here: {comparison.wrong}. Do not "
+                    "trust the stored results of this benchmark; please report this line"
                 )
             comparisons[result.document.index, ablation] = comparison
         return comparisons
@@ -260,7 +260,7 @@ class Generation:
             return Comparison(1)
         if self.is_unsteady(prompt, ablation, true_text):
             return Comparison(1, unsteady=1)
-        wrong = f"{ablation.name}: {text!r} together, {true_text!r} on the really pruned model"
+        wrong = f"{ablation.name}: text {text!r} with sharing, {true_text!r} in the pruned model"
         return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:

@@ -139,4 +139,4 @@ def _refuse_missing_devices(device: str) -> None:
     find_device(device)
     names, count = os.environ.get(visible_variable()), len(accelerators())
     if device == SPREAD and names and count < len(names.split(",")):
-        raise ModelError(f"{count} of the accelerators {names} are available, and all are needed")
+        raise ModelError(f"only {count} of the accelerators {names} are available; all are needed")

@@ -240,16 +240,16 @@ def check_plain_weights(source: ModelSource) -> None:
     """Raise ModelError if a model is not a single plain checkpoint; no weights are read."""
     if source.adapter is not None:
         raise ModelError(
-            f"model_args: {source.source} has an adapter beside its weights, so it is no single "
-            "checkpoint; merge it first: PeftModel.merge_and_unload(), then save_pretrained()"
+            f"model_args: {source.source} loads an adapter, so it is not a single checkpoint; "
+            "merge the adapter first: PeftModel.merge_and_unload(), then save_pretrained()"
         )
     config = read_config(source)
     bits = [name for name in source.arguments if name.startswith(BITSANDBYTES_ARGUMENTS)]
     is_quantised = bits or getattr(config, "quantization_config", None)
     if is_quantised and not source.gguf_file:
         raise ModelError(
-            f"{source.source} is quantised, and its layers would have to be packed again. Export "
-            "the model in float32 or bfloat16, then quantise the exported model"
+            f"{source.source} is quantised, and export cannot pack its weights again. Export the "
+            "model in float32 or bfloat16, then quantise the exported model"
         )
 
 
@@ -290,8 +290,8 @@ def _check_reload(
     distance = float((logits - loaded_logits)[..., tokens].abs().max())
     if stray_keys or not distance <= RELOAD_TOLERANCE * max(1.0, float(logits.abs().max())):
         raise ModelError(
-            f"{name} {changes_text}, saved and loaded by plain transformers, is another "
-            f"model (logits differ by {distance:.3g}): {_describe_difference(clone, loaded_model)}"
+            f"{name} {changes_text}, saved and loaded by plain transformers, computes other "
+            f"logits (they differ by {distance:.3g}): {_describe_difference(clone, loaded_model)}"
         )
 
 
@@ -325,7 +325,7 @@ def _describe_difference(saved_model: PreTrainedModel, loaded_model: PreTrainedM
             is_plain = isinstance(value, (bool, int, float, str))
             if is_plain and computed != value and name not in _IGNORED_ATTRIBUTES:
                 return f"{path}.{name} was {value}, and its class computes {computed}"
-    return "its class computes something from a layer's index"
+    return "the class of the model computes a value from the index of a layer"
 
 
 def _describe_changes(removed: Collection[int], repeated: Sequence[Change]) -> str:
@@ -454,15 +454,15 @@ def _check_saved_logits(
         for read in (tokenizer, loaded_copy.tokenizer)
     )
     if tokens != loaded_tokens:
-        raise ModelError("the tokenizer reads texts as other tokens than its saved copy does")
+        raise ModelError("the tokenizer splits texts into other tokens than its saved copy")
     copy_logits = _last_logits(loaded_copy.model, loaded_copy.tokenizer)
     del loaded_copy
     gc.collect()
     if difference := _logit_difference(logits, copy_logits, model):
         raise ModelError(
-            f"the model's logits differ from those of its saved copy, by {difference}: a changed "
-            "forward or activation is not saved; use a model that its configuration describes "
-            "fully"
+            f"the model's logits differ from the logits of its saved copy by {difference}: a "
+            "changed forward method or activation function is not saved; use a model that its "
+            "configuration describes fully"
         )
     write_bytes(folder / _LOGITS_FILE, copy_logits.tobytes())
 
@@ -506,24 +506,24 @@ def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"model is a {type(model).__name__}; give a model of transformers, or the name or "
-            "folder of one. A model of peft becomes one by model.merge_and_unload()"
+            f"model is a {type(model).__name__}; expected a transformers model, or the name or "
+            "folder of a model. For a peft model, pass model.merge_and_unload()"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError("a model object needs its tokenizer: tokenizer=AutoTokenizer.from_…")
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ModelError("some of the model's weights are not in memory; load all of them, or save")
+        raise ModelError("some weights are not in memory; load all, or pass the model's folder")
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None and not quantiser.is_serializable():
         method = quantiser.quantization_config.quant_method
         raise ModelError(
             f"the model's weights are quantised by {getattr(method, 'value', method)}, and "
-            "transformers cannot save them; give the file or folder that it was loaded from"
+            "transformers cannot save them; pass the file or folder that was loaded"
         )
     if changed_module := next(_changed_modules(model), None):
         raise ModelError(
-            f"{changed_module} of the model has a hook or another forward, which a saved copy "
-            "would lack; remove it"
+            f"{changed_module} of the model has a hook or a replaced forward method, which a "
+            "saved copy would lack; remove the hook, or restore the method"
         )
 
 

@@ -178,8 +178,8 @@ class Counterexample:
             if not n_ambiguous:
                 return
         raise CellError(
-            f"{n_ambiguous} of {self.n_prefixes} places in the texts look like others to a model "
-            f"{self.width} wide"
+            f"{n_ambiguous} of {self.n_prefixes} prefixes of the texts cannot be distinguished by "
+            f"a model with hidden states of {self.width} dimensions"
         )
 
     @torch.inference_mode()

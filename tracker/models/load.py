@@ -77,9 +77,9 @@ def write_weights(source: ModelSource, model: nn.Module) -> None:
         size, free = shards.metadata["total_size"], shutil.disk_usage(folder).free
         if size > free:
             raise ModelError(
-                f"{source.source} takes {size / 1e9:.0f} GB in {folder}, and {free / 1e9:.0f} are "
-                f"free; take fewer layers ({source.source.partition('@')[0]}@4), or set "
-                "XDG_CACHE_HOME to a larger disk"
+                f"{source.source} takes {size / 1e9:.0f} GB in {folder}, but {free / 1e9:.0f} are "
+                f"free; use fewer layers ({source.source.partition('@')[0]}@4), or set "
+                "XDG_CACHE_HOME to a folder on a larger disk"
             )
         generator = torch.Generator().manual_seed(0)
         for file, names in shards.filename_to_tensors.items():
@@ -234,14 +234,14 @@ def _load_parts(source: ModelSource, dtype: str, options: Mapping[str, Any]) -> 
             model = _add_adapter(model, source, tokenizer)
     if missing := loading_info["missing_keys"]:
         raise ModelError(
-            f"{source.source} lacks weights that its configuration asks for, such as {min(missing)}"
+            f"{source.source} lacks weights that its configuration requires, such as {min(missing)}"
         )
     if extra := find_extra_layers(model, loading_info["unexpected_keys"]):
         total = len(find_layers(model))
         raise ModelError(
-            f"{source.source} holds weights of layer {max(extra)}, and its configuration has "
+            f"{source.source} holds weights of layer {max(extra)}, but its configuration has "
             f"{total} layers, 0 to {total - 1}; correct num_hidden_layers in its config.json. To "
-            "measure it without some layers: removed; to save it so: tracker export"
+            "measure fewer layers, set 'removed'; to save that model, use tracker export"
         )
     return tokenizer, model
 
@@ -271,17 +271,17 @@ def choose_placement(
     free_bytes = free_memory(device)
     is_requested = weights is not None or offload != "device"
     if offload == "host" and device.type == "cpu":
-        raise ModelError("on a CPU the host's memory is where layers are computed; offload to disk")
+        raise ModelError("a CPU computes layers in the host's memory; use --offload disk")
     origins = {
         "a GGUF file": source.gguf_file,
-        "quantised ones": getattr(read_config(source), "quantization_config", None),
+        "quantised weights": getattr(read_config(source), "quantization_config", None),
         "an adapter": source.adapter,
         "bitsandbytes": _weight_settings(source.arguments).get("quantization_config"),
     }
     if origin := next((name for name, value in origins.items() if value), None):
         if is_requested:
             raise ModelError(
-                f"{source.source}: its weights are made from {origin} when it is loaded, so they "
+                f"{source.source}: its weights are computed from {origin} on loading, so they "
                 "cannot be offloaded. Use a folder of safetensors, or drop --weights and --offload"
             )
         return None

@@ -65,14 +65,14 @@ class FileSlice:
         with self.path.open("rb", buffering=0) as file:
             if _file_stamp(file.fileno()) != self.stamp:
                 raise CellError(
-                    f"{self.path} has changed while the model was measured. What was measured "
-                    "before is kept; run the same command again to measure the model as it is now"
+                    f"{self.path} has changed while the model was measured. Results from before "
+                    "the change are kept; run the same command again to measure the changed model"
                 )
             while start < self.size:
                 chunk = view[start : start + READ_CHUNK_BYTES]
                 n_read = os.preadv(file.fileno(), [chunk], self.offset + start)
                 if not n_read:
-                    raise CellError(f"{self.path} ends before its weights do; copy it again")
+                    raise CellError(f"{self.path} is truncated; copy the file again")
                 start += n_read
 
 
@@ -243,7 +243,7 @@ class OffloadedWeights:
         names = ", ".join(map(str, layers[:3])) + (", …" if len(layers) > 3 else "")
         return (
             f"{len(layers)} layers ({names}) are offloaded to the host's memory or to disk; each "
-            f"pass through all of them reads {self.bytes / 1e9:.1f} GB"
+            f"pass through these layers reads {self.bytes / 1e9:.1f} GB"
         )
 
     def load_layer(self, layer: int) -> None:
@@ -366,8 +366,8 @@ def take_over_loading(
                 sources[number].append((parameter, source))
     if stray := next((path for path, p in model.named_parameters() if p.is_meta), None):
         raise ModelError(
-            f"{stray} is no layer's own weight, and there is no memory for it; use a machine with "
-            "more, or a smaller dtype"
+            f"{stray} does not fit into memory, and it cannot be offloaded, because it does not "
+            "belong to a single layer; use a machine with more memory, or a smaller dtype"
         )
     if not sources:
         return None
@@ -495,9 +495,9 @@ def place_layers(
     minimum = min_weight_bytes(model)
     if budget < minimum:
         raise ModelError(
-            f"its embeddings, its head and {LAYER_SLOTS} of its layers take "
-            f"{minimum / 2**30:.1f} GiB, and weights may take {budget / 2**30:.1f} GiB; give them "
-            "more with --weights, or use a smaller dtype"
+            f"its embeddings, its output head and {LAYER_SLOTS} of its layers need "
+            f"{minimum / 2**30:.1f} GiB, but weights may take only {budget / 2**30:.1f} GiB; "
+            "raise this limit with --weights, or use a smaller dtype"
         )
     n_staying = 0 if all_layers else min((budget - minimum) // max(sizes), len(sizes) - LAYER_SLOTS)
     n_moving = len(sizes) - n_staying
