@@ -234,8 +234,8 @@ def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
         with pytest.raises(ExperimentError, match=message):
             LayerAnatomy.of(model).check_formats([INTACT, Ablation.parse(f"{format_name}:{path}")])
 
-    check_refusal(_model("gpt2"), "lm_head", "int8", "one tensor for both; name it by 'map' as emb")
-    check_refusal(_model("llama"), "embedding", "int4_g128", "128 inputs together, and emb.* 32")
+    check_refusal(_model("gpt2"), "lm_head", "int8", "share one weight; write embedding in 'map'")
+    check_refusal(_model("llama"), "embedding", "int4_g128", "128 inputs, but rows of emb.* 32")
     headless_model = _model("llama")
     headless_model.get_output_embeddings = lambda: None
     check_refusal(headless_model, "lm_head", "int8", "^LlamaForCausalLM has no lm_head that is one")
@@ -246,4 +246,4 @@ def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
     LayerAnatomy.of(_model("gpt2")).check_formats([INTACT, Ablation.from_changes(EMBEDDING[0])])
     with torch.device("meta"):
         tied = type(_model("gpt2"))(_model("gpt2").config)
-    check_refusal(tied, "lm_head", "int8", "one tensor for both")
+    check_refusal(tied, "lm_head", "int8", "share one weight")

@@ -69,7 +69,7 @@ class TestFamilies:
     def test_its_sublayers_too_or_it_is_refused(self, family):
         model, documents = tiny_model(family), make_documents(2)
         if not FAMILIES[family].sublayers:
-            with pytest.raises(ModelError, match="cannot be told apart"):
+            with pytest.raises(ModelError, match="cannot be distinguished"):
                 LayerAnatomy.of(model).find(Sublayers)
             return
         parts = LayerAnatomy.of(model).find(Sublayers)

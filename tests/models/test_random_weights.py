@@ -51,7 +51,7 @@ def test_full_disk_is_reported_before_writing(tiny_llama, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [("shape:llama-3-8", "Did you mean 'llama-3-8b'"), ("shape:llama-3-8b@33", "from 1 to 32"),
-     ("shape:", "there is no shape"), ("shape:llama-3-8b@x", "from 1 to 32")],
+     ("shape:", "there is no model shape"), ("shape:llama-3-8b@x", "from 1 to 32")],
 )  # fmt: skip
 def test_unknown_shapes_are_refused(source, message):
     with pytest.raises(ModelError, match=message):

@@ -95,7 +95,7 @@ class TestFinding:
         assert caught.value.exit_code == 2
 
     def test_a_folder_that_holds_no_model(self, tmp_path) -> None:
-        with pytest.raises(ModelError, match=r"without config\.json, so no model\.$"):
+        with pytest.raises(ModelError, match=r"without config\.json, so not a model\.$"):
             find_model(str(tmp_path))
         (tmp_path / "m.gguf").write_bytes(b"GGUF")
         with pytest.raises(ModelError, match=r"Name one of its \.gguf files"):
@@ -248,7 +248,7 @@ class TestFingerprints:
         for spec in ("org/other", ModelSpec(model="org/model", revision="v2")):
             source = find_model(spec)
             assert source.stamp() is None
-            with pytest.raises(ModelError, match="names no commit"):
+            with pytest.raises(ModelError, match="records no commit"):
                 source.fingerprint()
 
 
@@ -260,7 +260,7 @@ class TestConfiguration:
         assert parts_of_config(config) == ModelParts(30, 9, 3)
 
     def test_hub_model_offline_is_refused_with_advice(self) -> None:
-        message = r"nobody/no-such-model is neither a folder here nor reachable on the hub.*"
+        message = r"nobody/no-such-model is neither a local folder nor reachable on the hub.*"
         message += r"HF_HUB_OFFLINE is set in the environment; unset HF_HUB_OFFLINE.*"
         message += r"Without the hub: copy the model's folder to this.* package:"
         with pytest.raises(ModelError, match=message):
@@ -294,7 +294,7 @@ class TestConfiguration:
             assert _parts_of_gguf(find_model(str(path))) is None
             with pytest.raises(ModelError, match="truncated"):
                 count_layers(find_model(str(path)))
-        with pytest.raises(ModelError, match="is truncated or no GGUF file") as caught:
+        with pytest.raises(ModelError, match="is truncated or not a GGUF file") as caught:
             read_config(find_model(str(path)))
         assert str(path) in str(caught.value)
 

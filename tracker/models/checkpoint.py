@@ -460,9 +460,9 @@ def _check_saved_logits(
     gc.collect()
     if difference := _logit_difference(logits, copy_logits, model):
         raise ModelError(
-            f"the model's logits differ from the logits of its saved copy by {difference}: a "
-            "changed forward method or activation function is not saved; use a model that its "
-            "configuration describes fully"
+            f"the logits differ from the logits of the saved copy by {difference}: a changed "
+            "forward method or activation is not saved; use a model that its configuration "
+            "describes fully"
         )
     write_bytes(folder / _LOGITS_FILE, copy_logits.tobytes())
 

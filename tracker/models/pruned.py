@@ -99,8 +99,8 @@ def prune_model(
         for span in repeated:
             if len(span.layers) > 1:
                 raise ModelError(
-                    f"{type(model).__name__} cannot be cut, so its layers {span.layer} to "
-                    f"{span.stop - 1} cannot be passed again together"
+                    f"{type(model).__name__} does not run with another number of layers, so its "
+                    f"layers {span.layer} to {span.stop - 1} cannot be passed again together"
                 )
             hook = partial(_repeat_layer, span.repeats)
             clone_layers[span.layer].register_forward_hook(hook, with_kwargs=True)
@@ -367,7 +367,7 @@ def simulate_reload(
     if not modules.keys() <= clone_modules.keys():
         # Added by a call, as in BigBird.
         raise ModelError(
-            "its modules differ from those that its class builds from the configuration"
+            "its modules differ from the modules that its class builds from its configuration"
         )
     for path, module in modules.items():
         for table in ("_parameters", "_buffers"):

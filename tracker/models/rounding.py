@@ -45,8 +45,8 @@ def round_weight(weight: Tensor, name: str) -> Tensor:
     form = FORMATS[name].for_rows(inputs)
     if form is None:
         raise CellError(
-            f"{name} keeps {FORMATS[name].block} inputs together, and a weight has rows of "
-            f"{inputs}; take another format, or leave such maps out"
+            f"{name} rounds blocks of {FORMATS[name].block} inputs, but rows of a weight have "
+            f"{inputs}; use another format, or leave such maps out"
         )
     if weight.ndim == 3:  # one after the other: all at once would take several times the memory
         rounded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -126,6 +126,6 @@ def check_installed(form: WeightFormat) -> None:
     """Raise ExperimentError for a format whose package is not installed."""
     if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
         raise ExperimentError(
-            f"{form.name} is rounded by its makers' code, which is not installed. Type: "
-            f"{extra_command('quantise')}"
+            f"{form.name} needs the code of its authors for rounding, which is not installed. "
+            f"Type: {extra_command('quantise')}"
         )

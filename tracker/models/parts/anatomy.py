@@ -153,8 +153,8 @@ class LayerAnatomy(PartFinder):
             embeddings = find_embeddings(self.model)
             if embeddings.is_tied and change.path == "lm_head":
                 raise ExperimentError(
-                    f"the head of this {owner} is its embedding, one tensor for both; name it by "
-                    "'map' as embedding, which rounds it at both ends"
+                    f"the output head and the embedding of this {owner} share one weight; write "
+                    "embedding in 'map', which rounds the weight in both places"
                 )
             maps = {change.path: embeddings[change.path]}
         else:
@@ -164,8 +164,8 @@ class LayerAnatomy(PartFinder):
             inputs = linear.shape[1]
             if form.for_rows(inputs) is None:
                 raise ExperimentError(
-                    f"{form.name} keeps {form.block} inputs together, and {path} of {owner} has "
-                    f"rows of {inputs}; take another format, or name other linear maps by 'map'"
+                    f"{form.name} rounds blocks of {form.block} inputs, but rows of {path} of "
+                    f"{owner} have {inputs}; use another format, or name other maps in 'map'"
                 )
 
 
@@ -217,19 +217,19 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
     count, plural = counts.count_of(unit), KIND_STYLES[unit].plural
     if count is None:
         raise ModelError(
-            f"{source.source} has no {plural} that its configuration counts; take another 'unit'"
+            f"{source.source} has no number of {plural} in its configuration; use another 'unit'"
         )
     n_staying = experts_per_token(read_config(source)) if unit == "expert" else 1
     small = build_miniature(build_hollow(source, "auto"))
     # Without a miniature, the engine finds the layers before it measures.
     layers = tuple(range(counts.layers)) if small is None else _layers_with_parts(small, unit)
     if not layers or n_staying >= count:
-        reason = f": of {count} in a layer {n_staying} must stay"
+        reason = f": a layer has {count}, and {n_staying} must stay"
         if not layers:
-            router = f"{Experts.NEEDS}, in no groups and by no fixed table"
+            router = f"{Experts.NEEDS}, without groups of experts and without a fixed table"
             reason = f" (needed: {router if unit == 'expert' else Heads.NEEDS})"
         raise ModelError(
-            f"{source.source} has no {plural} that could be taken out alone{reason}; take another "
+            f"{source.source} has no {plural} that can be removed one by one{reason}; use another "
             "'unit'"
         )
     return SearchParts(unit, counts.layers, count, layers, n_staying)

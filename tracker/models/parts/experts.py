@@ -50,7 +50,7 @@ class Experts:
     KIND: ClassVar[str] = "routed experts"
     COMPONENTS: ClassVar[str] = "expert"
     NEEDS: ClassVar[str] = (
-        "tensors with an entry an expert, called with the choice of a router with a row an expert"
+        "tensors with one entry per expert, chosen by a router with one row per expert"
     )
 
     router: str
@@ -102,14 +102,14 @@ class Experts:
         if self.count - len(removed) < self.n_chosen:
             raise CellError(
                 f"{name} sends each token to {self.n_chosen} of {self.count} experts, and without "
-                f"{len(removed)} of them too few are left; leave it out of 'layer', or expert out "
-                "of 'component'"
+                f"{len(removed)} of them too few are left; leave this layer out of 'layer', or "
+                "expert out of 'component'"
             )
         if not self.removable:
             raise CellError(
-                f"the router of {name} cannot do without an expert: it chooses by groups of one "
-                "size or by a fixed table. Leave such layers out of 'layer', or expert out of "
-                "'component'"
+                f"the router of {name} does not work without an expert: it chooses from groups of "
+                "equal size or by a fixed table. Leave such layers out of 'layer', or expert out "
+                "of 'component'"
             )
         return [number for number in range(self.count) if number not in removed]
 
@@ -123,8 +123,8 @@ class Experts:
         tensors = [*router.parameters(), *holder.parameters()]
         if not all(tensor.is_floating_point() for tensor in tensors):
             raise CellError(
-                f"the experts of {name} are quantised, and cannot be taken apart; leave "
-                f"{self.COMPONENTS} out of 'component'"
+                f"the experts of {name} are quantised, so they cannot be removed one by one; "
+                f"leave {self.COMPONENTS} out of 'component'"
             )
         owners = [path.rpartition(".") for path in paths]
         attributes = [(layer.get_submodule(owner), child) for owner, _, child in owners]

@@ -110,7 +110,7 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
     for path, parameter in layer.named_parameters():
         problem = "" if parameter.is_floating_point() else "is quantised already"
         if parameter.ndim > 1 and id(parameter) not in known_ids:
-            problem = "is not a linear map, so it cannot have weights in a format"
+            problem = "is not a linear map, so it cannot be rounded to a format"
         if problem:
             raise CellError(f"{path} of {name} {problem}; leave formats out of 'intervention'")
     return {

@@ -111,7 +111,7 @@ class PartFinder:
             return part
         layers = [str(index) for index, entry in enumerate(parts) if entry is None]
         needed = f" (needed: {kind.NEEDS})" if kind.NEEDS else ""
-        problem = f"has no {kind.KIND} that could be taken out alone{needed}"
+        problem = f"has no {kind.KIND} that can be removed one by one{needed}"
         if len(layers) == len(parts):
             model = type(self.model).__name__
             raise CellError(f"{model} {problem}; leave {kind.COMPONENTS} out of 'component'")
@@ -163,8 +163,8 @@ class PartFinder:
                 stack.enter_context(layer.register_forward_hook(partial(finish, index)))
             with translate_errors(
                 lambda error: ModelError(
-                    f"{type(self.model).__name__}: its {kind.KIND} cannot be told apart ({error}); "
-                    f"leave {kind.COMPONENTS} out of 'component'"
+                    f"{type(self.model).__name__}: its {kind.KIND} cannot be distinguished "
+                    f"({error}); leave {kind.COMPONENTS} out of 'component'"
                 )
             ):
                 self.model(probe_text(n_tokens, self.device), use_cache=False)

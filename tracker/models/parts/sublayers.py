@@ -64,7 +64,7 @@ class Sublayers:
         for layer in finder.layers:
             if (pair := cls._first_and_last(layer)) is None:
                 raise _division_error(
-                    finder.model, layer, "the layer has no two parts with matrices"
+                    finder.model, layer, "the layer has fewer than two modules with matrices"
                 )
             sublayers.append(pair)
         _verify_sublayers(finder, sublayers)
@@ -107,7 +107,7 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
         model(ids, use_cache=False)
     if not all(is_unchanged):
         layer, problem = layers[is_unchanged.index(False)], "it changes its input"
-        raise _division_error(model, layer, f"without both its first and last part {problem}")
+        raise _division_error(model, layer, f"even without its first and last module {problem}")
 
     def measure_effect() -> Tensor:
         """Measure how much the last token's logits depend on the first token."""
@@ -120,15 +120,15 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            raise _division_error(model, layers[0], "its first part is not all that mixes tokens")
+            raise _division_error(model, layers[0], "not only its first module mixes tokens")
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
-            raise _division_error(model, layers[0], "its first part does not mix tokens")
+            raise _division_error(model, layers[0], "its first module does not mix tokens")
 
 
 def _division_error(model: PreTrainedModel, layer: nn.Module, problem: str) -> ModelError:
     parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
     return ModelError(
-        f"{type(model).__name__}: attention and MLP of {type(layer).__name__} cannot be told "
-        f"apart, {problem}; its parts: {parts}. Use component: {{value: layer}}"
+        f"{type(model).__name__}: attention and MLP of {type(layer).__name__} cannot be "
+        f"distinguished: {problem}; its modules: {parts}. Use component: {{value: layer}}"
     )
