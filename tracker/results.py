@@ -250,7 +250,7 @@ class Results:
             raise RequestError(f"there is no model or chart {name!r} here.{suggestion}")
         if not boards[name].parts:
             reasons = "; ".join(f"{label}: {text}" for label, text in boards[name].left_out.items())
-            raise RequestError(f"no benchmark of {name} has a picture of all layers. {reasons}")
+            raise RequestError(f"no benchmark of {name} has results for all layers. {reasons}")
         return headline_chart(boards[name], name).to_figure()
 
     def save(self, output: str | os.PathLike[str], form: str = "") -> tuple[Path, ...]:
@@ -317,7 +317,7 @@ class Results:
                 frame = text_frame(layer_board_table(board, name))
                 parts.append(table(frame.head(_MAX_ROWS)))
                 if len(frame) > _MAX_ROWS:
-                    parts.append(line(f"{_MAX_ROWS} of {len(frame)} layers; all are in .layers"))
+                    parts.append(line(f"{_MAX_ROWS} of {len(frame)} layers; .layers has all"))
         problems = {**self.outcome.failed, **self.outcome.damaged}
         return "".join([*parts, *(line(f"{name}: {reason}") for name, reason in problems.items())])
 

@@ -190,8 +190,8 @@ class _Finisher:
         if own_name != first_name and own_name not in self._shared_names:
             self._shared_names.add(own_name)
             self._progress.say(
-                f"{own_name} has the weights of {first_name}, which is measured here already: "
-                "they share their results, under that name"
+                f"{own_name} has the same weights as {first_name}, which is measured here "
+                "already: both models share the results, under this name"
             )
         self._publishing.append((title, self._publisher.begin(outcome, shown_record, live_runs)))
         while self._publishing and self._publishing[0][1].done():
@@ -237,12 +237,12 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample
         return (
-            f"{size or 'all'} documents are known of these runs, and stay shown; to show {count} "
-            f"beside them, list both: {key}: {{values: [{count}, {size or 'null'}]}}"
+            f"these runs have results on {size or 'all'} documents, which stay shown; to show "
+            f"{count} too, list both: {key}: {{values: [{count}, {size or 'null'}]}}"
         )
     others = [other for other in related_views if other.until is None and not shown_view.until]
     texts = [other.request_text for other in others if other.beside != shown_view.beside]
-    return f"shown beside what was asked for before: {'; '.join(texts)}" if texts else ""
+    return f"shown together with earlier requests: {'; '.join(texts)}" if texts else ""
 
 
 def _build_jobs(cells: Sequence[CellLookup]) -> list[Job]:

@@ -146,7 +146,7 @@ def test_a_smaller_question_takes_nothing_away(month):
         "what the file asked"
     )
     assert (
-        f"{name}: 40 documents are known of these runs, and stay shown; to show 10 beside them, "
+        f"{name}: these runs have results on 40 documents, which stay shown; to show 10 too, "
         "list both: sample: {values: [10, 40]}"
     ) in lines
     (shown,) = month.records()
@@ -159,7 +159,7 @@ def test_a_smaller_question_takes_nothing_away(month):
     # What is more of some runs alone stands beside, until it is known of all.
     _, lines = month.run("more", sample=48, layer=[1, 2])
     assert (
-        f"{name}: shown beside what was asked for before: 2 runs on 10 documents; "
+        f"{name}: shown together with earlier requests: 2 runs on 10 documents; "
         "4 runs on 40 documents"
     ) in lines
     assert [(len(run.runs), run.n) for run in month.records()] == [(2, 10), (4, 40), (2, 48)]

@@ -37,8 +37,8 @@ _PARTS_PER_END = 10
 """Number of parts that a table shows from each end of a ranking of one kind of parts."""
 _NO_RANK = "not defined on every benchmark"
 _NO_OTHER_MODEL = "there is no other model to compare with"
-_NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
-_RELEVANCE_LABEL = "mean relevance with 95 % interval for each alone"
+_NO_SCORE = "the score is undefined on a benchmark or in a ranked layer"
+_RELEVANCE_LABEL = "mean relevance with 95 % interval for each row alone"
 _DROP_LABEL = "mean accuracy drop with 95 % interval"
 _DECIDING_LABEL = f"{_DROP_LABEL} for all together"
 _SCORE_LABEL = f"mean {PROXIES['cosine_score'].heading}"
@@ -138,8 +138,8 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
         _NO_SCORE,
     )
     return build_table(
-        f"{label}: its layers over {count_text(len(board.cells), 'benchmark')}, the largest "
-        "lower end of a drop first.",
+        f"{label}: its layers over {count_text(len(board.cells), 'benchmark')}, sorted by the "
+        "lower interval end of the drop, largest first.",
         [
             *rank_columns,
             *pick_columns(
@@ -205,13 +205,13 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     rows = _board_rows(board, label)
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
-        f"{label}: its {board.kind.plural} over {count_text(len(board.cells), 'benchmark')}, the "
-        "largest lower end of a drop first"
+        f"{label}: its {board.kind.plural} over {count_text(len(board.cells), 'benchmark')}, "
+        "sorted by the lower interval end of the drop, largest first"
     )
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
     if n_hidden > 0:
         rows = rows[:_PARTS_PER_END] + rows[-_PARTS_PER_END:]
-        title += f"; {n_hidden:,} more are between the first and the last {_PARTS_PER_END}"
+        title += f"; {n_hidden:,} in the middle are not shown"
     columns = by_name(*part_board_columns())
     return build_table(
         f"{title}.",
@@ -322,7 +322,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
     rows = _model_rows(board, labels)
     rank_columns, _ = _choose_rank_column(rows, _NO_OTHER_MODEL)
     return build_table(
-        "Models: how much the removal of one layer hurts, the least first, over "
+        "Models by the mean relevance of their layers, the lowest first, over "
         f"{count_text(len(board.benchmarks), 'common benchmark')}.",
         [*rank_columns, *pick_columns(by_name(*model_board_columns()), *names, "layers")],
         rows,

@@ -72,9 +72,9 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
     )
     rows = list(zip(cells, row_labels(cells), strict=True))
     overview = build_table(
-        "Layers shown to matter: those whose removal, each alone, costs accuracy, with 95 % "
-        "confidence for all layers of the benchmark together. The next column: those that the "
-        "cosine score would name.",
+        "Layers shown to matter: removing any one of them costs accuracy, with 95 % confidence "
+        "for all layers of the benchmark together. The next column: layers with the highest "
+        "cosine scores.",
         columns,
         rows,
     )
@@ -114,7 +114,7 @@ def _costly_layers(row: _LabelledCell) -> Estimate | str:
     costly = [run for run in cell.whole_layers if verdicts[run.change] == "costs"]
     drops = sorted(((run.drop.value or 0.0, run.change.layer) for run in costly), reverse=True)
     texts = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in drops)
-    return ", ".join(texts) or Estimate(None, reason="none is shown with these documents")
+    return ", ".join(texts) or Estimate(None, reason="no layer is shown to matter yet")
 
 
 def _top_scores(row: _LabelledCell) -> str | None:
@@ -145,7 +145,7 @@ def layer_table(cell: CellRecord) -> Table:
     if n_tests := sum(is_finite(record.drop.p_value) for record in cell.runs):
         notes.append(
             f"{count_text(n_tests, 'test')}: unadjusted p-values, about {0.05 * n_tests:.1f} "
-            "expected below 0.05 by chance even if nothing mattered. The largest drop is picked "
+            "expected below 0.05 by chance even without any effect. The largest drop is picked "
             f"from {count_text(n_tests, 'noisy estimate')}, so it tends to be overstated."
         )
     if power := power_sentence(cell, cell.runs):

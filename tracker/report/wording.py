@@ -229,7 +229,7 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
     spreads = variance_range(runs)
     if spreads is None:
         reason = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
-        return f"Power is undefined: {reason or 'no outcome of a document has changed'}."
+        return f"Power is undefined: {reason or 'no ablation changes an outcome'}."
     changes = [spread.detectable_change(cell.n, len(runs)) for spread in spreads[: len(runs)]]
     return WORDS.render("power", cell, metric_format(cell), len(runs), changes, TEST_POWER, ALPHA)
 
@@ -287,7 +287,7 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
         formats = join_words(sorted({kind.intervention for kind in group}))
         clauses += [f"{name} had weights in {formats} in turn"] if group else []
     if any(kind.intervention == "repeat" and kind.span > 1 for kind in kinds):
-        clauses.append("each stretch of layers was passed again in turn")
+        clauses.append("each span of layers was passed again in turn")
     return "; ".join(clauses)
 
 
@@ -322,7 +322,7 @@ def _mismatch_note(cell: CellRecord) -> str:
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
         return f" Each {metric_format(cell).change} compares measurements with equal settings."
-    return f" Baseline and ablation differ in this for {run_list(changes, cell)}."
+    return f" Versions or devices differ from the baseline for {run_list(changes, cell)}."
 
 
 def looks_note(cell: CellRecord) -> str:

@@ -292,9 +292,9 @@ def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart |
         return None
     labels = [str(layer) for layer in layers]
     n_left_out = len(decisions.compared) - len(layers)
-    title = f"{cell.title}: agreement of layers in the documents lost"
+    title = f"{cell.title}: how far two layers lose the same documents"
     if n_left_out:
-        title += f"; {count_text(n_left_out, 'layer')} left out, which lose none or all"
+        title += f"; {count_text(n_left_out, 'layer')} left out, where no or every document is lost"
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}
     chart = centred_map(

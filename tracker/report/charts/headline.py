@@ -155,4 +155,4 @@ def _headline_title(board: LayerBoard, label: str) -> str:
     """Return the title of the chart as one line of plain text."""
     n_cells = len(board.cells)
     where = count_text(n_cells, "benchmark") if n_cells > 2 else name_benchmarks(board.cells)
-    return f"{label}: what each layer really costs, and its cosine score, on {where}"
+    return f"{label}: measured cost of removing each layer, and its cosine score, on {where}"

@@ -106,7 +106,7 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
     notes = []
     if options:
         gold = [f"{option_letter(n)} {points(share)} %" for n, share in enumerate(decisions.gold)]
-        notes.append(f"How often each option is the right one: {', '.join(gold)}.")
+        notes.append(f"How often each option is the right answer: {', '.join(gold)}.")
     if "margin" in decisions.reasons:
         notes.append(f"Margins: {reason}.")
     return build_table(

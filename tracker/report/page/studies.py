@@ -104,8 +104,8 @@ def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
     if not any(grown):
         return ""
     return (
-        f"{sum(grown)} of its {len(grown)} measurements hold other documents by now; for today's "
-        f"answer: {finding.command_line}"
+        f"{sum(grown)} of the {len(grown)} measurements behind this answer have other documents "
+        f"now; for a new answer: {finding.command_line}"
     )
 
 
