@@ -251,4 +251,4 @@ def test_a_chat_template_that_states_the_date_is_measured_in_one_go(
             file = experiment(folder, layer=layer, **options, **settings)
             failed = run_experiment(file, tmp_path / "results").outcome.failed
             assert len(failed) == n_failed * layer[0], failed
-            assert all("chat_template_args can fix" in reason for reason in failed.values())
+            assert all("needs chat_template_args" in reason for reason in failed.values())

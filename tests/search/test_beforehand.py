@@ -65,12 +65,17 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
     cache = make_cache()
     budget = find_budget(request, cache)
     savable = [fits(removed) for removed in possible_results(request, budget)]
-    suggestion = "Stretches of 4 layers, or of a multiple, can go: write strategy: {value: angular}"
+    suggestion = (
+        "Spans of 4 layers, or of a multiple, can be removed: write strategy: {value: angular}"
+    )
     if all(savable):
         assert refuse_unsavable([request], [budget], cache) == [""]
     elif any(savable):
         (note,) = refuse_unsavable([request], [budget], cache)
-        assert "what it finds may be no checkpoint: JambaForCausalLM: its configuration" in note
+        assert (
+            "the result may not be savable as a checkpoint: JambaForCausalLM: its configuration"
+            in note
+        )
         assert suggestion in note
     else:
         with pytest.raises(ModelError, match="cannot say that layer") as refusal:
@@ -80,11 +85,11 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
 
 def test_commands_report_unsavable_sets(write, prune, jamba, tmp_path):
     partly_savable = write(model=str(jamba), strategy="random", remove=1, draws=9)
-    note = "copa, random, remove 1: what it finds may be no checkpoint"
+    note = "copa, random, remove 1: the result may not be savable as a checkpoint"
     assert note in " ".join(printed("validate", partly_savable).split())
     unsavable = write(model=str(jamba), strategy="gold_logprob_oneshot", remove=4)
     for result in (prune(unsavable), cli("validate", unsavable)):
-        refused(result, "can go: write strategy: {value: angular} and remove: {value: 4}")
+        refused(result, "can be removed: write strategy: {value: angular} and remove: {value: 4}")
     assert not (tmp_path / "results").exists()
     assert "1 search" in printed("validate", write(model=str(jamba), strategy="last", remove=4))
 

@@ -119,7 +119,7 @@ def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: st
                 yield span
 
     if not list(allowed_spans(N_REMOVED)):
-        with pytest.raises(ExperimentError, match="each of which may go, and that is not enough"):
+        with pytest.raises(ExperimentError, match="may all be removed, so too few can be removed"):
             removed_sets(cell, case, "angular")
         return
     for length, step in enumerate(run_steps(cell, case, "angular"), 1):
@@ -132,7 +132,7 @@ def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: st
 def test_last_keeps_the_very_last_layer(cell, case: str) -> None:
     possible_sets = [s for s in final_sets(case) if LAYERS - 1 not in s]
     if not possible_sets:
-        with pytest.raises(ExperimentError, match="the strategy last keeps the final layer"):
+        with pytest.raises(ExperimentError, match="the strategy 'last' keeps the final layer"):
             removed_sets(cell, case, "last")
         return
     # The latest, and of these the latest: as a number is read.

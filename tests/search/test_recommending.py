@@ -49,7 +49,7 @@ def test_draws_alone_recommend_nothing(write, prune, tmp_path: Path) -> None:
     path = write(strategy="random")
     refused(prune(path, "--output", tmp_path / "lighter"), "random draws are never recommended")
     result = prune(path)
-    assert "nothing is recommended" in result.output
+    assert "no set is recommended" in result.output
     assert "By random it is" in result.output
     assert "tracker export" not in result.output
 

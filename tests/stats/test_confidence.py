@@ -204,7 +204,7 @@ def test_who_is_left_out_keeps_its_bounds_and_changes_no_other() -> None:
 
 @pytest.mark.parametrize("bad", [1.5, -1.1, math.nan, math.inf])
 def test_a_value_that_cannot_be_is_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="a value is not from -1 to 1"):
+    with pytest.raises(ValueError, match="a value is outside the range -1 to 1"):
         MeanSequences(10, 1).add(np.array([[0.5], [bad]]))
 
 

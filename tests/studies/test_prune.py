@@ -270,4 +270,4 @@ def test_benchmarks_over_the_same_rows_are_refused(experiment, refused, tiny_lla
     settings |= {"include_path": str(write_pair(tmp_path)), "layer": [0, 1]}
     path = experiment(str(tiny_llama()), **settings)
     message = " ".join(refused("prune", path).split())
-    assert "other, which calibrates, and one, which tests, have the same documents" in message
+    assert "the calibration task other and the test task one have the same documents" in message

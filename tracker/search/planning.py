@@ -135,7 +135,7 @@ def refuse_unsavable(
         message = f"{next(filter(None, reasons))}{_savable_spans(len(budget.sizes), refuse)}"
         if all(reasons):
             raise ModelError(f"{request.title}: {message}")
-        return f"{request.title}: what it finds may be no checkpoint: {message}"
+        return f"{request.title}: the result may not be savable as a checkpoint: {message}"
 
     return list(map(describe_result, searches, budgets))
 
@@ -146,7 +146,7 @@ def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
             return (
-                f". Stretches of {length} layers, or of a multiple, can go: write strategy: "
+                f". Spans of {length} layers, or of a multiple, can be removed: write strategy: "
                 f"{{value: angular}} and remove: {{value: {length}}}"
             )
     return ""

@@ -219,8 +219,8 @@ def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[s
             text = _describe_set(best, labels) + _explain_choice(group, recommendation, labels)
         else:
             text = (
-                f"nothing is recommended, since {recommendation.reason}. Unpruned it has a test "
-                f"{_metric_name(record)} of {_format_level(record, record.baseline.level)}, "
+                f"no set is recommended, since {recommendation.reason}. The unpruned model has a "
+                f"test {_metric_name(record)} of {_format_level(record, record.baseline.level)}, "
                 f"n = {record.baseline.n:,}."
             )
         text = f"{record.model.name} on {_benchmark_name(record)}, {record.amount}: {text}"
@@ -499,7 +499,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        Column(record.unit, part_unit, part, "the step chose all of its set"),
+        Column(record.unit, part_unit, part, "the step chose the whole set at once"),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
         Column(drop_heading, _figure_unit(record, "points"), drop, NO_SCORE),

@@ -84,27 +84,27 @@ class SearchRequest(SearchSettings):
         """Yield a reason for each contradiction between settings."""
         if (self.remove is None) == (self.keep is None):
             yield (
-                "'remove' or 'keep', one of the two, says how much is to go: remove: {value: 8}, "
-                'or keep: {value: "100M parameters"}'
+                "set either 'remove' or 'keep', the amount to remove or to keep: "
+                'remove: {value: 8}, or keep: {value: "100M parameters"}'
             )
         unit, amount = self.unit, self.amount
         if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
-            yield f"{self.strategy} scores whole layers, and 'unit' is {unit}; use {fitting}"
+            yield f"{self.strategy} scores whole layers, but 'unit' is {unit}; use {fitting}"
         if unit != "layer" and amount.measure != "parts":
             yield (
-                f"'unit' is {unit}, for which 'remove' and 'keep' take a number or a percentage; "
-                f"{amount.text} is of whole layers"
+                f"with 'unit' {unit}, 'remove' and 'keep' take a number or a percentage; "
+                f"{amount.text} is only for whole layers"
             )
         if unit in NUMBERED_COMPONENTS and self.at_least:
             yield (
-                f"'at_least' counts layers that stay, and 'unit' is {unit}: of each layer some "
-                f"{unit_plural(unit)} stay anyway; write 'protect' or 'among'"
+                f"'at_least' counts layers that stay, but 'unit' is {unit}: every layer keeps "
+                f"some {unit_plural(unit)} anyway; use 'protect' or 'among'"
             )
         if self.rescoring == "race" and len(self.calibrate) > 1:
-            yield "'rescoring: race' is for one calibration benchmark; write full or lazy"
+            yield "'rescoring: race' needs a single calibration benchmark; use full or lazy"
         if self.rescoring == "race" and self.sample is not None:
-            yield "'rescoring: race' takes as many documents as it needs; leave 'sample' out"
+            yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
     @property
     def amount(self) -> Amount:
@@ -193,7 +193,7 @@ class _Constraint(GridValues):
         """Raise ValueError for a mapping that is not written below `value` or `values`."""
         if isinstance(content, dict) and not content.keys() & {"value", "values"}:
             entries = ", ".join(f"{key}: {value}" for key, value in content.items())
-            raise ValueError(f"write {{value: {{{entries}}}}}: what must stay is one value")
+            raise ValueError(f"write {{value: {{{entries}}}}}: a constraint is one value")
         return content
 
 
@@ -242,7 +242,7 @@ def refuse_unused_settings(searches: Collection[SearchRequest]) -> None:
         if values and strategies.isdisjoint(users):
             value = f": {', '.join(sorted(values))}" if name == "rescoring" else ""
             raise RequestError(
-                f"'{name}{value}' is for {' and '.join(users)}, and this is about "
+                f"'{name}{value}' is only for {' and '.join(users)}, not for "
                 f"{', '.join(sorted(strategies))}; leave '{name}' out"
             )
 
@@ -251,8 +251,8 @@ def refuse_draws(searches: Collection[SearchRequest]) -> None:
     """Raise RequestError if the result to save would come from random draws alone."""
     if {search.strategy for search in searches} == {RANDOM_STRATEGY}:
         raise RequestError(
-            "--output saves what is recommended, and random draws are never recommended; add "
-            "another strategy, or leave --output out and save one by 'tracker export'"
+            "--output saves the recommended set, but random draws are never recommended; add "
+            "another strategy, or leave --output out and save a random set with 'tracker export'"
         )
 
 
@@ -301,6 +301,6 @@ _SEARCHES = FileKind(
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
     is_removal_file,
-    "says itself what is removed ('layer'), where a search takes 'remove' or 'keep', such as "
-    "remove: {value: 8}. To measure it: tracker run",
+    "lists the removed layers itself ('layer'), but a search needs 'remove' or 'keep', such as "
+    "remove: {value: 8}. To measure these layers: tracker run",
 )

@@ -206,10 +206,10 @@ def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
             shared = [name for name in test_tasks if name != task and hashes[name] == digest]
             if shared:
                 raise ExperimentError(
-                    f"{search.title}: {task}, which calibrates, and {shared[0]}, which tests, have "
-                    "the same documents. Halves are drawn task by task, so some documents would "
-                    f"both choose and test; calibrate and test on {shared[0]} alone, or calibrate "
-                    "on other documents"
+                    f"{search.title}: the calibration task {task} and the test task {shared[0]} "
+                    "have the same documents. Each task is split into halves separately, so some "
+                    f"documents would be used for both; calibrate and test on {shared[0]} alone, "
+                    "or calibrate on other documents"
                 )
 
 

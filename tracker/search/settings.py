@@ -209,7 +209,7 @@ def resolve_constraints(
     minimums = tuple(_parse_minimum(kind, text, n_layers, config) for kind, text in texts)
     if not set(range(n_layers) if allowed is None else allowed) - set(protected):
         layers = f"all {n_layers} layers" if allowed is None else "every layer of 'among'"
-        raise ExperimentError(f"'protect' holds {layers}, so nothing can go; protect fewer layers")
+        raise ExperimentError(f"'protect' holds {layers}: none is removable; protect fewer layers")
     return Constraints(protected, allowed, minimums)
 
 
@@ -246,8 +246,8 @@ def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any
     for start, group in enumerate(minimum.groups(n_layers)):
         if len(group) < minimum.count:
             among = f" among layers {start} to {start + window - 1}" if window else ""
-            has = f"the intact model has {len(group)} of that kind{among}"
-            raise ExperimentError(f"{prefix}: {has}; ask for no more than it has")
+            has = f"the intact model has {len(group)} such layers{among}"
+            raise ExperimentError(f"{prefix}: {has}; require at most this number")
     return minimum
 
 
@@ -460,7 +460,7 @@ class PartsBudget(Budget):
 def unmet_budget_error(reason: str) -> ExperimentError:
     """Build the error of a strategy that cannot remove enough to meet the budget."""
     return ExperimentError(
-        f"{reason}, and that is not enough; let less go, or take a strategy that chooses one by "
+        f"{reason}, so too few can be removed; remove less, or use a strategy that chooses one by "
         "one, such as accuracy"
     )
 

@@ -147,7 +147,7 @@ def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
         means = rounded_values(race.rule.means)
         # If all documents leave several open, they are level: the later one is removed.
         best = min(race.winners, key=lambda index: (means[index], -parts[index]))
-        reasons = {"margin": "a race does not look at every candidate on all documents"}
+        reasons = {"margin": "a race does not measure every candidate on all documents"}
         score = float(means[best])
         return PruneStep(removed=sets[best], layer=parts[best], score=score, reasons=reasons)
 
@@ -199,7 +199,7 @@ def remove_span(search: Search) -> Iterator[PruneStep]:
     # The last step is at the greatest length of which a span is enough.
     lengths = [k for k, runs in spans_by_length.items() if k < n and any(map(budget.is_met, runs))]
     if not lengths:
-        raise unmet_budget_error("angular removes a stretch of layers, each of which may go")
+        raise unmet_budget_error("angular removes consecutive layers that may all be removed")
     removed: PartSet = ()
     longest = max(lengths)
     for length in range(1, longest + 1):
@@ -220,7 +220,7 @@ def remove_last(search: Search) -> Iterator[PruneStep]:
     budget, parts = search.budget, search.scores.parts
     budget = replace(budget, fixed=budget.fixed | {*parts.parts_of_layers([parts.layers - 1])})
     if not budget.can_reach(()):
-        raise unmet_budget_error("the strategy last keeps the final layer")
+        raise unmet_budget_error("the strategy 'last' keeps the final layer")
     yield from _remove_in_order(search, _filter_removable(reversed(budget.free_parts), budget))
 
 

@@ -202,7 +202,7 @@ class MeanSequences:
         shares = (np.asarray(values, dtype=np.float64) - self._lowest) / self._range
         if not ((shares >= 0) & (shares <= 1)).all():
             highest = self._lowest + self._range
-            raise ValueError(f"a value is not from {self._lowest:g} to {highest:g}")
+            raise ValueError(f"a value is outside the range {self._lowest:g} to {highest:g}")
         return shares
 
     def _bet(self, values: Array, indexes: IntArray) -> None:

@@ -213,7 +213,7 @@ def growths(
     counts = is_usable.sum(axis=0)
     for column, low, high, n_usable in zip(logs.T, lows, highs, counts, strict=True):
         if n_usable < n:
-            reason = f"not positive and finite in {n - n_usable} of {n} documents"
+            reason = f"a value is not positive and finite in {n - n_usable} of {n} documents"
             estimates.append(Estimate(None, reason=reason))
             continue
         is_unchanged = np.allclose(column, 0, rtol=0, atol=1e-12)

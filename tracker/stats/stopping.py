@@ -137,7 +137,7 @@ class SequentialTopK:
         values = np.asarray(values, dtype=np.float64)
         if not (np.ptp(values[:, runs], axis=1) <= self._max_difference + MEAN_TOLERANCE).all():
             limit = f"{self._max_difference:g}"
-            raise ValueError(f"two values of a document are more than {limit} apart")
+            raise ValueError(f"two values of a document differ by more than {limit}")
         a, b = (runs[indexes] for indexes in np.nonzero(~np.eye(runs.size, dtype=bool)))
         # Stop betting on b once a is known to be better.
         is_open = ~self._claims[a, b].all(axis=1) & ~self._claims[b, a, 0]

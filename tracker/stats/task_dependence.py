@@ -114,7 +114,7 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
         [2.0, 2.0]
     """
     if len(profiles) < 2:
-        raise ValueError("the variance over benchmarks needs at least two")
+        raise ValueError("the variance over benchmarks needs at least two benchmarks")
     centred = profiles - profiles.mean(axis=1, keepdims=True)
     noise = np.zeros_like(centred) if noise is None else noise
     spread = (centred**2 - noise).mean(axis=1, keepdims=True)
