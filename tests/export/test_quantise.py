@@ -154,7 +154,7 @@ def test_a_repeated_command_measures_nothing(quantised, tmp_path):
             "2bpw is too small: with q4_0 in every map, maps take",
         ),
         (("--budget=much",), "invalid budget 'much'; expected e.g. 4.5bpw"),
-        (("--budget=5bpw", "--format=q4_0"), "name two formats or more"),
+        (("--budget=5bpw", "--format=q4_0"), "name at least two formats"),
         (("--budget=5bpw", "--format=q4_0,q8"), "there is no format 'q8'"),
         (("--budget=5bpw", "--output", model), "is a folder that is not empty"),
     ):

@@ -89,7 +89,7 @@ def test_an_identity_that_does_not_fit_its_key_is_refused(project, field):
     project.change_file("cell.json", change)
     assert pull() == (
         [],
-        "its files are not what tracker writes: its key does not match its content",
+        "its files do not have tracker's format: its key does not match its content",
     )
     assert not files(project)
 
@@ -138,7 +138,7 @@ def test_a_view_that_the_cell_cannot_have_is_refused(project, change):
     (project.folder / "intact.json").write_text(text)
     records, reason = pull()
     assert records == []
-    assert "not what tracker writes" in reason
+    assert "do not have tracker's format" in reason
 
 
 def test_a_newer_trackers_cell_asks_for_an_upgrade(project):
@@ -152,4 +152,4 @@ def test_a_note_that_is_none_is_refused(project):
     (project.folder / "intact.json").write_text("[" * 10**5)
     records, reason = pull()
     assert not records
-    assert "its files are not what tracker writes" in reason
+    assert "its files do not have tracker's format" in reason

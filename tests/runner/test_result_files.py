@@ -347,7 +347,7 @@ def test_what_lies_beneath_and_which_component_is_in_the_name(study):
     measured = run(folder, ["words", "corpus:text.txt"], "deep", **options)
     log = tracker.log_samples(folder / "ours-deep", results=measured, layer=[2])
     assert log.notes == [
-        "tiny · corpus:text.txt · 0-shot: a corpus is no task of lm-eval's; it is left out"
+        "tiny · corpus:text.txt · 0-shot: left out, since a corpus is not a task of lm-eval"
     ]
     deepest = "lab__tiny,removed_layers=0,removed_attention=2"
     assert file_names(folder / "ours-deep") == {"lab__tiny", "lab__tiny,removed_layers=0", deepest}
@@ -391,7 +391,7 @@ def test_what_cannot_stand_in_one_file(study):
         file.write(json.dumps(make_row(9)) + "\n")
     code, output = log_samples("--results", "changed", "--output", "ours-changed")
     assert code == 1
-    assert "failed: tiny · words · 0-shot: words is not what was measured" in output
+    assert "failed: tiny · words · 0-shot: words has changed since it was measured" in output
     task_sets = [
         set(json.loads(path.read_text())["configs"])
         for path in sorted((folder / "ours-changed/lab__tiny").glob("results_*.json"))

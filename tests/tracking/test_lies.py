@@ -83,7 +83,7 @@ def test_a_vast_file_is_not_downloaded(lying_server, tmp_path, monkeypatch):
     monkeypatch.setattr(LyingServer, "files", files)
     message = fetch_message(lying_server, tmp_path)
     assert "'cell.json' has 10000000000 bytes" in message
-    assert "no file of tracker's has more than 256 MiB" in message
+    assert "tracker writes at most 256 MiB per file" in message
     assert not (tmp_path / "within" / "folder" / "cell.json").exists()
 
 
@@ -97,7 +97,7 @@ def test_a_file_with_too_many_bytes_is_refused(lying_server, tmp_path, monkeypat
 MANIFEST_LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     r"invalid file name '../../evil.json'": lambda file: {"../../evil.json": file},
     "has 10000000000 bytes": lambda file: {"results.json": {**file, "size": 10**10}},
-    "keeps 'results.json' elsewhere": lambda file: {
+    "the file 'results.json' is at another address": lambda file: {
         "results.json": {**file, "ref": "file:///etc/passwd"}
     },
 }

@@ -198,7 +198,7 @@ def test_an_unreachable_server_is_a_tracking_error(tmp_path, monkeypatch):
         backend.publish(cell_record(), [], {})
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
-    assert "it does not answer (Connection refused)" in str(caught.value)
+    assert "the server does not answer (Connection refused)" in str(caught.value)
     assert "HTTPConnectionPool" not in str(caught.value), "as a library words it"
     command = f"tracker sync --to mlflow:{PROJECT} --results {results}"
     assert f"MLFLOW_TRACKING_URI={shlex.quote(mask_secrets(uri))} {command}" in str(caught.value)

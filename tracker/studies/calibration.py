@@ -218,7 +218,7 @@ def layer_rankings(subject: Subject) -> list[LayerRanking]:
     reason = ""
     if len(strata) < 2 or len(layers) < MIN_LAYERS_RANKED:
         counts = f"{count_text(len(strata), 'document')} and {count_text(len(layers), 'layer')}"
-        reason = f"{counts} are measured: too few to rank"
+        reason = f"{counts} are measured: too few to rank layers"
     ablations = [cell.ablation(run) for run in cell.whole_layers]
     metric, gold = cell.metric_outcomes(ablations), cell.gold_outcomes(ablations)
     names = metric_format(subject.record).change, PROXIES["gold_logprob_drop"].label
@@ -235,11 +235,11 @@ def layer_rankings(subject: Subject) -> list[LayerRanking]:
 def _unusable_reason(ranking: LayerRanking) -> str:
     values = ranking.values[ranking.weights > 0]
     if bad := int((~np.isfinite(values).all(axis=1)).sum()):
-        return f"{bad} of {len(ranking.values)} documents have no finite figure"
+        return f"{bad} of {len(ranking.values)} documents have no finite value"
     if not len(values):
         return "no document counts"
     if np.ptp(rounded_values(ranking.means())) == 0:
-        return f"it is the same in all {values.shape[1]} layers"
+        return f"the measure is the same in all {values.shape[1]} layers"
     return ""
 
 

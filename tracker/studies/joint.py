@@ -62,7 +62,7 @@ class Joint(Study[JointSettings]):
                 result.lack(subject.record.title, *reasons)
                 measured += interactions
         if not measured:
-            result.add("No pair could be compared with the sum of its layers.")
+            result.add("No pair of layers could be compared with the sum of its two single drops.")
             return result
         measured = adjust_interactions(measured)
         result.add(_summary_table(measured))

@@ -56,7 +56,7 @@ ERROR_LABELS = {
     "kl": "KL divergence of the output",
 }
 """Labels of the errors that tools use to judge a map instead of measuring its cost."""
-_UNREACHED = "no token of the documents reaches it"  # as may be of a single expert
+_UNREACHED = "no token of the documents reaches this map"  # as may be of a single expert
 _VERDICT_WORDS = {"costs": "costs accuracy", "helps": "better so", "open": "open"}
 
 

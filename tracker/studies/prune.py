@@ -365,7 +365,7 @@ class Prune(Study[PruneSettings]):
             else:
                 result.lack(subject.record.title, *PRUNE_TEXTS.render_all("is_a_loss"))
         if not requests:
-            result.add("No benchmark of the file has an accuracy.")
+            result.add("No benchmark of the experiment file has an accuracy.")
             return result
         typed = context.input.command_arguments
         command = [*self.command, *typed, *self.settings.command_options()] if typed else []

@@ -333,7 +333,7 @@ class Quantise(Study[QuantiseSettings]):
                 hint = f"{did_you_mean(name, FORMATS)} Known: {', '.join(FORMATS)}"
                 raise RequestError(f"there is no format {name!r}.{hint}")
         if len(self.formats) < 2:
-            raise RequestError("--format: there is nothing to choose; name two formats or more")
+            raise RequestError("--format: one format leaves no choice; name at least two formats")
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield requests for each unit alone in each format, on the calibration documents."""
@@ -373,7 +373,7 @@ class Quantise(Study[QuantiseSettings]):
         units, limit = self._budget(request, context.options.trust_remote_code)
         losses = unit_losses(record, units, self.formats)
         if losses is None:
-            result.lack(record.title, "some map has no defined loss, so that nothing adds up")
+            result.lack(record.title, "the loss of a map is undefined, so losses cannot be summed")
             return
         lender = ModelCache(context.ledger, context.options, context.progress)
         sample = settings.test_sample or request.documents.sample

@@ -311,7 +311,7 @@ def _check_settings(extension: object) -> type[StudySettings]:
     if not (isinstance(extension, type) and issubclass(extension, StudySettings)):
         raise TypeError(f"{extension!r} is no subclass of tracker.studies.registry.StudySettings")
     if not isinstance(getattr(extension, "study", None), str):
-        raise TypeError(f"{extension.__name__}.study does not name its study, as module:Class")
+        raise TypeError(f"{extension.__name__}.study must name a study, as module:Class")
     return extension
 
 

@@ -73,7 +73,7 @@ class Repeat(Study[RepeatSettings]):
         result.ran = context.run([*tests.values()])
         for subject, runs in pairs:
             if not runs:
-                result.lack(subject.record.title, "no stretch has a defined gain")
+                result.lack(subject.record.title, "the gain of every span is undefined")
                 continue
             request = tests[subject.request]
             test = context.subject(request)

@@ -40,8 +40,8 @@ STAND_INS: dict[Intervention, str] = {
 REPLACEMENTS = (*STAND_INS,)[1:]
 RESCALE_TEXTS = study_texts("rescale", resamples=RESAMPLES)
 _NOT_FINITE = "a drop is not a finite number"
-_NO_TEST = "McNemar's test needs outcomes that are right or wrong, and there are none"
-_NOT_MEASURED = "not measured; what is lacking says why"
+_NO_TEST = "McNemar's test needs outcomes that are right or wrong; there are none"
+_NOT_MEASURED = "not measured; the lines on missing results give the reason"
 
 
 class Rescale(Study[RescaleSettings]):
@@ -65,7 +65,7 @@ class Rescale(Study[RescaleSettings]):
         parts = group_by(subjects, lambda subject: replace(subject.request, changes=Changes()))
         cells = [*filter(None, map(measure_costs, parts.values()))]
         if not cells:
-            result.lacking.append("no benchmark was measured with layers removed; run it again")
+            result.lacking.append("no benchmark was measured without layers; run the study again")
             return result
         # Bits and fractions have no sum.
         measures = group_by(cells, lambda cell: cell.measure)

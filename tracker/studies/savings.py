@@ -139,7 +139,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
     try:
         check_bounded(subject.store.identity.benchmark, metric)
     except ExperimentError:
-        problem = f"{metric} is no mean of outcomes between 0 and 1"
+        problem = f"{metric} is not a mean of outcomes between 0 and 1"
         return f"{problem}; name another 'metric', such as acc"
     outcomes = subject.outcomes()
     runs, tasks = tuple(outcomes.runs), tuple(outcomes.tasks)
@@ -149,7 +149,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
     scale = outcomes.weights * len(tasks)
     drops, reach = outcomes.metric_outcomes(ablations).drops * scale[:, None], float(scale.max())
     if not (np.abs(drops) <= reach).all():
-        return f"{metric} of some document is not between 0 and 1"
+        return f"{metric} of a document is not between 0 and 1"
     layers = subject.record.model.layers
     passes = passes_counter(ablations, layers)
     figures = (runs, drops, tasks, subject.store.counts(), reach, passes)

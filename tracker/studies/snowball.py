@@ -46,7 +46,7 @@ from tracker.studies.registry import SnowballSettings
 ALL_TOKENS, LATER_TOKENS = 0, 1
 """Indices of the means over all tokens, and over all tokens except the first of each text."""
 _LAST_LAYER = "no layer follows it"
-UNMEASURED = "its removal is not measured; add the layer to 'layer' in the file"
+UNMEASURED = "the layer's removal is not measured; add the layer to 'layer' in the file"
 COSINE_SCORE, END_DIFFERENCE = "cosine score", "difference before the head"
 REMOVAL_GROWTH, LAYERS_FOLLOWING = "growth after removal", "layers that follow"
 MAX_PATHS = 6

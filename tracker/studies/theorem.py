@@ -55,12 +55,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NO_MODEL = "no language model finds"
-SAME_ANSWER = f"a wrong answer is the right one, or its beginning: {_NO_MODEL} it less likely"
+SAME_ANSWER = f"a wrong answer equals or begins the right answer: {_NO_MODEL} it less likely"
 LONGER_ANSWERS = (
-    f"each wrong answer only continues the right one: {_NO_MODEL} the right one less likely"
+    f"every wrong answer begins with the right answer: {_NO_MODEL} the right answer less likely"
 )
-CLASHING_ANSWERS = "another document with the same text wants another answer"
-NO_GOLD_ANSWER = "the task names no answer, or several, as the right one"
+CLASHING_ANSWERS = "another document with the same text has another right answer"
+NO_GOLD_ANSWER = "the task names no right answer, or several right answers"
 MAX_POSITIONS = 4096
 """Maximum number of positions of a model; every MLP has two units for each position."""
 MAX_SCORE_ERROR = 1e-6
@@ -373,7 +373,7 @@ def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> C
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
-        text = f"{cell.title}: {error}; ask for fewer documents (limit, sample)"
+        text = f"{cell.title}: {error}; use fewer documents (limit, sample)"
         raise RequestError(text) from None
 
 

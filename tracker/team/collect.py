@@ -113,8 +113,8 @@ def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) ->
 def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
     if not cell.version:
         raise TrackingError(
-            "it was published without its outcomes; "
-            "tracker sync, from the results folder that it came from"
+            "its outcomes were not published; run tracker sync again with the results folder that "
+            "was published"
         )
     with TemporaryDirectory(dir=root) as temporary_path:
         folder = Path(temporary_path)
@@ -135,7 +135,7 @@ def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
             for path in filter(is_text_file, parquet_paths):
                 store.texts.import_file(path)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise TrackingError(f"its files are not what tracker writes: {error}") from None
+            raise TrackingError(f"its files do not have tracker's format: {error}") from None
         write_text(store.folder / "cell.json", identity.to_note())
         store.views.write(view_request)
     note = {"version": cell.version, "cell": identity.key, "shards": shards}

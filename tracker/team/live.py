@@ -152,7 +152,7 @@ class LiveUpdater:
                 live_run.update(cell.key, figures, interim.documents)
                 working_runs.append(live_run)
             except TrackerError:
-                log.debug("%s is not shown any more", cell.record.title, exc_info=True)
+                log.debug("the progress of %s is no longer shown", cell.record.title, exc_info=True)
         cell.live_runs = tuple(working_runs)
         cell.due_time = time.monotonic() + max(UPDATE_INTERVAL, _TIME_DIVISOR * duration)
 

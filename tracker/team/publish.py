@@ -233,7 +233,7 @@ class Publisher:
         n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
         if self._targets and not in_sweep() and n_joined:
             runs = count_text(n_joined, "run")
-            outcome.notes.append(f"{runs} are one with their table; --runs all makes one of each")
+            outcome.notes.append(f"{runs} are one run with a table; --runs all publishes each run")
         targets = {
             service(target.backend).full_address(target, self.project): target
             for target in self._targets
@@ -283,8 +283,8 @@ class Publisher:
                     self._unreachable[address] = message
                     file = address_file(address, self._results)
                     errors.append(
-                        f"{title}, where it was published before: {message}\nTo leave that place "
-                        f"as it is from now on, delete {file}"
+                        f"{title}, where it was published before: {message}\nTo stop updating "
+                        f"that place, delete {file}"
                     )
         outcome.error = "\n".join(errors)
         return outcome

@@ -255,15 +255,15 @@ def write_result_files(
         cell_parts = list(_cell_parts(store, views, layers))
         if cell_parts and names_corpus(store.identity.benchmark.name):
             result.notes.append(
-                f"{cell_parts[0].title}: a corpus is no task of lm-eval's; it is left out"
+                f"{cell_parts[0].title}: left out, since a corpus is not a task of lm-eval"
             )
         else:
             parts += cell_parts
     if not parts and not result.notes:
-        raise RequestError("nothing of it is measured yet; tracker run EXPERIMENT.yaml")
+        raise RequestError("no such run is measured yet; type: tracker run EXPERIMENT.yaml")
     if absent_layers := set(layers) - first_layers:
         raise RequestError(
-            f"--layer: no removal begins at layer {min(absent_layers)}; there is: "
+            f"--layer: no removal begins at layer {min(absent_layers)}; removals begin at: "
             f"{', '.join(map(str, sorted(first_layers)))}"
         )
     calls = _group_calls(parts)
@@ -281,10 +281,7 @@ def _select_stores(
 ) -> list[CellStore]:
     """Select the cells of some models and benchmarks; raise RequestError for unknown names."""
     if not stores:
-        raise RequestError(
-            "there is no finished benchmark yet; tracker run EXPERIMENT.yaml begins one, or goes "
-            "on with it"
-        )
+        raise RequestError("there is no finished benchmark yet; type: tracker run EXPERIMENT.yaml")
     model_names = {name for store in stores for name in _model_names(store)}
     benchmark_names = {store.identity.benchmark.name for store in stores}
     for option, names, known_names in (
@@ -294,8 +291,8 @@ def _select_stores(
         for name in names:
             if name not in known_names:
                 raise RequestError(
-                    f"--{option}: nothing of {name!r} is measured."
-                    f"{did_you_mean(name, known_names)} There is: {', '.join(sorted(known_names))}"
+                    f"--{option}: there are no results of {name!r}."
+                    f"{did_you_mean(name, known_names)} Known: {', '.join(sorted(known_names))}"
                 )
     selected_stores = [
         store
@@ -304,7 +301,7 @@ def _select_stores(
         and store.identity.benchmark.name in (benchmarks or benchmark_names)
     ]
     if not selected_stores:
-        raise RequestError("none of these benchmarks is measured for these models; tracker ls")
+        raise RequestError("no such benchmark is measured for these models; tracker ls lists all")
     return selected_stores
 
 
@@ -400,9 +397,9 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
     benchmark = LmEvalBenchmark(_rebuild_request(store))
     if cell_key(identity.model, benchmark.identity) != identity.key:
         raise BenchmarkError(
-            f"{identity.benchmark.name} is not what was measured: its documents in "
-            f"{identity.benchmark.data}, or the task in the installed lm-eval, have changed. Go "
-            "back to those, or measure it again"
+            f"{identity.benchmark.name} has changed since it was measured: its documents in "
+            f"{identity.benchmark.data}, or its task in the installed lm-eval. Restore the former "
+            "ones, or measure the benchmark again"
         )
     return benchmark
 

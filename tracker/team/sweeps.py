@@ -107,7 +107,7 @@ def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord
         else full_request
     )
     if store is None or not find_cell(used_request, ledger).complete:
-        raise ResultsError(f"{ledger.root} does not hold all of it")
+        raise ResultsError(f"{ledger.root} does not hold all outcomes of the run")
     view, change = store.views.view_of(used_request), request.changes.first_change
     if (reason := request.invalid_reason(change, store.identity.model.layers)) is not None:
         raise ResultsError(f"it is no run: {reason}")

@@ -483,8 +483,8 @@ def login_error(address: Target, setting: str, results: Path) -> TrackingError:
     """Build the error about an address whose server would get another server's login."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
-        "its server is another than this environment names, and would get the login that is "
-        f"for that one. With the login for it: {setting}={address.server or ''} {command}"
+        "its server is not the server of this environment, whose login would be sent to it. With "
+        f"the right login, type: {setting}={address.server or ''} {command}"
     )
 
 
@@ -500,7 +500,7 @@ def sync_command(results: Path, target: str) -> str:
 
 def retry_advice(command: str) -> str:
     """Return the advice after a failed publication: the command to repeat it."""
-    return f"The results are on disk; when it is mended: {command}"
+    return f"The results are on disk; once the problem is solved, type: {command}"
 
 
 def check_sizes(sizes: Mapping[str, int | None]) -> None:
@@ -532,13 +532,13 @@ def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
     for path in folder.iterdir():
         _check_size(path.name, path.stat().st_size)
     if cell is not None and files_digest(folder.iterdir()) != cell.version:
-        raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
+        raise TrackingError(f"the files of {cell.name!r} differ from the attached files")
 
 
 def _check_size(name: str, size: int) -> None:
     """Raise TrackingError for a file that is too large."""
     if size > LARGEST_FILE:
         raise TrackingError(
-            f"the server's file {name!r} has {size} bytes; "
-            f"no file of tracker's has more than {LARGEST_FILE // 2**20} MiB"
+            f"the server's file {name!r} has {size} bytes; tracker writes at most "
+            f"{LARGEST_FILE // 2**20} MiB per file"
         )

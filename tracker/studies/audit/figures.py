@@ -47,7 +47,7 @@ OBSERVATION_KIND = "output-proxies-1"
 DROP = "accuracy drop"
 _UNDEFINED = {
     "gate_gradient": "autograd cannot differentiate this model, or its loss is not finite",
-    "gold_logprob_drop": "a document has no gold answer, or none of a finite score",
+    "gold_logprob_drop": "a document has no gold answer with a finite score",
 }
 TOP_LAYERS = 5
 """Number of layers that are called the most, or the least, relevant layers."""
@@ -301,7 +301,7 @@ class ModelAudit:
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
-            return Estimate(None, reason="they are not defined on the same benchmarks")
+            return Estimate(None, reason="the two proxies are not defined on the same benchmarks")
         ends = bias_corrected_interval(a - b, summary.resampled - other.resampled)
         documents = sum(cell.record.n for cell in summary.cells)
         n_pairs = count_pairs(len(self.summaries))

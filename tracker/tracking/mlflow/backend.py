@@ -118,7 +118,7 @@ class MlflowBackend(Backend):
         Returns:
             The run, and the tracking URI.
         """
-        with self._one_writer("does not show what is measured"):
+        with self._one_writer("does not show the running measurement"):
             client, experiment = self._connect()
             existing = _find_cell_runs(client, experiment, cell.key)
             move_runs(existing, cell, [describe_cell(cell)])
@@ -213,7 +213,7 @@ class MlflowBackend(Backend):
             experiment = client.get_experiment_by_name(self._project)
             if experiment is None:
                 names = ", ".join(repr(e.name) for e in client.search_experiments(max_results=20))
-                raise TrackingError(f"it has no experiment {self._project!r}; it has {names}")
+                raise TrackingError(f"no experiment {self._project!r}; there are: {names}")
             self._connection = client, str(experiment.experiment_id)
         return self._connection
 
@@ -289,7 +289,7 @@ def _shorten_error(error: Exception) -> Exception:
     while cause.__context__ is not None:
         cause = cause.__context__
     reason = getattr(cause, "strerror", None) or getattr(cause, "reason", None) or cause
-    return TrackingError(f"it does not answer ({reason}); one that was just started needs a minute")
+    return TrackingError(f"the server does not answer ({reason}); a new one needs a minute")
 
 
 def _search_runs(client: MlflowClient, experiment: str, filter_string: str) -> Iterator[Any]:

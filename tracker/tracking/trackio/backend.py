@@ -53,8 +53,8 @@ class TrackioBackend(Backend):
         SQLiteStorage.validate_project_name(self._project)
         if utils.get_storage_mode() != "sqlite":
             raise TrackingError(
-                "it cannot be asked what it has where it appends to files, as on a network "
-                "filesystem; set TRACKIO_DIR to a folder of this machine"
+                "trackio's runs cannot be read where it appends to files, as on a network "
+                "filesystem; set TRACKIO_DIR to a local folder"
             )
         existing = self._runs_by_key()
         for old_run in chain(*move_runs(existing, runs[-1].cell, runs)):
@@ -162,7 +162,7 @@ class TrackioBackend(Backend):
         if not self._ignored_settings:
             return ()
         names = ", ".join(self._ignored_settings)
-        return (f"{names} is not followed: runs are on this machine, and trackio sync sends them",)
+        return (f"{names} is ignored: runs stay on this machine, and trackio sync uploads them",)
 
     @override
     def _lock(self) -> Path:

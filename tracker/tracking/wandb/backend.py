@@ -44,7 +44,7 @@ from tracker.tracking.wandb.writing import (
 _DELETED_MESSAGE = "previously created and deleted"
 """The server's message, with status 409, about the id of a deleted run."""
 _MAX_IDS = 10  # maximum number of ids that are tried
-_RENEWED_NOTE = "deleted runs of this benchmark are in W&B again, under other ids"
+_RENEWED_NOTE = "deleted runs of this benchmark were created in W&B again, under other ids"
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def _download(artifact: Artifact, folder: Path) -> None:
     check_sizes({name: entry.size for name, entry in entries.items()})
     external_names = [name for name, entry in entries.items() if entry.ref is not None]
     if external_names:
-        raise TrackingError(f"the server keeps {external_names[0]!r} elsewhere; not downloaded")
+        raise TrackingError(f"the file {external_names[0]!r} is at another address; not downloaded")
     artifact.download(root=str(folder))
     check_files(folder)
     artifact.verify(root=str(folder))

@@ -69,7 +69,7 @@ class WandbLiveRun(OpenRuns):
 
     def _session(self) -> Any:
         """Set up W&B, and explain exceptions."""
-        return wandb_session(self._results, "W&B does not show what is measured")
+        return wandb_session(self._results, "W&B does not show the running measurement")
 
 
 def show_progress(handle: Run) -> None:

@@ -37,7 +37,7 @@ def save_report(entity: str, project: str, text: str, report_id: str | None) -> 
         entity=entity,
         project=project,
         title=REPORT_TITLE,
-        description="Written by tracker; publishing again replaces it.",
+        description="Report by tracker; the next publication replaces it.",
         width="fluid",
     )
     source = {"entity": entity, "project": project}
@@ -82,9 +82,9 @@ def _curves() -> list[reports.LinePlot]:
     return [
         reports.LinePlot(title=title, x="layer", y=[name], title_x=_LAYER_AXIS, title_y=unit)
         for title, name, unit in (
-            ("Accuracy that a layer's removal costs", "accuracy_drop", "accuracy drop (fraction)"),
-            ("Share above chance that it costs", "accuracy_relevance", "accuracy relevance"),
-            ("What the cheap proxy says instead", "cosine_score", PROXIES["cosine_score"].heading),
+            ("Accuracy drop when a layer is removed", "accuracy_drop", "accuracy drop (fraction)"),
+            ("Lost share of the accuracy above chance", "accuracy_relevance", "accuracy relevance"),
+            ("Cheap proxy: cosine score", "cosine_score", PROXIES["cosine_score"].heading),
         )
     ]
 
