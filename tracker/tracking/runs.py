@@ -66,15 +66,14 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
     Returns:
         A paragraph.
     """
-    effect, values = "accuracy loses", "Values are fractions"
+    effect, values = "loss of accuracy on the benchmark", "Values are fractions"
     if not cell.higher_is_better:
-        effect = "loss gains"
+        effect = "increase of the loss on the benchmark"
         values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
     text = (
-        f"{_note_head(cell.heading)}what the benchmark's {effect} "
-        f"({markdown_code(cell.metric)}, {cell.documents_text}) when {_removal_text(cell)}, beside "
-        "the cheap proxies. The step of every curve is the 0-based layer. "
-        f"{values}; `gold_logprob_drop` is in nats."
+        f"{_note_head(cell.heading)}{effect} ({markdown_code(cell.metric)}, "
+        f"{cell.documents_text}) when {_removal_text(cell)}, and the cheap proxies. The step of "
+        f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
     )
     if cell.answer:
         text += f"\n\n{statement(cell.answer)}."
@@ -101,12 +100,12 @@ def intact_note(cell: CellRecord) -> str:
     metric = markdown_code(cell.metric)
     if cell.removed:
         return (
-            f"{head}{metric} on {documents} of the model that every run of the benchmark takes "
-            "more of; its drop, as theirs, is from the intact model."
+            f"{head}{metric} on {documents} of the model without the layers that all runs of the "
+            "benchmark lack; drops are from the intact model."
         )
     return (
-        f"{head}{metric} of the whole model on {documents}: what the runs without some of its "
-        "layers are compared with."
+        f"{head}{metric} of the whole model on {documents}: the baseline of the runs that change "
+        "some of its layers."
         + _rounding_sentence(cell, cell.baseline_rounded, cell.n, cell.baseline_rounding, "it")
     )
 
@@ -171,8 +170,8 @@ def _removal_text(cell: CellRecord) -> str:
     text = "one layer is removed"
     if any(kind != WHOLE_LAYER for kind in kinds):
         text += (
-            ", or its attention or MLP alone (curves `attention/…`, `mlp/…`), or several layers "
-            "from a first one on (curves `span4/…` for 4 of them)"
+            ", or its attention or MLP alone (curves `attention/…`, `mlp/…`), or several "
+            "consecutive layers (curves `span4/…` for 4 layers)"
         )
     if parts := dict.fromkeys(kind.component for kind in kinds if kind.number is not None):
         curves = " and ".join(f"`{part}/3/…`" for part in parts)
