@@ -92,8 +92,8 @@ class Options:
             )
         if self.executor == "ray" and self.workers is not None:
             raise RequestError(
-                "--workers counts processes of this machine; leave it out for Ray, which starts a "
-                "worker for every GPU, for every --devices-per-worker GPUs, or for every node"
+                "--workers counts local processes; leave it out for Ray, which starts a worker "
+                "for every GPU, for every --devices-per-worker GPUs, or for every node"
             )
         if self.executor == "slurm" and (counts or self.device == "all"):
             raise RequestError(

@@ -271,7 +271,7 @@ def choose_placement(
     free_bytes = free_memory(device)
     is_requested = weights is not None or offload != "device"
     if offload == "host" and device.type == "cpu":
-        raise ModelError("a CPU computes layers in the host's memory; use --offload disk")
+        raise ModelError("on a CPU, layers are already in the host's memory; use --offload disk")
     origins = {
         "a GGUF file": source.gguf_file,
         "quantised weights": getattr(read_config(source), "quantization_config", None),

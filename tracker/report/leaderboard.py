@@ -160,7 +160,7 @@ def _board_notes(board: LayerBoard) -> list[str]:
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
-        "no mean cosine score: undefined on a benchmark": lambda row: row.cosine_score is None,
+        "no mean cosine score: a benchmark has none": lambda row: row.cosine_score is None,
         f"no rank by cosine score: {_NO_SCORE}": lambda row: has_no_ranks,
         "open by McNemar’s exact test (Holm), though the interval is above 0": lambda row: (
             row.shown == "open" and (row.deciding.low or 0.0) > 0

@@ -65,7 +65,7 @@ class Rescale(Study[RescaleSettings]):
         parts = group_by(subjects, lambda subject: replace(subject.request, changes=Changes()))
         cells = [*filter(None, map(measure_costs, parts.values()))]
         if not cells:
-            result.lacking.append("no benchmark was measured without layers; run the study again")
+            result.lacking.append("no removal of layers was measured; run the study again")
             return result
         # Bits and fractions have no sum.
         measures = group_by(cells, lambda cell: cell.measure)
