@@ -134,10 +134,7 @@ CALLS = {
     ("memory", "message"),
     [
         *((few, SMALL.format(few)) for few in (13, 0, -(2**30), True)),
-        (
-            "1,3,",
-            "invalid memory '1,3,'; expected a whole number of bytes, e.g. 4 * 2**30 for 4GiB",
-        ),
+        ("1,3,", "memory '1,3,'; expected a whole number of bytes, e.g. 4 * 2**30 for 4GiB"),
         (float("nan"), "invalid memory nan; expected a whole number of bytes"),
     ],
 )

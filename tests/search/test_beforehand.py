@@ -65,17 +65,12 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
     cache = make_cache()
     budget = find_budget(request, cache)
     savable = [fits(removed) for removed in possible_results(request, budget)]
-    suggestion = (
-        "Spans of 4 layers, or of a multiple, can be removed: write strategy: {value: angular}"
-    )
+    suggestion = "Spans of 4 layers, or of a multiple, can be removed: write strategy"
     if all(savable):
         assert refuse_unsavable([request], [budget], cache) == [""]
     elif any(savable):
         (note,) = refuse_unsavable([request], [budget], cache)
-        assert (
-            "the result may not be savable as a checkpoint: JambaForCausalLM: its configuration"
-            in note
-        )
+        assert "not be savable as a checkpoint: JambaForCausalLM: its configuration" in note
         assert suggestion in note
     else:
         with pytest.raises(ModelError, match="cannot say that layer") as refusal:

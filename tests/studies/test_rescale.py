@@ -76,10 +76,7 @@ def test_a_linear_map_that_cannot_be_fitted(tiny_llama, experiment, tmp_path, mo
     assert "a linear map of 32 dimensions needs 32,000,000" in result.output
     assert "leave 'linear' out of 'intervention'" in result.output
     assert "Is what a removal costs only missing scale?" in result.stdout
-    assert (
-        "not measured; the lines on missing results give the reason"
-        in (results / "report.html").read_text()
-    )
+    assert "not measured; the lines on missing results" in (results / "report.html").read_text()
 
 
 def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path):

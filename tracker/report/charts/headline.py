@@ -60,7 +60,7 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
     ]
     top, middle, bottom = _PANELS[3 if shows_falls else 2]
     axes: dict[str, Any] = {
-        "yaxis": {"domain": top, "zeroline": True, "title": {"text": "what it really costs"}},
+        "yaxis": {"domain": top, "zeroline": True, "title": {"text": "measured cost"}},
         "yaxis2": {"domain": bottom, "zeroline": True, "title": {"text": "cosine score"}},
     }
     if shows_falls:
