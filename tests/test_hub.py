@@ -107,7 +107,7 @@ def test_a_hub_that_refuses_for_now(commands, two_models, status, message):
 
 def test_a_hub_that_talks_nonsense_or_never_answers(commands, two_models):
     commands.hub.status, commands.hub.body = 200, b"\x00nonsense"
-    assert "the files of the hub cannot be read" in commands.run("validate", two_models)
+    assert "its files on the hub cannot be read" in commands.run("validate", two_models)
     assert commands.code == 2
     commands.hub.silent, commands.hub.requests = True, []
     output = commands.run("validate", two_models)

@@ -1,4 +1,4 @@
-"""tracker measures which layers of a language model matter, and tracks every measurement."""
+"""Measure which layers of a language model matter, and store every measurement."""
 
 from __future__ import annotations
 

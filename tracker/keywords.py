@@ -1,7 +1,7 @@
 """Define the keywords of the Python API's `**settings` for type checkers and editors.
 
 The keys of experiment files are fields of pydantic models, which type checkers cannot read as
-keywords. A test compares these classes with those fields.
+keywords. So the classes of this module repeat the keys, and a test compares them with the fields.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ Constraint: TypeAlias = str | Sequence[int | str] | Mapping[str, object]
 
 
 class WorkKeywords(TypedDict, total=False):
-    """Keywords that say where and how models run, for every function that loads a model.
+    """Keywords of every function that loads a model: device, memory and results folder.
 
     Attributes:
         results: The results folder; default: `results`.
-        device: `auto` (an accelerator if there is one, and the default), a torch device, `spread`
-            (one model over all accelerators), or `all` (a worker on each where cells are measured).
-        trust_remote_code: True if code and pickles from a download may run; default: False.
-        memory: Bytes for hidden states, keys and values; None = half of the free memory.
-        weights: Bytes for a model's weights on the device; None = as many as fit.
-        progress: Receives counts and messages; None for silence; default: a bar in notebooks only.
+        device: `auto` (an accelerator if there is one, otherwise the CPU; the default), a torch
+            device, `spread` (one model over all accelerators), or `all` (one worker process on each
+            accelerator).
+        trust_remote_code: True to run code and pickles from downloaded models and data; default:
+            False.
+        memory: Maximum number of bytes for hidden states, keys and values; None = half of the free
+            memory.
+        weights: Maximum number of bytes for a model's weights on the device; None = as many as fit.
+        progress: Object that receives counts and messages; None for no output. By default, a
+            progress bar is shown in notebooks only.
     """
 
     results: Where
@@ -53,17 +57,20 @@ class WorkKeywords(TypedDict, total=False):
 
 
 class RunKeywords(WorkKeywords, total=False):
-    """Keywords that say where and how models run, and where runs are published.
+    """Keywords for measuring models, and for publishing the runs to tracking backends.
 
     Attributes:
-        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`: one, or several as a list;
-            `none` for none; None for W&B in the trial of a W&B sweep, else MLflow.
-        publish_documents: True if texts of documents from a folder or a corpus are published too,
-            and not only those from the hub or a package; default: False.
-        runs: The runs of a cell that backends get: `all`, only the cell's with a table (`cells`),
-            or by default each of up to 200 of a kind (`auto`).
-        workers: Number of parallel processes that measure cells; None = this one only.
-        devices_per_worker: Number of accelerators of each process; None = as many as are needed.
+        track: One tracking backend or a list of them, each as `BACKEND` or `BACKEND:PROJECT`;
+            `none` for no backend. The default None means W&B in a trial of a W&B sweep, and MLflow
+            otherwise.
+        publish_documents: True to publish also the texts of documents from a local folder or
+            corpus. By default (False), only texts from the hub or a package are published.
+        runs: Runs that are published for each cell (a model on a benchmark). `cells`: only the
+            cell's own run, with a table of all ablations. `all`: also one run per ablation. `auto`
+            (default): like `all`, but without kinds with more than 200 ablations.
+        workers: Number of parallel processes that measure cells; None = only the calling process.
+        devices_per_worker: Number of accelerators of each worker process; None = as many as the
+            weights need.
     """
 
     track: str | Sequence[str] | None
@@ -74,7 +81,7 @@ class RunKeywords(WorkKeywords, total=False):
 
 
 class BenchmarkKeywords(TypedDict, total=False):
-    """Keys of an experiment file about a model's weights and a benchmark's documents."""
+    """Keys of an experiment file that select a model's weights and a benchmark's documents."""
 
     revision: Values[str | None]
     dtype: Values[Dtype]
@@ -99,7 +106,7 @@ class BenchmarkKeywords(TypedDict, total=False):
 
 
 class FileKeywords(BenchmarkKeywords, total=False):
-    """Keys of an experiment file, each with a value or a list of values."""
+    """All keys of an experiment file; most of them accept a value or a list of values."""
 
     model: Values[Where] | PreTrainedModel
     benchmark: Values[str]
@@ -124,7 +131,7 @@ class FileKeywords(BenchmarkKeywords, total=False):
 
 
 class SearchKeywords(FileKeywords, total=False):
-    """Keys of a file of searches."""
+    """Keys of an experiment file for `prune`, which searches for layers to remove."""
 
     strategy: Values[str]
     remove: Values[int | str]
@@ -140,15 +147,15 @@ class SearchKeywords(FileKeywords, total=False):
 
 
 class ExperimentKeywords(RunKeywords, FileKeywords, total=False):
-    """Keywords of `run` and `quantise`."""
+    """Keywords of the functions `run` and `quantise`."""
 
 
 class PruneKeywords(RunKeywords, SearchKeywords, total=False):
-    """Keywords of `prune`."""
+    """Keywords of the function `prune`, which searches for layers to remove."""
 
 
 class StudyKeywords(ExperimentKeywords, total=False):
-    """Keywords of `study`: the keywords of `run`, and settings of the studies of this package."""
+    """Keywords of `study`: the keywords of `run`, and the settings of tracker's own studies."""
 
     reliability: float
     remove: Sequence[str]
@@ -167,4 +174,4 @@ class StudyKeywords(ExperimentKeywords, total=False):
 
 
 class ExportKeywords(WorkKeywords, BenchmarkKeywords, total=False):
-    """Keywords of `export`."""
+    """Keywords of the function `export`, which saves a changed model."""

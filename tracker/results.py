@@ -39,7 +39,7 @@ def default_progress() -> Progress:
 
 
 class Bar(Progress):
-    """Progress display below a notebook's cell: a bar, and lines of text above the bar."""
+    """Progress bar for a notebook, with lines of text above the bar."""
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
@@ -56,7 +56,7 @@ class Bar(Progress):
         self._bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=False)
 
     def expect(self, more: int) -> None:
-        """Increase the total at which the bar is full."""
+        """Increase the expected total of the bar."""
         if self._bar is not None:
             self._bar.total += more
             self._bar.refresh()
@@ -83,19 +83,21 @@ _MAX_ROWS = 10
 class Results:
     """Results of a run, a study, a search or a report.
 
-    A notebook displays the answer and the layers with the largest drops.
+    In a notebook, a `Results` object is displayed as the answer and the layers with the largest
+    drops.
 
     Attributes:
-        outcome: The cells' records, errors, and the locations of published runs.
+        outcome: Results of each model and benchmark, errors, and the locations of published runs.
         report: The report page of the results folder; None if it could not be written.
         folder: The results folder.
-        experiment: The stored experiment file; None if there is none.
+        experiment: The stored copy of the experiment file; None if there was no experiment file.
         finding: The finding of a study or searches: answers, tables, charts; else None.
-        searches: One record per search and draw: the steps with their test results, and the cost.
+        searches: One record per search and random draw: the steps with their test results, and the
+            cost.
         exports: Commands that save the models that are proved to be better.
         saved: The saved recommended model; None if there is none.
-        files: Additional written files.
-        notes: Further remarks.
+        files: Paths of additional files that were written.
+        notes: Further remarks about the results.
 
     Example:
         >>> results = tracker.load("results")
@@ -118,22 +120,22 @@ class Results:
 
     @property
     def cells(self) -> tuple[CellRecord, ...]:
-        """One record per model and benchmark, in the order of the experiment."""
+        """One record of results per model and benchmark, in the order of the experiment."""
         return tuple(self.outcome.cells)
 
     @property
     def layers(self) -> pd.DataFrame:
-        """The table `layers`, as from `table`."""
+        """The data frame of all runs, as `table` returns it for `layers`."""
         return self.table("layers")
 
     @property
     def correlations(self) -> pd.DataFrame:
-        """The table `correlations`, as from `table`."""
+        """The data frame of correlations, as `table` returns it for `correlations`."""
         return self.table("correlations")
 
     @property
     def documents(self) -> pd.DataFrame:
-        """The table `documents`, as from `table`."""
+        """The data frame of documents, as `table` returns it for `documents`."""
         return self.table("documents")
 
     def table(self, name: str = "") -> pd.DataFrame:

@@ -48,19 +48,19 @@ COLUMNS = ("family", "variant", "verdict", "shared", "difference", "idle", "why"
 PAGE_HEAD = """\
 # All model families
 
-This page shows how much computation `tracker` shares for each model family of transformers, and
-how exact the result is. `make families` measures and writes it, and the table of
-[Supported models](models.md). [families.csv](families.csv) has each variant.
+This page shows the shared computation and the exactness for each model family of transformers.
+`make families` measures all variants and writes this page, the table of [Supported
+models](models.md), and [families.csv](families.csv) with each variant.
 
-It holds {held:,} of {every:,} variants, measured with {states} of the code, of torch and of
-transformers ({version}). They are tiny random models with different windows, chunks, layer kinds,
-rotary positions and other settings. The engine measures each in two orders of documents of many
-lengths. The reference is one plain forward pass per request through the checkpoint without the
-layer, as `tracker export` writes it. If there is no such checkpoint ([families.csv](families.csv)
-shows where), the layer of the reference returns its input.
+The CSV file holds {held:,} of {every:,} variants, measured with {states} of the code, of torch and
+of transformers ({version}). Variants are tiny random models with different windows, chunks, layer
+kinds, rotary positions and other settings. For each variant, the engine scores documents of many
+lengths in two orders. The reference is one plain forward pass per request through a checkpoint
+without the layer, written by `tracker export`. If no such checkpoint is possible
+([families.csv](families.csv) shows where), the layer of the reference returns its input.
 
-**{counts}.** Another {others} settings are not accepted by their classes. No exact variant differs
-from the reference by more than {largest:.1g} nats.
+**{counts}.** Another {others} variants have settings that the model class rejects. No exact variant
+differs from the reference by more than {largest:.1g} nats.
 
 | shared | computed once |
 |---|---|
@@ -68,8 +68,9 @@ from the reference by more than {largest:.1g} nats.
 | `tokens` | prefixes common to a document's requests, and `depth` |
 | `depth` | layers below the removed one |
 
-The table lists families whose variants differ in what they share, or are refused. Variants are
-*discontinuous* if float32 rounding changes a router's or a top-k choice; float64 is exact then.
+The table lists families whose variants differ in the shared computation, or are refused. Variants
+are *discontinuous* if float32 rounding changes the choice of a router or a top-k; float64 is exact
+then.
 
 """
 SHARING_WORDS = {

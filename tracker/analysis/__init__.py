@@ -1,14 +1,14 @@
-"""Derive figures from stored outcomes, and decide which statements the figures support.
+"""Compute statistics from stored outcomes, and decide which statements are significant.
 
 Modules:
-    agreement: Compare rankings by proxies with the measured ranking, and compare models by layer.
-    aligned: Align the outcomes of the documents that all runs share.
-    boards: Rank layers, parts and models.
-    claims: Decide which statements about layers are supported, and word them.
-    comparable: Label models, cells and editions of tasks; select cells that are ranked together.
-    decisions: Score options, and compare each run's choices with the intact model's choices.
-    paired: Compare outcomes of the same documents with and without a change.
-    records: Compute the record of a cell.
-    runs: Compute the figures of one run.
-    stopping: Apply the stopping rules of `until` to stored outcomes.
+    agreement: Compare layer rankings by proxies with the measured ranking; compare two models.
+    aligned: Restrict the outcomes to the documents that all runs measured.
+    boards: Rank layers, parts of layers (e.g. heads), and models.
+    claims: Decide which statements about layers are statistically supported, and phrase them.
+    comparable: Label models, cells and task versions; select the cells that are ranked together.
+    decisions: Score answer options, and compare the choices of ablated and intact models.
+    paired: Compare outcomes of the intact and the changed model on the same documents.
+    records: Compute the record (all results) of a cell: one model on one benchmark.
+    runs: Compute the statistics of one run (one ablation on one benchmark).
+    stopping: Decide from stored outcomes whether measurements with `until` can stop early.
 """

@@ -1,4 +1,4 @@
-"""Compare rankings of layers by proxies with rankings by drops, and two models by layer."""
+"""Compare layer rankings by proxies with rankings by accuracy drop; compare two models by layer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tracker.stats.support import subtract, widen
 
 @dataclass(frozen=True)
 class MisjudgedLayer:
-    """A layer whose rank by cosine score is shown to be wrong.
+    """Layer whose cosine score gives a rank outside the confidence interval of its measured rank.
 
-    `cosine_rank` is the layer's rank by mean cosine score. This rank is `off` ranks outside the
-    rank interval of `standing`.
+    `cosine_rank` is the layer's rank by mean cosine score. `off` is the number of ranks between
+    this rank and the measured rank interval in `standing`.
     """
 
     standing: PartStanding
@@ -36,8 +36,8 @@ class MisjudgedLayer:
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     """Rank the layers of a leaderboard by cosine score; return layer → rank, 1 = largest.
 
-    Equal scores share the better rank. Layers without a rank of their own are left out. The result
-    is empty if the score of a ranked layer is undefined.
+    Equal scores share the better rank. Layers without a measured rank are left out. The result is
+    empty if the score of a ranked layer is undefined.
     """
     scores = {standing.layer: standing.cosine_score for standing in board.ranked}
     if not scores or not all(map(is_finite, scores.values())):
@@ -46,9 +46,9 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 
 
 def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
-    """Find layers whose rank by cosine score is outside their rank interval.
+    """Find layers whose rank by cosine score is outside the interval of their measured rank.
 
-    The layer that is furthest outside comes first.
+    The layer whose cosine rank is furthest outside the interval comes first.
     """
     layers, ranks = [], cosine_ranks(board)
     for standing in board.ranked if ranks else ():
@@ -65,11 +65,11 @@ def find_correlation(
     coefficient: str = "spearman",
     proxy: str = "cosine_score",
 ) -> CorrelationRecord | None:
-    """Find a cell's correlation of a proxy with the drop (or loss increase).
+    """Find the correlation between a proxy and the accuracy drop (or loss increase) in a cell.
 
     Args:
-        cell: The cell.
-        subset: `all` or `inner`.
+        cell: Record of one model on one benchmark.
+        subset: `all` for all layers, or `inner` without the two outermost layers at each end.
         coefficient: `spearman`, `kendall` or `pearson`.
         proxy: Name of the proxy.
 
@@ -82,7 +82,7 @@ def find_correlation(
 
 
 def _proxies_and_drops(cell: CellRecord, proxy: str) -> Array:
-    """Return a proxy and the drops `[2, layers]` of the layers where both are defined."""
+    """Return proxy values and drops `[2, layers]` of the layers where both are defined."""
     figures = ((run.figure(proxy), run.drop.value) for run in cell.whole_layers)
     defined = [pair for pair in figures if all(map(is_finite, pair))]
     return np.array(defined, dtype=np.float64).reshape(-1, 2).T
@@ -90,13 +90,14 @@ def _proxies_and_drops(cell: CellRecord, proxy: str) -> Array:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of one proxy with the measured ranking of layers, over some cells.
+    """Agreement between the layer rankings by one proxy and by accuracy drop, over several cells.
 
     Attributes:
         proxy: Name of the proxy's field.
-        spearman: Spearman correlations with the accuracy drop, one for each cell that has one.
-        differ: Mean share of layers whose rank differs between proxy and drop.
-        chance: Share of differing ranks between two random orders.
+        spearman: Spearman correlations between proxy and accuracy drop, for the cells where it is
+            defined.
+        differ: Mean share of layers whose rank by proxy differs from their rank by accuracy drop.
+        chance: Expected share of layers whose rank differs between two random orders.
     """
 
     proxy: str
@@ -106,7 +107,7 @@ class Agreement:
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
-    """Compute how well each proxy ranks the layers, and the agreement by chance."""
+    """Compute how well each proxy reproduces the measured layer ranking, and the chance level."""
     # Skip cells whose layers were measured on different documents: their layers have no order.
     ordered_cells = [cell for cell in cells if not cell.is_raced]
     rows = []
@@ -127,13 +128,13 @@ MAX_PAIRS = 10
 
 @dataclass(frozen=True)
 class BenchmarkComparison:
-    """Comparison of two models on one benchmark, with `n` documents each.
+    """Layer-by-layer comparison of two models on one benchmark with `n` documents.
 
     Attributes:
         differences: Layer → drop of the first model minus drop of the second model, as a fraction
             or in the unit of the loss.
         shown: Layers whose difference is shown not to be 0, with 95 % confidence for all layers and
-            benchmarks of the pair.
+            benchmarks of the two models together.
     """
 
     benchmark: str
@@ -142,16 +143,16 @@ class BenchmarkComparison:
     shown: frozenset[int]
 
     def difference(self, layer: int) -> Estimate:
-        """Return the difference of a layer; undefined with a reason if there is none."""
+        """Return a layer's difference in drop, or an undefined estimate with a reason."""
         undefined = Estimate(None, reason="not measured in both models")
         return self.differences.get(layer, undefined)
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Two models with equally many layers, compared on all shared benchmarks of one unit.
+    """Two models with equally many layers, compared on all shared benchmarks with one metric unit.
 
-    `second` is the label of the model that is subtracted.
+    Differences are the drop of model `first` minus the drop of model `second`.
     """
 
     first: str
@@ -161,15 +162,15 @@ class ModelPair:
 
     @property
     def layers(self) -> list[int]:
-        """The layers that are compared on at least one benchmark."""
+        """List of the layers that are compared on at least one benchmark."""
         return sorted({layer for shared in self.comparisons for layer in shared.differences})
 
 
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
     """List pairs of models of equal depth that share a benchmark with equal settings.
 
-    Returns the first pairs (at most `MAX_PAIRS`) in the order of the page, and the number of all
-    pairs. Accuracies and losses of the same two models are separate pairs.
+    Returns the first pairs (at most `MAX_PAIRS`), and the total number of pairs. Accuracies and
+    losses of the same two models are separate pairs.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}
@@ -196,7 +197,7 @@ _SharedCells = tuple[str, CellRecord, CellRecord]
 
 
 def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkComparison, ...]:
-    """Compare two models on each benchmark, with intervals that hold for all benchmarks."""
+    """Compare two models on each benchmark, with intervals simultaneous over all benchmarks."""
     differences = [drop_differences(cell, other_cell) for _, cell, other_cell in shared]
     family = sum(map(len, differences))
     comparisons = []
@@ -210,10 +211,10 @@ def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkCompar
 def drop_differences(
     cell: CellRecord, other_cell: CellRecord, family: int = 1
 ) -> dict[int, Estimate]:
-    """Subtract the second model's accuracy drops from the first model's, for each layer.
+    """Subtract the second model's accuracy drops from the first model's accuracy drops, by layer.
 
-    Both models have equally many layers. Only whole layers that both measured are compared. The
-    intervals hold simultaneously for `family` differences.
+    Both models have equally many layers. Only whole layers that are measured in both models are
+    compared. The intervals hold simultaneously for `family` differences.
     """
     other_runs = other_cell.runs_of_kind()
     differences = {}

@@ -1,4 +1,4 @@
-"""Align the outcomes of a view on the documents that all runs of the view share."""
+"""Restrict the outcomes of a view to the documents that all runs of the view measured."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ LOGPROB_TOLERANCES = 1e-6, 1e-4
 
 
 class AlignedOutcomes:
-    """Outcomes of a cell, with the same documents in the same order for every run.
+    """Outcomes of one cell, restricted to the documents that all runs measured.
 
-    `columns` are the columns to read. None = all columns, and the software versions and device that
-    measured each document. `extra_ablations` need not contain the layers that the view removes.
+    `columns` lists the columns to read. If it is None, all columns are read, including the software
+    versions and device that measured each document. Unlike the runs, `extra_ablations` are used
+    without adding the layers that the view removes.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class AlignedOutcomes:
     def restrict(
         self, documents: Collection[tuple[str, int]] | None, runs: Sequence[Change]
     ) -> AlignedOutcomes:
-        """Return the outcomes of some runs and documents only.
+        """Return a copy that contains only the given documents and runs.
 
         `documents` = None keeps all documents that the runs share.
         """
@@ -74,9 +75,9 @@ class AlignedOutcomes:
         runs: Sequence[Change],
         extra_ablations: Sequence[Ablation] = (),
     ) -> None:
-        """Keep the documents that all ablations share.
+        """Keep only the documents that the intact model and all ablations measured.
 
-        If `documents` is given, only documents of that list are kept.
+        If `documents` is given, documents that it does not contain are dropped too.
         """
         removed = Ablation.from_changes(removed=self._removed)
         ablations = [INTACT, removed, *map(self.ablation, runs), *extra_ablations]
@@ -100,7 +101,7 @@ class AlignedOutcomes:
         self._cache: dict[tuple[str, str], Array] = {}
 
     def select(self, mask: NDArray[np.bool_]) -> AlignedOutcomes:
-        """Return the outcomes of the documents that a mask selects."""
+        """Return a copy that contains only the documents that a boolean mask selects."""
         selected = copy(self)
         selected._rows = {name: rows[mask] for name, rows in self._rows.items()}
         selected.tasks = list(compress(self.tasks, mask))
@@ -109,7 +110,7 @@ class AlignedOutcomes:
 
     @property
     def documents(self) -> list[tuple[str, int]]:
-        """(task, number in the split of the task) for each document."""
+        """List of documents, each as (task, document's number in the task's split)."""
         return list(zip(self.tasks, map(int, self.rows(INTACT)["doc"]), strict=True))
 
     @property
@@ -124,21 +125,21 @@ class AlignedOutcomes:
 
     @property
     def higher_is_better(self) -> bool:
-        """True if the metric is an accuracy or similar; False if it is a loss."""
+        """True if higher values of the metric are better (e.g. accuracy); False for a loss."""
         return self.identity.benchmark.tasks[0].higher_is_better.get(self.metric, True)
 
     @property
     def weights(self) -> Array:
-        """The weight of each document in the benchmark's metric, summing to 1."""
+        """The weight of each document in the benchmark's metric; the weights sum to 1."""
         return self._cached(self._metric_weights)
 
     @property
     def plain_weights(self) -> Array:
-        """The weight of each document in a plain mean, which is not a ratio of sums."""
+        """The weight of each document in a mean over documents, independent of their lengths."""
         return self._cached(self._document_weights)
 
     def metric_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the view's metric of each document, for the intact model and under ablations."""
+        """Return the metric of each document, for the intact model and under each ablation."""
         return self._pair(self.values, ablations, self.weights, self.higher_is_better)
 
     def gold_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
@@ -146,7 +147,7 @@ class AlignedOutcomes:
         return self._pair(self.gold_logprobs, ablations, self.plain_weights)
 
     def options_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the log of the options' total probability, intact and under ablations."""
+        """Return the log of the answer options' total probability, intact and under ablations."""
         return self._pair(self.options_logprobs, ablations, self.plain_weights)
 
     def _pair(
@@ -155,7 +156,7 @@ class AlignedOutcomes:
         ablations: Sequence[Ablation],
         *settings: Any,
     ) -> PairedOutcomes:
-        """Read a figure of each document in the intact model and under ablations."""
+        """Read one value for each document, in the intact model and under ablations."""
         return PairedOutcomes(read(INTACT), self._stack(map(read, ablations)), *settings)
 
     def _stack(self, columns: Iterable[Array]) -> Array:
@@ -165,15 +166,15 @@ class AlignedOutcomes:
 
     @property
     def tokens(self) -> Array:
-        """The number of tokens over which each document's proxies are summed."""
+        """The number of tokens in each document over which its proxies are summed."""
         return self.rows(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
     def resample(self, values: Array, weights: Array | None = None) -> Array:
-        """Bootstrap the means of columns; every call uses the same resampled documents."""
+        """Bootstrap the mean of each column; every call draws the same documents."""
         return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
 
     def check_summary(self) -> dict[str, Any]:
-        """Summarise the outcomes that were recomputed on a really pruned model."""
+        """Summarise the comparison of outcomes with those of an actually pruned model."""
         if not self._rows:
             return {}
         rows = pd.concat(self._rows.values())
@@ -187,19 +188,19 @@ class AlignedOutcomes:
         }
 
     def ablation(self, run: Change) -> Ablation:
-        """Return the ablation of a run, which includes the layers that the view removes."""
+        """Return the ablation of a run: its change plus the layers that the view always removes."""
         return Ablation.from_changes(run, removed=self._removed)
 
     def is_measured(self, ablation: Ablation) -> bool:
-        """Check whether an ablation is measured on the documents."""
+        """Return whether the ablation is measured on the aligned documents."""
         return ablation.name in self._rows
 
     def rows(self, ablation: Ablation) -> pd.DataFrame:
-        """Return the outcome rows of one ablation, one row for each document."""
+        """Return the outcomes under one ablation as a data frame with a row for each document."""
         return self._rows[ablation.name]
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
-        """Describe software versions or devices of an ablation that differ from the baseline's."""
+        """Describe versions or devices that differ between an ablation and the baseline."""
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {
             pair: count
@@ -215,7 +216,7 @@ class AlignedOutcomes:
         )
 
     def values(self, ablation: Ablation) -> Array:
-        """Return the view's metric of every document under an ablation."""
+        """Return the metric of every document under an ablation."""
         return self._cached(self._read_metric, ablation)
 
     def gold_logprobs(self, ablation: Ablation) -> Array:
@@ -223,11 +224,11 @@ class AlignedOutcomes:
         return self._cached(gold_logprobs, ablation)
 
     def options_logprobs(self, ablation: Ablation) -> Array:
-        """Return the log of the options' total probability; NaN without options."""
+        """Return the log of the answer options' total probability; NaN if there are no options."""
         return self._cached(_options_logprobs, ablation)
 
     def has_no_effect(self, ablation: Ablation) -> bool:
-        """Check whether an ablation changes no text, and no score by more than rounding."""
+        """Return whether an ablation changes neither generated texts nor scores beyond rounding."""
         tables = self.rows(INTACT), self.rows(ablation)
         if "text" in tables[0] and list(tables[0]["text"]) != list(tables[1]["text"]):
             return False
@@ -237,17 +238,18 @@ class AlignedOutcomes:
         return bool(is_comparable and np.allclose(intact, ablated, *LOGPROB_TOLERANCES))
 
     def proxy_sums(self, proxy: Proxy) -> Array:
-        """Return a proxy's sum over each document's tokens, for each layer.
+        """Return a proxy summed over each document's tokens, as `[documents, layers]`.
 
-        NaN where the proxy was not observed when a document was measured.
+        The sum is NaN for documents that were measured without observing the proxy.
         """
         unobserved = np.full(self.identity.model.layers, np.nan)
         return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
 
     def part_sums(self, proxy: Proxy, runs: Sequence[Change]) -> Array:
-        """Return a proxy's sum over each document's tokens, for each run's removed part.
+        """Return a proxy summed over each document's tokens, for the part that each run removes.
 
-        `[documents, runs]`; NaN where the proxy was not observed when a document was measured.
+        The shape is `[documents, runs]`. The sum is NaN for documents that were measured without
+        observing the proxy.
         """
         unobserved = np.full(len(self.tasks), np.nan)
         tables = (self.rows(self.ablation(run)) for run in runs)
@@ -255,40 +257,40 @@ class AlignedOutcomes:
         return self._stack(np.asarray(column, dtype=np.float64) for column in columns)
 
     def unobserved_reason(self, proxy: Proxy) -> str:
-        """Describe how many documents lack a proxy; return "" if none does."""
+        """Describe how many documents lack a proxy; return "" if no document lacks it."""
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
-        """Return a proxy's sums by layer for each document; None for unobserved documents."""
+        """Return a proxy's sums by layer for each document; None where it was not observed."""
         rows = self.rows(INTACT)
         column = rows.get(proxy.column, [None] * len(rows))
         return [value if isinstance(value, np.ndarray) else None for value in column]
 
     def _read_metric(self, rows: pd.DataFrame) -> Array:
-        """Return the value of the view's metric for each document."""
+        """Read the metric of each document from outcome rows."""
         column = rows[METRIC_PREFIX + self.metric]
         if self._aggregation not in RATIO_SCALES:
             return column.to_numpy(dtype=np.float64)
         return document_ratios(self._aggregation, *read_pairs(column).T)
 
     def _metric_weights(self, rows: pd.DataFrame) -> Array:
-        """Return the weight of each document in the view's metric."""
+        """Compute the weight of each document in the benchmark's metric."""
         units = None
         if self._aggregation in RATIO_SCALES:
             units = read_pairs(rows[METRIC_PREFIX + self.metric])[:, 1]
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
     def _document_weights(self, _: pd.DataFrame) -> Array:
-        """Return the weight of each document in a plain mean."""
+        """Compute the weight of each document in a mean over documents of any length."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
 
     @property
     def _aggregation(self) -> str:
-        """Name of lm-eval's aggregation of the view's metric."""
+        """Name of the lm-eval aggregation that the metric uses, e.g. `mean`."""
         return self.identity.benchmark.tasks[0].metrics.get(self.metric, "mean")
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
-        """Return a function's result for the rows of an ablation, and cache the result."""
+        """Apply a function to the outcome rows of an ablation, and cache the result."""
         key = read.__name__, ablation.name
         if key not in self._cache:
             self._cache[key] = read(self.rows(ablation))
@@ -296,7 +298,7 @@ class AlignedOutcomes:
 
 
 def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
-    """Describe how many documents lack a proxy; return "" if none does."""
+    """Describe how many documents lack a proxy; return "" if no document lacks it."""
     count = f"{sum(is_unobserved)} of {len(is_unobserved)}"
     return f"the proxy was not computed for {count} documents" if any(is_unobserved) else ""
 
@@ -304,7 +306,7 @@ def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
 def read_pairs(column: pd.Series[Any]) -> Array:
     """Parse a metric that is stored as JSON pairs; return `[documents, 2]`.
 
-    NaN for a document without a pair.
+    A document without a pair gets two NaN.
     """
     missing = (math.nan, math.nan)
     pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]
@@ -312,9 +314,9 @@ def read_pairs(column: pd.Series[Any]) -> Array:
 
 
 def _options_logprobs(rows: pd.DataFrame) -> Array:
-    """Return the log of the summed probability of each document's options.
+    """Return the log of the total probability of each document's answer options.
 
-    NaN without options.
+    The value is NaN for a document without answer options.
     """
     documents = zip(rows["loglikelihoods"], rows["choices"], strict=True)
     scores = [logprobs[: int(count)] if count else [math.nan] for logprobs, count in documents]
@@ -328,8 +330,8 @@ def _options_logprobs(rows: pd.DataFrame) -> Array:
 def gold_logprobs(rows: pd.DataFrame) -> Array:
     """Return the log-probability of each document's gold answer.
 
-    A document scored in rolling windows has no gold answer. Its log-probability is the sum over its
-    windows.
+    A document that is scored in rolling windows has no gold answer. For such a document, the sum of
+    the log-probabilities of all windows is returned.
     """
 
     def gold_logprob(logprobs: Sequence[float], gold: float | None, rolling: object) -> float:

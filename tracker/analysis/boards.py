@@ -1,4 +1,4 @@
-"""Build leaderboards of a model's layers, of its other parts, and of several models."""
+"""Build leaderboards of a model's layers, of other parts of a model, and of several models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tracker.stats.support import (
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
-    """Return the accuracy relevance of a layer; undefined with a reason if there is none."""
+    """Return the accuracy relevance of a layer, or an undefined estimate with a reason."""
     run = cell.runs_of_kind().get(layer)
     relevance = relevance_estimate(cell, run) if run else Estimate(None)
     if is_finite(relevance.value):
@@ -63,11 +63,12 @@ def relative_depth(layer: int, layers: int) -> float:
 
 
 def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Estimate:
-    """Compute a run's accuracy relevance, with a simultaneous interval.
+    """Compute a run's accuracy relevance, with an interval simultaneous over `family` runs.
 
-    The drop is divided by the baseline above chance, taken as independent. Both come from
-    the same documents, so the interval is too wide rather than too narrow. There is no interval if
-    the baseline's interval reaches chance.
+    The relevance is the accuracy drop divided by the baseline's accuracy above chance. The interval
+    treats drop and baseline as independent. They come from the same documents, so the interval is
+    too wide rather than too narrow. There is no interval if the baseline's confidence interval
+    includes chance accuracy.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -84,18 +85,20 @@ def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Est
 
 @dataclass(frozen=True)
 class PartStanding:
-    """Standing of a layer, or of another part of a model, on a leaderboard.
+    """Leaderboard entry of a layer, or of another part of a model.
 
     Attributes:
-        runs: Run that changes the part, on each benchmark that measured it.
+        runs: Runs that remove the part, one for each benchmark that measured the removal.
         relevance: Mean accuracy relevance over the benchmarks.
         benchmarks: Number of benchmarks where the relevance is defined.
-        deciding: Mean accuracy drop over the benchmarks, as a fraction. Its interval holds
-            simultaneously for all parts of the board and decides the verdict.
-        rank: Rank, 1 = matters most, with the best and the worst possible rank; undefined if a
-            benchmark is missing. All intervals of a board hold together with 95 % confidence.
-        verdict: Supported statement about the part, simultaneous over the board.
-        shown: The verdict in a word or two.
+        deciding: Mean accuracy drop over the benchmarks, as a fraction. The interval of this drop
+            is simultaneous over all parts of the leaderboard, and decides the verdict.
+        rank: Rank (1 = matters most), with an interval from the best to the worst possible rank;
+            undefined if a benchmark is missing. The rank intervals of a leaderboard hold
+            simultaneously with 95 % confidence.
+        verdict: Statistically supported statement about the part, corrected for all parts of the
+            leaderboard.
+        shown: The verdict in one or two words, as displayed.
     """
 
     runs: tuple[RunRecord, ...]
@@ -108,37 +111,38 @@ class PartStanding:
 
     @property
     def change(self) -> Change:
-        """The change of the model that removes the part."""
+        """The change that removes the part from the model."""
         return self.runs[0].change
 
     @property
     def layer(self) -> int:
-        """The layer, 0-based."""
+        """The 0-based number of the layer that contains the part."""
         return self.change.layer
 
     @property
     def drop(self) -> Estimate:
-        """Mean accuracy drop over the benchmarks, with an interval for this part alone."""
+        """Mean accuracy drop over benchmarks, with an interval not corrected for other parts."""
         return average([run.drop for run in self.runs])
 
     @property
     def cosine_score(self) -> float | None:
-        """Mean cosine score over the benchmarks; None if undefined on any of them."""
+        """Mean cosine score over the benchmarks; None if it is undefined on any benchmark."""
         scores = [run.cosine_score for run in self.runs if run.cosine_score is not None]
         return sum(scores) / len(scores) if len(scores) == len(self.runs) else None
 
 
 @dataclass(frozen=True)
 class PartBoard:
-    """Leaderboard of one kind of parts of one model, sorted by the lower bound of the drop.
+    """Leaderboard of one model's parts of one kind, sorted by the lower bound of the accuracy drop.
 
     Parts without an interval come last.
 
     Attributes:
-        kind: Kind of the parts.
-        cells: Cells that count, one for each benchmark, in the order of the page.
-        parts: Parts. For kinds other than layers, only parts that all benchmarks measured.
-        left_out: Benchmark → reason why it does not count.
+        kind: Kind of the parts, e.g. whole layers or attention heads.
+        cells: Cells that the leaderboard averages, one for each benchmark.
+        parts: Entries of the leaderboard. Parts other than layers are listed only if all benchmarks
+            measured them.
+        left_out: Benchmark → reason why the leaderboard does not include it.
     """
 
     model: ModelIdentity
@@ -159,19 +163,19 @@ class LayerBoard(PartBoard):
     """Leaderboard of the layers of one model.
 
     Attributes:
-        claims: Supported statements about the layers.
+        claims: Statistically supported statements about the layers.
     """
 
     claims: Claims
 
     @property
     def by_depth(self) -> list[PartStanding]:
-        """List of all layers, in the order of depth."""
+        """Entries of all layers, ordered by layer number."""
         return sorted(self.parts, key=lambda standing: standing.layer)
 
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
-    """Rank the layers of one model; the leaderboard is empty if no benchmark counts."""
+    """Rank the layers of one model; the leaderboard is empty if no benchmark is usable."""
     counted_cells, left_out = select_countable(cells)
     rows = _group_runs(counted_cells, lambda cell: cell.whole_layers)
     statements = decide_claims(cells)
@@ -187,7 +191,7 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
     """Rank the parts of one model; return one leaderboard for each kind of part.
 
-    Kinds for which no benchmark counts are left out.
+    Kinds of parts without a usable benchmark are left out.
     """
     families = dict.fromkeys(
         run.change.kind.family for cell in cells for run in cell.runs if run.change.kind.plural
@@ -197,7 +201,7 @@ def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
 
 
 def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
-    """Rank the parts of one kind of one model."""
+    """Rank the parts of one model that are of one kind, e.g. attention heads."""
 
     def runs_of(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.change.kind.family == kind]
@@ -220,7 +224,7 @@ _RunsByChange = Mapping[Change, Sequence[tuple[CellRecord, RunRecord]]]
 
 
 def _group_runs(cells: Sequence[CellRecord], select_runs: RunSelector) -> _RunsByChange:
-    """Group selected runs of cells by their change."""
+    """Group the selected runs of all cells by the change they make to the model."""
     pairs = ((cell, run) for cell in cells for run in select_runs(cell))
     return group_by(pairs, lambda pair: pair[1].change)
 
@@ -232,7 +236,7 @@ def _standings(
     verdicts: Mapping[Change, Verdict],
     words: Mapping[Change, str],
 ) -> tuple[PartStanding, ...]:
-    """Rank the parts that all benchmarks measured, and sort all parts by drop."""
+    """Rank parts that all benchmarks measured; sort all parts by the drop's lower bound."""
     relevances = {change: [relevance_estimate(*pair) for pair in rows[change]] for change in rows}
     counts = {c: sum(r.value is not None for r in relevances[c]) for c in rows}
     complete = [change for change in rows if counts[change] == len(cells)]
@@ -251,23 +255,23 @@ def _standings(
 
 
 def lower_end_key(drop: Estimate) -> tuple[bool, float]:
-    """Return a sort key: largest lower bounds first, undefined ones last."""
+    """Return a sort key: the largest lower bound comes first, undefined bounds come last."""
     return None in (drop.value, drop.low), -(drop.low or 0.0)
 
 
 def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
-    """Rank parts by their mean relevance over all benchmarks, 1 = the largest.
+    """Rank parts by their mean relevance over all benchmarks; rank 1 is the largest relevance.
 
-    The baseline's accuracy above chance scales all runs of a benchmark equally, so it does not
-    change their order. The intervals therefore treat it as fixed.
+    The baseline's accuracy above chance scales all runs of a benchmark equally. The rank intervals
+    therefore treat the baseline's accuracy as exactly known.
 
     Args:
-        cells: The benchmarks.
-        parts: For each part, the run that removes it on each benchmark.
+        cells: Cells of one model, one for each benchmark.
+        parts: For each part, the runs that remove this part, one for each benchmark.
 
     Returns:
-        The ranks, each with the best and the worst possible rank. All intervals hold together with
-        95 % confidence.
+        The ranks, each with the best and the worst possible rank. All rank intervals hold
+        simultaneously with 95 % confidence.
     """
     ranks = min_ranks([mean_relevance(cells, runs, 1).value for runs in parts])
     levels = [cell.baseline.value for cell in cells]
@@ -279,7 +283,7 @@ def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]
 
 
 def mean_relevance(cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int) -> Estimate:
-    """Average the relevance of one change over benchmarks.
+    """Average the accuracy relevance of one ablation over benchmarks.
 
     The intervals hold simultaneously for `family` changes.
     """
@@ -295,19 +299,19 @@ _NOTHING_SHARED = "no benchmark was measured on all layers of two models"
 
 @dataclass(frozen=True)
 class ModelStanding:
-    """Standing of a model on a leaderboard: how much the removal of one layer hurts the model.
+    """Leaderboard entry of a model: how much the removal of one layer hurts the model.
 
     Attributes:
-        model: The model.
+        model: Identity of the model.
         relevance: Mean accuracy relevance over layers and common benchmarks.
-        drop: Mean accuracy drop over the same layers and benchmarks, a fraction.
-        worst_layer: Layer that is shown to have the largest mean relevance; None if open.
-        costly: Layers that are shown to matter, on average over the common benchmarks; None without
-            a benchmark.
-        layers: Number of layers behind these figures.
-        rank: Rank, 1 = hurt least, with the best and the worst possible rank. Undefined if a
-            benchmark that counts is missing, or if there is no other model. All intervals of a
-            board hold together with 95 % confidence.
+        drop: Mean accuracy drop over the same layers and benchmarks, as a fraction.
+        worst_layer: Layer that is shown to have the largest mean relevance; None if no layer is.
+        costly: Number of layers that are shown to matter on average over the common benchmarks;
+            None if there is no common benchmark.
+        layers: Number of layers over which relevance and drop are averaged.
+        rank: Rank (1 = hurt least), with an interval from the best to the worst possible rank. The
+            rank is undefined if a common benchmark is missing, or if there is no other model. The
+            rank intervals of a leaderboard hold simultaneously with 95 % confidence.
     """
 
     model: ModelIdentity
@@ -321,14 +325,15 @@ class ModelStanding:
 
 @dataclass(frozen=True)
 class ModelBoard:
-    """Leaderboard of models, sorted by mean relevance, the lowest first.
+    """Leaderboard of models; the model with the lowest mean relevance of its layers comes first.
 
     Attributes:
-        benchmarks: Benchmarks that count: all ranked models share them.
-        left_out: Benchmark → reason why it does not count; model → reason why it has no rank.
-        needed: Number of documents of each benchmark that distinguishes two models whose relevance
-            differs by `MODEL_GAP`; None if unknown, or if enough documents are measured.
-        available: Number of documents of the smallest benchmark.
+        benchmarks: Benchmarks that are used for the ranking because all ranked models share them.
+        left_out: Benchmark → reason why the ranking does not use it; model → reason why it has no
+            rank.
+        needed: Number of documents per benchmark that is needed to distinguish two models whose
+            relevance differs by `MODEL_GAP`; None if unknown, or if enough documents are measured.
+        available: Number of documents in the smallest of the benchmarks.
     """
 
     models: tuple[ModelStanding, ...]
@@ -339,7 +344,7 @@ class ModelBoard:
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Number of pairs of ranked models whose order is open, and of all pairs."""
+        """Number of pairs of ranked models whose order is undecided, and number of all pairs."""
         standings = [model for model in self.models if model.rank.value is not None]
         n_pairs = len(standings) * (len(standings) - 1) // 2
         # The best possible rank is one more than the number of models surely before it.
@@ -347,7 +352,7 @@ class ModelBoard:
 
 
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
-    """Rank models by how much the removal of one layer hurts.
+    """Rank models by the mean accuracy relevance of their layers.
 
     No model has a rank if no two models share a benchmark, or if there is only one model.
     """
@@ -401,11 +406,11 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 def _shared_settings(
     usable: Mapping[str, Mapping[str, CellRecord]], by_key: Mapping[str, CellRecord]
 ) -> tuple[list[str], list[str]]:
-    """Choose the settings that most models share, one for each benchmark.
+    """Choose the benchmark settings that most models share, one setting for each benchmark.
 
     Args:
-        usable: Model → setting → its cell.
-        by_key: Setting → a cell with this setting.
+        usable: Model → benchmark settings → cell of the model with these settings.
+        by_key: Benchmark settings → one cell with these settings.
 
     Returns:
         The settings, and the models that have cells for all these settings.
@@ -441,7 +446,7 @@ def _unshared_reason(
     ranked: Sequence[str],
     unused: Mapping[str, str],
 ) -> str:
-    """Return the reason why a setting is not used for ranking models."""
+    """Return the reason why benchmark settings are not used for ranking models."""
     missing = [name for name in ranked or usable if key not in usable[name]]
     if missing:
         reasons = [f"{name}: {reason}" for name, reason in unused.items()]
@@ -455,7 +460,7 @@ def _unshared_reason(
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:
-    """Describe how many layers have a relevance; None if all layers have a relevance."""
+    """Describe how many layers have a relevance; return None if all layers have one."""
     layers = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if layers.issuperset(range(cell.model.layers)):
         return None
@@ -466,7 +471,7 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Count the documents that reveal `MODEL_GAP` in half of the pairs.
+    """Count the documents needed to show a difference of `MODEL_GAP` in half of the model pairs.
 
     Squared errors are assumed to be inversely proportional to the number of documents. Returns None
     if enough documents are measured.
@@ -483,7 +488,7 @@ def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]
 
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
-    """Average a model's relevance over layers; intervals hold for `family` models together."""
+    """Average relevance over a model's layers; intervals are simultaneous for `family` models."""
     by_cell = [cell.runs_of_kind() for cell in cells]
     layers = [
         mean_relevance(cells, [runs[layer] for runs in by_cell], family)
@@ -493,7 +498,7 @@ def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
 
 
 def _model_standing(model: ModelIdentity, cells: list[CellRecord], reason: str) -> ModelStanding:
-    """Summarise a model over its layers; `reason` explains undefined figures without cells."""
+    """Average a model's relevance and drop over its layers; without cells, use `reason`."""
     if not cells:
         undefined = Estimate(None, reason=reason)
         return ModelStanding(model, undefined, undefined, None, None, 0, undefined)

@@ -1,6 +1,7 @@
-"""Decide which statements about one model's layers are supported.
+"""Decide which statements about one model's layers are statistically supported.
 
-Report pages, terminal, leaderboards and trackers name only the layers that this module names.
+Report pages, terminal output, leaderboards and experiment trackers name only layers that this
+module selects.
 """
 
 from __future__ import annotations
@@ -41,18 +42,22 @@ _ByCell = dict[str, dict[int, Estimate]]
 
 @dataclass(frozen=True)
 class Claims:
-    """Supported statements about one model's layers, over benchmarks.
+    """Statistically supported statements about one model's layers, averaged over benchmarks.
 
-    All statements of `costly`, `helpful` and `small` are true together with a probability of 95 %
-    or more. The same holds for `falling`, and for `broken`. Layers are 0-based numbers.
+    All statements of `costly`, `helpful` and `small` hold simultaneously with at least 95 %
+    confidence. All statements of `falling` hold simultaneously with at least 95 % confidence, and
+    so do all statements of `broken`. Layers are 0-based numbers.
 
     Attributes:
-        cells: Cells that support the statements, one for each benchmark, each with all `layers`.
-        layers: Layers that are measured on all of these benchmarks.
-        drops: Layer → mean drop (or loss increase), with an interval simultaneous over all layers.
-        verdicts: Layer → supported statement about it.
-        gold: Falls of the right answer's log-probability, for each benchmark.
-        options: Falls of the log-probability of all options together, for each benchmark.
+        cells: Cells that the statements are based on, one for each benchmark. Every cell contains
+            all `layers`.
+        layers: Layers that are measured on the benchmarks of all `cells`.
+        drops: Layer → mean accuracy drop (or loss increase), with an interval simultaneous over all
+            layers.
+        verdicts: Layer → statistically supported statement about the layer.
+        gold: Cell key → layer → fall of the right answer's log-probability when the layer is
+            removed.
+        options: Cell key → layer → fall of the log of all answer options' total probability.
     """
 
     cells: tuple[CellRecord, ...]
@@ -69,19 +74,19 @@ class Claims:
 
     @property
     def helpful(self) -> list[int]:
-        """List of the layers without which the model is shown to be better."""
+        """List of the layers whose removal is shown to improve the model."""
         return [layer for layer in self.layers if self.verdicts[layer] == "helps"]
 
     @property
     def small(self) -> list[int]:
-        """List of the layers whose removal is shown to cost less than `SMALL_DROP`."""
+        """List of the layers whose removal is shown to cost less accuracy than `SMALL_DROP`."""
         if not self.is_accuracy:
             return []
         return [layer for layer in self.layers if self.drops[layer].side(SMALL_DROP) < 0]
 
     @property
     def open(self) -> list[int]:
-        """List of the layers about which no statement is supported."""
+        """List of the layers that are not shown to be costly, helpful or small."""
         settled = {*self.costly, *self.helpful, *self.small}
         return [layer for layer in self.layers if layer not in settled]
 
@@ -89,7 +94,7 @@ class Claims:
     def by_cosine(self) -> list[int]:
         """List of the layers with the highest cosine scores, as many as there are costly layers.
 
-        Empty if a cosine score is undefined.
+        The list is empty if a cosine score is undefined.
         """
         runs = [cell.runs_of_kind() for cell in self.cells]
         scores = {
@@ -102,9 +107,9 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers that are not among as many layers of highest cosine score.
+        """List of the costly layers that a selection by cosine score misses.
 
-        The cosine score chooses other layers instead, which are shown to cost less.
+        The selection by cosine score contains other layers that are shown to cost less.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -114,9 +119,10 @@ class Claims:
 
     @property
     def falling(self) -> dict[int, list[CellRecord]]:
-        """Layers whose removal reduces the right answer's log-probability most → cells.
+        """Layers whose removal lowers the right answer's log-probability most → supporting cells.
 
-        For each layer, the cells in which its fall is shown to be among the `TOP_FALLS` largest.
+        In these cells, the layer's fall of log-probability is shown to be among the `TOP_FALLS`
+        largest.
         """
         cells_by_layer: dict[int, list[CellRecord]] = {}
         for cell in self.cells:
@@ -128,10 +134,10 @@ class Claims:
 
     @property
     def broken(self) -> list[int]:
-        """List of the layers without which all options become unlikely.
+        """List of the layers whose removal makes all answer options unlikely.
 
-        The options' total probability falls to a tenth or less, and its logarithm falls by at least
-        half of the intact model's value.
+        The total probability of all options falls to a tenth or less. The logarithm of this
+        probability falls by at least half of the intact model's value.
         """
 
         def is_broken(cell: CellRecord, layer: int) -> bool:
@@ -142,7 +148,7 @@ class Claims:
 
     @property
     def at_chance(self) -> list[CellRecord]:
-        """List of the cells whose intact model is not shown to be above chance."""
+        """List of cells in which the intact model is not shown to be above chance."""
         levels = ((cell, cell.baseline.low, cell.chance_accuracy) for cell in self.cells)
         return [
             cell
@@ -158,21 +164,21 @@ class Claims:
 
     @property
     def is_accuracy(self) -> bool:
-        """True if the drops are drops of accuracy; False if they are increases of a loss."""
+        """True if the drops are accuracy drops; False if they are loss increases."""
         return all(cell.higher_is_better for cell in self.cells)
 
     def word(self, layer: int) -> str:
-        """Return the verdict on a layer in a word or two."""
+        """Return the verdict on a layer in a few words, e.g. `matters` or `open`."""
         if layer not in self.layers:
             return "not measured on all benchmarks"
         return verdict_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
 
     def settling_documents(self) -> tuple[float, int] | None:
-        """Find the loss that more documents would reveal, and the number of documents needed.
+        """Find the accuracy loss that more documents could detect, and how many are needed.
 
-        The loss is the first of `_LOSSES` that needs more documents than measured, for half of the
-        open layers or more. None if no layer is open, drops are no accuracies, or no outcome
-        changed.
+        The loss is the first entry of `_LOSSES` that needs more documents than measured, for at
+        least half of the open layers. The result is None if no layer is open, if the metric is a
+        loss, or if no outcome changed.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
@@ -185,21 +191,21 @@ class Claims:
         return None
 
     def lacking(self, documents: int) -> list[CellRecord]:
-        """List the cells whose benchmark has fewer than a number of documents."""
+        """List the cells whose benchmark has fewer than `documents` documents."""
         return [cell for cell in self.cells if cell.benchmark.documents < documents]
 
 
 def decide_claims(cells: Sequence[CellRecord]) -> Claims:
-    """Decide which statements about one model's layers are supported.
+    """Decide which statements about one model's layers are statistically supported.
 
     Args:
-        cells: Cells of the model. One for each benchmark counts, as on a leaderboard. Cells that a
-            question stopped early do not count, because their answer says what is supported. If no
-            cell counts (e.g. for losses), the first cell with all layers on the same documents is
-            used.
+        cells: Cells of one model. One cell for each benchmark is used, the same cell as on a
+            leaderboard. Cells that the option `until` stopped early are not used. If no cell is
+            usable (e.g. for losses), the first cell that measured all layers on the same documents
+            is used.
 
     Returns:
-        The supported statements, and the open layers.
+        The supported statements, and the layers about which no statement is supported.
     """
     fallback = [c for c in cells if c.whole_layers and not c.is_raced and not c.removed]
     counted_cells = select_countable(cells)[0] or fallback[:1]
@@ -219,25 +225,25 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
 
 
 def mean_drop(runs: Sequence[RunRecord], family: int) -> Estimate:
-    """Average a change's drop over benchmarks, with a simultaneous interval.
+    """Average the accuracy drop of one ablation over benchmarks, with a simultaneous interval.
 
-    The intervals hold for all changes of the family together.
+    The interval is corrected for comparing `family` ablations.
 
     Args:
-        runs: The run of the change on each benchmark.
-        family: Number of changes in the family.
+        runs: Runs of the ablation, one for each benchmark.
+        family: Number of ablations whose intervals must hold simultaneously.
 
     Returns:
-        The mean drop.
+        The mean accuracy drop, with its interval.
     """
     drops = widen([run.drop for run in runs], [run.n for run in runs], family)
     return average(drops) if len(drops) > 1 else drops[0]  # with its exact test
 
 
 def verdict_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> str:
-    """Return the verdict on a removal in a word or two.
+    """Return the verdict on a removal in a few words, e.g. `matters` or `open`.
 
-    `is_accuracy` is False for the increase of a loss.
+    `is_accuracy` is False if `drop` is a loss increase.
     """
     if verdict == "costs":
         return "matters"
@@ -247,29 +253,30 @@ def verdict_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> 
 
 
 def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
-    """Decide which statements about a cell's runs are supported together.
+    """Decide which statements about a cell's runs hold simultaneously.
 
     Args:
-        cell: The cell. If a question stopped it, its confidence sequences hold for all runs.
-        runs: Runs of the cell that are shown together.
+        cell: The cell. If `until` stopped the cell early, its confidence sequences already hold for
+            all runs.
+        runs: Runs of the cell whose verdicts must hold simultaneously.
 
     Returns:
-        The change of each run → verdict.
+        Change that a run makes to the model → verdict on the run.
     """
     verdicts = decide_verdicts(_widened_drops(cell, runs, len(runs)))
     return dict(zip((run.change for run in runs), verdicts, strict=True))
 
 
 def verdict_words(cell: CellRecord) -> dict[Change, str]:
-    """Return the verdict on each run of a cell in words.
+    """Return the verdict on each run of a cell in a few words.
 
     The verdicts hold simultaneously for all runs of the same kind.
 
     Args:
-        cell: The cell.
+        cell: Record of one model on one benchmark.
 
     Returns:
-        Change of a run → its `verdict_word`; runs without a drop are left out.
+        Change that a run makes to the model → its `verdict_word`. Runs without a drop are left out.
     """
 
     def family(run: RunRecord) -> tuple[bool, Change]:
@@ -285,14 +292,14 @@ def verdict_words(cell: CellRecord) -> dict[Change, str]:
 
 
 def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, int]]:
-    """Compute the possible ranks of a cell's runs by their drops.
+    """Compute the best and the worst possible rank of each run of a cell, ranked by drop.
 
     Args:
-        cell: The cell.
-        runs: Runs of the cell.
+        cell: Record of one model on one benchmark.
+        runs: Runs of the cell that are ranked.
 
     Returns:
-        The best and the worst rank of each, 1 for the largest drop.
+        The best and the worst possible rank of each run; rank 1 is the largest drop.
     """
     return possible_ranks(_widened_drops(cell, runs, count_pairs(len(runs))))
 
@@ -303,9 +310,9 @@ def _widen_figures(
     figure: Callable[[RunRecord], Estimate],
     n_statements: int = 0,
 ) -> _ByCell:
-    """Widen the intervals of a figure so that the intervals of all runs hold together.
+    """Widen the intervals of one statistic so that they hold simultaneously for all runs.
 
-    `n_statements` is the number of statements for each cell, if it is more than one for each layer.
+    `n_statements` is the number of statements per cell, if there are more statements than layers.
     """
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
     family = max(len(cells) * n_statements, len(runs), 1)
@@ -314,12 +321,12 @@ def _widen_figures(
 
 
 def _widened_drops(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:
-    """Return the drops of runs, with simultaneous intervals."""
+    """Return the drops of runs, with intervals simultaneous over `family` runs."""
     drops = [run.drop for run in runs]
     return drops if cell.is_raced else widen(drops, [run.n for run in runs], family)
 
 
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:
-    """Name benchmarks as briefly as possible, with no two names equal."""
+    """Join the shortest distinct names of the cells' benchmarks to one text."""
     titles = [cell.benchmark.title for cell in cells]
     return join_words(titles if len({*titles}) == len(titles) else benchmark_labels(cells))

@@ -1,4 +1,4 @@
-"""Label models and cells uniquely, and select the cells that are ranked together."""
+"""Label models and cells (a model on a benchmark) uniquely, and select the cells to rank."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tracker.core.records import CellRecord, RunRecord
 
 
 def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
-    """Group cells by request, and each group by the edition of its tasks.
+    """Group cells by request, and split each group by the version (edition) of its tasks.
 
-    A request is a model and a benchmark with its data and settings. The editions of a group are
-    sorted by the date of their last measurement; editions without a date come first.
+    A request is a model and a benchmark with its data and settings. In each group, editions are
+    sorted by the date of the last measurement. Editions without a date come first.
     """
     requests: dict[str, dict[str, list[CellRecord]]] = {}
     for cell in cells:
@@ -29,14 +29,15 @@ def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
 
 
 def _last_measured(edition: Iterable[CellRecord]) -> str:
-    """Return the latest date of measurement of some cells."""
+    """Return the latest measurement date of the cells of one task edition."""
     return max(cell.measured or "" for cell in edition)
 
 
 def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
-    """Label the edition of each cell's benchmark; empty if there is only one edition.
+    """Label the task version (edition) of each cell; return "" for cells with only one edition.
 
-    For example `measured 2026-11-28 (1a2b3c4d)`, with the time if several are of one day.
+    An example is `measured 2026-11-28 (1a2b3c4d)`. The label contains the time if several editions
+    were measured on one day.
     """
     labels: dict[int, str] = {}
     for editions in group_editions(cells):
@@ -54,7 +55,7 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
-    """Find cells of which a later edition exists; return `id` of the cell → a latest cell."""
+    """Find cells whose task was edited later; return `id` of cell → cell of newest version."""
     return {
         id(cell): editions[-1][0]
         for editions in group_editions(cells)
@@ -65,13 +66,14 @@ def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
 
 
 def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
-    """Name models so that no two names are equal.
+    """Name models so that all names are distinct.
 
     Args:
-        models: The models.
+        models: Models to name.
 
     Returns:
-        Name of each model, with the dtype, revision, weights or source if these differ.
+        Name of each model. Equal names get the dtype, revision, weights or source added to
+        distinguish them.
     """
     return _distinct_labels(
         (
@@ -86,14 +88,15 @@ def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
 
 
 def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
-    """Name the benchmark of each cell of one model so that no two names are equal.
+    """Name the benchmark of each cell of one model so that all names are distinct.
 
     Args:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`. The metric, the edition of its task, the documents, the
-        data, the seed, other settings, the cell's key or the number of runs follow if they differ.
+        Name of each cell's benchmark, e.g. `arc_easy · 0-shot`. To distinguish equal names, further
+        settings are appended, e.g. the metric, task edition, documents, data, seed or number of
+        runs.
     """
     rows = []
     for cell, edition in zip(cells, edition_labels(cells), strict=True):
@@ -109,15 +112,15 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tuple[str, str]]:
-    """Label the rows of a table of cells so that no two labels are equal.
+    """Label the rows of a table of cells so that all labels are distinct.
 
     Args:
-        cells: The cell of each row.
-        documents: Whether the rows also show the number of documents.
+        cells: Cells of the table, one for each row.
+        documents: Whether the table also shows the number of documents.
 
     Returns:
-        For each row the name of its model, and details that distinguish it from rows with the same
-        name (mostly empty).
+        For each row, the model name and the details that distinguish rows with equal names. The
+        details are usually empty.
     """
     models = {cell.model.key: cell.model for cell in cells}
     names = dict(zip(models, model_labels(list(models.values())), strict=True))
@@ -136,7 +139,7 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
 
 
 def _details(cell: CellRecord) -> tuple[str, ...]:
-    """Return details in which cells of one model may differ, the simplest first."""
+    """Return benchmark details that distinguish a model's cells, the simplest detail first."""
     return (
         cell.benchmark.data,
         "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
@@ -147,7 +150,7 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Label rows by their first word, and add further words as long as labels are equal."""
+    """Label each row by its first word; append further words while labels are equal."""
     if not (columns := list(zip(*rows, strict=True))):
         return []
     labels = list(columns[0])
@@ -176,7 +179,7 @@ def named_models(cells: Iterable[CellRecord]) -> dict[str, list[CellRecord]]:
 
 
 def comparison_key(cell: CellRecord) -> str:
-    """Return a key of all settings that must be equal to compare two models.
+    """Return a hash of the settings that must be equal to compare two models on a benchmark.
 
     The key covers prompt format, metric, number of documents, and selection of documents.
     """
@@ -190,9 +193,10 @@ def comparison_key(cell: CellRecord) -> str:
 def select_countable(
     cells: Sequence[CellRecord], select: RunSelector = _WHOLE_LAYERS
 ) -> tuple[list[CellRecord], dict[str, str]]:
-    """Choose the cells of one model that count in rankings, one for each benchmark.
+    """Choose the cells of one model that rankings use, one cell for each benchmark.
 
-    Also returns a reason for each benchmark, and for each further cell, that does not count.
+    Also returns a mapping from the label of each unused cell to the reason why rankings do not use
+    it.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     outdated = find_outdated(cell for cell in cells if not unusable_reason(cell, select))
@@ -218,16 +222,17 @@ def select_countable(
 
 
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:
-    """Return a sort key; of two cells on one benchmark, the cell with the larger key counts.
+    """Return a sort key: rankings use the cell with the largest key on each benchmark.
 
-    The key compares runs, documents, use of the benchmark's own metric, and random drawing, because
-    the first documents of a split are no random sample.
+    The key compares the numbers of runs and documents, and prefers the benchmark's own metric.
+    Randomly drawn documents are also preferred, because the first documents of a split are no
+    random sample.
     """
     return len(select(cell)), cell.n, not cell.other_metric, bool(cell.sampling_text)
 
 
 def unusable_reason(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> str | None:
-    """Return the reason why a cell cannot be ranked; None if it can."""
+    """Return the reason why rankings cannot use a cell; return None if they can use it."""
     if cell.removed:
         return f"measured {cell.removed_text}"
     if cell.is_raced:

@@ -1,7 +1,7 @@
-"""Derive the decisions of the intact model and of each run: which option each document gets.
+"""Derive which answer option the intact model and each ablated model choose for each document.
 
-An option's score is its log-likelihood, divided by its length if the metric does so. The option
-with the largest score is chosen.
+An option's score is its log-likelihood. Some metrics divide the log-likelihood by the option's
+length. A model chooses the option with the largest score.
 """
 
 from __future__ import annotations
@@ -47,19 +47,20 @@ _LENGTH_FUNCTIONS: dict[str, Callable[[str], int]] = {
 
 
 class OptionScores:
-    """Options of each document, with the scores by which a metric chooses between options.
+    """Answer options of each document, and the rule by which a metric scores the options.
 
     Args:
-        rows: Rows of the documents, under any ablation.
-        metric: The metric.
-        texts: Texts of the documents; read only if the metric divides by the lengths of options.
+        rows: Outcome rows of the documents under any one ablation.
+        metric: Name of the metric, e.g. `acc_norm`.
+        texts: Function that reads the documents' texts. It is called only if the metric divides
+            scores by the lengths of options.
 
     Attributes:
-        counts: Number of options of each document.
-        max_options: Largest number of options; 0 for open answers.
-        gold: Number of each document's gold option; NaN if it has none.
-        lengths: `[documents, options]`, divisor of each log-likelihood; NaN if unknown.
-        reason: Reason why a divisor is unknown; empty if all are known.
+        counts: Number of answer options of each document.
+        max_options: Largest number of options of a document; 0 if no document has options.
+        gold: Index of each document's gold option; NaN if the document has no gold option.
+        lengths: `[documents, options]`, divisor of each option's log-likelihood; NaN if unknown.
+        reason: Reason why the divisor of an option is unknown; "" if all divisors are known.
     """
 
     def __init__(self, rows: pd.DataFrame, metric: str, texts: TextReader) -> None:
@@ -84,9 +85,9 @@ class OptionScores:
                 self.reason = f"{metric} divides by {lengths}"
 
     def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
-        """Compute the scores of options `[documents, options]` from log-likelihoods.
+        """Compute scores `[documents, options]` from the log-likelihoods of answer options.
 
-        NaN where a document has fewer options than others.
+        If a document has fewer options than others, its missing scores are NaN.
         """
         table = np.full(self.lengths.shape, np.nan)
         documents = zip(loglikelihoods, self.counts, strict=True)
@@ -96,9 +97,10 @@ class OptionScores:
 
 
 class RoundingRisk(NamedTuple):
-    """Probability for each document that rounding changes whether its answer counts as right.
+    """Probability for each document that rounding errors change whether its answer is judged right.
 
-    In single precision both fields are empty: rounding decides almost nothing and is not measured.
+    For a model in single precision, both fields are empty. Rounding has almost no effect in single
+    precision and is not measured.
     """
 
     chances: Array | None
@@ -106,20 +108,21 @@ class RoundingRisk(NamedTuple):
 
     @property
     def n_undecided(self) -> int | None:
-        """Number of documents whose judgement is within rounding; None if unknown."""
+        """Number of documents whose judgement rounding could change; None if unknown."""
         return None if self.chances is None else count_undecided(self.chances)
 
 
 def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextReader) -> RoundingRisk:
-    """Compute for each document the probability that rounding changes its judgement.
+    """Compute, for each document, the probability that rounding changes right to wrong or back.
 
     Args:
-        outcomes: The documents.
-        ablation: The ablation.
-        texts: Texts of the documents; read only if the metric divides by the lengths of options.
+        outcomes: Outcomes of the documents.
+        ablation: Ablation under which the documents are judged.
+        texts: Function that reads the documents' texts. It is called only if the metric divides
+            scores by the lengths of options.
 
     Returns:
-        The probabilities, in the order of the documents.
+        The probabilities in the order of the documents, or the reason why they are unknown.
     """
     if not outcomes.identity.model.is_half:
         return RoundingRisk(None)
@@ -153,15 +156,15 @@ _CHOICE_LENGTH = 200
 
 @dataclass(frozen=True)
 class ModelDecisions:
-    """Decisions of a model on every document under one ablation, in the order of the documents.
+    """Answers that a model chooses under one ablation, for each document in order.
 
     Attributes:
-        score: Metric, with the sign that makes larger values better.
-        choice: Number of the chosen option; NaN without options.
-        margin: Score of the gold option minus that of the best other option, in nats (or nats per
-            character or byte, where the metric divides by length). Without options, the gold
-            answer's log-probability. NaN if undefined.
-        text: Generated text; None if nothing is generated.
+        score: Metric of each document, negated for a loss, so that larger values are better.
+        choice: Index of the chosen option; NaN for a document without options.
+        margin: Score of the gold option minus the score of the best other option. The unit is nats,
+            or nats per character or byte if the metric divides by length. Without options, the
+            margin is the gold answer's log-probability. An undefined margin is NaN.
+        text: Generated text of each document; None if the task generates no text.
     """
 
     score: Array
@@ -172,18 +175,19 @@ class ModelDecisions:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Decisions of every run of a view, on the documents that all runs share.
+    """Answers that the intact and ablated models choose, on the documents that all runs measured.
 
     Attributes:
-        documents: Task and number of each document.
-        texts: Text of each document; None if unknown, or not to be shown.
-        gold: Number of each document's gold option; NaN if it has none.
-        options: Largest number of options; 0 for open answers.
-        baseline: Decisions of the intact model.
-        runs: Runs with their decisions.
-        binary: Whether every document is either right or wrong.
+        documents: Documents, each as task and number.
+        texts: Text of each document; None if the text is unknown or must not be shown.
+        gold: Index of each document's gold option; NaN if the document has no gold option.
+        options: Largest number of options of a document; 0 if no document has options.
+        baseline: Answers chosen by the intact model.
+        runs: Pairs of a run's change and the answers chosen under it.
+        binary: Whether every document's score is 0 or 1 (wrong or right).
         reasons: Reasons why `texts`, `margin` or `agreement` are missing.
-        missing: Requested documents that are not measured; empty if a question decides.
+        missing: Requested documents that are not measured; empty if `until` decides how many
+            documents are measured.
     """
 
     documents: Sequence[tuple[str, int]]
@@ -197,21 +201,21 @@ class Decisions:
     missing: Sequence[tuple[str, int]] = ()
 
     def lost_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a mask of the documents whose score is lower in a run than in the intact model."""
+        """Return a mask of the documents that score lower in a run than in the intact model."""
         return run.score < self.baseline.score
 
     def won_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a mask of the documents whose score is higher in a run than intact."""
+        """Return a mask of the documents that score higher in a run than in the intact model."""
         return run.score > self.baseline.score
 
     @property
     def public(self) -> bool:
-        """True if all known texts may be published without asking."""
+        """True if the stored texts of all documents are marked as public."""
         return all(text.public for text in self.texts if text is not None)
 
 
 def derive_decisions(store: CellStore, view: View) -> Decisions | None:
-    """Derive the decisions of each run of a view; None if no document is measured."""
+    """Derive the answers chosen in each run of a view; return None if no document is measured."""
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
@@ -254,15 +258,15 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
 
 
 def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS) -> DecisionsRecord:
-    """Summarise decisions: counts, shares, and the most changed documents.
+    """Summarise changed answers: counts, shares of options, and the most changed documents.
 
     Args:
-        decisions: The decisions.
-        max_shown: Number of lost documents, and of won documents, to name for each run. The
-            documents whose margin changes most are named.
+        decisions: Answers chosen by the intact model and in each run.
+        max_shown: Maximum number of lost documents, and of won documents, to list for each run. The
+            documents whose margin changes most are listed.
 
     Returns:
-        The record.
+        The record that report pages show.
     """
     numbers: dict[int, int] = {}
     runs: list[RunDecisions] = []
@@ -309,14 +313,14 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
 
 def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:
-    """Return the indexes of the lowest values that a mask selects."""
+    """Return the indexes of the `count` lowest values among those that a mask selects."""
     indexes = np.flatnonzero(mask)
     lowest: list[int] = indexes[np.argsort(values[indexes], kind="stable")][:count].tolist()
     return lowest
 
 
 def _shown_document(decisions: Decisions, index: int) -> ShownDocument:
-    """Return the entry of a document in a record, with shortened texts."""
+    """Build the entry of one document in a decisions record, with shortened texts."""
     task, doc = decisions.documents[index]
     stored_text, baseline = decisions.texts[index], decisions.baseline
     text = DocumentText("") if stored_text is None else stored_text.text
@@ -334,24 +338,24 @@ def _shown_document(decisions: Decisions, index: int) -> ShownDocument:
 
 
 def _shorten(text: str | None, max_length: int = _QUESTION_LENGTH) -> str | None:
-    """Cut the middle of a long text; the end stays, because a prompt ends with the question."""
+    """Cut the middle of a long text; keep the end, because a prompt ends with the question."""
     if not isinstance(text, str) or len(text) <= max_length:
         return text if isinstance(text, str) else None
     return f"{text[: max_length // 2].rstrip()} … {text[-max_length // 2 :].lstrip()}"
 
 
 def _optional_int(value: float) -> int | None:
-    """Convert a number to an integer; None for NaN."""
+    """Convert a number to an integer; return None for NaN."""
     return None if np.isnan(value) else int(value)
 
 
 def _rounded_figure(value: float) -> float | None:
-    """Round a figure to four digits; None if it is not finite."""
+    """Round a number to four significant digits; return None if it is not finite."""
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
 def _quartiles(values: Array) -> tuple[float, float, float] | None:
-    """Return the quartiles of the finite values; None if no value is finite."""
+    """Return the three quartiles of the finite values; return None if no value is finite."""
     finite_values = values[np.isfinite(values)]
     if not len(finite_values):
         return None
@@ -360,6 +364,6 @@ def _quartiles(values: Array) -> tuple[float, float, float] | None:
 
 
 def _option_shares(choices: Array, options: int) -> tuple[float, ...]:
-    """Return the share of documents that choose each option; () if there are no options."""
+    """Return, for each option, the share of documents that choose it; () without options."""
     shares = option_shares(choices, options)
     return () if np.isnan(shares).any() else tuple(shares.tolist())

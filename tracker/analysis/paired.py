@@ -1,6 +1,6 @@
-"""Compare one measure of the same documents with and without a change.
+"""Compare one metric of the same documents between the intact and ablated models.
 
-Also estimate the variance of a cell's outcomes, which determines its statistical power.
+Also estimate the variance of outcomes, which determines the statistical power of a comparison.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tracker.stats.arrays import Array
 
 
 def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Read a run's outcome variance; None if it is undefined or 0."""
+    """Compute the variance of a run's outcomes; return None if it is undefined or 0."""
     if run.drop_sd is None or run.drop.value is None:
         return None
     is_binary = run.drop.p_value is not None
@@ -29,9 +29,9 @@ def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
-    """Return the median and the largest outcome variance over some runs.
+    """Return the median and the maximum of several runs' outcome variances.
 
-    None if no outcome changes in any run, or if the variance is undefined.
+    Returns None if no outcome changes in any run, or if all variances are undefined.
     """
     spreads = [spread for run in runs if (spread := outcome_variance(run))]
     if not spreads:
@@ -43,17 +43,18 @@ def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeV
 
 @dataclass(frozen=True)
 class PairedOutcomes:
-    """Outcomes of each document in the intact model and under each of some ablations.
+    """Outcomes of each document in the intact model and under each of several ablations.
 
-    An outcome is NaN if lm-eval gives no finite score or names no gold answer. The drops of such a
-    document are NaN too, and estimates are None with a reason. No such document is left out or
-    counted as 0.
+    An outcome is NaN if lm-eval gives no finite score or names no gold answer. A NaN outcome makes
+    the document's drop NaN, and estimates over the documents become None with a reason. Documents
+    with NaN outcomes are neither left out nor counted as 0.
 
     Attributes:
         baseline: `[documents]`, outcomes of the intact model.
         ablated: `[documents, ablations]`, outcomes of the same documents under each ablation.
-        weights: `[documents]`, weight of each document in the measure's mean, summing to 1.
-        higher_is_better: Whether larger is better, as for an accuracy; False for a loss.
+        weights: `[documents]`, weight of each document in the mean outcome; the weights sum to 1.
+        higher_is_better: Whether larger outcomes are better, e.g. for an accuracy; False for a
+            loss.
     """
 
     baseline: Array
@@ -63,7 +64,7 @@ class PairedOutcomes:
 
     @property
     def scores(self) -> PairedOutcomes:
-        """The same outcomes, negated for a loss so that larger values are better."""
+        """Copy in which losses are negated, so that larger outcomes are better."""
         if self.higher_is_better:
             return self
         negated = {"baseline": -self.baseline, "ablated": -self.ablated}
@@ -77,25 +78,26 @@ class PairedOutcomes:
 
     @property
     def mean_drops(self) -> Array:
-        """Mean drop of the measure under each ablation `[ablations]`."""
+        """Weighted mean drop over the documents under each ablation `[ablations]`."""
         return np.asarray(self.weights @ self.drops)
 
     def level(self, index: int) -> Estimate:
-        """Estimate the mean of the measure under the ablation with an index."""
+        """Estimate the mean outcome under the ablation in column `index`."""
         return accuracy(self.ablated[:, index], self.weights)
 
     def drop(self, index: int) -> Estimate:
-        """Estimate the mean drop under the ablation with an index."""
+        """Estimate the mean drop under the ablation in column `index`."""
         return accuracy_drop(*self._drop_terms(index), self.weights)
 
     def drop_sd(self, index: int) -> Estimate:
-        """Estimate the standard deviation of documents' drops under the ablation with an index."""
+        """Estimate the standard deviation of documents' drops under the ablation `index`."""
         return drop_sd(*self._drop_terms(index), self.weights)
 
     def _drop_terms(self, index: int) -> tuple[Array, Array]:
-        """Return the two arrays whose difference is the drop.
+        """Return the two arrays `[documents]` whose difference is the drop of each document.
 
-        Outcomes that are 0 or 1 stay 0 and 1.
+        The arrays are swapped for a loss instead of negated, so that outcomes of 0 and 1 remain 0
+        and 1.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         return (intact, ablated) if self.higher_is_better else (ablated, intact)

@@ -1,4 +1,4 @@
-"""Compute the record of a cell: drops, proxies and correlations."""
+"""Compute a cell's record: drops, proxies and correlations of one model on one benchmark."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ EXPERT_PERMUTATIONS = 999
 def cell_record(
     store: CellStore, view: View, aggregate: Aggregate, answer: AnswerRecord | None = None
 ) -> CellRecord:
-    """Compute the record of a cell from the cell's outcomes.
+    """Compute the record of a cell (drops, proxies, correlations) from its stored outcomes.
 
     Args:
-        store: The cell on disk.
-        view: Documents and runs to show, and a metric that is a mean or a ratio of sums over
+        store: Stored outcomes of one model on one benchmark.
+        view: Selection of documents, runs and metric. The metric is a mean or a ratio of sums over
             documents.
-        aggregate: Function of an lm-eval aggregation's name and values; returns their aggregate.
-        answer: Answer to the question of the view; None if the view has no question.
+        aggregate: Function that aggregates values with the named lm-eval aggregation.
+        answer: Answer to the view's stopping question (`until`); None if the view has no question.
 
     Returns:
-        The record, over the documents on which every shown run is measured. If a question decided
-        their number, the figures of a run rest on the documents that decided it.
+        The record, computed on the documents that all runs measured. If a stopping question ended
+        the measurement early, each run uses the documents that decided this run.
     """
     aligned = AlignedOutcomes(store, view)
     outcomes, order = _answered_outcomes(aligned, store, view, answer)
@@ -131,7 +131,7 @@ def cell_record(
 
 
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
-    """Return the record of a view without measured documents; `fields` are further fields."""
+    """Build the record of a view without measured documents; `fields` sets further fields."""
     empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
     empty["chance_accuracy"] = None
     return CellRecord(**{**empty, **_identity_fields(store, view), **fields})
@@ -151,7 +151,7 @@ def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
 
 
 def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
-    """Return the recorded duration, peak memory and date of the measuring."""
+    """Return the total duration, peak memory and last date of a cell's measurements."""
     seconds = [float(shard["seconds"]) for shard in shards if shard.get("seconds")]
     peak_bytes = [int(shard["peak_bytes"]) for shard in shards if shard.get("peak_bytes")]
     return {
@@ -164,9 +164,9 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
 def _answered_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Select the documents on which an answer is based, and return their order.
+    """Select the documents that an answer is based on; also return the order of all documents.
 
-    Returns all documents and an empty order without an answer, or if all documents are measured.
+    If `answer` is None, or if all documents are measured, returns all documents and an empty order.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
@@ -180,9 +180,9 @@ def _answered_outcomes(
 def _first_outcomes(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
-    """Select some documents, and the runs that an answer is about.
+    """Restrict outcomes to the documents in `order` and to the runs that an answer covers.
 
-    Other runs of the view are shown if they are measured on all of these documents.
+    Other runs of the view are included if all documents in `order` are measured in them.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -197,7 +197,7 @@ def _first_outcomes(
 
 
 def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) -> str | None:
-    """Return the reason why not all requested documents are measured; None if all are."""
+    """Return the reason why requested documents are not measured; None if all are measured."""
     if n == n_requested:
         return None
     if answer is None:
@@ -211,9 +211,9 @@ def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) ->
 
 
 def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]) -> str | None:
-    """Describe the texts that replacements were fitted on.
+    """Describe the calibration texts on which layer replacements were fitted.
 
-    The description includes how many of these texts are also measured documents.
+    The description includes how many calibration texts are also measured documents.
     """
     ablations = (Ablation.from_changes(run, removed=view.removed) for run in view.runs)
     if not any(ablation.has_replacements for ablation in ablations):
@@ -248,7 +248,7 @@ _ProxyColumn = tuple[Proxy, Array, Array, Mask, str]
 
 
 def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator[_ProxyColumn]:
-    """Yield each proxy of the whole layers that runs remove."""
+    """Yield the values of each layer proxy for the runs that remove one whole layer."""
     layers, tokens = [run.layer for run in outcomes.whole_layers], proxies.tokens
     for proxy in OBSERVED:
         sums = proxies.sums[proxy.name][:, layers]
@@ -260,7 +260,7 @@ def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator
 def _expert_columns(
     outcomes: AlignedOutcomes, experts: ExpertProxies, records: Sequence[RunRecord]
 ) -> Iterator[_ProxyColumn]:
-    """Yield each proxy of the experts that runs remove.
+    """Yield the values of each expert proxy for the runs that remove an expert.
 
     An expert is usable if its proxy and its drop are defined.
     """
@@ -279,9 +279,10 @@ def _correlations(
     columns: Iterable[_ProxyColumn],
     is_raced: bool,
 ) -> Iterator[CorrelationRecord]:
-    """Correlate proxies with the accuracy drop, with and without outer layers.
+    """Correlate proxies with the accuracy drop, over all layers and without the outer layers.
 
-    If a stopping rule ended the cell, figures that assume a fixed sample size are left out.
+    If a stopping rule ended the measurement, intervals and p-values are left out, because they
+    assume a fixed sample size.
     """
     if not runs:
         return

@@ -1,4 +1,4 @@
-"""Compute the figures of one run of a cell in comparison with the intact model."""
+"""Compute the statistics of one run (one ablation on one benchmark) against the intact model."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this
 
 
 class IntactFigures:
-    """Figures of the intact model on the same documents, with which runs are compared.
+    """Baseline statistics of the intact model, with which runs on the same documents are compared.
 
-    `chance` is None for a loss.
+    The chance accuracy `chance` is None if the metric is a loss.
     """
 
     def __init__(self, outcomes: AlignedOutcomes, texts: TextReader) -> None:
@@ -61,12 +61,13 @@ class LayerProxies:
     """Proxies of the intact model's layers, observed on some documents.
 
     Args:
-        outcomes: The documents.
+        outcomes: Outcomes of the documents.
 
     Attributes:
-        tokens: `[documents]`, number of tokens behind each sum.
-        sums: Proxy → its sums `[documents, layers]`.
-        reasons: Proxy → reason why it is undefined in every layer; empty if it is defined.
+        tokens: `[documents]`, number of tokens over which the proxies are summed.
+        sums: Name of the proxy → sums over each document's tokens `[documents, layers]`.
+        reasons: Name of the proxy → reason why the proxy is undefined in every layer; "" if it is
+            defined.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
@@ -82,7 +83,7 @@ class LayerProxies:
                 self._estimates[name] = [_finite_estimate(value, reason) for value in values]
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return name → proxy of a run's layer; an undefined proxy has a reason."""
+        """Return proxy name → value for the layer that a run removes; undefined with a reason."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._estimates, Estimate(None, reason=_WHOLE_ONLY))
         return {name: values[run.layer] for name, values in self._estimates.items()}
@@ -92,11 +93,11 @@ class ExpertProxies:
     """Proxies of the experts that runs remove, observed in the intact model.
 
     Args:
-        outcomes: The documents.
+        outcomes: Outcomes of the documents.
 
     Attributes:
         runs: Runs that remove an expert.
-        sums: Proxy → its sums over each document's tokens `[documents, runs]`.
+        sums: Name of the proxy → sums over each document's tokens `[documents, runs]`.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
@@ -107,7 +108,7 @@ class ExpertProxies:
 
     @property
     def unobserved_reason(self) -> str:
-        """Note on how many documents were measured without proxies of experts; "" if none."""
+        """Note on how many documents lack the proxies of experts; "" if no document lacks them."""
         return count_unobserved(np.isnan(self.sums["routed_share"].sum(axis=1)))
 
     def counts(self, proxy: Proxy) -> Array:
@@ -115,11 +116,11 @@ class ExpertProxies:
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def means(self, proxy: Proxy) -> Array:
-        """Return the mean of a proxy for each run's expert `[runs]`; NaN if undefined."""
+        """Return a proxy's mean over tokens `[runs]` for the expert that each run removes."""
         return safe_divide(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return name → proxy of a run's expert, with reasons; empty if no expert is removed."""
+        """Return proxy name → value for the expert that a run removes; {} if it removes none."""
         if run.component != "expert":
             return {}
         index = self._indexes[run]
@@ -133,14 +134,14 @@ class ExpertProxies:
 
 
 def _finite_estimate(value: float, reason: str) -> Estimate:
-    """Convert a value to an estimate; undefined with a reason if the value is not finite."""
+    """Convert a value to an estimate; a value that is not finite gives an undefined estimate."""
     return Estimate(float(value)) if math.isfinite(value) else Estimate(None, reason=reason)
 
 
 def run_record(
     intact: IntactFigures, run: Change, proxies: Mapping[str, Estimate], aggregate: Aggregate
 ) -> RunRecord:
-    """Compute the record of one run of a cell."""
+    """Compute the record of one run: its accuracy, drops, proxies and metrics."""
     outcomes = intact.outcomes
     ablation = outcomes.ablation(run)
     paired = outcomes.metric_outcomes([ablation])
@@ -187,7 +188,7 @@ def run_record(
 
 
 def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
-    """Compute how far rounding moves an accuracy, or a difference of two accuracies."""
+    """Estimate how far rounding errors move an accuracy or a difference of two accuracies."""
     probabilities = [risk.chances for risk in risks if risk.chances is not None]
     if len(probabilities) < len(risks):
         return None
@@ -195,9 +196,9 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 
 
 def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
-    """Replace the intervals of a run by bounds that hold whenever the measuring stops.
+    """Replace a run's confidence intervals by bounds that are valid under early stopping.
 
-    The p-values of the run are removed.
+    The p-values are removed, because they assume a fixed sample size.
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:
@@ -214,7 +215,7 @@ def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
 def metric_values(
     outcomes: AlignedOutcomes, ablation: Ablation, aggregate: Aggregate
 ) -> dict[str, float | None]:
-    """Compute every metric of the benchmark, aggregated as in lm-eval."""
+    """Compute every metric of the benchmark under an ablation, aggregated as in lm-eval."""
     rows = outcomes.rows(ablation)
     benchmark = outcomes.identity.benchmark
     by_task = {task: rows[rows["task"] == task] for task in dict.fromkeys(outcomes.tasks)}
@@ -236,9 +237,9 @@ def metric_values(
 def _aggregate_metric(
     rows: pd.DataFrame, column: str, aggregation: str | None, aggregate: Aggregate
 ) -> float | None:
-    """Aggregate one metric of one task; None if the metric cannot be aggregated.
+    """Aggregate one metric of one task; return None if the metric cannot be aggregated.
 
-    The reason is a missing value, or a metric that only lm-eval can aggregate.
+    A metric cannot be aggregated if a value is missing, or if only lm-eval can aggregate it.
     """
     if aggregation is None or column not in rows or rows[column].isna().any():
         return None
@@ -251,7 +252,7 @@ def _aggregate_metric(
 def _mean_logprob_drop(logprobs: PairedOutcomes, noun: str) -> Estimate:
     """Estimate the mean fall of a log-probability compared with the intact model.
 
-    `noun` names the value that some documents lack if the mean is undefined.
+    `noun` names, for the error reason, the value that documents lack if the mean is undefined.
     """
     drops = logprobs.drops[:, 0]
     if reason := missing_reason(drops, noun):

@@ -1,6 +1,6 @@
-"""Apply the stopping rules of `until` to stored outcomes, after each block of documents.
+"""Apply the stopping rule of `until` to stored outcomes after each block of documents.
 
-Also choose the next block, and report interim estimates while the cell is measured.
+Also choose the next block of documents, and compute interim estimates during a measurement.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ PILOT_DOCUMENTS = 32
 
 @dataclass(frozen=True)
 class InterimEstimates:
-    """Progress of measuring a view of a cell, with interim estimates of drops.
+    """Progress of a running measurement, with interim estimates of the drops.
 
     Attributes:
-        documents: Number of documents that are measured under all shown runs. If a question decides
-            when to stop, number of documents that are measured under the intact model.
+        documents: Number of documents that are measured in all runs of the view. If a question
+            decides when to stop, number of documents that are measured with the intact model.
         requested: Number of requested documents; None if a question decides when to stop.
-        tokens: Number of tokens of these documents, counted as in `CellRecord.tokens`.
-        drops: Run → its drop on these documents.
+        tokens: Number of tokens of the measured documents, counted like `CellRecord.tokens`.
+        drops: Change that a run makes → interim estimate of the run's drop.
     """
 
     documents: int
@@ -63,14 +63,14 @@ class InterimEstimates:
 
 
 def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
-    """Estimate each run's drop from the blocks that are measured so far.
+    """Estimate each run's drop from the blocks of documents that are measured so far.
 
     Args:
-        store: The cell on disk.
-        view: The requested view.
+        store: Stored outcomes of one model on one benchmark.
+        view: View that selects the documents, runs and metric.
 
     Returns:
-        The estimates; empty if a run has no document.
+        The estimates; without drops if a run has no measured document.
     """
     columns = ["task", "doc", "ablation", "proxy_tokens", METRIC_PREFIX + view.metric]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -85,7 +85,7 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
 
 
 def _interim_raced(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
-    """Estimate each run's drop from its own documents, without intervals."""
+    """Estimate each run's drop from all documents measured in this run, without intervals."""
     intact = outcomes.restrict(None, [])
     if not intact.tasks:
         return InterimEstimates(0, None, 0, {})
@@ -99,9 +99,9 @@ def _interim_raced(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
 
 
 def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> None:
-    """Raise ExperimentError if outcomes of a metric can exceed [0, 1].
+    """Raise ExperimentError if a metric's outcomes are not bounded by 0 and 1.
 
-    `key` is the setting that requires bounded outcomes.
+    `key` is the setting that requires bounded outcomes, for the error message.
     """
     task = benchmark.tasks[0]
     if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
@@ -112,13 +112,13 @@ def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until")
 
 
 class RacedFigure(NamedTuple):
-    """Figure of each document that decides a race, with the columns that it is computed from.
+    """Statistic of each document on which a stopping rule decides, and its input columns.
 
     Attributes:
-        columns: Columns to read.
-        compute: Function that computes the figure of each row.
-        failure_reason: Function that explains why a document's figures (the intact model's first)
-            cannot decide; "" if they can.
+        columns: Names of the outcome columns to read.
+        compute: Function that computes the statistic from outcome rows.
+        failure_reason: Function that explains why the statistics of documents are unusable for the
+            decision. Its first input column is the intact model. It returns "" if all are usable.
     """
 
     columns: Sequence[str]
@@ -127,15 +127,15 @@ class RacedFigure(NamedTuple):
 
 
 def bounded_figure(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> RacedFigure:
-    """Build the figure for a race that is decided by a metric.
+    """Build the per-document statistic for a stopping rule that decides by a metric.
 
     Args:
-        benchmark: The benchmark.
+        benchmark: Benchmark that defines the metric.
         metric: Metric of the benchmark.
-        key: Setting that requires the race.
+        key: Setting that requires the stopping rule, for error messages.
 
     Returns:
-        The figure.
+        The statistic: the metric of each document.
 
     Raises:
         ExperimentError: Outcomes of the metric are not between 0 and 1.
@@ -158,26 +158,29 @@ def bounded_figure(benchmark: BenchmarkIdentity, metric: str, key: str = "until"
 
 
 class BlockRace:
-    """Race decided by a cell's outcomes; every process gets the same result, also after a restart.
+    """Sequential comparison (race) of ablations; reproducible across processes and restarts.
 
-    All documents of the benchmark have one random order, in which every prefix is stratified by
-    task. The race is evaluated after every block, up to the first missing document. Blocks lack
-    only the runs that are still open. Other outcomes of later documents are ignored, because
-    selection may be the reason why they exist.
+    The documents of the benchmark are evaluated in one random order. Every prefix of this order is
+    stratified by task. The stopping rule is evaluated after every block, up to the first document
+    that is not measured. A block is complete if all undecided runs are measured on it. Outcomes
+    after the first missing document are ignored, because they could be a selected sample.
 
     Attributes:
         rule: Stopping rule that evaluates the documents.
-        next_block: Next block to measure, and the ablations to measure on it. None once the
-            question is answered, or all documents are evaluated. Later blocks may be measured ahead
-            with the same ablations; runs that are decided meanwhile are then measured in vain.
+        next_block: Next block to measure, and the ablations to measure on this block. None once the
+            question is answered, or all documents are evaluated. Later blocks can be measured ahead
+            with the same ablations. Runs that are decided meanwhile are then measured
+            unnecessarily.
         looked: Number of evaluated documents.
-        measured: Number of documents that had to be measured. It can exceed `looked`, because
-            blocks are measured whole, and other tasks of a group come later in the order.
+        measured: Number of documents that had to be measured. This number can exceed `looked`,
+            because only whole blocks are measured. A block can contain documents that come later in
+            the evaluation order.
         n_blocks: Number of evaluated blocks.
-        order: All documents, as task and number, in the order of evaluation.
+        order: All documents in the order of evaluation, each as task and number.
         population: Number of documents of the benchmark.
-        base: Number of layers that a token passes in the streams that are always measured.
-        costs: `[runs]`, number of additional layers that a token passes in each run.
+        base: Number of layer passes per token for the intact model and the extra ablations, which
+            are always measured.
+        costs: `[runs]`, number of additional layer passes per token that each run needs.
     """
 
     rule: Race | SmallestMean
@@ -190,14 +193,14 @@ class BlockRace:
         extra_ablations: Sequence[Ablation],
         figure: RacedFigure,
     ) -> None:
-        """Start before the first document.
+        """Start the comparison before the first document.
 
         Args:
-            store: The cell.
-            seed: Seed of the order of the documents.
-            ablations: Ablations that the question is about.
+            store: Stored outcomes of one model on one benchmark.
+            seed: Seed of the random document order.
+            ablations: Ablations to compare.
             extra_ablations: Further ablations that are measured on each document.
-            figure: Figure of the outcomes that decides.
+            figure: Statistic of each document on which the comparison is based.
         """
         documents = store.task_documents(ALL_DOCUMENTS)
         self.population = sum(map(len, documents.values()))
@@ -219,23 +222,23 @@ class BlockRace:
 
     @property
     def contenders(self) -> str:
-        """The runs that are still open, in words."""
+        """Description of the runs that are still undecided, for progress messages."""
         raise NotImplementedError
 
     @property
     def max_weight(self) -> float:
-        """The largest weight of a document, relative to a plain mean."""
+        """The largest weight of a document, relative to the weight in an unweighted mean."""
         return float(self._scale.max())
 
     @property
     def open(self) -> Mask:
-        """Mask `[runs]` of the runs that are not yet decided."""
+        """Boolean mask `[runs]` of the runs that the stopping rule has not decided yet."""
         return self.rule.open
 
     def advance(self) -> None:
-        """Evaluate newly measured blocks, up to the first gap.
+        """Evaluate newly measured blocks in order, up to the first incomplete block.
 
-        Raises WorkError if a document has no score that could decide.
+        Raises WorkError if a document has no usable score.
         """
         while self.open.any() and self.n_blocks < len(self._turns):
             (block, n_documents, end), names = self._turns[self.n_blocks], self.needed_ablations
@@ -264,12 +267,12 @@ class BlockRace:
 
     @property
     def remaining_blocks(self) -> list[Block]:
-        """List of the blocks that are not evaluated yet, in order."""
+        """List of the blocks of documents that are not evaluated yet, in order."""
         return [turn.block for turn in self._turns[self.n_blocks :]]
 
     @property
     def needed_ablations(self) -> tuple[str, ...]:
-        """Names of the ablations still measured: the baseline, extra ablations and open runs."""
+        """Names of the ablations to measure next: baseline, extra ablations and undecided runs."""
         names = (INTACT.name, *(ablation.name for ablation in self._extra_ablations))
         return (*names, *compress(self._names, self.open))
 
@@ -281,22 +284,23 @@ class BlockRace:
 
 
 class CellRace(BlockRace):
-    """Race of the runs of a view that answers the view's question.
+    """Sequential comparison of runs that answers the stopping question of a view.
 
     Attributes:
-        race: State of the race, with one mean for each run that the question is about.
+        race: State of the comparison, with a mean drop for each run that the question compares.
     """
 
     def __init__(self, store: CellStore, view: View) -> None:
-        """Evaluate the blocks that the cell already holds.
+        """Evaluate the blocks of documents that are already measured.
 
         Args:
-            store: The cell.
-            view: The view, with its metric and its question.
+            store: Stored outcomes of one model on one benchmark.
+            view: View that defines the metric and the stopping question.
 
         Raises:
-            ExperimentError: The metric has no bounds, or the question needs another number of runs.
-            WorkError: A document has no score that could decide.
+            ExperimentError: The metric is not bounded by 0 and 1, or the question needs a different
+                number of runs.
+            WorkError: A document has no usable score.
         """
         assert view.until is not None
         self._until = view.until
@@ -315,11 +319,11 @@ class CellRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Description of the runs whose part of the answer is open."""
+        """Description of the runs that the answer does not decide yet."""
         return open_runs_text(self.record())
 
     def record(self) -> AnswerRecord:
-        """Return the record of the current answer."""
+        """Build the record of the current answer to the stopping question."""
         bounds, race = self.race.bounds, self.race
         # A drop is between -1 and 1, regardless of its documents' weights.
         low, high = bounds.low.clip(-1, 1), bounds.high.clip(-1, 1)
@@ -349,13 +353,14 @@ class CellRace(BlockRace):
 
 @dataclass(frozen=True)
 class AnswerForecast:
-    """Forecast cost of an answer: median and 90 % quantile over simulations.
+    """Forecast cost of answering a stopping question, as quantiles over simulations.
 
     Attributes:
         measured: Number of measured documents that the simulations draw from.
-        documents: Number of documents that the answer takes (median, 90 %).
-        share: Share of the layer passes of all documents (median, 90 %).
-        open: Share of the simulations in which all documents leave the question open.
+        documents: Number of documents needed for the answer (median, 90 % quantile).
+        share: Layer passes needed for the answer, as a share of measuring all documents (median, 90
+            % quantile).
+        open: Share of the simulations in which the question remains open after all documents.
     """
 
     measured: int
@@ -365,7 +370,7 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast the cost of a view's question from the documents measured under all runs."""
+    """Forecast the cost of answering a view's question; None if too few documents are measured."""
     assert view.until is not None
     columns = ["task", "doc", "ablation", METRIC_PREFIX + view.metric]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -395,7 +400,7 @@ def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
 
 
 class CandidateRace(BlockRace):
-    """Race that finds the ablation with the least cost among candidates, within a tolerance."""
+    """Sequential comparison that finds the ablation of least cost, within a tolerance."""
 
     def __init__(
         self,
@@ -406,19 +411,20 @@ class CandidateRace(BlockRace):
         ablations: Sequence[Ablation],
         extra_ablations: Sequence[Ablation],
     ) -> None:
-        """Evaluate the blocks that the cell already holds.
+        """Evaluate the blocks of documents that are already measured.
 
         Args:
-            store: The cell.
-            view: The view, with its metric.
-            criterion: Criterion: `accuracy` (the view's metric) or `gold_logprob`.
-            seed: Seed of the order of the documents.
-            ablations: The candidates.
+            store: Stored outcomes of one model on one benchmark.
+            view: View that defines the metric.
+            criterion: Criterion of the comparison: `accuracy` (the view's metric) or
+                `gold_logprob`.
+            seed: Seed of the random document order.
+            ablations: Candidate ablations to compare.
             extra_ablations: Further ablations that are measured on each document.
 
         Raises:
-            ExperimentError: The metric has no bounds.
-            WorkError: A document has no score that could decide.
+            ExperimentError: The metric is not bounded by 0 and 1.
+            WorkError: A document has no usable score.
         """
         by_accuracy, count = criterion == "accuracy", len(ablations)
         if by_accuracy:
@@ -436,12 +442,12 @@ class CandidateRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Description of the number of remaining candidates."""
+        """Progress text that gives the number of remaining candidates."""
         return f"{self.open.sum()} of {len(self._names)} candidates are left"
 
     @property
     def winners(self) -> list[int]:
-        """Indexes of the candidates with the least cost; several if undecided."""
+        """Indexes of the winning candidates, or of all remaining candidates if undecided."""
         is_chosen = self.rule.chosen
         indexes: list[int] = np.flatnonzero(is_chosen if is_chosen.any() else self.open).tolist()
         return indexes

@@ -1,4 +1,4 @@
-"""Time the engine against evaluating each ablation on its own, on the same documents."""
+"""Compare the engine's speed with evaluating one ablation at a time on the same documents."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ TRIAL_DOCUMENTS = 40
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Result of one comparison of the engine with evaluation loops.
+    """Timings of the engine and of evaluation loops, which evaluate one ablation at a time.
 
     Attributes:
-        engine_seconds: Seconds of the engine for all ablations.
-        check_seconds: Seconds of the self-check, not part of `engine_seconds`; None if left out.
-        outside_share: Share of `engine_seconds` spent outside the model's layers and head; None on
-            an accelerator, which computes asynchronously.
+        engine_seconds: Seconds that the engine needed for all ablations.
+        check_seconds: Seconds that the self-check needed in addition to `engine_seconds`; None if
+            the self-check was skipped.
+        outside_share: Share of `engine_seconds` spent outside the model's layers and head. None on
+            an accelerator, where computation is asynchronous.
         offloaded_bytes: Bytes of the offloaded layers; 0 if no layer is offloaded.
-        read_bytes: Bytes of offloaded layers loaded while the engine ran.
+        read_bytes: Bytes of offloaded layers that the engine loaded during the run.
         waiting_share: Share of `engine_seconds` spent waiting for offloaded layers.
-        loops: Name of a loop → its timing; empty if weights are offloaded, because each call of a
-            loop would read all offloaded weights.
-        layer_passes: Sum over tokens of the number of layers that the token passes in the engine.
-        times_the_passes: Program → ratio of the program's layer passes to the engine's, as
-            `Cost.times_the_passes`.
-        sharing: Computation sharing of the engine.
-        engine_gflops: Floating-point operations per second that the engine reached, in 1e9.
-        matrix_gflops: Floating-point operations per second of a plain matrix product in this
-            process, in 1e9.
+        loops: Name of an evaluation loop → timing of this loop. Empty if weights are offloaded,
+            because each call of a loop would read all offloaded weights.
+        layer_passes: Number of layer passes in the engine, summed over all tokens.
+        times_the_passes: Program → ratio of the program's layer passes to the engine's layer
+            passes, as `Cost.times_the_passes`.
+        sharing: Description of the computation that the engine shares between ablations.
+        engine_gflops: Speed of the engine in GFLOP/s.
+        matrix_gflops: Speed of a plain matrix product in the same process, in GFLOP/s.
         engine_peak_gib: Peak memory of the process, or of the accelerator, while the engine ran.
     """
 
@@ -79,7 +79,7 @@ class BenchResult:
     versions: dict[str, str]
 
     def text(self) -> str:
-        """Describe the figures of the comparison in words."""
+        """Format the timings as text for the terminal."""
         outside, check = self.outside_share, self.check_seconds
         notes = "left out" if check is None else f"{check:.1f} s"
         notes += "" if outside is None else f"; {100 * outside:.1f} % outside the model"
@@ -108,7 +108,7 @@ class BenchResult:
 def prepare_engine(
     request: CellRequest, options: Options, progress: Progress
 ) -> tuple[Engine, Sequence[Document], str]:
-    """Return an engine with full sharing, the documents to score, and their title.
+    """Build an engine with full computation sharing; also return documents and benchmark title.
 
     Raises RequestError if the model, data or device does not exist, or if the benchmark generates
     texts.
@@ -138,15 +138,16 @@ def run_bench(
     """Time the engine and each evaluation loop on the same documents and ablations.
 
     Args:
-        request: Request that names the documents and components. All layers are removed in turn,
-            whatever its runs are.
+        request: Request that defines the documents and components. All layers are removed in turn,
+            even if the request lists only some layers.
         options: Options of the model, such as its device.
-        progress: The progress listener.
-        with_check: Whether the self-check runs too; without it, sharing is not checked.
-        competitor: One of `COMPETITORS` to time besides lm-eval's Hugging Face model.
+        progress: Listener that receives progress messages.
+        with_check: Whether to verify computation sharing by a self-check first.
+        competitor: Program in `COMPETITORS` to time in addition to lm-eval's Hugging Face model;
+            None to time no other program.
 
     Returns:
-        The timings, and the differences of the results.
+        The timings, and the differences between the programs' results.
 
     Raises:
         RequestError: The model, data or device does not exist, or the competitor cannot run here.
@@ -215,7 +216,7 @@ def run_bench(
 
 
 def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
-    """List the ablations of all layers by the requested components, with the baseline."""
+    """List the baseline and the ablations of every layer for all requested components."""
     named = request.changes
     sweep = Changes(components=named.components, heads=named.heads, experts=named.experts)
     parts = parts_of_config(loaded.model.config.get_text_config())
@@ -224,7 +225,7 @@ def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation
 
 
 def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
-    """Build the loop that evaluates pruned model copies with lm-eval's Hugging Face class."""
+    """Build the loop that scores pruned copies of a model with lm-eval's Hugging Face class."""
 
     def prune_model(ablation: Ablation) -> Any:
         pruned = engine.ablate(ablation).loaded
@@ -235,7 +236,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _timed_model(engine: Engine) -> Iterator[list[float]]:
-    """Yield a list that collects the seconds spent inside the model's layers and head."""
+    """Yield a list to which the seconds spent in the model's layers and head are appended."""
     spent: list[float] = []
 
     def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

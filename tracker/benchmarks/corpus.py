@@ -1,9 +1,9 @@
 """Read plain text as a benchmark: accuracy and loss of predicting each next token.
 
-The name is `corpus:PLACE`. PLACE is a .txt file (blank lines separate documents), a .jsonl file
-(one document a line) or a data set of the hub. A data set's configuration follows its name:
-`corpus:allenai/c4/en`. Optional suffixes, in this order: `@SPLIT` of a data set, `:TOKENS` to read
-only the first tokens of each text, and `#COLUMN`.
+The name of such a benchmark is `corpus:PLACE`. PLACE is a .txt file (blank lines separate
+documents), a .jsonl file (one document a line) or a data set of the hub. A data set's configuration
+follows its name: `corpus:allenai/c4/en`. The name can have these suffixes, in this order: `@SPLIT`
+of a data set, `:TOKENS` to read only the first tokens of each text, and `#COLUMN`.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _TEXT_COLUMNS = (
 
 @dataclass(frozen=True)
 class _CorpusLocation:
-    """Location of a corpus, and the part of the corpus to read.
+    """Location of a corpus, and selection of split, tokens and column to read.
 
     Attributes:
-        name: Name as typed, without split, tokens and column.
-        file: Path of the file; None for a data set.
-        split: Split of a data set; None = `test`, or `train` if there is no `test`.
-        max_tokens: Number of first tokens to read of each text; None = all.
-        column: Only column to read; None = the known columns of text.
+        name: Name of the corpus as typed, without split, tokens and column.
+        file: Path of the corpus file; None for a data set.
+        split: Split of the data set; None = `test`, or `train` if the data set has no `test`.
+        max_tokens: Maximum number of tokens to read from the start of each text; None = all tokens.
+        column: Name of the only column to read; None = all columns that are known to contain text.
     """
 
     name: str
@@ -65,7 +65,7 @@ class _CorpusLocation:
 
     @property
     def label(self) -> str:
-        """Name of the benchmark; a file's folder is left out, so the file may be moved."""
+        """Name of the benchmark, without the file's folder, so that the file can be moved."""
         label = f"{PREFIX}{self.file.name if self.file else self.name}"
         parts = (("@", self.split), (":", self.max_tokens), ("#", self.column))
         return replace_controls(label + "".join(f"{sign}{part}" for sign, part in parts if part))
@@ -79,12 +79,12 @@ class _CorpusLocation:
 
 
 def names_corpus(benchmark: str) -> bool:
-    """Return whether the name of a benchmark denotes a corpus, not a task of lm-eval."""
+    """Return whether a benchmark's name denotes a corpus instead of a task of lm-eval."""
     return benchmark.startswith(PREFIX)
 
 
 def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
-    """Find the location of a corpus without reading it; raise BenchmarkError if none can exist."""
+    """Find a corpus without reading it; raise BenchmarkError if its location is invalid."""
     name, _, column = spec.benchmark.removeprefix(PREFIX).partition("#")
     max_tokens = None
     if match := re.fullmatch(r"(.*):(\d+)", name, re.DOTALL):
@@ -138,7 +138,7 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
 
 
 def corpus_stamp(spec: BenchmarkSpec) -> object:
-    """Return a cheap stamp of a corpus (equal stamps mean equal texts), or None for the hub."""
+    """Return a stamp of a corpus (equal stamps mean equal texts); None for a corpus on the hub."""
     file = locate_corpus(spec).file
     return open_data_source(spec.data).stamp() if file is None else file_stamp([file])
 
@@ -146,9 +146,9 @@ def corpus_stamp(spec: BenchmarkSpec) -> object:
 class Corpus:
     """A benchmark whose documents are the texts of a corpus.
 
-    A text is cut into lm-eval's rolling windows, so that every token is predicted once. The first
-    token is predicted from the tokenizer's prefix token. Raises BenchmarkError for a corpus that
-    cannot be found or read, or contains no text.
+    Each text is cut into lm-eval's rolling windows, so that every token is predicted exactly once.
+    The first token is predicted from the tokenizer's prefix token. Raises BenchmarkError for a
+    corpus that cannot be found or read, or contains no text.
     """
 
     public = False
@@ -210,8 +210,8 @@ class Corpus:
     ) -> dict[str, float | str | None]:
         """Count the correctly predicted tokens of a document, and sum the loss of all its tokens.
 
-        `acc` and `loss` (nats) are JSON pairs [sum, tokens]; None for both when a log-likelihood is
-        not finite.
+        `acc` and `loss` (in nats) are JSON pairs [sum, tokens]. Both metrics are None if a
+        log-likelihood is not finite.
         """
         loss = -math.fsum(response.loglikelihood for response in responses)
         if not math.isfinite(loss):
@@ -289,7 +289,7 @@ def _join_columns(
 
 
 def _choose_columns(location: _CorpusLocation, columns: Sequence[str]) -> tuple[str, ...]:
-    """Choose the columns of a data set from which the texts are read."""
+    """Choose the columns of a data set that contain the texts of a corpus."""
     name, column = location.name, location.column
     if column and column in columns:
         return (column,)

@@ -1,6 +1,6 @@
 """Tokenise requests with lm-eval's own code, without its scoring.
 
-The module also returns lm-eval's own unmodified models, with which tracker is compared.
+This module also gives access to lm-eval's unmodified models, for comparisons with tracker.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _QUESTION = "Question: What are 19 + 23?\nAnswer:"
 def huggingface_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Any:
-    """Wrap a model, which may be pruned, in lm-eval's own unmodified Hugging Face class."""
+    """Wrap an intact or pruned model in lm-eval's unmodified Hugging Face class."""
     return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
 
 def vllm_class() -> Any:
-    """Import lm-eval's class for vLLM models, which imports vLLM."""
+    """Import and return lm-eval's class for vLLM models; the import loads vLLM."""
     from lm_eval.models.vllm_causallms import VLLM
 
     return VLLM
@@ -42,7 +42,7 @@ def vllm_class() -> Any:
 def score_with_lm_eval(
     model: TemplateLM, documents: Sequence[Document]
 ) -> list[tuple[float, bool]]:
-    """Score documents once with a model of lm-eval, as the command `lm_eval` does.
+    """Score documents with a model of lm-eval, in the same way as the command `lm_eval`.
 
     Returns the log-likelihood and greedy flag of each request of all documents, in order.
     """
@@ -58,7 +58,8 @@ def score_with_lm_eval(
 class RequestEncoder(HFLM):  # type: ignore[misc]
     """Subclass of lm-eval's Hugging Face model that records requests instead of scoring them.
 
-    It inherits tokenisation, the treatment of empty contexts, special tokens and chat templates.
+    The encoder inherits tokenisation, the treatment of empty contexts, special tokens and chat
+    templates from lm-eval.
     """
 
     _max_tokens: int | None = None
@@ -79,8 +80,8 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     def check_chat_template(self, spec: BenchmarkSpec) -> None:
         """Raise BenchmarkError if the chat template is missing or ignores the system prompt.
 
-        If a named template is missing, lm-eval logs the name but applies the default template. If a
-        template rejects a system prompt, lm-eval drops the prompt.
+        Without this check, lm-eval would apply the default template if a named template is missing.
+        Likewise, lm-eval would drop a system prompt that the template rejects.
         """
         if not spec.apply_chat_template:
             return
@@ -113,7 +114,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             )
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        """Apply the chat template as lm-eval does; convert all its errors to BenchmarkError."""
+        """Apply the chat template as lm-eval does; convert template errors to BenchmarkError."""
         with translate_errors(
             lambda error: BenchmarkError(
                 f"apply_chat_template: the model's chat template fails ({type(error).__name__}: "
@@ -124,7 +125,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             return str(super().apply_chat_template(*args, **kwargs))
 
     def tokenisation_digest(self, with_template: bool) -> str:
-        """Hash the tokens of a short request, and whether the model brings its own code."""
+        """Hash the tokens of a short test request, and whether the model runs its own code."""
         turns = [{"role": "user", "content": _QUESTION}]
         context = self.apply_chat_template(turns) if with_template else _QUESTION
         instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)
@@ -133,7 +134,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         return content_hash([request.context, request.continuation, is_native])[:16]
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
-        """Tokenise each `loglikelihood` instance of lm-eval to one request, without truncation."""
+        """Tokenise `loglikelihood` instances of lm-eval, one request each, without truncation."""
         self._recorded = []
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
@@ -141,7 +142,8 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     def rolling_windows(self, text: str, max_tokens: int | None = None) -> list[Request]:
         """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
 
-        `max_tokens` is the number of tokens to use from the start of the text; None = all.
+        `max_tokens` is the maximum number of tokens to use from the start of the text; None = all
+        tokens.
         """
         self._recorded, self._max_tokens = [], max_tokens
         instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
@@ -152,7 +154,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         return self._recorded
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """Tokenise as lm-eval does, but stop at the maximum number of tokens."""
+        """Tokenise a text as lm-eval does, but stop at the maximum number of tokens."""
         tokens: list[int] = super().tok_encode(string, *args, **kwargs)
         return tokens[: self._max_tokens]
 

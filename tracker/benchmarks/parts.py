@@ -1,6 +1,7 @@
 """Split a benchmark into disjoint sets of calibration and test documents.
 
-Calibration uses the training split of a task, or half of the documents of a task without one.
+Calibration uses the training split of a task. For a task without a training split, calibration uses
+half of the documents.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ if TYPE_CHECKING:
 
 
 def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: int) -> Half | None:
-    """Configure a task of lm-eval to score the requested part of its documents.
+    """Configure a task of lm-eval to score only its calibration or only its test documents.
 
     Args:
-        task: Task to configure. If it has a training split, calibration scores that split.
-        documents: Requested part of the documents.
+        task: Task to configure. If the task has a training split, calibration scores the training
+            split.
+        documents: Selection of documents, whose `part` is `calibration`, `test` or None (all
+            documents).
         num_fewshot: Number of few-shot examples.
 
     Returns:
-        The half of the task's documents that is scored; None if all documents are scored.
+        The half of the task's documents that is scored; None if all documents of the split are
+        scored.
 
     Raises:
         BenchmarkError: The task has too few documents for two halves, or its few-shot examples
@@ -58,7 +62,7 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
 
 
 def _example_split(task: ConfigurableTask) -> str | None:
-    """Return the split from which lm-eval draws few-shot examples; None if the task lists them."""
+    """Return the split from which lm-eval draws few-shot examples; None for a list of examples."""
     config, fewshot = task.config, task.fewshot_cfg
     split: str | None = fewshot.split
     if split is None and fewshot.samples is None:
@@ -67,7 +71,7 @@ def _example_split(task: ConfigurableTask) -> str | None:
 
 
 def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
-    """Return the requested half of a task's documents; BenchmarkError for a single document."""
+    """Return the requested half of a task's documents; raise BenchmarkError below two documents."""
     assert documents.part is not None
     if total < 2:
         raise BenchmarkError(f"part: {task} has {total} document, which is too few for two halves")
@@ -75,7 +79,7 @@ def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
 
 
 def part_setting(documents: DocumentSpec, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return the requested part as a setting; empty if lm-eval scores this part by default."""
+    """Return the setting that names the part (calibration or test); {} for lm-eval's default."""
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

@@ -1,9 +1,9 @@
-"""Import and patch private parts of lm-eval; no other module uses them.
+"""Import and patch private functions of lm-eval. No other module uses private functions of lm-eval.
 
-`docs/dev/private-apis.md` lists what breaks if a private part changes.
-`tests/benchmarks/test_private.py` checks the parts in every version that `pyproject.toml` allows.
-The upper bound exists because lm-eval's main branch chooses few-shot examples differently since
-0.4.13.
+`docs/dev/private-apis.md` lists the features that break if a private function changes.
+`tests/benchmarks/test_private.py` checks these functions in every lm-eval version that
+`pyproject.toml` allows. The version has an upper bound because lm-eval's main branch chooses
+few-shot examples differently since 0.4.13.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ env.from_string = lru_cache(maxsize=1024)(env.from_string)
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Disable lm-eval's progress bars, one per task of a group, while it builds requests.
+    """Disable the progress bars that lm-eval shows while it builds requests.
 
-    The only other switch is an environment variable, which also disables the bars of downloads.
+    The only alternative is an environment variable, which also disables the progress bars of
+    downloads.
     """
     progress_bar = _task.tqdm
     _task.tqdm = lambda documents, **_: documents

@@ -1,6 +1,6 @@
 """Score a checkpoint with plain transformers and lm-eval, as a separate program.
 
-The script runs as `python -P reference_process.py REQUEST.json`. It imports nothing of tracker, so
+The program runs as `python -P reference_process.py REQUEST.json`. It does not import tracker, so
 that its results come from transformers and lm-eval alone.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Compute the requested results; write the logits of the texts to a separate file."""
+    """Compute the results that a request lists; save the logits of texts in a separate file."""
     torch.set_num_threads(request["threads"])
     is_spread, trust = request["device"] == "spread", request["trust_remote_code"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -53,7 +53,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Return the logits at every token of a text."""
+    """Compute the model's logits at every token of a text."""
     input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
     return logits.float().cpu().contiguous()
@@ -99,7 +99,7 @@ def _score_tasks(
 
 
 def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
-    """Skip the model for documents that are built only to draw the same few-shot examples."""
+    """Make lm-eval skip the model for documents that are not in `documents_by_task`."""
     scored = {task: set(documents) for task, documents in documents_by_task.items()}
     blanks = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
 
@@ -115,7 +115,7 @@ def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
 
 
 def _storable_value(value: Any) -> Any:
-    """Convert a metric of one document for JSON: a number, or a list for a pair."""
+    """Convert a document's metric to a JSON value: a number, or a list if it is a pair."""
     if isinstance(value, tuple | list):
         return [item.tolist() if hasattr(item, "tolist") else item for item in value]
     return float(value)

@@ -1,7 +1,7 @@
-"""Write lm-eval's own result files from stored answers; no model runs.
+"""Write lm-eval's result files from stored model answers, without running a model.
 
-lm-eval evaluates a model that returns the answers of the ledger. lm-eval's own evaluation tracker
-writes the files.
+lm-eval evaluates a substitute model, which returns the answers that the ledger stores. lm-eval's
+own code writes the files.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class JudgedAnswers:
 
     Attributes:
         loglikelihoods: Log-likelihoods of the requests, in order.
-        greedy: For each request, whether its continuation is the greedy one.
-        text: Generated text; None if nothing is generated.
-        metrics: All metrics by their names in outcomes. All values are None if a log-likelihood
-            is not finite.
+        greedy: For each request, whether its continuation is the model's greedy continuation.
+        text: Generated text; None if the task generates no text.
+        metrics: Name of each metric in stored outcomes → value. All values are None if a
+            log-likelihood is not finite.
     """
 
     loglikelihoods: Sequence[float]
@@ -65,12 +65,14 @@ class EvaluatedModel:
     """Description of an evaluated model for lm-eval's result files.
 
     Attributes:
-        name: Name of the model, from which lm-eval derives the name of the model's folder.
-        model_args: Arguments as for `lm_eval --model_args`, with the removed parts.
+        name: Name of the model. lm-eval derives the output folder's name from the model's name.
+        model_args: Arguments as for `lm_eval --model_args`, including the removed layers or other
+            parts.
         system_instruction: System prompt; None = none.
-        fewshot_as_multiturn: Whether few-shot examples are turns of a chat, if there is a chat.
-        config: Further entries of lm-eval's files about the model and its evaluation.
-        versions: Further entries of lm-eval's files about the installation.
+        fewshot_as_multiturn: Whether few-shot examples are separate turns of a chat, if a chat
+            template is applied.
+        config: Further entries about the model and its evaluation for lm-eval's files.
+        versions: Further entries about the installed versions for lm-eval's files.
     """
 
     name: str
@@ -82,7 +84,7 @@ class EvaluatedModel:
 
 
 class ResultFileWriter:
-    """Writer of lm-eval's result files; it builds the requests once for all models.
+    """Writer of lm-eval's result files, which builds the requests once for all models.
 
     `encoder` applies the chat template; None = no template. Raises BenchmarkError if a document
     lacks a column that its task reads.
@@ -104,18 +106,18 @@ class ResultFileWriter:
     def write(
         self, model: EvaluatedModel, answers: Mapping[AnswerKey, JudgedAnswers], output: Path
     ) -> list[Path]:
-        """Write the files that lm-eval would have written for a model.
+        """Write the result files that an evaluation of a model with lm-eval would write.
 
         Args:
-            model: Evaluated model.
-            answers: Document → answers; only these documents are written.
+            model: Description of the evaluated model.
+            answers: Document → the model's answers. Only the documents in this mapping are written.
             output: Output folder, as for `lm_eval --output_path`.
 
         Returns:
             Paths of the results file and of each task's file of samples, in this order.
 
         Raises:
-            CellError: lm-eval now judges an answer differently than the ledger.
+            CellError: lm-eval now computes other metrics for an answer than the ledger stores.
             WorkError: A file could not be written.
         """
         documents = group_by(sorted(answers), lambda key: key[0])
@@ -148,7 +150,7 @@ class ResultFileWriter:
     def _save(
         self, model: EvaluatedModel, results: dict[str, Any], samples: dict[str, Any], output: Path
     ) -> list[Path]:
-        """Write the files with lm-eval, and check them, because lm-eval ignores a full disk."""
+        """Write the files with lm-eval, and check that they exist; lm-eval ignores a full disk."""
         writer = EvaluationTracker(output_path=str(output))
         config_tracker = writer.general_config_tracker = _UntimedTracker()
         config_tracker.log_experiment_args(
@@ -184,9 +186,10 @@ class ResultFileWriter:
 
 
 def _later_date(date: str, folder: Path) -> str:
-    """Return the date for new files, or a later date if existing files are not older.
+    """Return a date for new files, not earlier than the date of any existing file.
 
-    Programs read the file with the latest date, and the clock of an earlier run may have been fast.
+    Programs read the file with the latest date. Existing files can have a date in the future if a
+    clock was fast.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
     last_date = max(names - {date}, default="")
@@ -198,13 +201,13 @@ def _later_date(date: str, folder: Path) -> str:
 
 
 def model_folder(model: str) -> str:
-    """Name the folder of a model as lm-eval does; shorten names too long for file systems."""
+    """Return a model's folder name as lm-eval builds it, shortened if too long for file systems."""
     name: str = sanitize_model_name(model)
     return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}--{content_hash(name)[:12]}"
 
 
 class _PreparedTask:
-    """Wrapper of a task of lm-eval whose requests are already built."""
+    """Wrapper of an lm-eval task that reuses requests which are already built."""
 
     def __init__(self, task: ConfigurableTask, requests: Sequence[Sequence[Any]]) -> None:
         self._task = task
@@ -214,7 +217,7 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: Any) -> None:
-        """Set the requests of the selected documents, renumbered from 0 as lm-eval expects."""
+        """Use the prepared requests of the selected documents, renumbered from 0 for lm-eval."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)
@@ -223,7 +226,7 @@ class _PreparedTask:
 
 
 class _RecordedModel(LM):  # type: ignore[misc]
-    """lm-eval model that returns recorded answers, by task and position in its requests."""
+    """Substitute for a model in lm-eval that returns recorded answers instead of computing."""
 
     def __init__(self, answers: Mapping[AnswerKey, JudgedAnswers]) -> None:
         super().__init__()
@@ -247,7 +250,7 @@ class _RecordedModel(LM):  # type: ignore[misc]
 
 
 class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
-    """lm-eval's record of an evaluation without its duration; models were measured together."""
+    """lm-eval's evaluation tracker without a duration, because models were measured together."""
 
     def log_end_time(self) -> None:
         """Do nothing, so that lm-eval records no duration."""
@@ -256,7 +259,7 @@ class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
 def _refuse_contradictions(
     samples: Mapping[str, Sequence[Mapping[str, Any]]], answers: Mapping[AnswerKey, JudgedAnswers]
 ) -> None:
-    """Raise CellError if lm-eval judges an answer differently from the ledger."""
+    """Raise CellError if lm-eval computes other metrics for an answer than the ledger stores."""
     for task, rows in samples.items():
         for row in rows:
             metrics = answers[task, row["doc_id"]].metrics

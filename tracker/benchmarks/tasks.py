@@ -1,6 +1,6 @@
-"""Provide lm-eval's tasks and groups as benchmarks with its prompts, choices and metrics.
+"""Provide lm-eval's tasks and groups as benchmarks, with lm-eval's prompts and metrics.
 
-The module also returns the texts of documents, and whether the texts may be published.
+This module also provides the texts of documents, and whether publishing the texts is allowed.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def is_public(spec: BenchmarkSpec, tasks: Iterable[Any]) -> bool:
     """Return whether all documents come from the hub or a package.
 
     Args:
-        spec: Benchmark, and the source of its data.
-        tasks: Tasks of the benchmark, which may read files that they name.
+        spec: Benchmark settings, with the source of the data.
+        tasks: Tasks of the benchmark. Some tasks read documents from their own files.
 
     Returns:
-        True if all documents are public. False for a task of the user, even if the task reads
-        public data.
+        True if all documents are public. The result is False for a user's own task, even if the
+        task reads public data.
     """
     if check_own_tasks(spec):
         return False
@@ -82,7 +82,7 @@ _SCORED_TYPES = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
 
 
 class LmEvalBenchmark:
-    """Benchmark from one task or group of lm-eval, on the documents of one source.
+    """Benchmark that wraps a task or group of lm-eval on the documents of one data source.
 
     Raises BenchmarkError if the benchmark or its data cannot be found or read. `task_dict` holds
     tasks and groups by name, as lm-eval's `TaskManager.load` returns them.
@@ -113,7 +113,7 @@ class LmEvalBenchmark:
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Build the benchmark's requests as lm-eval does, and tokenise them."""
+        """Build and tokenise the requests of all selected documents, as lm-eval does."""
         encoder.check_chat_template(self._spec)
         return [
             self._build_document(name, index, instances, encoder)
@@ -150,15 +150,16 @@ class LmEvalBenchmark:
     def build_requests(
         self, name: str, extent: Extent, encoder: RequestEncoder | None
     ) -> dict[int, list[Any]]:
-        """Build the requests of some documents of a task with lm-eval.
+        """Build the requests of the selected documents of a task with lm-eval.
 
         Args:
             name: Name of the task.
-            extent: Documents to build.
+            extent: Selection of the documents whose requests are built.
             encoder: Encoder that applies the chat template; None = no template.
 
         Returns:
-            Number of a document → its requests in lm-eval's order; the numbers ascend.
+            Number of a document → requests of this document in lm-eval's order. The document
+            numbers ascend.
 
         Raises:
             BenchmarkError: A document lacks a column that the task reads.
@@ -222,7 +223,7 @@ class LmEvalBenchmark:
         return values
 
     def text(self, document: Document) -> DocumentText:
-        """Return the question and answer of a document, without examples and templates."""
+        """Return a document's question and answer, without few-shot examples and chat template."""
         task = self._tasks[document.task]
         doc, instances = self._documents[document.task, document.index]
         if document.rolling:
@@ -234,7 +235,7 @@ class LmEvalBenchmark:
         return DocumentText(str(task.doc_to_text(doc)), answer=_first_answer(task, doc).strip())
 
     def _configure(self, task: ConfigurableTask) -> None:
-        """Set the number of few-shot examples by lm-eval's rule; reject unsupported tasks."""
+        """Set a task's number of few-shot examples as lm-eval does; reject unsupported tasks."""
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED_TYPES:
             raise BenchmarkError(
                 f"{task.task_name} has the output type {task.OUTPUT_TYPE!r}; tracker supports only "
@@ -269,7 +270,7 @@ class LmEvalBenchmark:
 
     @staticmethod
     def _refuse_sampling(task: ConfigurableTask) -> None:
-        """Raise BenchmarkError for sampled texts: layers are compared on one text per document."""
+        """Raise BenchmarkError unless a task decodes one text per document greedily."""
         settings = task.get_config("generation_kwargs") or {}
         is_sampled = settings.get("do_sample")
         if is_sampled is None:  # lm-eval then samples if the temperature is above 0
@@ -282,7 +283,7 @@ class LmEvalBenchmark:
             )
 
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
-        """Return the settings that affect outcomes, under lm-eval's names."""
+        """Return the benchmark settings that affect outcomes, by their names in lm-eval."""
         spec, chat = self._spec, bool(self._spec.apply_chat_template)
         generates = any(task.OUTPUT_TYPE == _GENERATED for task in self._tasks.values())
         is_single_turn = chat and num_fewshot and spec.fewshot_as_multiturn is False
@@ -298,7 +299,7 @@ class LmEvalBenchmark:
         return {name: str(value) for name, value in settings.items() if value is not None}
 
     def _check_judging(self, task: ConfigurableTask) -> None:
-        """Judge made-up answers with a user's task, to find errors before the model runs."""
+        """Compute a user task's metrics of dummy answers, to find errors before the model runs."""
         if not task.instances or not any(map(is_user_function, task.config.to_dict(True).values())):
             return
         instances = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
@@ -356,11 +357,11 @@ def aggregate(aggregation: str, values: Sequence[MetricValue]) -> float | None:
 
     Args:
         aggregation: Name of the aggregation in lm-eval.
-        values: Metric of each document: a number, or JSON.
+        values: Metric of each document, a number or JSON.
 
     Returns:
-        The metric of the task; None if the aggregation is a task's own function, which only lm-eval
-        can call.
+        The metric of the task. None if the aggregation is a function in the task's own code, which
+        only lm-eval can call.
     """
     if aggregation not in AGGREGATION_REGISTRY:
         return None
@@ -369,14 +370,14 @@ def aggregate(aggregation: str, values: Sequence[MetricValue]) -> float | None:
 
 
 def storable_value(value: Any) -> MetricValue:
-    """Convert a metric of one document for the ledger: a number, or JSON for a pair."""
+    """Convert a document's metric to a storable value: a number, or JSON if it is a pair."""
     if isinstance(value, tuple | list):
         return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
     return float(value)
 
 
 def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
-    """Build a prompt; read the maximum text length from the setting that lm-eval prefers."""
+    """Build a prompt with the maximum text length that lm-eval reads from generation settings."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     lengths = [settings[name] for name in aliases if settings.get(name) is not None]
     settings = {name: value for name, value in settings.items() if name not in aliases}
@@ -384,7 +385,7 @@ def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None)
 
 
 def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
-    """Return the task's first right answer to a document, as it would follow the prompt."""
+    """Return the first right answer to a document, formatted to follow the prompt."""
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
@@ -394,10 +395,10 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
 
 
 def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
-    """Return the request that scores the task's right answer as a continuation of a prompt.
+    """Build the request that scores a right answer as the continuation of a prompt.
 
-    lm-eval never scores this request, so the request must not fail. An answer that is longer than
-    the model's context is cut, and an empty answer becomes the end-of-text token.
+    Since lm-eval never scores such a request, tracker must not fail on it. An answer that is longer
+    than the model's context is cut. An empty answer becomes the end-of-text token.
     """
     instance = Instance("loglikelihood", doc={}, arguments=(prompt.text, answer), idx=0)
     (request,) = encoder.encode([instance])
@@ -406,7 +407,7 @@ def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Req
 
 
 def _gold_index(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
-    """Return the number of the request with the right answer by lm-eval's rule, or None."""
+    """Return the index of the request with the right answer as in lm-eval, or None."""
     if task.OUTPUT_TYPE == _ROLLING:
         return None
     if task.OUTPUT_TYPE != "multiple_choice":

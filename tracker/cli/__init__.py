@@ -1,17 +1,17 @@
 """Parse the command line, call the API and print its results.
 
-Exit codes: 0 all done, 1 some work failed, 2 invalid request.
+The exit code is 0 if all work is done, 1 if some work failed, and 2 if the request is invalid.
 
 Modules:
     boundary: Turn every error into a message and an exit code.
     commands: Define `main` and the commands that measure, plan or check.
-    help: Print the help of commands in groups of options.
+    help: Print the help of commands, with options in groups.
     options: Define the options that commands share, and their types.
     printing: Print records, plans and leaderboards.
     pruning: Define the commands prune and export.
     quantising: Define the command quantise.
-    studying: Define the command study, with one subcommand per study.
-    terminal: Write lines, tables and progress bars to the terminal.
+    studying: Define the command study, with a subcommand for each study.
+    terminal: Print lines, tables and progress bars to the terminal.
     viewing: Define the commands on stored results: report, leaderboard, sync, ls, check.
 """
 

@@ -1,4 +1,4 @@
-"""Turn every error of a command into a message and an exit code."""
+"""Convert every error of a command to a message and an exit code."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ COLLECTION_THRESHOLD = 10_000
 
 
 class ErrorBoundary(GroupedCommands):
-    """A group of commands that turns errors into messages and exit codes.
+    """Command group that converts all errors to messages and exit codes.
 
-    Errors of tracker and of the system (a full disk, a folder that may not be read) have messages
-    of their own. All others are internal errors, with a file to report them.
+    Errors of tracker and of the system (e.g. a full disk or a missing permission) are printed as
+    one message. Any other error is reported as an internal error, and its traceback is saved in a
+    file.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse text that files, hashes and trackers cannot hold, in any argument."""
+        """Raise UsageError if an argument is not valid UTF-8, which files and trackers require."""
         for word in args:
             if not is_writable(word):
                 raise click.UsageError(f"{word!r} is no UTF-8 text", ctx)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
+        """Run the command; print any error as a message, and exit with the error's code."""
         if sys.platform == "win32":
             raise click.UsageError(UNSUPPORTED_SYSTEM, ctx)
         try:
@@ -66,7 +67,7 @@ class ErrorBoundary(GroupedCommands):
 
 @contextmanager
 def _infrequent_collection() -> Iterator[None]:
-    """Collect garbage rarely until exit, since imported modules would be searched each time."""
+    """Collect garbage rarely inside a `with` block, since each pass scans all imported modules."""
     old_threshold = gc.get_threshold()
     gc.set_threshold(COLLECTION_THRESHOLD, *old_threshold[1:])
     try:
@@ -76,7 +77,7 @@ def _infrequent_collection() -> Iterator[None]:
 
 
 def report_bug(error: Exception) -> None:
-    """Report an internal error in two lines, and save its traceback."""
+    """Print two lines about an internal error, and save the traceback in a temporary file."""
     description = f"{type(error).__name__}: {first_line(error)}"
     echo(f"tracker: internal error, please report it: {description}", error=True)
     with tempfile.NamedTemporaryFile(

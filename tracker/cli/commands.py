@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 some work failed, 2 wrong request."""
+"""Define the main command and the subcommands that measure, plan or check."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ from tracker.core.kinds import COMPONENTS
 
 
 class MainGroup(ErrorBoundary):
-    """The command `tracker`, whose help ends with the installed extensions."""
+    """Main command `tracker`, whose help lists the installed extensions at the end."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of installed extensions."""
+        """Append the list of installed extensions to the help."""
         if extensions := list_extensions():
             with formatter.section("Extensions"):
                 formatter.write_dl(extensions)
@@ -97,7 +97,7 @@ def main(debug: bool) -> None:
 def init(folder: Path) -> None:
     """Write the example experiments into a folder.
 
-    FOLDER is 'experiments' by default. Files that exist stay as they are.
+    FOLDER is 'experiments' by default. Existing files are not overwritten.
 
     \b
     Example:
@@ -114,14 +114,14 @@ def init(folder: Path) -> None:
 
 
 class ExecutorName(click.Choice[str]):
-    """The name of an executor, of which other packages may provide some."""
+    """Option type for the name of an executor, built in or provided by a package."""
 
     def __init__(self) -> None:
         self.case_sensitive = True
 
     @property
     def choices(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The names; finding those of other packages takes 25 ms."""
+        """Names of all executors; finding the executors of other packages takes 25 ms."""
         return executor_names()
 
     @override
@@ -130,7 +130,7 @@ class ExecutorName(click.Choice[str]):
 
 
 class ExecutionOptions(CommandOptions):
-    """Options of the executor and of offloading."""
+    """Options that choose the executor and where layers are offloaded."""
 
     executor: Annotated[str, ExecutorName()] = "local"
     """Executor: local for this machine, ray for a Ray cluster, slurm for a job array with one job
@@ -155,11 +155,11 @@ def run(
     slurm: Sequence[tuple[str, Any]],
     **options: Any,
 ) -> None:
-    """Measure an experiment, or continue it.
+    """Run an experiment, or resume a stopped one.
 
-    EXPERIMENT is a file. Instead of a file, give a MODEL and --benchmark. Options override the keys
-    of the file. The resulting experiment is saved in the results folder as a file, which can be run
-    again.
+    EXPERIMENT is a YAML file. A MODEL and --benchmark can be given instead of a file. Options
+    override the keys of the file. The resulting experiment is saved as a file in the results folder
+    and can be run again.
 
     \b
     Examples:
@@ -191,12 +191,13 @@ def run(
 @project_option(default="tracker")
 @work_options
 def evaluate(project: str, **settings: Any) -> None:
-    """Measure one layer: what a sweep's trial calls.
+    """Measure one layer, as a trial of a W&B sweep.
 
-    The first trial of a (model, benchmark) measures all layers of its sweep at once (outside a
-    sweep: all layers), which costs little more than one. The other trials find their layer in the
-    results folder and load no model. A trial whose span reaches beyond the last layer, or contains
-    a removed one, prints a note and exits with 0.
+    The first trial of a model and benchmark measures all layers of its sweep at once, which costs
+    little more than one layer. Outside a sweep, all layers of the model are measured. Later trials
+    read the outcomes of their layer from the results folder and load no model. A trial prints a
+    note and exits with code 0 if its layers extend beyond the last layer or include a removed
+    layer.
 
     \b
     Example:
@@ -214,7 +215,7 @@ def evaluate(project: str, **settings: Any) -> None:
 
 
 class BenchOptions(CommandOptions):
-    """Options of the benchmark of the engine."""
+    """Options of `tracker bench`, which times the engine."""
 
     components: Annotated[tuple[str, ...], click.Choice(COMPONENTS)] = Field((), alias="component")
     """Component of every layer to remove (default: layer). May be given several times."""
@@ -242,19 +243,20 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Time the engine against lm-eval, layer by layer.
+    """Compare the engine's speed with lm-eval's.
 
-    Both run side by side, and their numbers are compared. The loop runs lm-eval's Hugging
-    Face model without the layer, at the fastest of a few batch sizes. It runs for the baseline and
-    four removals of each component, and is extrapolated to all. It is left out if layers are
-    offloaded, because each of its calls would read all of them. One model and one benchmark are
-    timed, always with every layer. With --against vllm, lm-eval's vLLM model is timed too, if vLLM
-    is installed and runs on the model's device. The layer passes of all three are counted in any
-    case.
+    The engine and lm-eval score the same documents, and their results are compared. The lm-eval
+    loop evaluates one pruned copy of the model after another, at the fastest of a few batch sizes.
+    The loop is timed for the baseline and four removals of each component. The time for all
+    removals is extrapolated. The loop is left out if layers are offloaded, because every evaluation
+    would read all offloaded layers. One model and one benchmark are timed, with every layer removed
+    in turn. With --against vllm, lm-eval's vLLM model is timed too, if vLLM is installed and runs
+    on the model's device. Layer passes are counted for the engine, lm-eval and vLLM in any case.
 
-    A model that is not here can be timed by its shape, with random weights: shape:llama-3-8b,
-    shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or shape:FOLDER_OR_ID; @8 behind it
-    takes eight layers. The weights are written into the user's cache.
+    A model that is not on this machine can be timed by its shape, with random weights:
+    shape:llama-3-8b, shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or
+    shape:FOLDER_OR_ID. The suffix @8 limits the model to eight layers. The random weights are saved
+    in the user's cache.
 
     \b
     Examples:
@@ -290,11 +292,12 @@ def bench(
 def doctor(device: str, as_json: bool) -> None:
     """Check that this installation computes the right numbers on a device.
 
-    It takes about half a minute. A tiny model with random weights goes through every feature on the
-    device. The results are compared with a really changed model on the CPU, one ablation at a time.
-    A failed check does not stop the others; the exit code is then 1.
+    The checks take about half a minute. Every feature of the engine is computed on the device, for
+    a tiny model with random weights. The results are compared with actually changed copies of the
+    model on the CPU, one ablation at a time. All checks run even if one fails. The exit code is 1
+    if any check fails.
 
-    
+    \b
     Examples:
       tracker doctor
       tracker doctor --device cuda:1
@@ -317,8 +320,8 @@ def doctor(device: str, as_json: bool) -> None:
 def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
     """Check an experiment without loading weights.
 
-    EXPERIMENT is a file. Instead of a file, give a MODEL and options, as for 'tracker run' and
-    'tracker prune'.
+    EXPERIMENT is a YAML file. A MODEL and options can be given instead of a file, as for 'tracker
+    run' and 'tracker prune'.
 
     \b
     Examples:
@@ -351,10 +354,10 @@ def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) 
 def plan(
     experiment: Path | None, settings: dict[str, Any], gflops: float | None, **options: Any
 ) -> None:
-    """Estimate what an experiment will cost.
+    """Estimate the cost of an experiment.
 
-    EXPERIMENT is a file. Instead of a file, give a MODEL and options, as for 'tracker run' and
-    'tracker prune'. Nothing is measured.
+    EXPERIMENT is a YAML file. A MODEL and options can be given instead of a file, as for 'tracker
+    run' and 'tracker prune'. The command measures nothing.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Print the help of commands in groups, with the options of the first week first."""
+"""Print the help of commands with options in groups, the most common options first."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ COMMAND_GROUPS: Mapping[str, Iterable[str]] = {
 
 
 class DashedOption(click.Option):
-    """An option that shows one spelling, and many choices in its help only."""
+    """Option whose usage shows only the spelling with dashes and no long list of choices."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the option as typed and its help."""
+        """Return the option's usage (e.g. `--sample N`) and its help text."""
         shown = copy(self)
         shown.opts = [name for name in self.opts if "_" not in name] or self.opts
         if isinstance(self.type, click.IntRange):
@@ -54,10 +54,10 @@ class DashedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists its options in groups."""
+    """Command whose help lists the options in groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options group by group."""
+        """Write the command's options to the help, group by group."""
         records = {
             parameter.opts[-1].lstrip("-").replace("-", "_"): record
             for parameter in self.get_params(ctx)
@@ -76,12 +76,12 @@ class GroupedCommand(click.Command):
 
 
 class GroupedCommands(click.Group):
-    """A group whose help lists its commands in groups."""
+    """Command group whose help lists the subcommands in thematic groups."""
 
     command_class = GroupedCommand
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands group by group."""
+        """Write the subcommands to the help, group by group."""
         width = max(map(len, self.commands))
         for title, names in COMMAND_GROUPS.items():
             rows = [

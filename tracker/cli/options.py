@@ -1,4 +1,4 @@
-"""Options that several commands share, and the types of their values."""
+"""Define the options that several commands share, and the types of option values."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ REPORT_FORMS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
 
 
 class TextType(click.ParamType, ABC):  # type: ignore[type-arg]
-    """A type of option values, read from text."""
+    """Base class for types of option values that are parsed from text."""
 
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
-        """Read a value; report an invalid one as click does."""
+        """Parse a value; report an invalid value as click does."""
         try:
             return self.read(value)
         except ValueError as error:
@@ -49,16 +49,16 @@ class TextType(click.ParamType, ABC):  # type: ignore[type-arg]
 
     @abstractmethod
     def read(self, text: str) -> object:
-        """Read a value; raise ValueError with an example if it is invalid."""
+        """Parse a value from text; raise ValueError with an example if the text is invalid."""
 
 
 class PathType(TextType):
-    """A file or folder that a file system can hold."""
+    """Option type for a path that is valid on the file system, existing or not."""
 
     name = "path"
 
     def read(self, text: str) -> Path:
-        """Read a path; the command reports what does not exist."""
+        """Parse a path, existing or not; raise ValueError if the path is invalid."""
         if not str(text).strip():
             raise ValueError("the path is empty; write '.' for this folder")
         path = Path(text)
@@ -73,24 +73,24 @@ class PathType(TextType):
 
 
 class WordType(TextType):
-    """A text that is not blank."""
+    """Option type for text that is not blank."""
 
     name = "text"
 
     def read(self, text: str) -> str:
-        """Read the text."""
+        """Return the text; raise ValueError if it is blank."""
         if not text.strip():
             raise ValueError("it is empty")
         return text
 
 
 class SizeType(TextType):
-    """A size such as 4GiB."""
+    """Option type for a memory size such as 4GiB."""
 
     name = "size"
 
     def read(self, text: str) -> int:
-        """Read a size in bytes."""
+        """Parse a size such as 4GiB; return the number of bytes."""
         from pydantic import ByteSize, TypeAdapter
 
         try:
@@ -102,7 +102,7 @@ class SizeType(TextType):
 
 
 class LayersType(TextType):
-    """Layers such as 3,17 or 3-7, or a list as W&B passes it on: [3, 17]."""
+    """Option type for layers such as 3,17 or 3-7, or a list [3, 17] as W&B formats it."""
 
     def __init__(self, allow_all: bool = False, name: str = "layers") -> None:
         self.name = name
@@ -110,7 +110,7 @@ class LayersType(TextType):
         """Whether `all` is allowed."""
 
     def read(self, text: str) -> tuple[int, ...] | str:
-        """Return the layers in ascending order, or `ALL`."""
+        """Parse layers; return their numbers in ascending order, or `ALL_PARTS` for all layers."""
         if self._allow_all and text == ALL_PARTS:
             return ALL_PARTS
         inner_text = text.strip()
@@ -139,7 +139,7 @@ class LayersType(TextType):
 
 
 class SettingType(TextType):
-    """A setting KEY=VALUE, whose value is read as JSON or YAML if it is valid."""
+    """Option type for a setting KEY=VALUE, whose value is parsed as JSON or YAML."""
 
     name = "key=value"
 
@@ -147,7 +147,7 @@ class SettingType(TextType):
         self._is_yaml = is_yaml
 
     def read(self, text: str) -> tuple[str, object]:
-        """Read key and value."""
+        """Parse a setting KEY=VALUE; return the key and the parsed value."""
         import json
 
         key, separator, value_text = text.partition("=")
@@ -165,14 +165,14 @@ class SettingType(TextType):
 
 
 class NameOrFlag(WordType):
-    """Yes, no, or a name."""
+    """Option type for yes, no, or a name."""
 
     name = "yes|no|name"
 
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
-        """Read yes or no as click does, else a name."""
+        """Parse yes or no to a bool as click does; return any other text as a name."""
         if value.strip():
             with suppress(click.BadParameter):
                 return bool(click.BOOL.convert(value, param, ctx))
@@ -180,12 +180,12 @@ class NameOrFlag(WordType):
 
 
 class BackendsType(TextType):
-    """Tracking backends, comma-separated; none for `none`."""
+    """Option type for comma-separated tracking backends, or `none` for no backend."""
 
     name = "text"
 
     def read(self, text: str) -> tuple[str, ...]:
-        """Read the backends."""
+        """Parse comma-separated backends; return () for `none`."""
         names = tuple(name.strip() for name in text.split(",") if name.strip())
         if not names:
             raise ValueError(f"{text!r} names no tracking backend; write mlflow, or none")
@@ -193,10 +193,10 @@ class BackendsType(TextType):
 
 
 class TrialCommand(GroupedCommand):
-    """A command that ignores options such as `--name=None`, as W&B writes a null of a grid."""
+    """Command that ignores options such as `--name=None`, which W&B passes for null values."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Drop the options whose value is a null."""
+        """Parse the arguments without the options whose value is `None`."""
         if "--layer=all" in args:
             raise click.UsageError(
                 "--layer=all: a trial measures one layer, and W&B does not count a model's layers. "
@@ -209,15 +209,17 @@ class TrialCommand(GroupedCommand):
 
 
 def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable[[F], F]:
-    """Add an option for each key of a schema, in order.
+    """Build a decorator that adds a command-line option for each named field of a schema.
 
     Args:
-        model: The schema, whose fields have types, defaults and docstrings, which are the help.
-        *names: The keys.
-        defaults: Whether options have defaults, and required keys are required options.
+        model: Schema of the options. Its fields define the types, the defaults and (by docstrings)
+            the help texts.
+        *names: Names of the fields that become options, in order.
+        defaults: Whether options have the defaults of the fields, and required fields become
+            required options.
 
     Returns:
-        A decorator.
+        A decorator for the function of a command.
     """
     hints = get_type_hints(model, include_extras=True)
 
@@ -252,16 +254,17 @@ def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> C
 def experiment_options(
     cell_keys: Sequence[str] = tuple(FIELDS_BY_KEY), search_keys: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the argument EXPERIMENT and the options that override its keys.
+    """Build a decorator that adds the argument EXPERIMENT and options that override its keys.
 
-    The command is called with `experiment`, the file or None, and `settings`, the typed keys.
+    The decorated command receives `experiment` (the file or None) and `settings` (the keys that the
+    user typed).
 
     Args:
-        cell_keys: Keys of cells that become options.
-        search_keys: Keys of searches that become options.
+        cell_keys: Keys for one model and benchmark that become options.
+        search_keys: Keys of pruning searches that become options.
 
     Returns:
-        A decorator.
+        A decorator for the function of a command.
     """
     leading_keys = [key for key in cell_keys if key in ("model", "benchmark")]
     part_keys = [key for key in cell_keys if key in ExperimentOptions.model_fields]
@@ -300,7 +303,7 @@ SEARCH_KEYS = tuple(key for key in SearchSettings.model_fields if key not in FIE
 
 
 def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
-    """Check a key of an experiment file; raise UsageError for an unknown one."""
+    """Return the setting; raise UsageError if no experiment file has such a key."""
     known_keys = [*FIELDS_BY_KEY, *SEARCH_KEYS, *Sweep.model_fields]
     if setting[0] not in known_keys:
         suggestion = did_you_mean(setting[0], known_keys)
@@ -313,7 +316,8 @@ def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
 def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path | None:
     """Return the experiment file; None if a model is given, which is added to `settings`.
 
-    UsageError, with a command to type, if the word is neither or a setting is missing.
+    Raises UsageError with a correct command if `experiment` is neither a file nor a model, or if a
+    setting is missing.
     """
     path = None if experiment is None else _read_path(experiment)
     if path is not None and not names_model(path):
@@ -348,7 +352,7 @@ def _read_path(text: str) -> Path:
 
 
 def _describe_missing(name: str) -> str:
-    """Return the beginning of a message about a word that is no experiment file."""
+    """Return the start of the error message for a name that is not an experiment file."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise click.UsageError(
@@ -360,7 +364,7 @@ def _describe_missing(name: str) -> str:
 
 
 def _click_type(hint: Any) -> dict[str, Any]:
-    """Return click's arguments for a field of this type."""
+    """Convert a field's type to the arguments of `click.option`."""
     types = [*get_args(hint)] if get_origin(hint) in (Union, UnionType) else [hint]
     types = [
         get_args(field_type)[0] if get_origin(field_type) is tuple else field_type
@@ -384,17 +388,17 @@ def _click_type(hint: Any) -> dict[str, Any]:
 
 
 class CommandOptions(BaseModel):
-    """Schema of a command's options, besides the settings of experiments.
+    """Schema of a command's options that are not keys of experiment files.
 
-    An annotation may hold a type of click's. An alias is the option's name, a bool is a flag, and a
-    tuple is an option that may be given several times.
+    The annotation of a field can contain a click type. An alias replaces the option's name. A bool
+    field becomes a flag. A tuple field becomes an option that can be given several times.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
-    """Return click's arguments for a field, whose annotation may hold a type of click."""
+    """Convert a field to the arguments of `click.option`; a click type in the annotation wins."""
     value_type, *annotations = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if value_type is bool:
         return {"is_flag": True}
@@ -408,7 +412,7 @@ def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
 
 
 def _click_range(field: FieldInfo) -> dict[str, Any]:
-    """Return click's type for a number with bounds; an empty dict if its field has none."""
+    """Return the click type of a number with bounds, as an option argument; {} without bounds."""
     limits = {
         name: getattr(bound, name)
         for bound in field.metadata
@@ -423,7 +427,7 @@ def _click_range(field: FieldInfo) -> dict[str, Any]:
 
 
 class ExperimentOptions(CommandOptions):
-    """Options for several layers, heads and experts, and for any key of a file."""
+    """Options for layers, heads and experts, and for any other key of an experiment file."""
 
     layer: Annotated[Sequence[int] | str | None, LayersType(allow_all=True)] = None
     """Layers to change, e.g. 3,17 or 3-7 (default: all)."""
@@ -440,7 +444,7 @@ class ExperimentOptions(CommandOptions):
 
 
 class WorkOptions(CommandOptions):
-    """Options of the results folder, tracking and devices."""
+    """Options for the results folder, tracking backends and devices."""
 
     results: Annotated[Path, PathType()] = Path("results")
     """Results folder; several processes may share it."""
@@ -483,7 +487,7 @@ folder_argument = click.argument("folder", required=False, type=PathType())
 
 
 def choose_folder(folder: Path | None, results: Path) -> Path:
-    """Return the results folder of `folder_argument` or `results_option`."""
+    """Return the results folder, given as the argument FOLDER or as the option --results."""
     if folder is None:
         return results
     source = click.get_current_context().get_parameter_source("results")
@@ -496,7 +500,7 @@ sources_argument = click.argument("sources", nargs=-1, type=WordType())
 
 
 def project_option(**options: Any) -> Callable[[F], F]:
-    """Add the option that names the tracking backends' project."""
+    """Build a decorator that adds --project, the name of the tracking backends' project."""
     arguments = {"envvar": "WANDB_PROJECT", "show_default": True, **options}
     return click.option("--project", type=WordType(), **arguments)
 
@@ -506,14 +510,14 @@ work_options = add_options(WorkOptions, *WorkOptions.model_fields)
 
 
 def check_finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Raise BadParameter for NaN and infinity, which click's ranges accept."""
+    """Return the value; raise BadParameter for NaN and infinity, which click's ranges accept."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"invalid number {value}; expected a finite one", ctx, param)
     return value
 
 
 def publish_option(subject: str) -> Callable[[F], F]:
-    """Add the option that names tracking projects to write to."""
+    """Build a decorator that adds --publish, the tracking projects to which results are written."""
     return click.option(
         "--publish",
         multiple=True,

@@ -1,4 +1,4 @@
-"""Print cells, leaderboards and plans to the terminal."""
+"""Print results, leaderboards and plans to the terminal."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 def print_failures(prefix: str, failures: Mapping[str, str]) -> None:
-    """Print each failure, with its reason."""
+    """Print each failed subject and its reason to standard error."""
     for subject, reason in failures.items():
         echo(f"{prefix}: {subject}: {reason}", error=True)
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """Print the checked machine, the checks, and the conclusion."""
+    """Print the results of `tracker doctor`: machine, device, all checks, and the conclusion."""
     machine, device = diagnosis.machine, ", ".join(diagnosis.device.values())
     versions = ", ".join(f"{name} {version}" for name, version in diagnosis.versions.items())
     echo(f"device    {device}; {diagnosis.free_bytes / 2**30:.1f} GiB free")
@@ -66,9 +66,10 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 def print_cell(
     cell: CellRecord, only_change: Change | None = None, brief: bool = False, average: bool = False
 ) -> None:
-    """Print a cell's runs, or one of them; if `brief`, those that are shown to have an effect.
+    """Print a table of a cell's runs; if `brief`, only runs with a significant effect.
 
-    `brief` leaves out what `print_results` prints already; `average` is as for `alone_sentence`.
+    `only_change` selects a single run. With `brief`, notes that `print_results` prints are omitted.
+    `average` means that an average over benchmarks is printed above.
     """
     from tracker.analysis.claims import run_verdicts
     from tracker.report import wording
@@ -107,14 +108,14 @@ def print_cell(
 
 
 def _cell_notes(cell: CellRecord) -> tuple[str, ...]:
-    """Return the notes on a cell's looks and on rounding; empty texts where there are none."""
+    """Return notes on early stopping and on rounding in a cell; "" for each note not needed."""
     from tracker.report.wording import looks_note, rounding_note, second_rounding_note
 
     return looks_note(cell), rounding_note(cell), second_rounding_note(cell)
 
 
 def print_results(cells: Sequence[CellRecord]) -> None:
-    """Print the answer for each model, its baseline, and the runs that have an effect."""
+    """Print, for each model, a summary, the baselines, and the runs with significant effects."""
     from tracker.analysis.agreement import find_correlation
     from tracker.analysis.boards import part_boards
     from tracker.analysis.claims import decide_claims, run_verdicts
@@ -179,7 +180,7 @@ def print_results(cells: Sequence[CellRecord]) -> None:
 
 
 def _unlisted_note(cell: CellRecord, average: bool) -> str:
-    """Return how many runs are not listed, and why; `average` is as for `alone_sentence`."""
+    """Return a note on the runs of a cell that are not listed, with the reasons."""
     from tracker.report.wording import alone_sentence
 
     sentences = [alone_sentence(cell, average)]
@@ -191,7 +192,7 @@ def _unlisted_note(cell: CellRecord, average: bool) -> str:
 
 
 def _named_layers_table(claims: Claims) -> Table:
-    """Lay out the layers that an answer names, on average and benchmark by benchmark."""
+    """Build a table of costly and helpful layers, with drops on average and by benchmark."""
     from tracker.analysis.comparable import benchmark_labels
 
     measure = metric_format(claims.cells[0])
@@ -212,13 +213,13 @@ def _named_layers_table(claims: Claims) -> Table:
 
 
 def benchmark_label(cell: CellRecord, label: str) -> str:
-    """Name a cell's benchmark in a row, with a label that distinguishes it from others."""
+    """Format the benchmark column of a cell's row: title, removed layers, metric and `label`."""
     words = (cell.benchmark.title, cell.removed_text, f"({cell.metric})", label and f"· {label}")
     return " ".join(filter(None, words))
 
 
 def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> None:
-    """Print suggested next commands, including the one that shows every figure."""
+    """Print suggested next commands, e.g. `tracker report --format csv` for all figures."""
     from tracker.analysis.claims import decide_claims
     from tracker.analysis.comparable import group_models
 
@@ -238,7 +239,7 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
 
 
 def print_finding(finding: FindingRecord) -> None:
-    """Print a study's answers and tables, and the questions that it cannot answer."""
+    """Print a study's question, answers and tables, and the questions without an answer."""
     echo(f"\n{finding.question}")
     for answer in finding.answers:
         echo(f"  {answer}")
@@ -251,7 +252,7 @@ def print_finding(finding: FindingRecord) -> None:
 
 
 def _dash_reasons(printed_table: Table) -> Iterator[str]:
-    """Yield the reasons for the dashes of a table, with their columns."""
+    """Yield each reason for undefined table entries (dashes), with the affected columns."""
     reasons: dict[str, dict[str, None]] = {}
     for row in printed_table.rows:
         for entry, heading in zip(row, printed_table.headings, strict=True):
@@ -262,7 +263,7 @@ def _dash_reasons(printed_table: Table) -> Iterator[str]:
 
 
 def print_boards(cells: Sequence[CellRecord]) -> None:
-    """Print the leaderboards of layers, and that of models where there are several."""
+    """Print the leaderboard of layers for each model, and a leaderboard of several models."""
     from tracker.report.export import build_boards
     from tracker.report.wording import rule
 
@@ -283,7 +284,7 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
 
 
 def print_end(result: Results, is_new: bool = False) -> None:
-    """Print the locations of the page and the runs, a new experiment file, and all failures."""
+    """Print the paths of report page, tracked runs and new experiment file, and all failures."""
     outcome = result.outcome
     echo()
     if result.report is not None:
@@ -305,7 +306,7 @@ def print_end(result: Results, is_new: bool = False) -> None:
 
 
 def print_study(result: Results, is_new: bool) -> None:
-    """Print the finding of a study or of searches, and the end of its run."""
+    """Print the finding of a study or of searches, then paths of the results and failures."""
     if result.finding is not None:
         print_finding(result.finding)
     print_end(result, is_new)
@@ -318,7 +319,7 @@ _COMMAND_PATTERN = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL
 
 
 def runnable_command(location: str) -> str:
-    """Return a command that also works if the environment is not activated."""
+    """Return a command that also works outside the activated Python environment."""
     settings, program, arguments = _COMMAND_PATTERN.fullmatch(location).groups()  # type: ignore[union-attr]
     program_path = Path(sys.executable).parent / program
     if not arguments or shutil.which(program) or not program_path.is_file():
@@ -327,7 +328,7 @@ def runnable_command(location: str) -> str:
 
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
-    """Print the cost of an experiment, at a rate or at the one that is measured here."""
+    """Print the estimated cost of an experiment, at `gflops` or at the measured compute rate."""
     from tracker.report.wording import second_rounding_text
     from tracker.stats.accuracy import ALPHA, REPORTED_DROP, TEST_POWER
 
@@ -400,14 +401,14 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
 
 
 class _ComputeRates:
-    """Floating-point operations per second: as stated, or as measured for each dtype."""
+    """Compute rates in FLOP/s: the rate that the user states, or a measured rate for each dtype."""
 
     def __init__(self, gflops: float | None) -> None:
         self._gflops = gflops
         self._measured: dict[str, float] = {}
 
     def seconds(self, flops: float, dtype: str) -> float:
-        """Return the least time that some operations take."""
+        """Return the minimum number of seconds for a number of floating-point operations."""
         if self._gflops is not None:
             return flops / (self._gflops * 1e9)
         if dtype not in self._measured:
@@ -419,7 +420,7 @@ class _ComputeRates:
         return flops / self._measured[dtype]
 
     def __str__(self) -> str:
-        """Describe the rates that were used."""
+        """Format the compute rates that were used so far."""
         if self._gflops is not None:
             return f"{self._gflops:,.0f} GFLOP/s (as stated)"
         rates = (f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in self._measured.items())
@@ -429,7 +430,7 @@ class _ComputeRates:
 def print_search_plan(
     searches: Sequence[PlannedSearch], tests: Sequence[PlannedSearch], gflops: float | None
 ) -> None:
-    """Print the cost of searches and their tests, at a rate or at the one measured here."""
+    """Print the estimated cost of searches and tests, at `gflops` or at the measured rate."""
     rates = _ComputeRates(gflops)
     no_search = "a test is not a search: it measures the sets that the searches chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
@@ -491,7 +492,7 @@ def print_search_plan(
 
 
 def _describe_stopping(cell: PlannedCell) -> str:
-    """Describe the cost of a cell's answer, or the measurement that an estimate needs."""
+    """Describe the cost of answering a cell's question, or how to obtain an estimate."""
     from tracker.analysis.stopping import PILOT_DOCUMENTS
 
     if cell.answer is not None and cell.measured:
@@ -516,7 +517,7 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
-    """Return the smallest drop that a planned cell detects, and the documents for the usual one."""
+    """Return the smallest detectable drop, and the documents needed for the usual target drop."""
     from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:
@@ -536,7 +537,7 @@ def _time_text(seconds: float) -> str:
 
 
 def print_export(model: ExportedModel) -> None:
-    """Print a saved model: its accuracy, its size, its proof, and recipes of other tools."""
+    """Print a saved model's accuracy, size, speed, verification, and recipes for other tools."""
     from tracker.export.card import no_recipe_reason, ordered_recipes
 
     echo()

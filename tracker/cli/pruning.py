@@ -1,4 +1,4 @@
-"""Commands that search for what to prune, and make lighter models."""
+"""Define the commands prune and export, which choose layers to remove and save smaller models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BENCHMARK_KEYS = [
 
 
 class ExportOptions(CommandOptions):
-    """Options of the model to save, and its folder."""
+    """Options of `tracker export`: the layers to change, and the output folder."""
 
     remove: Annotated[Sequence[int] | None, LayersType()] = None
     """Layers to remove, 0-based, e.g. 3,17 or 3-7."""
@@ -79,13 +79,13 @@ class ExportOptions(CommandOptions):
 @trust_option
 @results_option
 def export(**settings: Any) -> None:
-    """Save a model without some of its layers, or with some passed again.
+    """Save a model with removed or repeated layers.
 
-    The result is a checkpoint that plain transformers loads. Before it is moved into place, a fresh
-    process loads it and must compute the same logits. With --benchmark, plain lm-eval scores it
-    there and must find exactly the measured accuracy. The folder also has a model card and
-    tracker.json. They list the changes, their cost and savings, and recipes for mergekit and
-    llama.cpp where these can make the same model.
+    The result is a checkpoint that plain transformers loads. Before the checkpoint is moved into
+    place, a new process loads it and must compute the same logits. With --benchmark, plain lm-eval
+    scores the checkpoint in that process and must find exactly the measured accuracy. The folder
+    also contains a model card and tracker.json. Both files list the changes, their cost and
+    savings. If mergekit or llama.cpp can make the same model, the files contain recipes for it.
 
     \b
     Examples:
@@ -117,13 +117,15 @@ def export(**settings: Any) -> None:
 def prune(
     experiment: Path | None, settings: dict[str, Any], project: str | None, **options: Any
 ) -> None:
-    """Search for what to prune, and test what was chosen.
+    """Choose layers or other parts to prune, and test the choice.
 
-    EXPERIMENT gives the amount to remove ('remove' or 'keep') and the strategies; options override
-    it or replace it. Each strategy chooses a set on calibration documents, and these recommend one
-    of the sets. Each step is tested on other documents, as a tracked run. The sets, their accuracy
-    and the cost of the searches are printed and added to the report. The same command continues a
-    stopped search. The trial of a W&B sweep calls it without EXPERIMENT, for one search.
+    EXPERIMENT is a YAML file with the amount to remove ('remove' or 'keep') and the strategies.
+    Options override the keys of the file or replace the file. Each strategy chooses a set of layers
+    or parts on calibration documents. The best set on the calibration documents is recommended.
+    Each step of a search is tested on other documents, as a tracked run. The chosen sets, their
+    accuracy and the cost of the searches are printed and added to the report. The same command
+    resumes a stopped search. A trial of a W&B sweep calls this command without EXPERIMENT, for one
+    search.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""The command that chooses formats of weights within a budget."""
+"""Define the command quantise, which chooses weight formats within a size budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tracker.studies.registry import QuantiseSettings
 
 
 class QuantiseOptions(QuantiseSettings):
-    """Options of `tracker quantise`: the study's settings, and a folder for the choice."""
+    """Options of `tracker quantise`: the study's settings, and the output folder of the model."""
 
     output: Path | None = None
     """New folder in which to save the recommended choice. It has recipes for llama.cpp,
@@ -26,14 +26,15 @@ class QuantiseOptions(QuantiseSettings):
 @add_options(QuantiseOptions, *QuantiseOptions.model_fields)
 @work_options
 def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
-    """Choose which weights may have fewer bits, and test the choice.
+    """Choose weight formats with fewer bits, and test the choice.
 
-    Each linear map of the layers in EXPERIMENT is measured alone in each format, on 'sample'
-    calibration documents. Several choices of formats within the budget are then measured as a
-    whole. One has the smallest sum of losses, and another improves it by swaps that are shown to
-    cost less. Others follow the errors by which tools choose bits, keep the embedding and the
-    output head in more bits, or treat all maps alike. Calibration documents recommend one choice;
-    other documents test all of them. The same command resumes a stopped one.
+    Each linear map of the layers in EXPERIMENT is quantised alone to each format and measured on
+    'sample' calibration documents. Several assignments of formats within the budget are then
+    measured on the whole model. One assignment has the smallest sum of losses. Another improves
+    this assignment by swaps that are shown to cost less. Further assignments follow the error
+    measures of other tools, keep the embedding and the output head in more bits, or use one format
+    for all maps. The best assignment on the calibration documents is recommended. All assignments
+    are tested on other documents. The same command resumes a stopped run.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Commands that answer a question, made of the registry of studies."""
+"""Define the command study, with a subcommand for each registered study."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tracker.studies.registry import StudySettings, load_studies
 
 
 class StudyGroup(click.Group):
-    """The commands of all registered studies without a command of their own."""
+    """Command group with a subcommand for each study that is not a top-level command."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """List the names of the studies."""
+        """List the names of the studies that are subcommands."""
         return sorted(name for name, settings in load_studies().items() if not settings.command)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of a study."""
+        """Return the subcommand of a study; None if there is no such subcommand."""
         if cmd_name not in self.list_commands(ctx):
             return None
         return _study_command(cmd_name, load_studies()[cmd_name])
@@ -32,12 +32,13 @@ class StudyGroup(click.Group):
 
 @main.group(cls=StudyGroup)
 def study() -> None:
-    """Answer a question of the paper or its reviewers.
+    """Answer a research question about the importance of layers.
 
-    The paper is arXiv 2605.14075. Each command below answers one question for all models and
-    benchmarks in EXPERIMENT, which is a file, or a MODEL with --benchmark, as for 'tracker run'. A
-    study measures only what the results folder lacks, as tracked runs. It prints its answer and
-    adds tables and charts to the report.
+    The questions come from the paper arXiv 2605.14075 and its reviewers. Each command below answers
+    one question for all models and benchmarks in EXPERIMENT. EXPERIMENT is a YAML file, or a MODEL
+    with --benchmark, as for 'tracker run'. A study measures only outcomes that are missing in the
+    results folder, as tracked runs. A study prints its answer and adds tables and charts to the
+    report.
 
     \b
     Examples:
@@ -55,7 +56,7 @@ def study() -> None:
 
 
 def _study_command(name: str, settings_class: type[StudySettings]) -> click.Command:
-    """Create the command of a study, with the options and the help of its settings."""
+    """Create the subcommand of a study from the study's settings class."""
 
     def run_study(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
         announce_start()

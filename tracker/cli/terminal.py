@@ -1,6 +1,6 @@
-"""Write lines, tables and bars to the terminal, without passwords and control characters.
+"""Print lines, tables and progress bars without passwords and control characters.
 
-Everything that tracker prints goes through `echo`, `print_table` or `ProgressDisplay`.
+All output of tracker is printed by `echo`, `print_table` or `ProgressDisplay`.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ NOISY_LIBRARIES = (
 
 
 def printable(text: object) -> str:
-    """Convert a value to text without passwords and control characters."""
+    """Convert a value to text; mask passwords and replace control characters."""
     return mask_secrets(replace_controls(str(text)))
 
 
 def echo(text: object = "", error: bool = False) -> None:
-    """Print a line, to standard error if `error` is set."""
+    """Print a line to standard output, or to standard error if `error` is set."""
     click.echo(printable(text), err=error)
 
 
 def echo_all(*lines: str, error: bool = False) -> None:
-    """Print lines except empty ones."""
+    """Print all lines that are not empty."""
     for line in filter(None, lines):
         echo(line, error)
 
 
 def announce_start() -> None:
-    """Announce the first step of a command, whose imports take seconds."""
+    """Print that a command has started, because its imports take seconds."""
     echo("reading models and benchmarks", error=True)
 
 
 def print_table(table: Table) -> None:
-    """Print a table without its notes; figures are aligned to the right and never wrap."""
+    """Print a table without its notes; align numbers to the right and never wrap them."""
     from rich.table import Table as Printed
     from rich.text import Text
 
@@ -86,9 +86,9 @@ def print_table(table: Table) -> None:
 
 
 class ProgressDisplay(Progress):
-    """A progress bar with the remaining time, and lines above it.
+    """Progress bar that shows the remaining time, with messages printed above the bar.
 
-    In a file, such as a job's log, the bar is written as a line from time to time.
+    If the output is a file, such as a job's log, the bar is printed as a line every few minutes.
     """
 
     def __init__(self, error: bool = False) -> None:
@@ -97,11 +97,11 @@ class ProgressDisplay(Progress):
         self._due = 0.0
 
     def say(self, message: str) -> None:
-        """Print a line."""
+        """Print a message above the progress bar."""
         self._console.print(printable(message), style="dim", markup=False, highlight=False)
 
     def start(self, title: str, total: int, unit: str = "responses") -> None:
-        """Open the bar of some work."""
+        """Show a progress bar for `total` units of work."""
         from rich import progress as parts
 
         self._bar = parts.Progress(
@@ -120,13 +120,13 @@ class ProgressDisplay(Progress):
         self._due = time.monotonic() + FIRST_LINE_DELAY
 
     def expect(self, more: int) -> None:
-        """Change the total of the bar."""
+        """Increase the total of the progress bar by `more`."""
         if self._bar is not None:
             (task,) = self._bar.tasks
             self._bar.update(task.id, total=(task.total or 0) + more)
 
     def advance(self, responses: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar by a number of responses."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], responses)
             if not self._console.is_terminal and time.monotonic() >= self._due:
@@ -134,14 +134,14 @@ class ProgressDisplay(Progress):
                 self._due = time.monotonic() + LINE_INTERVAL
 
     def finish(self) -> None:
-        """Close the bar."""
+        """Stop the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 class StatusLine(ProgressDisplay):
-    """A line on a terminal that shows a step if it takes longer than two seconds."""
+    """Status line that shows the current step of a command, after the first two seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,14 +160,14 @@ class StatusLine(ProgressDisplay):
         self._status.stop()
 
     def step(self, message: str) -> None:
-        """Replace the text of the line."""
+        """Replace the text of the status line by `message`."""
         from rich.text import Text
 
         self._status.update(Text(printable(message)))
 
 
 def make_console(error: bool = False) -> Console:
-    """Create the console for bars and tables."""
+    """Create the rich console that prints progress bars and tables."""
     from rich.console import Console
 
     new_console = Console(stderr=error, soft_wrap=True)
@@ -177,7 +177,7 @@ def make_console(error: bool = False) -> Console:
 
 
 def silence_libraries(debug: bool) -> None:
-    """Silence the bars and notes of libraries, unless debugging."""
+    """Hide progress bars and messages of libraries; if `debug` is set, show the messages."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not debug:
         # Nothing can be downloaded, so no bar of a library shows what a user waits for.
         os.environ.setdefault("TQDM_DISABLE", "1")

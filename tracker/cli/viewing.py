@@ -1,4 +1,4 @@
-"""Commands on stored results: report, leaderboard, sync, ls, log-samples, check."""
+"""Define the commands on stored results: report, leaderboard, sync, ls, log-samples, check."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class ReportOptions(CommandOptions):
-    """Options of the format and the file of a report."""
+    """Options of `tracker report`: the format and the output file."""
 
     form: Annotated[str, click.Choice(REPORT_FORMS)] = Field("html", alias="format")
     """Format. html: the page. md, tex: tables. csv, parquet: all data. png, pdf: figures."""
@@ -57,10 +57,11 @@ class ReportOptions(CommandOptions):
 @documents_option
 @results_option
 def report(sources: tuple[str, ...], **settings: Any) -> None:
-    """Write a report: a page, tables or figures.
+    """Write a report as a page, tables or figures.
 
     Each of the SOURCES is a results folder, mlflow:URI/EXPERIMENT or wandb:ENTITY/PROJECT (default:
-    the folder of --results). A tracking project is downloaded once.
+    the folder of --results). Each measurement of a tracking project is downloaded only once and
+    then cached.
 
     \b
     Examples:
@@ -87,12 +88,12 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
 @publish_option("the table and its page")
 @results_option
 def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
-    """Rank layers within models, and models.
+    """Rank the layers of each model, and the models.
 
-    Models are ranked by how much a removal hurts.
+    Models are ranked by how much accuracy the removal of a layer costs.
 
-    A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT; without SOURCES,
-    --results.
+    Each of the SOURCES is a results folder, mlflow:URI/EXPERIMENT or wandb:ENTITY/PROJECT (default:
+    the folder of --results).
 
     \b
     Examples:
@@ -114,14 +115,14 @@ def _finish_report(result: Results) -> NoReturn:
 
 
 def _finish(notes: Iterable[str], prefix: str, failures: Mapping[str, str]) -> NoReturn:
-    """End a command: print notes and failures, and exit."""
+    """Print notes and failures, and exit with code 1 if there are failures, else 0."""
     echo_all(*notes, error=True)
     print_failures(prefix, failures)
     sys.exit(1 if failures else 0)
 
 
 class SyncOptions(CommandOptions):
-    """Options of the backends to synchronise."""
+    """Options of `tracker sync`: the tracking backends to update."""
 
     to: Annotated[tuple[str, ...] | None, BackendsType()] = None
     """Tracking backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT,
@@ -141,7 +142,7 @@ class SyncOptions(CommandOptions):
 @documents_option
 @results_option
 def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **options: Any) -> None:
-    """Publish what a tracking backend does not have yet.
+    """Publish results that a tracking backend lacks.
 
     \b
     Examples:
@@ -190,7 +191,7 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
 @folder_argument
 @results_option
 def list_cells(folder: Path | None, results: Path) -> None:
-    """List what a results folder holds.
+    """List the measurements in a results folder.
 
     Without FOLDER, the folder of --results is listed.
 
@@ -244,7 +245,7 @@ def _describe_documents(cell: CellRecord) -> str:
 
 
 class SampleOptions(CommandOptions):
-    """Options of the result files to write, and their folder."""
+    """Options of `tracker log-samples`: models and benchmarks to write, output folder."""
 
     output: Annotated[Path, PathType()]
     """Output folder, with one folder per model, as lm_eval --output_path writes them."""
@@ -262,12 +263,12 @@ class SampleOptions(CommandOptions):
 @trust_option
 @results_option
 def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: Any) -> None:
-    """Write lm-eval's own files of every model.
+    """Write lm-eval's result files for every measured model.
 
-    The files are those of lm_eval --log_samples: results_DATE.json and samples_TASK_DATE.jsonl. The
-    intact model and the model of each run have their own; model_args tells them apart, e.g. by
-    removed_layers=3. No model runs, but the benchmark's data is read again. The files contain the
-    texts of the documents.
+    The command writes the same files as lm_eval --log_samples: results_DATE.json and
+    samples_TASK_DATE.jsonl. The intact model and each ablated model get separate files. The entry
+    model_args in a file identifies the model, e.g. by removed_layers=3. No model runs, but the
+    benchmark's data is read again. The files contain the texts of the documents.
 
     \b
     Examples:
@@ -294,9 +295,10 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.
 
-    Without FOLDER, the folder of --results is verified. Every file contains its own digest. A shard
-    that does not match its digest is set aside, and computed again when its experiment runs the
-    next time. The exit code is 1 if anything is damaged.
+    Without FOLDER, the folder of --results is verified. Every file contains a digest of its
+    content. A file of outcomes (shard) that does not match its digest is set aside. Its outcomes
+    are computed again when the experiment runs the next time. The exit code is 1 if any file is
+    damaged.
 
     \b
     Examples:

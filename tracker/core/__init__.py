@@ -1,38 +1,38 @@
-"""Define the types that all packages share: requests, records, errors.
+"""Define the types that all packages of tracker share: requests, records, errors.
 
 Modules:
-    answers: Write the answer to a cell's question as a sentence.
-    api_package: Call a package as the function of the API that has its name.
-    changes: Define a change of a model, its text, and sets of changes.
-    config: Define the settings and the request of one cell, and expand its changes.
-    decision_records: Define records of the documents that a run loses and wins.
+    answers: Format the answer to a stopping question as a sentence.
+    api_package: Make a package callable as the API function with the same name.
+    changes: Define changes of a model, the text form of a change, and sets of changes.
+    config: Define the settings and the request for one model on one benchmark.
+    decision_records: Define records of the documents on which a run scores worse or better.
     distribution: Define the package's name, version and installation commands.
     documents: Define tokenised documents and the responses to them.
     errors: Define the errors that tracker raises.
-    estimates: Define a value with its interval.
-    experiment: Define the experiment file, which is also a W&B sweep.
-    experiment_input: Read a request from a file, a model's name, a dict or keywords.
-    extensions: Load what other packages add by entry points.
-    extent: Choose the documents of a benchmark: a half, the first or a random sample.
-    fields: Define the types of settings, and report the first problem of some.
+    estimates: Define an estimate: a value with a confidence interval.
+    experiment: Define the format of experiment files, which are also W&B sweep files.
+    experiment_input: Read an experiment from a file, a model's name, a dict or keywords.
+    extensions: Load extensions that other packages register as entry points.
+    extent: Select documents of a benchmark: a half, the first documents, or a random sample.
+    fields: Define the types of settings, and report the first invalid setting.
     findings: Define the results of a study: answers, tables and charts.
-    formats: Format numbers, intervals and p-values for people.
+    formats: Format numbers, intervals and p-values as text.
     grouping: Group items by a key.
     hub: Check that the Hugging Face hub answers, and explain its errors.
-    identities: Define what identifies a model and a benchmark.
-    kinds: Define the interventions and how charts draw them.
+    identities: Define the identities of models and benchmarks.
+    kinds: Define the interventions on a model, and their styles in charts.
     model_parts: Count a model's layers, heads and experts.
-    provenance: Record hashes, versions and the machine of a measurement.
+    provenance: Collect hashes, software versions and the machine of a measurement.
     proxies: Define the proxies and their formulas.
-    prune_records: Define the records of a search.
-    questions: Define the questions of `until`, which end a measurement early.
-    records: Define the frozen records of cells, runs and correlations.
-    remote: Call objects in processes of their own.
+    prune_records: Define the records of a pruning search.
+    questions: Define the stopping questions of the key `until`.
+    records: Define the immutable records of cells, runs and correlations.
+    remote: Call methods of objects in separate processes.
     run_table: Define the columns of the tables of runs and correlations.
-    safe_yaml: Read YAML with bounds on its size.
-    search_parts: Number the parts that a search removes.
+    safe_yaml: Read YAML with limits on the size of the content.
+    search_parts: Number the layers or other parts that a search can remove.
     tables: Define a table as columns and rows.
     text: Escape text for terminals, Markdown and CSV, and mask passwords.
-    views: Define which runs and documents of a cell are shown.
-    weight_formats: Define the formats of weights and their sizes.
+    views: Define views, which select runs and documents of a cell.
+    weight_formats: Define the weight formats (e.g. int4) and their sizes.
 """

@@ -1,4 +1,4 @@
-"""Write the answer to a cell's question as a sentence."""
+"""Format the answer to a stopping question as a sentence."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _MAX_NAMED_RUNS = 8
 
 
 def statement(answer: AnswerRecord) -> str:
-    """Write the answer, its confidence and its cost as one sentence.
+    """Format an answer with its confidence and cost as one sentence.
 
     Args:
-        answer: The current answer to a question.
+        answer: Current answer to the stopping question of a cell.
 
     Returns:
-        For example `top 2: the largest drops are those of layers 0 and 11 (95 % confidence; 320 of
-        570 documents, 41 % of the layer passes)`.
+        The sentence, e.g. `top 2: the largest drops are those of layers 0 and 11 (95 % confidence;
+        320 of 570 documents, 41 % of the layer passes)`.
     """
     level = f"{100 * answer.level:g} % confidence"
     return f"{answer.question}: {_answer_text(answer)} ({level}; {answer_cost(answer)})"
 
 
 def answer_cost(answer: AnswerRecord) -> str:
-    """Write how many documents and layer passes an answer took.
+    """Format the number of documents and the share of layer passes that an answer needed.
 
     Args:
-        answer: The current answer to a question.
+        answer: Current answer to the stopping question of a cell.
 
     Returns:
-        For example `320 of 570 documents, 41 % of the layer passes`.
+        The text, e.g. `320 of 570 documents, 41 % of the layer passes`.
     """
     share = f"{100 * answer.passes / answer.passes_of:.0f} % of the layer passes"
     cost = f"{answer.measured:,} of {answer.population:,} documents, {share}"
@@ -48,14 +48,14 @@ def answer_cost(answer: AnswerRecord) -> str:
 
 
 def interval_name(cell: CellRecord) -> str:
-    """Return the name of the interval around a cell's drops.
+    """Return the name of the type of intervals that a cell's drops have.
 
     Args:
-        cell: The cell.
+        cell: Record of one model on one benchmark.
 
     Returns:
-        `95 % interval`, or the confidence sequence where the answer decides the number of
-        documents.
+        `95 % interval`, or e.g. `confidence sequence at 95 %` if a stopping question decides the
+        number of documents.
     """
     if cell.answer is None or not cell.is_raced:
         return "95 % interval"
@@ -63,13 +63,13 @@ def interval_name(cell: CellRecord) -> str:
 
 
 def open_runs_text(answer: AnswerRecord) -> str:
-    """List the runs that the answer does not decide yet.
+    """Describe the runs of a cell that an answer does not decide yet.
 
     Args:
-        answer: The current answer to a question.
+        answer: Current answer to the stopping question of a cell.
 
     Returns:
-        For example `layers 7 and 19 contend for the fifth place`.
+        The text, e.g. `layers 7 and 19 contend for the fifth place`.
     """
     parsed, runs = parse_question(answer.question), [run for run in answer.runs if run.open]
     names, plural = _run_names(runs), "" if len(runs) == 1 else "s"
@@ -113,7 +113,7 @@ def _answer_text(answer: AnswerRecord) -> str:
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """List the names of runs; whole layers are named by number, and many runs only counted."""
+    """Format the names of runs: numbers for whole layers, and only a count for many open runs."""
     only_layers = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"

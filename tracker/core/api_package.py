@@ -8,14 +8,15 @@ from typing import Any
 
 
 class ApiPackage(ModuleType):
-    """A package that can be called like the API function of the same name.
+    """Package that can be called like the API function with the same name.
 
-    Importing a module of the package replaces the function in `tracker` by the package.
+    Importing a module of the package replaces the API function in the namespace `tracker` by the
+    package.
     """
 
     @property
     def __call__(self) -> Any:
-        """The API function that a call of the package runs."""
+        """The API function that runs when the package is called."""
         return getattr(import_module("tracker.api"), self.__name__.rpartition(".")[2])
 
     @property

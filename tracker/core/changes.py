@@ -44,17 +44,20 @@ _TEXT = re.compile(r"([a-z]\w*):(?:(\d[\d,-]*)(?:\.(.+))?|([a-z]\w*))")
 
 @dataclass(frozen=True, repr=False)
 class Change:
-    """One component of a model and the intervention on it.
+    """Change of a model: an intervention, e.g. a removal, on one component.
 
-    `str` gives the canonical text, which `parse` reads: `layer:3`, `layers:3,4`, `head:3.0`,
-    `int4:5.mlp.down_proj`, `int4:embedding`, `repeat:3-6`, and `repeat3:3-6` for three passes.
+    `str(change)` returns the canonical text, which `Change.parse` reads: `layer:3`, `layers:3,4`,
+    `head:3.0`, `int4:5.mlp.down_proj`, `int4:embedding`, `repeat:3-6`, and `repeat3:3-6` for three
+    passes.
 
     Attributes:
-        component: Whole layers, a sublayer, one of several parts of a layer, or a linear map.
-        layers: The changed layers, ascending; empty for the embedding and the output head.
-        intervention: The intervention on the component.
-        part: The number of a head or an expert; the path of a linear map in its layer, one of
-            `MAP_GROUPS`, or one of `OUTER_MATRICES`; None for a component that a layer has once.
+        component: Kind of the component: whole layers, a sublayer, a numbered part of a layer (e.g.
+            a head), or a linear map.
+        layers: Numbers of the changed layers, ascending; empty for the embedding and the output
+            head.
+        intervention: Kind of the intervention, e.g. `remove`, `repeat` or a weight format.
+        part: Number of the head or expert; path of the linear map in its layer; name in
+            `MAP_GROUPS` or `OUTER_MATRICES`. None for a component that exists once in a layer.
         repeats: Number of passes through repeated layers.
         drawn: True if the layers were drawn at random, as a control.
     """
@@ -68,7 +71,7 @@ class Change:
 
     @classmethod
     def parse(cls, text: str) -> Change:
-        """Read the text of a change; raise ValueError if it is invalid."""
+        """Parse the canonical text of a change; raise ValueError if the text is invalid."""
         match = _TEXT.fullmatch(text)
         change = None if match is None else cls._from_parts(*match.groups())
         if change is None:
@@ -79,7 +82,7 @@ class Change:
     def _from_parts(
         cls, word: str, layers: str | None, part: str | None, matrix: str | None
     ) -> Change | None:
-        """Build the change from the parts of its text; return None if they are inconsistent."""
+        """Build a change from the parts of its text; return None if the parts are inconsistent."""
         numbers = _parse_layers(layers) if layers else ()
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
         # A matrix outside the layers, or a linear map of one layer: only formats apply to these.
@@ -117,7 +120,7 @@ class Change:
         drawn: bool = False,
         map: str | None = None,
     ) -> Change:
-        """Build a change from the columns of data frames, which former versions stored."""
+        """Build a change from the data frame columns that former versions stored."""
         layers = range(layer, layer + span) if members is None else members
         part = map if number is None else number
         numbers = () if map in OUTER_MATRICES else (*layers,)
@@ -164,48 +167,48 @@ class Change:
 
     @property
     def layer(self) -> int:
-        """The first changed layer; 0 if no layer is changed."""
+        """The number of the first changed layer, 0-based; 0 if the change affects no layer."""
         return self.layers[0] if self.layers else 0
 
     @property
     def first_layer(self) -> int | None:
-        """The first changed layer; None if no layer is changed."""
+        """The number of the first changed layer, 0-based; None if the change affects no layer."""
         return self.layers[0] if self.layers else None
 
     @property
     def stop(self) -> int:
-        """One more than the last changed layer."""
+        """The number of the last changed layer plus 1; 0 if the change affects no layer."""
         return self.layers[-1] + 1 if self.layers else 0
 
     @property
     def span(self) -> int:
-        """The number of changed layers; 1 for a matrix outside the layers."""
+        """The number of changed layers; 1 for a change of the embedding or the output head."""
         return len(self.layers) or 1
 
     @property
     def members(self) -> tuple[int, ...] | None:
-        """The layers if they are not contiguous or were drawn at random; else None."""
+        """The changed layers, if they are not contiguous or were drawn at random; else None."""
         is_span = self.stop - self.layer == len(self.layers)
         return None if is_span and not self.drawn else self.layers
 
     @property
     def number(self) -> int | None:
-        """The number of a head or an expert, 0-based; None for other components."""
+        """The number of the changed head or expert, 0-based; None for other components."""
         return self.part if isinstance(self.part, int) else None
 
     @property
     def map(self) -> str | None:
-        """The path of the linear map, or one of `MAP_GROUPS` or `OUTER_MATRICES`; else None."""
+        """The path or name of the changed linear map, map group or outer matrix; else None."""
         return self.part if isinstance(self.part, str) else None
 
     @property
     def path(self) -> str:
-        """The linear map as a path; empty for all linear maps of the layers."""
+        """The path or name of the changed linear map, as `map`; empty if `map` is None."""
         return self.map or ""
 
     @property
     def extra(self) -> int:
-        """The number of additional layer passes of a repeated span; else 0."""
+        """The number of layer passes that a repetition of layers adds; 0 for other changes."""
         return (self.repeats - 1) * len(self.layers) if self.intervention == _REPEAT else 0
 
     @property
@@ -215,7 +218,7 @@ class Change:
 
     @property
     def action(self) -> Action:
-        """The action that the engine's stream takes at the changed layer."""
+        """The action that the engine takes at the changed layer."""
         if self.intervention == "remove":
             actions = {"layer": Action.SKIP, "attention": Action.NO_ATTENTION, "mlp": Action.NO_MLP}
             return actions.get(self.component, Action.NO_PARTS)
@@ -223,38 +226,38 @@ class Change:
 
     @property
     def plural(self) -> str:
-        """The plural of the changed part, such as `heads`; empty for whole layers."""
+        """The plural name of the changed components, such as `heads`; empty for whole layers."""
         if self.component == "linear":
             return f"linear maps in {self.word}"
         return KIND_STYLES[self.word].plural
 
     @property
     def target(self) -> str:
-        """The change's text after the first word: `3.0`, `5.mlp.down_proj`, `3-6`, `embedding`."""
+        """The text of the change after the colon: `3.0`, `5.mlp.down_proj`, `3-6`, `embedding`."""
         return str(self).partition(":")[2]
 
     def at_layer(self, layer: int) -> Change:
-        """Move a change that starts at layer 0 to another first layer."""
+        """Return a copy of a change that starts at layer 0, moved to start at `layer`."""
         return replace(self, layers=tuple(layer + n for n in self.layers))
 
     @property
     def kind(self) -> Change:
-        """The same change moved to layer 0; changes of one kind form a curve over the layers."""
+        """A copy of the change at layer 0, by which changes at different layers are grouped."""
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """The change without its layers and its part; changes of one family share one map."""
+        """A copy of the change without its layers and part; charts group changes by it."""
         return replace(self, layers=(0,), part=None, drawn=False)
 
     @property
     def is_single(self) -> bool:
-        """True if it changes one whole layer or sublayer, not a single head, expert or map."""
+        """True if the change affects one whole layer or sublayer, not one head, expert or map."""
         return self.span == 1 and self.part is None
 
     @property
     def order(self) -> tuple[int | str, ...]:
-        """The sort key: by component (layer, attention, MLP, …), intervention, span and layers."""
+        """The key for sorting changes: by component, intervention, number of layers and layers."""
         kinds = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
         number = -1 if self.number is None else self.number
         order = (*kinds, self.repeats, self.drawn, self.span, self.layer, number)
@@ -264,9 +267,9 @@ class Change:
         return self.order < other.order
 
     def label(self, digits: int = 1) -> str:
-        """Return the name for display: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
+        """Return the change's display name: `layers 3–6`, `mlp 3–6`, `mean 3`, `layer 3 head 0`.
 
-        Layer numbers are padded with zeros to `digits`.
+        Layer numbers are padded with zeros to `digits` digits.
         """
         if self.is_outer:
             return f"{self.map} {self.intervention}"
@@ -284,7 +287,7 @@ class Change:
 
     @property
     def layer_words(self) -> str:
-        """The layers as words of a sentence: `layer 5`, `layers 3 to 6`."""
+        """The changed layers in words, for sentences: `layer 5`, `layers 3 to 6`."""
         last = self.stop - 1
         return f"layer {last}" if self.span == 1 else f"layers {self.layer} to {last}"
 
@@ -295,18 +298,18 @@ class Change:
 
     @property
     def clause(self) -> str:
-        """A clause about a repeated span: `layers 3 to 6 are passed twice`."""
+        """A clause that describes a repetition of layers: `layers 3 to 6 are passed twice`."""
         return f"{self.layer_words} {'is' if self.span == 1 else 'are'} passed {self.times}"
 
     def split_by_layer(self) -> list[Change]:
-        """Split the change into changes of single layers; a repeated span stays whole."""
+        """Split the change into changes of single layers; do not split a repetition of layers."""
         if self.intervention == _REPEAT or self.is_outer:
             return [self]
         return [replace(self, layers=(layer,), drawn=False) for layer in self.layers]
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The change's values by column, without uncommon columns that have their default."""
+        """The change's values by column, without rarely used columns that have the default."""
         usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
         values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
         return {n: value for n, value in values.items() if n not in usual or value != usual[n]}
@@ -318,17 +321,18 @@ WHOLE_LAYER = Change()
 
 @dataclass(frozen=True, repr=False)
 class Ablation:
-    """A set of changes that one stream of the engine computes; the empty set is the baseline.
+    """A set of changes that the engine applies together; the empty set is the baseline.
 
     Attributes:
-        changes: Changes of single layers, and repeated spans. No two spans end at the same layer.
+        changes: Changes of single layers, and repetitions of several layers. No two repetitions end
+            at the same layer.
     """
 
     changes: frozenset[Change] = frozenset()
 
     @classmethod
     def from_changes(cls, *changes: Change, removed: Iterable[int] = ()) -> Ablation:
-        """Build an ablation from changes of a model without `removed` layers."""
+        """Build an ablation that applies `changes` and also removes the layers in `removed`."""
         removals = frozenset(Change(layers=(layer,)) for layer in removed)
         parts = (part for change in changes for part in change.split_by_layer())
         # Other changes of a removed layer have no effect.
@@ -337,7 +341,7 @@ class Ablation:
 
     @classmethod
     def parse(cls, name: str) -> Ablation:
-        """Read the name of an ablation; raise ValueError if it is invalid or holds a digest."""
+        """Parse an ablation's name; raise ValueError if it is invalid or contains a hash."""
         return cls.from_changes(*map(Change.parse, name.split("+"))) if name != BASELINE else cls()
 
     def __str__(self) -> str:
@@ -347,10 +351,11 @@ class Ablation:
 
     @cached_property
     def name(self) -> str:
-        """The name in the ledger: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`.
+        """The ablation's name: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`.
 
-        Several removed layers, or sublayers of a kind, are named as one change. More than
-        `MAX_NAMED_MAPS` rounded maps are named by a digest.
+        Several removed layers are written as one change, and so are several removed sublayers of
+        one kind. If more than `MAX_NAMED_MAPS` linear maps are rounded, the name contains a hash of
+        them.
         """
         components: tuple[Component, ...] = ("layer", "attention", "mlp", "shared_expert")
         names = [str(Change(c, layers)) for c in components if (layers := self.removed(c))]
@@ -361,52 +366,53 @@ class Ablation:
         return "+".join([*names, *roundings, *map(str, self.repetitions)]) or BASELINE
 
     def removed(self, component: Component = "layer") -> tuple[int, ...]:
-        """List the layers from which a whole component is removed, ascending."""
+        """List the layers in which the whole of `component` is removed, ascending."""
         changes = self._by_word.get(component, [])
         return tuple(sorted(change.layer for change in changes))
 
     @property
     def heads(self) -> tuple[Change, ...]:
-        """The removed heads and the removed groups of heads."""
+        """The changes that remove attention heads or groups of heads."""
         return self._with_words("head", "kv_head")
 
     @property
     def experts(self) -> tuple[Change, ...]:
-        """The removed routed experts."""
+        """The changes that remove routed experts."""
         return self._with_words("expert")
 
     @property
     def parts(self) -> tuple[Change, ...]:
-        """The removed heads and experts, by layer."""
+        """The changes that remove heads, groups of heads or routed experts, sorted by layer."""
         return self._with_words(*NUMBERED_COMPONENTS)
 
     @property
     def replacements(self) -> tuple[Change, ...]:
-        """The layers that have a fitted replacement."""
+        """The changes that replace a layer by a fitted function."""
         return self._with_words(*(word for word, style in KIND_STYLES.items() if style.fitted))
 
     @cached_property
     def roundings(self) -> tuple[Change, ...]:
-        """The layers, linear maps and outer matrices whose weights are rounded to a format.
+        """The changes that round the weights of layers, linear maps or outer matrices.
 
-        They are sorted by layer and name, so a map's own format follows that of its group.
+        The changes are sorted by layer and name, so the format of a single map follows the format
+        of its map group.
         """
         changes = (change for change in self.changes if change.intervention in FORMATS)
         return tuple(sorted(changes, key=lambda change: (change.layer, change.path)))
 
     @property
     def repetitions(self) -> tuple[Change, ...]:
-        """The spans of layers that the forward pass repeats."""
+        """The changes that repeat layers in the forward pass."""
         return self._with_words(_REPEAT)
 
     @property
     def outer_formats(self) -> dict[str, str]:
-        """The formats of the embedding and the output head."""
+        """The weight formats of the rounded embedding and output head, by matrix name."""
         return {str(c.part): c.intervention for c in self.roundings if c.is_outer}
 
     @property
     def has_sublayers(self) -> bool:
-        """True if the ablation removes a whole sublayer of any layer."""
+        """True if the ablation removes the attention or the MLP of any layer."""
         return bool(self._with_words("attention", "mlp"))
 
     @property
@@ -416,29 +422,29 @@ class Ablation:
 
     @property
     def expert(self) -> Change | None:
-        """The removed routed expert; None unless an expert is the only removed part."""
+        """The change that removes an expert, if the ablation removes no other part; else None."""
         parts = self.parts
         return parts[0] if len(parts) == 1 and parts[0].component == "expert" else None
 
     @property
     def has_replacements(self) -> bool:
-        """True if any layer has a fitted replacement."""
+        """True if the ablation replaces any layer by a fitted function."""
         return bool(self.replacements)
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """The changes of each layer; a repeated span is listed at its last layer."""
+        """Layer → the changes at this layer; repeated layers are listed under the last of them."""
         changes = (change for change in self.changes if not change.is_outer)
         layers = group_by(changes, lambda change: change.stop - 1)
         return {layer: Ablation(frozenset(group)) for layer, group in layers.items()}
 
     def at_layer(self, layer: int) -> Ablation:
-        """Return the changes at one layer."""
+        """Return an ablation with only the changes at one layer."""
         return self.by_layer.get(layer, INTACT)
 
     @cached_property
     def action(self) -> Action:
-        """The action at the changed layer, if all changes are at a single layer."""
+        """The action that the engine takes at the changed layer, if only one layer is changed."""
         actions = {change.action for change in self.changes}
         if {Action.NO_ATTENTION, Action.NO_MLP} <= actions:
             return Action.SKIP
@@ -458,7 +464,7 @@ INTACT = Ablation()
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    """Read layers such as `3`, `3,17` or `3-7`, ascending; return () if the list is invalid."""
+    """Parse layer numbers such as `3`, `3,17` or `3-7`; return () if the text is invalid."""
     layers: set[int] = set()
     for item in text.split(","):
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", item)

@@ -1,4 +1,4 @@
-"""Define the request of one (model, benchmark), with its settings and measured changes."""
+"""Define a request: one model and benchmark, the settings, and the changes to measure."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COMPETITORS = ("vllm",)
 
 
 def executor_names() -> tuple[str, ...]:
-    """List the names of the executors, including those of other packages."""
+    """List the names of all executors, including executors from other packages."""
     from importlib.metadata import entry_points
 
     names = entry_points(group=EXECUTORS_GROUP).names
@@ -56,7 +56,7 @@ SpecType = TypeVar("SpecType", bound=BaseModel)
 
 
 class ModelSpec(StrictModel):
-    """The weights of a model; equal specs share one loaded model."""
+    """Settings that choose a model's weights; a model is loaded once for all equal settings."""
 
     model: Name
     """Model: hub id, folder, .gguf file, or package:NAME."""
@@ -72,12 +72,12 @@ class ModelSpec(StrictModel):
 
     @property
     def order(self) -> list[str]:
-        """The key by which requests are sorted, so that each model is loaded once."""
+        """The key for sorting requests by model, so that each model is loaded only once."""
         return [str(value) for _, value in self]
 
 
 class BenchmarkSpec(StrictModel):
-    """A benchmark and its prompts, under lm-eval's names and with their meanings."""
+    """A benchmark and the settings of its prompts, with the names and meanings of lm-eval."""
 
     benchmark: BenchmarkName
     """Benchmark: a task or group of lm-eval, a YAML file, or corpus:FILE."""
@@ -114,12 +114,12 @@ class BenchmarkSpec(StrictModel):
         return self.benchmark
 
     def renamed(self, benchmark: str) -> BenchmarkSpec:
-        """Return another benchmark with the same settings."""
+        """Return a copy of the settings with the name of another benchmark."""
         return self.model_copy(update={"benchmark": benchmark})
 
 
 class DocumentSpec(StrictModel, Extent):
-    """Documents of a benchmark: all or a half; of these the first, or some drawn at random."""
+    """Selection of a benchmark's documents: all or one half, and the first or a random sample."""
 
     part: DocumentPart | None = None
     """Disjoint documents for choosing (calibration) and for testing (test). These are the training
@@ -128,7 +128,7 @@ class DocumentSpec(StrictModel, Extent):
 
 
 class ChangeGrid(StrictModel):
-    """Grid of changes in files and commands: every combination of the values."""
+    """Grid of changes in files and commands: all combinations of the field values."""
 
     layers: tuple[Count, ...]
     """Layer to change, 0-based (default: all)."""
@@ -157,14 +157,14 @@ class ChangeGrid(StrictModel):
 
 
 class Changes(ChangeGrid):
-    """Requested changes: a grid, or an explicit list."""
+    """Requested changes, either as a grid or as an explicit list."""
 
     layers: tuple[Count, ...] = ()
     exact: tuple[Change, ...] | None = None
     """The changes themselves, where they are not every combination of the grid."""
 
     def expand(self) -> Iterator[Change]:
-        """Yield the changes, unchecked: components outermost, then interventions."""
+        """Yield the requested changes without checking them, sorted by component first."""
         if self.exact is not None:
             yield from self.exact
             return
@@ -179,36 +179,36 @@ class Changes(ChangeGrid):
                 yield Change(component, layers, intervention, part, passes)
 
     def with_exact(self, changes: Iterable[Change]) -> Changes:
-        """Return a copy with an explicit list of changes."""
+        """Return a copy that requests exactly these changes instead of a grid."""
         return self.model_copy(update={"exact": tuple(changes)})
 
     def numbers(self, component: Component) -> tuple[int, ...]:
-        """Return the requested numbers of a layer's heads or experts; empty for all."""
+        """Return the requested head or expert numbers; an empty tuple requests all."""
         return self.experts if component == "expert" else self.heads
 
     @property
     def numbered(self) -> list[Component]:
-        """The requested components of which a layer has several, such as heads."""
+        """The requested components that are numbered within a layer, such as heads."""
         return [component for component in self.components if component in NUMBERED_COMPONENTS]
 
     @property
     def has_parts(self) -> bool:
-        """True if some components are numbered parts or linear maps of a layer."""
+        """True if the request includes heads, experts or linear maps of a layer."""
         return bool(self.numbered) or "linear" in self.components
 
     @property
     def lacks_maps(self) -> bool:
-        """True if linear maps are requested but none is named, which means all maps."""
+        """True if linear maps are requested without names, which requests all linear maps."""
         return "linear" in self.components and not self.maps
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
-        """The layers that are each removed alone and as a whole, ascending."""
+        """The layers for which the request includes the removal of this one whole layer, sorted."""
         return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
 
     @property
     def first_change(self) -> Change:
-        """The first requested change; raises ExperimentError if no part of the layer is named."""
+        """The first requested change; ExperimentError if a head, expert or map is not named."""
         if self.lacks_maps:
             raise ExperimentError(
                 "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
@@ -223,10 +223,10 @@ class Changes(ChangeGrid):
 
 
 class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
-    """Settings of one cell under the flat names of files, commands and keywords.
+    """Settings of one cell (model and benchmark), named as in files, commands and keywords.
 
-    Its fields define the keys of experiment files and the options of the command line.
-    `docs/experiments.md` is checked against them.
+    The fields of this class define the keys of experiment files and the options of the command
+    line. A test compares `docs/experiments.md` with the fields.
     """
 
     removed: Layers = ()
@@ -245,12 +245,12 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
         return self
 
     def spec(self, kind: type[SpecType]) -> SpecType:
-        """Return one group of these settings, such as a `ModelSpec`."""
+        """Return the settings of one group as an object of class `kind`, such as `ModelSpec`."""
         return kind(**{name: value for name, value in self if name in kind.model_fields})
 
     @property
     def request(self) -> CellRequest:
-        """The request that these settings describe."""
+        """The request that is built from these settings."""
         return CellRequest(
             model=self.spec(ModelSpec),
             benchmark=self.spec(BenchmarkSpec),
@@ -267,16 +267,18 @@ _DEFAULT_DOCUMENTS, _NO_CHANGES = DocumentSpec(), Changes()
 
 @dataclass(frozen=True)
 class CellRequest:
-    """One (model, benchmark) with its documents, and the changes that are measured on it.
+    """A request to measure changes of one model on documents of one benchmark.
 
     Attributes:
-        model: The weights.
-        benchmark: The benchmark and its prompts.
-        documents: The documents that are measured.
-        changes: The changes that are measured; empty in a template for other requests.
+        model: The settings that choose the model's weights.
+        benchmark: The benchmark and the settings of its prompts.
+        documents: The selection of documents to measure.
+        changes: The changes to measure; empty if other requests are made from this request.
         removed: The layers that are removed in every run, ascending.
-        until: The question whose answer ends the measuring; None to measure all documents.
-        metric: The metric that is shown; None for the one that the benchmark's field reports.
+        until: The question that ends the measurement once it is answered; None to measure all
+            documents.
+        metric: The metric to show; None for the metric that publications usually report for the
+            benchmark.
     """
 
     model: ModelSpec
@@ -289,7 +291,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The flat settings from which `CellSettings.request` builds this request."""
+        """The request as flat settings, from which `CellSettings.request` builds it again."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         for group in (self.model, self.benchmark, self.documents, self.changes):
@@ -298,39 +300,39 @@ class CellRequest:
 
     @property
     def extent(self) -> Extent:
-        """The requested documents; with a question, all documents in random order."""
+        """The requested documents; all documents in random order if a question is set."""
         if self.until is not None:
             return Extent(sample=UNLIMITED_SAMPLE, seed=self.documents.seed)
         return self.documents
 
     @property
     def title(self) -> str:
-        """The cell's name in messages."""
+        """The name of the model and benchmark in messages, e.g. `llama × piqa without 3, 17`."""
         removed = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
         metric = f" by {self.metric}" if self.metric else ""
         part = f" ({self.documents.part})" if self.documents.part else ""
         return f"{self.model} × {self.benchmark}{part}{removed}{metric}"
 
     def with_changes(self, changes: Iterable[Change] | None = None, **grid: Any) -> CellRequest:
-        """Copy the request with other changes: exactly these, or every combination of a grid."""
+        """Copy the request with other changes: a list in `changes`, or a grid in `grid`."""
         if changes is not None:
             return replace(self, changes=self.changes.with_exact(changes))
         return replace(self, changes=Changes(**grid))
 
     def on_part(self, part: DocumentPart, **size: int | None) -> CellRequest:
-        """Copy the request for one half of the documents, with another sample of that half."""
+        """Copy the request for one half of the documents; `size` sets the number of documents."""
         update = {"part": part, **size}
         return replace(self, documents=self.documents.model_copy(update=update))
 
     def invalid_reason(self, change: Change, layers: int) -> str | None:
-        """Return why a change cannot be measured on a model; None for a valid change.
+        """Return the reason why a change cannot be measured; None if the change is valid.
 
         Args:
-            change: The change.
+            change: The change to check.
             layers: Number of layers of the model, including removed ones.
 
         Returns:
-            The reason.
+            The reason as a clause; None if the change is valid.
         """
         component, intervention = change.component, change.intervention
         if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
@@ -360,45 +362,45 @@ class CellRequest:
         return None
 
     def valid_changes(self, layers: int) -> list[Change]:
-        """List the valid changes of a model with this number of layers, without duplicates.
+        """List the requested changes that are valid for a model with `layers` layers.
 
-        Changes for which `invalid_reason` returns a reason are left out.
+        The list has no duplicates, and no changes for which `invalid_reason` returns a reason.
         """
         changes = dict.fromkeys(self.changes.expand())
         return [change for change in changes if self.invalid_reason(change, layers) is None]
 
     def ablations(self, layers: int) -> list[Ablation]:
-        """List the ablations without duplicates: baseline, `removed` alone, every valid change."""
+        """List the ablations: baseline, removal of `removed` alone, and each valid change."""
         runs = [(), *((change,) for change in self.valid_changes(layers))]
         ablations = (Ablation.from_changes(*run, removed=self.removed) for run in runs)
         return list(dict.fromkeys([INTACT, *ablations]))
 
 
 def number_field(component: Component) -> Literal["heads", "experts"]:
-    """Return the field of `ChangeGrid` that holds the numbers of heads or of experts."""
+    """Return the name of the `ChangeGrid` field for head numbers or for expert numbers."""
     return "experts" if component == "expert" else "heads"
 
 
 def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:
-    """List the ablations of several requests together, without duplicates."""
+    """List the ablations of all requests, without duplicates."""
     ablations = (request.ablations(layers) for request in requests)
     return list(dict.fromkeys(chain.from_iterable(ablations)))
 
 
 def cell_request(**settings: Any) -> CellRequest:
-    """Build a request from settings (None = not given); raise RequestError for invalid ones."""
+    """Build a request from settings, ignoring None; raise RequestError for an invalid setting."""
     given = {name: value for name, value in settings.items() if value is not None}
     return validate_settings(CellSettings, given, "--", FILE_KEYS).request
 
 
 def stored_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Read a request from flat settings, also those of former versions."""
+    """Read a request from stored flat settings, including settings of former versions."""
     fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
     return CellSettings.model_validate_json(json.dumps(fields)).request
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build the request of one run from settings under the names of `FIELDS_BY_KEY`."""
+    """Build a request for one run from settings whose names are keys of `FIELDS_BY_KEY`."""
     fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
     return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})
 

@@ -1,4 +1,4 @@
-"""Define records of the documents on which a run does worse or better than the intact model."""
+"""Define records of documents on which a run scores worse or better than the intact model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRIVATE_TEXTS = (
 
 
 class ShownDocument(Record):
-    """A document that becomes worse or better in some run, with the intact model's response."""
+    """A document whose score changes in some run, with the intact model's response."""
 
     task: str
     doc: int
@@ -34,7 +34,7 @@ class ShownDocument(Record):
 
 
 class DecidedDocument(Record):
-    """A run's response to a document on which it does worse or better than the intact model."""
+    """A run's response to a document whose score differs from the intact model's score."""
 
     document: int
     """The document's position in `DecisionsRecord.documents`."""
@@ -48,7 +48,7 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """The documents that become worse or better in a run, and totals over all documents."""
+    """The documents whose scores change in a run, and totals over all documents."""
 
     run: Change
     lost: int
@@ -63,13 +63,13 @@ class RunDecisions(Record):
     """The lost and won documents whose margin changes most."""
 
     def without_texts(self) -> RunDecisions:
-        """Return a copy without the texts that models generated."""
+        """Return a copy of the record without the texts that models generated."""
         documents = tuple(document.model_copy(update={"text": None}) for document in self.named)
         return self.model_copy(update={"named": documents})
 
 
 class DecisionsRecord(Record):
-    """The documents that become worse or better in the runs of a cell's view."""
+    """The documents whose scores change in the runs of one model and benchmark."""
 
     n: int
     """Number of documents."""
@@ -92,7 +92,7 @@ class DecisionsRecord(Record):
     """Reasons why `texts`, `margin` or `agreement` are missing."""
 
     def without_texts(self) -> DecisionsRecord:
-        """Return a copy without the texts of documents and of models."""
+        """Return a copy of the record without the texts of documents and of models."""
         empty: dict[str, Any] = {"question": None, "choices": (), "answer": None, "text": None}
         documents = tuple(document.model_copy(update=empty) for document in self.documents)
         runs = tuple(run.without_texts() for run in self.runs)

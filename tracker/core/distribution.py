@@ -1,7 +1,8 @@
 """Define the package's name, version and installation commands.
 
-The command and the import are `tracker`. That name is taken on PyPI, so the distribution is
-`layer-tracker`. A checkout is always installed from its folder.
+The command and the import package are named `tracker`. On PyPI this name is taken, so the
+distribution is named `layer-tracker`. A checkout of the repository is always installed from its own
+folder.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ _ROOT = Path(__file__).resolve().parents[2]
 def pip_command(*arguments: str) -> str:
     """Return the command that installs packages into the running environment.
 
-    The command can be pasted into a shell in any folder.
+    Users can paste the command into a shell in any folder.
     """
     return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
 
 
 def extra_command(extra: str) -> str:
-    """Return the command that installs the packages of an extra."""
+    """Return the command that installs the packages of one optional extra."""
     if _is_checkout():
         return pip_command("--editable", f"{_ROOT}[{extra}]")
     return pip_command(f"{DISTRIBUTION_NAME}[{extra}]")
 
 
 def package_folder(module: str) -> Path | None:
-    """Find the folder of an installed package without importing it; None if not installed."""
+    """Find a package's folder without importing the package; None if it is not installed."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -57,7 +58,7 @@ def upgrade_command() -> str:
 
 
 def format_problem(number: object) -> str:
-    """Return an error message if a file's format is not the current one; else an empty text."""
+    """Return an error message if a file has another format version; else an empty text."""
     if number == LEDGER_FORMAT:
         return ""
     age, advice = "an older", "Read it with that one"

@@ -1,4 +1,4 @@
-"""Define tokenised documents and the responses to them."""
+"""Define tokenised benchmark documents and a model's responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Request:
     """One (context, continuation) pair that lm-eval asks the model to score.
 
     Attributes:
-        context: Token ids before the continuation; never empty.
+        context: Token ids that the model reads before the continuation; never empty.
         continuation: Token ids whose log-likelihood is computed; never empty.
     """
 
@@ -23,17 +23,18 @@ class Request:
 
     @property
     def length(self) -> int:
-        """The number of tokens of context and continuation together."""
+        """The total number of tokens of the context and the continuation."""
         return len(self.context) + len(self.continuation)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt that a model continues.
+    """Prompt of a generation task, which the model continues with text.
 
     Attributes:
-        text: The prompt.
-        settings: lm-eval's generation settings, such as stop strings and the number of tokens.
+        text: The text of the prompt.
+        settings: lm-eval's generation settings, such as stop strings and the maximum number of
+            tokens.
     """
 
     text: str
@@ -46,24 +47,26 @@ class Prompt:
         return int(self.settings.get("max_gen_toks", 256))
 
     def with_limit(self, tokens: int) -> Prompt:
-        """Return the same prompt with at most this number of generated tokens."""
+        """Return a copy of the prompt that allows at most `tokens` generated tokens."""
         limit = min(tokens, self.max_tokens)
         return replace(self, settings={**self.settings, "max_gen_toks": limit})
 
 
 @dataclass(frozen=True)
 class Document:
-    """One benchmark item.
+    """One item of a benchmark, tokenised for a model.
 
     Attributes:
-        task: The lm-eval task or the corpus that the document belongs to.
+        task: The lm-eval task or the text corpus that contains the document.
         index: The document's position in the task's split, 0-based.
-        requests: The requests of the document, in lm-eval's order.
-        gold: The request with the right answer; None where lm-eval names none or several.
-        choices: Number of answers that a random predictor chooses from; 0 for open answers.
+        requests: The (context, continuation) pairs to score, in lm-eval's order.
+        gold: The index of the request with the right answer; None if lm-eval defines no or several
+            right answers.
+        choices: Number of answers from which a random predictor would choose; 0 for open answers.
         rolling: True if the requests are consecutive windows of one text.
-        prompt: The prompt of a generation task; None for others. The requests then hold the
-            prompt with the task's own answer, for the proxies and its log-probability.
+        prompt: The prompt of a generation task; None for other tasks. The requests of a generation
+            task consist of the prompt and the reference answer, to compute proxies and
+            log-probabilities.
     """
 
     task: str
@@ -76,11 +79,11 @@ class Document:
 
     @property
     def key(self) -> tuple[str, int]:
-        """The task and the document's position in the task's split."""
+        """The document's key: the task's name and the position in the task's split."""
         return self.task, self.index
 
     def tokens_digest(self, max_length: int) -> str:
-        """Hash the tokens that a model with this context length reads, and the scored counts."""
+        """Hash the tokens that a model reads within `max_length`, and the scored counts."""
         texts: list[Any] = []
         for request in self.requests:
             tokens = (request.context + request.continuation)[-(max_length + 1) :]
@@ -96,9 +99,11 @@ class DocumentText:
     """The text of a document for display, without few-shot examples and templates.
 
     Attributes:
-        question: The end of the prompt; the whole text if the whole text is scored.
-        choices: The options, in the order of the requests; none for open answers.
-        answer: The gold answer of a document without options; None if the task gives no answer.
+        question: The last part of the prompt; the whole text for a document whose whole text is
+            scored.
+        choices: The answer options, in the order of the requests; empty for open answers.
+        answer: The gold answer of a document without answer options; None if the task defines no
+            answer.
     """
 
     question: str
@@ -107,13 +112,13 @@ class DocumentText:
 
 
 class Response(NamedTuple):
-    """The model's response to one request; lm-eval returns the first two fields for a choice.
+    """The model's response to one request; the first two fields are lm-eval's result.
 
     Attributes:
         loglikelihood: Summed log-probability of the continuation, in nats.
-        greedy: True if every token of the continuation is the most likely one.
-        hits: Number of the continuation's tokens that are the most likely one.
-        text: The generated text; None where the document has no prompt.
+        greedy: True if the model ranks every token of the continuation first.
+        hits: Number of continuation tokens that the model ranks first.
+        text: The generated text; None if the document is not part of a generation task.
     """
 
     loglikelihood: float

@@ -13,7 +13,7 @@ The tree, with the exit code that the command line gives each branch:
         ├── CellError               one cell could not be computed
         └── TrackingError           a tracking backend refused or could not be reached
 
-A message holds the value, what was allowed, and what to type next.
+Each error message contains the invalid value, the allowed values, and the command to type next.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TrackerError(Exception):
 
 
 class RequestError(TrackerError):
-    """The request was wrong: nothing was computed and nothing was written."""
+    """The user's request is invalid: nothing was computed and nothing was written."""
 
     exit_code: ClassVar[int] = 2
 
@@ -49,11 +49,11 @@ class ModelError(RequestError):
 
 
 class UnreachableError(ModelError):
-    """The model may be on the hub, but the hub does not answer."""
+    """The model is not a local folder, and the Hugging Face hub does not answer."""
 
 
 class BenchmarkError(RequestError):
-    """The benchmark, or the data behind it, cannot be found or read."""
+    """The benchmark or its data cannot be found or read."""
 
 
 class ResultsError(RequestError):
@@ -61,23 +61,24 @@ class ResultsError(RequestError):
 
 
 class WorkError(TrackerError):
-    """The request was right, but some of the work failed."""
+    """The user's request is valid, but some of the work failed."""
 
 
 class CellError(WorkError):
-    """One (model, benchmark) could not be computed; the others are not affected."""
+    """A model could not be measured on a benchmark; other measurements are not affected."""
 
 
 class TrackingError(WorkError):
-    """A tracking backend refused or could not be reached; the results are on disk."""
+    """A tracking backend refused data or could not be reached; the results are on disk."""
 
 
 @contextmanager
 def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Iterator[None]:
-    """Convert exceptions of other packages to tracker's errors inside a `with` block.
+    """Convert exceptions of other packages to tracker's errors within a `with` block.
 
-    Tracker's own errors pass unchanged, as do exceptions for which `convert` returns None. The
-    original is logged and not chained, since a chain would hide the instruction to the user.
+    Tracker's own errors are not converted, and neither are exceptions for which `convert` returns
+    None. The original exception is logged but not chained, because a chain would hide the
+    instruction to the user.
     """
     try:
         yield
@@ -92,7 +93,7 @@ def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Ite
 
 
 def attempt(compute: Callable[[], T]) -> T | Exception:
-    """Run code of other packages; return its result, or the exception that it raises."""
+    """Call a function of another package; return the result, or the exception that it raises."""
     try:
         return compute()
     except Exception as error:  # noqa: BLE001  models and other packages raise anything
@@ -100,13 +101,13 @@ def attempt(compute: Callable[[], T]) -> T | Exception:
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` with the nearest allowed word, or an empty text."""
+    """Return `" Did you mean 'x'?"` with the most similar allowed word, or an empty text."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error, with the second one if the first ends with a colon."""
+    """Return the first line of an error's text, plus the second line after a final colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return message[:300] or type(error).__name__

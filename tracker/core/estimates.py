@@ -1,4 +1,4 @@
-"""Define a value with its interval."""
+"""Define an estimate: a value with its confidence interval."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FigureUnit = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval, and the p-value of its test if there is one.
+    """A value with its 95 % confidence interval, and the p-value of its test if there is a test.
 
-    Values are in the record's own units: fractions, nats.
+    Values are stored in the unit of the record: fractions or nats.
     """
 
     value: float | None
@@ -31,18 +31,18 @@ class Estimate:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None if an end is undefined."""
+        """The lower and upper end of the interval; None if an end is missing or infinite."""
         if self.low is None or self.high is None:
             return None
         return (self.low, self.high) if math.isfinite(self.low + self.high) else None
 
     def side(self, threshold: float = 0.0) -> int:
-        """Return 1 if the interval lies above a threshold, −1 if it lies below, else 0."""
+        """Return 1 if the whole interval is above the threshold, −1 if it is below, else 0."""
         if self.low is None or self.high is None:
             return 0
         return int(self.low > threshold) - int(self.high < threshold)
 
     def __neg__(self) -> Estimate:
-        """Return the estimate with the opposite sign, such as a gain for a loss."""
+        """Return the estimate with the opposite sign, for example to turn a loss into a gain."""
         value, high, low = (None if x is None else -x for x in (self.value, self.low, self.high))
         return Estimate(value, low, high, reason=self.reason)

@@ -1,4 +1,4 @@
-"""The experiment file: a plain W&B grid sweep that is also tracker's configuration.
+"""Define the experiment file: a W&B grid sweep that also configures tracker.
 
     method: grid
     command: [tracker, evaluate, "${args}"]
@@ -7,7 +7,7 @@
       benchmark: {values: [arc_easy, piqa]}
       layer: {min: 0, max: 29}
 
-Every key is checked; an unknown one is an error that names the nearest right one.
+Every key is checked. An unknown key raises an error that suggests the most similar valid key.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EVALUATE_COMMAND = ["tracker", "evaluate", "${args}"]
 
 
 class GridValues(StrictModel):
-    """One value of a grid, several values, or a range of numbers."""
+    """The values of one key of a grid: a single value, a list, or a range of numbers."""
 
     value: Any = None
     values: list[Any] | None = None
@@ -88,7 +88,7 @@ class GridValues(StrictModel):
 
     @property
     def options(self) -> Sequence[Any]:
-        """The grid's values, in the order of the file."""
+        """The values of the key, in the order of the file."""
         if self.min is not None and self.max is not None:
             return range(self.min, self.max + 1)
         return [self.value] if self.values is None else self.values
@@ -105,7 +105,7 @@ def _check_number(given: object, number: ValidatorFunctionWrapHandler) -> Any:
 
 
 class _PartValues(GridValues):
-    """Heads or experts of a layer; the default is all of them."""
+    """Numbers of the heads or experts of a layer; all of them by default."""
 
     value: Annotated[Count | None, WrapValidator(_check_number)] = None
     values: list[Count] | None = None
@@ -129,7 +129,7 @@ class _PartValues(GridValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The numbers of heads or experts, in the order of the file; a single None for all."""
+        """The head or expert numbers, in the order of the file; `[None]` for all numbers."""
         return [None] if str(self.value) == ALL_PARTS else super().options
 
 
@@ -150,7 +150,7 @@ class _LayerValues(_PartValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The layers, 0-based, in the order of the file; `ALL_PARTS` for all, or all of a kind."""
+        """The layer numbers, in the order of the file; `[ALL_PARTS]` for all layers or a kind."""
         return [ALL_PARTS] if str(self.value) == ALL_PARTS or self.kind else super().options
 
 
@@ -158,11 +158,11 @@ _PART_CLASSES = {"layer": _LayerValues, "head": _PartValues, "expert": _PartValu
 
 
 class Grid(StrictModel):
-    """Keys with their values; every combination is one run, or one search."""
+    """Parameters of an experiment file; each combination of their values is a run or a search."""
 
     @property
     def options(self) -> dict[str, Sequence[Any]]:
-        """The values of each key; keys are in alphabetical order, which gives W&B's run order."""
+        """The values of each key, with the keys in alphabetical order, as W&B orders runs."""
         grid = {name: getattr(self, name) for name in sorted(type(self).model_fields)}
         return {name: choice.options for name, choice in grid.items() if choice is not None}
 
@@ -170,9 +170,9 @@ class Grid(StrictModel):
 def grid_class(
     name: str, keys: Mapping[str, FieldInfo], kinds: Mapping[str, type[GridValues]] = {}
 ) -> type[Grid]:
-    """Build a grid class in which each key takes one or several values of the key's field.
+    """Build a grid class in which each key in `keys` accepts one or several values.
 
-    `kinds` maps some keys to the class that holds their values.
+    `kinds` maps keys to the class of their values, for keys that need a special class.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -202,14 +202,14 @@ def _build_change(point: tuple[Any, ...]) -> Change:
 
 
 class SweepMetric(StrictModel):
-    """W&B's `metric:` block, which W&B's pages show and a grid does not use."""
+    """The `metric:` block of a sweep, which W&B displays and a grid search ignores."""
 
     name: Name
     goal: Literal["minimize", "maximize"] = "maximize"
 
 
 class Sweep(StrictModel):
-    """A W&B grid sweep without its parameters."""
+    """The keys of a W&B grid sweep, except for its parameters."""
 
     method: Literal["grid"]
     command: list[str] = Field(default_factory=EVALUATE_COMMAND.copy)
@@ -224,12 +224,12 @@ class Sweep(StrictModel):
 
     @property
     def destination(self) -> str:
-        """The tracking project, prefixed with the W&B entity if there is one."""
+        """The name of the tracking project, as ENTITY/PROJECT if a W&B entity is set."""
         return f"{self.entity}/{self.project}" if self.entity else self.project
 
 
 class Experiment(Sweep):
-    """One experiment file."""
+    """The contents of one experiment file."""
 
     parameters: Parameters
     _count: PartsCounter | None = PrivateAttr(None)
@@ -241,28 +241,29 @@ class Experiment(Sweep):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers that the file requests; empty for layers of any kind."""
+        """The kinds of layers that the file requests; empty if the file names no kind."""
         layer: _LayerValues = vars(self.parameters)["layer"]
         return layer.kind or ()
 
     @property
     def size(self) -> int:
-        """The number of runs of the whole grid."""
+        """The total number of runs in the grid, ignoring `run_cap`."""
         return math.prod(len(options) for options in self.parameters.options.values())
 
     @property
     def cap_note(self) -> str:
-        """A note on the number of runs that `run_cap` keeps; empty if all runs are kept."""
+        """A message with the number of runs that `run_cap` keeps; empty if it keeps all runs."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
         runs = f"the first {self.run_cap:,} of the grid's {self.size:,} runs"
         return f"run_cap: {runs}, as W&B counts"
 
     def cells(self) -> list[CellRequest]:
-        """Expand the grid into cells sorted by model; a cell has all layers of its runs.
+        """Expand the grid into one request per model, benchmark and settings, sorted by model.
 
-        Cells list no layers if the file requests all layers and was loaded without counting the
-        model's parts. A value of the wrong kind raises RequestError.
+        Each request contains all layers of its runs. If the file requests all layers and was loaded
+        without a `count` function, the requests contain no layers. A value of the wrong type raises
+        RequestError.
         """
         if self.requests_all_layers and self.run_cap is not None:
             raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")

@@ -1,6 +1,7 @@
-"""Read a request from a file, a model's name, a dict, keywords, or a mixture.
+"""Read a request from an experiment file, a model's name, a dict or keywords.
 
-All commands and Python functions that take an experiment read it here, as one experiment file.
+All commands and Python functions that take an experiment convert it to an experiment file with this
+module.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ UNNAMED_FILE = "the experiment"
 
 @dataclass(frozen=True)
 class ExperimentInput(Generic[SweepType]):
-    """A request in the form of an experiment file.
+    """A request, converted to an experiment file.
 
     Attributes:
         file: The parsed experiment file.
         text: The text of the experiment file.
-        name: The file's name in a results folder.
-        source: The file's name in messages.
+        name: The name of the file in a results folder.
+        source: The name of the file in messages.
         command_arguments: Command-line arguments that repeat the request; empty for a dict.
     """
 
@@ -51,14 +52,15 @@ class ExperimentInput(Generic[SweepType]):
 
 @dataclass(frozen=True)
 class FileKind(Generic[SweepType]):
-    """A kind of experiment file.
+    """A kind of experiment file: a file of ablation runs or a file of searches.
 
     Attributes:
-        schema: The class of its contents.
+        schema: The class of the file's contents.
         expand: Function that expands the file's grid; raises RequestError for an invalid value.
         defaults: Default contents of a file that is built from keywords.
         is_other_kind: Function that checks whether a file's contents are of another kind.
-        other_kind_message: Message about a file of another kind; ends with the right command.
+        other_kind_message: Error text for a file of another kind, which ends with the right
+            command.
     """
 
     schema: type[SweepType]
@@ -69,7 +71,7 @@ class FileKind(Generic[SweepType]):
 
     @property
     def keys(self) -> list[str]:
-        """The allowed keys under `parameters`."""
+        """The keys that a file of this kind allows under `parameters`."""
         parameters: Any = self.schema.model_fields["parameters"].annotation
         return list(parameters.model_fields)
 
@@ -79,16 +81,16 @@ def load_experiment(
     settings: Mapping[str, Any] | None = None,
     count: PartsCounter | None = None,
 ) -> ExperimentInput[Experiment]:
-    """Read and check an experiment.
+    """Read an experiment from a file, name or dict, apply `settings`, and check the result.
 
     Args:
-        source: The file, a model's name, a dict, or None.
-        settings: Keys of the file with their values, as for `apply_settings`.
-        count: Function that counts the parts of a cell's model, for `layer: {value: all}`; None
-            where the experiment is only checked.
+        source: An experiment file, a model's name, a dict with the contents of a file, or None.
+        settings: Keys of the file with new values, as for `apply_settings`.
+        count: Function that counts the layers, heads and experts of a model, for `layer: {value:
+            all}`; None if the experiment is only checked.
 
     Returns:
-        The request.
+        The experiment, with the text and the name of its file.
 
     Raises:
         ExperimentError: The file is missing, is not YAML, or has unknown contents.
@@ -99,7 +101,7 @@ def load_experiment(
 
 
 def names_model(source: ExperimentSource) -> bool:
-    """Check whether an input is a model's name: a GGUF file, or no existing file and not YAML."""
+    """Check whether an input is a model's name or GGUF file instead of an experiment file."""
     if source is None or isinstance(source, Mapping):
         return False
     path = Path(source)
@@ -113,7 +115,7 @@ def names_model(source: ExperimentSource) -> bool:
 def move_model(
     source: ExperimentSource, settings: Mapping[str, Any]
 ) -> tuple[ExperimentSource, dict[str, Any]]:
-    """Move a model's name into the settings; raise ExperimentError if they name another model."""
+    """Move a model's name from `source` to the settings; ExperimentError for two models."""
     if source is None or isinstance(source, Mapping) or not names_model(source):
         return source, dict(settings)
     model = os.fspath(source)
@@ -125,7 +127,7 @@ def move_model(
 def read_input(
     experiment: ExperimentSource, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> ExperimentInput[SweepType]:
-    """Read and check a request as `load_experiment` does, for any kind of file."""
+    """Read and check an experiment like `load_experiment`, but for any kind of file."""
     experiment, settings = move_model(experiment, settings)
     path = None if experiment is None or isinstance(experiment, Mapping) else Path(experiment)
     contents: Any = experiment
@@ -164,7 +166,7 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
 
 
 def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
-    """Raise ExperimentError if a file is not a mapping, or has keys at the wrong level."""
+    """Raise ExperimentError if the contents are not a mapping or have keys at the wrong level."""
     if not isinstance(raw, dict):
         raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")
     parameters = {key: value for key, value in raw.items() if key in kind.keys}
@@ -178,7 +180,7 @@ def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
 
 
 def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Convert contents to YAML text, and parse that text like a file."""
+    """Convert contents to YAML text; return the parsed text and the text."""
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -190,16 +192,16 @@ def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
 def apply_settings(
     raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> dict[str, Any]:
-    """Build an experiment from keywords, or change one by keywords.
+    """Build the contents of an experiment file from keywords, or update contents by keywords.
 
     Args:
         raw: The contents of a file; None for no file.
         settings: Keys of the file with a value or a list of values; None removes the key from
-            `raw`. `limit` and `sample` replace each other.
-        kind: The kind of file; its `defaults` are used where `raw` is None.
+            `raw`. Setting `limit` removes `sample`, and setting `sample` removes `limit`.
+        kind: The kind of file; if `raw` is None, the contents start from its `defaults`.
 
     Returns:
-        The contents of the file.
+        The new contents of the file.
     """
     new_contents = dict(kind.defaults if raw is None else raw)
     raw_parameters = new_contents.get("parameters")
@@ -249,7 +251,7 @@ def _file_form(name: str, value: object) -> dict[str, Any]:
 
 
 def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield settings as values of the option `--set`."""
+    """Yield each setting as KEY=VALUE, as the option `--set` accepts it."""
     for name, value in settings.items():
         form = _file_form(name, value)
         text = next(iter(form.values()), form)
@@ -259,7 +261,7 @@ def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the command-line arguments that repeat the request."""
+    """Return the command-line arguments that repeat a request from a file and settings."""
     words = (word for assignment in _assignments(settings) for word in ("--set", assignment))
     return (*([] if path is None else [str(path)]), *words)
 
@@ -273,9 +275,9 @@ def _file_name(file: Any, text: str) -> str:
 
 
 def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> bool:
-    """Check whether an experiment requests searches, as for `tracker prune`.
+    """Check whether an experiment requests searches (`tracker prune`) instead of runs.
 
-    A file that cannot be read raises ExperimentError.
+    ExperimentError is raised if the file cannot be read.
     """
     source, settings = move_model(source, settings)
     if source is not None and not isinstance(source, Mapping):
@@ -285,12 +287,12 @@ def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> 
 
 
 def is_search_file(raw: object) -> bool:
-    """Check whether a file's contents request searches, as for `tracker prune`."""
+    """Check whether the contents of a file request searches, for `tracker prune`."""
     return "layer" not in _parameter_names(raw) and bool(_SEARCH_KEYS & _parameter_names(raw))
 
 
 def is_removal_file(raw: object) -> bool:
-    """Check whether a file's contents name the removed layers, as for `tracker run`."""
+    """Check whether the contents of a file list the layers to remove, for `tracker run`."""
     return "layer" in _parameter_names(raw) and not _SEARCH_KEYS & _parameter_names(raw)
 
 
@@ -303,7 +305,7 @@ def _parameter_names(raw: object) -> set[Any]:
 
 
 def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
-    """Raise ExperimentError for keys of W&B sweeps that an ablation study does not support."""
+    """Raise ExperimentError for W&B sweep settings that skip runs, such as `early_terminate`."""
     if raw.get("method") in _OTHER_METHODS:
         raise ExperimentError(
             f"'method': {raw['method']} would leave runs out, but each run is a result. Write "

@@ -18,16 +18,16 @@ _VALID_NAME = re.compile(r"[a-z][a-z0-9_]*")
 def load_extensions(
     group: str, check: Callable[[object], Extension], reserved: Collection[str] = ()
 ) -> dict[str, Extension]:
-    """Load the extensions of a group; a broken extension is skipped with a one-line warning.
+    """Load the extensions of one entry-point group; skip broken extensions with a warning.
 
     Args:
         group: Entry-point group after `layer_tracker.`, such as `tracking`.
-        check: Function that returns the extension for a loaded object, or raises TypeError or
-            ValueError with the reason.
-        reserved: Names that tracker itself uses.
+        check: Function that converts a loaded object to an extension; raises TypeError or
+            ValueError with the reason if the object is invalid.
+        reserved: Names of tracker's own objects, which extensions must not use.
 
     Returns:
-        The extensions by the names of their entry points.
+        Entry-point name → extension.
     """
     extensions: dict[str, Extension] = {}
     for point in sorted(entry_points(group=f"layer_tracker.{group}"), key=_sort_key):
@@ -49,7 +49,7 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List the kinds and names of installed extensions without loading them."""
+    """List each kind of installed extensions with their names, without loading them."""
     points = entry_points()
     kinds_and_names = []
     for kind in EXTENSION_KINDS:
@@ -65,7 +65,7 @@ def _sort_key(point: EntryPoint) -> tuple[str, str]:
 
 
 def describe_failure(point: EntryPoint, error: BaseException) -> str:
-    """Return a one-line message: an extension's name, its package and why it is skipped."""
+    """Return a one-line message with an extension's name, its package and the error."""
     package = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
     lines = str(error).splitlines() or [""]
     reason = f"{type(error).__name__}: {lines[0]}"

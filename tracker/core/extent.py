@@ -1,4 +1,4 @@
-"""Choose the documents of a benchmark: all or a half, the first or a random sample."""
+"""Choose documents of a benchmark: all or one half, the first ones or a random sample."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ DEFAULT_SEED = 1234
 
 
 class Extent(BaseModel):
-    """The number of documents of each task, and their order.
+    """The number of documents that are measured for each task, and their order.
 
-    Each seed gives a task one random order, the same for all models and folders. A sample is the
-    beginning of this order, so a larger sample contains the smaller one.
+    A seed determines one random order of a task's documents, the same for all models and folders. A
+    sample consists of the first documents in this order, so a larger sample contains every smaller
+    sample.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -41,13 +42,13 @@ class Extent(BaseModel):
 
     @property
     def size(self) -> float:
-        """The number of documents of each task; infinite for all."""
+        """The maximum number of documents of each task; infinite for all documents."""
         return self.sample or self.limit or math.inf
 
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
-        """Choose a task's documents, in the order in which they are measured.
+        """Choose the documents of a task to measure, in the order of measurement.
 
-        `documents` are the numbers of all the task's documents, ascending.
+        `documents` contains the numbers of all documents of the task, ascending.
         """
         if self.sample is None:
             return documents[: self.limit]
@@ -60,19 +61,20 @@ UNLIMITED_SAMPLE = 10**9
 
 
 def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
-    """Sort a task's documents into the random order of a seed, the same on every machine.
+    """Sort document numbers of a task into a random order that depends only on seed and task.
 
-    A subset keeps the order of the whole task. The tasks of a group are drawn independently.
+    A subset of the documents has the same relative order as all documents. Different tasks have
+    independent orders.
     """
     return sorted(documents, key=lambda number: _random_key(seed, task, number))
 
 
 @lru_cache(maxsize=256)
 def half_numbers(part: DocumentPart, seed: int, task: str, documents: int) -> tuple[int, ...]:
-    """Return the numbers of one half of a task's documents, ascending.
+    """Return the document numbers of one random half of a task, ascending.
 
-    Calibration is the first half of the random order. Test is the rest, and has one document more
-    if the number is odd.
+    The calibration half is the first half of the random order. The test half is the rest, and has
+    one document more if the total is odd.
     """
     order = random_order(seed, task, range(documents))
     n_calibration = documents // 2
@@ -80,10 +82,10 @@ def half_numbers(part: DocumentPart, seed: int, task: str, documents: int) -> tu
 
 
 def shuffle_documents(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
-    """Sort the documents of all tasks into one random order.
+    """Sort the documents of all tasks into one random order; return (task, number) pairs.
 
-    Each task's documents keep their `random_order`. Every beginning of the order holds each task
-    in proportion to its size, up to chance.
+    Documents of one task are sorted as by `random_order`. The first documents of the order are a
+    random sample of all tasks, so large tasks have more documents in it.
     """
     keys = [(task, number) for task, numbers in documents.items() for number in numbers]
     return sorted(keys, key=lambda key: _random_key(seed, *key))

@@ -1,4 +1,4 @@
-"""Define the types of values from files and commands, and report their first problem.
+"""Define the types of settings in files and commands, and describe the first invalid setting.
 
 Settings of lm-eval, transformers and chat templates are stored as canonical JSON, which can be
 compared and hashed.
@@ -35,7 +35,7 @@ ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval
 
 
 def _canonical_json(value: object) -> object:
-    """Return settings from YAML, W&B or lm-eval's `key=value` form as canonical JSON."""
+    """Convert settings in YAML, W&B's or lm-eval's `key=value` form to canonical JSON."""
     if isinstance(value, str):
         value = _parse_arguments(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -64,7 +64,7 @@ def _parse_arguments(text: str) -> Any:
 
 
 def _parse_value(text: str) -> Any:
-    """Read a value as lm-eval does."""
+    """Parse a value like lm-eval: as a Boolean, a number or text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -77,18 +77,18 @@ JsonArguments = Annotated[str, BeforeValidator(_canonical_json)]
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path with its ~ replaced by a home folder, or unchanged if there is none."""
+    """Replace ~ in a path by the home folder; keep the path if no home folder is known."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises RuntimeError
 
 
 def decode_arguments(arguments: str | None) -> dict[str, Any]:
-    """Decode settings from canonical JSON into a dict; empty if there are no settings."""
+    """Parse settings from canonical JSON into a dict; return an empty dict for None."""
     settings: dict[str, Any] = json.loads(arguments) if arguments else {}
     return settings
 
 
 def _check_writable(name: str) -> str:
-    """Raise ValueError for a name with a null character, which no file system accepts."""
+    """Raise ValueError if a name contains a null character, which file systems refuse."""
     if "\0" in name:
         raise ValueError("it contains a null character, which cannot be written")
     return name
@@ -102,7 +102,7 @@ Times = Annotated[int, Field(ge=2)]
 
 
 def _sort_layers(value: Any) -> Any:
-    """Check a list of layers from YAML or JSON and sort it."""
+    """Check and sort a list of layer numbers from YAML or JSON; return a tuple."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"expected lists of layers, e.g. [3, 17], not {short_text(value)}")
     if len(value) > MAX_LAYERS:
@@ -114,7 +114,7 @@ def _sort_layers(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return one name or a list of names, also in W&B's notation, as a tuple."""
+    """Convert a name or a list of names to a tuple, including a list that W&B wrote as text."""
     if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
             value = json.loads(value.replace("'", '"'))
@@ -123,7 +123,7 @@ def as_tuple(value: Any) -> Any:
 
 
 def _check_single(name: str) -> str:
-    """Raise ValueError if a name lists several benchmarks."""
+    """Return a benchmark's name; raise ValueError if the text contains several names."""
     if SEVERAL_BENCHMARKS.fullmatch(name):
         names = ", ".join(part.strip() for part in name.split(","))
         raise ValueError(f"several benchmarks are given; give one, or values: [{names}]")
@@ -140,9 +140,9 @@ SEVERAL_BENCHMARKS = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
 
 
 class StrictModel(BaseModel):
-    """Settings from a user, which refuse unknown fields and values of another type.
+    """Base class of settings, which refuses unknown fields and values of a wrong type.
 
-    The docstring of a field is the help of its option.
+    The docstring of a field is also the help text of the command-line option.
     """
 
     model_config = ConfigDict(
@@ -163,7 +163,7 @@ def validate_settings(
     prefix: str,
     parameter_names: Mapping[str, str] | None = None,
 ) -> M:
-    """Build a model from settings; raise RequestError with the `first_problem` if invalid."""
+    """Build an object of class `kind` from settings; raise RequestError if they are invalid."""
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -176,10 +176,10 @@ def first_problem(
     prefix: str = "",
     parameter_names: Mapping[str, str] | None = None,
 ) -> str:
-    """Describe the first invalid value in one line, under its name in the file.
+    """Describe the first invalid setting in one line, under its name in the experiment file.
 
-    `parameter_names` maps some fields to the file's parameter. Each of these fields is made up of
-    several values of the file, and the parameter is its only name there.
+    `parameter_names` maps a field to a parameter of the file. It is needed for fields that combine
+    several values of one parameter.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.
@@ -205,7 +205,7 @@ def first_problem(
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """List the allowed keys of a part of the file."""
+    """List the allowed keys at a location within the file."""
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         kinds = getattr(annotation, "__args__", (annotation,))

@@ -1,6 +1,6 @@
 """Define the results of a study: answers, tables and charts.
 
-Values are in the record's own units (fractions, nats); display code scales and rounds them.
+Values are stored as fractions or nats. Display code scales and rounds the values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEARCH_STUDY = "search"
 
 
 class Line(Record):
-    """One curve, with a figure for each position of the chart; None is a gap."""
+    """One curve of a chart, with a value for each position; None leaves a gap in the curve."""
 
     name: SafeText
     values: tuple[float | None, ...]
@@ -31,7 +31,7 @@ class Line(Record):
 
     @classmethod
     def from_figures(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
-        """Build a curve from figures, with a band of their intervals; None is a gap."""
+        """Build a curve from estimates, with a band of their intervals; None becomes a gap."""
         estimates = [figure or Estimate(None) for figure in figures]
         return cls(
             name=name,
@@ -42,7 +42,7 @@ class Line(Record):
 
 
 def chart_values(values: Iterable[float]) -> tuple[float | None, ...]:
-    """Convert figures to a chart's values; infinite and undefined figures become gaps."""
+    """Convert values for a chart; infinite and NaN values become None, a gap in the chart."""
     return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
@@ -55,7 +55,7 @@ class _Chart(Record):
 
 
 class LineChart(_Chart):
-    """Curves over common positions, such as layers or numbers of documents."""
+    """Chart of several curves over common positions, such as layers or numbers of documents."""
 
     kind: Literal["lines"] = "lines"
     places: tuple[float, ...]
@@ -65,7 +65,7 @@ class LineChart(_Chart):
 
 
 class MapChart(_Chart):
-    """A value for each row and column, coloured around 0; None is a gap."""
+    """Chart of a matrix of values, coloured by the distance from 0; None leaves a gap."""
 
     kind: Literal["map"] = "map"
     name: str
@@ -85,7 +85,7 @@ StudyChart = LineChart | MapChart
 
 
 class FindingRecord(Record):
-    """Result of one study of one experiment."""
+    """The result of applying one study to one experiment."""
 
     study: str
     experiment: SafeText
@@ -113,6 +113,6 @@ class FindingRecord(Record):
 
     @property
     def name(self) -> str:
-        """The unique name among the findings of a results folder."""
+        """The finding's name, which is unique in a results folder."""
         suffix = f"--{self.beside}" if self.beside else ""
         return f"{self.study}--{self.experiment.removesuffix('.yaml')}{suffix}"

@@ -1,4 +1,4 @@
-"""Format numbers, intervals and p-values for people."""
+"""Format numbers, intervals and p-values for display."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _LOSS_UNITS = {"bits_per_byte": "bits per byte", "ratio": "nats a token"}
 
 
 def fixed_point(value: float, digits: int) -> str:
-    """Format with fixed decimals, a true minus sign and no negative zero, such as `−0.25`."""
+    """Format a number with fixed decimals and a typographic minus sign, such as `−0.25`."""
     return f"{value:z.{digits}f}".replace("-", MINUS)
 
 
 def two_digits(value: float) -> str:
-    """Round to two digits after the decimal point, as every correlation is written."""
+    """Format a number with two decimals, as all correlations are displayed."""
     return fixed_point(value, 2)
 
 
 def three_digits(value: float) -> str:
-    """Round to three significant digits, thousands to whole ones, such as `0.123` or `1,083`."""
+    """Format a number with three significant digits, or whole from 1000, as `0.123` or `1,083`."""
     text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     return text.replace("-", MINUS)
 
 
 def points(fraction: float) -> str:
-    """Write a fraction as percentage points without the unit: 0.113 is `11.3`."""
+    """Format a fraction as percentage points, without the unit: 0.113 becomes `11.3`."""
     return fixed_point(100 * fraction, 1)
 
 
 def p_value(p: float) -> str:
-    """Write a p-value: three decimals, or one significant digit below 0.001, such as `3e−5`."""
+    """Format a p-value: three decimals, or one significant digit below 0.001, such as `3e−5`."""
     if not 0 < p < 0.001:
         return f"{p:.3f}"
     digit, exponent = f"{p:.0e}".split("e")
@@ -47,23 +47,23 @@ def p_value(p: float) -> str:
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
-    """Check that a value is defined: not None, NaN or infinite."""
+    """Return whether a value is a finite number: not None, NaN or infinite."""
     return value is not None and math.isfinite(value)
 
 
 def interval_text(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
-    """Write an interval, such as `1.2 to 4.0`; empty if an end is undefined."""
+    """Format an interval, such as `1.2 to 4.0`; empty if an end is not a finite number."""
     return f"{write(low)} to {write(high)}" if is_finite(low) and is_finite(high) else ""
 
 
 @dataclass(frozen=True)
 class UnitFormat:
-    """Format of a unit.
+    """The display format of values in one unit.
 
     Attributes:
-        write: Function that formats a record's figure, without the unit's name.
-        scale: Factor by which a record's figure is multiplied.
-        name: The unit's name in a column's head; empty for none.
+        write: Function that formats a stored value, without the unit's name.
+        scale: Factor that converts a stored value to this unit, e.g. 100 for percent.
+        name: The unit's name in the header of a table column; empty for none.
     """
 
     write: Callable[[float], str]
@@ -71,7 +71,7 @@ class UnitFormat:
     name: str = ""
 
     def scaled(self, figure: float) -> float:
-        """Return a record's figure in this unit, unrounded."""
+        """Convert a stored value to this unit, without rounding to the displayed digits."""
         # The 16th digit of a product is rounding: 100 × 0.07 is 7.000000000000001.
         return figure if self.scale == 1 else float(f"{self.scale * figure:.15g}")
 
@@ -95,16 +95,16 @@ UNIT_FORMATS: Mapping[FigureUnit, UnitFormat] = {
 
 
 def write_figure(unit: FigureUnit, figure: float) -> str:
-    """Write a record's figure, without the unit's name."""
+    """Format a stored value in a unit, without the unit's name."""
     return UNIT_FORMATS[unit].write(figure)
 
 
 def figure_text(
     figure: Estimate, write: Callable[[float], str] = two_digits, unit: str = ""
 ) -> str:
-    """Write a figure with its unit and interval, such as `0.66 (0.41 to 0.80)`.
+    """Format an estimate with its unit and interval, such as `0.66 (0.41 to 0.80)`.
 
-    An undefined figure is written as a dash.
+    An undefined value is formatted as a dash.
     """
     if not is_finite(figure.value):
         return DASH
@@ -113,7 +113,7 @@ def figure_text(
 
 
 def nats_text(figure: Estimate) -> str:
-    """Write nats with their interval, such as `0.12 nats (0.05 to 0.19)`; a dash if undefined."""
+    """Format an estimate in nats, such as `0.12 nats (0.05 to 0.19)`; a dash if undefined."""
     return figure_text(figure, three_digits, " nats")
 
 
@@ -122,10 +122,10 @@ NO_SCORE = "a document has no finite score"
 
 
 def level_text(level: Estimate, unit: str) -> str:
-    """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`.
+    """Format an accuracy or a loss with its interval, such as `41.7 % (31.1 to 53.1)`.
 
-    The unit is `%` for an accuracy, else that of the loss. An undefined level is written as its
-    reason.
+    The unit is `%` for an accuracy, else the unit of the loss. If the value is undefined, the text
+    gives the reason instead.
     """
     if not is_finite(level.value):
         return f"undefined ({level.reason or NO_SCORE})"
@@ -136,27 +136,27 @@ def level_text(level: Estimate, unit: str) -> str:
 def named_interval(
     figure: Estimate, write: Callable[[float], str], name: str = "95 % interval"
 ) -> str:
-    """Write an interval with its name behind a figure, such as ` (95 % interval 1.2 to 4.0)`.
+    """Format an estimate's interval with its name, such as ` (95 % interval 1.2 to 4.0)`.
 
     Args:
-        figure: The figure.
-        write: Function that formats both ends.
+        figure: The estimate with the interval.
+        write: Function that formats the lower and the upper end.
         name: The name of the interval.
 
     Returns:
-        The interval, with a space before it; empty where there is none.
+        The interval with a leading space; empty if the estimate has no interval.
     """
     bounds = interval_text(figure.low, figure.high, write)
     return f" ({name} {bounds})" if bounds else ""
 
 
 def round_count(number: int) -> str:
-    """Round a number of things to two digits, such as `1,200`."""
+    """Round a count to two significant digits and format it, such as `1,200`."""
     return f"{round(number, 2 - len(str(number))):,}"
 
 
 def count_text(number: int, noun: str) -> str:
-    """Write a number with its noun, such as `1 layer` or `1,200 searches`."""
+    """Format a number with a noun in singular or plural, such as `1 layer` or `1,200 searches`."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
 
@@ -166,15 +166,16 @@ def count_text(number: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """Names and formats of a cell's metric for display.
+    """Display names and formats of the metric of a model and benchmark.
 
     Attributes:
         level: The name of the metric.
-        change: The name of its change by a removal; positive if the removed part mattered.
-        level_unit: The name of the level's unit.
-        unit: The name of the change's unit.
-        level_form: The format of the level.
-        form: The format of the change.
+        change: The name of the metric's change after a removal, which is positive for a worse
+            result.
+        level_unit: The unit of the metric itself.
+        unit: The unit of a change of the metric.
+        level_form: The number format of the metric itself.
+        form: The number format of a change of the metric.
     """
 
     level: str
@@ -186,21 +187,21 @@ class MetricFormat:
 
     @property
     def scale(self) -> float:
-        """The factor by which a record's figure is multiplied."""
+        """The factor by which a stored value is multiplied for display."""
         return UNIT_FORMATS[self.form].scale
 
     def write(self, figure: float) -> str:
-        """Write a level or a change of the record, without the unit."""
+        """Format a stored value of the metric or of its change, without the unit."""
         return UNIT_FORMATS[self.form].write(figure)
 
     def amount(self, change: Estimate) -> str:
-        """Write a change with its unit and interval, or the reason why it is undefined."""
+        """Format a change with its unit and interval, or the reason why the change is undefined."""
         if change.value is None:
             return f"an undefined amount ({change.reason})"
         return figure_text(change, self.write, f" {self.unit}")
 
     def column_head(self, label: str) -> str:
-        """Return the head of a column of levels or changes; a loss's unit is part of its label."""
+        """Return the header of a table column for the metric; append the unit for a loss."""
         return label if UNIT_FORMATS[self.form].name else f"{label} ({self.unit})"
 
 
@@ -208,7 +209,7 @@ ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent"
 
 
 def metric_format(cell: CellRecord) -> MetricFormat:
-    """Choose names and formats for a cell: accuracy in percentage points, or a loss in its unit."""
+    """Choose the metric's display format: accuracy in percentage points, or a loss in its unit."""
     if cell.higher_is_better:
         return ACCURACY_FORMAT
     aggregation = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
@@ -220,13 +221,13 @@ def metric_format(cell: CellRecord) -> MetricFormat:
 
 
 def join_words(words: Sequence[str], joint: str = "and") -> str:
-    """Join words into an enumeration: `a, b and c`."""
+    """Join words into an enumeration, such as `a, b and c`."""
     *first_words, last_word = words or [""]
     return f"{', '.join(first_words)} {joint} {last_word}" if first_words else last_word
 
 
 def layer_list(layers: Sequence[int], total: int) -> str:
-    """Name layers in a sentence: `layer 3`, `layers 3, 5`, `all 30 layers` where 30 is `total`."""
+    """Format layer numbers for a sentence: `layer 3`, `layers 3, 5`, or `all 30 layers`."""
     if len(layers) == total and total > 1:
         return f"all {total} layers"
     return f"layer{'s' if len(layers) != 1 else ''} {', '.join(map(str, layers))}"

@@ -1,7 +1,7 @@
-"""Check that the Hugging Face hub answers, and explain its errors.
+"""Check whether the Hugging Face hub answers, and explain errors of the hub.
 
-The hub's client retries for minutes without internet. So each process tests the hub once, with a
-short timeout. If it does not answer, everything works from local files.
+Without internet, the hub's client retries for minutes. So each process tests the hub once, with a
+short timeout. If the hub does not answer, the process uses only local files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HUB_ID_FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that no repository on the hub can have."""
+    """Raise ValueError if a name is not a valid repository name of the hub."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
@@ -31,9 +31,9 @@ def check_name(name: str) -> None:
 
 
 def unreachable_reason() -> str:
-    """Return the reason why the hub does not answer; empty if the hub answers.
+    """Return the reason why the hub cannot be reached; empty if the hub answers.
 
-    Without an answer, the libraries are set to work offline from now on.
+    If the hub does not answer, the Hugging Face libraries are set to offline mode.
     """
     if not _offline_reasons:
         _test_hub()
@@ -43,10 +43,10 @@ def unreachable_reason() -> str:
 def ask_hub(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
     """Request a file's metadata from the hub once, without the client's retries.
 
-    After a temporary error, the hub is not used any more and local files are used instead. Raises
-    the client's exception if the repository does not exist or is not public.
+    After a temporary error, this process uses local files instead of the hub. If the repository
+    does not exist or is not public, the client's exception is raised.
 
-    `kind` is `model` or `dataset`; `file` need not exist.
+    `kind` is `model` or `dataset`. The file does not have to exist.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -68,7 +68,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 @cache
 def _test_hub() -> None:
-    """Test the hub's address once, and stop using the hub if it does not answer."""
+    """Test once whether the hub's address answers; set the libraries offline if not."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -98,7 +98,7 @@ def _go_offline(reason: str) -> None:
 
 
 def _is_temporary(error: BaseException) -> bool:
-    """Check whether an error is temporary: a rate limit, a server error or a timeout."""
+    """Check whether an error is temporary, such as a rate limit, server error or timeout."""
     from huggingface_hub.errors import HfHubHTTPError
 
     statuses = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
@@ -107,9 +107,9 @@ def _is_temporary(error: BaseException) -> bool:
 
 
 def explain_error(name: str, error: BaseException, page: str = "") -> str:
-    """Explain an error of the hub and what to do; empty if the hub did not cause the error.
+    """Describe a hub error and what to do; return '' if the hub did not cause the error.
 
-    `page` is the repository's path on the hub; for a model it is the name.
+    `page` is the repository's path on the hub. By default it is `name`, which is right for models.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
@@ -133,7 +133,7 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
 
 
 def _causes(error: BaseException | None) -> Any:
-    """Yield an error and the chain of its causes."""
+    """Yield an error, and then its causes, following the chain of exceptions."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

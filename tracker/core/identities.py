@@ -1,4 +1,4 @@
-"""Define what identifies a model and a benchmark."""
+"""Define records that identify a model and a benchmark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_SETTING_LENGTH = 40
 
 
 class Record(BaseModel):
-    """A frozen value object that refuses unknown fields."""
+    """Base class of records: immutable objects that refuse unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -27,7 +27,7 @@ SafeText = Annotated[str, AfterValidator(replace_controls)]
 
 
 class ModelIdentity(Record):
-    """Identity of the measured weights."""
+    """The model that was measured: its source, weights and dtype."""
 
     source: SafeText
     """The source as typed: a hub id, a folder, a GGUF file or `package:NAME`."""
@@ -46,17 +46,17 @@ class ModelIdentity(Record):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The key that distinguishes models for display: name, fingerprint and dtype."""
+        """The model's key for display: name, fingerprint and dtype."""
         return (self.name, self.fingerprint, self.dtype)
 
     @property
     def is_half(self) -> bool:
-        """True if the model computes in half precision, where rounding decides some documents."""
+        """True if the dtype is half precision, in which rounding can change outcomes."""
         return self.dtype in HALF_PRECISION
 
 
 class Half(Record):
-    """One of the two halves into which a task's documents were divided at random."""
+    """One random half of the documents of a task: calibration or test."""
 
     part: DocumentPart
     seed: int
@@ -64,12 +64,12 @@ class Half(Record):
     """Number of documents of both halves together."""
 
     def numbers(self, task: str) -> Sequence[int]:
-        """Return the half's document numbers in the task, ascending, as lm-eval counts them."""
+        """Return the numbers of the half's documents in lm-eval's numbering, ascending."""
         return half_numbers(self.part, self.seed, task, self.of)
 
 
 class TaskIdentity(Record):
-    """One lm-eval task, alone or as part of a group, or one corpus."""
+    """One scored task: an lm-eval task, also as part of a group, or a text corpus."""
 
     name: str
     version: str
@@ -89,12 +89,12 @@ class TaskIdentity(Record):
 
     @property
     def numbers(self) -> Sequence[int]:
-        """The numbers of all documents, ascending, as lm-eval counts them."""
+        """The numbers of all documents of the task in lm-eval's numbering, ascending."""
         return range(self.documents) if self.half is None else self.half.numbers(self.name)
 
 
 class BenchmarkIdentity(Record):
-    """Identity of the scored documents and of their prompts."""
+    """The benchmark that was measured: its documents and the settings of its prompts."""
 
     name: SafeText
     tasks: tuple[TaskIdentity, ...]
@@ -116,11 +116,11 @@ class BenchmarkIdentity(Record):
 
     @property
     def documents(self) -> int:
-        """The number of documents of all tasks, measured or not."""
+        """The number of documents of all tasks, including documents that are not measured."""
         return sum(task.documents for task in self.tasks)
 
     def sample_size(self, documents: int) -> int:
-        """Return the smallest `sample` per task that draws this number of documents or all."""
+        """Return the smallest sample per task for `documents` in total, or else for all."""
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
         large_samples = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)
@@ -128,7 +128,7 @@ class BenchmarkIdentity(Record):
 
     @property
     def title(self) -> str:
-        """The name for display, with the part: `arc_easy (calibration half)`."""
+        """The benchmark's display name with its half, such as `arc_easy (calibration half)`."""
         part = self.settings.get("part")
         if part is None:
             return self.name
@@ -139,7 +139,7 @@ class BenchmarkIdentity(Record):
 
     @property
     def settings_text(self) -> str:
-        """The settings in one line, with long values cut; empty if there are none."""
+        """The prompt settings in one line, with long values truncated; empty without settings."""
         limit = _MAX_SETTING_LENGTH
         texts = (v if len(v) <= limit else f"{v[:limit]}…" for v in self.settings.values())
         return ", ".join(map("{}={}".format, self.settings, texts))

@@ -1,7 +1,8 @@
-"""Define the interventions and how charts draw them.
+"""Define the interventions, and their colours and symbols in charts.
 
-A new intervention needs a word in `Intervention`, an `Action` and an entry in `KIND_STYLES`.
-Formats of weights, also those of other packages, are added to both automatically.
+A new intervention needs a name in `Intervention`, a member of `Action` and an entry in
+`KIND_STYLES`. Weight formats, including formats of other packages, are added to `Intervention` and
+`KIND_STYLES` automatically.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 
 
 class Action(Enum):
-    """Action of an ablation at one layer: none, a removal, or another intervention."""
+    """Effect of an ablation on the computation of one layer, such as skipping the layer."""
 
     PASS = "pass"
     SKIP = "skip"
@@ -51,25 +52,25 @@ class Action(Enum):
 
     @property
     def is_fitted(self) -> bool:
-        """True if the layer has a replacement that was fitted on calibration text."""
+        """True if the action replaces the layer by a function fitted on calibration text."""
         return self.value in KIND_STYLES and KIND_STYLES[self.value].fitted
 
     @property
     def runs_modules(self) -> bool:
-        """True if the layer's own modules are computed."""
+        """True if the action still runs modules of the original layer."""
         return self is not Action.SKIP and not self.is_fitted
 
 
 @dataclass(frozen=True)
 class KindStyle:
-    """Names, colour and symbol of the runs of one kind.
+    """Display name, colour and symbol of the runs of one kind of change.
 
     Attributes:
-        description: The removed part, or the layer's replacement, for display.
-        colour: The colour of the runs' points: a mid-tone, legible on white and on black.
-        mark: The symbol of the runs' points, by plotly's name.
-        fitted: True if the replacement was fitted on calibration text.
-        plural: The plural of the part; empty for whole layers.
+        description: Display name of the removed part, or of the replacement of the layer.
+        colour: Colour of the points, a mid-tone that is legible on white and on black.
+        mark: Plotly's name for the symbol of the points.
+        fitted: True if the intervention fits a replacement on calibration text.
+        plural: Plural name of the removed parts; empty for whole layers.
     """
 
     description: str

@@ -1,7 +1,8 @@
-"""Count a model's layers, heads and experts, and find its layers of a kind.
+"""Count the layers, heads and experts of a model, and find the layers of a given kind.
 
-A configuration names the kind of each layer, such as `sliding_attention` or `mamba`, in a list.
-The list is in its file, or its class computes it. Every model has `odd` and `even` layers.
+Many model configurations list the kind of each layer, such as `sliding_attention` or `mamba`. The
+list is stored in the configuration file or computed by the configuration class. In addition, the
+kinds `odd` and `even` exist for every model.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class ModelParts(NamedTuple):
 
     Attributes:
         layers: Number of layers.
-        head: Number of attention heads of a layer; None if the configuration does not state it.
-        kv_head: Number of groups of heads that share keys and values; None as for `head`.
-        kind_layers: The layers of the requested kinds; None for layers of any kind.
-        expert: Number of routed experts of a layer with experts; None as for `head`.
-        maps: The names of each layer's linear maps; None if they were not determined.
+        head: Number of attention heads of a layer; None if the configuration has no such number.
+        kv_head: Number of groups of heads that share keys and values; None if the configuration has
+            no such number.
+        kind_layers: Numbers of the layers of the requested kinds; None if no kind is requested.
+        expert: Number of routed experts of a mixture-of-experts layer; None if the configuration
+            has no such number.
+        maps: Names of the linear maps of each layer; None if the names were not determined.
     """
 
     layers: int
@@ -51,13 +54,13 @@ class ModelParts(NamedTuple):
     maps: tuple[tuple[str, ...], ...] | None = None
 
     def count_of(self, component: Component) -> int | None:
-        """Return the number of a layer's heads, groups of heads or experts; None if unknown."""
+        """Return the number of heads, head groups or experts of a layer; None if unknown."""
         count: int | None = getattr(self, component)
         return count
 
 
 def experts_per_token(config: Any) -> int:
-    """Return the configured number of experts that each token passes; 0 without experts."""
+    """Return the number of experts per token from a configuration; 0 for models without experts."""
     count, chosen = (
         next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
         for names in (EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS)
@@ -66,7 +69,7 @@ def experts_per_token(config: Any) -> int:
 
 
 def split_expert_map(map_name: str) -> tuple[str, int] | None:
-    """Split `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None without a number."""
+    """Split `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None for other names."""
     match = _EXPERT_MAP.fullmatch(map_name)
     return (f"{match[1]}.{match[3]}", int(match[2])) if match else None
 
@@ -76,9 +79,10 @@ PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
 
 
 def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Complete a request that names no layers, heads, experts or maps with all of the model's.
+    """Add all layers, heads, experts or maps of the model to a request that names none of them.
 
-    If the configuration does not give their number, ExperimentError is raised.
+    ExperimentError is raised if the model's configuration does not give the number of heads or
+    experts.
     """
     numbers: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:
@@ -109,7 +113,7 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
 
 
 def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """List the changes with layer sets of a kind and random sets; None if neither is requested."""
+    """List the changes if spans of a kind of layers or random sets are requested; else None."""
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
     if not (spans and is_removal and (changes.control or parts.kind_layers is not None)):
@@ -137,7 +141,7 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
 
 
 def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
-    """Fill in all linear maps of the requested layers."""
+    """Return a copy of the changes with the names of all linear maps of the requested layers."""
     if parts.maps is None:
         raise ExperimentError("the model's linear maps are unknown; name some in 'map'")
     by_layer = dict(enumerate(parts.maps))
@@ -158,7 +162,7 @@ def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
 def _draw_sets(
     free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Yield up to `N_CONTROLS` different random sets of each size, except for requested ones."""
+    """Yield up to `N_CONTROLS` random layer sets of each size, skipping the sets in `taken`."""
     for span in spans:
         generator = random.Random(f"control/{seed}/{span}")
         drawn: set[tuple[int, ...]] = set()
@@ -170,7 +174,7 @@ def _draw_sets(
 
 
 def check_parts(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError for a layer, head, expert or map that the model does not have."""
+    """Raise ExperimentError if the request names a layer, head, expert or map that is missing."""
     changes = request.changes
     for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
@@ -199,14 +203,15 @@ PARITY_KINDS = ("even", "odd")
 
 
 def layer_kinds(config: Any) -> Mapping[str, tuple[int, ...]]:
-    """List the kinds of layers that a configuration names.
+    """Return the kinds of layers in a model's configuration, with the layers of each kind.
 
     Args:
-        config: The text model's configuration, as transformers reads it.
+        config: The configuration of the text model, as a transformers object.
 
     Returns:
-        Kind → its layers, 0-based, ascending. A layer may be of several kinds: Jamba's are
-        `linear_attention` and `mamba`. Empty where all layers are alike.
+        Kind → numbers of the layers of this kind, 0-based, ascending. A layer can have several
+        kinds, such as `linear_attention` and `mamba` in Jamba. The mapping is empty if the
+        configuration lists no kinds.
     """
     total = config.num_hidden_layers
     kinds: dict[str, list[int]] = {}
@@ -221,17 +226,17 @@ def layer_kinds(config: Any) -> Mapping[str, tuple[int, ...]]:
 
 
 def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
-    """Return the layers of the given kinds.
+    """Return the numbers of the layers of the given kinds.
 
     Args:
-        config: The text model's configuration, as transformers reads it.
-        words: The names of the kinds in the configuration; or `odd`, `even`.
+        config: The configuration of the text model, as a transformers object.
+        words: Names of kinds in the configuration, or `odd` or `even`.
 
     Returns:
-        The layers, 0-based, ascending.
+        The numbers of the layers, 0-based, ascending.
 
     Raises:
-        ModelError: The model has no such kind; the message lists its kinds.
+        ModelError: The model has no layers of a given kind; the message lists the model's kinds.
 
     Examples:
         >>> from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Record hashes, versions and the machine of a measurement."""
+"""Record file hashes, package versions and the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENISATION_KEY = "tokenisation"
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of tracker and `RECORDED_PACKAGES`; `not installed` for absent ones."""
+    """Return the versions of tracker and `RECORDED_PACKAGES`; `not installed` if missing."""
     return {"tracker": __version__, **{name: _version(name) for name in RECORDED_PACKAGES}}
 
 
@@ -44,22 +44,22 @@ def _version(package: str) -> str:
 
 
 def describe_machine() -> dict[str, str]:
-    """Return Python version, platform and number of cores, without naming a person or host."""
+    """Return Python version, platform and number of cores, without user names or host names."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     system = f"{platform.system()} {platform.machine()}"
     return {"python": platform.python_version(), "platform": system, "cores": str(cores)}
 
 
 def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Merge the provenances of several parts; where values differ, all of them are listed."""
+    """Merge several provenance records; list all values of a key if the values differ."""
     names = dict.fromkeys(name for stack in stacks for name in stack)
     return {n: ", ".join(sorted({stack[n] for stack in stacks if n in stack})) for n in names}
 
 
 def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
-    """List the differences between provenances that can change a result.
+    """Describe the differences between provenance records that can change a result.
 
-    For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty if nothing differs.
+    An example is `torch 2.12.0, 2.13.0; device cpu, cuda`. The text is empty if nothing differs.
     """
     parts = [{n: stack.get(n, "unknown").partition(":")[0] for n in _STACK} for stack in stacks]
     names = (n for n in _STACK if len({part[n] for part in parts}) > 1)
@@ -67,24 +67,24 @@ def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
 
 
 def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """List the tokenising packages whose versions differ between two measurements."""
+    """List the tokenising packages of `stack` with versions other than those in `other`."""
     names = [n for n in _TOKENISING_PACKAGES if n in stack and stack[n] != other.get(n)]
     return ", ".join(f"{n} {stack[n]}" for n in names) or SAME_VERSIONS
 
 
 def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Check whether two measurements record different tokens for the same text."""
+    """Check whether two provenance records have different hashes of the same text's tokens."""
     return len({stack.get(TOKENISATION_KEY), other.get(TOKENISATION_KEY)} - {None}) > 1
 
 
 def content_hash(value: object) -> str:
-    """Return the SHA-256 of a value's canonical JSON in hexadecimal; objects use `str`."""
+    """Return the SHA-256 (hex) of a value's canonical JSON; `str` converts unknown objects."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hash(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 (hex) of files' names and contents, whatever their order."""
+    """Return the SHA-256 (hex) of the names and contents of files, in any order."""
     digest = hashlib.sha256()
     for name, content in sorted((path.name, _digest(path)) for path in paths):
         digest.update(name.encode() + b"\0" + content)
@@ -97,9 +97,9 @@ def _digest(path: Path) -> bytes:
 
 
 def file_stamp(paths: Iterable[Path | os.DirEntry[str]]) -> list[tuple[str, int, int]]:
-    """Return path, size in bytes and modification time in ns of each file, sorted.
+    """Return the path, size (bytes) and modification time (ns) of each file, sorted by path.
 
-    This suffices to notice a changed file without reading it.
+    Comparing two results reveals changed files without reading the files.
     """
     stats = [(path, path.stat()) for path in paths]
     return sorted((os.fspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -1,19 +1,21 @@
 """Define the proxies: cheap estimates of the cost of removing a layer or an expert.
 
-A proxy with `observe` is measured during the intact model's forward pass: from the residual stream
-before and after a layer, it computes a figure per token. The model's dtype does not matter: the
-update is in float32, the cosine in float64 (float32 on devices without float64, such as Apple's). A
-layer that turns a token by 1e-4 has a cosine of 1 - 5e-9, which float32 rounds to 1.
+A proxy with an `observe` function is measured during the intact model's forward pass. `observe`
+computes a value per token from the residual stream before and after a layer. The precision does not
+depend on the model's dtype: the relative update is computed in float32, the cosine in float64
+(float32 on devices without float64, such as Apple's). For example, a layer that turns a token's
+state by an angle of 1e-4 has a cosine of 1 - 5e-9, which float32 would round to 1.
 
-The caller selects the averaged tokens: each document's context plus gold continuation, once, never
-padding. A token whose hidden state is all zeros has no direction, so its figures are NaN, and so is
-every mean that includes it. torch's own cosine would be 0, a right angle.
+The caller selects the tokens to average: the context and gold continuation of each document,
+without padding. A hidden state that is all zeros has no direction, so the values of this token are
+NaN, and so is every mean over this token. The cosine function of torch would return 0 instead,
+which means a right angle.
 
-Those of experts are sums over the tokens that a router sends to them, which
-`engine/observers/layer_proxies.py` observes of the experts that are taken out.
+The proxies of an expert are computed from sums over the tokens that the router sends to the expert.
+`engine/observers/layer_proxies.py` measures these sums for the removed experts.
 
-The functions call nothing but methods of the tensors that they are given, so the list is read
-without torch.
+The functions only call methods of their tensor arguments, so importing this module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -37,20 +39,20 @@ log = logging.getLogger(__name__)
 
 
 def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
-    """Return the cosine of the angle between each token's layer input and output.
+    """Return the cosine similarity of each token's state before and after a layer.
 
-    It is taken from the distance between both directions, 1 - ‖u - v‖² / 2: the sum of products
-    u · v would lose 1 - cosine to rounding where a layer hardly turns its input. Two inputs of
-    float32 give 1 - cosine to about 1e-7 of itself, 1e-16 apart. Rounding may carry it below -1 by
-    1e-15.
+    The cosine is computed from the distance of the unit vectors u and v, as 1 - ‖u - v‖² / 2. If a
+    layer hardly turns its input, the dot product u · v would lose the value of 1 - cosine to
+    rounding. For float32 inputs, 1 - cosine has a relative error of about 1e-7, plus an absolute
+    error of about 1e-16. Due to rounding, the result can be lower than -1 by 1e-15.
 
     Args:
-        before: `[..., tokens, hidden]`, the layer's input.
-        after: `[..., tokens, hidden]`, the layer's output in the residual stream, before any final
-            norm.
+        before: The layer's input, of shape `[..., tokens, hidden]`.
+        after: The layer's output in the residual stream, before any final norm, of shape `[...,
+            tokens, hidden]`.
 
     Returns:
-        `[..., tokens]`, float64; NaN where either is all zeros.
+        Cosines of shape `[..., tokens]`, float64; NaN where the input or the output is all zeros.
 
     Examples:
         >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
@@ -61,15 +63,17 @@ def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
 
 
 def angle(cosine: Tensor) -> Tensor:
-    """Return the angle between layer input and output as a fraction of a half turn.
+    """Convert cosine similarities to angles, as a fraction of a half turn (180 degrees).
 
-    arccos is steep at 1: a cosine that rounding leaves 1e-16 short of 1 reads as 5e-9.
+    The arccosine is steep near 1: a rounding error of 1e-16 in a cosine of 1 becomes an angle of
+    5e-9.
 
     Args:
-        cosine: Cosine similarities of any shape; clamped to [-1, 1].
+        cosine: Cosine similarities of any shape, which are clamped to [-1, 1].
 
     Returns:
-        arccos(cosine) / π, of the same shape: 0 = same direction, 0.5 = orthogonal, 1 = opposite.
+        arccos(cosine) / π, in the shape of `cosine`: 0 = same direction, 0.5 = orthogonal, 1 =
+        opposite.
 
     Examples:
         >>> angle(torch.tensor([1.0, 0.0, -1.0]))
@@ -79,7 +83,7 @@ def angle(cosine: Tensor) -> Tensor:
 
 
 def to_double(states: Tensor) -> Tensor:
-    """Convert to float64, or to float32 on a device without it, such as Apple's."""
+    """Convert a tensor to float64, or to float32 on devices without float64, such as Apple's."""
     try:
         return states.double()
     except (TypeError, RuntimeError) as error:
@@ -89,21 +93,22 @@ def to_double(states: Tensor) -> Tensor:
 
 
 def angular_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Return the angle between each token's layer input and output, as `angle` of their cosine."""
+    """Return the angle between each token's layer input and output, scaled as in `angle`."""
     return angle(cosine_similarity(before, after))
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
-    """Return the layer's update relative to the layer's input: ‖after - before‖ / ‖before‖.
+    """Return each token's update by a layer, relative to the input: ‖after - before‖ / ‖before‖.
 
-    Unlike the cosine, it includes a change of magnitude along the input's own direction.
+    Unlike the cosine, the relative update also measures a change of the state's length.
 
     Args:
-        before: `[..., tokens, hidden]`, the layer's input.
-        after: `[..., tokens, hidden]`, the layer's output in the residual stream.
+        before: The layer's input, of shape `[..., tokens, hidden]`.
+        after: The layer's output in the residual stream, of shape `[..., tokens, hidden]`.
 
     Returns:
-        `[..., tokens]`, float32; 0 = unchanged; NaN where the input is all zeros.
+        Ratios of shape `[..., tokens]`, float32; 0 means an unchanged state. NaN where the input is
+        all zeros.
 
     Examples:
         >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]))
@@ -116,31 +121,34 @@ def relative_update(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _unit_vectors(states: Tensor) -> Tensor:
-    """Scale each token's state to length 1; a state of zeros becomes NaN."""
+    """Scale the hidden state of each token to length 1; a state of all zeros becomes NaN."""
     length = states.norm(2, dim=-1, keepdim=True)
     return states / length.where(length > 0, math.nan)
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """A cheap estimate of the importance of a layer or an expert; larger = more important.
+    """A cheap estimate of the importance of a layer or expert; larger means more important.
 
     Attributes:
-        name: The proxy's name in code: of the field, the column, the metric.
-        label: The proxy's name for display.
-        unit: The unit of its values, or a short description of the unit.
-        formula: The formula in a layer's input x_in and output x_out.
-        source: The publication of the proxy; empty if there is none.
-        passes: Forward passes through the whole model per document, for all layers together; None
-            if the proxy removes every layer in turn, as the drop itself does.
-        observe: Function of a layer's input and output `[..., tokens, hidden]` that returns each
-            token's figure `[..., tokens]`; None if the proxy needs more than these.
-        per_token: Function applied to each token's figure before averaging; None for no function.
-        complement_of: The name of the figure of `observe`, where the proxy is 1 minus its mean.
-        strategy: The search strategy that prunes by the proxy; empty if there is none.
-        component: The part of the model that the proxy describes.
-        over: For an expert's proxy, the name of the proxy that counts the tokens of its mean; empty
-            for all tokens.
+        name: The proxy's name in code, which is also the name of fields, columns and tracked
+            metrics.
+        label: The proxy's display name.
+        unit: The unit of the proxy's values, or a short description of the unit.
+        formula: The formula of the proxy, with a layer's input x_in and output x_out.
+        source: The publication that proposed the proxy; empty if there is none.
+        passes: Cost for all layers together, in forward passes of the model per document; None if
+            the proxy needs a separate removal of each layer, like the accuracy drop.
+        observe: Function that computes a value per token `[..., tokens]` from a layer's input and
+            output `[..., tokens, hidden]`; None for a proxy that is computed in another way.
+        per_token: Function that is applied to each token's value before averaging; None for no
+            function.
+        complement_of: The name of the averaged value if the proxy is 1 minus this average; else
+            empty.
+        strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
+        component: The part of the model whose importance the proxy estimates.
+        over: For an expert's proxy that is a mean over the expert's tokens, the name of the proxy
+            that counts these tokens; empty for a mean over all tokens.
     """
 
     name: str
@@ -158,26 +166,26 @@ class Proxy:
 
     @property
     def heading(self) -> str:
-        """The label with the unit."""
+        """The display name of the proxy with its unit."""
         return f"{self.label} ({self.unit})"
 
     @property
     def headings(self) -> dict[str, str]:
-        """Name → heading, of the figure whose complement the proxy is, if any, and of the proxy."""
+        """Name → display name, for the proxy and for the value of which it is the complement."""
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
 
     @property
     def column(self) -> str:
-        """The ledger's column of observed figures, summed over a document's tokens."""
+        """The ledger's column with the values of `observe`, summed over a document's tokens."""
         return f"{self.complement_of or self.name}_sum"
 
     def from_observed(self, observed: Array) -> Array:
-        """Compute the proxy from observed figures or their means."""
+        """Convert observed values, or their means, to values of the proxy."""
         return 1 - observed if self.complement_of else observed
 
     def token_figure(self, observed: Tensor) -> Tensor:
-        """Compute each token's figure for averaging from the result of `observe`."""
+        """Convert results of `observe` to the value per token that is averaged."""
         return observed if self.per_token is None else self.per_token(observed)
 
     def observe_tokens(self, before: Tensor, after: Tensor) -> Tensor:
@@ -263,7 +271,7 @@ _RESERVED_NAMES = re.compile(
 
 
 def _check_proxy(extension: object) -> Proxy:
-    """Check a proxy of another package; raise TypeError or ValueError with the reason."""
+    """Check a proxy of another package and return it; TypeError or ValueError if invalid."""
     if not isinstance(extension, Proxy):
         raise TypeError(f"{extension!r} is not a tracker.core.proxies.Proxy")
     if _RESERVED_NAMES.fullmatch(extension.name):
@@ -280,7 +288,7 @@ def _check_proxy(extension: object) -> Proxy:
 def _guard(
     name: str, observe: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Wrap another package's function so that its figures are undefined if it fails."""
+    """Wrap another package's `observe` function to return NaN and log a warning if it fails."""
 
     def guarded(before: Tensor, after: Tensor) -> Tensor:
         undefined = before[..., 0].float() * math.nan
@@ -301,7 +309,7 @@ def _guard(
 
 @cache
 def _warn(message: str) -> None:
-    """Log a warning of one line, once for each text."""
+    """Log the first line of a message as a warning, only once for each message."""
     log.warning("%s", message.splitlines()[0])
 
 
@@ -317,9 +325,9 @@ OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
 
 
 def observed(before: Tensor, after: Tensor) -> list[Tensor]:
-    """Compute each token's figure of all `OBSERVED` proxies from a layer's input and output.
+    """Compute the values per token of all `OBSERVED` proxies from a layer's input and output.
 
-    Figures that several proxies share, such as the cosine in float64, are computed once.
+    A value that several proxies need, such as the cosine, is computed only once.
     """
     observers = dict.fromkeys(proxy.observe for proxy in OBSERVED if proxy.observe)
     figures: dict[Any, Tensor] = {observe: observe(before, after) for observe in observers}
@@ -331,19 +339,21 @@ PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *EXPERT_PROXIES) for name in
 
 
 def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:
-    """Return the cost of a proxy for all layers, in forward passes of the model per document.
+    """Return the cost of computing a proxy for all layers, in forward passes per document.
 
-    A model without one of L layers passes L - 1, so intact and ablated ones together pass L²: L
-    passes one by one, and (L + 1) / 2 where each ablation shares the layers below with the intact
-    model (`StreamPlan.layer_passes`). The head is not counted.
+    A model without one of its L layers computes L - 1 layers. The intact model and all L ablated
+    models together compute L² layers, which is the cost of L forward passes. If each ablation
+    shares the layers below the removed one with the intact model, the cost falls to (L + 1) / 2
+    forward passes (`StreamPlan.layer_passes`). The output head is not counted.
 
     Args:
-        proxy: One of `PROXIES`; any other name means the drop.
+        proxy: The name of one of `PROXIES`; any other name means the accuracy drop.
         layers: The number of layers L.
-        is_shared: True if layers below a removed one are computed once.
+        is_shared: True if the layers below a removed layer are computed only once for all
+            ablations.
 
     Returns:
-        The cost.
+        The cost in forward passes of the whole model.
     """
     n_passes = PROXIES[proxy].passes if proxy in PROXIES else None
     if n_passes is not None:

@@ -1,7 +1,7 @@
-"""Define the records of a search: sets of removed parts, step by step, and their cost.
+"""Define the records of a pruning search: the removed parts at each step, and the cost.
 
-Values are fractions and nats, as in the other records. A step's score is the figure that its
-strategy minimised. An undefined figure is `None`, and the step's `reasons` explains it.
+Values are stored as fractions or nats. The score of a step is the value that the search strategy
+minimised. An undefined value is `None`, and `reasons` of the step gives the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Rescoring = Literal["full", "lazy", "race"]
 
 
 class HeldOutResult(EstimatesRecord):
-    """Result of the model without some parts on the test documents."""
+    """Result of the pruned or intact model on the test documents."""
 
     FLAT: ClassVar = {
         **flat_names("level", "accuracy", "low", "high"),
@@ -38,7 +38,7 @@ class HeldOutResult(EstimatesRecord):
 
 
 class PruneStep(EstimatesRecord):
-    """One step: the removed parts, their score, and the result on the test documents."""
+    """One step of a search: the removed parts, their score, and the result on test documents."""
 
     FLAT: ClassVar = flat_names("margin", "margin", "margin_low", "margin_high")
 
@@ -61,7 +61,7 @@ class PruneStep(EstimatesRecord):
 
 
 class CalibrationSet(Record):
-    """A benchmark and the documents on which a search chose the parts."""
+    """A benchmark and its documents that a search used to choose the removed parts."""
 
     key: str
     """The cell's key in the ledger."""
@@ -75,7 +75,7 @@ class CalibrationSet(Record):
 
 
 class PruneCost(Record):
-    """Cost that a search has if it reuses no results of other runs."""
+    """Cost of a search, assuming that no results of other runs are reused."""
 
     evaluations: float
     """Number of scored sets of removals, including the intact model, each on all calibration
@@ -87,7 +87,7 @@ class PruneCost(Record):
 
 
 class PruneRecord(Record):
-    """Settings, steps and cost of one search."""
+    """Settings, steps and cost of one pruning search."""
 
     name: str
     """The unique name among the searches of a results folder."""
@@ -127,12 +127,12 @@ class PruneRecord(Record):
 
     @property
     def parts(self) -> SearchParts:
-        """The numbering of the parts that the search removes."""
+        """The numbering of the layers, heads or experts that the search can remove."""
         return SearchParts(self.unit, self.model.layers, self.per_layer)
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """All removed parts after the last step, ascending."""
+        """The numbers of all parts that are removed after the last step, ascending."""
         return self.steps[-1].removed
 
     @property
@@ -142,19 +142,19 @@ class PruneRecord(Record):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The removed parts in order of removal; ascending where the steps' sets do not grow."""
+        """The removed parts in order of removal; ascending if steps do not remove single parts."""
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The layers of the intact model from which nothing is removed, ascending."""
+        """The layers of the intact model in which no part is removed, ascending."""
         changed_layers = set(map(self.parts.layer_of, self.removed))
         return tuple(layer for layer in range(self.model.layers) if layer not in changed_layers)
 
     @property
     def label(self) -> str:
-        """The strategy for display, with its draw and any rescoring other than `full`."""
+        """The strategy's display name, with the number of the draw and any special rescoring."""
         draw = self.draw if self.draw is not None else ""
         rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"
         return " ".join(str(word) for word in (self.strategy, draw, rescoring) if word != "")

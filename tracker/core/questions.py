@@ -1,4 +1,4 @@
-"""Define the questions of `until`, which end a measurement early."""
+"""Define the questions of the setting `until`; answering the question ends a measurement."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ _QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
 
 @dataclass(frozen=True)
 class Question:
-    """Question about a cell's runs.
+    """A question about all runs of a model and benchmark, e.g. which drops are the largest.
 
     Attributes:
-        kind: `drop`: how large each drop is. `top`: which drops are the largest. `prune`: which
-            are the smallest. `sign`: which are not 0.
-        count: Number of runs that `top` and `prune` choose; None for the other kinds.
-        within: Tolerance as a fraction. For `drop`, the largest distance of a drop from the middle
-            of its bounds; for `top` and `prune`, that of a chosen run from the last chosen one
-            (None = no tolerance).
-        level: Probability that the answer is right, and that all bounds of drops hold together.
+        kind: `drop` asks how large each accuracy drop is. `top` asks which drops are the largest.
+            `prune` asks which drops are the smallest. `sign` asks which drops are not 0.
+        count: Number of runs to choose for `top` and `prune`; None for `drop` and `sign`.
+        within: Tolerance as a fraction. For `drop`, half the maximum width of a drop's interval.
+            For `top` and `prune`, the maximum amount by which a run that is not chosen can be
+            better than a chosen run. None means no tolerance.
+        level: Probability that the answer is right and that all intervals of drops hold at the same
+            time.
     """
 
     kind: QuestionKind
@@ -58,11 +59,11 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Check whether the question makes sense for this number of runs."""
+        """Check whether `count` is less than the number of runs, so that there is a choice."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:
-        """Raise ValueError if this number of runs cannot answer the question."""
+        """Raise ValueError if the question asks to choose all of the runs or more."""
         if not self.fits(runs):
             suggestion = f"; ask for {runs - 1} at most" if runs > 1 else ""
             raise ValueError(
@@ -72,17 +73,17 @@ class Question:
 
 
 def parse_question(text: str) -> Question:
-    """Read a question in the notation of experiment files.
+    """Parse a question of the setting `until`.
 
     Args:
-        text: `drop within 2 pp`, `top 5`, `top 5 within 1 pp`, `prune 8` or `sign`, with
-            `at 99 %` after it for another confidence than 95 %.
+        text: Text such as `drop within 2 pp`, `top 5`, `top 5 within 1 pp`, `prune 8` or `sign`. A
+            final `at 99 %` sets another confidence than 95 %.
 
     Returns:
-        The question.
+        The parsed question.
 
     Raises:
-        ValueError: The text is no known question.
+        ValueError: The text is not a valid question.
 
     Examples:
         >>> parse_question("top 5 within 1 pp")

@@ -1,7 +1,8 @@
-"""Define the frozen records of cells, runs and correlations.
+"""Define immutable records of measurements, runs and correlations.
 
-Values are fractions, never percentage points; `layer` is 0-based. An undefined value is `None`. Its
-reason is in the estimate itself, or else in the record's `reasons` under the field's name.
+Values are fractions, never percentage points; `layer` is 0-based. An undefined value is `None`. The
+reason for `None` is stored in the `Estimate`, or in the record's `reasons` under the name of the
+field.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Sa
 
 
 def utc_date(date: str) -> str:
-    """Return a date in UTC, ISO 8601 to the second; raise ValueError if it is invalid."""
+    """Convert a date to UTC, in ISO 8601 with seconds; raise ValueError if it is invalid."""
     try:
         return datetime.fromisoformat(date).astimezone(UTC).isoformat(timespec="seconds")
     except OverflowError as error:
@@ -33,12 +34,12 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Build the entries of `EstimatesRecord.FLAT` for an estimate's value and interval ends."""
+    """Build entries of `EstimatesRecord.FLAT`, one for each given name of an estimate's part."""
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
 
 class EstimatesRecord(Record):
-    """Record of estimates, with a flat name for each value and interval end."""
+    """Base class of records with estimates, whose values and bounds also have flat names."""
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Name in data frames, in trackers and in records of former versions → the estimate's field,
@@ -47,7 +48,7 @@ class EstimatesRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_flat(cls, fields: object) -> object:
-        """Convert estimates that older versions stored as flat fields."""
+        """Convert estimates that former versions stored as several flat fields."""
         if not isinstance(fields, dict):
             return fields
         converted, reasons = dict(fields), fields.get("reasons")
@@ -63,7 +64,7 @@ class EstimatesRecord(Record):
         return converted
 
     def figure(self, name: str) -> float | None:
-        """Return the figure with this displayed name; None if it is undefined."""
+        """Return the value with this flat name or field name; None if it is undefined."""
         field, part = self.FLAT.get(name, (name, ""))
         value = getattr(self, field, None)
         figure: float | None = getattr(value, part) if part else value
@@ -71,7 +72,7 @@ class EstimatesRecord(Record):
 
 
 class FiguresRecord(EstimatesRecord):
-    """Record of figures, with reasons for undefined ones."""
+    """Base class of records that store the reason for each undefined value."""
 
     NOTES: ClassVar[Mapping[str, str]] = {"provenance": "mismatch"}
     """Name in data frames, in trackers and in `reasons` of former versions → the field."""
@@ -84,7 +85,7 @@ class FiguresRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _move_former_notes(cls, fields: object) -> object:
-        """Move the notes that former versions stored as reasons to their fields."""
+        """Move notes that former versions stored in `reasons` to the fields for these notes."""
         if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
             return fields
         notes = {cls.NOTES[name]: reason for name, reason in reasons.items() if name in cls.NOTES}
@@ -93,7 +94,7 @@ class FiguresRecord(EstimatesRecord):
 
     @property
     def all_reasons(self) -> dict[str, str]:
-        """Displayed name → the reason why a figure is undefined, or a note."""
+        """Displayed name of a value → the reason why the value is undefined, or a note on it."""
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
         reasons = {
@@ -107,7 +108,7 @@ class FiguresRecord(EstimatesRecord):
 
 
 class ChangeRecord(Record):
-    """Figures of one change."""
+    """Base class of records about one change of a model."""
 
     change: Change
     """The change, in addition to the layers that every run of the cell lacks."""
@@ -115,7 +116,7 @@ class ChangeRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_former_fields(cls, fields: object) -> object:
-        """Convert the flat parts of a change of former versions to a change."""
+        """Convert the fields in which former versions stored a change to a `Change`."""
         if not isinstance(fields, dict) or "change" in fields:
             return fields
         change = {name: fields[name] for name in CHANGE_COLUMNS if name in fields}
@@ -123,11 +124,11 @@ class ChangeRecord(Record):
 
 
 class RunRecord(FiguresRecord, ChangeRecord):
-    """One run: the effect of one change on one benchmark.
+    """Result of one run: the effect of one change of a model on one benchmark.
 
-    Every drop is relative to the intact model. Where the whole cell lacks layers, it includes their
-    cost. Extra fields are proxies by name: those of the layer in the intact model, for whole single
-    layers only.
+    Every accuracy drop is relative to the intact model. If layers are removed in all runs, every
+    drop includes the effect of these layers. Extra fields hold proxies of the changed layer,
+    measured on the intact model, if the run changes one whole layer.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -170,12 +171,12 @@ class RunRecord(FiguresRecord, ChangeRecord):
 
     @property
     def cosine_score(self) -> float | None:
-        """The cosine score, which pages show beside every drop; None if undefined."""
+        """The proxy `cosine_score` of the removed layer; None if it is undefined."""
         return self.__pydantic_extra__.get("cosine_score")
 
 
 class RunAnswer(ChangeRecord):
-    """Answer for one run; the bounds hold for all interim analyses and runs together."""
+    """Answer to the question for one run, with bounds that hold for all runs at the same time."""
 
     n: int
     """Number of documents used until the run was decided."""
@@ -189,7 +190,7 @@ class RunAnswer(ChangeRecord):
 
 
 class AnswerRecord(Record):
-    """Answer to a cell's question, and the cost of the answer."""
+    """Answer to the question of the setting `until`, and the number of documents it took."""
 
     question: str
     level: float
@@ -213,12 +214,12 @@ class AnswerRecord(Record):
 
     @property
     def answered(self) -> bool:
-        """True if no run is open."""
+        """True if every run has been decided."""
         return not any(run.open for run in self.runs)
 
 
 class CorrelationRecord(EstimatesRecord):
-    """Correlation of one proxy with the measured drops of single whole layers."""
+    """Correlation of one proxy with the measured drops of removing single whole layers."""
 
     FLAT: ClassVar = {n: ("estimate", n) for n in ("value", "low", "high", "p_value", "reason")}
 
@@ -236,7 +237,7 @@ class CorrelationRecord(EstimatesRecord):
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
-    """Return a view's name from its removed layers, its documents and its metric."""
+    """Build the name of a view from the removed layers, the document selection and the metric."""
     prefix = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
     return f"{prefix}{selection}" + ("" if metric == primary_metric else f"--{metric}")
 
@@ -248,7 +249,7 @@ _FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "besi
 
 
 class CellRecord(FiguresRecord):
-    """Results of one (model, benchmark), intact or without some layers."""
+    """Results of one model on one benchmark, with or without layers that all runs lack."""
 
     FLAT: ClassVar = {
         **flat_names("baseline", "baseline_accuracy", "baseline_low", "baseline_high"),
@@ -329,20 +330,20 @@ class CellRecord(FiguresRecord):
 
     @property
     def title(self) -> str:
-        """The cell's name for display, including which documents were chosen."""
+        """The display name with model, benchmark and settings, including the document selection."""
         return " · ".join(filter(None, (self.heading, self.sampling_text, self.beside, self.apart)))
 
     @property
     def heading(self) -> str:
-        """The cell's name for display, not including which documents were chosen."""
+        """The display name with model, benchmark and settings, without the document selection."""
         name = f"{self.model.name} · {self.benchmark.title} · {self.benchmark.num_fewshot}-shot"
         return " · ".join(filter(None, (name, self.other_metric, self.removed_text)))
 
     @property
     def sampling_text(self) -> str:
-        """The random choice of the documents; empty for the first ones, or all.
+        """A text on how documents were sampled; empty if no documents were drawn at random.
 
-        For example `drawn at random (seed 1234)`.
+        An example is `drawn at random (seed 1234)`.
         """
         seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
         text = "" if seed is None else f"drawn at random (seed {seed})"
@@ -350,28 +351,28 @@ class CellRecord(FiguresRecord):
 
     @property
     def documents_text(self) -> str:
-        """The measured documents, e.g. `200 documents drawn at random (seed 1234)`."""
+        """The documents in words, e.g. `200 documents drawn at random (seed 1234)`."""
         return self.describe_documents(self.counted)
 
     def describe_documents(self, count: str) -> str:
-        """Describe this number of documents in the form of `documents_text`."""
+        """Return a text with the given number of documents and how they were sampled."""
         noun = "document" if count == "1" else "documents"
         return " ".join(filter(None, (count, noun, self.sampling_text)))
 
     @property
     def counted(self) -> str:
-        """The number of documents of the runs, e.g. `200`, or `64 to 320` if runs differ."""
+        """The number of documents per run, e.g. `200`, or `64 to 320` if the runs differ."""
         largest = max([self.n, *(run.n for run in self.runs)])
         return f"{self.n:,}" if largest == self.n else f"{self.n:,} to {largest:,}"
 
     @property
     def other_metric(self) -> str:
-        """The metric's name; empty for the benchmark's own metric."""
+        """The name of the metric; empty if it is the benchmark's primary metric."""
         return "" if self.metric == self.benchmark.primary_metric else self.metric
 
     @property
     def removed_text(self) -> str:
-        """The layers that every run lacks, e.g. `without layers 3, 17`; empty if none."""
+        """The layers removed in every run, e.g. `without layers 3, 17`; empty if there are none."""
         if not self.removed:
             return ""
         plural = "s" if len(self.removed) > 1 else ""
@@ -379,13 +380,13 @@ class CellRecord(FiguresRecord):
 
     @property
     def record_key(self) -> RecordKey:
-        """The key among several records: the cell, its view and the number of documents."""
+        """The key of the record: the ledger key, the view's name and the number of documents."""
         return (self.key, self.view, self.n)
 
     def contains(self, other: CellRecord) -> bool:
         """Check whether the record contains all documents and runs of another record.
 
-        An unfinished record may hold any documents, not just the first ones.
+        The documents of an unfinished record are not always the first documents.
         """
         fields = attrgetter("key", "removed", "metric", "sample_seed", "answer")
         if other.unfinished is None:
@@ -397,58 +398,60 @@ class CellRecord(FiguresRecord):
 
     @property
     def is_raced(self) -> bool:
-        """True if an answer decides how many documents each run needs.
+        """True if a question in `until` decided the number of documents of each run.
 
-        Fixed-sample intervals are then left out, and those of drops are confidence sequences.
+        In this case, the intervals of drops are confidence sequences, and other intervals are
+        omitted.
         """
         return self.answer is not None and self.unfinished is not None
 
     @property
     def is_stopped(self) -> bool:
-        """True if an answer ended the measuring before all documents were used."""
+        """True if the measurement ended early because the question in `until` was answered."""
         return self.answer is not None and self.answer.over and self.is_raced
 
     @property
     def is_complete(self) -> bool:
-        """True if every requested run and document is measured."""
+        """True if all requested runs are measured on all requested documents."""
         return not self.missing_labels
 
     @property
     def missing_labels(self) -> tuple[str, ...]:
-        """Requested documents and runs, by their labels, that are not measured yet."""
+        """Texts that name the requested documents and runs that are not measured yet."""
         documents = () if self.unfinished is None else (self.unfinished,)
         return (*documents, *(change.label() for change in self.missing))
 
     @property
     def whole_layers(self) -> tuple[RunRecord, ...]:
-        """The runs that remove one whole layer."""
+        """The records of the runs that remove one whole layer."""
         return tuple(self.runs_of_kind().values())
 
     @property
     def changes(self) -> list[Change]:
-        """The changes, measured or missing: components outermost, then spans, then layers."""
+        """The changes of all requested runs, also if not measured, sorted by component first."""
         changes = (*(run.change for run in self.runs), *self.missing)
         return sorted(changes)
 
     @property
     def kinds(self) -> list[Change]:
-        """The kinds of changes, measured or missing, in their order."""
+        """The kinds of changes of all requested runs, sorted and without duplicates."""
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of_kind(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Map the first layer of each measured run of a kind to the run."""
+        """Return first changed layer → run, for all measured runs of one kind of change."""
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:
-        """Return the reason why no run with this change is recorded."""
+        """Return the reason why the record has no run with this change."""
         if {*self.removed} & {*change.layers}:
             return "removed already, beneath every run"
         return RUN_NOT_MEASURED if change in self.missing else "not asked for"
 
     def reason_of(self, field: str, run: RunRecord | None = None) -> str:
-        """Return the reason why a field or metric is undefined, of a run or (None) of the cell.
+        """Return the reason why a value of a run, or of the whole record, is undefined.
 
-        The run's reason comes first, then the cell's, then `NO_REASON`.
+        A reason in the run has precedence over a reason in the whole record. If neither has a
+        reason, the result is `NO_REASON`.
         """
         for reasons in (run.all_reasons if run else {}, self.all_reasons):
             if reason := reasons.get(field) or reasons.get(f"metrics.{field}"):
@@ -459,7 +462,7 @@ class CellRecord(FiguresRecord):
 def former_view_name(
     removed: Sequence[int], metric: str, benchmark: BenchmarkIdentity, seed: int | None, label: str
 ) -> str:
-    """Return the name that former versions gave to a view."""
+    """Build the name of a view in the format of former versions."""
     selection = "" if seed is None else f"-sample-{seed}"
     if label:
         selection += f"-{label.replace(' ', '-')}"
@@ -467,6 +470,6 @@ def former_view_name(
 
 
 def first_layers(kind: Change, *cells: CellRecord) -> list[int]:
-    """List the first layers of the changes of a kind in some cells, measured or missing."""
+    """List the first changed layers of all requested changes of one kind, in several records."""
     changes = (change for cell in cells for change in cell.changes)
     return sorted({change.layer for change in changes if change.kind == kind})

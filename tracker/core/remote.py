@@ -1,7 +1,8 @@
-"""Call methods of objects that live in separate processes.
+"""Call methods of objects in other processes.
 
-Such a process is a separate program, since `multiprocessing` would run a user's script again. It
-would also import torch before the process knows its devices and its number of threads.
+The processes are started as separate programs, because `multiprocessing` would run the user's
+script again. In addition, `multiprocessing` would import torch before the devices and the number of
+threads are set.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class ProcessEndedError(WorkError):
 
 
 class RemoteError(WorkError):
-    """An error of a remote object that is none of tracker's own; a note holds the traceback."""
+    """An exception of a remote object that is not a TrackerError; a note has the traceback."""
 
 
 class Remote:
-    """Base class of an object in another process; passes on method calls and exceptions.
+    """Base class of proxies for an object in another process, which forward method calls.
 
     Args:
-        name: Its name in messages.
+        name: The object's name in messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -55,25 +56,25 @@ class Remote:
         return partial(self._call, method)
 
     def _call(self, method: str, *arguments: object) -> Any:
-        """Call a method; raise ProcessEndedError if its process has ended."""
+        """Call a method of the remote object; raise ProcessEndedError if the process has ended."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the object, busy or not; never raises. A later method call creates a new object."""
+        """End the remote object, even during a call; never raise. A later call starts a new one."""
         raise NotImplementedError
 
 
 class RemoteObject(Remote):
-    """An object in another process of this machine; the process starts with the first call.
+    """Proxy for an object in another local process, which starts with the first method call.
 
     Args:
-        name: Its name in messages.
+        name: The object's name in messages.
         kind: The object's class, as `MODULE:CLASS`.
-        *arguments: The arguments of the class.
-        removed_variables: Environment variables that are removed for the process.
-        added_variables: Additional environment variables of the process.
-        finishes_calls: True if the process outlives this one until its call has ended; False if it
-            ends with this one.
+        *arguments: The arguments for creating the object.
+        removed_variables: Environment variables that the new process does not inherit.
+        added_variables: Environment variables that are set for the new process.
+        finishes_calls: True if the new process finishes a running call after the calling process
+            has ended; False if both processes end together.
     """
 
     def __init__(
@@ -124,15 +125,15 @@ class RemoteObject(Remote):
     def _popen(
         self, command: Sequence[str], environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
-        """Start the process."""
+        """Start the process of the object with a command and environment variables."""
         raise NotImplementedError
 
     def _why_ended(self, code: int | None) -> str:
-        """Explain why the process ended, by its exit code if there is one."""
+        """Explain why the process ended, given its exit code; None if the process still ran."""
         return str(code)
 
     def close(self) -> None:
-        """End the process and its descendants."""
+        """End the object's process and all of its descendants."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -155,7 +156,7 @@ class RemoteObject(Remote):
 
 
 def serve(finishes_calls: bool) -> None:
-    """Answer calls from a `RemoteObject` until its process ends, then close the object."""
+    """Execute calls from a `RemoteObject` until the calling process ends, then close the object."""
     # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -185,7 +186,7 @@ def serve(finishes_calls: bool) -> None:
 
 
 def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
-    """Put incoming calls into a queue; add None after the caller has ended."""
+    """Read incoming calls into a queue; append None when the calling process has ended."""
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")
     try:
@@ -200,7 +201,7 @@ def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
 
 
 def _portable_error(error: Exception) -> RemoteError:
-    """Convert an error to one that another process can unpickle."""
+    """Convert an exception to a RemoteError, which can be unpickled in any process."""
     remote_error = RemoteError(f"{type(error).__name__}: {error}")
     remote_error.add_note("".join(traceback.format_exception(error)))
     return remote_error

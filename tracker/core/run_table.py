@@ -1,7 +1,7 @@
-"""Define the columns of the tables of runs and correlations.
+"""Define the columns of tables of runs and of correlations.
 
-Pages, terminals, data frames and tracking backends choose columns by name. `core/tables.py` defines
-the class of a column.
+HTML pages, terminal output, data frames and tracking backends select columns by name. The class
+`Column` is defined in `core/tables.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CELL_COLUMNS = (
 
 
 class CellRun(NamedTuple):
-    """A row of a table: a cell, one of its changes, and the record of a measured change."""
+    """A row of a table of runs: a cell's record, a change, and the run if it was measured."""
 
     cell: CellRecord
     change: Change
@@ -34,7 +34,7 @@ class CellRun(NamedTuple):
 
 
 def measured_runs(cells: Iterable[CellRecord]) -> list[CellRun]:
-    """List the measured runs of some cells."""
+    """List the measured runs of several records as rows of a table."""
     return [CellRun(cell, run.change, run) for cell in cells for run in cell.runs]
 
 
@@ -44,12 +44,12 @@ def pick_columns(columns: Mapping[str, Column[RowType]], *names: str) -> list[Co
 
 
 def by_name(*columns: Column[RowType]) -> dict[str, Column[RowType]]:
-    """Map the name of each column to the column."""
+    """Return a dictionary from column names to columns."""
     return {column.name: column for column in columns}
 
 
 def cell_columns(find: Callable[[RowType], CellRecord]) -> dict[str, Column[RowType]]:
-    """Build the columns that identify a row's cell."""
+    """Build the columns that identify a row's model, benchmark and settings."""
 
     values: dict[str, Callable[[CellRecord], ColumnValue]] = {
         "key": lambda cell: cell.key,
@@ -70,22 +70,23 @@ def cell_columns(find: Callable[[RowType], CellRecord]) -> dict[str, Column[RowT
 
 
 def has_only_layers(cell: CellRecord) -> bool:
-    """Check whether each run removes exactly one whole layer."""
+    """Check whether every run of a record removes exactly one whole layer."""
     return set(cell.kinds) <= {WHOLE_LAYER}
 
 
 def cell_proxies(cell: CellRecord) -> list[Proxy]:
-    """List the proxies of a cell's runs: of experts, of layers, or both."""
+    """List the proxies to show for the runs of a record: of layers, of experts, or both."""
     components = {kind.component for kind in cell.kinds}
     experts = EXPERT_PROXIES if "expert" in components else ()
     return [*(() if components == {"expert"} else OBSERVED), *experts]
 
 
 def distinguishing_columns(cell: CellRecord) -> list[str]:
-    """Choose the fewest columns that distinguish the runs of a cell.
+    """Choose the columns that are needed to distinguish the runs of a record.
 
-    The layer is always included. Component, part, span and intervention are each added if a run
-    differs there from the removal of one whole layer.
+    The column of the layer is always included. Other columns, such as the component or the
+    intervention, are included if their value for any run differs from the value for removing one
+    whole layer.
     """
     return [
         name
@@ -108,7 +109,7 @@ def _passes(row: CellRun) -> int:
 
 
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
-    """Build all columns of runs; labels name the metric of a cell, or accuracy without a cell."""
+    """Build all columns of runs; labels name the metric of `cell`, or accuracy without `cell`."""
     measure = metric_format(cell) if cell else ACCURACY_FORMAT
     head, unit = measure.column_head, measure.form
     without = f"{measure.level} without {'layer' if not cell or has_only_layers(cell) else 'it'}"
@@ -155,7 +156,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
 
 
 def metric_columns(cells: Iterable[CellRecord], prefix: str = "metric_") -> list[Column[CellRun]]:
-    """Build a column for each metric of the benchmarks; each name begins with `prefix`."""
+    """Build one column for each metric of the benchmarks, with names that begin with `prefix`."""
     names = {name for cell in cells for run in cell.runs for name in run.metrics}
     names |= {name for cell in cells for name in cell.baseline_metrics}
 
@@ -169,7 +170,7 @@ def metric_columns(cells: Iterable[CellRecord], prefix: str = "metric_") -> list
 
 
 def layer_column() -> Column[int]:
-    """Build a column for a table whose rows are layers."""
+    """Build the column of layer numbers, for a table with one row per layer."""
     return Column("layer (0-based)", "count", lambda layer: layer)
 
 
@@ -206,7 +207,7 @@ def correlation_columns() -> dict[str, Column[CellCorrelation]]:
 
 
 def run_reasons(run: RunRecord) -> dict[str, str]:
-    """Map the name of each undefined, infinite or NaN figure of a run to the reason."""
+    """Return name → reason, for each undefined, infinite or NaN value of a run."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
     figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
@@ -214,7 +215,7 @@ def run_reasons(run: RunRecord) -> dict[str, str]:
 
 
 def non_finite_reasons(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Map the name of each infinite or NaN value to a reason."""
+    """Return name → reason, for each infinite or NaN value."""
     undefined = ((n, v) for n, v in values.items() if v is not None and not math.isfinite(v))
     return {name: f"not a finite number: {value}" for name, value in undefined}
 
@@ -226,7 +227,7 @@ def _run_column(
     value: Callable[[CellRecord, RunRecord], ColumnValue],
     interval: bool = False,
 ) -> Column[CellRun]:
-    """Build a column from a figure of runs; a run that is not measured gets a reason instead."""
+    """Build a column with one value per run; unmeasured runs get a reason instead of a value."""
 
     def entry(row: CellRun) -> ColumnValue:
         if row.run is None:
@@ -244,7 +245,7 @@ def _figure_column(name: str, label: str, unit: FigureUnit) -> Column[CellRun]:
 
 
 def _estimate(cell: CellRecord, run: RunRecord, name: str, value: float | None) -> Estimate:
-    """Return a run's figure as an estimate, or the reason why it is undefined."""
+    """Convert a run's value to an Estimate, with a reason if the value is None."""
     return Estimate(value, reason=cell.reason_of(name, run) if value is None else None)
 
 

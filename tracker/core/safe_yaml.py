@@ -1,4 +1,4 @@
-"""Read YAML with bounds on its size, and shorten wrong values in messages."""
+"""Read YAML files with a size limit, and shorten values for error messages."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MAX_VALUE_LENGTH = 80
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
-    """Read the contents of an experiment file and its exact text.
+    """Read an experiment file; return the parsed contents and the exact text.
 
-    Raises ExperimentError if it is missing, cannot be read, or is not YAML.
+    Raises ExperimentError if the file is missing, cannot be read, or is not YAML.
     """
     try:
         with path.open("rb") as file:
@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> tuple[Any, str]:
 
 
 def suggest_file(path: Path) -> str:
-    """Suggest an existing experiment file with a name like the missing one's, or return ''."""
+    """Return a sentence that suggests an experiment file with a similar name, or an empty text."""
     paths = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
     paths_by_name = {candidate.name: str(candidate) for candidate in reversed(paths)}
     suggestion = did_you_mean(path.name, paths_by_name)
@@ -54,7 +54,7 @@ def suggest_file(path: Path) -> str:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML; raise ExperimentError, with the given name, if it is invalid."""
+    """Parse YAML text; raise ExperimentError, with `name` in the message, if it is invalid."""
     try:
         return _parse(text)
     except yaml.YAMLError as error:
@@ -71,7 +71,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """Parse YAML with a bound on its expanded size, since anchors can make a few lines endless."""
+    """Parse YAML, but refuse texts that anchors expand to a huge number of values."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -117,7 +117,7 @@ def _yaml_error(problem: str, mark: yaml.Mark | None) -> yaml.YAMLError:
 
 
 def short_text(value: object) -> str:
-    """Shorten a wrong value to `MAX_VALUE_LENGTH` characters for a message."""
+    """Format a wrong value for a message, with at most `MAX_VALUE_LENGTH` characters."""
     text = str(value) if isinstance(value, Exception) else _repr(value)
     return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}…"
 
@@ -130,7 +130,7 @@ def _repr(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also raises an error for too many values."""
+    """YAML's safe loader with a limit on the number of values."""
 
     composed = 0
 

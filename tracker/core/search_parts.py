@@ -1,4 +1,4 @@
-"""Number the parts that a search can remove consecutively over all layers of a model."""
+"""Number the removable parts of a model (layers, heads or experts) consecutively."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from tracker.core.kinds import KIND_STYLES, NUMBERED_COMPONENTS, Component
 class SearchParts:
     """Numbering of the parts that a search can remove: layers, sublayers, heads or experts.
 
-    Each part has one number, so that strategies and budgets work for all units. A layer, an
-    attention or an MLP has its layer's number. Head or expert n of layer m is m × `per_layer` + n.
+    Each part has one number, so that search strategies and budgets work for all kinds of parts. The
+    number of a layer, attention or MLP is the layer's number. The number of head or expert n of
+    layer m is m × `per_layer` + n.
 
     Attributes:
-        unit: The kind of the parts.
+        unit: The kind of the parts, such as `layer` or `head`.
         layers: Number of layers of the model.
-        per_layer: Number of parts of a layer.
-        used_layers: The layers that have such parts, ascending; None for all layers.
-        min_kept: Minimum number of parts that each of these layers keeps; 0 for no minimum.
+        per_layer: Number of parts in each layer.
+        used_layers: Numbers of the layers with such parts, ascending; None for all layers.
+        min_kept: Minimum number of parts that must remain in each layer; 0 for no minimum.
 
     Examples:
         >>> heads = SearchParts("head", layers=30, per_layer=9, min_kept=1)
@@ -40,13 +41,13 @@ class SearchParts:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """The numbers of all parts, ascending."""
+        """The numbers of all parts of the model, ascending."""
         layers = range(self.layers) if self.used_layers is None else self.used_layers
         return self.parts_of_layers(layers)
 
     @property
     def total(self) -> int:
-        """Upper bound of the numbers of parts: the largest possible number plus 1."""
+        """The highest possible number of a part plus 1."""
         return self.layers * self.per_layer
 
     def parts_of_layers(self, layers: Iterable[int]) -> tuple[int, ...]:
@@ -55,7 +56,7 @@ class SearchParts:
         return tuple(part for n in layers for part in range(size * n, size * (n + 1)))
 
     def layer_of(self, part: int) -> int:
-        """Return the layer that contains a part."""
+        """Return the number of the layer that contains a part."""
         return part // self.per_layer
 
     def number_in_layer(self, part: int) -> int:
@@ -69,18 +70,18 @@ class SearchParts:
         return f"{self.layer_of(part)}.{self.number_in_layer(part)}"
 
     def names(self, parts: Iterable[int]) -> str:
-        """Return the names of several parts for display, in the given order."""
+        """Return the display names of several parts, separated by commas."""
         return ", ".join(map(self.name, parts))
 
     def removal(self, removed: Iterable[int]) -> Ablation:
-        """Build the ablation that removes these parts."""
+        """Build the ablation that removes the parts with the given numbers."""
         if self.unit not in NUMBERED_COMPONENTS:
             return Ablation.from_changes(*(Change(self.unit, (layer,)) for layer in removed))
         pairs = (divmod(part, self.per_layer) for part in removed)
         return Ablation.from_changes(*(Change(self.unit, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Return the parts, in order, whose removal leaves `min_kept` parts in each layer."""
+        """Filter `parts`, in order, so that removing them leaves `min_kept` parts in each layer."""
         counts: Counter[int] = Counter()
         allowed = []
         limit = self.per_layer - self.min_kept if self.min_kept else math.inf
@@ -92,5 +93,5 @@ class SearchParts:
 
 
 def unit_plural(unit: Component) -> str:
-    """Return the plural of a unit's name: `layers`, `heads`."""
+    """Return the plural name of a kind of parts, such as `layers` or `heads`."""
     return KIND_STYLES[unit].plural or f"{unit}s"

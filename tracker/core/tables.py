@@ -1,7 +1,8 @@
-"""Define a table as columns and rows.
+"""Define tables and their columns.
 
-`build_table` builds a table from columns and rows, in the record's own units (fractions, nats). For
-people, `heading_text` and `entry_text` scale and round it; code and trackers use `Table.plain`.
+`build_table` builds a table from columns and rows; values are stored as fractions or nats.
+`heading_text` and `entry_text` scale and round values for display. Code and tracking backends use
+the unrounded values of `Table.plain`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ RowType = TypeVar("RowType")
 
 
 def _read_entry(stored_entry: object) -> object:
-    """Convert a stored entry; former versions stored a text as the value of a figure."""
+    """Convert a stored table entry; former versions stored texts in the field `value`."""
     value = stored_entry.get("value") if isinstance(stored_entry, dict) else None
     return value if isinstance(value, str) else stored_entry
 
@@ -36,7 +37,7 @@ Entry = Annotated[Estimate | SafeText, BeforeValidator(_read_entry), AfterValida
 
 
 class Heading(Record):
-    """The head of a table's column."""
+    """The header of a table's column."""
 
     label: str
     unit: FigureUnit = "text"
@@ -47,7 +48,7 @@ class Heading(Record):
 
 
 class Table(Record):
-    """A table: one entry for each heading in each row."""
+    """A table with headings and rows; each row has one entry for each heading."""
 
     title: SafeText
     headings: tuple[Heading, ...]
@@ -58,10 +59,11 @@ class Table(Record):
     """Index of the column that names the row."""
 
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
-        """Return the column names and the unrounded rows, for use in code.
+        """Return the table's column names and unrounded rows, for use in code.
 
-        An undefined figure is None. A column without a name in code is named by its label. The
-        columns `… low`, `… high` and `… reason` follow if its figures have intervals or reasons.
+        Undefined values are None. A column without a name in code is named by its label. Such a
+        column is followed by columns `… low`, `… high` and `… reason` if its values have intervals
+        or reasons.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -94,15 +96,15 @@ ColumnValue = Estimate | str | float | None
 
 @dataclass(frozen=True)
 class Column(Generic[RowType]):
-    """Definition of a table's column.
+    """Definition of a table column, with a function that computes the value of each row.
 
     Attributes:
-        label: The column's head.
-        unit: The unit of its figures.
-        value: Function that returns the value of a row, in the record's own unit.
-        default_reason: Reason of an undefined figure if `value` gives no reason.
-        name: The column's name in code; empty for the label.
-        interval: True if the column displays only the intervals of its figures.
+        label: The label in the column's header.
+        unit: The unit of the column's values.
+        value: Function that returns the value for a row, in the unit in which records store values.
+        default_reason: Reason that is shown for an undefined value if `value` returns no reason.
+        name: The column's name in code; if it is empty, code uses the label.
+        interval: True if the column shows only the intervals of its values.
     """
 
     label: str
@@ -113,7 +115,7 @@ class Column(Generic[RowType]):
     interval: bool = False
 
     def entry(self, row: RowType) -> Entry:
-        """Return the entry of a row; values that are not finite are undefined."""
+        """Return the table entry for a row; infinite and NaN values become undefined."""
         value = self.value(row)
         if isinstance(value, str):
             return value
@@ -126,7 +128,7 @@ class Column(Generic[RowType]):
         return Estimate(None, reason=estimate.reason or self.default_reason or default)
 
     def bound_columns(self) -> tuple[Column[RowType], Column[RowType]]:
-        """Return two columns, the lower and the upper ends of the intervals, for use in code."""
+        """Return two columns for use in code: the lower and the upper ends of the intervals."""
 
         def end(bound: str) -> Column[RowType]:
             def value(row: RowType) -> Estimate | float | None:
@@ -145,7 +147,7 @@ def build_table(
     *notes: str,
     header: int = 0,
 ) -> Table:
-    """Build a table from columns and row objects: one entry for each column and row."""
+    """Build a table with one entry for each column and each row object."""
     columns = tuple(columns)
     return Table(
         title=title,
@@ -159,20 +161,20 @@ def build_table(
 
 
 def heading_text(heading: Heading) -> str:
-    """Write a column's head, with the unit."""
+    """Return the header of a column, with the unit."""
     unit = UNIT_FORMATS[heading.unit].name
     return f"{heading.label} ({unit})" if unit else heading.label
 
 
 @dataclass(frozen=True)
 class EntryText:
-    """Text of a table's entry for display.
+    """The displayed text of a table entry, with exact values and a reason.
 
     Attributes:
-        text: The displayed text; a dash if the figure is undefined.
-        reason: Reason of an undefined figure; else empty.
-        figures: The unrounded numbers behind the text, in the column's unit, separated by spaces:
-            the figure, the interval's ends, or all three. Empty if the text is not rounded.
+        text: The displayed text; a dash for an undefined value.
+        reason: Reason for an undefined value; else empty.
+        figures: The unrounded numbers that the text displays, in the column's unit, separated by
+            spaces: the value, the interval's ends, or all three. Empty if the text is not rounded.
     """
 
     text: str
@@ -181,7 +183,7 @@ class EntryText:
 
 
 def entry_text(entry: Entry, heading: Heading) -> EntryText:
-    """Write an entry for people, as in `0.66 (0.41 to 0.80)`."""
+    """Format a table entry for display, such as `0.66 (0.41 to 0.80)`."""
     if isinstance(entry, str):
         return EntryText(entry)
     if entry.value is None:

@@ -1,4 +1,4 @@
-"""Escape text for terminals, Markdown and CSV, and mask passwords."""
+"""Escape text for terminals, Markdown and CSV files, and mask passwords in text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CONTROL_CHARACTERS = re.compile(
 
 
 def replace_controls(text: str) -> str:
-    """Replace control characters by U+FFFD, so that terminals and pages do not execute them.
+    """Replace control characters by U+FFFD, so that terminals and web pages do not interpret them.
 
-    Tabs and newlines are kept.
+    Tabs and newlines are not replaced.
     """
     return _CONTROL_CHARACTERS.sub("\ufffd", text)
 
@@ -32,7 +32,7 @@ HALF_CHARACTER = "half of a surrogate pair; write the character itself"
 
 
 def is_writable(text: str) -> bool:
-    """Check whether a text can be written and hashed, which a lone surrogate prevents."""
+    """Check whether a text can be encoded as UTF-8; a lone surrogate prevents this."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -44,17 +44,17 @@ _MARKUP = re.compile(r"[\\`\[\]|]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def escape_markdown(text: str) -> str:
-    """Escape a text so that Markdown shows no HTML, code, link, image or end of a table cell."""
+    """Escape a text so that Markdown shows it literally, without HTML, links or code."""
     return _MARKUP.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
 
 
 def markdown_code(text: str) -> str:
-    """Format a text as inline code in Markdown, and remove its backticks."""
+    """Format a text as inline code in Markdown, and remove backticks from the text."""
     return f"`{' '.join(text.split()).replace('`', '')}`"
 
 
 def escape_cell(text: str) -> str:
-    """Escape a text that a spreadsheet would compute as a formula."""
+    """Escape a text that a spreadsheet program would otherwise execute as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
 
@@ -69,8 +69,8 @@ _SECRET = re.compile(
 def mask_secrets(text: str, secrets: Sequence[str | None] = ()) -> str:
     """Replace passwords in a text by `***` before it is shown or stored.
 
-    All `secrets` are masked, plain and quoted as in a URL, and so is everything in a URL that looks
-    like a password.
+    The function masks each of `secrets`, in plain and in URL-quoted form. It also masks every part
+    of a URL that looks like a password.
     """
     for secret in filter(None, secrets):
         for variant in (secret, unquote(secret), quote(secret, safe="")):

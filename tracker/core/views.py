@@ -1,4 +1,4 @@
-"""Define views, which choose the runs and documents of a cell that are shown."""
+"""Define views: the runs, documents and metric that are shown for a model and benchmark."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracker.core.records import view_name
 
 
 def sort_runs(runs: Iterable[Change]) -> tuple[Change, ...]:
-    """Sort runs without duplicates; a requested layer set replaces the same set drawn at random."""
+    """Sort changes without duplicates, also without random layer sets that equal requested sets."""
     changes = set(runs)
     runs = (c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
     return tuple(sorted(runs))
@@ -30,7 +30,7 @@ SortedRuns = Annotated[tuple[Change, ...], AfterValidator(sort_runs)]
 
 
 class Until(Record):
-    """A question whose answer ends a cell's measurement, with order of documents and runs."""
+    """A question that ends a measurement once it is answered, with its seed and runs."""
 
     question: QuestionText
     seed: int
@@ -46,12 +46,12 @@ class Until(Record):
 
     @property
     def parsed_question(self) -> Question:
-        """The question as a `Question` object."""
+        """The question, parsed from its text."""
         return parse_question(self.question)
 
 
 class View(Record):
-    """The part of a cell that is shown: runs, one metric, and the documents of each task."""
+    """A selection from the results of a model and benchmark: runs, documents and one metric."""
 
     metric: str
     removed: Layers = ()
@@ -77,20 +77,21 @@ class View(Record):
 
     @property
     def extent(self) -> Extent:
-        """The limit, the sample and the seed that choose the shown documents."""
+        """The limit, sample size and seed that select the shown documents."""
         sampling = {} if self.seed is None else {"sample": self.sample, "seed": self.seed}
         return Extent(limit=self.limit, **sampling)
 
     @property
     def size(self) -> float:
-        """The number of shown documents of each task; infinite for all."""
+        """The maximum number of shown documents per task; infinite for all documents."""
         return self.extent.size
 
     def name(self, primary_metric: str) -> str:
-        """Return the view's name in its cell, which does not depend on other views.
+        """Return the name of the view, which does not depend on other views.
 
-        For example `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` or
-        `intact--acc_norm`. All documents and the benchmark's own metric add nothing to the name.
+        Examples are `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` and
+        `intact--acc_norm`. The name omits the documents if all are shown, and the metric if it is
+        the benchmark's primary metric.
         """
         selection = ""
         if self.until is not None:
@@ -104,7 +105,7 @@ class View(Record):
 
     @property
     def request_text(self) -> str:
-        """The requested numbers of runs and documents, e.g. `6 runs on 64 documents`."""
+        """The requested numbers of runs and documents in words, e.g. `6 runs on 64 documents`."""
         runs = count_text(len(self.runs), "run")
         if self.until is not None:
             return f"{runs} until {self.until.question} is answered"
@@ -113,7 +114,7 @@ class View(Record):
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Metric, removed layers and seed; other views with the same differ in documents only."""
+        """The key for sorting views; views with the same key differ only in their documents."""
         return self.metric, self.removed, self.seed
 
     def shows(self, other_view: View) -> bool:

@@ -1,7 +1,8 @@
-"""Define the formats of weights and their sizes, as their authors define them.
+"""Define weight formats and their sizes in bits, as in the formats' original definitions.
 
-A map in a format has the weights that a file in that format decodes to, in the model's own dtype.
-All formats round to nearest, or search the best scales for it; none is calibrated on text.
+A linear map is simulated in a format: its weights are rounded as in a file of that format, and then
+stored in the model's dtype. All formats round to the nearest value, some after a search for the
+best scales. No format uses calibration text.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ SCALE_BITS = 16
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """One format of weights.
+    """Definition of one weight format.
 
     Attributes:
         name: The format's name in files and on the command line.
-        label: The name that the format's authors use.
-        block: Consecutive inputs of a row that are stored together; 0 for whole rows. A row must
-            have whole blocks.
-        bits: Bits per weight, including its block's overhead, but not the scale of a whole row.
-        source: The definition of the format, and the code that rounds weights.
-        instead: The format that llama.cpp uses for a row without whole blocks; empty for none.
-        extra: True if the authors' code is installed only by the extra `quantise`.
-        round: Function that rounds a float32 tensor [rows, inputs] whose rows have whole blocks,
-            and returns numbers again; None for tracker's own, which `models/rounding.py` rounds.
+        label: The format's display name, as used by the authors of the format.
+        block: Number of consecutive weights of a row that are stored as one block; 0 for a block
+            per row. The length of a row must be a multiple of this number.
+        bits: Bits per weight, including the overhead of a block, but without the scale of a whole
+            row.
+        source: The definition of the format and the library that rounds the weights.
+        instead: The format that llama.cpp uses instead if the row length is not a multiple of
+            `block`; empty for none.
+        extra: True if the rounding library is installed only with the extra `quantise`.
+        round: Function that rounds a float32 tensor [rows, inputs] and returns the rounded weights;
+            None for tracker's own formats, for which `models/rounding.py` does the rounding.
     """
 
     name: str
@@ -47,17 +50,17 @@ class WeightFormat:
 
     @property
     def is_gguf(self) -> bool:
-        """True if GGUF files can have this format."""
+        """True if the format is one of the formats of GGUF files."""
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return this format or its replacement for rows of this length; None if no format fits."""
+        """Return this format, or its replacement for rows of this length; None if neither fits."""
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
 
     def bits_per_weight(self, inputs: int) -> float:
-        """Return the bits per weight in rows with this number of inputs, including scales."""
+        """Return the bits per weight, including scales, for rows with `inputs` weights."""
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 
@@ -96,7 +99,7 @@ _RESERVED_WORDS = (
 
 
 def _check_format(extension: object) -> WeightFormat:
-    """Check a format of another package; raise TypeError or ValueError with the reason."""
+    """Check a format of another package and return it; TypeError or ValueError if invalid."""
     if not isinstance(extension, WeightFormat):
         raise TypeError(f"{extension!r} is not a tracker.core.weight_formats.WeightFormat")
     if not callable(extension.round):

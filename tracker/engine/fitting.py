@@ -1,7 +1,8 @@
-"""Fit replacements of layers on calibration text, by least squares over its tokens.
+"""Fit functions that replace layers, by least squares over tokens of calibration text.
 
-A text's first token is left out, because the norm of its state is often a hundred times that of
-other states and would dominate the fit. A beginning shared with the previous text is left out too.
+The fit ignores the first token of a text: the norm of its hidden state is often a hundred times
+larger than the norm of other states. The fit also ignores tokens at the beginning that a text
+shares with the previous text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tracker.engine.scoring.rows import count_common_tokens
 
 @dataclass
 class _Sums:
-    """Sums over tokens of statistics of one layer's input x and output y, in float64."""
+    """Sums over tokens for least-squares fits of a layer's output y from input x, in float64."""
 
     width: int
     linear: bool
@@ -35,7 +36,7 @@ class _Sums:
         self.cross_products = torch.zeros(size, self.width, dtype=torch.float64)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add the states of some tokens before and after the layer [tokens, width]."""
+        """Add tokens to the sums, given the states before and after the layer [tokens, width]."""
         inputs, outputs = inputs.cpu().double(), outputs.cpu().double()
         self.tokens += len(inputs)
         self.updates += (outputs - inputs).sum(0)
@@ -47,7 +48,7 @@ class _Sums:
             self.cross_products += augmented.T @ outputs
 
     def fit_replacement(self) -> FittedReplacement:
-        """Return the least-squares fits of y from x."""
+        """Return the least-squares fits of the layer's output from the input."""
         linear = None
         if self.linear:
             # The minimum-norm solution where inputs do not span all dimensions.
@@ -61,16 +62,16 @@ class _Sums:
 def fit_replacements(
     model: EngineModel, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
 ) -> dict[int, FittedReplacement]:
-    """Fit the replacements of some layers of an intact model.
+    """Fit the functions that replace some layers of an intact model.
 
     Args:
-        model: The model.
+        model: The intact model.
         texts: Token ids of the calibration texts, at least two tokens per text.
-        layers: The layers to fit, 0-based.
-        linear: Whether to fit linear maps too.
+        layers: Numbers of the layers to fit, 0-based.
+        linear: Whether to fit linear maps in addition to means and factors.
 
     Returns:
-        Layer → its replacement.
+        Layer number → fitted replacement.
     """
     sums: dict[int, _Sums] = {}
     plan = model.plan([INTACT])
@@ -88,7 +89,7 @@ def fit_replacements(
 
 
 def first_fitted_tokens(texts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the index of the first token to fit in each text, after any repeated beginning."""
+    """Return, for each text, the index of the first token that is used for fitting."""
     pairs = pairwise([(), *texts])
     # The last token of a text is never left out.
     return [max(1, count_common_tokens(previous, text[:-1])) for previous, text in pairs]

@@ -1,8 +1,9 @@
-"""Run several passes of a model in lockstep, so that offloaded weights are loaded once for all.
+"""Run several forward passes in lockstep, so that offloaded weights are loaded once for all.
 
-Each pass is one or several forward passes of the model, in a greenlet of its own. A pass pauses
-before a layer whose weights are offloaded. When all passes have paused or ended, one layer is
-loaded and all passes that wait for this layer use it. Then the next higher layer follows.
+Each pass is a function that calls the model once or several times, and runs in its own greenlet. A
+pass pauses before a layer whose weights are offloaded. When all passes have paused or ended, one
+layer is loaded, and all passes that wait for this layer continue. Then the next higher layer is
+loaded.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ T = TypeVar("T")
 def run_lockstep(
     weights: OffloadedWeights | None, model: nn.Module, passes: Iterable[Callable[[], T]]
 ) -> Iterator[T]:
-    """Run passes and load each offloaded layer as rarely as possible.
+    """Run several functions that call a model, loading each offloaded layer as rarely as possible.
 
-    Without offloaded weights, each pass runs when its result is requested. A pass may call this
-    function itself: the inner passes then join the running passes.
+    Without offloaded weights, a function runs when the iterator reaches its result. A running
+    function can call `run_lockstep` again: the inner functions then join the running functions.
 
     Args:
-        weights: The offloaded weights; None if all weights are in place.
-        model: The model that the passes call, or a copy of it; a pass may replace modules'
-            `forward`.
-        passes: The functions to run. No function may depend on the result of another one.
+        weights: The offloaded weights; None if no weights are offloaded.
+        model: The model that the functions call, or a copy of the model. The functions can replace
+            the `forward` methods of modules.
+        passes: The functions to run, which must not depend on each other's results.
 
     Yields:
-        The result of each pass, in order; an exception in one pass ends all passes.
+        The result of each function, in order. An exception in one function ends all functions.
     """
     if weights is None:
         for function in passes:
@@ -56,16 +57,16 @@ def run_lockstep(
 def report_progress(
     weights: OffloadedWeights | None, n_due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Report the progress of passes and of loaded layers without counting work twice.
+    """Report progress from finished work and loaded layers, without counting work twice.
 
     Args:
-        weights: The offloaded weights; each loaded layer reports a share of the total in advance.
-            None if no weights are offloaded.
-        n_due: The total to report.
-        progress: Called with each increment of progress.
+        weights: The offloaded weights, for which each loaded layer reports a share of the total
+            work in advance. None if no weights are offloaded.
+        n_due: The total amount of work.
+        progress: Function that is called with each additional amount of work.
 
     Yields:
-        The function to call with the amount that a pass has finished.
+        A function that the caller must call with each amount of finished work.
     """
     n_reported = n_done = n_loaded = 0
 
@@ -98,7 +99,7 @@ def report_progress(
 
 
 class _Scheduler:
-    """Scheduler of passes: a pass runs until it needs a layer or the results of other passes."""
+    """Scheduler that runs each pass until the pass needs a layer or the result of other passes."""
 
     def __init__(self, weights: OffloadedWeights) -> None:
         self._weights = weights
@@ -111,7 +112,7 @@ class _Scheduler:
     # On exit, inference mode restores the mode at entry, so it must be on for all passes.
     @torch.inference_mode()
     def run(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run passes until all have ended."""
+        """Run passes until all have ended; return their results in order."""
         previous_wait, self._weights.wait = self._weights.wait, self.wait
         self._ready, layer = [*passes], -1
         try:
@@ -131,7 +132,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run passes together with all others; return their results to the calling pass."""
+        """Add passes to the running passes, wait for the added passes, and return their results."""
         assert self._current is not None
         self._joins.append((self._current, passes))
         self._ready += passes
@@ -153,7 +154,7 @@ class _Scheduler:
 
 
 class _Pass(Generic[T]):
-    """A pausable function, and the `forward` methods that it has installed in modules."""
+    """A function that can be paused, with the `forward` methods that it replaced in modules."""
 
     def __init__(self, function: Callable[[], T], modules: Sequence[nn.Module]) -> None:
         self._function = function
@@ -164,15 +165,15 @@ class _Pass(Generic[T]):
 
     @property
     def has_ended(self) -> bool:
-        """True if the pass has returned or failed."""
+        """True if the function of the pass has returned or raised an exception."""
         return bool(self._greenlet.dead)
 
     def result(self) -> T:
-        """Return the result of the pass, or raise its exception."""
+        """Return the result of the function, or raise the exception of the function."""
         return self._outcome.result()
 
     def resume(self) -> None:
-        """Resume the pass until it pauses again."""
+        """Resume the function until it pauses or ends."""
         self._install_forwards(self._forwards)
         if not self._greenlet:  # the pass ends in the greenlet that first resumes it
             self._greenlet.parent = getcurrent()
@@ -183,7 +184,7 @@ class _Pass(Generic[T]):
             self._install_forwards(self._original_forwards)
 
     def abort(self) -> None:
-        """Abort the pass by an exception, so that it leaves its context managers."""
+        """Abort the function by an exception, so that its context managers are closed."""
         self._install_forwards(self._forwards)
         self._greenlet.throw()
         self._install_forwards(self._original_forwards)

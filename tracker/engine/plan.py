@@ -1,4 +1,4 @@
-"""Estimate the cost of a cell before it is measured."""
+"""Estimate the cost of measuring a model on a benchmark before the measurement."""
 
 from __future__ import annotations
 
@@ -29,23 +29,25 @@ RATE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Cost:
-    """The work of one cell, compared with running lm-eval once for each ablation.
+    """The cost of measuring several ablations, compared with one lm-eval run per ablation.
 
     Attributes:
         documents: Number of documents.
         requests: Number of (context, continuation) pairs.
-        tokens: Tokens that the model reads, each shared token once.
-        layer_passes: Number of layer passes of all tokens, summed over all streams.
-        flops: Floating-point operations of the engine.
-        naive_tokens: Tokens that lm-eval reads for one evaluation (equal contexts of one-token
-            continuations once, padding not counted).
-        plain_layer_passes: Program → layer passes of lm-eval's model, run once per ablation. vLLM
-            reads the whole text of each request: it reuses no prefix when log-probabilities of
-            prompts are requested.
-        naive_flops: Floating-point operations of lm-eval, run once per ablation.
-        check_layer_passes: Number of layer passes of all tokens in the self-check of the model
-            itself.
-        peak_bytes: Total bytes of the weights, the widest activations and the logits of a chunk.
+        tokens: Number of tokens that the model reads, counting shared tokens once.
+        layer_passes: Number of layer passes of all tokens in the engine, for all ablations
+            together.
+        flops: Floating-point operations that the engine needs.
+        naive_tokens: Number of tokens that lm-eval reads in one evaluation, without padding. Equal
+            contexts of one-token continuations count once.
+        plain_layer_passes: Program → number of layer passes of all tokens if lm-eval runs once per
+            ablation. vLLM reads the whole text of each request, because vLLM does not reuse
+            prefixes if log-probabilities of the prompt are requested.
+        naive_flops: Floating-point operations that lm-eval needs, with one run per ablation.
+        check_layer_passes: Number of layer passes of all tokens in the self-check on the measured
+            model.
+        peak_bytes: Estimated peak memory: bytes of the weights, the largest activations and one
+            chunk of logits.
     """
 
     documents: int
@@ -61,28 +63,29 @@ class Cost:
 
     @property
     def times_the_passes(self) -> dict[str, float]:
-        """Return the ratio of each program's layer passes to the engine's."""
+        """Return, for each other program, the ratio of its layer passes to the engine's."""
         plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of scoring documents under any ablations, with full sharing.
+    """The work of scoring documents with full sharing, for any set of ablations.
 
-    The operations of attentions, MLPs and the head are proportional to their numbers of passes.
-    `engine_operations` and `plain_operations` hold the operations of one pass.
+    The operations of attentions, MLPs and output heads are proportional to the numbers of passes.
+    `engine_operations` and `plain_operations` contain the operations of one pass.
 
     Attributes:
         documents: Number of documents.
         requests: Number of (context, continuation) pairs.
         layers: Number of layers of the model.
-        tokens: Tokens that the model reads, each shared token once.
-        widest_row: Number of tokens of the largest row.
-        naive_tokens: Tokens that lm-eval reads for one evaluation.
-        engine_operations: Operations of three passes: all tokens through an attention, all tokens
-            through an MLP, and the predicting tokens through the head.
-        plain_operations: The same operations for lm-eval.
+        tokens: Number of tokens that the model reads, counting shared tokens once.
+        widest_row: Number of tokens in the largest row of the batch.
+        naive_tokens: Number of tokens that lm-eval reads in one evaluation.
+        engine_operations: Floating-point operations of three passes: all tokens through one
+            attention, all tokens through one MLP, and all predicting tokens through the output
+            head.
+        plain_operations: Floating-point operations of the same three passes in lm-eval.
     """
 
     documents: int
@@ -95,7 +98,7 @@ class Workload:
     plain_operations: tuple[float, float, float]
 
     def flops(self, plan: StreamPlan) -> float:
-        """Count the floating-point operations of all streams of a plan."""
+        """Count the floating-point operations of the engine for a plan of ablations."""
         passes = (plan.attention_passes, plan.mlp_passes, plan.n_answers)
         return float(sum(map(mul, self.engine_operations, passes)))
 
@@ -106,15 +109,15 @@ class Workload:
 
 
 def count_work(model: PreTrainedModel, documents: Documents, max_length: int) -> Workload:
-    """Count the work of scoring documents.
+    """Count the tokens and floating-point operations of scoring documents.
 
     Args:
         model: The model; its weights may be on the meta device.
-        documents: The documents.
+        documents: The documents to score.
         max_length: Maximum number of tokens that the model reads.
 
     Returns:
-        The counts.
+        The counted work.
     """
     config = model.config.get_text_config()
     hidden = config.hidden_size
@@ -122,7 +125,7 @@ def count_work(model: PreTrainedModel, documents: Documents, max_length: int) ->
     attention, mlp = _weights_per_token(model)
 
     def count_attention(n_tokens: int, n_keys: int) -> float:
-        """Count the operations of one attention in which `n_tokens` tokens see `n_keys` keys."""
+        """Count the operations of one attention with `n_tokens` queries and `n_keys` keys each."""
         return float(n_tokens * (2 * attention + 4 * n_keys * hidden))
 
     tokens, widest_row, n_predicting, attentions = 0, 0, 0, 0.0
@@ -156,16 +159,16 @@ def count_work(model: PreTrainedModel, documents: Documents, max_length: int) ->
 def estimate_cost(
     model: PreTrainedModel, documents: Documents, ablations: Ablations, max_length: int
 ) -> Cost:
-    """Count the work of a cell with full sharing.
+    """Estimate the cost of measuring ablations on documents, with full sharing.
 
     Args:
         model: The model; its weights may be on the meta device.
-        documents: The cell's documents.
+        documents: The documents to measure.
         ablations: The ablations, including the baseline.
         max_length: Maximum number of tokens that the model reads.
 
     Returns:
-        The counts.
+        The estimated cost.
     """
     work = count_work(model, documents, max_length)
     has_formats = any(ablation.outer_formats for ablation in ablations)
@@ -191,9 +194,9 @@ def estimate_cost(
 
 
 def _weights_per_token(model: PreTrainedModel) -> tuple[float, float]:
-    """Return the average weights per token of a layer's attention and of its other modules.
+    """Return the mean number of weights per token in a layer's attention and in the other modules.
 
-    Only as many routed experts count as the configuration selects per token.
+    Of the routed experts, only the number that the router selects per token is counted.
     """
     layers, n_chosen = find_layers(model), experts_per_token(model.config.get_text_config())
 

@@ -1,4 +1,4 @@
-"""Distinguish what a model cannot do from errors of tracker."""
+"""Distinguish errors caused by a model from errors of tracker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Made = TypeVar("_Made")
 
 
 class RefusalError(Exception):
-    """The model's structure rules out a way of sharing; the message gives the reason."""
+    """The model's structure does not allow a computation; the message gives the reason."""
 
 
 # MPS and drivers of CUDA and HIP; MPS, for one tensor; cuBLAS and rocBLAS; XPU; the host.
@@ -27,7 +27,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Return whether an error makes the device unusable for the rest of this process."""
+    """Return whether the device cannot be used any more in this process after an error."""
     if is_out_of_memory(error):
         return False
     error_class = getattr(torch, "AcceleratorError", None)  # since torch 2.8
@@ -42,14 +42,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refusal_reason(error: Exception) -> str | None:
-    """Return the reason in the model for an error; None if the model did not cause it.
+    """Return the reason if the model caused an error; None if the model did not cause it.
 
     Args:
         error: The exception raised while the engine ran the model.
 
     Returns:
-        One line; None if the model is not the cause, so that the error must propagate: memory ran
-        out, the device is lost, or tracker's own code raised it.
+        The reason in one line. None if memory ran out, the device is lost, or tracker's own code
+        raised the exception; the caller must then raise the exception again.
     """
     if is_out_of_memory(error) or is_device_lost(error):
         return None
@@ -59,9 +59,9 @@ def refusal_reason(error: Exception) -> str | None:
 
 
 def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
-    """Call a function that runs a model; return the result, or the reason why the model fails.
+    """Call a function that runs a model; return (result, None), or (None, reason of the failure).
 
-    Errors that the model does not cause propagate.
+    Exceptions that the model did not cause are raised again.
     """
     try:
         return compute(), None
@@ -73,7 +73,7 @@ def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
 
 
 def _is_raised_by_tracker(traceback: TracebackType | None) -> bool:
-    """Return whether tracker's code, not a module of the model that it called, raised the error."""
+    """Return whether tracker's code raised an error, and not a module of the model."""
     is_ours = True
     for frame, _ in walk_tb(traceback):
         if str(frame.f_globals.get("__name__", "")).startswith("tracker."):

@@ -1,6 +1,6 @@
-"""Define the interface of an executor, and open the chosen one.
+"""Define the interface of an executor, and open the executor that the options choose.
 
-The module of an executor is imported only when it is chosen.
+An executor's module is imported only if the options choose this executor.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tracker.measuring.job import Job, Options, Reporting
 
 
 class Executor(Protocol):
-    """Measures the missing outcomes of cells; a failing cell does not affect other cells."""
+    """Executor that measures the missing outcomes of cells; a failing cell does not stop others."""
 
     def measure(self, jobs: Sequence[Job], reporting: Reporting) -> int:
-        """Measure the missing outcomes of the cells of a list of jobs.
+        """Measure the missing outcomes of all cells in a list of jobs.
 
         Args:
-            jobs: The jobs; jobs of the same model are next to each other.
-            reporting: The results folder and the callbacks.
+            jobs: The jobs, sorted so that jobs with the same model follow each other.
+            reporting: The results folder, and the callbacks that report progress.
 
         Returns:
             Number of times that a model was loaded.
@@ -31,7 +31,7 @@ class Executor(Protocol):
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error message, in which schedulers state the cause."""
+    """Return the last line of an error message; schedulers name the cause in this line."""
     lines = [line.strip(" -") for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line), type(error).__name__)[:300]
 
@@ -42,10 +42,11 @@ _REQUIRED_PACKAGES = {"ray": "ray", "slurm": "submitit"}
 
 
 def open_executor(options: Options) -> Executor:
-    """Open the chosen executor.
+    """Create the executor that `options` name.
 
-    RequestError is raised if the executor's extra is not installed, if another package's executor
-    is broken, or if the executor does not support the options on this machine.
+    RequestError is raised if the executor's package is not installed, or if the executor does not
+    support the options on this machine. It is also raised if another package's executor cannot be
+    loaded.
     """
     name = options.executor
     if name in EXECUTORS:

@@ -1,4 +1,4 @@
-"""Measure cells in this process, and load each model once."""
+"""Measure cells in this process, and load each model once for consecutive cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """Executor that measures cells in turn; raises ModelError if the device does not exist."""
+    """Executor that measures cells one by one; raises ModelError if the device is missing."""
 
     def __init__(self, options: Options) -> None:
         from tracker.models.load import find_device
@@ -40,8 +40,8 @@ class LocalExecutor:
 def measure_cell(job: Job, worker: Worker, reporting: Reporting) -> tuple[CellStore, list[str]]:
     """Measure the missing outcomes of a cell; return the cell and the self-check's messages.
 
-    RequestError is raised for layers that the model does not have, and for a document without a
-    required field.
+    RequestError is raised if a request names a layer that the model does not have, or if a document
+    lacks a required field.
     """
     say = reporting.progress.say
     if not worker.has_loaded(job.requests[0].model):

@@ -1,7 +1,8 @@
-"""Call workers in threads that share blocks by locks, and divide devices among workers.
+"""Call each worker in a thread, share blocks by locks, and divide devices among workers.
 
-Each worker is called in a separate thread, which writes the worker's outcomes. Only the locks of
-blocks distribute the work, as between several commands.
+Each worker has a separate thread in this process, which calls the worker and writes its outcomes. A
+thread takes a block of documents by locking the block. Several commands on one results folder share
+work in the same way.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class _PoolCell:
 
     Attributes:
         work: Missing blocks of the cell; None until a worker has opened the cell.
-        deaths: Block → number of workers that died over the block. The key None counts workers
-            that died while opening the cell.
+        deaths: Block → number of workers that died while they measured the block. The key None
+            counts workers that died while they opened the cell.
         has_ended: True if the cell is finished or has failed.
     """
 
@@ -53,7 +54,7 @@ class _PoolCell:
 
     @property
     def request(self) -> CellRequest:
-        """First request of the cell; all requests have the same model, benchmark and documents."""
+        """First request of the cell, which names the model and benchmark of all its requests."""
         return self.job.requests[0]
 
 
@@ -62,9 +63,9 @@ class WorkerPool:
 
     Args:
         workers: The workers, each a `RemoteWorker` in another process.
-        jobs: The jobs.
-        report: The results folder and the callbacks, called by one thread at a time.
-        checks: Storage of verdicts on architectures; None if workers cannot reach it.
+        jobs: The jobs to measure, one for each cell.
+        report: The results folder and the callbacks; only one thread at a time calls a callback.
+        checks: Storage of self-check results; None if the workers cannot read the results folder.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class WorkerPool:
         self._models_loaded = 0
 
     def run(self, title: str) -> int:
-        """Measure until every cell has finished or failed; close all workers at the end.
+        """Measure with all workers until every cell is finished or failed; then close the workers.
 
         Returns the number of times that a model was loaded.
         """
@@ -101,7 +102,7 @@ class WorkerPool:
         return self._models_loaded
 
     def _run_worker(self, worker: Remote) -> None:
-        """Measure with a worker until no cell is left; start the worker again if it dies."""
+        """Measure cells with one worker until no cell is left; restart the worker if it dies."""
         try:
             while not self._is_over:
                 refusal = attempt(worker.ready)
@@ -126,8 +127,8 @@ class WorkerPool:
     def _next_cell(self, worker: Remote) -> _PoolCell | None:
         """Choose a cell for a worker, waiting if necessary; return None once all work is done.
 
-        The worker prefers its open cell, then cells of its loaded model, then cells with few other
-        workers.
+        The preferred cell is the worker's open cell, then a cell of the worker's loaded model, then
+        the cell with the fewest other workers.
         """
         open_cell = self._open_cells.get(worker)
         loaded_model = open_cell and open_cell.request.model
@@ -147,7 +148,7 @@ class WorkerPool:
         return None
 
     def _measure(self, worker: Remote, cell: _PoolCell) -> bool:
-        """Measure available blocks of a cell with a worker; return whether the worker lives."""
+        """Measure free blocks of a cell with a worker; return False if the worker has died."""
         block: Block | None = None
         try:
             work = cell.work or self._open(worker, cell)
@@ -174,7 +175,7 @@ class WorkerPool:
         return True
 
     def _open(self, worker: Remote, cell: _PoolCell) -> CellWork:
-        """Open a cell on a worker; return the missing blocks of the cell."""
+        """Load a cell's model on a worker, and return the missing blocks of the cell."""
         progress = self._report.progress
         with self._condition:
             self._open_cells[worker] = cell
@@ -200,7 +201,7 @@ class WorkerPool:
     def _handle_death(
         self, worker: Remote, cell: _PoolCell, block: Block | None, reason: str
     ) -> None:
-        """Count a worker's death over a block; fail the cell after `MAX_DEATHS` deaths."""
+        """Count a worker's death on a block; end the cell with an error after too many deaths."""
         worker.close()
         with self._condition:
             self._open_cells.pop(worker, None)
@@ -234,11 +235,11 @@ class WorkerPool:
 def group_devices(
     devices: Sequence[str], size: int, n_groups: int | None = None, can_grow: bool = False
 ) -> list[range]:
-    """Divide devices into groups of neighbours.
+    """Divide devices into groups with consecutive numbers.
 
     Args:
         devices: Names of the devices.
-        size: Number of devices of a group.
+        size: Number of devices in each group.
         n_groups: Number of groups; None = as many as possible.
         can_grow: True if groups of several devices may be larger than `size` to use all devices.
 
@@ -268,11 +269,11 @@ def count_devices(
         jobs: The jobs, which name the models.
         options: The options of the run.
         max_devices: Maximum number of devices of a worker.
-        least_free: Function that returns the smallest free memory of a device in bytes; it may
-            take seconds.
+        least_free: Function that returns the smallest free memory of any device in bytes. It can
+            take seconds, so it is called only if needed.
 
     Returns:
-        The number of devices for the weights of the largest model; 1 if layers are offloaded.
+        The number of devices that hold the weights of the largest model; 1 if layers are offloaded.
     """
     if max_devices == 1 or options.weights is not None or options.offload != "device":
         return 1

@@ -1,4 +1,4 @@
-"""Measure cells in several processes of this machine, each with some of its devices or cores."""
+"""Measure cells in several processes of this machine, which divide its accelerators or cores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WorkerProcess(RemoteObject):
 
     Args:
         name: Name of the worker in messages.
-        output: The file for the output of the process.
+        output: The file that receives the error output of the process.
         variables: Environment variables that set the devices and number of threads of the process.
         *arguments: The arguments of `RemoteWorker`.
     """
@@ -68,11 +68,11 @@ class WorkerProcess(RemoteObject):
 
 
 class ProcessesExecutor:
-    """Executor that measures cells with worker processes, which share the blocks of each cell.
+    """Executor that measures cells with worker processes, which divide each cell's documents.
 
-    With accelerators, there is one worker for each accelerator or for each group that the model
-    needs. Without accelerators, the options set the number of workers. RequestError is raised if
-    this machine has too few devices.
+    With accelerators, each worker gets one accelerator, or several if the model needs them. Without
+    accelerators, `options.workers` sets the number of workers. RequestError is raised if this
+    machine has too few devices.
     """
 
     def __init__(self, options: Options) -> None:
@@ -111,7 +111,7 @@ class ProcessesExecutor:
             return pool.run(f"workers: {len(workers)}")
 
     def _worker_groups(self, jobs: Sequence[Job]) -> list[range]:
-        """Divide the accelerators among workers; return empty groups if there are none."""
+        """Return each worker's range of accelerators; the ranges are empty without accelerators."""
         options = self._options
         if not self._devices:
             return [range(0)] * (options.workers or 1)
@@ -123,7 +123,7 @@ class ProcessesExecutor:
     def _make_worker(
         self, number: int, group: range, n_workers: int, n_threads: int, output: Path
     ) -> WorkerProcess:
-        """Create a worker for a group of accelerators or a part of the cores; do not start it."""
+        """Create a worker for some accelerators or cores, without starting its process."""
         variables = {name: str(n_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         name, device = f"worker {number}", self._options.device
         if group:
@@ -139,9 +139,10 @@ def _name_devices(group: range) -> str:
 
 
 def _least_free_memory() -> int:
-    """Return the smallest free memory of an accelerator, in bytes.
+    """Return the smallest free memory of any accelerator, in bytes.
 
-    Reading the free memory uses memory of each accelerator, so a short-lived process reads it.
+    A short-lived process reads the free memory, because reading it allocates memory on each
+    accelerator.
     """
     command = [sys.executable, "-c", _FREE_MEMORY_CODE]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -32,9 +32,9 @@ _MEMORY_TIMEOUT = 60.0
 class RayExecutor:
     """Executor that measures cells on a Ray cluster.
 
-    The cluster is that of RAY_ADDRESS or of `ray start` on this machine, else a local cluster for
-    the run. There is a worker for every GPU, or for every group of GPUs of a node that the model
-    needs. In a cluster without GPUs, every node has a worker with all CPUs of the node.
+    RAY_ADDRESS or `ray start` on this machine defines the cluster; otherwise a local cluster is
+    started for the run. Each worker gets one GPU, or several GPUs of a node if the model needs
+    them. In a cluster without GPUs, every node has one worker with all CPUs of the node.
     RequestError is raised if the cluster cannot be reached, or has too few resources.
     """
 
@@ -58,7 +58,7 @@ class RayExecutor:
             raise RequestError(f"the Ray cluster has no node with {resource}")
 
     def measure(self, jobs: Sequence[Job], reporting: Reporting) -> int:
-        """Measure cells with workers of the cluster; this process writes the outcomes."""
+        """Measure cells with workers on the cluster, and write the outcomes in this process."""
         try:
             workers = list(_make_actors(self._options, self._gpus_per_worker(jobs)))
             return WorkerPool(workers, jobs, reporting, None).run(f"Ray, workers: {len(workers)}")
@@ -81,7 +81,7 @@ class RayExecutor:
 
 
 class _Actor(Remote):
-    """Ray actor with a worker that uses one or several GPUs, or a node without GPUs."""
+    """Ray actor that runs a worker on GPUs of a node, or on all CPUs of a node without GPUs."""
 
     def __init__(
         self, name: str, node: str, resources: Mapping[str, float], options: Options, n_workers: int
@@ -113,7 +113,7 @@ class _Actor(Remote):
 
 
 def _check_cluster() -> None:
-    """Raise OSError if the cluster does not answer; Ray itself would try for over ten minutes."""
+    """Raise OSError if the cluster does not respond; Ray itself would retry for ten minutes."""
     if "://" in os.environ.get("RAY_ADDRESS", ""):
         return
     address = canonicalize_bootstrap_address(None)
@@ -131,7 +131,7 @@ def _on_node(node: str) -> NodeAffinitySchedulingStrategy:
 
 
 def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
-    """Yield one worker for every `size` GPUs of a node, or one per node without GPUs."""
+    """Yield one worker for every `size` GPUs of a node, or one per node if there are no GPUs."""
     gpus, numbers = _count_gpus(options), count(1)
     device = SPREAD if size > 1 else options.device
     options = replace(options, device=device, devices_per_worker=None)
@@ -147,7 +147,7 @@ def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
 
 
 def _count_gpus(options: Options) -> dict[str, int]:
-    """Count the GPUs of each node that has any; return node ID → number of GPUs."""
+    """Count the GPUs of each node; return node ID → number of GPUs, for nodes with GPUs."""
     if options.device == "cpu":
         return {}
     counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
@@ -155,7 +155,7 @@ def _count_gpus(options: Options) -> dict[str, int]:
 
 
 def _least_free_memory(nodes: Iterable[str]) -> int:
-    """Read the free memory of one GPU of each node; return the smallest, in bytes."""
+    """Read the free memory of one GPU per node; return the minimum over the nodes, in bytes."""
     read_memory = ray.remote(num_gpus=1, num_cpus=0)(_free_gpu_memory)
     futures = [read_memory.options(scheduling_strategy=_on_node(n)).remote() for n in nodes]
     return int(min(ray.get(futures, timeout=_MEMORY_TIMEOUT)))

@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 class SlurmExecutor:
     """Executor that submits an array of SLURM jobs, one per cell, and waits for the jobs.
 
-    `options.slurm` contains the parameters of submitit's `update_parameters`; options of sbatch
-    have no prefix. The key `cluster` is `slurm`, or `local` to test without a cluster.
-    RequestError is raised if SLURM is missing, or a parameter is wrong.
+    `options.slurm` contains parameters for submitit's `update_parameters`; sbatch options are
+    written without submitit's prefix `slurm_`. The key `cluster` is `slurm`, or `local` to test
+    without a cluster. RequestError is raised if SLURM is missing, or a parameter is wrong.
     """
 
     def __init__(self, options: Options) -> None:
@@ -120,7 +120,7 @@ class _SubmittedJob:
             self.n_left = sum(map(bool, missing))
 
     def has_ended(self) -> bool:
-        """Report the new blocks since the last call; return whether the job has ended."""
+        """Report the blocks measured since the last call; return whether the job has ended."""
         is_over = bool(self.submission.done())
         cell = self._job.cells[0]
         store = self._reporting.ledger.find(cell.key) if cell.key else None
@@ -136,7 +136,7 @@ class _SubmittedJob:
         return is_over
 
     def report(self, say: Callable[[str], None]) -> int:
-        """Report the results of the job's cells; return how often a model was loaded."""
+        """Report the results of the ended job; return how often the job loaded a model."""
         outcomes = self._read_results()
         for line in (line for outcome in outcomes for line in outcome.notes):
             say(line)
@@ -151,7 +151,7 @@ class _SubmittedJob:
         return sum(outcome.models_loaded for outcome in outcomes)
 
     def _read_results(self) -> list[JobEnd]:
-        """Return the result of each task of the job."""
+        """Return the result of each SLURM task of the job, or an error if the job has no result."""
         try:
             ends: list[JobEnd] = self.submission.results()
         except (UncompletedJobError, OSError) as error:
@@ -205,7 +205,7 @@ class JobEnd:
     """Result that a job returns to the process that submitted the job.
 
     Attributes:
-        error: The error; None if the cell is complete.
+        error: The error that stopped the job; None if the cell is complete.
         notes: Messages of the self-check.
         models_loaded: Number of times that the job loaded the model.
     """
@@ -220,7 +220,8 @@ class CellJob(Checkpointable):  # type: ignore[misc]
     """Job that measures one cell, for requests that differ only in their runs.
 
     The job writes to the shared results folder and publishes nothing. After a time-out or
-    preemption, submitit queues the job again, and the job continues from the shards.
+    preemption, submitit queues the job again, and the job measures only documents without stored
+    outcomes.
     """
 
     requests: Sequence[CellRequest]
@@ -230,7 +231,7 @@ class CellJob(Checkpointable):  # type: ignore[misc]
     _starts: int = 0
 
     def __call__(self) -> JobEnd:
-        """Measure the missing outcomes of the cell; return the result, also after an error."""
+        """Measure the missing outcomes of the cell; return the result, which contains any error."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         end = attempt(self._run)
         if isinstance(end, TrackerError):
@@ -261,12 +262,12 @@ class CellJob(Checkpointable):  # type: ignore[misc]
 
 
 class _Log(Silent):
-    """Receiver of progress that writes messages to the log of the job."""
+    """Progress listener that writes messages to the log of the SLURM job."""
 
     def say(self, message: str) -> None:
         log.info(message)
 
 
 def list_shards(store: CellStore | None) -> list[Path]:
-    """List the shard files of a cell; return an empty list for None."""
+    """List the files with a cell's outcomes (shards); return an empty list if `store` is None."""
     return [] if store is None else store.shards()

@@ -1,8 +1,8 @@
-"""Write a changed model's card, the same facts as JSON, and recipes that make it in other tools.
+"""Write a changed model's card, its facts as JSON, and recipes to make it with other tools.
 
-For removed and repeated layers there are recipes of mergekit and llama.cpp. For weights in formats
-there are options of llama.cpp, a recipe of llm-compressor, the module settings in mlx-lm's
-`config.json`, and rules of GPTQModel.
+For removed and repeated layers, there are recipes for mergekit and llama.cpp. For weights rounded
+to quantised formats, there are options for llama.cpp, a recipe for llm-compressor, module settings
+for mlx-lm's `config.json`, and rules for GPTQModel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONVERTER_RECIPE = "llama.cpp, converted"
 
 
 class Recipe(NamedTuple):
-    """One tool's recipe: instructions, the language of the code block, its text, its file name."""
+    """Recipe for one tool: instructions, and the language, text and file name of the code."""
 
     words: str
     language: str
@@ -71,9 +71,9 @@ RECIPES: dict[str, Recipe] = {
 
 
 def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
-    """Return the text of each tool's recipe, in the order of use.
+    """List the recipes of all tools in `texts` (tool → code), in the order of use.
 
-    Recipes do not end with a line break.
+    The code of a recipe does not end with a line break.
     """
     return [
         recipe._replace(text=texts[tool].rstrip(), file=f"{tool.lower()}.{recipe.language}")
@@ -83,7 +83,7 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
 
 
 def no_recipe_reason(resized: Sequence[str]) -> str:
-    """Return why there is no recipe of any tool; `resized` are changed configuration entries."""
+    """Explain on the card why no tool has a recipe; `resized` are changed configuration entries."""
     if not resized:
         return "None: no tool supports all of these formats and weights."
     reason = (
@@ -117,24 +117,25 @@ def layer_recipes(
     resized: Sequence[str] = (),
     windows: LayerWindows | None = None,
 ) -> dict[str, str]:
-    """Write the recipes of mergekit and llama.cpp for a model with removed or repeated layers.
+    """Write recipes for mergekit and llama.cpp to make a model with removed or repeated layers.
 
-    mergekit reads safetensors, so for a GGUF file there is also a program that converts the file.
-    llama.cpp reads GGUF; the recipe names a base in another form by the model's name. If layers are
-    repeated and none removed, llama.cpp converts the saved folder. If other configuration entries
-    are `resized`, there are no recipes, since neither tool changes such entries. Exceptions are
-    entries that llama.cpp derives by itself, or that the recipe states: the `windows`.
+    mergekit reads safetensors, so for a base in a GGUF file there is also a program that converts
+    the file. llama.cpp reads GGUF; if the base is not a GGUF file, the recipe has a placeholder
+    file name. If layers are repeated and none removed, llama.cpp converts the saved folder. If
+    further configuration entries changed (`resized`), there are no recipes, since neither tool
+    changes such entries. The only exception is the list of attention windows, which llama.cpp
+    derives by itself or the recipe states (`windows`).
 
     Args:
         source: The base model's source.
         base: The base model's identity.
-        layers: The original layers of the changed model, in order; repeated layers several times.
-        removed: The removed layers.
-        resized: The changed entries of the configuration besides the number of layers.
-        windows: The result of `find_windows`.
+        layers: For each layer of the changed model, in order, the number of the original layer.
+        removed: The numbers of the removed layers.
+        resized: Names of the changed configuration entries, apart from the number of layers.
+        windows: The layers with an attention window, from `find_windows`; None if unknown.
 
     Returns:
-        The recipe of each tool; empty if no tool can make the model.
+        Tool → recipe; empty if no tool can make the model.
     """
     file = "pruned" if removed else "repeated"
     recipes = {CONVERTER_RECIPE: f"python llama.cpp/convert_hf_to_gguf.py . --outfile {file}.gguf"}
@@ -154,7 +155,7 @@ def layer_recipes(
 
 
 def _fill_template(name: str, values: Mapping[str, object]) -> str:
-    """Fill placeholders in a program's template."""
+    """Return the text of a program template with its placeholders filled."""
     path = Path(__file__).parent / "templates" / f"{name}.py.txt"
     return string.Template(path.read_text(encoding="utf-8")).substitute(values)
 
@@ -162,7 +163,7 @@ def _fill_template(name: str, values: Mapping[str, object]) -> str:
 def find_windows(kind: str, layer_types: Sequence[str]) -> LayerWindows | None:
     """Find the layers with an attention window, in the form that llama.cpp needs.
 
-    None for a model type whose rule in llama.cpp is unknown.
+    Returns None if llama.cpp's rule for the model type `kind` is unknown.
     """
     if kind not in _WINDOW_PERIODS:
         return None
@@ -176,7 +177,7 @@ def _gguf_path(source: ModelSource) -> str:
 
 
 def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
-    """Return the base as mergekit names it: a folder, or a hub model with its commit."""
+    """Return mergekit's name of the base model: a folder, or a hub model with its commit."""
     if source.gguf_file:
         return f"./{source.name}"
     if source.is_local:
@@ -197,7 +198,7 @@ def as_safetensors(source: ModelSource, dtype: str) -> str:
 
 
 def mergekit(base: str, dtype: str, layers: Sequence[int]) -> str:
-    """Write mergekit's passthrough configuration: half-open layer ranges, which may overlap."""
+    """Write mergekit's passthrough configuration, which lists ranges of the base's layers."""
     slices = []
     # In a run of neighbours, the difference between layer and index stays the same.
     for _, group in groupby(enumerate(layers), lambda item: item[1] - item[0]):
@@ -208,7 +209,7 @@ def mergekit(base: str, dtype: str, layers: Sequence[int]) -> str:
 
 
 def prune_command(file: str, removed: Sequence[int]) -> str:
-    """Write the llama-quantize command that removes layers (b5740 and later); COPY keeps types."""
+    """Write the llama-quantize command (b5740 and later) that removes layers."""
     layers = ",".join(map(str, sorted(removed)))
     return f"llama-quantize --prune-layers {layers} {shlex.quote(file)} pruned.gguf COPY"
 
@@ -241,19 +242,21 @@ _BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 def format_recipes(
     formats: FormatsByPath, architecture: str, layers: int, file: str, tied_path: str = ""
 ) -> dict[str, str]:
-    """Write the recipes by which other tools make a model with weights in these formats.
+    """Write recipes for other tools to make a model with weights in quantised formats.
 
     Args:
-        formats: The format of each linear map.
+        formats: The weight format of each linear map, by its path in the model.
         architecture: The model type in transformers (`model_type`).
         layers: The number of layers.
         file: The GGUF file of the base, or a placeholder name.
-        tied_path: The path of the embedding, if it has a format and is also the head.
+        tied_path: The path of the embedding if it has a format and is tied to the head; otherwise
+            empty.
 
     Returns:
-        Recipes of llama.cpp if all formats are GGUF's and llama.cpp has names for the maps. Recipes
-        of llm-compressor, mlx-lm and GPTQModel if the tool supports all formats and no map is an
-        expert's matrix. For GPTQModel, all maps must belong to layers.
+        Tool → recipe. llama.cpp has a recipe if all formats are GGUF formats and llama.cpp has
+        names for all maps. llm-compressor, mlx-lm and GPTQModel have a recipe if the tool supports
+        all formats and no map is an expert's matrix. GPTQModel also requires that all maps belong
+        to layers.
     """
     recipes = {}
     are_ggufs = all(FORMATS[form].is_gguf for form in formats.values())
@@ -275,7 +278,7 @@ def format_recipes(
 
 
 def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:
-    """Return llama.cpp's names of linear maps; empty if a map has no name in llama.cpp."""
+    """Map paths of linear maps to llama.cpp's tensor names; empty if a map has no such name."""
     import gguf
 
     plain_name = _plain_name(_ARCHITECTURES.get(architecture, architecture))
@@ -291,7 +294,7 @@ def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[
 
 
 def _split_gate_up(path: str) -> list[str]:
-    """Return the gate and up maps of a fused expert map, which llama.cpp's converter splits."""
+    """Split the path of a fused gate-up map of experts into two paths, as llama.cpp does."""
     if not _EXPERTS_PATH.search(path) or "gate_up_proj" not in path:
         return [path]
     return [path.replace("gate_up_proj", half) for half in ("gate_proj", "up_proj")]
@@ -306,10 +309,12 @@ def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
     """List llama.cpp's `--tensor-type` entries: pairs of regular expression and type.
 
     Args:
-        formats: Format of each tensor by name in a GGUF file (`blk.3.ffn_down.weight`).
+        formats: Weight format of each tensor, by the tensor's name in a GGUF file, e.g.
+            `blk.3.ffn_down.weight`.
 
     Returns:
-        One entry for each pair of format and map name, with all layers in one expression.
+        One entry for each pair of format and map name; its regular expression covers all layers
+        with this format.
     """
     types, blocks = [], dict[tuple[str, str], list[int]]()
     for tensor, form in formats.items():
@@ -329,9 +334,9 @@ def _gguf_type(form: str) -> str:
 
 
 def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = False) -> str:
-    """Write the llama-quantize command; tensors without a format keep sixteen bits.
+    """Write the llama-quantize command; weights that are not in `formats` are stored as f16.
 
-    If `is_tied`, the head has the embedding's format.
+    If `is_tied` is true, the head gets the embedding's format.
     """
     names = [name for name in _GGUF_EMBEDDINGS if name in formats]
     types = {name: _gguf_type(formats[name]) for name in names}
@@ -347,9 +352,10 @@ def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = Fals
 
 
 def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
-    """Write a recipe of llm-compressor, with a group of maps for each format.
+    """Write a recipe for llm-compressor, with one configuration group per weight format.
 
-    An embedding that is `tied` to the head is left out: the recipe would round only one of the two.
+    `tied` is the path of an embedding that is tied to the head. It is left out, because
+    llm-compressor would round only the embedding or only the head.
     """
     groups = {}
     by_format = group_by((path for path in formats if path != tied), lambda path: formats[path])
@@ -370,11 +376,11 @@ def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
 
 
 def mlx_lm(formats: FormatsByPath) -> str:
-    """Write mlx-lm's entry `quantization` for the modules in a model's `config.json`.
+    """Write the entry `quantization` of `config.json` for mlx-lm, with settings per module.
 
-    The same settings can be passed to mlx-lm's `convert` by `quant_predicate`, which returns False
+    mlx-lm's `convert` accepts the same settings through `quant_predicate`, which must return False
     for all other modules. `convert` skips modules whose rows do not divide into whole groups of the
-    global size. So the global size is the smallest one.
+    global group size. So the global group size is the smallest group size of any module.
 
     References:
         mlx_lm/utils.py (`quantize_model`, `load_model`) of github.com/ml-explore/mlx-lm at d78bf58.
@@ -388,11 +394,11 @@ def mlx_lm(formats: FormatsByPath) -> str:
 
 
 def gptqmodel(formats: FormatsByPath) -> str:
-    """Write the arguments of GPTQModel's `QuantizeConfig`, with one rule for each map.
+    """Write the arguments of GPTQModel's `QuantizeConfig`, with one rule per linear map.
 
     A rule is a regular expression that is matched from the beginning of a module's path. The first
-    match counts, and rules that begin with `-:` leave a module unchanged. GPTQModel calibrates on
-    text.
+    matching rule applies, and a rule that begins with `-:` leaves a module unchanged. GPTQModel
+    also needs calibration texts.
 
     References:
         gptqmodel/quantization/config.py (`_resolve_dynamic_override`) of
@@ -413,7 +419,7 @@ FACTS_FILE = "tracker.json"
 
 
 def write_card(model: ExportedModel, folder: Path) -> None:
-    """Write the model card `README.md`, which the hub displays, and `tracker.json`."""
+    """Write the model card `README.md`, and the same facts to `tracker.json`."""
     from huggingface_hub import ModelCard
 
     front_matter = _front_matter(model).to_yaml(line_break="\n")
@@ -424,21 +430,21 @@ def write_card(model: ExportedModel, folder: Path) -> None:
 
 
 def card_text(model: ExportedModel) -> str:
-    """Write the text of the card, without the front matter."""
+    """Render the text of a model card, without the front matter."""
     recipes, reason = ordered_recipes(model.recipes), no_recipe_reason(model.resized)
     return _template().render(model=model, recipes=recipes, why_none=reason)
 
 
 @cache
 def _template() -> Template:
-    """Load a template of a card."""
+    """Load the template of the model card."""
     environment = open_templates("tracker.export", keep_trailing_newline=True)
     environment.filters |= {"markdown": escape_markdown, "code": markdown_code, "level": level_text}
     return environment.get_template("card.md.j2")
 
 
 def _front_matter(model: ExportedModel) -> Any:
-    """Build the metadata at the top of a card, which the hub reads."""
+    """Build the metadata that the hub reads at the top of a model card."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -463,7 +469,7 @@ def _front_matter(model: ExportedModel) -> Any:
 
 
 def _is_on_the_hub(model: ExportedModel) -> bool:
-    """Check whether the base was loaded from the hub."""
+    """Return whether the base model was loaded from the hub."""
     try:
         check_name(model.base.source)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Make changed models to save, and find the searches and runs that chose the change.
+"""Make changed copies of a model for export, and find the searches and runs that chose a change.
 
-A change removes layers, repeats layers, or rounds weights to formats.
+A change removes layers, repeats layers, or rounds weights to quantised formats.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 
 def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
-    """Return the change that removes layers, given in the order in which they were chosen."""
+    """Return the change that removes `layers`, which are in the order of choice."""
     return ModelChange(Ablation.from_changes(removed=layers), tuple(layers), **origin)
 
 
 def rounding(formats: Mapping[str, str]) -> ModelChange:
-    """Return a change that rounds weights to formats.
+    """Return the change that rounds weights to quantised formats.
 
     Args:
-        formats: Format of each unit: `3.mlp.down_proj`, `3` (a whole layer), `embedding` or
-            `lm_head`.
+        formats: Format of each unit. A unit is a matrix (`3.mlp.down_proj`), a whole layer (`3`),
+            `embedding` or `lm_head`.
 
     Returns:
-        The change.
+        The change, whose origin is not known yet.
     """
     units = [Change.parse(f"{form}:{name}") for name, form in formats.items()]
     return ModelChange(Ablation.from_changes(*units))
@@ -53,7 +53,7 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
 def layer_change(
     remove: Sequence[int], repeat: Sequence[int], repeats: int | None, component: Component
 ) -> ModelChange:
-    """Return the change for a removal or repetition of layers; raise RequestError for others."""
+    """Return the change for the options of `export`; raise RequestError if they are invalid."""
     if repeats is not None and not repeat:
         raise RequestError("--repeats needs the layers that are repeated: add --repeat 8-11")
     if not repeat:
@@ -78,7 +78,7 @@ def layer_change(
 
 
 def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
-    """Raise RequestError if a model without some attentions or MLPs is to be saved."""
+    """Raise RequestError unless `component` is `layer`; transformers loads only whole layers."""
     if component == "layer":
         return
     sublayers = "attentions" if component == "attention" else "MLPs"
@@ -92,22 +92,24 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_units(units: Collection[Component]) -> None:
-    """Raise RequestError if results of searches for parts other than layers are to be saved."""
+    """Raise RequestError if searches did not remove layers, since only layers can be exported."""
     other_units = sorted(set(units) - {"layer"})
     if other_units:
         raise RequestError(f"--output needs unit layer, not {other_units[0]}; leave --output out")
 
 
 class ChangedModel(NamedTuple):
-    """A changed copy of a model, and facts about the copy that are known once it is made.
+    """A changed copy of a model, and facts about the copy.
 
     Attributes:
-        model: The copy.
+        model: The changed copy of the model.
         kept_layers: For each layer of the copy, the number of the original layer.
-        bytes: The bytes of the copy's weights in a file that stores their formats.
-        recipes: Recipes for the same model by tool.
-        resized: Changed entries of the copy's configuration, besides the number of layers.
-        formats: The format of each rounded weight by its path.
+        bytes: Number of bytes of the copy's weights in a file that stores each weight in its
+            format.
+        recipes: Tool → recipe to make the same model with this tool.
+        resized: Names of changed entries of the copy's configuration, except for the number of
+            layers.
+        formats: Path of each rounded weight → its format.
     """
 
     model: PreTrainedModel
@@ -136,10 +138,10 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
 
 
 def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model with weights rounded to formats.
+    """Make a copy of a loaded model with weights rounded to quantised formats.
 
-    The copy keeps the model's own dtype: its values equal those of the smaller file, but it is not
-    smaller itself.
+    The copy stores the rounded values in the model's dtype, so the copy itself is not smaller than
+    the model.
     """
     from tracker.models.offloaded import weight_bytes
     from tracker.models.parts.anatomy import LayerAnatomy
@@ -175,14 +177,14 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
 
 
 def _stored_format(form: str, inputs: int) -> WeightFormat:
-    """Return the format in which a file stores rows with a given number of inputs."""
+    """Return the format for rows of `inputs` weights: `form`, or its fallback for such rows."""
     stored_format = FORMATS[form].for_rows(inputs)
     assert stored_format is not None  # it has been measured
     return stored_format
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Add the searches and runs of a results folder that chose the layers, unless already known."""
+    """Add to a change the searches and runs in the ledger that chose its layers, unless known."""
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
     if change.order and change.strategy is None:
@@ -191,17 +193,18 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
 
 
 def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> ModelChange:
-    """Find the searches that chose some layers of a model.
+    """Find the searches that chose to remove the given layers of a model.
 
     Args:
         ledger: The results folder.
-        model: The model.
-        removed: The layers.
+        model: The identity of the original model.
+        removed: The numbers of the removed layers.
 
     Returns:
-        The change with the searches that ended with these layers, or else had them removed after an
-        earlier step. If some of these searches used documents, only those. Without such searches,
-        the change alone.
+        The change, with the searches whose final result removes exactly these layers. If there are
+        none, searches with an earlier step that removes exactly these layers count. If some of
+        these searches used calibration documents, the other searches do not count. Without any such
+        search, the change has no origin.
     """
     contents = ledger.contents()
     choices = [
@@ -219,7 +222,7 @@ def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...])
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Find the calibration documents on which a span was repeated and which may have chosen it."""
+    """Return the change for a repetition, with calibration documents that measured it."""
     calibration = []
     for store in ledger.cells():
         benchmark = store.identity.benchmark
@@ -249,9 +252,10 @@ def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) ->
 def removal_by_search(
     ledger: Ledger, record: PruneRecord, deciding: CalibrationSet | None = None
 ) -> ModelChange:
-    """Return the change for a search's removal, with the documents and cells that chose it.
+    """Return the change for a search's final removal, with the documents and cells that chose it.
 
-    `deciding` are the documents that decided between this set and others; None if none did.
+    `deciding` are the documents on which this removal was chosen among the removals of several
+    searches; None if there was no such choice.
     """
     change = _build_removal(ledger.contents(), [(record, record.steps[-1])])
     return replace(change, documents=(*change.documents, *filter(None, [deciding])))
@@ -260,7 +264,7 @@ def removal_by_search(
 def _build_removal(
     contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]]
 ) -> ModelChange:
-    """Build the change for a removal of layers that some searches chose."""
+    """Build the change for a removal of layers, from the (search, step) pairs that chose it."""
     records = [record for record, _ in choices]
     record, step = choices[0]
     order = record.order[: len(step.removed)]
@@ -285,14 +289,14 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
 
 
 def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
-    """Describe the strategy of a search; also the step unless it is the last."""
+    """Describe the strategy of a search, with the step's number unless it is the last step."""
     number = record.steps.index(step) + 1
     is_complete = number == len(record.steps)
     return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
 
 
 def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
-    """Return the tracked cells of the searches' steps."""
+    """Return the records of the cells that the searches measured for their steps."""
     tracked = {cell for record in records for cell in record.rests_on}
     keys = {key for key, *_ in tracked}
     views = [view for view in contents.views if view[0].identity.key in keys]
@@ -307,12 +311,12 @@ def _documents_text(documents: CalibrationSet) -> str:
 
 
 def unused_documents(n: int) -> str:
-    """Describe documents that were not used for the choice."""
+    """Describe `n` documents that were not used to choose the change."""
     return f"{count_text(n, 'document')} that chose nothing"
 
 
 def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the documents of a cell's extent that were also used to choose the layers."""
+    """Count the documents in `extent` that were also used to choose the changed layers."""
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     keys: set[tuple[str, str, int]] = set()
     for calibration in change.documents:
@@ -322,6 +326,6 @@ def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent
 
 
 def _doc_keys(store: CellStore, docs: Mapping[str, Sequence[int]]) -> set[tuple[str, str, int]]:
-    """Return the keys of documents that identify them across cells: task, split and number."""
+    """Return (task, split, number) of each document, which identifies it in every cell."""
     splits = {task.name: task.split for task in store.identity.benchmark.tasks}
     return {(task, splits[task], n) for task, numbers in docs.items() for n in numbers}

@@ -1,7 +1,7 @@
 """Save a changed model as a checkpoint that plain transformers can load.
 
-The saved files are first proved to be the measured model. Then the model is published to the
-tracking backends, linked to the cells that chose the change.
+First, a fresh process proves that the saved files give the results of the measured model. Then the
+model is published to the tracking backends, with links to the cells that chose the change.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class ExportRequest:
 
     Attributes:
         change: The change of the model.
-        request: The model, and the benchmark on which the export is proved and measured.
+        request: The model, and the benchmark for the proof and for the metrics on the card.
         has_benchmark: False if the request's benchmark is only a placeholder.
         output: The folder to create.
         ledger: The results folder.
-        options: The device, and whether a download's code may run.
-        track: The tracking backends that get the model.
-        project: The project of backends in `track` that name none.
-        register: The name of the model in MLflow's registry; None for none.
+        options: Options such as the device, and whether code from a download is trusted.
+        track: The tracking backends to which the model is published.
+        project: The project for backends in `track` that are given without a project.
+        register: The name under which MLflow's registry gets the model; None to register no model.
     """
 
     change: ModelChange
@@ -84,7 +84,7 @@ class ExportRequest:
 
 
 def model_request(model: str, benchmark: str | None, **settings: Any) -> CellRequest:
-    """Build a request for a model, and optionally a benchmark; raise RequestError if invalid."""
+    """Build a request for a model and an optional benchmark; raise RequestError if invalid."""
     extra = [f"--{name}" for name in _BENCHMARK_SETTINGS if settings.get(name) is not None]
     if benchmark is None and extra:
         raise RequestError(f"{extra[0]} needs a benchmark; name one, as in --benchmark arc_easy")
@@ -92,7 +92,7 @@ def model_request(model: str, benchmark: str | None, **settings: Any) -> CellReq
 
 
 def refuse_output(output: Path) -> None:
-    """Raise RequestError unless the output path is an empty folder or can become a folder."""
+    """Raise RequestError unless the output folder is empty, or is missing and can be created."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -106,16 +106,16 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
     """Save a changed model as a checkpoint, prove it, and publish it.
 
     Args:
-        request: The model, the change, and the output.
-        progress: The progress listener.
+        request: The model, the change, the output folder and the options.
+        progress: Receives messages about the progress.
 
     Returns:
         The saved model, with facts about it.
 
     Raises:
         RequestError: The request is invalid; nothing was computed or written.
-        WorkError: The saved model differs from the measured model, or cannot be written; all its
-            files are deleted.
+        WorkError: The saved model differs from the measured model, or cannot be written; no file is
+            left in the output folder.
     """
     from tracker.models.checkpoint import check_layer_changes, check_plain_weights, release_memory
 
@@ -166,18 +166,18 @@ def publish(
     results: Path,
     register: str | None = None,
 ) -> ExportedModel:
-    """Publish a model to all backends; a failing backend does not stop the others.
+    """Publish a model to all tracking backends; an error in one does not stop the others.
 
     Args:
         model: The saved model.
-        source_cells: The cells that chose the change, or measured its cost.
-        track: The backends, each as `BACKEND` or `BACKEND:PROJECT`.
-        project: The project of backends that name none.
+        source_cells: The cells that chose the change, or that measured the changed model.
+        track: The tracking backends, each as `BACKEND` or `BACKEND:PROJECT`.
+        project: The project for backends that are given without a project.
         results: The results folder.
-        register: The name of the model in MLflow's registry; None for none.
+        register: The name under which MLflow's registry gets the model; None to register no model.
 
     Returns:
-        The model, with its published locations and the errors of backends.
+        The model, with its location in each backend, and the errors of failed backends.
     """
     folder, facts, figures = model.folder.absolute(), model.as_json(), model.figures()
     saved = SavedModel(folder, model.name, facts, figures, tuple(source_cells), register)
@@ -196,7 +196,7 @@ def publish(
 def _measure_cost(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Measure the cost of the change on the benchmark, or read it from the ledger."""
+    """Measure the changed model on the benchmark, unless the ledger has the results already."""
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
     if request.change.kind != "quantised":  # the choice of formats was measured as a whole
@@ -214,10 +214,10 @@ def _measure_cost(
 def _write_checkpoint(
     request: ExportRequest, source: ModelSource, folder: Path, progress: Progress
 ) -> tuple[ExportedModel, ExpectedAnswers]:
-    """Write the checkpoint, which is neither proved nor measured yet.
+    """Write the checkpoint, and compute the answers that its proof must reproduce.
 
-    On return no model is in memory any more, since the process that proves the files needs the
-    space.
+    No model stays in memory after the call, because the process that proves the files needs the
+    memory.
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
@@ -264,7 +264,7 @@ def _write_formats(model: ExportedModel, folder: Path) -> None:
 
 
 def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str:
-    """Describe the hardware and the texts of the speed measurement."""
+    """Describe the hardware, dtype and text length of the speed measurement."""
     facts = describe_machine()
     threads = f", {count_text(answers.n_threads, 'thread')}" if answers.device == "cpu" else ""
     cores = count_text(int(facts["cores"]), "core")
@@ -277,7 +277,7 @@ def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str
 def _accuracy(
     record: CellRecord | None, cell: MeasuredCell, change: ModelChange, ledger: Ledger
 ) -> Accuracy:
-    """Return a cell's metric before and after the change, and count documents used to choose."""
+    """Return a cell's metric before and after the change, with a description of its documents."""
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, shots = benchmark.title, benchmark.num_fewshot
     if record is None:
@@ -305,7 +305,7 @@ def _refuse_small_disk(folder: Path, size: int) -> None:
 
 @contextmanager
 def draft_folder(output: Path) -> Iterator[Path]:
-    """Yield a draft folder, which becomes `output` on success and is deleted on failure."""
+    """Yield a temporary folder, which is renamed to `output` on success and deleted on failure."""
     try:
         with new_folder(output) as folder:
             yield folder

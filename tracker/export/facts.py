@@ -20,13 +20,13 @@ from tracker.core.records import CellRecord
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A benchmark's metric before and after a change; an accuracy is a fraction.
+    """A benchmark's metric before and after a change; accuracies are fractions from 0 to 1.
 
     Attributes:
         benchmark: The benchmark's name.
-        num_fewshot: The number of examples in its prompts.
+        num_fewshot: The number of few-shot examples in the benchmark's prompts.
         metric: The metric's name.
-        documents: Description of the documents.
+        documents: Description of the measured documents.
         n: The number of documents.
         before: The metric of the intact model.
         after: The metric of the changed model.
@@ -54,17 +54,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Proof:
-    """Result of loading the saved files with plain transformers and lm-eval in a fresh process.
+    """Result of comparing the saved files with the changed model, in a fresh process.
 
     Attributes:
-        texts: The number of texts that both models read.
-        difference: The largest difference of a logit between the saved and the changed model.
+        texts: The number of texts whose logits were compared.
+        difference: The largest difference of a logit between the saved files and the changed model
+            in memory.
         tasks: The tasks that lm-eval scored; empty without a benchmark.
         documents: The number of documents that lm-eval scored.
-        figure: lm-eval's own figure by the metric's name, if lm-eval scored exactly these documents
-            of one task; it equals tracker's figure to the digit.
-        loglikelihood: The largest difference of a log-likelihood, in nats.
-        ties: Number of documents judged differently because answers differ by rounding only.
+        figure: Name of the metric → its value from lm-eval, which equals tracker's value up to
+            rounding if there are no `ties`. Empty unless lm-eval scored exactly these documents of
+            one task.
+        loglikelihood: The largest difference between a log-likelihood from lm-eval and one from
+            tracker, in nats.
+        ties: Number of documents whose metrics differ only because rounding decides between two
+            answers.
         versions: The versions of transformers and lm-eval.
     """
 
@@ -78,7 +82,7 @@ class Proof:
     versions: dict[str, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Describe the proof in sentences."""
+        """Describe the result of the proof in one or two sentences, for the card."""
         difference = self.difference
         precision = "bit by bit" if difference == 0 else f"to within {difference:.1e} (rounding)"
         sentences = [
@@ -106,16 +110,19 @@ _TAGS = {
 
 @dataclass(frozen=True)
 class ModelChange:
-    """A change of a model that an export saves, and the origin of the choice.
+    """A change of a model that an export saves, and how the change was chosen.
 
     Attributes:
         ablation: The change: removed layers, repeated layers, or weights rounded to formats.
-        order: The removed layers in the order of choice; empty if no layers are removed.
+        order: The removed layers, in the order in which they were chosen; empty if no layers are
+            removed.
         strategy: The strategy that chose the layers; None if a user named them.
-        calibration: Description of the documents used for the choice; None if there were none.
-        tested: The metric before and after the change, on documents not used for the choice.
-        chosen_by: The cells used for the choice, to which trackers link the model.
-        documents: The documents used for the choice.
+        calibration: Description of the documents on which the change was chosen; None if there were
+            none.
+        tested: Metrics before and after the change, on documents that were not used to choose it.
+        chosen_by: The cells whose results chose the change; tracking backends link the model to
+            them.
+        documents: The documents on which the change was chosen.
     """
 
     ablation: Ablation
@@ -128,24 +135,24 @@ class ModelChange:
 
     @property
     def kind(self) -> str:
-        """The kind of change, which prefixes figures in trackers and selects the card's section."""
+        """The kind of change: `pruned`, `repeated` or `quantised`."""
         if self.ablation.roundings:
             return "quantised"
         return "repeated" if self.ablation.repetitions else "pruned"
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The tags of the model card."""
+        """The hub's tags for the model card, such as `layer-pruning`."""
         return _TAGS[self.kind]
 
     @property
     def stretch(self) -> Change | None:
-        """The span of repeated layers; None if no layers are repeated."""
+        """The repeated range of layers; None if no layers are repeated."""
         return next(iter(self.ablation.repetitions), None)
 
     @property
     def clause(self) -> str:
-        """A clause that describes the change in sentences."""
+        """A clause that describes the change, for use within a sentence."""
         if self.stretch is not None:
             return self.stretch.clause
         if formats := Counter(unit.intervention for unit in self.ablation.roundings):
@@ -162,25 +169,28 @@ _FACTS = ("before", "after", "faster", "speed_on", "recipes", "resized", "accura
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A changed model that was saved, with the facts about it.
+    """A changed model that was saved as a checkpoint, with facts about it.
 
     Attributes:
         folder: The folder of the checkpoint.
-        base: The original model.
-        change: The change, and the origin of the choice.
-        kept_layers: For each layer, the number of the original layer, for healing by distillation.
-        before: The base's size.
-        after: The saved model's size in a file that stores its formats.
-        faster: Reading speed relative to the base, timed in alternating turns: the median and the
-            quartiles of all turns. None if other work on the machine disturbed the timing.
+        base: The identity of the original model.
+        change: The change of the model, and how the change was chosen.
+        kept_layers: For each layer of the saved model, the number of the original layer, e.g. for
+            later distillation.
+        before: The size of the original model.
+        after: The size of the saved model, in a file that stores each weight in its format.
+        faster: Speed of forward passes relative to the original model: median and quartiles over
+            alternating turns. None if other work on the machine disturbed the timing.
         speed_on: Description of the hardware and the texts of the timing; empty if not measured.
-        recipes: Recipes for the same model by tool; empty if no tool can make the model.
-        resized: Changed entries of the configuration, besides the number of layers.
-        formats: The format of each rounded weight by its path.
-        accuracy: Metrics before and after the change; measurements for this export come first.
-        proof: The proof of the files.
-        locations: The model's location in each backend, after publication.
-        unpublished: For each backend without the model, the reason.
+        recipes: Tool → recipe to make the same model with this tool; empty if no tool can make the
+            model.
+        resized: Names of changed configuration entries, except for the number of layers.
+        formats: Path of each rounded weight → its format.
+        accuracy: Metrics before and after the change; the metric that this export measured comes
+            first.
+        proof: Result of proving that the saved files give the measured results.
+        locations: Tracking backend → location of the published model.
+        unpublished: Tracking backend → error, if the model could not be published to it.
     """
 
     folder: Path
@@ -201,7 +211,7 @@ class ExportedModel:
 
     @property
     def name(self) -> str:
-        """The name of the model."""
+        """The name of the saved model."""
         suffix = f"{self.after.layers}-of-{self.before.layers}-layers"
         if self.change.stretch is not None:
             suffix = str(self.change.stretch).replace(":", "-")
@@ -211,12 +221,12 @@ class ExportedModel:
 
     @property
     def exit_code(self) -> int:
-        """The program's exit code: 0 = all done, 1 = saved, but not published to every tracker."""
+        """Exit code of the command: 0 = success, 1 = saved, but not published to every backend."""
         return int(bool(self.unpublished))
 
     @property
     def size(self) -> str:
-        """A line that compares the sizes of the model and the base."""
+        """A line that compares the sizes of the saved model and the original model."""
         base_size, size = asdict(self.before), asdict(self.after)
         if size["layers"] > base_size["layers"]:
             return "; ".join(f"{size[n]:,} {n} instead of {base_size[n]:,}" for n in base_size)
@@ -224,7 +234,7 @@ class ExportedModel:
 
     @property
     def speed(self) -> str:
-        """A sentence that compares the speed of the model and the base."""
+        """A sentence that compares the speed of the saved model and the original model."""
         if self.faster is None:
             return "The model's speed could not be measured: other work disturbed the timing"
         ratio, low, high = self.faster
@@ -234,7 +244,7 @@ class ExportedModel:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return the model's numeric facts, under names that every backend accepts."""
+        """Return the model's numeric facts as name → value; every backend accepts the names."""
         kind = self.change.kind
         figures: dict[str, float] = {
             f"{name}/{quantity}": number
@@ -251,7 +261,7 @@ class ExportedModel:
         return figures
 
     def as_json(self) -> dict[str, Any]:
-        """Return the facts for `tracker.json` as plain values."""
+        """Return the facts about the model as JSON values, for the file `tracker.json`."""
         change = self.change
         facts = {
             "name": self.name,

@@ -46,7 +46,7 @@ Answer = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ExpectedAnswers:
-    """Answers of the changed model in this process, which the saved files must reproduce.
+    """Tokens and logits of the changed model in memory, which the saved files must reproduce.
 
     Attributes:
         tokens: The tokens of each of `PROOF_TEXTS`.
@@ -54,7 +54,7 @@ class ExpectedAnswers:
         n_parameters: The number of the model's parameters.
         is_half: True if the model computes in half precision.
         device: The device that computed the logits.
-        n_threads: The number of threads of the computation.
+        n_threads: The number of CPU threads that computed the logits.
     """
 
     tokens: list[list[int]]
@@ -66,7 +66,7 @@ class ExpectedAnswers:
 
 
 def expected_answers(loaded: LoadedModel, model: PreTrainedModel, device: str) -> ExpectedAnswers:
-    """Compute the answers of a changed copy of a loaded model."""
+    """Compute the tokens and logits of `PROOF_TEXTS` with a changed copy of a loaded model."""
     tokens = [loaded.tokenizer(text).input_ids for text in PROOF_TEXTS]
     logits = []
     with torch.inference_mode():
@@ -85,12 +85,12 @@ def expected_answers(loaded: LoadedModel, model: PreTrainedModel, device: str) -
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """Documents of a benchmark that were measured under the saved change.
+    """Measured outcomes of a benchmark's documents under the change that is saved.
 
     Attributes:
         request: The model and the benchmark.
         store: The cell with the outcomes.
-        ablation: The change.
+        ablation: The change of the model that is saved.
     """
 
     request: CellRequest
@@ -99,17 +99,17 @@ class MeasuredCell:
 
     @property
     def metric(self) -> str:
-        """The requested metric."""
+        """Name of the requested metric."""
         return self.store.views.view_of(self.request).metric
 
     @cached_property
     def documents(self) -> Mapping[str, Sequence[int]]:
-        """The numbers of the documents of each task."""
+        """Task → numbers of its measured documents."""
         return self.store.task_documents(self.request.extent)
 
     @property
     def n(self) -> int:
-        """The number of documents."""
+        """Number of measured documents of all tasks."""
         return sum(map(len, self.documents.values()))
 
     @cached_property
@@ -132,19 +132,20 @@ class MeasuredCell:
 def prove(
     checkpoint: Path, expected: ExpectedAnswers, cell: MeasuredCell | None, trust_remote_code: bool
 ) -> Proof:
-    """Load a checkpoint in a fresh process, and compare its answers with the expected answers.
+    """Load a checkpoint in a fresh process, and compare its results with the changed model.
 
     Args:
         checkpoint: The folder of the checkpoint.
-        expected: The answers of the changed model in memory.
-        cell: The measurement on a benchmark; None for the texts alone.
-        trust_remote_code: Whether code in the folder may run.
+        expected: The tokens and logits of the changed model in memory.
+        cell: The measured outcomes on a benchmark, which lm-eval must reproduce; None to compare
+            only logits.
+        trust_remote_code: True if code in the checkpoint's folder is trusted and can run.
 
     Returns:
         The proof.
 
     Raises:
-        WorkError: The checkpoint does not load, or is another model; the message states the
+        WorkError: The checkpoint does not load, or gives other results; the message states the
             difference.
         BenchmarkError: Plain lm-eval cannot run the benchmark.
     """
@@ -186,7 +187,7 @@ def prove(
 
 
 def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the reference program in a fresh process, and read its answer."""
+    """Run the proof's program in a fresh process without tracker, and return its results."""
     file = folder / "question.json"
     file.write_text(json.dumps(question), encoding="utf-8")
     process = subprocess.run(
@@ -209,7 +210,7 @@ def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
-    """Raise WorkError if weights or tokens of the saved model differ."""
+    """Raise WorkError if the saved model has other parameters or another tokenizer."""
     if names := answer["not_as_saved"]:
         raise WorkError(f"plain transformers lacks, or does not use, the weight {names[0]}")
     if answer["parameters"] != expected.n_parameters:
@@ -224,7 +225,7 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
 
 
 def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -> float:
-    """Return the largest difference of logits; raise WorkError if it exceeds rounding."""
+    """Return the largest difference from the expected logits; raise WorkError above rounding."""
     max_nats, max_share = HALF_TOLERANCE if expected.is_half else SINGLE_TOLERANCE
     largest = 0.0
     for text, their_logits, our_logits in zip(PROOF_TEXTS, logits, expected.logits, strict=True):
@@ -239,7 +240,7 @@ def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -
 
 
 def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tuple[float, int]:
-    """Return the largest difference in nats, and ties; raise WorkError if lm-eval disagrees."""
+    """Compare lm-eval's results with the cell; return the largest difference and number of ties."""
     frame = cell.store.read()
     rows = frame[frame["ablation"] == cell.ablation.name].set_index(["task", "doc"])
     largest, ties, keys = 0.0, set(), set()
@@ -270,7 +271,7 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
 
 
 def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return lm-eval's own figure of one task; raise WorkError if tracker's figure differs."""
+    """Return lm-eval's value of the metric for one task; raise WorkError if tracker's differs."""
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()
@@ -284,7 +285,7 @@ def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, 
 
 
 def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return the difference from the measured answers, in nats; 0 for generated texts."""
+    """Return the largest difference between lm-eval's and the measured log-likelihoods, in nats."""
     if answers and isinstance(answers[0], str):
         return 0.0
     values = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]
@@ -295,13 +296,13 @@ def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
 
 
 def _rounding_limit(row: Mapping[str, Any], is_half: bool) -> float:
-    """Return the largest difference of answers, in nats, that rounding can explain."""
+    """Return the largest difference of log-likelihoods, in nats, that rounding can explain."""
     max_nats, max_share = HALF_TOLERANCE if is_half else SINGLE_TOLERANCE
     return max_nats + max_share * max(abs(float(value)) for value in row["loglikelihoods"])
 
 
 def _values_agree(a: Any, b: Any) -> bool:
-    """Return whether two metric values are equal; a pair in `a` is a JSON text."""
+    """Return whether two metric values are equal up to rounding; `a` can be a list as JSON text."""
     if isinstance(a, str):
         pair = json.loads(a)
         return len(pair) == len(b) and all(map(_is_close, pair, b))
@@ -309,5 +310,5 @@ def _values_agree(a: Any, b: Any) -> bool:
 
 
 def _is_close(a: float, b: float) -> bool:
-    """Return whether two values agree to five digits; two undefined values do."""
+    """Return whether two values agree to five digits; two NaN values agree too."""
     return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))

@@ -1,4 +1,4 @@
-"""Divide documents into the blocks that are computed and locked together."""
+"""Divide a task's documents into blocks, which are computed and locked as a whole."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MAX_OUTCOMES = 2048
 
 @dataclass(frozen=True, order=True)
 class Block:
-    """Up to `BLOCK_SIZE` documents of one task, consecutive in the random order of a seed.
+    """Up to `BLOCK_SIZE` consecutive documents of one task, in a random order or the task's order.
 
     Attributes:
         task: The lm-eval task.
-        number: The number of the block, 0-based.
+        number: The 0-based number of the block in this order.
         seed: The seed of the random order; None for the task's own order.
     """
 
@@ -33,15 +33,16 @@ class Block:
 
     @property
     def name(self) -> str:
-        """The block's part of file names; a quoted task never contains the plus before the seed."""
+        """Name of the block in file names: task, seed if any, and number of the block."""
         order = "" if self.seed is None else f"+{self.seed}"
         return f"{quote(self.task, safe='')}{order}.{self.number:05d}"
 
 
 class ScheduledBlock(NamedTuple):
-    """A block that is to be measured, and its place in the order of all documents.
+    """A block to measure, with its size and its place in the order of all documents.
 
-    `end` is the number of documents of the order that are measured after this block.
+    `end` is the number of documents from the beginning of the order that are measured once this
+    block is finished.
     """
 
     block: Block
@@ -52,17 +53,18 @@ class ScheduledBlock(NamedTuple):
 def schedule_blocks(
     order: Sequence[str], counts: Mapping[str, int], seed: int | None = None
 ) -> list[ScheduledBlock]:
-    """List the blocks in the order in which they are measured for an order of documents.
+    """List the blocks to measure for an order of documents, in the order of measurement.
 
-    Each task has its own blocks. The first needed document of a block has the whole block measured.
+    All documents of a block belong to one task. When the first document of a block is needed, the
+    whole block is measured.
 
     Args:
-        order: The task of each document.
-        counts: Number of documents of each task, which may be more than the order holds.
+        order: The task of each document, in the order of the documents.
+        counts: Total number of documents of each task; `order` can contain fewer.
         seed: The seed of the order; None for the tasks' own order.
 
     Returns:
-        The blocks.
+        The blocks that contain the documents, in the order of measurement.
     """
     n_seen: Counter[str] = Counter()
     blocks: dict[int, Block] = {}  # by the position of their first document
@@ -78,14 +80,15 @@ def schedule_blocks(
 def split_missing(
     missing: Mapping[tuple[str, ...], Sequence[int]],
 ) -> Iterator[tuple[tuple[str, ...], Sequence[int]]]:
-    """Split a block's missing outcomes into parts, so that a killed process loses only minutes.
+    """Split a block's missing outcomes into portions, so that a killed process loses little work.
 
     Args:
-        missing: Names of ablations → the documents whose missing ablations are exactly these.
+        missing: Names of ablations → numbers of the documents that lack the outcomes of exactly
+            these ablations.
 
     Yields:
-        Names of ablations and some of their documents: at most `MAX_OUTCOMES` outcomes, or one
-        document.
+        A portion: names of ablations, and numbers of documents that lack their outcomes. It has at
+        most `MAX_OUTCOMES` outcomes, or one document.
     """
     for names, documents in missing.items():
         size = max(1, MAX_OUTCOMES // len(names))
@@ -95,6 +98,6 @@ def split_missing(
 
 @lru_cache(maxsize=256)
 def document_positions(task: str, documents: Sequence[int], seed: int | None) -> Mapping[int, int]:
-    """Map each of a task's ascending document numbers to its position in a seed's order."""
+    """Map each document number of a task to its position in the random order of a seed."""
     order = documents if seed is None else random_order(seed, task, documents)
     return {number: position for position, number in enumerate(order)}

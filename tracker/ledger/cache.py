@@ -1,13 +1,14 @@
 """Keep a per-user cache, and decide when to trust it.
 
-A digest shows that a note is intact, not who wrote it, and notes decide which tasks and models are
-read and what is exact. So an entry is trusted only if no one but this user and root can have
-written it, and is computed again otherwise. Owners and permissions, which POSIX has, decide that.
-On other systems every entry is trusted.
+An entry of the cache decides, for example, which models are read and which sharing is exact. The
+digest of an entry shows damage, but does not show who wrote the entry. So an entry is trusted only
+if nobody except this user and root can have written it. Otherwise the entry is computed again.
+Trust is decided by the owners and permissions of files on POSIX systems. On other systems, every
+entry is trusted.
 
-Verdicts of checks of architectures and models are stored, so that each check runs once per user: in
-the results folder, whose figures depend on them, and in the cache for other folders. A results
-folder that others can write is not trusted. The cache is used instead, or the check runs again.
+Results of self-checks are stored, so that each check runs once per user. They are stored in the
+results folder, whose figures depend on them, and in the cache, for use in other results folders. If
+others can write a results folder, its check results are not trusted, and the cache is used instead.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return `TRACKER_CACHE`, the user's cache folder, or a temporary one if there is no home."""
+    """Return the cache folder: TRACKER_CACHE if set, else the user's, or a temporary folder."""
     if setting := os.environ.get("TRACKER_CACHE"):
         return Path(setting)
     with suppress(RuntimeError):  # older platformdirs return the path with its ~
@@ -50,15 +51,15 @@ def cache_folder() -> Path:
 
 
 def is_private(path: Path, root: Path) -> bool:
-    """Check that only this user and root can have written a file or folder.
+    """Return whether only this user and root can have written a file or folder.
 
     Args:
         path: A file or folder in `root`, or `root`.
-        root: The last folder that is checked.
+        root: The topmost folder whose owner and permissions are checked.
 
     Returns:
-        True if everything from the path to `root` is owned by this user or root, is no link, and
-        cannot be both reached and written by others. A missing one raises OSError.
+        True if `path` and all folders up to `root` belong to this user or to the superuser, are not
+        links, and cannot be reached and written by others. OSError is raised if `path` is missing.
     """
     is_exposed = False
     for checked in (path, *path.parents):
@@ -76,12 +77,12 @@ def is_private(path: Path, root: Path) -> bool:
 
 
 def recall(kind: str, key: str) -> dict[str, Any]:
-    """Read an entry of the cache; empty if it is missing or not trusted."""
+    """Return a cache entry's content; empty if the entry is missing, damaged or not trusted."""
     return read_trusted(cache_folder(), kind, key)
 
 
 def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
-    """Write an entry to the cache, if it can be written and would be trusted."""
+    """Write an entry to the cache, if the cache can be written and is trusted."""
     root = cache_folder()
     with suppress(OSError, WorkError):
         _make_private(root / kind)
@@ -90,7 +91,7 @@ def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
 
 
 def read_trusted(root: Path, kind: str, key: str) -> dict[str, Any]:
-    """Read a note from a cache folder; empty if the note is missing or not trusted."""
+    """Return the content of an entry under `root`; empty if it is missing or not trusted."""
     path = note_path(root, kind, key)
     with suppress(OSError):
         path.lstat()
@@ -100,15 +101,15 @@ def read_trusted(root: Path, kind: str, key: str) -> dict[str, Any]:
 
 
 def note_path(root: Path, kind: str, key: str) -> Path:
-    """Return the path of the note with this key, which is a hash."""
+    """Return the path of the entry of this kind with this key, which is a hash."""
     return root / kind / f"{key[:32]}.json"
 
 
 def private_folder(name: str) -> Path:
-    """Create a folder in the cache, so that files in it can be trusted.
+    """Create or open a folder in the cache that only this user and root can write.
 
-    If it cannot be created, or it or a file in it is not trusted, an empty temporary folder for
-    this process is returned instead.
+    If the folder cannot be created, or if others can write the folder or a file in the folder, a
+    temporary folder is returned instead.
     """
     root = cache_folder()
     folder = root / name
@@ -135,7 +136,7 @@ def _is_trusted(path: Path, root: Path) -> bool:
 
 @cache
 def _warn_untrusted(root: Path) -> None:
-    """Warn once that the cache is not trusted."""
+    """Log a warning, once per cache folder, that the folder is not trusted."""
     log.warning(
         "the cache %s is not used, because another user owns it or can write to it. If it is "
         "yours, type: chmod -R go-w %s; otherwise set TRACKER_CACHE to another folder",
@@ -144,7 +145,7 @@ def _warn_untrusted(root: Path) -> None:
 
 
 def _make_private(folder: Path) -> None:
-    """Create a folder and its parents for this user only; existing ones stay unchanged."""
+    """Create a folder and its missing parents with permissions for this user only."""
     if not folder.is_dir():
         _make_private(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -154,13 +155,13 @@ _CHECKS_KIND = "checks"
 
 
 class Checks:
-    """Verdicts of checks in a results folder, as text; each key is a hash of the check's inputs."""
+    """Storage of self-check results (verdicts) as text; a key is a hash of a check's inputs."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def recall(self, key: str) -> str | None:
-        """Read a verdict; None if it is missing or not trusted."""
+        """Return a verdict from results folder or cache; None if it is missing or not trusted."""
         for root in (self._root, cache_folder()):
             verdict = read_trusted(root, _CHECKS_KIND, key).get("verdict")
             if verdict is not None:
@@ -170,7 +171,7 @@ class Checks:
         return None
 
     def keep(self, key: str, verdict: str) -> None:
-        """Write a verdict, if the folders can be written."""
+        """Write a verdict to the results folder and to the cache, where they can be written."""
         self._write_note(key, verdict)
         keep(_CHECKS_KIND, key, {"verdict": verdict})
 

@@ -1,4 +1,4 @@
-"""Read and write one cell: shards of outcomes, views, and records derived from both."""
+"""Read and write one cell: files of outcomes (shards), requested views and derived records."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 
 
 class CellStore:
-    """One cell on disk.
+    """Files of one cell, which holds the outcomes of one model on one benchmark.
 
-    `copies` are the same cell in other folders; their outcomes are read too. `views` holds the
-    cell's requested views, and `texts` the texts of its documents.
+    `copies` are copies of the cell in other results folders, whose outcomes are also read. `views`
+    holds the cell's requested views, and `texts` the texts of its documents.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CellStore:
         """Shard read so far that must not be mixed with the other shards → what to do."""
 
     def task_documents(self, extent: Extent) -> dict[str, Sequence[int]]:
-        """Map each task to its document numbers in `extent`, in the order of their blocks."""
+        """Map each task to its document numbers in `extent`, in the order of measurement."""
         tasks = self.identity.benchmark.tasks
         return {task.name: extent.select(task.name, task.numbers) for task in tasks}
 
@@ -73,7 +73,7 @@ class CellStore:
         return {task: len(documents) for task, documents in self.task_documents(extent).items()}
 
     def blocks(self, extent: Extent) -> list[Block]:
-        """List the blocks that contain the documents of `extent`, in order."""
+        """List the blocks that contain the documents in `extent`, task by task, in order."""
         seed = None if extent.sample is None else extent.seed
         return [
             Block(task, number, seed)
@@ -82,16 +82,17 @@ class CellStore:
         ]
 
     def lock(self, block: Block) -> FileLock:
-        """Return the lock that a process holds while it computes a block."""
+        """Return the lock that a process must hold while it measures a block."""
         return lock_file(self.folder / "locks" / f"{block.name}.lock")
 
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Find the missing outcomes of a block's documents; blocks of other orders count too.
+        """Find which of a block's documents lack outcomes of which ablations.
 
-        Returns missing ablations → the documents whose missing ablations are exactly these.
-        Ablations are in the given order.
+        Returns names of ablations → numbers of the documents that lack outcomes of exactly these
+        ablations. The names are in the order of `ablations`. Outcomes that were measured in blocks
+        of another order are not missing.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -104,7 +105,7 @@ class CellStore:
         return groups
 
     def documents(self, block: Block, extent: Extent) -> Sequence[int]:
-        """List the document numbers of one block in `extent`, in order."""
+        """List the numbers of a block's documents that are in `extent`, in order."""
         first = block.number * BLOCK_SIZE
         return self.task_documents(extent)[block.task][first : first + BLOCK_SIZE]
 
@@ -117,7 +118,7 @@ class CellStore:
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield the measured orders' other blocks that contain any of a block's documents."""
+        """Yield the blocks of other measured orders that contain any of the given documents."""
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
             positions = document_positions(block.task, task_documents, seed)
@@ -125,20 +126,21 @@ class CellStore:
                 yield Block(block.task, number, seed)
 
     def _seeds(self) -> set[int | None]:
-        """Return the seeds of all orders in which documents of this cell were measured."""
+        """Return the seeds of all random orders in which documents of this cell were measured."""
         names = (_block_name(path).partition("+") for path in self.shards())
         seeds = {int(seed.split(".")[0]) if plus else None for _, plus, seed in names}
         return seeds.union(*(copy._seeds() for copy in self._copies))
 
     def read_documents(self, extent: Extent, columns: list[str] | None = None) -> pd.DataFrame:
-        """Read the outcomes of the documents in `extent`, from blocks of any order.
+        """Read the outcomes of the documents in `extent`, whatever order they were measured in.
 
         Args:
-            extent: The documents.
-            columns: The columns, including task, doc and ablation; None = all.
+            extent: The selection of documents.
+            columns: The columns to read, which must include task, doc and ablation; None = all
+                columns.
 
         Returns:
-            The outcomes, as from `read`.
+            A data frame of the outcomes, as from `read`.
         """
         blocks = self.blocks(extent)
         is_one_order = self._seeds() <= {block.seed for block in blocks}
@@ -149,7 +151,7 @@ class CellStore:
         return frame.loc[is_requested]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
-        """Check whether every document in `extent` is measured under every ablation."""
+        """Return whether all documents in `extent` have outcomes under all given ablations."""
         names = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
         n_requested = sum(self.counts(extent).values()) * len(set(ablations))
         return bool(names.isin(ablations).sum() == n_requested)
@@ -157,7 +159,7 @@ class CellStore:
     def write(
         self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, object]
     ) -> None:
-        """Write the outcomes of some of a block's documents to a new shard.
+        """Write outcomes of documents of one block to a new file of outcomes (shard).
 
         Args:
             block: The block that contains the documents.
@@ -173,9 +175,10 @@ class CellStore:
         write_bytes(self._shard_path(block, rows), shard_file(outcome_table(rows), header))
 
     def import_shard(self, path: Path) -> str:
-        """Move a shard file from another place into the cell, and return its new name.
+        """Move a shard from another folder into the cell, and return the shard's new file name.
 
-        Its former name is ignored. ValueError is raised if it is no shard of this cell.
+        The former file name does not matter. ValueError is raised if the file is not a shard of
+        this cell.
         """
         try:
             shard = read_shard(path.read_bytes())
@@ -191,7 +194,7 @@ class CellStore:
     def _find_block(self, shard: Shard) -> Block:
         """Determine the block of a shard; raise ValueError if it has outcomes of several blocks.
 
-        The shard needs the columns task and doc.
+        The shard must have been read with the columns task and doc.
         """
         if problem := format_problem(shard.metadata.get("format")):
             raise ValueError(f"it {problem}")
@@ -213,7 +216,7 @@ class CellStore:
         return Block(task, numbers.pop(), seed)
 
     def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
-        """Return a shard's path; the name depends on its documents, ablations and tokens."""
+        """Return a shard's path, whose name contains a hash of documents, ablations and tokens."""
         keys = ((row["doc"], row["ablation"], row.get(DIGEST_COLUMN)) for row in rows)
         texts = {tuple(str(value) for value in key if value is not None) for key in keys}
         content = content_hash(sorted(texts))
@@ -222,14 +225,15 @@ class CellStore:
     def read(
         self, blocks: Sequence[Block] | None = None, columns: list[str] | None = None
     ) -> pd.DataFrame:
-        """Read the outcomes of some blocks.
+        """Read the outcomes of the given blocks as a data frame.
 
-        A damaged shard is set aside with a warning, so that it is computed again. Outcomes whose
-        tokens differ from the rest of the cell are left out, and their shard is added to `mixed`.
+        A damaged shard is renamed with a warning, so that its outcomes are measured again. Outcomes
+        of documents that were tokenised differently from the rest of the cell are left out, and
+        their shard is added to `mixed`.
 
         Args:
-            blocks: The blocks; None = all.
-            columns: The columns; None = all, and `PROVENANCE_COLUMN`.
+            blocks: The blocks to read; None = all blocks.
+            columns: The columns to read; None = all columns, including `PROVENANCE_COLUMN`.
 
         Returns:
             One row per (task, document, ablation), without duplicates, in no particular order.
@@ -253,7 +257,7 @@ class CellStore:
     def _intact_shards(
         self, blocks: Sequence[Block] | None, columns: list[str] | None
     ) -> Iterator[tuple[Path, Shard]]:
-        """Yield the intact shards one by one: first of this folder, then of other folders."""
+        """Yield the path and content of each intact shard; shards in copies come last."""
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
@@ -268,9 +272,10 @@ class CellStore:
             yield from copy._intact_shards(blocks, columns)
 
     def _join_shards(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards; of a document with several tokenisations, keep the most frequent one.
+        """Join shards into one data frame, with only one tokenisation of each document.
 
-        Outcomes of former versions, which have no digest of tokens, are kept.
+        If a document has several tokenisations, only the outcomes of the most frequent tokenisation
+        are kept. Outcomes from former versions, without a digest of tokens, are always kept.
         """
         frame, key = pd.concat(shards.values()), ["task", "doc", DIGEST_COLUMN]
         if DIGEST_COLUMN not in frame:
@@ -286,16 +291,16 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
     def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add a shard to `mixed`, since it must not be mixed with the other shards."""
+        """Add a shard with other tokens to `mixed`, with a message that says what to do."""
         base = self.identity.provenance
         versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
         self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
 
     def load_shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
-        """Read and verify a shard, with all columns or some.
+        """Read and verify a shard, with all columns or only the given columns.
 
-        A damaged shard is set aside. Returns None if it is damaged or missing; raises WorkError if
-        the system cannot read it now.
+        A damaged shard is renamed, so that its outcomes are measured again. None is returned for a
+        damaged or missing shard. WorkError is raised if the system fails to read the file.
         """
         try:
             shard = read_shard(path.read_bytes(), columns)
@@ -324,7 +329,7 @@ class CellStore:
         return None
 
     def damaged_shards(self) -> dict[str, str]:
-        """Find damaged shards that have not been measured again yet: file → what to do."""
+        """Find damaged shards that were not measured again yet; return file → what to do."""
         stems = {path.stem for path in self.shards()}
         paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
         messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
@@ -334,9 +339,10 @@ class CellStore:
         return messages
 
     def shard_digests(self, verify_all: bool = False) -> list[tuple[str, str]]:
-        """List (name, SHA-256) of every file that `read` reads.
+        """List (file name, SHA-256) of every shard that `read` reads.
 
-        Files are verified again only if their size or time has changed, or with `verify_all`.
+        A shard is verified again only if the size or time of its file has changed, or if
+        `verify_all` is true.
         """
         note, former, verified = self._verified_path, read_note(self._verified_path), {}
         for path in self.shards():
@@ -355,7 +361,7 @@ class CellStore:
         return digests + [pair for copy in self._copies for pair in copy.shard_digests(verify_all)]
 
     def lost_shards(self) -> list[str]:
-        """List the verified shards that have since disappeared and were not set aside."""
+        """List the names of verified shards that have disappeared, except for damaged shards."""
         paths = map(self._shards.joinpath, read_note(self._verified_path))
         pairs = ((path, path.with_suffix(ASIDE_SUFFIX)) for path in paths)
         return [path.name for path, aside in pairs if not any(map(os.path.lexists, (path, aside)))]
@@ -365,7 +371,7 @@ class CellStore:
         return self.folder / "verified.json"
 
     def all_metadata(self) -> list[dict[str, Any]]:
-        """List the metadata of the shards.
+        """List the metadata of all shards, including shards in copies of the cell.
 
         Shards with the same name have the same outcomes, so only one of them is listed.
         """
@@ -377,7 +383,7 @@ class CellStore:
         return list(metadata.values())
 
     def siblings(self) -> list[CellStore]:
-        """List the folder's other cells with the same displayed model and benchmark."""
+        """List other cells in the results folder with the same names of model and benchmark."""
         prefix = self.folder.name[: -len(self.identity.key[:12])]
         stores = []
         for folder in sorted(self.folder.parent.glob(f"{glob.escape(prefix)}*")):
@@ -389,9 +395,10 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """The time one second after the last outcome of `siblings`; empty without outcomes.
+        """Date one second after the last measurement of `siblings`; empty if there is none.
 
-        Later measurements get at least this date, whatever the machine's clock shows.
+        New outcomes of this cell get at least this date, even if the machine's clock shows an
+        earlier time.
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):
@@ -406,14 +413,14 @@ class CellStore:
         return len(self.read(columns=["task", "doc"]).drop_duplicates(["task", "doc"]))
 
     def shards(self) -> list[Path]:
-        """List the files of outcomes."""
+        """List the paths of the cell's files of outcomes (shards) in this folder."""
         return sorted(self._shards.glob("*.parquet"))
 
     def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
-        """Return the measuring time of the needed outcomes, in seconds.
+        """Return the time in seconds that measuring the given outcomes took.
 
-        Each shard adds the share of its time that its needed rows have. `documents` maps each
-        ablation to its needed documents.
+        `documents` maps the name of each ablation to the keys of its documents. The time of a shard
+        counts in proportion to the number of its rows that are among these outcomes.
         """
         total = 0.0
         for path in self.shards():
@@ -427,9 +434,9 @@ class CellStore:
         return total
 
     def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
-        """Read the stored record of the view `name`; None if no record is stored for this state.
+        """Return the stored record of the view `name`; None if none was derived from this state.
 
-        `state` is a hash of everything that the record is derived from.
+        `state` is a hash of all inputs from which the record is derived.
         """
         note = read_note(self._derived_path(name, kind))
         if note.get("state") != state:
@@ -442,7 +449,8 @@ class CellStore:
     def write_derived(self, state: str, name: str, record: Record) -> None:
         """Store a derived record of the view `name`, if the folder can be written.
 
-        Records derived without some outcomes are not stored, so that each reading sets `mixed`.
+        No record is stored while `mixed` contains shards. So the next process reads the outcomes
+        again and finds these shards too.
         """
         if self.mixed:
             return
@@ -456,15 +464,15 @@ class CellStore:
         return self.folder / "derived" / f"{view_file_name(name)}{suffix}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Read a destination's last receipt, which `add_receipt` wrote."""
+        """Return the last receipt for a publishing destination; empty if there is none."""
         note = read_note(self._receipt_path(destination))
         return note if {"record", "location"} <= set(note) else {}
 
     def add_receipt(self, destination: str, **receipt: str) -> None:
-        """Write a receipt, which states what is published at a destination.
+        """Write a receipt of what was published, or is still to be published, to a destination.
 
-        A receipt has the digest of a `record`, the `location` of its runs, the name of its `view`,
-        and the name of its `place`.
+        A receipt contains the digest of the published `record`, the `location` of the runs, the
+        name of the `view`, and the name of the destination's file (`place`).
         """
         write_note(self._receipt_path(destination), receipt)
 
@@ -472,20 +480,20 @@ class CellStore:
         return self.folder / "receipts" / f"{destination[:32]}.json"
 
     def begin_search(self, command: Sequence[str]) -> None:
-        """Record that a search measures the cell, which its findings show instead of a view.
+        """Record that a search measures the cell; the search's results replace a view of it.
 
-        `command` is the search's command without the folder.
+        `command` is the command that started the search, without the option for the results folder.
         """
         write_note(self._search_path(command), {"command": list(command)})
 
     def end_search(self, command: Sequence[str]) -> None:
-        """Record that a search has ended."""
+        """Record that the search with this command has ended."""
         self._search_path(command).unlink(missing_ok=True)
         with suppress(OSError):  # another search is at it, or none ever was
             self._search_path(command).parent.rmdir()
 
     def running_searches(self) -> list[list[str]]:
-        """List the commands of searches that are measuring the cell or were stopped meanwhile."""
+        """List the commands of searches that have begun to measure the cell and have not ended."""
         notes = map(read_note, sorted(self.folder.glob("begun/*.json")))
         return [[str(word) for word in note.get("command", ())] for note in notes]
 
@@ -493,19 +501,19 @@ class CellStore:
         return self.folder / "begun" / f"{content_hash(list(command))[:32]}.json"
 
     def published_places(self, *views: str) -> list[str]:
-        """Return the names of the destinations that have or should have one of these views."""
+        """Return the names of publishing destinations with a receipt for any of the given views."""
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
         names = (note.get("place") for note in notes if note.get("view") in views)
         return list(dict.fromkeys(filter(None, names)))
 
 
 def _block_name(path: Path) -> str:
-    """Return the block's name from the path of a shard's file."""
+    """Return the name of the block that a shard's file name contains."""
     return path.name.rsplit(".", 2)[0]
 
 
 def last_measured(all_metadata: Iterable[Mapping[str, Any]]) -> str:
-    """Return the latest date of measuring in the metadata of shards; empty without metadata."""
+    """Return the latest measurement date in the metadata of shards; empty without any date."""
     last_date = ""
     for metadata in all_metadata:
         with suppress(ValueError):  # invalid dates are ignored

@@ -1,6 +1,7 @@
 """Write files atomically, with locks and digests.
 
-Notes are small JSON files with a digest of their content, so that damage and edits are noticed.
+A note is a small JSON file that contains a digest of its content, so that damage and edits are
+noticed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from tracker.core.provenance import content_hash
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, flush it, rename it, and flush its folder.
+    """Write a file under a temporary name, flush it to disk, and rename it to `path`.
 
-    What `find_stream` finds is written directly, since a rename would replace it.
+    If the path is a standard stream, device or pipe, the content is written directly, because a
+    rename would replace the stream.
 
     Args:
         path: The path of the file.
@@ -96,10 +98,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def lock_file(path: Path, timeout: float = -1) -> FileLock:
-    """Create a lock between processes, not held yet, and its folder if needed.
+    """Return a lock between processes, which is not acquired yet; create its folder if needed.
 
-    Raises WorkError if it cannot be created. `timeout` is the timeout in seconds; a negative one
-    waits forever.
+    Raises WorkError if the lock file cannot be created or written. `timeout` is the maximum waiting
+    time in seconds; a negative number means no limit.
     """
     try:
         make_folder(path.parent)
@@ -115,7 +117,7 @@ def lock_file(path: Path, timeout: float = -1) -> FileLock:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, with the write permissions of the folder above."""
+    """Create a folder and its missing parents, with the write permissions of the parent folder."""
     if not path.is_dir():
         if path.parent != path:
             make_folder(path.parent)
@@ -125,9 +127,10 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is moved to a path at the end, or removed on failure.
+    """Yield a temporary folder that is renamed to `path` at the end, or deleted on failure.
 
-    A held lock marks a temporary folder in use. Folders of killed processes are removed here.
+    While a temporary folder is in use, its process holds a lock. Temporary folders without a held
+    lock come from killed processes and are deleted first.
     """
     for lock_path in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
         with suppress(OSError, WorkError), lock_file(lock_path, timeout=0):
@@ -153,7 +156,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 def share_with_group(path: Path) -> None:
     """Give a new file the write permissions of its folder, ignoring the umask.
 
-    Otherwise one user's locks and notes would stop other users of a shared folder.
+    Without these permissions, one user's locks and notes would block other users of a shared
+    folder.
     """
     with suppress(OSError):  # another user's
         status, parent = path.stat(), path.parent.stat()
@@ -194,12 +198,12 @@ def owner_name(path: Path) -> str:
 
 
 def write_problem(path: Path) -> str:
-    """Write an error message about a file or folder that this user may not write."""
+    """Return an error message about a file or folder that this user is not allowed to write."""
     return f"{path} belongs to {owner_name(path)}, and you have no permission to write it"
 
 
 def access_problem(folder: Path) -> str:
-    """Explain what to do about an unreadable file or folder; empty if readable or missing."""
+    """Return an error message if this user cannot read a file or folder; empty if missing."""
     if not os.path.lexists(folder):
         return ""
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
@@ -209,7 +213,7 @@ def access_problem(folder: Path) -> str:
 
 
 def _flush(folders: Iterable[Path]) -> None:
-    """Flush folders' entries to disk if the platform can; otherwise a rename may be lost."""
+    """Flush folder entries to disk if possible, so that a crash cannot undo a rename."""
     for folder in folders:
         with suppress(OSError):
             entries = os.open(folder, os.O_RDONLY)
@@ -225,19 +229,20 @@ _FILE = "file"
 
 
 def seal_note(content: Mapping[str, Any]) -> str:
-    """Return a note's text with a digest; `content` is JSON without the key `digest`."""
+    """Return the JSON text of a note: `content` and a digest of it under the key `digest`."""
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
 def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
-    """Read a note's content from its text; raise ValueError if it is no note or damaged.
+    """Parse the text of a note; raise ValueError if its digest or its file name does not match.
 
     Args:
-        text: The text.
-        name: Expected name of its file; None for any. Notes of former versions have no name.
+        text: The text of the note's file.
+        name: Expected name of the note's file; None = any name. Notes of former versions contain no
+            file name and match every name.
 
     Returns:
-        The content, without digest and name.
+        The content of the note, without digest and file name.
     """
     try:
         content = json.loads(text)
@@ -254,12 +259,12 @@ def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a note atomically; its digest covers the file's name."""
+    """Write a note with a digest of content and file name, atomically."""
     write_text(path, seal_note({**content, _FILE: path.name}))
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """Read a note that can be recreated; empty if it is missing or damaged."""
+    """Return the content of a note; empty if the note is missing or damaged."""
     try:
         return parse_note(path.read_bytes(), path.name)
     except (OSError, ValueError):

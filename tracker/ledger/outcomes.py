@@ -1,4 +1,4 @@
-"""Define the columns of a shard: the outcome of one document under one ablation."""
+"""Define the columns of a shard, whose rows are outcomes of one document under one ablation."""
 
 from __future__ import annotations
 
@@ -37,23 +37,25 @@ def outcome_row(
     repeated: Sequence[Response] | None = None,
     expert_sums: Sequence[float] | None = None,
 ) -> dict[str, object]:
-    """Build the row of one outcome.
+    """Build the row of a shard with one document's outcome under one ablation.
 
     Args:
         document: The document.
         ablation: The ablation's name.
         responses: The model's responses to the document's requests.
-        metrics: The task's metrics of the responses.
-        proxies: Number of tokens and sums [proxies][layers] as in `PROXY_SUMS`; only for the
-            baseline.
-        comparison: Number of responses repeated with a really pruned model, the largest difference
-            in nats, and the number that differ where the model is discontinuous; None if none were.
-        repeated: The responses of a second, different computation; None if there is none.
-        expert_sums: Sums of the intact model's use of an expert as in `PART_SUMS`; only for
-            ablations of an expert.
+        metrics: Name of each task metric → the value of these responses.
+        proxies: Number of measured tokens, and sums [proxies][layers] for the columns `PROXY_SUMS`;
+            None unless the ablation is the baseline.
+        comparison: Number of responses that were checked on a really pruned model, the largest
+            difference in nats, and the number of differences at discontinuities of the model. None
+            if no response was checked.
+        repeated: The responses of a second computation, which measures rounding; None if there is
+            none.
+        expert_sums: Sums that measure how much the intact model uses the removed expert, for the
+            columns `PART_SUMS`; None unless the ablation removes an expert.
 
     Returns:
-        Column → value.
+        The row, as column name → value.
     """
     row: dict[str, object] = {
         "task": document.task,
@@ -99,9 +101,9 @@ _SCHEMA = {
 
 
 def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """Build a shard's table with fixed types from results of `outcome_row`.
+    """Build the table of a shard from results of `outcome_row`, with fixed column types.
 
-    Each metric's column holds either numbers in all rows or JSON in all rows.
+    A metric's column contains JSON text if any of its values is text, and numbers otherwise.
     """
     types = {}
     for name in dict.fromkeys(name for row in rows for name in row):

@@ -1,4 +1,4 @@
-"""Read and write shards as Parquet files with their cell, provenance and digest.
+"""Read and write shards: Parquet files of outcomes with cell, provenance and digest.
 
 The file's metadata holds JSON under `tracker`:
 
@@ -8,9 +8,9 @@ The file's metadata holds JSON under `tracker`:
     digest      SHA-256 of the whole file, with 64 zeros in the digest's place
     …           details of the measurement: date, seconds, sharing
 
-Observations of studies are stored too: arrays with one row per document. Their files are
-`observed/KIND/TASK.NUMBER.parquet` in the cell's folder, one per block, each with its digest. The
-kind names the observed quantity and its method; another method is another kind.
+Observations of studies are also stored, as arrays with one row per document. Each block of
+documents has a file `observed/KIND/TASK.NUMBER.parquet` with a digest in the cell's folder. The
+kind names the observed quantity and the method; a different method has a different kind.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
-    """Build the content of a shard's file; `fields` is its metadata without the digest."""
+    """Build the bytes of a shard's file from a table and its metadata `fields`, with a digest."""
     file_metadata = {"tracker": json.dumps({**fields, "digest": _EMPTY_DIGEST})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -51,7 +51,7 @@ def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
 
 
 def shard_digest(content: bytes) -> str:
-    """Compute the digest that a shard's metadata should hold.
+    """Compute the digest that the metadata of an undamaged shard contains.
 
     The digest is empty if the file has no place for a digest.
     """
@@ -61,10 +61,10 @@ def shard_digest(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard in memory.
+    """Content of a shard: the table of outcomes, the metadata and the digest.
 
     Attributes:
-        metadata: The metadata.
+        metadata: The metadata of the file: format, cell, task, provenance and details.
         digest: SHA-256 of the file, as given in the metadata.
     """
 
@@ -83,9 +83,9 @@ def read_shard_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
-    """Read and verify a shard's file, with all columns or some.
+    """Parse and verify the bytes of a shard's file, with all columns or only the given columns.
 
-    Raises ValueError if it is no shard or damaged.
+    Raises ValueError if the file is not a shard or is damaged.
     """
     digests = _DIGEST.findall(content)
     digest = shard_digest(content)
@@ -121,7 +121,7 @@ DocumentArrays = Mapping[str, NDArray[np.float64]]
 def write_observations(
     folder: Path, kind: str, block: Block, observed: Mapping[int, DocumentArrays]
 ) -> None:
-    """Write the observations of a block to a cell's folder: document → arrays."""
+    """Write the observations (document → arrays) of a block to a cell's folder."""
     path = _observation_path(folder, kind, block)
     columns: dict[str, list[Any]] = {"doc": list(observed)}
     shapes = {n: list(np.shape(array)) for n, array in next(iter(observed.values())).items()}
@@ -133,9 +133,9 @@ def write_observations(
 
 
 def read_observations(folder: Path, kind: str, block: Block) -> dict[int, DocumentArrays]:
-    """Read the observations of a block: document → arrays.
+    """Read the observations (document → arrays) of a block from a cell's folder.
 
-    Missing and damaged files give an empty dict, so that the documents are observed again.
+    The result is empty if the file is missing or damaged, so that the documents are observed again.
     """
     try:
         shard = read_observation_file(_observation_path(folder, kind, block))
@@ -158,7 +158,7 @@ def read_observation_file(path: Path) -> Shard:
 
 
 def _file_identity(path: Path) -> str:
-    """Return what identifies a file of observations: the cell's key, the kind and the block."""
+    """Return cell key, kind and block of an observation file, which detect a copied file."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 

@@ -20,8 +20,8 @@ RESULTS/
     locks/                  locks, one per block of documents
   slurm/                    the logs of SLURM jobs
 
-Every file that is shown has a digest of its content. A file that does not match its digest is
-derived or measured again if possible, and reported otherwise.
+Every file that reports show has a digest of its content. If a file does not match its digest, its
+content is derived or measured again. If that is impossible, the file is reported.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ RecordType = TypeVar("RecordType", bound=Record)
 
 
 def write_finding(root: Path, finding: FindingRecord) -> None:
-    """Write a finding to a results folder; it replaces the study's former finding of this file."""
+    """Write a study's finding to a results folder, replacing a former finding with its name."""
     path = root / "studies" / f"{quote(finding.name, safe='')}.json"
     write_note(path, finding.model_dump(mode="json"))
 
 
 def write_search(root: Path, record: PruneRecord) -> Path:
-    """Write a search to a results folder, replacing its former result, and return the path."""
+    """Write the result of a search to a results folder, and return the path of the file."""
     path = root / "searches" / f"{record.name}.json"
     write_note(path, record.model_dump(mode="json"))
     return path
 
 
 def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) -> list[RecordType]:
-    """Read the records of a folder, sorted by file name; add unusable files to `damaged`."""
+    """Read all records in a folder, in order of file names; add unusable files to `damaged`."""
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -86,7 +86,7 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Derive the command that recreates a record from the name of the record's file."""
+    """Return the advice to repeat the command that wrote a record, from its file name."""
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -104,16 +104,17 @@ UNFINISHED_CELL = "its run is in progress or was stopped; if it was stopped, typ
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents of a results folder.
+    """Contents of a results folder that commands and reports show.
 
     Attributes:
-        views: Each view with its cell, sorted by model and benchmark.
-        unfinished: The cells with outcomes but no view, and those of searches that are running or
-            were stopped, each with a message. Cells of finished searches are not among them.
+        views: Pairs of a cell and one of its requested views, sorted by model and benchmark.
+        unfinished: Pairs of an unfinished cell and a message. A cell is unfinished if it has
+            outcomes but no view, or if a search of it is running or was stopped. Cells of finished
+            searches and studies are not unfinished.
         experiments: The stored experiment files: name → exact text.
-        findings: The findings of studies, by name.
-        searches: The results of searches, by name.
-        damaged: File or folder that cannot be used → what to do.
+        findings: The findings of studies, sorted by name.
+        searches: The results of searches, sorted by name.
+        damaged: File or folder that cannot be used → message that says what to do.
     """
 
     views: list[tuple[CellStore, RequestedView]] = field(default_factory=list)
@@ -125,14 +126,14 @@ class Contents:
 
     @property
     def search_keys(self) -> set[RecordKey]:
-        """The keys of the cells that searches measured for their steps."""
+        """Keys of the records of cells that searches measured for their steps."""
         return {record_key for record in self.searches for record_key in record.rests_on}
 
 
 class Ledger:
-    """A results folder; only `create` and later calls write to `root`.
+    """A results folder; creating the object neither creates the folder nor writes to it.
 
-    ResultsError is raised if `root` is a file, is damaged, or has another format.
+    ResultsError is raised if `root` is a file, is damaged, or has the format of another version.
     """
 
     def __init__(self, root: Path) -> None:
@@ -148,7 +149,8 @@ class Ledger:
     def open_existing(cls, root: Path) -> Ledger:
         """Open an existing results folder.
 
-        ResultsError is raised if the folder is no results folder, or has another format.
+        ResultsError is raised if the folder is not a results folder, or has the format of another
+        version.
         """
         ledger = cls(root)
         if not (root / "tracker.json").is_file():
@@ -157,7 +159,7 @@ class Ledger:
         return ledger
 
     def refuse_unwritable(self) -> None:
-        """Raise ResultsError if the folder cannot be created or written; call before measuring."""
+        """Raise ResultsError if the results folder cannot be created or written."""
         problem = f"{self.root} cannot be written"
         folder = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         if not folder.is_dir():
@@ -180,7 +182,7 @@ class Ledger:
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
         """List the usable cells, sorted by model and benchmark.
 
-        Folders of unusable cells are added to `damaged` → what to do.
+        `damaged` receives the folder of each unusable cell → what to do.
         """
         stores = []
         for folder in sorted(self.root.glob("cells/*")):
@@ -196,7 +198,7 @@ class Ledger:
         return sorted(stores, key=names)
 
     def contents(self) -> Contents:
-        """Read everything that can be shown; a damaged file does not hide other contents."""
+        """Read all contents that reports show; a damaged file does not hide other contents."""
         problems = {str(self.root / n): access_problem(self.root / n) for n in _SHOWN_FOLDERS}
         damaged = {path: problem for path, problem in problems.items() if problem}
         findings = read_records(self.root / "studies", FindingRecord, damaged)
@@ -221,7 +223,7 @@ class Ledger:
         return contents
 
     def _search_message(self, command: Sequence[str]) -> str:
-        """Return the message about an unfinished search, with its command if there is one."""
+        """Return the message about an unfinished search, with its command if that is known."""
         words = [*command, "--results", str(self.root)] if command else []
         message = UNFINISHED_CELL.replace("run", "search", 1)
         return f"{message}: {shlex.join(words)}" if words else message
@@ -229,9 +231,9 @@ class Ledger:
     def open_cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
     ) -> CellStore:
-        """Open the cell with this identity, or create it with this provenance.
+        """Open the cell of a model and a benchmark, or create it with the given provenance.
 
-        If the same weights have several names, the cell keeps the first one.
+        If the same weights are opened under several model names, the cell keeps the first name.
         """
         self.create()
         digest = cell_key(model, benchmark)
@@ -253,7 +255,7 @@ class Ledger:
         return self._read_cell(folder)
 
     def find(self, request_key: str) -> CellStore | None:
-        """Find the cell that an equal earlier request led to; None without such a request."""
+        """Find the cell that `index_cell` stored for a request's key; None if there is none."""
         name = read_note(self._index_path(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
@@ -263,17 +265,17 @@ class Ledger:
             return None
 
     def index_cell(self, request_key: str, cell: CellStore) -> None:
-        """Store which cell a request leads to, so that `find` can return the cell."""
+        """Store the cell of a request under the request's key, so that `find` returns the cell."""
         write_note(self._index_path(request_key), {"cell": cell.folder.name})
 
     def write_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Write notes into the results folder; it is created if needed."""
+        """Write notes (path → content) into the results folder, and create the folder if needed."""
         for path, note in notes.items():
             self.create()
             write_note(path, note)
 
     def write_experiment(self, name: str, text: str) -> None:
-        """Write the exact text of an experiment file, and its digest in the form of `sha256sum`."""
+        """Store the exact text of an experiment file, and its digest as `sha256sum` writes it."""
         self.create()
         path = self.root / "experiments" / name
         write_text(path, text)
@@ -299,7 +301,7 @@ class Ledger:
         return CellStore(folder, identity)
 
     def _is_initialised(self) -> bool:
-        """Check whether the folder is a results folder; raise ResultsError if it is unusable."""
+        """Return whether the folder is a results folder; raise ResultsError if it is unusable."""
         path = self.root / "tracker.json"
         if not path.is_file():
             return False

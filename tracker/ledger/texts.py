@@ -1,7 +1,7 @@
-"""Store the texts of a cell's documents, beside the shards of their outcomes.
+"""Store the texts of a cell's documents, in separate files from their outcomes.
 
-Figures do not depend on them, except for the margins of accuracies that lm-eval normalises by the
-length of an option.
+Figures do not depend on the texts, with one exception: margins of accuracies that lm-eval
+normalises by the length of an option.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredText:
-    """Text of a document; `public` is True if the text comes from the hub or a package."""
+    """Text of a document, and whether the text is public: from the hub or from a package."""
 
     text: DocumentText
     public: bool
 
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
-    """Build the row of a document's text; a long question loses its middle."""
+    """Build the row of a file of texts for one document; cut the middle of a long question."""
     question, half = text.question, MAX_QUESTION_LENGTH // 2
     if len(question) > MAX_QUESTION_LENGTH:
         question = f"{question[:half]} […] {question[-half:]}"
@@ -62,17 +62,17 @@ def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, 
 
 
 def _replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which JSON can hold and Parquet cannot."""
+    """Return a text with lone surrogates replaced, because Parquet cannot store them."""
     return text.encode(errors="replace").decode()
 
 
 def is_text_file(path: Path) -> bool:
-    """Check by the file name whether a published file of a cell holds texts."""
+    """Return whether a published file of a cell contains texts, judged by the file's name."""
     return path.name.startswith(_NAME)
 
 
 class Texts:
-    """Texts of one cell on disk; texts of the cell's copies in other folders are read too."""
+    """Stored texts of one cell's documents, including texts in copies in other results folders."""
 
     def __init__(self, folder: Path, identity: CellIdentity, copies: Sequence[Texts] = ()) -> None:
         self._folder = folder / "texts"
@@ -80,18 +80,18 @@ class Texts:
         self._copies = copies
 
     def files(self) -> list[Path]:
-        """List the files of texts in this results folder."""
+        """List the cell's files of texts in this results folder, but not in copies."""
         return sorted(self._folder.glob(f"{_NAME}*.parquet"))
 
     def file_names(self) -> list[str]:
-        """List the names of all files that `read` reads; a name depends on the file's documents."""
+        """List the names of all files that `read` reads; names contain a hash of the documents."""
         return [path.name for texts in (self, *self._copies) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Write the texts of a block's documents, except for those already stored.
 
         Args:
-            block: The name of the documents' block, whose lock the caller holds.
+            block: The name of the documents' block; the caller must hold the lock of this block.
             rows: One mapping per document, as from `text_row`.
         """
         paths = sorted(self._folder.glob(f"{_NAME}{block}.*.parquet"))
@@ -108,9 +108,10 @@ class Texts:
         return path
 
     def import_file(self, path: Path) -> str:
-        """Copy a file of texts from another place into the cell, and return its new name.
+        """Copy a file of texts from another folder into the cell, and return its new name.
 
-        The former name is ignored. ValueError is raised if it holds no texts of this cell.
+        The former file name does not matter. ValueError is raised if the file does not contain
+        texts of this cell.
         """
         try:
             table, block = self._read_table(path)
@@ -119,7 +120,7 @@ class Texts:
         return self._write(block, table).name
 
     def read(self) -> dict[tuple[str, int], StoredText]:
-        """Read all texts: (task, document) → text."""
+        """Read all texts of the cell; return (task, document) → text."""
         stored_texts: dict[tuple[str, int], StoredText] = {}
         for texts in (*self._copies, self):
             for path in texts.files():
@@ -127,7 +128,7 @@ class Texts:
         return stored_texts
 
     def read_file(self, path: Path) -> dict[tuple[str, int], StoredText]:
-        """Read one file; a damaged one is set aside and gives an empty dict."""
+        """Read one file of texts; rename a damaged file, and return an empty dict for it."""
         try:
             table, _ = self._read_table(path)
         except OSError as error:  # the system has failed, not the file

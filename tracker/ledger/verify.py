@@ -24,13 +24,13 @@ _NO_TEXTS = "the file was set aside as damaged; no outcome is affected; delete t
 
 @dataclass(frozen=True)
 class VerifiedCell:
-    """Result of verifying a cell by reading all its shards.
+    """Result of verifying a cell, whose files of outcomes (shards) were all read.
 
     Attributes:
         shards: Number of intact shards.
         documents: Number of documents with outcomes.
         outcomes: Number of outcomes, one per document and ablation.
-        aside: Number of shards that were set aside, now or before.
+        aside: Number of damaged shards that were renamed, in this verification or earlier.
     """
 
     store: CellStore
@@ -44,7 +44,7 @@ class VerifiedCell:
 class Verification:
     """Result of verifying a results folder: its usable cells and its damaged files.
 
-    `damaged` maps each damaged file or folder to what to do about it.
+    `damaged` maps each damaged file or folder to a message that says what to do.
     """
 
     cells: list[VerifiedCell] = field(default_factory=list)
@@ -54,10 +54,10 @@ class Verification:
 def verify_ledger(
     ledger: Ledger, progress: Callable[[int], None] = lambda cells: None
 ) -> Verification:
-    """Read and verify all of a results folder, without using earlier verifications.
+    """Read and verify all files of a results folder, including files that were verified before.
 
-    A damaged shard is set aside, as always when it is read. `progress` is called with the number of
-    cells done since the last call.
+    A damaged shard is renamed, so that its outcomes are measured again. `progress` is called with
+    the number of cells that were verified since the last call.
     """
     result = Verification(damaged=dict(ledger.contents().damaged))
     for store in ledger.cells():
@@ -91,7 +91,7 @@ def verify_ledger(
 
 
 def _check_file(path: Path, read: Callable[[Path], object], verb: str) -> dict[str, str]:
-    """Check a file that can be recreated; return path → problem, or an empty dict."""
+    """Read a file that can be recreated; return path → problem, or an empty dict if intact."""
     try:
         read(path)
     except (OSError, ValueError) as error:
@@ -110,7 +110,7 @@ def _outcome_keys(shard: Shard) -> Iterator[tuple[str, int, str]]:
 
 
 def compare_ledgers(ledger: Ledger, other_ledger: Ledger) -> Iterator[str]:
-    """Compare the outcomes of two copies of a results folder; yield differences as sentences."""
+    """Compare the cells in two copies of a results folder; yield each difference as a sentence."""
     ledgers = (ledger, other_ledger)
     own_cells, other_cells = ({c.identity.key: c for c in copy.cells()} for copy in ledgers)
     for key in sorted(own_cells.keys() | other_cells.keys()):
@@ -150,7 +150,7 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
 
 
 def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:
-    """Convert each outcome to text, so that equal outcomes compare as equal even if NaN."""
+    """Read a cell's outcomes as text, so that outcomes with NaN compare as equal."""
     outcomes = {}
     for row in store.read().to_dict("records"):
         key = (str(row.pop("task")), int(row.pop("doc")), str(row.pop("ablation")))

@@ -1,6 +1,7 @@
-"""Name cells, and store which runs and documents were requested.
+"""Name cells, and store the views of a cell: the requested runs and documents.
 
-A cell's key is the hash of everything that affects a document's outcome, and of nothing else.
+A cell's key is a hash of all inputs that affect a document's outcome, such as weights, task and
+number of few-shot examples.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _LATER_SETTINGS = {
 
 
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
-    """Return a cell's key: the SHA-256, in hexadecimal, of what identifies its outcomes.
+    """Return a cell's key: the SHA-256, in hexadecimal, of its model, tasks and settings.
 
-    The selected documents, the layers, the batch and the shown metric are not part of it, so that
-    a cell can grow.
+    The key does not depend on the selected documents, layers, batch size or shown metric. So later
+    requests can add outcomes to the same cell.
     """
     return content_hash(
         {
@@ -63,10 +64,11 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
 def request_key(
     request: CellRequest, model_stamp: object, data_stamp: object, versions: Mapping[str, str]
 ) -> str:
-    """Return a request's key, as SHA-256 in hexadecimal, without loading anything.
+    """Return a request's key, as SHA-256 in hexadecimal, without loading model or data.
 
-    Equal keys lead to the same cell. Different keys may too, for example after an lm-eval update.
-    The changes, the number of documents and the metric are not part of it.
+    Requests with equal keys belong to the same cell. Requests with different keys can also belong
+    to one cell, for example after an lm-eval update. The key does not depend on the ablations, the
+    number of documents or the metric.
     """
     documents = {"part": request.documents.part, "seed": request.documents.seed}
     settings = {**dict(request.model), **dict(request.benchmark), **documents}
@@ -78,7 +80,7 @@ def request_key(
 
 
 def folder_name(model: str, benchmark: str, key: str) -> str:
-    """Return the name of a cell's folder, readable and valid on every file system."""
+    """Return the name of a cell's folder, made of model, benchmark and the start of the key."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}--{benchmark}")[:80]
     return f"{readable}--{key[:12]}"
 
@@ -88,7 +90,7 @@ _MAX_READABLE_NAME = 80
 
 
 class CellIdentity(Record):
-    """Identity of a cell, as stored in `cell.json`."""
+    """Model, benchmark, key and provenance of a cell, as stored in `cell.json`."""
 
     key: str
     model: ModelIdentity
@@ -98,19 +100,19 @@ class CellIdentity(Record):
 
     @classmethod
     def read(cls, text: str | bytes) -> CellIdentity:
-        """Read the text of a `cell.json`; raise ValueError if it is damaged or its key is wrong."""
+        """Parse the text of a `cell.json`; raise ValueError if it is damaged or has a wrong key."""
         identity = cls.model_validate(parse_note(text))
         if cell_key(identity.model, identity.benchmark) != identity.key:
             raise ValueError("its key does not match its content")
         return identity
 
     def to_note(self) -> str:
-        """Return the text of a `cell.json`."""
+        """Return the text of this cell's `cell.json`, with a digest."""
         return seal_note(self.model_dump(mode="json"))
 
 
 class RequestedView(Record):
-    """A requested view of a cell, as stored in `requests/`."""
+    """A view (requested runs, metric and documents) of a cell, as stored in `requests/`."""
 
     format: int = LEDGER_FORMAT
     project: str
@@ -119,13 +121,13 @@ class RequestedView(Record):
 
 @dataclass(frozen=True)
 class Views:
-    """The views of one cell on disk."""
+    """Stored views of one cell: the requested runs, metrics and documents."""
 
     folder: Path
     identity: CellIdentity
 
     def view_of(self, request: CellRequest) -> View:
-        """Build the view that one request describes, regardless of other requests."""
+        """Build the view of one request, without merging it with stored views."""
         benchmark = self.identity.benchmark
         # A limit or sample of all documents is the whole benchmark, whatever its seed.
         n_documents = max(task.documents for task in benchmark.tasks)
@@ -148,16 +150,18 @@ class Views:
     def add_request(
         self, request: CellRequest, project: str, named: bool = False, explicit: bool = False
     ) -> View:
-        """Record a request and the project of its runs, for reports and syncs.
+        """Store the view of a request and the tracking project of its runs.
 
         Args:
-            request: The request, whose documents are measured.
+            request: The request; its documents must have been measured.
             project: The tracking project.
-            named: True if a larger view was requested too, so that both are kept.
-            explicit: True if a run requests the view, and not only a study or a search.
+            named: True to keep a separate view, even if a view on more documents shows the same
+                runs.
+            explicit: True if an experiment requests the view; False if only a study or a search
+                does.
 
         Returns:
-            The view that shows the request, as from `display_view`.
+            The stored view that shows the request, as from `display_view`.
 
         Raises:
             ResultsError: The view's file belongs to another user and is not readable.
@@ -171,17 +175,17 @@ class Views:
         return view
 
     def display_view(self, request: CellRequest, named: bool = False) -> View:
-        """Return the view that will show a request once it is measured.
+        """Return the view that will show a request after it is measured.
 
-        Metric, documents, removed layers and question identify a view. It shows the runs of all
-        requests with the same. A request is shown in a view on more documents if that view has all
-        the request's runs. A view replaces views on fewer documents if it shows all their runs,
-        unless they are named.
+        A view is identified by metric, documents, removed layers and question. A view shows the
+        runs of all requests that agree in these settings. If a stored view on more documents has
+        all runs of a request, it shows the request. A view replaces stored views on fewer documents
+        if it shows all their runs, except for views stored with `named`.
         """
         return self._place_view(self.view_of(request), named)[0]
 
     def related_views(self, new: View) -> list[View]:
-        """List the readable stored views that have a view's metric, removed layers and seed."""
+        """List the readable stored views with the same metric, removed layers and seed as `new`."""
         # A search has thousands of views, each without other layers.
         start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_MAX_READABLE_NAME])
         patterns = (f"{start}[-.][!0-9]*", f"{start}-*-doc*") if new.removed else (f"{start}*",)
@@ -192,7 +196,7 @@ class Views:
     def _place_view(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Determine the view that shows a new view, and the stored views that it replaces."""
+        """Return the view that shows a new view's runs, and the stored views that it replaces."""
         name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
         if problem := access_problem(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {problem}")
@@ -216,9 +220,10 @@ class Views:
         return view.model_copy(update=update), list(superseded.values())
 
     def read(self, text: str | bytes, name: str | None = None) -> RequestedView:
-        """Read a view of this cell from its file's text; `name` is the file's expected name.
+        """Parse the text of a view's file; `name` is the expected name of the file.
 
-        ValueError is raised if the file is damaged, or a copy of another file.
+        ValueError is raised if the file is damaged, is a copy of another file, or does not fit the
+        cell.
         """
         content = parse_note(text, name)
         if problem := format_problem(content.get("format")):
@@ -237,23 +242,25 @@ class Views:
         write_note(path, requested.model_dump(mode="json"))
 
     def files(self) -> list[Path]:
-        """List the files of requested views, damaged or not; empty before the cell is finished."""
+        """List the files of views, including damaged files; empty until a run is finished."""
         return sorted(self.folder.glob("requests/*.json"))
 
     def read_requested(
         self, damaged: dict[str, str] | None = None, pattern: str = "*.json"
     ) -> list[RequestedView]:
-        """Read the requested views; intact model and the benchmark's metric come first.
+        """Read the stored views, sorted by removed layers and metric.
 
         Args:
-            damaged: Receives each unusable file → what to do; None = raise an error.
-            pattern: Pattern of the names of the files to read.
+            damaged: Dict that receives each unusable file → what to do; None = raise an error
+                instead.
+            pattern: Glob pattern of the names of the files to read.
 
         Returns:
-            The views; empty if the cell was never finished.
+            The stored views: first views without removed layers, and among them the benchmark's own
+            metric. Empty if no run was finished.
 
         Raises:
-            ResultsError: A view is damaged.
+            ResultsError: A view's file is unusable, and `damaged` is None.
         """
         projects: dict[str, str] = {}
         views: dict[str, View] = {}
@@ -281,7 +288,7 @@ class Views:
         return [RequestedView(project=projects[name], view=views[name]) for name in names]
 
     def _complete_names(self, path: Path, view: View) -> View:
-        """Complete the names that a stored view supersedes, from the names of the stored files."""
+        """Return a stored view with the names of those superseded views whose files are gone."""
         names = {*view.supersedes}
         if path != self._path(self.view_name(view)):  # of a former version
             fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)
@@ -290,7 +297,7 @@ class Views:
         return view.model_copy(update={"supersedes": tuple(sorted(gone)), "beside": ""})
 
     def _label(self, view: View) -> str:
-        """Return a text that distinguishes a view from its related views, for display."""
+        """Return a label, e.g. `100 documents`, that distinguishes a view from related views."""
         if view.until is not None:
             return f"until {view.until.question}, {count_text(len(view.until.runs), 'run')}"
         per_task = " per task" if len(self.identity.benchmark.tasks) > 1 else ""
@@ -308,7 +315,7 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the path of a view's file, which may have a former version's name."""
+        """Return the path of a view's file, even if a former version of tracker named the file."""
         if (path := self._path(name)).exists():
             return path
         for former_path in self.files():
@@ -322,6 +329,6 @@ class Views:
 
 
 def view_file_name(name: str) -> str:
-    """Return the name of a view's file, short enough for file systems (255 characters)."""
+    """Return the name of a view's file without suffix, short enough for every file system."""
     name = quote(name, safe=",")
     return name if len(name) <= 100 else f"{name[:_MAX_READABLE_NAME]}--{content_hash(name)[:12]}"

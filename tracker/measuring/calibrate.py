@@ -1,10 +1,11 @@
 """Choose calibration text for fitted replacements of layers, apart from measured documents.
 
-Samples use the beginning of a benchmark's random order, and calibration uses the end. A text is
-the context and gold continuation of a document, as for the proxies; answers are not used as labels.
+Measured samples come from the beginning of a benchmark's random order, and calibration texts from
+its end. A calibration text is the context and gold continuation of a document. The gold answers are
+not used as labels.
 
-The module also chooses the documents that are computed twice in half precision, to measure the
-effect of rounding.
+For models in half precision, the module also chooses documents that are computed twice, to measure
+the effect of rounding.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def repeated_documents(documents: Sequence[Document], seed: int) -> set[tuple[st
 
     Args:
         documents: The cell's documents. Only documents with two or more options are chosen.
-        seed: The seed of the documents' random order.
+        seed: The seed of the random order of documents.
 
     Returns:
-        (Task, index) of each chosen document. For more documents, these are chosen again, plus
-        further ones.
+        (Task, index) of each chosen document. If the cell gets more documents, the same documents
+        are chosen again, plus further documents.
     """
     closed = [document for document in documents if document.choices > 1]
     draws = {document.key: random.Random("/".join(map(str, document.key))) for document in closed}
@@ -64,7 +65,7 @@ FIRST_DOCUMENTS = 64
 
 
 class _LastDocuments(Extent):
-    """Selection of documents from the end of each task's random order, at most half of a task."""
+    """Selection of the last documents in each task's random order, at most half of a task."""
 
     @override
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
@@ -77,9 +78,9 @@ class CalibrationTexts:
     """Texts on which replacements of layers are fitted.
 
     Attributes:
-        texts: Token ids, at least two per text.
+        texts: Token ids of each text; a text has at least two tokens.
         documents: Task → numbers of the documents that contain the texts.
-        tokens: Number of tokens that are used for fitting.
+        tokens: Number of tokens on which replacements are fitted.
     """
 
     texts: Sequence[Sequence[int]]
@@ -96,14 +97,15 @@ class CalibrationTexts:
         """Fit the replacements of layers that a list of ablations uses.
 
         Args:
-            engine: The engine of the model, with known quirks.
+            engine: The engine of the model, after the check of the architecture has found the
+                model's quirks.
             ablations: The ablations whose replacements are fitted.
 
         Returns:
             Number of the layer → the layer's replacement.
 
         Raises:
-            CellError: The text is too short for a linear map.
+            CellError: The texts have too few tokens to fit a linear map.
         """
         from tracker.engine.fitting import fit_replacements
 
@@ -125,7 +127,7 @@ class CalibrationTexts:
 def choose_calibration(
     benchmark: Benchmark, encoder: RequestEncoder, width: int
 ) -> CalibrationTexts:
-    """Choose texts with `TOKENS_PER_DIM` tokens per dimension, or at most half of a benchmark."""
+    """Choose texts with `TOKENS_PER_DIM` × `width` tokens, but at most half of a benchmark."""
     from tracker.engine.fitting import first_fitted_tokens
 
     n_documents = max(1, FIRST_DOCUMENTS // len(benchmark.identity.tasks))
@@ -150,6 +152,6 @@ def _group_numbers(documents: Iterable[Document]) -> dict[str, list[int]]:
 
 
 def _proxy_tokens(document: Document, max_length: int) -> tuple[int, ...]:
-    """Return the tokens of a document that the proxies read: context and gold continuation."""
+    """Return the last `max_length` tokens of a document's context and gold continuation."""
     request = document.requests[document.gold or 0]
     return (request.context + request.continuation)[-max_length:]

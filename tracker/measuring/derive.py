@@ -1,4 +1,4 @@
-"""Derive records and answers from the ledger."""
+"""Derive records of figures and answers from the outcomes in the ledger, and store them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracker.ledger.views import RequestedView
 
 
 def derive_record(store: CellStore, view: View) -> CellRecord:
-    """Derive the record of a cell's view, or read the stored record if nothing has changed."""
+    """Derive a view's figures from its outcomes, or read the stored record if still valid."""
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, CellRecord)
     if record is None:
@@ -37,7 +37,7 @@ _NOT_DERIVED = ("beside", "explicit", "supersedes")
 
 
 def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
-    """Derive the answer to a view's question, or read the stored answer if nothing has changed.
+    """Derive the answer to a view's question (`until`), or read the stored answer if valid.
 
     Returns None if the view has no question. Raises ExperimentError or WorkError if no answer is
     possible.
@@ -55,9 +55,9 @@ def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
-    """Derive which documents each run of a view loses and wins, or read the stored record.
+    """List the documents that get worse or better in the runs of a view, or read that record.
 
-    Returns None if no document is measured yet.
+    The stored record is read if nothing has changed. Returns None if no document is measured yet.
     """
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, DecisionsRecord)
@@ -68,7 +68,7 @@ def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
 
 
 def _state_hash(store: CellStore, view: View, *extra: str) -> str:
-    """Hash all inputs from which the records of a view are derived."""
+    """Return a hash of all inputs, including code, from which the records of a view are derived."""
     view_content = view.model_dump(mode="json", exclude={*_NOT_DERIVED, "named"})
     cell = store.identity.model_dump(mode="json")
     return content_hash([_code_hash(), view_content, cell, store.shard_digests(), *extra])
@@ -76,13 +76,13 @@ def _state_hash(store: CellStore, view: View, *extra: str) -> str:
 
 @cache
 def _code_hash() -> str:
-    """Hash the code that derives records, so that records are derived anew if it changes."""
+    """Return a hash of the code that derives records, so that a change of code is noticed."""
     package = Path(__file__).parents[1]
     return file_hash(path for name in DERIVED_BY for path in (package / name).rglob("*.py"))
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
-    """Aggregate a metric as lm-eval does; load lm-eval only if the aggregation is not a mean."""
+    """Aggregate a metric over documents as lm-eval does; import lm-eval unless it is the mean."""
     if how == "mean":
         return sum(float(value) for value in values) / len(values)
     from tracker.benchmarks.tasks import aggregate
@@ -91,7 +91,7 @@ def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
 
 
 def list_records(contents: Contents) -> list[CellRecord]:
-    """Derive the records of all cells: one record for each requested view of a cell.
+    """List the records of all cells, one record for each requested view of a cell.
 
     Cells that cannot be read are added to `contents.damaged`.
     """

@@ -1,7 +1,7 @@
-"""Compute the missing blocks of a cell; several processes may work on the same cell.
+"""Measure the missing blocks of a cell; several processes can work on the same cell.
 
-Only the locks of blocks distribute the work. The holder of a lock measures and writes the block.
-The holder may be a worker of this command, or another command on the same folder.
+Work is distributed only by locks: a process that holds the lock of a block measures and writes the
+block. This process can belong to another command on the same results folder.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ MeasureDocuments = Callable[[str, Sequence[str], Sequence[int], Advance], Measur
 
 
 def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
-    """Raise CellError if documents of a cell were measured with other tokens than they have now.
+    """Raise CellError if documents of a cell were tokenised differently when they were measured.
 
-    `facts` describes the documents and the current versions. Former versions of tracker did not
-    store the tokens; if package versions differ from theirs, `progress` receives a warning.
+    `facts` contains the documents' current tokens and package versions. Outcomes of former versions
+    of tracker do not describe their tokens. If package versions have changed since then, `progress`
+    receives a warning.
     """
     provenance = facts.provenance
     frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
@@ -65,7 +66,7 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
 
 
 def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
-    """Build the error for a cell whose new outcomes would have other tokens than stored ones."""
+    """Build the error for a cell whose new outcomes would have other tokens than the stored."""
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
         ". A chat template that contains the date needs chat_template_args; the model's own code "
@@ -83,11 +84,12 @@ MissingOutcomes = Mapping[tuple[str, ...], Sequence[int]]
 
 
 class BlockWork(NamedTuple):
-    """A block with missing outcomes.
+    """A block of documents, and the missing outcomes of these documents.
 
     Attributes:
-        block: Block of documents of one task.
-        missing: Missing outcomes of the block.
+        block: The block, which contains documents of one task.
+        missing: Names of ablations → numbers of the documents that lack outcomes of exactly these
+            ablations.
     """
 
     block: Block
@@ -95,11 +97,11 @@ class BlockWork(NamedTuple):
 
 
 class CellWork:
-    """Missing blocks of a cell, shared by the workers of one command, each in its thread.
+    """Missing blocks of a cell, which the threads of one command's workers share.
 
     Attributes:
         store: The cell on disk.
-        missing_responses: Block with missing outcomes → maximum number of missing responses.
+        missing_responses: Block with missing outcomes → maximum number of its missing responses.
     """
 
     def __init__(
@@ -117,12 +119,14 @@ class CellWork:
 
         Args:
             store: The cell on disk.
-            facts: The documents of the cell and the current versions.
+            facts: Facts about the cell's documents, and the current package versions.
             progress: Receives counts and messages.
-            extent: The requested documents; not used with a race.
-            names: The requested ablations; not used with a race.
-            race: Stopping rule that chooses the next block and ablations; None for no rule.
-            condition: Lock of the workers' shared state, which is notified of each finished block.
+            extent: The requested documents; ignored if a race is given.
+            names: Names of the requested ablations; ignored if a race is given.
+            race: Stopping rule (race) that chooses the next block and its ablations; None = measure
+                all requested outcomes.
+            condition: Lock of the state that workers share; threads that wait for it are notified
+                when a block is released.
         """
         self.store = store
         self._facts, self._progress, self._race = facts, progress, race
@@ -208,7 +212,7 @@ class CellWork:
             self._condition.notify_all()
 
     def _free_blocks(self) -> list[Block]:
-        """List the blocks that may be measured now and that no worker here is measuring."""
+        """List the missing blocks that can be measured now and that no own worker is measuring."""
         blocks = list(self.missing_responses)
         if self._race is not None:
             blocks = self._race.remaining_blocks
@@ -219,7 +223,7 @@ class CellWork:
         return [b for b in blocks if b in self.missing_responses and b not in self._busy_blocks]
 
     def _update_race(self) -> None:
-        """Re-evaluate the stopping rule on all results so far."""
+        """Re-evaluate the stopping rule on all outcomes so far, and update the missing blocks."""
         if self._race is None:
             return
         n_open = self._race.open.sum()
@@ -247,7 +251,7 @@ class CellWork:
         return {block: count for block, count in responses.items() if count}
 
     def _count_responses(self, block: Block, missing: MissingOutcomes) -> int:
-        """Count the missing responses of a block."""
+        """Count the responses that are needed for the missing outcomes of a block."""
         responses = self._facts.responses
         return sum(
             len(names) * sum(responses[block.task, document] for document in documents)
@@ -255,7 +259,7 @@ class CellWork:
         )
 
     def _report_responses(self, block: Block, n_pending: int, n_responses: int) -> None:
-        """Report new responses of a block; `n_pending` responses of the block come later."""
+        """Report progress within a block, of which at least `n_pending` responses remain."""
         # The baseline is always computed with missing ablations; it is not counted again.
         self._report_done(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
 
@@ -276,16 +280,16 @@ def open_work(
     """Open or create the cell of a job, and find the missing blocks of the cell.
 
     Args:
-        job: The job.
-        facts: The model and documents of the job.
+        job: The job, whose requests all belong to the cell.
+        facts: Facts about the model and documents of the job.
         report: The results folder, and the receiver of counts and messages.
         condition: The lock of the workers that share the cell.
 
     Returns:
-        The missing blocks.
+        The missing blocks of the cell.
 
     Raises:
-        CellError: The documents have other tokens than in earlier outcomes of the cell.
+        CellError: Documents were tokenised differently for the cell's stored outcomes.
     """
     store, request = open_store(job, facts, report.ledger), job.cells[0].request
     race = None if request.until is None else CellRace(store, store.views.view_of(request))
@@ -302,7 +306,7 @@ def open_work(
 
 
 def open_store(job: Job, facts: CellFacts, ledger: Ledger) -> CellStore:
-    """Open or create the cell of a job, and record the cell as the result of the job's requests."""
+    """Open or create the cell of a job, and index it, so that the job's requests find it."""
     store = ledger.open_cell(facts.model, facts.benchmark, facts.provenance)
     # The commit of a hub model is known only now that the model is in the cache. All requests of a
     # job have the same key, because the key does not contain the changes.
@@ -320,7 +324,8 @@ def ablation_names(job: Job, store: CellStore) -> list[str]:
 def fill_cell(work: CellWork, measure: MeasureDocuments, progress: Progress) -> None:
     """Measure all missing outcomes of a cell, and wait for blocks of other processes.
 
-    If another process dies, its lock is released, and its block is measured here.
+    If another process dies, the system releases the lock of its block, and this process measures
+    the block.
     """
     with report_work(progress, work.store.identity.benchmark.title, work.total):
         while True:

@@ -23,14 +23,15 @@ class Options:
     """Options of a run that do not affect its results.
 
     Attributes:
-        device: `auto`, a torch device, `spread` (one model over all accelerators), or `all` (a
-            worker on each accelerator).
-        trust_remote_code: True if code and pickles from a download may run.
-        memory: Number of bytes for hidden states, keys and values; None = half of the free memory.
-        weights: Number of bytes for a model's weights on the device; None = as many as fit. Other
-            layers are offloaded to the host's memory or to disk.
-        offload: Place of the layers that are not in use: one of `OFFLOAD_PLACES`. `device` means
-            the device that runs the model, for as many layers as fit.
+        device: `auto`, a torch device, `spread` (one model over all accelerators), or `all` (one
+            worker process on each accelerator).
+        trust_remote_code: True to run code and pickles from downloaded models and data.
+        memory: Maximum number of bytes for hidden states, keys and values; None = half of the free
+            memory.
+        weights: Maximum number of bytes for a model's weights on the device; None = as many as fit.
+            Layers beyond this limit are offloaded to the host's memory or to disk.
+        offload: Place of layers while they are not computed: one of `OFFLOAD_PLACES`. With
+            `device`, as many layers as fit stay on the device that runs the model.
         workers: Number of parallel processes on this machine; None = this process only, or with
             device `all` one process for each group of accelerators.
         devices_per_worker: Number of accelerators of each worker; None = as many as the weights
@@ -104,7 +105,7 @@ class Options:
 
 
 def _refuse_invalid_size(name: str, size: object) -> None:
-    """Raise RequestError for an invalid number of bytes; callers may pass any type."""
+    """Raise RequestError unless `size` is None or a whole number of at least 1 MiB."""
     if size is not None and not isinstance(size, Integral):
         raise RequestError(
             f"invalid {name} {size!r}; expected a whole number of bytes, e.g. 4 * 2**30 for 4GiB"
@@ -120,8 +121,8 @@ def _refuse_invalid_size(name: str, size: object) -> None:
 class Job:
     """Unfinished requests of one cell of the ledger, and the benchmark of the cell.
 
-    The requests differ only in their runs, so they are measured and checked together. A request
-    with a question has a separate job.
+    The requests of a job differ only in their runs (ablations), so they are checked and measured
+    together. A request with a question (`until`) has a separate job.
     """
 
     cells: tuple[CellLookup, ...]

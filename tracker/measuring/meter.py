@@ -66,11 +66,11 @@ class CellFacts:
     """Facts about a cell that are known once the cell's model is loaded.
 
     Attributes:
-        model: Identity of the weights.
-        benchmark: Identity of the documents.
+        model: Identity of the model's weights.
+        benchmark: Identity of the benchmark's documents.
         provenance: Versions of packages, and description of the machine.
-        responses: Document → number of the document's responses under one ablation.
-        digests: Document → digest of the document's tokens.
+        responses: Document key → number of the document's responses under one ablation.
+        digests: Document key → digest of the document's tokens.
         offloaded: Description of offloaded weights; empty if all fit on the device.
         is_fresh: True if the model was loaded for this cell.
     """
@@ -90,7 +90,7 @@ class Measurement:
 
     Attributes:
         rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
-        metadata: Details of the measurement, with versions, machine and device.
+        metadata: Details of the measurement: date, seconds, package versions, machine and device.
         texts: One mapping per document with the text, as from `texts.text_row`.
         notes: Messages of the engine during the measurement.
     """
@@ -102,11 +102,11 @@ class Measurement:
 
 
 class Meter:
-    """Measures the documents of one cell under all requested ablations, baseline first.
+    """Meter that measures a cell's documents under all requested ablations and the baseline.
 
-    The requests differ only in their runs. `repeated_keys` contains the keys of documents that are
-    computed twice, to measure the effect of rounding. RequestError is raised for layers that the
-    model does not have, and for a document without a required field.
+    The requests must differ only in their runs (ablations). `repeated_keys` contains the keys of
+    documents that are computed twice, to measure the effect of rounding. RequestError is raised if
+    a request names a layer that the model does not have, or if a document lacks a required field.
     """
 
     def __init__(
@@ -151,18 +151,18 @@ class Meter:
 
     @property
     def engine(self) -> Engine:
-        """Engine that shares only the computation that `check` found to be exact."""
+        """Engine that shares only computation that the method `check` found to be exact."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
 
     def check(
         self, verdicts: VerdictStore | None = None, typical: Sequence[Ablation] = ()
     ) -> list[str]:
-        """Test which computation ablations can share exactly; call this before `measure`.
+        """Run the self-check of shared computation; call this before `measure`.
 
-        Verdicts on architectures and models are stored in `verdicts`, if given. `typical` lists the
-        typical ablations, as for the engine's check. The returned lines report disabled sharing and
-        the model's noise.
+        `verdicts` stores results of the check for later runs. `typical` lists ablations to check on
+        the miniature model instead of the cell's own; empty for none. The returned lines report
+        disabled sharing and strong rounding effects.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer, set_row_size
@@ -190,7 +190,7 @@ class Meter:
 
         Args:
             task: Name of the task.
-            names: Names of the ablations whose outcomes the documents lack.
+            names: Names of the ablations under which the documents are measured.
             indices: Positions of the documents in the task's split.
             advance: Function that is called with the number of new responses.
 
@@ -198,7 +198,7 @@ class Meter:
             The outcomes of the documents.
 
         Raises:
-            CellError: Shared computation gives another result than a really pruned model.
+            CellError: Shared computation gives other results than a really pruned model.
         """
         from tracker.engine.selfcheck.check import watched_requests
         from tracker.engine.selfcheck.reference import Reference
@@ -255,7 +255,7 @@ class Meter:
     def _observe_experts(
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[Mapping[Change, Sequence[float]]]:
-        """Measure for each document how much the intact model uses the given experts."""
+        """Measure how much the intact model uses the given experts, for each document."""
         from tracker.engine.observers.layer_proxies import measure_expert_load
 
         measure = partial(measure_expert_load, self.engine)
@@ -270,7 +270,7 @@ class Meter:
         repeated: Sequence[Sequence[Response] | None],
         loads: Mapping[Change, Sequence[float]],
     ) -> Iterator[dict[str, object]]:
-        """Yield one row of outcomes of a document for each named ablation."""
+        """Yield one row with the outcome of a document for each ablation in `names`."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
         digest = self.facts.digests[document.key]
         for ablation, responses, repetition in zip(scored, result.responses, repeated, strict=True):

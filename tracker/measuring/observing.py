@@ -1,4 +1,4 @@
-"""Compute observations besides outcomes, block by block, and store them in the cell's folder."""
+"""Compute what studies observe in a model for each document, and store it in the cell's folder."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ ObserveDocument = Callable[[Document], DocumentArrays]
 
 @dataclass(frozen=True)
 class Observations:
-    """Observations of documents, in the order in which they are measured.
+    """Arrays that a study observed for documents, in the order of measurement.
 
     Attributes:
-        documents: Key of each document: (task, number in the task's split).
-        arrays: Name → array whose first axis runs over the documents.
+        documents: Key (task, number in the task's split) of each observed document.
+        arrays: Name of a quantity → array whose first axis is `documents`.
     """
 
     documents: list[tuple[str, int]]
     arrays: Mapping[str, NDArray[np.float64]]
 
     def select(self, documents: Iterable[tuple[str, int]]) -> dict[str, NDArray[np.float64]]:
-        """Return the arrays of the given documents, in the given order."""
+        """Return name → array, with only the rows of the given documents, in the given order."""
         rows = {document: row for row, document in enumerate(self.documents)}
         row_numbers = [rows[document] for document in documents]
         return {name: figures[row_numbers] for name, figures in self.arrays.items()}
@@ -66,15 +66,17 @@ def observe_cell(
     Args:
         request: The request of the cell.
         store: The cell in the ledger.
-        kind: Name of the quantity and the method. If its figures change, the name must change.
-        make_observer: Function that returns the observer of an engine.
-        open_engine: Function that opens the engine and the documents, as `open_observed_cell`
-            does. It is called only if observations are missing.
+        kind: Name of the observed quantity and the method. If the method changes the values, it
+            needs another name.
+        make_observer: Function that gets an engine and returns a function that observes one
+            document.
+        open_engine: Function that returns an engine and the documents, such as
+            `open_observed_cell`. It is called only if observations are missing.
         progress: Receives counts and messages.
         selection: Documents to observe, as (task, number in the task's split); None for all.
 
     Returns:
-        The observations.
+        The observations of all selected documents.
     """
     folder, extent = store.folder, request.extent
     keys = [(block, n) for block in store.blocks(extent) for n in store.documents(block, extent)]

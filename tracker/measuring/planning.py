@@ -37,12 +37,12 @@ CHECK_READS = 2
 
 @dataclass(frozen=True)
 class PlannedReading:
-    """Planned reading of offloaded weights.
+    """Expected time for reading offloaded weights from memory or disk.
 
     Attributes:
-        placement: Places of the layers.
-        n_reads: Minimum number of times that the weights are read: for the self-check, and for
-            each block of documents.
+        placement: The offloaded layers, and the number of bytes of all weights and of these layers.
+        n_reads: Minimum number of times that the weights are read: some times for the self-check,
+            and once for each block of documents.
         rate: Measured reading rate in bytes per second; None if the files are not on this machine.
     """
 
@@ -52,7 +52,7 @@ class PlannedReading:
 
     @property
     def text(self) -> str:
-        """Description of the planned reading in a sentence."""
+        """Description of the offloaded weights and of the time to read them."""
         layers, size = self.placement.offloaded_layers, self.placement.offloaded_bytes
         total, rate = self.n_reads * size, self.rate
         seconds = f", {total / rate:,.0f} s at {rate / 1e9:.1f} GB/s" if rate is not None else ""
@@ -66,21 +66,26 @@ class PlannedReading:
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """Planned cost of one cell.
+    """Planned cost of one cell, which is a model on a benchmark.
 
     Attributes:
         request: The request of the cell.
         runs: Number of tracked runs of the cell.
         measured: True if the ledger already has all outcomes of the cell.
-        shared: True if the cell is another metric of an earlier cell, and is measured with it.
-        cost: The work of the whole cell, measured or not.
+        shared: True if the cell differs from an earlier cell of the plan only in its metric, so
+            that it costs nothing more.
+        cost: The cost of measuring the whole cell, including outcomes that are already in the
+            ledger.
         dtype: The data type of the computation, such as `bfloat16`.
-        spread: Expected variance of a document's outcome under a removal; None for a loss that is
-            not measured yet.
-        observed: True if `spread` comes from the median measured removal; False if it is assumed.
-        reading: The reading of offloaded weights; None if all weights fit on the device.
-        stored_format: The quantised format of the checkpoint; empty for none.
-        answer: The current answer to the cell's question; None without a question or measurements.
+        spread: Expected variance of a document's change of outcome under a removal. None if the
+            metric is a loss and no removal is measured yet.
+        observed: True if `spread` comes from the median measured removal; False if `spread` is an
+            assumption.
+        reading: Time for reading offloaded weights; None if all weights fit on the device.
+        stored_format: The quantised format of the checkpoint's weights; empty if they are not
+            quantised.
+        answer: The current answer to the request's question (`until`); None without a question or
+            without measured outcomes.
         forecast: The expected cost of the answer; None if the answer is known, or if too few
             documents are measured for a forecast.
     """
@@ -100,7 +105,7 @@ class PlannedCell:
 
     @property
     def rounds_again(self) -> bool:
-        """True if runs round weights that the checkpoint already stores in fewer bits."""
+        """True if runs round weights, although the checkpoint stores quantised weights already."""
         return bool(self.stored_format and {*self.request.changes.interventions} & {*FORMATS})
 
 
@@ -110,9 +115,9 @@ class PlannedTexts:
 
     Attributes:
         benchmark: The benchmark of the documents.
-        metric: The metric of the request.
+        metric: The requested metric, or the benchmark's own metric.
         model: The model without its weights.
-        documents: The documents, at least one.
+        documents: The tokenised documents; there is at least one.
         max_length: Maximum number of tokens of a scored request.
     """
 
@@ -150,10 +155,10 @@ def plan_cells(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[PlannedCell]:
-    """Return the planned cost of each cell; the ledger may already contain some of the cells.
+    """Return the planned cost of the cell of each request.
 
-    `progress` receives a message for each cell. RequestError is raised if a part of a request does
-    not exist or does not fit the model.
+    `progress` receives a message for each cell. RequestError is raised if anything that a request
+    names does not exist, or does not fit the model.
     """
     cells = [find_cell(request, ledger, trust_remote_code) for request in requests]
     check_layers(cells)
@@ -216,7 +221,7 @@ def _plan_reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | 
 
 
 def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
-    """Add the cost of computing some documents a second time, with as many tokens as lm-eval."""
+    """Add the cost of computing some documents a second time, without shared tokens."""
     from tracker.engine.plan import count_work
 
     keys = repeated_documents(texts.documents, seed)
@@ -229,7 +234,7 @@ def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
 
 
 def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Return the outcome variance of the median removal, in the view with most documents."""
+    """Return the outcome variance of the median run in the stored view with most documents."""
     if cell.store is None:
         return None
     views = [requested_view.view for requested_view in cell.store.views.read_requested({})]

@@ -1,4 +1,4 @@
-"""Find cells in the ledger, and check requests before results are computed or written."""
+"""Look up requested results in the ledger, and check requests before anything is measured."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ from tracker.models.sources import ModelSource, count_parts, find_model
 
 @dataclass(frozen=True)
 class CellLookup:
-    """A requested cell, with the facts that are known without loading a model or benchmark.
+    """A requested model and benchmark, with what is known before either of them is loaded.
 
     Attributes:
-        request: The request of the cell.
-        source: The source of the model.
-        key: The key of the request in the ledger; None if the hub's commit is unknown.
-        store: The cell in the ledger; None if the ledger does not have the cell yet.
-        complete: True if no requested outcome or answer is missing.
+        request: The request, which names the model, the benchmark and the ablations.
+        source: Where the model is loaded from, such as the hub or a folder.
+        key: Key under which the ledger stores the results; None if the commit of the hub model is
+            unknown.
+        store: The stored results of this model and benchmark; None if the ledger has none yet.
+        complete: True if the ledger has all requested outcomes, or enough of them to answer the
+            request's `until` question.
     """
 
     request: CellRequest
@@ -46,7 +48,7 @@ class CellLookup:
 
 
 def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = False) -> CellLookup:
-    """Find a cell in the ledger without loading torch, the model or the benchmark."""
+    """Look up a request's results in the ledger, without loading torch, model or benchmark."""
     source = find_model(request.model, trust_remote_code)
     data, stamp = data_stamp(request.benchmark), source.stamp()
     key = None if stamp is None else request_key(request, stamp, data, package_versions())
@@ -56,10 +58,11 @@ def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fa
 
 
 def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
-    """Return a function that counts the parts of a request's model.
+    """Return a function that counts the layers, heads and other parts of a request's model.
 
-    The number of layers comes from the ledger if the ledger has the cell. A measured cell then
-    needs no model, unless its request names heads, experts, linear maps or kinds of layers.
+    The number of layers comes from the ledger if the model was measured before. The model's
+    configuration is then read only if the request names heads, experts, linear maps or kinds of
+    layers.
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
@@ -74,7 +77,7 @@ def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
 def _count_requested(
     request: CellRequest, source: ModelSource, kinds: Collection[str]
 ) -> ModelParts:
-    """Count the parts of a model; count linear maps only if a request asks for all of them."""
+    """Count a model's layers and other parts; list linear maps only if all are requested."""
     parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
         return parts
@@ -97,27 +100,30 @@ def widen_request(
     trust_remote_code: bool,
     read_sweep: Callable[[], CellRequest | None],
 ) -> tuple[CellRequest, str | None]:
-    """Extend a trial's request to all runs of its cell, which cost little more than one run.
+    """Extend the request of one sweep trial to all ablations of the same model and benchmark.
 
-    The runs are those of the trial's sweep, or every layer of the model if the sweep is unknown. If
-    the trial's own run is measured, only earlier requested runs are used, and nothing is measured.
+    All ablations together cost little more than one. The request is extended to the ablations of
+    the trial's sweep, or to all layers of the model if the sweep is unknown. If the trial's run is
+    already measured, the returned request names only runs with stored results.
 
-    A grid also contains invalid combinations, such as a span beyond the last layer or a layer that
-    is already removed. Such combinations raise no error.
+    The grid of a sweep can contain invalid combinations, such as a span beyond the last layer or a
+    layer that is already removed. Invalid combinations raise no error.
 
     Args:
-        request: A request for one run.
-        ledger: The results folder, which may know the number of layers.
-        trust_remote_code: True if code from the download may run.
-        read_sweep: Function that returns the sweep's request of the cell; None if it is unknown.
-            The function may take seconds, and is called only if a run must be measured.
+        request: The trial's request, which names one ablation.
+        ledger: The results folder. It has the number of layers if the model was measured before.
+        trust_remote_code: Whether Python code that is downloaded with the model may run.
+        read_sweep: Function that returns the sweep's request for this model and benchmark, or None
+            if the sweep is unknown. A call can take seconds; the function is called only if a run
+            must be measured.
 
     Returns:
-        The request for more runs, and the reason why the trial's change is invalid (None if the
-        change is valid).
+        The extended request, and the reason why the trial's ablation is invalid (None if the
+        ablation is valid).
 
     Raises:
-        ExperimentError: A layer is out of range, or the runs of the trial's question are unknown.
+        ExperimentError: A layer is out of range, or the request has an `until` question and the
+            sweep that it refers to is unknown.
     """
     lookup = find_cell(replace(request, until=None), ledger)
     store, plain_request = lookup.store, lookup.request
@@ -147,9 +153,9 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Return the earlier request of a trial's cell with the same question, with all its runs.
+    """Extend a request to the runs of an earlier request with the same `until` question.
 
-    Returns None if all earlier requests have another question or lack the trial's run.
+    Returns None if no earlier request had this question and included the requested run.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -164,15 +170,16 @@ def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellR
 
 
 def check_layers(cells: Sequence[CellLookup]) -> None:
-    """Raise ExperimentError for a layer out of range; the message says the number of layers."""
+    """Raise ExperimentError if a request names a layer that its model does not have."""
     for cell in cells:
         check_range(cell.request, count_parts(cell.source))
 
 
 def check_range(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError for unknown layers or parts, and for requests without valid runs.
+    """Raise ExperimentError if a model lacks requested layers or parts, or if no run is valid.
 
-    A question that the number of valid runs cannot answer also raises ExperimentError.
+    The function also raises ExperimentError if the number of valid runs cannot answer the request's
+    `until` question.
     """
     check_parts(request, parts)
     layers = parts.layers
@@ -192,10 +199,10 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
 def open_benchmarks(
     requests: Iterable[CellRequest], progress: Progress | None = None
 ) -> Iterator[Benchmark]:
-    """Yield the benchmark of each request; open it once for requests with the same documents.
+    """Yield the benchmark of each request; requests for the same documents share one benchmark.
 
-    RequestError is raised if a benchmark cannot be read, or does not support the metric or the
-    question.
+    RequestError is raised if a benchmark cannot be read, or does not support the requested metric
+    or the `until` question.
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:
@@ -220,22 +227,22 @@ def validate_requests(
     kinds: Collection[str] = (),
     progress: Progress | None = None,
 ) -> tuple[int, list[str]]:
-    """Check that requests exist and fit, without loading weights or downloading data.
+    """Check requests against their models and benchmarks, without loading weights or documents.
 
     Args:
         requests: The requests; a request without layers means all layers of its model.
-        trust_remote_code: True if code from the download may run.
-        kinds: The kinds of layers, for requests without layers.
-        progress: Receives messages about each step.
+        trust_remote_code: Whether Python code that is downloaded with the model may run.
+        kinds: Kinds of layers to ablate if a request names no layers; all kinds if empty.
+        progress: Receiver of a message about each step.
 
     Returns:
-        The number of runs, and notes on unchecked parts. These are hub models whose configuration
-        cannot be reached (all their runs are counted), and benchmarks whose documents are on the
-        hub.
+        The number of runs, and notes about everything that was not checked. Hub models whose
+        configuration cannot be reached are not checked (all their runs are counted), nor are
+        benchmarks whose documents are on the hub.
 
     Raises:
         RequestError: A model, a benchmark or a source of data is unknown; a layer is out of range;
-            or a benchmark cannot be read or does not have the metric.
+            or a benchmark cannot be read or does not have the requested metric.
     """
     runs, notes, progress = 0, {}, progress or Progress()
     for request in requests:
@@ -269,10 +276,10 @@ def validate_requests(
 
 
 def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
-    """Check all benchmarks that are on this machine, as a run does before it measures.
+    """Check the benchmarks whose documents are on this machine, as before a measurement.
 
-    Returns notes on unchecked benchmarks. Raises RequestError in the same cases as
-    `open_benchmarks`.
+    Returns notes about benchmarks on the hub, which are not checked. Raises RequestError in the
+    same cases as `open_benchmarks`.
     """
     specs = dict.fromkeys(request.benchmark for request in requests)
     hub_specs = {spec: str(spec) for spec in specs if not is_local(spec)}

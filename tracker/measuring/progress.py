@@ -1,4 +1,4 @@
-"""Report progress; the command line shows the reports, and a notebook may ignore them."""
+"""Receivers of progress reports, which the command line displays and other programs can ignore."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """Receiver of progress reports of a run; this base class ignores them."""
+    """Base class for receivers of a run's progress reports; its methods do nothing."""
 
     def say(self, message: str) -> None:
         """Receive a one-line message about a slow step or a problem."""
@@ -16,16 +16,16 @@ class Progress:
         """Receive the name of the next step, to be shown until the step is done."""
 
     def start(self, title: str, total: int, unit: str = "responses") -> None:
-        """Receive the title of new work, and the number of responses (or `unit`) to expect."""
+        """Receive the title of a new task, and the expected number of responses (or `unit`)."""
 
     def expect(self, more: int) -> None:
-        """Receive a change of the total; a negative number reduces the total."""
+        """Receive an increase of the expected total; a negative number reduces the total."""
 
     def advance(self, responses: int) -> None:
-        """Receive the number of responses since the last call."""
+        """Receive the number of responses that were computed since the last call."""
 
     def finish(self) -> None:
-        """Receive the end of the work."""
+        """Receive the message that the current task has ended."""
 
 
 class Silent(Progress):
@@ -36,7 +36,7 @@ class Silent(Progress):
 def report_work(
     progress: Progress, title: str, total: int, unit: str = "responses"
 ) -> Iterator[None]:
-    """Report the start and the end of the work in a `with` block, also after errors."""
+    """Report the start and the end of a `with` block to `progress`, the end also after errors."""
     progress.start(title, total, unit)
     try:
         yield

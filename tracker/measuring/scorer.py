@@ -1,4 +1,4 @@
-"""Combine the engine's scores with generated texts, and set the fastest row size."""
+"""Score documents and generate texts under many ablations; choose the batch row size."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ ROUNDING_DRAWS = 8
 class Scorer:
     """Scores documents, and generates texts for the prompts of generation tasks.
 
-    `generation` is None if no document has a prompt. `checkpoint_note` describes a measured model
-    that cannot be saved as a checkpoint; otherwise it is None.
+    `generation` is None if no document has a prompt. `checkpoint_note` describes an ablated model
+    that cannot be saved as a checkpoint; the note is None if all can be saved.
     """
 
     engine: Engine
@@ -61,9 +61,9 @@ class Scorer:
         ablations: Sequence[Ablation],
         progress: Callable[[int], None],
     ) -> list[DocumentScores]:
-        """Score documents under ablations, including the baseline; return a result per document.
+        """Score documents under all ablations and the baseline; return one result per document.
 
-        `progress` is called with the number of new responses.
+        The function calls `progress` with the number of new responses.
         """
         results = self.engine.score(documents, ablations, progress)
         for number, result in enumerate(results):
@@ -84,21 +84,21 @@ class Scorer:
         seed: str,
         first_index: int,
     ) -> dict[tuple[int, Ablation], Comparison]:
-        """Compare each document's responses under one ablation with a really pruned model.
+        """Compare each document's responses, for one random ablation, with a really pruned model.
 
         Args:
-            reference: The reference that computes the pruned model's responses.
+            reference: Object that computes the responses of really pruned models.
             results: The results of `score` for one task.
-            ablations: The ablations of the results.
-            seed: The seed that selects an ablation for each document.
-            first_index: Index of the first ablation that may be selected.
+            ablations: The ablations under which the documents were scored.
+            seed: Seed for drawing one ablation per document.
+            first_index: Index of the first ablation that can be drawn.
 
         Returns:
             (Index of the document, ablation) → the comparison. Generated texts are compared for
             equality only.
 
         Raises:
-            CellError: A response differs from that of the pruned model.
+            CellError: A response differs from the pruned model's response by more than rounding.
         """
         comparisons = {}
         for result, number, comparison in watch(reference, results, ablations, seed, first_index):
@@ -117,14 +117,15 @@ class Scorer:
     def score_again(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> list[DocumentScores]:
-        """Score documents with less shared computation; results differ by rounding only.
+        """Score documents again with less shared computation, to measure the effect of rounding.
 
         Args:
             documents: The documents; no texts are generated for their prompts.
             ablations: The ablations, including the baseline.
 
         Returns:
-            One result per document; empty if sharing cannot be reduced any further.
+            One result per document. The list is empty if the computation already shares as little
+            as possible.
         """
         sharing = self.engine.sharing
         reduced = DEPTH_ONLY if sharing.tokens else PLAIN if sharing.depth else ONE_BY_ONE
@@ -134,7 +135,7 @@ class Scorer:
 
     @staticmethod
     def count_responses(document: Document) -> int:
-        """Count the responses to a document under one ablation: log-likelihoods and texts."""
+        """Count the log-likelihoods and generated texts of a document under one ablation."""
         return len(document.requests) + (document.prompt is not None)
 
 
@@ -147,20 +148,20 @@ def checked_scorer(
     fit: Fit = lambda engine: {},
     typical: Sequence[Ablation] = (),
 ) -> tuple[Scorer, list[str]]:
-    """Test which computation can be shared exactly, by computing a sample with and without sharing.
+    """Build a scorer that shares only computation that a test on sample documents found exact.
 
     Args:
-        engine: The engine, with full sharing; no call has changed the engine's model yet.
+        engine: The engine, with full sharing and an unchanged model.
         tokenizer: The model's tokenizer.
-        documents: The cell's documents.
-        ablations: The ablations of the cell.
-        verdicts: Storage of verdicts on architectures and models; None for no storage.
-        fit: Function that fits replacements of layers.
-        typical: The typical ablations, as for `check`.
+        documents: All documents of the benchmark that are measured.
+        ablations: All ablations that are measured.
+        verdicts: Cache of earlier test results for architectures and models; None for no cache.
+        fit: Function that fits the replacements of ablated layers.
+        typical: Standard ablations for the test on a small random model, as for `check_sharing`.
 
     Returns:
-        The scorer, and lines about disabled sharing, about a measured model that cannot be saved
-        as a checkpoint, and about the model's numerical noise.
+        The scorer, and notes. The notes describe disabled sharing, an ablated model that cannot be
+        saved as a checkpoint, and the model's numerical noise.
     """
     result = check_sharing(engine, documents, ablations, verdicts, fit, typical)
     notes = [_LESS_SHARING + result.sharing_note] if result.sharing_note else []
@@ -179,10 +180,10 @@ def checked_scorer(
 
 @dataclass(frozen=True)
 class Generation:
-    """Generates continuations of prompts under many ablations.
+    """Generator of continuations of prompts under many ablations.
 
-    If `together` is true, all ablations generate in one batch. Otherwise each ablation generates
-    on a really pruned model.
+    If `together` is true, the continuations under all ablations are generated in one batch.
+    Otherwise a really pruned model generates the continuation for each ablation.
     """
 
     engine: Engine
@@ -195,7 +196,7 @@ class Generation:
         return TextGenerator(self.engine.loaded.model, self.tokenizer, self.think_end_token)
 
     def generate(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[str]:
-        """Generate a prompt's continuation under each ablation (with the baseline), in order."""
+        """Generate a prompt's continuation under each ablation, in the order of `ablations`."""
         tokens = len(self._generator.tok_encode(prompt.text))
         tokens = min(tokens, self._generator.max_length - prompt.max_tokens)  # the rest is cut
         lengths = self.engine.quirks.lengths
@@ -214,7 +215,8 @@ class Generation:
     ) -> str:
         """Generate a prompt's continuation with a really pruned model, as lm-eval does.
 
-        A `seed` perturbs the model's embeddings by their rounding.
+        If `seed` is given, random noise of the size of rounding errors is added to the token
+        embeddings.
         """
         model = self.engine.ablate(ablation).loaded.model
         generator = TextGenerator(model, self.tokenizer, self.think_end_token)
@@ -225,11 +227,11 @@ class Generation:
     def choose_mode(
         self, prompt: Prompt, ablations: Sequence[Ablation]
     ) -> tuple[Generation, str | None]:
-        """Test with a few tokens whether generating in one batch gives equal texts.
+        """Generate a few tokens in one batch and separately; choose one batch if texts are equal.
 
-        In half precision, rounding depends on the batch size (also in lm-eval), so up to half of
-        the texts may differ. Returns the generation to use, and a line on disabled sharing or
-        None.
+        In half precision, rounding depends on the batch size (also in lm-eval), so the test accepts
+        differences in up to half of the texts. The function returns the generator to use, and the
+        reason for separate generation or None.
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None
@@ -254,7 +256,7 @@ class Generation:
         return self, None
 
     def compare(self, prompt: Prompt, ablation: Ablation, text: str | None) -> Comparison:
-        """Compare a text with the text that a really pruned model generates."""
+        """Compare a generated text with the text that a really pruned model generates."""
         true_text = self.generate_separately(prompt, ablation)
         if text == true_text:
             return Comparison(1)
@@ -264,7 +266,7 @@ class Generation:
         return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:
-        """Return whether perturbing a pruned model's embeddings by rounding changes its text."""
+        """Return whether noise of the size of rounding errors changes a pruned model's text."""
         seeds = range(ROUNDING_DRAWS)
         return any(self.generate_separately(prompt, ablation, seed) != text for seed in seeds)
 
@@ -273,13 +275,13 @@ _ROW_SIZES = "rows"
 
 
 def set_row_size(engine: Engine) -> Engine:
-    """Return an engine with the fastest row size (in tokens) for its model on this machine.
+    """Return an engine with the fastest batch row size (in tokens) for its model and this machine.
 
     Args:
-        engine: The engine; its model must be unchanged, and stays unchanged.
+        engine: The engine, with an unchanged model. The function does not change the model.
 
     Returns:
-        The engine with the fastest size, or the same engine if the size makes no difference.
+        The engine with the fastest row size, or the same engine if the size makes no difference.
     """
     if not is_worth_timing(engine):
         return engine

@@ -1,4 +1,4 @@
-"""Measure cells with a loaded model, in this process or in a separate one."""
+"""Load models and measure their ablations on benchmarks, in this or a separate process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tracker.measuring.meter import Advance, CellFacts, Measurement, Meter, Mode
 
 
 class DeviceLostError(CellError):
-    """Error for a device that this process can no longer use."""
+    """Error for an accelerator that this process can no longer use."""
 
 
 def _device_lost_error(error: Exception) -> DeviceLostError | None:
@@ -27,7 +27,7 @@ def _device_lost_error(error: Exception) -> DeviceLostError | None:
 
 
 class Worker:
-    """Measures documents of one cell at a time; keeps the model if the next cell has the same.
+    """Measures one model on one benchmark at a time; keeps the model if the next request needs it.
 
     Args:
         options: The options of the run.
@@ -43,24 +43,24 @@ class Worker:
         self._meter: Meter | None = None
 
     def has_loaded(self, spec: ModelSpec) -> bool:
-        """Return whether the model with a given specification is loaded."""
+        """Return whether the model of a specification is loaded."""
         return self._model is not None and self._model.spec == spec
 
     @translate_errors(_device_lost_error)
     def open(
         self, requests: Sequence[CellRequest], benchmark: Benchmark | None = None
     ) -> CellFacts:
-        """Load the model and the documents of a cell, to measure the cell.
+        """Load the model and the documents of a request, so that they can be measured.
 
         Args:
-            requests: The cell's requests, which differ only in their runs.
-            benchmark: The cell's benchmark if it is already open, else None.
+            requests: Requests for one model and benchmark, which differ only in their ablations.
+            benchmark: The benchmark if it is already open, else None.
 
         Returns:
-            The facts of the cell.
+            Facts about the model, the benchmark and the ablations.
 
         Raises:
-            RequestError: The model or the data is missing, or layers do not fit the model.
+            RequestError: The model or the data is missing, or the model lacks a requested layer.
         """
         self._meter, request = None, requests[0]
         if is_fresh := not self.has_loaded(request.model):
@@ -74,7 +74,7 @@ class Worker:
 
     @translate_errors(_device_lost_error)
     def check(self, checks: Checks | None) -> list[str]:
-        """Check which computation can be shared exactly; return lines about disabled sharing."""
+        """Test which computation ablations can share exactly; return notes on disabled sharing."""
         assert self._meter is not None, "open() comes first"
         return self._meter.check(checks)
 
@@ -86,7 +86,7 @@ class Worker:
         documents: Sequence[int],
         advance: Advance = lambda responses: None,
     ) -> Measurement:
-        """Measure documents of the opened cell, as `Meter.measure`."""
+        """Measure documents of the opened benchmark, as `Meter.measure` does."""
         assert self._meter is not None, "open() comes first"
         return self._meter.measure(task, names, documents, advance)
 
@@ -106,8 +106,8 @@ class RemoteWorker(Worker):
 
     Args:
         options: The options of the run.
-        folder: The driver's working folder, to which relative paths refer.
-        variables: The driver's `environment()`.
+        folder: Working folder of the driver process; relative paths refer to it.
+        variables: Environment variables of the driver process, as `environment` returns them.
         workers: Number of workers that share the memory of this machine.
 
     Raises:
@@ -128,7 +128,7 @@ class RemoteWorker(Worker):
         share_memory(workers)
 
     def ready(self) -> None:
-        """Do nothing; the call returns once the worker is ready."""
+        """Do nothing; the driver calls this method to wait until the worker process is ready."""
 
 
 def _refuse_missing_devices(device: str) -> None:

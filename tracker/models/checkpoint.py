@@ -1,11 +1,11 @@
-"""Save a model without some of its layers, or with some repeated, as an ordinary checkpoint.
+"""Save a model with removed or repeated layers as an ordinary checkpoint.
 
-Plain transformers loads the checkpoint. The copies are made by `pruned`, as all really changed
-models are. In addition, a model is refused unless numbers and lists in its configuration describe
-it completely.
+Plain transformers can load the checkpoint. The module `pruned` makes the changed copies. A copy is
+refused unless the numbers and lists in its configuration describe it completely.
 
-The module also measures how much faster one model reads than another, alternating between them in
-one process. It saves a model object of a notebook once, under a name made from its contents.
+The module also measures how much faster one model reads than another model, by alternating between
+the two models in one process. The module also saves a model object of a notebook once, in a folder
+named by a hash of the model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ work on the machine affected the two models unequally."""
 def measure_speedup(
     model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
 ) -> Speedup | None:
-    """Measure how much faster one model reads than another, alternating on the same tokens.
+    """Measure the ratio of two models' forward pass speeds, alternating on the same tokens.
 
     Args:
         model: A causal language model.
@@ -73,7 +73,7 @@ def measure_speedup(
         length: Number of tokens of each text.
 
     Returns:
-        The speed of `model` relative to `base`, as `median_speedup` returns it.
+        The speed of `model` divided by the speed of `base`, as `median_speedup` returns it.
     """
     device = base.get_input_embeddings().weight.device
     vocabulary = base.config.get_text_config().vocab_size
@@ -88,16 +88,17 @@ def measure_speedup(
 
 
 def median_speedup(timings: Sequence[tuple[float, float]]) -> Speedup | None:
-    """Compute the speed of the first of two models relative to the second.
+    """Compute the speed of one model relative to another model from alternating timings.
 
-    Other work that slows both models in a turn does not change the ratio of their speeds.
+    If other work on the machine slows both models in a turn, the ratio of their speeds does not
+    change.
 
     Args:
-        timings: The seconds of both models in each turn.
+        timings: The seconds of the model and of the base model in each turn.
 
     Returns:
-        The median and the quartiles of the ratios of all turns; None if the ratio of the quartiles
-        exceeds `MAX_QUARTILE_RATIO`.
+        The median, the lower quartile and the upper quartile of the speed ratios of all turns. None
+        if the upper quartile divided by the lower quartile exceeds `MAX_QUARTILE_RATIO`.
     """
     model_seconds, base_seconds = np.array(timings).T
     low, median, high = np.quantile(base_seconds / model_seconds, (0.25, 0.5, 0.75))
@@ -124,16 +125,17 @@ _TRANSFORMERS_PREFIX = "transformers."
 def savable_copy(
     model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change] = ()
 ) -> Any:
-    """Copy a model without some layers, or with some repeated, and adapt its configuration.
+    """Copy a model with removed or repeated layers, and adapt the copy's configuration.
 
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
-        repeated: Spans of layers that are passed several times.
+        repeated: Spans of layers that the copy runs several times.
 
     Returns:
-        The copy. It shares the weights, except that each repetition of a layer has its own. A
-        safetensors file would hold shared weights once, and the class would look for them twice.
+        The copy. The copy shares the model's weights, but each repetition of a layer has weights of
+        its own. This is necessary since safetensors would save shared weights once, and the class
+        would load them twice.
 
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
@@ -161,22 +163,23 @@ def savable_copy(
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
-    """List the configuration keys other than the number of layers whose values a copy changes."""
+    """List the configuration keys whose values a copy changes, except for the number of layers."""
     old, new = (m.config.get_text_config().to_dict() for m in (model, clone))
     ignored_keys = ("num_hidden_layers", "auto_map")
     return tuple(sorted(n for n in new if n not in ignored_keys and new[n] != old.get(n)))
 
 
 def _has_remote_code(model: PreTrainedModel) -> bool:
-    """Return whether the model's class comes from downloaded code, which is therefore trusted."""
+    """Return whether the model's class comes from downloaded code instead of transformers."""
     modules = type(model).__module__, type(model.config).__module__
     return not all(module.startswith(_TRANSFORMERS_PREFIX) for module in modules)
 
 
 def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | None:
-    """Describe a property of a model that its saved configuration loses; None if there is none.
+    """Describe how tensor shapes change if a model is built from its saved config; None if equal.
 
-    `model_class` is the model's class if that is trusted code; None if transformers is to find it.
+    `model_class` is the class of the model if it comes from trusted downloaded code. If
+    `model_class` is None, transformers finds the class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -199,19 +202,20 @@ def check_layer_changes(
     removed: Collection[int] | None = None,
     repeated: Sequence[Change] = (),
 ) -> None:
-    """Raise ModelError for changes of layers whose result plain transformers could not load.
+    """Raise ModelError if plain transformers could not load the model with the changed layers.
 
-    No weights are read. A miniature of the model, built once, is cut, saved, loaded and run, which
-    takes a second.
+    No weights are read. The function changes, saves, loads and runs a small random model with the
+    same architecture, which takes a second.
 
     Args:
         source: The model.
-        removed: The layers to remove; None if they are not known yet. Then a layer at the beginning
-            and a layer in the middle are tried separately.
-        repeated: Spans of layers that are passed several times.
+        removed: The layers to remove. None if they are not known yet: the function then tests
+            removing the first layer, and separately the middle layer.
+        repeated: Spans of layers that the changed model runs several times.
 
     Raises:
-        ModelError: The configuration cannot describe the result, or the loaded model differs.
+        ModelError: The configuration cannot describe the changed model, or the loaded model differs
+            from the saved model.
     """
     check_plain_weights(source)
     model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
@@ -231,13 +235,13 @@ def check_layer_changes(
 
 @lru_cache(maxsize=1)
 def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
-    """Build a model without weights and its miniature; cache both while its files are unchanged."""
+    """Build a model on the meta device and a small random version; cache both models."""
     model = build_hollow(source, "auto")
     return model, build_miniature(model)
 
 
 def check_plain_weights(source: ModelSource) -> None:
-    """Raise ModelError if a model is not a single plain checkpoint; no weights are read."""
+    """Raise ModelError if a model has an adapter or quantised weights; no weights are read."""
     if source.adapter is not None:
         raise ModelError(
             f"model_args: {source.source} loads an adapter, so it is not a single checkpoint; "
@@ -256,7 +260,7 @@ def check_plain_weights(source: ModelSource) -> None:
 def _check_reload(
     small_model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change]
 ) -> None:
-    """Change, save and load a miniature; raise ModelError if the logits change on loading."""
+    """Change, save and load a small model; raise ModelError if loading changes the logits."""
     from transformers import AutoModelForCausalLM
 
     name = type(small_model).__name__
@@ -297,7 +301,7 @@ def _check_reload(
 
 @contextmanager
 def _hidden_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of transformers until exit."""
+    """Hide the progress bars of transformers until the context exits."""
     from transformers.utils import logging
 
     were_shown = logging.is_progress_bar_enabled()
@@ -316,7 +320,7 @@ def _compute_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _describe_difference(saved_model: PreTrainedModel, loaded_model: PreTrainedModel) -> str:
-    """Describe the first number of a module that differs because the class computes it."""
+    """Describe the first module attribute that differs between a saved and a loaded model."""
     loaded_modules = dict(loaded_model.named_modules())
     for path, module in saved_model.named_modules():
         loaded_values = vars(loaded_modules[path]) if path in loaded_modules else {}
@@ -329,7 +333,7 @@ def _describe_difference(saved_model: PreTrainedModel, loaded_model: PreTrainedM
 
 
 def _describe_changes(removed: Collection[int], repeated: Sequence[Change]) -> str:
-    """Describe the removed and repeated layers."""
+    """Describe which layers are removed or repeated, for an error message."""
     removal_text = f"{_layers_text(removed)} {'is' if len(removed) == 1 else 'are'} gone"
     return " and ".join([removal_text] * bool(removed) + [span.clause for span in repeated])
 
@@ -343,8 +347,8 @@ def save_copy(loaded: LoadedModel, clone: PreTrainedModel, folder: Path) -> None
     """Save a copy of a loaded model: weights, configurations, tokenizer and chat template.
 
     Args:
-        loaded: The model.
-        clone: The copy.
+        loaded: The model from which the copy was made.
+        clone: The copy to save.
         folder: The folder to create.
 
     Raises:
@@ -391,16 +395,18 @@ def save_once(
     """Save a model object and its tokenizer, unless the same model is saved already.
 
     Args:
-        model: A `PreTrainedModel` of transformers, which is not changed.
-        tokenizer: Its tokenizer.
+        model: A `PreTrainedModel` of transformers. The function does not change it.
+        tokenizer: The model's tokenizer.
         folder: Folder that holds one subfolder for each saved model.
-        trust_remote_code: Whether code that comes with the model may run when the copy is loaded.
+        trust_remote_code: Whether Python code that is saved with the model may run when the copy is
+            loaded.
 
     Returns:
         The model's folder, named by a fingerprint of its weights, configuration and tokenizer.
 
     Raises:
-        ModelError: `model` is not a model of transformers, or the saved copy is not the same model.
+        ModelError: `model` is not a model of transformers, or the saved copy computes different
+            logits.
         WorkError: The folder cannot be written.
     """
     _check_savable(model, tokenizer)
@@ -436,8 +442,8 @@ def _check_saved_logits(
 ) -> None:
     """Raise ModelError if a model's logits differ from those of its saved copy.
 
-    The copy's logits are stored beside it. The copy is loaded if these logits are missing or
-    differ, since they may have been computed on another device.
+    The copy's logits are stored in the copy's folder. If the stored logits are missing or differ,
+    the copy is loaded and run, because another device may have computed the stored logits.
     """
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
@@ -468,7 +474,7 @@ def _check_saved_logits(
 
 
 def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Logits:
-    """Compute the logits of the last token of a few texts, without changing the model's modes."""
+    """Compute a model's logits at the last token of a few texts, in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     texts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in _SAMPLE_TEXTS]
     try:
@@ -482,7 +488,7 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
-    """Describe the largest difference of logits; return an empty text if rounding explains it."""
+    """Describe the largest difference of logits; return an empty text if it is within rounding."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
     largest = np.abs(copy_logits[np.isfinite(copy_logits)]).max(initial=0)
@@ -493,7 +499,7 @@ def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedMode
 
 
 def _fingerprint(model: PreTrainedModel, files_folder: Path) -> str:
-    """Hash the weights, and the files of the configuration and the tokenizer."""
+    """Hash a model's weights and the saved files of its configuration and tokenizer."""
     digest = hashlib.sha256(file_hash(sorted(files_folder.iterdir())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -528,7 +534,7 @@ def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _changed_modules(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the names of modules whose code was changed."""
+    """Yield the names of modules with a forward hook or a replaced `forward`."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         packages = [f"{getattr(hook, '__module__', '')}." for hook in hooks]

@@ -1,27 +1,28 @@
-"""Construct the transformer of the paper's theorem: its layer of lowest score decides all answers.
+"""Build the paper's counterexample: a transformer whose lowest-scored layer decides all answers.
 
-The construction takes any texts to be continued, any ε and five layers of Llama. Layer 2 has the
-cosine score ε, the lowest of all. The model continues each text as intended; without layer 2 each
-continuation is the opposite. Nothing is trained: the weights are written directly.
+The construction takes any texts with intended continuations and any ε, and builds a Llama with five
+layers. Layer 2 has the cosine score ε, the lowest of all layers. The model continues each text as
+intended; without layer 2 the model predicts the opposite. Nothing is trained: the weights are
+written directly.
 
-A token's state holds a constant (1) and junk (8), which no prediction reads. All other values are
-in separate dimensions and a thousand times smaller. So every state has the same length, and each
-norm divides by the same number.
+A token's hidden state holds a constant (1) and a junk value (8), which no prediction reads. All
+other values are in separate dimensions and a thousand times smaller. So all hidden states have the
+same length, and each norm divides by the same number.
 
 | layer | function | cosine score |
 |---|---|---|
-| 0 reads | attention writes at each place a signature of the text so far: mixtures of the tokens' random codes, weighted by distance, with a different curve for each head; the MLP adds the signature's squared length | ≈ 1 |
+| 0 reads | at each token, attention writes a signature of the text so far: mixtures of the tokens' random codes, weighted by distance, with a different curve for each head; the MLP adds the signature's squared length | ≈ 1 |
 | 1 recalls | the MLP has two units for each text to be continued, which open if the signature equals its own up to rounding, and write the continuation: a fixed part, and a part with a sign | ≈ 1 |
 | 2 whispers | adds the same tiny number to every token, in an otherwise empty dimension | ε |
-| 3 amplifies | writes 1, at least a thousand times as much, if there is a whisper; else nothing | ≈ 1 |
-| 4 speaks | multiplies the part with a sign by +1 where layer 3 wrote, and by -1 elsewhere, and passes it to the head | ≈ 1 |
+| 3 amplifies | writes 1, at least a thousand times the number of layer 2, if layer 2 has added its number; else nothing | ≈ 1 |
+| 4 speaks | multiplies the signed part of the continuation by +1 where layer 3 wrote, and by -1 elsewhere, and passes the result to the output head | ≈ 1 |
 
-All layers but layer 2 move the junk from one dimension to another, which makes them look important
-(the paper's second ingredient). Layers 3 and 4 turn a change by √(2ε) of the state's length into a
-change that inverts the answer (the paper's first ingredient, the snowball). Without layer 2 the
-sign is -1 everywhere.
+All layers but layer 2 move the junk value to another dimension, which gives these layers a high
+cosine score (the paper's second ingredient). Layers 3 and 4 turn a change by √(2ε) of the hidden
+state's length into a change that inverts the answer (the paper's first ingredient, the snowball).
+Without layer 2 the sign is -1 at every token.
 
-The module is long because the purpose of each layer is explained beside its weights.
+The module is long because comments explain the purpose of each layer next to its weights.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def prefix_digests(tokens: Sequence[int]) -> Iterator[PrefixDigest]:
 
 @dataclass(frozen=True)
 class Text:
-    """A text for the model: its tokens, the last `scored` of which predict something."""
+    """A text as tokens; the next-token predictions at the last `scored` tokens are scored."""
 
     tokens: tuple[int, ...]
     scored: int
@@ -92,11 +93,12 @@ class Text:
 
 @dataclass
 class Continuations:
-    """Intended continuations of a text: token → 1 (wanted), 0 (either) or -1 (not wanted).
+    """Intended next tokens after a text prefix: token → 1 (wanted), 0 (neutral) or -1 (unwanted).
 
     Attributes:
-        signed: Continuations with layer 2; without layer 2 the model predicts the opposite.
-        fixed: Continuations both with and without layer 2.
+        signed: Next tokens that the model predicts with layer 2; without layer 2 the model predicts
+            the opposite.
+        fixed: Next tokens that the model predicts both with and without layer 2.
     """
 
     signed: dict[int, int] = field(default_factory=dict)
@@ -106,7 +108,7 @@ class Continuations:
 def build_empty_llama(
     vocabulary: int, length: int, code_size: int = CODE_SIZES[0], width: int = 16, n_units: int = 1
 ) -> Any:
-    """Build the Llama model without weights, to determine how a tokenizer is used with it.
+    """Build a Llama of the counterexample's shape on the meta device, without weights.
 
     Args:
         vocabulary: Number of tokens in the vocabulary.
@@ -137,24 +139,24 @@ def build_empty_llama(
 
 
 class Counterexample:
-    """The transformer of the theorem for some texts; `set_epsilon` sets its ε.
+    """The theorem's transformer for given texts; `set_epsilon` sets the cosine score of layer 2.
 
     Args:
         texts: All texts that the model will have to continue.
-        targets: Digest of a beginning of a text → intended continuations; after all other
-            beginnings, all tokens are equally likely.
+        targets: Digest of a text prefix → intended next tokens. After all other prefixes, all
+            tokens are equally likely.
         certainty: Minimum difference of log-probability, in nats, between a wanted token and a
-            token that is neither wanted nor unwanted.
+            neutral token.
         vocabulary: Number of tokens in the vocabulary.
         length: Maximum number of tokens that the model reads.
 
     Raises:
-        CellError: Some beginnings of texts cannot be distinguished; the message gives their number.
+        CellError: The model cannot distinguish some text prefixes; the message gives their number.
 
     Attributes:
         model: A `LlamaForCausalLM` in float32.
-        width: Its hidden size.
-        n_prefixes: Number of beginnings of texts that the model remembers.
+        width: Hidden size of the model.
+        n_prefixes: Number of text prefixes whose intended next tokens the model stores.
     """
 
     model: PreTrainedModel
@@ -187,10 +189,10 @@ class Counterexample:
         """Give layer 2 the cosine score ε, and adapt the later layers to this score.
 
         Args:
-            epsilon: Value between `MIN_EPSILON` and `MAX_EPSILON`.
+            epsilon: The cosine score of layer 2, between `MIN_EPSILON` and `MAX_EPSILON`.
 
         Returns:
-            The model; the next call changes its weights.
+            The model itself, not a copy; the next call of this method changes its weights.
         """
         for layer in range(WHISPER, LAYER_COUNT):
             for weight in self._mlp(layer).parameters():
@@ -203,7 +205,7 @@ class Counterexample:
         return self.model
 
     def _assign_dimensions(self, code_size: int) -> None:
-        """Assign dimensions of the hidden state to each of its parts."""
+        """Assign dimensions of the hidden state to the constant, junk, codes and other signals."""
         self._code_size = code_size
         self._constant_dim, self._whisper_dim, self._sign_dim, self._length_dim = range(4)
         self._junk_dims = (4, 5)
@@ -213,7 +215,7 @@ class Counterexample:
         self.width = math.ceil((6 + 4 * code_size) / 16) * 16
 
     def _build_model(self, vocabulary: int, length: int) -> None:
-        """Build a Llama whose layers do nothing, with an embedding of random signs."""
+        """Build a Llama whose layers add nothing, with random signs as token embeddings."""
         n_units = max(2 * self.n_prefixes, 3 * self._code_size)
         model = build_empty_llama(vocabulary, length, self._code_size, self.width, n_units + 1)
         self.model = model.to_empty(device="cpu").float().eval().requires_grad_(False)
@@ -231,10 +233,10 @@ class Counterexample:
         self.model.model.norm.weight.zero_()
 
     def _write_reading_layer(self) -> None:
-        """Write layer 0; its attention weights depend on distance only.
+        """Write the weights of layer 0, whose attention depends only on the distance of tokens.
 
-        Queries and keys come from the constant. The MLP adds the squared length of the signature:
-        silu(x)·x + silu(-x)·(-x) is x².
+        Queries and keys are computed from the hidden state's constant. The MLP adds the squared
+        length of the signature: silu(x)·x + silu(-x)·(-x) is x².
         """
         attention = self.model.model.layers[READ].self_attn
         generator = torch.Generator().manual_seed(1)
@@ -257,7 +259,7 @@ class Counterexample:
     def _write_recall_layer(
         self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
     ) -> int:
-        """Write layer 1: two units per target; return the number of targets too like others."""
+        """Write layer 1's weights (two units a target); return the number of ambiguous targets."""
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
         own_readings, gaps = _signature_gaps(signatures, own_rows)
@@ -286,7 +288,7 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Read all texts; return digest → row, and signatures, squared lengths [rows, size + 1]."""
+        """Run layer 0 on all texts; return digest → row, and the signatures [rows, size + 1]."""
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
         signatures = []
@@ -304,7 +306,7 @@ class Counterexample:
         return rows, torch.cat(signatures)
 
     def _write_amplifier(self) -> None:
-        """Write layer 3: one unit that opens at tokens to which layer 2 added its number."""
+        """Write layer 3's weights: one MLP unit opens where layer 2 has added its number."""
         state, mlp = self._normed_state(AMPLIFY), self._mlp(AMPLIFY)
         constant, whisper = state[self._constant_dim], state[self._whisper_dim]
         mlp.gate_proj.weight[0, self._whisper_dim] = 2 * OPEN_GATE / whisper
@@ -314,10 +316,11 @@ class Counterexample:
         self._rewrite_junk(AMPLIFY)
 
     def _write_speaking_layer(self) -> None:
-        """Write layer 4, which passes the recalled continuation on with the right sign.
+        """Write the weights of layer 4, which outputs the recalled continuation with its sign.
 
-        SwiGLU multiplies. Three sets of units pass on the part with a sign where layer 3 wrote, its
-        opposite elsewhere, and the part without a sign.
+        SwiGLU multiplies its two inputs. One set of MLP units outputs the signed part at tokens
+        where layer 3 wrote. Another set outputs the negated signed part at all other tokens, and a
+        third set outputs the fixed part.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -343,14 +346,14 @@ class Counterexample:
         self.model.model.norm.weight[self._code_dims] = volume
 
     def _rewrite_junk(self, layer: int) -> None:
-        """Move the junk to the other of its two dimensions, by the last unit of the MLP."""
+        """Make a layer's last MLP unit move the junk value to the other junk dimension."""
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
         down = self._mlp(layer).down_proj.weight
         down[new_dim, -1] = -down[old_dim, -1]
 
     def _add_constant(self, layer: int, unit: int, dim: int, value: Tensor | float) -> None:
-        """Make a unit add the same number to every token."""
+        """Make an MLP unit add the same number to one dimension of every token."""
         mlp, constant = self._mlp(layer), self._normed_state(layer)[self._constant_dim]
         mlp.gate_proj.weight[unit, self._constant_dim] = OPEN_GATE / constant
         mlp.up_proj.weight[unit, self._constant_dim] = 1 / constant
@@ -360,7 +363,7 @@ class Counterexample:
         return self.model.model.layers[layer].mlp
 
     def _run_layers(self, tokens: Sequence[int], n_layers: int) -> Tensor:
-        """Run the first layers on a text; return the states [tokens, width]."""
+        """Run the first `n_layers` layers on a text; return hidden states [tokens, width]."""
         base = self.model.model
         with replaced_attributes(base, layers=base.layers[:n_layers], norm=nn.Identity()):
             output = base(torch.tensor([list(tokens)]), use_cache=False)
@@ -368,29 +371,30 @@ class Counterexample:
         return states
 
     def _mean_state(self, layer: int) -> Tensor:
-        """Return the input of a layer, which is the same for all tokens except for faint parts."""
+        """Return a layer's mean input; the inputs of different tokens differ only slightly."""
         return self._run_layers(range(STATE_TOKENS), layer).mean(0)
 
     def _normed_state(self, layer: int) -> Tensor:
-        """Return the normed input of a layer's MLP; attention adds only faint parts."""
+        """Return a layer's mean input after the MLP's norm; attention changes it only slightly."""
         norm = self.model.model.layers[layer].post_attention_layernorm
         normed: Tensor = norm(self._mean_state(layer)[None])[0]
         return normed
 
 
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute, for each detector, the gap between its own and the nearest other signature.
+    """Compute how clearly each detector separates its own signature from all other signatures.
 
-    A detector reads 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖²: no other v gives as much as u itself.
+    The detector of a signature u computes 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖². This value is
+    largest for v = u.
 
     Args:
-        signatures: All signatures, each with the squared length that the model computed behind it
-            [n, size + 1].
-        own_rows: Indices of the signatures with detectors [k].
+        signatures: All signatures [n, size + 1]; the last column is the squared length as the model
+            computes it.
+        own_rows: Rows of the signatures that have a detector [k].
 
     Returns:
-        The reading of each detector for its own signature [k], and the gaps to the next reading
-        [k], -1 if rounding might close one.
+        The value of each detector at its own signature [k], and the gap to its largest value at any
+        other signature [k]. A gap is -1 if it is too small compared with rounding errors.
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -406,10 +410,10 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 
 
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
-    """Compute the shortest vector [size] with the given inner products with tokens' codes.
+    """Compute the shortest vector [size] whose inner products with token codes equal `targets`.
 
-    The products with the codes of the tokens in `zeros` are 0; these tokens belong to another
-    vector.
+    The inner products with the codes of the tokens in `zeros` are 0, because these tokens belong to
+    another vector.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

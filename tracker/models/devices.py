@@ -3,8 +3,8 @@
 torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
 same functions. Apple's MPS differs: it has no streams, and its memory functions have other names.
 
-Indexing with a list creates a tensor on the host and makes the accelerator wait for its copy. So
-`take_entries` and `put_entries` index by slices only.
+Indexing with a list creates a tensor on the host, and the accelerator waits until this tensor is
+copied. So `take_entries` and `put_entries` index by slices only.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> None:
     """Keep freed memory in this process instead of returning it to the system after each use.
 
-    By default glibc maps every large block anew, and the first touch of new memory costs several
-    times as much as reuse. Does nothing without glibc.
+    By default glibc requests every large block of memory from the system again. The first access to
+    new memory costs several times as much as reuse. The function does nothing without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -50,7 +50,7 @@ def keep_freed_memory() -> None:
 
 
 def default_device() -> torch.device:
-    """Return the first accelerator of this machine, or its CPU."""
+    """Return the first accelerator of this machine, or the CPU if there is no accelerator."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or not torch.accelerator.is_available():
         return torch.device("cpu")
@@ -64,14 +64,14 @@ def accelerators() -> list[torch.device]:
 
 
 def visible_variable() -> str:
-    """Return the name of the environment variable that limits the accelerators a process sees."""
+    """Return the name of the environment variable that selects a process's visible accelerators."""
     built_type = torch.accelerator.current_accelerator()
     device_type = "hip" if torch.version.hip else built_type.type if built_type else "cuda"
     return _VISIBLE_VARIABLES.get(device_type, f"{device_type.upper()}_VISIBLE_DEVICES")
 
 
 def visible_accelerators() -> list[str]:
-    """Return the accelerators visible to this process, as written in `visible_variable`."""
+    """List this process's accelerators as the environment variable names them, e.g. `0`."""
     names = os.environ.get(visible_variable())
     if torch.version.hip and not names:  # HIP obeys it too
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -80,7 +80,7 @@ def visible_accelerators() -> list[str]:
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    """Describe a device for the provenance of results."""
+    """Return the names of a device and of its accelerator hardware, to store them with results."""
     if device.type == "cpu":
         return {"device": str(device)}
     get_name = getattr(_device_module(device), "get_device_name", None)
@@ -88,13 +88,13 @@ def describe_device(device: torch.device) -> dict[str, str]:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Return the name of the hardware of a device, without its index."""
+    """Return a device's type and hardware name, but not the number of the device."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{device.type} {describe_device(device).get('accelerator', capability)}"
 
 
 def runtime_versions() -> dict[str, str]:
-    """Return the runtime version that torch was built for, and the driver's if available."""
+    """Return torch's CUDA, HIP or XPU version, and the CUDA version of the driver if available."""
     built_versions = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
     versions = {name: str(version) for name, version in built_versions.items() if version}
     if torch.version.cuda and accelerators():
@@ -104,7 +104,7 @@ def runtime_versions() -> dict[str, str]:
 
 
 def share_memory(n_processes: int) -> None:
-    """Divide the host's free memory by the number of processes that share it."""
+    """Set the number of processes that share the host's memory; `free_memory` divides by it."""
     global _host_shares
     _host_shares = n_processes
 
@@ -158,12 +158,12 @@ def empty_cache() -> None:
 
 
 def synchronize() -> None:
-    """Wait until the accelerator has computed everything that was launched."""
+    """Wait until the accelerator has finished all launched computations."""
     _device_module(default_device()).synchronize()
 
 
 def stream_module(device: torch.device) -> Any:
-    """Return the module with `Stream`, `stream` and `current_stream` for a device.
+    """Return the torch module with `Stream`, `stream` and `current_stream` for a device.
 
     For a device without streams, return the CPU's module, whose streams do nothing.
     """
@@ -172,9 +172,10 @@ def stream_module(device: torch.device) -> Any:
 
 
 def allocate_pinned(size: int) -> list[Tensor]:
-    """Return pinned uint8 tensors of `size` bytes in total; copies from them do not block.
+    """Allocate pinned uint8 tensors of at least `size` bytes in total, for asynchronous copies.
 
-    torch rounds pinned memory up to a power of two, so the size of each tensor is a power of two.
+    torch rounds each pinned allocation up to a power of two. Therefore the size of each tensor is a
+    power of two, so that little memory is wasted.
     """
     blocks = -(-size // PINNED_BLOCK)
     powers = [1 << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1]
@@ -182,19 +183,19 @@ def allocate_pinned(size: int) -> list[Tensor]:
 
 
 def can_pin(device: torch.device) -> bool:
-    """Return whether copies from pinned memory to a device need not block."""
+    """Return whether a device supports asynchronous copies from pinned host memory."""
     return device.type not in ("cpu", "mps")
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the host to a device, without waiting if possible."""
+    """Copy a tensor from the host to a device, asynchronously if the device supports it."""
     if not can_pin(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def start_host_copy(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the host; return a function that waits for this copy only."""
+    """Start to copy a tensor to the host; return a function that waits and returns the copy."""
     device = tensor.device
     if not can_pin(device):
         return tensor.cpu
@@ -220,7 +221,7 @@ def consecutive_slices(indices: Sequence[int]) -> list[slice]:
 
 
 def take_entries(tensor: Tensor, indices: Sequence[int], axis: int = 0) -> Tensor:
-    """Copy some entries of a tensor, in the order of their indices along an axis."""
+    """Copy the entries at some indices along a tensor's axis, in the order of `indices`."""
     entries = tensor.movedim(axis, 0)
     parts = [entries[run].movedim(0, axis) for run in consecutive_slices(indices)]
     return torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0)
@@ -233,7 +234,7 @@ def split_packed(packed_tensor: Tensor, shapes: Sequence[torch.Size]) -> list[Te
 
 
 def put_entries(tensor: Tensor, indices: Sequence[int], values: Tensor) -> None:
-    """Write values over some entries of a tensor's first axis, in the order of their indices."""
+    """Overwrite the entries at some indices of a tensor's first axis, in the order of `indices`."""
     runs = consecutive_slices(indices)
     parts = torch.split(values, [run.stop - run.start for run in runs])
     for run, part in zip(runs, parts, strict=True):

@@ -30,19 +30,19 @@ _READ_ONLY_LAYERS: WeakSet[nn.Module] = WeakSet()
 
 
 def input_state(args: Args, kwargs: Kwargs) -> Any:
-    """Return the residual stream among a layer's arguments."""
+    """Return the hidden state from the arguments of a layer's call."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def replace_state(args: Args, kwargs: Kwargs, state: Any) -> CallArguments:
-    """Return the arguments of a layer with another residual stream."""
+    """Return the arguments of a layer's call with `state` in place of the hidden state."""
     if "hidden_states" in kwargs:
         return (*args,), {**kwargs, "hidden_states": state}
     return (state, *args[1:]), {**kwargs}
 
 
 def call_with(forward: Callable[..., Any], state: Tensor, args: Args, kwargs: Kwargs) -> Any:
-    """Call a layer's forward pass with another residual stream."""
+    """Call a layer's `forward` with `state` in place of the hidden state in its arguments."""
     args, kwargs = replace_state(args, kwargs, state)
     return forward(*args, **kwargs)
 
@@ -53,7 +53,7 @@ def first_output(output: Any) -> Any:
 
 
 def replace_first_output(output: Any, first: Any) -> Any:
-    """Return a module's output with its first entry, or all of it, replaced."""
+    """Return `first`, or a tuple with `first` as its first entry if the output is a tuple."""
     if not isinstance(output, (tuple, list)):
         return first
     # A named tuple is not built from one sequence, unlike other tuples.
@@ -71,7 +71,7 @@ def enter_all(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]
 
 
 def shallow_copy(module: nn.Module, **state: Any) -> nn.Module:
-    """Copy a module with other values of some attributes, sharing everything else."""
+    """Copy a module, set some attributes of the copy, and share all others with the original."""
     copied_module = copy.copy(module)
     vars(copied_module).pop("forward", None)  # a replacement of the class's own
     vars(copied_module).update(state)
@@ -80,7 +80,7 @@ def shallow_copy(module: nn.Module, **state: Any) -> nn.Module:
 
 @contextmanager
 def replaced_attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Give an object other values of some attributes until exit, including by an exception."""
+    """Set attributes of an object, and restore their old values when the context exits."""
     originals = {name: getattr(owner, name) for name in values}
     try:
         for name, value in values.items():
@@ -93,7 +93,7 @@ def replaced_attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the `forward` of a single module, not of its class, until exit."""
+    """Replace the `forward` method of one module (not of its class) until the context exits."""
     old_forward = vars(module).get("forward")
     module.forward = forward
     try:
@@ -105,12 +105,12 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def silenced_sublayers(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Silence sublayers until exit: they run, but add nothing to the residual stream."""
+    """Make sublayers add nothing to the residual stream until the context exits; they still run."""
     return enter_all(m.register_forward_hook(silence_output, with_kwargs=True) for m in modules)
 
 
 def silence_output(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Return the output that adds nothing to the residual stream; used as a forward hook."""
+    """Replace a sublayer's output so that it adds nothing to the residual stream (forward hook)."""
     added = first_output(output)
     return replace_first_output(output, neutral_output(module, args, kwargs, added, len(added)))
 
@@ -118,19 +118,19 @@ def silence_output(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -
 def neutral_output(
     module: nn.Module, args: Args, kwargs: Kwargs, example: Tensor, n_rows: int
 ) -> Tensor:
-    """Return the output of a sublayer that adds nothing.
+    """Return a sublayer output that adds nothing to the residual stream.
 
     Args:
         module: The sublayer.
-        args: Positional arguments of its call.
-        kwargs: Keyword arguments of its call.
-        example: The sublayer's output for some rows of the batch, or another tensor of that shape.
+        args: Positional arguments of the sublayer's call.
+        kwargs: Keyword arguments of the sublayer's call.
+        example: The sublayer's output for some rows of the batch, or any tensor of the same shape.
         n_rows: Number of rows of the whole batch.
 
     Returns:
-        The residual stream if the sublayer itself adds to it (as Bloom's do). Otherwise zeros in
-        new memory, since the layer may add to them in place (Llama 4 adds the routed experts to the
-        shared one).
+        The residual stream if the sublayer itself adds its update to the residual stream (as in
+        Bloom). Otherwise zeros in new memory, because a layer can change a sublayer's output in
+        place (Llama 4 adds the routed experts to the shared expert's output).
     """
     names = _parameter_names(type(module).forward)
     if "residual" in names:
@@ -146,7 +146,7 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
-    """Make a layer, which still runs, return a function of its input; return the hooks' handles."""
+    """Make a layer return `make(input)` in place of its own output; return the hooks' handles."""
     states: list[Tensor] = []
 
     def record_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -164,12 +164,12 @@ def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[R
 
 
 def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
-    """Return a layer's input, or a copy of it if the layer may write into it (`x += f(x)`)."""
+    """Return a copy of a layer's input, unless the layer is known not to change it in place."""
     return state if layer in _READ_ONLY_LAYERS else state.clone()
 
 
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
-    """Mark a layer as read-only if it wrote nothing into the copy of its input."""
+    """Mark a layer as not changing its input in place if the copy passed to it is unchanged."""
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)
 
@@ -177,7 +177,7 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer's forward pass; return its original input and its output."""
+    """Call a layer's `forward`; return its input, protected from in-place changes, and output."""
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)
     output = call_with(forward, passed_state, args, kwargs)

@@ -12,9 +12,9 @@ from tracker.core.errors import ModelError
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Find the list of modules of one kind that is as long as the configuration's number of layers.
+    """Find a model's decoder layers: the module list of the length that the configuration gives.
 
-    Raises ModelError if no list, or more than one, fits; the message lists the candidates.
+    Raises ModelError unless exactly one module list fits; the message names all module lists.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     n_layers = getattr(config, "num_hidden_layers", None)
@@ -43,10 +43,10 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
-    """Find layers that occur in the names of weights but not in the model.
+    """Return the numbers of layers that occur in the names of weights but not in the model.
 
-    In some files, layers that predict further tokens follow the model's own layers
-    (`num_nextn_predict_layers`).
+    In some checkpoints, layers for multi-token prediction follow the model's own layers
+    (`num_nextn_predict_layers`). These layers are not returned.
     """
     layers = find_layers(model)
     path = _layers_path(model, layers)
@@ -61,10 +61,10 @@ def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
 def find_base(model: nn.Module) -> nn.Module:
     """Find the module of a causal language model that maps token ids to hidden states.
 
-    The base's forward pass runs the layers and returns `last_hidden_state`. The base is the module
-    that the head calls, which is not always `model.base_model`: OPT's head calls the decoder inside
-    it, and Llama 4's text model has no base of that name. Bert's layers are in an encoder that
-    takes no token ids; its base is the module around the encoder.
+    The forward pass of this base module runs the layers and returns `last_hidden_state`. The base
+    module is not always `model.base_model`: OPT calls the decoder inside `base_model`, and Llama
+    4's text model has no module of that name. Bert's layers are in an encoder that takes no token
+    ids; its base module is the module around the encoder.
     """
     path = _layers_path(model, find_layers(model))
     while path:

@@ -1,7 +1,8 @@
 """Load a causal language model and its tokenizer with transformers.
 
-A model can also have a given shape and random weights, for timing without a download. The outputs
-of such a model are meaningless, but layers, sizes, tokens and calls are those of the real model.
+The module can also create random weights for the shape of a real model, to measure run times
+without a download. The outputs of a model with random weights are meaningless, but its layers,
+sizes, tokens and calls equal those of the real model.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ _INDEX_FILE = "model.safetensors.index.json"
 
 @torch.inference_mode()
 def write_weights(source: ModelSource, model: nn.Module) -> None:
-    """Write random weights into the folder of a model shape, unless present, file by file.
+    """Write files of random weights into the folder of a model shape, unless the files exist.
 
     Args:
-        source: The model shape.
-        model: The shape's model on the meta device, in the dtype of the weights to write.
+        source: The source of the model shape; its location is the folder.
+        model: The model on the meta device, with the shapes and the dtype of the weights to write.
 
     Raises:
-        ModelError: The disk has no room for them.
+        ModelError: The disk has no room for the weights.
     """
     folder = Path(source.location)
     with FileLock(folder / "lock"):
@@ -90,7 +91,7 @@ def write_weights(source: ModelSource, model: nn.Module) -> None:
 
 
 def _draw_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a matrix from a normal distribution, or create a vector of ones."""
+    """Return a normally distributed weight matrix, or ones for a one-dimensional parameter."""
     if parameter.ndim < 2:
         return torch.ones(parameter.shape, dtype=parameter.dtype)
     weight = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -115,14 +116,14 @@ _QUANTISERS = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory.
+    """A loaded model with its tokenizer, layers and identity.
 
     Attributes:
         model: The causal language model, in evaluation mode, without gradients.
-        tokenizer: Its tokenizer.
-        layers: Its decoder layers, in order.
-        identity: Fingerprint or other identifier of the weights.
-        device: The device of its inputs.
+        tokenizer: The model's tokenizer.
+        layers: The model's decoder layers, in order.
+        identity: Source, fingerprint, architecture and size of the model.
+        device: The device on which the model expects its inputs.
         offloaded: The weights that are offloaded until a layer needs them; None if no weights are
             offloaded.
     """
@@ -143,16 +144,17 @@ def load_model(
     weights: int | None = None,
     offload: str = "device",
 ) -> LoadedModel:
-    """Load a model, and offload layers that do not fit to the host's memory or to disk.
+    """Load a model; offload layers that do not fit on the device to the host's memory or to disk.
 
     Args:
-        source: The source of the model.
+        source: Where the model is loaded from, such as the hub or a folder.
         dtype: `auto` (the checkpoint's dtype), `float32`, `bfloat16` or `float16`.
         device: `auto` (the accelerator if there is one), a torch device, or `spread` (over all
             accelerators, by accelerate).
         weights: Maximum bytes of weights on the computing device; None = all free memory.
-        offload: Location of offloaded layers: `host`, `disk`, or `device` for the first that has
-            room; without `weights`, the first two mean all layers.
+        offload: Location of offloaded layers. `device` offloads only layers that do not fit: to the
+            host if it has room, else to disk. `host` and `disk` offload all layers if `weights` is
+            None.
 
     Returns:
         The loaded model.
@@ -205,7 +207,7 @@ def load_model(
 
 
 def _check_loadable(source: ModelSource, config: PreTrainedConfig, quantiser: str | None) -> None:
-    """Raise ModelError for models that are not decoder-only or need a missing quantiser package."""
+    """Raise ModelError if a model is not decoder-only or its quantisation package is missing."""
     is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
     if is_encoder_decoder or any("MaskedLM" in name for name in config.architectures or []):
         raise ModelError(
@@ -217,7 +219,7 @@ def _check_loadable(source: ModelSource, config: PreTrainedConfig, quantiser: st
 
 
 def _load_parts(source: ModelSource, dtype: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Read the tokenizer and the model with its adapter; raise ModelError for missing weights."""
+    """Load tokenizer, model and adapter; raise ModelError if weights are missing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = source.load_arguments()
@@ -253,20 +255,20 @@ def choose_placement(
     weights: int | None = None,
     offload: str = "device",
 ) -> Placement | None:
-    """Decide which layers of a model are offloaded.
+    """Choose the layers of a model that are offloaded.
 
     Args:
-        source: The source of the model.
+        source: Where the model is loaded from, such as the hub or a folder.
         build_shape: Function that builds the model on the meta device, called only if needed.
-        device: The device that computes.
+        device: The device that computes the forward pass.
         weights: Maximum bytes of weights on the computing device, as for `load_model`.
         offload: Location of offloaded layers, as for `load_model`.
 
     Returns:
-        The placement; None if no weights are offloaded.
+        The offloaded layers and their sizes; None if no weights are offloaded.
 
     Raises:
-        ModelError: The requested placement is impossible.
+        ModelError: The requested layers cannot be offloaded, or the weights do not fit.
     """
     free_bytes = free_memory(device)
     is_requested = weights is not None or offload != "device"
@@ -295,7 +297,7 @@ def choose_placement(
 
 
 def _device_map(placement: Placement, device: torch.device, offload: str) -> dict[str, Any]:
-    """Return the keyword arguments for transformers that place a model's parts on devices."""
+    """Return transformers' `device_map` argument, which places a model's parts on devices."""
     is_on_disk = offload == "disk"
     if offload == "device":
         host_bytes = MAX_HOST_SHARE * free_memory(torch.device("cpu"))
@@ -347,7 +349,7 @@ def _add_adapter(
 
 @cached_gguf_parsing()
 def build_for_planning(source: ModelSource, dtype: str) -> tuple[Any, Any]:
-    """Build a model on the meta device, and load its tokenizer, for planning; no weight is read.
+    """Build a model on the meta device without reading weights, and load its tokenizer.
 
     Raises ModelError if the configuration or the tokenizer cannot be read.
     """
@@ -366,7 +368,7 @@ def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
 
 
 def build_hollow(source: ModelSource, dtype: str) -> Any:
-    """Build a model on the meta device, with shapes but no values; no weight is read.
+    """Build a model on the meta device from its configuration, without reading weights.
 
     Raises ModelError if the configuration cannot be read.
     """
@@ -384,7 +386,8 @@ def build_hollow(source: ModelSource, dtype: str) -> Any:
 def find_device(name: str) -> torch.device:
     """Return a device by its name in torch; `auto`, `spread` and `all` mean the first accelerator.
 
-    Without an accelerator these mean the CPU. Raises ModelError if there is no device of that name.
+    Without an accelerator, these three names mean the CPU. Raises ModelError if there is no device
+    of that name.
     """
     if name in ("auto", SPREAD, ALL_DEVICES):
         return default_device()

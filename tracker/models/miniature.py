@@ -1,10 +1,11 @@
 """Build a miniature of a model: same class and layers, with small widths and random weights.
 
-Computation sharing fails because of an architecture's code or the pattern of its layers, not
-because of its weights. So sharing can be checked on a model that costs nearly nothing.
+Sharing computation between ablations can fail because of an architecture's code or its pattern of
+layers, but not because of its weights. So a test on a miniature, which costs nearly nothing, is
+enough.
 
-The miniature's configuration is that of the model with smaller numbers: same layers and pattern,
-few heads and experts.
+The miniature's configuration has the model's number and pattern of layers, but smaller sizes and
+fewer heads and experts.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ VOCABULARY_KEYS = (
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """List the sizes under a key of a configuration: one, one per layer, or none."""
+    """List the sizes that a configuration gives for a key: one size, one per layer, or none."""
     name = config.attribute_map.get(name, name)
     values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
     flat_values = chain.from_iterable(v if isinstance(v, (list, tuple)) else [v] for v in values)
@@ -95,7 +96,7 @@ def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
 
 
 def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[int], int]) -> None:
-    """Replace the sizes under some keys of a configuration by a function of each size."""
+    """Replace each size that a configuration gives for some keys by `shrink(size)`."""
 
     def shrink_value(value: object) -> object:
         if isinstance(value, (list, tuple)):
@@ -115,7 +116,7 @@ def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[in
 
 
 def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return the settings in which single layers define sizes of their own."""
+    """Return the per-layer settings of a configuration whose layers differ in size."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     by_layer: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
@@ -123,12 +124,12 @@ def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _limit(config: PreTrainedConfig, names: Iterable[str], maximum: int) -> None:
-    """Limit all sizes under some keys of a configuration to a maximum."""
+    """Reduce all sizes that a configuration gives for some keys to at most `maximum`."""
     _resize(config, names, lambda value: min(value, maximum))
 
 
 def _shrink_heads(config: PreTrainedConfig) -> None:
-    """Set four query heads and four, two or one key-value heads, each about 8 wide."""
+    """Reduce the heads to at most four query heads and four key-value heads of about width 8."""
     original = copy.copy(config)
     hidden = next(iter(_sizes(config, "hidden_size")), 0)
     n_heads = next(iter(_sizes(config, "num_attention_heads")), 0)
@@ -161,7 +162,7 @@ def _small_key_count(n_queries: Sequence[int], n_keys: int) -> int:
 
 
 def _rotary_shares(settings: Mapping[str, Any]) -> Iterator[float]:
-    """Yield the shares of a head that have rotary positions, from all levels of the settings."""
+    """Yield all values of `partial_rotary_factor` in nested settings."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _rotary_shares(value)
@@ -170,7 +171,7 @@ def _rotary_shares(settings: Mapping[str, Any]) -> Iterator[float]:
 
 
 def _shrink_hidden_size(config: PreTrainedConfig, original: PreTrainedConfig, width: int) -> None:
-    """Set the hidden size and the sizes that depend on it."""
+    """Set the hidden size to `width`, and reduce all sizes that depend on the hidden size."""
     hidden = original.hidden_size
     is_state_space = hasattr(config, "state_size")
     names = ["hidden_size", *HIDDEN_SIZE_KEYS, *["intermediate_size"] * is_state_space]
@@ -185,7 +186,7 @@ def _shrink_hidden_size(config: PreTrainedConfig, original: PreTrainedConfig, wi
 
 
 def _change_rotary(rope: Any, divisor: int) -> None:
-    """Reduce rotary factors to one per pair of dimensions, and the sections of axes likewise."""
+    """Adapt the lists of rotary factors and sections to heads that are `divisor` times narrower."""
     for name, value in rope.items() if isinstance(rope, dict) else ():
         if isinstance(value, dict):
             _change_rotary(value, divisor)
@@ -203,14 +204,14 @@ def _shrink_mlp(config: PreTrainedConfig) -> None:
 
 
 def _shrink_experts(config: PreTrainedConfig) -> None:
-    """Set four experts, two of them per token, and two groups of experts, one of them chosen."""
+    """Reduce the experts to at most four (two per token) in at most two groups (one per token)."""
     _limit(config, ALL_EXPERT_KEYS, 4)
     _limit(config, (*TOKEN_EXPERT_KEYS, "n_group", "num_expert_group"), 2)
     _limit(config, ["topk_group"], 1)
 
 
 def _shrink_vocabulary(config: PreTrainedConfig) -> None:
-    """Set a small vocabulary that includes every special token."""
+    """Reduce the vocabulary, and renumber the special tokens so that they are inside it."""
     _limit(config, VOCABULARY_KEYS, MINIATURE_VOCABULARY)
     free_token = MINIATURE_VOCABULARY
     for name, value in list(vars(config).items()):
@@ -239,7 +240,7 @@ REDUCTIONS: tuple[Callable[[Any], None], ...] = (
 def shrink_config(
     config: PreTrainedConfig, reductions: Iterable[Callable[[Any], None]]
 ) -> Any | None:
-    """Apply some of `REDUCTIONS` to a copy of a configuration; None if its class rejects them."""
+    """Return a copy of a configuration with reduced sizes; None if its class rejects the sizes."""
     reduced = copy.deepcopy(config)
     vars(reduced).pop("quantization_config", None)
     text_config = reduced.get_text_config()
@@ -259,7 +260,7 @@ def shrink_config(
 
 
 def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
-    """Yield each whole number from 4 on in a text configuration, nested ones too, with its path."""
+    """Yield the path and the value of each whole number ≥ 4 in a (nested) text configuration."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):
@@ -274,7 +275,7 @@ def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]
 
 
 def replace_numbers(config: PreTrainedConfig, new_numbers: dict[NumberPath, float]) -> Any:
-    """Copy a model's configuration with the numbers at some paths of its text part changed."""
+    """Copy a model's configuration, and set new numbers at some paths of its text configuration."""
     new_config = copy.deepcopy(config)
     for (*parents, name), value in new_numbers.items():
         text_config = new_config.get_text_config()
@@ -292,7 +293,7 @@ MAX_SKIPPED = 2
 
 
 def build_miniature(model: PreTrainedModel) -> Any | None:
-    """Build a small model of the same class with the same modules per layer; None if none runs."""
+    """Build a small random model with the class and the modules of `model`; None if none runs."""
     pattern = _module_pattern(model)
     for n_skipped in range(MAX_SKIPPED + 1):
         for skipped in combinations(REDUCTIONS, n_skipped):
@@ -307,10 +308,11 @@ def build_miniature(model: PreTrainedModel) -> Any | None:
 def build_random_model(
     model_class: type, config: PreTrainedConfig, shapes: TensorShapes | None = None
 ) -> Any | None:
-    """Build a model of transformers with random weights, the same ones for the same shapes.
+    """Build a transformers model with random weights; equal shapes always get equal weights.
 
-    The model is in float64, or in float32 if its class supports nothing wider. None if the model
-    cannot be built, is large, returns NaN, or has other shapes than the wanted ones.
+    The model is in float64, or in float32 if its class does not support float64. The function
+    returns None if the model cannot be built, is too large, returns NaN, or has tensor shapes other
+    than `shapes`.
     """
     model = attempt(partial(_build_random_model, model_class, config, shapes))
     return None if isinstance(model, Exception) else model  # the configuration of another class
@@ -342,7 +344,7 @@ def _build_random_model(
 
 
 def _has_finite_logits(model: nn.Module) -> bool:
-    """Return whether a model's logits are finite, except for tokens that are never predicted."""
+    """Return whether a model's logits are finite, ignoring tokens whose logit is always -inf."""
     ids = torch.arange(8)[None] + 3
     with torch.inference_mode():
         output = attempt(lambda: copy.deepcopy(model)(ids, use_cache=False).logits[0])
@@ -355,10 +357,10 @@ def _has_finite_logits(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module, positive: bool) -> None:
-    """Draw weights with which every layer has an effect and nothing explodes.
+    """Set random weights with which every layer has an effect and no activation overflows.
 
-    With `positive`, matrices that the class initialises with positive values only stay positive,
-    like gains.
+    If `positive` is true, matrices that the class initialises with only positive values stay
+    positive.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -372,7 +374,7 @@ def _draw_weights(model: nn.Module, positive: bool) -> None:
 
 
 def _module_pattern(model: PreTrainedModel) -> list[list[tuple[str, str]]]:
-    """List the names and classes of the modules of each layer, whatever the number of experts."""
+    """List the names and classes of each layer's modules; only the first expert is included."""
     # Parts of a weight with an adapter, which see no other token; and experts but the first.
     ignored_path = re.compile(r"(^|\.)(base_layer|lora_[^.]*|0*[1-9]\d*)(\.|$)")
     return [

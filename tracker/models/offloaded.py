@@ -1,8 +1,8 @@
 """Load the offloaded weights of each layer to the device when the layer is needed.
 
-transformers and accelerate load such a model and record where each weight is. tracker determines
-the order of loading (`engine.lockstep`); otherwise each pass would read all weights again. This
-module also decides which layers are offloaded.
+transformers and accelerate load an offloaded model and record where each weight is. The module
+`engine.lockstep` determines the order of loading, so that many forward passes use a layer while it
+is loaded. This module also chooses the layers that are offloaded.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ LAYER_SLOTS = 2
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A tensor's bytes in a safetensors file, with the state of the file when it was opened.
+    """Position of a tensor's bytes in a safetensors file, with the file's size and time stamp.
 
-    The bytes are read, not mapped into memory as safetensors does. If a mapped file is truncated, a
-    signal ends the process. Mapped pages also count as this process's memory.
+    safetensors maps a file into memory, but this class reads the bytes. If a mapped file is
+    truncated, a signal ends the process. Mapped pages also count as memory of this process.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class FileSlice:
     stamp: tuple[int, int]
 
     def read_tensor(self, shape: torch.Size) -> Tensor:
-        """Read the bytes as a new tensor."""
+        """Read the bytes into a new tensor of the given shape."""
         raw_bytes = torch.empty(self.size, dtype=torch.uint8)
         self.read(raw_bytes)
         return raw_bytes.view(self.dtype).view(shape)
@@ -83,14 +83,14 @@ def _file_stamp(descriptor: int) -> tuple[int, int]:
 
 @cache
 def _read_header(path: Path, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
-    """Return the offset of the tensors in a safetensors file, and the header, which lists them."""
+    """Return the offset of the tensor data in a safetensors file, and the parsed header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
 
 
 def find_slice(path: Path, name: str) -> FileSlice:
-    """Find a tensor in a safetensors file."""
+    """Return the position of a tensor's bytes in a safetensors file."""
     from transformers.modeling_utils import str_to_torch_dtype
 
     with path.open("rb") as file:
@@ -107,7 +107,7 @@ WeightSource = FileSlice | Tensor
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter of a layer, and the source of its values.
+    """An offloaded parameter of a layer, and the file or tensor that holds its values.
 
     `placeholder` has the shape and dtype of the parameter but no values; `start` is the offset of
     the parameter in a layer's buffer.
@@ -120,7 +120,7 @@ class _Weight:
 
     @property
     def stop(self) -> int:
-        """The end of the weight in the buffer."""
+        """Offset of the weight's end in the layer's buffer."""
         return self.start + self.placeholder.numel() * self.placeholder.itemsize
 
     def view(self, buffer: Tensor) -> Tensor:
@@ -131,12 +131,12 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _LayerWeights:
-    """The weights of one layer.
+    """The offloaded weights of one layer, and their layout in a buffer.
 
     Attributes:
-        weights: Parameters of the layer, in their order in a buffer.
-        pinned_parts: The buffer's bytes in pinned memory of the host, as consecutive parts; empty
-            if each weight is read from its own source.
+        weights: Offloaded parameters of the layer, in their order in the buffer.
+        pinned_parts: All bytes of the layer in pinned host memory, as consecutive parts. Empty if
+            each weight is read from a file or tensor of its own.
     """
 
     weights: Sequence[_Weight]
@@ -144,7 +144,7 @@ class _LayerWeights:
 
     @property
     def size(self) -> int:
-        """The size of a buffer for the layer in bytes."""
+        """Size of the layer's buffer in bytes."""
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
@@ -155,7 +155,7 @@ class _LayerWeights:
         return zip(self.pinned_parts, views, strict=True)
 
     def with_pinned_memory(self) -> _LayerWeights:
-        """Return the layer's weights, moved to pinned memory if all are in the host's memory."""
+        """Return the layer with weights in pinned memory, or unchanged if some are on disk."""
         if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
         pinned_parts = allocate_pinned(self.size)
@@ -181,21 +181,22 @@ class _Slot:
 class OffloadedWeights:
     """The layers of a model whose weights are not on the device that computes with them.
 
-    While one layer is used, the next one is read: the device has room for two. A copy of the model
-    shares its parameters, so that a loaded layer is available to all copies. Parameters of a layer
-    that is not loaded have their shapes, but all values are NaN.
+    The device has room for two offloaded layers: while one layer is used, the next layer is read.
+    Copies of the model share its parameters, so a loaded layer is available to all copies. If a
+    layer is not loaded, its parameters have the right shapes, but all values are NaN.
 
     Attributes:
         device: The device that computes with the weights.
-        wait: Function called with a layer whose weights are needed now; lockstep execution of many
-            passes replaces this function.
+        wait: Function that is called with the number of a layer when the layer's weights are
+            needed. Lockstep execution of many forward passes replaces this function.
         load_counts: Layer → number of times that the layer was loaded.
         wait_seconds: Seconds spent waiting for weights.
         load_callbacks: Callbacks without arguments, called when a layer has been loaded.
 
     Args:
         device: The device that computes with the weights.
-        sources: Layer → parameters of the layer, with the source of each; the mapping is emptied.
+        sources: Layer → pairs of a parameter and the file or tensor with its values. The
+            constructor empties the mapping.
         folder: Temporary folder with some of the weights, deleted together with this object.
     """
 
@@ -229,12 +230,12 @@ class OffloadedWeights:
 
     @property
     def read_bytes(self) -> int:
-        """The number of bytes loaded so far."""
+        """Number of bytes that have been loaded so far."""
         return sum(self._layers[layer].size * times for layer, times in self.load_counts.items())
 
     @property
     def bytes(self) -> int:
-        """The number of bytes loaded when each layer is loaded once."""
+        """Number of bytes of all offloaded layers together."""
         return sum(layer.size for layer in self._layers.values())
 
     def __str__(self) -> str:
@@ -247,7 +248,7 @@ class OffloadedWeights:
         )
 
     def load_layer(self, layer: int) -> None:
-        """Load a layer unless it is loaded, and begin to read the next layer.
+        """Load a layer if it is not loaded yet, and start to read the next offloaded layer.
 
         Raises CellError if a file of weights has changed or cannot be read.
         """
@@ -276,7 +277,7 @@ class OffloadedWeights:
             callback()
 
     def sequential_passes(self) -> AbstractContextManager[None]:
-        """Run passes one after the other until exit, each loading the layers that it needs."""
+        """Make each forward pass load its layers itself (no lockstep) until the context exits."""
         return replaced_attributes(self, wait=self.load_layer)
 
     def _find_slot(self, layer: int) -> _Slot | None:
@@ -297,7 +298,7 @@ class OffloadedWeights:
         return slot
 
     def _read_layer(self, layer: int, buffer: Tensor) -> Any:
-        """Read a layer; return the event that signals the end of the copy to the device."""
+        """Read a layer into a buffer; return the device event that marks the end of the copy."""
         with self._stream_module.stream(self._stream):
             for source, view in self._layers[layer].buffer_copies(buffer):
                 _copy_values(source, view)
@@ -305,7 +306,7 @@ class OffloadedWeights:
 
 
 def _assign_offsets(sources: Iterable[tuple[nn.Parameter, WeightSource]]) -> Iterator[_Weight]:
-    """Assign an offset in a buffer to each weight of a layer."""
+    """Yield each weight of a layer with its offset in the layer's buffer."""
     start = 0
     for parameter, source in sources:
         weight = _Weight(parameter, source, parameter.data, start)
@@ -314,7 +315,7 @@ def _assign_offsets(sources: Iterable[tuple[nn.Parameter, WeightSource]]) -> Ite
 
 
 def _copy_values(source: WeightSource, view: Tensor) -> None:
-    """Copy the values of a source into a part of a buffer, without waiting if possible."""
+    """Copy values of a file slice or tensor into a part of a buffer, asynchronously if possible."""
     if isinstance(source, Tensor):
         view.copy_(source, non_blocking=True)
     elif view.device.type == "cpu" and source.dtype == view.dtype:
@@ -326,21 +327,22 @@ def _copy_values(source: WeightSource, view: Tensor) -> None:
 def take_over_loading(
     model: nn.Module, layers: nn.ModuleList, device: torch.device, folder: TemporaryDirectory[str]
 ) -> OffloadedWeights | None:
-    """Replace accelerate's loading of weights in each call by `OffloadedWeights`.
+    """Replace accelerate's hooks, which load weights in each call, with `OffloadedWeights`.
 
     Args:
         model: A model as `from_pretrained` returns it, on one device, with whole layers on disk or,
             if the device is an accelerator, in the host's memory.
-        layers: Its decoder layers.
-        device: The device that computes.
-        folder: The folder to which transformers has written weights that no file holds in the form
-            used.
+        layers: The model's decoder layers.
+        device: The device that computes the forward pass.
+        folder: Temporary folder with weights that transformers has converted and saved, because the
+            checkpoint does not hold them in the needed form.
 
     Returns:
-        The weights, which each layer requests when it is called; None if no weights are offloaded.
+        The offloaded weights; None if no weights are offloaded. A hook of each offloaded layer
+        waits for the layer's weights when the layer is called.
 
     Raises:
-        ModelError: Something other than a layer's own weights is offloaded.
+        ModelError: A weight outside the decoder layers is offloaded.
     """
     index = _disk_index(model)
     remove_hook_from_submodules(model)
@@ -392,16 +394,16 @@ def replace_attributes(
     make_values: Callable[[], Mapping[ModuleAttribute, Tensor | nn.Module]],
     during_calls: bool = False,
 ) -> None:
-    """Replace parameters or modules of a layer, with `during_calls` only while it is called.
+    """Replace parameters or modules of a layer, permanently or only while the layer is called.
 
-    They are also replaced only during calls if the layer's own are offloaded, and loaded when it is
-    called.
+    Offloaded parameters are always replaced only during calls, because their values are loaded when
+    the layer is called.
 
     Args:
         layer: The layer.
         attributes: The parameters or modules to replace.
-        make_values: Function that makes the replacements.
-        during_calls: Whether the layer has the replacements only while it is called.
+        make_values: Function that returns the new value of each attribute.
+        during_calls: Whether the new values are set only while the layer is called.
     """
     old_values = {attribute: getattr(*attribute) for attribute in attributes}
 
@@ -425,7 +427,7 @@ def replace_attributes(
 
 
 def _disk_index(model: nn.Module) -> Mapping[str, Any]:
-    """Return transformers' index of the weights on disk: parameter → file and name in the file."""
+    """Return the index of weights on disk: parameter → file, and name of the tensor in the file."""
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(weights, PrefixedDataset):
@@ -435,7 +437,7 @@ def _disk_index(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _wait_for_layer(weights: OffloadedWeights, layer: int, module: nn.Module, args: Args) -> None:
-    """Wait for a layer's weights; used as the hook of a layer and of each of its copies."""
+    """Wait until a layer's weights are loaded; used as a hook of the layer and its copies."""
     if not getattr(module.forward, "is_weightless", False):  # such a forward needs no weights
         weights.wait(layer)
 
@@ -452,11 +454,11 @@ RATE_SAMPLE_BYTES = 2**29
 
 @dataclass(frozen=True)
 class Placement:
-    """The locations of the parts of a model.
+    """The offloaded layers of a model, and their sizes.
 
     Attributes:
-        offloaded_layers: The offloaded layers.
-        parts: Name of each part of the model → True if the part is an offloaded layer.
+        offloaded_layers: Numbers of the offloaded layers.
+        parts: Module path of each part of the model → True if the part is an offloaded layer.
         total_bytes: Bytes of all weights.
         offloaded_bytes: Bytes of the offloaded layers.
     """
@@ -470,21 +472,22 @@ class Placement:
 def place_layers(
     model: nn.Module, free_bytes: int, max_bytes: int | None, all_layers: bool = False
 ) -> Placement | None:
-    """Decide which layers are offloaded.
+    """Choose the layers of a model that are offloaded.
 
-    Offloaded layers are spread as evenly as possible, so that one is read while others are used.
+    Offloaded layers are spread evenly over the model, so that one layer is read while other layers
+    compute.
 
     Args:
         model: The model, on the meta device.
-        free_bytes: Free bytes on the device that computes.
-        max_bytes: Maximum bytes of weights on this device; None = as many as fit.
+        free_bytes: Free bytes on the device that computes the forward pass.
+        max_bytes: Maximum bytes of weights on the computing device; None = as many as fit.
         all_layers: Whether to offload all layers.
 
     Returns:
-        The placement; None if all weights fit.
+        The offloaded layers and their sizes; None if all weights fit on the device.
 
     Raises:
-        ModelError: Not even two layers fit beside the embeddings and the head.
+        ModelError: The device has no room for the embeddings, the head and two layers.
     """
     layers = find_layers(model)
     sizes = [weight_bytes(layer) for layer in layers]
@@ -508,9 +511,10 @@ def place_layers(
 
 
 def measure_read_rate(files: Sequence[Path]) -> float | None:
-    """Measure the read rate of files in bytes per second, on the beginning of the largest file.
+    """Measure the read rate of a disk, in bytes per second, on the start of the largest file.
 
-    Returns None without files. Parts in the system's cache are read faster than the rest.
+    Returns None if there are no files. The rate is too high if the system has cached a part of the
+    file.
     """
     if not files:
         return None
@@ -522,7 +526,7 @@ def measure_read_rate(files: Sequence[Path]) -> float | None:
 
 
 def min_free_memory(model: nn.Module, device: torch.device) -> int:
-    """Return the free bytes on the fullest of the devices that hold a model's inputs or weights."""
+    """Return the free bytes on the fullest device that holds a model's inputs or weights."""
     return min(map(free_memory, {device, *(p.device for p in model.parameters() if not p.is_meta)}))
 
 
@@ -530,13 +534,14 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
     """Return the number of devices over which to spread a model.
 
     Args:
-        n_bytes: Bytes of its weights.
+        n_bytes: Bytes of the model's weights.
         free_bytes: Free bytes on the fullest device.
-        n_devices: Number of devices.
+        n_devices: Number of available devices.
 
     Returns:
-        The smallest number that leaves room for intermediate results. One if the weights fit on one
-        device. Also one if the weights do not even fit on all devices: then layers are offloaded.
+        The smallest number of devices that leaves room for intermediate results; 1 if the weights
+        fit on one device. Also 1 if the weights do not fit on all devices together: layers are then
+        offloaded.
     """
     if n_bytes <= FITTING_SHARE * free_bytes:
         return 1
@@ -545,7 +550,7 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
 
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
-    """Count the bytes of a model with `n_staying` layers loaded and room for offloaded layers."""
+    """Count the bytes of embeddings, head, `n_staying` layers and two offloaded layers."""
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
 
@@ -556,7 +561,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def _placed_parts(module: nn.Module, layers: nn.ModuleList, path: str, offloaded: set[int]) -> Any:
-    """Yield each layer, and the largest parts without layers, with True for offloaded layers."""
+    """Yield (module path, True if it is an offloaded layer) for all layers and other parts."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             yield f"{path}{name}", False

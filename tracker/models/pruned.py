@@ -1,10 +1,10 @@
-"""Make really pruned models: copies without some layers, as a saved checkpoint would be.
+"""Make copies of a model in which layers are really removed or repeated.
 
-A copy shares the weights with the original model and nothing else, so that both can run.
+A copy shares only the weights with the original model, so that both models can run.
 
-When a model is built from its configuration, a class may compute factors, windows and tables from a
-layer's position or from the number of layers. A copy in memory keeps the values of the whole model.
-A copy that was saved and loaded has them computed anew.
+Some model classes compute factors, windows and tables from a layer's position or from the number of
+layers. A copy in memory keeps the values of the original model. When a saved copy is loaded, its
+class computes these values again.
 """
 
 from __future__ import annotations
@@ -61,23 +61,24 @@ def prune_model(
     changes: Iterable[tuple[int, Callable[[nn.Module], object]]] = (),
     repeated: Sequence[Change] = (),
 ) -> Any:
-    """Copy a model without some of its layers, or with some of them repeated, all re-indexed.
+    """Copy a model with some layers removed or repeated, and renumber the remaining layers.
 
-    Data of layers are found by structure: lists in the configuration with one entry per layer,
-    numbers in each layer that equal the layer's own index, and tables whose keys are layer indices.
+    The function finds data that depend on layers by structure. These data are lists in the
+    configuration with one entry per layer, numbers in each layer that equal the layer's index, and
+    tables whose keys are layer indices.
 
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
         new_values: Values, including parameters, that replace the model's values in the copy.
-        in_place: Whether removed layers stay in place and return their input, for a model that
-            cannot be cut.
-        changes: Functions that change the copies of some layers, with the layers' indices in the
-            model.
+        in_place: Whether removed layers stay in the copy and return their input, for models that
+            need all layers.
+        changes: Pairs of a layer's index in the model and a function that changes the copy of this
+            layer.
         repeated: Spans of layers that occur several times in a row in the copy.
 
     Returns:
-        The copy.
+        The changed copy.
     """
     layers = find_layers(model)
     memo = _shared_memo(model)
@@ -112,7 +113,7 @@ def prune_model(
 def remaining_layers(
     n_layers: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()
 ) -> list[int]:
-    """List the original indices of a copy's layers in order; repeated layers occur repeatedly."""
+    """List the original index of each layer of a changed copy; repeated layers occur repeatedly."""
     indices: list[int] = []
     for index in range(n_layers):
         indices += [index] if index not in removed else []
@@ -123,7 +124,7 @@ def remaining_layers(
 
 
 def _shared_memo(model: nn.Module) -> dict[int, Any]:
-    """Return a memo for `deepcopy` of shared objects: weights, large buffers, weights on disk."""
+    """Return a `deepcopy` memo of the objects to share: weights and large buffers."""
     shared_objects: list[Any] = []
     for module in model.modules():
         buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
@@ -136,7 +137,7 @@ def _shared_memo(model: nn.Module) -> dict[int, Any]:
 
 
 def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequence[int]) -> None:
-    """Keep only some layers of a copy, changing it in place; a layer may be kept twice."""
+    """Reduce a copied model, in place, to the layers with the given (repeatable) indices."""
     total = len(layers)
     parent, name = find_layers_parent(clone, layers)
     index_attributes = _find_index_attributes(layers)
@@ -165,7 +166,7 @@ def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequenc
 
 
 def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """List a module's attributes of some types, without the attributes defined by torch."""
+    """List a module's public attributes of some types as (name, value)."""
     public = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
     return [(name, value) for name, value in public if isinstance(value, types)]
 
@@ -190,7 +191,7 @@ def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[i
 
 
 def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Cut a value with one entry per layer or with layer indices as keys; return others as is."""
+    """Reduce a list with one entry per layer, or a dict by layer index, to the kept layers."""
     if isinstance(value, (list, tuple)) and len(value) == n_layers:
         return type(value)(value[index] for index in indices)
     if isinstance(value, dict) and value and all(key in range(n_layers) for key in value):
@@ -223,12 +224,12 @@ def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
 
 
 def original_class(config: PreTrainedConfig) -> type[Any]:
-    """Return the class that a configuration has when it is read from a file."""
+    """Return a configuration's original class if `cut_config` has changed it, else its class."""
     return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
 
 def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Cut an entry of a configuration and its nested values, except rope factors."""
+    """Reduce a configuration entry, with nested values, to the kept layers; skip RoPE settings."""
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
@@ -237,7 +238,7 @@ def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
 
 
 def _are_layer_indices(value: Sequence[Any], n_layers: int) -> bool:
-    """Return whether a list holds the indices of some of the layers."""
+    """Return whether a list consists of distinct layer indices in ascending order."""
     return (
         0 < len(value) <= n_layers
         and all(type(index) is int and 0 <= index < n_layers for index in value)
@@ -246,7 +247,7 @@ def _are_layer_indices(value: Sequence[Any], n_layers: int) -> bool:
 
 
 def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """Yield the properties of a configuration's class with their values."""
+    """Yield name and value of each public property of a configuration's class."""
     for base_class in type(config).__mro__:
         for name, member in vars(base_class).items():
             if isinstance(member, property) and not name.startswith("_"):
@@ -256,7 +257,7 @@ def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _repeat_layer(n_passes: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Run a layer `n_passes` times in total, each time on its previous output."""
+    """Run a layer again on its own output, `n_passes` times in total; used as a forward hook."""
     for _ in range(n_passes - 1):
         output = call_with(module.forward, first_output(output), args, kwargs)
     return output
@@ -264,10 +265,10 @@ def _repeat_layer(n_passes: int, module: nn.Module, args: Args, kwargs: Kwargs, 
 
 @torch.no_grad()
 def record_state(model: nn.Module, attributes: Collection[str] | None = None) -> ModuleState:
-    """Record the state that a call might change: tensors, numbers and strings of modules.
+    """Record the module values that a forward pass can change: tensors, numbers and strings.
 
     Returns (path of a module, attribute) → a copy of the value. `attributes` selects attributes by
-    name; None = all, for a small model.
+    name. None selects all attributes, which suits only small models.
     """
     state: ModuleState = {}
     for path, module in model.named_modules():
@@ -292,7 +293,7 @@ def changed_keys(old_state: ModuleState, new_state: ModuleState) -> set[tuple[st
 
 
 def are_equal(value: object, other: object) -> bool:
-    """Return whether two values of a module are equal; tensors on the meta device by shape."""
+    """Return whether two module values are equal; tensors on the meta device compare by shape."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         is_meta = value.is_meta or other.is_meta
         return value.shape == other.shape if is_meta else torch.equal(value, other)
@@ -304,7 +305,7 @@ def are_equal(value: object, other: object) -> bool:
 
 @torch.no_grad()
 def restore_state(model: nn.Module, state: ModuleState) -> None:
-    """Restore the values of `record_state` in a model's modules, except parameters."""
+    """Set a model's module attributes and buffers to the values that `record_state` recorded."""
     modules = dict(model.named_modules())
     for (path, name), value in state.items():
         module = modules[path]
@@ -336,9 +337,9 @@ StaleAttribute = tuple[nn.Module, str, Any]
 
 
 def build_from_config(model: PreTrainedModel) -> Any:
-    """Build a model without weights from its configuration, as read from a file.
+    """Build an uninitialised model from a model's configuration, as loading a checkpoint does.
 
-    Raises ModelError if the model's class cannot be built.
+    Raises ModelError if the model's class cannot be built from the configuration.
     """
     return _build_matching(model, range(len(find_layers(model))), tensor_shapes(model))
 
@@ -346,21 +347,23 @@ def build_from_config(model: PreTrainedModel) -> Any:
 def simulate_reload(
     clone: PreTrainedModel, indices: Sequence[int], cache: dict[str, Any] | None = None
 ) -> Any:
-    """Build the model that loading a saved copy without some layers would give.
+    """Build the model that results from saving and loading a copy without some layers.
 
     Args:
-        clone: The copy, as `prune_model` returns it; numbers in its configuration that count the
-            first layers of a kind are set for the remaining layers.
-        indices: The indices of its layers in the original model.
-        cache: Models built earlier from configurations; calls must not change these models. If
-            `cache` is None, the model gets its own weights, since calls may change them.
+        clone: The copy, as `prune_model` returns it. The function can change the copy's
+            configuration: counts of first layers, such as `first_k_dense_replace`, are adapted to
+            the remaining layers.
+        indices: The indices of the copy's layers in the original model.
+        cache: Models that earlier calls built; forward passes must not change these models. If
+            `cache` is None, the new model gets a copy of the weights, so that forward passes can
+            change them.
 
     Returns:
-        The model that the class builds from the saved configuration, with the copy's weights. A
-        model in `cache` is reused and gets these weights.
+        The model that the class builds from the saved configuration, with the weights of `clone`.
+        If `cache` has such a model, this model is reused and gets the weights.
 
     Raises:
-        ModelError: No such model can be built; the message gives the reason.
+        ModelError: The class cannot build the model; the message gives the reason.
     """
     loaded_model = _build_matching(clone, indices, tensor_shapes(clone), cache)
     modules, clone_modules = dict(loaded_model.named_modules()), dict(clone.named_modules())
@@ -379,18 +382,19 @@ def simulate_reload(
 
 
 def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
-    """Set the values in a copy without some layers that its class would compute on loading.
+    """Update a copy without some layers to the values that its class would compute on loading.
 
-    Numbers in its configuration that count the first layers of a kind are set for the remaining
-    layers.
+    Counts of first layers in the copy's configuration, such as `first_k_dense_replace`, are adapted
+    to the remaining layers.
 
     Args:
         model: The original model.
-        clone: The copy, as `prune_model` returns it.
-        indices: The indices of its layers in the original model.
+        clone: The copy, as `prune_model` returns it; it is changed in place.
+        indices: The indices of the copy's layers in the original model.
 
     Raises:
-        ModelError: No such model can be built; the message gives the reason. The copy is unchanged.
+        ModelError: The class cannot build the copy from its configuration; the message gives the
+            reason. The copy is then unchanged.
     """
     if list(indices) == list(range(len(find_layers(model)))):
         return
@@ -411,17 +415,18 @@ def find_stale_attributes(
     cut_model: PreTrainedModel,
     indices: Sequence[int],
 ) -> list[StaleAttribute]:
-    """List the attributes of a copy that would differ if it were saved and loaded.
+    """List the module attributes of a copy that saving and loading the copy would change.
 
     Args:
         model: The original model.
         full_model: Model built from the original configuration.
-        clone: The copy.
+        clone: The copy without some layers.
         cut_model: Model built from the copy's configuration.
         indices: The indices of the copy's layers in the original model.
 
     Returns:
-        Attributes of modules (numbers, strings and so on), and tables that no file holds.
+        The attributes (numbers, strings and so on) and non-persistent buffers, with their values
+        after loading.
     """
     prefix, clone_modules = _layers_prefix(model), dict(clone.named_modules())
     old_modules = _renumber(dict(model.named_modules()), prefix, indices)
@@ -451,7 +456,7 @@ def _layers_prefix(model: PreTrainedModel) -> str:
 
 
 def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> dict[str, Any]:
-    """Rename the items of a model to their names in a copy with the given layers."""
+    """Map the names of a model's modules or tensors to their names in a copy with some layers."""
     new_items: dict[str, Any] = {}
     for name, value in items.items():
         names = [name]
@@ -466,7 +471,7 @@ def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> 
 def _stale_attributes(
     clone: nn.Module, old_module: nn.Module, full_module: nn.Module, cut_module: nn.Module
 ) -> Iterator[StaleAttribute]:
-    """Yield attributes that a module's class computes anew, or that the copying has changed."""
+    """Yield the attributes of a copied module that saving and loading the copy would change."""
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):
             continue
@@ -496,10 +501,11 @@ def _build_matching(
     shapes: TensorShapes | None,
     cache: dict[str, Any] | None = None,
 ) -> Any:
-    """Build a model of the same class and configuration as another, with the wanted tensor shapes.
+    """Build a model from the class and configuration of `model`, with the given tensor shapes.
 
-    Raises ModelError if no such model exists. If needed, numbers that count layers are adapted to
-    the kept layers; if this helps, the configuration keeps the adapted numbers.
+    Raises ModelError if no such model can be built. If the shapes differ, counts of first layers in
+    the configuration are adapted to the kept layers. If this helps, the configuration of `model`
+    keeps the adapted counts.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -519,7 +525,7 @@ def _build_matching(
 
 
 def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
-    """Build a model of the same class and configuration as another, or reuse a model in `cache`."""
+    """Build a model from the class and configuration of `model`, or reuse a model in `cache`."""
     if cache is None:
         return _build_uninitialised(model)
     key = model.config.to_json_string()
@@ -529,9 +535,10 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
 
 
 def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield counts of first layers adapted to the kept layers: each count alone, then all.
+    """Yield new values of configuration keys that count first layers, for the kept layers.
 
-    An example is `first_k_dense_replace`: the number of first layers without experts.
+    An example is `first_k_dense_replace`, the number of first layers without experts. The function
+    yields each changed key separately, then all changed keys together.
     """
     counts = {
         name: value
@@ -550,7 +557,7 @@ def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[d
 
 
 def _build_uninitialised(model: PreTrainedModel) -> Any:
-    """Build a model of the same class as another from its configuration, saved and read again."""
+    """Build a model without initialised weights from the saved and reloaded config of `model`."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
 
@@ -587,7 +594,7 @@ def tensor_shapes(model: PreTrainedModel) -> TensorShapes:
 
 
 def shape_mismatch(shapes: TensorShapes, expected: TensorShapes) -> str | None:
-    """Describe the first tensor whose shape differs between a built model and the wanted shapes."""
+    """Describe the first tensor whose shape differs from `expected`; None if all are equal."""
     for name in sorted(shapes.keys() | expected.keys()):
         if name not in expected:
             return f"it asks for {name}, which is removed"

@@ -1,9 +1,9 @@
 """Quantise weights to a format and dequantise them.
 
-Integer formats are symmetric and rounded to nearest, like torchao's weight-only configurations, by
-torch's `fake_quantize_per_channel_affine`. In float32 the weights equal those of torchao 0.18's
-`IntxWeightOnlyConfig` to the bit. GGUF formats are rounded by the package gguf or by llama.cpp's
-own library, and dequantised by gguf. Activations are not changed.
+For integer formats, torch's `fake_quantize_per_channel_affine` rounds symmetrically to the nearest
+level, as torchao's weight-only configurations do. In float32 the results equal those of torchao
+0.18's `IntxWeightOnlyConfig` bit for bit. For GGUF formats, the package gguf or llama.cpp's own
+library quantises the weights, and gguf dequantises them. Activations are not changed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ _MIN_SCALE = torch.finfo(torch.float32).eps
 
 
 def round_weight(weight: Tensor, name: str) -> Tensor:
-    """Round a weight to a format and dequantise it.
+    """Quantise a weight to a format and dequantise it.
 
     Args:
-        weight: [outputs, inputs], or for experts [experts, outputs, inputs].
-        name: One of `FORMATS`.
+        weight: The weight [outputs, inputs], or the weights of all experts [experts, outputs,
+            inputs].
+        name: Name of the format, a key of `FORMATS`.
 
     Returns:
         The rounded weight, in the dtype of the original weight.
 
     Raises:
-        CellError: The length of a row is no multiple of the format's block.
+        CellError: The length of a row is no multiple of the format's block size.
     """
     inputs = weight.shape[-1]
     form = FORMATS[name].for_rows(inputs)
@@ -69,7 +70,7 @@ def _round_rows(rows: Tensor, form: WeightFormat) -> Tensor:
 
 
 def _round_by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
-    """Round rows by another package's code; raise CellError if this fails or changes the shape."""
+    """Quantise rows with another package's format; raise CellError if its function fails."""
     assert form.round is not None
     message = f"{form.name} cannot round weights"
     with translate_errors(lambda error: CellError(f"{message}: {first_line(error)}")):
@@ -111,7 +112,7 @@ def _round_to_gguf(rows: Tensor, form: WeightFormat) -> Tensor:
 
 @cache
 def _load_llama_cpp() -> Any:
-    """Load the function of llama.cpp that rounds rows (ggml.h, `ggml_quantize_chunk`)."""
+    """Load the function of llama.cpp that quantises rows (ggml.h, `ggml_quantize_chunk`)."""
     import llama_cpp_py_sync
 
     library = next(Path(llama_cpp_py_sync.__file__).parent.glob("*ggml-base*"))
@@ -123,7 +124,7 @@ def _load_llama_cpp() -> Any:
 
 
 def check_installed(form: WeightFormat) -> None:
-    """Raise ExperimentError for a format whose package is not installed."""
+    """Raise ExperimentError if the package that quantises to a format is not installed."""
     if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
         raise ExperimentError(
             f"{form.name} needs the code of its authors for rounding, which is not installed. "

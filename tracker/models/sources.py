@@ -1,6 +1,6 @@
-"""Find models by source: the hub, a folder, a GGUF file, or an installed package.
+"""Locate models on the hub, in a folder, in a GGUF file or in an installed package.
 
-This module does not import torch, since `tracker validate` and the ledger's fast path use it.
+This module does not import torch, so that `tracker validate` and look-ups in the ledger start fast.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bi
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found but has not been loaded.
+    """Location of a model, with the arguments for loading it.
 
     Attributes:
         source: The text that the user typed.
         location: The folder or hub id from which transformers loads the model.
-        gguf_file: The file's name inside the folder, for GGUF.
+        gguf_file: Name of the GGUF file inside the folder; None for other checkpoints.
         revision: The requested revision on the hub.
     """
 
@@ -117,12 +117,12 @@ class ModelSource:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments for loading the model."""
+        """The arguments for loading the model, as a dictionary."""
         return decode_arguments(self.model_args)
 
     @property
     def adapter(self) -> ModelSource | None:
-        """The source of the model's adapter, for peft to load; None without an adapter."""
+        """The location of the adapter that peft adds to the model; None without an adapter."""
         if (location := self.arguments.get("peft")) is None:
             return None
         folder = expand_home(location)
@@ -135,7 +135,7 @@ class ModelSource:
 
     @property
     def is_shape(self) -> bool:
-        """True if only the shape is that of a real model, while the weights are random."""
+        """True if the model has the shape of a real model, but random weights."""
         return self.source.startswith(SHAPE_PREFIX)
 
     @property
@@ -148,7 +148,7 @@ class ModelSource:
         return self.location.rstrip("/").rsplit("/", 1)[-1]
 
     def load_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for each call of a `from_pretrained` of transformers."""
+        """Return the keyword arguments for all `from_pretrained` calls of transformers."""
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
@@ -161,7 +161,8 @@ class ModelSource:
     def files(self) -> list[Path]:
         """List the local files that determine weights and tokenizer; empty for the hub.
 
-        The weights of a model shape follow from its configuration, and may not be written yet.
+        For a model shape, only the JSON files are listed: they determine the random weights, whose
+        files may not exist yet.
         """
         if not self.is_local:
             return []
@@ -173,10 +174,11 @@ class ModelSource:
         return sorted(path for pattern in _FOLDER_FILES for path in folder.glob(pattern))
 
     def stamp(self) -> object:
-        """Describe the model cheaply: equal stamps mean equal weights.
+        """Return an identifier without reading weights: equal stamps mean equal weights.
 
-        The stamp is that of the local files, or the hub's commit, with the arguments for loading.
-        None if a hub model is not in the local cache, since then its commit is unknown.
+        The stamp contains the stamps of the local files or the hub's commit, and the arguments for
+        loading. The stamp is None if a hub model is not in the local cache, because its commit is
+        then unknown.
         """
         stamp = file_stamp(self.files()) if self.is_local else self._cached_commit()
         if stamp is None or self.model_args is None:
@@ -185,7 +187,7 @@ class ModelSource:
         return None if adapter is None else [stamp, self.model_args, adapter]
 
     def fingerprint(self) -> str:
-        """Identify weights and tokenizer by content: SHA-256 of local files, or the hub's commit.
+        """Return a hash of weights and tokenizer: SHA-256 of local files, or the hub's commit.
 
         Raises ModelError if a hub model is not in the local cache.
         """
@@ -226,16 +228,16 @@ def _cached_file_hash(files: Sequence[Path]) -> str:
 
 
 def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelSource:
-    """Find a model.
+    """Locate a model by its name and check its arguments, without loading the model.
 
     Args:
-        spec: The model, or its name: `package:NAME`, `shape:NAME`, a GGUF file, a folder, or a hub
-            id.
+        spec: The specification of the model, or only its name: `package:NAME`, `shape:NAME`, a GGUF
+            file, a folder, or a hub id.
         trust_remote_code: Whether code and pickles from the download may run; without it only
             safetensors and GGUF are read.
 
     Returns:
-        The source of the model; whether a hub id exists is not checked yet.
+        The location of the model. The function does not check whether a hub id exists.
 
     Raises:
         ModelError: A package, folder or file does not exist or holds no model, a revision is given
@@ -300,7 +302,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def require_package(package: str, subject: str) -> None:
-    """Raise ModelError with the command that installs a package if it is not installed."""
+    """Raise ModelError, with the install command, if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ModelError(
             f"{subject} needs the package {package}, which is not installed. Type: "
@@ -309,7 +311,7 @@ def require_package(package: str, subject: str) -> None:
 
 
 def _find_local(source: str) -> ModelSource | None:
-    """Find a model that is not on the hub."""
+    """Locate a package, shape, GGUF file or folder; return None if the name may be a hub id."""
     if source.startswith(MODEL_PACKAGE):
         return _find_in_package(source)
     if source.startswith(SHAPE_PREFIX):
@@ -349,9 +351,9 @@ def _find_in_package(source: str) -> ModelSource:
 
 
 def _create_shape(source: str) -> ModelSource:
-    """Create a folder in the cache with configuration and tokenizer of a real model's shape.
+    """Create a cache folder with a real model's configuration and a tokenizer, without weights.
 
-    The weights are written when the model is loaded. Raises ModelError if the shape is unknown.
+    Random weights are written when the model is loaded. Raises ModelError if the shape is unknown.
     """
     from transformers import AutoConfig
 
@@ -389,7 +391,7 @@ def _create_shape(source: str) -> ModelSource:
 
 
 def _save_tokenizer(source: ModelSource, folder: Path, n_tokens: int) -> None:
-    """Save another model's tokenizer, limited to the size of a model's vocabulary."""
+    """Save the tokenizer of another model in a folder, reduced to at most `n_tokens` tokens."""
     from tracker.models.gguf_file import cached_gguf_parsing
 
     with cached_gguf_parsing():
@@ -407,7 +409,7 @@ def _save_tokenizer(source: ModelSource, folder: Path, n_tokens: int) -> None:
 
 
 def _install_command(name: str, *options: str) -> str:
-    """Return the command that installs a model's package and further packages with its file."""
+    """Return the pip command that installs a model package and the packages with its file parts."""
     try:
         packages = [n for n in metadata.requires(name) or () if n.startswith(f"{name}-")]
     except metadata.PackageNotFoundError:
@@ -416,7 +418,7 @@ def _install_command(name: str, *options: str) -> str:
 
 
 def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
-    """Assemble a model's file in the user's cache, once, from the packages that hold its parts."""
+    """Assemble a model's file in the user's cache from its part packages, unless it exists."""
     folder = private_folder(f"model-{package.EXPECTED_SHA256[:16]}")
     file = folder / str(package.MODEL_NAME)
     with FileLock(folder / "lock"):
@@ -441,7 +443,7 @@ def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
 
 
 def _has_digest(file: Path, digest: str) -> bool:
-    """Return whether a file has a digest; hash the file again only if it may have changed."""
+    """Return whether a file has a SHA-256 digest; hash the file only if it may have changed."""
     key = content_hash([file_stamp([file]), digest])
     if recall("assembled", key):
         return True
@@ -464,7 +466,7 @@ def read_config(model: ModelSource) -> Any:
 
 
 def count_layers(model: ModelSource) -> int:
-    """Count a model's layers; see `count_parts`."""
+    """Count a model's layers, as `count_parts` does."""
     return count_parts(model).layers
 
 
@@ -473,10 +475,10 @@ def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelP
 
     Args:
         model: The model.
-        layer_kinds: The kinds of layers to list; empty for none.
+        layer_kinds: Kinds of layers whose numbers are also returned; empty for none.
 
     Returns:
-        The counts, and the layers of these kinds.
+        The counts, and the numbers of the layers of the requested kinds.
 
     Raises:
         ModelError: The configuration cannot be reached or read (the message has advice for use
@@ -514,7 +516,7 @@ def parts_of_config(config: PreTrainedConfig) -> ModelParts:
 
 
 def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
-    """Read a GGUF file's counts without torch; None if transformers must read them."""
+    """Count the layers, heads and experts in a GGUF file; None if transformers must count them."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     from tracker.models.gguf_file import Reader
@@ -541,11 +543,13 @@ def stored_format(model: ModelSource) -> str:
     """Return the format of a checkpoint's quantised weights; empty for weights of 16 or more bits.
 
     Args:
-        model: The model; for a GGUF file the list of tensors is read, else the configuration.
+        model: The model. The function reads the list of tensors of a GGUF file, else the
+            configuration.
 
     Returns:
-        For a GGUF file the type of most of its weights, such as `Q4_1`; otherwise the method and
-        bits in `quantization_config`, such as `gptq, 4 bits`; empty for weights of 16 bits or more.
+        For a GGUF file, the type of most weights, such as `Q4_1`. For other checkpoints, the method
+        and bits in `quantization_config`, such as `gptq, 4 bits`. Empty for weights of 16 bits or
+        more.
 
     Raises:
         ModelError: The configuration cannot be reached or read.
@@ -567,7 +571,7 @@ def stored_format(model: ModelSource) -> str:
 
 @cache
 def _read_cached_config(model: ModelSource) -> Any:
-    """Read a configuration once per process and cache it, or the error, to avoid hub requests."""
+    """Read a model's configuration once per process; return an error instead of raising it."""
     config = attempt(partial(_read_configuration, model))
     if isinstance(config, Exception):  # libraries raise anything for a damaged file
         return reading_error(model, config)
@@ -578,7 +582,7 @@ def _read_cached_config(model: ModelSource) -> Any:
 
 
 def _read_configuration(model: ModelSource) -> PreTrainedConfig:
-    """Read the configuration of a model's text part."""
+    """Read the text part of a model's configuration with transformers, without caching."""
     if not model.is_local and not unreachable_reason() and model.stamp() is None:
         ask_hub(model.location, "config.json", model.revision)
     from transformers import AutoConfig
@@ -596,7 +600,8 @@ def _read_configuration(model: ModelSource) -> PreTrainedConfig:
 def read_tokenizer(source: ModelSource, stamp: str) -> Any:
     """Read a tokenizer; cache it for the process while the model's stamp stays the same.
 
-    A GGUF file's tokenizer is built from the vocabulary, which takes seconds if it is large.
+    A GGUF file's tokenizer is built from the vocabulary, which takes seconds for a large
+    vocabulary.
     """
     from transformers import AutoTokenizer
 

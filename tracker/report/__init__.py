@@ -1,14 +1,14 @@
-"""Turn records into tables, charts, sentences and one HTML page.
+"""Render results as tables, charts, sentences and one HTML page.
 
 Modules:
-    charts: Draw records with plotly.
+    charts: Draw charts of results with plotly.
     page: Render the HTML page.
     export: Write reports as Markdown, LaTeX, CSV, Parquet or images.
     frames: Build data frames of runs, correlations and documents.
     leaderboard: Build the tables of the leaderboards.
-    tables: Build tables for people.
+    tables: Build the tables that people read, with rounded numbers.
     texts: Render sentences from templates.
-    wording: Write sentences about results, warnings, and explanations of rankings.
+    wording: Write sentences about results, warnings and rankings.
 """
 
 import sys

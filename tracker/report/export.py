@@ -48,9 +48,9 @@ Writer = Callable[[Sequence[CellRecord], Path, ExtraFrames, Findings], list[Path
 
 
 def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
-    """Build the tables `layer_leaderboard` and `model_leaderboard` for programs.
+    """Build the tables `layer_leaderboard` and `model_leaderboard` with unrounded values.
 
-    `part_leaderboard` is added if heads, experts or spans are ranked.
+    The table `part_leaderboard` is added if heads, experts or spans are ranked.
     """
     models = named_models(cells)
     tables = {
@@ -68,7 +68,7 @@ def report_frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
 
 
 def report_figures(cells: Sequence[CellRecord], findings: Findings = ()) -> dict[str, go.Figure]:
-    """Draw the charts of studies, heat maps and cells; return file stem → figure."""
+    """Draw the charts of studies, models and benchmarks; return file stem → figure."""
     charts = {stem: chart.to_figure() for stem, chart in study_charts(findings).items()}
     for name, group in named_models(cells).items():
         if mapped := [cell for cell in group if cell.whole_layers]:
@@ -89,19 +89,19 @@ def export_report(
     """Write a report in one of `REPORT_FORMATS`, and return the paths of its files.
 
     Args:
-        cells: The cells of the report.
+        cells: Results of each model and benchmark in the report.
         report_format: A key of `REPORT_FORMATS`.
         path: A file for `md` and `tex`, a folder otherwise.
         extra: Further frames for `csv` and `parquet` by name, in addition to `report_frames`. Each
-            is an iterable of consecutive frames.
-        findings: Findings of studies: sections in `md`, a frame for each table in `csv` and
-            `parquet`, and charts in `png` and `pdf`.
+            value is an iterable of consecutive data frames.
+        findings: Findings of studies. They become sections in `md`, one data file for each table in
+            `csv` and `parquet`, and charts in `png` and `pdf`.
 
     Returns:
         The paths of the files.
 
     Raises:
-        RequestError: The package that draws figures is not installed.
+        RequestError: The format needs the package kaleido, which is not installed.
         WorkError: The disk is full or not writable.
     """
     return REPORT_FORMATS[report_format](cells, path, extra, findings)
@@ -148,7 +148,7 @@ def _write_latex(
 def build_boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
     """Build the leaderboards of each model's layers and parts, and a leaderboard of models.
 
-    Also returns notes that name excluded cells and models, with reasons.
+    The function also returns notes that name excluded benchmarks, with reasons.
     """
     groups = named_models(cells)
     boards = {name: layer_board(group) for name, group in groups.items()}
@@ -169,7 +169,7 @@ def build_boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
 
 
 def text_frame(table: Table) -> pd.DataFrame:
-    """Convert a table to a data frame of texts, rounded for people."""
+    """Convert a table to a data frame of texts, with rounded numbers."""
     rows = [
         [entry_text(*entry).text for entry in zip(row, table.headings, strict=True)]
         for row in table.rows

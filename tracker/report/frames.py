@@ -61,15 +61,16 @@ def table_frame(data_table: Table) -> pd.DataFrame:
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each measured run.
 
-    A run changes `span` layers from `layer` (0-based) on, or their `component`; `intervention` is
-    the change. `removed` lists the layers that all runs lack (such as `3,17`; empty for the intact
+    `layer` is the first changed layer (0-based), and `span` is the number of changed layers.
+    `component` is the changed part of these layers, and `intervention` is the kind of change.
+    `removed` lists the layers that are removed in all runs (such as `3,17`; empty for the intact
     model). `part` is `calibration` or `test` if the documents are that part of the benchmark, else
     `all`. `sample_seed` is the seed of the sample; it is missing if the documents are not sampled.
-    `until` is the question that the cell was measured for. `interval` is the kind of the drop's
-    interval. `shown` is the verdict on the run among all runs of its kind: `matters`, `better
-    without`, `below 5 pp` or `open`. Accuracies and drops are fractions. An undefined value is NaN,
-    and `reasons` gives the reason; the reason of `n` explains why documents are missing. lm-eval's
-    own metrics have columns `metric_NAME`.
+    `until` is the question for which the benchmark was measured. `interval` is the kind of the
+    drop's interval. `shown` is the verdict on the run, simultaneous over all runs of its kind:
+    `matters`, `better without`, `below 5 pp` or `open`. Accuracies and drops are fractions. An
+    undefined value is NaN, and `reasons` gives the reason; the reason of `n` explains why documents
+    are missing. lm-eval's own metrics have columns `metric_NAME`.
     """
     words = {id(cell): verdict_words(cell) for cell in cells}
     verdict: Column[CellRun] = Column(
@@ -85,8 +86,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each correlation.
 
-    There is one row for each model, benchmark, proxy, coefficient and subset. `n` is the number of
-    layers. An undefined value is NaN, and `reason` gives the reason.
+    There is one row for each model, benchmark, proxy, coefficient and subset of layers. `n` is the
+    number of layers or experts. An undefined value is NaN, and `reason` gives the reason.
     """
     rows = [(cell, record) for cell in cells for record in cell.correlations]
     columns = [column for column in correlation_columns().values() if column.name != "between"]
@@ -98,20 +99,22 @@ def document_frame(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> pd.DataFrame:
-    """Return a data frame with one row for each document that a run loses or wins.
+    """Return a data frame with one row for each document that an ablation makes worse or better.
 
     Args:
-        cell_decisions: Cells, each with the decisions of its runs.
-        with_private: Whether to include texts that are not from the hub or a package.
-        only_changed: Whether to include only documents that are lost or won. Otherwise all
-            documents are included, with scores for which larger is better.
+        cell_decisions: Pairs of a cell (model on a benchmark) and the model's answers under each
+            ablation.
+        with_private: Whether to include private texts, which are not from the hub or a package.
+        only_changed: Whether to include only documents that an ablation makes worse or better. If
+            false, all documents are included, with scores (larger is better).
 
     Returns:
-        One row for each model, benchmark, run and document. `change` is `lost`, `won` or `same`. A
-        requested document that is not measured has a row without a run, with the change `missing`.
-        `choices` is a JSON list. `gold`, `choice_intact` and `choice` are numbers of options,
-        0-based. Margins are in nats, or in nats per character or byte if the metric divides by
-        length. Without options, margins are log-probabilities of the answer.
+        One row for each model, benchmark, run and document. `change` is `lost` (worse than intact),
+        `won` (better) or `same`. A requested document that is not measured has a row without a run,
+        with the change `missing`. `choices` is a JSON list. `gold`, `choice_intact` and `choice`
+        are 0-based numbers of answer options. Margins are in nats, or in nats per character or byte
+        if the metric divides by length. If a document has no options, its margins are
+        log-probabilities of the answer.
     """
     return pd.concat(document_frames(cell_decisions, with_private, only_changed), ignore_index=True)
 
@@ -121,7 +124,7 @@ def document_frames(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> Iterator[pd.DataFrame]:
-    """Yield an empty data frame of changed documents, then the data frames of each cell."""
+    """Yield an empty data frame with the columns of `document_frame`, then frames of each cell."""
     scores = () if only_changed else _SCORE_COLUMNS
     columns = [*CELL_COLUMNS, *CHANGE_COLUMNS, *_DOCUMENT_COLUMNS, *scores]
     dtypes = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBER_COLUMNS), "Int64")
@@ -141,7 +144,7 @@ def document_frames(
 def _run_rows(
     cell: CellRecord, decisions: Decisions, with_private: bool, only_changed: bool
 ) -> dict[str, NDArray[Any]]:
-    """Return column → entries, for documents that each run loses or wins, or for all documents."""
+    """Return column → entries for each run's changed documents, or for all documents."""
     visible = [with_private or text is None or text.public for text in decisions.texts]
     texts = [
         text.text if text and is_visible else None
@@ -200,13 +203,13 @@ def write_csv(frames: Iterable[pd.DataFrame], file: IO[str]) -> None:
 
 
 def pack_text(text: str) -> str:
-    """Compress a text to base64, which contains no HTML markup; the browser decompresses it."""
+    """Compress a text to base64 for a page whose script decompresses the text."""
     # The time is left out, so that the same text gives the same bytes.
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def pack_json(value: Mapping[str, Any]) -> str:
-    """Compress a JSON object for a script of the page; raise ValueError for NaN."""
+    """Compress a JSON object to base64 for a page's script; raise ValueError for NaN."""
     return pack_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 

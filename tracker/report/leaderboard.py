@@ -1,6 +1,7 @@
-"""Build the tables of leaderboards: layers of a model, misjudged layers, models, and pairs.
+"""Build the tables of leaderboards for layers, other parts, models, and pairs of models.
 
-The columns of the leaderboards are defined once, for programs. Tables for people show some of them.
+Functions such as `layer_board_columns` define all columns of a leaderboard, for tables that
+programs read. Tables that people read show some of these columns.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Standing = TypeVar("Standing")
 
 
 class RankedRow(NamedTuple, Generic[Standing]):
-    """Row of a leaderboard; `benchmarks` is the number of benchmarks that rank the model."""
+    """Row of a leaderboard; `benchmarks` is the number of benchmarks that determine the ranks."""
 
     model: str
     standing: Standing
@@ -56,12 +57,12 @@ class RankedRow(NamedTuple, Generic[Standing]):
 def _standing_column(
     name: str, label: str, unit: FigureUnit, no_value: str = "", field: str = ""
 ) -> Column[Any]:
-    """Define the column for a field of each row's standing; an empty `field` means `name`."""
+    """Define a column that shows the attribute `field` (default: `name`) of a row's `standing`."""
     return Column(label, unit, attrgetter(f"standing.{field or name}"), no_value, name)
 
 
 def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
-    """Define the columns of relevance and drop, each followed by the ends of its interval."""
+    """Define the columns of relevance and drop, each followed by the ends of its 95 % interval."""
     columns = (
         _standing_column("accuracy_relevance", relevance, "relevance", field="relevance"),
         _standing_column("accuracy_drop", drop, "points", field=drop_field),
@@ -70,7 +71,7 @@ def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[A
 
 
 def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
-    """Define the columns of the rank, the best and the worst possible rank, for programs."""
+    """Define the columns `rank`, `best_rank` and `worst_rank` of tables that programs read."""
 
     def column(name: str, attribute: str) -> Column[Any]:
         def value(row: Any) -> Estimate:
@@ -82,7 +83,7 @@ def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
 
 
 def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
-    """Define the column of ranks for people: the best and the worst possible rank of a row."""
+    """Define the column of a table for people that shows a row's best and worst possible rank."""
     label = f"{label}, 95 % confidence for all"
     return Column(label, "count", lambda row: row.standing.rank, no_value, interval=True)
 
@@ -90,7 +91,7 @@ def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
 def _choose_rank_column(
     rows: Sequence[RankedRow[Any]], no_value: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return the column of ranks, or only a note if every row may have any rank."""
+    """Return the rank column, or only a note if every row's rank interval covers all ranks."""
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):
         return [_rank_interval(no_value)], []
@@ -98,7 +99,7 @@ def _choose_rank_column(
 
 
 def layer_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
-    """Define the columns of a leaderboard of layers for programs."""
+    """Define all columns of a leaderboard of layers."""
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         *_rank_columns(_NO_RANK),
@@ -115,11 +116,11 @@ def _board_rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
 
 
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
-    """Build one table for programs from the leaderboards of layers of all models.
+    """Build an unrounded table with the leaderboards of layers of all models.
 
-    There is one row for each model and layer (0-based), sorted by the lower end of the drop, the
-    largest first. Figures are fractions, averaged over `benchmarks` benchmarks. `rank` is missing
-    if a benchmark is missing.
+    There is one row for each model and layer (0-based), in descending order of the lower end of the
+    drop's interval. Figures are fractions, averaged over `benchmarks` benchmarks. `rank` is missing
+    if the relevance is not defined on every benchmark.
     """
     labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
     rows = [row for board, label in labelled for row in _board_rows(board, label)]
@@ -127,7 +128,7 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
-    """Build the leaderboard of one model's layers, sorted by the lower bound of the drop."""
+    """Build the leaderboard of one model's layers, sorted by the lower end of the interval."""
     columns, ranks_by_cosine = by_name(*layer_board_columns()), cosine_ranks(board)
     rows = _board_rows(board, label)
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
@@ -156,7 +157,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 
 
 def _board_notes(board: LayerBoard) -> list[str]:
-    """Return notes that explain dashes, and open verdicts of drops whose interval excludes 0."""
+    """Return notes that explain undefined values, and open verdicts despite an interval above 0."""
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
@@ -174,7 +175,7 @@ def _board_notes(board: LayerBoard) -> list[str]:
 
 
 def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
-    """Define the columns of a leaderboard of parts for programs."""
+    """Define all columns of a leaderboard of parts, such as heads or experts."""
 
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -191,17 +192,17 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
 
 
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
-    """Build one table for programs from the leaderboards of heads, experts and spans.
+    """Build an unrounded table with the leaderboards of heads, experts and spans.
 
-    There is one row for each model and part. Parts of one kind are sorted by the lower end of the
-    drop, the largest first.
+    There is one row for each model and part. Parts of one kind are in descending order of the lower
+    end of the drop's interval.
     """
     rows = [row for label, board in boards for row in _board_rows(board, label)]
     return build_table("", part_board_columns(), rows)
 
 
 def part_board_table(board: PartBoard, label: str) -> Table:
-    """Build the leaderboard of one kind of parts; show only both ends of a long ranking."""
+    """Build the leaderboard of one kind of parts; of many parts, show only the first and last."""
     rows = _board_rows(board, label)
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
@@ -245,7 +246,7 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
 
 
 def relevance_interval_table(board: LayerBoard, label: str) -> Table:
-    """Build the table of the relevance curves: each benchmark and the mean, with intervals."""
+    """Build the table of each layer's relevance per benchmark and on average, with intervals."""
     means = {standing.layer: standing.relevance for standing in board.by_depth}
     columns = [
         Column(name, "relevance", partial(layer_relevance, cell))
@@ -259,7 +260,7 @@ def relevance_interval_table(board: LayerBoard, label: str) -> Table:
 
 
 def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
-    """Build the table of the proxy curves: all proxies of each layer on each benchmark."""
+    """Build the table of all proxies of each layer on each benchmark."""
 
     def column(cell: CellRecord, name: str, proxy: Proxy) -> Column[int]:
         runs = cell.runs_of_kind()
@@ -282,7 +283,7 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
 
 
 def model_board_columns() -> tuple[Column[RankedRow[ModelStanding]], ...]:
-    """Define the columns of the leaderboard of models for programs."""
+    """Define all columns of the leaderboard of models."""
 
     def costly_layers(row: RankedRow[ModelStanding]) -> Estimate:
         return Estimate(row.standing.costly, reason=row.standing.relevance.reason or NO_REASON)
@@ -306,11 +307,11 @@ def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedRow[Mode
 
 
 def model_board_data(board: ModelBoard) -> Table:
-    """Build the leaderboard of models for programs.
+    """Build the leaderboard of models with unrounded values.
 
-    There is one row for each model; the model that loses least is first. Figures are fractions,
-    averaged over `layers` layers and the `benchmarks` that the ranked models share. `rank` is
-    missing if a model lacks one of these benchmarks.
+    There is one row for each model; the model that loses least accuracy by removing a layer is
+    first. Figures are fractions, averaged over `layers` layers and the `benchmarks` that the ranked
+    models share. `rank` is missing if a model lacks one of these benchmarks.
     """
     labels = model_labels([standing.model for standing in board.models])
     return build_table("", model_board_columns(), _model_rows(board, labels))
@@ -332,7 +333,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
 
 
 def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
-    """Build the table of the curves over relative depth, with a row for each model and layer."""
+    """Build the table of relevance over relative depth, with a row for each model and layer."""
     columns: tuple[Column[tuple[str, int, PartStanding]], ...] = (
         Column("model", "text", lambda row: row[0]),
         Column("layer (0-based)", "count", lambda row: row[2].layer),

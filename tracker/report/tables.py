@@ -1,4 +1,4 @@
-"""Build tables for people: choose columns, order of rows, and notes."""
+"""Build the tables that people read: choose the columns, the order of rows, and the notes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _LabelledCell = tuple[CellRecord, tuple[str, str]]
 
 
 def overview_table(cells: Sequence[CellRecord]) -> Table:
-    """Build a table with a row for each cell: documents, baseline, chance, extremes, Spearman."""
+    """Build the table of all benchmarks: documents, baseline, chance, top layers, correlation."""
     baseline, costly, drop = "baseline accuracy with 95 % interval", "drop, pp", "drop"
     if has_losses := not all(cell.higher_is_better for cell in cells):
         baseline = "baseline with 95 % interval, accuracy in % or loss"
@@ -137,7 +137,7 @@ def _spearman_estimate(row: _LabelledCell) -> Estimate:
 
 
 def layer_table(cell: CellRecord) -> Table:
-    """Build a table with one row for each run of a cell; unmeasured runs show dashes.
+    """Build the table of a benchmark's runs, one row per run; unmeasured runs show dashes.
 
     Notes explain the p-values, and give the reason for each undefined value.
     """
@@ -202,7 +202,7 @@ def _group_by_reason(
 
 
 def correlation_table(cell: CellRecord) -> Table:
-    """Build the table of a cell's correlations: a row for each proxy, coefficient and subset."""
+    """Build the table of correlations, with a row for each proxy, coefficient and layer subset."""
     names = ("proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents")
     columns = correlation_columns()
     kinds = list(dict.fromkeys(map(sample_kind, cell.correlations))) or ["layer"]
@@ -234,7 +234,7 @@ def _proxy_heading(record: CorrelationRecord) -> str:
 
 
 def relevance_table(cells: Sequence[CellRecord]) -> Table:
-    """Build the table of a heat map: accuracy relevance, layers × benchmarks of one model."""
+    """Build the table of one model's accuracy relevance for each layer and benchmark."""
 
     def column(cell: CellRecord, label: str) -> Column[int]:
         def value(layer: int) -> Estimate:
@@ -251,12 +251,12 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
 
 
 def is_corpus(cell: CellRecord) -> bool:
-    """Return whether a cell measures a corpus, with metrics of tracker instead of lm-eval."""
+    """Return whether a cell measures a text corpus instead of tasks of lm-eval."""
     return RATIO in cell.benchmark.tasks[0].metrics.values()
 
 
 def provenance_table(cell: CellRecord) -> Table:
-    """Build a table of names and values of the facts on which a cell's numbers depend."""
+    """Build a table of the model, data, settings and versions that determined the results."""
     model, benchmark = cell.model, cell.benchmark
     facts = {
         "model source": model.source,
@@ -293,20 +293,20 @@ def provenance_table(cell: CellRecord) -> Table:
 
 
 def _comparison_text(cell: CellRecord) -> str:
-    """Describe the self-check: number of compared answers and their largest difference."""
+    """Describe the check against pruned models: number of answers, and largest difference."""
     if cell.compared_difference is None:
         return "nothing"
     return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
 
 
 def _split_text(task: TaskIdentity) -> str:
-    """Return the text for the split from which a task's documents come."""
+    """Return the name of a task's split and, if only half of it is used, the size and seed."""
     half = task.half
     return task.split if half is None else f"{task.split}, half of {half.of:,} (seed {half.seed})"
 
 
 def task_table(cell: CellRecord) -> Table:
-    """Build a table of a cell's tasks or corpus, with version, split and fingerprint."""
+    """Build a table of a benchmark's tasks or corpus, with version, split and fingerprint."""
     columns: tuple[Column[TaskIdentity], ...] = (
         Column("task", "text", lambda task: task.name),
         Column("version", "text", lambda task: task.version),

@@ -30,14 +30,16 @@ FIGURE_WRITERS: tuple[Callable[..., str], ...] = (
 
 
 class TextTemplate:
-    """Template of texts; each macro of the template renders one or more texts.
+    """Jinja template of texts; each macro of the template renders one or more texts.
 
-    Line breaks of a macro become spaces in the text. A line of three dashes separates two texts.
+    Line breaks in a macro become spaces in the text. A line of three dashes in a macro separates
+    two texts.
 
     Args:
         package: Package whose folder `templates` contains the template.
         name: Name of the template.
-        **names: Names that the template may use in addition to `FIGURE_WRITERS`.
+        **names: Values and functions that the template can use by name, in addition to
+            `FIGURE_WRITERS`.
     """
 
     def __init__(self, package: str, name: str, **names: Any) -> None:

@@ -1,4 +1,4 @@
-"""Write sentences about cell records: results, explanations of results, and warnings."""
+"""Write sentences about results: verdicts, explanations and warnings."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ _MAX_NAMED_LAYERS = 10
 
 
 def rule(name: str) -> str:
-    """Explain how to read `layers`, `models`, `intervals`, `layer_correlation`, …"""
+    """Return the explanation of a ranking or figure, such as `layers`, `models` or `intervals`."""
     return WORDS.render(f"{name}_rule")
 
 
 def kind_words(kind: Change) -> str:
-    """Name a kind of runs for a sentence.
+    """Return the words for a kind of ablation in a sentence.
 
     Args:
-        kind: Component, span and intervention of the runs.
+        kind: Component, span and intervention of the ablations.
 
     Returns:
         For example `layer`, `attention`, `mlp, 4 at a time`, `head 3` or `mean`.
@@ -79,8 +79,8 @@ def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
     """List the names of runs for a sentence.
 
     Args:
-        runs: The runs.
-        cell: The cell that contains the runs.
+        runs: The ablations to name.
+        cell: Results of one model on one benchmark, which contain these runs.
 
     Returns:
         For example `layers 3, 5`, or `layer 3; attention: layers 3, 5` for several kinds of runs.
@@ -97,10 +97,10 @@ def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
 
 
 def measured(cells: Sequence[CellRecord]) -> str:
-    """Describe when and on which machines cells were measured; "" if no cell records a date.
+    """Describe when and on which machines results were measured; "" if no date is recorded.
 
     Args:
-        cells: The measured cells.
+        cells: Results of each model and benchmark.
 
     Returns:
         For example `Measured on 2026-11-28 (Linux x86_64, 2 cores, cpu).`
@@ -134,7 +134,7 @@ def correlation_text(record: CorrelationRecord | None) -> str:
     """Write a correlation with its interval, its sample sizes and its p-value.
 
     Args:
-        record: The correlation; None if the cell does not have it.
+        record: The correlation; None if it was not computed.
 
     Returns:
         For example `0.66 (95 % interval over documents 0.41 to 0.80; p over layers < 0.001; 30
@@ -170,15 +170,16 @@ def short_correlation(record: CorrelationRecord) -> str:
 
 
 def sentence(cell: CellRecord) -> str:
-    """Describe how well the proxies rank the layers, the cosine score first.
+    """Describe the rank correlation of each proxy with the drops, the cosine score first.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
-        The cost of the layers that every run lacks. The Spearman correlation of cosine score and
-        accuracy drop (or loss increase) over all layers and over the inner layers, or the reason
-        why it is undefined. The correlation of every other proxy over all layers, or over experts.
+        Sentences about three results. The first result is the cost of layers that are removed in
+        all runs. The second result is the Spearman correlation of cosine score and drop (or loss
+        increase) over all layers and over the inner layers, or the reason why it is undefined. The
+        third result is the correlation of every other proxy over all layers, or over experts.
     """
 
     def named_records(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
@@ -191,13 +192,13 @@ def sentence(cell: CellRecord) -> str:
 
 
 def beneath(cell: CellRecord) -> str:
-    """Describe the cost of the layers that are removed from all runs of a cell.
+    """Describe the accuracy that is lost by layers that are removed in all runs.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
-        Sentences that end in a space; empty if no layer is removed from all runs.
+        Sentences that end in a space; empty if no layer is removed in all runs.
     """
     if not cell.removed:
         return ""
@@ -214,15 +215,15 @@ def beneath(cell: CellRecord) -> str:
 
 
 def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
-    """State the smallest drop that a cell's documents can reveal, if all runs are tested together.
+    """State the smallest drop that the documents can reveal if all runs are tested together.
 
     Args:
-        cell: The cell.
-        runs: Some runs of the cell.
+        cell: Results of one model on one benchmark.
+        runs: The runs that are tested together.
 
     Returns:
-        A sentence, or the reason why the drop is undefined. Empty without runs, or if a question
-        decides the number of documents.
+        A sentence, or the reason why the smallest drop is undefined. Empty if there are no runs, or
+        if an `until` question determines the number of documents.
     """
     if not runs or cell.is_raced:  # the power assumes a fixed number of documents
         return ""
@@ -235,10 +236,10 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
 
 
 def summary(cells: Sequence[CellRecord]) -> str:
-    """Summarise the cells of a page in a few sentences.
+    """Summarise the results of a page in a few sentences.
 
     Args:
-        cells: The cells of one page.
+        cells: Results of each model and benchmark on the page.
 
     Returns:
         A paragraph of plain text.
@@ -292,11 +293,11 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
 
 
 def second_rounding_text(model: str, stored: str) -> str:
-    """Warn that the checkpoint's weights are rounded, so only additional error is measured.
+    """Warn that a checkpoint's weights are already quantised, so only extra error is measured.
 
     Args:
         model: Label of the model.
-        stored: Format of the weights in the model's checkpoint.
+        stored: Quantisation format of the weights in the model's checkpoint.
 
     Returns:
         A sentence.
@@ -305,20 +306,20 @@ def second_rounding_text(model: str, stored: str) -> str:
 
 
 def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
-    """Name the cells that were measured with several versions or devices.
+    """Name the benchmarks that were measured with several package versions or devices.
 
     Args:
-        cells: The cells to check.
+        cells: Results of each model and benchmark to check.
 
     Returns:
-        One note for each such cell.
+        One note for each benchmark with several versions or devices.
     """
     pairs = ((cell, cell.mismatch) for cell in cells)
     return [f"{cell.title}: {reason}.{_mismatch_note(cell)}" for cell, reason in pairs if reason]
 
 
 def _mismatch_note(cell: CellRecord) -> str:
-    """Name the runs whose versions or devices differ from the baseline's, after a space."""
+    """Return a sentence, after a space, on runs with other versions than the baseline."""
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
         return f" Each {metric_format(cell).change} compares measurements with equal settings."
@@ -326,22 +327,22 @@ def _mismatch_note(cell: CellRecord) -> str:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the figures of a cell that stopped early because its question was answered.
+    """Explain the figures of a benchmark that stopped early because `until` was answered.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
-        Some sentences; empty if all requested documents are measured.
+        Some sentences; empty if the measurement did not stop early.
     """
     return WORDS.render("looks", cell) if cell.is_raced and cell.unfinished else ""
 
 
 def rounding_note(cell: CellRecord) -> str:
-    """Describe how many documents are decided by rounding in half precision, and the effect.
+    """Describe how many documents' answers depend on rounding in half precision, and the effect.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
         Some sentences; empty in single precision.
@@ -362,13 +363,14 @@ def rounding_note(cell: CellRecord) -> str:
 
 
 def second_rounding_note(cell: CellRecord) -> str:
-    """Explain which error a cell measures if the checkpoint's weights are already rounded.
+    """Explain which error is measured if the checkpoint's weights are already quantised.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
-        A sentence; empty if no run rounds weights, or the checkpoint's weights are not rounded.
+        A sentence; empty if no run quantises weights, or if the checkpoint's weights are not
+        quantised.
     """
     stored = cell.provenance.get(WEIGHTS_KEY)
     if stored is None or not any(run.change.intervention in FORMATS for run in cell.runs):
@@ -377,14 +379,14 @@ def second_rounding_note(cell: CellRecord) -> str:
 
 
 def warnings(cell: CellRecord) -> tuple[str, ...]:
-    """List warnings that a reader needs before trusting a cell's numbers.
+    """List warnings about a benchmark's results, such as missing runs or a weak baseline.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
-        One sentence for each warning: missing runs, several versions or devices, undefined values
-        of the cell, a weak baseline.
+        One text for each warning. Warnings concern missing runs, several versions or devices,
+        undefined values, rounding, and a baseline near chance.
     """
     notes = []
     if cell.missing:
@@ -419,11 +421,11 @@ def layers_answer(claims: Claims) -> str:
     """Summarise the verdicts on a model's layers in a few short sentences.
 
     Args:
-        claims: Statements about the layers that the results support.
+        claims: Statements about the layers that are statistically supported.
 
     Returns:
         For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
-        shown to cost less than 5 pp …`. The reason why there is no verdict if no benchmark counts.
+        shown to cost less than 5 pp …`. If no benchmark can be used, the text gives the reason.
     """
     falling = {} if claims.costly else claims.falling
     groups = group_by(falling, lambda layer: tuple(map(id, falling[layer])))
@@ -438,11 +440,11 @@ def layers_answer(claims: Claims) -> str:
 def verdict_sentence(
     noun: str, verdicts: Mapping[str, Verdict], level: str, higher_is_better: bool = True
 ) -> str:
-    """Write the verdicts on changes of one kind as a sentence.
+    """Write a sentence that names the ablations of one kind with significant effects.
 
     Args:
-        noun: Plural noun of the changes.
-        verdicts: Label of each change, from the largest drop to the smallest → verdict.
+        noun: Plural noun for the ablations, such as heads.
+        verdicts: Label of each ablation → verdict, in descending order of the drops.
         level: Name of the measured quantity, such as accuracy.
         higher_is_better: Whether a higher level is better, as for an accuracy.
 
@@ -457,14 +459,14 @@ def verdict_sentence(
 
 
 def parts_answer(cell: CellRecord) -> str:
-    """Write the verdicts on a cell's heads, experts and spans; verdicts of a kind hold jointly.
+    """Name the heads, experts and spans with significant effects, tested jointly for each kind.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
         For example `Of 270 heads 2 are shown to cost accuracy: layer 3 head 5, layer 0 head 1.`;
-        empty if the cell has no such runs.
+        empty if no heads, experts or spans were measured.
     """
     sentences = []
     for family, runs in group_by(cell.runs, lambda run: run.change.kind.family).items():
@@ -479,7 +481,7 @@ def parts_answer(cell: CellRecord) -> str:
 
 
 def board_answer(board: PartBoard) -> str:
-    """Write the verdicts on the parts of a leaderboard as a sentence."""
+    """Write a sentence that names the parts of a leaderboard with significant effects."""
     ordered_parts = sorted(board.parts, key=lambda part: -(part.deciding.value or 0.0))
     verdicts = {part.change.label(): part.verdict for part in ordered_parts}
     noun, where = board.kind.plural, name_benchmarks(board.cells)
@@ -489,7 +491,7 @@ def board_answer(board: PartBoard) -> str:
 
 
 def alone_sentence(cell: CellRecord, has_average: bool) -> str:
-    """State the number of open runs; `has_average` means that an average is shown above."""
+    """State how many runs have no significant effect; `has_average`: an average is shown above."""
     verdicts = run_verdicts(cell, cell.runs)
     defined_runs = [run for run in cell.runs if run.drop.value is not None]
     n_open = sum(verdicts[run.change] == "open" for run in defined_runs)
@@ -500,12 +502,13 @@ def alone_sentence(cell: CellRecord, has_average: bool) -> str:
 def controls_answer(cell: CellRecord) -> str:
     """Compare the cost of removing a set of layers with the cost of random sets of equal size.
 
-    For a single set, p is twice the smaller share of sets (random ones and the set itself) that
-    cost at most, or at least, as much. The test assumes that a set of ordinary layers is
-    exchangeable with random sets. Several sets that share layers have no such p.
+    For a single set, p is twice the smaller of two shares. One share counts the sets that cost at
+    most as much, and the other share counts the sets that cost at least as much. Both shares
+    include the random sets and the set itself. The test assumes that a set of ordinary layers is
+    exchangeable with random sets. If there are several sets of one size, no p-value is given.
 
     Args:
-        cell: The cell.
+        cell: Results of one model on one benchmark.
 
     Returns:
         A sentence for each size of sets; empty if no random sets were measured.
@@ -526,9 +529,10 @@ def controls_answer(cell: CellRecord) -> str:
 
 
 def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]) -> str:
-    """Write the verdicts on a model's layers, if any were removed, and on the model's parts.
+    """Write sentences on the significant effects of a model's layers and other parts.
 
-    If no benchmark counts for the parts (e.g. for losses), each benchmark is described separately.
+    If the parts have no average over benchmarks (e.g. for losses), each benchmark is described
+    separately.
     """
     answers = [*map(board_answer, boards)]
     if not claims.layers and not answers:
@@ -540,14 +544,14 @@ def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[Ce
 
 
 def cell_answer(cell: CellRecord) -> str:
-    """Write the verdicts of one benchmark; return "" if no verdict is possible."""
+    """Write sentences on the significant effects on one benchmark; "" if no verdict is possible."""
     claims = decide_claims([cell])
     layers = layers_answer(claims) if claims.layers else ""
     return " ".join(filter(None, (layers, parts_answer(cell), controls_answer(cell))))
 
 
 def agreement_sentence(agreement: Agreement) -> str:
-    """Describe how well a proxy orders the layers, in comparison with a random order.
+    """Describe how well a proxy ranks the layers by drop, in comparison with a random order.
 
     Args:
         agreement: Agreement of the proxy with the accuracy drop.
@@ -566,7 +570,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     """Describe how many answers were checked against really pruned models, and the differences.
 
     Args:
-        cells: The cells of a page.
+        cells: Results of each model and benchmark on the page.
 
     Returns:
         A sentence.
@@ -580,7 +584,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
 
 
 def open_models_sentence(board: ModelBoard) -> str:
-    """Name the pairs of models whose order is not shown; "" if all orders are shown."""
+    """State how many pairs of models have no significant order; "" if all pairs have one."""
     return WORDS.render("models_open", board, *board.pairs, MODEL_GAP)
 
 

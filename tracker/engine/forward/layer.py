@@ -1,6 +1,7 @@
-"""Run layers for all streams, and intervene on whole layers.
+"""Run layers for all streams, and apply interventions on whole layers.
 
-A model's layers run all streams of a plan as one batch.
+A stream is the computation of one or several ablations. Each layer of the model runs all streams as
+one batch.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ class Replacement(Protocol):
     """Interface of a function that replaces one layer."""
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Compute the output [rows, tokens, …] of the replacement, in the dtype of the input."""
+        """Compute the output [rows, tokens, …] that replaces the layer's, in the input's dtype."""
         ...
 
 
 @dataclass(frozen=True)
 class FittedReplacement:
-    """A replacement fitted on text, in float32 for models of any dtype.
+    """Fitted functions that can replace one layer, in float32 for models of any dtype.
 
     Attributes:
-        mean: Mean of the layer's output minus its input [width].
-        scale: Factor of the layer's input.
-        linear: Weight [width, width] and bias [width]; None if not fitted.
+        mean: Mean difference of the layer's output and input [width].
+        scale: Factor by which the layer's input is multiplied.
+        linear: Weight [width, width] and bias [width] of a linear map; None if no map was fitted.
     """
 
     mean: Tensor
@@ -57,7 +58,7 @@ class FittedReplacement:
     linear: tuple[Tensor, Tensor] | None = None
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Compute x + m, s·x or W·x + b; parallel residual streams are concatenated to one x."""
+        """Compute x + m, s·x or W·x + b for input x; x concatenates parallel residual streams."""
         flat_state = state.flatten(2).float()
         if action is Action.MEAN:
             result = flat_state + self.mean.to(state.device)
@@ -77,12 +78,12 @@ class FittedReplacement:
 
 @dataclass(frozen=True)
 class RandomReplacement:
-    """A replacement drawn at random, for a layer of a miniature model."""
+    """A random function that replaces a layer, for self-checks on a miniature model."""
 
     layer: int
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Change a state of any width, as `FittedReplacement` changes states of its width."""
+        """Apply a random update, a fixed factor or a random linear map to a state of any width."""
         width = state.flatten(2).shape[-1]
         rng = torch.Generator().manual_seed(self.layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=rng) / width**0.5
@@ -100,35 +101,39 @@ ReplaceMask = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], hooks.
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A forward pass of a model in which its layers fork streams.
+    """A forward pass of a model that computes several ablations as streams in one batch.
 
-    The streams are the batch. The model is called with `rows` rows, so the first layer gets [rows,
-    tokens, hidden], and the batch grows layer by layer. A new stream starts from its parent's
-    hidden state before the layer. A stream either passes through the layer, or skips it and keeps
-    its state. The output of the last layer is [streams × rows, tokens, hidden], ordered by stream:
-    block s of `rows` rows is stream s. Each block equals the output of the pruned model, under two
-    assumptions: a layer treats the rows of a batch separately, and only the hidden state connects
-    layers. Where an assumption fails, the pass is refused here or the check on a miniature detects
-    the failure.
+    The batch contains all streams. The model is called with `rows` rows, so the first layer gets
+    [rows, tokens, hidden], and the batch grows layer by layer. A new stream starts at a layer, from
+    the input of the layer in the parent stream. A stream either passes through the layer, or skips
+    the layer and keeps its state. The output of the last layer is [streams × rows, tokens, hidden],
+    ordered by stream: block s of `rows` rows is stream s. Each block equals the output of the
+    pruned model, under two assumptions: a layer treats the rows of a batch separately, and only the
+    hidden state connects layers. If an assumption does not hold, RefusalError is raised here, or
+    the self-check on a miniature model fails.
 
-    The model makes the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
-    rows. They must broadcast over the batch, or with `batched` may have one row per stream.
+    The model prepares the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
+    rows. These inputs must broadcast over the batch. With `batched`, they can also have one row per
+    stream.
 
     Attributes:
         layers: The model's decoder layers.
-        plan: The plan of the forks.
-        anatomy: The parts of the layers, including all parts that the plan changes.
-        observe: Called with the baseline's input and output of each layer.
-        replace_mask: Function that replaces the model's own masks.
-        replacements: Replacements of layers, by layer.
-        embeddings: Inputs to the first layer of streams with other embeddings, each [rows, tokens,
-            …]: one for each format in `plan.embedding_formats` except the unchanged embedding.
-        max_streams: Maximum number of streams per pass of a layer, not counting streams with
-            changes inside the layer. None = all streams: with a cache, or where weights are loaded
-            layer by layer.
-        batched: Whether the other inputs of a layer are cut to the streams that enter it.
-        extra_outputs: Outputs of earlier layers other than the hidden state.
-        forks: The forks, in the order of their layers.
+        plan: The plan that gives the layer at which each stream starts.
+        anatomy: The modules of the layers, including all modules that the plan changes.
+        observe: Function that is called for each layer with the layer's input and output in the
+            intact model.
+        replace_mask: Function that replaces the model's own attention masks.
+        replacements: Layer number → function that replaces the layer.
+        embeddings: Inputs to the first layer for streams with quantised embeddings, each [rows,
+            tokens, …]: one for each format in `plan.embedding_formats` except the unchanged
+            embedding.
+        max_streams: Maximum number of streams that a layer computes in one call, not counting
+            streams with changes inside the layer. None means all streams, for a model with a cache
+            or with offloaded weights.
+        batched: Whether the other inputs of a layer are reduced to the rows of the streams that
+            enter the layer.
+        extra_outputs: Outputs of earlier layers in addition to the hidden state.
+        forks: The replaced forward passes of the layers, in the order of the layers.
     """
 
     layers: nn.ModuleList
@@ -145,7 +150,7 @@ class ForwardPass:
 
     @contextmanager
     def install(self) -> Iterator[None]:
-        """Make the layers fork streams until exit, including exit by an exception."""
+        """Replace the layers' forward passes until exit, so that the layers run all streams."""
         with ExitStack() as stack:
             # Forks refer to each other: without this, only the garbage collector would free them.
             stack.callback(self.forks.clear)
@@ -166,27 +171,29 @@ class ForwardPass:
 
 @dataclass
 class LayerFork:
-    """Replacement of `layer.forward` that runs one layer for all streams.
+    """Replacement of a layer's `forward` method that runs the layer for all streams.
 
-    Its input is [streams × rows, tokens, hidden], viewed as `inputs` [streams, rows, tokens,
-    hidden]. The streams that enter the layer are selected from `inputs`, a new stream by its
-    parent's index. The `divided_streams` are computed first, as one batch. The other streams
-    follow, `max_streams` at a time, which keeps intermediate results in the processor's cache. The
-    results fill the streams' slots in `outputs` [streams after, rows, tokens, hidden].
-    Interventions on the whole layer fill the slots of the other streams. Nothing is summed across
-    streams, so each slot equals the result of running its stream alone.
+    The input is [streams × rows, tokens, hidden], viewed as `inputs` [streams, rows, tokens,
+    hidden]. The streams that enter the layer are selected from `inputs`; for a new stream, the
+    state of the parent stream is selected. The `divided_streams` are computed first, as one batch.
+    The other entering streams follow in groups of `max_streams`, which keeps intermediate results
+    in the processor's cache. The results are written to `outputs` [streams after, rows, tokens,
+    hidden]. Streams that skip or replace the layer are written by functions for these
+    interventions. Nothing is summed across streams, so each stream gets the same result as if it
+    ran alone.
 
-    While streams fork, a layer is refused if its input includes an output of an earlier layer other
-    than the hidden state. Such an output would belong to another stream.
+    With several streams, RefusalError is raised if the inputs of a layer include an output of an
+    earlier layer in addition to the hidden state. Such an output would belong to another stream.
 
     Attributes:
         index: The number of the layer.
-        module: The layer.
-        step: The effect of the layer on each stream.
-        divided_streams: Streams for which the layer's modules are computed separately.
-        original: The layer's own forward pass.
-        parent: The forward pass, whose state the forks of all layers share.
-        is_whole: Whether the streams in the current pass are outside `divided_streams`.
+        module: The layer's module.
+        step: The plan of what the layer does in each stream.
+        divided_streams: Streams that are computed first, including all streams with changes inside
+            the layer.
+        original: The layer's original `forward` method.
+        parent: The forward pass of the whole model, whose state all layers share.
+        is_whole: Whether the layer is currently computing streams outside `divided_streams`.
         arguments: Arguments of the layer in the current pass, without the hidden state.
     """
 
@@ -200,7 +207,7 @@ class LayerFork:
     arguments: hooks.CallArguments = field(init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the hidden state [streams × rows, tokens, hidden], with the layer's signature."""
+        """Run the layer for all streams; return an output with [streams × rows, tokens, hidden]."""
         inputs = self._split_inputs(args, kwargs)
         output, outputs = self._run_entering(inputs)
         repeat_spans(self, outputs)
@@ -210,7 +217,7 @@ class LayerFork:
         return hooks.replace_first_output(output, outputs.flatten(0, 1))
 
     def run(self, states: Tensor) -> Tensor:
-        """Run states [streams, rows, tokens, …] through the unchanged layer, in batches."""
+        """Run the unchanged layer on states [streams, rows, tokens, …], in batches of streams."""
         self.is_whole = True
         for streams in split_evenly(range(len(states)), self.parent.max_streams):
             shape = tuple(states.shape[1:])
@@ -222,7 +229,7 @@ class LayerFork:
         return states
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Separate the hidden state from the layer's other inputs, and view it by stream."""
+        """Store the layer's other inputs and return the hidden state, viewed by stream."""
         step, parent = self.step, self.parent
         if self.index == 0:
             parent.extra_outputs.clear()
@@ -242,7 +249,7 @@ class LayerFork:
         return view_streams(hidden, step.n_streams)
 
     def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer for the streams that enter; return its output, and states by stream."""
+        """Run the layer for entering streams; return a layer output and the states by stream."""
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
         outputs = inputs
@@ -270,10 +277,10 @@ class LayerFork:
         return output, outputs
 
     def _run_layer(self, state: Tensor, shape: tuple[int, ...], n_streams: int) -> Any:
-        """Run the layer for some streams; raise RefusalError if the output is no hidden state."""
+        """Run the layer for some streams; RefusalError if the output has no valid hidden state."""
 
         def repeat_rows(name: str, value: Tensor) -> Tensor:
-            """Repeat, per stream, inputs that do not broadcast: Zamba 2's embeddings, ALiBi."""
+            """Repeat inputs that do not broadcast for each stream, such as ALiBi tensors."""
             is_per_row = value.shape == shape or is_alibi(name, value)
             return value.repeat(n_streams, 1, 1) if is_per_row else value
 
@@ -288,7 +295,7 @@ class LayerFork:
 
 
 def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Sequence[int]]:
-    """Split streams into the fewest groups of at most `max_size`, of about equal size."""
+    """Split streams into as few groups as `max_size` allows, with about equal sizes."""
     n_groups = -(-len(streams) // max_size) if max_size else 1
     size = -(-len(streams) // n_groups) if streams else 1
     yield from (streams[start : start + size] for start in range(0, len(streams), size))
@@ -309,9 +316,9 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
-    """Repeat the spans of layers that end at a layer, for the streams with such repetitions.
+    """Run repeated layers again, for the streams whose repeated layers end at this layer.
 
-    Besides the hidden state, each layer gets the same inputs as in the pass of all streams.
+    In each repetition, a layer gets a new hidden state, but the same other inputs as before.
     """
     repeats = fork.step.repeated_spans
     if not repeats:

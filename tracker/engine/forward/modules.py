@@ -1,6 +1,6 @@
-"""Run the modules of a layer in which streams differ.
+"""Run the modules of a layer whose computation differs between streams (ablations).
 
-There is a class for each intervention: removed sublayers, heads and experts, and quantised weights.
+One class exists for each intervention: removed sublayers, heads or experts, and quantised weights.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ HEAD_COMPONENTS = ("head", "kv_head")
 
 @dataclass(frozen=True)
 class LayerSite:
-    """A layer, and the streams for which the layer's modules are computed separately.
+    """A layer, and the streams that need changes inside the layer.
 
     Attributes:
         index: The number of the layer.
-        layer: The layer.
+        layer: The layer's module.
         step: The changes of these streams at the layer.
-        anatomy: The parts of the layers.
-        batched: Whether each stream has its own row in all inputs of the layer.
+        anatomy: Finder of the modules within the layers.
+        batched: Whether all inputs of the layer have one row per stream.
     """
 
     index: int
@@ -55,7 +55,7 @@ class LayerSite:
         return self.anatomy.layer_name(self.index)
 
     def list_streams(self, module: nn.Module) -> Sequence[int]:
-        """List the indices of the entering streams that a module of the layer computes."""
+        """List the indices of the streams that a module of the layer has to compute."""
         step = self.step
         if not step.components.isdisjoint(HEAD_COMPONENTS):
             heads = self.anatomy.get_part(Heads, self.index)
@@ -70,10 +70,10 @@ class LayerSite:
 
 
 class LayerState(Protocol):
-    """Progress of the pass through one layer.
+    """Interface of an object that knows which streams a layer is computing.
 
     Attributes:
-        is_whole: Whether no module of the layer is changed for the current streams.
+        is_whole: True if the streams that are being computed have no changes inside the layer.
     """
 
     is_whole: bool
@@ -81,14 +81,14 @@ class LayerState(Protocol):
 
 @dataclass
 class ModuleFork(ABC):
-    """Replacement of a module's forward pass in which some streams differ.
+    """Replacement of a module's `forward` method, whose computation differs between streams.
 
-    Each intervention within a layer is a subclass. A module may have several forks: a later fork
-    calls the earlier fork as its `original`.
+    Each intervention within a layer is a subclass. A module can have several forks. A fork that is
+    installed later calls the earlier fork as its `original`.
 
     Attributes:
         module: The module.
-        original: The module's forward pass without this fork, set on installation.
+        original: The module's `forward` method before this fork was installed.
     """
 
     module: nn.Module
@@ -97,14 +97,14 @@ class ModuleFork(ABC):
     @classmethod
     @abstractmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the forks that a layer needs; yield none if no stream has the intervention."""
+        """Yield the forks for the modules of a layer; none if no stream has this intervention."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's output for all streams, ordered by stream."""
+        """Return the output of the module for all streams, ordered by stream."""
 
     def install(self, layer_state: LayerState) -> AbstractContextManager[None]:
-        """Replace the module's forward pass until exit, except for streams without changes."""
+        """Replace the module's `forward` until exit, for streams with changes inside the layer."""
         self.original = self.module.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -115,9 +115,10 @@ class ModuleFork(ABC):
 
 
 def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> Tensor:
-    """View a batch by stream: [streams × n, …] as [streams, n, …].
+    """View a batch [streams × n, …] as [streams, n, …].
 
-    Raises RefusalError if the rows cannot be divided; `owner` is the beginning of the message.
+    Raises RefusalError if the number of rows is not a multiple of `n_streams`. `owner` is the
+    beginning of the error message.
     """
     if len(batch) % n_streams:
         raise RefusalError(f"{owner} no row for each stream")
@@ -125,7 +126,7 @@ def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> T
 
 
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
-    """Keep the rows of entering streams in every tensor whose first axis is the streams."""
+    """Select the rows of `entrants` in every tensor whose first axis has one row per stream."""
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
     if isinstance(value, tuple):
@@ -143,7 +144,7 @@ def is_alibi(name: str, value: Tensor) -> bool:
 def map_tensors(
     arguments: hooks.CallArguments, function: Callable[[str, Tensor], Tensor]
 ) -> hooks.CallArguments:
-    """Apply a function to each tensor in arguments and its name (empty if positional)."""
+    """Apply a function to the name ('' if positional) and value of each tensor argument."""
 
     def change(name: str, value: Any) -> Any:
         return function(name, value) if isinstance(value, Tensor) else value
@@ -154,20 +155,21 @@ def map_tensors(
 
 @dataclass
 class SublayerFork(ModuleFork):
-    """The attention or the MLP of a layer.
+    """The attention or the MLP of a layer, which some streams skip or share.
 
-    Streams that fork within the layer enter it with the same state, so the attention of such a
-    state is computed once: with its MLP removed, a stream uses the attention of the baseline. The
-    input [entering × rows, tokens, hidden] is cut to the streams to compute. Their outputs are
-    distributed to all entering streams [entering × rows, tokens, hidden]. A stream without the
-    sublayer gets an output that adds nothing: zeros, or the residual stream itself if the sublayer
-    and not the layer adds to it.
+    Streams that differ only within the layer enter the layer with the same state, so the attention
+    of this state is computed once. For example, a stream without the MLP uses the attention of the
+    baseline. The input [entering × rows, tokens, hidden] is reduced to the streams that must be
+    computed. The outputs are then distributed to all entering streams [entering × rows, tokens,
+    hidden]. A stream without the sublayer gets an output that adds nothing. This output is zeros,
+    or the residual stream itself if the sublayer already adds its result to the residual stream.
 
     Attributes:
-        computed_streams: Indices of the entering streams that the sublayer computes.
-        sources: Index of the output that each entering stream uses; None = the sublayer is removed.
-            There is an output for each computed stream, or more if some streams lack heads.
-        batched: Whether each stream has its own row in all inputs of the layer.
+        computed_streams: Indices of the entering streams for which the sublayer is computed.
+        sources: For each entering stream, the index of the output that it uses; None if the
+            sublayer is removed. The number of outputs is the number of computed streams, or more if
+            some streams lack heads.
+        batched: Whether all inputs of the layer have one row per stream.
     """
 
     computed_streams: Sequence[int]
@@ -176,7 +178,7 @@ class SublayerFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the forks of both sublayers."""
+        """Yield one fork for the attention and one for the MLP, if any stream needs them."""
         step = site.step
         if step.has_sublayers:
             parts = site.anatomy.get_part(Sublayers, site.index)
@@ -184,7 +186,7 @@ class SublayerFork(ModuleFork):
             yield cls(parts.mlp, step.mlps, step.mlp_sources, site.batched)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the sublayer, computing only what the streams need."""
+        """Return the sublayer's output for all entering streams, computing each output once."""
         n_entering, streams = len(self.sources), list(self.computed_streams)
         if self.sources == tuple(range(n_entering)) == tuple(streams):
             return self.original(*args, **kwargs)
@@ -215,14 +217,15 @@ class SublayerFork(ModuleFork):
 
 @dataclass
 class HeadFork(ModuleFork):
-    """The output projection of an attention, before which some streams lose heads.
+    """The output projection of an attention, for streams that lack attention heads.
 
-    The input is [computed × rows, tokens, columns], with the columns of all heads side by side. A
-    checkpoint whose projection has zeros in the columns of removed heads computes the same.
+    The input is [computed × rows, tokens, columns], with the columns of all heads side by side. The
+    columns of removed heads are set to zero. A checkpoint gives the same result if its projection
+    weights are zero in these columns.
 
     Attributes:
-        sources: Index of the computed attention from which each output is made.
-        columns: The input columns that are set to zero for each output.
+        sources: For each output, the index of the computed attention that the projection uses.
+        columns: For each output, the input columns that are set to zero.
     """
 
     sources: list[int]
@@ -251,15 +254,17 @@ class HeadFork(ModuleFork):
 
 @dataclass
 class RouterFork(ModuleFork):
-    """The router of a mixture, which in some streams chooses among fewer experts.
+    """The router of a mixture of experts, for streams that lack some of the experts.
 
-    The input consists of the tokens of the streams whose MLPs are computed, ordered by stream. The
-    output for a stream is that of a router with rows for the remaining experts only. Experts keep
-    their original numbers in it, so the experts' module is called once for all streams.
+    The input consists of the tokens of all streams whose MLPs are computed, ordered by stream. The
+    output for a stream equals the output of a router that only has the remaining experts. The
+    output uses the original numbers of the experts, so the experts' module is called once for all
+    streams.
 
     Attributes:
-        experts: The experts of the layer.
-        remaining: The remaining experts of each computed MLP; None for all experts.
+        experts: Description of the experts of the layer.
+        remaining: For each computed MLP, the numbers of the remaining experts; None for all
+            experts.
     """
 
     experts: Experts
@@ -277,7 +282,7 @@ class RouterFork(ModuleFork):
             yield cls(site.layer.get_submodule(experts.router), experts, remaining)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the router's choices for all streams."""
+        """Return the experts and gates that the router chooses for the tokens of all streams."""
         arguments, hidden = (args, kwargs), hooks.input_state(args, kwargs)
         states = view_streams(hidden, len(self.remaining), "the router of the experts has")
         intact = [stream for stream, experts in enumerate(self.remaining) if experts is None]
@@ -297,11 +302,11 @@ class RouterFork(ModuleFork):
 
 @dataclass
 class SharedExpertFork(ModuleFork):
-    """A shared expert whose output is set to zero in some streams.
+    """A shared expert whose output is set to zero in the streams that lack the expert.
 
     Attributes:
-        is_removed: For each computed MLP, whether it lacks the expert. The expert's input consists
-            of the tokens of these MLPs, ordered by stream.
+        is_removed: For each computed MLP, True if the shared expert is removed. The expert's input
+            consists of the tokens of these MLPs, ordered by stream.
     """
 
     is_removed: Sequence[bool]
@@ -315,7 +320,7 @@ class SharedExpertFork(ModuleFork):
                 yield cls(site.layer.get_submodule(path), is_removed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the expert, with zeros for the streams that lack it."""
+        """Return the expert's output, with zeros for the streams that lack the expert."""
         output = self.original(*args, **kwargs)
         states: Tensor = hooks.first_output(output)
         outputs = view_streams(states, len(self.is_removed), "its shared experts have").clone()
@@ -334,9 +339,10 @@ class RoundedFork(ModuleFork):
     """A module of a layer that has quantised weights in some streams.
 
     Attributes:
-        maps: The rounded linear maps of the layer, by their paths.
-        formats: For each stream that the module computes, the rounded maps with their formats.
-        make_weight: Function that returns the weights of a map in a format.
+        maps: Path → linear map, for all linear maps of the layer that are quantised in any stream.
+        formats: For each stream that the module computes, the paths of the quantised maps with
+            their formats.
+        make_weight: Function that returns the weights of a linear map, rounded to a format.
     """
 
     maps: Mapping[str, LinearMap]
@@ -345,7 +351,7 @@ class RoundedFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the forks of all modules with rounded weights."""
+        """Yield a fork of each module of the layer that has quantised weights in any stream."""
         step, index = site.step, site.index
         if "rounded" not in step.components:
             return
@@ -363,19 +369,20 @@ class RoundedFork(ModuleFork):
 
     @property
     def streams_by_formats(self) -> dict[_Formats, list[int]]:
-        """Group the streams by their formats; all streams of a group have the same weights."""
+        """Weight formats → the streams whose weights have these formats."""
         return group_by(range(len(self.formats)), lambda stream: self.formats[stream])
 
 
 class LinearFork(RoundedFork):
-    """One linear map of a layer.
+    """One linear map of a layer, with quantised weights in some streams.
 
-    Its input is [streams × rows, tokens, inputs], or all tokens of a stream in one row. The module
-    runs once for all streams, and again with quantised weights for the streams that have them.
+    The input is [streams × rows, tokens, inputs], or has all tokens of a stream in one row. The
+    module runs once for all streams. For streams with quantised weights, the output is computed
+    again with these weights.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the linear map, computing each stream with its own weights."""
+        """Return the output of the linear map, with each stream's own weights."""
         (inputs,) = (*args, *kwargs.values())
         output: Tensor = self.original(inputs)
         stream_inputs = view_streams(inputs, len(self.formats), "a linear map of the layers has")
@@ -390,14 +397,14 @@ class LinearFork(RoundedFork):
 
 
 class ExpertsFork(RoundedFork):
-    """The experts of a mixture.
+    """The experts module of a mixture of experts, with quantised weights in some streams.
 
-    The input consists of the tokens, all tokens of a stream in one row, and the experts of each
-    token with their weights. Streams with the same weights are computed together.
+    The input consists of the tokens of all streams, and of the chosen experts and gates of each
+    token. Streams with the same weights are computed together.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the experts, computing each stream with its own weights."""
+        """Return the output of the experts, with each stream's own weights."""
         n_streams, state = len(self.formats), hooks.input_state(args, kwargs)
         choices = integer_tables((*args, *kwargs.values()))
         if not choices or len(choices[0]) % n_streams or len(state) % n_streams:

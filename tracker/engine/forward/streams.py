@@ -1,9 +1,10 @@
-"""Plan the sharing over depth: an ablation is a stream that forks at its first changed layer.
+"""Plan the sharing of layers: each ablation starts its own stream at its first changed layer.
 
-With layer l removed, layers 0 to l−1 compute the same as in the baseline. So the ablations form a
-batch: a stream forks from its parent's *input* to the first layer at which they differ. The work
-for all single layers is L(L+1)/2 layer passes instead of L² + L. Streams also share work inside a
-layer: if only the MLP is removed, the attention's output equals the baseline's.
+If layer l is removed, layers 0 to l−1 compute the same as in the baseline. So all ablations run as
+streams in one batch. A new stream copies the *input* of a parent stream at the first layer where
+the two streams differ. Measuring the removal of each single layer takes L(L+1)/2 layer passes
+instead of L² + L. Streams also share work inside a layer: if only the MLP is removed, the output of
+the attention equals the output in the baseline.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ _DIVIDING_ACTIONS = (*_PART_ACTIONS[1:], Action.ROUNDED)
 
 @dataclass(frozen=True)
 class LayerStep:
-    """The effect of one layer on each stream.
+    """The plan for one layer: new streams, and the change of the layer in each stream.
 
     Attributes:
-        n_streams: Number of streams that exist before the layer.
-        parents: The parent of each new stream; new streams follow the existing streams.
+        n_streams: Number of streams before the layer.
+        parents: For each new stream, the existing stream whose state it copies. New streams are
+            numbered after the existing streams.
         ablations: For each stream, including new streams, the change of this layer.
-        divided: Whether streams may fork between its attention and its MLP.
+        divided: Whether the attention and the MLP of the layer can be computed for different
+            streams.
     """
 
     n_streams: int
@@ -39,21 +42,22 @@ class LayerStep:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """The action of the layer in each stream."""
+        """For each stream, the action at the layer, such as passing or skipping the layer."""
         return tuple(ablation.action for ablation in self.ablations)
 
     @cached_property
     def entrants(self) -> tuple[int, ...]:
-        """The streams that enter the layer.
+        """The streams for which the layer is computed.
 
-        A stream that repeats a span after the layer does not enter if another stream passes the
-        layer with the same state."""
+        A stream that repeats layers up to this one is not computed here if another stream passes
+        through the layer with the same state.
+        """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """(stream, source stream, span) per repetition, which starts from the source's output."""
+        """For each repetition: the stream, the stream with its starting state, and the change."""
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
@@ -66,10 +70,11 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """The step and the indices of the streams with changes inside the layer.
+        """A step with the streams that change parts of the layer, and the streams' indices.
 
-        Included are the baseline and all streams that enter with the same state. Both are empty if
-        no stream changes parts of the layer."""
+        The step also contains the baseline, and all streams that enter the layer with the same
+        state. The step and the indices are empty if no stream changes parts of the layer.
+        """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
         streams = [i for i in range(len(self.ablations)) if self.origin(i) in origins]
@@ -85,24 +90,25 @@ class LayerStep:
 
     @cached_property
     def has_sublayers(self) -> bool:
-        """True if some stream forks within the layer, at a sublayer or a part of a sublayer."""
+        """True if any stream removes the attention, the MLP, or heads or experts of the layer."""
         return self.divided and any(self.actions[i] in _PART_ACTIONS[1:] for i in self.entrants)
 
     @cached_property
     def components(self) -> set[str]:
-        """The components that a stream lacks, and `rounded` if a stream has quantised weights."""
+        """The components that any stream lacks; `rounded` if any stream has quantised weights."""
         changes = {change for ablation in self.ablations for change in ablation.changes}
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
     def origin(self, stream: int) -> int:
-        """Return the existing stream whose state is the input of a stream at the layer."""
+        """Return the stream that gives the layer's input to `stream`: itself or its parent."""
         return stream if stream < self.n_streams else self.parents[stream - self.n_streams]
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index of the stream whose attention it uses; None = none.
+        """For each entering stream, the index of the stream with its attention; None if removed.
 
-        Streams that enter with the same state, and at most remove parts, share one attention.
+        Streams share one attention if they enter the layer with the same state and change nothing
+        in the layer except for removed parts.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -117,7 +123,7 @@ class LayerStep:
 
     @cached_property
     def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """The output projection that each entering stream uses; None = no attention."""
+        """For each entering stream, the attention and removed heads; None without attention."""
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
             for stream, source in zip(self.entrants, self.attention_sources, strict=True)
@@ -125,12 +131,12 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The computed attentions to project, each with the heads removed from the attention."""
+        """The different pairs of a computed attention and the heads to remove from its output."""
         return tuple(sorted({pair for pair in self._projection_of if pair}))
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index into `projections`; None = no attention."""
+        """For each entering stream, the index into `projections`; None without attention."""
         index_of = {pair: index for index, pair in enumerate(self.projections)}
         return tuple(pair and index_of[pair] for pair in self._projection_of)
 
@@ -141,32 +147,34 @@ class LayerStep:
 
     @cached_property
     def mlps(self) -> tuple[int, ...]:
-        """The indices of the entering streams whose MLP is computed; streams never share an MLP."""
+        """The indices of the entering streams with an MLP; the MLP is computed for each of them."""
         actions = enumerate(self.actions[stream] for stream in self.entrants)
         return tuple(index for index, action in actions if action is not Action.NO_MLP)
 
     @property
     def mlp_ablations(self) -> list[Ablation]:
-        """The ablation of each computed MLP."""
+        """For each computed MLP, the changes of the MLP's stream at the layer."""
         return [self.ablations[self.entrants[index]] for index in self.mlps]
 
     @cached_property
     def mlp_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index of its computed MLP; None = no MLP."""
+        """For each entering stream, the index of the stream's computed MLP; None without MLP."""
         index_of = {entrant: number for number, entrant in enumerate(self.mlps)}
         return tuple(map(index_of.get, range(len(self.entrants))))
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The layers at which streams fork, and the stream of each ablation.
+    """A plan of streams: the layer where each stream starts, and the stream of each ablation.
 
     Attributes:
-        steps: The step of each layer.
-        paths: For each layer, the stream that each ablation uses there, in the order of ablations.
-        embedding_formats: The format of the embedding of each stream before the first layer.
-        head_formats: The format of the output head of each ablation; empty for a plan without
-            heads.
+        steps: For each layer, the new streams and the changes of the layer.
+        paths: For each layer, the streams that the ablations use after the layer, in the order of
+            the ablations.
+        embedding_formats: For each stream before the first layer, the weight format of the
+            embedding; None if unchanged.
+        head_formats: For each ablation, the weight format of the output head; empty for a plan
+            without heads.
     """
 
     steps: tuple[LayerStep, ...]
@@ -181,26 +189,26 @@ class StreamPlan:
 
     @cached_property
     def head_streams(self) -> dict[str | None, list[int]]:
-        """Format of the head → streams that pass this head; the model's own head comes first."""
+        """Output head's format → streams that use this head; the unchanged head comes first."""
         pairs = sorted((head or "", stream) for stream, head in set(self._answers))
         by_head = group_by(pairs, lambda pair: pair[0] or None)
         return {head: [stream for _, stream in group] for head, group in by_head.items()}
 
     @property
     def _answers(self) -> Iterator[tuple[int, str | None]]:
-        """Yield, for each ablation in order, its stream and the format of its head."""
+        """Yield the stream and the output head's format of each ablation, in order."""
         return zip(self.final_streams, self.head_formats, strict=True)
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """For each ablation, the index of its answer among all answers of `head_streams`."""
+        """For each ablation, the index of its result among all results of `head_streams`."""
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)
 
     @property
     def n_answers(self) -> int:
-        """The number of head passes of each predicting token, summed over all streams."""
+        """The number of calls of an output head per predicting token, summed over all streams."""
         return sum(map(len, self.head_streams.values()))
 
     @property
@@ -210,7 +218,7 @@ class StreamPlan:
 
     @property
     def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
-        """For each layer, the computed attention that each ablation uses; None = none."""
+        """Yield, for each layer, the index of each ablation's attention; None without attention."""
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
                 stream: step.attentions.index(source)
@@ -221,27 +229,27 @@ class StreamPlan:
 
     @property
     def attention_passes(self) -> int:
-        """The number of attention passes of each token, summed over all streams."""
+        """The number of attention computations per token, summed over all layers and streams."""
         return sum(len(step.attentions) for step in self.steps) + self.n_repeats
 
     @property
     def mlp_passes(self) -> int:
-        """The number of MLP passes of each token, summed over all streams."""
+        """The number of MLP computations per token, summed over all layers and streams."""
         return sum(len(step.mlps) for step in self.steps) + self.n_repeats
 
     @property
     def layer_passes(self) -> float:
-        """The number of layer passes of each token; a single attention or MLP counts as half."""
+        """The number of layer passes per token; an attention or an MLP alone counts as half."""
         return (self.attention_passes + self.mlp_passes) / 2
 
     @property
     def has_groups_of_maps(self) -> bool:
-        """True if all linear maps of an attention or an MLP are rounded as a group."""
+        """True if any ablation quantises all linear maps of an attention or an MLP together."""
         return any(done.has_map_groups for step in self.steps for done in step.ablations)
 
     @property
     def n_repeats(self) -> int:
-        """The number of additional layer passes due to repeated layers."""
+        """The number of additional layer passes per token due to repeated layers."""
         return sum(span.extra for step in self.steps for _, _, span in step.repeated_spans)
 
     @property
@@ -253,11 +261,12 @@ class StreamPlan:
 def plan_streams(
     ablations: Ablations, n_layers: int, is_tied: bool = False, divided: bool = True
 ) -> StreamPlan:
-    """Plan the layer at which each ablation forks: the first layer where its changes differ.
+    """Plan the streams of several ablations: each starts at the first layer where it differs.
 
-    The baseline must be among the ablations and becomes stream 0. Quantised embeddings fork before
-    the first layer, quantised output heads after the last layer, and tied weights at both. Without
-    `divided`, streams do not fork inside layers.
+    The baseline must be among the ablations and becomes stream 0. Ablations with quantised
+    embeddings start their streams before the first layer. Quantised output heads apply after the
+    last layer, and tied weights apply to both. If `divided` is False, streams share no work inside
+    a changed layer.
     """
     baseline_index = ablations.index(INTACT)
     order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]
@@ -284,7 +293,7 @@ def plan_streams(
 
 
 def count_plain_passes(ablations: Ablations, n_layers: int) -> tuple[int, int]:
-    """Count the attention and MLP passes of a token if each ablation runs separately."""
+    """Count the attention and MLP computations per token if each ablation runs separately."""
     actions = [a.at_layer(layer).action for a in ablations for layer in range(n_layers)]
     n_repeated = sum(span.extra for ablation in ablations for span in ablation.repetitions)
     n_entered = sum(action.runs_modules for action in actions) + n_repeated

@@ -1,7 +1,7 @@
-"""Compute statistics of layers and experts other than benchmark outcomes.
+"""Compute statistics of layers and experts in addition to benchmark outcomes.
 
 Modules:
     layer_proxies: Compute proxies: divergence, loss, logit lens, Taylor, angles, loads of experts.
-    perturbation_growth: Follow a perturbed layer's effect through all later layers.
-    rounding_error: Compute the errors of linear maps, embeddings and output heads in a format.
+    perturbation_growth: Measure the effect of a perturbed layer in all later layers.
+    rounding_error: Compute the errors of quantised linear maps, embeddings and output heads.
 """

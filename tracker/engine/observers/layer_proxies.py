@@ -1,8 +1,9 @@
 """Measure proxies of layers and experts on the tokens of one document.
 
 Divergences, loss, logit lens and first-order Taylor are computed from the model's output. Angles
-are those between the residual stream before and after any span of layers. Loads are the number of
-times that experts are chosen, and the size of their contribution.
+are measured between the residual stream before and after one or several layers. The load of an
+expert consists of the number of tokens that the router sends to the expert, and the size of the
+expert's contribution.
 """
 
 from __future__ import annotations
@@ -43,27 +44,27 @@ MASKED_LOGPROB = -1e4
 def output_proxies(
     engine: Engine, document: Document, only: str | None = None
 ) -> dict[str, Tensor]:
-    """Measure the effect of each layer of the intact model on the output for a document.
+    """Measure, for each layer, the layer's effect on the intact model's output in a document.
 
-    The model without a layer shares its lower layers with the intact one as far as the engine's
-    sharing allows, and otherwise is a really pruned copy.
+    If the engine shares layers between ablations, all models without a layer are computed together
+    with the intact model. Otherwise, each of them is a pruned copy of the model.
 
     Args:
-        engine: The engine, with as much sharing as is exact.
-        document: The document.
-        only: `loss_increase` or `gate_gradient` to measure only this proxy and `predicted`; None =
-            all.
+        engine: The engine, with all sharing that is exact for the model.
+        document: The document that the model reads.
+        only: `loss_increase` or `gate_gradient`, to measure only this proxy and `predicted`; None
+            to measure all proxies.
 
     Returns:
-        Sums over the document's tokens, float64. `tokens` and `predicted` []: the number of tokens
-        on which the proxies are measured, and the number of these that have a preceding token. All
-        other entries are per layer [layers]. `kl` and `js`: divergence of the next token's
-        distribution without the layer from that of the intact model, in nats. `loss_increase`: fall
-        of the log-likelihood of the predicted tokens without the layer, in nats. `lens_changes`:
-        number of tokens at which the most likely next token differs between the logit lens at the
-        layer's output and that at its input. `gate_gradient`: derivative of the predicted tokens'
-        negative log-likelihood by a gate on the layer's update, at 1; NaN if the model cannot be
-        differentiated.
+        Sums over the document's tokens, float64. `tokens` []: the number of tokens on which the
+        proxies are measured. `predicted` []: the number of measured tokens with a preceding token.
+        All other entries have one value per layer [layers]. `kl` and `js`: divergence between the
+        next-token distributions of the intact model and the model without the layer, in nats.
+        `loss_increase`: decrease of the log-likelihood of the predicted tokens if the layer is
+        removed, in nats. `lens_changes`: number of tokens at which the layer changes the most
+        likely next token of the logit lens. `gate_gradient`: derivative of the negative
+        log-likelihood of the predicted tokens with respect to a gate on the layer's update, at gate
+        1; NaN if the model cannot be differentiated.
 
     References:
         S. Kullback, R. A. Leibler, Annals of Mathematical Statistics 22 (1951) 79-86. J. Lin, IEEE
@@ -93,16 +94,16 @@ def output_proxies(
 
 
 def divergences(engine: Engine, document: Document, ablations: Ablations) -> dict[str, Tensor]:
-    """Measure, for each change, the divergence of the changed model's output in a document.
+    """Measure, for each ablation, how far the model's output on a document diverges.
 
     Args:
-        engine: The engine, with as much sharing as is exact.
-        document: The document.
-        ablations: The changes of the model; not the baseline.
+        engine: The engine, with all sharing that is exact for the model.
+        document: The document that the model reads.
+        ablations: The ablations to measure, without the baseline.
 
     Returns:
-        Sums over the document's tokens, float64: `tokens` [], and `kl`, `js` and `loss_increase` of
-        each ablation [ablations], defined as in `output_proxies`.
+        Sums over the document's tokens, float64. `tokens` []: the number of tokens. `kl`, `js` and
+        `loss_increase` [ablations]: the values that `output_proxies` defines, for each ablation.
     """
     totals: dict[str, Tensor] = {}
     for tokens, start in measured_texts(document, engine.max_length):
@@ -120,7 +121,7 @@ def _divergences(
     single_proxy: str | None,
     ablations: Ablations,
 ) -> dict[str, Tensor]:
-    """Sum `kl`, `js` and `loss_increase` over a text, or only the proxy named by `single_proxy`."""
+    """Sum `kl`, `js` and `loss_increase` over a text's tokens, or only `single_proxy`."""
     names = ("kl", "js", "loss_increase") if single_proxy is None else (single_proxy,)
     sums = {name: torch.zeros(len(ablations), dtype=torch.float64) for name in names}
     index_of = {ablation: index for index, ablation in enumerate(ablations)}
@@ -148,15 +149,16 @@ def _divergences(
 
 
 def _logprobs(logits: Tensor) -> Tensor:
-    """Return log-probabilities, finite also for masked tokens, so that 0 · log 0 is 0."""
+    """Return log-probabilities, with a finite lower limit for masked tokens to avoid NaN."""
     return logits.float().log_softmax(-1).clamp_(min=MASKED_LOGPROB)
 
 
 def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute KL(intact ‖ other) and Jensen-Shannon at each position [positions], in wider floats.
+    """Compute KL(p ‖ q) and the Jensen-Shannon divergence at each position [positions].
 
-    The inputs are log-probabilities [positions, vocabulary]. Jensen-Shannon is the entropy of the
-    mixture minus the mean entropy, with a rounding error of about 1e-6.
+    The inputs are log-probabilities [positions, vocabulary] of the intact model (p) and of the
+    changed model (q). The Jensen-Shannon divergence is computed as the entropy of the mixture minus
+    the mean entropy, with a rounding error of about 1e-6.
     """
     p, mixture = log_p.exp(), log_q.exp()
     sum_p, sum_q = torch.linalg.vecdot(p, log_p), torch.linalg.vecdot(mixture, log_q)
@@ -168,7 +170,7 @@ def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Count, for each layer, the tokens whose logit-lens prediction the layer changes."""
+    """Count, for each layer, the tokens for which the layer changes the logit lens's prediction."""
     n_layers = len(engine.loaded.layers)
     # The lens at a layer's input is the model without that layer and all above it.
     lenses = [Ablation.from_changes(removed=range(layer, n_layers)) for layer in range(n_layers)]
@@ -183,10 +185,10 @@ def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _logits(
     engine: Engine, ablations: Ablations, tokens: Sequence[int], first_position: int
 ) -> Iterator[tuple[list[Ablation], range, Tensor]]:
-    """Yield logits under ablations from a token on, in chunks that fit into memory.
+    """Yield logits of several ablations from one position on, in chunks that fit into memory.
 
-    Yields a group of ablations with the baseline first, a range of positions, and the logits
-    [ablations, positions, vocabulary].
+    Each chunk consists of a list of ablations with the baseline first, a range of positions, and
+    the logits [ablations, positions, vocabulary].
     """
     for group, output, states in _compute_states(engine, ablations, tokens):
         plan = engine.plan(group)
@@ -201,7 +203,7 @@ def _logits(
 def _compute_states(
     engine: Engine, ablations: Ablations, tokens: Sequence[int]
 ) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
-    """Run the base under ablations; yield group, output, states [ablations, tokens, hidden]."""
+    """Run ablations in groups; yield group, output and states [ablations, tokens, hidden]."""
     # One sequence, whose mask the model builds itself.
     row = replace(reading_row(tokens), spans=None)
 
@@ -226,7 +228,7 @@ def _compute_states(
 
 
 def _gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Differentiate a text's negative log-likelihood by gates on the layers' updates."""
+    """Compute the gradient of a text's negative log-likelihood for gates on layers' updates."""
     model, layers = engine.loaded.model, engine.loaded.layers
     engine.restore_state()
     first_loss = max(start, 1)
@@ -249,7 +251,7 @@ def _gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _apply_gate(
     layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Multiply a layer's update by a gate of 1, to differentiate by the gate."""
+    """Run a layer and multiply the layer's update by a gate of 1, to get a gradient of the gate."""
     inputs, output = call_protected(layer, forward, args, kwargs)
     outputs = first_output(output)
     update = (outputs - inputs.to(outputs.device)).detach()
@@ -258,20 +260,21 @@ def _apply_gate(
 
 @torch.inference_mode()
 def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
-    """Measure the change of the residual stream by layers and by spans of layers in a document.
+    """Measure how much each layer, and each span of layers, changes the residual stream.
 
     Args:
         engine: The engine, whose model reads the document.
-        document: The document: context and gold continuation, or the windows of a rolling text.
+        document: The document that is read: context and gold continuation, or the windows of a
+            rolling text.
 
     Returns:
-        Sums over the document's tokens, float64. `tokens` []: the number of tokens. Per layer
-        [layers]: each proxy of the layer's input and output that a pruning strategy uses. Per span
-        [first layer, last layer]: `angular_distance` between the input of the first layer and the
-        output of the last layer; 0 if the last layer comes before the first.
+        Sums over the document's tokens, float64. `tokens` []: the number of tokens. For each layer
+        [layers]: the proxies of a layer's input and output that pruning strategies use.
+        `angular_distance` [first layer, last layer]: the angle between the first layer's input and
+        the last layer's output; 0 if the last layer comes before the first layer.
 
     Raises:
-        RefusalError: The model's layers do not pass on one state per token.
+        RefusalError: The model's layers do not return one hidden state per token.
     """
     n_layers = len(engine.loaded.layers)
     observed = {proxy.name: proxy for proxy in OBSERVED if proxy.strategy}
@@ -314,18 +317,20 @@ def measure_expert_load(
 ) -> dict[Change, tuple[float, ...]]:
     """Measure the load of some experts while the intact model reads a document.
 
-    The document is read once more. Each token passes its experts a second time, one by one, to
-    measure the norm of each expert's output before weighting.
+    This function runs an additional forward pass on the document. In this pass, each expert of a
+    token is computed a second time, to measure the norm of the expert's output before weighting by
+    the gate.
 
     Args:
         engine: The engine, whose model reads the document.
-        document: The document: context and gold continuation, or the windows of a rolling text.
-        parts: The experts.
+        document: The document that is read: context and gold continuation, or the windows of a
+            rolling text.
+        parts: The experts, as changes that remove one expert.
 
     Returns:
-        For each expert, in the order of `EXPERT_PROXIES`, sums over the tokens routed to it:
-        gate × ‖output‖, and the number of tokens. The first is NaN if the expert's output cannot be
-        separated from those of others.
+        For each expert, two sums over the tokens that the router sends to the expert, in the order
+        of `EXPERT_PROXIES`: gate × ‖output‖, and the number of tokens. The sum of gate × ‖output‖
+        is NaN if the outputs of single experts cannot be computed.
     """
     layers, anatomy = engine.loaded.layers, engine.anatomy
     experts = {layer: anatomy.get_part(Experts, layer) for layer in {part.layer for part in parts}}
@@ -346,7 +351,7 @@ def measure_expert_load(
 def _record_load(
     forward: Callable[..., Tensor], sums: Tensor, start: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Call the module that holds a layer's experts, and add the experts' loads to the sums."""
+    """Call the module with a layer's experts, and add the loads of the experts to `sums`."""
     output = forward(*args, **kwargs)
     total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
     expert_outputs = []

@@ -1,7 +1,8 @@
-"""Measure the effect of a perturbed layer on the residual stream after each later layer.
+"""Measure how a perturbation of one layer's output changes the states after later layers.
 
-Perturbations, like ablations, are streams of one forward pass. Each stream forks after the
-perturbed layer, so n perturbations per layer cost n · L(L−1)/2 layer passes instead of n · L².
+All perturbations are computed in one batch, like ablations. A perturbed state enters the batch
+after the perturbed layer. So n perturbations per layer cost n · L(L−1)/2 layer passes instead of n
+· L², for L layers.
 """
 
 from __future__ import annotations
@@ -39,32 +40,34 @@ def perturbation_growth(
 ) -> dict[str, NDArray[np.float64]]:
     """Measure the effect of perturbing each layer on all later layers, in one document.
 
-    Let h be the intact residual stream after each of the L layers, and f a layer's update. The
-    stream after the layer is perturbed at each token by a vector with the norm of f:
+    Let h be the residual stream of the intact model after a layer, and f the update by this layer.
+    At each token, a vector with the norm of f is added to h:
 
-    - *removed*: h − f, the layer's output is its input;
-    - *random*: h + a direction that is uniform on the sphere, drawn for each token;
-    - *shuffled*: h − the update of another token of the text, scaled to the token's own norm.
+    - *removed*: h − f, which is the input of the layer;
+    - *random*: h + a random direction, uniform on the sphere and different for each token;
+    - *shuffled*: h − the update of another token of the text, scaled to the norm of f.
 
-    After each later layer m, the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is computed at each token,
-    and averaged over the tokens on which the proxies are measured. *carried* is ‖f‖ / ‖hₘ‖, the
-    difference if the later layers passed the perturbation on unchanged.
+    After each later layer m, the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is computed at each token
+    and averaged over the tokens on which the proxies are measured. *carried* is ‖f‖ / ‖hₘ‖, which
+    is the relative difference for later layers that do not change the perturbation.
 
-    Directions are drawn in float32 on the CPU, by seed, document, layer and draw, and added in the
-    precision of the model.
+    Random directions are drawn in float32 on the CPU, with a seed that depends on `seed`, document,
+    layer and draw. Perturbed states have the model's dtype.
 
     Args:
-        engine: The model.
-        document: The document: context and gold continuation, or the windows of a rolling text.
+        engine: The engine of the model.
+        document: The document that is read: context and gold continuation, or the windows of a
+            rolling text.
         draws: Number of random directions for each layer.
-        seed: Seed of the directions.
+        seed: Seed of the random directions.
 
     Returns:
-        `removed`, `shuffled` and `carried` [2, layers, layers] and `random` [2, draws, layers,
-        layers]: the last two axes are the perturbed layer and the layer after which the difference
-        is taken, NaN if this layer comes earlier. The first axis is the mean over all tokens, and
-        the mean without the first token of the text, which often has a norm far beyond the others'.
-        NaN if no token is left, or if a hidden state is not finite or all zeros.
+        Mean relative differences: `removed`, `shuffled` and `carried` [2, layers, layers], and
+        `random` [2, draws, layers, layers]. The last two axes are the perturbed layer and the layer
+        after which the difference is measured; NaN if the second layer comes before the first
+        layer. The first axis has two entries: the mean over all tokens, and the mean without the
+        first token of the text, whose norm is often far larger than other norms. A mean is NaN if
+        there are no tokens, or if a hidden state is not finite or all zeros.
 
     Raises:
         RefusalError: The structure of the model does not allow this measurement.
@@ -91,10 +94,10 @@ def perturbation_growth(
 
 @torch.inference_mode()
 def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
-    """Check the middle layer's perturbations against separate plain forward passes.
+    """Compare the perturbations of the middle layer with separate plain forward passes.
 
-    Arguments are those of `perturbation_growth`. Raises RefusalError if the two ways differ by
-    more than rounding.
+    The arguments have the same meaning as for `perturbation_growth`. Raises RefusalError if the
+    results of the two methods differ by more than rounding errors.
     """
     loaded, layer = engine.loaded, len(engine.loaded.layers) // 2
     if layer == 0:
@@ -121,9 +124,9 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
 def _follow_perturbations(
     engine: Engine, tokens: Sequence[int], directions: _Directions, layers: range
 ) -> Tensor:
-    """Measure some layers' perturbations [perturbations + carried, layers, layers, tokens].
+    """Measure the differences [perturbations + carried, layers, layers, tokens] for some layers.
 
-    Entries without a difference are zeros.
+    Entries for which no difference is measured are zeros.
     """
     n_layers, n_perturbations = len(engine.loaded.layers), directions.n_per_layer
     size = max(1, (engine.count_streams(len(tokens)) - 1) // n_perturbations)
@@ -135,18 +138,18 @@ def _follow_perturbations(
 
 @dataclass(frozen=True)
 class _Directions:
-    """The perturbations of the layers in one text, reproducible from the name."""
+    """Generator of the perturbations of layers in one text, seeded by `name`."""
 
     name: str
     draws: int
 
     @property
     def n_per_layer(self) -> int:
-        """The number of perturbations of each layer."""
+        """The number of perturbations of one layer."""
         return RANDOM + self.draws
 
     def perturb(self, layer: int, inputs: Tensor, outputs: Tensor) -> list[Tensor]:
-        """Return the stream after a layer, perturbed in each way; all states are [tokens, …]."""
+        """Return the perturbed states [tokens, …] after a layer, one for each perturbation."""
         wide = _widen(outputs)
         update = wide - _widen(inputs)
         size, other_tokens = _token_norms(update), self._shuffle(layer, len(outputs))
@@ -157,7 +160,7 @@ class _Directions:
         return [state.to(outputs.dtype) for state in states]
 
     def _shuffle(self, layer: int, tokens: int) -> Tensor:
-        """Return another token for each token: a random cyclic permutation of all tokens."""
+        """Choose another token for each token, by a random cyclic permutation of all tokens."""
         token_order = torch.randperm(tokens, generator=self._make_generator(f"{layer}/shuffled"))
         source_tokens = torch.empty_like(token_order)
         source_tokens[token_order] = token_order.roll(1)
@@ -170,10 +173,10 @@ class _Directions:
 
 @dataclass
 class _PerturbedPass:
-    """A forward pass in which some layers are perturbed, and which adds to `differences`.
+    """A forward pass that perturbs some layers and stores the effects in `differences`.
 
-    The state after the layers perturbed so far is [streams, tokens, …]: the intact stream, then the
-    perturbations of each of these layers.
+    During the pass, the state after a layer is [streams, tokens, …]. Stream 0 is the intact model,
+    and the other streams are the perturbations of all layers that were already perturbed.
     """
 
     engine: Engine
@@ -196,7 +199,7 @@ class _PerturbedPass:
             raise RefusalError(f"its {n_layers} layers run {self._n_seen} times in a pass")
 
     def _plan(self) -> StreamPlan:
-        """Plan each perturbation as a stream that skips the perturbed layer."""
+        """Return a plan in which each perturbation is a stream that skips the perturbed layer."""
         steps, n_streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             n_new = self.directions.n_per_layer if layer in self.group else 0
@@ -206,7 +209,7 @@ class _PerturbedPass:
         return StreamPlan(tuple(steps), ())
 
     def _perturb_states(self, layer: int, states: Tensor) -> None:
-        """Perturb the stream after a layer; measure all streams' difference from the intact one."""
+        """Perturb the states after a layer, and measure all differences from the intact state."""
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
             raise RefusalError(f"the layers return {tuple(states.shape)}, not [texts, tokens, …]")
@@ -226,7 +229,7 @@ class _PerturbedPass:
 def _hook_outputs(
     layers: nn.ModuleList, visit: Callable[[int, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Call `visit` with each layer's number and output; `visit` may change the output in place."""
+    """Call `visit` with each layer's number and output; `visit` can change the output in place."""
 
     def hook(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         visit(index, first_output(output))
@@ -238,7 +241,7 @@ def _hook_outputs(
 def _plain_states(
     engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the stream after each layer [tokens, …]; `state` replaces one layer's output."""
+    """Return the state after each layer [tokens, …], with `state` as the output of `layer`."""
     layer_states: list[Tensor] = []
 
     def visit(layer_index: int, states: Tensor) -> None:
@@ -253,25 +256,25 @@ def _plain_states(
 
 
 def _widen(state: Tensor) -> Tensor:
-    """Return the state in float32 or wider."""
+    """Convert a state to float32, unless the dtype already has higher precision."""
     return state.to(torch.promote_types(state.dtype, torch.float32))
 
 
 def _token_norms(state: Tensor) -> Tensor:
-    """Compute each token's norm [tokens, 1, …]; parallel residual streams count as one state."""
+    """Compute the norm of each token's state [tokens, 1, …], over all parallel residual streams."""
     dims = tuple(range(1, state.ndim))
     norm: Tensor = torch.linalg.vector_norm(_widen(state), dim=dims, keepdim=True)
     return norm
 
 
 def _scale(direction: Tensor, size: Tensor) -> Tensor:
-    """Scale each token's direction to a norm; a zero vector stays zero."""
+    """Scale each token's vector in `direction` to the norm in `size`; zero vectors stay zero."""
     norm = _token_norms(direction)
     return direction * torch.where(norm > 0, size / norm, 0)
 
 
 def _distance(difference: Tensor, intact: Tensor) -> Tensor:
-    """Compute ‖difference‖ / ‖intact‖ [..., tokens]; NaN where the intact stream is all zeros."""
+    """Compute ‖difference‖ / ‖intact‖ [..., tokens]; NaN where the intact state is all zeros."""
     dims = tuple(range(-intact.ndim + 1, 0))
     size = torch.linalg.vector_norm(_widen(intact), dim=dims)
     share = torch.linalg.vector_norm(_widen(difference), dim=dims) / size

@@ -1,6 +1,6 @@
-"""Measure the errors of quantised linear maps, from which tools choose bits.
+"""Measure the errors of quantised linear maps, which help to choose bits per weight.
 
-The embedding and the output head are linear maps too.
+The embedding and the output head also count as linear maps.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from tracker.models.parts.probe import integer_tables
 def compare_embeddings(
     engine: Engine, tokens: Sequence[int], start: int, maps: Sequence[Change]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run the intact model, recompute its embedding and head quantised, and yield both outputs.
+    """Yield the outputs of the embedding and the output head, exact and with quantised weights.
 
     Args:
         engine: The engine, whose model reads the tokens.
-        tokens: The tokens.
-        start: Index of the first token that counts.
-        maps: Linear maps with formats, of which only the embedding and the head are measured.
+        tokens: Token ids of the text.
+        start: Index of the first token whose outputs are yielded.
+        maps: Linear maps with formats. The function only uses the embedding and the output head.
 
     Yields:
-        The index of a map in `maps`, the module's output for some tokens [tokens, …], and the
-        output with quantised weights. The output of an embedding is the looked-up rows, that of a
-        head the logits before any further step.
+        The index of a map in `maps`, the exact output for some tokens [tokens, …], and the output
+        with quantised weights. The output of the embedding consists of the rows for the tokens. The
+        output of the output head consists of the logits before scaling or soft-capping.
     """
     numbers = [number for number, change in enumerate(maps) if change.is_outer]
     if not numbers:
@@ -80,14 +80,15 @@ _MapIndices = dict[tuple[int, str], list[int]]
 
 @torch.inference_mode()
 def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
-    """Measure the relative error of quantised weights, independent of any text.
+    """Compute the relative error of quantised weights, which does not depend on a text.
 
     Args:
-        engine: The engine.
-        maps: Single linear maps with their formats.
+        engine: The engine of the model.
+        maps: Changes that round a single linear map to a format.
 
     Returns:
-        Squared norm of the error over squared norm of the weight of each map [maps], float64.
+        For each map, the squared norm of the error divided by the squared norm of the weight
+        [maps], float64.
     """
     errors = torch.zeros(len(maps), dtype=torch.float64)
     weights = engine.anatomy.weights
@@ -115,18 +116,19 @@ def rounding_errors(
 
     Args:
         engine: The engine, whose model reads the document.
-        document: The document: context and gold continuation, or the windows of a rolling text.
-        maps: Single linear maps with their formats.
+        document: The document that is read: context and gold continuation, or the windows of a
+            rolling text.
+        maps: Changes that round a single linear map to a format.
 
     Returns:
-        Sums, float64. `tokens` []: the number of tokens of the document. The other entries are per
-        map [maps], summed over tokens. `output_error` and `output_size`: squared distance of the
-        two outputs, and squared norm of the original output. `output_angle`: 1 minus the cosine of
-        the two outputs. For experts' maps the outputs are those of the experts before weighting:
-        summed over all experts of a token, and averaged for the angle.
+        Sums, float64. `tokens` []: the number of tokens of the document. The other entries have one
+        sum per map [maps]. `output_error`: squared distance of the exact and the quantised output.
+        `output_size`: squared norm of the exact output. `output_angle`: 1 minus the cosine of the
+        two outputs. For experts' maps, the outputs of single experts before weighting are compared.
+        Their errors are summed over the experts of a token; `output_angle` is averaged over them.
 
     Raises:
-        CellError: The model's experts cannot be called one by one.
+        CellError: The model's experts cannot be computed one by one.
     """
     inner = [index for index, change in enumerate(maps) if not change.is_outer]
     indices = group_by(inner, lambda index: (maps[index].layer, maps[index].path))
@@ -169,7 +171,7 @@ def _map_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _
 
 
 def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
-    """Yield the outputs of the experts, one expert of each token after the other."""
+    """Yield exact and quantised outputs of each token's first expert, then second, and so on."""
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(

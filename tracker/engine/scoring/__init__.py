@@ -1,12 +1,12 @@
-"""Compute log-likelihoods of all ablations, sharing layers and tokens.
+"""Compute log-likelihoods for all ablations, sharing work over layers and tokens.
 
 Modules:
-    generation: Generate texts under every ablation at once.
-    head: Run embedding and output head, also quantised; the head only at predicting tokens.
-    masks: Build the attention masks of a row.
-    model: Access the parts of a model, call the intact model, and make changed copies.
-    row_size: Time rows of several sizes and choose the fastest size.
-    rows: Build prefix trees of requests, and pack them into rows.
-    score: Read the common beginning of documents once, and score one row.
-    sweep: Score all documents under all ablations.
+    generation: Generate texts for all ablations in one batch.
+    head: Run the embedding and the output head, also quantised, the head at predicting tokens only.
+    masks: Build the attention masks of a row of the batch.
+    model: Access the parts of a model, call the intact model, and make changed copies of a model.
+    row_size: Measure the time of rows of several sizes, and choose the fastest size.
+    rows: Build prefix trees of requests, and pack the trees into rows of the batch.
+    score: Compute the common beginning of documents once, and score one row of requests.
+    sweep: Score all documents for all ablations.
 """

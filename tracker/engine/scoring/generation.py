@@ -1,8 +1,9 @@
-"""Generate texts under all ablations at once: the batch has one row per ablation.
+"""Generate texts for all ablations at once, in a batch with one row per ablation.
 
-The prompt is read once for all ablations, as in scoring. Each layer's keys and values are then
-copied to every stream that passes its attention, and the model's own generation continues with one
-row per ablation. Ablations are generated in groups that fit into memory.
+The model reads the prompt once for all ablations, as in scoring. The keys and values of each layer
+are then copied to every ablation that passes through the layer's attention. The model's own
+generation code continues with one row per ablation. Ablations are processed in groups that fit into
+memory.
 """
 
 from __future__ import annotations
@@ -36,21 +37,23 @@ from tracker.models.devices import take_entries
 def fork_decoding(
     engine: Engine, ablations: Ablations, prompt: Sequence[int], prefix: Prefix | None
 ) -> Iterator[Cache]:
-    """Make a model continue one prompt under every ablation until exit.
+    """Prepare a model to continue one prompt under every ablation, until exit.
 
-    Streams fork while the prompt is read, as in scoring. After the prompt nothing is shared,
-    because the texts soon differ: each ablation has its own row of the batch in every layer. A
-    layer computes only the rows that do not skip it, each with its own keys and values.
+    Ablations share computation while the model reads the prompt, as in scoring. After the prompt,
+    they share nothing, because the generated texts soon differ: each ablation has its own row of
+    the batch in every layer. A layer computes only the rows of ablations that do not skip the
+    layer, with separate keys and values per row.
 
     Args:
-        engine: The engine of the model.
+        engine: The engine of the model that generates.
         ablations: The ablation of each row of the batch, including the baseline.
         prompt: The prompt's token ids.
-        prefix: A beginning of the prompt that was already read for these ablations.
+        prefix: A beginning of the prompt that the model has already read for these ablations; None
+            if there is none.
 
     Yields:
-        Keys and values of all tokens of the prompt but the last, as the model takes them. A forward
-        pass must have one row per ablation, in their order.
+        A cache with the keys and values of all tokens of the prompt except the last token. Forward
+        passes with this cache must have one row per ablation, in the order of `ablations`.
     """
     layers, plan = engine.loaded.layers, engine.plan(ablations)
     n_prefix = 0 if prefix is None else len(prefix.tokens)
@@ -80,12 +83,12 @@ def fork_decoding(
 
 
 def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
-    """Copy the prompt's keys and values to every ablation, layer by layer.
+    """Copy the prompt's keys and values to one row per ablation, for each layer.
 
-    The prompt was read with a row for each attention that differs in the layer, [computed, heads,
-    tokens, size]; `plan.attention_paths` holds the row that each ablation used. These rows are
-    copied to [ablations that pass the attention, heads, tokens, size], in the order of the
-    ablations: the rows that reach the layer's attention during generation.
+    The cache has one row for each different attention of the layer, [computed, heads, tokens,
+    size]. `plan.attention_paths` contains the row that each ablation used. The copy has one row for
+    each ablation that passes through the attention, [ablations, heads, tokens, size], in the order
+    of the ablations.
     """
     if not cache.layers:
         return new_cache()
@@ -102,10 +105,10 @@ def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
 def generation_groups(
     engine: Engine, ablations: Ablations, tokens: int
 ) -> Iterator[list[Ablation]]:
-    """Split ablations into groups whose texts fit into half of the memory budget.
+    """Split ablations into groups whose keys and values fit into half of the memory budget.
 
-    Each group includes the baseline; `tokens` is the length of the longest text, with the prompt.
-    Raises RefusalError if the model takes no keys and values.
+    Each group includes the baseline. `tokens` is the length of the longest text, including the
+    prompt. Raises RefusalError if the model accepts no cache, or if an ablation repeats layers.
     """
     loaded = engine.loaded
     if find_cache_argument(loaded.model) is None:
@@ -120,10 +123,10 @@ def generation_groups(
 def prepare_generation(
     engine: Engine, ablations: Ablations, prompt: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Prepare a model to continue one prompt under every ablation until exit, one row each.
+    """Prepare a model to continue one prompt with one row per ablation, until exit.
 
-    Yields the arguments for transformers' `generate`: the prompt's keys and values, or no arguments
-    for a model without a cache.
+    Yields arguments for the method `generate` of transformers: the cache of the prompt, or no
+    arguments for a model without a cache.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()

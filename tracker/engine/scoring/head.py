@@ -1,7 +1,7 @@
-"""Run embeddings and output heads, also quantised; the head only on predicting tokens.
+"""Run the embedding, and the output head at predicting tokens only; both also quantised.
 
-The model's own modules run with quantised weights, so all other computations of the class (a
-factor, positions, soft-capping) stay the same.
+Quantised weights are used in the model's own modules, so all other computations of the model
+(scaling, positions, soft-capping) stay the same.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ LOGITS_BYTES = 64 * 2**20
 
 
 class Predictions(NamedTuple):
-    """The head's predictions for some tokens.
+    """The output head's results for the tokens of continuations.
 
     Attributes:
-        logprobs: Log-probability of each token [streams, predicted], in the model's dtype.
-        greedy: Whether each token is the most likely one [streams, predicted].
+        logprobs: Log-probability of each predicted token [streams, predicted], in the model's
+            dtype.
+        greedy: For each predicted token [streams, predicted], whether the model ranks it first.
     """
 
     logprobs: Tensor
@@ -48,27 +49,27 @@ class Predictions(NamedTuple):
 
 
 class _States(BaseModelOutputWithPast):  # type: ignore[misc]
-    """Output of a base that holds only hidden states; all other outputs are None."""
+    """A model output that contains only hidden states; all other fields are None."""
 
     def __getattr__(self, name: str) -> None:
-        """Return None for cross-attentions, router logits and other missing outputs."""
+        """Return None for missing outputs, such as cross-attentions or router logits."""
 
 
 class Head:
-    """The output head of a model, after the base: projection, soft-capping, scaling.
+    """The computations of a model after its last layer: projection, soft-capping and scaling.
 
-    The logits of all streams at once, [streams, kept, vocabulary], may be gigabytes, so the states
-    pass in chunks of streams. On a CPU in full precision the vocabulary is cut into blocks of
-    `VOCABULARY_BLOCK` tokens too: the projection multiplies only some rows of its weight, [block,
-    hidden], and the rest of the head (soft-capping, scaling) follows as usual. Of each block's
-    logits [streams, kept, block] only three values are stored: the maximum with its index, the
-    log-sum-exp, and the logits of the predicted tokens in the block. The log-sum-exp of the blocks'
-    log-sum-exps is that of the whole vocabulary, so `targets - normaliser` is the log-softmax, up
-    to the order of summation.
+    The logits of all streams, [streams, kept, vocabulary], can take gigabytes, so the head
+    processes the states in chunks of streams. On a CPU in full precision, the vocabulary is also
+    cut into blocks of `VOCABULARY_BLOCK` tokens. The projection then multiplies only the rows of
+    its weight that belong to the block, [block, hidden], and the rest of the head (soft-capping,
+    scaling) follows as usual. Three results are stored for the logits of a block [streams, kept,
+    block]: the maximum with its index, the log-sum-exp, and the logits of the predicted tokens in
+    the block. The log-sum-exp of these block results equals the log-sum-exp over the whole
+    vocabulary. So `targets - normaliser` equals the log-softmax, up to the order of summation.
 
-    This holds if the projection is linear and the rest of the head treats each logit separately;
-    `_is_separable` tests it. Half precision is not cut, because lm-eval rounds after the
-    log-softmax over the whole vocabulary.
+    Blocks are exact if the projection is linear and the rest of the head treats each logit
+    separately; `_is_separable` tests the second condition. In half precision, the vocabulary is not
+    cut, because lm-eval rounds after the log-softmax over the whole vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -87,22 +88,23 @@ class Head:
 
     @property
     def has_blocks(self) -> bool:
-        """True if the vocabulary is cut into blocks."""
+        """True if the head computes logits in blocks of the vocabulary."""
         return len(self._blocks) > 1
 
     def predictions(
         self, output: ModelOutput, hidden: Tensor, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Score predicted tokens.
+        """Compute log-probabilities and greedy flags of the predicted tokens.
 
         Args:
-            output: The output of the base.
-            hidden: Hidden states that predict something [streams, kept, hidden].
-            predictor: The index of the state that predicts each token [predicted].
-            predicted: The tokens' ids [predicted].
+            output: The output of the model without the head.
+            hidden: Hidden states at the predicting tokens [streams, kept, hidden].
+            predictor: For each predicted token, the index of the hidden state that predicts it
+                [predicted].
+            predicted: The ids of the predicted tokens [predicted].
 
         Returns:
-            The tokens' log-probabilities and greedy flags.
+            The log-probabilities and greedy flags of the predicted tokens.
         """
         n_kept = hidden.shape[1]
         if self.has_blocks:
@@ -118,16 +120,16 @@ class Head:
         return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def logits(self, output: ModelOutput, states: Tensor) -> Tensor:
-        """Run the head on states [streams, kept, hidden]: [streams, kept, vocabulary].
+        """Compute the logits [streams, kept, vocabulary] of states [streams, kept, hidden].
 
-        `output` is the output of the base. All logits are in memory at once.
+        `output` is the output of the model without the head. All logits are in memory at once.
         """
         return self._logits(replace(output, last_hidden_state=states))
 
     def _score_whole(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Compute the log-softmax in the logits' own dtype, as lm-eval does by default."""
+        """Score predicted tokens by a log-softmax in the logits' dtype, like lm-eval's default."""
         logprobs = functional.log_softmax(self._logits(output), dim=-1)
         argmax = logprobs.max(-1).indices  # the first of equals, as argmax, in half its time
         return Predictions(logprobs[:, predictor, predicted], argmax[:, predictor] == predicted)
@@ -135,9 +137,10 @@ class Head:
     def _score_in_blocks(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Compute maximum, normaliser and target logits block by block.
+        """Score predicted tokens from the logits of one block of the vocabulary after another.
 
-        The first of equal maxima wins, within a block and between blocks, as in an argmax over all.
+        Of several equal maxima, the first maximum is used, as in an argmax over the whole
+        vocabulary.
         """
         states = output.last_hidden_state
         maxima: list[Tensor] = []
@@ -169,14 +172,15 @@ class Head:
             return self._logits(output)
 
     def _logits(self, output: ModelOutput) -> Tensor:
-        """Return the logits of the model's own head for states [streams, kept, vocabulary].
+        """Compute logits [streams, kept, vocabulary] with the model's own code of the head.
 
-        The head differs between architectures, and is part of the code of `forward`, not a module
-        that could be called. So the whole model is called, on one placeholder token id, while its
-        base is replaced by a function that returns `output`, with the states [streams, kept,
-        hidden] as `last_hidden_state`. The head then does what it always does. Two checks follow:
-        that the base was called, and that the logits have the states' shape. A head that takes its
-        input from elsewhere would return logits of the wrong states.
+        The code of the head differs between architectures and is part of the model's `forward`
+        method, so it cannot be called separately. Instead, the whole model is called on one
+        placeholder token id, while a function replaces the part of the model before the head. This
+        function returns `output`, with the states [streams, kept, hidden] as `last_hidden_state`.
+        Two checks follow: the function was called, and the logits have the shape of the states.
+        Without these checks, a head with another input would return logits of wrong states
+        unnoticed.
         """
         calls = []
 
@@ -195,10 +199,11 @@ class Head:
 
     @torch.inference_mode()
     def _is_separable(self, blocks: list[tuple[int, int]]) -> bool:
-        """Return whether the code behind the projection treats each logit separately.
+        """Return whether the head treats each logit separately after the projection.
 
-        Four states, rows of the projection itself [1, 4, hidden], pass whole and in blocks. A
-        soft-cap gives equal results, a normalisation over the vocabulary does not.
+        The test compares the logits of four states [1, 4, hidden], computed at once and in blocks
+        of the vocabulary. The states are rows of the projection's weight. With a soft-cap, both
+        results are equal. With a normalisation over the vocabulary, the results differ.
         """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
@@ -214,7 +219,7 @@ class Head:
 def use_row_formats(
     embeddings: Embeddings, name: str, formats: Sequence[str | None]
 ) -> AbstractContextManager[None]:
-    """Run the embedding or the head with a format for each row of a batch, until exit."""
+    """Run the embedding or output head with one weight format per row of the batch, until exit."""
     module = embeddings[name].module
     forward: Callable[[Tensor], Tensor] = module.forward
     rows_by_format = group_by(range(len(formats)), lambda row: formats[row])
@@ -233,7 +238,7 @@ def use_row_formats(
 
 
 class _ReachedError(Exception):
-    """The first layer was called."""
+    """Exception that stops a forward pass at the first layer."""
 
 
 def compute_first_states(
@@ -243,17 +248,17 @@ def compute_first_states(
     formats: Sequence[str],
     inputs: dict[str, Any],
 ) -> list[Tensor]:
-    """Compute the input of the first layer for quantised embeddings; no layer runs.
+    """Compute the input of the first layer with quantised embeddings, without running layers.
 
     Args:
         base: The module that runs the layers.
-        first_layer: The first layer.
-        embeddings: The embedding.
-        formats: The formats of the embedding.
-        inputs: The arguments of the base.
+        first_layer: The first layer of the model.
+        embeddings: The embedding and the output head of the model.
+        formats: The weight formats for the embedding.
+        inputs: The arguments for calling `base`.
 
     Returns:
-        The states [rows, tokens, …] for each format.
+        For each format, the states before the first layer [rows, tokens, …].
     """
     states: list[Tensor] = []
 

@@ -1,7 +1,8 @@
-"""Build the attention masks of a row: a token sees its ancestors within the layer's window.
+"""Build attention masks for a row of requests that share tokens in a prefix tree.
 
-Windows and chunks are not read from the configuration. Instead, the model reads a plain text, and
-the mask that each layer gets is examined.
+A token of the tree only sees its ancestors within the layer's attention window. The windows are not
+read from the configuration. Instead, they are derived from the masks that the model passes to its
+layers for a plain text.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class AttentionWindows:
     """The attention window of each layer, for texts up to a length.
 
     Attributes:
-        tokens: The length of the text for which the windows were found.
-        starts: For each layer, the first position that each position sees [tokens], on the device
-            of the masks; layers with equal windows share a tensor. None for a layer in which each
-            position sees all earlier ones, or to which the model gives no such mask.
+        tokens: The maximum length of texts for which the windows are valid.
+        starts: For each layer, a tensor with the first position that each position can see
+            [tokens]. Layers with equal windows share one tensor. None for a layer whose positions
+            see all earlier positions, or for a layer without such a mask.
     """
 
     tokens: int
@@ -42,11 +43,12 @@ class AttentionWindows:
 def find_attention_windows(
     base: PreTrainedModel, layers: nn.ModuleList, tokens: int, device: torch.device
 ) -> AttentionWindows:
-    """Find the attention windows of all layers from the masks for a plain text of some length.
+    """Find the attention windows of all layers from the masks that the model builds for a text.
 
-    The layers themselves do not run. Each layer returns its input state, with the other outputs
-    that it returned for two tokens, so that the model continues. A layer gets a mask [1, 1, tokens,
-    tokens] or no mask.
+    The layers run only once, on two tokens. For the text, each layer is replaced by a function that
+    records the mask and returns the layer's input state. The other outputs of the function are the
+    layer's outputs for the two tokens, so that the model can continue. A mask is [1, 1, tokens,
+    tokens].
     """
     layer_outputs: dict[int, Any] = {}
     masks: list[Any] = [None] * len(layers)
@@ -81,7 +83,7 @@ def find_attention_windows(
 
 
 def _find_mask(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Return the mask among a layer's arguments."""
+    """Return the attention mask from a layer's arguments; None if there is no mask."""
     if MASK_ARGUMENT in kwargs:
         return kwargs[MASK_ARGUMENT]
     position = mask_position(layer)
@@ -89,17 +91,17 @@ def _find_mask(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
 
 
 def mask_position(layer: nn.Module) -> int | None:
-    """Return the position of the mask in a layer's arguments; None if the layer takes no mask."""
+    """Return the position of the mask in a layer's signature; None if the layer takes no mask."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     return names.index(MASK_ARGUMENT) if MASK_ARGUMENT in names else None
 
 
 def find_first_visible(mask: object, tokens: int) -> Tensor | None:
-    """Reduce a causal mask with a contiguous range per token to the start of each range.
+    """Return the first visible position of each token from a mask of contiguous ranges.
 
-    [1, 1, tokens, tokens] becomes [tokens]; Returns None if every token sees all earlier tokens, or
-    the layer has no such mask. Other masks (a bias, a gap) are refused: their equivalent for a tree
-    is unknown.
+    A mask [1, 1, tokens, tokens] becomes a tensor [tokens]. Returns None if every token sees all
+    earlier tokens, or if the mask has another shape. Raises RefusalError for masks with a bias or a
+    gap, because no equivalent mask for a prefix tree is known.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
@@ -117,21 +119,21 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
 
 
 class Masks:
-    """The masks of one row [1, 1, tokens, prefix + tokens], one mask for each kind of layer.
+    """The attention masks of one row [1, 1, tokens, prefix + tokens], one for each window.
 
-    A row holds a tree of requests, flattened: node i is a token, and `row.ancestors[i, j]` is True
-    if j is an ancestor of i. In place of the model's triangle, a layer gets a mask in which a node
-    sees the kept prefix and its ancestors, itself included, and no sibling. The node thus sees
-    exactly the text that ends with the node, at the positions of this text. In a layer with a
-    window or chunks the node sees less of the text. `AttentionWindows.starts` is the position p
-    from which a token at some depth sees a plain text, so ancestors before p are hidden too. Depth
-    counts, not the index in the row. Masked entries are the lowest number of the dtype, as in
-    transformers; from a boolean mask, attention would compute such numbers in each layer. The same
-    object goes to all layers with the same `starts`. It is built on the device, from two numbers
-    per node.
+    A row contains a flattened prefix tree of requests: node i is a token, and `row.ancestors[i, j]`
+    is True if j is an ancestor of i. The masks replace the model's causal masks. In a mask, a node
+    sees the stored prefix, its ancestors and itself, but no sibling. The node thus sees exactly the
+    text that ends with the node, at the positions of this text. In a layer with an attention
+    window, the node sees only the end of this text. For a token at a given depth,
+    `AttentionWindows.starts` is the first visible position p, so ancestors before p are hidden too.
+    Positions are depths in the tree, not indices in the row. Masked entries are the lowest number
+    of the dtype, as in transformers. A boolean mask would be slower, because attention would
+    convert it to such numbers in each layer. All layers with the same `starts` share one mask,
+    which is built on the device.
 
-    `windows` must cover the depth of the row, and `row.spans` must be set: a row without them
-    needs no mask. `layer_masks` holds the mask of each layer.
+    `windows` must cover the depth of the row's tree, and `row.spans` must be set. A row without
+    `spans` needs no mask. `layer_masks` contains the mask of each layer.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class Masks:
     def replace_mask(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a layer's arguments with its mask in place of the model's own."""
+        """Return a layer's arguments with the row's mask in place of the model's own mask."""
         mask, position = self.layer_masks[index], mask_position(layer)
         if position is not None and position < len(args):
             return (*args[:position], mask, *args[position + 1 :]), kwargs

@@ -1,7 +1,7 @@
-"""Access a model's layers and their parts, and cache facts about the model.
+"""Access a model's layers and their modules, and cache facts about the model.
 
-The module also defines which computations ablations may share, the side effects of calling a model,
-and really changed copies of it.
+This module also defines the computations that ablations share, describes side effects of calling a
+model, and makes changed copies of a model.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ from tracker.models.pruned import (
 
 @dataclass(frozen=True)
 class Sharing:
-    """The parts of a computation that a model's ablations share without changing any result.
+    """The computations that ablations of a model can share without changing any result.
 
     Attributes:
-        depth: Whether layers below the removed one are computed once for all ablations.
-        tokens: Whether tokens that requests of a row have in common are computed once.
+        depth: Whether layers below a removed layer are computed once for all ablations.
+        tokens: Whether tokens that several requests of a row have in common are computed once.
         prefix: Whether the common beginning of all documents is computed once for all rows.
-        calls: Whether texts of one length share a call, in which only predicting tokens pass the
-            head. Otherwise each request is a separate call of the unchanged model, which computes
-            all logits.
+        calls: Whether texts of equal length are computed in one call, with logits at predicting
+            tokens only. Otherwise, each request is a separate call of the unchanged model, which
+            computes all logits.
     """
 
     depth: bool = True
@@ -88,14 +88,16 @@ class Quirks:
     """Side effects of calling a model, found by the self-check.
 
     Attributes:
-        lengths: Lengths of a text at which the model's computation changes.
-        leftovers: Original values of attributes that a call changes and that affect the next call.
-        first: Original values of attributes, including weights, that the first call changes
+        lengths: Text lengths at which the model switches to a different computation.
+        leftovers: Original values of attributes that a call of the model changes and that affect
+            the next call.
+        first: Original values of attributes and weights that the first call of the model changes
             permanently.
-        in_place: Whether a removed layer stays in place and returns its input, because the model
-            cannot be cut there.
-        as_loaded: Whether a copy without layers gets the values that its class computes on loading,
-            if possible. Otherwise the layers stay in place, if `in_place` says so.
+        in_place: Whether a removed layer stays in the model and returns its input, because the
+            layer cannot be cut out of the model.
+        as_loaded: Whether a copy of the model without some layers gets the values that its class
+            computes on loading. If this is not possible, `in_place` decides whether removed layers
+            stay in the copy.
     """
 
     lengths: Lengths = ANY_LENGTH
@@ -118,9 +120,9 @@ WINDOW_STEP = 256
 
 
 def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Compute logits [texts, tokens, vocabulary] of texts [texts, tokens] in one call.
+    """Compute the logits [texts, tokens, vocabulary] of token ids [texts, tokens] in one call.
 
-    Raises RefusalError if the model returns no such tensor.
+    Raises RefusalError if the model returns no logits for every token.
     """
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
@@ -129,7 +131,7 @@ def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
-    """Return the tokens that lm-eval gives a model to read for a request."""
+    """Return a request's tokens as lm-eval gives them to a model: truncated, without the last."""
     return (request.context + request.continuation)[-(max_length + 1) :][:-1]
 
 
@@ -137,7 +139,7 @@ def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
 def score_continuation(logits: Tensor, continuation: Sequence[int]) -> Response:
     """Score a continuation by the logits of the text without the continuation's last token.
 
-    Log-likelihood in nats, greedy flag and hits are computed as in lm-eval.
+    The log-likelihood (in nats), the greedy flag and the hits are computed as in lm-eval.
     """
     logits = logits[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logits.device)
@@ -151,11 +153,11 @@ class ModelFacts:
     """Facts about a model, computed once and cached.
 
     Attributes:
-        windows: The attention windows of its layers.
-        cache_bytes: Bytes of the keys and values of one token in one attention.
-        parts: The parts of the layers found so far; see `LayerAnatomy`.
-        weights: Quantised weights of the layers.
-        embeddings: The embedding and output head, with their quantised weights.
+        windows: The attention windows of the model's layers.
+        cache_bytes: Bytes that the keys and values of one token take in one attention.
+        parts: The modules of the layers that have been found so far; see `LayerAnatomy`.
+        weights: Cache of quantised weights of the layers.
+        embeddings: The embedding and the output head, with a cache of their quantised weights.
     """
 
     windows: AttentionWindows | None = None
@@ -167,19 +169,20 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class EngineModel:
-    """A model whose layers can be ablated by a plan of streams.
+    """A model, with the settings and cached facts that are needed to run ablations.
 
     Attributes:
-        loaded: The model.
+        loaded: The loaded model.
         max_length: Maximum number of tokens that the model reads, determined as in lm-eval.
-        quirks: Side effects of a call of the model.
-        memory: Maximum bytes of hidden states and kept prefixes; None = half of the free memory of
-            the fullest device.
-        pass_tokens: Tokens of all streams that pass a layer at once on a CPU; None = by threads.
-        row_multiple: Multiple to which the nodes of a row are padded, see `Row.pad_nodes`; None =
-            by the device.
-        replacements: Replacements of layers, by layer.
-        facts: Facts about the model, shared by all engines of it.
+        quirks: Side effects of calling the model.
+        memory: Maximum bytes of hidden states and stored prefixes. None means half of the free
+            memory of the device with the least free memory.
+        pass_tokens: Maximum number of tokens of all streams in one call of a layer on a CPU. None
+            derives the number from the number of threads.
+        row_multiple: Rows are padded to a multiple of this number of nodes, see `Row.pad_nodes`.
+            None chooses the number by device.
+        replacements: Layer number → function that replaces the layer.
+        facts: Cached facts about the model, shared by all engines of the model.
     """
 
     loaded: LoadedModel
@@ -197,38 +200,38 @@ class EngineModel:
         return type(self.loaded.model).__name__
 
     def restore_state(self) -> None:
-        """Undo the side effects of the last call, so that calls do not depend on each other."""
+        """Undo the side effects of the last call of the model, so that calls are independent."""
         if self.quirks.leftovers:
             restore_state(self.loaded.model, self.quirks.leftovers)
 
     def layers_left(self, ablation: Ablation) -> list[int]:
-        """List the layers of a copy under an ablation, in order; repeated layers repeatedly."""
+        """List the layers that an ablation runs, in order; repeated layers appear repeatedly."""
         return remaining_layers(len(self.loaded.layers), ablation.removed(), ablation.repetitions)
 
     @torch.inference_mode()
     def read_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Return the intact model's logits [tokens, vocabulary], in a call of its own."""
+        """Compute the intact model's logits [tokens, vocabulary] for a text, in a separate call."""
         self.restore_state()
         ids = torch.tensor([tokens], device=self.loaded.device)
         return compute_logits(self.loaded.model, ids)[0]
 
     def run_text(self, tokens: Sequence[int]) -> Any:
-        """Return the output of the intact model's base for a text, in a call of its own."""
+        """Run the intact model without the output head on a text, in a separate call."""
         self.restore_state()
         ids = torch.tensor([tokens], device=self.loaded.device)
         return self.head.base(input_ids=ids, use_cache=False)
 
     @cached_property
     def budget(self) -> int:
-        """The bytes that hidden states and kept prefixes may take."""
+        """The maximum number of bytes for hidden states and stored prefixes."""
         return self.memory or min_free_memory(self.loaded.model, self.loaded.device) // 2
 
     def count_streams(self, tokens: int) -> int:
-        """Return the number of streams of some number of tokens that fit into the budget."""
+        """Return the number of streams of `tokens` tokens each that fit into the memory budget."""
         return self.budget // (tokens * stream_bytes(self.loaded.model))
 
     def plan(self, ablations: Ablations) -> StreamPlan:
-        """Plan the layers at which the streams of some ablations fork."""
+        """Plan the streams of some ablations: the layer at which each stream starts."""
         is_tied = any(ablation.outer_formats for ablation in ablations) and self.embeddings.is_tied
         # Parts of attentions and MLPs can be removed from layers that are not divided into the two.
         has_parts = any(ablation.parts for ablation in ablations)
@@ -237,7 +240,7 @@ class EngineModel:
         return plan_streams(ablations, len(self.loaded.layers), is_tied, divided)
 
     def find_anatomy(self, plan: StreamPlan) -> LayerAnatomy:
-        """Return the anatomy of the layers, after finding all parts that a plan changes."""
+        """Find the modules of layers that a plan changes, and return the anatomy of the layers."""
         anatomy, components = self.anatomy, {c for step in plan.steps for c in step.components}
         kinds = [PART_CLASSES[name] for name in NUMBERED_COMPONENTS if name in components]
         if "shared_expert" in components:
@@ -250,22 +253,23 @@ class EngineModel:
 
     @property
     def max_pass_tokens(self) -> int | None:
-        """The tokens of all streams that pass a layer at once; None = all, as on accelerators."""
+        """The maximum number of tokens of all streams in one call of a layer; None for no limit."""
         if self.loaded.device.type != "cpu" or self.loaded.offloaded is not None:
             return None
         return self.pass_tokens or PASS_TOKENS_PER_THREAD * torch.get_num_threads()
 
     @property
     def row_size_multiple(self) -> int:
-        """The multiple to which the nodes of a row are padded; see `Row.pad_nodes`."""
+        """The number to whose multiples the nodes of a row are padded; see `Row.pad_nodes`."""
         default = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
         return self.row_multiple or default
 
     @cached_property
     def device_replacements(self) -> Mapping[int, Replacement]:
-        """The replacements of layers, each moved once to the device of its layer.
+        """Layer → function that replaces the layer, with tensors on the device of the layer.
 
-        With offloaded weights, replacements stay on the host: the device has room for layers only.
+        With offloaded weights, the tensors stay on the host, because the device only has room for
+        layers.
         """
         if self.loaded.offloaded is not None:
             return self.replacements
@@ -277,10 +281,10 @@ class EngineModel:
         return replacements
 
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
-        """Run the head of each of a plan's ablations: [ablations, kept, vocabulary].
+        """Compute the logits [ablations, kept, vocabulary] with the output head of each ablation.
 
-        `output` is the output of the base, `states` [ablations, kept, hidden] are the ablations'
-        own. All logits are in memory at once.
+        `output` is the output of the model without the head. `states` [ablations, kept, hidden] are
+        the last hidden states of the ablations. All logits are in memory at once.
         """
         if not plan.has_rounded_embeddings:
             return self.head.logits(output, states)
@@ -292,7 +296,7 @@ class EngineModel:
         return torch.stack([logits[n] for n in range(len(states))])
 
     def find_windows(self, tokens: int) -> AttentionWindows:
-        """Find the attention windows of the layers for texts of a given number of tokens."""
+        """Find the attention windows of the layers for texts of up to `tokens` tokens."""
         facts = self.facts
         if facts.windows is None or facts.windows.tokens < tokens:
             base, loaded = self.head.base, self.loaded
@@ -305,16 +309,16 @@ class EngineModel:
 
     @cached_property
     def head(self) -> Head:
-        """The output head, behind the model's base."""
+        """The output head, which computes logits from the last hidden states."""
         return Head(self.loaded.model)
 
     def use_head_format(self, form: str | None) -> AbstractContextManager[None]:
-        """Quantise the weights of the head until exit; None leaves them unchanged."""
+        """Quantise the weights of the output head until exit; None leaves the weights unchanged."""
         return self.embeddings.temporary_format("lm_head", form) if form else nullcontext()
 
     @property
     def anatomy(self) -> LayerAnatomy:
-        """The parts of its layers."""
+        """The anatomy of the layers, which finds the modules for each component of a layer."""
         facts, loaded = self.facts, self.loaded
         facts.weights = facts.weights or RoundedWeights(self.weight_cache_bytes)
         # Not cached: it holds this engine, whose quirks apply to every call of the model.
@@ -324,7 +328,7 @@ class EngineModel:
 
     @contextmanager
     def _isolate(self) -> Iterator[None]:
-        """Open a context in which a call of the model does not affect later passes."""
+        """Open a context in which calls of the model do not affect calls outside of the context."""
         self.restore_state()
         offloaded = self.loaded.offloaded
         with nullcontext() if offloaded is None else offloaded.sequential_passes():
@@ -333,7 +337,7 @@ class EngineModel:
 
     @property
     def embeddings(self) -> Embeddings:
-        """The embedding and the head; their quantised weights are large, and each row needs all."""
+        """The embedding and the output head, with a cache of their quantised weights."""
         facts = self.facts
         if facts.embeddings is None:
             facts.embeddings = find_embeddings(self.loaded.model, self.budget // 2)
@@ -341,23 +345,25 @@ class EngineModel:
 
     @property
     def weight_cache_bytes(self) -> int:
-        """The maximum bytes of cached quantised weights that no layer is using."""
+        """The maximum bytes of cached quantised weights that are not in use by a layer."""
         return self.budget // 8
 
 
 def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = False) -> LoadedModel:
-    """Copy a model and really apply an ablation to the copy.
+    """Copy a model, and apply an ablation to the structure and weights of the copy.
 
-    The copy shares the weights; removed sublayers stay in place and add nothing.
+    The copy shares unchanged weights with the model. Removed sublayers stay in the copy, but add
+    nothing to the residual stream.
 
     Args:
         model: The model.
-        ablation: The changes.
-        brief: Whether the copy is for a few calls. If several layers are quantised, it then caches
-            only as many quantised weights as fit, and a layer has them only while it is called.
+        ablation: The changes to apply to the copy.
+        brief: Whether the copy is only used for a few calls. If several layers are quantised, such
+            a copy uses a limited cache of quantised weights, and a layer has quantised weights only
+            during a call.
 
     Returns:
-        The copy.
+        The changed copy.
     """
     model.restore_state()
     is_limited = brief and sum(bool(change.roundings) for change in ablation.by_layer.values()) > 1
@@ -384,10 +390,10 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
 def _layer_changes(
     model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
 ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-    """Yield an ablation's changes to layers, other than removals and repetitions.
+    """Yield functions that change layers of a copy, except for removals and repetitions.
 
-    Each layer comes with the function that changes the weights or the output of a copy of it.
-    `cache` is as for `round_layer`.
+    Yields the number of a layer, and the function that changes the weights or the output of the
+    layer's copy. `cache` has the same meaning as for `round_layer`.
     """
     for change in ablation.replacements:
         # The layer still runs; its output is dropped.
@@ -398,9 +404,10 @@ def _layer_changes(
 
 
 def stream_bytes(model: PreTrainedModel) -> int:
-    """Estimate the maximum bytes of one token of one stream inside a layer.
+    """Estimate the maximum bytes that one token of one stream needs inside a layer.
 
-    A mixture stores a token once for each of its experts: before, inside and after the expert.
+    A mixture of experts stores a token for each of the token's experts: before, inside and after
+    the expert.
     """
     config = model.config.get_text_config()
 

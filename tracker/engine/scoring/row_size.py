@@ -1,4 +1,4 @@
-"""Find the fastest size of a row, which depends on processor and dtype, by timing."""
+"""Find the fastest size of a batch row by timing, since it depends on processor and dtype."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ MAX_CPU_WIDTH = 2048
 
 
 def is_worth_timing(engine: Engine) -> bool:
-    """Return whether timing row sizes other than the default is worthwhile.
+    """Return whether it is worthwhile to time row sizes other than the default size.
 
-    It is on an accelerator, and on a CPU in half precision for models that are not too wide.
+    Timing is worthwhile on an accelerator, and on a CPU for half-precision models that are not too
+    wide. It is not done for offloaded models, or if the row size is set.
     """
     loaded = engine.loaded
     if loaded.offloaded is not None or engine.row_tokens is not None:
@@ -51,20 +52,20 @@ def row_sizes(engine: Engine) -> tuple[int, ...]:
 
 
 def find_row_size(engine: Engine) -> int:
-    """Find the fastest row size by timing each on a copy of the model's first layers.
+    """Find the fastest row size by timing each size on a copy of the model's first layers.
 
     Args:
         engine: The engine, with full sharing; its model is not changed.
 
     Returns:
-        One of `row_sizes`; the default if the model cannot take such rows.
+        One of `row_sizes`; the default size if the model cannot compute such rows.
     """
     seconds, _ = try_model(lambda: time_sizes(engine))  # the self-check reports why it cannot
     return row_sizes(engine)[0] if seconds is None else choose_row_size(seconds)
 
 
 def time_sizes(engine: Engine) -> dict[int, float]:
-    """Time rows of each size; return size → seconds, the default size first."""
+    """Measure the time of rows of each size; return size → seconds, with the default size first."""
     n_layers = len(engine.loaded.layers)
     engine_copy = engine.ablate(Ablation.from_changes(removed=range(TIMED_LAYERS, n_layers)))
     layers = range(min(TIMED_LAYERS, n_layers))
@@ -84,7 +85,7 @@ def time_sizes(engine: Engine) -> dict[int, float]:
 
 
 def choose_row_size(seconds: Mapping[int, float]) -> int:
-    """Return the fastest size if it is clearly faster than the default, else the default."""
+    """Return the fastest row size if it is clearly faster than the default, else the default."""
     default, best = next(iter(seconds)), min(seconds, key=lambda size: seconds[size])
     return best if seconds[best] < MAX_TIME_SHARE * seconds[default] else default
 
@@ -92,17 +93,18 @@ def choose_row_size(seconds: Mapping[int, float]) -> int:
 def make_documents(
     engine: Engine, count: int, tokens: int, longest: int = 1, beginning: int = 0
 ) -> list[Document]:
-    """Generate questions with four answers each.
+    """Generate multiple-choice documents of random tokens, with four answers per document.
 
     Args:
-        engine: The engine; the questions have tokens of its model's vocabulary.
+        engine: The engine; its model's vocabulary supplies the tokens.
         count: Number of documents.
-        tokens: Number of tokens of each document, including one for an answer.
-        longest: Number of tokens of the longest answer; the shortest answer has one.
+        tokens: Number of tokens of each document: a context of `tokens` - 1 tokens and one more for
+            an answer.
+        longest: Maximum number of tokens of an answer; the shortest answer has one token.
         beginning: Number of tokens at the beginning that all contexts share.
 
     Returns:
-        The documents, which are the same in each call.
+        The documents; equal arguments always give the same documents.
     """
     rng = torch.Generator().manual_seed(0)
     vocabulary = engine.loaded.model.config.get_text_config().vocab_size

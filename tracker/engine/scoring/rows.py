@@ -1,7 +1,8 @@
 """Pack requests into rows that share tokens; each row is scored in one forward pass.
 
-A row is a prefix tree with a node per distinct token; position = depth, and a node sees its
-ancestors. For models that cannot take such a mask, a row is a batch of sequences of equal length.
+A row is usually a prefix tree, in which requests with a common beginning share the nodes of these
+tokens. The depth of a node is its position, and a node attends to its ancestors. For models that do
+not support the mask of a tree, a row is a batch of sequences of equal length.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def count_common_tokens(text: Sequence[int], other_text: Sequence[int]) -> int:
 
 
 class Tree:
-    """A prefix tree under construction; a node's parent always has a smaller number."""
+    """Prefix tree of token sequences; every node has a larger number than its parent."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -40,7 +41,7 @@ class Tree:
         self._children: dict[tuple[int, int], int] = {}
 
     def insert(self, path: Sequence[int]) -> list[int]:
-        """Add a sequence and return its nodes."""
+        """Insert a token sequence, and return the numbers of its nodes from the root on."""
         nodes = []
         parent = -1
         for depth, token in enumerate(path):
@@ -54,7 +55,7 @@ class Tree:
         return nodes
 
     def count_new_nodes(self, paths: Sequence[Sequence[int]]) -> int:
-        """Count the nodes that inserting some sequences would add to the tree."""
+        """Count the nodes that the tree would gain if the given token sequences were inserted."""
         new_paths = set()
         for path in paths:
             parent: int | None = -1
@@ -65,11 +66,11 @@ class Tree:
         return len(new_paths)
 
     def compute_spans(self) -> Tensor:
-        """Renumber the nodes in depth-first order; return each node's span of descendants.
+        """Renumber the nodes depth-first; return the range of numbers of each node's descendants.
 
         Returns:
-            The first node of each node's span, in depth-first order, and the end of the span [2,
-            tokens].
+            Tensor [2, nodes]: begin and end of the half-open range that holds the depth-first
+            numbers of a node and its descendants. The begin is the node's own number.
         """
         # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
@@ -85,24 +86,25 @@ class Tree:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of a text at which a model's computation changes.
+    """Text lengths at which a model's computation changes.
 
-    Some rotary embeddings choose their factors by the last position of the whole pass. Requests
-    share a pass, or a beginning that was read before, only if that makes no difference.
+    Some rotary embeddings choose their factors by the last position in the forward pass. So
+    requests share a forward pass or a prefix cache only if their lengths give the same computation.
 
     Attributes:
-        thresholds: Lengths at which something changes.
-        all_differ: Whether every length beyond the first threshold differs from every other.
+        thresholds: Numbers of tokens at which the computation changes.
+        all_differ: True if the computation is different for every length from the first threshold
+            on.
     """
 
     thresholds: tuple[int, ...] = ()
     all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return an identifier of the interval between thresholds to which a length belongs.
+        """Return a number that identifies the interval between thresholds with this text length.
 
-        Texts with equal identifiers are computed alike. A length equal to a threshold is an
-        interval of its own, since models differ in its side.
+        The model computes texts with equal numbers in the same way. A length equal to a threshold
+        has a separate number, because models differ in whether they include the threshold.
         """
         if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -114,22 +116,26 @@ ANY_LENGTH = Lengths()
 
 @dataclass(frozen=True)
 class Row:
-    """Requests packed for one forward pass. N = rows × tokens.
+    """Requests packed for one forward pass, in which the model reads N tokens.
 
     Attributes:
-        prefix: Number of tokens of the common beginning, which is read before the row.
-        input_ids: Token ids [rows, tokens].
-        positions: Position of each token, the prefix counted [1, tokens].
-        spans: Begin and end of each node's span, as `Tree.compute_spans` numbers them [2, tokens];
-            None for plain causal sequences.
-        predicting_nodes: Flat indices into N of the tokens that predict something [kept].
-        predictor: The index into `predicting_nodes` that predicts each predicted token [predicted].
+        prefix: Number of tokens of the common prefix, which the model reads in an earlier forward
+            pass.
+        input_ids: Token ids [sequences, tokens]; a prefix tree is one sequence. N = sequences ×
+            tokens.
+        positions: Position of each token in its text, including the prefix [1, tokens].
+        spans: Result of `Tree.compute_spans` for the nodes of the tree [2, tokens]; None for plain
+            causal sequences.
+        predicting_nodes: Indices (0 to N - 1) of the tokens whose logits are needed [kept].
+        predictor: For each predicted token, the index in `predicting_nodes` of the token that
+            predicts it [predicted].
         predicted: Ids of the predicted tokens [predicted].
-        owner: The index into `requests` of each predicted token [predicted].
-        requests: (document, request) of each request, as indices into the packed documents.
-        gold: (document, flat indices into N) of the nodes on which a document's proxies are
-            measured, without the prefix; all rows together hold each token of a document once.
-        length: Tokens of the longest text, the prefix counted.
+        owner: For each predicted token, the index of its request in `requests` [predicted].
+        requests: For each request, the index of its document, and its index in the document.
+        gold: Pairs of a document's index and the indices (0 to N - 1) of tokens on which its
+            proxies are measured, without the prefix. All rows together contain each measured token
+            once.
+        length: Number of tokens of the longest text, including the prefix.
     """
 
     prefix: int
@@ -146,12 +152,12 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that the model reads."""
+        """Number of tokens in the row, without the prefix."""
         return self.input_ids.numel()
 
     @property
     def ancestors(self) -> Tensor | None:
-        """The nodes that each node sees: its ancestors and itself [tokens, tokens], bool."""
+        """Boolean mask [tokens, tokens]: each node attends to itself and its ancestors."""
         if self.spans is None:
             return None
         starts, ends = self.spans
@@ -159,9 +165,9 @@ class Row:
         return visible
 
     def pad_nodes(self, multiple: int) -> Row:
-        """Pad the tree until the number of its nodes and of the prefix's tokens is a multiple.
+        """Add nodes until the total of tree nodes and prefix tokens is divisible by `multiple`.
 
-        An added node sees the prefix and itself, and its output is not used.
+        An added node attends only to the prefix and itself. The output of added nodes is not used.
         """
         n_missing = -(self.prefix + self.tokens) % multiple
         if self.spans is None or not n_missing:
@@ -186,7 +192,7 @@ class Row:
         return replace(self, **device_tensors)
 
     def renumber(self, documents: Sequence[int]) -> Row:
-        """Return the row with other indices of the packed documents."""
+        """Return the row with each document index `n` replaced by `documents[n]`."""
         return replace(
             self,
             requests=[(documents[number], request) for number, request in self.requests],
@@ -196,10 +202,11 @@ class Row:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A request as the model reads it: `tokens`, the last `n_scored` of which are predicted.
+    """Request as a token sequence; the log-probabilities of its last `n_scored` tokens count.
 
-    `n_read` tokens go into the model: all but the last, which is only predicted, or all where the
-    proxies are measured, from the token `start` on. Equal `side`s may share a pass.
+    The model reads the first `n_read` tokens: usually all except the last, which is only predicted.
+    If proxies are measured from the token `start` on, the model reads the last token too. Sequences
+    with equal `side` can share a forward pass.
     """
 
     document: int
@@ -216,10 +223,10 @@ class _Sequence:
 
 
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
-    """Truncate requests to the model's length from the left, exactly as lm-eval does.
+    """Yield each request as a sequence, truncated from the left exactly as lm-eval does.
 
-    To measure the proxies, the last token must also be read. Where this token changes the scores of
-    others, the proxies are measured in a separate pass.
+    To measure proxies, the model must also read the last token of a sequence. If the longer length
+    changes the model's computation, a separate sequence without scores measures the proxies.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -244,7 +251,7 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group the sequences that may share a pass, keeping documents together in each group."""
+    """Group the sequences that can share a forward pass, and within each group by document."""
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
 
@@ -258,22 +265,23 @@ def pack_tree_rows(
 ) -> Iterator[Row]:
     """Pack whole documents into prefix trees.
 
-    A request is a path from the root, a node is a token. Requests with a common beginning share its
-    nodes, so a context is read once for all its answers. A tree is one sequence to the model, [1,
-    nodes], whose positions are the depths and whose mask shows each node its ancestors (`Masks`):
-    each path is computed as if its text were alone.
+    Each node of a tree is a token, and each request is a path from the root. Requests with a common
+    beginning share nodes, so the model reads a context once for all its answers. The model reads a
+    tree as one sequence [1, nodes], with depths as positions. With the attention mask of `Masks`,
+    each node attends to its ancestors only. So each path gets the same result as its text alone.
 
     Args:
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads; longer requests lose their
             beginning, as in lm-eval.
-        row_tokens: Maximum number of nodes of a tree; a single larger document still makes one row.
-        prefix: Number of tokens of the common beginning that are read separately; rows for which
-            this makes a difference contain them.
-        lengths: Lengths that decide which requests may share a row.
+        row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
+        prefix: Number of tokens of the common prefix that is read separately. If that would change
+            a row's result, the row itself contains the prefix.
+        lengths: Text lengths at which the computation changes; only requests between the same
+            lengths share a row.
 
     Yields:
-        Rows that hold every request of every document exactly once.
+        Rows, which together contain every request of every document exactly once.
     """
     for side_group in _group_by_side(documents, max_length, lengths):
         n_prefix = prefix if lengths.side(prefix) == side_group[0][0].side else 0
@@ -300,9 +308,10 @@ def count_tree_nodes(document: Document, max_length: int) -> int:
 
 
 def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
-    """Find the tokens with which all requests begin, before the first predicting token.
+    """Return the longest common prefix of all requests' contexts, without their last tokens.
 
-    `max_length` is as in `pack_tree_rows`.
+    `max_length` is the maximum number of tokens that the model reads; longer requests lose their
+    beginning.
     """
     sequences = list(_list_sequences(documents, max_length, ANY_LENGTH))
     if not sequences:
@@ -314,7 +323,7 @@ def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
 
 
 def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """List the texts on which the proxies of a document are measured, as `Row.gold` holds them.
+    """Yield the texts on which the proxies of a document are measured, as in `Row.gold`.
 
     Args:
         document: The document.
@@ -330,7 +339,7 @@ def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[
 
 
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
-    """Build a row without requests: a common beginning, or a prompt behind `prefix` tokens."""
+    """Build a row without requests, to read a common prefix or a prompt after `prefix` tokens."""
     tree = Tree()
     tree.insert(tokens)
     return _tree_row(tree, [], prefix)
@@ -347,17 +356,19 @@ def pack_flat_rows(
 ) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows [rows, length] that need no mask.
 
-    A sequence that is the beginning of another is read with it, as lm-eval does for one-token
-    answers: a causal model computes the same for it within the longer one.
+    A sequence that is the beginning of a longer sequence is not read separately, since a causal
+    model computes the same values within the longer sequence. lm-eval does this for one-token
+    answers.
 
     Args:
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads, as in `pack_tree_rows`.
-        row_tokens: Maximum number of tokens of a row; a single longer sequence still makes one row.
-        lengths: Lengths that decide which requests may share a row.
+        row_tokens: Maximum number of tokens of a row; a longer sequence gets a longer row.
+        lengths: Text lengths at which the computation changes; only requests between the same
+            lengths share a row.
 
     Yields:
-        Rows that hold every request of every document exactly once.
+        Rows, which together contain every request of every document exactly once.
     """
     for side_group in _group_by_side(documents, max_length, lengths):
         by_path: dict[tuple[int, ...], list[_Sequence]] = {}
@@ -387,7 +398,7 @@ def _row(
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
-    """Build a row, computing the indices at which each request's continuation is predicted."""
+    """Build a row, and compute at which tokens each request's continuation is predicted."""
     index_of: dict[int, int] = {}
     predictor, predicted, owner = [], [], []
     paths = list(zip(sequences, nodes, strict=True))

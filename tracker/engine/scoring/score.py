@@ -1,9 +1,9 @@
-"""Score one row with the model's own forward pass and head: lm-eval's log-likelihoods.
+"""Compute lm-eval's log-likelihoods of one row with the model's own forward pass and head.
 
-The common beginning of many documents (few-shot examples) is read once by every stream. In each
-layer, its keys and values are kept only for the streams that pass the layer's attention. Each row
-then attends to them. Ablations of experts that get no token of a row are not computed for this row,
-since they cannot affect it.
+Every stream (the hidden states of one ablation) reads the common prefix of many documents once, for
+example few-shot examples. A layer caches the prefix's keys and values only for the streams that
+pass the layer's attention. Each row then attends to the cached keys and values. If an ablation
+removes only experts that get no token of a row, it is not computed for this row.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ MIN_REUSED_SHARE = 0.9
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [streams, heads, tokens, size] in a buffer with room to grow.
+    """Cache of one layer's keys and values [streams, heads, tokens, size], with spare space.
 
-    A buffer that is too short is replaced by one with `CACHE_MARGIN` spare tokens. So generation
-    writes each new token in place, without copying the others. `update` returns a view of the front
-    of the buffer, `[:, :, :tokens]`.
+    A buffer that is too short is replaced by a buffer with `CACHE_MARGIN` spare tokens. So
+    generation writes each new token in place, without copying earlier tokens. `update` returns a
+    view of the front of the buffer, `[:, :, :tokens]`.
 
-    With `is_kept`, the beginning stays and the tokens of a row are overwritten by the next row. A
-    row's `update` writes its keys [streams, heads, row, size] behind the beginning's and returns
-    both. No row sees another row, because the returned view ends with the row's own last token. No
-    row copies the beginning, unless it needs a longer buffer.
+    If `is_kept` is true, the buffer keeps the common prefix, and each row overwrites the tokens of
+    the row before. `update` writes the row's keys [streams, heads, row, size] after the prefix's
+    keys, and returns the keys of prefix and row. No row attends to another row, because the
+    returned view ends with the row's last token. The prefix is copied only if a row needs a longer
+    buffer.
     """
 
     is_kept = False
@@ -80,7 +81,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens in the buffer."""
+        """Return the number of cached tokens, to which the next `update` appends."""
         return self.tokens
 
     def _extend_buffer(self, buffer: Tensor, tokens: int) -> Tensor:
@@ -91,15 +92,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 @dataclass
 class Prefix:
-    """A common beginning that was already read.
+    """Common beginning of documents, with its cached keys and values.
 
     Attributes:
-        plan: The plan of the streams that read it.
-        tokens: Token ids of the beginning: all that were read, or the first of these.
-        cache: Its keys and values, as the model's base takes them. A layer holds [computed
-            attentions, heads, tokens, size]: only streams that pass its attention, in the plan's
-            order, so that a row under the same plan finds its own.
-        proxies: Observed statistics of each token [`OBSERVED`, tokens, layers].
+        plan: The plan of the streams that read the prefix.
+        tokens: Token ids of the prefix: all tokens that were read, or fewer after `shorten`.
+        cache: Keys and values of the prefix, as the model's base takes them: in each layer
+            [streams, heads, tokens, size]. A layer contains only the streams that pass its
+            attention, in the order of the plan.
+        proxies: Observed statistics of each token of the prefix [`OBSERVED`, tokens, layers].
     """
 
     plan: StreamPlan
@@ -112,11 +113,12 @@ class Prefix:
         self._truncate(self._n_read)
 
     def shorten(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Shorten the prefix to its common part with another beginning; return whether it did.
+        """Shorten the prefix to the tokens shared with `beginning`; return whether this worked.
 
-        It does so if nearly all of the other beginning is shared; otherwise nothing is changed.
-        Keys and values of the remaining tokens do not depend on the tokens cut off, since the model
-        is causal. They depend on the number of tokens only at the thresholds of `lengths`.
+        The prefix is shortened only if it contains nearly all of `beginning`; otherwise it stays
+        unchanged. Since the model is causal, the keys and values of the remaining tokens do not
+        depend on the removed tokens. They depend on the number of tokens only at the thresholds of
+        `lengths`, so the prefix is not shortened across a threshold.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -127,7 +129,7 @@ class Prefix:
         return True
 
     def is_prefix_of(self, prompt: Sequence[int]) -> bool:
-        """Check whether a prompt begins with the prefix and is longer."""
+        """Return whether a prompt begins with the prefix and is longer than the prefix."""
         length = len(self.tokens)
         return length < len(prompt) and tuple(prompt[:length]) == self.tokens
 
@@ -139,16 +141,16 @@ class Prefix:
 
 
 def new_cache() -> Cache:
-    """Create an empty cache that holds whole texts, also for layers with a sliding window.
+    """Create an empty cache that keeps all tokens, also in layers with a sliding window.
 
-    The masks limit how far a layer sees. A cache that drops tokens before the window of the last
-    token would drop tokens that nodes on other branches of the tree still see.
+    Attention masks apply the sliding window instead. A cache that drops tokens before the last
+    token's window would drop tokens that other branches of the prefix tree still need.
     """
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def find_cache_argument(base: PreTrainedModel) -> str | None:
-    """Return the name of the argument for keys and values of a model's base; None without one."""
+    """Return the name of the cache argument of a model base's forward pass; None if it has none."""
     parameters = inspect.signature(base.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
@@ -163,13 +165,13 @@ class RowScores:
     """The scores of one row.
 
     Attributes:
-        loglikelihoods: Summed log-probability of each continuation in nats [answers, requests].
-            There is an answer for each stream, or for each head that the stream passes
-            (`StreamPlan.head_streams`).
+        loglikelihoods: Summed log-probability of each continuation in nats [answers, requests]. The
+            first axis has one entry for each pair of a stream and an output head that the stream
+            passes (`StreamPlan.head_streams`).
         hits: Number of tokens of each continuation that are the most likely tokens [answers,
             requests].
-        proxies: Observed statistics of the layers, summed over the measured tokens of each of the
-            row's gold paths [gold paths, `OBSERVED`, layers].
+        proxies: Observed statistics of the layers, summed over the measured tokens of each entry of
+            `Row.gold` [gold paths, `OBSERVED`, layers].
     """
 
     loglikelihoods: Tensor
@@ -183,15 +185,16 @@ def launch_row(
 ) -> Callable[[], RowScores]:
     """Start scoring a row for every stream; return a function that waits for the scores.
 
-    On an accelerator the next row may be launched before the returned function is called. Scores
-    come to the CPU in one copy.
+    On an accelerator, callers can launch the next row before they call the returned function. One
+    copy brings all scores to the CPU.
 
     The base returns [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
-    hidden], of which only the row's `predicting_nodes` pass the heads. The log-probabilities of the
-    predicted tokens, [streams, predicted], are summed by request, [streams, requests]. In a tree
-    one position may predict for many requests, and is computed once.
+    hidden]. Only the hidden states of the row's `predicting_nodes` pass the heads. The
+    log-probabilities of the predicted tokens, [streams, predicted], are summed by request,
+    [streams, requests]. In a tree, the logits of a node are computed once, even if many requests
+    use them.
 
-    `prefix` is the beginning that the row continues, read for the same streams.
+    `prefix` is the cached prefix that the row continues; it must come from the same streams.
     """
     host = row.pad_nodes(model.row_size_multiple)
     row, prefix_sums = host.to_device(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
@@ -220,7 +223,7 @@ def launch_row(
 
 
 def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
-    """Compute log-probability and greedy flag of each predicted token [answers, predicted]."""
+    """Compute each predicted token's log-probability, and whether it is the most likely token."""
     states = output.last_hidden_state
     indices = (row.predicting_nodes, row.predictor, row.predicted)
     nodes, *predicted = (index.to(states.device) for index in indices)
@@ -236,25 +239,25 @@ def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tup
 
 @torch.inference_mode()
 def read_prefix(model: EngineModel, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
-    """Read the common beginning of some documents once for every stream, for rows to continue."""
+    """Read the common beginning of documents with every stream, and return it with its cache."""
     cache = new_cache()
     _, figures = run_base(model, plan, reading_row(tokens), cache)
     return Prefix(plan, tokens, cache, figures.cpu().double())
 
 
 def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
-    """Run a model's base over a row for every stream.
+    """Run the model without its head on a row, for every stream.
 
     Args:
         model: The model.
         plan: The plan of the streams.
         row: The row to read.
-        cache: Keys and values that the row continues, and to which it adds its own; None for no
-            cache.
+        cache: Cache of keys and values that the row continues and extends; None for no cache.
 
     Returns:
-        The output of the base, with the states of all streams [streams × rows, tokens, hidden], and
-        the observed statistics of each of the N tokens [`OBSERVED`, N, layers]; both on the device.
+        The output of the base, with the hidden states of all streams [streams × rows, tokens,
+        hidden], and the observed statistics of the N tokens [`OBSERVED`, N, layers]. All tensors
+        are on the device.
     """
     layers, device, base = model.loaded.layers, model.loaded.device, model.head.base
     row, anatomy = row.to_device(device), model.find_anatomy(plan)
@@ -313,7 +316,7 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
 
 @torch.inference_mode()
 def measure_cache_bytes(model: EngineModel) -> int:
-    """Return the bytes of the keys and values of one token in one attention, on average."""
+    """Return the average number of bytes that one token's keys and values need in one layer."""
     facts = model.facts
     if facts.cache_bytes is None:
         cache = new_cache()
@@ -331,21 +334,21 @@ _Removal = tuple[Change, ...]
 
 
 def find_expert_ablations(ablations: Ablations) -> list[Ablation]:
-    """List the ablations that remove experts and nothing else."""
+    """List the ablations that remove experts and change nothing else."""
     return [a for a in ablations if {change.component for change in a.changes} == {"expert"}]
 
 
 @torch.inference_mode()
 def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> set[Ablation]:
-    """Find the ablations that do not change the result of a row.
+    """Find the expert ablations that do not change the result of a row.
 
     Args:
         model: The model.
-        row: The row, which continues no beginning.
-        ablations: Ablations of experts alone.
+        row: The row, which must not continue a prefix.
+        ablations: Ablations that remove experts and change nothing else.
 
     Returns:
-        The ablations under which the row's result equals the intact model's, up to rounding of
+        The ablations with the same result for the row as the intact model, up to rounding of router
         weights.
     """
     removals_of = {a: [change.experts for change in a.by_layer.values()] for a in ablations}
@@ -382,9 +385,9 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
 def _routes_alike(
     router: nn.Module, experts: Experts, remaining: Sequence[int], tables: Sequence[Any], call: Any
 ) -> bool:
-    """Check whether a router's choices and weights stay the same with fewer experts.
+    """Return whether a router chooses the same experts and weights if other experts are removed.
 
-    Weights are compared up to rounding; full score tables are ignored.
+    Weights are compared up to rounding; tables with the scores of all experts are ignored.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):

@@ -1,4 +1,4 @@
-"""Compute every ablation's responses to every document in the fastest exact way."""
+"""Score every document under every ablation, with as much shared computation as is exact."""
 
 from __future__ import annotations
 
@@ -72,9 +72,10 @@ class DocumentScores:
 
     Attributes:
         document: The document.
-        responses: For each ablation in order, the responses to all requests.
-        proxy_tokens: Number of tokens that the proxies were measured on: context and gold
-            continuation, or the whole text.
+        responses: For each ablation, in the order of the ablations, the responses to all requests
+            of the document.
+        proxy_tokens: Number of tokens on which the proxies were measured: context and gold
+            continuation, or the whole text of a rolling document.
         proxy_sums: Observed statistics of the intact model's layers, summed over these tokens
             [`OBSERVED`, layers].
     """
@@ -93,11 +94,12 @@ class Engine(EngineModel):
     """Scorer of documents under many ablations of one model.
 
     Attributes:
-        sharing: The parts of the computation that are shared; `check_sharing` reduces sharing that
-            is not exact.
-        row_tokens: Maximum size of a row of several documents; None = by the device.
-        notes: Remarks on the measurement, without duplicates; engines of copies add to the same
-            remarks.
+        sharing: The parts of the computation that ablations share; `check_sharing` disables parts
+            that are not exact.
+        row_tokens: Maximum number of tokens of a row of several documents; None = the default of
+            the device.
+        notes: Remarks on the measurement, without duplicates; engines of copied models append to
+            the same list.
     """
 
     sharing: Sharing = FULL
@@ -106,18 +108,18 @@ class Engine(EngineModel):
     _prefixes: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
-        """Return the same engine with other sharing."""
+        """Return a copy of the engine that shares only the given parts of the computation."""
         return replace(self, sharing=sharing)
 
     def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
-        """Return an engine for a really changed copy of the model; see `make_changed_copy`."""
+        """Return an engine for a copy of the model that `make_changed_copy` has really changed."""
         loaded = make_changed_copy(self, ablation, brief)
         leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
         quirks = replace(self.quirks, leftovers=leftovers, first={})
         return replace(self, loaded=loaded, sharing=PLAIN, quirks=quirks, facts=ModelFacts())
 
     def copy(self) -> Any:
-        """Return a copy of the intact model that calls may change."""
+        """Return a copy of the intact model, so that the caller can change it."""
         return self.ablate(INTACT).loaded.model
 
     def score(
@@ -126,13 +128,14 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> list[DocumentScores]:
-        """Score documents; return one result per document, in the same order.
+        """Score documents under all ablations; return one result per document, in the same order.
 
         Args:
             documents: The documents to score.
             ablations: The ablations, without duplicates, including the baseline.
-            progress: Called with the responses of each finished row (requests times ablations), or
-                with a share of them for each loaded layer where rows wait for weights.
+            progress: Function that is called with the number of new responses (requests ×
+                ablations) after each row. If weights are offloaded, each loaded layer reports a
+                share of the responses.
 
         Returns:
             One result per document.
@@ -170,9 +173,10 @@ class Engine(EngineModel):
         ]
 
     def has_shared_prefix(self, documents: Documents) -> bool:
-        """Return whether the common beginning of some documents would be read separately.
+        """Return whether the engine would read the common beginning of some documents separately.
 
-        It would if the common beginning is long enough, and the model takes a cache.
+        The common beginning must have at least `MIN_PREFIX` tokens, and the model must support a
+        cache.
         """
         is_long = len(common_beginning(documents, self.max_length)) >= MIN_PREFIX
         return is_long and find_cache_argument(self.head.base) is not None
@@ -180,7 +184,8 @@ class Engine(EngineModel):
     def group_ablations(self, ablations: Ablations, tokens: int) -> Iterator[list[Ablation]]:
         """Split ablations into groups whose streams of `tokens` tokens each fit into memory.
 
-        The baseline comes first in each group. Without depth sharing all ablations are one group.
+        The baseline is the first ablation in each group. If `sharing.depth` is false, all ablations
+        form one group.
         """
         size = self.count_streams(tokens) if self.sharing.depth else len(ablations)
         return split_ablations(ablations, size)
@@ -191,7 +196,7 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
-        """Score rows; a row that does not fit into memory is halved."""
+        """Pack documents into rows and score them; split a row in half if it exceeds the memory."""
         if not self.sharing.depth:
             for scored_row in self._score_separately(documents, ablations):
                 yield scored_row
@@ -227,13 +232,13 @@ class Engine(EngineModel):
             report()
 
     def run_lockstep(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """Run passes of the model, or of copies of it, in lockstep if its weights are offloaded."""
+        """Run forward passes, in lockstep (layer by layer) if the model's weights are offloaded."""
         # Side effects of a call must not reach the calls of another pass.
         weights = None if self.quirks.leftovers else self.loaded.offloaded
         return run_lockstep(weights, self.loaded.model, passes)
 
     def _group_rows(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
-        """Yield groups of rows: single rows, or as many as fit if weights are offloaded."""
+        """Group rows: one row per group, or as many as fit into memory if weights are offloaded."""
         if self.loaded.offloaded is None:
             yield from ([row] for row in rows)
             return
@@ -249,7 +254,7 @@ class Engine(EngineModel):
         yield group
 
     def _score_separately(self, documents: Documents, ablations: Ablations) -> Iterator[_Scored]:
-        """Score rows under each ablation separately, on a really changed model."""
+        """Score documents under each ablation separately, on a really changed model."""
         memory = self.memory
         if self.loaded.offloaded is not None:  # the rows of all ablations wait together
             memory = self.budget // len(ablations)
@@ -270,7 +275,7 @@ class Engine(EngineModel):
         yield from chain.from_iterable(self.run_lockstep(passes))
 
     def _score_one_by_one(self, documents: Documents, proxies: bool) -> Iterator[_Scored]:
-        """Score each request of a row in its own call; read the row as a whole only for proxies."""
+        """Score each request in a separate model call; read whole rows only to measure proxies."""
         if proxies:
             rows = ((row, s.proxies) for row, _, s in self._score_rows(documents, [INTACT]))
         else:
@@ -285,14 +290,14 @@ class Engine(EngineModel):
             yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
-        """Score one request with the intact model, in a call of its own."""
+        """Score one request with the engine's model, without ablation, in a separate model call."""
         logits = self.read_logits(input_tokens(request, self.max_length))
         return score_continuation(logits, request.continuation)
 
     def _score_halves(
         self, row: Row, documents: Documents, ablations: Ablations, message: str
     ) -> Iterator[_Scored]:
-        """Score a row in two halves of its documents, or of the ablations for one document."""
+        """Score a row in two halves of its documents, or of its ablations for one document."""
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
             raise CellError(f"out of memory: {message}. Lower --memory, or use a smaller dtype")
@@ -320,7 +325,7 @@ class Engine(EngineModel):
     def _pack_rows(
         self, documents: Documents, plan: StreamPlan, prefix: Prefix | None
     ) -> Iterator[Row]:
-        """Pack documents into rows for this engine's sharing that fit into the memory budget."""
+        """Pack documents into rows that fit into memory: prefix trees, or batches of sequences."""
         max_nodes = self.budget // (plan.n_streams * stream_bytes(self.loaded.model))
         size, lengths = min(self.max_row_tokens, max_nodes), self.quirks.lengths
         if self.sharing.tokens:
@@ -332,12 +337,12 @@ class Engine(EngineModel):
 
     @property
     def max_row_tokens(self) -> int:
-        """The maximum number of nodes of a row of several documents, ignoring memory."""
+        """Maximum number of tokens of a row of several documents, if memory does not limit it."""
         on_cpu = self.loaded.device.type == "cpu"
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
     def _find_prefix(self, documents: Documents, plan: StreamPlan) -> Prefix | None:
-        """Read the common beginning of all documents, or reuse a beginning read earlier."""
+        """Return the common beginning of all documents with its cache; None if it is unusable."""
         # A layer that is passed again would need a cache of its own.
         if plan.n_repeats or not self.has_shared_prefix(documents):
             return None
@@ -356,14 +361,14 @@ class Engine(EngineModel):
         return result
 
     def find_read_prefix(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
-        """Return the beginning of a text that was read for a plan, if any."""
+        """Return the cached prefix with which a text begins under a plan; None if there is none."""
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
         return next((prefix for prefix in prefixes if prefix.is_prefix_of(tokens)), None)
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Ablations
     ) -> Callable[[], RowScores]:
-        """Launch a row; return a function that reads its scores in the order of the ablations."""
+        """Start to score a row; return a function that waits for the scores of `ablations`."""
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None
         candidates = find_expert_ablations(ablations) if can_skip else []
@@ -389,7 +394,7 @@ class Engine(EngineModel):
 def _make_responses(
     document: Document, loglikelihoods: Tensor, hits: Tensor
 ) -> list[list[Response]]:
-    """Build each ablation's responses to a document from arrays [ablations, requests]."""
+    """Build the responses [ablations][requests] to a document from arrays of scores."""
     lengths = [len(request.continuation) for request in document.requests]
     return [
         [Response(value, n == length, n) for value, n, length in zip(*row, lengths, strict=False)]
@@ -404,7 +409,7 @@ def _halve(items: list[T]) -> tuple[list[T], list[T]]:
 
 
 def _try_in_memory(compute: Callable[[], T]) -> T | str:
-    """Return the result of a function, or the message of its out-of-memory error."""
+    """Call a function; return its result, or the error message if it runs out of memory."""
     try:
         return compute()
     except RuntimeError as error:
@@ -414,14 +419,14 @@ def _try_in_memory(compute: Callable[[], T]) -> T | str:
 
 
 def _drop_baseline(ablations: Ablations) -> list[Ablation]:
-    """Return all ablations but the baseline."""
+    """List the ablations without the baseline."""
     return [ablation for ablation in ablations if ablation != INTACT]
 
 
 def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]:
-    """Split ablations into groups of `size`, each with the baseline first and another ablation.
+    """Split ablations into groups of `size` ablations, each of which begins with the baseline.
 
-    The baseline alone is one group.
+    A group has at least one other ablation, unless the baseline is the only ablation.
     """
     changed_ablations, n_others = _drop_baseline(ablations), max(1, size - 1)
     for start in range(0, max(1, len(changed_ablations)), n_others):
@@ -429,6 +434,6 @@ def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]
 
 
 def _bound_nodes(document: Document) -> int:
-    """Return an upper bound of the number of nodes of a document's tree."""
+    """Return an upper bound of the number of nodes in a document's prefix tree."""
     contexts = {request.context for request in document.requests}
     return sum(map(len, contexts)) + sum(len(r.continuation) for r in document.requests)

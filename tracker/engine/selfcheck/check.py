@@ -1,9 +1,10 @@
 """Run the self-check, which compares shared computation with really changed models.
 
-The architecture is checked on a miniature with every ablation (`miniature_check`). Then the model
-itself answers a few real requests both ways. While it is measured, the longest document and some
-drawn at random are answered both ways again (`watch`). Results of the first two steps are kept for
-other cells of the architecture, or of the model, whose texts are no longer.
+First, the architecture is checked on a miniature model under every ablation (`miniature_check`).
+Second, a few real requests are scored on the model itself, with and without sharing. Third, during
+measurement, the longest document and some random documents are scored again without sharing
+(`watch`). The results of the first two steps are stored. They also hold for later measurements of
+the same architecture or model, if the texts are not longer.
 """
 
 from __future__ import annotations
@@ -73,12 +74,15 @@ class Check:
     """The result of the self-check.
 
     Attributes:
-        engine: The engine with as much sharing as is exact.
-        difference: Largest difference of a log-likelihood from the really changed model, in nats,
-            on the miniature and on the model itself.
-        sharing_note: One line that states which sharing was lost and why; None if none was.
-        unsteady_note: One line that states that rounding changes answers much; None otherwise.
-        checkpoint_note: One line that states which results are of no checkpoint; None if all are.
+        engine: The engine, which shares as much computation as is exact.
+        difference: Largest difference between the log-likelihoods with sharing and those of really
+            changed models, in nats, on the miniature and on the model itself.
+        sharing_note: One line that states which sharing was disabled and why; None if all sharing
+            is exact.
+        unsteady_note: One line that states how many log-likelihoods change strongly by rounding
+            alone; None if none do.
+        checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
+            checkpoint; None if every one can be saved.
     """
 
     engine: Engine
@@ -90,7 +94,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Reach:
-    """Number of tokens of a cell's longest text, widest single document and longest row."""
+    """Token counts of a cell's longest text, its largest document's tree, and its longest row."""
 
     text: int
     document: int
@@ -109,13 +113,13 @@ _Round = tuple[Documents, Ablations, Sequence[tuple[int, int, int]]]
 
 
 class VerdictStore(Protocol):
-    """Storage of verdicts between checks."""
+    """Storage that keeps the results of self-checks (verdicts) for later checks."""
 
     def recall(self, key: str) -> str | None:
-        """Return the stored verdict of a key."""
+        """Return the verdict stored under a key; None if there is none."""
 
     def keep(self, key: str, verdict: str) -> None:
-        """Store a verdict."""
+        """Store a verdict under a key."""
 
 
 def check_sharing(
@@ -126,19 +130,23 @@ def check_sharing(
     fit: Fit = lambda engine: {},
     typical_ablations: Ablations = (),
 ) -> Check:
-    """Find the most sharing that gives exact results.
+    """Run the self-check, and return an engine that shares only computation that is exact.
 
     Args:
-        engine: The engine, with full sharing; no call has changed its model yet.
+        engine: The engine, with full sharing. Its model must not have been called yet, since calls
+            can change it.
         documents: The cell's documents.
         ablations: All ablations of the cell, with the baseline.
-        store: Storage of verdicts on the architecture and on the model; None = no storage.
-        fit: Function that fits replacements of layers, on the model whose quirks are known.
-        typical_ablations: Ablations to check on the miniature, with the baseline, instead of
-            `ablations`: the same for every cell, so that all cells share its verdict.
+        store: Storage of the check's results on the architecture and on the model; None = no
+            storage.
+        fit: Function that fits replacements of layers; it gets the engine after the check of the
+            architecture.
+        typical_ablations: Ablations to check on the miniature instead of `ablations`, with the
+            baseline; empty for none. If all cells pass the same ablations, they share one result of
+            this check.
 
     Returns:
-        The result, with the engine to use.
+        The result of the self-check, with the engine to use.
 
     Raises:
         CellError: The model cannot be measured; the message gives the reason.
@@ -179,10 +187,10 @@ def check_sharing(
 def _judge_architecture(
     engine: Engine, ablations: Ablations, reach: Reach, blank: bool, store: VerdictStore | None
 ) -> SharingVerdict:
-    """Check the architecture on a miniature, or load the stored verdict of such a check.
+    """Check the architecture on a miniature model, or load the stored result of that check.
 
-    `blank` is whether the cell's texts hold a blank token. A clean verdict on longer texts holds
-    for shorter ones.
+    `blank` is true if a token in the cell's texts has a zero embedding. A stored result for longer
+    texts is used for shorter texts if `is_clean`.
     """
     model = engine.loaded.model
     # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.
@@ -214,9 +222,9 @@ def _judge_architecture(
 def _recall_verdict(
     store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load the verdict of the first key, or a verdict of another key if `is_valid` accepts it.
+    """Load the verdict of the first key, or the verdict of another key that `is_valid` accepts.
 
-    A damaged verdict counts as missing and is computed again.
+    A damaged verdict counts as missing. None is returned if no key has a verdict.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -229,11 +237,11 @@ def _recall_verdict(
 def _confirmation_keys(
     engine: Engine, ablations: Ablations, verdict: SharingVerdict, n_tokens: int, blank: bool
 ) -> list[str]:
-    """Return keys for the confirmation on the model itself: SHA-256 of everything it depends on.
+    """Return the storage keys (SHA-256) of the second check step, on the model itself.
 
-    It depends on the key of the architecture's check, the weights, the hardware, the verdict on the
-    architecture, and the lengths of the texts. The first key is for texts of up to `n_tokens`, the
-    others are for longer ones.
+    A key depends on the architecture, the result of its check, the ablations, the weights, the
+    hardware, and the length of the texts. The first key is for texts of up to `n_tokens` tokens,
+    and the other keys are for longer texts.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -253,7 +261,7 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Measure the tokens of a cell's longest text, widest document and longest row with prefix."""
+    """Count the tokens of a cell's longest text, largest document's tree and longest row."""
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)
@@ -262,13 +270,13 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List the powers of two from a length on; texts between two powers share a verdict."""
+    """List powers of two from `n_tokens` on; keys of verdicts use them as text lengths."""
     shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
     return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
 
 def has_blank_token(model: PreTrainedModel, documents: Documents) -> bool:
-    """Return whether some text holds a token whose embedding is zero, e.g. a padding token."""
+    """Return whether any document contains a token with a zero embedding, e.g. a padding token."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # a checkpoint's own code need not define its embeddings
@@ -297,7 +305,7 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
 
 
 def shortest_documents(documents: Documents) -> list[Document]:
-    """Return the shortest documents, which share rows, with as many answers as possible."""
+    """Return the shortest documents among those with most answers, for the check on the model."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(request.length for request in document.requests)
@@ -306,7 +314,7 @@ def shortest_documents(documents: Documents) -> list[Document]:
 
 
 def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
-    """Compare answers of the model itself under every ablation, computed both ways."""
+    """Compare log-likelihoods with and without sharing, on the model itself."""
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
         *(partial(engine.score, documents, ablations) for documents, ablations, _ in rounds),
@@ -329,11 +337,12 @@ def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Compa
 
 
 def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[_Round]:
-    """Yield the comparisons on the model itself: all ablations of short texts, two of the longest.
+    """Yield documents, ablations and requests on which the model itself is checked.
 
-    The longest text comes with the shortest document of its task, which may share its beginning. It
-    is answered by the intact model and under one drawn ablation, because reading it costs as much
-    as many short texts. The miniature tests the effects of long texts, and the watch meets others.
+    The first round scores short texts under all ablations. The second round scores the longest text
+    with the intact model and under one random ablation only, since a long text costs as much as
+    many short texts. It also contains the shortest document of the same task, which can share a
+    beginning with the longest text. Other long texts are checked on the miniature and by `watch`.
     """
     ablations = sample_ablations(ablations)
     short_texts = [_shorten(document) for document in shortest_documents(documents)]
@@ -354,12 +363,12 @@ def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[
 
 
 def _keep_requests(document: Document, requests: Iterable[Request]) -> Document:
-    """Return a document with only some of its requests, each once."""
+    """Return a document with only the first `MAX_BRANCHES` of `requests`, without duplicates."""
     return replace(document, requests=tuple(dict.fromkeys(requests))[:MAX_BRANCHES], gold=0)
 
 
 def _list_questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
-    """List the requests of some rounds to answer without sharing too."""
+    """List the (ablation, request) pairs that are compared in the given rounds."""
     return [(abls[a], docs[d].requests[r]) for docs, abls, keys in rounds for a, d, r in keys]
 
 
@@ -368,7 +377,7 @@ def _text(request: Request) -> tuple[int, ...]:
 
 
 def _shorten(document: Document) -> Document:
-    """Return a document with each context cut to its beginning and its end."""
+    """Return a document with long contexts cut in the middle and continuations cut at the end."""
     requests = tuple(
         Request(
             request.context[:KEPT_BEGINNING] + request.context[KEPT_BEGINNING:][-KEPT_END:],
@@ -380,9 +389,9 @@ def _shorten(document: Document) -> Document:
 
 
 def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
-    """Yield the answers to compare, (ablation, document, request): one each, more for the baseline.
+    """Draw one (ablation, document, request) per ablation to compare, and more for the baseline.
 
-    A single short request costs nearly as much as a long one: all weights are read once.
+    A short request costs nearly as much as a long request, since both read all weights once.
     """
     rng = random.Random(0)
     requests = [(d, r) for d, doc in enumerate(documents) for r in range(len(doc.requests))]
@@ -396,7 +405,7 @@ def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[i
 def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
     """Count the tokens that the self-check reads without sharing, before and during measurement.
 
-    Each passes about all layers once.
+    Each of these tokens passes about all layers once.
     """
     watched = watched_documents(documents)
     questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
@@ -413,10 +422,10 @@ def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) ->
 def _compare(
     truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare one answer of the model itself with that of the really changed model.
+    """Compare one log-likelihood between shared computation and a really changed model.
 
-    In float32 it may differ by 1e-3 nats and 1e-4 of itself. In half precision, where the order of
-    summation alone changes values by per cents, it may differ by 0.1 nats and 2 %.
+    In float32, the tolerance is 1e-3 nats plus 1e-4 of the value. In half precision, it is 0.1 nats
+    plus 2 %, since the order of summation alone changes values by per cents.
     """
     document, value = score.document, score.responses[index][request].loglikelihood
     tolerance = HALF_TOLERANCE if truth.is_half else SINGLE_TOLERANCE
@@ -428,11 +437,12 @@ def _compare(
 
 
 def watched_documents(documents: Documents) -> set[tuple[str, int]]:
-    """Draw the documents, as (task, index), that are answered both ways during measurement.
+    """Draw the documents, as (task, index), that are also scored without sharing.
 
-    They are one in `WATCH_RATE`, and at least one of each task (of some drawn tasks if there are
-    many). The one with the longest text is added, which crosses all thresholds in the model's code.
-    The draw is always the same, and more documents add to it.
+    One in `WATCH_RATE` documents is drawn, and at least one of each task, or of some random tasks
+    if there are many. The document with the longest text is added, since it crosses all thresholds
+    in the model's code. The draw is reproducible: with more documents, usually the same documents
+    are drawn, plus further ones.
     """
 
     def draw(document: Document) -> float:
@@ -463,7 +473,7 @@ def watched_requests(
 
 
 def _draw_ablation(document: Document, ablations: Ablations, seed: str, first_ablation: int) -> int:
-    """Draw the index of the ablation under which a document is answered again."""
+    """Draw the index of the ablation under which `watch` scores a document again."""
     rng = random.Random(f"{seed}/{document.task}/{document.index}")
     return rng.randrange(first_ablation, len(ablations))
 
@@ -475,17 +485,19 @@ def watch(
     seed: str,
     first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Answer measured documents again on a really changed model, each under one ablation.
+    """Score each measured document again on a really changed model, under one random ablation.
 
     Args:
-        truth: The reference for the engine that measured the documents.
-        scores: The engine's results.
+        truth: The reference, which scores requests on really changed copies of the engine's model.
+        scores: The engine's scores of the measured documents.
         ablations: The measured ablations.
         seed: Seed of the draw of each document's ablation.
-        first_ablation: Number of the first ablation that may be drawn.
+        first_ablation: Index of the first ablation that can be drawn; earlier ablations are never
+            drawn.
 
     Yields:
-        Each document's scores, the number of its ablation, and the comparison of its requests.
+        For each document: its scores, the index of the drawn ablation, and the comparison of all
+        its requests.
     """
     for score in scores:
         index = _draw_ablation(score.document, ablations, seed, first_ablation)

@@ -1,9 +1,9 @@
 """Test computation sharing for an architecture on a tiny model before relying on it.
 
-Texts of random tokens cross all lengths that the model's configuration defines. There are short and
-long ones in one row, branches, a kept beginning, and answers longer than a window. Lengths lie on
-both sides of each threshold, in one order and its reverse. They are scored with every ablation,
-shared and on really changed models.
+The tiny model (miniature) reads texts of random tokens, whose lengths cross all thresholds of the
+model's configuration. The texts include short and long texts in one row, contexts with several
+answers, common prefixes, and answers longer than an attention window. Every ablation is scored with
+sharing, in two orders of the texts, and compared with really changed models.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
 
 
 def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Draw texts of up to `longest` tokens, grouped like the blocks of a cell.
+    """Draw random documents of up to `longest` tokens, in groups that are scored one by one.
 
     `vocabulary` is the number of token ids.
     """
@@ -82,11 +82,11 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
 def reaching_calls(
     vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
 ) -> list[list[Document]]:
-    """Draw texts of every order of length up to `longest`, and rows of so many nodes.
+    """Draw random documents that fill long rows, with text lengths doubling up to `longest`.
 
-    `vocabulary` is the number of token ids. Rows of several texts have up to `nodes` nodes, those
-    of one document up to `widest`, which is more than any text has tokens. Texts that test sharing
-    beyond `sharing` are left out.
+    `vocabulary` is the number of token ids. Rows of several texts have up to `nodes` nodes. Rows of
+    one document have up to `widest` nodes, since its answers are branches of a tree. Texts that
+    test parts of sharing that `sharing` disables are omitted.
     """
     tokens = _make_token_source(vocabulary)
 
@@ -111,9 +111,10 @@ def reaching_calls(
 
 
 def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
-    """Draw texts on both sides of some lengths, and of a document's nodes if it has so many.
+    """Draw random documents with text lengths and node counts on both sides of each switch.
 
-    `vocabulary` is the number of token ids, and `widest` the number of nodes of a document.
+    `vocabulary` is the number of token ids. `switches` are text lengths at which the computation
+    changes. `widest` is the maximum number of nodes of a document.
     """
     tokens = _make_token_source(vocabulary)
     contents: list[_Content] = []
@@ -125,7 +126,7 @@ def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> li
 
 
 def _make_token_source(vocabulary: int, max_tokens: int | None = None) -> _Tokens:
-    """Return a function that draws texts, the same ones each time, of at most so many tokens."""
+    """Return a function that draws a given number of random tokens, at most `max_tokens`."""
     rng = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -135,14 +136,14 @@ def _make_token_source(vocabulary: int, max_tokens: int | None = None) -> _Token
 
 
 def _branch_documents(tokens: _Tokens) -> list[Document]:
-    """Build documents with branches and single-letter answers, long before short."""
+    """Build documents with several answers per context, of one or of many tokens."""
     letters = [(tokens(n), [(3,), (4,)]) for n in (44, 33, 12, 26, 9)]
     texts = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
     return _make_documents([*letters, *texts, (tokens(5), [tokens(30), tokens(28)])])
 
 
 def _shared_documents(tokens: _Tokens, length: int) -> list[Document]:
-    """Build documents with a common beginning that has a forward pass of its own."""
+    """Build documents with a common beginning of `length` tokens, which is read separately."""
     common_tokens = tokens(length)
     return _make_documents([(common_tokens + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
 
@@ -179,12 +180,13 @@ MAX_PART_ABLATIONS = 128
 
 
 class _Probe(NamedTuple):
-    """Texts to score under ablations, and the answers to compare.
+    """Documents to score under ablations, and the requests whose scores are compared.
 
     Attributes:
-        calls: The texts, call by call.
+        calls: The documents of each call of `Engine.score`.
         ablations: The ablations, with the baseline.
-        keys: An ablation, and the number of a call, a document and a request, of each answer.
+        keys: For each compared answer: its ablation, and the index of its call, document and
+            request.
     """
 
     calls: Sequence[Documents]
@@ -199,12 +201,13 @@ def miniature_key(
     rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
-    """Return the key of a check: SHA-256 in hexadecimal of all that its verdict depends on.
+    """Return the storage key of a miniature check: a SHA-256 hash of all its inputs.
 
-    That is the configuration, the ablations, the numbers in reach (`paths`), the lengths of the
-    texts (`rows`, of `check_longer_texts`; None = short), whether they hold a `blank` token,
-    versions, machine, this code and the model's own, which its checkpoint may bring. The weights
-    do not count.
+    The hash covers the model's configuration, the ablations, and the configuration's numbers that
+    texts can reach (`paths`). It covers the lengths of the texts (`rows` of `check_longer_texts`;
+    None = short texts), and whether the texts contain a `blank` token. It also covers package
+    versions, the machine, and the code of this package and of the model. It does not cover the
+    weights.
     """
     package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
     folders = (package / "engine", package / "models")
@@ -223,7 +226,7 @@ def miniature_key(
 
 
 def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath, ...]:
-    """List the paths of a configuration's numbers that rows of so many tokens can reach."""
+    """List the paths of the configuration's numbers that are at most `n_tokens`."""
     numbers = find_numbers(model.config.get_text_config())
     return tuple(path for path, value in numbers if value <= n_tokens)
 
@@ -231,20 +234,21 @@ def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath
 def check_miniature(
     engine: Engine, ablations: Ablations, paths: Sequence[NumberPath], blank: bool
 ) -> SharingVerdict:
-    """Check the architecture of an engine's model with short texts.
+    """Check the architecture of an engine's model on a miniature that reads short texts.
 
     Args:
-        engine: The engine; no call has changed its model yet.
+        engine: The engine. Its model must not have been called yet, since calls can change it.
         ablations: All ablations of the cell, with the baseline.
-        paths: Numbers of the configuration that the cell's texts can reach.
-        blank: Whether a token of the cell's texts has an embedding of zeros. Attention scores of
-            such a token are ties, which its place in the row decides.
+        paths: Paths of the configuration's numbers that the lengths of the cell's texts can reach.
+        blank: True if a token of the cell's texts has a zero embedding. Such a token's attention
+            scores are ties, so the token's place in the row can change the result.
 
     Returns:
-        The verdict, with the sharing that is exact.
+        The result of the check, with the sharing that is exact.
 
     Raises:
-        CellError: The model cannot be measured: it is not causal, or not without some layer.
+        CellError: The model cannot be measured, because it is not causal, or does not run without
+            some layer.
     """
     mini = build_miniature(engine.loaded.model)
     if mini is None:
@@ -287,18 +291,18 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> SharingVerdict:
-    """Check the architecture with texts as long as a cell's, for thresholds in the model's code.
+    """Check the architecture on a miniature that reads texts as long as the cell's texts.
 
     Args:
-        engine: The engine; no call has changed its model yet.
+        engine: The engine. Its model must not have been called yet, since calls can change it.
         ablations: All ablations of the cell, with the baseline.
-        verdict: The verdict on short texts.
-        rows: Maximum tokens of a text of the cell, and maximum nodes of a row of several texts and
-            of one document.
-        blank: Whether a token of the texts has an embedding of zeros, as for `check_miniature`.
+        verdict: The result of `check_miniature`, on short texts.
+        rows: Maximum number of tokens of a text of the cell, and maximum number of nodes of a row
+            of several texts and of a row of one document.
+        blank: True if a token of the cell's texts has a zero embedding, as for `check_miniature`.
 
     Returns:
-        The verdict, with the sharing that is exact.
+        The result of both checks, with the sharing that is exact.
 
     Raises:
         CellError: The model cannot be measured.
@@ -328,9 +332,9 @@ def check_longer_texts(
 def _find_switch_lengths(
     engine: Engine, mini: PreTrainedModel, verdict: SharingVerdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
-    """Find the lengths of a call at which something changes, beyond those that are all tested.
+    """Find text lengths above `LONGEST_REACH` at which the model's computation changes.
 
-    Also returns whether every length from the first one on differs from every other.
+    Also returns whether the computation is different for every length from the first threshold on.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -342,10 +346,10 @@ def _find_switch_lengths(
 
 
 def sample_ablations(ablations: Ablations) -> list[Ablation]:
-    """Draw a sample of the ablations of parts and of spans if there are very many.
+    """Return a shorter list of ablations, with a random sample of the most numerous kinds.
 
-    A model has hundreds of heads and thousands of spans, which all take the same code paths.
-    Ablations that remove layers stay.
+    A model has hundreds of heads and thousands of layer ranges to repeat, but their ablations all
+    use the same code paths. Ablations that remove layers are always kept.
     """
     many = [
         a for a in ablations if a.parts or a.repetitions or (a.roundings and not a.outer_formats)
@@ -356,9 +360,10 @@ def sample_ablations(ablations: Ablations) -> list[Ablation]:
 
 
 def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablation]:
-    """Map ablations of a model's parts to parts of its miniature; drop duplicate ablations.
+    """Map ablations of a model to ablations of its miniature, which has fewer heads and experts.
 
-    Sets keep at most half of a layer's parts: a router chooses two of a miniature's four.
+    An ablation removes at most half of a layer's parts, since a router chooses two of a miniature's
+    four experts. Duplicate ablations are dropped.
     """
     parts = parts_of_config(mini.config.get_text_config())
 
@@ -389,7 +394,7 @@ def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablat
 
 @contextmanager
 def _limit_threads(is_miniature: bool) -> Iterator[None]:
-    """Use one thread for a miniature until exit; a second thread hardly helps, and may wait."""
+    """Use one PyTorch thread in a `with` block for a miniature, since more hardly help."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if is_miniature else threads)
     try:
@@ -400,12 +405,12 @@ def _limit_threads(is_miniature: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def _zero_embedding(model: PreTrainedModel) -> None:
-    """Set the embedding of a token that texts are drawn from to zeros."""
+    """Set the embedding of the token `FIRST_TOKEN` to zeros, in place."""
     model.get_input_embeddings().weight[FIRST_TOKEN] = 0
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    """Return the number of tokens that a model both reads and predicts: Moshi reads one more."""
+    """Return the number of token ids that a model can both read and predict."""
     head = model.get_output_embeddings()
     n_embeddings = int(model.get_input_embeddings().num_embeddings)
     return n_embeddings if head is None else min(n_embeddings, int(head.weight.shape[0]))
@@ -414,7 +419,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _engine(
     engine: Engine, model: PreTrainedModel, verdict: SharingVerdict, longest: int, nodes: int
 ) -> Engine:
-    """Build an engine for a miniature, with a maximum text length and a size of rows."""
+    """Build an engine for a miniature, with maximum lengths of a text and a row."""
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     return Engine(
@@ -430,12 +435,12 @@ def _engine(
 
 
 def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
-    """Build random replacements of layers, since fitting needs a checked model."""
+    """Build a random replacement of each layer, since fitted replacements need a checked model."""
     return {layer: RandomReplacement(layer) for layer in range(len(layers))}
 
 
 def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
-    """Check a model without a miniature, on the assumption that every length matters."""
+    """Check the model itself, if no miniature can be built; assume that every length matters."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
         "no tiny copy of the model can be built on which sharing over tokens could be tested",
@@ -450,7 +455,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
 
 
 def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Lower a verdict to the sharing that is exact on the reference's model."""
+    """Return a verdict with only the sharing that is exact on the reference's model."""
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
         with _limit_threads(truth.is_miniature):
@@ -474,10 +479,10 @@ def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> 
 
 
 def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
-    """Raise CellError if a model's answers depend on the texts before them.
+    """Raise CellError if a model's log-likelihoods depend on texts from earlier calls.
 
-    One copy of the model reads texts of rising length, another of falling; both must agree. If
-    not, there is no reference to compare with.
+    One copy of the model reads texts of rising length, and a second copy reads the same texts in
+    falling length. If their results differ, the model has no reference result.
     """
     requests = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
     texts = [*requests[:: -(-len(requests) // MEMORY_TEXTS)], requests[-1]]
@@ -502,18 +507,20 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
 def find_most_sharing(
     most: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
-    """Find the most sharing whose results equal those of the really changed model.
+    """Find the level with most sharing that gives the same results as really changed models.
 
     Args:
-        most: The most sharing to test.
-        engine: The engine that names the model and makes the copy that explains a loss.
-        compare: Function that compares answers computed with some sharing.
+        most: The level with most sharing, which is tested first.
+        engine: The engine of the model, used only for messages and to explain why sharing fails.
+        compare: Function that compares answers at a level of sharing with the reference.
 
     Returns:
-        The sharing, its comparison, and the reason why more was lost, if it was.
+        The level of sharing, its comparison, and the reason why more sharing fails; None if `most`
+        works.
 
     Raises:
-        CellError: The model does not run even with nothing shared, or contradicts itself.
+        CellError: Even without any sharing, the model does not run or does not reproduce its own
+            results.
     """
     name = engine.class_name
     lost: tuple[Sharing, str, str] | None = None  # and why, for models without and with a state
@@ -544,9 +551,9 @@ def find_most_sharing(
 
 
 def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int) -> _Probe:
-    """Draw the answers to compare: all of the baseline, `n_answers` of each other ablation.
+    """Draw the requests to compare: all for the baseline, `n_answers` per other ablation.
 
-    They are drawn from one call after the other, since each call tests something else.
+    The draw takes requests from all calls in turn, since each call tests another case.
     """
     answers_by_call = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
@@ -563,11 +570,12 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
 
 
 def compare_both_ways(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
-    """Score all calls in order and then in reverse; compare answers until one is wrong.
+    """Score all calls in order and in reverse order; compare answers until one is wrong.
 
-    Of more than `BOTH_ORDERS_LIMIT` ablations, half are scored in order and half in reverse, since
-    the order affects a state that all ablations share. The baseline is scored both times. The
-    halves are drawn, because kinds of layers may alternate.
+    With more than `BOTH_ORDERS_LIMIT` ablations, each ablation except the baseline is scored in
+    only one of the two orders. That suffices, since an effect of the order would show in a state
+    that all ablations share. The ablations are divided at random, because kinds of layers can
+    alternate.
     """
     comparison = Comparison()
     changes = [ablation for ablation in probe.ablations if ablation != INTACT]

@@ -1,9 +1,9 @@
 """Find how a model reacts to text lengths and repeated calls, and how it runs without a layer.
 
-A number in the configuration of the model's miniature is made small, and the effect shows the role
-of this number. No logits change: the number does not matter here. Later tokens change: the number
-is a window, a chunk or a minimum. Earlier tokens change when the text is longer: the model makes a
-choice by the length of the whole call.
+Each experiment makes one number in the configuration of the model's miniature small, and compares
+logits. If no logits change, the number does not matter. If the logits of later tokens change, the
+number is a window, a chunk or a minimum. If a longer text changes the logits of its first tokens,
+the model's computation depends on the length of the whole call.
 """
 
 from __future__ import annotations
@@ -57,16 +57,19 @@ MAX_SWITCHES = 4
 
 @dataclass(frozen=True)
 class QuirkFindings:
-    """Results of the experiments on an architecture.
+    """Effects of text lengths and repeated calls on a model architecture, found by experiment.
 
     Attributes:
-        relevant_numbers: The numbers that change the logits of a text of `LONG` tokens.
-        lengths: Numbers at which the logits depend on the length of the whole call; True if every
-            length beyond differs from every other. The empty path if the logits always depend on
-            the length.
-        leftovers: Names of attributes that a call changes and that affect the next call.
-        first: Attributes that the first call changes permanently; empty if they include no weight.
-        causal: Whether the logits of a token do not depend on later tokens.
+        relevant_numbers: Paths of the configuration's numbers that change the logits of a text of
+            `LONG` tokens.
+        lengths: Pairs of the path of a number and a flag. The computation changes where the text
+            length reaches this number; if the flag is True, it differs for every longer length. The
+            path is empty if the logits always depend on the length of the whole call.
+        leftovers: Names of model attributes that a call changes, so that the next call gives other
+            results.
+        first: Module and name of each attribute that the first call changes permanently; empty if
+            none of them is a weight.
+        causal: True if the logits of a token do not depend on later tokens.
     """
 
     relevant_numbers: tuple[NumberPath, ...] = ()
@@ -77,7 +80,7 @@ class QuirkFindings:
 
 
 def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFindings:
-    """Experiment with numbers in the configuration of a miniature that no call has changed yet."""
+    """Find by experiment how text lengths and calls affect a miniature that was never called."""
     logits = _text_logits(mini, LONG)
     leftovers, first = _find_call_effects(mini)
     any_length = not _is_equal(logits[:SHORT], _text_logits(mini, SHORT))
@@ -106,10 +109,11 @@ def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFi
 def _find_effect(
     model: PreTrainedModel, usual_logits: Tensor, any_length: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Find the effects of changing a number in the configuration; None if no logits change.
+    """Find how a model with one changed configuration number differs; None if its logits do not.
 
-    Returns whether the length of a call matters, whether it also does beyond the short one, and the
-    results of `_find_call_effects`.
+    Returns a tuple. It contains whether the logits of a text's first tokens depend on the length of
+    the call, and whether they still do for longer texts. The results of `_find_call_effects`
+    follow.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -120,19 +124,20 @@ def _find_effect(
 
 
 def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable[int]) -> Lengths:
-    """Find the lengths of a call at which a model's computation changes.
+    """Find the text lengths at which a model's computation changes, by bisection.
 
-    The logits of a text's first tokens are the same in a call of any length, unless there is a
-    threshold between two lengths. Its origin may be a product of numbers, a list, or code.
-    Bisection finds it. Lengths beyond one that the model refuses are not searched.
+    If two texts begin with the same tokens, these tokens have the same logits, unless a threshold
+    lies between the lengths of the texts. A threshold can come from a product of numbers in the
+    configuration, from a list, or from code. If the model refuses a length, longer texts are not
+    searched.
 
     Args:
-        mini: A miniature that no call has changed yet.
-        old_lengths: The lengths at which a change is already known.
-        lengths: The lengths between which to search; the model runs at the first length.
+        mini: A miniature that was never called, since calls can change it.
+        old_lengths: The lengths at which the computation is already known to change.
+        lengths: The lengths between which to search; the model must run at the smallest length.
 
     Returns:
-        All known lengths, old and new.
+        All known lengths at which the computation changes: `old_lengths` and new lengths.
     """
 
     @cache
@@ -166,10 +171,10 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 
 
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
-    """Build miniatures whose windows, chunks and thresholds are crossed by short texts.
+    """Build miniatures with windows, chunks and thresholds so small that short texts cross them.
 
-    If possible, one miniature has all numbers small; otherwise there is a miniature for each
-    number.
+    The configuration's numbers at `paths` are made small: all in one miniature if that model runs,
+    otherwise one number in each miniature.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -192,7 +197,7 @@ def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> lis
 
 @torch.inference_mode()
 def _text_logits(model: PreTrainedModel, tokens: int, last_token: int | None = None) -> Tensor:
-    """Return the logits of a text on a fresh copy of a model [tokens, vocabulary]."""
+    """Compute the logits [tokens, vocabulary] of a text with a fresh copy of a model."""
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last_token is not None:
         ids[0, -1] = last_token
@@ -210,7 +215,7 @@ def _is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 @torch.inference_mode()
 def _find_call_effects(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Return attributes that differ after another call, and those that the first call changes."""
+    """Return the attributes that a second call changes, and those that the first call changes."""
     model = copy.deepcopy(model)
     states = [record_state(model)]
     for tokens in (SHORT, LONG):
@@ -237,11 +242,12 @@ class _Outputs:
     """Logits of a text without some layers, or the reasons why there are none.
 
     Attributes:
-        copy: Logits of a copy in memory.
-        skip: Logits of the model whose layers stay in place and pass on their input.
+        copy: Logits of a copy in memory from which the layers are removed.
+        skip: Logits of the model whose removed layers stay in place and return their input.
         saved: Logits of the copy after saving and loading.
-        lacks: Whether the copy lacks values that its class computes on loading.
-        refusal: Reason why the copy does not run.
+        lacks: True if the copy lacks values that the model's class computes while it loads a
+            checkpoint.
+        refusal: Reason why the copy does not run; None if it runs.
         unsaved: Reason why the copy cannot be saved and loaded.
     """
 
@@ -254,30 +260,31 @@ class _Outputs:
 
     @property
     def differs_from_skip(self) -> bool:
-        """True if the checkpoint differs from the model that skips the layers."""
+        """True if a checkpoint without the layers differs from the model that skips them."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
     def needs_loading(self) -> bool:
-        """True if the checkpoint differs from the copy."""
+        """True if a checkpoint without the layers differs from a copy in memory without them."""
         return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
     def must_stay(self) -> bool:
-        """True if the layers must stay in place."""
+        """True if removed layers must stay in place, since no checkpoint or copy is usable."""
         return self.saved is None and not logits_alike(self.copy, self.skip)
 
 
 def find_removed_model(
     truth: Reference, ablations: Ablations, verdict: SharingVerdict
 ) -> SharingVerdict:
-    """Find how a model without a layer must be computed; raise CellError if it does not run.
+    """Find how to compute a model without a layer; raise CellError if such a model does not run.
 
-    The target is a checkpoint without the layer, as it is loaded. Nearly always the checkpoint
-    equals the model whose layer returns its input, as in streams that skip the layer. If the
-    checkpoint is another model (layers depend on their positions), nothing is shared over depth. If
-    the class computes something from positions on loading, copies get that. If there is no such
-    checkpoint, the layer stays in place and passes on its input, and the verdict says so.
+    The result must equal a loaded checkpoint without the layer. Nearly always, that checkpoint
+    equals the intact model with a layer that returns its input, so shared computation can skip the
+    layer. If the checkpoint differs, for example because layers depend on their positions, no
+    layers are shared between ablations. If the class computes values from layer positions on
+    loading, copies get these values. If such a checkpoint is impossible, the layer stays in place
+    and returns its input, and the verdict has a note.
     """
     engine = truth.engine
     name = engine.class_name
@@ -323,19 +330,20 @@ def find_removed_model(
 
 @dataclass(frozen=True)
 class _Loading:
-    """Models built from configurations, to see how copies are loaded.
+    """Models built from configurations, to simulate how checkpoints of copies are loaded.
 
     Attributes:
-        full_model: The class's model of the whole model's configuration; None if it differs from
-            the model.
-        cut_models: Models built from other configurations; None for a model whose calls change it.
+        full_model: Model that the class builds from the intact model's configuration; None if it
+            differs from the intact model.
+        cut_models: Cache of models built from configurations with fewer layers; None (no cache) if
+            calls change the model.
     """
 
     full_model: PreTrainedModel | None
     cut_models: dict[str, Any] | None
 
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Build an engine for a saved and loaded copy; raise ModelError if there is none."""
+        """Build an engine for a saved and loaded copy; raise ModelError if loading fails."""
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
         # The effects of the first call are known for the whole model's layers, not for these.
@@ -343,7 +351,7 @@ class _Loading:
 
 
 def _test_loading(engine: Engine, original: Engine) -> _Loading:
-    """Test whether the whole model stays the same when it is saved and loaded."""
+    """Test whether the intact model gives the same logits after it is saved and loaded."""
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
@@ -362,7 +370,7 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute the logits of a text without some layers in each way of removing them."""
+    """Compute a text's logits without an ablation's layers, in each way to remove the layers."""
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
     cut_engine, refusal = try_model(lambda: truth.ablate(ablation))
@@ -390,13 +398,13 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Check whether a copy differs from the model that it should be."""
+    """Return whether a copy differs from its checkpoint, or from the model that skips layers."""
     logits, _ = try_model(lambda: engine.ablate(ablation).read_logits(PROBE_TEXT))
     return not logits_alike(logits, outputs.skip if outputs.saved is None else outputs.saved)
 
 
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
-    """Describe the results that belong to no checkpoint, and the model to which they belong."""
+    """Describe the ablations whose model cannot be saved as a checkpoint; None if all can."""
     clauses = []
     for repeats, all_phrase, model in (
         (False, "whatever is removed", "whose layer stays in its place and hands on its input"),
@@ -426,7 +434,7 @@ def _describe_ablation(ablation: Ablation) -> str:
 
 
 def _probe_logits(engine: Engine) -> tuple[Tensor | None, str | None]:
-    """Return the logits of a text [tokens, vocabulary], or the reason why there are none."""
+    """Return the logits [tokens, vocabulary] of `PROBE_TEXT`, or the reason why the model fails."""
     return try_model(lambda: engine.read_logits(PROBE_TEXT))
 
 

@@ -1,8 +1,9 @@
-"""Compute reference answers of really changed models, and define verdicts on sharing.
+"""Compute reference results on really changed models, and define the result of a self-check.
 
-The engine's shared results are compared with these answers, one request at a time. A verdict
-explains in one sentence for users why sharing was lost: the experiment that failed. Errors of the
-model's own code go to the log.
+The self-check compares the log-likelihoods that the engine computes with sharing with these
+reference results, one request at a time. A verdict is the result of this check. If sharing is not
+exact, the verdict names the failed experiment in one sentence for users. Errors from the model's
+own code are logged.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ NOISE_DRAWS = 32
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of answers that were computed both ways.
+    """Comparison of log-likelihoods computed with sharing and on really changed models.
 
     Attributes:
-        compared: Number of log-likelihoods.
+        compared: Number of compared log-likelihoods.
         difference: The largest difference, in nats.
-        unsteady: Number of answers that differ by more than rounding should, but no more than if
-            embeddings are perturbed by rounding: the model is discontinuous there.
-        wrong: Description of the first answer that differs by more; None if there is none.
+        unsteady: Number of log-likelihoods that differ by more than the tolerance, but by at most
+            `MAX_ROUNDING_FACTOR` times the effect of rounding noise in the embeddings. The model is
+            discontinuous there.
+        wrong: Description of the first log-likelihood with a larger difference; None if there is
+            none.
     """
 
     compared: int = 0
@@ -68,7 +71,7 @@ class Comparison:
     wrong: str | None = None
 
     def __add__(self, other: Comparison) -> Comparison:
-        """Combine two comparisons."""
+        """Combine two comparisons into one comparison of all their log-likelihoods."""
         return Comparison(
             self.compared + other.compared,
             max(self.difference, other.difference),
@@ -78,11 +81,11 @@ class Comparison:
 
 
 class Reference:
-    """Answerer of requests on really changed models.
+    """Scorer of single requests on really changed models, without sharing.
 
-    The engine provides the model, the side effects of its calls, and changed copies. Every copy of
-    a miniature is kept, and NaN on both sides is no agreement for it: it would agree with anything,
-    while a real model may well return it.
+    The engine provides the model, the known side effects of calls, and the changed copies. All
+    copies of a miniature are kept in memory. On a miniature, two NaN values count as different,
+    since NaN hides every error; a real model can return NaN regularly.
     """
 
     def __init__(self, engine: Engine, is_miniature: bool = False) -> None:
@@ -93,7 +96,7 @@ class Reference:
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def ablate(self, ablation: Ablation) -> Engine:
-        """Return an engine for a copy without the ablation's parts, reusing one made before."""
+        """Return an engine for a copy of the model under an ablation, from a cache if possible."""
         if ablation not in self._copies:
             if not self.is_miniature:  # requests are sorted by ablation
                 self._copies.clear()
@@ -101,7 +104,7 @@ class Reference:
         return self._copies[ablation]
 
     def answer_all(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
-        """Answer questions in lockstep if weights are offloaded, so that they are loaded once."""
+        """Score all requests in lockstep if weights are offloaded; cache the responses."""
         if self.engine.loaded.offloaded is None:
             return
         questions = [question for question in questions if question not in self._answers]
@@ -115,7 +118,7 @@ class Reference:
         deque(self.engine.run_lockstep(partial(answer_text, *text) for text in texts), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Score one request, once, on a model without what the ablation removes."""
+        """Score one request on a model copy changed by the ablation, or return the cached score."""
         key = (ablation, request)
         if key not in self._answers:
             engine = self.ablate(ablation)
@@ -127,10 +130,11 @@ class Reference:
         return self._answers[key]
 
     def is_unsteady(self, ablation: Ablation, request: Request, nats: float) -> bool:
-        """Return whether perturbing embeddings by rounding changes an answer by so many nats.
+        """Return whether rounding noise in the embeddings changes a log-likelihood by `nats`.
 
-        Near a tie of a router or a top-k, it may in one of `NOISE_DRAWS` draws: the model is
-        discontinuous there, and no two ways to compute it agree.
+        The noise is drawn up to `NOISE_DRAWS` times. A change means that the model is discontinuous
+        for this request, for example near a tie of a router or a top-k. Different ways of computing
+        it then disagree.
         """
         engine = self.ablate(ablation)
         expected = self.answer(ablation, request).loglikelihood
@@ -148,20 +152,20 @@ class Reference:
     def compare(
         self, value: float, ablation: Ablation, request: Request, abs_tol: float, rel_tol: float
     ) -> Comparison:
-        """Compare a log-likelihood with that of the reference.
+        """Compare a log-likelihood computed with sharing with the reference's log-likelihood.
 
-        A difference that is too large is compared with how far the model itself moves when its
-        embeddings move by their rounding.
+        If the difference exceeds the tolerance, it is compared with the effect of rounding noise in
+        the embeddings on the reference itself.
 
         Args:
-            value: The log-likelihood.
+            value: The log-likelihood that was computed with sharing, in nats.
             ablation: The ablation of the model.
             request: The request.
             abs_tol: Absolute tolerance in nats.
-            rel_tol: Relative tolerance, added to it.
+            rel_tol: Relative tolerance, which is added to the absolute tolerance.
 
         Returns:
-            The comparison.
+            The comparison of this one log-likelihood.
         """
         expected = self.answer(ablation, request).loglikelihood
         both_nan = math.isnan(value) and math.isnan(expected)
@@ -180,7 +184,7 @@ class Reference:
 
 @contextmanager
 def perturb_embeddings(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Perturb a model's token embeddings by about their rounding, drawn by `seed`, until exit."""
+    """Add noise of about the rounding error to a model's token embeddings in a `with` block."""
     generator = torch.Generator().manual_seed(seed)
 
     def add_noise(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -195,24 +199,32 @@ def perturb_embeddings(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SharingVerdict:
-    """Result of checking an architecture on a miniature.
+    """Result of the self-check of an architecture on a miniature model.
 
     Attributes:
-        sharing: As much sharing as is exact.
-        sharing_note: One line that states which sharing was lost and why; None if none was.
-        difference: The largest difference that remained, in nats.
+        sharing: The shared parts of the computation: as many as are exact.
+        sharing_note: One line that states which sharing was disabled and why; None if all sharing
+            is exact.
+        difference: The largest difference of a log-likelihood with this sharing from the reference,
+            in nats.
         compared: Number of log-likelihoods compared.
-        unsteady: Number of them that differ by more, where the model itself moves as far by
-            rounding.
-        lengths: Numbers of the configuration at which the length of a call matters, with whether
-            every length beyond differs from every other; the empty path if every length matters.
-        leftovers: Names of attributes that a call changes and that affect the next call.
+        unsteady: Number of log-likelihoods that differ by more than the tolerance, but that
+            rounding noise changes too.
+        lengths: Pairs of the path of a number in the configuration and a flag. The computation
+            changes where the text length reaches this number; if the flag is True, it differs for
+            every longer length. The path is empty if every length matters.
+        leftovers: Names of model attributes that a call changes, so that the next call gives other
+            results.
         first: Module and name of each attribute that the first call changes permanently.
-        in_place: Whether removed layers stay in place, because the model cannot be cut.
-        as_loaded: Whether copies get the values that their class computes on loading.
-        checkpoint_note: One line that states which results are of no checkpoint; None if all are.
-        tested_on: `a miniature`, or `the model` if none can be built.
-        switches: More lengths of a call that matter, found by experiment; True as in `lengths`.
+        in_place: True if removed layers stay in place and return their input, because the model
+            cannot run without them.
+        as_loaded: True if copies get the values that the model's class computes while it loads a
+            checkpoint.
+        checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
+            checkpoint; None if every one can be saved.
+        tested_on: `a miniature`, or `the model` if no miniature can be built.
+        switches: Pairs of a text length at which the computation changes, found by experiment, and
+            a flag as in `lengths`.
     """
 
     sharing: Sharing
@@ -231,12 +243,12 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if all is shared and no length matters, so that shorter texts are alike."""
+        """True if full sharing is exact and no length matters, so shorter texts need no check."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return the quirks of a model of this architecture that no call has changed yet."""
+        """Return the quirks of a model of this architecture that was never called."""
         values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (
             *(int(values[path]) for path, _ in self.lengths if path in values),
@@ -272,7 +284,7 @@ STATE = "it keeps a state of its own for each text"
 
 
 def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Describe the sharing that was lost, and why; return `previous` if nothing more was lost."""
+    """Describe the remaining sharing and the reason; return `previous` if `reason` is None."""
     if reason is None:
         return previous
     sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"
@@ -283,13 +295,13 @@ def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) ->
 
 
 def describe_error(error: Exception, way: Sharing, name: str) -> str:
-    """Describe why a model cannot share work; errors of the model's own code go to the log."""
+    """Log an error of a model under a level of sharing, and describe its cause for users."""
     log.debug("%s, shared over %s: %s", name, way, error)
     return str(error) if isinstance(error, RefusalError) else REFUSAL_REASONS[way]
 
 
 def describe_difference(way: Sharing, comparison: Comparison) -> str:
-    """Describe the difference between answers with some sharing and the reference."""
+    """Describe the largest difference between log-likelihoods with sharing and the reference."""
     cause = "a call of several texts" if way == PLAIN else "sharing more"
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
@@ -299,10 +311,11 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
 
 @torch.inference_mode()
 def keeps_state(model: PreTrainedModel) -> bool:
-    """Check whether a model keeps a state of a text whose size does not grow with it.
+    """Return whether a model keeps a recurrent state, whose size does not grow with the text.
 
-    Keys and values grow; the states of recurrent layers and convolutions do not. Each token
-    overwrites them, so texts in one row would overwrite each other's.
+    Cached keys and values grow with the text, but states of recurrent layers and convolutions do
+    not. Each token overwrites such a state, so the texts in one row would overwrite each other's
+    states.
     """
 
     def read_shapes() -> list[list[torch.Size]]:
@@ -321,7 +334,7 @@ def keeps_state(model: PreTrainedModel) -> bool:
 
 
 def _tensor_shapes(output: Any) -> Iterator[torch.Size]:
-    """Yield the shapes of all tensors in the output of a call, including those in caches."""
+    """Yield the shapes of all tensors, including caches, in a model's output except logits."""
     if isinstance(output, Tensor):
         yield output.shape
     elif isinstance(output, dict):

@@ -1,6 +1,6 @@
-"""Find each kind of parts of a model's layers once, when it is first needed.
+"""Find the parts of a model's layers (sublayers, heads, experts, linear maps), and cache them.
 
-Parts whose number is in a model's configuration are listed without reading weights.
+If a model's configuration gives the number of parts, the parts are listed without reading weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PART_CLASSES: Mapping[Component, type[LayerPart]] = {
 
 @dataclass(frozen=True)
 class LayerAnatomy(PartFinder):
-    """The parts of a model's layers, and the functions that change them.
+    """Finder of the parts of a model's layers, with the functions that change these parts.
 
     Attributes:
         weights: Cache of quantised weights.
@@ -62,7 +62,7 @@ class LayerAnatomy(PartFinder):
 
     @property
     def has_sublayers(self) -> bool:
-        """True if each layer of the model consists of attention and MLP."""
+        """True if each layer of the model consists of one attention and one MLP."""
         if Sublayers not in self.parts:
             try:
                 self.find(Sublayers)
@@ -71,7 +71,7 @@ class LayerAnatomy(PartFinder):
         return bool(self.parts[Sublayers])
 
     def linear_maps(self, layer: int) -> Mapping[str, LinearMap]:
-        """Return the linear maps of a layer by their paths; raise CellError as `linear_maps`."""
+        """Return a layer's linear maps by path; raise CellError as `find_linear_maps` does."""
         key = ("linear maps", layer)
         if key not in self.parts:
             self.parts[key] = find_linear_maps(self.layers[layer], self.layer_name(layer))
@@ -83,10 +83,10 @@ class LayerAnatomy(PartFinder):
         return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
-        """Expand the rounded parts of a layer to a mapping: path of a linear map → format.
+        """Return path → quantisation format for all linear maps that a layer's changes affect.
 
-        For a map that is named twice, the last format counts. Raises CellError if the layer has no
-        such map, holds other matrices, or has quantised weights.
+        If several changes affect a map, the last format counts. Raises CellError if the layer lacks
+        a named map, holds matrices that are no linear maps, or has quantised weights.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -106,11 +106,12 @@ class LayerAnatomy(PartFinder):
         """Yield functions that apply an ablation's changes of layer parts to a copy of the model.
 
         Args:
-            ablation: The ablation; layers that it removes, repeats or replaces are not changed.
+            ablation: The ablation. Its removals, repetitions and replacements of whole layers are
+                ignored.
             cache: Cache of quantised weights, as for `round_layer`.
 
         Yields:
-            A layer, and the function that changes the copy of this layer.
+            The number of a layer, and a function that changes the copy of this layer in place.
         """
         for layer, layer_changes in ablation.by_layer.items():
             if layer_changes.roundings:
@@ -123,17 +124,18 @@ class LayerAnatomy(PartFinder):
                 yield layer, partial(remove, parts=parts, name=self.layer_name(layer))
 
     def check_formats(self, ablations: Sequence[Ablation]) -> None:
-        """Raise ExperimentError for formats that the model does not support.
+        """Raise ExperimentError if the model does not support a requested quantisation format.
 
-        For a model on the meta device, formats of whole attentions and MLPs are checked later: only
-        a model that runs shows which maps belong to them.
+        For a model on the meta device, formats of a whole attention or MLP are not checked. The
+        linear maps of an attention or MLP are known only after the model has run.
 
         Args:
-            ablations: The ablations.
+            ablations: The ablations whose formats are checked.
 
         Raises:
-            ExperimentError: A map does not exist, is already quantised, or has rows that are no
-                multiple of the format's block; or the format's package is not installed.
+            ExperimentError: A linear map does not exist, is already quantised, or has rows whose
+                length is no multiple of the format's block size; or the format's package is not
+                installed.
         """
         for change in sorted({change for ablation in ablations for change in ablation.roundings}):
             if change.is_outer or (
@@ -177,13 +179,14 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
     """List the linear maps of each layer with their shapes.
 
     Args:
-        source: The model; no weight is read.
+        source: The model, whose weights are not read.
 
     Returns:
-        For each layer, path of each map in the layer → shape.
+        One mapping for each layer: path of a linear map in the layer → shape.
 
     Raises:
-        ModelError: The configuration cannot be read, or a layer holds other matrices.
+        ModelError: The configuration cannot be read, or a layer holds matrices that are no linear
+            maps.
     """
     anatomy = LayerAnatomy.of(build_hollow(source, "auto"))
     try:
@@ -195,18 +198,18 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
 
 @cache
 def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
-    """Find the parts of a model that a search may remove; cache them until the process ends.
+    """Find the layers, heads or other parts of a model that a search is allowed to remove.
 
-    The number of parts is in the configuration. A miniature of the same class, whose layers hold
-    the same modules, shows which layers have such parts. No weights are read.
+    The configuration gives the number of parts. A small random model with the same modules shows
+    which layers have such parts. No weights are read. The result is cached until the process ends.
 
     Args:
         source: The model.
-        unit: The kind of parts.
+        unit: The kind of parts, such as layers, heads or experts.
 
     Returns:
-        The parts. At least one head of each layer must stay, or as many experts as the router
-        chooses.
+        The parts, and the minimum number that must stay in each layer: one head, or as many experts
+        as the router chooses for a token.
 
     Raises:
         ModelError: The model has no such parts, or the configuration does not give their number.
@@ -236,7 +239,7 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """Return the layers of a miniature that have as many parts as its configuration says."""
+    """Return the layers of a small model with as many parts as its configuration gives."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count = parts_of_config(config).count_of(unit)
     if unit != "expert":

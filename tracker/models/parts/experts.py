@@ -1,12 +1,14 @@
-"""Find the routed and the shared experts of mixtures by structure.
+"""Find the routed and the shared experts of mixture-of-experts layers by structure.
 
-A mixture has two modules. The router chooses the experts of each token and their weights. The
-experts' tensors have one entry per expert. To remove an expert, the expert's row is cut from the
-router, as in a checkpoint without this expert. The router itself normalises the remaining scores.
+A mixture of experts has two modules. The router chooses the experts of each token and their
+weights. The other module holds tensors with one entry per expert. To remove an expert, the expert's
+row is cut from the router, as in a checkpoint without this expert. The router then normalises the
+scores of the remaining experts.
 
-Every token passes the shared experts in addition to the routed ones. Families call them
-`shared_experts`, `shared_expert` or `shared_mlp`, and some weight their output by a separate gate.
-They are found by their effect, not by name.
+Every token passes through the shared experts in addition to its routed experts. Model families name
+the shared experts `shared_experts`, `shared_expert` or `shared_mlp`. Some families weight the
+output of the shared experts by a separate gate. Shared experts are found by their effect, not by
+name.
 """
 
 from __future__ import annotations
@@ -43,8 +45,9 @@ class Experts:
         router: Path in the layer of the module that chooses the experts of each token.
         holder: Path in the layer of the module that holds the experts' tensors.
         count: Number of experts.
-        n_chosen: Number of experts of each token.
-        removable: Whether the router without an expert works, and chooses among the other experts.
+        n_chosen: Number of experts that the router chooses for each token.
+        removable: Whether the router still works after the removal of an expert, and chooses among
+            the remaining experts.
     """
 
     KIND: ClassVar[str] = "routed experts"
@@ -63,11 +66,11 @@ class Experts:
     def find(cls, finder: PartFinder) -> list[Experts | None]:
         """Find the routed experts of every layer.
 
-        The experts are a module whose own tensors all have the same number of entries; in one
-        tensor each entry is a matrix. The module is called with a choice: the indices of each
-        token's experts, and as many weights. The router is the innermost module that returned this
-        choice and has a row per expert. To test removal, the router is called again without an
-        expert.
+        The routed experts are in a module whose own tensors all have one entry per expert; in at
+        least one tensor, each entry is a matrix. The module is called with the indices of each
+        token's experts and their weights. The router is the innermost module that returned these
+        indices and has a row per expert. To test removal, the router is called again without its
+        last expert.
         """
 
         def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
@@ -88,11 +91,11 @@ class Experts:
 
     @property
     def mixture_path(self) -> str:
-        """The layer's path of the module around router and experts; empty for the layer itself."""
+        """Path of the module around router and experts; empty if it is the layer itself."""
         return self.holder.rpartition(".")[0]
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
-        """List the experts that remain in layer `name`; raise CellError if removal cannot work."""
+        """List the experts that remain in a layer; raise CellError if removal is impossible."""
         removed = {part.number for part in parts if part.number is not None}
         if max(removed) >= self.count:
             raise CellError(
@@ -155,10 +158,10 @@ class SharedExperts:
     def find(cls, finder: PartFinder) -> list[SharedExperts | None]:
         """Find the shared experts of every layer's MLP.
 
-        The MLP holds routed experts: tensors with one entry per expert. A shared expert is an
-        outermost module beside these. It is called with the MLP's own input, and the MLP adds its
-        output, with or without a weight. Zeros instead of its output change the MLP's output;
-        doubling it adds the same contribution once more.
+        An MLP can have shared experts only if it also holds routed experts. A shared expert is an
+        outermost module outside the routed experts that is called with the MLP's own input. The MLP
+        must add the module's output to other outputs, with or without a weight. To test this, the
+        module's output is multiplied by 0, 1 and 2: the MLP's output must change by equal steps.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -178,7 +181,7 @@ class SharedExperts:
         return finder.probe(cls, EXPERT_TEXT_TOKENS, find)
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Silence the shared experts of a copied layer, so that they add nothing."""
+        """Make the shared experts of a copied layer add nothing to the MLP's output."""
         for path in self.paths:
             layer.get_submodule(path).register_forward_hook(hooks.silence_output, with_kwargs=True)
 
@@ -186,7 +189,7 @@ class SharedExperts:
 def _find_choices(
     calls: Sequence[ModuleCall], experts: ModuleCall, count: int
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Yield the calls of routers that returned the experts' arguments, with the chosen experts."""
+    """Yield each router call that returned the experts' arguments, and the chosen experts."""
     for choice in integer_tables(experts.arguments):
         for call in calls:
             weights = [p for p in call.module.parameters() if p.ndim == 2 and len(p) == count]
@@ -197,7 +200,7 @@ def _find_choices(
 
 
 def count_experts(module: nn.Module) -> int:
-    """Count the experts of a module; 0 if its own tensors do not have one entry per expert."""
+    """Count the experts that a module's own tensors hold; 0 if the module holds no experts."""
     tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(counts) != 1 or not any(tensor.ndim == 3 for tensor in tensors):
@@ -206,7 +209,7 @@ def count_experts(module: nn.Module) -> int:
 
 
 def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
-    """Check whether a router without its last expert still chooses as many experts per token."""
+    """Return whether a router without its last expert still chooses as many experts per token."""
     if choice.shape[-1] >= count:
         return True  # all are chosen, so none may be removed anyway
     remaining = range(count - 1)
@@ -224,16 +227,17 @@ def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
 def keep_experts(
     module: nn.Module, remaining: Sequence[int], count: int, modules: Sequence[nn.Module] = ()
 ) -> nn.Module:
-    """Copy a module of a mixture, keeping the entries of only some experts.
+    """Copy a router or a module with experts, keeping the entries of only some experts.
 
     Args:
-        module: A router, the module that holds experts, or the one around both.
+        module: A router, the module that holds the experts, or the module around router and
+            experts.
         remaining: The experts whose entries are kept.
-        count: Number of experts.
-        modules: Submodules with one entry per expert; empty for all.
+        count: Number of experts in the original module.
+        modules: Submodules whose entries are reduced; empty for all submodules.
 
     Returns:
-        The copy, which shares everything else with the module.
+        The copy, which shares all other tensors with the original module.
     """
 
     def keep(value: Tensor | nn.Module | None) -> Any:
@@ -259,7 +263,7 @@ def keep_experts(
 
 
 def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
-    """Return some experts' entries of a tensor with one entry or one column per expert."""
+    """Return only the remaining experts' rows or columns of a tensor with one per expert."""
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
@@ -267,7 +271,7 @@ def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor
 
 
 def _keep_biases(arguments: Any, remaining: Sequence[int], count: int) -> Any:
-    """Return a router's arguments, keeping only some experts' entries of a bias of scores."""
+    """Return a router's arguments; any score bias keeps only the entries of remaining experts."""
     if isinstance(arguments, dict):
         return {name: _keep_biases(value, remaining, count) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -284,19 +288,20 @@ def call_reduced_router(
     state: Tensor,
     arguments: tuple[Any, Any],
 ) -> tuple[Any, ...]:
-    """Call a router that lacks some experts; return outputs with the original indices of experts.
+    """Call a router without some experts; return its outputs with the original expert indices.
 
     Args:
-        router: The router of all experts.
-        experts: The experts.
-        remaining: The remaining experts.
-        full_outputs: Output of the router of all experts for other tokens.
-        state: The tokens.
-        arguments: Positional and keyword arguments of the router; their tokens are replaced by
-            `state`.
+        router: The original router, which has all experts.
+        experts: The routed experts of the layer.
+        remaining: Indices of the experts that the router keeps.
+        full_outputs: Outputs of the original router for other tokens, which give the shapes of its
+            outputs.
+        state: The hidden states of the tokens to route.
+        arguments: Positional and keyword arguments of a call of the router. `state` replaces the
+            hidden states in these arguments.
 
     Returns:
-        An entry for each of `full_outputs`; the score of a removed expert is −∞.
+        One output for each entry of `full_outputs`; the score of a removed expert is −∞.
     """
     count = experts.count
     reduced_router = keep_experts(router, remaining, count)
@@ -320,19 +325,19 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the output of each expert of each token before the router's weight is applied.
+    """Yield the unweighted outputs of each token's chosen experts, one expert per token at a time.
 
-    The module that holds the experts is called with one expert per token at a time, and a weight of
-    1.
+    The module that holds the experts is called several times, each time with one expert per token
+    and a weight of 1.
 
     Args:
         forward: The forward pass of the module that holds the experts.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        args: Positional arguments of the module's call.
+        kwargs: Keyword arguments of the module's call.
 
     Yields:
-        For each choice, the experts' indices [tokens], their weights [tokens] as the router returns
-        them, and their outputs [tokens, width].
+        For each of a token's choices in order: the experts' indices [tokens], the router's weights
+        of these experts [tokens], and the experts' outputs [tokens, width].
     """
     arguments, state = (*args, *kwargs.values()), hooks.input_state(args, kwargs)
     choice = integer_tables(arguments)[0]
@@ -357,7 +362,7 @@ def single_expert_outputs(
 
 
 def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
-    """Check whether a module maps the input of its MLP to an output of the same shape."""
+    """Return whether a module maps the input of its MLP to an output of the same size."""
     state = hooks.input_state(mlp.args, mlp.kwargs)
     call_input, call_output = next(iter(call.arguments), None), hooks.first_output(call.output)
     if not (isinstance(call_input, Tensor) and isinstance(call_output, Tensor)):
@@ -368,7 +373,7 @@ def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
 
 
 def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
-    """List an MLP's modules that neither hold nor belong to routed experts, outermost first."""
+    """List an MLP's modules that neither contain nor belong to routed experts, outermost first."""
     holders = [module for module in mlp.modules() if count_experts(module)]
     routed_modules = {module for holder in holders for module in holder.modules()}
     around = {module for module in mlp.modules() if not routed_modules.isdisjoint(module.modules())}
@@ -376,7 +381,7 @@ def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
 
 
 def _is_added(module: nn.Module, mlp: ModuleCall) -> bool:
-    """Check whether an MLP adds the output of one of its modules to other outputs."""
+    """Return whether an MLP adds the output of one of its modules to other outputs."""
 
     def scaled_result(factor: int) -> Tensor:
         def scale(_: nn.Module, __: Any, output: Any) -> Any:

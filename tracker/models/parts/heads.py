@@ -1,4 +1,4 @@
-"""Find attention heads by structure, and verify that they are columns of a linear map."""
+"""Find attention heads, and verify that they are input columns of the output projection."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ _PROBE_ATTENTION = "tracker_proof_of_heads"
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one attention: adjacent columns of its output projection's input.
+    """The heads of one attention module, as ranges of its output projection's input columns.
 
     Attributes:
-        projection: Path in the layer of the output projection, the linear map of all heads.
+        projection: Path in the layer of the output projection, the linear map that reads all heads'
+            outputs.
         heads: Number of heads.
         groups: Number of groups of heads that share keys and values.
-        width: Number of columns of each head.
+        width: Number of input columns of each head.
     """
 
     KIND: ClassVar[str] = "attention heads"
@@ -51,12 +52,12 @@ class Heads:
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Heads | None]:
-        """Find the heads of every layer's attention, wherever in the layer the attention is.
+        """Find the heads of every layer's attention, independently of module names.
 
-        For one call on a short text, the attention of transformers is replaced by a function in
-        which every second head returns ones and all others zeros. The output projection is the
-        linear map whose input then is non-zero in exactly these columns. It must belong to one
-        layer only.
+        The model reads a short text with a replacement of transformers' attention function: every
+        second head returns ones, and all other heads return zeros. The output projection is the
+        linear map whose input is non-zero in exactly the columns of the heads with ones. The output
+        projection must belong to one layer only.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = Counter(module for layer in finder.layers for module in layer.modules())
@@ -87,11 +88,11 @@ class Heads:
             return finder.probe(cls, HEAD_TEXT_TOKENS, find)
 
     def count(self, component: Component) -> int:
-        """Return the number of heads or of groups of heads."""
+        """Return the number of heads, or of groups of heads if `component` is `kv_head`."""
         return self.groups if component == "kv_head" else self.heads
 
     def columns(self, part: Change, name: str) -> slice:
-        """Return the columns of a head or group; raise CellError if layer `name` lacks it."""
+        """Return the output projection's columns of a head or group; raise CellError if none."""
         n_parts = self.count(part.component)
         assert part.number is not None
         if part.number >= n_parts:
@@ -103,7 +104,7 @@ class Heads:
         return slice(part.number * width, (part.number + 1) * width)
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Give a copied layer an output projection of its own that ignores some heads."""
+        """Replace the output projection of a copied layer by a copy that ignores some heads."""
         columns = [self.columns(part, name) for part in parts]
         linear = map_of_module(layer.get_submodule(self.projection))
         attribute = (linear.module, linear.name)
@@ -123,7 +124,7 @@ class Heads:
 
 
 def _reads_columns(call: ModuleCall, columns: Tensor) -> bool:
-    """Check whether a linear map's input was non-zero in exactly the given columns."""
+    """Return whether the input of a linear map was non-zero in exactly the given columns."""
     if not isinstance(call.module, (nn.Linear, Conv1D)) or not call.args:
         return False
     states = call.args[0]
@@ -133,7 +134,7 @@ def _reads_columns(call: ModuleCall, columns: Tensor) -> bool:
 def _replaced_attention(
     model: nn.Module, function: Callable[..., object]
 ) -> AbstractContextManager[None]:
-    """Replace the attention of all of a model's modules by a function until exit."""
+    """Replace the attention function of all of a model's modules until the context exits."""
     AttentionInterface.register(_PROBE_ATTENTION, function)
     AttentionMaskInterface.register(_PROBE_ATTENTION, eager_mask)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}

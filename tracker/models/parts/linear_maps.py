@@ -1,9 +1,9 @@
-"""Find the linear maps of a layer by structure: modules, and matrices of a mixture's experts.
+"""Find the linear maps of a layer: linear modules, and the weight matrices of experts.
 
-A mixture holds its experts' matrices in tensors with one entry per expert. Each such tensor is one
-map, as in files of llama.cpp (`ffn_down_exps`), with the rows of all experts. The matrix of a
-single expert can also be requested as a map, by the expert's number. The embedding and the output
-head, which are outside of layers, are linear maps as well.
+A mixture of experts holds its matrices in tensors with one entry per expert. Each such tensor
+counts as one linear map with the rows of all experts, as in files of llama.cpp (`ffn_down_exps`).
+The matrix of a single expert can also be requested as a linear map, by the expert's number. The
+embedding and the output head, which are outside of layers, are linear maps as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tracker.models.rounding import round_weight
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map of a layer, or the matrices of all experts under one name.
+    """A linear map of a layer; the matrices with one name of all experts count as one map.
 
     Attributes:
         module: The module that holds the weight.
@@ -37,7 +37,7 @@ class LinearMap:
         inputs_first: Whether the stored weight has a row per input, as in GPT-2 and the experts of
             GPT-OSS.
         experts: Number of experts; 0 if the map belongs to no experts.
-        expert: Index of the single expert; None for all experts.
+        expert: Index of the expert if the map is one expert's matrix, else None.
     """
 
     module: nn.Module
@@ -48,24 +48,24 @@ class LinearMap:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as [outputs, inputs], for experts as [experts, outputs, inputs]."""
+        """The weight [outputs, inputs]; for all experts together [experts, outputs, inputs]."""
         matrix = self.parameter if self.expert is None else self.parameter[self.expert]
         return matrix.mT if self.inputs_first else matrix
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of outputs (for experts, the total of all experts), and of inputs."""
+        """Number of outputs (for experts, of all experts together), and number of inputs."""
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
 
     @property
     def parameter(self) -> Tensor:
-        """The tensor that the module holds."""
+        """The parameter as the module stores it, for experts with the weights of all experts."""
         tensor: Tensor = getattr(self.module, self.name)
         return tensor
 
     def to_module_layout(self, weight: Tensor, all_weights: Tensor) -> Tensor:
-        """Return a weight in the module's layout; insert a single expert's into `all_weights`."""
+        """Return a weight in the module's layout, for one expert inside a copy of `all_weights`."""
         rows = weight.mT.contiguous() if self.inputs_first else weight
         if self.expert is None:
             return rows
@@ -75,25 +75,27 @@ class LinearMap:
 
 
 def map_of_module(module: nn.Module) -> LinearMap:
-    """Return a module's own linear map."""
+    """Return the linear map of a linear module (`nn.Linear` or `Conv1D`)."""
     return LinearMap(module, inputs_first=isinstance(module, Conv1D))
 
 
 def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
     """Find the linear maps of a layer, by their paths in the layer.
 
-    Routers, experts' biases and matrices of one row are left out, since llama.cpp does not round
-    them.
+    Routers, biases of experts and matrices with one row are left out, because llama.cpp does not
+    quantise them.
 
     Args:
         layer: The layer.
         name: The layer's name in messages.
 
     Returns:
-        Path → map; the path of experts' maps is that of their module and the tensor's name.
+        Path → linear map. The path of experts' matrices is the path of their module, followed by
+        the tensor's name.
 
     Raises:
-        CellError: The layer holds other matrices, or weights that are already quantised.
+        CellError: The layer holds matrices that are no linear maps, or weights that are already
+            quantised.
     """
     maps: dict[str, LinearMap] = {}
     router_ids: set[int] = set()
@@ -121,10 +123,11 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 
 
 def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
-    """Yield experts' matrices with the axis of their inputs; none if the shapes are ambiguous.
+    """Yield the linear maps of a module's experts; yield none if their input axis is ambiguous.
 
-    One tensor computes two halves, the gate and the gated values, and the other tensor reads one
-    half. Their shapes are [2 width, hidden] and [hidden, width], or both transposed.
+    The first tensor computes the gate and the gated values, and the second tensor computes the
+    output. The shapes of an expert's entries are [2 width, hidden] and [hidden, width], or both
+    shapes transposed.
     """
     count, tensors = count_experts(module), module._parameters.items()
     matrices = {name: t.shape[1:] for name, t in tensors if t is not None and t.ndim == 3}
@@ -138,9 +141,10 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 
 
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
-    """Yield a mixture's tensors with a row per expert (router, biases), or one row for all experts.
+    """Yield router weights and biases: a mixture's matrices with a row or column per expert.
 
-    A linear map is the router if it is the only linear map in its part of the mixture.
+    The weight of a linear map counts only if its child module of the mixture holds no other linear
+    map.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -152,7 +156,7 @@ def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
 
 
 def find_map(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
-    """Return a map of a layer or of one expert; raise CellError if layer `name` lacks it."""
+    """Return a linear map of a layer or one expert by path; raise CellError if it is missing."""
     if path in maps:
         return maps[path]
     shared_path, number = split_expert_map(path) or ("", 0)
@@ -163,10 +167,11 @@ def find_map(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
 
 
 class RoundedWeights:
-    """Cache of quantised weights, since many rows need the same weights.
+    """Cache of quantised weights, which many ablations share.
 
     Args:
-        max_bytes: Maximum bytes of cached weights; the most recently used are kept.
+        max_bytes: Maximum bytes of cached weights. Beyond this size, the least recently used
+            weights are dropped.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -175,7 +180,7 @@ class RoundedWeights:
         self._bytes = 0
 
     def get_weight(self, layer: int, path: str, linear: LinearMap, name: str) -> Tensor:
-        """Return the weight of a layer's linear map in a format, with the outputs as first axis."""
+        """Return a linear map's weight, quantised to the format `name`; outputs come first."""
         key = (layer, path, name)
         weight = self._weights.get(key)
         if weight is None:
@@ -196,13 +201,13 @@ def rounded_parameters(
 
     Args:
         maps: Linear maps of a layer by their paths.
-        formats: Path of each rounded map → format; a single expert's format overrides that of all
-            experts.
-        round_map: Function that computes the weight, with the outputs first, from a path, a map and
-            a format.
+        formats: Path of each linear map to quantise → format; the format of a single expert
+            overrides the format of all experts.
+        round_map: Function of a path, a linear map and a format that returns the quantised weight
+            with outputs as first axis.
 
     Returns:
-        Each parameter to replace, with the replacement.
+        (module, parameter name) → quantised parameter.
     """
     weights: dict[ModuleAttribute, Tensor] = {}
     for path in sorted(formats, key=lambda path: maps[path].expert is not None):
@@ -215,7 +220,7 @@ def rounded_parameters(
 
 
 def copy_with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Copy a module, replacing some parameters by other weights and sharing everything else."""
+    """Copy a module with new weights for some parameters; share all other parameters."""
     parameters = {name: nn.Parameter(weight, False) for name, weight in weights.items()}
     return shallow_copy(module, _parameters={**module._parameters, **parameters})
 
@@ -229,11 +234,11 @@ def round_layer(
     """Replace the weights of linear maps of a copied layer by quantised weights.
 
     Args:
-        layer: The layer.
-        formats: Path of a map → format.
+        layer: The copied layer, which is changed in place.
+        formats: Path of each linear map to quantise → format.
         number: Number of the layer.
-        cache: Cache for the quantised weights. With a cache, the layer has them only while it is
-            called. None = the layer has them permanently.
+        cache: Cache of quantised weights. With a cache, the layer holds the quantised weights only
+            while it is called. If `cache` is None, the layer holds them permanently.
     """
     name = f"layer {number}"
     layer_maps = find_linear_maps(layer, name)
@@ -253,9 +258,9 @@ class Embeddings:
     """A model's embedding and output head.
 
     Attributes:
-        embedding: Linear map whose weight has a row for each token that can be read.
-        lm_head: Linear map whose weight has a row for each token that can be predicted.
-        weights: Cache of quantised weights of both.
+        embedding: The input embedding as a linear map; its weight has one row per token.
+        lm_head: The output head as a linear map; its weight has one row per token.
+        weights: Cache of the quantised weights of the embedding and the output head.
     """
 
     embedding: LinearMap
@@ -273,14 +278,15 @@ class Embeddings:
         return self.embedding.parameter is self.lm_head.parameter
 
     def rounded_weight(self, name: str, form: str) -> Tensor:
-        """Return the weight of the embedding or the head, quantised to a format [tokens, width]."""
+        """Return the weight [tokens, width] of the embedding or head, quantised to a format."""
         path = OUTER_MATRICES[0] if self.is_tied else name
         return self.weights.get_weight(0, path, self[name], form)
 
     def temporary_format(self, name: str, form: str | None) -> AbstractContextManager[None]:
-        """Quantise the weights of the embedding or the head until exit; None leaves them unchanged.
+        """Quantise the weights of the embedding or the output head until the context exits.
 
-        No other pass of the model may run meanwhile: it would use these weights.
+        If `form` is None, the weights stay unchanged. Until the context exits, other forward passes
+        of the model must not run, because they would use the quantised weights.
         """
         if form is None:
             return nullcontext()
@@ -289,9 +295,10 @@ class Embeddings:
 
 
 def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
-    """Find a model's embedding and head; raise CellError if either has no weights to round.
+    """Find a model's embedding and output head; raise CellError if one cannot be quantised.
 
-    The model's weights may be on the meta device. `max_bytes` is as for `RoundedWeights`.
+    The model's weights may be on the meta device. `max_bytes` limits the cache of quantised
+    weights.
     """
     maps = []
     class_name = type(model).__name__
@@ -315,7 +322,7 @@ def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
 def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return the shapes of a model's embedding and head; only of the embedding if they are tied.
 
-    Raises ExperimentError if the embedding or the head has no weights to round.
+    Raises ExperimentError if the embedding or the head cannot be quantised.
     """
     try:
         embeddings = find_embeddings(model)
@@ -328,7 +335,7 @@ def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def round_embeddings(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
-    """Quantise embedding and head of a copied model by `formats`, which maps names to formats."""
+    """Quantise the embedding and head of a copied model; `formats` maps names to formats."""
     if not formats:
         return
     embeddings = find_embeddings(model)

@@ -24,11 +24,11 @@ P = TypeVar("P", bound="LayerPart")
 
 
 class LayerPart(Protocol):
-    """Parts of one kind in one layer.
+    """Interface for the parts of one kind (e.g. heads) in one layer.
 
     Attributes:
         KIND: Plural name of the parts in messages.
-        COMPONENTS: Values of the key `component` that cannot be used if no layer has such parts.
+        COMPONENTS: Values of the experiment key `component` that require such parts.
         NEEDS: Description of the conditions under which the parts of a layer are found.
     """
 
@@ -49,13 +49,13 @@ class LayerPart(Protocol):
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module.
+    """One recorded call of a module.
 
     Attributes:
-        module: The module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        output: Its return value.
+        module: The called module.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        output: Return value of the call.
     """
 
     module: nn.Module
@@ -65,7 +65,7 @@ class ModuleCall:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """All arguments, positional and by keyword."""
+        """All arguments of the call: positional arguments, then values of keyword arguments."""
         return (*self.args, *self.kwargs.values())
 
 
@@ -75,9 +75,10 @@ class PartFinder:
 
     Attributes:
         model: A causal language model of transformers.
-        layers: Its decoder layers.
-        device: The device of its inputs.
-        exclusive_use: Context in which the model may be called.
+        layers: The model's decoder layers.
+        device: The device on which the model expects its inputs.
+        exclusive_use: Function that returns a context; the model is called only inside this
+            context.
         parts: Parts found so far: kind → one entry per layer.
     """
 
@@ -95,7 +96,7 @@ class PartFinder:
     def find(self, kind: type[P]) -> Sequence[P | None]:
         """Find one kind of parts in every layer; the first call runs the model.
 
-        Raises ModelError if the model does not run, or is not built of layers with such parts.
+        Raises ModelError if the model does not run, or if its layers do not consist of such parts.
         """
         if not self.parts.get(kind):
             with self.exclusive_use():
@@ -131,19 +132,20 @@ class PartFinder:
         n_tokens: int,
         find_part: Callable[[nn.Module, Sequence[ModuleCall]], T | None],
     ) -> list[T | None]:
-        """Find parts of each layer by the calls of its modules while the model reads a short text.
+        """Run the model on a short text, and find each layer's parts in the calls of its modules.
 
         Args:
             kind: The kind of parts.
             n_tokens: Number of tokens of the text.
-            find_part: Function of a layer and the calls of its modules, including the layer's own
-                call, in the order in which the calls ended.
+            find_part: Function that returns the parts of a layer, or None. Its arguments are the
+                layer, and the calls of the layer and its modules in the order in which the calls
+                ended.
 
         Returns:
             The result of `find_part` for each layer.
 
         Raises:
-            ModelError: The model does not take the text.
+            ModelError: The model fails on the text.
         """
         parts: dict[int, T] = {}
         calls: list[ModuleCall] = []
@@ -177,11 +179,11 @@ def probe_text(n_tokens: int, device: torch.device) -> Tensor:
 
 
 def module_paths(layer: nn.Module) -> dict[nn.Module, str]:
-    """Return the path of each module of a layer."""
+    """Return module → path in the layer, for each module of a layer."""
     return {module: path for path, module in layer.named_modules()}
 
 
 def integer_tables(values: Iterable[Any]) -> list[Tensor]:
-    """Return those of some values that are integer tensors with two axes [tokens, chosen]."""
+    """Return the two-dimensional integer tensors among some values, e.g. [tokens, experts]."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
     return [tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)]

@@ -1,4 +1,4 @@
-"""Find attention and MLP of a decoder layer by structure, and verify them by their effect."""
+"""Find the attention and the MLP of a decoder layer by structure; verify both by their effect."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ SUBLAYER_TEXT_TOKENS = 6
 
 @dataclass(frozen=True)
 class Sublayers:
-    """The modules whose outputs a layer adds to the residual stream.
+    """The attention and the MLP of a layer, whose outputs are added to the residual stream.
 
     Attributes:
         attention: The module that mixes tokens.
-        mlp: The module that processes each token alone; the last such module if there are several.
+        mlp: The module that processes each token separately; the last such module if there are
+            several.
     """
 
     KIND: ClassVar[str] = "attention and MLP"
@@ -46,9 +47,10 @@ class Sublayers:
     def find(cls, finder: PartFinder) -> list[Sublayers]:
         """Find the attention and the MLP of every layer.
 
-        They are the first and the last child of the layer that hold a matrix. This is verified on a
-        short text. Without both, every layer must return its input. Without attention in any layer,
-        no token may depend on another token; without MLPs tokens still must.
+        The attention is the layer's first child module that holds a matrix, and the MLP is the
+        last. The method verifies this on a short text. Without attention and MLP, every layer must
+        return its input. Without attention in all layers, no token may depend on another token.
+        Without MLPs in all layers, tokens must still depend on other tokens.
 
         Args:
             finder: The model and its layers.
@@ -57,8 +59,8 @@ class Sublayers:
             The sublayers of each layer.
 
         Raises:
-            ModelError: The layers are not built of two such sublayers; the message lists their
-                parts.
+            ModelError: A layer does not consist of such an attention and MLP; the message lists the
+                layer's modules.
         """
         sublayers = []
         for layer in finder.layers:
@@ -72,7 +74,7 @@ class Sublayers:
 
     @classmethod
     def _first_and_last(cls, layer: nn.Module) -> Sublayers | None:
-        """Return the first and the last child with a matrix; None if there are not two."""
+        """Return the first and last child module with a matrix; None for fewer than two."""
         parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
         return cls(parts[0], parts[-1]) if len(parts) > 1 else None
 
@@ -87,7 +89,7 @@ class Sublayers:
 
 @torch.inference_mode()
 def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
-    """Raise ModelError if layers add more to the stream than the outputs of the sublayers."""
+    """Raise ModelError if a layer adds more to its input than attention and MLP outputs."""
     model, layers = finder.model, finder.layers
     attentions, mlps = ([pair.module(name) for pair in sublayers] for name in ("attention", "mlp"))
     ids = probe_text(SUBLAYER_TEXT_TOKENS, finder.device)

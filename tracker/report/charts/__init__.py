@@ -1,9 +1,9 @@
-"""Draw records with plotly.
+"""Draw charts of results with plotly.
 
 Modules:
-    cells: Draw the drops of one cell, its proxies, its margins and the documents lost.
-    headline: Draw the first chart of the page.
-    maps: Draw heat maps.
+    cells: Draw charts of one model on one benchmark: drops, proxies, margins and lost documents.
+    headline: Draw the first chart of the page, with costs above cosine scores.
+    maps: Draw heat maps of layers against benchmarks, spans or heads.
     model: Draw the relevance and proxies of models over depth.
     style: Define colours, axes, traces and hover boxes that charts share.
 """

@@ -1,4 +1,4 @@
-"""Draw the charts of one cell: drops, cosine score against drop, and decisions of runs."""
+"""Draw charts of one model on one benchmark: drops, cosine scores, margins and lost documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tracker.stats.support import Verdict
 
 
 def curve_title(cell: CellRecord) -> str:
-    """Return a title of the layer curve: the runs shown to cost or help, and the benchmark."""
+    """Return the layer curve's title: the benchmark, and layers with significant effects."""
     measure = formats.metric_format(cell)
     records = [run for run in cell.runs if run.change.kind.is_single]
     if not any(formats.is_finite(record.drop.value) for record in records):
@@ -49,7 +49,7 @@ def curve_title(cell: CellRecord) -> str:
 
 
 def scatter_title(cell: CellRecord) -> str:
-    """Return a title of the scatter: three correlations, their intervals and their samples."""
+    """Return the title of the scatter plot: correlation coefficients and their intervals."""
     title = f"{cell.title}: Spearman of cosine score and {formats.metric_format(cell).change} "
     title += wording.correlation_text(find_correlation(cell))
     records = {
@@ -62,7 +62,7 @@ def scatter_title(cell: CellRecord) -> str:
 
 
 def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
-    """Draw all available charts of a cell for a tracking backend; return name → figure."""
+    """Draw all charts of one model on one benchmark for a tracker; return name → figure."""
     figures = {}
     if curve_kinds(cell):
         figures["accuracy_drop"] = layer_curve(cell).to_figure()
@@ -76,11 +76,12 @@ def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
 def layer_curve(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of each layer, with cosine scores below.
 
-    Two panels share the layer axis, because two scales in one panel would suggest a meaningless
-    comparison of heights. Drops are in pp, increases in the unit of the loss (trace `accuracy drop`
-    or `loss increase`). If there are several kinds of runs, each kind has a trace with its name.
-    A few lines have 95 % intervals. Cosine scores are the trace `cosine score`. Undefined and
-    missing layers are gaps. Spans of several layers, and heads, are not drawn.
+    Drops and cosine scores are in two panels with one layer axis. Two scales in one panel would
+    suggest a meaningless comparison of heights. Accuracy drops are in pp, and loss increases are in
+    the unit of the loss (trace `accuracy drop` or `loss increase`). If there are several kinds of
+    ablations, each kind has a trace with its name. Up to three lines have 95 % intervals. Cosine
+    scores are the trace `cosine score`. Layers without a value are gaps. The chart omits spans of
+    several layers, and heads.
     """
     kinds = curve_kinds(cell)
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind.is_single])
@@ -146,10 +147,10 @@ def _change_axis(measure: formats.MetricFormat) -> dict[str, Any]:
 
 
 def curve_kinds(cell: CellRecord) -> list[Change]:
-    """List the kinds of runs on single layers that the layer curve draws.
+    """List the kinds of single-layer ablations that the layer curve draws.
 
-    A cell without runs has the kind of whole layers. Repeated single layers are left out if the map
-    of all spans has a row for them.
+    If there are no runs yet, the list contains the removal of whole layers. Repeated single layers
+    are left out if a heat map of spans has a row for them.
     """
     map_kinds = [kind for kinds in find_map_kinds(cell).values() for kind in kinds]
     single_kinds = [kind for kind in cell.kinds or [WHOLE_LAYER] if kind.is_single]
@@ -159,8 +160,8 @@ def curve_kinds(cell: CellRecord) -> list[Change]:
 def proxy_scatter(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of every layer against its cosine score.
 
-    There is one labelled point for each layer with both values, in two traces: `inner layers`, and
-    `outer layers` for the first two and the last two.
+    Each layer with a drop and a cosine score has one labelled point. There are two traces: `inner
+    layers`, and `outer layers` for the first two and the last two layers.
     """
     measure = formats.metric_format(cell)
     records = [
@@ -208,7 +209,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
 
 
 def margin_name(cell: CellRecord, decisions: DecisionsRecord) -> str:
-    """Name the margin: that of the gold option over the best other option, or of the answer."""
+    """Return the axis title: margin of the gold option, or log-probability of the answer."""
     if not decisions.options:
         is_text = cell.benchmark.tasks[0].metrics.get(cell.metric) in RATIO_SCALES
         return f"log-probability of the {'text' if is_text else 'answer'} (nats)"
@@ -270,13 +271,14 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
 
 
 def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
-    """Correlate the sets of documents that each pair of layers loses.
+    """Correlate, for each pair of layers, the documents that become wrong without each layer.
 
     Args:
-        decisions: Decisions of the runs of a cell.
+        decisions: Answers of one model to all documents of a benchmark, under each ablation.
 
     Returns:
-        The comparable layers, with similar layers next to each other, and the correlations.
+        The layers with defined correlations, ordered so that similar layers are adjacent, and the
+        matrix of correlations (φ).
     """
     losses = np.array(decisions.both, dtype=np.float64).reshape((len(decisions.both),) * 2)
     coefficients = phi(losses, np.diag(losses), decisions.right)
@@ -286,7 +288,7 @@ def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
 
 
 def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
-    """Draw a map of how far two layers lose the same documents; None for fewer than two layers."""
+    """Draw correlations of the layers' lost documents; None for fewer than two layers."""
     layers, coefficients = loss_correlations(decisions)
     if len(layers) < 2:
         return None

@@ -23,12 +23,12 @@ _PANELS = {2: ([0.38, 1.0], [], [0.0, 0.29]), 3: ([0.6, 1.0], [0.26, 0.52], [0.0
 
 
 def headline_chart(board: LayerBoard, label: str) -> style.Chart:
-    """Draw two panels of bars: the real cost of each layer, and below its cosine score.
+    """Draw the accuracy relevance of each layer as bars, above bars of its cosine score.
 
     The upper panel shows the mean accuracy relevance with its interval, the lower panel the mean
-    cosine score. Layers that are not significant are pale. If no layer is shown to matter, a panel
-    between the two shows the fall of the right answer's log-probability. Numbers mark the layers
-    that a choice by cosine score is shown to miss.
+    cosine score. Layers that are not significant are pale. If no layer is shown to matter, a middle
+    panel shows the fall of the right answer's log-probability. Numbers mark the layers that matter
+    but are not among the layers with the highest cosine scores.
     """
     claims = board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -90,13 +90,13 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
 
 
 def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
-    """Join the numbers of neighbouring layers; on a phone, a number is two layers wide.
+    """Combine the number labels of layers that are at most two apart, so that labels fit.
 
     Args:
-        layers: The marked layers.
+        layers: Numbers of the layers to mark.
 
     Returns:
-        The position and the text of each label.
+        The position on the layer axis and the text of each label.
     """
     numbers = np.sort(layers)
     groups = np.split(numbers, np.flatnonzero(np.diff(numbers) > 2) + 1) if layers else []
@@ -115,7 +115,7 @@ def _logprob_falls(claims: Claims) -> dict[int, Estimate]:
 def _draw_falls(
     claims: Claims, falls: Mapping[int, Estimate], layers: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draw falls of log-probability on a square-root scale, which shows small and large falls."""
+    """Build the bars and the axis of log-probability falls, on a signed square-root scale."""
     estimates = [falls.get(layer, Estimate(None)) for layer in layers]
     sizes = [abs(fall.value) for fall in falls.values() if is_finite(fall.value)]
     step = 10 ** math.floor(math.log10(max(sizes, default=0.0) or 1.0))
@@ -152,7 +152,7 @@ def _signed_root(value: float | None) -> float | None:
 
 
 def _headline_title(board: LayerBoard, label: str) -> str:
-    """Return the title of the chart as one line of plain text."""
+    """Return the title of the headline chart as one line of plain text."""
     n_cells = len(board.cells)
     where = count_text(n_cells, "benchmark") if n_cells > 2 else name_benchmarks(board.cells)
     return f"{label}: measured cost of removing each layer, and its cosine score, on {where}"

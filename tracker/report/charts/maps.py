@@ -1,4 +1,4 @@
-"""Draw heat maps: layers × benchmarks, and layers × spans or heads."""
+"""Draw heat maps of layers against benchmarks, spans, heads or other parts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ COLOUR_BAR = {
 
 
 def heat_map_title(cells: Sequence[CellRecord]) -> str:
-    """Return a title of the heat map: its size, and the number of undefined values."""
+    """Return the heat map's title: numbers of layers, benchmarks and undefined values."""
     layers = first_layers(WHOLE_LAYER, *cells)
     noun = "cell" if any(cell.removed for cell in cells) else "benchmark"
     size = f"{len(layers)} layers × {formats.count_text(len(cells), noun)}"
@@ -69,10 +69,10 @@ def heat_map_title(cells: Sequence[CellRecord]) -> str:
 def heat_map(cells: Sequence[CellRecord]) -> Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
-    There is one row for each cell; colours are centred at 0. Values that are not significant are
-    pale.
-    Undefined and missing values are gaps with crosses that explain them (trace `undefined`).
-    Raises ValueError if there is no cell, or if cells belong to several models.
+    Each benchmark with its settings has one row; the colour scale is centred at 0. Values that are
+    not significant are pale. Undefined and missing values are gaps with a cross, whose hover box
+    gives the reason (trace `undefined`). The function raises ValueError unless `cells` belong to
+    exactly one model.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
@@ -94,20 +94,20 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 
 
 def row_label(label: str) -> str:
-    """Return the label of a row: the benchmark, and below it the distinguishing details."""
+    """Format the label of a heat map's row: the benchmark, with distinguishing details below."""
     name, _, details = label.partition(" · ")
     return "<br>".join(filter(None, (html.escape(name), wrap_text(details, 18))))
 
 
 def row_height(labels: Sequence[str]) -> int:
-    """Return the height of a row in pixels, such that the longest of the labels fits."""
+    """Return the height of a heat map's rows in pixels, so that the tallest label fits."""
     return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
 def find_map_kinds(cell: CellRecord) -> dict[str, list[Change]]:
-    """Group the kinds of runs that share a map; return name of the map → kinds.
+    """Group the kinds of ablations that share a heat map; return name of the map → kinds.
 
-    A map has one row for each kind: several spans of one component, or parts of layers.
+    A heat map has one row for each kind of ablation, such as a span length or a head number.
     """
     # Several sets of layers begin at the same layer, so sets have no position on a map.
     kinds = [kind for kind in cell.kinds if not kind.members]
@@ -125,7 +125,7 @@ def _family_name(family: Change) -> str:
 
 
 def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
-    """Return two names for the rows of a map: one for the title, one for the axis."""
+    """Return the description of a heat map's rows for the title, and for the axis."""
     kind = kinds[0]
     if kind.map is not None:
         return f"layer and linear map in {kind.intervention}", "linear map"
@@ -139,22 +139,22 @@ def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
 
 
 def map_caption(kinds: Sequence[Change]) -> str:
-    """Explain the rows, the columns and the blank fields of a map of kinds."""
+    """Return a caption that explains the rows, columns and blank fields of a heat map."""
     return WORDS.render("map_caption", kinds, kinds[0])
 
 
 def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
-    """Return a title of a map of kinds in plain text."""
+    """Return the title of a heat map of ablation kinds as plain text."""
     return f"{cell.title}: {formats.metric_format(cell).change} by {_row_names(kinds)[0]}"
 
 
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
-    """Draw the accuracy drop (or loss increase) by layer and by kind of change.
+    """Draw a heat map of accuracy drops (or loss increases) by layer and by kind of ablation.
 
-    There is one row for each kind, such as a span or head; colours are centred at 0. Values that
-    are not significant are pale.
-    Undefined and missing values are gaps with crosses that explain them (trace `undefined`).
-    Positions without a run are blank.
+    Each kind of ablation, such as a span length or a head number, has one row; the colour scale is
+    centred at 0. Values that are not significant are pale. Undefined and missing values are gaps
+    with a cross, whose hover box gives the reason (trace `undefined`). Positions without a run are
+    blank.
     """
     measure = formats.metric_format(cell)
     has_parts = kinds[0].part is not None
@@ -189,10 +189,11 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
 
 
 def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Return for each column of a map the layer whose run is shown there.
+    """Return the layer whose run each column of a heat map shows.
 
-    The embedding and the head have a single run each, stored as layer 0. The embedding's run is
-    shown in the first column, the head's run in the last. Other columns get a layer without a run.
+    The embedding and the output head have a single run each, stored as layer 0. The first column
+    shows the embedding's run, and the last column shows the output head's run. All other columns
+    get layer 1, which has no such run.
     """
     if not kind.is_outer:
         return layers
@@ -203,7 +204,7 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _shown_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return which runs of a map are significant, tested jointly for all its runs."""
+    """Return a mask of the significant runs of a heat map, tested jointly for all its runs."""
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [
@@ -236,8 +237,8 @@ def centred_map(
 ) -> Chart:
     """Draw a heat map whose colours are centred at 0.
 
-    Significant values (trace `name`) have a dot if there is room, since they may be small. All
-    others (trace `open`) are pale.
+    Significant values (trace `name`) have a dot if the map has few rows, because small values have
+    faint colours. Values that are not significant (trace `open`) are pale.
 
     Args:
         title: Title in plain text.
@@ -246,10 +247,10 @@ def centred_map(
         rows: Labels of the rows (plotly's markup).
         values: Rows of values; None is a gap.
         hovers: Hover box of each value.
-        ticks: Labels of the colours of -largest, 0 and largest.
-        largest: Value of the strongest colour.
+        ticks: Labels of the colour bar at -`largest`, 0 and `largest`.
+        largest: Absolute value that has the strongest colour.
         height: Height in pixels.
-        shown_mask: Mask of the significant values; None = there was no test.
+        shown_mask: Mask of the significant values; None if significance was not tested.
         has_crosses: Whether gaps with a hover box are marked (trace `undefined`).
         **layout: Axes: `xaxis`, and `yaxis` if it is not `ROW_AXIS`.
 
@@ -291,7 +292,7 @@ def centred_map(
 def _mark_trace(
     name: str, marks: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Build a trace that marks fields of a map, given the column, row and hover box of each."""
+    """Build a trace that marks fields of a heat map; each mark is (column, row, hover box)."""
     x, y, hovers = zip(*marks, strict=True) if marks else ((), (), ())
     look = {"mode": "markers", "marker": marker, "showlegend": False}
     return build_trace("scatter", name, x, y, hovers, **look)

@@ -23,12 +23,12 @@ from tracker.report.wording import WORDS
 
 
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
-    """Draw the possible ranks of each layer against its rank by cosine score.
+    """Draw each layer's interval of ranks by relevance against its rank by cosine score.
 
-    There is one labelled point with an interval for each layer; rank 1 matters most on both axes.
+    Each layer has one labelled point with an interval; on both axes, rank 1 is the highest value.
     Points whose interval misses the diagonal (trace `different rank`) are solid, all others (trace
-    `open`) are pale. On the diagonal (trace `equal ranks`), both ranks are equal. Returns None if
-    no layer has both ranks.
+    `open`) are pale. On the diagonal (trace `equal ranks`), both ranks are equal. The function
+    returns None if no layer has a rank by relevance and a rank by cosine score.
     """
     cosine = cosine_ranks(board)
     standings = [standing for standing in board.ranked if standing.layer in cosine]
@@ -95,8 +95,8 @@ _THICK_LINE = {"color": style.COST_COLOUR, "width": 2.5}
 def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance over layers, with a line for each benchmark and the mean.
 
-    Only the trace `mean`, or a single benchmark, has intervals, because the intervals of several
-    lines would overlap. Points that are not significant are pale.
+    Only the trace `mean` (or the line of a single benchmark) has intervals, because the intervals
+    of several lines would overlap. Points that are not significant are pale.
     """
     cells, claims = board.cells, board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -136,7 +136,7 @@ def _relevance_trace(
     samples: Sequence[str],
     **look: Any,
 ) -> dict[str, Any]:
-    """Draw a line of relevances over layers; hover boxes name the sample of each value."""
+    """Build a line of accuracy relevances over layers; hover boxes name each value's sample."""
     hovers = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", value, two_digits, sample)
         for layer, value, sample in zip(layers, estimates, samples, strict=True)
@@ -146,7 +146,7 @@ def _relevance_trace(
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
-    """Return the title of the chart: benchmarks, and the layer shown to matter most."""
+    """Return the title of the relevance chart: benchmarks, and the layer shown to matter most."""
     title = f"{label}: accuracy relevance over depth, {count_text(len(board.cells), 'benchmark')}"
     top_layers = [standing.layer for standing in board.ranked if standing.rank.high == 1]
     return f"{title}; layer {top_layers[0]} matters most" if top_layers else title
@@ -223,7 +223,8 @@ def _proxy_values(
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
     """Draw the mean accuracy relevance over relative depth, with a line for each model.
 
-    A few lines have intervals. Points that are not significant are pale.
+    Lines have intervals if there are at most three models. Points that are not significant are
+    pale.
     """
     data = []
     has_intervals = len(boards) <= style.MAX_INTERVAL_LINES
@@ -275,11 +276,11 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
 
 
 def difference_chart(pair: ModelPair) -> style.Chart:
-    """Draw the differences of the drops of two models, layer by layer.
+    """Draw the difference between two models' drops for each layer.
 
-    For few benchmarks, the chart has points with 95 % intervals, one trace for each benchmark.
-    Otherwise it is a heat map with a dot for each significant difference. Differences that are not
-    significant are pale.
+    For up to three benchmarks, the chart has points with 95 % intervals, one trace for each
+    benchmark. For more benchmarks, the chart is a heat map. Differences that are not significant
+    are pale.
     """
     measure, layers = pair.measure, pair.layers
     rows = [[shared.difference(layer) for layer in layers] for shared in pair.comparisons]
@@ -344,7 +345,7 @@ def difference_chart(pair: ModelPair) -> style.Chart:
 
 
 def difference_title(pair: ModelPair) -> str:
-    """Return a title that counts the significant differences and names the largest."""
+    """Return the difference chart's title: number of significant differences, and largest."""
     total = sum(len(shared.differences) for shared in pair.comparisons)
     shown = [
         (shared.differences[layer], layer, shared.benchmark)

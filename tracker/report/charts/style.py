@@ -1,7 +1,7 @@
 """Define the style of all charts, and build traces, axes and hover boxes that charts share.
 
 A chart is plotly's own JSON, not a `go.Figure`. plotly checks every property of a `go.Figure`,
-which would take most of the time for a page of many cells; tests do these checks instead.
+which would take most of the time for a page with many charts; tests do these checks instead.
 Backgrounds are transparent and text is grey, so that a chart is legible on light and dark pages.
 """
 
@@ -94,8 +94,8 @@ class Chart:
 
     Attributes:
         title: Title in plain text; a page shows the title as a caption, which can wrap.
-        data: The traces.
-        layout: Axes, height and other differences from the template.
+        data: The traces as plotly's JSON.
+        layout: Axes, height and other settings that differ from the chart template.
         explanation: Explanation in plain text below the title.
     """
 
@@ -107,7 +107,7 @@ class Chart:
     def to_figure(self) -> go.Figure:
         """Build a self-contained figure, with the title inside and the legend at the bottom.
 
-        If some values are pale, a line below the title explains the meaning.
+        If some values are pale, a line below the title explains that they are not significant.
         """
         lines = [html.escape(line) for line in textwrap.wrap(self.title, _TITLE_WIDTH)]
         if any(map(_is_pale, self.data)):
@@ -125,7 +125,7 @@ class Chart:
 
 
 def build_chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> Chart:
-    """Build a chart of `height` pixels; `layout` contains differences from the template."""
+    """Build a chart of `height` pixels; `layout` overrides settings of the chart template."""
     # Reserve room above the axes for a legend and for plotly's buttons.
     margin = {"l": 60, "r": 16, "t": 34, "b": 50} | layout.pop("margin", {})
     return Chart(title, data, {"height": height, "margin": margin, **layout})
@@ -151,7 +151,8 @@ def estimate_trace(
 ) -> dict[str, Any]:
     """Build a trace of scaled estimates with their intervals.
 
-    `bars` contains differences from thin grey error bars; None draws no intervals.
+    `bars` overrides properties of the error bars, which are thin and grey by default. If `bars` is
+    None, no intervals are drawn.
     """
     values = [scale_value(estimate.value, scale) for estimate in estimates]
     if bars is not None:
@@ -196,7 +197,7 @@ def layer_axis(layers: Sequence[int], title: str = "layer (0-based)") -> dict[st
 def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     """Build an axis that is logarithmic if positive values span more than a factor of ten.
 
-    On a linear axis, a few large values would compress all others. Ranks are unaffected.
+    On a linear axis, a few large values would compress all other values.
     """
     numbers = [value for value in values if value is not None]
     if numbers and 0 < 10 * min(numbers) < max(numbers):
@@ -205,7 +206,7 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Build a logarithmic axis with full numbers at its ticks; plotly's default is bare digits."""
+    """Build a logarithmic axis with full numbers as tick labels, unlike plotly's single digits."""
     logs = [math.log10(value) for value in values if value is not None and value > 0] or [0.0]
     exponents = range(math.floor(min(logs)), math.ceil(max(logs)) + 1)
     ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
@@ -251,12 +252,12 @@ def _overlap_area(box: _Box, other_box: _Box) -> float:
 
 
 def scale_value(value: float | None, scale: float = 1) -> float | None:
-    """Scale a value; None (a gap) if it is undefined."""
+    """Multiply a value by `scale`; return None (a gap) if the value is undefined."""
     return scale * value if is_finite(value) else None
 
 
 def sign_colours(values: Iterable[float | None]) -> list[str]:
-    """Return a colour for each value: one if removal helps (below 0), another if it costs."""
+    """Return a colour for each drop: one colour if it is negative (removal helps), else another."""
     return [HELP_COLOUR if value is not None and value < 0 else COST_COLOUR for value in values]
 
 
@@ -268,7 +269,8 @@ def opacities(flags: Iterable[bool]) -> list[float]:
 def error_bars(estimates: Sequence[Estimate], scale: float = 1, **more: Any) -> dict[str, Any]:
     """Return error bars from each value to both ends of its interval (plotly's `error_y`).
 
-    `more` contains differences from a thin grey line; a page draws the line in its text colour.
+    `more` overrides properties of the bars, which are thin and grey by default. The HTML page draws
+    grey bars in its text colour.
     """
 
     def distance(start: float | None, end: float | None) -> float | None:
@@ -291,7 +293,7 @@ def wrap_text(text: str, columns: int = 48) -> str:
 
 
 def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
-    """Write the hover box of one run; `record` is None if the run is not measured."""
+    """Write the text of one run's hover box; `record` is None if the run is not measured."""
     heading = f"<b>{run.label()}</b> · {html.escape(cell.benchmark.title)}"
     if cell.removed:
         heading += f"<br>{wrap_text(cell.removed_text)}"
@@ -322,7 +324,7 @@ def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
 def estimate_hover(
     heading: str, name: str, estimate: Estimate, write: Callable[[float], str], sample: str = ""
 ) -> str:
-    """Write the hover box of one figure; `heading` names its subject."""
+    """Write the hover box of one value with its interval; `heading` names the subject."""
     if not is_finite(estimate.value):
         text = f"undefined: {wrap_text(estimate.reason or 'not measured')}"
     else:
@@ -333,7 +335,7 @@ def estimate_hover(
 def align_runs(
     cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
-    """Return for each layer the record of a kind's run (None if not measured) and hover box."""
+    """Return the run records of one kind for all layers (None if not measured), and hover boxes."""
     by_layer = cell.runs_of_kind(kind)
     records = [by_layer.get(layer) for layer in layers]
     runs = zip(map(kind.at_layer, layers), records, strict=True)

@@ -1,7 +1,7 @@
-"""Render a results folder's cells as one self-contained HTML page.
+"""Render all results of a results folder as one self-contained HTML page.
 
-The page needs no network: it contains plotly.js once, compressed, all styles and all scripts. A
-content security policy forbids everything else. Charts are drawn when they come into view. The same
+The page needs no network: it contains compressed plotly.js, all styles and all scripts. A content
+security policy forbids loading anything else. Charts are drawn when they come into view. The same
 input gives the same bytes.
 """
 
@@ -50,12 +50,14 @@ def render_report(
     The file is replaced atomically: it is written next to its path and then renamed.
 
     Args:
-        cells: The cells, in the order of the page.
-        experiments: The experiment files: name → YAML text, whose passwords are not shown.
+        cells: Results of each model and benchmark, in the order of the page.
+        experiments: Name of each experiment file → YAML text; the page masks passwords in the text.
         path: Path of the page.
-        decisions: Key of a cell → decisions of the cell's runs for each document, if known.
+        decisions: Key of a cell → the model's answers to each document under each ablation, if
+            known.
         findings: Findings of studies.
-        search_cells: Cells with steps of searches, in addition to the cells that findings name.
+        search_cells: Keys of cells that contain steps of searches, in addition to the cells that
+            findings name.
 
     Returns:
         The path of the page.
@@ -99,7 +101,7 @@ def render_page(
     findings: Sequence[FindingRecord] = (),
     search_cells: Collection[RecordKey] = (),
 ) -> str:
-    """Render the HTML of the page; the arguments are those of `render_report`."""
+    """Return the HTML text of the page; the arguments are those of `render_report`."""
     environment = _page_templates()
 
     def read_inline(file_name: str) -> Markup:

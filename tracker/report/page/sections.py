@@ -1,4 +1,4 @@
-"""Build the sections of the page: one for each cell, for each model, and across models."""
+"""Build the page's sections: for each benchmark, for each model, and for comparing models."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ _MAX_OPTION_COLUMNS = 6
 
 
 def option_letter(option: int) -> str:
-    """Name an option by a letter as in examinations (A, B, …), or by its number after Z."""
+    """Return the letter of an answer option (A, B, …), or its number from the 27th option on."""
     return chr(ord("A") + option) if option < 26 else str(option + 1)
 
 
 def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
-    """Build a table with a row for each run: lost and won documents, margin, option shares."""
+    """Build a table of each run's lost and won documents, median margin and option shares."""
     options = len(decisions.options)
     n_columns = min(options, _MAX_OPTION_COLUMNS)
     reason = decisions.reasons.get("margin", "no margin is defined")
@@ -121,10 +121,11 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
 def pack_documents(
     cell_decisions: Mapping[str, tuple[CellRecord, DecisionsRecord]],
 ) -> dict[str, str]:
-    """Compress the documents that runs lose and win; the page decompresses them on request.
+    """Compress the documents that ablations make worse or better, for display on request.
 
     Args:
-        cell_decisions: Name → cell, and the decisions of the cell's runs.
+        cell_decisions: Name → pair of a cell (model on a benchmark) and the model's answers under
+            each ablation.
 
     Returns:
         Name → compressed JSON. `DOCUMENT_BUDGET` limits the number of documents of each run.
@@ -166,7 +167,7 @@ def _document_content(cell: CellRecord, decisions: DecisionsRecord, n_shown: int
 
 @dataclass(frozen=True)
 class Figure:
-    """Chart with its position on the page, and the table of its numbers if there is one."""
+    """Chart with its identifier on the page, and the table of its numbers if there is one."""
 
     id: str
     title: str
@@ -181,9 +182,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class CellSection:
-    """Section of the page for one cell; `charts` maps names to the available charts.
+    """Section of the page for one model on one benchmark; `charts` maps names to charts.
 
-    `decisions` exist if the outcomes of the cell's runs are known for each document.
+    `decisions` is None if the model's answers to individual documents are not known.
     """
 
     id: str
@@ -198,9 +199,10 @@ class CellSection:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Section of the page for one model: leaderboards, charts over depth by name, and cells.
+    """Section of the page for one model: leaderboards, charts by name, and benchmark sections.
 
-    A chart is missing if no whole layer is removed, or no benchmark defines a relevance.
+    `charts` lacks a chart if no whole layer was removed, or if the relevance is undefined on all
+    benchmarks.
     """
 
     id: str
@@ -212,13 +214,13 @@ class ModelSection:
 
     @property
     def answer(self) -> str:
-        """Verdicts on the model's layers, and on its parts if they have leaderboards."""
+        """Sentences on the significant effects of the model's layers and of its ranked parts."""
         cells = [section.cell for section in self.cells]
         return model_answer(self.board.claims, self.parts, cells)
 
     @property
     def figures(self) -> tuple[Figure, ...]:
-        """All charts of the section and of its cells."""
+        """All charts of the section, and of the sections of its benchmarks."""
         of_cells = [figure for cell in self.cells for figure in cell.charts.values()]
         return (*self.charts.values(), *of_cells)
 
@@ -237,9 +239,9 @@ class AcrossSection:
 def model_sections(
     cells: Sequence[CellRecord], decisions: Mapping[RecordKey, DecisionsRecord]
 ) -> tuple[ModelSection, ...]:
-    """Build a section for each model, in the order of the models' first cells.
+    """Build a section for each model, in the order of the models in `cells`.
 
-    `decisions` maps the key of a cell to the decisions of the cell's runs for each document.
+    `decisions` maps the key of a cell to the model's answers to each document under each ablation.
     """
     groups = named_models(cells)
     return tuple(
@@ -251,7 +253,7 @@ def model_sections(
 def across_section(
     cells: Sequence[CellRecord], models: Sequence[ModelSection]
 ) -> AcrossSection | None:
-    """Build the section that compares models; None if there is nothing to compare."""
+    """Build the section that compares models; None if there are fewer than two models."""
     if len(models) < 2:
         return None
     boards = [model.board for model in models]

@@ -1,4 +1,4 @@
-"""Present the findings of studies: tables, charts and sections of the page."""
+"""Render the findings of studies as tables, charts and sections of the page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SHOWN_STUDIES = (SEARCH_STUDY, "prune", "joint")
 
 @dataclass(frozen=True)
 class StudySection:
-    """Section of the page for one finding."""
+    """Section of the page for the finding of one study."""
 
     id: str
     finding: FindingRecord
@@ -54,7 +54,7 @@ class StudySection:
 def study_sections(
     findings: Sequence[FindingRecord], cells: Sequence[CellRecord]
 ) -> tuple[StudySection, ...]:
-    """Build a section for each finding, with a note if the documents of its cells have changed."""
+    """Build a section for each finding, with a note if its measured documents have changed."""
     return tuple(
         StudySection(
             id=f"study-{number}",
@@ -74,10 +74,10 @@ def exclude_search_cells(
     findings: Sequence[FindingRecord],
     search_keys: Collection[RecordKey] = (),
 ) -> list[CellRecord]:
-    """Return the cells with requested runs, except cells of search steps and of pairs.
+    """Return the cells with requested runs, without cells of search steps and layer pairs.
 
-    The sections of the findings show search steps and pairs. `search_keys` are the keys of search
-    cells that no finding names.
+    The page shows search steps and layer pairs in the sections of findings. `search_keys` are the
+    keys of search cells that no finding names.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
@@ -87,10 +87,10 @@ def exclude_search_cells(
 
 
 def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
-    """Return whether a cell contains only steps of searches, or pairs.
+    """Return whether a cell was measured only for the steps of a search or for layer pairs.
 
-    Such a cell has removed layers or lacks runs of some single layers, and no run requested the
-    cell. `steps` are the keys of all cells of searches and pairs.
+    Such a cell has removed layers or lacks runs of some single layers, and only studies or searches
+    requested it. `steps` are the keys of all cells of searches and layer pairs.
     """
     whole_layers = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     is_partial = bool(cell.removed) or len(whole_layers) < cell.model.layers
@@ -98,7 +98,7 @@ def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
 
 
 def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
-    """Describe how many cells of a finding have other documents by now; "" if none has."""
+    """Return a note on how many of a finding's measurements now have other documents, or ""."""
     sizes = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
     grown = [sizes.get((key, view), n) != n for key, view, n in finding.rests_on]
     if not any(grown):
@@ -110,7 +110,7 @@ def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
 
 
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
-    """Return the tables of findings as data frames, in the record's own units, by file stem.
+    """Convert the tables of findings to unrounded data frames; return file stem → data frame.
 
     A figure with an interval has columns `… low` and `… high`. An undefined figure is empty, and
     the column `… reason` gives the reason.
@@ -132,7 +132,7 @@ def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
 
 
 def name_findings(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
-    """Yield each finding with a stem for its file names; equal stems are numbered."""
+    """Yield (unique file stem, finding) for each finding; equal stems are numbered."""
     stems: set[str] = set()
     for finding in findings:
         names = (f"{finding.name}--{number}" for number in count(2))
