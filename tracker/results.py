@@ -139,28 +139,32 @@ class Results:
         return self.table("documents")
 
     def table(self, name: str = "") -> pd.DataFrame:
-        """Return a table of results as a data frame, with unrounded fractions.
+        """Return one table of the results as a data frame, with unrounded fractions.
 
-        `layers` has a row per model, benchmark and run: `layer` is its first layer, 0-based, and
-        `shown` the page's verdict on the run, simultaneous over all runs of its kind: `matters`,
-        `better without`, `below 5 pp` or `open`.
+        `layers` has one row per model, benchmark and run. The column `layer` is the first changed
+        layer of the run, 0-based. The column `shown` is the report's verdict on the run: `matters`,
+        `better without`, `below 5 pp` or `open`. The verdicts are simultaneous over all runs of the
+        same kind.
 
-        `correlations` has a row per model, benchmark, proxy, coefficient and subset of layers.
-        `low` and `high` bound `value` for other documents and the same layers. `p_value` is the
-        share of unrelated series, equally smooth over depth, that correlate as strongly.
+        `correlations` has one row per model, benchmark, proxy, coefficient and subset of layers.
+        `low` and `high` are the interval of `value` for other documents and the same layers.
+        `p_value` is the share of random series, equally smooth over depth, whose correlation is at
+        least as strong.
 
-        `documents` has a row per model, benchmark, run and document: the responses of the intact
-        and the ablated model. `change` is `lost`, `won` or `same`; `score_intact` and `score` are
-        the document's metric, where higher is better. Texts are included if the results folder has
-        them.
+        `documents` has one row per model, benchmark, run and document, with the responses of the
+        intact and of the ablated model. The column `change` is `lost`, `won` or `same`. The columns
+        `score_intact` and `score` hold the document's metric for the two models; higher is better.
+        The table includes the texts if the results folder has them.
 
-        `layer_leaderboard`, `model_leaderboard` and, where parts are ranked, `part_leaderboard` are
-        means over the benchmarks, sorted by the lower end of the drop, largest first. Intervals of
-        drops hold for all layers together; `best_rank` and `worst_rank` bound the rank.
+        `layer_leaderboard` and `model_leaderboard` hold means over the benchmarks, as does
+        `part_leaderboard` if heads, experts or spans are ranked. Rows are sorted by the lower bound
+        of the accuracy drop, largest first. The intervals of the drops are simultaneous over all
+        layers. `best_rank` and `worst_rank` are the limits of the rank.
 
         Args:
-            name: One of these tables, or of the study's tables, `STUDY--EXPERIMENT-1`, …; empty for
-                the study's first table, or for `layers` without a study.
+            name: Name of a table listed above, or of a table of the study, such as
+                `STUDY--EXPERIMENT-1`. Empty selects the study's first table, or `layers` if there
+                is no study.
 
         Returns:
             The data frame.
@@ -196,7 +200,7 @@ class Results:
         return table_frame(boards[name])
 
     def _documents(self) -> pd.DataFrame:
-        """Build the table of all documents of the cells, under every run."""
+        """Build the table `documents`: one row per model, benchmark, run and document."""
         from tracker.analysis.decisions import derive_decisions
         from tracker.report.frames import document_frame
 
@@ -207,7 +211,7 @@ class Results:
         return document_frame(measured, only_changed=False)
 
     def _collected(self) -> CollectedCells:
-        """Collect the cells together with their outcomes."""
+        """Return the records of models and benchmarks, with the outcomes of their documents."""
         if self.sources is not None:
             return self.sources
         from tracker.team.collect import collect_cells
@@ -219,18 +223,19 @@ class Results:
         return collected
 
     def plot(self, name: str = "") -> go.Figure:
-        """Draw a chart of the study, or each layer's cost above its cosine score.
+        """Draw a chart of the study, or each layer's accuracy drop against its cosine score.
 
         Args:
-            name: A chart of the study, `STUDY--EXPERIMENT-1`, …, or a model by its name in the
-                table `layers`; empty for the study's first chart, or the only model.
+            name: Name of a chart of the study, such as `STUDY--EXPERIMENT-1`, or name of a model,
+                as in the table `layers`. Empty selects the study's first chart, or the model if
+                there is only one.
 
         Returns:
-            The figure, which a notebook displays.
+            The plotly figure, which a notebook displays.
 
         Raises:
-            RequestError: There is no such chart or model, there are several models, or no benchmark
-                of the model has all layers.
+            RequestError: The chart or model does not exist, there are several models and `name` is
+                empty, or no benchmark of the model has results for all layers.
 
         Example:
             >>> results.plot().write_html("layers.html")
@@ -256,18 +261,20 @@ class Results:
         return headline_chart(boards[name], name).to_figure()
 
     def save(self, output: str | os.PathLike[str], form: str = "") -> tuple[Path, ...]:
-        """Write the results as a page, as tables or as figures.
+        """Write the results as a report page, as tables or as figures.
 
         Args:
             output: A file for `html`, `md` and `tex`, a folder for `csv`, `parquet`, `png` and
                 `pdf`.
-            form: One of these formats; empty for the file name's format, or for `csv` in a folder.
+            form: The format. Empty selects the format by the file name's extension, or `csv` if the
+                name has no extension.
 
         Returns:
-            The files.
+            The paths of the written files.
 
         Raises:
-            RequestError: There is no such format, or `output` does not fit it.
+            RequestError: The format does not exist, or `output` is a folder where the format needs
+                a file, or the reverse.
             WorkError: The disk is full or not writable.
 
         Example:
@@ -286,7 +293,7 @@ class Results:
 
     @property
     def answer(self) -> str:
-        """The study's answers; else one line per model about the layers and parts that matter.
+        """The study's answers; without a study, one line per model about the layers that matter.
 
         Example:
             >>> print(results.answer)
@@ -296,7 +303,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield each model's name, answer (headed by the name if there are several) and layers."""
+        """Yield each model's name, its answer in words, and its leaderboard of layers."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer
@@ -324,7 +331,7 @@ class Results:
         return "".join([*parts, *(line(f"{name}: {reason}") for name, reason in problems.items())])
 
     def __str__(self) -> str:
-        """Return the answer, and the table that `tracker leaderboard` prints."""
+        """Return the answer and the leaderboard of layers as plain text."""
         style: dict[str, Any] = {"index": False, "tablefmt": "simple", "disable_numparse": True}
         text = self._render("{}\n".format, lambda frame: f"\n{frame.to_markdown(**style)}\n")
         return text.rstrip("\n")

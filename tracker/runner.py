@@ -1,4 +1,4 @@
-"""Measure the cells of requests, then record and publish them."""
+"""Measure requested models on benchmarks; record the results and publish them to trackers."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunOutcome:
-    """Outcome of measuring and publishing cells.
+    """Outcome of measuring models on benchmarks and publishing the results.
 
     Attributes:
-        cells: The finished cells' records, in the order of the request.
-        failed: Cell title → error.
-        unpublished: Cell title → reason why a backend does not have the cell.
+        cells: One record per finished model and benchmark, in the order of the requests.
+        failed: Title of each model and benchmark that failed → error message.
+        unpublished: Title of each measured model and benchmark that was not published → reason.
         locations: Tracking destination → location of the published runs.
         models_loaded: Number of times that a model was loaded.
-        unwritten: Reason why the report page or the experiment's copy could not be written; empty
-            if they were.
-        unsaved: Reason why the recommended model could not be saved; empty if it was.
-        damaged: Everything else in the results folder that cannot be shown → what to do.
+        unwritten: Reason why the report page or the copy of the experiment file could not be
+            written; empty if both were written.
+        unsaved: Reason why the recommended model could not be saved; empty if there was no such
+            error.
+        damaged: Each damaged file or folder of the results folder → message that says what to do.
     """
 
     cells: list[CellRecord] = field(default_factory=list)
@@ -66,7 +67,7 @@ class RunOutcome:
         return int(bool(self.failed or self.unpublished or self.unwritten or self.unsaved))
 
     def joined(self, later: RunOutcome) -> RunOutcome:
-        """Combine this outcome with the outcome of cells that were measured later."""
+        """Combine this outcome with the outcome of a later measurement."""
         return RunOutcome(
             cells=[*self.cells, *later.cells],
             failed=self.failed | later.failed,
@@ -84,22 +85,24 @@ def run_cells(
     progress: Progress,
     explicit: bool = False,
 ) -> RunOutcome:
-    """Measure and publish cells; a failed one does not stop the others.
+    """Measure each model on its benchmark and publish the results; continue after errors.
 
     Args:
-        requests: The cells, equal models next to each other.
+        requests: The requests, each for one model and benchmark. Requests for the same model are
+            adjacent.
         ledger: The results folder.
-        publisher: Publishes finished cells to the tracking backends.
-        options: The options of the run.
-        progress: Receives counts and messages.
-        explicit: True if a run requests the cells, and not only a study or a search.
+        publisher: Publisher of finished results to the tracking backends.
+        options: Options of the measurement, such as the device.
+        progress: Receiver of counts and messages.
+        explicit: Whether an experiment requests these results; False if only a study or a search
+            does.
 
     Returns:
-        The outcome.
+        The records, errors and locations of the published runs.
 
     Raises:
-        RequestError: A part of a request does not exist or does not fit; nothing was computed or
-            written.
+        RequestError: A request names something that does not exist or does not fit its model or
+            benchmark. Nothing was computed or written.
     """
     ledger.refuse_unwritable()
     lookups = [find_cell(request, ledger, options.trust_remote_code) for request in requests]
@@ -134,7 +137,7 @@ def run_cells(
 
 
 class _Finisher:
-    """Records and publishes cells as they finish, in any order."""
+    """Recorder and publisher of results, in the order in which measurements finish."""
 
     def __init__(
         self, publisher: Publisher, progress: Progress, requests: list[CellRequest], explicit: bool
@@ -150,14 +153,14 @@ class _Finisher:
         self._shared_names: set[str] = set()
 
     def begin(self, cell: CellLookup, store: CellStore) -> None:
-        """Publish that a cell's measurement has begun, so that backends show the cell."""
+        """Announce to the tracking backends that a measurement begins, so that they show it."""
         request, views = cell.request, store.views
         names = views.display_view(request, request in self._smaller).supersedes
         view = views.view_of(request).model_copy(update={"supersedes": names})
         self._publisher.live.begin(request, store, view)
 
     def finish(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
-        """Record and publish a finished cell, or report its error."""
+        """Record and publish the results of a finished measurement, or report its error."""
         request, title, report = cell.request, cell.request.title, self.report
         has_failed, is_named = isinstance(outcome, Exception), request in self._smaller
         live_runs = self._publisher.live.end(request, "failed" if has_failed else "finished")
@@ -198,12 +201,12 @@ class _Finisher:
             self._report_next()
 
     def wait(self) -> None:
-        """Wait until all measured cells have been published."""
+        """Wait until all measured results have been published."""
         while self._publishing:
             self._report_next()
 
     def _report_next(self) -> None:
-        """Wait for the next cell to be published, and report the result."""
+        """Wait until the next upload has ended, and report its result."""
         title, future = self._publishing.popleft()
         outcome = future.result()
         self.report.locations.update(outcome.locations)
@@ -215,9 +218,10 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find each request from which another request differs only in having more documents.
+    """Find each request for which another request differs only by more documents.
 
-    Both requests are shown, since both numbers of documents were requested.
+    Reports show the smaller and the larger request, because the user asked for both numbers of
+    documents.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -232,7 +236,7 @@ def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]
 
 
 def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> str:
-    """Explain if a request is shown with more documents or beside other views; else empty."""
+    """Explain why a report shows more documents or runs than requested; else return ""."""
     if view.until is None and shown_view.size > view.size:
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample
@@ -246,9 +250,9 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
 
 
 def _build_jobs(cells: Sequence[CellLookup]) -> list[Job]:
-    """Open all benchmarks before any measurement, and group cells into jobs.
+    """Open all benchmarks before any measurement, and group the requests into jobs.
 
-    Cells that differ only in their changed layers become one job.
+    Requests that differ only in their changed layers become one job.
     """
 
     def group_key(pair: tuple[CellLookup, Benchmark]) -> object:

@@ -211,7 +211,9 @@ def test_nodes_are_added_up_to_a_multiple(prefix, multiple):
 def test_the_longest_continuation_that_a_model_can_score():
     (row,) = pack_tree_rows([make_document(((1,), (2, 3, 4)))], 3, 1000)
     assert row.predicted.tolist() == [2, 3, 4]
-    with pytest.raises(CellError, match=r"a continuation of 4 tokens .* reads 1 to 3; lm-eval"):
+    with pytest.raises(
+        CellError, match=r"a continuation of 4 tokens .* reads 1 to 3 tokens; lm-eval"
+    ):
         list(pack_tree_rows([make_document(((1,), (2, 3, 4, 5)))], 3, 1000))
     with pytest.raises(CellError, match="a continuation of 0 tokens"):
         list(pack_flat_rows([make_document(((1,), ()))], 3, 1000))

@@ -221,7 +221,7 @@ class TestNoShard:
     def test_shards_under_another_blocks_name_are_set_aside(self, cell, path, caplog):
         renamed_path = path.rename(path.with_name(path.name.replace("00000", "00001")))
         assert not len(cell.read())
-        assert f"the shard {renamed_path} is not" in caplog.text
+        assert f"the shard {renamed_path} is damaged" in caplog.text
         assert "(its name belongs to another block of documents)" in caplog.text
 
     def test_shards_of_another_model_are_set_aside(self, cell, cell_of, path, caplog):

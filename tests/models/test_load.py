@@ -177,7 +177,7 @@ def test_a_configuration_with_fewer_layers_than_the_file_is_refused(tmp_path, ki
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     assert len(load(folder).layers) == 4
     change_config(folder, **{config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): 3})
-    message = "holds weights of layer 3, and its configuration has 3 layers, 0 to 2"
+    message = "holds weights of layer 3, but its configuration has 3 layers"
     assert message in refusal_message(folder)
 
 

@@ -71,7 +71,8 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert {drop.low for drop in estimates.drops.values()} == {None}
     assert "seconds_left" not in str(progress_figures(estimates, estimates, 1.0, cell))
     _, listing = type_command("ls", "--results", results)
-    assert f" stopped at the answer to 'drop within 10 pp at 80 %': {cell.n} to" in listing
+    answer = "stopped at the answer to 'drop within 10 pp at 80 %'"
+    assert f" {answer}: each run was evaluated on {cell.n} to" in listing
 
     # The same as a race over the outcomes of a whole run.
     (full_cell,) = run_experiment(experiment(model, "whole.yaml", **settings), results).cells

@@ -126,7 +126,7 @@ def test_an_exact_distance_of_the_tolerance_is_tolerated() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     duels = SequentialTopK(5, 2, 1)
     for values in ([[2.0, 0.0]], [[math.nan, 0.0]]):
-        with pytest.raises(ValueError, match="more than 1 apart"):
+        with pytest.raises(ValueError, match="differ by more than 1"):
             duels.update(np.array(values))
     duels.update(np.zeros((3, 2)))
     with pytest.raises(ValueError, match="more than all 5 documents"):

@@ -62,7 +62,7 @@ def test_trackio_contacts_no_server(tmp_path, monkeypatch):
 def test_append_only_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")
     with closing(open_backend("trackio", "layers", tmp_path)) as backend:
-        with pytest.raises(TrackingError, match="set TRACKIO_DIR to a folder of this machine"):
+        with pytest.raises(TrackingError, match="set TRACKIO_DIR to a local folder"):
             backend.publish(cell_record(), [], {})
         with pytest.raises(TrackingError, match=r"could not be read.*'layers' does not exist"):
             backend.cells()

@@ -2,13 +2,13 @@
 
 Modules:
     cells: Measure the removals that a search requests.
-    conduct: Run searches from the file to the published records.
-    formats: Choose formats of linear maps within a budget of bits.
-    planning: Run a search on random scores to predict its possible results and its cost.
-    report: Compare searches; describe their results in sentences, tables and charts.
-    request: Read the request of a search from a file or options.
+    conduct: Run the searches of a file, and store and publish their results.
+    formats: Choose number formats for the weights of linear maps within a budget of bits.
+    planning: Simulate a search with random scores to predict its possible results and its cost.
+    report: Compare the results of searches in sentences, tables and charts.
+    request: Read search requests from an experiment file or from command-line options.
     scores: Score sets of removals on calibration documents.
-    search: Run one search until its budget is met.
-    settings: Define and read settings: the amount to remove, and the parts to keep.
+    search: Run one search until it has removed the requested amount.
+    settings: Define and parse the settings of a search: the amount to remove, the layers to keep.
     strategies: Define the search strategies.
 """

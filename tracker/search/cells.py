@@ -1,4 +1,4 @@
-"""Measure the documents of cells under the removals that a search requests."""
+"""Measure a model on a benchmark's documents under the ablations that a search requests."""
 
 from __future__ import annotations
 
@@ -42,22 +42,23 @@ _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 
 
 def plan_with_baseline(ablations: Iterable[Ablation], n_layers: int) -> StreamPlan:
-    """Plan one engine call for the baseline and ablations of a model with `n_layers` layers."""
+    """Plan one engine call that computes the intact model and its ablations together."""
     return plan_streams(list(dict.fromkeys((INTACT, *ablations))), n_layers)
 
 
 def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
-    """Return the cost of an engine call with the baseline, in passes of the intact model."""
+    """Return the cost of ablations plus intact model, in forward passes of the intact model."""
     return plan_with_baseline(ablations, n_layers).layer_passes / n_layers
 
 
 @dataclass
 class ModelCache:
-    """Load each model once and report the progress of the cells that use it.
+    """Cache of loaded models and of opened (model, benchmark) pairs, shared by searches.
 
-    `command` continues an interrupted search, without the results folder; empty for a trial.
-    `n_loaded` counts how often a model was loaded. `timings` are notes that are not yet written to
-    the results folder. `cells` are the opened cells by their requests.
+    `command` is the command line that continues an interrupted search, without the results folder;
+    it is empty for a sweep trial. `n_loaded` counts how often a model was loaded. `timings` holds
+    measured layer times that are not yet written to the results folder. `cells` maps each request
+    to its opened model and benchmark.
     """
 
     ledger: Ledger
@@ -79,15 +80,15 @@ class ModelCache:
         return self._model
 
     def source(self, spec: ModelSpec) -> ModelSource:
-        """Find a model; the options define whether the model's own code may run."""
+        """Find a model; the options decide whether Python code of the model may run."""
         return find_model(spec, self.options.trust_remote_code)
 
     def cell(self, request: CellRequest) -> OpenCell:
-        """Open a cell, or return it if it is already open."""
+        """Open the model and benchmark of a request, or return them if they are already open."""
         return self.cells.setdefault(request, OpenCell(request, self))
 
     def keep_timings(self) -> None:
-        """Write the timings to the results folder, once all requests are accepted."""
+        """Write the measured layer times to the results folder, after all requests are accepted."""
         self.ledger.write_notes(self.timings)
         self.timings.clear()
 
@@ -98,15 +99,16 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Count the removed parts of each of `COMPONENTS`, at most `_MANY_PARTS`."""
+    """Count the removed parts of each kind in `COMPONENTS`; stop at `_MANY_PARTS`."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
 
 def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw random sets of parts, to check computation sharing.
+    """Draw random sets of parts, whose removal tests the exactness of shared computation.
 
-    Sizes go up to half of all parts. For each size, one set is contiguous and three are arbitrary.
+    The largest random set has half of all parts. For each size, one set is contiguous and three
+    sets are arbitrary.
     """
     numbers = parts.numbers
     n = len(numbers)
@@ -118,10 +120,10 @@ def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
 
 
 class OpenCell:
-    """A cell that measures its documents under any requested ablations.
+    """A model and a benchmark, opened to measure the documents under any ablations.
 
-    Results in the ledger are not measured again, and need no model. New measurements are neither
-    displayed nor published.
+    Results that the ledger has are not measured again, so the model is not loaded for them. Reports
+    and tracking backends do not show the new measurements.
     """
 
     def __init__(self, request: CellRequest, cache: ModelCache) -> None:
@@ -140,7 +142,7 @@ class OpenCell:
 
     @property
     def benchmark(self) -> BenchmarkIdentity:
-        """The benchmark, opened unless the ledger holds the cell."""
+        """The benchmark's identity; the benchmark is opened only if the ledger lacks it."""
         store = find_cell(self.request, self._cache.ledger).store
         return store.identity.benchmark if store is not None else self._opened_benchmark.identity
 
@@ -150,13 +152,13 @@ class OpenCell:
 
     @cached_property
     def _meter(self) -> Meter:
-        """Load the model, and open the meter that measures with it."""
+        """Load the model, and create the meter that measures the documents with this model."""
         benchmark, model = self._opened_benchmark, self._cache.model(self.request.model)
         return Meter([self.request], benchmark, model, self._cache.options)
 
     @cached_property
     def store(self) -> CellStore:
-        """The cell's folder in the ledger, created for a new cell."""
+        """The ledger's folder for this model and benchmark; a missing folder is created."""
         lookup = find_cell(self.request, self._cache.ledger)
         if lookup.store is not None:
             choose_metric(lookup.store.identity.benchmark, self.request.metric)
@@ -166,7 +168,7 @@ class OpenCell:
 
     @property
     def progress(self) -> Progress:
-        """The progress listener."""
+        """The receiver of progress reports."""
         return self._cache.progress
 
     @property
@@ -176,7 +178,7 @@ class OpenCell:
 
     @property
     def view(self) -> View:
-        """The view of the intact model's outcomes, with the requested metric and documents."""
+        """The selection of stored results for the request: its metric, documents and runs."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -186,12 +188,12 @@ class OpenCell:
         return task.higher_is_better.get(self.view.metric, True)
 
     def measure(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> None:
-        """Measure all documents under some ablations, and under the baseline.
+        """Measure all documents with the intact model and under each of the ablations.
 
         Args:
             ablations: The ablations.
-            are_candidates: Whether most ablations will be discarded, so that outcomes decided by
-                rounding need no second measurement.
+            are_candidates: Whether most ablations will be discarded. If True, no document is
+                computed twice to measure the effect of rounding.
         """
         outcomes = self._outcomes["accuracy"]
         ablations = [a for a in dict.fromkeys((INTACT, *ablations)) if a not in outcomes]
@@ -219,14 +221,15 @@ class OpenCell:
             self.store.end_search(self._cache.command)
 
     def outcomes(self, ablations: Sequence[Ablation], outcome: str = "accuracy") -> PairedOutcomes:
-        """Return the outcomes under some ablations; measure missing outcomes first.
+        """Return the documents' outcomes under ablations; measure missing outcomes first.
 
         Args:
             ablations: The ablations.
-            outcome: `accuracy`, the requested metric, or `gold_logprob`.
+            outcome: Kind of outcome: `accuracy` for the requested metric, or `gold_logprob` for the
+                log-probability of the right answer.
 
         Returns:
-            The outcomes, in the documents' order.
+            The outcomes of the intact and the ablated models, in the order of the documents.
         """
         self.measure(ablations)
         outcomes = [self._outcomes[outcome][ablation] for ablation in ablations]
@@ -234,7 +237,7 @@ class OpenCell:
 
     @property
     def documents(self) -> dict[str, tuple[int, ...]]:
-        """The numbers of the measured documents of each task, ascending."""
+        """Name of each task → numbers of the task's measured documents, ascending."""
         documents = self.store.task_documents(self.request.extent)
         return {task: tuple(sorted(numbers)) for task, numbers in documents.items()}
 
@@ -245,12 +248,12 @@ class OpenCell:
 
     @property
     def n(self) -> int:
-        """The number of measured documents; reading it does not write to the ledger."""
+        """The number of requested documents; reading the number does not write to the ledger."""
         extent, tasks = self.request.extent, self.benchmark.tasks
         return sum(len(extent.select(task.name, task.numbers)) for task in tasks)
 
     def observe(self, kind: str, start: Callable[[Engine], ObserveDocument]) -> Observations:
-        """Record figures other than outcomes, such as proxies, from passes of the intact model."""
+        """Record quantities such as proxies, from forward passes of the intact model."""
 
         def open_engine() -> tuple[Engine, DocumentMap]:
             layers = [Ablation.from_changes(removed=[layer]) for layer in range(self.layers)]
@@ -260,13 +263,15 @@ class OpenCell:
         return observe_cell(self.request, self.store, kind, start, open_engine, self.progress)
 
     def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
-        """Open the meter for the baseline and some ablations; `are_candidates` is as in `measure`.
+        """Prepare the meter for the intact model and some ablations.
 
-        Computation sharing is checked when a new kind of removal occurs: one layer, several layers,
-        attentions, MLPs, heads, experts. Several parts are also checked in random sets, because
-        later sets are unknown; these are watched while they are measured. For several layers, the
-        miniature is checked for each layer alone and for the random sets. So all cells and searches
-        of a model share one verdict.
+        The argument `are_candidates` has the same meaning as in `measure`. The method checks that
+        shared computation is exact whenever a new kind of removal occurs, such as one layer,
+        several layers, heads or experts. If an ablation removes several parts, random sets of parts
+        are checked too, because the sets of later steps are still unknown. The sets of later steps
+        are checked while they are measured. For layers, attentions and MLPs, each single removal is
+        checked as well. All benchmarks and searches of a model therefore share one stored result of
+        the check.
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
@@ -293,7 +298,7 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, shapes: Collection[_RemovalShape]) -> Iterator[SearchParts]:
-        """Yield the parts of each component of which an ablation removes several."""
+        """Yield all parts of a kind, for each kind of which an ablation removes several parts."""
         source = self._cache.source(self.request.model)
         for component, counts in zip(COMPONENTS, zip(*shapes, strict=True), strict=True):
             if max(counts) == _MANY_PARTS:

@@ -1,4 +1,4 @@
-"""Run searches: choose parts, test and publish each step, and store the results."""
+"""Run searches: choose the parts to remove, test and publish each step, store the results."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SearchResults:
-    """Results of searches.
+    """Results of several searches: tested sets, recommendations and errors.
 
     Attributes:
-        searches: The tested searches, one entry per draw.
-        recommendations: The recommended set for each goal; empty if not requested.
-        failed: The reason of failure for each failed search; also in `outcome`.
-        outcome: Outcome of publishing the runs of the steps.
+        searches: The tested searches, one entry per random draw of a search.
+        recommendations: The recommended set of parts for each goal; empty if no recommendation was
+            requested.
+        failed: Failed search → reason of the failure. `outcome` contains these reasons too.
+        outcome: Outcome of measuring and publishing the steps as runs.
     """
 
     searches: list[TestedSearch]
@@ -59,7 +60,7 @@ class SearchResults:
 
     @property
     def records(self) -> list[PruneRecord]:
-        """The results as stored records."""
+        """The records of the searches, as stored in the results folder."""
         return [search.record for search in self.searches]
 
 
@@ -83,22 +84,24 @@ def run_searches(
     publisher: Publisher,
     wants_recommendation: bool = False,
 ) -> SearchResults:
-    """Run searches, measure each step on the test documents, publish it as a run, and store all.
+    """Run searches, test each step on the test documents, publish the steps and store all.
 
-    A killed search continues where it stopped, since all its measurements are in the ledger.
+    An interrupted search can continue where it stopped, because the ledger has all its
+    measurements.
 
     Args:
-        requests: The searches; those of the same model are adjacent.
-        cache: The results folder, the options of models (which run in this process), and progress.
-        publisher: Publishes the steps' runs to the tracking backends.
-        wants_recommendation: Whether to recommend one set for each goal.
+        requests: The searches; searches of the same model are adjacent.
+        cache: The results folder, the options for loading models, and the receiver of progress.
+            Models run in this process.
+        publisher: Publisher of the steps to the tracking backends.
+        wants_recommendation: Whether to recommend one set of parts for each goal.
 
     Returns:
-        The results.
+        The tested searches, the recommendations and the errors.
 
     Raises:
-        RequestError: A request names something that does not exist or does not fit; nothing was
-            measured.
+        RequestError: A request names something that does not exist or does not fit its model.
+            Nothing was measured.
         CellError: No search could be finished.
     """
     ledger, progress = cache.ledger, cache.progress
@@ -152,7 +155,7 @@ def run_searches(
 def _find_tracked_cells(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
 ) -> dict[CellRequest, RecordKey]:
-    """Find the tracked cell of each step."""
+    """Find the record key under which the tracking backends have each step of a search."""
     tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
     stores = {run: find_cell(run, ledger).store for run in runs}
     keys = {
@@ -166,7 +169,7 @@ def _find_tracked_cells(
 def _build_record(
     draw: SearchDraw, cell: OpenCell, tracked: Sequence[RecordKey], constraints: Constraints
 ) -> PruneRecord:
-    """Build the record of a search from its tested steps."""
+    """Build the stored record of one draw of a search, with the test results of each step."""
     steps = [
         step.model_copy(update={"test": _test_outcome(cell, ablation)})
         for step, ablation in zip(draw.steps, draw.ablations, strict=True)
@@ -198,14 +201,14 @@ def _build_record(
 
 
 def _test_outcome(cell: OpenCell, ablation: Ablation) -> HeldOutResult:
-    """Return the test documents' mean outcome under an ablation, with its interval."""
+    """Return the mean outcome and the drop on the test documents under an ablation."""
     paired = cell.outcomes([ablation])
     drop = Estimate(None) if ablation == INTACT else paired.drop(0)
     return HeldOutResult(n=len(paired.baseline), level=paired.level(0), lost=drop)
 
 
 def search_figures(record: PruneRecord) -> dict[str, float]:
-    """Return the figures that a sweep's page shows to compare searches."""
+    """Return the metrics of a search that W&B shows to compare the trials of a sweep."""
     accuracy, cost = final_outcome(record).level, record.cost
     values = {
         "search/test_accuracy": accuracy.value,
@@ -221,9 +224,11 @@ def search_figures(record: PruneRecord) -> dict[str, float]:
 
 
 def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
-    """Log a search's last publishable step as the trial's run, with the search's figures; end it.
+    """Log the last step of a search that is a run to the sweep's trial, and end the trial.
 
-    The first of several draws is logged. If W&B refuses, `results.outcome` records the error.
+    The metrics of the search, such as the number of removed parts, are logged too. If the search
+    has several random draws, only the first draw is logged. If W&B refuses the data,
+    `results.outcome` records the error.
     """
     search = results.searches[0]
     record, request = search.record, search.run_request
@@ -243,9 +248,9 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
 
 @contextmanager
 def join_trial(targets: Sequence[str], folder: Path) -> Iterator[Callable[[SearchResults], None]]:
-    """Join the sweep trial of this process, if any; yield a function that takes the results.
+    """Join the sweep trial of this process, if any; yield a function that logs the results.
 
-    An error in the `with` block ends the trial as failed.
+    An error in the `with` block marks the trial as failed.
     """
     try:
         yield partial(_log_trial, targets, folder)

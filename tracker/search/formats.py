@@ -1,7 +1,7 @@
-"""Choose formats of linear maps within a budget of bits.
+"""Choose number formats for a model's weight matrices within a budget of bits.
 
-First the formats with the smallest sum of losses are chosen. Then swaps of formats are measured on
-the whole model, because losses do not simply add up.
+The first step chooses the formats with the smallest sum of losses. The second step measures swaps
+of formats on the whole model, because losses do not simply add up.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ BUDGET_FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
 
 @dataclass(frozen=True)
 class FormatUnit:
-    """Weights that get one format: one or all linear maps of a layer, the embedding, or the head.
+    """Weights that share one format: a linear map, all maps of a layer, the embedding or head.
 
     Attributes:
-        layer: The layer, 0-based; 0 for the embedding and the head.
-        map_path: Path of the map, as `Change.path`; empty for a whole layer.
-        shapes: Number of outputs and inputs of each map of the unit.
+        layer: Number of the layer, 0-based; 0 for the embedding and the output head.
+        map_path: Path of the linear map, as in `Change.path`; empty for all maps of a layer.
+        shapes: Numbers of outputs and inputs of each weight matrix.
     """
 
     layer: int
@@ -54,23 +54,23 @@ class FormatUnit:
 
     @property
     def name(self) -> str:
-        """The name in messages: `layer 3 mlp.down_proj`, `layer 3`, `embedding`."""
+        """The name of these weights in messages, such as `layer 3 mlp.down_proj` or `embedding`."""
         if self.is_embedding:
             return self.map_path
         return f"layer {self.layer} {self.map_path}".strip()
 
     @property
     def key(self) -> str:
-        """The name in a file: `3.mlp.down_proj`, `3`, `embedding`."""
+        """The name of these weights in files, such as `3.mlp.down_proj`, `3` or `embedding`."""
         return self.map_path if self.is_embedding else f"{self.layer}.{self.map_path}".rstrip(".")
 
     def change(self, form: str) -> Change:
-        """Return the change that rounds the unit's weights to a format."""
+        """Return the change of the model that rounds these weights to a format."""
         return Change.parse(f"{form}:{self.key}")
 
     @property
     def is_embedding(self) -> bool:
-        """True if the unit is the embedding or the head."""
+        """True if these weights are the embedding or the output head."""
         return self.map_path in OUTER_MATRICES
 
     @property
@@ -79,9 +79,10 @@ class FormatUnit:
         return sum(outputs * inputs for outputs, inputs in self.shapes)
 
     def bits(self, form: str) -> float:
-        """Return the total bits of the unit's weights in a format.
+        """Return the total number of bits of these weights in a format.
 
-        Raises RequestError if the rows of a map do not divide into whole blocks of the format.
+        Raises RequestError if the rows of a matrix cannot be divided into whole blocks of the
+        format.
         """
         n_bits = 0.0
         for outputs, inputs in self.shapes:
@@ -102,16 +103,16 @@ def list_units(
     by_map: bool,
     embeddings: Mapping[str, tuple[int, int]] = {},
 ) -> list[FormatUnit]:
-    """List the units of some layers: each linear map alone, or all maps of a layer together.
+    """List the units that get a format: each linear map alone, or all maps of each layer.
 
     Args:
-        maps: For each layer, the shape of each map by name.
-        layers: The layers.
-        by_map: Whether each map is a unit.
-        embeddings: Names and shapes of the embedding and the head, if they are units too.
+        maps: For each layer, the name of each linear map → its shape.
+        layers: Numbers of the layers whose maps get formats.
+        by_map: Whether each linear map is a unit; otherwise all maps of a layer are one unit.
+        embeddings: Names and shapes of the embedding and the output head, if they get formats too.
 
     Returns:
-        The units; those of layers come first.
+        The units of the layers, followed by the embedding and the output head.
     """
     units = [FormatUnit(layer, "", tuple(maps[layer].values())) for layer in layers]
     if by_map:
@@ -126,25 +127,25 @@ FormatChoice = Mapping[FormatUnit, str]
 
 
 def choice_ablation(choice: FormatChoice) -> Ablation:
-    """Return the ablation that rounds each unit to its chosen format."""
+    """Return the ablation that rounds the weights of each unit to the chosen format."""
     return Ablation.from_changes(*(unit.change(form) for unit, form in choice.items()))
 
 
 def bits_per_weight(choice: FormatChoice) -> float:
-    """Return the average bits per weight over all units."""
+    """Return the average number of bits per weight for the chosen formats."""
     n_bits = sum(unit.bits(form) for unit, form in choice.items())
     return n_bits / sum(unit.n_weights for unit in choice)
 
 
 @dataclass(frozen=True)
 class BitBudget:
-    """The maximum average number of bits per weight of the units.
+    """Budget: the maximum average number of bits per weight.
 
     Attributes:
         text: The budget as the user wrote it.
         bits: The maximum average bits per weight.
-        other_bytes: Bytes of all other weights of the model, in its own dtype.
-        n_weights: Number of weights of the units.
+        other_bytes: Size in bytes of the weights that get no format, in the model's original dtype.
+        n_weights: Number of weights that get a format.
     """
 
     text: str
@@ -153,11 +154,11 @@ class BitBudget:
     n_weights: int
 
     def holds(self, choice: FormatChoice) -> bool:
-        """Return whether a choice of formats for all units is within the budget, up to rounding."""
+        """Return whether the chosen formats of all units are within the budget."""
         return bits_per_weight(choice) <= self.bits * (1 + 1e-12)
 
     def model_bytes(self, bits: float) -> float:
-        """Return the bytes of the model if its units have a given number of bits per weight."""
+        """Return the model's size in bytes at a given average number of bits per weight."""
         return self.other_bytes + bits * self.n_weights / 8
 
 
@@ -167,9 +168,9 @@ def parse_budget(
     """Parse a budget such as `4.5bpw` or `80 MB`.
 
     Args:
-        text: Text as in `BUDGET_FORMS`.
+        text: The budget as the user wrote it; `BUDGET_FORMS` has examples.
         units: The units that get formats.
-        other_bytes: Bytes of all other weights.
+        other_bytes: Size in bytes of the weights that get no format.
         model_bytes: Bytes of the whole unchanged model.
         formats: The available formats.
 
@@ -177,7 +178,8 @@ def parse_budget(
         The budget.
 
     Raises:
-        RequestError: The text is not a budget, or no choice of these formats is within it.
+        RequestError: The text is not a valid budget, or the model exceeds the budget even in the
+            smallest of these formats.
     """
     amount = match_amount(text)
     if amount is None or amount.measure not in ("bits", "bytes"):
@@ -202,19 +204,22 @@ def parse_budget(
 def minimize_loss(
     units: Units, formats: Sequence[str], losses: Array, budget: BitBudget
 ) -> FormatChoice:
-    """Choose the format of each unit that minimises the sum of losses within the budget.
+    """Choose a format for each unit so that the sum of losses within the budget is smallest.
 
     This is the multiple-choice knapsack problem, solved exactly by integer programming (scipy's
-    `milp`, HiGHS). The method assumes that losses add up; measured sets test this assumption.
+    `milp`, HiGHS). The method assumes that the losses of several units add up. The measurement of
+    whole choices tests this assumption.
 
     Args:
         units: The units.
         formats: The formats.
-        losses: Loss of each unit alone in each format `[units, formats]`; finite.
-        budget: The budget; at least one choice must be within it.
+        losses: Loss when only one unit is rounded, for each unit and format `[units, formats]`;
+            finite.
+        budget: The budget. The smallest format for all units must be within the budget.
 
     Returns:
-        The format of each unit. Of two choices with equal loss, the one with fewer bits.
+        Unit → chosen format. If two choices have the same loss, the choice with fewer bits is
+        returned.
 
     Examples:
         >>> units = [FormatUnit(n, "a", ((32, 32),)) for n in range(2)]
@@ -244,7 +249,7 @@ def minimize_loss(
 
 
 def uniform_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice:
-    """Choose one format for all units: the format that uses most of the budget."""
+    """Choose the same format for all units: the largest format within the budget."""
     choices = [dict.fromkeys(units, form) for form in formats]
     return max(filter(budget.holds, choices), key=bits_per_weight)
 
@@ -254,9 +259,11 @@ EDGE_LAYERS = 2
 
 
 def edge_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice | None:
-    """Choose the largest format for the first and last two layers, and one format for all others.
+    """Choose the largest format for the outer layers, and one format for all other layers.
 
-    The embedding and the head get the largest format too. None if no format fits the budget.
+    The outer layers are the first two and the last two layers of `units`. The embedding and the
+    output head get the largest format too. The function returns None if no format of the other
+    layers is within the budget.
     """
     layers = sorted({unit.layer for unit in units if not unit.is_embedding})
     edges = {*layers[:EDGE_LAYERS], *layers[-EDGE_LAYERS:]}
@@ -267,7 +274,7 @@ def edge_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> Form
 
 
 class _Move(NamedTuple):
-    """Change of one unit's format, with the additional bits and the unit's additional loss."""
+    """Change of one unit's format, with the number of added bits and the added loss."""
 
     unit: FormatUnit
     form: str
@@ -278,22 +285,24 @@ class _Move(NamedTuple):
 def find_swaps(
     choice: FormatChoice, formats: Sequence[str], losses: Array, budget: BitBudget, max_swaps: int
 ) -> list[FormatChoice]:
-    """Return swaps: one unit gets a format with more or equal bits, and others get fewer bits.
+    """Find swaps: one unit gets a format with more bits, and others get formats with fewer.
 
-    All swaps stay within the budget. The sum of losses decides their order and which units pay,
-    that is, give up bits. One unit pays if it suffices alone, the one that loses least. Otherwise
-    several units pay, those that lose least per bit. Every raise is tried before a unit pays in the
-    same format again, so that a unit with wrong losses spoils few swaps.
+    All swaps stay within the budget. The raised unit can also get a format with equally many bits.
+    Swaps with the smallest added loss of the raised unit are returned first. If reducing one other
+    unit frees enough bits, the swap reduces the unit whose loss rises least. Otherwise the swap
+    reduces several units, chosen by the smallest added loss per bit. A reduction is reused only
+    after every raise was tried, so that a unit with wrong losses spoils few swaps.
 
     Args:
-        choice: The choice to change; its units in the order of `losses`.
+        choice: Unit → current format; the units are in the order of `losses`.
         formats: The formats.
-        losses: Loss of each unit alone in each format `[units, formats]`; finite.
+        losses: Loss when only one unit is rounded, for each unit and format `[units, formats]`;
+            finite.
         budget: The budget.
         max_swaps: Maximum number of swaps.
 
     Returns:
-        The changed choices, all within the budget.
+        The formats of all units after each swap, all within the budget.
 
     Examples:
         >>> units = [FormatUnit(layer, "a", ((32, 32),)) for layer in range(3)]
@@ -334,7 +343,7 @@ def find_swaps(
 
 
 def _find_payers(raised: _Move, reductions: Sequence[_Move], missing: float) -> list[_Move] | None:
-    """Return moves that release a given number of bits; None if no moves can."""
+    """Find reductions that free `missing` bits; return None if there are too few."""
     payers: list[_Move] = []
     while missing > 0:
         changed = {raised.unit, *(move.unit for move in payers)}
@@ -356,13 +365,13 @@ MeasureChoices = Callable[[Sequence[FormatChoice]], PairedOutcomes]
 
 @dataclass(frozen=True)
 class Refinement:
-    """Result of rounds of swaps.
+    """Result of `refine_choice`: the formats after several rounds of swaps.
 
     Attributes:
-        choice: The final choice.
-        n_swaps: Number of measured swaps.
-        gains: Decrease of the loss by each accepted swap. The intervals hold for all swaps of a
-            round at once.
+        choice: Unit → final format.
+        n_swaps: Number of swaps that were measured on the whole model.
+        gains: Decrease of the loss by each accepted swap. The intervals are simultaneous over all
+            swaps of a round.
     """
 
     choice: FormatChoice
@@ -378,19 +387,21 @@ def refine_choice(
     rounds: int,
     measure: MeasureChoices,
 ) -> Refinement:
-    """Swap formats while a swap significantly lowers the loss, measured on the whole model.
+    """Swap formats as long as a swap significantly lowers the measured loss of the model.
 
     Args:
-        start: The initial choice; its units in the order of `losses`.
+        start: Unit → initial format; the units are in the order of `losses`.
         formats: The formats.
-        losses: Loss of each unit alone in each format `[units, formats]`, to order the swaps.
+        losses: Loss when only one unit is rounded, for each unit and format `[units, formats]`.
+            These losses order the swaps.
         budget: The budget.
         rounds: Maximum number of rounds.
-        measure: Function that measures choices on the calibration documents.
+        measure: Function that measures the model in several choices of formats, on the calibration
+            documents.
 
     Returns:
-        The choice that no swap of the last round significantly beats on these documents, or the
-        choice after the maximum number of rounds.
+        The refined formats. No swap of the last round is significantly better on these documents,
+        unless the maximum number of rounds was reached.
     """
     choice, count, gains = start, 0, list[Estimate]()
     for _ in range(rounds):
@@ -411,7 +422,7 @@ def refine_choice(
 
 
 def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimate:
-    """Estimate how much better one choice's outcome is than another's, on the same documents."""
+    """Estimate how much better one choice of formats is than another, on the same documents."""
     reference = paired.ablated[:, [other_index]]
     return replace(paired, baseline=paired.ablated[:, index], ablated=reference).drop(0)
 
@@ -419,7 +430,7 @@ def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimat
 def layer_formats_request(
     cell: CellRequest, formats: Sequence[str], embeddings: Sequence[str] = ()
 ) -> CellRequest:
-    """Build a request that rounds, one at a time, each layer, embedding and head to each format."""
+    """Build a request that rounds one layer, embedding or head at a time, to each format."""
     grid: dict[str, Any] = {"layers": cell.changes.layers, "interventions": tuple(formats)}
     if embeddings:
         grid |= {"components": ("layer", "linear"), "maps": tuple(embeddings)}
@@ -432,19 +443,20 @@ def map_formats_request(
     trust_remote_code: bool,
     embeddings: Sequence[str] = (),
 ) -> CellRequest:
-    """Build a request that rounds, one at a time, each map of a cell's layers to each format.
+    """Build a request that rounds one linear map at a time, to each format.
 
     Args:
-        cell: The cell.
+        cell: Request that names the model, the benchmark, the layers and the linear maps.
         formats: The formats.
-        trust_remote_code: Whether code from the model's download may run.
-        embeddings: The embedding, the head, or both, to include: `kinds.OUTER_MATRICES`.
+        trust_remote_code: Whether Python code that is downloaded with the model may run.
+        embeddings: Names from `kinds.OUTER_MATRICES` to round as well: the embedding, the output
+            head, or both.
 
     Returns:
-        The request.
+        The request for all these ablations.
 
     Raises:
-        ExperimentError: The model has no such map.
+        ExperimentError: The model lacks a requested linear map.
     """
     request = cell.with_changes(
         layers=cell.changes.layers,
@@ -463,10 +475,11 @@ def map_formats_request(
 
 
 def observe_errors(engine: Engine, maps: Sequence[Change], kl: bool = False) -> ObserveDocument:
-    """Build an observer of each document's `rounding_errors`; `weight_error` is equal for all.
+    """Build a function that measures the `rounding_errors` of each map on one document.
 
-    With `kl`, the observer also measures the KL divergence of the model's output, which takes one
-    forward pass per map.
+    The result also contains `weight_error`, which is the same for all documents. With `kl`, the
+    function also measures the KL divergence of the model's output, which needs one forward pass per
+    map.
     """
     weights = weight_errors(engine, maps)
     ablations = [Ablation.from_changes(change) for change in maps]

@@ -1,8 +1,9 @@
-"""Run searches on random scores to predict their possible final sets and their cost.
+"""Simulate searches with random scores to predict their cost and their possible results.
 
-A search is refused if it cannot remove enough, or if none of its possible sets could be saved. Some
-model classes derive a layer's type from its position (Jamba's `attn_layer_period`). Their
-checkpoints can be loaded only if whole periods of layers are removed.
+A search is refused if it cannot remove enough, or if no possible result could be saved as a
+checkpoint. Some model classes derive a layer's type from its position (for example by Jamba's
+`attn_layer_period`). A pruned checkpoint of such a model can be loaded only if whole periods of
+layers were removed.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ TRIAL_DRAWS = 4
 
 
 class RandomScores(Scores):
-    """Random scores: each part has a random cost, and the costs of a set's parts add up.
+    """Random scores: the loss of a set is the sum of random costs of its parts.
 
-    Each `variant` draws different costs.
+    Each value of `variant` gives different random costs.
     """
 
     def __init__(self, parts: SearchParts, variant: str = "") -> None:
@@ -58,7 +59,7 @@ class RandomScores(Scores):
         self._costs: dict[str, list[float]] = {}
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Return random losses of sets."""
+        """Return a random loss for each set of removed parts."""
         if outcome not in self._costs:
             seeds = (f"{outcome}/{part}{self._variant}" for part in range(self.parts.total))
             self._costs[outcome] = [random.Random(seed).random() for seed in seeds]
@@ -67,15 +68,15 @@ class RandomScores(Scores):
         return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values of a proxy for the model without some layers."""
+        """Return random values of a proxy for the candidates of the next removal."""
         return RandomScores.losses(self, name, self.extended_sets(removed, spans))
 
 
 def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAWS) -> list[PartSet]:
-    """List sets that a search may end with; all such sets if it uses no documents.
+    """List sets of parts that a search could remove in the end.
 
-    A search that uses documents runs `n` times on random scores. Raises ExperimentError if the
-    search cannot remove enough.
+    A search that uses documents is simulated `n` times with random scores. For a search without
+    documents, the list is complete. Raises ExperimentError if the search cannot remove enough.
     """
     draws = [(draw or 1, "") for draw in request.draw_numbers]
     if request.strategy not in BLIND_STRATEGIES:
@@ -95,26 +96,28 @@ def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAW
 def refuse_unsavable(
     searches: Sequence[SearchRequest], budgets: Sequence[Budget], cache: ModelCache
 ) -> list[str]:
-    """Refuse searches that cannot remove enough, or whose results plain transformers cannot load.
+    """Refuse searches that cannot remove enough, or whose pruned models cannot be loaded.
 
-    A model that can be loaded without any single layer is assumed loadable without any set.
+    Loading means loading a saved checkpoint with plain transformers. If a model can be loaded
+    without any single layer, the function assumes that it can be loaded without any set of layers.
 
     Args:
         searches: The searches.
         budgets: The budget of each search.
-        cache: Finds the models.
+        cache: Cache that finds the models.
 
     Returns:
-        One remark per search if only some of its possible sets can be saved; empty for the others.
+        One text per search: a remark if some of its possible results cannot be saved, else "".
 
     Raises:
-        ExperimentError: A strategy cannot remove enough.
-        ModelError: None of a search's possible sets can be saved. The message suggests other sets.
+        ExperimentError: A search strategy cannot remove the requested amount.
+        ModelError: No possible result of a search can be saved as a checkpoint. The message
+            suggests other sets of layers.
     """
 
     @functools.cache
     def find_refusal(source: ModelSource, part_set: PartSet | None) -> str:
-        """Return why a set (None = some layers, each alone) cannot be saved; empty if it can."""
+        """Return why a model without a set (None = single layers) cannot be saved, or ""."""
         try:
             check_layer_changes(source, part_set)
         except ModelError as error:
@@ -122,7 +125,7 @@ def refuse_unsavable(
         return ""
 
     def describe_result(request: SearchRequest, budget: Budget) -> str:
-        """Return a remark about a search's possible sets; raise ModelError if none can be saved."""
+        """Return a remark on a search's results; raise ModelError if none can be saved."""
         if request.unit in NUMBERED_COMPONENTS and request.strategy in STEPWISE_STRATEGIES:
             return ""  # they take one part after the other, and whatever goes first can
         refuse = partial(find_refusal, cache.source(request.cell.model))
@@ -141,7 +144,7 @@ def refuse_unsavable(
 
 
 def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Describe the shortest spans that can be removed at any position; empty if there are none."""
+    """Describe the shortest span of layers that can be removed anywhere, or return ""."""
     for length in range(2, n_layers // 2 + 1):
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
@@ -154,21 +157,25 @@ def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """Cost of one search with all its draws, or of comparing and testing the resulting sets.
+    """Predicted cost of one search, or of a measurement that compares or tests its results.
 
     Attributes:
-        request: The search, or the documents that compare or test the results of searches.
+        request: The search with all its random draws, or the request that compares or tests the
+            results of searches.
         documents: Number of documents on which sets are chosen, compared or tested.
-        evaluations: Number of sets that the search scores if it shares no results, or number of
-            tested sets.
-        flops: Floating-point operations, without those shared with earlier searches.
-        dtype: The dtype of these operations, such as `bfloat16`.
-        naive_flops: Operations of running lm-eval once per set; None if proxies are scored.
-        steps: Number of parts removed; None for a test.
-        passes: Computation of the engine for the sets, in passes of all calibration documents
-            through the whole intact model; None for a test.
-        at_most: True if the cost is an upper bound, since not all candidates are scored again.
-        note: A further remark; empty if there is none.
+        evaluations: Number of sets that the search scores if it reuses no earlier results, or
+            number of compared or tested sets.
+        flops: Number of floating-point operations, without operations whose results earlier
+            searches provide.
+        dtype: The dtype of the computation, such as `bfloat16`.
+        naive_flops: Number of floating-point operations if lm-eval ran once per set; None if the
+            search scores proxies.
+        steps: Number of parts that the search removes; None for a comparison or test.
+        passes: Computation of the search; 1 = all calibration documents pass through the whole
+            intact model. None for a comparison or test.
+        at_most: True if the cost is an upper bound, because the search does not score all
+            candidates again after each removal.
+        note: A remark on whether the results can be saved; empty if there is none.
     """
 
     request: SearchRequest | CellRequest
@@ -186,23 +193,23 @@ class PlannedSearch:
 def plan_searches(
     requests: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
-    """Count the cost of searches and their tests, assuming that nothing is measured yet.
+    """Predict the cost of searches and of their tests, as if nothing were measured yet.
 
-    The scores decide which sets are tried. They do not change the number of sets (except under
-    `at_least`), and hardly change the amount of shared computation. For a budget in seconds, the
-    model is loaded to time its layers.
+    The function runs the searches with random scores. Scores decide which sets a search tries.
+    Scores do not change the number of sets (except under `at_least`), and hardly change the amount
+    of shared computation. For a budget in seconds, the model is loaded to time its layers.
 
     Args:
         requests: The searches.
-        ledger: The results folder, which keeps timings.
-        trust_remote_code: Whether code from a download may run.
+        ledger: The results folder, which stores the measured times of layers.
+        trust_remote_code: Whether Python code that is downloaded with a model may run.
 
     Returns:
-        One plan per search, and plans of the measurements that recommend one of the sets and that
-        test the sets.
+        The cost of each search, and the cost of each measurement that compares or tests the
+        resulting sets.
 
     Raises:
-        RequestError: A request names something that does not exist or does not fit.
+        RequestError: A request names something that does not exist or does not fit its model.
     """
     cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_unknown(requests, cache)
@@ -210,7 +217,7 @@ def plan_searches(
 
     @functools.cache
     def read_documents(request: CellRequest) -> tuple[Workload, str]:
-        """Count the tokens of a cell's documents, and find the dtype of the computation."""
+        """Count the tokens of a request's documents, and find the computation's dtype."""
         texts = read_texts(request, cache.source(request.model))
         return count_work(texts.model, texts.documents, texts.max_length), texts.dtype
 
@@ -269,10 +276,10 @@ def plan_searches(
 def check_searches(
     searches: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool, progress: Progress
 ) -> list[str]:
-    """Check searches without loading a model's weights; report the reading to `progress`.
+    """Check searches without loading weights; report the reading of documents to `progress`.
 
-    Returns remarks, which include the checks that were impossible. Raises RequestError as
-    `plan_searches` does.
+    Returns remarks, for example on checks that were impossible. Raises RequestError in the same
+    cases as `plan_searches`.
     """
     cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_unknown(searches, cache)
@@ -288,10 +295,10 @@ def check_searches(
 
 
 class _CountingScores(RandomScores):
-    """Random scores that count the cost of computing the real scores.
+    """Random scores that also count what the measurement of real scores would cost.
 
-    `measured` holds the measurements of earlier searches by cell. `passes`, `flops` and
-    `naive_flops` are as in `PlannedSearch`.
+    `measured` maps each request to the measurements of earlier searches. `passes`, `flops` and
+    `naive_flops` have the same meaning as in `PlannedSearch`.
     """
 
     def __init__(
@@ -312,7 +319,7 @@ class _CountingScores(RandomScores):
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Count the cost of scoring sets, and return random losses."""
+        """Add the cost of measuring the losses of sets, and return random losses."""
         ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
         ablations = tuple(a for a in ablations if a not in self.evaluated)
         self.evaluated |= set(ablations)
@@ -330,7 +337,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Count the cost of a proxy for the model without some layers; return random values."""
+        """Add the cost of measuring a proxy without some layers, and return random values."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

@@ -1,4 +1,4 @@
-"""Report the results of searches in sentences, tables and a chart of the accuracy frontier."""
+"""Report the results of searches: sentences, tables, and a chart of accuracy by removed parts."""
 
 from __future__ import annotations
 
@@ -43,25 +43,26 @@ if TYPE_CHECKING:
 
 
 def test_outcome(step: PruneStep) -> HeldOutResult:
-    """Return the result of a step on the test documents."""
+    """Return the result of one search step on the test documents."""
     assert step.test is not None  # a search is stored once its steps are tested
     return step.test
 
 
 def final_outcome(record: PruneRecord) -> HeldOutResult:
-    """Return the result of a search's last step on the test documents."""
+    """Return the result on the test documents after the last step of a search."""
     return test_outcome(record.steps[-1])
 
 
 @dataclass(frozen=True)
 class TestedSearch:
-    """Result of one draw of a search, and the test documents' outcomes.
+    """Result of one random draw of a search, with the outcomes of the test documents.
 
     Attributes:
         request: The request of the search.
-        record: The record of the search.
-        outcomes: Outcomes of the test documents after each step; higher is better.
-        run_request: The request of the last step that is a run; None if no step is a run.
+        record: The stored record of the search: settings, steps and cost.
+        outcomes: Outcome of each test document after each step of the search; higher is better.
+        run_request: The request of the last search step that can be measured as a run; None if
+            there is no such step.
     """
 
     request: SearchRequest
@@ -77,11 +78,12 @@ Labels = Mapping[str, str]
 
 @dataclass(frozen=True)
 class StrategyResult:
-    """Results of one strategy for one benchmark: one result per draw.
+    """Results of one search strategy on one benchmark, with one result per random draw.
 
     Attributes:
-        records: The records of searches; several if the strategy draws at random.
-        paired_outcomes: For each draw, outcomes of the test documents after each step; higher is
+        records: The stored records of the searches; several records if the strategy draws at
+            random.
+        paired_outcomes: For each draw, the outcome of each test document after each step; higher is
             better.
     """
 
@@ -95,18 +97,18 @@ class StrategyResult:
 
     @property
     def outcomes(self) -> Array:
-        """The final outcome of each test document, averaged over draws."""
+        """The outcome of each test document after the last step, averaged over draws."""
         final = [paired.ablated[:, -1] for paired in self.paired_outcomes]
         outcomes: Array = np.mean(final, axis=0)
         return outcomes
 
     @property
     def level(self) -> Estimate:
-        """The final test accuracy."""
+        """The accuracy on the test documents after the last step."""
         return accuracy(self.outcomes, self.weights)
 
     def level_after(self, n_removed: int) -> Estimate:
-        """Return the test accuracy after `n_removed` layers; undefined if no step ends there."""
+        """Return the test accuracy after the step that has removed `n_removed` parts in total."""
         outcomes = []
         for record, paired in zip(self.records, self.paired_outcomes, strict=True):
             counts = [0, *(len(step.removed) for step in record.steps)]
@@ -117,17 +119,17 @@ class StrategyResult:
         return accuracy(np.mean(outcomes, axis=0), self.weights)
 
     def difference_from(self, reference: StrategyResult) -> Estimate:
-        """Estimate the difference from a reference strategy's result, on the same documents."""
+        """Estimate this strategy's test accuracy minus a reference's, on the same documents."""
         return accuracy_drop(self.outcomes, reference.outcomes, self.weights)
 
 
 @dataclass(frozen=True)
 class StepSeparation:
-    """Number of steps at which the calibration documents separate the choice from the runner-up.
+    """Search steps at which calibration documents cannot separate the choice from the runner-up.
 
     Attributes:
         n_compared: Number of steps with a runner-up.
-        unsure_steps: Steps at which the 95 % interval of the margin reaches 0.
+        unsure_steps: Steps at which the 95 % interval of the margin over the runner-up reaches 0.
     """
 
     n_compared: int
@@ -135,18 +137,18 @@ class StepSeparation:
 
     @property
     def n_level(self) -> int:
-        """The number of unsure steps at which the choice and the runner-up have equal scores."""
+        """The number of steps at which the choice and the runner-up have equal scores."""
         return sum(step.margin.value == 0 for step in self.unsure_steps)
 
     @property
     def needed_documents(self) -> int | None:
-        """Estimated number of documents to separate half of the other unsure steps, or None."""
+        """Estimated number of documents that would separate half of the unsure steps, or None."""
         needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
 
 def separate_steps(searches: Sequence[PruneRecord]) -> StepSeparation:
-    """Find the steps of searches at which there are too few calibration documents to choose."""
+    """Find the search steps at which the calibration documents are too few for a sure choice."""
     compared_steps = [s for search in searches for s in search.steps if s.margin.value is not None]
     unsure_steps = [s for s in compared_steps if s.margin.low is None or s.margin.low <= 0]
     return StepSeparation(len(compared_steps), tuple(unsure_steps))
@@ -163,7 +165,7 @@ PRUNE_QUESTION = "What can go, and what does the model answer without it?"
 def build_finding(
     name: str, searches: Searches, recommendations: Recommendations, failures: Mapping[str, str]
 ) -> FindingRecord:
-    """Build the finding that summarises the searches of one experiment file."""
+    """Build the finding (answers, tables and charts) for the searches of an experiment file."""
     # One model, one set of test documents and one unit share one table.
     groups = list(group_by(searches, lambda search: search.request.goal[:2]).values())
     records = [[search.record for search in group] for group in groups]
@@ -205,12 +207,12 @@ ASSUMPTIONS = (
 
 
 def _format_level(record: PruneRecord, level: Estimate) -> str:
-    """Format a level, in percent if it is an accuracy."""
+    """Format a metric on the test documents: an accuracy in percent, a loss as a number."""
     return level_text(level, "%" if record.higher_is_better else "")
 
 
 def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[str]:
-    """Yield the report's sentences for each goal; its searches share their test documents."""
+    """Yield the report's sentences about searches that share their test documents."""
     labels = _search_labels([search.record for search in searches])
     for goal, group in group_by(searches, lambda search: search.request.goal).items():
         record, recommendation = group[0].record, recommendations[goal]
@@ -232,7 +234,7 @@ def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[s
 
 
 def constraint_sentences(record: PruneRecord) -> Iterator[str]:
-    """Yield a sentence for each constraint of a search."""
+    """Yield a sentence about each constraint of a search, such as protected layers."""
     unit = record.unit
     if record.protected:
         verb = "was" if len(record.protected) == 1 and unit not in NUMBERED_COMPONENTS else "were"
@@ -247,26 +249,26 @@ def constraint_sentences(record: PruneRecord) -> Iterator[str]:
 
 
 def _format_parts(unit: Component, layers: Sequence[int]) -> str:
-    """Describe layers, or the parts of layers: `layers 3 and 5`."""
+    """Describe layers, such as `layers 3 and 5`, or the heads or experts of layers."""
     unit_name = f"{unit_plural(unit)} of layer" if unit in NUMBERED_COMPONENTS else unit
     return f"{unit_name}{'s' if len(layers) > 1 else ''} {join_words(format_layers(layers))}"
 
 
 def recommended_searches(searches: Searches, recommendation: Recommendation) -> list[TestedSearch]:
-    """Return the searches with one goal that chose the recommended set."""
+    """Return the searches that chose the recommended set; random searches are excluded."""
     informed = [search for search in searches if search.request.strategy != RANDOM_STRATEGY]
     return [search for search in informed if search.record.removed == recommendation.removed]
 
 
 def _metric_name(record: PruneRecord) -> str:
-    """Return the name of a search's metric in sentences."""
+    """Return the name of a search's metric for sentences, such as `accuracy` or `loss`."""
     if not record.higher_is_better:
         return "loss"
     return "accuracy" if record.metric == record.benchmark.primary_metric else record.metric
 
 
 def _describe_set(searches: Searches, labels: Labels) -> str:
-    """Describe a removed set and its result on the test documents."""
+    """Describe a set of removed parts and its result on the test documents."""
     record = searches[0].record
     strategies = join_words([labels[search.record.name] for search in searches])
     return (
@@ -278,7 +280,7 @@ def _describe_set(searches: Searches, labels: Labels) -> str:
 
 
 def _explain_choice(searches: Searches, recommendation: Recommendation, labels: Labels) -> str:
-    """Describe why a set is recommended, with a leading space; empty for the only set."""
+    """Explain why a set is recommended, with a leading space; return "" for the only set."""
     step, documents = recommendation.step, recommendation.decided_on
     if step is None or documents is None:
         return ""
@@ -293,7 +295,7 @@ def _explain_choice(searches: Searches, recommendation: Recommendation, labels: 
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
-    """Yield comparisons of other strategies with the recommended set, in simultaneous tests."""
+    """Yield sentences that compare other strategies with the recommended set."""
     by_strategy = group_by((s for s in searches if s not in best), lambda s: s.request.strategy)
     names = ("cosine_oneshot", "cosine", RANDOM_STRATEGY)
     groups = [by_strategy[name] for name in names if name in by_strategy]
@@ -306,13 +308,13 @@ def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
 
 
 def _strategy_result(searches: Searches) -> StrategyResult:
-    """Combine the draws of one strategy."""
+    """Combine all random draws of one strategy into one result."""
     records = tuple(search.record for search in searches)
     return StrategyResult(records, tuple(search.outcomes for search in searches))
 
 
 def _describe_strategy(searches: Searches, difference: Estimate) -> str:
-    """Describe the result of a strategy, and its difference from the recommended set."""
+    """Describe a strategy's test result, and the difference from the recommended set."""
     record = searches[0].record
     levels = [final_outcome(search.record).level.value for search in searches]
     mean = statistics.fmean(level or 0.0 for level in levels) if None not in levels else None
@@ -329,10 +331,10 @@ def _describe_strategy(searches: Searches, difference: Estimate) -> str:
 
 
 def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = "") -> Iterator[str]:
-    """Describe steps at which the calibration documents were too few to choose, if any.
+    """Yield a sentence about the steps with too few calibration documents, if there are any.
 
-    `name` names the choice that the documents had to separate from the runner-up. `suffix` is
-    appended to the number of documents.
+    At such a step, the documents do not separate the choice from the runner-up. `name` is the word
+    for the choice in the sentence. `suffix` is appended to the number of documents.
     """
     separation = separate_steps(records)
     if not separation.unsure_steps:
@@ -351,7 +353,7 @@ def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = ""
 
 
 def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Column[RowType], ...]:
-    """Build columns of the mean cost per row; `select` returns the searches of a row."""
+    """Build table columns of the mean cost of the searches that `select` returns for a row."""
     reason = "nothing is removed"
 
     def column(name: str, unit: FigureUnit) -> Column[RowType]:
@@ -367,9 +369,10 @@ def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Co
 def frontier_chart(
     title: str, unit: Component, better: bool, levels: Mapping[str, Sequence[Estimate | None]]
 ) -> LineChart:
-    """Draw the test level against the number of removed parts, from 0 on: one line per strategy.
+    """Draw the test accuracy or loss against the number of removed parts, for each strategy.
 
-    `unit` is the kind of parts, and `better` whether a higher level is better.
+    `unit` is the kind of parts. `better` is True if a higher value is better. `levels` maps each
+    strategy to its values for 0, 1, 2, … removed parts.
     """
     return LineChart(
         title=title,
@@ -382,7 +385,7 @@ def frontier_chart(
 
 
 def _searches_table(records: Sequence[PruneRecord]) -> Table:
-    """Build the table of searches: a row for the intact model, then one row per search."""
+    """Build the table of searches: one row for the intact model, and one row per search."""
     record, labels = records[0], _search_labels(records)
     part = f" of the {record.part} part" if record.part else ""
     documents = count_text(record.baseline.n, "test document")
@@ -413,7 +416,7 @@ def _searches_table(records: Sequence[PruneRecord]) -> Table:
 
 
 def _explain_names(record: PruneRecord) -> Iterator[str]:
-    """Explain the notation of part names such as `12.5`, with the first removed part."""
+    """Explain names such as `12.5` of heads or experts, with the first removed part."""
     if record.unit in NUMBERED_COMPONENTS:
         parts, part = record.parts, record.removed[0]
         words = f"{record.unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"
@@ -421,17 +424,17 @@ def _explain_names(record: PruneRecord) -> Iterator[str]:
 
 
 def _level_heading(higher_is_better: bool) -> str:
-    """Return the heading of a column or axis of test levels."""
+    """Return the heading of a column or axis: `test accuracy` or `test loss`."""
     return "test accuracy" if higher_is_better else "test loss"
 
 
 def _figure_unit(record: PruneRecord, unit: FigureUnit = "percent") -> FigureUnit:
-    """Return the unit of a level, or of a change in `points`."""
+    """Return the display unit of a metric: `unit` for an accuracy, `score` for a loss."""
     return unit if record.higher_is_better else "score"
 
 
 def _calibration_text(record: PruneRecord) -> str:
-    """Describe the calibration documents; empty if there are none."""
+    """Describe the number and source of the calibration documents, or return ""."""
     return ", ".join(
         f"{cell.n:,} of {cell.benchmark}{f' ({cell.part})' if cell.part else ''}"
         for cell in record.calibration
@@ -439,9 +442,10 @@ def _calibration_text(record: PruneRecord) -> str:
 
 
 def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Return the label of each search: its strategy, and differences from similar searches.
+    """Return name → label of each search: its strategy, and the settings that distinguish it.
 
-    The possible differences are the calibration documents and the constraints.
+    These settings are the calibration documents and the constraints. The settings are added only if
+    searches of the same strategy and amount differ in them.
     """
     labels = {}
     for group in group_by(records, lambda record: (record.label, record.amount)).values():
@@ -454,7 +458,7 @@ def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
 
 
 def _constraints_text(record: PruneRecord) -> str:
-    """Describe the constraints as a part of a label."""
+    """Describe a search's constraints for its label, such as `among 8 to 24`."""
     among = "" if record.among is None else f"among {join_words(format_layers(record.among))}"
     protected = f"without {join_words(format_layers(record.protected))}" if record.protected else ""
     minimums = (f"{minimum} {kind} left" for kind, minimum in record.at_least.items())
@@ -462,13 +466,13 @@ def _constraints_text(record: PruneRecord) -> str:
 
 
 def _benchmark_name(record: PruneRecord) -> str:
-    """Return the benchmark's name, with the seed of its halves unless it is the default."""
+    """Return the benchmark's name, with its split seed unless this is the default seed."""
     seed = record.benchmark.seed
     return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
 
 
 class _StepRow(NamedTuple):
-    """A table row: one step of a search, counted from 1."""
+    """Row of the table of steps; the first step of a search has number 1."""
 
     search: str
     number: int
@@ -514,7 +518,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
 
 
 def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
-    """Draw the test level of each strategy against the number of removed parts."""
+    """Draw each strategy's test accuracy or loss against the number of removed parts."""
     record, labels = records[0], _search_labels(records)
     ascending = sorted(records, key=lambda search: len(search.removed))
     # Of several amounts of one strategy, the last has all steps.
@@ -531,10 +535,11 @@ def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
 def find_savable(
     searches: Searches, recommendations: Recommendations
 ) -> tuple[TestedSearch, CellRequest] | None:
-    """Find the first recommended set that can be saved, and the request that tested it.
+    """Find the first recommended set that can be saved as a checkpoint.
 
-    The set belongs to the first model, benchmark and amount of the file. None if no set can be
-    saved.
+    The function returns the search and the request that tested the set, or None if no set can be
+    saved. The set belongs to the first model, benchmark and amount of the file for which saving is
+    possible.
     """
     for goal, recommendation in recommendations.items():
         group = [search for search in searches if search.request.goal == goal]
@@ -545,13 +550,13 @@ def find_savable(
 
 
 def export_command(record: PruneRecord, request: CellRequest, results: Path) -> str:
-    """Return the command that saves a pruned model and proves it on the test documents."""
+    """Return the command that saves the pruned model and verifies it on the test documents."""
     removed = ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
     return save_command(removed, request, results)
 
 
 def save_command(change: Sequence[str], request: CellRequest, results: Path) -> str:
-    """Return the command that saves a changed model and proves it on a request's documents."""
+    """Return the command that saves a changed model and verifies it on requested documents."""
     settings = request.settings
     words = ["tracker", "export", settings.model, "--dtype", settings.dtype, *change]
     for name in FIELDS_BY_KEY.values():
@@ -566,7 +571,7 @@ _SEPARATE_KEYS = {*ChangeGrid.model_fields, "model", "dtype", "removed"}
 
 
 def _format_option(value: object) -> str:
-    """Format a setting as an option of the command."""
+    """Format the value of a setting as a command-line argument."""
     if isinstance(value, tuple):
         return str(value[0]) if len(value) == 1 else json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

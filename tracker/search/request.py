@@ -67,7 +67,7 @@ def _check_strategy(name: str) -> str:
 
 
 class SearchRequest(SearchSettings):
-    """A search for parts of one model to remove, for one benchmark, by one strategy."""
+    """Request to search, by one strategy, for removable parts of a model on a benchmark."""
 
     cell: CellRequest
     """The model and the benchmark of the search."""
@@ -75,13 +75,13 @@ class SearchRequest(SearchSettings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> SearchRequest:
-        """Raise ValueError if settings contradict each other."""
+        """Raise ValueError if settings of the search contradict each other."""
         for problem in self._problems():
             raise ValueError(problem)
         return self
 
     def _problems(self) -> Iterator[str]:
-        """Yield a reason for each contradiction between settings."""
+        """Yield an error message for each contradiction between settings."""
         if (self.remove is None) == (self.keep is None):
             yield (
                 "set either 'remove' or 'keep', the amount to remove or to keep: "
@@ -134,7 +134,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def constraints_text(self) -> str:
-        """The constraints as the user wrote them: `protect 0, 1, last`; empty without any."""
+        """The constraints as text, such as `protect 0, 1, last`; empty if there are none."""
         texts = {key: ", ".join(format_layers(getattr(self, key))) for key in ("protect", "among")}
         minimums = decode_arguments(self.at_least)
         texts["at_least"] = ", ".join(f"{kind}: {n}" for kind, n in minimums.items())
@@ -142,7 +142,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that identify a search, without newer keys or keys that do not apply."""
+        """The settings that identify the search, without unset constraints and newer keys."""
         settings = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
         settings["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
@@ -150,16 +150,16 @@ class SearchRequest(SearchSettings):
 
     @property
     def draw_numbers(self) -> tuple[int | None, ...]:
-        """The numbers of the draws; a single None for a strategy without random draws."""
+        """The numbers of the random draws, from 1; `(None,)` if the strategy does not draw."""
         return tuple(range(1, self.draws + 1)) if self.strategy in DRAWN_STRATEGIES else (None,)
 
     @property
     def used_rescoring(self) -> Rescoring:
-        """The rescoring of candidates; `full` for strategies without this setting."""
+        """The method of scoring candidates again; `full` for strategies without this setting."""
         return self.rescoring if self.strategy in RESCORED_STRATEGIES else "full"
 
     def calibration(self) -> tuple[CellRequest, ...]:
-        """Return the requests of the calibration cells; empty if the strategy uses no documents."""
+        """Return one request per calibration benchmark; empty if the strategy uses no documents."""
         if self.strategy in BLIND_STRATEGIES:
             return ()
         return tuple(map(self._calibration_on, self.calibrate or (self.cell.benchmark.benchmark,)))
@@ -175,17 +175,17 @@ class SearchRequest(SearchSettings):
         return replace(cell, benchmark=spec, metric=None)
 
     def test(self) -> CellRequest:
-        """Return the request of the test cell, whose documents never influence the choice."""
+        """Return the request for the test documents, which never influence the choice."""
         return self.cell.on_part("test", sample=self.test_sample)
 
     @property
     def goal(self) -> SearchGoal:
-        """The goal; searches with the same goal choose comparable sets."""
+        """The goal: test documents, kind of parts, amount and constraints of the search."""
         return self.test(), self.unit, self.amount_text, self.constraints_text
 
 
 class _Constraint(GridValues):
-    """A constraint in a grid, which may be a mapping that W&B would take for a range of values."""
+    """Values of a constraint in a grid; a mapping must not look like a value range of W&B."""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,9 +209,10 @@ else:
 
 
 def deciding_request(searches: Sequence[SearchRequest]) -> CellRequest:
-    """Return the request of the documents that compare searches with one goal.
+    """Return the request for the documents on which results of searches are compared.
 
-    These are calibration documents of the goal's benchmark, as many as the largest search sample.
+    All compared searches have the same goal, such as removing 8 layers. The documents are
+    calibration documents of their benchmark, as many as the largest sample of these searches.
     """
     samples = [search.sample for search in searches if search.sample is not None]
     sample = max(samples) if len(samples) == len(searches) else None
@@ -219,7 +220,7 @@ def deciding_request(searches: Sequence[SearchRequest]) -> CellRequest:
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Build a search from settings (None = default); raise RequestError for an invalid value."""
+    """Build a search request from settings (None = default), or raise RequestError."""
     settings = {name: value for name, value in settings.items() if value is not None}
     search = {name: settings.pop(name) for name in SearchSettings.model_fields if name in settings}
     cell = validate_settings(CellSettings, {"layers": (), **settings}, prefix).request
@@ -227,7 +228,7 @@ def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchReques
 
 
 def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Build a search from a cell and the settings that only searches have.
+    """Build a search request from a request for a model and benchmark, and search settings.
 
     Raises RequestError for an invalid value.
     """
@@ -235,7 +236,7 @@ def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--"
 
 
 def refuse_unused_settings(searches: Collection[SearchRequest]) -> None:
-    """Raise RequestError for a setting that no search uses."""
+    """Raise RequestError if `rescoring` or `draws` is set but no search uses the setting."""
     strategies = {search.strategy for search in searches}
     for name, users in (("rescoring", RESCORED_STRATEGIES), ("draws", DRAWN_STRATEGIES)):
         values = {getattr(s, name) for s in searches if name in s.model_fields_set} - {"full"}
@@ -248,7 +249,7 @@ def refuse_unused_settings(searches: Collection[SearchRequest]) -> None:
 
 
 def refuse_draws(searches: Collection[SearchRequest]) -> None:
-    """Raise RequestError if the result to save would come from random draws alone."""
+    """Raise RequestError if all searches are random, so that no model would be saved."""
     if {search.strategy for search in searches} == {RANDOM_STRATEGY}:
         raise RequestError(
             "--output saves the recommended set, but random draws are never recommended; add "
@@ -262,7 +263,7 @@ class PruneFile(Sweep):
     parameters: SearchParameters
 
     def searches(self) -> list[SearchRequest]:
-        """Expand the grid to searches; those of the same model are adjacent.
+        """Expand the grid to search requests; requests of the same model are adjacent.
 
         Raises RequestError for an invalid value.
         """
@@ -281,14 +282,14 @@ class PruneFile(Sweep):
 def load_searches(
     source: ExperimentSource, settings: Mapping[str, Any] | None = None
 ) -> ExperimentInput[PruneFile]:
-    """Read and check the requests of searches.
+    """Read and check the search requests of an experiment file.
 
     Args:
-        source: The path of the file, or its contents.
-        settings: Values for keys of the file, as `with_settings` takes them.
+        source: The path of the experiment file, or its contents.
+        settings: Values for keys of the file, in the form that `apply_settings` takes.
 
     Returns:
-        The requests.
+        The search requests, with the contents of the file.
 
     Raises:
         ExperimentError: The file is missing, is not YAML, or has unknown keys or values.

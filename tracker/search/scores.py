@@ -1,6 +1,6 @@
-"""Score removals of sets of parts, and candidates for the next removal, on calibration documents.
+"""Score sets of removed parts, and candidates for the next removal, on calibration documents.
 
-All scores are losses: the smaller the loss, the better the removal.
+All scores are losses: a smaller score means that the removal costs less.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ _DIRECTION_PROXIES = ("cosine_score", "relative_update", "angular_distance")
 
 
 def add_parts(removed: PartSet, *parts: int) -> PartSet:
-    """Return a set of parts extended by further parts."""
+    """Return a set of removed parts with further parts added."""
     return tuple(sorted((*removed, *parts)))
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of each document under the removal of each of some sets.
+    """Loss of each document for each of several sets of removed parts.
 
     Attributes:
         sets: The sets of removed parts.
         values: Losses `[documents, sets]`.
         weights: Weights of documents `[documents]`, summing to 1.
-        tie_breakers: Values that order sets of equal loss `[sets]`.
-        is_binary: True if a document's losses differ by whole numbers only.
+        tie_breakers: Second criterion of the order, for sets of equal loss `[sets]`.
+        is_binary: True if all losses are whole numbers.
     """
 
     sets: Sequence[PartSet]
@@ -68,14 +68,15 @@ class Losses:
 
     @property
     def means(self) -> Array:
-        """The loss of each set; infinite if any document's loss is not finite."""
+        """The weighted mean loss of each set; infinite if the loss of a document is not finite."""
         return np.nan_to_num(rounded_values(self.weights @ self.values), nan=np.inf)
 
     @property
     def order(self) -> list[int]:
         """The indices of sets in ascending order of loss.
 
-        Equal losses are ordered by `tie_breakers`. Then the set with later parts comes first.
+        Sets of equal loss are ordered by `tie_breakers`. If these values are equal too, the set
+        with later parts is first.
         """
         ties = np.nan_to_num(rounded_values(self.tie_breakers), nan=np.inf)
         later_first = ([-part for part in reversed(part_set)] for part_set in self.sets)
@@ -83,10 +84,11 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
-        """Choose the best set, and estimate its margin over the runner-up.
+        """Return the search step of the set with the smallest loss, and its margin.
 
-        `removed` is the set that the step extends; None if there is none. Raises CellError if no
-        loss is finite.
+        The margin is the difference from the second-best set. `removed` is the set of the previous
+        step, or None if this step does not extend a previous set. Raises CellError if no loss is
+        finite.
         """
         best, *others = self.order if order is None else order
         means = self.means
@@ -112,9 +114,10 @@ class Losses:
 
 
 class Scores:
-    """Scores of sets on the calibration cells of a search, and the cost of the measurements.
+    """Scores of sets of parts on calibration benchmarks, with the cost of the measurements.
 
-    All cells have equal weight, regardless of size. `parts` are the parts that may be removed.
+    All benchmarks have equal weight, regardless of their number of documents. `parts` is the
+    numbering of the parts that can be removed.
     """
 
     def __init__(self, cells: Sequence[OpenCell], parts: SearchParts) -> None:
@@ -129,7 +132,7 @@ class Scores:
 
     @property
     def documents(self) -> int:
-        """The total number of documents in all cells."""
+        """The total number of calibration documents over all benchmarks."""
         return sum(cell.n for cell in self.cells)
 
     def ablation(self, removed: PartSet) -> Ablation:
@@ -159,33 +162,33 @@ class Scores:
         """Score candidates for the next removal by a proxy, in the model without `removed`.
 
         Args:
-            name: A key of `PROXIES` that has a strategy, or `angular_distance`.
-            removed: The layers removed so far.
-            spans: Candidate spans of layers, numbered as in the intact model; None = each layer
-                alone.
+            name: Name of the proxy: a key of `PROXIES` that has a strategy, or `angular_distance`.
+            removed: The layers that earlier steps removed.
+            spans: Candidate spans, as positions among the remaining layers; None = each remaining
+                layer is a candidate.
 
         Returns:
-            The losses of the candidate layers; for `angular_distance`, the losses of spans.
+            The proxy of each candidate for each document, as a loss.
         """
         losses = [self._proxy(cell, name, removed, spans) for cell in self.cells]
         sets = self.extended_sets(removed, spans)
         return Losses(sets, *_stack_documents(losses), np.zeros(len(sets)))
 
     def extended_sets(self, removed: PartSet, spans: Sequence[range] | None) -> list[PartSet]:
-        """Extend a set by each span; if `spans` is None, by each remaining layer."""
+        """Return one set per candidate: the removed layers plus a span or a remaining layer."""
         layers = [layer for layer in range(self.layers) if layer not in removed]
         if spans is None:
             return [add_parts(removed, layer) for layer in layers]
         return [add_parts(removed, *(layers[n] for n in span)) for span in spans]
 
     def _add_passes(self, cell: OpenCell, n_passes: float) -> None:
-        """Add passes of a cell to the cost, weighted by the cell's share of all documents."""
+        """Add forward passes to the cost, weighted by the benchmark's share of all documents."""
         self._passes += n_passes * cell.n / self.documents
 
     def _proxy(
         self, cell: OpenCell, name: str, removed: PartSet, spans: Sequence[range] | None
     ) -> tuple[Array, Array]:
-        """Return the mean of a proxy in each document, and the documents' weights."""
+        """Return a proxy's mean for each document and candidate, and the document weights."""
         observation = "turning" if name in _DIRECTION_PROXIES else name.replace("_", "-")
         suffix = f"-without-{'-'.join(map(str, removed))}" if removed else ""
         kind = f"{observation}-1{suffix}"
@@ -209,7 +212,7 @@ class Scores:
     def record_race(
         self, race: CandidateRace, candidates: Sequence[Ablation], start: Sequence[Ablation]
     ) -> None:
-        """Record the documents that a race measured for the starting set and each candidate."""
+        """Record which documents a race measured, and add their cost."""
         (cell,) = self.cells
         n_seen = race.rule.seen
         n_measured = race.measured_documents(n_seen)
@@ -225,9 +228,9 @@ class Scores:
             self._race_documents.setdefault(ablation.name, set()).update(race.order[:n])
 
     def choosing_documents(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
-        """Return the numbers of a cell's documents that influenced the choice, for each task.
+        """Return task → numbers of the documents that influenced the search.
 
-        The numbers are ascending. A race uses only some of the documents.
+        The numbers are ascending. A search with `rescoring: race` uses only some of the documents.
         """
         if not self._race_documents:
             return cell.documents
@@ -250,13 +253,13 @@ class Scores:
 
 
 def _stack_documents(parts_of_cells: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Concatenate the documents of several cells, with equal total weight for each cell."""
+    """Concatenate document values and weights of several benchmarks of equal total weight."""
     values = np.concatenate([values for values, _ in parts_of_cells])
     return values, np.concatenate([weights / len(parts_of_cells) for _, weights in parts_of_cells])
 
 
 def _build_observer(engine: Engine, name: str, removed: PartSet) -> ObserveDocument:
-    """Build an observer of a proxy in a copy of the model without the removed layers."""
+    """Build a function that measures a proxy on one document, without the removed layers."""
     import time
 
     sharing = engine.sharing

@@ -1,8 +1,9 @@
-"""Run one search: remove parts, chosen by measurements on its calibration cells, within a budget.
+"""Run one search: choose parts to remove by measurements on calibration documents.
 
-The module also recommends one of the sets that searches chose, using calibration documents only.
+The module also recommends one of the sets that several searches chose. The recommendation uses
+calibration documents only.
 
-A budget in seconds depends on the duration of each layer, which this module measures.
+For a budget in seconds, this module measures how long each layer takes.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ TIMING_PASSES = 15
 
 
 def seconds_per_token(loaded: LoadedModel, cache: ModelCache) -> tuple[list[float], float]:
-    """Return the seconds per token of each layer and of the whole model, on a text of fixed length.
+    """Return the measured seconds per token of each layer, and of the whole model.
 
-    Each model is timed once per machine and device. `ModelCache.keep_timings` writes the timing to
-    the results folder, so that a continued search has the same budget.
+    The model reads a text of fixed length. Each model is timed once per machine and device.
+    `ModelCache.keep_timings` writes the times to the results folder, so that a continued search has
+    the same budget.
     """
     identity = loaded.identity
     hardware = {**describe_machine(), **describe_device(loaded.device)}
@@ -83,7 +85,7 @@ def _time_layers(loaded: LoadedModel) -> tuple[list[float], float]:
 
 @contextmanager
 def _record_ticks(layers: nn.ModuleList) -> Iterator[list[float]]:
-    """Record the times at which each layer begins and ends."""
+    """Record when each layer begins and ends in a `with` block; yield the list of times."""
     ticks: list[float] = []
 
     def tick(*hook_arguments: object) -> None:
@@ -97,7 +99,7 @@ def _record_ticks(layers: nn.ModuleList) -> Iterator[list[float]]:
 
 
 def _synchronized_time() -> float:
-    """Return the time after the device has finished all its work."""
+    """Wait until the device has finished all its work, and return the time."""
     synchronize()
     return time.perf_counter()
 
@@ -108,15 +110,15 @@ MIN_DOCUMENTS = 2
 
 @dataclass(frozen=True)
 class SearchDraw:
-    """Result of one draw of a search.
+    """Result of a search, for one draw of its random strategy.
 
     Attributes:
         request: The request of the search.
-        parts: The parts of the model that the search may remove.
-        draw: Number of the draw; None if the strategy does not draw at random.
-        steps: The steps of the search, without test results.
-        calibration: The calibration documents.
-        cost: The cost of the search.
+        parts: Numbering of the parts of the model that the search can remove.
+        draw: Number of the random draw; None if the strategy does not draw at random.
+        steps: Steps of the search, without results on test documents.
+        calibration: The benchmarks and documents on which the search chose the parts.
+        cost: The cost of all measurements of the search.
     """
 
     request: SearchRequest
@@ -128,18 +130,20 @@ class SearchDraw:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The parts removed after the last step, ascending."""
+        """The numbers of all parts that are removed after the last step, ascending."""
         return self.steps[-1].removed
 
     @property
     def ablations(self) -> list[Ablation]:
-        """The ablation that removes the set after each step, for the test documents."""
+        """For each step, the ablation that removes all parts removed so far."""
         return [self.parts.removal(step.removed) for step in self.steps]
 
     def run_request(self, step: PruneStep) -> CellRequest | None:
-        """Build the request of a step as a run: its removal, in addition to earlier removals.
+        """Build the request that measures the model after a step as a run on the test documents.
 
-        None if several attentions, MLPs, heads or experts are removed: a run can lack only one.
+        The run removes the last part in addition to the parts of earlier steps. The method returns
+        None if several attentions, MLPs, heads or experts are removed, because a run can remove
+        only one of these parts.
         """
         part = step.layer if step.layer is not None else max(step.removed)
         removed = tuple(layer for layer in step.removed if layer != part)
@@ -149,9 +153,10 @@ class SearchDraw:
         return request.with_changes(self.parts.removal([part]).changes)
 
     def name(self, test_key: str) -> str:
-        """Return the name of the draw, unique among the searches of a results folder.
+        """Return the name of this search and draw, which is unique in a results folder.
 
-        `test_key` is the key of the test cell, which differs for another model at the same path.
+        `test_key` is the ledger's key for the model and the test benchmark. The key differs if
+        another model is stored at the same path.
         """
         request, cell = self.request, self.request.cell
         words = (cell.model, cell.benchmark, request.strategy, self.draw, request.amount_text)
@@ -164,7 +169,7 @@ class SearchDraw:
 def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
     """Refuse models, layers and benchmarks that do not exist, or models that cannot be saved.
 
-    The check runs before any measurement, and raises RequestError.
+    The function raises RequestError before anything is measured.
     """
     sources = [cache.source(search.cell.model) for search in searches]
     pairs = zip(sources, searches, strict=True)
@@ -179,17 +184,18 @@ def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None
 def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
     """Refuse searches that calibrate and test on some of the same documents.
 
-    Halves are drawn for each task separately. So the calibration half of one task overlaps with the
-    test half of another task over the same rows. This check opens the benchmarks, so other problems
-    with them are also reported before measurement.
+    The documents of each task are split into halves separately. If two tasks use the same rows, the
+    calibration half of one task overlaps with the test half of the other task. This check opens the
+    benchmarks, so other problems with the benchmarks are also reported before any measurement.
 
     Args:
         searches: The searches.
-        cache: Opens the cells; no model is loaded here.
+        cache: Cache that opens the benchmarks; no model is loaded.
 
     Raises:
-        ExperimentError: Some documents would be used for both calibration and test.
-        BenchmarkError: A benchmark cannot be read, or has no such parts.
+        ExperimentError: A calibration task and a different test task have the same documents.
+        BenchmarkError: A benchmark cannot be read, or cannot be split into calibration and test
+            documents.
     """
     requests = dict.fromkeys(
         r for search in searches for r in (*search.calibration(), search.test())
@@ -214,7 +220,7 @@ def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
 
 
 def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
-    """Build the budget of a search; raise ExperimentError if it removes nothing or everything."""
+    """Build the budget of a search; raise ExperimentError if the amount is impossible."""
     cell, amount = request.cell, request.amount
     source = cache.source(cell.model)
     # Constraints that are wrong are reported before anything is timed.
@@ -248,12 +254,12 @@ def find_constraints(request: SearchRequest, cache: ModelCache) -> Constraints:
 
 
 def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Iterator[SearchDraw]:
-    """Choose the parts to remove, separately for each draw.
+    """Run a search: choose the parts to remove, separately for each random draw.
 
     Args:
         request: The request of the search.
         budget: The budget of the search.
-        cache: Opens the cells, which other searches may share.
+        cache: Cache that opens the model and the benchmarks, and shares them with other searches.
 
     Yields:
         The result of each draw.
@@ -280,7 +286,7 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
 
 
 def refuse_few(request: CellRequest, n_documents: int) -> None:
-    """Raise ExperimentError if there are too few calibration documents for a comparison."""
+    """Raise ExperimentError if there are fewer calibration documents than `MIN_DOCUMENTS`."""
     if n_documents < MIN_DOCUMENTS:
         raise ExperimentError(
             f"{request.title}: too few calibration documents ({n_documents}); raise 'sample' to "
@@ -289,7 +295,7 @@ def refuse_few(request: CellRequest, n_documents: int) -> None:
 
 
 def _refuse_mixtures(request: SearchRequest, cells: list[OpenCell]) -> None:
-    """Raise ExperimentError if losses would be averaged over both accuracies and nats."""
+    """Raise ExperimentError if a search calibrates on both accuracies and text losses."""
     directions = {cell.higher_is_better for cell in cells}
     if len(directions) > 1:
         names = ", ".join(str(cell.request.benchmark) for cell in cells)
@@ -300,7 +306,7 @@ def _refuse_mixtures(request: SearchRequest, cells: list[OpenCell]) -> None:
 
 
 def calibration_record(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> CalibrationSet:
-    """Build the record of a cell's calibration documents, from the document numbers per task."""
+    """Build the stored record of the calibration documents from one benchmark."""
     return CalibrationSet(
         key=cell.store.identity.key,
         benchmark=str(cell.request.benchmark),
@@ -312,7 +318,7 @@ def calibration_record(cell: OpenCell, documents: dict[str, tuple[int, ...]]) ->
 
 
 def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step: PruneStep) -> str:
-    """Describe the removal of a step in one line; many parts are only counted."""
+    """Describe the removal of a search step in one line, as a progress message."""
     name = request.strategy if draw is None else f"{request.strategy} {draw}"
     if request.calibrate:
         name += f" calibrated on {', '.join(request.calibrate)}"
@@ -328,13 +334,13 @@ def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended set among the sets that searches with one goal chose.
+    """Recommended set of parts among the sets that searches with the same goal chose.
 
     Attributes:
-        removed: The recommended set; empty if there is none.
-        n_sets: Number of different sets to choose from.
-        step: The set's loss on the deciding documents, the runner-up, and the margin between the
-            two; None if there were no different sets to compare.
+        removed: The recommended set of removed parts; empty if nothing is recommended.
+        n_sets: Number of different sets that the searches chose.
+        step: Comparison of the sets: the loss of the recommended set, the second-best set, and the
+            difference of their losses. None if there were no different sets.
         decided_on: The documents on which sets were compared; None if no sets were compared.
         reason: Reason why nothing is recommended; empty otherwise.
     """
@@ -347,14 +353,15 @@ class Recommendation:
 
 
 def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendation:
-    """Recommend the set with the smallest loss on calibration documents, for searches of one goal.
+    """Recommend one of the sets that searches chose: the set with the smallest loss.
 
-    Random draws are only a reference, and never recommended. If all other searches chose the same
-    set, nothing is measured.
+    All compared searches have the same goal, such as removing 8 layers. The loss is measured on
+    calibration documents. Random draws are only a reference and are never recommended. If all other
+    searches chose the same set, nothing is measured.
 
     Args:
         draws: The results of the searches.
-        cache: Opens the cell of the deciding documents.
+        cache: Cache that opens the model and the calibration documents.
 
     Returns:
         The recommendation, or the reason why there is none.

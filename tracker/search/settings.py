@@ -48,7 +48,7 @@ _RATIO = re.compile(r"(\d+)(?: of (\d+))?", re.ASCII)
 
 
 def _parse_layers(layers: Any) -> tuple[int | str, ...]:
-    """Parse layers from YAML, from W&B, or as typed on the command line."""
+    """Parse a setting that names layers, from YAML, W&B or the command line."""
     text = layers.strip() if isinstance(layers, str) else ""
     if text[:1] in ("[", "(", "{"):
         for parse in (json.loads, ast.literal_eval):
@@ -73,7 +73,7 @@ def _parse_layers(layers: Any) -> tuple[int | str, ...]:
 
 
 def _parse_mapping(mapping: dict[Any, Any]) -> Any:
-    """Parse layers written as `{min, max}` or `{kind}`."""
+    """Parse layers that are written as a mapping with the keys `min` and `max`, or `kind`."""
     if mapping.keys() == {"min", "max"}:
         return f"{mapping['min']}-{mapping['max']}"
     if mapping.keys() == {"kind"}:
@@ -82,7 +82,7 @@ def _parse_mapping(mapping: dict[Any, Any]) -> Any:
 
 
 def _parse_layer(value: Any) -> Iterator[int | str]:
-    """Yield the layers of one entry: `3`, `3-7`, or a word."""
+    """Yield the layers of one entry of the setting, such as `3`, `3-7` or `last`."""
     text = str(value).strip()
     numbers = _RANGE.fullmatch(text)
     if isinstance(value, bool) or not (numbers or _KIND.fullmatch(text)):
@@ -99,7 +99,7 @@ def _parse_layer(value: Any) -> Iterator[int | str]:
 
 
 def _parse_minimums(value: Any) -> str:
-    """Validate `N` or `N of M`, the layers of each kind that must stay; return canonical JSON."""
+    """Parse the minimum number of layers per kind, `N` or `N of M`; return canonical JSON."""
     expected = f"expected e.g. {MINIMUM_FORMS}"
     try:
         minimums = decode_arguments(_SETTINGS.validate_python(value))
@@ -125,13 +125,14 @@ LayerMinimums = Annotated[str, BeforeValidator(_parse_minimums)]
 
 @dataclass(frozen=True)
 class LayerMinimum:
-    """A constraint: a minimum number of layers of one kind must stay.
+    """Constraint of a search: a minimum number of layers of one kind must stay.
 
     Attributes:
-        kind: The kind of layers.
-        layers: The layers of the kind.
+        kind: Kind of the layers, such as `full_attention`.
+        layers: Numbers of the layers of this kind.
         count: Minimum number of layers that stay.
-        window: Length of each run of consecutive layers that must keep `count`; None = all layers.
+        window: The minimum applies to every `window` consecutive layers; None = to all layers of
+            the model.
     """
 
     kind: str
@@ -144,7 +145,7 @@ class LayerMinimum:
         return f"{self.count}" if self.window is None else f"{self.count} of {self.window}"
 
     def groups(self, n_layers: int) -> Iterator[tuple[int, ...]]:
-        """Yield each group of layers of which `count` must stay, in a model of `n_layers`."""
+        """Yield each group of layers of which at least `count` layers must stay."""
         width = n_layers if self.window is None else self.window
         for start in range(n_layers - width + 1):
             yield tuple(layer for layer in self.layers if start <= layer < start + width)
@@ -156,8 +157,8 @@ class Constraints:
 
     Attributes:
         protected: Layers that must stay.
-        among: The only layers that may be removed; None for all.
-        minimums: Minimum numbers of layers by kind.
+        among: Layers that the search can remove; None = all layers.
+        minimums: Minimum numbers of layers that must stay, for some kinds of layers.
     """
 
     protected: tuple[int, ...] = ()
@@ -166,7 +167,7 @@ class Constraints:
 
     @property
     def names(self) -> str:
-        """The keys of the constraints in use, as messages name them."""
+        """The names of the constraints in use for messages, such as `'protect' and 'among'`."""
         values = {"protect": self.protected, "among": self.among, "at_least": self.minimums}
         return " and ".join(f"'{key}'" for key, value in values.items() if value)
 
@@ -187,21 +188,21 @@ def resolve_constraints(
     n_layers: int,
     config: Callable[[], Any],
 ) -> Constraints:
-    """Resolve the words in constraints to layers of a model.
+    """Convert the words in constraints, such as `last` or `odd`, to layers of a model.
 
     Args:
-        protect: The layers of `protect`, as `LayerWords`; empty for none.
-        among: The layers of `among`, as `LayerWords`; empty for none.
-        at_least: The minimum numbers, as `LayerMinimums`; None for none.
+        protect: Value of the setting `protect`, as `LayerWords`; empty if no layer is protected.
+        among: Value of the setting `among`, as `LayerWords`; empty if all layers are removable.
+        at_least: Value of the setting `at_least`, as `LayerMinimums`; None if there is no minimum.
         n_layers: Number of layers of the model.
         config: Function that reads the model's text configuration, which names kinds of layers.
 
     Returns:
-        The constraints.
+        The constraints, with numbers of layers.
 
     Raises:
-        ExperimentError: A layer or a kind does not exist, the intact model violates a constraint,
-            or nothing could be removed.
+        ExperimentError: A layer or a kind of layers does not exist, the intact model violates a
+            constraint, or no layer is removable.
     """
     protected = _resolve_layers("protect", protect, n_layers, config)
     allowed = _resolve_layers("among", among, n_layers, config) if among else None
@@ -216,7 +217,7 @@ def resolve_constraints(
 def _resolve_layers(
     key: str, words: Sequence[int | str], n_layers: int, config: Callable[[], Any]
 ) -> tuple[int, ...]:
-    """Resolve numbers and words to layers of a model."""
+    """Convert layer numbers and words such as `last` to numbers of layers of a model."""
     kinds = [word for word in words if isinstance(word, str) and word != LAST_LAYER]
     numbers = {word for word in words if isinstance(word, int)}
     if numbers and max(numbers) >= n_layers:
@@ -236,7 +237,7 @@ def _layers_of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) 
 
 
 def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any]) -> LayerMinimum:
-    """Parse `N`, or `N of M`; raise ExperimentError if the intact model violates it."""
+    """Parse a minimum `N` or `N of M`; raise ExperimentError if the intact model has fewer."""
     layers = _layers_of_kinds("at_least", [kind], config)
     n, _, width = text.partition(" of ")
     minimum = LayerMinimum(kind, layers, int(n), int(width) if width else None)
@@ -252,7 +253,7 @@ def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any
 
 
 def format_layers(layers: Sequence[int | str]) -> list[str]:
-    """Format layers; runs of three or more are shortened to `8 to 24`."""
+    """Format layers as texts; three or more consecutive layers are written as `8 to 24`."""
     runs: list[list[int | str]] = []
     for layer in layers:
         if runs and isinstance(layer, int) and layer - 1 == runs[-1][-1]:
@@ -291,13 +292,14 @@ _UNITS = {unit: (measure, n) for measure, sizes in _SIZES.items() for unit, n in
 
 @dataclass(frozen=True)
 class Amount:
-    """An amount of parts, parameters, bytes, bits or seconds, absolute or as a share of the model.
+    """Amount to remove or keep, in parts, parameters, bytes, bits or seconds.
 
     Attributes:
         text: The amount as the user wrote it.
-        value: The number; a fraction if it is a share.
-        measure: The quantity; seconds are per token, bits per weight.
-        is_share: True if the amount is a share of the whole model; for `parts`, of all parts.
+        value: The number; a fraction if the amount is a share.
+        measure: The measured quantity. Seconds are per token, and bits are per weight.
+        is_share: True if the amount is a share of the whole model, or a share of all parts if
+            `measure` is `parts`.
     """
 
     text: str
@@ -310,13 +312,13 @@ def parse_amount(value: int | str) -> Amount:
     """Parse an amount such as `8` or `25 % parameters`.
 
     Args:
-        value: A whole number of parts, or a text as in `AMOUNT_FORMS`.
+        value: A whole number of parts, or a text; `AMOUNT_FORMS` has examples.
 
     Returns:
         The amount.
 
     Raises:
-        ValueError: The value is not an amount, or means nothing or everything.
+        ValueError: The value is not an amount, or the amount is 0, or 100 % or more.
 
     Examples:
         >>> parse_amount("25 % parameters").measure, parse_amount("34M parameters").value
@@ -347,13 +349,15 @@ def match_amount(text: str) -> Amount | None:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget, which is met when the removed parts have a minimum total size.
+    """Minimum total size of the removed parts, and the parts that must stay.
 
     Attributes:
-        sizes: The size of each part: 1, or its number of parameters, bytes or seconds.
-        min_removed: Minimum size to remove; `build_budget` ensures that a part can stay.
+        sizes: Size of each part: 1, or the part's number of parameters, bytes or seconds.
+        min_removed: Minimum total size to remove. `build_budget` refuses a minimum that no allowed
+            removal reaches.
         fixed: Parts that must stay.
-        minimums: Groups of parts, each with the minimum number of its parts that must stay.
+        minimums: Groups of parts, each with the minimum number of parts of the group that must
+            stay.
     """
 
     sizes: tuple[float, ...]
@@ -363,7 +367,7 @@ class Budget:
 
     @property
     def free_parts(self) -> list[int]:
-        """The parts that may be removed."""
+        """The parts that can be removed, because no constraint keeps them."""
         return [part for part in range(len(self.sizes)) if part not in self.fixed]
 
     def parts_for(self, unit: Component) -> SearchParts:
@@ -371,22 +375,22 @@ class Budget:
         return SearchParts(unit, len(self.sizes))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether the constraints allow the removal of these parts together."""
+        """Return whether the constraints allow that all these parts are removed together."""
         return self.fixed.isdisjoint(removed) and all(
             len(set(parts).difference(removed)) >= count for parts, count in self.minimums
         )
 
     def is_met(self, removed: Collection[int]) -> bool:
-        """Return whether the total size of these parts is large enough."""
+        """Return whether the removed parts have at least the minimum total size."""
         removed_size = sum(self.sizes[part] for part in removed)
         return removed_size >= self.min_removed * (1 - 1e-9)
 
     def can_reach(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may be removed and the budget can be met afterwards."""
+        """Return whether a search that removed these parts can still meet the budget."""
         return self.allows(removed) and self.is_met(self.largest_removal(removed))
 
     def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
-        """Return the largest removable set that contains these parts; at least one part stays."""
+        """Return the largest removable set with these parts; at least one part must stay."""
         if self.minimums:
             return _largest_removal(self, frozenset(removed))
         free_parts = set(self.free_parts)
@@ -396,11 +400,11 @@ class Budget:
 
     @property
     def largest_size(self) -> float:
-        """The largest total size that may be removed."""
+        """The largest total size that can be removed under the constraints."""
         return sum(self.sizes[part] for part in self.largest_removal())
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the candidates for the next removal, after which the budget can still be met."""
+        """Return the parts that the next step can remove so that the budget stays reachable."""
         largest = self.largest_removal(removed)
         certain = largest if self.is_met(largest) else set()
         parts = [part for part in self.free_parts if part not in removed]
@@ -409,46 +413,46 @@ class Budget:
 
 @dataclass(frozen=True)
 class PartsBudget(Budget):
-    """A budget that counts heads or experts: parts of size 1, several per layer.
+    """Budget for the removal of heads or experts; each part has the size 1.
 
     Attributes:
-        parts: The kind of parts, with the minimum number of parts that each layer keeps.
+        parts: Numbering of the heads or experts, with the minimum number that each layer keeps.
     """
 
     parts: SearchParts = field(kw_only=True)
 
     def parts_for(self, unit: Component) -> SearchParts:
-        """Return the numbering of the budget's parts, which are of kind `unit`."""
+        """Return the numbering of the heads or experts in this budget."""
         return self.parts
 
     @cached_property
     def _max_removals(self) -> Mapping[int, int]:
-        """Maximum number of removed parts of each layer."""
+        """Layer → maximum number of parts that can be removed from the layer."""
         room = self.parts.per_layer - self.parts.min_kept
         counts = self._count_by_layer(self.free_parts)
         return {layer: min(count, room) for layer, count in counts.items()}
 
     def _count_by_layer(self, parts: Iterable[int]) -> Counter[int]:
-        """Count parts in each layer."""
+        """Count how many of the given parts each layer contains."""
         return Counter(map(self.parts.layer_of, parts))
 
     @property
     def largest_size(self) -> float:
-        """The largest total size that may be removed."""
+        """The largest number of parts that can be removed under the constraints."""
         return float(sum(self._max_removals.values()))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether the constraints allow the removal of these parts together."""
+        """Return whether the constraints allow that all these parts are removed together."""
         counts = self._count_by_layer(removed).items()
         fits_layers = all(count <= self._max_removals.get(layer, 0) for layer, count in counts)
         return fits_layers and self.fixed.isdisjoint(removed)
 
     def can_reach(self, removed: Collection[int]) -> bool:
-        """Return whether these parts may be removed and the budget can be met afterwards."""
+        """Return whether a search that removed these parts can still meet the budget."""
         return self.allows(removed) and self.largest_size >= self.min_removed * (1 - 1e-9)
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the candidates for the next removal, after which the budget can still be met."""
+        """Return the parts that the next step can remove so that the budget stays reachable."""
         if not self.can_reach(removed):
             return []
         counts, layer_of = self._count_by_layer(removed), self.parts.layer_of
@@ -474,16 +478,17 @@ def build_budget(
     constraints: Constraints = NO_CONSTRAINTS,
     parts: SearchParts | None = None,
 ) -> Budget:
-    """Build the budget that removes or keeps an amount.
+    """Build the budget of a search that removes or keeps a given amount of the model.
 
     Args:
         key: `remove` if the amount is a minimum to remove, `keep` if it is a maximum to keep.
-        amount: The amount.
-        sizes: The size of each part, in the amount's measure.
-        model_size: The size of the whole model; for `parts`, the number of parts.
+        amount: The amount to remove or to keep.
+        sizes: Size of each part, in the quantity of `amount.measure`.
+        model_size: Size of the whole model in the same quantity; the number of parts if the amount
+            counts parts.
         title: The name of the search in messages.
-        constraints: The constraints on layers.
-        parts: The parts that may be removed; None = whole layers.
+        constraints: Layers that must stay.
+        parts: Numbering of the parts that can be removed; None = whole layers.
 
     Returns:
         The budget.
@@ -526,7 +531,7 @@ def build_budget(
 
 @lru_cache(maxsize=4096)
 def _largest_removal(budget: Budget, removed: frozenset[int]) -> set[int]:
-    """Return the largest removable set that contains some parts, by integer programming."""
+    """Compute `Budget.largest_removal` under minimums, by integer programming."""
     # Imported here, since most commands do not need it.
     import numpy as np
     from scipy import optimize
@@ -559,7 +564,7 @@ def _format_amount(value: float, measure: AmountMeasure) -> str:
 
 
 def _parse_names(value: Any) -> Any:
-    """Parse one name, a list of names, W&B's text of a list, or a comma-separated text."""
+    """Parse names from one name, a list, a list in W&B's text form, or comma-separated text."""
     if isinstance(value, str) and not value.startswith("["):
         return tuple(name.strip() for name in value.split(","))
     return as_tuple(value)
@@ -569,7 +574,7 @@ AmountText = Annotated[str, BeforeValidator(lambda value: parse_amount(value).te
 
 
 class SearchSettings(StrictModel):
-    """Settings of a search, without the settings of its benchmarks (`CellSettings`)."""
+    """Settings of a search; `CellSettings` has the settings of its model and benchmark."""
 
     strategy: Name
     """Strategy of the search, e.g. accuracy, cosine_oneshot, last or random."""

@@ -1,10 +1,11 @@
-"""Define strategies that choose the parts to remove; each is a generator of a search's steps.
+"""Define search strategies: generators of steps, each of which removes parts of a model.
 
-Strategies minimise a loss. Sets with equal loss by one outcome are ordered by the loss of the other
-outcome: `gold_logprob` for `accuracy`, and the reverse. Sets that are still equal are ordered by
-position: the set with later parts comes first.
+A strategy minimises the loss of `accuracy`, of `gold_logprob` or of a proxy. Sets of parts with
+equal loss of `accuracy` are ordered by the loss of `gold_logprob`, and the reverse. If both losses
+are equal, the set with later parts is chosen.
 
-Some strategies do not score every candidate on every document after each removal.
+With some settings of `rescoring`, a strategy does not score every candidate on every document after
+each removal.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ LAZY_BATCH = 6
 
 @dataclass(frozen=True)
 class Search:
-    """The input of a strategy.
+    """Input of a search strategy: scores, budget and random seed.
 
     Attributes:
-        scores: The scores on calibration documents.
-        budget: The budget, which ends the search.
+        scores: Scores of sets of parts on calibration documents.
+        budget: Budget of the search, which ends when the budget is met.
         seed: Seed of random draws.
-        draw: Number of the draw.
-        rescoring: Method by which greedy searches by outcomes score candidates again.
+        draw: Number of the random draw, from 1.
+        rescoring: Method of scoring candidates again after each removal, for greedy strategies by
+            outcomes.
     """
 
     scores: Scores
@@ -49,7 +51,7 @@ class Search:
     rescoring: Rescoring = "full"
 
     def random_generator(self, strategy: str) -> random.Random:
-        """Return a strategy's random generator, which depends only on its name, seed and draw."""
+        """Return a random generator that depends only on the strategy's name, seed and draw."""
         return random.Random(f"{strategy}/{self.seed}/{self.draw}")
 
 
@@ -59,7 +61,7 @@ StepChooser = Callable[[PartSet], PruneStep]
 
 
 def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
-    """Yield steps until the budget is met; `choose` gets the parts removed so far."""
+    """Yield steps until the budget is met; `choose` maps the removed parts to the next step."""
     removed: PartSet = ()
     while not budget.is_met(removed):
         step = choose(removed)
@@ -68,13 +70,13 @@ def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
 
 
 def remove_by_outcome(search: Search, outcome: str) -> Iterator[PruneStep]:
-    """Remove the part with the smallest additional loss; score candidates after each removal."""
+    """Remove the part with the smallest loss at each step, and score candidates again."""
     rescorings = {"full": _rescore_fully, "lazy": _rescore_lazily, "race": _rescore_by_races}
     return _yield_steps(search.budget, rescorings[search.rescoring](search, outcome))
 
 
 def _rescore_fully(search: Search, outcome: str) -> StepChooser:
-    """Return a function that scores all candidates to choose a step."""
+    """Return a function that chooses the next step by scoring all candidates."""
 
     def choose(removed: PartSet) -> PruneStep:
         sets = [add_parts(removed, part) for part in search.budget.next_parts(removed)]
@@ -84,11 +86,12 @@ def _rescore_fully(search: Search, outcome: str) -> StepChooser:
 
 
 def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
-    """Return a function that scores candidates again only while they can still win.
+    """Return a function that scores only candidates that can still be the best.
 
-    The method assumes that costs only grow: the last measured cost of a part is its minimum cost
-    now. The assumption holds if parts are redundant (the removals together cost more than their
-    sum). Otherwise a part that became cheaper is overlooked.
+    The method assumes that the cost of removing a part only grows from step to step. The last
+    measured cost of a part is then a lower bound of its present cost. The assumption holds if parts
+    are redundant (their joint removal costs more than the sum of single removals). Otherwise the
+    search overlooks parts that became cheaper.
     """
     scores, total_loss = search.scores, 0.0
     costs = dict.fromkeys(range(scores.parts.total), -np.inf)
@@ -117,12 +120,12 @@ def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
 
 
 def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
-    """Return a function that drops candidates once enough documents show that they will not win.
+    """Return a function that stops measuring a candidate when it is surely not the best.
 
-    With 95 % confidence, the removed part costs at most one percentage point more than the best one
-    by accuracy (each step is the question `prune 1 within 1 pp`). By log-probability it costs at
-    most 0.01 nats more (see `SmallestMean` for the assumptions). Documents come in random blocks
-    of 32.
+    With 95 % confidence, the removed part costs at most one percentage point of accuracy more than
+    the best candidate. Each step is therefore the question `prune 1 within 1 pp`. If the outcome is
+    the log-probability, the part costs at most 0.01 nats more (see `SmallestMean` for the
+    assumptions). Documents are measured in random blocks of 32.
     """
     scores = search.scores
     (cell,) = scores.cells
@@ -155,7 +158,7 @@ def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
 
 
 def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
-    """Remove the layer with the smallest proxy; measure the proxy again after each removal."""
+    """Remove the layer with the smallest proxy at each step, and measure the proxy again."""
 
     def choose(removed: PartSet) -> PruneStep:
         losses = search.scores.proxy(name, removed)
@@ -167,10 +170,10 @@ def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
 
 
 def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Iterator[PruneStep]:
-    """Score each part once, alone, and remove the parts with the smallest scores.
+    """Score the removal of each part alone, once; remove the parts with the smallest scores.
 
-    This assumes that scores add up. The order ignores the size of parts. Scores are losses by an
-    `outcome`, or values of a `proxy`.
+    The strategy assumes that the scores of single removals add up. The order ignores the sizes of
+    parts. A score is the loss by `outcome`, or the value of `proxy`.
     """
     scores = search.scores
     sets = [(part,) for part in search.budget.free_parts]
@@ -189,9 +192,10 @@ def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Itera
 
 
 def remove_span(search: Search) -> Iterator[PruneStep]:
-    """Remove the span of layers over which the residual stream changes direction least (PruneMe).
+    """Remove the span of layers that turns the residual stream by the smallest angle.
 
-    Each step removes the best span of the next length; it need not contain the previous span.
+    This is the method of PruneMe. Step n removes the best span of n layers, which need not contain
+    the span of the previous step.
     """
     budget, n = search.budget, search.scores.layers
     spans = (range(start, end) for start in range(n) for end in range(start + 1, n + 1))
@@ -216,7 +220,7 @@ def remove_span(search: Search) -> Iterator[PruneStep]:
 
 
 def remove_last(search: Search) -> Iterator[PruneStep]:
-    """Remove layers from the end, except the last layer, whose output is the head's input."""
+    """Remove layers from the end, but keep the last layer, which feeds the output head."""
     budget, parts = search.budget, search.scores.parts
     budget = replace(budget, fixed=budget.fixed | {*parts.parts_of_layers([parts.layers - 1])})
     if not budget.can_reach(()):
@@ -232,7 +236,7 @@ def remove_at_random(search: Search) -> Iterator[PruneStep]:
 
 
 def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
-    """Yield, in the given order, the parts that may be removed together with all parts before."""
+    """Yield those parts, in order, after whose removal the budget is still reachable."""
     removed: list[int] = []
     for part in order:
         if budget.can_reach((*removed, part)):
@@ -241,7 +245,7 @@ def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
 
 
 def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
-    """Remove parts in a given order, until the budget is met."""
+    """Yield steps that remove parts one by one in a given order, until the budget is met."""
     removed: PartSet = ()
     reasons = {"score": "the strategy looks at no document", "margin": "it compares nothing"}
     for part in order:

@@ -1,16 +1,16 @@
 """Compute statistics with pure functions of arrays.
 
 Modules:
-    accuracy: Compute accuracies, drops and intervals, and the drops that a sample can reveal.
-    arrays: Define the arrays that other modules take.
-    confidence: Compute intervals of means that are valid after every document.
-    correlation: Correlate a proxy with measured drops.
-    decisions: Compute the chosen options of documents, and the margins of these choices.
-    effects: Test interactions and growth, and compute the best of many gains by chance.
+    accuracy: Compute accuracies, accuracy drops, their intervals, and statistical power.
+    arrays: Define array types, and average proxies over tokens.
+    confidence: Compute confidence sequences: intervals of means, valid after every document.
+    correlation: Correlate a proxy with measured accuracy drops over layers.
+    decisions: Compute the options that a model chooses, their margins, and the effect of rounding.
+    effects: Test interactions of layers, growth of values, and the largest of many gains.
     rank_agreement: Compute ranks, ties and rank correlations.
-    reliability: Compute how well samples of documents, and measures of equal cost, agree.
+    reliability: Compute how well two samples of documents, or two measures of equal cost, agree.
     resampling: Compute bootstrap and jackknife intervals.
-    stopping: Decide after every block whether a question is answered.
+    stopping: Decide after every block of documents whether more documents are needed.
     support: Combine estimates, and decide which statements about layers are supported.
     task_dependence: Estimate how relevance varies between tasks.
 """

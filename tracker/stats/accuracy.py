@@ -1,20 +1,21 @@
 """Compute accuracies, drops, their intervals, and statistical power.
 
-All values are fractions, never percentage points. They are computed from per-document outcomes: one
-number in [0, 1] for each document, mostly 0 or 1, NaN if the model gave no finite score. The same
-functions estimate a loss, in its own unit. An undefined figure is None with a reason, never 0.
+All values are fractions, never percentage points. Accuracies and drops are computed from the
+outcomes of documents. An outcome is a number in [0, 1], mostly 0 or 1; it is NaN if the model gave
+no finite score. The same functions estimate a loss, in the unit of the loss. An undefined figure is
+None with a reason, never 0.
 
-Metrics that divide a sum over all documents by another sum are weighted means of documents. A
-document has a pair (sum, units): log-likelihood and bytes, or right tokens and tokens. The ratio of
-both sums is the mean of the documents' own ratios, weighted by their units. Drops, intervals and
-resampling therefore work as for any other metric.
+Some metrics divide a sum over all documents by another sum. Each document then has a pair (sum,
+units), such as log-likelihood and bytes, or right tokens and tokens. The metric equals the weighted
+mean of the documents' ratios, with the units as weights. Drops, intervals and resampling therefore
+work as for any other metric.
 
-Power is computed too: the smallest change that a sample reveals, and the number of documents that
-reveal a given change.
+The module also computes statistical power: the smallest change that a sample reveals, and the
+number of documents that reveal a given change.
 
-A two-sided test of the paired outcomes at the level `ALPHA` reveals a change if it finds the change
-with the probability `TEST_POWER`. Power depends on the variance of one document's outcome change,
-which is observed in a cell, or assumed before a cell is measured.
+A sample reveals a change if a two-sided test of the paired outcomes, at the level `ALPHA`, finds
+the change with the probability `TEST_POWER`. Power depends on the variance of one document's change
+of outcome. The variance is measured, or assumed before anything is measured.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ RATIO_SCALES = {RATIO: 1.0, "bits_per_byte": -1 / math.log(2)}
 
 
 def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
-    """Compute the ratio of sum and units for each document.
+    """Divide each document's sum (such as a log-likelihood) by its units (such as bytes).
 
     Args:
-        aggregation: The aggregation, one of `RATIO_SCALES`.
-        sums: `[documents]`.
-        units: `[documents]`, 0 or more.
+        aggregation: Name of the metric's aggregation, a key of `RATIO_SCALES`.
+        sums: `[documents]`, the sum of each document.
+        units: `[documents]`, the number of units of each document, 0 or more.
 
     Returns:
-        `[documents]`, scaled; 0 for an empty document, whose weight is 0 too, and NaN for one that
-        has a sum but no units.
+        `[documents]`, the ratios times the scale of the aggregation. The ratio is 0 for an empty
+        document, and NaN for a document with a sum but no units.
 
     Examples:
         >>> document_ratios("ratio", np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
@@ -67,19 +68,21 @@ _TOLERANCE = 1e-9
 def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = None) -> Array:
     """Compute document weights whose weighted mean is the benchmark's metric.
 
-    lm-eval aggregates a group either over its documents (`weight_by_size: true`) or as the plain
-    mean of its tasks' accuracies. The mean of task means is a weighted mean over documents too.
+    lm-eval averages a group of tasks over all documents (`weight_by_size: true`), or over the
+    accuracies of the tasks. The mean of the tasks' accuracies is a weighted mean over documents
+    too.
 
     Args:
         tasks: The task of every document.
-        by_size: Whether every document has the same weight; otherwise every task has the same.
-        units: `[documents]`, the units behind each outcome where the metric is a ratio of sums;
-            None where it is a mean over documents.
+        by_size: Whether every document has the same weight; otherwise every task has the same total
+            weight.
+        units: `[documents]`, the number of units of each document if the metric is a ratio of sums;
+            None if the metric is a mean over documents.
 
     Returns:
-        `[documents]`, summing to 1 (empty without documents): 1 / N, or 1 / (T · n) for a document
-        of a task with n documents, one of T tasks. With units, the documents of a task share its
-        weight in proportion to their units.
+        `[documents]`, the weights, which sum to 1 (empty without documents). A weight is 1 / N for
+        N documents. With equal weights of T tasks, it is 1 / (T · n) for a task with n documents.
+        With units, the documents of a task share the task's weight in proportion to their units.
 
     Examples:
         >>> weights_by_task(["law", "law", "art"], by_size=False).tolist()
@@ -99,19 +102,21 @@ def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = N
 def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     """Estimate the accuracy from the outcomes of independent documents.
 
-    The interval is Wilson's for 0/1 outcomes of equal weight. For 0/1 outcomes of unequal weight,
-    two right and two wrong documents of mean weight are added to a normal interval (Agresti &
-    Coull's "plus four"). A plain normal interval would have no width if all outcomes are right. For
-    other outcomes it is the t interval of the weighted mean. The last two are not clipped and may
-    reach beyond [0, 1]. Unequal weights are taken as fixed, and tasks are ignored. For a group
-    whose tasks differ in accuracy, the interval is therefore too wide rather than too narrow.
+    For 0/1 outcomes of equal weight, the function returns Wilson's interval. For 0/1 outcomes of
+    unequal weight, the function adds two right and two wrong documents of mean weight and returns
+    the normal interval (Agresti & Coull's "plus four"). A plain normal interval would have no width
+    if all outcomes are right. For other outcomes, the function returns the t interval of the
+    weighted mean. Normal and t intervals are not clipped to [0, 1]. Unequal weights are taken as
+    fixed, and tasks are ignored. If the tasks of a group differ in accuracy, the interval is
+    therefore too wide rather than too narrow.
 
     Args:
-        outcomes: `[documents]`, in [0, 1]; NaN where there is no finite score.
+        outcomes: `[documents]`, in [0, 1]; NaN if the model gave no finite score.
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
-        The weighted mean and its interval (None for a single document that is not 0/1); no p-value.
+        The weighted mean and its interval, without a p-value. There is no interval for a single
+        document whose outcome is neither 0 nor 1.
 
     References:
         E. B. Wilson, JASA 22 (1927) 209-212. A. Agresti, B. A. Coull, The American Statistician 52
@@ -136,26 +141,26 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
 
 
 def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate the accuracy that an ablation costs, from paired outcomes.
+    """Estimate the accuracy lost by an ablation, from outcomes on the same documents.
 
-    Positive = the layer mattered. For 0/1 outcomes the interval is Bonett & Price's adjusted Wald
-    interval for paired proportions: a Wald interval after one document is added to each of the two
-    discordant cells; with unequal weights the two have the mean weight. The value stays the raw
-    difference, which is therefore not the middle of the interval. For other outcomes it is the
-    paired t interval. Neither is clipped; both may reach beyond [-1, 1].
+    A positive drop means that the ablated model is worse. For 0/1 outcomes, the interval is Bonett
+    & Price's adjusted Wald interval for paired proportions. This is the Wald interval after adding
+    one lost and one won document, both of mean weight. The value is the difference without the
+    added documents, and is therefore not the middle of the interval. For other outcomes, the
+    interval is the paired t interval. The intervals are not clipped to [-1, 1].
 
-    The p-value is the exact two-sided McNemar test of "as many documents are lost as won". Each
-    document counts once, regardless of its weight. It is 1 when no document changes, and None for
-    outcomes other than 0/1.
+    The p-value is from the exact two-sided McNemar test, whose null hypothesis is that as many
+    documents are lost as won. Each document counts once, regardless of its weight. The p-value is 1
+    if no document changes, and None for outcomes other than 0/1.
 
     Args:
-        baseline: `[documents]`, the intact model's outcomes; NaN where there is no finite score.
+        baseline: `[documents]`, the intact model's outcomes; NaN if the model gave no finite score.
         ablated: `[documents]`, the ablated model's outcomes on the same documents.
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
-        The weighted mean of baseline minus ablated, its interval (None for a single document that
-        is not 0/1) and the p-value.
+        The weighted mean of baseline minus ablated, its interval and the p-value. There is no
+        interval for a single document whose outcomes are not 0/1.
 
     References:
         D. G. Bonett, R. M. Price, Journal of Educational and Behavioral Statistics 37 (2012)
@@ -186,16 +191,17 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
 
 
 def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate the standard deviation of the drops of single documents.
+    """Estimate the standard deviation, over documents, of the drop of a single document.
 
     Args:
-        baseline: `[documents]`, the intact model's outcomes; NaN where there is no finite score.
+        baseline: `[documents]`, the intact model's outcomes; NaN if the model gave no finite score.
         ablated: `[documents]`, the ablated model's outcomes on the same documents.
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
-        The standard deviation of baseline minus ablated, without an interval. With unequal weights
-        it is that of equally many documents of equal weight with the same standard error.
+        The standard deviation of baseline minus ablated, without an interval. With unequal weights,
+        the value is the standard deviation that equally weighted documents would need for the same
+        standard error.
 
     Examples:
         >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
@@ -216,15 +222,17 @@ def mean_interval(
 ) -> tuple[float | None, float | None]:
     """Return the 95 % interval of the mean of the documents' values.
 
-    Without `extra` it is the t interval; Kish's effective sample size gives the degrees of freedom.
+    Without `extra`, the function returns the t interval, with degrees of freedom from Kish's
+    effective sample size. With `extra`, the function returns a Wald interval.
 
     Args:
         values: `[documents]`, finite.
         weights: `[documents]`, summing to 1; None for equal weights.
-        extra: Values of documents of mean weight that are added for a Wald interval.
+        extra: Values of additional documents of mean weight, for the Wald interval.
 
     Returns:
-        Both ends, not clipped; None for a single document without `extra`.
+        The lower and the upper bound, not clipped; None and None for a single document without
+        `extra`.
     """
     array, shares = _check_weights(values, weights)
     if extra:
@@ -243,11 +251,11 @@ def mean_interval(
 
 
 def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> float:
-    """Return the expected accuracy of a random choice.
+    """Return the expected accuracy if options are chosen at random.
 
     Args:
-        choices: `[documents]`, number of choices of each document; 0 for generation and greedy
-            match, where a random predictor is never right.
+        choices: `[documents]`, number of answer options of each document. 0 for generation and
+            greedy match, where a random predictor is never right.
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
@@ -264,10 +272,10 @@ def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> 
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
-    """Compute the share of the accuracy above chance that a removal costs.
+    """Compute the share of the intact model's accuracy above chance that a removal costs.
 
-    1 - max(ablated - chance, 0) / max(baseline - chance, 0): 1 = down to chance, 0 = no change,
-    negative = the removal helps.
+    The formula is 1 - max(ablated - chance, 0) / max(baseline - chance, 0). The value is 1 if the
+    accuracy falls to chance, 0 if the accuracy does not change, and negative if the removal helps.
 
     Args:
         baseline: Accuracy of the intact model.
@@ -275,8 +283,8 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
         chance: Expected accuracy of a random predictor on these documents.
 
     Returns:
-        The relevance, without an interval; None with a reason when an input is missing, or when the
-        baseline is not above chance, because then there is nothing to lose.
+        The relevance, without an interval. The value is None with a reason if an input is missing,
+        or if the baseline accuracy is not above chance.
 
     References:
         arXiv 2605.14075.
@@ -298,7 +306,7 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
 
 
 def _check_weights(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
-    """Return values and weights as arrays; raise ValueError if weights do not sum to 1."""
+    """Return values and weights as arrays; raise ValueError for invalid weights."""
     array = np.asarray(values, dtype=np.float64)
     n = len(array)
     if weights is None:
@@ -349,16 +357,18 @@ REPORTED_DROP = 0.05
 
 @dataclass(frozen=True)
 class OutcomeVariance:
-    """Variance of one document's change of outcome when a layer is removed.
+    """Variance of the change of one document's outcome when a layer is removed.
 
-    For 0/1 outcomes it is the share of documents that change, lost or won. This is the normal
-    approximation of McNemar's test. Its variance is that share if losses and gains balance, and
-    less by the square of the drop otherwise. A drop changes at least as many documents as it
-    loses, so for a drop larger than the share, the share is the drop. The exact test needs a
-    little more. For other outcomes it is the variance of the paired difference, for any mean.
+    For 0/1 outcomes, `variance` is the share of documents whose outcome changes (lost or won).
+    Power is computed by the normal approximation of McNemar's test. The change of an outcome has
+    the variance (share of changed documents) − drop². A drop of x changes at least the share x of
+    the documents. For a drop larger than `variance`, the drop is therefore used as the share of
+    changed documents. The exact test needs slightly more documents. For other outcomes, `variance`
+    is the variance of the paired difference, for any mean.
 
     Attributes:
-        variance: The share of documents that change, or the variance.
+        variance: The share of documents whose outcome changes, or the variance of the paired
+            difference.
         binary: Whether outcomes are 0 or 1.
 
     References:
@@ -376,14 +386,14 @@ class OutcomeVariance:
     binary: bool
 
     def count_documents(self, change: float, n_tests: int = 1) -> int:
-        """Count the documents that reveal a change.
+        """Compute how many documents are needed to reveal a change of the given size.
 
         Args:
             change: A drop or an increase, above 0.
             n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
-            The smallest such number.
+            The smallest sufficient number of documents.
         """
         return math.ceil(self._scaled_documents(change, n_tests) / change**2)
 
@@ -395,7 +405,7 @@ class OutcomeVariance:
             n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
-            The change; None if not even the loss of every document is revealed.
+            The change; None if these documents do not even reveal that every document is lost.
         """
         if not self.binary:
             return math.sqrt(self._scaled_documents(0, n_tests) / n_documents)
@@ -423,16 +433,16 @@ def documents_needed(
     n_benchmarks: int = 1,
     change: float = REPORTED_DROP,
 ) -> int:
-    """Count the documents that reveal a mean change for half of the removals.
+    """Compute how many documents reveal a given mean change for half of the removals.
 
     Args:
-        variances: Variances of the removals, at least one.
+        variances: Variance of the outcome change for each removal; at least one.
         n_tests: Number of removals that are tested together.
         n_benchmarks: Number of benchmarks in the mean, all with equally many documents.
-        change: The change.
+        change: The mean change that should be revealed.
 
     Returns:
-        The number, rounded to two digits.
+        The number of documents per benchmark, rounded to two significant digits.
 
     Examples:
         >>> documents_needed([OutcomeVariance(0.2, binary=True)], n_tests=30)

@@ -1,4 +1,4 @@
-"""Define the array types of other modules, and average proxies over tokens."""
+"""Define array types for other modules, and average proxies over tokens."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Strata = Sequence[str] | NDArray[np.generic]
 
 
 def safe_divide(over: Array | float, under: Array, fallback: Array | float = math.nan) -> Array:
-    """Divide `over` by `under` where `under` is above 0; use `fallback` elsewhere."""
+    """Divide `over` by `under`, element by element; return `fallback` unless `under` > 0."""
     shape = np.broadcast_shapes(np.shape(over), under.shape)
     quotients = np.full(shape, fallback, dtype=np.float64)
     return np.divide(over, under, out=quotients, where=under > 0)
 
 
 def chunk_sizes(total: int, size: int) -> Iterator[int]:
-    """Yield the sizes of the chunks into which a total is split, each at most `size`."""
+    """Split a total into chunks of at most `size`, and yield the sizes of the chunks."""
     yield from [size] * (total // size)
     if remainder := total % size:
         yield remainder
 
 
 def token_means(sums: Array, tokens: Array) -> Array:
-    """Average a proxy over each document's tokens `[documents, layers]`.
+    """Return the mean of a proxy over the tokens of each document `[documents, layers]`.
 
-    An empty text has no tokens, and therefore no weight.
+    The mean is 0 for an empty text, which has no tokens and therefore no weight in later means.
     """
     return sums / np.maximum(tokens, 1)[:, None]
 
@@ -41,15 +41,16 @@ def token_means(sums: Array, tokens: Array) -> Array:
 def proxy_means(sums: Array, tokens: IntArray | Array) -> Array:
     """Average a proxy over all tokens of all documents, so that each token counts once.
 
-    A long document weighs more than a short one. The tokens are each document's context and gold
-    continuation.
+    A long document therefore has more weight than a short document. The tokens are those of the
+    document's context and gold continuation.
 
     Args:
         sums: `[documents, layers]`, the proxy summed over each document's tokens.
-        tokens: `[documents]`, number of tokens of each sum.
+        tokens: `[documents]`, number of tokens of each document.
 
     Returns:
-        `[layers]`; NaN without tokens, and in a layer with a NaN in any document.
+        `[layers]`, the mean of the proxy. It is NaN without tokens, and for a layer with a NaN in
+        any document.
 
     Examples:
         >>> proxy_means(np.array([[1.0, 2.0], [5.0, 4.0]]), np.array([2, 10])).tolist()

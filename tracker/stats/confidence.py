@@ -1,38 +1,43 @@
 """Compute confidence sequences of means of a finite population.
 
-A confidence sequence gives an interval after every document. All intervals together contain the
-mean with the stated confidence. Looking repeatedly and stopping at any time is therefore as safe as
-looking once. The construction is a game. For each mean m that a population could have, a player
-bets that the next documents are above m (and, in a second game, below m). If m is the mean, the
-capital that grows from a stake of 1 is a martingale, which ever reaches 1/α with a probability of
-at most α (Ville). A candidate m whose game reaches this capital is rejected.
+A confidence sequence gives an interval of the mean after every document. With the stated
+confidence, all these intervals contain the mean. Measuring can therefore stop after any document,
+and the last interval is still valid. The construction is a betting game. For each candidate mean m,
+a player bets that the next documents are above m (and, in a second game, below m). The initial
+capital is 1. If m is the true mean, the capital is a martingale, and ever reaches 1/α with a
+probability of at most α (Ville). A candidate m is rejected when the capital of its game reaches
+1/α.
 
-After t of N documents with the sum S, the rest has the mean m' = (N·m − S) / (N − t) if m is the
-mean. The next document x, in [0, 1], multiplies a stake on "above" by 1 + λ·(x − m'), and one on
-"below" by 1 − λ·(x − m'). If m is the mean, x − m' is 0 on average over the random order. A stake
-is then a martingale for any λ that is chosen before x is seen and leaves no stake below 0. λ may
-differ between candidates. Stakes may be split, because a sum of martingales is one. They may also
-be left idle, abandoned, or underestimated (a supermartingale).
+After t of N documents with the sum S, the remaining documents have the mean m' = (N·m − S) / (N −
+t) if m is the true mean. The next document x, in [0, 1], multiplies a stake on "above" by 1 + λ·(x
+− m'). The document multiplies a stake on "below" by 1 − λ·(x − m'). If m is the true mean, x − m'
+is 0 on average over the random order. A stake is then a martingale for any λ that is chosen before
+x is seen and keeps the stake at 0 or above. λ can differ between candidates. Stakes can be split,
+because a sum of martingales is a martingale. A stake can also stay unused, be abandoned, or be
+underestimated, which gives a supermartingale.
 
-The best λ is about (μ − m) / σ² · N / (N − t): with fewer documents left, m' is further from their
-mean. The rejected candidates are at least √(2 log(1/α) σ² / τ) from the mean. Here
-τ = t·N / (N − t) is the number of documents that would be equally informative in an infinite
-population. So the best λ for one τ is √(2 log(1/α) / (σ² τ)) · N / (N − t), with the variance of
-the previous documents. Several bets run at once, each for a τ four times as large, with equal
-stakes. This mixture costs the logarithm of their number. If intervals of one width are wanted,
-most of the stake is on the λ that reaches it first.
+The best λ is about (μ − m) / σ² · N / (N − t). The factor N / (N − t) is needed because m' is
+further from the mean of the remaining documents if few documents remain. Candidates are rejected if
+their distance from the mean is at least √(2 log(1/α) σ² / τ). The quantity τ = t·N / (N − t) is the
+number of documents of an infinite population that would be equally informative. The best λ for one
+τ is therefore √(2 log(1/α) / (σ² τ)) · N / (N − t), with the variance of the previous documents.
+Several bets run at the same time with equal stakes; each bet is for a τ that is four times as large
+as the previous τ. The mixture raises the logarithm of the required capital by the logarithm of the
+number of bets. If intervals of a given width are wanted, most of the stake is on the λ that reaches
+this width first.
 
-The two bets for the smallest τ are bold, and are computed exactly for each candidate. A candidate's
-λ is limited so that no document takes more than MAX_RISK of its stake. They bet on the first
-BOLD_DOCUMENTS documents only, because the others are better after them. λ of the other bets is
-limited so that no document takes more than MAX_RISK from any remaining candidate, and candidates
-are not tracked individually. For y ≥ −MAX_RISK,
-log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y = ±λ·(x − m') the sum over documents is a
-polynomial of degree six in m, whose coefficients are sums over documents. It never overestimates a
-stake, and hardly underestimates it, since y is small.
+The bets for the two smallest values of τ are called bold, and are computed exactly for each
+candidate. The λ of a bold bet is limited so that no document takes more than MAX_RISK of the stake.
+Bold bets use only the first BOLD_DOCUMENTS documents, because the other bets are better for later
+documents. The other bets are called cautious. The λ of a cautious bet is limited so that no
+document takes more than MAX_RISK of the stake of any remaining candidate. Cautious bets are not
+tracked candidate by candidate. For y ≥ −MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 −
+C·y⁶. With y = ±λ·(x − m'), the sum of this bound over documents is a polynomial of degree six in m,
+whose coefficients are sums over documents. The polynomial never overestimates a stake, and hardly
+underestimates it, because y is small.
 
-A stake on "above" falls as m grows, so candidates are rejected from one end only, and the remaining
-candidates are an interval.
+The larger m is, the smaller is a stake on "above". Each of the two games therefore rejects
+candidates from one end only, and the remaining candidates are an interval.
 """
 
 from __future__ import annotations
@@ -81,13 +86,13 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """List the values of τ for each of which one bet is optimal.
+    """Return the values of τ for which the bets are optimal, one value per bet.
 
     Args:
         population: Number of documents in the population.
 
     Returns:
-        Numbers of documents that would be equally informative in an infinite population.
+        The values, as numbers of documents of an infinite population.
 
     Examples:
         >>> horizons(570).astype(int).tolist()
@@ -98,16 +103,16 @@ def horizons(population: int) -> Array:
 
 
 class MeanSequences:
-    """Confidence sequences for the means of some series over one finite population.
+    """Confidence sequences for the means of several series over the same finite population.
 
-    The documents must come in random order, the same order for every series. A series may skip
-    later documents, and its bounds then stay unchanged. At the end of the population the bounds
-    equal its mean.
+    The documents must be added in random order, and in the same order for every series. A series
+    can stop before the last document; its bounds then stay unchanged. After all documents of the
+    population, both bounds of a series equal its mean.
 
     Attributes:
-        low: `[series]`, the lower bounds so far, never falling.
-        high: `[series]`, the upper bounds so far, never rising.
-        seen: `[series]`, number of documents of each series.
+        low: `[series]`, the present lower bounds, which never fall.
+        high: `[series]`, the present upper bounds, which never rise.
+        seen: `[series]`, number of documents that were added to each series.
 
     References:
         I. Waudby-Smith, A. Ramdas, JRSS-B 86 (2024) 1-27 (betting, the hedged capital, several
@@ -139,17 +144,17 @@ class MeanSequences:
         max_value: float = 1.0,
         half_width: float | None = None,
     ) -> None:
-        """Begin a sequence that has seen no document yet.
+        """Create confidence sequences for which no document has been added yet.
 
         Args:
             population: Number of documents in the population.
-            n_series: Number of series.
+            n_series: Number of series, each of which has one mean.
             level: The probability with which all bounds hold at all times.
             family: Number of series that share the error (a union bound, for any dependence);
                 None = `n_series`.
             min_value: The lowest value that a document can have.
             max_value: Highest value that a document can have.
-            half_width: Target distance of the bounds from the mean, which they reach as early as
+            half_width: Target distance between the bounds and the mean, to be reached as early as
                 possible; None = good bounds at any time.
         """
         family = n_series if family is None else family
@@ -178,11 +183,11 @@ class MeanSequences:
         self._terms = np.zeros((2, _DEGREE + 1, n_cautious, n_series))
 
     def add(self, values: Array, series: IntArray | None = None) -> None:
-        """Add further documents, in their order.
+        """Add the values of further documents, in the order of the documents.
 
         Args:
-            values: `[documents, series]`, their values.
-            series: Indexes of these series; None = all.
+            values: `[documents, series]`, the values of the documents.
+            series: Indexes of the series to which the values belong; None = all series.
 
         Raises:
             ValueError: A value is not finite or out of range, or there are more documents than
@@ -244,7 +249,7 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centre(self, indexes: IntArray, centres: Array) -> None:
-        """Rewrite the polynomials in terms of the distance from another centre."""
+        """Rewrite the polynomials as functions of the distance from new centres."""
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
             for degree in range(_DEGREE - 1, lowest_degree - 1, -1):
@@ -257,7 +262,7 @@ class MeanSequences:
         return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
     def _narrow_bounds(self, indexes: IntArray) -> None:
-        """Tighten the bounds by excluding rejected candidates."""
+        """Narrow the bounds, so that they exclude the candidate means that are rejected."""
         sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
         certain_low = sums / self.population
@@ -282,9 +287,9 @@ class MeanSequences:
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes the log stakes of bold bets.
 
-        The function maps candidates `[2, series]` to `[bets, 2, series]`.
+        The function maps candidate means `[2, series]` to logarithms `[bets, 2, series]`.
 
-        It iterates over all documents in their order.
+        Each call of the function processes all documents of the bold bets.
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)
@@ -310,7 +315,7 @@ class MeanSequences:
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes a lower bound of the log stakes of cautious bets.
 
-        The function takes and returns the same shapes as that of `_bold_stakes`.
+        The shapes of the function's argument and result are those in `_bold_stakes`.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]

@@ -1,7 +1,7 @@
 """Correlate a proxy with the accuracy drop over layers.
 
-The layers are the sample: each layer has one proxy value and one accuracy drop. Ties and
-coefficients are computed as in `rank_agreement`.
+Each layer is one observation, with one proxy value and one accuracy drop. Ties and coefficients are
+computed as in `rank_agreement`.
 """
 
 from __future__ import annotations
@@ -39,35 +39,38 @@ def correlate(
     """Correlate a proxy with the accuracy drop over layers, or over parts of them.
 
     The interval and the p-value answer different questions. The interval keeps the layers and
-    resamples the documents: it shows how far measurement noise moves the coefficient (see
-    `bias_corrected_interval`). The p-value tests that the two series are unrelated, but each as
-    smooth over depth as observed. It keeps one series and redraws the other with the same values
-    and smoothness (`surrogate_series`). It is the share of redrawn series that correlate as
-    strongly in either direction, (k + 1) / (m + 1) for k of m. Each series is redrawn in turn, and
-    the larger p-value is returned. The test is therefore valid if one of the two series satisfies
-    the assumptions of `surrogate_series`.
+    resamples the documents. The interval shows how far measurement noise moves the coefficient (see
+    `bias_corrected_interval`). The null hypothesis of the p-value is that the two series are
+    unrelated, but each is as smooth over depth as observed. The test keeps one series and redraws
+    the other series with the same values and smoothness (`surrogate_series`). The p-value is (k +
+    1) / (m + 1) if k of m redrawn series correlate at least as strongly, in either direction. The
+    test redraws each of the two series in turn and returns the larger p-value. The test is
+    therefore valid if one of the two series satisfies the assumptions of `surrogate_series`.
 
-    Shuffling the layers freely calls two unrelated AR(1) series of 30 layers with the
-    autocorrelation 0.9 significant at 5 % in two of five cases. This test stays at 5 % (up to 7 %
-    for Pearson). It finds a true correlation of independent layers nearly as often as the free
-    shuffle. Random walks are smoother than its assumption allows (6 to 10 %).
+    A test that shuffles the layers freely has too many false positives. For two unrelated AR(1)
+    series of 30 layers with the autocorrelation 0.9, such a test finds a correlation in 40 % of the
+    cases at the level 5 %. The test of this function finds a false correlation in 5 % of the cases
+    (up to 7 % for Pearson). If layers are independent, this test detects a true correlation nearly
+    as often as the free shuffle. For random walks, which are smoother than the test assumes, the
+    false positive rate is 6 to 10 %.
 
-    For parts of layers, such as experts, the p-value tests that proxy and drop are unrelated within
-    a layer. It permutes the proxies of each layer among its own parts, which have no order. It is
-    twice the smaller share of permutations with a coefficient as high, or as low. Differences
-    between layers are the same in all permutations, so the test is valid for any differences
-    between layers.
+    For parts of layers, such as experts, the null hypothesis is that proxy and drop are unrelated
+    within each layer. The test permutes the proxies of a layer among the parts of the layer, which
+    have no order. The p-value is twice the smaller of two shares: permutations with a coefficient
+    at least as high, and at least as low. Differences between layers are the same in all
+    permutations, so the test is valid for any such differences.
 
     Args:
-        proxy: `[layers]`, larger = the layer changes more; NaN where undefined.
-        drop: `[layers]`, the accuracy drop of the same layers; NaN where undefined.
-        coefficient: One of `COEFFICIENTS`.
-        resamples: Both from the same resampled documents, `[resamples, layers]` each, or `[1,
-            layers]` for one that is held fixed. None = no interval.
-        groups: `[parts]`, the layer of each part; None where the sample is whole layers.
-        noun: Name of a sample's element, for messages.
-        surrogates: Number of series to draw in place of each, or of permutations.
-        seed: Seed of these series.
+        proxy: `[layers]`, the proxy; a larger value means that the layer changes more. NaN if
+            undefined.
+        drop: `[layers]`, the accuracy drop of the same layers; NaN if undefined.
+        coefficient: Name of the correlation coefficient, one of `COEFFICIENTS`.
+        resamples: Proxy and drop from the same resampled documents, each `[resamples, layers]`, or
+            `[1, layers]` for a series that is held fixed. None = no interval.
+        groups: `[parts]`, the layer of each part; None if the observations are whole layers.
+        noun: Name of an observation in messages, such as `layer`.
+        surrogates: Number of redrawn series for each of the two series, or number of permutations.
+        seed: Seed of the redrawn series or permutations.
 
     Returns:
         The coefficient, clipped interval and p-value; the value is None with a reason for fewer
@@ -109,19 +112,21 @@ def correlation_difference(
     drop: tuple[Array, Array],
     coefficient: Coefficient,
 ) -> Estimate:
-    """Estimate how much better one proxy correlates than another.
+    """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
 
-    Both use the same layers and resampled documents, so common noise cancels. As in `correlate`,
-    the interval keeps the layers and resamples the documents.
+    The two coefficients use the same layers and resampled documents, so common noise cancels. As in
+    `correlate`, the interval keeps the layers and resamples the documents.
 
     Args:
-        first_proxy: A proxy `[layers]`, and from resampled documents `[resamples, layers]`.
+        first_proxy: One proxy: its values `[layers]`, and its values for resampled documents
+            `[resamples, layers]`.
         second_proxy: Another proxy, from the same documents and resampled documents.
         drop: The accuracy drop, from the same documents and resampled documents.
-        coefficient: One of `COEFFICIENTS`.
+        coefficient: Name of the correlation coefficient, one of `COEFFICIENTS`.
 
     Returns:
-        The first proxy's coefficient minus the second's; None with a reason if one is undefined.
+        The coefficient of `first_proxy` minus the coefficient of `second_proxy`. The value is None
+        with a reason if a coefficient is undefined.
 
     Examples:
         >>> drop, resamples = np.array([0.0, 0.1, 0.2]), np.array([[0.0, 0.1, 0.2]] * 9)
@@ -151,27 +156,28 @@ def partial_correlate(
     surrogates: int = SURROGATES,
     seed: int = 0,
 ) -> Estimate:
-    """Correlate the ranks of two series over layers while a third series is held fixed.
+    """Correlate the ranks of two series over layers, without the effect of a third series.
 
-    Spearman's partial coefficient: the linear part of the third series' ranks is removed from both
-    ranks first. Interval and p-value are as in `correlate`. The interval resamples the documents.
-    For the p-value, one of the two residuals is redrawn with the same smoothness
-    (`surrogate_series`), and the linear part is removed again. Each residual is redrawn in turn,
-    and the larger p-value is returned. Nonlinear effects of the third series are removed only in
-    part.
+    The function computes Spearman's partial coefficient. The function first removes the linear
+    effect of the third series' ranks from the ranks of the other two series. As in `correlate`, the
+    interval resamples the documents. For the p-value, the test redraws the residuals of one series
+    with the same smoothness (`surrogate_series`), and removes the linear effect again. The test
+    redraws the residuals of each series in turn and returns the larger p-value. Nonlinear effects
+    of the third series are removed only in part.
 
     Args:
-        first_series: `[layers]`; NaN where undefined.
-        second_series: `[layers]`.
-        control: `[layers]`, series that is held fixed.
-        resamples: The three from the same resampled documents, each `[resamples, layers]` or
+        first_series: `[layers]`, values of one series; NaN if undefined.
+        second_series: `[layers]`, values of the other series; NaN if undefined.
+        control: `[layers]`, values of the third series, whose effect is removed.
+        resamples: The three series from the same resampled documents, each `[resamples, layers]` or
             `[1, layers]`; None = no interval.
-        surrogates: Number of series to draw in place of each.
-        seed: Seed of these series.
+        surrogates: Number of redrawn series for each of the two series.
+        seed: Seed of the redrawn series.
 
     Returns:
-        The coefficient. None with a reason for fewer than four layers, a NaN, a constant series, or
-        a series with the same or the reversed ranks of the third.
+        The coefficient with its interval and p-value. The value is None with a reason for fewer
+        than four layers, a NaN or a constant series. It is also None if a series has the same or
+        the reversed ranks of `control`.
 
     References:
         M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman,
@@ -216,7 +222,7 @@ def _residuals(rows: Array, control: Array) -> Array:
 def _undefined_reason(
     min_layers: int, figure: str, *series: tuple[str, Array], noun: str = "layer"
 ) -> str | None:
-    """Return the reason why a figure of rounded series is undefined; None if defined."""
+    """Return why a statistic of rounded series is undefined, or None if it is defined."""
     n = len(series[0][1])
     if n < min_layers:
         return f"{n} {noun}{'' if n == 1 else 's'}, and {figure} needs at least {min_layers}"
@@ -261,7 +267,7 @@ def _surrogate_p(
     seed: int,
     control: Array | None = None,
 ) -> float:
-    """Return the p-value of a coefficient from redrawn smooth series."""
+    """Return the p-value of a coefficient from redrawn series of equal smoothness."""
     n_as_strong = 0
     for fixed_series, redrawn_series in ((x, y), (y, x)):
         rows = surrogate_series(redrawn_series, surrogates, seed)

@@ -1,18 +1,19 @@
-"""Compute the chosen options, the margins of choices, and the effects of rounding.
+"""Compute the options that a model chooses, their margins, and the effects of rounding.
 
 An option's score is its log-likelihood, possibly divided by its length. Scores are
 [documents, options], with NaN where a document has fewer options than others. `phi` and
 `cluster_order` compare the documents that ablations lose.
 
-Another way of computing the same model may reverse a judgement. In half precision a log-likelihood
-is rounded many times, each time by a share of itself. The result depends on the batch size, on the
-other texts of the batch, and on the device. Some documents are therefore computed twice, in two
-ways that are equal but for rounding. The observed movement of the differences between options
-estimates the standard deviation of rounding.
+Rounding can reverse the judgement of a document (right or wrong). In half precision, a
+log-likelihood is rounded many times, each time by a share of its size. The result depends on the
+batch size, on the other texts of the batch, and on the device. Some documents are therefore
+computed twice, in two ways that differ only in rounding. The changes of score differences between
+options estimate the standard deviation of rounding.
 
-Assumptions: the movement is normal with mean 0 and independent between documents. It is
-proportional to the size of the subtracted scores, with one proportion for all documents of a run.
-A judgement depends only on the gold option and the best of the others.
+The module makes three assumptions. Changes by rounding are normal with mean 0 and independent
+between documents. Changes by rounding are proportional to the size of the scores, with one
+proportion for all documents of a run. A judgement depends only on the gold option and on the best
+other option.
 """
 
 from __future__ import annotations
@@ -27,20 +28,23 @@ from tracker.stats.arrays import Array, safe_divide
 
 
 def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
-    """Correlate which documents are lost, for each pair of ablations (phi).
+    """Compute the phi coefficient of each pair of ablations, over the documents that they lose.
 
-    1 = both lose the same documents, 0 = agreement by chance.
+    The coefficient is 1 if both ablations lose the same documents, and 0 if they agree only by
+    chance.
 
-    This is Pearson's correlation of two binary columns (Yule 1912): independent losses give 0,
-    for any number of lost documents.
+    Phi is Pearson's correlation of two binary columns (Yule 1912). Independent losses give 0, for
+    any number of lost documents.
 
     Args:
         joint_losses: `[ablations, ablations]`, number of documents that both ablations lose.
         losses: Number of documents that each ablation loses.
-        n_documents: Number of documents that could be lost: those that the baseline has right.
+        n_documents: Number of documents that can be lost, which are the documents that the intact
+            model answers right.
 
     Returns:
-        The coefficients, symmetric; NaN if an ablation of the pair loses no document, or all.
+        `[ablations, ablations]`, the coefficients. A coefficient is NaN if an ablation of the pair
+        loses no document, or all documents.
     """
     losses = np.asarray(losses, dtype=np.float64)
     deviations = np.sqrt(losses * (n_documents - losses))
@@ -51,14 +55,15 @@ def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
 def cluster_order(agreement: Array) -> list[int]:
     """Order ablations so that similar ones are neighbours.
 
-    Average linkage (UPGMA, Sokal and Michener 1958) over 1 minus the agreement, leaves ordered so
-    that neighbours are as alike as can be (Bar-Joseph 2001).
+    The function clusters the ablations by average linkage (UPGMA, Sokal and Michener 1958), with 1
+    minus the agreement as distance. The leaves are ordered so that neighbours are as similar as
+    possible (Bar-Joseph 2001).
 
     Args:
         agreement: Coefficients of at most 1 [ablations, ablations], without NaN.
 
     Returns:
-        Indexes of the ablations.
+        The indexes of the ablations in the new order.
     """
     n_ablations = len(agreement)
     if n_ablations < 2:
@@ -72,13 +77,13 @@ def cluster_order(agreement: Array) -> list[int]:
 
 
 def choose_options(scores: Array) -> Array:
-    """Return the option with the highest score for each document; on ties the first option.
+    """Return the option with the highest score for each document; ties give the first option.
 
     Args:
-        scores: The options' scores.
+        scores: `[documents, options]`, the scores of the options.
 
     Returns:
-        Number of the option for each document; NaN without options.
+        `[documents]`, the number of the chosen option; NaN for a document without options.
     """
     # A last column of −∞ is the maximum of a document without options.
     padded = np.column_stack([np.nan_to_num(scores, nan=-np.inf), np.full(len(scores), -np.inf)])
@@ -89,11 +94,13 @@ def margins(scores: Array, gold: Array) -> Array:
     """Return the gold option's score minus the best other option's score.
 
     Args:
-        scores: The options' scores.
-        gold: Number of each document's gold option; NaN if it has none.
+        scores: `[documents, options]`, the scores of the options.
+        gold: `[documents]`, the number of the gold option; NaN for a document without a gold
+            option.
 
     Returns:
-        The margin of each document; NaN without a gold option, or without another option.
+        `[documents]`, the margins; NaN for a document without a gold option or without another
+        option.
     """
     gold_margins = np.full(len(scores), np.nan)
     (rows,) = np.nonzero(~np.isnan(gold))
@@ -111,11 +118,13 @@ def option_shares(choices: Array, n_options: int) -> Array:
     """Return the share of documents that choose each option.
 
     Args:
-        choices: Number of each document's option; NaN if it has none.
-        n_options: Largest number of options.
+        choices: `[documents]`, the number of the chosen option; NaN for a document without a
+            choice.
+        n_options: Number of options of the document with the most options.
 
     Returns:
-        The share of each option among the documents that have one; NaN where none has.
+        `[options]`, the share of each option among the documents with a choice; NaN if no document
+        has a choice.
     """
     valid = choices[~np.isnan(choices)].astype(int)
     counts = np.bincount(valid, minlength=n_options).astype(np.float64)
@@ -134,13 +143,14 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
     """Estimate how far rounding moves the difference of two options' scores.
 
     Args:
-        scores: Scores of the options.
-        repeats: Scores of the same options, computed in another way.
+        scores: `[documents, options]`, the scores of the options.
+        repeats: `[documents, options]`, the scores of the same options, computed in another way.
 
     Returns:
-        The root mean square, over all pairs of options of all documents, of the movement of their
-        difference divided by the root of the sum of their squares. None if no document has two
-        options, or nothing has moved, because then the effect of rounding is unknown.
+        The root mean square of a relative change, over all pairs of options of all documents. The
+        relative change is the change of the score difference, divided by the root of the sum of the
+        squared scores. None if no document has two options, or if no difference has changed,
+        because the effect of rounding is then unknown.
 
     Examples:
         Of -3 and -4 the first moves by 0.1, the second does not: 0.1 / 5.
@@ -158,16 +168,17 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
 
 
 def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
-    """Return the probability that rounding changes each judgement.
+    """Return, for each document, the probability that rounding reverses right and wrong.
 
     Args:
-        scores: The options' scores.
-        gold: Number of each document's gold option; NaN if it has none.
-        movement: Relative movement of differences, from `rounding_movement`.
+        scores: `[documents, options]`, the scores of the options.
+        gold: `[documents]`, the number of the gold option; NaN for a document without a gold
+            option.
+        movement: Relative change of score differences, as returned by `rounding_movement`.
 
     Returns:
-        The probability that a normal movement exceeds the document's margin, at most 0.5; NaN
-        without a margin.
+        `[documents]`, the probability that a normal random change exceeds the margin, at most 0.5;
+        NaN for a document without a margin.
 
     Examples:
         The gold option leads by 1, and rounding moves the difference of -3 and -4 by 0.2 · 5 = 1.
@@ -186,13 +197,14 @@ def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
 
 
 def count_undecided(chances: Array) -> int:
-    """Count the documents whose judgement is within rounding.
+    """Count the documents whose outcome (right or wrong) could be reversed by rounding.
 
     Args:
-        chances: Probabilities from `flip_probabilities`.
+        chances: `[documents]`, the probabilities from `flip_probabilities`.
 
     Returns:
-        Number of margins below `ROUNDING_SDS` standard deviations of the rounding.
+        The number of documents whose margin is below `ROUNDING_SDS` standard deviations of
+        rounding.
 
     Examples:
         >>> count_undecided(np.array([0.5, 0.159, 0.02, 0.0]))
@@ -202,15 +214,15 @@ def count_undecided(chances: Array) -> int:
 
 
 def rounding_shift(chances: Array, weights: Array) -> float:
-    """Return how far rounding moves an accuracy, with 95 % probability.
+    """Return the shift of an accuracy that rounding exceeds with a probability of only 5 %.
 
     Args:
-        chances: Probabilities from `flip_probabilities`, for each document.
+        chances: `[documents]`, the probabilities from `flip_probabilities`.
         weights: `[documents]`, summing to 1.
 
     Returns:
-        1.96 standard deviations of the weighted mean, if each document's judgement changes with its
-        own probability.
+        1.96 standard deviations of the weighted mean, if each document's outcome is reversed with
+        the document's probability.
 
     Examples:
         Two of 16 documents are undecided, and 14 are certain.

@@ -1,8 +1,9 @@
-"""Test effects of removals: interactions of layers, growth, and the best of many gains.
+"""Test effects of removals: interactions of layers, growth of values, and the best gain.
 
 The interaction of two layers is drop(both) − drop(first) − drop(second), from the same documents.
-Above 0, both together cost more than the sum, because each compensates for the other (redundancy).
-Below 0 they cost less, because part of their losses is the same.
+If the interaction is above 0, removing both layers costs more than the sum of the single removals,
+because each layer compensates for the other (redundancy). If the interaction is below 0, removing
+both layers costs less than the sum, because the two removals lose some of the same documents.
 """
 
 from __future__ import annotations
@@ -31,27 +32,28 @@ SIGN_FLIPS = 19_999
 
 
 def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> list[Estimate]:
-    """Estimate the mean interaction of each pair, and test the hypothesis that it is 0.
+    """Estimate the mean interaction of each pair of layers, and test whether it is 0.
 
-    Where all values are whole numbers, as from outcomes that are right or wrong, each lies in
-    {−2, …, 2}. The test is then exact. The interval is a Wald interval after adding one document
-    with +1 and one with −1, as Bonett and Price (2012) do for paired proportions. For other values
+    If outcomes are right or wrong, the values of a pair are whole numbers in {−2, …, 2}. The test
+    of whole numbers is exact. The interval is a Wald interval after adding one document with +1 and
+    one document with −1, as Bonett and Price (2012) do for paired proportions. For other values,
     the interval is the t interval, and the test draws signs at random.
 
-    The test is a sign-flip test. If a document's interaction is as likely to be x as −x, all signs
-    of the values other than 0 are equally likely. p is the share of signs whose sum is as far from
-    0 as the observed one (two-sided). Each document counts once, regardless of its weight. For
-    asymmetric values with mean 0 the test is not exact; simulated examples stay near 5 %
-    (tests/stats/test_effects.py).
+    The test is a two-sided sign-flip test. The null hypothesis is that a document's interaction is
+    as likely to be x as −x; all signs of the nonzero values are then equally likely. The p-value is
+    the share of sign combinations whose sum is at least as far from 0 as the observed sum. Each
+    document counts once, regardless of its weight. For asymmetric values with mean 0, the test is
+    not exact. The false positive rate in simulations stays near 5 % (tests/stats/test_effects.py).
 
     Args:
         values: `[documents, pairs]`, drop(both) − drop(first) − drop(second) of every document; NaN
-            where a score is not finite.
+            if a score is not finite.
         weights: `[documents]`, summing to 1; None for equal weights.
         seed: Seed of the signs, which are the same for all pairs.
 
     Returns:
-        One estimate for each pair; None with a reason if there is no document, or a NaN.
+        One estimate for each pair, with interval and p-value. The value is None with a reason if
+        there are no documents, or if a value is NaN.
 
     References:
         R. A. Fisher, The Design of Experiments (1935), section 21 (signs that are equally likely).
@@ -84,13 +86,13 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
 
 
 def sign_flip_p(values: Array) -> float:
-    """Test exactly whether small whole numbers are as likely to be x as −x.
+    """Compute the exact p-value of the sign-flip test for values in {−2, …, 2}.
 
     Args:
-        values: `[documents]`, each in {−2, …, 2}.
+        values: `[documents]`, whole numbers in {−2, …, 2}.
 
     Returns:
-        The two-sided p-value of the sum, from all signs of the values that are not 0.
+        The two-sided p-value of the sum, over all sign combinations of the nonzero values.
 
     Examples:
         >>> round(sign_flip_p(np.array([2.0, 1.0, 0.0])), 4)
@@ -121,21 +123,22 @@ def additivity(
     joint_drops: Sequence[float] | Array,
     resamples: tuple[Array, Array],
 ) -> tuple[Estimate, Estimate]:
-    """Estimate over pairs how well the sum of two drops predicts the joint drop.
+    """Estimate how well the sum of two layers' drops predicts the drop of removing both.
 
-    R² takes the sum itself as the prediction, 1 − Σ (joint − sum)² / Σ (joint − mean)². No line is
-    fitted, so it is 1 if drops add up, and below 0 if their mean predicts better. Sum and joint
-    drop rest on the same documents, so common noise favours additivity.
+    The prediction of R² is the sum itself, without a fitted line: R² = 1 − Σ (joint − sum)² / Σ
+    (joint − mean)². R² is 1 if drops add up exactly, and below 0 if the mean joint drop predicts
+    better. Sums and joint drops are measured on the same documents, so common noise makes drops
+    look more additive.
 
     Args:
-        single_sums: `[pairs]`, drop(first) + drop(second).
-        joint_drops: `[pairs]`, drop(both).
-        resamples: The same two from resampled documents, `[resamples, pairs]` each.
+        single_sums: `[pairs]`, the sum drop(first) + drop(second) of each pair of layers.
+        joint_drops: `[pairs]`, the drop when both layers of a pair are removed.
+        resamples: Sums and joint drops for resampled documents, each `[resamples, pairs]`.
 
     Returns:
-        Spearman's coefficient and R², each with the 95 % interval of `bias_corrected_interval`;
-        None with a reason for fewer than three pairs, a NaN, or values that are equal for all
-        pairs.
+        Spearman's coefficient and R², each with the 95 % interval of `bias_corrected_interval`. A
+        value is None with a reason for fewer than three pairs, a NaN, or values that are equal for
+        all pairs.
 
     Examples:
         >>> sums, joint = np.array([0.1, 0.2, 0.3]), np.array([0.1, 0.2, 0.4])
@@ -158,7 +161,7 @@ def additivity(
 
 
 def _explained_share(sums: Array, joint: Array) -> Array:
-    """Return R² of each row, if the sums themselves are the predictions."""
+    """Return R² of each row, with the sums as predictions of the joint drops."""
     residuals = ((joint - sums) ** 2).sum(axis=1)
     variation = ((joint - joint.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
     varies = np.ptp(rounded_values(joint), axis=1) > 0
@@ -168,26 +171,27 @@ def _explained_share(sums: Array, joint: Array) -> Array:
 def growths(
     start_values: Array, end_values: Array, strata: Strata | None = None, seed: int = 0
 ) -> list[Estimate]:
-    """Estimate the geometric mean growth over documents, for each column.
+    """Estimate the geometric mean over documents of the growth factor, for each column.
 
-    The interval resamples the documents (within strata) and takes percentiles of the mean log
-    ratio. The percentiles are widened to match Student's t (Hesterberg's expanded percentiles),
-    because plain percentiles are too narrow for few documents. All columns use the same resampled
-    documents. The p-value is from Wilcoxon's signed rank test of the log ratios against no growth,
-    exact for few documents without ties. It assumes that the log ratios are independent, and
-    symmetric about 0 if nothing grows.
+    The interval consists of bootstrap percentiles of the mean log ratio; documents are resampled
+    within strata. The percentiles are widened to match Student's t (Hesterberg's expanded
+    percentiles), because plain percentiles are too narrow for few documents. All columns use the
+    same resampled documents. The p-value is from Wilcoxon's signed rank test of the log ratios,
+    whose null hypothesis is no growth. The test is exact for few documents without ties. The test
+    assumes that the log ratios are independent and, without growth, symmetric about 0.
 
     Args:
-        start_values: `[documents, k]`, positive.
-        end_values: `[documents, k]`, of the same documents. To compare two kinds of growth, pass
-            the ratios of both.
+        start_values: `[documents, k]`, the values before growth; positive.
+        end_values: `[documents, k]`, the values after growth, of the same documents. To compare two
+            kinds of growth, pass one kind of ratio as `start_values` and the other kind as
+            `end_values`.
         strata: `[documents]`, e.g. each document's task.
         seed: Seed of the resamples.
 
     Returns:
-        For each column the factor, 1 = as large as before, with its 95 % interval and p-value.
-        None with a reason for fewer than two documents, or where one of the two is not positive
-        and finite in some document.
+        For each column, the growth factor with its 95 % interval and p-value; 1 means no growth.
+        The value is None with a reason for fewer than two documents, or if a value of a document is
+        not positive and finite.
 
     References:
         F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83. T. C. Hesterberg, The American
@@ -223,14 +227,14 @@ def growths(
 
 
 def min_growth_documents(n_tests: int, level: float) -> int:
-    """Count the documents that Wilcoxon's test needs to show any growth.
+    """Compute how many documents Wilcoxon's test needs to be able to show growth.
 
-    All documents grow in one case of 2^n in each direction, so the smallest p-value is 2^(1 - n);
-    Holm's method multiplies the smallest by the number of tests.
+    With n documents, the smallest p-value is 2^(1 - n), because all n signs agree in 2 of 2^n
+    cases. Holm's method multiplies the smallest p-value by the number of tests.
 
     Args:
         n_tests: Number of columns that are tested together.
-        level: Adjusted p-value below which growth is shown.
+        level: Level of significance for the adjusted p-value.
 
     Returns:
         The smallest number of documents, 2 or more.
@@ -245,15 +249,16 @@ def min_growth_documents(n_tests: int, level: float) -> int:
 def growth_difference_p(groups: Sequence[Array]) -> float | None:
     """Test whether growth differs between groups of independent documents.
 
-    Kruskal and Wallis's rank test shows only that the ratios of some group tend to be larger.
+    The test is the rank test of Kruskal and Wallis. The test can only show that the ratios of some
+    group tend to be larger, not which group this is.
 
     Args:
-        groups: For each group, the ratio of end and start value of each document.
+        groups: For each group, the ratio of end value to start value of each document.
 
     Returns:
-        The p-value. None with fewer than two groups, a value that is not finite, or equal values
-        only. Also None with a group of fewer than five documents, for which the chi-squared
-        approximation is poor.
+        The p-value. It is None for fewer than two groups, for a ratio that is not finite, or if all
+        ratios are equal. It is also None if a group has fewer than five documents, because the
+        chi-squared approximation is then poor.
 
     References:
         W. H. Kruskal, W. A. Wallis, Journal of the American Statistical Association 47 (1952)
@@ -291,20 +296,21 @@ class BestByChance(NamedTuple):
 
 
 def best_by_chance(gains: Array, weights: Array | None = None, seed: int = 0) -> BestByChance:
-    """Estimate the largest of many mean gains if no candidate has an effect.
+    """Estimate how large the best of many mean gains is if no candidate has an effect.
 
-    The signs of all gains of a document are flipped together at random, so that candidates that
-    change the same documents stay correlated. It assumes that documents are independent and that,
-    without any effect, a document is as likely to gain x as to lose it. Candidates that change many
-    documents, as harmful ones do, increase the best by chance.
+    The function flips the signs of all gains of a document together, at random, so that candidates
+    that change the same documents stay correlated. The method assumes that documents are
+    independent. The method also assumes that, without any effect, a document is as likely to gain x
+    as to lose x. Candidates that change many documents, such as harmful candidates, increase the
+    best gain by chance.
 
     Args:
-        gains: `[documents, candidates]`, finite improvement of each document by each candidate.
+        gains: `[documents, candidates]`, the finite gain of each document by each candidate.
         weights: `[documents]`, summing to 1; None for equal weights.
-        seed: Seed of the signs.
+        seed: Seed of the random signs.
 
     Returns:
-        The best by chance, in the unit of the gains.
+        Median, 95 % quantile and p-value of the best mean gain by chance, in the unit of the gains.
 
     References:
         P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing (1993), section 2.5 (the

@@ -1,11 +1,11 @@
 """Compute ranks, rank correlations and overlaps of orders of layers.
 
-Values that agree to twelve decimals are ties, because means of the same outcomes may differ by
-rounding. Ties share the mean of their ranks (midranks), so no figure depends on the order of the
-layers.
+Values that agree to twelve decimals are ties, because means of the same outcomes can differ by
+rounding. Tied values share the mean of their ranks (midranks), so that no result depends on the
+order of the layers.
 
-Neighbouring layers resemble each other. Two unrelated smooth series often correlate strongly by
-accident. A chance level that takes all orders as equally likely is therefore wrong.
+Neighbouring layers have similar values, and two unrelated smooth series often correlate strongly by
+chance. A chance level that treats all orders of the layers as equally likely is therefore wrong.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ AUTOCORRELATIONS = np.append(np.arange(-19, 20) / 20, 0.98)
 
 
 def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
-    """Draw random reorderings of a series that are as smooth as the series itself.
+    """Draw random reorderings of a series that are as smooth over depth as the series.
 
     The values are modelled as a monotonic function of a stationary Gaussian series of first order,
-    AR(1), over equidistant layers. Each draw takes an autocorrelation from its posterior, simulates
-    such a series, and sorts the values in the order of the series. Values, outliers and ties are
-    therefore kept. For a series without autocorrelation the draws are nearly free permutations. The
-    posterior uses the restricted likelihood of the values' normal scores, which accounts for the
-    unknown mean of a short series. Drawing from the posterior, instead of taking its mode, accounts
-    for the uncertainty that few layers leave.
+    AR(1), over equidistant layers. Each draw takes an autocorrelation from the posterior
+    distribution, simulates a Gaussian series, and sorts the values in the order of this series.
+    Each draw therefore has the same values, outliers and ties. For a series without
+    autocorrelation, the draws are nearly free permutations. The posterior uses the restricted
+    likelihood of the values' normal scores, which accounts for the unknown mean of a short series.
+    Drawing from the posterior, instead of taking its mode, accounts for the uncertainty that few
+    layers leave.
 
     Args:
         values: `[layers]` in the order of depth, finite and not all equal.
@@ -43,7 +44,7 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
         seed: Seed of the generator.
 
     Returns:
-        `[draws, layers]`.
+        `[draws, layers]`, the reordered values.
 
     References:
         J. Theiler, S. Eubank, A. Longtin, B. Galdrikian, J. D. Farmer, Physica D 58 (1992) 77-94
@@ -58,7 +59,7 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
 def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw random orders `[draws, layers]` that are as smooth as the given ranks."""
+    """Draw random orders `[draws, layers]` that are as smooth over depth as the given ranks."""
     rng = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
     rho = rng.choice(AUTOCORRELATIONS, size=n_draws, p=smoothness_likelihood(scores))
@@ -69,9 +70,9 @@ def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[n
 
 
 def smoothness_likelihood(scores: Array) -> Array:
-    """Return the restricted likelihood of each autocorrelation (AR(1)).
+    """Return the normalised restricted likelihood of each value of `AUTOCORRELATIONS`.
 
-    The unknown mean and variance of the scores are integrated out.
+    The model is AR(1). The unknown mean and variance of the scores are integrated out.
     """
     n, rho = len(scores), AUTOCORRELATIONS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.
@@ -96,21 +97,21 @@ _PAIRS_AT_ONCE = 2_000_000
 
 
 def rounded_values(values: ArrayLike) -> Array:
-    """Round values so that ties are equal; undefined values become NaN."""
+    """Round values so that ties are exactly equal; infinite values become NaN."""
     array = np.asarray(values, dtype=np.float64)
     finite = np.where(np.isfinite(array), array, np.nan)
     return np.asarray(np.round(finite, TIE_DECIMALS), dtype=np.float64)
 
 
 def midranks(rows: ArrayLike) -> Array:
-    """Rank the values of each row, 1 = smallest; ties share the mean of their ranks."""
+    """Return the ranks in each row, 1 = smallest; ties share the mean of their ranks."""
     return np.asarray(scipy.stats.rankdata(rounded_values(rows), axis=-1), dtype=np.float64)
 
 
 def min_ranks(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
-    """Rank figures from 1 for the largest, or for the lowest.
+    """Return the rank of each value; rank 1 is the largest value, or the lowest.
 
-    Equal figures share the better rank.
+    Equal values share the better rank.
     """
     array = rounded_values(np.array(values, dtype=np.float64))
     ranks = scipy.stats.rankdata(array if lowest_first else -array, method="min")
@@ -121,12 +122,13 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
     """Correlate each row of one table with the same row of another table.
 
     Args:
-        x: `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of the other table.
-        y: `[rows, layers]`, or `[1, layers]`.
-        coefficient: One of `COEFFICIENTS`.
+        x: One table, `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of `y`.
+        y: The other table, `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of
+            `x`.
+        coefficient: Name of the correlation coefficient, one of `COEFFICIENTS`.
 
     Returns:
-        `[rows]`; NaN where a row is constant or holds a NaN.
+        `[rows]`, the coefficients; NaN if a row is constant or contains a NaN.
     """
     x, y = rounded_values(x), rounded_values(y)
     # The spread of a row with a NaN is NaN; comparisons with it are False.
@@ -142,9 +144,10 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
 
 
 def _kendall_rows(x: Array, y: Array) -> Array:
-    """Return Kendall's tau-b of each row.
+    """Return Kendall's tau-b of each row of `x` with the same row of `y`.
 
-    It is the sum of concordance signs over pairs, divided by the untied pairs.
+    Tau-b is the sum of the signs of concordance over all pairs of layers. The sum is divided by the
+    geometric mean of the numbers of untied pairs in `x` and in `y`.
     """
     i, j = np.triu_indices(x.shape[1], k=1)
     values = []
@@ -161,20 +164,20 @@ def _kendall_rows(x: Array, y: Array) -> Array:
 
 
 def top_overlap(x: Array, y: Array, k: int) -> Array:
-    """Return the overlap of the `k` largest layers of two rankings, as a share of `k`.
+    """Return the share of the `k` top layers that two rankings have in common.
 
-    Ties are broken at random, independently in each ranking, and the expected overlap is returned.
-    Of m layers that are tied for the last j of the k ranks, each has one with the probability j /
-    m. Rankings in which all layers are tied therefore overlap by k / layers, like two random
-    orders.
+    Ties are broken at random, independently in each ranking, and the function returns the expected
+    share. If m layers are tied for the last j of the k ranks, each of them gets one of these ranks
+    with the probability j / m. Two rankings in which all layers are tied therefore overlap by k /
+    layers, like two random orders.
 
     Args:
-        x: `[rows, layers]`.
-        y: The same layers, `[rows, layers]` or `[1, layers]`.
-        k: Number of layers, at least 1 and at most all.
+        x: `[rows, layers]`, the values of one ranking; a larger value has a better rank.
+        y: `[rows, layers]` or `[1, layers]`, the values of the other ranking for the same layers.
+        k: Number of top layers, from 1 to the number of layers.
 
     Returns:
-        `[rows]`, in [0, 1]; NaN where a figure is.
+        `[rows]`, the overlap in [0, 1]; NaN if a value of the row is NaN.
 
     Examples:
         >>> x, y = np.array([[4.0, 3.0, 2.0, 1.0]]), np.array([[4.0, 1.0, 3.0, 2.0]])
@@ -187,9 +190,9 @@ def top_overlap(x: Array, y: Array, k: int) -> Array:
 
 
 def _top_probabilities(rows: Array, k: int) -> Array:
-    """Return the probability of each layer to be among the `k` largest.
+    """Return, for each row and layer, the probability that the layer is in the top `k`.
 
-    Ties are broken at random.
+    The probability is 0 or 1, except for ties, which are broken at random.
     """
     figures = rounded_values(rows)
     thresholds = np.sort(figures, axis=1)[:, -k][:, None]
@@ -200,20 +203,21 @@ def _top_probabilities(rows: Array, k: int) -> Array:
 
 
 def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tuple[float, float]:
-    """Return the share of layers whose two ranks differ, and its chance level.
+    """Return the share of layers with different ranks by proxy and by drop, and its chance level.
 
-    The chance level is exact under random permutation: any two ranks meet with the probability 1 /
-    layers, so it is the share of all layers × layers pairs of ranks that differ by more. Without
-    ties and with the threshold 0 it is 1 - 1 / layers.
+    The chance level is exact under random permutation, where any two ranks meet with the
+    probability 1 / layers. The chance level is the share of all layers × layers pairs of ranks
+    whose difference exceeds `tolerance`. Without ties and with the tolerance 0, the chance level is
+    1 - 1 / layers.
 
     Args:
-        proxy: `[benchmarks, layers]`.
-        drop: `[benchmarks, layers]`.
-        tolerance: Largest difference of ranks that still agree; 0 = exact ranks.
+        proxy: `[benchmarks, layers]`, values of the proxy, which are ranked within each benchmark.
+        drop: `[benchmarks, layers]`, accuracy drops, which are ranked within each benchmark.
+        tolerance: Largest difference at which two ranks still count as equal.
 
     Returns:
-        The share, and its mean over random orders of these values, both over all benchmarks; NaN if
-        a value is not finite, because its rank is unknown.
+        The share over all benchmarks, and the mean of this share over random orders of the layers.
+        NaN if a value is not finite, because its rank is then unknown.
 
     Examples:
         >>> proxy, drop = np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]])
@@ -229,14 +233,15 @@ def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tup
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Share of layers in which two ranks differ, on average over benchmarks.
+    """Share of layers with different ranks by two measures, compared with chance.
 
     Attributes:
-        share: Share of layers whose two ranks differ.
-        chance: The share that random orders of these values give on average, exactly.
-        shuffled_p: Share of free shuffles of the layers that disagree as rarely.
-        smooth_p: Share of shuffles of the same smoothness over depth that disagree as rarely: the
-            larger of two p-values, since each series is redrawn in turn.
+        share: Share of layers whose ranks differ, on average over benchmarks.
+        chance: The exact mean of this share over random orders of the layers.
+        shuffled_p: p-value by free shuffles of the layers: the share of shuffles with no more
+            different ranks than observed.
+        smooth_p: p-value by shuffles that are as smooth over depth as the values. Each of the two
+            series is shuffled in turn, and the larger p-value counts.
     """
 
     share: float
@@ -246,20 +251,21 @@ class Disagreement:
 
 
 def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) -> Disagreement:
-    """Test whether the ranks of two series agree better than chance.
+    """Test whether the ranks of layers by proxy and by drop agree better than by chance.
 
-    Share and chance level are those of `differing_rank_share`. The p-values relabel the layers of
-    one series, the same way in every benchmark, because a layer's values in several benchmarks are
-    dependent. They are (k + 1) / (m + 1) for k of m relabellings.
+    The share of different ranks and its chance level are computed by `differing_rank_share`. For
+    the p-values, the layers of one series are relabelled in the same way in every benchmark,
+    because a layer's values in several benchmarks are dependent. A p-value is (k + 1) / (m + 1) if
+    k of m relabellings have no more different ranks than observed.
 
     Args:
-        proxy: `[benchmarks, layers]`, finite.
-        drop: `[benchmarks, layers]`, finite, no row constant.
-        tolerance: Largest difference of ranks that still agree; 0 = exact ranks.
+        proxy: `[benchmarks, layers]`, finite values of the proxy.
+        drop: `[benchmarks, layers]`, finite drops; no row is constant.
+        tolerance: Largest difference at which two ranks still count as equal.
         seed: Seed of the relabellings.
 
     Returns:
-        The share, its chance level, and one-sided p-values of agreeing better than chance.
+        The share of layers with different ranks, its chance level, and two one-sided p-values.
 
     Examples:
         Two random orders of 30 layers have 96.7 % of their exact ranks apart.
@@ -286,20 +292,20 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Test the hypothesis that a proxy and the drop are unrelated in every benchmark.
+    """Compute the p-value of the hypothesis that proxy and drop are unrelated everywhere.
 
-    The statistic is the mean over benchmarks of Spearman's coefficient, two-sided. As in
-    `correlation.correlate`, each series in turn is redrawn with the same smoothness over depth, and
-    the larger p-value is returned. The redrawn order is that of the mean ranks over the benchmarks.
-    It relabels the layers of all benchmarks in the same way.
+    The test is two-sided; its statistic is the mean over benchmarks of Spearman's coefficient. As
+    in `correlation.correlate`, the test redraws each series in turn with the same smoothness over
+    depth, and returns the larger p-value. The smoothness is that of the mean ranks over the
+    benchmarks. Each redrawn order relabels the layers of all benchmarks in the same way.
 
     Args:
-        proxy: `[benchmarks, layers]`, finite, no row constant.
-        drop: `[benchmarks, layers]`, the same.
+        proxy: `[benchmarks, layers]`, finite values of the proxy; no row is constant.
+        drop: `[benchmarks, layers]`, finite drops; no row is constant.
         seed: Seed of the relabellings.
 
     Returns:
-        (k + 1) / (m + 1) for k of m relabellings that correlate as strongly.
+        The p-value, (k + 1) / (m + 1) if k of m relabellings correlate at least as strongly.
     """
     x, y = (scipy.stats.zscore(midranks(values), axis=1) for values in (proxy, drop))
     strength = abs(float((x * y).sum() / x.size))
@@ -312,15 +318,15 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of layers in which a series stays equally smooth.
+    """Draw random orders of the layers in which a series is as smooth as before.
 
     Args:
-        values: `[layers]` in the order of depth, finite; equal ones count as ascending.
+        values: `[layers]` in the order of depth, finite; equal values are treated as ascending.
         n_draws: Number of orders.
         seed: Seed of the generator.
 
     Returns:
-        `[draws, layers]`: the index of the layer whose value is put at each depth; see
+        `[draws, layers]`, for each depth the index of the layer whose value is placed there; see
         `surrogate_series`.
     """
     ranks = scipy.stats.rankdata(values, method="ordinal").astype(np.float64)

@@ -1,11 +1,12 @@
 """Compute how well samples of documents agree on the order of layers.
 
-A layer's figure is a weighted mean over documents. Two samples without a common document give two
-orders of the same layers. Their rank correlation is the reliability of the order at that sample
-size. A sample and the whole set that contains it agree better, because they overlap.
+The value of a layer is a weighted mean over documents. Two samples without a common document give
+two rankings of the layers. The rank correlation of the two rankings is the reliability of the
+ranking at this sample size. A sample and the whole set of documents agree better than two samples,
+because the set contains the sample.
 
-A cheap measure can use more documents for the same compute than an expensive one. Measures are
-therefore compared at equal cost, on documents that the true order does not use.
+A cheap measure can use more documents than an expensive measure for the same compute. Measures are
+therefore compared at equal cost, on documents that the true ranking does not use.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _GROUPS = 10
 
 
 def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntArray]:
-    """Shuffle documents so that every part of the order has each stratum in proportion.
+    """Yield random orders of documents in which every section has all strata in proportion.
 
-    Within a stratum all orders are equally likely. The strata are interleaved evenly: a part
-    of the order contains each stratum's share of the documents, rounded up or down. With one
-    stratum it is a plain shuffle.
+    Within a stratum, all orders are equally likely. The strata are interleaved evenly, so that each
+    section of an order contains each stratum's share of the documents, up to rounding. With one
+    stratum, an order is a plain shuffle.
 
     Args:
         strata: `[documents]`, e.g. each document's task.
@@ -58,19 +59,20 @@ def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntAr
 def disjoint_means(
     values: Array, weights: Array, strata: Strata, sizes: Sequence[int], n_draws: int, seed: int
 ) -> tuple[Array, Array]:
-    """Average the layers' values over two disjoint samples of documents.
+    """Compute the mean value of each layer in two disjoint samples of documents.
 
     Args:
-        values: `[documents, layers]`.
+        values: `[documents, layers]`, the value of each document for each layer.
         weights: `[documents]`, 0 or more.
         strata: `[documents]`, e.g. each document's task; see `stratified_orders`.
-        sizes: Numbers of documents of each of the two samples, from 1 to all.
-        n_draws: Number of draws of the two.
-        seed: Seed of the generator; equal seeds draw equal documents.
+        sizes: Sample sizes; each size is the number of documents in each of the two samples.
+        n_draws: Number of random draws of two samples, for each size.
+        seed: Seed of the generator; equal seeds draw the same documents.
 
     Returns:
-        Both samples' weighted means, `[draws, sizes, layers]` each. The second is NaN if
-        there are fewer than twice as many documents; both are NaN if their weights are 0.
+        The weighted means of the two samples, each `[draws, sizes, layers]`. The means of the
+        second sample are NaN if there are too few documents for two disjoint samples. The means of
+        a sample are NaN if all its weights are 0.
     """
     weighted = np.where(weights[:, None] > 0, values * weights[:, None], 0)
     table = np.column_stack([weighted, weights])
@@ -89,16 +91,16 @@ def disjoint_means(
 def spearman_brown(reliability: float, factor: float) -> float:
     """Predict the reliability of a sample that is `factor` times as large.
 
-    Exact for the covariance ratio of means over exchangeable documents (identically drawn,
-    so that each adds noise of the same variance): r' = f · r / (1 + (f - 1) · r). For a mean of
-    rank correlations, whose figures are tied and bounded, it is an approximation.
+    The formula is r' = f · r / (1 + (f - 1) · r). The formula is exact for the covariance ratio of
+    means over exchangeable documents, each of which adds noise of the same variance. For a mean of
+    rank correlations, whose values are tied and bounded, the formula is an approximation.
 
     Args:
-        reliability: The correlation of two samples of the size that was measured.
-        factor: Ratio of the sample sizes, above 0.
+        reliability: The correlation of two samples of the measured size.
+        factor: Ratio of the predicted to the measured sample size, above 0.
 
     Returns:
-        The predicted correlation.
+        The predicted correlation of two samples.
 
     References:
         C. Spearman, British Journal of Psychology 3 (1910) 271-295. W. Brown, the same, 296-322.
@@ -111,12 +113,12 @@ def spearman_brown(reliability: float, factor: float) -> float:
 
 
 def extrapolate_documents(target: float, n_documents: float, reliability: float) -> float:
-    """Compute the documents for a reliability by Spearman-Brown's formula.
+    """Compute how many documents a target reliability needs, by Spearman-Brown's formula.
 
     Args:
         target: Target reliability, between 0 and 1.
-        n_documents: Number of measured documents.
-        reliability: Reliability of the measured documents.
+        n_documents: Number of documents of the measured samples.
+        reliability: Reliability at this number of documents.
 
     Returns:
         The number, not rounded; NaN if the reliability is not between 0 and 1.
@@ -133,17 +135,18 @@ def extrapolate_documents(target: float, n_documents: float, reliability: float)
 def documents_to_reach(
     sizes: Sequence[int], reliabilities: Sequence[float], target: float
 ) -> tuple[float, bool]:
-    """Compute the number of documents that reach a reliability and keep it.
+    """Compute the number of documents from which on the reliability is at the target or above.
 
     Args:
-        sizes: Numbers of documents, ascending.
-        reliabilities: Reliability at each size; NaN if undefined.
+        sizes: Measured sample sizes, as numbers of documents, ascending.
+        reliabilities: Reliability at each sample size; NaN if undefined.
         target: Target reliability, between 0 and 1.
 
     Returns:
-        The number, and whether it is extrapolated. Between two measured sizes it is interpolated on
-        the logarithm; it is the smallest size if that is enough. Beyond the last size it follows
-        from the Spearman-Brown formula, NaN if that has no solution.
+        The number of documents, and whether this number is extrapolated. Between two measured
+        sizes, the number is interpolated on a logarithmic scale. It is the smallest size if this
+        size is sufficient. Beyond the largest size, it is extrapolated by the Spearman-Brown
+        formula, and NaN if the formula has no solution.
 
     Examples:
         >>> n_documents, extrapolated = documents_to_reach([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
@@ -162,20 +165,20 @@ def documents_to_reach(
 
 
 def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
-    """Test whether any layers have different means.
+    """Compute the p-value of the hypothesis that all layers have the same mean.
 
-    The mean over layers is subtracted from each document's values. If layers do not differ, and a
-    document's deviations are as likely to be x as −x, all signs of the documents are equally
-    likely. p is the share of signs for which the sum of squared layer means is at least the
-    observed sum.
+    The test subtracts the mean over layers from each document's values. The test assumes that, if
+    layers do not differ, a document's deviations are as likely to be x as −x. All signs of the
+    documents are then equally likely. The p-value is the share of sign combinations whose sum of
+    squared layer means is at least the observed sum.
 
     Args:
-        values: `[documents, layers]`.
+        values: `[documents, layers]`, the value of each document for each layer.
         weights: `[documents]`, 0 or more; a document of weight 0 does not count.
-        seed: Seed of the signs.
+        seed: Seed of the random signs.
 
     Returns:
-        The p-value, from `DIFFERENCE_FLIPS` drawn signs.
+        The p-value, from `DIFFERENCE_FLIPS` random sign combinations.
 
     References:
         R. A. Fisher, The Design of Experiments (1935), section 21. B. Phipson, G. K. Smyth,
@@ -197,20 +200,22 @@ def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
 
 
 def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed: int) -> Estimate:
-    """Estimate a positive figure; its interval comes from leaving out tenths of the documents.
+    """Estimate a positive statistic, with an interval from the grouped jackknife.
 
-    The interval is on the logarithm, with Student's t of (groups − 1) degrees of freedom. It
-    covers the values that other documents of the same benchmark would give. The tests simulate
-    benchmarks to check its coverage of the number of documents needed.
+    The jackknife leaves out one tenth of the documents at a time. The interval is symmetric on the
+    logarithmic scale, with Student's t of (groups − 1) degrees of freedom. It covers the values
+    that other documents of the same benchmark would give. Tests on simulated benchmarks check how
+    often the interval contains the true number of needed documents.
 
     Args:
-        figure: Function of the indexes of some documents; NaN if undefined for them.
+        figure: Function that computes the statistic from the indexes of some documents; NaN if
+            undefined.
         strata: `[documents]`, e.g. each document's task; two documents or more.
         seed: Seed of the grouping of documents; see `jackknife_error`.
 
     Returns:
-        The figure with its 95 % interval; None if it is undefined for all documents, or if a group
-        is left out.
+        The statistic with its 95 % interval. The value is None if the statistic is undefined for
+        all documents, or when some group is left out.
     """
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
@@ -226,12 +231,12 @@ HALF_SPLITS = 100
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """Measure that ranks the layers by a weighted mean over documents.
+    """Measure of layers, such as a proxy: a weighted mean over documents for each layer.
 
     Attributes:
-        values: `[documents, layers]`, values of each document.
-        weights: `[documents]`, weights of their mean.
-        price: Cost of one document, in forward passes.
+        values: `[documents, layers]`, the value of each document for each layer.
+        weights: `[documents]`, the weight of each document in the mean.
+        price: Cost of measuring one document, in forward passes.
     """
 
     values: Array
@@ -239,27 +244,28 @@ class LayerMeasure:
     price: float
 
     def means(self) -> Array:
-        """Return the weighted mean over the documents `[layers]`."""
+        """Return the weighted mean over all documents for each layer `[layers]`."""
         return np.asarray(_running_means(self, np.arange(len(self.values)))[-1])
 
 
 def prediction_by_budget(
     measures: Mapping[str, LayerMeasure], truth: LayerMeasure, budgets: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Estimate how well each measure predicts the true ranking, for each compute budget.
+    """Estimate how well each measure predicts the true ranking of layers, for each budget.
 
-    The documents are halved at random, `HALF_SPLITS` times. The truth is computed on one half. A
-    measure uses as many documents of the other half as a budget pays for.
+    The documents are split into two halves at random, `HALF_SPLITS` times. The true ranking is
+    computed on one half. A measure uses as many documents of the other half as the compute budget
+    pays for.
 
     Args:
-        measures: Name → measure, all on the same documents.
-        truth: Measure to predict; its price is ignored.
-        budgets: Budgets, in forward passes.
+        measures: Name → measure. All measures have the same documents.
+        truth: Measure that gives the true ranking; its price is ignored.
+        budgets: Compute budgets, in forward passes.
 
     Returns:
-        Name → for each budget the mean over halves of Spearman's coefficient; NaN where a budget
-        pays for no document, or for more than there are, or where fewer than half of the halves
-        have a coefficient.
+        Name → mean of Spearman's coefficient over the splits, for each budget. The mean is NaN if a
+        budget pays for no document or for more documents than a half has. It is also NaN if fewer
+        than half of the splits have a coefficient.
     """
     n_documents = len(truth.values)
     half_size = n_documents // 2
@@ -284,7 +290,7 @@ def prediction_by_budget(
 
 
 def _running_means(measure: LayerMeasure, order: IntArray) -> Array:
-    """Return the weighted means of the first 1, 2, … documents of an order."""
+    """Return the weighted means of the first 1, 2, 3, … documents in the given order."""
     weights = measure.weights[order, None]
     values = np.where(weights > 0, measure.values[order], 0.0)
     return safe_divide(np.cumsum(weights * values, axis=0), np.cumsum(weights, axis=0))

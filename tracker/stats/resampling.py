@@ -25,17 +25,18 @@ _CHUNK = 1_000_000
 def document_counts(
     n_documents: int, n_resamples: int, seed: int, strata: Strata | None = None
 ) -> Iterator[Array]:
-    """Yield the number of times that each document is drawn in bootstrap resamples.
+    """Yield how often each document is drawn in bootstrap resamples, chunk by chunk.
 
-    The same arguments give the same documents, so two quantities that are resampled separately
-    are still paired.
+    Equal arguments give equal resamples, so two quantities that are resampled separately are still
+    paired.
 
     Args:
         n_documents: Number of documents, at least one.
-        n_resamples: Number of resamples, each of as many documents.
+        n_resamples: Number of resamples, each of `n_documents` documents.
         seed: Seed of the generator.
-        strata: `[documents]`, e.g. each document's task: every stratum keeps its size. Strata of
-            one document are merged, since each alone would never vary.
+        strata: `[documents]`, e.g. each document's task. In each resample, every stratum keeps its
+            number of documents. Strata of one document are merged, because a single document would
+            never vary.
 
     Yields:
         `[resamples of a chunk, documents]`; every row sums to `n_documents`.
@@ -54,7 +55,7 @@ def document_counts(
 
 
 def _merge_strata(labels: NDArray[np.generic]) -> IntArray:
-    """Assign numbers to strata; merge strata of one document, one alone with the smallest."""
+    """Return the number of each document's stratum, after merging strata of one document."""
     _, stratum, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     is_single = sizes[stratum] == 1
     if is_single.sum() == 1 and len(sizes) > 1:
@@ -63,11 +64,11 @@ def _merge_strata(labels: NDArray[np.generic]) -> IntArray:
 
 
 def random_signs(shape: tuple[int, ...], n_draws: int, seed: int) -> Iterator[Array]:
-    """Yield random signs of documents, a few draws at a time.
+    """Yield random signs for each document, in chunks of several draws.
 
     Args:
-        shape: Shape of the documents' values, the number of documents first.
-        n_draws: Number of draws.
+        shape: Shape of the array of values; its first number is the number of documents.
+        n_draws: Total number of draws over all chunks.
         seed: Seed of the generator.
 
     Yields:
@@ -87,22 +88,24 @@ def resampled_means(
 ) -> Array:
     """Bootstrap the weighted mean of each column, with the same resamples for all columns.
 
-    All columns see the same resampled documents, so differences between columns stay paired; so do
-    two calls with the same number of documents, seed and strata. A proxy is resampled per document
-    with its tokens as weights: `values` = sums / tokens, `weights` = tokens.
+    All columns use the same resampled documents, so differences between columns are paired. Two
+    calls with the same number of documents, seed and strata are paired too. To resample a proxy,
+    pass `values` = sums / tokens and `weights` = tokens, so that each document is weighted by its
+    tokens.
 
     Args:
         values: `[documents, k]`, e.g. each document's accuracy drop for k layers.
         n_resamples: Number of resamples.
         seed: Seed of the generator.
-        strata: `[documents]`, e.g. each document's task: resample within it, so that every resample
-            has each task at its size; as in `document_counts`.
+        strata: `[documents]`, e.g. each document's task. Documents are resampled within each
+            stratum, so that every stratum keeps its size; see `document_counts`.
         weights: `[documents]`, 0 or more, of any sum; None for equal weights. A document of weight
             0 is ignored, even if its values are NaN.
 
     Returns:
-        `[resamples, k]`: sum(count · weight · value) / sum(count · weight). NaN in a column with a
-        NaN, in a resample whose weights are all 0, and everywhere without documents.
+        `[resamples, k]`, the means sum(count · weight · value) / sum(count · weight). A mean is NaN
+        in a column with a NaN and in a resample whose weights are all 0. All means are NaN if there
+        are no documents.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 8. W. G.
@@ -130,26 +133,28 @@ def bias_corrected_interval(
 ) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % bootstrap percentile interval, shifted by the median bias.
 
-    Resampling documents adds the measurement noise a second time. Noise pulls a rank correlation
-    towards 0, and resampling pulls it once more. The plain percentile interval is therefore too
-    near 0 and may not even contain the value. Shifting it by the median bias undoes the second
-    pull.
+    Resampling documents adds the measurement noise a second time. Measurement noise shifts a rank
+    correlation towards 0, and resampling shifts the correlation towards 0 once more. The plain
+    percentile interval is therefore too near 0, and sometimes does not even contain the value.
+    Moving the interval by the median bias removes the second shift.
 
-    The interval covers the mean value of other samples of the same size. The first pull remains, so
-    it is no interval for the value without measurement noise.
+    The interval covers the mean value over other samples of the same size. The first shift remains,
+    so the interval does not cover the value without measurement noise.
 
-    Efron's bias-corrected (BC) interval mends the median as well, but it reads its ends from the
-    far tail of the resamples and collapses there: for Spearman's coefficient of 30 simulated layers
-    on 500 documents it held the expected coefficient in 40-90 % of the cases, this one in 85-99 %.
+    Efron's bias-corrected (BC) interval corrects the median as well, but takes its bounds from the
+    far tail of the resamples, where it becomes too narrow. In simulations of Spearman's coefficient
+    for 30 layers and 500 documents, the BC interval contained the expected coefficient in 40-90 %
+    of the cases. The shifted interval contained the expected coefficient in 85-99 %.
 
     Args:
-        value: Figure of the documents themselves.
-        resamples: `[resamples]`, the figure from each resample; NaN where it is undefined.
-        min_value: The lowest value that the figure can have, to which the interval is clipped.
-        max_value: The highest.
+        value: The statistic, computed from the original documents.
+        resamples: `[resamples]`, the statistic of each resample; NaN if undefined.
+        min_value: Lowest possible value of the statistic, at which the interval is clipped.
+        max_value: Highest possible value of the statistic, at which the interval is clipped.
 
     Returns:
-        Both ends; None when fewer than half of the resamples are defined.
+        The lower and the upper bound; both are None if fewer than half of the resamples are
+        defined.
 
     Examples:
         >>> low, high = bias_corrected_interval(0.9, np.linspace(0.6, 0.8, 201))
@@ -166,18 +171,20 @@ def bias_corrected_interval(
 def jackknife_error(
     figure: Callable[[IntArray], float], strata: Strata, n_groups: int, seed: int = SEED
 ) -> float:
-    """Estimate a figure's standard error by the grouped jackknife.
+    """Estimate the standard error of a statistic by the grouped jackknife.
 
-    Groups are random, and each stratum is spread over them as evenly as possible.
+    The groups of documents are random. The documents of each stratum are distributed as evenly as
+    possible over the groups.
 
     Args:
-        figure: Function of the indexes of the remaining documents, ascending.
+        figure: Function that computes the statistic from the ascending indexes of the remaining
+            documents.
         strata: `[documents]`, e.g. each document's task; two documents or more.
-        n_groups: Number of groups; with fewer documents, each is a group.
-        seed: Seed of the groups.
+        n_groups: Number of groups; if there are fewer documents, each document is a group.
+        seed: Seed of the random groups.
 
     Returns:
-        The standard error; NaN if the figure is undefined without some group.
+        The standard error; NaN if the statistic is undefined when some group is left out.
 
     References:
         M. H. Quenouille, Biometrika 43 (1956) 353-360. J. Shao, D. Tu, The Jackknife and Bootstrap

@@ -1,31 +1,36 @@
-"""Decide when to stop measuring for questions about several means of one population.
+"""Stopping rules: decide when enough documents are measured to compare several means.
 
-Bounds of each mean decide the size of a drop, and whether it differs from 0. Pairwise differences
-decide the largest drops (`SequentialTopK`). Neither revises an answer: a settled run stays settled
-when only other runs are measured. `forecast_race` estimates the number of documents that a question
-will take.
+Each mean is the mean drop of one run, such as the removal of a layer. Bounds of a mean decide the
+size of a drop, and whether the drop differs from 0. Pairwise differences decide which drops are the
+largest (`SequentialTopK`). A decision is never revised: a run that is decided stays decided while
+other runs are measured. `forecast_race` estimates how many documents the answer to a question will
+need.
 
 The largest of several means, by pairwise differences:
 
-Noise that two runs share cancels in the difference of their values of a document. Differences
-therefore vary less than two single values, and need one error instead of two. Against each claim "b
-is no better than a" one bets as in `confidence`, with all documents on which both were measured.
+Noise that two runs share cancels in the difference of their values on the same document.
+Differences therefore vary less than single values, and one comparison needs one error probability
+instead of two. The rule bets against each hypothesis "b is no better than a" as in the module
+`confidence`. The bets use all documents on which both runs were measured.
 
-A wrong answer can come only from pairs of one of the `count` best with one of the others. These are
-count · (runs − count) pairs whichever runs are the best. Each pair gets an equal error share.
+An answer can be wrong only if a pair of one of the `count` best runs and one of the other runs is
+decided wrongly. There are count · (runs − count) such pairs, whichever runs are the best. Each pair
+gets the same share of the error probability.
 
 The smallest of several means, for unbounded values:
 
-Log-probabilities are unbounded, so bets on them cannot be bounded, and no interval holds exactly at
-every look. An asymptotic confidence sequence holds in the limit, like a normal interval for a
-single look. It needs finite variances, and enough documents before its first look. It cannot see
-values so rare that none occurs: 128 documents miss what one document in 43 shows with a probability
-of 5 %.
+Log-probabilities are unbounded, so bets on log-probabilities cannot be bounded, and no interval is
+exact after every document. The rule therefore uses an asymptotic confidence sequence, which is
+valid in the limit, as a normal interval is for a fixed sample size. The sequence needs finite
+variances, and enough documents before the first evaluation. The sequence cannot account for values
+that are too rare to occur in the sample. With a probability of 5 %, for example, 128 documents
+contain no case of a value that one in 43 documents has.
 
-After t documents it is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) / α)), with the
-standard deviation σ̂ so far. Documents are drawn from a finite population without replacement, so
-the sum follows a Brownian bridge and not a Brownian motion. In the time τ = t·N / (N − t) the
-bridge is a motion, and after the last document the interval is a point.
+After t documents, the interval is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) / α)),
+with the standard deviation σ̂ of these documents. Documents are drawn from a finite population
+without replacement, so the sum follows a Brownian bridge instead of a Brownian motion. In the time
+scale τ = t·N / (N − t), the bridge is a Brownian motion. After the last document, the interval is a
+point.
 """
 
 from __future__ import annotations
@@ -58,16 +63,17 @@ _MIN_ROOM = 1e-6
 
 
 class SequentialTopK:
-    """Sequential choice of the `count` largest means of a population.
+    """Stopping rule that finds the runs with the `count` largest means of a population.
 
-    The documents must come in random order. A settled run takes no further part. With a tolerance,
-    no chosen run is further below the last chosen rank than the tolerance, and no other run is
-    further above it.
+    The documents must be evaluated in random order. A run is settled when it is decided whether the
+    run is among the largest; its later values are ignored. With a tolerance, a chosen run can be
+    below the true `count`-th largest mean by at most the tolerance. A run that is not chosen can be
+    above this mean by at most the tolerance.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not settled.
-        chosen: `[runs]`, mask of the runs that are settled to be among the largest.
-        seen: Number of evaluated documents.
+        chosen: `[runs]`, mask of the runs that are decided to be among the largest.
+        seen: Number of documents that were evaluated so far.
 
     References:
         S. Kalyanakrishnan, A. Tewari, P. Auer, P. Stone, ICML 2012 (the answer, within a
@@ -96,16 +102,17 @@ class SequentialTopK:
         level: float = 0.95,
         max_difference: float = 1.0,
     ) -> None:
-        """Begin a race that has seen no document yet.
+        """Create the stopping rule, before any document is evaluated.
 
         Args:
             population: Number of documents in the population.
-            n_runs: Number of means.
-            count: Number of runs to choose, at least one and not all.
-            tolerance: Difference that is ignored; None = none, so that exact ties for the last
-                rank stay open.
+            n_runs: Number of runs; each run has one mean.
+            count: Number of runs to choose; at least 1 and less than `n_runs`.
+            tolerance: Difference of means that is ignored. None = no tolerance, so that exact ties
+                for the last rank stay undecided.
             level: The probability with which the answer is right.
-            max_difference: Largest difference of two values of a document.
+            max_difference: Largest possible difference between the values of two runs on a
+                document.
         """
         self.open: Mask = np.ones(n_runs, dtype=bool)
         self.chosen: Mask = np.zeros(n_runs, dtype=bool)
@@ -120,14 +127,15 @@ class SequentialTopK:
         self._claims = np.zeros((n_runs, n_runs, len(self._nulls)), dtype=bool)
 
     def update(self, values: Array) -> None:
-        """Evaluate further documents, in their order.
+        """Evaluate further documents, in the given order.
 
         Args:
-            values: `[documents, runs]`; values of settled runs are ignored, and may be missing.
+            values: `[documents, runs]`, the values; the values of settled runs are ignored and can
+                be NaN.
 
         Raises:
-            ValueError: There are more documents than the population has, or the values of two runs
-                differ by more than `max_difference` or are not finite.
+            ValueError: The total number of documents exceeds the population, the values of two runs
+                differ by more than `max_difference`, or a value is not finite.
         """
         if self.seen + len(values) > self._population:
             raise ValueError(f"more than all {self._population} documents")
@@ -154,9 +162,9 @@ class SequentialTopK:
         self._settle()
 
     def _bet(self, values: Array, a: IntArray, b: IntArray) -> None:
-        """Bet for each pair (a, b) that b is better than a.
+        """Update the bets that run b is better than run a, for each pair (a, b).
 
-        The capital is a martingale if a is as good as b.
+        The capital of a pair is a martingale if run a is as good as run b.
         """
         differences = values[:, a] - values[:, b]
         sums = np.cumsum(differences, axis=0) - differences
@@ -172,7 +180,7 @@ class SequentialTopK:
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _settle(self) -> None:
-        """Settle the runs that beat, or lose to, enough other open runs."""
+        """Settle each run that is surely better, or surely worse, than enough other open runs."""
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -201,18 +209,21 @@ NARROWEST_AT = 512
 
 
 class SmallestMean:
-    """Sequential choice of the smallest mean of a population.
+    """Stopping rule that finds the run with the smallest mean of a population.
 
-    The documents must come in random order. A run that is shown to be larger than the smallest so
-    far takes no further part. Differences are evaluated pairwise, on the documents of both. The
-    pairs of the best run with each other run share the error, whichever is best (a union bound).
+    The documents must be evaluated in random order. A run is dropped when its mean is shown to be
+    larger than the smallest mean so far. The rule compares runs in pairs, on documents that both
+    runs have. The pairs of the best run with every other run share the error probability (a union
+    bound), whichever run is the best.
 
     Attributes:
-        open: `[runs]`, mask of the runs that may be the smallest, or equally good.
-        chosen: `[runs]`, mask of the runs that are at most the tolerance above the smallest; empty
-            at first. Several only if they are equal on all documents.
-        seen: `[runs]`, number of documents of each run.
-        means: `[runs]`, mean of each run on these; infinite if a value is not finite.
+        open: `[runs]`, mask of the runs that can still have the smallest mean.
+        chosen: `[runs]`, mask of the chosen run, whose mean is at most the tolerance above the
+            smallest mean; empty until the answer is found. Several runs are chosen only if their
+            means over all documents are equal.
+        seen: `[runs]`, number of documents that were evaluated for each run.
+        means: `[runs]`, mean of each run on its evaluated documents; infinite if a value is not
+            finite.
 
     References:
         I. Waudby-Smith et al., Time-uniform central limit theory and asymptotic confidence
@@ -231,12 +242,13 @@ class SmallestMean:
     """
 
     def __init__(self, population: int, n_runs: int, *, tolerance: float) -> None:
-        """Begin a race that has seen no document yet.
+        """Create the stopping rule, before any document is evaluated.
 
         Args:
             population: Number of documents in the population.
-            n_runs: Number of means.
-            tolerance: Difference that is ignored. The answer is right with 95 % probability.
+            n_runs: Number of runs; each run has one mean.
+            tolerance: Difference of means that is ignored. The answer is right up to this tolerance
+                with a probability of 95 %.
         """
         self.open: Mask = np.ones(n_runs, dtype=bool)
         self.chosen: Mask = np.zeros(n_runs, dtype=bool)
@@ -248,18 +260,18 @@ class SmallestMean:
 
     @property
     def looked(self) -> int:
-        """Number of evaluated documents."""
+        """Number of documents that were evaluated so far."""
         return sum(map(len, self._values))
 
     def update(self, values: Array) -> None:
-        """Evaluate further documents, in their order.
+        """Evaluate further documents, in the given order.
 
         Args:
-            values: `[documents, runs]`; values of settled runs are ignored, and may be missing. A
-                run with a value that is not finite is excluded.
+            values: `[documents, runs]`, the values. Values of dropped runs are ignored and can be
+                NaN. An open run with a value that is not finite is dropped.
 
         Raises:
-            ValueError: There are more documents than the population has.
+            ValueError: The total number of documents exceeds the population.
         """
         if self.looked + len(values) > self._population:
             raise ValueError(f"more than all {self._population} documents")
@@ -276,7 +288,7 @@ class SmallestMean:
             self._settle(open_values[:, is_usable], runs[is_usable])
 
     def _settle(self, values: Array, runs: IntArray) -> None:
-        """Drop runs whose mean is shown to be larger; stop if the best remaining run suffices."""
+        """Drop runs whose mean is surely larger, and choose the best run when that is safe."""
         n_looked, means = len(values), values.mean(axis=0)
         self.means[runs] = means
         best = int(means.argmin())
@@ -295,15 +307,15 @@ class SmallestMean:
 
 
 def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
-    """Return the half width of a confidence sequence, in standard deviations.
+    """Return the half width of a confidence sequence of the mean, in standard deviations.
 
     Args:
-        n_looked: Number of evaluated documents.
+        n_looked: Number of documents that were evaluated so far.
         n_documents: Number of documents in the population, above `n_looked`.
-        error_rate: The probability that the sequence ever misses the mean.
+        error_rate: Probability that any interval of the sequence does not contain the mean.
 
     Returns:
-        The factor.
+        The factor by which the standard deviation of the documents is multiplied.
 
     Examples:
         Wider than an interval of one look, which is 1.96 / √512 = 0.087.
@@ -319,15 +331,16 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
 
 
 def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
-    """Return the state of a question about single means.
+    """Return which runs are open and which are chosen, for a question about single means.
 
     Args:
-        low: `[runs]`, lower bounds that hold together.
-        high: `[runs]`, upper bounds.
-        tolerance: Target half width of each mean's interval; None = find the means that are not 0.
+        low: `[runs]`, lower bounds of the means; all bounds hold simultaneously.
+        high: `[runs]`, upper bounds of the means.
+        tolerance: Target half width of the interval of each mean. None if the question is which
+            means differ from 0.
 
     Returns:
-        The masks of open and of chosen runs, as in `Race`.
+        The mask of open runs and the mask of chosen runs, as in the attributes of `Race`.
 
     Examples:
         >>> low, high = np.array([0.1, -0.3, 0.0]), np.array([0.35, 0.4, 0.05])
@@ -343,31 +356,32 @@ def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, 
 
 
 class Race:
-    """Race of several means of one population until a question is answered.
+    """Stopping rule that evaluates documents until a question about several runs is answered.
 
-    The documents must come in random order. A settled run takes no further part.
+    The documents must be evaluated in random order. A run is settled when its part of the answer is
+    decided; its later values are ignored.
 
     Attributes:
-        open: `[runs]`, mask of the runs whose part of the answer is open.
-        chosen: `[runs]`, mask of the runs that are settled to be in the requested set. For `sign`
-            these are the runs whose mean is not 0; for `drop` none.
-        seen: `[runs]`, number of documents of each run.
+        open: `[runs]`, mask of the runs whose part of the answer is not decided yet.
+        chosen: `[runs]`, mask of the runs that belong to the answer. For the question `sign`, these
+            are the runs whose mean differs from 0. For the question `drop`, no run is chosen.
+        seen: `[runs]`, number of documents that were evaluated for each run.
     """
 
     def __init__(
         self, question: Question, population: int, n_runs: int, max_value: float = 1.0
     ) -> None:
-        """Begin a race that has seen no document yet.
+        """Create the stopping rule, before any document is evaluated.
 
         Args:
-            question: The question.
+            question: Question about the runs, such as `top 3`.
             population: Number of documents in the population.
-            n_runs: Number of means.
-            max_value: Largest absolute value of a document, and largest difference of the values
-                of two runs.
+            n_runs: Number of runs; each run has one mean.
+            max_value: Largest possible absolute value, and largest possible difference between the
+                values of two runs on a document.
 
         Raises:
-            ValueError: The question needs another number of runs.
+            ValueError: The question cannot be asked about this number of runs.
         """
         question.check_runs(n_runs)
         self._question = question
@@ -396,34 +410,35 @@ class Race:
 
     @property
     def is_answered(self) -> bool:
-        """True if no part of the answer is open."""
+        """True if the whole answer is decided."""
         return not self.open.any()
 
     @property
     def means(self) -> Array:
-        """The midpoints `[runs]` of the bounds of the means."""
+        """The estimated means `[runs]`: the midpoints between the lower and upper bounds."""
         return np.asarray((self.bounds.low + self.bounds.high) / 2)
 
     @property
     def bounds(self) -> MeanSequences:
-        """The bounds of each mean, which hold together with the question's confidence.
+        """The bounds of each mean, which hold simultaneously with the question's confidence.
 
-        The answer has the same confidence separately, because the largest means are found without
-        these bounds. The bounds are computed on first use.
+        The confidence of the answer is separate from the confidence of the bounds, because the
+        largest means are found without these bounds. The bounds are computed on first use.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
         return self._bounds
 
     def update(self, values: Array) -> None:
-        """Evaluate further documents.
+        """Evaluate further documents, in the given order.
 
         Args:
-            values: `[documents, runs]`; values of settled runs are ignored, and may be missing.
+            values: `[documents, runs]`, the values; the values of settled runs are ignored and can
+                be NaN.
 
         Raises:
-            ValueError: A value is not finite or out of range, two are too far apart, or there are
-                too many documents.
+            ValueError: A value is not finite or exceeds `max_value`, two values of a document are
+                too far apart, or the total number of documents exceeds the population.
         """
         runs = np.flatnonzero(self.open)
         self._bounds.scale_values(values[:, runs])
@@ -449,12 +464,12 @@ LOOK_SIZE = 32
 
 @dataclass(frozen=True)
 class RaceForecast:
-    """Number of documents that a race takes in simulated populations.
+    """Forecast of the documents that a stopping rule evaluates, from simulated populations.
 
     Attributes:
-        looked: `[draws]`, number of evaluated documents.
-        seen: `[draws, runs]`, number of documents of each run.
-        answered: `[draws]`, whether the question was answered by the last evaluated document.
+        looked: `[draws]`, number of documents that were evaluated in each simulated population.
+        seen: `[draws, runs]`, number of documents that were evaluated for each run.
+        answered: `[draws]`, whether the question was answered in each simulated population.
     """
 
     looked: IntArray
@@ -471,24 +486,25 @@ def forecast_race(
     chances: Array | None = None,
     n_draws: int = FORECAST_DRAWS,
 ) -> RaceForecast:
-    """Simulate a race in populations drawn from measured documents.
+    """Simulate `Race` in random populations that are drawn from measured documents.
 
-    With few documents, runs differ by more on them than in the population, so the forecast is too
-    low.
+    On few measured documents, runs differ by more than in the real population. The forecast is then
+    too low.
 
     Args:
-        question: The question.
-        values: `[documents, runs]`, measured values of at least one document.
+        question: Question about the runs, such as `top 3`.
+        values: `[documents, runs]`, the values of the measured documents; at least one document.
         population: Number of documents in the population.
-        max_value: Largest absolute value of a document, as for `Race`.
-        chances: `[documents]`, probability of drawing each, summing to 1; None = equal.
-        n_draws: Number of populations.
+        max_value: Largest possible absolute value, as for `Race`.
+        chances: `[documents]`, probability of drawing each document, summing to 1; None = equal
+            probabilities.
+        n_draws: Number of simulated populations.
 
     Returns:
-        The result of each race.
+        The numbers of evaluated documents in each simulated population.
 
     Raises:
-        ValueError: The question needs another number of runs.
+        ValueError: The question cannot be asked about this number of runs.
 
     Examples:
         A run that loses half of the documents, among two that lose few: it is found in under 500 of

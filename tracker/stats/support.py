@@ -1,12 +1,12 @@
-"""Combine estimates, and decide which statements are supported.
+"""Combine estimates with intervals, and decide which statements about layers are supported.
 
-A 95 % interval is wrong in one of twenty cases, so of thirty layers without any effect one or two
-have an interval above 0. Statements that name some of many layers need simultaneous intervals: with
-probability 95 % or more, all of them are true.
+A 95 % interval is wrong in one of twenty cases. Of thirty layers without any effect, one or two
+therefore have an interval that excludes 0. Statements that name some of many layers need
+simultaneous intervals. With a probability of at least 95 %, all simultaneous intervals are right.
 
-Ratios, differences and means are computed from estimates with intervals. They need no documents, so
-they also combine other people's results. The method of variance estimates recovery (MOVER) takes
-the two halves of each interval as the uncertainty in either direction.
+Ratios, differences and means are computed from estimates and their intervals. The functions need no
+outcomes of documents, so they can also combine published results. The method of variance estimates
+recovery (MOVER) uses the two halves of each interval as the uncertainty in the two directions.
 
 A. Donner, G. Y. Zou, Statistical Methods in Medical Research 21 (2012) 347-359.
 """
@@ -31,21 +31,22 @@ from tracker.stats.arrays import Array
 def recovered_share(
     losses: Array, remainders: Array, loss_resamples: Array, remainder_resamples: Array
 ) -> Estimate:
-    """Compute the recovered share of a loss: 1 − Σ remainder / Σ loss.
+    """Compute which share of the loss of removed layers their replacements recover.
 
-    The interval is the percentile interval of the same ratio over resamples of the documents, with
-    both sums over the same documents. It assumes independent documents and takes the layers as
-    fixed. The ratio is undefined unless the summed loss is above 0 in at least 97.5 % of the
-    resamples.
+    The share is 1 − Σ remainder / Σ loss, with sums over layers. The interval of the share is the
+    percentile interval over resamples of the documents. The interval assumes independent documents
+    and takes the layers as fixed. The share is undefined unless the sum of the losses is above 0 in
+    at least 97.5 % of the resamples.
 
     Args:
-        losses: `[layers]`, mean drop of each layer when it is removed.
-        remainders: `[layers]`, mean drop of each layer when it is replaced.
+        losses: `[layers]`, mean drop when the layer is removed.
+        remainders: `[layers]`, mean drop when the layer is replaced.
         loss_resamples: `[resamples, layers]`, `losses` of resampled documents.
         remainder_resamples: `[resamples, layers]`, `remainders` of the same documents.
 
     Returns:
-        The share, 1 = the whole loss, with its 95 % interval; None with a reason if undefined.
+        The share with its 95 % interval; 1 = the whole loss is recovered. The value is None with a
+        reason if the share is undefined.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -67,18 +68,19 @@ def recovered_share(
 
 
 def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """Divide one estimate by another estimate that is surely positive.
+    """Divide an estimate by another estimate, and combine their intervals.
 
-    The two are taken as independent. Figures of the same documents rise and fall together, which
-    makes the true interval of their ratio narrower: this one is then too wide, never too narrow.
+    The function assumes that the two estimates are independent. Estimates from the same documents
+    rise and fall together, so the true interval of their ratio is narrower. The returned interval
+    is then too wide, never too narrow.
 
     Args:
         numerator: The numerator, with its interval.
         denominator: The denominator, with its interval.
 
     Returns:
-        The ratio and its interval. There is no interval if one of the two has none, or if the
-        denominator's interval reaches 0. None if the denominator is not positive.
+        The ratio and its interval. There is no interval if an estimate has none, or if the
+        denominator's interval reaches 0. The value is None if the denominator is not positive.
 
     Examples:
         >>> share = divide(Estimate(0.1, 0.05, 0.15), Estimate(0.5, 0.4, 0.6))
@@ -103,15 +105,16 @@ def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
 
 
 def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
-    """Subtract one estimate from another that was measured independently.
+    """Subtract an estimate from another, independent estimate, and combine their intervals.
 
     Args:
         minuend: Estimate with its interval.
         subtrahend: Estimate to subtract, with its interval.
 
     Returns:
-        The difference and its interval (None where one of the two has none). Of two models on the
-        same documents it is too wide rather than too narrow, because the documents are shared.
+        The difference and its interval. There is no interval if an estimate has none. For two
+        models on the same documents, the interval is too wide rather than too narrow, because the
+        estimates rise and fall together.
 
     Examples:
         >>> difference = subtract(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
@@ -140,7 +143,8 @@ def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate
             added up, which is the worst case of dependence.
 
     Returns:
-        The plain mean, and its interval if every estimate has one; None without an estimate.
+        The plain mean, with an interval if every estimate has an interval. The value is None if no
+        estimate has a value.
 
     Examples:
         >>> four = [Estimate(0.2, 0.1, 0.3)] * 4
@@ -164,15 +168,15 @@ def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjust p-values by Holm's method for the family-wise error rate.
 
-    Calling all tests below α significant is wrong anywhere with at most the probability α, for any
-    dependence of the tests.
+    If all tests with an adjusted p-value below α are called significant, the probability of any
+    false positive is at most α. This holds for any dependence of the tests.
 
     Args:
-        p_values: p-value of each test; None for a test that could not be made, which does not
-            count.
+        p_values: p-value of each test. None for a test that could not be computed; such tests do
+            not count.
 
     Returns:
-        The adjusted p-values, at most 1, in the same order; None stays None.
+        The adjusted p-values, at most 1, in the order of the tests; None remains None.
 
     References:
         S. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70.
@@ -197,21 +201,22 @@ Verdict = Literal["costs", "helps", "open"]
 def widen(
     estimates: Sequence[Estimate], counts: Sequence[int], family: int | None = None
 ) -> list[Estimate]:
-    """Widen 95 % intervals so that they hold for all figures at once.
+    """Widen 95 % intervals so that they hold simultaneously for all estimates.
 
-    By Bonferroni's inequality, each of m figures gets the level 1 - 0.05 / m, for any dependence. A
-    normal interval (Wald's, adjusted) has the same middle at every level, and a half width
-    proportional to the normal quantile; a t interval uses the t quantile. A figure with a p-value
-    is taken as normal, as are accuracy drops of 0/1 outcomes. Any other figure, including a
-    baseline, is taken as t, which is wider.
+    By Bonferroni's inequality, each of m estimates gets the level 1 - 0.05 / m, for any dependence.
+    A normal interval (such as the adjusted Wald interval) has the same middle at every level, and
+    its half width is proportional to the normal quantile. A t interval uses the t quantile instead.
+    The function treats an interval as normal if the estimate has a p-value, which accuracy drops of
+    0/1 outcomes have. It treats all other intervals, such as the interval of a baseline accuracy,
+    as t intervals, which are wider.
 
     Args:
-        estimates: Estimates with 95 % intervals; those without one do not count.
+        estimates: Estimates with 95 % intervals; estimates without an interval do not count.
         counts: Number of documents of each estimate.
         family: Number of simultaneous statements; None = the number of estimates with an interval.
 
     Returns:
-        The same estimates with wider intervals; unchanged if they have none.
+        The same estimates with wider intervals; an estimate without an interval is unchanged.
 
     References:
         O. J. Dunn, Journal of the American Statistical Association 56 (1961) 52-64.
@@ -244,16 +249,16 @@ def widen(
 
 
 def decide_verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
-    """Decide for each removal whether it costs accuracy, helps, or is open.
+    """Decide for each removal whether it surely costs accuracy, surely helps, or neither.
 
     Args:
-        drops: Drop of each removal, with simultaneous intervals (`widen`, or a confidence
-            sequence). A p-value, if there is one, must agree after Holm's adjustment, because it is
-            exact for few documents.
+        drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
+            confidence sequence. If a drop has a p-value, this must also be significant after Holm's
+            adjustment, because the p-value is exact for few documents.
 
     Returns:
-        One verdict for each removal. The probability that any layer without an effect gets another
-        verdict than open is at most 5 %.
+        One verdict for each removal: `costs`, `helps` or `open`. The probability that any removal
+        without an effect gets the verdict `costs` or `helps` is at most 5 %.
 
     Examples:
         >>> decide_verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
@@ -268,24 +273,26 @@ def decide_verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
 
 
 def count_pairs(n_figures: int) -> int:
-    """Count the pairs of some figures, which is the number of statements of `possible_ranks`."""
+    """Count the pairs of `n_figures` values, which `possible_ranks` compares; at least 1."""
     return max(n_figures * (n_figures - 1) // 2, 1)
 
 
 def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
-    """Compute each figure's best and worst possible rank, 1 = largest.
+    """Compute the best and the worst possible rank of each estimate; rank 1 is the largest.
 
-    Two figures are distinguished if the interval of their difference excludes 0. The interval is
-    that of independent figures (Donner and Zou 2012). Figures of the same documents rise together,
-    so it is too wide rather than too narrow. A figure ranks behind all larger ones and before all
-    smaller ones; undistinguished ones may be on either side.
+    Two estimates are distinguished if the interval of their difference excludes 0. The interval of
+    the difference assumes independent estimates (Donner and Zou 2012). Estimates from the same
+    documents rise and fall together, so the interval is too wide rather than too narrow. An
+    estimate ranks behind all surely larger estimates and before all surely smaller estimates.
+    Estimates that are not distinguished can rank in either order.
 
     Args:
-        estimates: Estimates with intervals simultaneous for all pairs (`widen`, of the family
-            `count_pairs`). One without an interval may have any rank.
+        estimates: Estimates whose intervals are simultaneous for all pairs (from `widen`, with the
+            family `count_pairs`). An estimate without an interval can have any rank.
 
     Returns:
-        The best and the worst rank of each; all hold simultaneously if the intervals do.
+        The best and the worst rank of each estimate. All ranks hold simultaneously if the intervals
+        do.
 
     References:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.
@@ -303,13 +310,14 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
 
 
 def ranks_by_comparison(is_larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Compute best and worst ranks from pairwise comparisons, 1 = largest.
+    """Compute best and worst possible ranks from pairwise comparisons; rank 1 is the largest.
 
     Args:
-        is_larger: `[items, items]`, whether the first is surely larger than the second.
+        is_larger: `[items, items]`, whether the item of the row is surely larger than the item of
+            the column.
 
     Returns:
-        The best and the worst rank of each.
+        The best and the worst possible rank of each item.
 
     Examples:
         >>> ranks_by_comparison(np.array([[False, True, True], [False] * 3, [False] * 3]))

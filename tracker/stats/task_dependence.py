@@ -1,15 +1,17 @@
 """Estimate how much a layer's relevance varies between benchmarks.
 
-Relevance is first standardised over the layers of each benchmark (z-scores, population standard
-deviation), so that benchmarks of any level and unit are comparable. The variance of a layer over
-benchmarks, averaged over layers, is then exactly 1 minus the mean Pearson correlation of two
-benchmarks' layers. It is 0 if layers matter equally everywhere, and 1 if benchmarks are unrelated.
+The relevance of layers is first standardised within each benchmark (z-scores with the population
+standard deviation), so that benchmarks of any level and unit are comparable. The variance of a
+layer's z-score over benchmarks is then averaged over layers. The mean variance is exactly 1 minus
+the mean Pearson correlation of two benchmarks over layers. The mean variance is 0 if each layer has
+the same z-score on all benchmarks, and 1 if benchmarks are unrelated.
 
-An accuracy drop is measured on a sample of documents, so its noise differs between benchmarks even
-if the layer does not. A proxy that averages over thousands of tokens has hardly any noise. The
-variance of the drop is therefore inflated, and is informative only after the noise is subtracted.
-The result is not symmetric about its expectation for a single layer, so a test of signs or ranks is
-invalid. The mean over layers has an interval from the documents instead.
+An accuracy drop is measured on a sample of documents. The noise of the drop differs between
+benchmarks even if the relevance of the layer does not. A proxy that averages over thousands of
+tokens has hardly any noise. The variance of the drop is therefore too large, and is informative
+only after the noise is subtracted. For a single layer, the difference is not symmetric about its
+expectation, so a test of signs or ranks is invalid. The module therefore computes an interval of
+the mean over layers, by leaving out documents.
 """
 
 from __future__ import annotations
@@ -40,19 +42,21 @@ LEFT_OUT_GROUPS = 100
 def estimate_profile(
     values: Array, weights: Array, strata: Strata | None = None
 ) -> tuple[Array, Array]:
-    """Estimate the mean of each layer (the profile), and the variance of each of these means.
+    """Estimate the mean value of each layer (the profile), and the variance of each mean.
 
-    The profile is centred on its mean over layers, so common changes of all layers are excluded.
+    The mean over layers is subtracted from the profile, so that changes common to all layers have
+    no effect.
 
     Args:
-        values: `[documents, layers]`, value of each document, e.g. its drop.
+        values: `[documents, layers]`, the value of each document for each layer, e.g. the drop.
         weights: `[documents]`, 0 or more; the profile is the weighted mean.
-        strata: `[documents]`, e.g. each document's task, each of a fixed size; None for one.
+        strata: `[documents]`, e.g. each document's task; the size of each stratum is fixed. None =
+            a single stratum.
 
     Returns:
-        The centred profile and the variance of each of its figures `[layers]`, of the weighted mean
-        as a ratio (linearised; W. G. Cochran, Sampling Techniques (1977), sections 5.6 and 6.4).
-        NaN in the variance for a single document.
+        The centred profile `[layers]` and the variance of each of its values `[layers]`. The
+        variance is that of a ratio estimate, by linearisation (W. G. Cochran, Sampling Techniques
+        (1977), sections 5.6 and 6.4). The variances are NaN for a single document.
 
     Examples:
         >>> profile, variance = estimate_profile(np.array([[1.0, 0.0], [0.0, 0.0]]), np.ones(2))
@@ -76,16 +80,16 @@ def estimate_profile(
 
 
 def profile_reliability(profile: Array, noise: Array) -> float:
-    """Return the share of a profile's variation over layers that is not noise.
+    """Return the share of a profile's variance over layers that is not sampling noise.
 
-    It is below 0 if the noise exceeds the spread.
+    The share is below 0 if the noise exceeds the variance over layers.
 
     Args:
-        profile: `[layers]`, centred.
-        noise: `[layers]`, the variance of each figure.
+        profile: `[layers]`, the centred mean values of the layers, from `estimate_profile`.
+        noise: `[layers]`, the variance of each mean value by sampling of documents.
 
     Returns:
-        1 - mean noise / mean square; NaN for a constant profile.
+        1 - (mean noise) / (mean squared profile); NaN for a constant profile.
     """
     spread = float((profile**2).mean())
     return float(1 - noise.mean() / spread) if spread > 0 else float("nan")
@@ -95,17 +99,20 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
     """Compute the variance of each layer's z-score over benchmarks.
 
     Args:
-        profiles: `[benchmarks, layers]`, two benchmarks or more, none constant.
-        noise: `[benchmarks, layers]`, variance of each value, which is subtracted; None = no noise.
-            The noise of two benchmarks is independent, so it affects only squares. It is subtracted
-            from the squares, and from the spread that divides them. An estimate is unbiased up to
-            that division, and may be negative.
+        profiles: `[benchmarks, layers]`, the value of each layer; two benchmarks or more, and no
+            constant row.
+        noise: `[benchmarks, layers]`, the sampling variance of each value, which is subtracted;
+            None = no noise. The noise of different benchmarks is independent, so it affects only
+            squared values. The function subtracts the noise from the squared values, and from the
+            variance over layers by which they are divided. The result is unbiased except for this
+            division, and can be negative.
 
     Returns:
-        `[layers]`, with the divisor benchmarks - 1.
+        `[layers]`, the variance of each layer over benchmarks, with the divisor (benchmarks - 1).
 
     Raises:
-        ValueError: Fewer than two benchmarks, or the spread of one is all noise.
+        ValueError: There are fewer than two benchmarks, or the noise of a benchmark is at least as
+            large as its variance over layers.
 
     Examples:
         >>> benchmark_variance(np.array([[1.0, -1.0], [1.0, -1.0]])).tolist()
@@ -129,22 +136,26 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
 def variance_difference(
     first_samples: Sequence[BenchmarkSample], second_samples: Sequence[BenchmarkSample]
 ) -> Estimate:
-    """Estimate how much more one measure varies over benchmarks than another, without noise.
+    """Estimate how much more one measure varies over benchmarks than another measure.
 
-    The figure is the mean over layers of the noise-free `benchmark_variance` of `first_samples`,
-    minus that of `second_samples`. Its interval is the jackknife over the documents of each
-    benchmark with the normal distribution; both measures leave out the same documents. The
-    bootstrap is too narrow here, because its population includes the noise of the documents.
+    The variation of a measure is the mean over layers of `benchmark_variance` with the noise
+    subtracted. The function returns the variation of `first_samples` minus the variation of
+    `second_samples`. The interval is a normal interval from the jackknife over the documents of
+    each benchmark; both measures leave out the same documents. A bootstrap interval would be too
+    narrow here, because its population includes the noise of the documents.
 
     Args:
-        first_samples: One measure of the documents of each benchmark, two benchmarks or more.
-        second_samples: Other measure of the same documents.
+        first_samples: For each benchmark, the values of one measure for its documents; two
+            benchmarks or more.
+        second_samples: For each benchmark, the values of the other measure for the same documents.
 
     Returns:
-        The difference, without an interval if some document cannot be left out.
+        The difference and its interval. There is no interval if the difference is undefined when
+        some documents are left out.
 
     Raises:
-        ValueError: Fewer than two benchmarks, or the spread of one is all noise.
+        ValueError: There are fewer than two benchmarks, or the noise of a benchmark is at least as
+            large as its variance over layers.
     """
     samples = list(zip(first_samples, second_samples, strict=True))
     profiles = [[estimate_profile(*sample) for sample in pair] for pair in samples]
@@ -154,7 +165,7 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference if only some documents of one benchmark are kept."""
+        """Return the difference if one benchmark has only `kept_documents`."""
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]
@@ -175,20 +186,22 @@ def variance_difference(
 
 
 def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
-    """Average the noise-free variance (over benchmarks) over all layers."""
+    """Return the mean over layers of the variance over benchmarks, with noise subtracted."""
     profiles, noise = (np.array(arrays) for arrays in zip(*estimates, strict=True))
     return float(benchmark_variance(profiles, noise).mean())
 
 
 @dataclass(frozen=True)
 class VarianceComparison:
-    """Comparison of two variances of the same layers.
+    """Comparison of two measures by the variances of the same layers.
 
     Attributes:
-        larger: Number of layers in which the first is larger.
+        larger: Number of layers whose first variance is larger than the second.
         n: Number of layers.
-        p_value: p-value of Wilcoxon's signed-rank test, two-sided: layers are taken as independent.
-        block_p: p-value of the same statistic with signs that change together in blocks of layers.
+        p_value: p-value of the two-sided Wilcoxon signed-rank test, which assumes independent
+            layers.
+        block_p: p-value of the same statistic if the signs of neighbouring layers change together,
+            in blocks.
     """
 
     larger: int
@@ -198,20 +211,22 @@ class VarianceComparison:
 
 
 def compare_variances(first_variances: Array, second_variances: Array) -> VarianceComparison:
-    """Compare two variances layer by layer with Wilcoxon's test.
+    """Test whether one of two variances tends to be larger over layers, by Wilcoxon's test.
 
     Wilcoxon's test assumes that the layers' differences are independent and, without an effect,
-    symmetric about 0. Neighbouring layers resemble each other, so its p-value is too small. The
-    check keeps the symmetry but drops independence within blocks of `SIGN_BLOCK` neighbours: all
-    differences of a block change their signs together. All choices of signs are tried, or
-    `SIGN_DRAWS` random ones, and the p-value is the share whose statistic is as far from 0.
+    symmetric about 0. Neighbouring layers have similar values, so the p-value of Wilcoxon's test is
+    too small. A second p-value assumes the symmetry, but no independence within blocks of
+    `SIGN_BLOCK` neighbouring layers: all differences of a block change their signs together. The
+    second p-value is the share of sign combinations whose statistic is at least as far from 0 as
+    observed. The function tries all combinations, or `SIGN_DRAWS` random combinations if there are
+    more.
 
     Args:
-        first_variances: `[layers]`.
-        second_variances: `[layers]`.
+        first_variances: `[layers]`, one variance of each layer.
+        second_variances: `[layers]`, the other variance of each layer.
 
     Returns:
-        The comparison; p-values are 1 if all differences are 0, and the p-value of blocks is 1 if
+        The comparison. Both p-values are 1 if all differences are 0. The p-value by blocks is 1 if
         there is a single block.
 
     References:

@@ -1,23 +1,23 @@
-"""Answer research questions, each a command over an experiment file.
+"""Studies: commands that answer a research question from the results of an experiment file.
 
-A study declares its requirements and settings, returns requests, and answers from what was
-measured with sentences, tables and charts. Sentences, assumptions and notes are macros of the
-study's template in `templates`. The figures decide which macros are written. The audit is a folder;
-its module `figures` computes the figures.
+A study declares its requirements and settings, and returns the requests to measure. From the
+results, the study writes an answer with sentences, tables and charts. Sentences, assumptions and
+notes are macros of the study's template in the folder `templates`. The results decide which macros
+are rendered. The study `audit` is a package; its module `figures` computes the statistics.
 
 Modules:
-    base: Define a study, and run a study from its file to its section of the report.
-    registry: List the studies and their settings, which define the options and help of commands.
-    layout: Build charts, and tables from the labelled fields of figures.
-    audit: Compare every proxy of a layer's relevance with the layer's measured drop.
-    calibration: Count the documents that make a ranking of layers stable.
-    joint: Compare the drop of two layers with the sum of both drops.
-    precision: Measure the cost of rounding each linear map.
-    prune: Compare pruning by measured drops with pruning by proxies.
+    base: Define the base class of studies, and run a study from its file to its report section.
+    registry: List the studies with their settings, which define the command-line options and help.
+    layout: Build charts, and build tables from dataclasses with labelled fields.
+    audit: Compare every proxy of a layer's relevance with the measured accuracy drop of the layer.
+    calibration: Estimate how many documents a stable ranking of layers needs.
+    joint: Compare the drop of removing two layers together with the sum of their single drops.
+    precision: Measure how much accuracy the rounding of each linear map costs.
+    prune: Compare models pruned by measured accuracy drops with models pruned by proxies.
     quantise: Choose formats of weights within a budget of bits.
-    repeat: Test whether a model improves if some layers are passed again.
+    repeat: Test whether a model improves if it runs some layers a second time.
     rescale: Test whether a fitted replacement recovers the loss of a removed layer.
-    savings: Count the documents that need not be measured because of `until`.
+    savings: Count the documents that the setting `until` saves.
     snowball: Test whether later layers amplify the effect of a removed layer.
     theorem: Build the paper's counterexample, in which the cosine score misleads.
 """

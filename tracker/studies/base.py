@@ -1,4 +1,4 @@
-"""Define a study: the cells that it requests, and its answer from the measured cells."""
+"""Define the base class of studies, which request measurements and answer a question."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ Settings = TypeVar("Settings", bound=StudySettings)
 
 @dataclass(frozen=True)
 class StudyContext:
-    """Experiment of a study, with the options for measuring its cells.
+    """Experiment file of a study, and everything that is needed to measure its models.
 
     Attributes:
-        input: Experiment as given by the user.
+        input: Experiment file, and how the user passed it.
         ledger: Results folder.
-        options: Options of running models.
+        options: Options for running models, such as the device.
         progress: Receiver of progress messages.
         publisher: Publisher of runs to the tracking backends.
     """
@@ -74,11 +74,11 @@ class StudyContext:
         return self.input.file
 
     def run(self, requests: Sequence[CellRequest]) -> RunOutcome:
-        """Measure and publish the missing parts of cells."""
+        """Measure and publish the requested results that the ledger lacks."""
         return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
 
     def subject(self, request: CellRequest) -> Subject | None:
-        """Return the measured cell of a request; None if a part of the cell is not measured."""
+        """Return the results of a request; None if the ledger does not have all of them."""
         cell = find_cell(request, self.ledger)
         if cell.store is None or not cell.complete:
             return None
@@ -88,12 +88,12 @@ class StudyContext:
 
 @dataclass(frozen=True)
 class Subject:
-    """A measured cell of a study.
+    """Measured results of one model on one benchmark, as a study requested them.
 
     Attributes:
-        request: The request.
-        store: The cell's folder in the ledger.
-        record: The record derived from the cell's outcomes.
+        request: The study's request, which names the model, the benchmark and the ablations.
+        store: The folder of this model and benchmark in the ledger.
+        record: Summary computed from the outcomes of all documents.
     """
 
     request: CellRequest
@@ -102,7 +102,7 @@ class Subject:
 
     @property
     def view(self) -> View:
-        """The view of the request."""
+        """The runs, documents and metric that the request selects from the stored results."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -111,7 +111,7 @@ class Subject:
         return cell_label(self.record)
 
     def outcomes(self, extra_ablations: Sequence[Ablation] = ()) -> AlignedOutcomes:
-        """Read the outcomes of the cell's view on the documents that all ablations share."""
+        """Read the outcomes on the documents that are measured under every requested ablation."""
         return AlignedOutcomes(self.store, self.view, extra_ablations=extra_ablations)
 
 
@@ -127,7 +127,7 @@ def observe_subject(
     begin: Callable[[Engine], ObserveDocument],
     documents: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Observe documents of a study's cell with `tracker.measuring.observing`."""
+    """Return stored or new observations of a cell's documents; see `observing.observe_cell`."""
     request, store, progress = subject.request, subject.store, context.progress
     machine = context.ledger, context.options, progress
     open_cell = partial(observing.open_observed_cell, request, store, *machine)
@@ -135,13 +135,13 @@ def observe_subject(
 
 
 def second_rounding_notes(subjects: Sequence[Subject]) -> list[str]:
-    """Return a note for each model with already rounded weights: which error is measured."""
+    """Return a note for each model whose checkpoint was already quantised before the study."""
     notes = (second_rounding_note(subject.record) for subject in subjects)
     return [*dict.fromkeys(filter(None, notes))]
 
 
 def study_texts(name: str, **names: Any) -> TextTemplate:
-    """Open the template of a study of this package; the template can use `names`."""
+    """Open the text template of a study in this package; the template can use `names`."""
     common = {"metric_format": metric_format, "significant": SIGNIFICANT}
     return TextTemplate("tracker.studies", name, **common, **names)
 
@@ -152,18 +152,19 @@ _FRAME_TEXTS = study_texts("frame")
 
 @dataclass
 class StudyResult:
-    """Answer of a study; see `FindingRecord`.
+    """Answer of a study, from which `conduct_study` makes a `FindingRecord`.
 
     Attributes:
-        answers: Sentences, the most important sentence first.
-        tables: Tables.
-        charts: Charts.
+        answers: Sentences of the answer, starting with the most important sentence.
+        tables: Tables of the answer.
+        charts: Charts of the answer.
         lacking: Questions that could not be answered, and how to answer them.
-        ran: Outcome of the cells that the study ran itself.
-        rests_on: Cells that the study uses in addition to its subjects.
-        exports: Commands that save models shown to be better; not stored.
+        ran: Outcome of the measurements that the study started while it computed the answer.
+        rests_on: Records that the answer uses in addition to the requested results.
+        exports: Shell commands that save models that the study found to be better. They are not
+            stored in the ledger.
         files: Files that the study wrote to the results folder.
-        suffix: Text that distinguishes the answer from other answers about the same file.
+        suffix: Text that distinguishes the finding from other findings on the same experiment file.
     """
 
     answers: list[str] = field(default_factory=list)
@@ -177,7 +178,7 @@ class StudyResult:
     suffix: str = ""
 
     def add(self, *elements: str | Table | StudyChart) -> None:
-        """Append sentences, tables and charts to the lists of answers, tables and charts."""
+        """Append each element to the answers, tables or charts, depending on its type."""
         for element in elements:
             if isinstance(element, Table):
                 self.tables.append(element)
@@ -187,12 +188,12 @@ class StudyResult:
                 self.answers.append(element)
 
     def lack(self, title: str, *reasons: str) -> None:
-        """Record the reasons why a cell's question could not be answered."""
+        """Record the reasons why the question could not be answered for a model and benchmark."""
         self.lacking += [f"{title}: {reason}" for reason in reasons]
 
 
 class Study(Generic[Settings]):
-    """Research question: the cells that it requests, and its answer once they are measured.
+    """Base class of research questions: what to measure, and how to answer the question from it.
 
     A study keeps no state between calls, so each method may be called alone.
 
@@ -200,14 +201,16 @@ class Study(Generic[Settings]):
         settings: Settings of the study.
 
     Attributes:
-        name: Name in the registry.
-        question: Question, the heading of the study's section.
+        name: Name in the registry of studies.
+        question: The research question, which is the heading of the study's section in reports.
         texts: Template of the study's sentences, with the macro `assumptions`; None if a study of
             another package writes its sentences in code.
-        races: Whether `until` may stop the measuring early.
-        intact: Whether the study requires the intact model, without removed layers.
+        races: Whether the experiment file may use `until` to stop a measurement early.
+        intact: Whether the experiment file must start from the intact model, without removed
+            layers.
         layers: Minimum number of whole single layers that each cell must remove.
-        chooses: Whether the study chooses by documents, which must then be drawn at random.
+        chooses: Whether the study chooses something by its results on documents. These documents
+            must then be drawn at random.
     """
 
     name: ClassVar[str]
@@ -223,18 +226,18 @@ class Study(Generic[Settings]):
 
     @property
     def assumptions(self) -> Sequence[str]:
-        """Assumptions of the statistical methods, each with its source."""
+        """Assumptions of the study's statistical methods; each assumption names its source."""
         return () if self.texts is None else self.texts.render_all("assumptions", self.settings)
 
     @property
     def command(self) -> list[str]:
-        """The command that runs the study again, without the name of the experiment."""
+        """The command that runs the study, without the name of the experiment and the options."""
         return [*(self.settings.command or f"tracker study {self.name}").split()]
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the cells that the study needs measured, equal models next to each other.
+        """List the requests that must be measured, with requests for the same model in sequence.
 
-        Raises RequestError if the experiment file is not enough for the question.
+        Raises RequestError if the experiment file does not meet the requirements of the study.
         """
         cells = context.experiment.cells()
         for cell in cells:
@@ -246,17 +249,17 @@ class Study(Generic[Settings]):
         return [cell]
 
     def prepare(self, context: StudyContext) -> None:
-        """Prepare the study's cells, for example build a model; most studies prepare nothing.
+        """Prepare what must exist before the measurement, such as a model; by default do nothing.
 
         Raises RequestError if the preparation fails.
         """
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer from the measured cells, which are in the order of the requests."""
+        """Answer the question from the measured results, which have the order of the requests."""
         raise NotImplementedError
 
     def _check(self, cell: CellRequest, context: StudyContext) -> None:
-        """Raise RequestError for a cell that does not meet the requirements."""
+        """Raise RequestError if a cell of the experiment file does not meet the requirements."""
         named, problem = (cell, self, context.input.source), ""
         if cell.until is not None and not self.races:
             raise ExperimentError(_FRAME_TEXTS.render("races"))
@@ -271,7 +274,7 @@ class Study(Generic[Settings]):
 
 
 def open_study(name: str, **values: Any) -> Study[Any]:
-    """Load a study with settings; RequestError if its name is unknown or a setting is wrong."""
+    """Create a study from its name and settings; RequestError if any of them is invalid."""
     settings = validate_settings(find_settings(name), values, "--")
     module, _, kind = settings.study.partition(":")
 
@@ -288,10 +291,11 @@ def open_study(name: str, **values: Any) -> Study[Any]:
 def conduct_study(
     study: Study[Any], context: StudyContext
 ) -> tuple[FindingRecord, RunOutcome, StudyResult]:
-    """Measure and publish the cells of a study, answer its question and store the finding.
+    """Measure and publish a study's requests, answer its question and store the finding.
 
-    Returns the finding, the outcome of all cells, and the whole answer. Raises RequestError if the
-    file lacks required runs, and CellError if no cell could be measured.
+    Returns the finding, the outcome of all measurements, and the complete answer. Raises
+    RequestError if the experiment file lacks required runs, and CellError if every measurement
+    failed.
     """
     requests = study.requests(context)
     study.prepare(context)

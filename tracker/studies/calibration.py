@@ -1,4 +1,4 @@
-"""Study: count the documents that are needed for a stable ranking of layers."""
+"""Study: estimate the number of documents that a reliable ranking of layers needs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _ALL_TIED = "in most samples of this size all layers are tied"
 
 
 def _two_digits(value: float) -> int:
-    """Round a number of documents to two significant digits, and to a whole number."""
+    """Round to two significant digits, or up to the next whole number if below 10."""
     return math.ceil(value - 1e-9) if value < 10 else int(float(f"{value:.1e}"))
 
 
@@ -61,7 +61,7 @@ CALIBRATION_TEXTS = study_texts("calibration", rounded=_two_digits)
 
 
 class Calibration(Study[CalibrationSettings]):
-    """Rank layers by many random samples of the documents, and compare the rankings."""
+    """Study that ranks layers by many random samples of documents and compares the rankings."""
 
     name = "calibration"
     question = "How many documents until the ranking of layers is stable?"
@@ -69,7 +69,7 @@ class Calibration(Study[CalibrationSettings]):
     texts = CALIBRATION_TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report the documents needed by the drop and by measures that could replace the drop."""
+        """Report the documents needed to rank layers by the accuracy drop and by its proxies."""
         reliability = self.settings.reliability
         rankings = [layer_rankings(subject) for subject in subjects]
         result, curves = StudyResult(), []
@@ -99,7 +99,7 @@ class Calibration(Study[CalibrationSettings]):
 
 
 def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
-    """Group the benchmarks of each model on which the accuracy drop ranks the same layers."""
+    """Yield groups of benchmarks with the same model and layers, as (title, indices)."""
 
     def key(n: int) -> object:
         record = subjects[n].record
@@ -119,13 +119,14 @@ def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[i
 
 @dataclass(frozen=True)
 class LayerRanking:
-    """Values of every document and layer, whose means rank the layers.
+    """Values of one measure for every document and layer; the means rank the layers.
 
     Attributes:
-        name: Name of the values.
-        values: `[documents, layers]`; larger ranks higher.
+        name: Name of the measure.
+        values: `[documents, layers]`; the layer with the largest mean is ranked first.
         weights: `[documents]`, weight of each document in a layer's mean.
-        strata: `[documents]`, task of each document, and its cell if there are several cells.
+        strata: `[documents]`, the document's task; for several joined cells also the number of the
+            cell.
         reason: Reason why the values cannot rank layers; empty if they can.
     """
 
@@ -136,25 +137,25 @@ class LayerRanking:
     reason: str = ""
 
     def means(self) -> Array:
-        """Return the mean of each layer over all documents."""
+        """Return the weighted mean of each layer over all documents."""
         counts = self.weights > 0
         return np.average(self.values[counts], axis=0, weights=self.weights[counts])
 
 
 @dataclass(frozen=True)
 class AgreementCurve:
-    """Agreement of random samples of documents on the order of the layers, by sample size.
+    """Agreement of the layer rankings of random document samples, for each sample size.
 
     Attributes:
         name: Name of the measure that ranks the layers.
         documents: Number of documents.
         layers: Number of layers.
-        sizes: Sizes of samples, ascending.
-        apart: Statistics of two samples without a common document, by name: `[draws, sizes]`; NaN
-            for more than half of the documents.
-        within: The same statistics for a sample and all documents.
-        needed: Number of documents that reach the wanted reliability; undefined if two halves agree
-            no better than chance.
+        sizes: Numbers of documents in a sample, ascending.
+        apart: Statistic → its values `[draws, sizes]` for two samples that share no document; NaN
+            for samples of more than half of the documents.
+        within: Statistic → its values `[draws, sizes]` for a sample and the set of all documents.
+        needed: Number of documents that reaches the wanted reliability. It is undefined if the
+            rankings of two halves agree no better than chance.
         p_value: p-value of a test whether the layers differ at all.
         extrapolated: Whether `needed` is more than half of the documents.
     """
@@ -176,12 +177,12 @@ class AgreementCurve:
 
     @property
     def tops(self) -> list[tuple[str, str, int]]:
-        """List of overlap statistics: name, end of the ranking (top or bottom), layer count."""
+        """Overlap statistics as (name, top or bottom of the ranking, number of layers)."""
         parts = ((name, *name.split()) for name in self.apart if " " in name)
         return [(name, end, int(k)) for name, end, k in parts]
 
     def agreement(self, n: int, statistic: str = "spearman", disjoint: bool = True) -> Estimate:
-        """Return the mean of a statistic at a sample size, with the middle 95 % of the draws."""
+        """Return a statistic's mean over random samples of size `n`, with the middle 95 %."""
         if disjoint and n > self.half:
             return Estimate(None, reason=SAMPLES_TOO_LARGE)
         draws = (self.apart if disjoint else self.within)[statistic][:, self.sizes.index(n)]
@@ -193,19 +194,19 @@ class AgreementCurve:
 
     @property
     def doubt(self) -> str:
-        """Reason why the agreement of two halves shows nothing; empty if there is none."""
+        """Reason why two halves show no agreement beyond chance; empty if they show agreement."""
         halves = self.agreement(self.half)
         if halves.low is None:
             return halves.reason or ""
         return "" if halves.side() > 0 and self.p_value < SIGNIFICANT else HALVES_DISAGREE
 
     def predicted(self, n: float) -> float | None:
-        """Predict the rank correlation of two samples of any size (Spearman-Brown formula)."""
+        """Predict the rank correlation of two samples of `n` documents by Spearman-Brown."""
         halves = self.agreement(self.half).value
         return None if self.doubt or halves is None else spearman_brown(halves, n / self.half)
 
     def with_p_value(self, p_value: float) -> AgreementCurve:
-        """Return the curve with another p-value; without `needed` if `doubt` names a reason."""
+        """Return a copy with this p-value; `needed` becomes undefined if `doubt` gives a reason."""
         curve = replace(self, p_value=p_value)
         return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
 
@@ -244,7 +245,7 @@ def _unusable_reason(ranking: LayerRanking) -> str:
 
 
 def join_rankings(rankings: Sequence[LayerRanking]) -> LayerRanking:
-    """Join the rankings of several cells, with equal weight for each cell."""
+    """Join one measure's values on several benchmarks, with equal weight for each benchmark."""
     reason = next((ranking.reason for ranking in rankings if ranking.reason), "")
     if len(rankings) == 1 or reason:
         return replace(rankings[0], reason=reason)
@@ -255,7 +256,7 @@ def join_rankings(rankings: Sequence[LayerRanking]) -> LayerRanking:
 
 
 def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve:
-    """Draw samples of every size, and find the size that reaches the wanted reliability."""
+    """Compute how well samples agree, and the sample size that reaches the given reliability."""
     documents, layers = ranking.values.shape
     sizes = tuple(sorted({*(n for n in SAMPLE_SIZES if n < documents), documents // 2}))
     values, weights, strata = ranking.values, ranking.weights, ranking.strata
@@ -284,14 +285,14 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 
 
 def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
-    """Adjust the p-values of all curves by Holm, and drop `needed` where layers may not differ."""
+    """Adjust the p-values of all curves by Holm; make `needed` undefined where not significant."""
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
     return [curve.with_p_value(p) for curve, p in rows if p is not None]
 
 
 def _sample_statistic(name: str, first: Array, second: Array) -> Array:
-    """Compare two rankings `[draws, sizes, layers]` by a statistic; return `[draws, sizes]`."""
+    """Compare two sets of means `[draws, sizes, layers]`; return a statistic `[draws, sizes]`."""
     a, b = (means.reshape(-1, means.shape[2]) for means in (first, second))
     end, _, k = name.partition(" ")
     sign = -1 if end == "bottom" else 1
@@ -300,7 +301,7 @@ def _sample_statistic(name: str, first: Array, second: Array) -> Array:
 
 
 def _defined_mean(values: Array) -> float:
-    """Average the values that are not NaN; NaN if fewer than half of the values are defined."""
+    """Return the mean of the values that are not NaN; NaN if more than half are NaN."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if 2 * len(defined) >= len(values) else math.nan
 
@@ -311,7 +312,7 @@ def _defined_mean(values: Array) -> float:
 def _write_answer(
     cells: Sequence[CellRecord], curves: Sequence[AgreementCurve], reliability: float
 ) -> str:
-    """Describe how well two samples of a size agree, and how many documents are needed."""
+    """Describe how well two samples agree, and how many documents a reliable ranking needs."""
     drop, *others = curves
     n = max((n for n in SIZES_SHOWN if n in drop.sizes and n <= drop.half), default=drop.half)
     total = sum(task.documents for cell in cells for task in cell.benchmark.tasks)
@@ -322,7 +323,7 @@ def _write_answer(
 
 
 def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float) -> Table:
-    """Build the table of the number of documents that each ranking needs."""
+    """Build the table of the number of documents that each measure needs to rank the layers."""
 
     def full_agreement(row: tuple[str, AgreementCurve]) -> Estimate:
         return Estimate(row[1].predicted(row[1].documents), reason=row[1].doubt)
@@ -398,7 +399,7 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
 
 
 def _overlap_chart(title: str, drop: AgreementCurve) -> LineChart:
-    """Build the chart of the share of most and least relevant layers that two samples share."""
+    """Build the chart of how many of the most and least relevant layers two samples share."""
     positions = [n for n in drop.sizes if n <= drop.half]
     lines = {}
     for name, end, k in drop.tops:

@@ -1,4 +1,4 @@
-"""Study: compare the joint drop of two layers with the sum of their single drops."""
+"""Study: compare the drop when two layers are removed with the sum of their single drops."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ JOINT_TEXTS = study_texts("joint", rate=DISCOVERY_RATE)
 
 
 class Joint(Study[JointSettings]):
-    """Remove each pair of layers of an experiment file together."""
+    """Study that removes each pair of layers of the experiment file together."""
 
     name = "joint"
     question = "Do the drops of two layers add up when both are removed?"
@@ -46,14 +46,14 @@ class Joint(Study[JointSettings]):
     texts = JOINT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the cell, and for each layer the pairs with all later layers."""
+        """Yield the request for single layers, then the requests for all pairs of layers."""
         layers = cell.changes.whole_layers
         yield cell.with_changes(layers=layers)
         for n, layer in enumerate(layers[:-1], 1):
             yield replace(cell, removed=(layer,)).with_changes(layers=layers[n:])
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the joint drops of each cell with the sums of the single drops."""
+        """Compare the joint drop of each pair of layers with the sum of its two single drops."""
         result = StudyResult()
         measured: list[PairInteractions] = []
         for subject in subjects:
@@ -78,23 +78,23 @@ class Joint(Study[JointSettings]):
 
 @dataclass(frozen=True)
 class PairInteractions:
-    """Interactions of all pairs of layers of one cell, by one measure.
+    """Interactions of layer pairs on one model and benchmark: joint drop minus sum of drops.
 
     Attributes:
-        record: Record of the cell.
-        measure: Name of the measure.
-        unit: Unit of its values.
-        pairs: Measured pairs, first < second.
+        record: Record of the model and benchmark.
+        measure: Name of the measure of the drops.
+        unit: Unit of the drops.
+        pairs: Measured pairs of layers; the lower layer comes first.
         alone: Layer → drop if only this layer is removed.
-        together: `[pairs]`, joint drops.
-        interactions: Interaction of each pair.
-        q: `[pairs]`, p-values after Benjamini and Hochberg; NaN at the floor, and before
-            `adjust_interactions`.
-        floor: `[pairs]`, whether a single drop or their sum exceeds the possible loss.
+        together: `[pairs]`, drop if both layers are removed.
+        interactions: For each pair, the joint drop minus the sum of the two single drops.
+        q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. They are NaN for pairs at the
+            floor, and before `adjust_interactions`.
+        floor: `[pairs]`, whether a single drop or the sum exceeds the largest possible loss.
         mean: Mean interaction over pairs that are not at the floor.
         by_distance: Distance of layers → mean interaction of the pairs at this distance.
         rank: Spearman correlation of sums and joint drops, over pairs that are not at the floor.
-        explained: R² of the sums as predictions.
+        explained: R² of the sums as predictions of the joint drops.
         documents: Number of documents.
     """
 
@@ -120,26 +120,26 @@ class PairInteractions:
 
     @cached_property
     def at_once(self) -> dict[int, Estimate]:
-        """Index → interaction; the intervals hold together for all pairs off the floor."""
+        """Index of each pair that is not at the floor → interaction with simultaneous interval."""
         return dict(zip(self.indices, self._simultaneous(len(self.indices)), strict=True))
 
     @cached_property
     def ranks(self) -> dict[int, tuple[int, int]]:
-        """Index → best and worst possible rank of the interaction (simultaneous); 1 = largest."""
+        """Index of a pair → best and worst possible rank of its interaction; 1 = largest."""
         estimates = self._simultaneous(count_pairs(len(self.indices)))
         return dict(zip(self.indices, possible_ranks(estimates), strict=True))
 
     def _simultaneous(self, n_statements: int) -> list[Estimate]:
-        """Return the interactions off the floor, with simultaneous intervals for all statements.
+        """Return the interactions of pairs not at the floor, with simultaneous intervals.
 
-        All intervals are widened as t intervals. The intervals of 0/1 outcomes are normal, so they
-        become a little too wide.
+        The intervals hold together for `n_statements` statements. All intervals are widened as t
+        intervals. Intervals of 0/1 outcomes are normal, so they become slightly too wide.
         """
         estimates = [replace(self.interactions[n], p_value=None) for n in self.indices]
         return widen(estimates, [self.documents] * len(estimates), n_statements)
 
     def strongest(self, sign: int) -> int | None:
-        """Return the index of the pair shown to have the largest interaction; None if open."""
+        """Return the pair that surely has the most positive or negative interaction; else None."""
         end = 1 if sign > 0 else len(self.indices)
         firsts = [index for index, ranks in self.ranks.items() if ranks == (end, end)]
         return next((n for n in firsts if sign * self.at_once[n].side() > 0), None)
@@ -151,7 +151,7 @@ class PairInteractions:
         return figure_text(estimate, form.write, f" {form.name}" if form.name else "")
 
     def significant(self, sign: int) -> list[int]:
-        """Return the indices of the pairs whose interaction of a sign is significant."""
+        """Return the indices of the pairs with a significant interaction of the given sign."""
         with np.errstate(invalid="ignore"):
             indices = np.flatnonzero(self.q <= SIGNIFICANT).tolist()
         return [n for n in indices if sign * (self.value(n) or 0) > 0]
@@ -162,7 +162,7 @@ class PairInteractions:
 
 
 def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
-    """Return a cell's interactions for each measure, and reasons for missing interactions."""
+    """Return the pair interactions by each measure, and reasons why interactions are missing."""
     record = subject.record
     requested = list(combinations([run.layer for run in subject.view.runs], 2))
     outcomes = subject.outcomes([Ablation.from_changes(removed=pair) for pair in requested])
@@ -203,10 +203,10 @@ def pair_interactions(
     strata: TaskNames | None,
     max_loss: float | None,
 ) -> PairInteractions:
-    """Compare joint drops with sums of single drops; `adjust_interactions` tests the differences.
+    """Compute the joint drop of each pair minus the sum of its single drops.
 
-    `paired` has the ablations of single layers, then the ablations of pairs. `max_loss` is the
-    largest possible loss; None if the loss is unbounded.
+    `paired` contains the ablations of single layers, followed by the ablations of pairs. `max_loss`
+    is the largest possible loss; None if the loss is unbounded.
     """
     drops, weights, n = paired.drops, paired.weights, len(layers)
     first, second = np.array([[layers.index(layer) for layer in pair] for pair in pairs]).T
@@ -254,7 +254,7 @@ def pair_interactions(
 
 
 def adjust_interactions(measured: Sequence[PairInteractions]) -> list[PairInteractions]:
-    """Adjust the p-values of all pairs of a study that are off the floor (Benjamini-Hochberg)."""
+    """Adjust p-values by Benjamini-Hochberg, over all pairs of a study not at the floor."""
     p_values = [pairs.interactions[n].p_value for pairs in measured for n in pairs.indices]
     q_values = iter(stats.false_discovery_control(p_values) if p_values else [])
     adjusted = [[np.nan if at_floor else next(q_values) for at_floor in m.floor] for m in measured]
@@ -265,12 +265,12 @@ def adjust_interactions(measured: Sequence[PairInteractions]) -> list[PairIntera
 
 
 def joint_answer(pairs: PairInteractions) -> str:
-    """Describe whether sums predict joint drops, and which pairs interact most."""
+    """Describe whether sums of single drops predict joint drops, and which pairs interact most."""
     return JOINT_TEXTS.render("answer", pairs, pairs.record, int(pairs.floor.sum()))
 
 
 def _summary_table(rows: Sequence[PairInteractions]) -> Table:
-    """Build the summary table, with one row for each cell and measure."""
+    """Build the summary table, with one row for each benchmark and measure."""
 
     def mean(pairs: PairInteractions) -> Estimate | str:
         # Nats and percentage points share one column, as text.
@@ -296,7 +296,7 @@ def _summary_table(rows: Sequence[PairInteractions]) -> Table:
 
 
 def strongest_table(pairs: PairInteractions, sign: int) -> Table:
-    """Build the table of the pairs with the largest interactions of a sign."""
+    """Build the table of the pairs with the most positive or most negative interactions."""
     values = [(sign * (pairs.value(n) or 0), n) for n in range(len(pairs.pairs))]
     rows = [n for value, n in sorted(values, reverse=True)[:MAX_PAIRS_LISTED] if value > 0]
     kind = "redundant: together they cost more" if sign > 0 else "sub-additive: they cost less"
@@ -319,7 +319,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
 
 
 def _interaction_map(pairs: PairInteractions) -> MapChart:
-    """Build the symmetric map of all interactions; pairs at the floor are gaps."""
+    """Build the layers × layers map of all interactions, with gaps for pairs at the floor."""
     layers = sorted(pairs.alone)
     indices = {pair: n for n, pair in enumerate(pairs.pairs)}
     grid = [[indices.get((min(i, j), max(i, j))) for j in layers] for i in layers]

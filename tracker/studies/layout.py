@@ -1,4 +1,4 @@
-"""Build charts and tables of studies; labelled fields of dataclasses declare the columns."""
+"""Build charts and tables of studies; dataclass fields with a label define the columns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LabelUnit = FigureUnit | Literal["change", "level"]
 
 @dataclass(frozen=True)
 class ColumnLabel:
-    """The heading of a field's table column, with its unit; see `labelled`."""
+    """Heading and unit of the table column for a dataclass field; see `labelled`."""
 
     label: str | Mapping[str, str]
     unit: LabelUnit
     reason: str
 
     def columns(self, value: Callable[[Any], Any], measure: MetricFormat) -> Iterator[Column[Any]]:
-        """Yield the columns of a field: a single column, or one for each key of a dictionary."""
+        """Yield the table columns of a field: one column, or one for each key of a dictionary."""
         unit = measure.form if self.unit == "change" else self.unit
         unit = measure.level_form if unit == "level" else unit
         if isinstance(self.label, str):
@@ -43,14 +43,14 @@ def _read_entry(value: Callable[[Any], Any], key: str, row: Any) -> ColumnValue:
 
 
 def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", reason: str = "") -> Any:
-    """Declare a dataclass field that becomes a column of the table of figures.
+    """Return a dataclass field that `figure_table` shows as a table column.
 
     Args:
         label: Heading of the column. `{change}` is replaced by the name of the loss, and `{level}`
-            by the name of the lost quantity. A dictionary declares several columns: the name of
-            the column in code → its heading.
+            by the name of the lost quantity. A dictionary (name of a column in code → heading)
+            declares several columns.
         unit: Unit of the values.
-        reason: Reason shown for an undefined value that has no reason of its own.
+        reason: Reason shown for an undefined value that gives no reason itself.
 
     Returns:
         The field of a dataclass.
@@ -65,14 +65,14 @@ def figure_table(
     *notes: str,
     measure: MetricFormat = ACCURACY_FORMAT,
 ) -> Table:
-    """Build the table of figures, with a column for each labelled field of their dataclass.
+    """Build a table with a row for each instance, and a column for each `labelled` field.
 
     Args:
-        kind: The dataclass.
+        kind: The dataclass of the rows.
         title: Title of the table.
-        rows: The figures, one for each row.
+        rows: Instances of the dataclass, one for each row.
         *notes: Notes below the table.
-        measure: Measured quantity, for labels and units that depend on it.
+        measure: Format of the metric, which determines labels and units that depend on the metric.
 
     Returns:
         The table.
@@ -85,7 +85,7 @@ def figure_table(
 
 
 def rank_estimate(ranks: tuple[int, int]) -> Estimate:
-    """Convert a best and a worst rank to an estimate: the best rank, with both as interval."""
+    """Return the best rank as an estimate whose interval is from the best to the worst rank."""
     return Estimate(ranks[0], *ranks)
 
 
@@ -97,15 +97,16 @@ def line_chart(
     lines: Mapping[str, Iterable[Estimate | float | None]],
     **logarithmic: bool,
 ) -> LineChart:
-    """Build a chart of named lines; undefined values are gaps.
+    """Build a chart with one line for each name; undefined values are gaps in the line.
 
     Args:
         title: Title of the chart.
         axes: Names of the horizontal and the vertical axis.
-        unit: Unit of the figures.
+        unit: Unit of the vertical axis.
         positions: Positions on the horizontal axis.
-        lines: Name of a line → its values at these positions; intervals are drawn.
-        **logarithmic: `log_x` or `log_y`.
+        lines: Name of a line → its values at these positions. Intervals are drawn if the values
+            have them.
+        **logarithmic: `log_x=True` or `log_y=True` makes an axis logarithmic.
 
     Returns:
         The chart.

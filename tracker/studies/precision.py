@@ -1,7 +1,8 @@
 """Study: measure the cost of rounding each linear map, and the errors that predict the cost.
 
-Each linear map alone is rounded to a format. The cost is compared with the errors by which tools
-choose bits: errors of weights, of outputs, and of the model's predictions.
+The study rounds one linear map at a time to a low-bit format. It compares the cost with the errors
+that quantisation tools use to choose bits: errors of the weights, of the outputs, and of the
+model's predictions.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _VERDICT_WORDS = {"costs": "costs accuracy", "helps": "better so", "open": "open
 
 @dataclass(frozen=True)
 class RoundedMap:
-    """One linear map rounded to a format, with its cost on the documents that all maps share."""
+    """Cost of rounding one linear map to a format, on the documents measured for all maps."""
 
     layer: int | None = labelled("layer (0-based)", "count", "of no layer")
     map: str | None = labelled("linear map")
@@ -74,7 +75,7 @@ class RoundedMap:
 
 @dataclass(frozen=True)
 class MapNameRow:
-    """All linear maps of one name: number of layers, and mean cost over the layers."""
+    """Mean cost over layers for all linear maps with the same name."""
 
     name: str = labelled("linear map")
     layers: int | None = labelled("layers", "count", "of no layer")
@@ -84,7 +85,7 @@ class MapNameRow:
 
 @dataclass(frozen=True)
 class ErrorOrder:
-    """Agreement of an error with the fall of the gold log-probability and with the drop."""
+    """Spearman correlations of an error with the fall of gold log-probability and with the drop."""
 
     error: str = labelled("error")
     fall: Estimate = labelled("Spearman with the fall of gold log-probability", "coefficient")
@@ -93,7 +94,7 @@ class ErrorOrder:
 
 @dataclass(frozen=True)
 class RoundedMaps:
-    """Results of one cell in one format: each map, means by name, and agreement of errors."""
+    """Results of rounding a model's linear maps to one format, on one benchmark."""
 
     record: CellRecord
     title: str
@@ -103,7 +104,7 @@ class RoundedMaps:
 
 
 class Precision(Study[PrecisionSettings]):
-    """Measure the cost of rounding each linear map; see the module."""
+    """Study that measures the cost of rounding each linear map; see the module."""
 
     name = "precision"
     question = "What does it cost to keep one linear map in fewer bits, and which error says so?"
@@ -112,7 +113,7 @@ class Precision(Study[PrecisionSettings]):
     texts = PRECISION_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield requests for every linear map of the cell's layers, or for the named maps."""
+        """Yield the request that rounds each linear map of the layers, or each named map, alone."""
         if groups := [name for name in cell.changes.maps if name in MAP_GROUPS]:
             raise RequestError(PRECISION_TEXTS.render("several_maps", cell, groups[0]))
         formats = tuple(name for name in cell.changes.interventions if name in FORMATS)
@@ -120,7 +121,7 @@ class Precision(Study[PrecisionSettings]):
         yield map_formats_request(cell, formats or (DEFAULT_FORMAT,), trust)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the cost of each map with its errors, for each format."""
+        """Compare the cost of rounding each map with the map's errors, for each format."""
         result = StudyResult()
         for subject in subjects:
             record = subject.record
@@ -137,7 +138,7 @@ class Precision(Study[PrecisionSettings]):
 def _observe_maps(
     context: StudyContext, subject: Subject, name: str, runs: Sequence[RunRecord]
 ) -> RoundedMaps:
-    """Observe the errors of all maps in a format, and compare them with the costs."""
+    """Compute the errors of all maps in one format, and compare the errors with the costs."""
     maps, record, outcomes = [run.change for run in runs], subject.record, subject.outcomes()
     kind = f"rounding-{name}-{content_hash([*map(str, maps)])[:8]}"
     begin = partial(observe_errors, maps=maps, kl=True)
@@ -169,9 +170,10 @@ def _observe_maps(
 def _sum_errors(
     figures: dict[str, Array], resample: Callable[[Array], Array]
 ) -> dict[str, tuple[Array, Array]]:
-    """Compute relative errors over all documents and in each resample: Σ errors / Σ sizes.
+    """Compute each map's relative errors over all documents and in each resample.
 
-    Returns name → ([maps], [resamples, maps]).
+    A relative error is the sum of the errors divided by the sum of the sizes. Returns the name of
+    an error → its values ([maps], [resamples, maps]).
     """
     tokens = figures["tokens"][:, None]
     sizes = {"output_error": figures["output_size"], "output_angle": tokens, "kl": tokens}
@@ -199,7 +201,7 @@ def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:
 def _mean_costs(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, one_look: Callable[..., list[Estimate]]
 ) -> list[MapNameRow]:
-    """Average the costs of maps over layers, for each map name; the costliest name comes first."""
+    """Average costs over all layers, for each map name; the name with the largest cost is first."""
     by_name = group_by(range(len(maps)), lambda index: str(maps[index].map))
     means = [gold.ablated[:, rows].mean(axis=1, keepdims=True) for rows in by_name.values()]
     falls = [replace(gold, ablated=mean).drop(0) for mean in means]
@@ -222,7 +224,7 @@ def _write_answer(rounded: RoundedMaps) -> str:
 
 
 def _build_tables(rounded: RoundedMaps) -> Iterator[Table]:
-    """Yield three tables of a format: map names, costliest maps, and agreement of errors."""
+    """Yield the tables of a format: map names, maps with the largest cost, correlations."""
     record, title, n_maps = rounded.record, rounded.title, len(rounded.maps)
     costliest = sorted(rounded.maps, key=lambda row: -(row.fall.value or 0.0))[:MAX_MAPS_LISTED]
     names = f"{title}: linear maps by name, one at a time, on average over layers."

@@ -1,4 +1,4 @@
-"""Study: compare pruning by measured accuracy with pruning by proxies, in quality and cost."""
+"""Study: compare pruning by measured accuracy with pruning by proxies, in accuracy and cost."""
 
 from __future__ import annotations
 
@@ -66,14 +66,15 @@ class Method(NamedTuple):
 
 @dataclass(frozen=True)
 class PrunedBenchmark:
-    """Test documents of a benchmark.
+    """Facts about the test documents of a benchmark.
 
     Attributes:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
-        metric: Metric that is called accuracy.
-        at_chance: Reason why the intact model cannot answer the benchmark; empty if it can.
-        available: Number of documents available for tests; 0 if unknown.
+        metric: Name of the metric that tables call accuracy.
+        at_chance: Reason why the benchmark is left out of means: the intact model is not above
+            chance. Empty if the model is above chance or chance is unknown.
+        available: Number of documents in the benchmark's split; 0 if unknown.
     """
 
     unpruned: Estimate
@@ -85,13 +86,13 @@ class PrunedBenchmark:
 
 @dataclass
 class Prunings:
-    """Results of pruning one model by all methods, on all benchmarks of a file.
+    """Results of pruning one model by all methods, on all benchmarks of the experiment file.
 
     Attributes:
         title: Label of the model.
         layers: Number of the model's layers.
-        benchmarks: All benchmarks.
-        choices: Layers that each method chose for each benchmark.
+        benchmarks: Name of each benchmark → facts about its test documents.
+        choices: Method and benchmark → results of removing the layers that the method chose.
         failed: Method and benchmark → reason why its search failed.
     """
 
@@ -103,39 +104,39 @@ class Prunings:
 
     @cached_property
     def methods(self) -> list[Method]:
-        """All methods that were run, in order."""
+        """All methods with a successful or failed search, in the order in which they were run."""
         return list(dict.fromkeys(method for method, _ in (*self.choices, *self.failed)))
 
     @property
     def amounts(self) -> list[str]:
-        """Amounts to remove for which a search succeeded."""
+        """Amounts to remove, such as `25 %`, for which at least one search succeeded."""
         return list(dict.fromkeys(method.amount for method, _ in self.choices))
 
     @property
     def counted(self) -> list[str]:
-        """Benchmarks that count in the means."""
+        """Benchmarks averaged in means, that is all benchmarks without an `at_chance` reason."""
         return [name for name, benchmark in self.benchmarks.items() if not benchmark.at_chance]
 
     @property
     def documents(self) -> int:
-        """Number of test documents of the benchmarks that count in the means."""
+        """Number of test documents, summed over the benchmarks that are averaged in means."""
         return sum(self.benchmarks[name].n for name in self.counted)
 
     @property
     def over(self) -> str:
-        """Description of the benchmarks that `mean` averages."""
+        """Text that names the benchmarks that are averaged in means."""
         names = self.counted
         return ", ".join(names) if len(names) < 2 else f"the mean of {len(names)} benchmarks"
 
     def select(self, amount: str, calibration: str = OWN_TASK) -> dict[str, Method]:
-        """Return the methods of an amount and a calibration: strategy → method."""
+        """Return the methods with this amount and calibration, as strategy → method."""
         return {m.strategy: m for m in self.methods if m[1:] == (amount, calibration)}
 
     def mean(self, figure_of: Callable[[str], Estimate]) -> Estimate:
-        """Average a figure over the benchmarks that count.
+        """Average a figure over the benchmarks in `counted`.
 
-        None if the figure of any of these benchmarks is undefined, because means of different
-        benchmarks cannot be compared.
+        The mean is undefined if the figure is undefined for any of these benchmarks, because means
+        over different benchmarks cannot be compared.
         """
         figures = {name: figure_of(name) for name in self.counted}
         for name, figure in figures.items():
@@ -146,7 +147,7 @@ class Prunings:
         return average([*figures.values()]) if len(figures) > 1 else figures[self.counted[0]]
 
     def level(self, method: Method | None, name: str, removed: int | None = None) -> Estimate:
-        """Return a method's test accuracy on a benchmark, or the accuracy with `removed` layers.
+        """Return a method's final test accuracy on a benchmark, or after `removed` layers.
 
         If `method` is None, return the test accuracy of the intact model.
         """
@@ -157,11 +158,11 @@ class Prunings:
         return choices.level if removed is None else choices.level_after(removed)
 
     def level_mean(self, method: Method | None, removed: int | None = None) -> Estimate:
-        """Return the mean test accuracy of a method over the benchmarks."""
+        """Return a method's mean test accuracy over the benchmarks in `counted`."""
         return self.mean(lambda name: self.level(method, name, removed))
 
     def compare(self, method: Method, reference: Method, name: str) -> Estimate:
-        """Estimate the difference of two methods on the same documents of a benchmark."""
+        """Estimate the accuracy difference of two methods on the test documents of a benchmark."""
         if reason := self.benchmarks[name].at_chance:
             return Estimate(None, reason=reason)
         for level in (self.level(method, name), self.level(reference, name)):
@@ -170,7 +171,7 @@ class Prunings:
         return self.choices[method, name].difference_from(self.choices[reference, name])
 
     def compare_means(self, method: Method, reference: Method) -> Estimate:
-        """Estimate the mean difference of two methods, with a sign-flip test over documents."""
+        """Estimate the mean accuracy difference of two methods, with a sign-flip test."""
         difference = self.mean(lambda name: self.compare(method, reference, name))
         if difference.value is None:
             return difference
@@ -182,13 +183,13 @@ class Prunings:
         return replace(difference, p_value=sign_test.p_value)
 
     def accuracy_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare accuracy with every other strategy, each calibrated on the tested benchmark."""
+        """Compare the accuracy strategy with every other strategy, each on its own calibration."""
         methods = self.select(amount)
         measured = methods.pop("accuracy", None)
         return self._contrasts([(measured, m) for m in methods.values()] if measured else [])
 
     def calibration_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare accuracy with cosine, separately for each kind of calibration documents."""
+        """Compare the accuracy and cosine strategies for each kind of calibration documents."""
         pairs = []
         for calibration in (OWN_TASK, ALL_TASKS, PLAIN_TEXT):
             methods = self.select(amount, calibration)
@@ -198,7 +199,7 @@ class Prunings:
         return self._contrasts(pairs)
 
     def _contrasts(self, pairs: Sequence[tuple[Method, Method]]) -> list[Contrast]:
-        """Compare pairs of methods, with intervals and p-values adjusted for all pairs."""
+        """Compare pairs of methods; intervals and p-values are adjusted for the number of pairs."""
         differences = [self.compare_means(*pair) for pair in pairs]
         estimates = widen(differences, [self.documents] * len(pairs))
         p_values = holm([difference.p_value for difference in differences])
@@ -206,10 +207,10 @@ class Prunings:
         return [Contrast(*pair, estimate, p) for pair, estimate, p in rows]
 
     def strategy_ranks(self, amount: str) -> dict[str, tuple[int, int]]:
-        """Compute the possible ranks of strategies by mean test accuracy, 1 = the most.
+        """Compute the best and worst possible rank of each strategy by mean test accuracy.
 
-        Strategies are calibrated on each benchmark itself. Random draws, which are the reference,
-        and strategies without a mean are left out.
+        Rank 1 is the highest accuracy. Each strategy is calibrated on the tested benchmark. The
+        random strategy and strategies without a defined mean are left out.
         """
         methods = [m for m in self.select(amount).values() if m.strategy != RANDOM_STRATEGY]
         methods = [m for m in methods if self.level_mean(m).value is not None]
@@ -223,12 +224,12 @@ class Prunings:
 
     @property
     def growth(self) -> float:
-        """Factor by which the test documents of every benchmark can be increased."""
+        """Factor by which the numbers of test documents can grow before a benchmark runs out."""
         benchmarks = [self.benchmarks[name] for name in self.counted]
         return min((b.available / b.n for b in benchmarks if b.available), default=math.inf)
 
     def searches(self, method: Method) -> list[PruneRecord]:
-        """Return the distinct searches of a method over all benchmarks."""
+        """Return the records of a method's searches over all benchmarks, without duplicates."""
         unique: dict[object, PruneRecord] = {}
         for name in self.benchmarks:
             choices = self.choices.get((method, name))
@@ -238,7 +239,7 @@ class Prunings:
         return list(unique.values())
 
     def removed_counts(self, amount: str) -> list[int]:
-        """List the numbers of removed layers, ascending; one number if layers are equally large."""
+        """List the distinct numbers of layers that searches for this amount removed, ascending."""
         choices = [c for (method, _), c in self.choices.items() if method.amount == amount]
         return sorted({len(record.removed) for c in choices for record in c.records})
 
@@ -251,14 +252,16 @@ class Prunings:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Comparison of two methods of pruning.
+    """Difference in test accuracy between two methods of pruning.
 
     Attributes:
         method: First method.
-        reference: Second method, whose accuracy is subtracted.
-        difference: Mean difference of the two accuracies. The interval, unlike the p-value, is
-            simultaneous for all comparisons.
-        p: p-value of the difference after Holm over all comparisons; None if there is no p-value.
+        reference: The second method, whose accuracy is subtracted from the accuracy of the first
+            method.
+        difference: Mean accuracy difference over benchmarks. Its interval is simultaneous for all
+            comparisons; its p-value is not adjusted.
+        p: p-value of the difference, adjusted by Holm over all comparisons; None if there is no
+            p-value.
     """
 
     method: Method
@@ -268,15 +271,15 @@ class Contrast:
 
     @property
     def sign(self) -> int:
-        """Sign of the difference: 1 = significantly above 0, −1 = below 0, 0 = neither is shown.
+        """Sign of the difference: 1 = positive, −1 = negative, 0 = not significant.
 
-        Both the interval and the test must show the sign.
+        A sign is significant if both the interval and the adjusted p-value show it.
         """
         return 0 if self.p is None or self.p >= SIGNIFICANT else self.difference.side()
 
 
 def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
-    """Group the searches by model; `text` is the plain text to calibrate on."""
+    """Group the search results by model; `text` names the plain text used for calibration."""
     groups: dict[object, Prunings] = {}
     cells = {cell.record_key: cell for cell in outcome.outcome.cells}
     for search in outcome.searches:
@@ -303,7 +306,7 @@ def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
 
 
 def _model_request(request: SearchRequest) -> object:
-    """Return the request of a search's cell without its benchmark, as the key of a model."""
+    """Return a key that is equal for searches of the same model on different benchmarks."""
     return replace(request.cell, benchmark=request.cell.benchmark.renamed("any"))
 
 
@@ -315,7 +318,7 @@ def _method(request: SearchRequest, text: str | None) -> Method:
 
 
 def _chance_reason(cell: CellRecord) -> str:
-    """Return a reason if the intact model is not above chance on test documents; else ""."""
+    """Return why a benchmark is left out: the model is not above chance; else an empty text."""
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
@@ -323,7 +326,7 @@ def _chance_reason(cell: CellRecord) -> str:
 
 
 class Prune(Study[PruneSettings]):
-    """Prune by each strategy on each benchmark of a file, with several calibrations."""
+    """Study that prunes by several strategies, calibrated on several kinds of documents."""
 
     name = "prune"
     question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
@@ -334,13 +337,13 @@ class Prune(Study[PruneSettings]):
 
     @property
     def _text(self) -> str | None:
-        """The plain text to calibrate on, as the name of a benchmark."""
+        """The benchmark name of the plain text used for calibration; None if there is none."""
         return None if self.settings.text is None else f"corpus:{self.settings.text}"
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """Return requests for the removal of each layer, the first step of a greedy search.
+        """Return requests that remove each layer alone, the first step of a greedy search.
 
-        Raises RequestError before anything is measured if no search has these settings.
+        Raises RequestError before anything is measured if the settings are invalid for a search.
         """
         requests = super().requests(context)
         lender = ModelCache(context.ledger, context.options, context.progress)
@@ -353,11 +356,11 @@ class Prune(Study[PruneSettings]):
         return requests
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request for each whole layer of the cell, on the calibration documents."""
+        """Yield the request that removes each whole layer alone, on the calibration documents."""
         yield cell.on_part("calibration").with_changes(layers=cell.changes.whole_layers)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Run the searches, test the chosen layers, and compare the strategies."""
+        """Search for layers to remove, test the pruned models, and compare the strategies."""
         result, requests = StudyResult(), []
         for subject in subjects:
             if subject.record.higher_is_better:
@@ -380,7 +383,7 @@ class Prune(Study[PruneSettings]):
         return result
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
-        """List the searches for one benchmark; `cells` are all cells of the file."""
+        """List the searches for the benchmark of `cell`; `cells` are all cells of the file."""
         settings, documents = self.settings, cell.documents
         plain = replace(cell, documents=DocumentSpec(seed=documents.seed), changes=Changes())
         name = str(cell.benchmark)
@@ -404,7 +407,7 @@ class Prune(Study[PruneSettings]):
 
 
 def write_answers(group: Prunings) -> Iterator[str]:
-    """Yield sentences: which strategy is best, and whether accuracy beats cosine."""
+    """Yield sentences about the best strategy, and whether the accuracy strategy beats cosine."""
     shares = {amount: group.removed_counts(amount)[-1] / group.layers for amount in group.amounts}
     paper_amount = min(shares, key=lambda amount: abs(shares[amount] - PAPER_SHARE))
     for amount in group.amounts:
@@ -420,7 +423,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
 
 
 def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
-    """List the comparisons of accuracy with cosine, the tested benchmark's calibration first."""
+    """List comparisons of accuracy with cosine; calibration on the tested benchmark is first."""
     contrasts = {pair.reference.strategy: pair for pair in group.accuracy_contrasts(amount)}
     by_cosine = [contrasts[name] for name in COSINE_STRATEGIES if name in contrasts]
     others = group.calibration_contrasts(amount)
@@ -428,7 +431,7 @@ def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
 
 
 def best_sentence(group: Prunings, amount: str) -> str:
-    """Name the strategy that keeps the most accuracy, if comparisons with all others show it."""
+    """Name the strategy that keeps the most accuracy, or write that no strategy is clearly best."""
     ranks = group.strategy_ranks(amount)
     levels = {name: group.level_mean(method) for name, method in group.select(amount).items()}
     reason = next((level.reason for level in levels.values() if level.reason), "")
@@ -451,7 +454,7 @@ def write_verdict(pair: Contrast, growth: float) -> str:
 
 
 def paper_sentence(pair: Contrast) -> str:
-    """Describe whether a difference has the same sign as in the paper."""
+    """Describe whether the difference of two methods has the same sign as in the paper."""
     return PRUNE_TEXTS.render("paper_sentence", pair.sign, *PAPER_LEVELS[pair.method.calibration])
 
 
@@ -459,7 +462,7 @@ def paper_sentence(pair: Contrast) -> str:
 
 
 def build_tables(group: Prunings) -> Iterator[Table]:
-    """Yield every table of one model's prunings."""
+    """Yield all tables about the pruning of one model."""
     for amount in group.amounts:
         yield _accuracy_table(group, amount)
         if group.counted:
@@ -573,7 +576,7 @@ def build_charts(group: Prunings) -> Iterator[LineChart]:
         return
 
     def level(strategy: str, removed: int) -> Estimate:
-        """Return the mean accuracy with `removed` layers, from the first amount that defines it."""
+        """Return a strategy's mean accuracy after `removed` layers, from any amount."""
         methods = [Method(strategy, amount) for amount in group.amounts]
         levels = [group.level_mean(method, removed) for method in methods]
         return next((level for level in levels if level.value is not None), levels[0])

@@ -1,10 +1,12 @@
-"""Study: choose formats of weights within a budget of bits, by measured costs.
+"""Study: choose a format for each weight matrix within a budget of bits, by measured costs.
 
-The cost of each linear map in each format, alone, is measured on calibration documents. One choice
-takes the formats whose losses have the smallest sum within the budget. Another choice is improved
-by swaps that are measured as a whole. Other choices use the errors of weights and outputs, one
-format for all maps, or more bits for the first and last layers. Each choice is measured as a whole
-on the same documents, and the best is recommended. Disjoint test documents then measure each.
+First, the study rounds each linear map alone to each format, and measures the cost on calibration
+documents. It then builds several choices, which assign a format to every map within the budget. One
+choice minimizes the sum of the measured costs. Another choice is improved by swaps of formats, each
+measured on the whole model. Other choices minimize the errors of weights or of outputs, use one
+format for all maps, or give more bits to the first and last layers. The study measures the model
+under each choice on the calibration documents and recommends the best choice. Finally, disjoint
+test documents measure all choices.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ _KEPT, _IS_REFERENCE = "kept beside all alike", "it is that itself"
 
 
 class Candidate(NamedTuple):
-    """Choice of formats, with its criterion and its expected cost in nats."""
+    """Assignment of formats to weights, its criterion, and its expected cost in nats."""
 
     by: str
     choice: FormatChoice
@@ -92,16 +94,17 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class TestedChoice:
-    """Choice of formats, with its measurements on calibration and on test documents.
+    """Assignment of formats to weights, measured on calibration and on test documents.
 
     Attributes:
-        choice: Format of each unit.
+        choice: Format of each unit, which is a layer or a linear map.
         n: Number of test documents.
         size: Size of the whole model in megabytes.
-        chosen_on: Fall of the gold log-probability on the calibration documents.
-        gain: Accuracy of the choice minus accuracy of one format for all units; None for the
-            choice of one format.
-        gold_gain: The same difference for the gold log-probability.
+        chosen_on: Fall of the gold log-probability of the whole model on the calibration documents.
+        gain: Accuracy of this choice minus the accuracy with one format for all units. None for the
+            choice that uses one format.
+        gold_gain: Gold log-probability of this choice minus that with one format for all units, in
+            nats.
     """
 
     choice: FormatChoice
@@ -120,14 +123,15 @@ class TestedChoice:
 
 @dataclass(frozen=True)
 class SumComparison:
-    """Loss of a choice compared with the sum of its units' losses, on calibration documents.
+    """Cost of a choice of formats compared with the sum of its units' single costs.
 
     Attributes:
-        units: Number of units of the choice.
-        expected: Sum of the costs of single units.
-        whole: Measured cost of the choice as a whole.
-        more: `whole` minus `expected`.
-        pairs: Sampled pairs of units, compared with their sums; None if none are requested.
+        units: Number of units (layers or linear maps) that are rounded.
+        expected: Sum of the costs of rounding each unit alone.
+        whole: Measured cost of rounding all units together.
+        more: `whole` minus `expected`, with its interval.
+        pairs: Costs of rounding sampled pairs of units, compared with sums of single costs; None if
+            no pairs were requested.
     """
 
     units: int
@@ -139,16 +143,16 @@ class SumComparison:
 
 @dataclass(frozen=True)
 class FormatChooser:
-    """Choose formats for the units of one cell by its calibration documents.
+    """Choose a format for each unit of a model by its loss on calibration documents.
 
     Attributes:
         context: Context of the study.
-        subject: Cell in which each unit is measured in each format, alone.
-        cell: Opened cell of the same documents, in which further ablations can be measured.
-        units: Units, each of which gets its own format.
+        subject: Results of rounding each unit alone to each format.
+        cell: The same model and calibration documents, opened to measure further ablations.
+        units: Layers or linear maps, each of which gets its own format.
         formats: Formats to choose from.
-        limit: Budget of bits.
-        losses: `[units, formats]`, cost of each unit alone in each format, in nats.
+        limit: Maximum average number of bits per weight.
+        losses: `[units, formats]`, cost of rounding each unit alone to each format, in nats.
     """
 
     context: StudyContext
@@ -160,7 +164,7 @@ class FormatChooser:
     losses: Array
 
     def candidates(self, by_map: bool) -> list[Candidate]:
-        """Choose formats by sums of costs, by hand, and by errors if units are linear maps."""
+        """Build choices of formats within the budget, each by another criterion."""
         units, formats, limit = self.units, self.formats, self.limit
         choices = {MEASURED_CHOICE: minimize_loss(units, formats, self.losses, limit)}
         if by_map:
@@ -172,25 +176,25 @@ class FormatChooser:
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
-        """Return a choice with its criterion `by` and the sum of the costs of single units."""
+        """Return a named choice of formats, with the summed costs of rounding each unit alone."""
         columns = [self.formats.index(choice[unit]) for unit in self.units]
         expected = self.losses[np.arange(len(self.units)), columns].sum()
         return Candidate(by, choice, float(expected))
 
     def best(self, choices: Sequence[FormatChoice]) -> int:
-        """Measure each choice as a whole, and return the index of the cheapest choice."""
+        """Measure the whole model under each choice; return the index of the best choice."""
         ablations = [choice_ablation(choice) for choice in choices]
         return smallest_index(self.cell.outcomes(ablations, "gold_logprob").mean_drops)
 
     def improve(self, candidates: Sequence[Candidate], rounds: int) -> dict[str, Refinement]:
-        """Improve the best and the first choice by swaps that are measured as a whole.
+        """Improve the best and the first choice by swaps of formats, measured on the whole model.
 
         Args:
             candidates: Choices of formats.
             rounds: Maximum number of rounds of swaps.
 
         Returns:
-            Criterion of the choice before the swaps → the improved choice.
+            Criterion of the choice before the swaps → the refinement, with the improved choice.
         """
         self.say(f"{count_text(len(candidates), 'choice')}, whole")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
@@ -201,11 +205,11 @@ class FormatChooser:
         return {start.by: self._swap(start, rounds) for start in starts.values()}
 
     def say(self, message: str) -> None:
-        """Report progress on the cell."""
+        """Report a progress message about the model and benchmark."""
         self.context.progress.say(f"{self.cell.request.title}: {message}")
 
     def _errors(self) -> dict[str, Array]:
-        """Observe the errors of weights and of outputs: label → errors `[units, formats]`."""
+        """Compute rounding errors of weights and outputs: label → errors `[units, formats]`."""
         maps = [unit.change(name) for unit in self.units for name in self.formats]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
         begin = partial(observe_errors, maps=maps)
@@ -217,7 +221,7 @@ class FormatChooser:
         return {name: array.reshape(shape) for name, array in errors.items()}
 
     def _swap(self, start: Candidate, rounds: int) -> Refinement:
-        """Swap formats of a choice as long as a swap is shown to reduce the cost."""
+        """Swap formats within a choice as long as the swap significantly reduces the cost."""
         numbers = count(1)
 
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
@@ -231,9 +235,10 @@ class FormatChooser:
         return refine_choice(start.choice, self.formats, self.losses, self.limit, rounds, measure)
 
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
-        """Compare the cost of a choice, and of sampled pairs, with sums of single units' costs.
+        """Compare the cost of a choice with the sum of the costs of its single units.
 
-        Pairs are sampled without replacement with the seed of the cell.
+        The same comparison is made for at most `max_pairs` pairs of units. They are sampled without
+        replacement, with the seed of the documents.
         """
         choice, n_units = candidate.choice, len(self.units)
         pairs = list(combinations(range(n_units), 2))
@@ -264,19 +269,19 @@ class FormatChooser:
 
 
 def smallest_index(costs: Sequence[float] | Array) -> int:
-    """Return the index of the smallest cost; undefined costs count as infinite."""
+    """Return the index of the smallest cost; NaN counts as infinite."""
     return int(np.nan_to_num(costs, nan=np.inf).argmin())
 
 
 def unit_losses(
     record: CellRecord, units: Sequence[FormatUnit], formats: Sequence[str]
 ) -> Array | None:
-    """Return the cost of rounding each unit alone, in each format.
+    """Return the measured cost of rounding each unit alone to each format.
 
     Args:
-        record: The cell.
-        units: The units.
-        formats: The formats.
+        record: Record of the runs that round each unit alone.
+        units: Layers or linear maps.
+        formats: Names of the formats.
 
     Returns:
         `[units, formats]` in nats; None if any cost is undefined.
@@ -294,13 +299,13 @@ def measure_choices(
     """Measure choices on the calibration and the test documents.
 
     Args:
-        candidates: Choices; one of them uses one format for all units.
-        calibration: Calibration documents.
-        tests: Test documents.
-        limit: Budget of bits.
+        candidates: Choices of formats; one of them uses one format for all units.
+        calibration: The model with the calibration documents.
+        tests: The model with the test documents.
+        limit: Budget of bits, which gives the size of the model.
 
     Returns:
-        The measured choices.
+        The choices with their measurements, in the order of `candidates`.
     """
     ablations = [choice_ablation(candidate.choice) for candidate in candidates]
     tests.progress.say(f"{tests.request.title}: {count_text(len(ablations), 'choice')}, whole")
@@ -318,7 +323,7 @@ def measure_choices(
 
 
 class Quantise(Study[QuantiseSettings]):
-    """Choose formats of weights within a budget; see the module."""
+    """Study that chooses the formats of weights within a budget of bits; see the module."""
 
     name = "quantise"
     question = "Which weights may have fewer bits, and is the choice better than all alike?"
@@ -336,7 +341,7 @@ class Quantise(Study[QuantiseSettings]):
             raise RequestError("--format: one format leaves no choice; name at least two formats")
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield requests for each unit alone in each format, on the calibration documents."""
+        """Yield the request that rounds each unit alone to each format, for calibration."""
         trust = context.options.trust_remote_code
         request = replace(cell, until=None).on_part("calibration")
         request = request.with_changes(layers=cell.changes.layers)
@@ -347,7 +352,7 @@ class Quantise(Study[QuantiseSettings]):
             yield map_formats_request(request, self.formats, trust, ends)
 
     def _budget(self, request: CellRequest, trust: bool) -> tuple[list[FormatUnit], BitBudget]:
-        """Return the units of a request's layers, and the budget of bits."""
+        """Return the units (layers or linear maps) of a request, and the budget of bits."""
         source = find_model(request.model, trust)
         model = build_hollow(source, request.model.dtype)
         ends = embedding_shapes(model) if self.settings.embeddings else {}
@@ -358,7 +363,7 @@ class Quantise(Study[QuantiseSettings]):
         return units, parse_budget(self.settings.budget, units, fixed, total, self.formats)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Choose formats, measure the choices and test them."""
+        """Choose formats within the budget, and measure the choices on test documents."""
         # Another budget, or other formats, are another question about the same file.
         ends = ["embeddings"] if self.settings.embeddings else []
         words = [self.settings.budget, self.settings.by, *ends, *self.formats]
@@ -403,7 +408,7 @@ class Quantise(Study[QuantiseSettings]):
 def _write_choice(
     context: StudyContext, record: CellRecord, tests: CellRequest, best: TestedChoice
 ) -> Path:
-    """Write the format of each linear map to a file in the results folder; return the file."""
+    """Write the best choice to a file in the results folder, and return the path of the file."""
     stem = f"{record.model.name}-{record.benchmark.name}-{best.by}-{context.input.name}"
     formats = {unit.key: name for unit, name in best.choice.items()}
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
@@ -417,7 +422,7 @@ def _write_choice(
 
 
 def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> str:
-    """Describe whether the best choice beats one format for all units, and its cost."""
+    """Describe the cost of the best choice, and whether it beats one format for all units."""
     uniform = next(choice for choice in choices if choice.gain is None)
     measure, won, lost = metric_format(record), [], []
     if best.gain is not None and best.gold_gain is not None:
@@ -429,7 +434,7 @@ def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: Tes
 
 
 def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> list[str]:
-    """Describe whether losses of units add up, and the gain from measuring whole choices."""
+    """Describe whether the units' single costs add up, and what swapping formats gained."""
     interactions = sums.pairs.at_once.values() if sums.pairs else ()
     signs = Counter(interaction.side() for interaction in interactions)
     return QUANTISE_TEXTS.render_all("sets", swapped, sums, sums.pairs, signs)
@@ -448,7 +453,7 @@ def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedCho
 
 @dataclass(frozen=True)
 class FormatCount:
-    """Number of layers in which a linear map has a given format."""
+    """Table row: number of layers in which a linear map has a given format."""
 
     name: str = labelled("what")
     format: str = labelled("format")
@@ -467,7 +472,7 @@ def _formats_table(record: CellRecord, best: TestedChoice) -> Table:
 
 @dataclass(frozen=True)
 class SumRow:
-    """Joint cost of several units, and the sum of the costs of single units."""
+    """Table row: joint cost of rounding several units, and the sum of their single costs."""
 
     units: str = labelled("units together")
     measured: float = labelled("loss measured", "nats")

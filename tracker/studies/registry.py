@@ -1,4 +1,4 @@
-"""Define the settings of all studies, which give each study's command its options and help."""
+"""Define the settings of each study, from which its command gets its options and help."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tracker.core.extensions import load_extensions
 class StudySettings(BaseModel):
     """Settings of a study: each field is an option of its command, the docstring is the help.
 
-    Nothing heavy is imported here, so that help and errors come without delay.
+    This module imports nothing slow, so that help and error messages appear at once.
 
     Attributes:
-        study: Module and class of the study.
-        command: The command that asks its question, where that is not `tracker study NAME`.
+        study: Module and class of the study, separated by a colon.
+        command: Command that runs the study, if it is not `tracker study NAME`.
     """
 
     model_config = ConfigDict(
@@ -30,7 +30,7 @@ class StudySettings(BaseModel):
     command: ClassVar[str] = ""
 
     def command_options(self) -> list[str]:
-        """Return the options that are not at their defaults, as they are typed."""
+        """Return the settings that differ from their defaults, as command-line options."""
         options: list[str] = []
         for name, field in type(self).model_fields.items():
             value, option = getattr(self, name), f"--{field.alias or name.replace('_', '-')}"
@@ -43,15 +43,16 @@ class StudySettings(BaseModel):
 
 
 class AuditSettings(StudySettings):
-    """Which proxy tells what a layer's removal costs?
+    """Which proxy predicts the accuracy drop when a layer is removed?
 
-    A proxy is a cheap figure that is used instead of the accuracy drop, such as the cosine score.
-    This study removes each whole layer in EXPERIMENT, measures its accuracy drop, and compares the
-    drops with nine proxies. These are cosine score, angular distance, relative update, first-order
-    Taylor, logit-lens change, perplexity, KL and Jensen-Shannon divergence, and the gold answer's
-    log-probability. It reports how well each proxy ranks the layers, compared with chance, and its
-    cost in forward passes. With two or more benchmarks, it also tests whether relevance depends on
-    the task. It needs at least three layers, and preferably all of them.
+    A proxy is a quantity, such as the cosine score, that is cheaper to measure than the accuracy
+    drop. This study removes each whole layer in EXPERIMENT, measures its accuracy drop, and
+    compares the drops with nine proxies. These are cosine score, angular distance, relative update,
+    first-order Taylor, logit-lens change, perplexity, KL and Jensen-Shannon divergence, and the
+    gold answer's log-probability. The study reports how well each proxy ranks the layers compared
+    with chance, and the proxy's cost in forward passes. With two or more benchmarks, the study also
+    tests whether a layer's relevance depends on the task. EXPERIMENT must name at least three
+    layers, and preferably names all layers.
 
     \b
     Examples:
@@ -63,12 +64,13 @@ class AuditSettings(StudySettings):
 
 
 class CalibrationSettings(StudySettings):
-    """How many documents until the ranking of layers is stable?
+    """How many documents does a stable ranking of layers need?
 
-    Two random samples of the measured documents, which share none, each rank the layers. Their
-    agreement shows how reliable a ranking by that many documents is. The study reports it for the
-    accuracy drop and for the proxies, with the number of documents that a reliable ranking takes.
-    It measures only the runs in EXPERIMENT; more documents give a better answer.
+    The study draws two random samples that share no document, and ranks the layers by each sample.
+    The agreement of the two rankings shows how reliable a ranking by that many documents is. The
+    study reports the agreement for the accuracy drop and for the proxies, and the number of
+    documents that a reliable ranking needs. It measures only the runs in EXPERIMENT. The estimate
+    improves with the number of measured documents.
 
     \b
     Examples:
@@ -84,10 +86,10 @@ class CalibrationSettings(StudySettings):
 class JointSettings(StudySettings):
     """Do the drops of two layers add up?
 
-    Each pair of layers in EXPERIMENT is removed together, and its joint drop is compared with the
-    sum of both single drops. A pair that costs more than the sum is redundant, one that costs less
-    is sub-additive. 30 layers have 435 pairs, about ten times the work of the file itself. Use
-    fewer layers or documents for a first look.
+    The study removes each pair of layers in EXPERIMENT together, and compares the joint drop with
+    the sum of the two single drops. A pair is redundant if its joint drop is larger than the sum,
+    and sub-additive if it is smaller. 30 layers have 435 pairs, which take about ten times as long
+    as the single layers. Start with few layers or documents.
 
     \b
     Examples:
@@ -99,13 +101,13 @@ class JointSettings(StudySettings):
 
 
 class PrecisionSettings(StudySettings):
-    """What does it cost to keep one linear map in fewer bits, and which error says so?
+    """What does rounding one linear map cost, and which error predicts the cost?
 
-    Each linear map of the layers in EXPERIMENT is rounded alone, to each format of 'intervention'
-    or to int4. The study reports the cost map by map and on average over layers. It also reports
-    how well the errors by which tools choose bits rank the maps: errors of the weights, of the
-    outputs, and of the model's predictions. SmolLM2-135M has 210 maps, about seven times the work
-    of removing each layer.
+    The study rounds one linear map of the layers in EXPERIMENT at a time, to each format of
+    'intervention' or to int4. It reports the cost of each map, and the mean cost over layers.
+    Quantisation tools choose bits by errors of the weights, of the outputs, or of the model's
+    predictions. The study also reports how well these errors rank the maps by cost. SmolLM2-135M
+    has 210 maps, which take about seven times as long as removing each layer.
 
     \b
     Examples:
@@ -118,14 +120,14 @@ class PrecisionSettings(StudySettings):
 
 
 class PruneSettings(StudySettings):
-    """Does pruning by accuracy beat pruning by proxies?
+    """Does pruning by measured accuracy beat pruning by proxies?
 
-    For each benchmark in EXPERIMENT, several strategies choose layers: by the remaining accuracy,
-    by proxies, from the end, at random. They choose on 'sample' documents; other documents test the
-    choice. Accuracy and the cosine score are also calibrated on all benchmarks together, and on
-    plain text. The study reports which strategy keeps the most accuracy, with paired intervals, and
-    the cost of each search. It shares its measurements with 'tracker prune', and resumes where it
-    was stopped.
+    For each benchmark in EXPERIMENT, several strategies choose layers to remove: by the remaining
+    accuracy, by proxies, from the end of the model, or at random. The strategies use 'sample'
+    calibration documents, and other documents test the pruned models. The accuracy and cosine
+    strategies are also calibrated on all benchmarks together, and on plain text. The study reports
+    which strategy keeps the most accuracy, with paired intervals, and the cost of each search. The
+    study reuses the measurements of 'tracker prune', and an interrupted study can be resumed.
 
     \b
     Examples:
@@ -177,13 +179,14 @@ class QuantiseSettings(StudySettings):
 
 
 class RepeatSettings(StudySettings):
-    """Does passing some layers again make the model better?
+    """Does passing some layers twice make the model better?
 
-    Each span of neighbouring layers in EXPERIMENT is passed a second time, or only the spans of
-    'layer', 'span' and 'intervention: repeat'. The spans are chosen on 'sample' documents, and the
-    best five are tested on other documents. The study compares them with the gain that the best of
-    as many spans has by chance. 30 layers have 465 spans, about twenty times the work of removing
-    each layer. until="prune 5 within 2 pp" stops choosing when the five are known.
+    A span is a sequence of neighbouring layers in EXPERIMENT that the model passes a second time.
+    'intervention: repeat' with 'layer' and 'span' limits the study to some spans. The study finds
+    the five best spans on 'sample' documents, and tests these spans on other documents. It also
+    reports the gain that the best of so many spans would have by chance. 30 layers have 465 spans,
+    which take about twenty times as long as removing each layer. until="prune 5 within 2 pp" stops
+    the search when the five best spans are known.
 
     \b
     Examples:
@@ -196,12 +199,13 @@ class RepeatSettings(StudySettings):
 
 
 class RescaleSettings(StudySettings):
-    """Is what a removal costs only missing scale?
+    """Does a removed layer cost accuracy only because it rescaled the hidden state?
 
-    Each layer in EXPERIMENT is removed, and replaced by a factor of its input, by its mean update
-    and by a linear map of its input, all fitted on other documents. The study reports the share of
-    the drop that each replacement recovers, whatever 'intervention' the file has. If a factor
-    recovers it, only the size of the hidden state was missing. About four times the work of
+    The study removes each layer in EXPERIMENT. It also replaces the layer by a factor of the
+    layer's input, by the layer's mean update, and by a linear map of the input. All replacements
+    are fitted on other documents. The study reports the share of the accuracy drop that each
+    replacement recovers. If a factor recovers the drop, only the size of the hidden state was
+    missing. The study ignores 'intervention' in the file, and takes about four times as long as
     removing the layers.
 
     \b
@@ -214,13 +218,14 @@ class RescaleSettings(StudySettings):
 
 
 class SavingsSettings(StudySettings):
-    """How much less has to be measured where a question is enough?
+    """How much measurement does 'until' save?
 
-    'until' in an experiment file stops a benchmark when its question is answered. This study
-    measures the runs in EXPERIMENT in full and replays their documents in 200 random orders. It
-    reports the share of documents and of layer passes that each question takes, and whether its
-    answer is that of all documents. It also reports what limits the savings: the distance between
-    the runs in question, and the variation over documents. Leave 'until' out of the file.
+    'until' in an experiment file stops a benchmark as soon as a question is answered. This study
+    measures the runs in EXPERIMENT on all documents, and replays the documents in 200 random
+    orders. It reports the share of documents and of layer passes that each question needs. It also
+    reports whether the early answer agrees with the answer of all documents. Two quantities limit
+    the savings, and the study reports both: the difference between the compared runs, and the
+    variation over documents. EXPERIMENT must not set 'until'.
 
     \b
     Examples:
@@ -242,13 +247,14 @@ class SavingsSettings(StudySettings):
 
 
 class SnowballSettings(StudySettings):
-    """Do later layers amplify what a removal changes?
+    """Do later layers amplify the change that the removal of a layer makes?
 
-    Each layer is removed, and perturbed by the same amount in random directions. The relative
-    difference to the intact residual stream is measured after every later layer. A change snowballs
-    if it is larger at the end than right after the layer. The study reports where this happens, by
-    what factor, and whether it explains the errors of the cosine score. 'layer' in EXPERIMENT
-    should name every layer, because the growth is compared with each layer's accuracy drop.
+    The study removes each layer. It also perturbs the layer's output by the same amount in random
+    directions. After every later layer, it measures the relative difference to the residual stream
+    of the intact model. A change snowballs if the difference is larger at the end of the model than
+    right after the removed layer. The study reports which removals snowball, by what factor, and
+    whether this growth explains the errors of the cosine score. 'layer' in EXPERIMENT should name
+    every layer, because the study compares the growth with each layer's accuracy drop.
 
     \b
     Examples:
@@ -262,13 +268,14 @@ class SnowballSettings(StudySettings):
 
 
 class TheoremSettings(StudySettings):
-    """Can the lowest cosine score decide every answer?
+    """Can the layer with the lowest cosine score decide every answer?
 
-    The paper proves that it can; this study builds such a model. For each ε, it constructs a
-    transformer of five layers for the documents of EXPERIMENT's benchmarks, and measures it like
-    any other model. The file's model provides only the tokenizer. Layer 2 has the lowest cosine
-    score, ε. The model answers every document, and none without layer 2. The checkpoints stay in
-    studies/theorem of the results folder, for transformers or lm_eval.
+    The paper proves that such a model exists, and this study builds one. For each ε, the study
+    constructs a transformer with five layers for the benchmark documents of EXPERIMENT, and
+    measures this model like any other model. The model in EXPERIMENT provides only the tokenizer.
+    Layer 2 has the lowest cosine score, ε. The model answers every document correctly with layer 2,
+    and no document without layer 2. The checkpoints are kept in studies/theorem of the results
+    folder, for use with transformers or lm_eval.
 
     \b
     Examples:
@@ -299,7 +306,7 @@ STUDIES: Mapping[str, type[StudySettings]] = {
 
 @cache
 def load_studies() -> Mapping[str, type[StudySettings]]:
-    """Return the settings class of each study by name, including studies of other packages.
+    """Return study name → settings class, including the studies that other packages provide.
 
     Other packages add studies by entry points of the group `layer_tracker.studies`. Each entry
     point names a settings class.
@@ -316,7 +323,7 @@ def _check_settings(extension: object) -> type[StudySettings]:
 
 
 def find_settings(name: str) -> type[StudySettings]:
-    """Return the settings class of a study; RequestError if no study has the name."""
+    """Return the settings class of the named study; RequestError if there is no such study."""
     registered = load_studies()
     if name not in registered:
         names = f"{', '.join(registered)}.{did_you_mean(name, registered)}"

@@ -1,7 +1,8 @@
-"""Study: test whether a model improves if some layers are passed again.
+"""Study: test whether a model improves if a span of layers is passed again.
 
-Spans are chosen on one half of the documents and tested on the other, disjoint half. The best of
-hundreds of spans looks good by chance alone, so the answer includes the best gain by chance.
+A span is a sequence of neighbouring layers. The study chooses spans on one half of the documents,
+and tests these spans on the other half. The best of hundreds of spans looks good by chance alone,
+so the answer includes the largest gain that is expected by chance.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _VERDICT_WORDS = {"helps": "better", "costs": "worse", "open": "open"}
 
 @dataclass(frozen=True)
 class TestedSpan:
-    """Chosen span, with its gain on the documents that chose it and on the test documents."""
+    """Repeated span of layers, with its gain on the calibration and on the test documents."""
 
     run: RunRecord
     span: str = labelled("passed")
@@ -45,7 +46,7 @@ class TestedSpan:
 
 
 class Repeat(Study[RepeatSettings]):
-    """Test whether passing some layers again improves a model; see the module."""
+    """Study that tests whether passing some layers again improves a model; see the module."""
 
     name = "repeat"
     question = "Does passing some layers again make a model better?"
@@ -55,7 +56,7 @@ class Repeat(Study[RepeatSettings]):
     texts = REPEAT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield all spans of the cell's layers, or the requested spans, on half the documents."""
+        """Yield the request that repeats each span of layers, on the calibration documents."""
         if cell.until is not None and cell.until.kind != "prune":
             raise RequestError(REPEAT_TEXTS.render("wrong_question", cell, MAX_SPANS_TESTED))
         update = {"components": ("layer",), "interventions": ("repeat",)}
@@ -65,7 +66,7 @@ class Repeat(Study[RepeatSettings]):
         yield replace(cell, changes=changes).on_part("calibration")
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Choose spans, test them, and compare the best gain with the best gain by chance."""
+        """Choose the best spans, test them, and compare the largest gain with gains by chance."""
         result = StudyResult()
         chosen = [choose_runs(subject.record) for subject in subjects]
         pairs = [*zip(subjects, chosen, strict=True)]
@@ -86,7 +87,7 @@ class Repeat(Study[RepeatSettings]):
 
 
 def all_spans(layers: Sequence[int]) -> list[Change]:
-    """List all spans of neighbouring layers, each as a change that passes the span once more."""
+    """List all spans of neighbouring layers, each as a change that passes the span twice."""
     spans = (tuple(range(a, a + n)) for a in layers for n in range(1, len(layers) + 1))
     layer_set = {*layers}
     return [
@@ -95,7 +96,7 @@ def all_spans(layers: Sequence[int]) -> list[Change]:
 
 
 def choose_runs(record: CellRecord) -> list[RunRecord]:
-    """Return the runs that gain most; if a race was held, the runs of its answer."""
+    """Return the runs with the largest gains; if `until` stopped the measurement, its answer."""
     runs = [run for run in record.runs if run.drop.value is not None]
     if record.answer is not None:
         chosen = {answer.change for answer in record.answer.runs if answer.chosen}
@@ -108,13 +109,13 @@ def _loss_key(run: RunRecord) -> tuple[float, float]:
 
 
 def _test_request(request: CellRequest, runs: Sequence[RunRecord]) -> CellRequest:
-    """Return the request that tests the chosen spans on the other documents."""
+    """Return the request that measures the chosen spans on the test documents."""
     test = replace(request, until=None).on_part("test")
     return test.with_changes(run.change for run in runs)
 
 
 def tested_spans(runs: Sequence[RunRecord], test: CellRecord) -> list[TestedSpan]:
-    """Return the chosen spans with their results on test documents, the best span first."""
+    """Return the chosen spans with their test results, in the order of `runs` (best first)."""
     tested = {run.change: run for run in test.runs}
     runs = [run for run in runs if run.change in tested]
     verdicts = run_verdicts(test, [tested[run.change] for run in runs])
@@ -131,7 +132,7 @@ def _span_name(run: RunRecord) -> str:
 
 
 def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
-    """Describe the best span's gain when chosen, the best gain by chance, and the tested gain."""
+    """Describe the best span's gain on calibration and on test documents, and gains by chance."""
     best = min((run for run in subject.record.runs if run.drop.value is not None), key=_loss_key)
     tested = [span for span in spans if span.run.change == best.change] or spans
     promised, chance = Estimate((-best.drop).value), _best_by_chance(subject)
@@ -140,7 +141,7 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Return the best gain of as many spans by chance; None if the spans' documents differ."""
+    """Return the largest gain expected by chance among all spans; None if `until` was used."""
     if subject.record.answer is not None:
         return None
     outcomes = subject.outcomes()
@@ -150,14 +151,14 @@ def _best_by_chance(subject: Subject) -> BestByChance | None:
 
 
 def _export_command(change: Change, test: CellRequest, results: Path) -> str:
-    """Return the command that saves the model with a repeated span."""
+    """Return the shell command that saves the model with a span of layers repeated."""
     options = ["--repeat", change.target]
     options += ["--repeats", str(change.repeats)] if change.repeats != 2 else []
     return save_command([*options, "--output", "deeper"], test, results)
 
 
 def _spans_table(record: CellRecord, spans: Sequence[TestedSpan]) -> Table:
-    """Build the table of chosen spans, with the gain when chosen and the tested gain."""
+    """Build the table of chosen spans, with the gain on calibration and on test documents."""
     n_tests = spans[0].run.n if spans else 0
     title = f"{cell_label(record)}: the stretches that promised most"
     notes = REPEAT_TEXTS.render_all("span_notes", record, n_tests)

@@ -1,8 +1,8 @@
-"""Study: test whether a fitted replacement recovers the loss of a removed layer.
+"""Study: test whether a fitted replacement recovers the accuracy that a removed layer costs.
 
-The layer is replaced by a factor of its input, its mean update (a constant), or a linear map. If
-the factor helps, the layer mattered only for the scale of the state. The linear map is the best
-possible layer that has no nonlinearity and uses no other tokens.
+The layer is replaced by a factor of its input, by its mean update (a constant), or by a linear map.
+If the factor recovers the loss, the layer only rescaled the hidden state. The linear map is the
+best possible layer without a nonlinearity and without attention to other tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NOT_MEASURED = "not measured; the lines on missing results give the reason"
 
 
 class Rescale(Study[RescaleSettings]):
-    """Test whether fitted replacements recover the loss of removed layers; see the module."""
+    """Study that tests whether fitted replacements recover the loss of removed layers."""
 
     name = "rescale"
     question = "Is what a removal costs only missing scale?"
@@ -53,13 +53,13 @@ class Rescale(Study[RescaleSettings]):
     texts = RESCALE_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield two requests, so that a linear map that cannot be fitted spoils no other run."""
+        """Yield two requests, so that a failed fit of the linear map does not affect other runs."""
         groups: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         for interventions in groups:
             yield cell.with_changes(layers=cell.changes.layers, interventions=interventions)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report the share of the drop that each replacement recovers."""
+        """Report the share of the accuracy drop that each replacement recovers."""
         result = StudyResult()
         # The parts of each cell: without layers, and with linear maps.
         parts = group_by(subjects, lambda subject: replace(subject.request, changes=Changes()))
@@ -78,10 +78,10 @@ class Rescale(Study[RescaleSettings]):
 
 
 class LayerDrops(NamedTuple):
-    """Drops of all layers with one replacement.
+    """Drops of all layers when each layer alone is replaced in the same way.
 
     Attributes:
-        mean: `[layers]`, mean drops.
+        mean: `[layers]`, mean drop over documents.
         drawn: `[resamples, layers]`, mean drops in each resample of the documents.
     """
 
@@ -91,18 +91,19 @@ class LayerDrops(NamedTuple):
 
 @dataclass(frozen=True)
 class CellCosts:
-    """Costs of one cell's layers, removed and replaced.
+    """Drops on one model and benchmark when a layer is removed or replaced.
 
     Attributes:
-        name: Title of the cell.
+        name: Title of the model and benchmark.
         n: Number of documents.
         layers: Removed layers, ascending.
-        measure: Measured quantity, and its unit.
-        fitted_on: Documents on which replacements were fitted; empty if unknown.
-        drops: Intervention → drop of each layer.
+        measure: Format of the metric, with its unit.
+        fitted_on: Description of the documents on which the replacements were fitted; empty if
+            unknown.
+        drops: Intervention → drop of the metric for each layer.
         nats: Intervention → fall of the gold answer's log-probability for each layer.
-        p_values: Intervention → p-value of each layer for a difference from its removal; None if no
-            test could be made.
+        p_values: Intervention → p-value of each layer for a difference between replacement and
+            removal. A p-value is None if no test could be made.
     """
 
     name: str
@@ -116,11 +117,11 @@ class CellCosts:
 
     @property
     def unit(self) -> str:
-        """The unit to append to a drop's name; empty if formatted values include the unit."""
+        """Unit to append to the name of a drop; empty if the formatted values include the unit."""
         return "" if self.measure.form == "points" else f", {self.measure.unit}"
 
     def estimates(self, name: Intervention) -> list[Estimate]:
-        """Return the drop of each layer with one replacement."""
+        """Return the drop of each layer under one intervention, with intervals."""
         mean, drawn = self.drops[name]
         return [
             Estimate(float(value), *_middle(drawn[:, n]))
@@ -131,13 +132,13 @@ class CellCosts:
 
 
 def _middle(drawn: Array) -> tuple[float, float]:
-    """Return both ends of the middle 95 % of resampled values."""
+    """Return the 2.5 % and 97.5 % quantiles of resampled values."""
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
 
 def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
-    """Compute the costs of one cell's layers; None if no layer is only removed."""
+    """Compute the drops of a cell's layers under each intervention; None without removals."""
     first, *others = subjects
     view = first.view.merge(*(subject.view for subject in others))
     outcomes = AlignedOutcomes(first.store, view)
@@ -167,7 +168,7 @@ def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
 
 
 def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: bool) -> Estimate:
-    """Estimate the share of the summed drops of all layers that a replacement recovers."""
+    """Estimate the share of all layers' summed drops that a replacement recovers."""
     means, drawn = [], []
     for intervention in ("remove", name):
         drops = [(cell.nats if nats else cell.drops)[intervention] for cell in cells]
@@ -177,7 +178,7 @@ def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: boo
 
 
 def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
-    """Return the sentences about all cells of one measure; each cell has equal weight."""
+    """Return sentences about all cells that have the same metric; each cell has equal weight."""
     names = [name for name in REPLACEMENTS if all(name in cell.drops for cell in cells)]
     costs = {name: _write_mean_cost(cells, name) for name in ("remove", *names)}
     documents = sum(cell.n for cell in cells)
@@ -209,7 +210,7 @@ def _write_percent(share: Estimate) -> str:
 
 
 def _summary_table(cells: Sequence[CellCosts]) -> Table:
-    """Build the table of the share of the drop that each replacement recovers."""
+    """Build the summary table: the share of the drop that each replacement recovers."""
     measure = cells[0].measure
 
     def share(name: Intervention, quantity: str, nats: bool) -> Column[CellCosts]:
@@ -240,7 +241,7 @@ def _summary_table(cells: Sequence[CellCosts]) -> Table:
 
 @dataclass(frozen=True)
 class SignificanceRow:
-    """Number of layers where a replacement is significantly better or worse than removal."""
+    """Table row: number of layers where a replacement is significantly better or worse."""
 
     replacement: str = labelled("stand-in")
     tested: int = labelled("layers × benchmarks tested", "count")
@@ -249,7 +250,7 @@ class SignificanceRow:
 
 
 def significance_table(cells: Sequence[CellCosts]) -> Table:
-    """Build the table of the number of layers where a replacement differs from removal."""
+    """Build the table of how many layers have a replacement that differs from removal."""
     rows = []
     for name in REPLACEMENTS:
         if not (measured := [cell for cell in cells if name in cell.drops]):
@@ -266,7 +267,7 @@ def significance_table(cells: Sequence[CellCosts]) -> Table:
 
 
 def _layer_table(cell: CellCosts) -> Table:
-    """Build the table of the drop of each layer with each replacement."""
+    """Build the table of each layer's drop when the layer is removed or replaced."""
     columns: list[Column[int]] = [Column("layer", "count", cell.layers.__getitem__)]
     for name in cell.drops:
         estimates = cell.estimates(name)
@@ -276,7 +277,7 @@ def _layer_table(cell: CellCosts) -> Table:
 
 
 def _drop_chart(cell: CellCosts) -> LineChart:
-    """Build the chart of the drops of all layers, with a line for each replacement."""
+    """Build the chart of the drop by layer, with a line for removal and each replacement."""
     measure, lines = cell.measure, {STAND_INS[n]: cell.estimates(n) for n in cell.drops}
     title = f"{cell.name}: {measure.change} with something in the layer's place"
     axes = ("layer (0-based)", f"{measure.change}{cell.unit}")

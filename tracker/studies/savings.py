@@ -1,4 +1,4 @@
-"""Study: count the documents that need not be measured because of `until`."""
+"""Study: estimate how many documents need not be measured if `until` stops early."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ANY_DEPTH = 10**6
 
 
 class Savings(Study[SavingsSettings]):
-    """Replay the documents of a cell to find when 'until' would have stopped the measuring."""
+    """Study that replays measured documents to find when `until` would have stopped."""
 
     name = "savings"
     question = "How much less has to be measured where a question is enough?"
@@ -55,7 +55,7 @@ class Savings(Study[SavingsSettings]):
             raise RequestError(f"--question: {error}") from None
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Return the cell; raise RequestError if the cell cannot answer a requested question."""
+        """Return the cell; raise RequestError if it has too few runs for a requested question."""
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
             runs = len(cell.valid_changes(_ANY_DEPTH))
@@ -67,7 +67,7 @@ class Savings(Study[SavingsSettings]):
         return [cell]
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report the cost of each question, and the lower bound of this cost."""
+        """Report the measurement that each question needs, and a lower bound for it."""
         result, races = StudyResult(), []
         for subject in subjects:
             cell = read_documents(subject)
@@ -90,20 +90,21 @@ class Savings(Study[SavingsSettings]):
 
 @dataclass(frozen=True)
 class MeasuredDocuments:
-    """Documents of a cell that are measured under all of its runs.
+    """Drops of the documents that are measured under all runs of a model and benchmark.
 
     Attributes:
-        title: Title of the cell.
-        runs: The runs.
-        drops: `[documents, runs]`, each document's drops scaled by its weight, so that their plain
-            mean is the benchmark's drop.
+        title: Title of the model and benchmark.
+        runs: Changes of the model, one for each run.
+        drops: `[documents, runs]`, drop of each document times its weight. The plain mean over
+            documents is the benchmark's drop.
         tasks: `[documents]`, the task of each document.
-        counts: Documents of each task in the split, which may be more than are measured.
+        counts: Task → number of its documents in the split, measured or not.
         reach: Largest possible drop of a document.
-        passes: Function that takes the mask of open runs and returns the layer passes of a token,
-            including those of the baseline.
-        everything: Layer passes of a token if all runs are open.
-        plain: Layer passes of a token for the baseline and all runs in turn, as in lm-eval.
+        passes: Function that gets the mask of unanswered runs and returns the layer passes per
+            token, including the intact model.
+        everything: Layer passes per token if no run is answered yet.
+        plain: Layer passes per token if the intact model and all runs are computed in turn, as in
+            lm-eval.
     """
 
     title: str
@@ -118,23 +119,23 @@ class MeasuredDocuments:
 
     @property
     def population(self) -> int:
-        """Number of documents of the split."""
+        """Number of documents in the split, measured or not."""
         return sum(self.counts.values())
 
     @property
     def extent(self) -> str:
-        """The replayed documents in words, such as `320 of 10,042 documents`."""
+        """Text that counts the replayed documents, such as `320 of 10,042 documents`."""
         measured = f"{len(self.drops):,} of " if len(self.drops) < self.population else ""
         return f"{measured}{self.population:,} documents"
 
     @property
     def still_open(self) -> str:
-        """Reason for a missing figure: the question stayed open on all measured documents."""
+        """Reason for a missing figure: too few documents are measured to answer the question."""
         return f"open after all {len(self.drops):,} that are measured"
 
 
 def read_documents(subject: Subject) -> MeasuredDocuments | str:
-    """Read a cell's documents; return a reason if questions cannot be replayed on them."""
+    """Read a cell's measured drops; return a reason if they do not allow a replay."""
     metric = subject.view.metric
     try:
         check_bounded(subject.store.identity.benchmark, metric)
@@ -159,7 +160,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Return a function that counts a token's layer passes in the baseline and open ablations."""
+    """Return a function that counts layer passes per token for the ablations in a mask."""
 
     def count(open_ablations: Iterable[Ablation]) -> float:
         return plan_streams([INTACT, *open_ablations], layers).layer_passes
@@ -175,15 +176,15 @@ def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask
 
 @dataclass(frozen=True)
 class CostBound:
-    """Lower bound of the number of documents that a question takes.
+    """Lower bound of the number of documents that answer a question.
 
     Attributes:
-        distance: Required precision. For a set it is the distance between the last member and the
-            first non-member, plus the tolerance. For a sign it is the drop; otherwise it is the
-            requested precision.
-        sd: Standard deviation of a document's drop, or difference.
-        documents: Number of documents of a test with a single look at an optimal fixed size, the
-            same simultaneous confidence, and the power `DESIGN_POWER`.
+        distance: Precision that the answer needs. For a set of runs it is the gap between the last
+            run in the set and the first run outside, plus the tolerance. For signs it is the
+            hardest run's drop. Otherwise it is the requested precision.
+        sd: Standard deviation over documents of the drop, or of the difference of two drops.
+        documents: Sample size of a fixed-size test with the same simultaneous confidence and with
+            the power `DESIGN_POWER`.
     """
 
     distance: float
@@ -193,16 +194,17 @@ class CostBound:
 
 @dataclass(frozen=True)
 class QuestionReplay:
-    """Results of one question, replayed in many orders of the documents: `[orders]` each.
+    """Results of replaying one question in many random orders of the documents.
 
     Attributes:
         question: Replayed question.
-        documents: Share of the split's documents that had to be measured; infinite if the question
-            was open when the measured documents ended before the split did.
-        passes: Share of the layer passes; infinite in the same case.
-        answered: Whether the question was answered by some or all of the measured documents.
-        wrong: Whether the answer contradicts that of all measured documents.
-        bound: Bound of the question's cost.
+        documents: `[orders]`, share of the split's documents that had to be measured. It is
+            infinite if unmeasured documents would have been needed.
+        passes: `[orders]`, share of the layer passes of all documents and runs; infinite in the
+            same case.
+        answered: `[orders]`, whether the measured documents answered the question.
+        wrong: `[orders]`, whether the answer contradicts the means over all measured documents.
+        bound: Lower bound of the number of documents.
     """
 
     question: Question
@@ -213,12 +215,12 @@ class QuestionReplay:
     bound: CostBound
 
     def fewer(self, cell: MeasuredDocuments) -> float:
-        """Return the ratio of lm-eval's layer passes for all runs to the question's passes."""
+        """Return how many times fewer layer passes the question needs than lm-eval for all runs."""
         return cell.plain / cell.everything / cost_quantile(self.passes)
 
     @property
     def hardest(self) -> str:
-        """The figure that needs most documents, in words; other documents may give another one."""
+        """Text that describes the drop or difference that needs the most documents."""
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
@@ -230,7 +232,7 @@ class QuestionReplay:
 def replay_question(
     cell: MeasuredDocuments, question: Question, orders: NDArray[np.int64]
 ) -> QuestionReplay:
-    """Replay a question on a cell's documents in given orders `[orders, documents]`."""
+    """Replay a question in each of the given orders `[orders, documents]` of the documents."""
     answered, wrong = np.zeros((2, len(orders)), dtype=bool)
     documents, shares = np.full((2, len(orders)), np.inf)
     for index, order in enumerate(orders):
@@ -253,7 +255,7 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Check whether the answer of a race contradicts all measured documents."""
+    """Return whether a race's answer contradicts the means over all measured documents."""
     means = cell.drops.mean(axis=0)
     if question.count is not None:
         values = means if question.kind == "top" else -means
@@ -274,12 +276,12 @@ def _signs(low: Array, high: Array) -> NDArray[np.int64]:
 
 
 def cost_quantile(shares: Array, quantile: float = 0.5) -> float:
-    """Return a quantile of the costs over all orders, by default the median."""
+    """Return a quantile of a cost over all replayed orders; the default is the median."""
     return float(np.quantile(shares, quantile, method="inverted_cdf"))
 
 
 def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
-    """Compute the lower bound of a question's cost."""
+    """Compute a lower bound of the number of documents that answer a question."""
     drops, runs = cell.drops, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
     power, comparisons = float(stats.norm.ppf(DESIGN_POWER)), 2 * runs
@@ -310,7 +312,7 @@ def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
 
 
 def draw_orders(documents: int) -> NDArray[np.int64]:
-    """Draw random orders of a number of documents."""
+    """Draw `RANDOM_ORDERS` random orders of the documents `[orders, documents]`."""
     generator = np.random.default_rng(SEED)
     return np.stack([generator.permutation(documents) for _ in range(RANDOM_ORDERS)])
 
@@ -319,7 +321,7 @@ def draw_orders(documents: int) -> NDArray[np.int64]:
 
 
 def _write_answers(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Iterator[str]:
-    """Yield two sentences: the cheapest question's cost, and a bound for the dearest question."""
+    """Yield two sentences: the cost of the cheapest question, and of the most expensive one."""
     cheapest = min(replays, key=lambda replay: cost_quantile(replay.passes))
     shares = [finite_or_none(cost_quantile(cheapest.passes, quantile)) for quantile in (0.5, 0.9)]
     yield SAVINGS_TEXTS.render("cheapest", cell, len(replays), cheapest, *shares)
@@ -341,7 +343,7 @@ def _write_errors(replays: Sequence[QuestionReplay]) -> str:
 
 
 def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of the cost of each question."""
+    """Build the table of the documents and layer passes that each question needs."""
     reason = cell.still_open
 
     def share(label: str, figure: str, quantile: float) -> Column[QuestionReplay]:
@@ -371,7 +373,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of the lower bound of each question's cost."""
+    """Build the table of the lower bound of documents for each question."""
 
     def documents(race: QuestionReplay) -> float:
         return cost_quantile(race.documents) * cell.population
@@ -391,7 +393,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of the share of orders that answer each question, by layer passes."""
+    """Build the chart of how many orders have answered each question, by layer passes."""
     positions = range(0, 101, 2)
     lines = {}
     for race in replays:

@@ -1,4 +1,4 @@
-"""Study: test whether later layers amplify the effect of a removed layer."""
+"""Study: test whether later layers amplify the change that a removed layer causes."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ SNOWBALL_TEXTS = study_texts("snowball")
 
 @dataclass(frozen=True)
 class Growth:
-    """Growth factors after each layer, over the same documents.
+    """Factors by which a change after each layer has grown when it reaches the output head.
 
     Attributes:
-        factors: Factor of each layer; undefined for the last layer.
-        p_values: p-values adjusted over layers by Holm's method.
+        factors: Growth factor of a change after each layer; undefined for the last layer.
+        p_values: p-values of the factors, adjusted over layers by Holm's method.
     """
 
     factors: list[Estimate]
@@ -71,10 +71,10 @@ class Growth:
 
     @property
     def signs(self) -> list[int | None]:
-        """Sign of the growth after each layer: 1, −1, or 0 if neither is sure.
+        """Sign of the growth after each layer: 1, −1, or 0 if the sign is not significant.
 
-        A sign is sure if the interval excludes 1 and the adjusted p-value is below 0.05. None =
-        undefined.
+        A sign is significant if the interval excludes a factor of 1 and the adjusted p-value is
+        below 0.05. It is None if the factor is undefined.
         """
         return [
             None if p is None or factor.low is None else factor.side(1) * (p < SIGNIFICANT)
@@ -97,10 +97,11 @@ class Growth:
         return float(np.median(self.defined)) if self.defined else np.nan
 
     def extremes(self, documents: int) -> tuple[int, list[int], list[int]]:
-        """Find layers whose factors are surely among the largest, or surely the smallest.
+        """Find the layers with surely the largest growth factors, and surely the smallest.
 
-        Returns how many largest factors are considered, the layers surely among these (the largest
-        first), and the layer that is surely behind all others. Ranks are simultaneous.
+        Returns a number n; the layers that surely have one of the n largest factors, sorted by
+        factor; and the layer that surely has the smallest factor. The statements hold
+        simultaneously.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -114,7 +115,7 @@ class Growth:
 
 
 def _log_factor(factor: Estimate) -> Estimate:
-    """Return the logarithm of a factor, with its interval, which is then about symmetric."""
+    """Return the logarithm of a growth factor, with an interval that is about symmetric."""
     figures = (factor.value, factor.low, factor.high)
     value, low, high = (math.log(figure) if figure else None for figure in figures)
     return Estimate(value, low, high)
@@ -122,18 +123,18 @@ def _log_factor(factor: Estimate) -> Estimate:
 
 @dataclass(frozen=True)
 class TokenGrowth:
-    """Growth of differences from a layer to the head, averaged over the same tokens.
+    """Growth of relative differences from each layer to the head, averaged over tokens.
 
     Attributes:
-        removed: Growth after removed layers.
-        random: Growth of random directions of the same norm.
-        shuffled: Growth of other tokens' updates of the same norm.
-        relative: Growth of each layer's removal, divided by the growth of random directions.
-        handed_on: Size of each removal's difference before the head, as a multiple of its size if
-            later layers had passed it on unchanged.
-        paths: `[layers, layers]`, relative difference of each removed layer after each later layer,
-            as the geometric mean over documents; NaN before the removed layer.
-        ratios: Growth factor of each layer's removal for each document [documents, layers].
+        removed: Growth of the change that removing the layer makes.
+        random: Growth of a change of the same norm in a random direction.
+        shuffled: Growth of a change of the same norm in the direction of another token's update.
+        relative: Growth of each layer's removal, divided by the growth in random directions.
+        handed_on: Difference before the head after each removal, divided by the difference if later
+            layers passed it on unchanged.
+        paths: `[layers, layers]`, relative difference caused by each removed layer after each later
+            layer. It is the geometric mean over documents, and NaN before the removed layer.
+        ratios: `[documents, layers]`, growth factor of each layer's removal for each document.
     """
 
     removed: Growth
@@ -146,7 +147,7 @@ class TokenGrowth:
 
     @property
     def factors_per_layer(self) -> list[float | None]:
-        """For each removed layer, the geometric mean growth factor of the later layers."""
+        """For each removed layer, the growth factor per later layer (geometric mean)."""
         last = len(self.paths) - 1
         return [
             None if value is None else float(value ** (1 / (last - layer)))
@@ -155,7 +156,7 @@ class TokenGrowth:
 
     @property
     def growing_steps(self) -> list[str | None]:
-        """For each removal, how many later layers increase the difference, such as `2 of 3`."""
+        """For each removed layer, how many later layers amplify the change, such as `2 of 3`."""
         steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
         return [
             None if value is None else f"{int(grows.sum())} of {len(grows)}"
@@ -165,7 +166,7 @@ class TokenGrowth:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Agreement of one order of layers with the drops, compared with the cosine score."""
+    """Table row: rank correlation of a quantity with the drops, compared with the cosine score."""
 
     name: str = labelled("of each layer")
     target: str = labelled("beside")
@@ -177,14 +178,14 @@ class Predictor:
 
 @dataclass(frozen=True)
 class DropExplanation:
-    """Predictors of the ranking of a cell's layers by their drops.
+    """Correlations that show which quantities rank the layers as the accuracy drops do.
 
     Attributes:
-        layers: Layers whose drop and predictors are defined.
-        drops: Their accuracy drops.
-        cosine: Their cosine scores.
-        predictors: Correlations of figures with the drops, then partial correlations with the
-            cosine score held fixed, over all layers except the last; by the names of the figures.
+        layers: Layers with a measured drop.
+        drops: Accuracy drop of each of these layers.
+        cosine: Cosine score of each of these layers.
+        predictors: Name of a quantity → its rank correlation with the drops. For growth it is a
+            partial correlation with the cosine score held fixed, over all layers except the last.
     """
 
     layers: list[int]
@@ -194,7 +195,7 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if both the cosine score and the difference before the head rank the layers."""
+        """True if cosine score and difference before the head have a defined correlation."""
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
 
@@ -205,11 +206,11 @@ class DropExplanation:
 
     @property
     def by_drop(self) -> dict[int, int]:
-        """Layer → rank by its drop."""
+        """Layer → rank by accuracy drop, 1 = largest; equal drops share the better rank."""
         return dict(zip(self.layers, min_ranks(self.drops), strict=True))
 
     def misjudged(self, n: int) -> list[int]:
-        """List layers that cosine underrates most by rank, then layers that it overrates most."""
+        """List up to `n` layers: first the most underrated by cosine, then the most overrated."""
         by_cosine, by_drop = self.by_cosine, self.by_drop
         order = sorted(self.layers, key=lambda layer: by_drop[layer] - by_cosine[layer])
         return order if len(order) <= n else order[: n - n // 2] + order[len(order) - n // 2 :]
@@ -217,15 +218,17 @@ class DropExplanation:
 
 @dataclass(frozen=True)
 class SnowballFigures:
-    """Growth figures of one cell.
+    """Growth of removals and of random changes, on one model and benchmark.
 
     Attributes:
-        record: Record of the cell.
-        documents: Number of documents.
-        left_out: Documents with a hidden state that is not finite, or with too few tokens.
+        record: Record of the model and benchmark.
+        documents: Number of used documents.
+        left_out: Number of documents that are left out, because a hidden state is not finite or the
+            text has too few tokens.
         tokens: Growth over all tokens.
-        later: Growth without the first token of each text.
-        explained: Predictors of the drops; None if no whole single layer's drop is measured.
+        later: Growth averaged over all tokens except the first token of each text.
+        explained: Correlations with the drops; None if no removal of a whole single layer is
+            measured.
     """
 
     record: CellRecord
@@ -242,7 +245,7 @@ class SnowballFigures:
 
     @property
     def drop_ranks(self) -> dict[int, Estimate]:
-        """Layer → possible ranks by its drop (simultaneous); 1 = largest."""
+        """Layer → rank by drop, with the simultaneous interval of possible ranks; 1 = largest."""
         if self.explained is None:
             return {}
         layers, runs = self.explained.layers, self.record.runs_of_kind()
@@ -252,7 +255,7 @@ class SnowballFigures:
 
 
 def compute_figures(subject: Subject, observations: Observations) -> SnowballFigures | None:
-    """Compute the growth figures of a cell; None if fewer than two documents are left."""
+    """Compute growth and its correlation with drops; None if below two usable documents."""
     outcomes = subject.outcomes()
     arrays = observations.select(outcomes.documents)
     is_later = np.triu(np.ones(arrays["removed"].shape[-2:], dtype=bool))
@@ -271,9 +274,10 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the differences right after each perturbed layer, and before the head.
+    """Return the relative differences right after each changed layer, and before the head.
 
-    Both map a kind of perturbation → `[documents, layers]`, over `ALL_TOKENS` or `LATER_TOKENS`.
+    Each result maps a kind of change → `[documents, layers]`. `tokens` selects the mean over
+    `ALL_TOKENS` or `LATER_TOKENS`.
     """
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
@@ -284,7 +288,7 @@ def _token_growth(arrays: Mapping[str, Array], strata: TaskNames, tokens: int) -
     starts, ends = _split(arrays, tokens)
 
     def growth(start: Array, end: Array) -> Growth:
-        """Compute how a change grows to the head, from each layer but the last."""
+        """Compute the growth of a change from each layer except the last to the output head."""
         factors = growths(start[:, :-1], end[:, :-1], strata, SEED)
         factors.append(Estimate(None, reason=_LAST_LAYER))
         return Growth(factors, holm([factor.p_value for factor in factors]))
@@ -354,7 +358,7 @@ def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropEx
 
 
 class Snowball(Study[SnowballSettings]):
-    """Remove each layer, perturb it equally at random, and follow both changes to the head."""
+    """Study that follows removals and random perturbations of layers through later layers."""
 
     name = "snowball"
     question = "Do later layers amplify what the removal of a layer changes?"
@@ -363,7 +367,7 @@ class Snowball(Study[SnowballSettings]):
     texts = SNOWBALL_TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer for each model; record refused models and non-finite results as unanswered."""
+        """Describe the growth for each model; record why some results are missing."""
         result, cells = StudyResult(), []
         kind = f"snowball-{self.settings.draws}"
         for subject in subjects:
@@ -405,7 +409,7 @@ class Snowball(Study[SnowballSettings]):
 
 
 def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
-    """Describe a cell's unanswered questions, and how to answer these questions."""
+    """Yield the questions that a cell leaves unanswered, and how to answer them."""
     if cell is None:
         return SNOWBALL_TEXTS.render_all("lacking", None, 0, 0, file)
     needed = min_growth_documents(len(cell.tokens.removed.defined), SIGNIFICANT)
@@ -450,14 +454,14 @@ def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _layer_table(cell: SnowballFigures) -> Table:
-    """Build the table of differences after each layer and before the head, and of drops."""
+    """Build the table with each layer's differences, growth and drop."""
     tokens, growth, runs = cell.tokens, cell.tokens.removed, cell.record.runs_of_kind()
     by_cosine = cell.explained.by_cosine if cell.explained else {}
 
     def column(
         label: str, values: Sequence[ColumnValue], unit: FigureUnit = "times"
     ) -> Column[int]:
-        """Define a column whose missing values give the same reason as the growth."""
+        """Define a column that explains a missing value by the reason of the missing growth."""
 
         def entry(layer: int) -> ColumnValue:
             reason = growth.factors[layer].reason or _LAST_LAYER
@@ -491,14 +495,14 @@ def _layer_table(cell: SnowballFigures) -> Table:
 
 
 def _predictor_table(cell: SnowballFigures) -> Table:
-    """Build the table of the predictors of the drops, and of partial correlations."""
+    """Build the table of the rank correlations and partial correlations with the drops."""
     rows = cell.explained.predictors.values() if cell.explained else []
     title = f"{cell.record.heading}: what orders the layers as their drops do"
     return figure_table(Predictor, title, rows, *SNOWBALL_TEXTS.render_all("predictor_notes"))
 
 
 def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
-    """Build the summary table with one row for each cell."""
+    """Build the summary table with one row for each model and benchmark."""
 
     def spearman(label: str, name: str) -> Column[SnowballFigures]:
         def value(cell: SnowballFigures) -> Estimate | None:
@@ -533,7 +537,7 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
 
 
 def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> LineChart:
-    """Build a chart of growth by layer; the last layer has no growth and is left out."""
+    """Build a chart of growth by layer, without the last layer, whose growth is undefined."""
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
     axes = (f"{layer} layer (0-based)", "before the head ÷ behind the layer")
@@ -541,7 +545,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
 
 
 def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
-    """Yield charts of growth compared with chance, some paths, and the number of doublings."""
+    """Yield charts of growth, of the paths of some layers, and of the number of doublings."""
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
@@ -566,7 +570,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
 
 
 def _choose_paths(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
-    """Yield the layers whose paths are drawn, each with its name in the legend."""
+    """Yield the layers whose differences are drawn as lines, each with its legend entry."""
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)
         yield from ((layer, f"layer {layer}") for layer in layers.tolist())

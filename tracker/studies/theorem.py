@@ -1,7 +1,7 @@
-"""Study: build the paper's counterexample, whose least important layer by cosine decides all.
+"""Study: build the paper's counterexample, a model whose lowest-scored layer decides all.
 
-`tracker.models.counterexample` builds the model for the documents of the file's benchmarks. Only
-the tokenizer of the file's model is used. The built model is saved as a checkpoint of transformers
+`tracker.models.counterexample` builds the model for the benchmark documents of the experiment file.
+The file's model provides only the tokenizer. The built model is saved as a transformers checkpoint
 and measured like any other model.
 """
 
@@ -76,15 +76,18 @@ _Demand = tuple[PrefixDigest, str, int, int]
 
 @dataclass
 class Lesson:
-    """Tokens that a model must predict for some documents, and their positions.
+    """Tokens that the built model must predict for some documents, and their positions.
 
     Attributes:
-        texts: All texts that will be read.
-        targets: Tokens that must follow at the deciding positions.
-        certainty: Lead of a token in nats, large enough that no length of an answer outweighs it.
-        left_out: (task, index) → reason why a document cannot be taught.
-        clashing: Number of tokens of open texts where another text continues differently.
-        tokens: Number of tokens of texts that are scored token by token; 0 for other documents.
+        texts: Token sequences that the model will read.
+        targets: Key of a position → tokens that the model must predict or avoid at this position.
+        certainty: Lead of a taught token over other tokens, in nats. It is so large that the length
+            of an answer does not matter.
+        left_out: (task, index) of a document → reason why no model can be built that answers it.
+        clashing: Number of tokens of open texts where an earlier text has another token after the
+            same beginning.
+        tokens: Number of tokens of texts that are scored token by token (corpora); 0 for
+            multiple-choice documents.
     """
 
     texts: list[Text] = field(default_factory=list)
@@ -98,15 +101,19 @@ class Lesson:
 def plan_lesson(
     documents: Sequence[Document], length: int, vocabulary: int, decode: Callable[..., str]
 ) -> Lesson:
-    """Choose the tokens that the model must predict, and their positions.
+    """Choose the tokens that the built model must predict, and their positions.
 
-    If all choices follow one context, the first token where the right answer differs from a wrong
-    answer is taught under a sign, and so is the wrong answer's token. If further wrong answers
-    differ only later, the right answer's token there is taught for certain.
+    A token is taught under a sign. With a positive sign, the model predicts the token, and avoids
+    the token if layer 2 is removed; a negative sign has the opposite effect. If all choices follow
+    the same context, the model is taught the first token where the right answer differs from a
+    wrong answer. The tokens of the right and the wrong answer at this position get opposite signs.
+    If other wrong answers differ only later, the right answer's token at the later position is
+    taught without a sign.
 
-    If each choice has a context of its own (Winogrande), a token is taught under a sign, after the
-    right context and against the wrong ones. It is the first token that no other document has
-    there, because such documents come in pairs. For open texts every token is taught.
+    If each choice follows a different context (Winogrande), one token is taught under a sign: to be
+    predicted after the right context, and to be avoided after wrong contexts. It is the first token
+    that no other document has at the same position, because such documents come in pairs. For open
+    texts, every token is taught.
 
     Args:
         documents: Documents with their requests.
@@ -115,7 +122,7 @@ def plan_lesson(
         decode: Function that turns a list of tokens into text.
 
     Returns:
-        The lesson.
+        The tokens to teach, and the documents that cannot be taught.
     """
     lesson = Lesson()
     owners = _count_owners(documents, length)
@@ -144,14 +151,14 @@ def _read_tokens(request: Request, length: int) -> tuple[int, ...]:
 
 
 def _positions(request: Request, length: int) -> list[_Position]:
-    """List the tokens of a continuation in order, each with the position that predicts it."""
+    """Return the tokens of a continuation, each with the key of the position that predicts it."""
     tokens = _read_tokens(request, length)
     scored = list(prefix_digests(tokens))[len(tokens) - len(request.continuation) :]
     return list(zip(scored, request.continuation, strict=True))
 
 
 def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
-    """Teach every token of open texts; the first text with a position decides the next token."""
+    """Teach every token of a text; where texts clash, the first taught text decides."""
     clashing = lesson.clashing
     for request in document.requests:
         for key, token in _positions(request, length):
@@ -167,7 +174,7 @@ def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
 
 
 def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count the documents with each token at each position, if choices have different contexts."""
+    """Count the documents with each token at each position, if their choices differ in context."""
     owners: Counter[_Position] = Counter()
     for document in documents:
         choices = document.requests[: document.choices]
@@ -179,7 +186,7 @@ def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Positi
 def _list_demands(
     document: Document, length: int, owners: Mapping[_Position, int]
 ) -> list[_Demand] | str:
-    """Return the tokens to teach for a document with choices, or why it cannot be taught."""
+    """Return the tokens to teach for a multiple-choice document, or why it cannot be taught."""
     if document.gold is None:
         return NO_GOLD_ANSWER
     choices = document.requests[: document.choices]
@@ -214,7 +221,7 @@ def _list_demands(
 def _parting_demands(
     right: Sequence[_Position], partings: Sequence[tuple[int, int]]
 ) -> Iterator[_Demand]:
-    """Yield demands where wrong answers first differ from the right answer; the first is signed."""
+    """Yield the tokens to teach where wrong answers first differ from the right answer."""
     kinds = {n: "fixed" if n > partings[0][0] else "signed" for n, _ in partings}
     for n, kind in kinds.items():
         yield right[n][0], kind, right[n][1], 1
@@ -223,12 +230,12 @@ def _parting_demands(
 
 
 def _count_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Count the tokens that two answers have in common at the beginning."""
+    """Count the tokens at the beginning of two answers that are equal in both answers."""
     return len([*takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False))])
 
 
 def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
-    """Check whether earlier documents demand another value of a token at a position."""
+    """Return whether earlier documents demand another value for a token at the same position."""
     key, kind, token, weight = demand
     targets = lesson.targets.get(key)
     if targets is None:
@@ -238,9 +245,9 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 
 
 def _required_lead(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Return the lead in nats that outweighs all other tokens of two answers of any lengths.
+    """Return the lead, in nats, of a taught token that outweighs all other tokens of an answer.
 
-    At positions without a taught token, all tokens of the vocabulary are equally likely within a
+    At positions without a taught token, the log-probabilities of all tokens differ by at most one
     nat.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
@@ -250,7 +257,7 @@ def _required_lead(document: Document, vocabulary: int, decode: Callable[..., st
 
 
 def write_tiny(figure: float) -> str:
-    """Write a figure of any magnitude, such as `1e−8`."""
+    """Format a number of any magnitude with three significant digits, such as `1e−8`."""
     return f"{figure:.3g}".replace("e-0", "e−").replace("e-", "e−").replace("e+0", "e")
 
 
@@ -258,7 +265,7 @@ THEOREM_TEXTS = study_texts("theorem", tiny=write_tiny)
 
 
 class Theorem(Study[TheoremSettings]):
-    """Build the transformer of the theorem for each benchmark and ε, and measure it."""
+    """Study that builds and measures the paper's counterexample for each benchmark and ε."""
 
     name = "theorem"
     question = "Can the layer with the lowest cosine score decide every answer?"
@@ -274,16 +281,16 @@ class Theorem(Study[TheoremSettings]):
         self._lesson = cache(load_lesson)  # it reads benchmarks
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the requests for each layer of the models of each benchmark and ε.
+        """List the requests to remove each layer of the model for each benchmark and ε.
 
-        Raises RequestError if a benchmark generates text, has no accuracy, or none of its documents
+        Raises RequestError if a benchmark generates text, has no accuracy, or has no document that
         can be taught.
         """
         super().requests(context)
         return [model.request for models in self._models(context) for model in models]
 
     def prepare(self, context: StudyContext) -> None:
-        """Build and save the models that are missing."""
+        """Build and save the models that the results folder lacks."""
         for models in self._models(context):
             cell = models[0].cell
             context.progress.say(f"building for {cell.benchmark}")
@@ -296,7 +303,7 @@ class Theorem(Study[TheoremSettings]):
                         _save_model(built.set_epsilon(model.epsilon), tokenizer, model.folder)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the specification of each model with its measurements."""
+        """Compare the measurements of each model with the theorem."""
         result = StudyResult()
         built = {model.request: model for models in self._models(context) for model in models}
         measured = [measure_model(subject, built[subject.request]) for subject in subjects]
@@ -311,7 +318,7 @@ class Theorem(Study[TheoremSettings]):
         return result
 
     def _models(self, context: StudyContext) -> list[list[BuiltModel]]:
-        """Return the models of each benchmark and tokenizer, whether built or not."""
+        """Return the models of each benchmark and tokenizer, including models not yet built."""
         root = context.ledger.root / "studies" / self.name
         models = []
         for cell in dict.fromkeys(map(_documents_request, context.experiment.cells())):
@@ -324,7 +331,7 @@ class Theorem(Study[TheoremSettings]):
 
 
 def _documents_request(cell: CellRequest) -> CellRequest:
-    """Return the parts of a cell's request that determine its documents and their tokens."""
+    """Return a request reduced to what determines the documents and their tokens."""
     model = cell.model.model_copy(update={"dtype": "auto"})
     return replace(cell, model=model, removed=(), changes=Changes(layers=(0,)))
 
@@ -333,7 +340,7 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 
 
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
-    """Return the lesson of a benchmark, its (vocabulary, length), and the tokenizer."""
+    """Return a benchmark's lesson, (vocabulary size, context length) and the tokenizer."""
     benchmark = open_benchmark(cell)
     metric = choose_metric(benchmark.identity, cell.metric)
     if metric not in _ACCURACIES:
@@ -358,7 +365,7 @@ def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tup
 
 
 def _fingerprint(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> str:
-    """Return a hash of everything that determines a built model."""
+    """Return a hash of everything that determines the weights of a built model."""
     targets = [(key.hex(), tokens.signed, tokens.fixed) for key, tokens in lesson.targets.items()]
     code = file_hash([Path(str(counterexample.__file__))])
     tokenizer = find_model(cell.model).fingerprint()
@@ -369,7 +376,7 @@ def _fingerprint(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> s
 
 
 def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> Counterexample:
-    """Build the model of a lesson; RequestError if no model can distinguish its positions."""
+    """Build the model for a lesson; RequestError if the model cannot distinguish all positions."""
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
@@ -392,7 +399,7 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """Built model for some documents and an ε; its checkpoint is in `folder`."""
+    """Model built for the documents of a benchmark and one ε; `folder` is its checkpoint."""
 
     cell: CellRequest
     epsilon: float
@@ -401,7 +408,7 @@ class BuiltModel:
 
     @property
     def request(self) -> CellRequest:
-        """The request that measures each layer of the model."""
+        """The request that measures the removal of each layer of the model."""
         model = ModelSpec(model=str(self.folder), dtype="float32")
         return replace(self.cell, model=model, changes=Changes(layers=tuple(range(LAYER_COUNT))))
 
@@ -412,17 +419,18 @@ class BuiltModel:
 
     @property
     def is_open(self) -> bool:
-        """True if tokens are counted instead of documents."""
+        """True if results count tokens of open texts instead of documents."""
         return self.lesson.tokens > 0
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """Measurements of a built model.
+    """Measured accuracy and cosine scores of a built model.
 
-    `units` is the number of documents (of a corpus: tokens) that can be taught. `right` and
-    `without` are the numbers answered with and without layer 2. `other` is the lowest score of the
-    other layers.
+    `units` is the number of documents that can be taught; for a corpus it is the number of tokens.
+    `right` is how many of these the model answers correctly, and `without` is how many it answers
+    correctly without layer 2. `score` is the cosine score of layer 2, and `other` is the lowest
+    cosine score of the other layers.
     """
 
     built: BuiltModel
@@ -435,7 +443,7 @@ class MeasuredModel:
 
     @property
     def error(self) -> float:
-        """The relative error of the cosine score of layer 2."""
+        """Relative difference of the measured cosine score of layer 2 from ε."""
         return abs(self.score / self.built.epsilon - 1)
 
     @property
@@ -446,7 +454,7 @@ class MeasuredModel:
 
 
 def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
-    """Count a built model's right answers, and compute its layers' cosine scores."""
+    """Count a built model's right answers with and without layer 2, and read the cosine scores."""
     record, lesson = subject.record, built.lesson
     cosines = {layer: run.cosine_score for layer, run in record.runs_of_kind().items()}
     scores = {layer: math.nan if score is None else score for layer, score in cosines.items()}
@@ -463,7 +471,7 @@ def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
-    """Return the number of a document's right answers, and of all; in a corpus count tokens."""
+    """Return (right, total) of a document: one answer, or for a corpus the number of tokens."""
     if isinstance(value, str):
         right, units = json.loads(value)
         return int(right), int(units)
@@ -474,7 +482,7 @@ def _count_right(value: float | str) -> tuple[int, int]:
 
 
 def _models_table(models: Sequence[MeasuredModel]) -> Table:
-    """Build the table of the specified and measured figures of each model."""
+    """Build the table of each model's ε, with the measured scores and accuracies."""
     record = models[0].subject.record
     lost, metric = len(models[0].built.lesson.left_out), record.metric
 
@@ -498,7 +506,7 @@ def _models_table(models: Sequence[MeasuredModel]) -> Table:
 
 
 def _layers_table(model: MeasuredModel) -> Table:
-    """Build the table of the function and the apparent relevance of each layer of one model."""
+    """Build the table of each layer's function, cosine score and accuracy when removed."""
     record = model.subject.record
     columns: list[Column[RunRecord]] = [
         Column("layer", "count", lambda run: run.change.layer),

@@ -1,10 +1,10 @@
-"""Exchange results between the members of a team.
+"""Publish, collect and report the results of all members of a team.
 
 Modules:
-    collect: Collect cells of several folders and projects.
-    live: Show cells in trackers while they are measured.
-    publish: Publish cells to trackers, and record which cells each tracker has.
-    reports: Write and publish reports.
+    collect: Collect results from several results folders and tracking projects.
+    live: Show interim results in trackers during the measurement.
+    publish: Publish results to trackers, and record which results each tracker has.
+    reports: Write reports of collected results, and publish reports to trackers.
     result_files: Write the results of a folder as lm-eval's result files.
-    sweeps: Complete the trials of a W&B sweep.
+    sweeps: Complete failed trials of a W&B sweep with results from the ledger.
 """

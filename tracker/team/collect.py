@@ -1,8 +1,9 @@
-"""Collect the cells of several results folders and tracking projects.
+"""Collect measured results from several results folders and tracking projects.
 
-The cells of a tracking project are downloaded once, to a cache in the form of a results folder, and
-then handled like local cells. Each download is checked first: the cell's key is computed again, and
-no downloaded name is used as a path.
+A cell holds the results of one model on one benchmark. The cells of a tracking project are
+downloaded once, to a cache that has the form of a results folder. After that they are handled like
+local cells. Each download is verified: the key of the cell is computed again, and no downloaded
+name is used as a path.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from tracker.tracking.base import Backend, RemoteCell, Target
 def pull_project(
     source: Target, name: str, progress: Progress
 ) -> tuple[list[tuple[CellStore, View]], dict[str, str]]:
-    """Read the cells of a tracking project; download new cells first.
+    """Download the cells of a tracking project that the cache lacks, and return all its cells.
 
     Args:
-        source: The project.
+        source: The tracking project.
         name: The project as the user typed it.
         progress: Receives the progress of the download.
 
     Returns:
-        The cells with their views, and the reason for each cell that could not be downloaded.
+        The downloaded cells with their views, and cell name → reason why its download failed.
 
     Raises:
         TrackingError: The project does not exist, or the backend could not be reached.
@@ -92,12 +93,12 @@ def _note_path(root: Path, cell: RemoteCell) -> Path:
 
 
 def _read_note(root: Path, cell: RemoteCell) -> dict[str, Any]:
-    """Read the note about a cached cell: version, view and shards."""
+    """Read the cache's note about a downloaded cell: its version, view and outcome files."""
     return read_note(_note_path(root, cell))
 
 
 def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) -> bool:
-    """Check whether the cache holds an undamaged copy of a cell's current version."""
+    """Return whether the cache has an undamaged copy of the current version of a cell."""
     note = _read_note(root, cell)
     store = stores.get(note.get("cell", ""))
     if note.get("version") != cell.version or store is None:
@@ -144,18 +145,18 @@ def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
 
 @dataclass
 class CollectedCells:
-    """Cells from several sources.
+    """Measured cells (one model on one benchmark) from several sources.
 
     Attributes:
-        cells: The records, derived from all outcomes in the sources; one record for each
-            combination of cell, view and number of documents.
-        experiments: The exact text of each experiment file in the results folders, by name.
-        failed: The reason for each source, or cell of a source, that is missing.
+        cells: Records of the cells, derived from the outcomes of all sources. Each combination of
+            cell, view and number of documents has one record.
+        experiments: Name of each experiment file in the results folders → its exact text.
+        failed: Source, or cell of a source → reason why it could not be read.
         findings: The findings of studies in the results folders.
-        origins: The cell and the view from which each record was derived, by record key.
-        searched: The cells that measured the steps of searches.
-        unfinished: Advice for each folder of an unfinished cell.
-        projects: The tracking projects of the cells in results folders.
+        origins: Record key → the stored cell and the view from which the record was derived.
+        searched: Record keys of cells that were measured only as steps of searches.
+        unfinished: Messages about unfinished cells, each with the folder and with advice.
+        projects: Names of the tracking projects to which the results folders belong.
     """
 
     cells: tuple[CellRecord, ...] = ()
@@ -168,9 +169,9 @@ class CollectedCells:
     projects: set[str] = field(default_factory=set)
 
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
-        """Derive, by record key, the documents that the runs of each cell lose and win.
+        """Return record key → documents whose answer becomes wrong or right in each run.
 
-        Cells that cannot be read are added to `failed`.
+        A cell that cannot be read is added to `failed`.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:
@@ -186,17 +187,17 @@ class CollectedCells:
 def collect_cells(
     sources: Sequence[str], progress: Progress, verify_all: bool = False
 ) -> CollectedCells:
-    """Collect the cells of several sources.
+    """Collect the measured cells of several results folders and tracking projects.
 
     Args:
         sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
             `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
         progress: Receives the progress of downloads.
-        verify_all: True if all outcomes are read and verified first, even if verified earlier;
-            needed by output that shows more than the records.
+        verify_all: True to read and verify all outcomes again, even if they were verified earlier.
+            Output that shows more than the records needs this.
 
     Returns:
-        The cells. Sources and cells that cannot be read are listed in `failed`.
+        The collected cells. Their attribute `failed` lists sources and cells that cannot be read.
 
     Raises:
         RequestError: A source is invalid.
@@ -245,13 +246,13 @@ def collect_cells(
 
 
 def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
-    """Return a key that identifies a view among all cells."""
+    """Return a key that is equal for the same view of the same cell in different folders."""
     store, view = stored_view
     return store.identity.key, store.views.view_name(view)
 
 
 def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Merge the outcomes of one view from several folders."""
+    """Merge the outcomes that several folders hold for the same view of a cell."""
     (store, view), *other_views = same_views
     if other_views:
         by_folder = {part.folder.resolve(): part for part, _ in same_views}
@@ -267,10 +268,10 @@ def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore
 
 
 def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
-    """Remove records whose runs and documents another record of the same cell contains.
+    """Remove each record whose runs and documents are contained in another record of the cell.
 
-    Records are never merged, since figures derived from some runs or documents differ from figures
-    of all. The remaining records keep their order.
+    Records are never merged, because figures depend on the set of runs and documents. The remaining
+    records keep their order.
     """
     groups: dict[object, list[CellRecord]] = {}
     for cell in cells:
@@ -281,7 +282,7 @@ def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
 
 
 def _open_source(source: str) -> Ledger | Target:
-    """Open a source; raise RequestError for an invalid source before any download."""
+    """Open a results folder or parse a tracking project; RequestError if the source is invalid."""
     path = Path(source)
     if ":" not in source or path.exists():
         return Ledger.open_existing(path)

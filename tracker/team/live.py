@@ -1,7 +1,8 @@
-"""Show progress, speed and interim results of cells in trackers during measurement.
+"""Show progress, speed and interim results in trackers while a measurement runs.
 
-Measurement never waits for trackers. It only signals the start and the end of a cell. A thread
-reads the ledger and updates the trackers, and skips updates while it is busy.
+The measurement never waits for a tracker. It only signals when the measurement of a cell (one model
+on one benchmark) starts and ends. A thread reads the ledger and updates the trackers; it skips
+updates while it is busy.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _LiveCell:
-    """A cell that is being measured."""
+    """Model and benchmark under measurement, with the state of its live runs."""
 
     store: CellStore
     view: View
@@ -55,12 +56,12 @@ class _LiveCell:
 
     @property
     def key(self) -> str:
-        """The run key of the cell's own run."""
+        """Key of the tracker run that stands for the whole cell."""
         return run_key(self.record, "cell")
 
 
 class LiveUpdater:
-    """Updater of live runs during measurement; a failing live run does not affect others."""
+    """Thread that updates runs in trackers during a measurement; failing live runs are dropped."""
 
     def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
         self._live_runs = live_runs
@@ -71,7 +72,7 @@ class LiveUpdater:
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
-        """Start to show a cell, identified by `name`."""
+        """Start to show the measurement of a cell in trackers; `name` identifies it in `end`."""
         if not self._live_runs:
             return
         record = unmeasured_record(
@@ -90,7 +91,7 @@ class LiveUpdater:
         self._messages.put((name, cell, Event()))
 
     def end(self, name: Hashable, status: RunStatus) -> Event:
-        """End a cell's live run; return an event that is set when others may write the run."""
+        """End a cell's live run; return an event that is set once other code may write the run."""
         event = Event()
         if self._thread is None:
             event.set()
@@ -99,7 +100,7 @@ class LiveUpdater:
         return event
 
     def close(self) -> None:
-        """Mark unfinished runs as killed; never raises."""
+        """Mark unfinished live runs as killed; never raise an exception."""
         self._messages.put(None)
         if self._thread is not None:
             # A run that is cut off in the middle of a call cannot be marked as killed.
@@ -130,7 +131,7 @@ class LiveUpdater:
             event.set()
 
     def _update_cell(self, cell: _LiveCell) -> None:
-        """Update a cell in its live runs; drop live runs that fail."""
+        """Send a cell's interim results to its live runs; drop live runs that fail."""
         start = time.monotonic()
         interim = attempt(partial(interim_estimates, cell.store, cell.view))
         if isinstance(interim, Exception):
@@ -160,17 +161,17 @@ class LiveUpdater:
 def progress_figures(
     first_interim: InterimEstimates, interim: InterimEstimates, seconds: float, record: CellRecord
 ) -> Mapping[str, float]:
-    """Compute the progress figures of a cell during measurement.
+    """Compute progress, speed and interim drops of a cell that is being measured.
 
     Args:
-        first_interim: The interim results when the cell's run was opened.
+        first_interim: Interim results at the time when the live run was opened.
         interim: The current interim results.
-        seconds: The time between the two interim results.
+        seconds: Number of seconds between the two interim results.
         record: The record of the cell.
 
     Returns:
-        Figures under names that begin with `PROGRESS`. Drops are fractions of accuracy, or in the
-        unit of a loss.
+        Name, which begins with `PROGRESS` → figure. Accuracy drops are fractions between −1 and 1;
+        increases of a loss are in the unit of the loss.
     """
     n_new = interim.documents - first_interim.documents
     n_left = None if interim.requested is None else interim.requested - interim.documents

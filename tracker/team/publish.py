@@ -1,4 +1,4 @@
-"""Publish cells to tracking backends, and record which cells each backend has."""
+"""Publish results to tracking backends, and record which results each backend has."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ REQUESTED_TEXTS_NOTE = "document texts are published too (--publish-documents)"
 
 @dataclass
 class Publication:
-    """Result of publishing a cell.
+    """Result of publishing one cell (model and benchmark) to several places.
 
     Attributes:
-        locations: Address of the runs at each place (a project of a backend).
-        published: Result of publishing to each place.
-        error: Reasons why other places lack the cell; empty if all places have it.
-        notes: Further remarks.
+        locations: Place (project of a backend) → address of the published runs.
+        published: Place → numbers of created, updated and unchanged runs.
+        error: Messages about the places where publishing failed; empty if none failed.
+        notes: Further remarks for the user.
     """
 
     locations: dict[str, str] = field(default_factory=dict)
@@ -82,14 +82,14 @@ class Publication:
 
 @dataclass
 class SyncResult:
-    """Result of a sync.
+    """Result of publishing everything that backends lack from a results folder.
 
     Attributes:
-        published: Titles of the cells that all their places now have.
-        failed: For each cell title, the reason why a place lacks the cell.
-        locations: Address of the runs at each place (a project of a backend).
-        places: Results of publishing to each place, one entry per cell.
-        notes: Further remarks.
+        published: Titles of the cells that were published to all their places.
+        failed: Title of a cell → reason why publishing to a place failed.
+        locations: Place (project of a backend) → address of the published runs.
+        places: Place → numbers of created, updated and unchanged runs, one entry for each cell.
+        notes: Further remarks for the user.
     """
 
     published: list[str] = field(default_factory=list)
@@ -101,13 +101,13 @@ class SyncResult:
 
 @dataclass(frozen=True)
 class _Attachments:
-    """Files and tables that are published with a cell's record.
+    """Files and tables that are published together with a cell's record.
 
     Attributes:
-        files: The files from which the record is derived.
-        tables: Additional tables by name.
+        files: Files to publish: outcomes and, if allowed, document texts.
+        tables: Name → additional table.
         texts: Names of the files that contain texts of documents.
-        note: Message about the texts; empty if there are none.
+        note: Message about whether document texts are published; empty if there are none.
     """
 
     files: list[Path]
@@ -120,13 +120,14 @@ _Job = tuple[Future[Publication], Callable[[], Publication]]
 
 
 class Publisher:
-    """Publisher of cells to some backends, each opened when first needed.
+    """Publish results to tracking backends, which are opened when they are first needed.
 
-    `track` holds the backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
-    Places to which a cell was published earlier are updated too, unless `track` is empty, `others`
-    is False, or this is a sweep's trial. In a sweep, `trial` is W&B's run of the cell. Public texts
-    of documents are always published, other texts only with `texts`. `which` selects the cell's
-    runs that become runs in the backend. RequestError is raised for an unknown backend.
+    `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
+    Places to which a cell was published earlier are updated too, unless `track` is empty,
+    `update_others` is False, or the process is a trial of a sweep. In a sweep, `trial` is the W&B
+    run of the trial. Document texts from public sources are always published; other texts only with
+    `publish_texts`. `run_selection` selects which ablations become separate runs in the backend.
+    RequestError is raised for an unknown backend.
     """
 
     def __init__(
@@ -162,10 +163,11 @@ class Publisher:
     def begin(
         self, store: CellStore, record: CellRecord, ended: Event | None = None
     ) -> Future[Publication]:
-        """Publish a cell in a background thread, after all cells begun earlier.
+        """Publish a cell in a background thread, after all cells that were begun earlier.
 
-        The thread waits for `ended`, up to a time limit. In a W&B trial, the method returns after
-        publishing, since the trial's run must end last. The future never raises.
+        The thread first waits until `ended` is set, up to a time limit. In a W&B trial, the method
+        publishes before it returns, because the trial's run must end last. The future never raises
+        an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -192,13 +194,13 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Query the backends for a cell's existing runs, and publish the cell."""
+        """Publish a cell; query the backends for existing runs instead of trusting receipts."""
         return self._publish(store, record, _record_files(store, record), False)
 
     def _build_attachments(
         self, store: CellStore, record: CellRecord, files: Sequence[Path]
     ) -> _Attachments:
-        """Select the files, tables and message to publish with a record."""
+        """Choose the files and tables to publish with a record, and the message about texts."""
         decisions = None
         with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
@@ -217,7 +219,7 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a view, and a newer view if it has replaced this one in the meantime."""
+        """Publish a record, and the record of the view that has replaced its view, if any."""
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
             return publication
@@ -227,7 +229,7 @@ class Publisher:
     def _publish_record(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a record to each place; a failing place does not affect the others."""
+        """Publish a record to each place; a failure at a place does not affect other places."""
         record = _distinguish_record(store, record)
         outcome, errors = Publication(), []
         n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
@@ -292,7 +294,7 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the targets of earlier publishing that are not among the current targets."""
+        """List the places of earlier publishing that are not among the current targets."""
         if not self._update_others:
             return []
         earlier = published_targets(store, record, self._results)
@@ -305,7 +307,7 @@ class Publisher:
     def _record_pending(
         self, store: CellStore, record: CellRecord, target: Target, address: Target
     ) -> None:
-        """Record that a view is still to be published to a place."""
+        """Write a receipt that publishing a view to a place is still to be done."""
         with suppress(OSError, WorkError):
             name = self._receipt_name(target, record.view)
             if not store.receipt(name).get("place"):
@@ -326,7 +328,7 @@ class Publisher:
         return target.backend, target.project or self.project, self._results, target.server
 
     def _receipt_name(self, target: Target, view: str) -> str:
-        """Return the name of the receipt file for one view at one backend."""
+        """Return the name of the receipt for one view at one backend."""
         name = destination(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
@@ -342,10 +344,10 @@ class Publisher:
 
 
 class Trial(LiveRun):
-    """The run that a W&B agent opened for this process, if any, and if W&B is tracked.
+    """The W&B run of a sweep's trial, if a W&B agent started this process and W&B is tracked.
 
-    The run is joined only when there are results to show, so that an unreachable server never stops
-    a measurement. `run` is the change that the trial requests.
+    W&B is contacted only when there are results to show, so that an unreachable server never stops
+    a measurement. `run` is the change of the model that the trial measures.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
@@ -376,9 +378,9 @@ class Trial(LiveRun):
         pass  # `log` or `end_unmeasured` does
 
     def log(self, cell: CellRecord, extra_figures: Mapping[str, float] = {}) -> None:
-        """Log the results that the trial requested, with additional figures, and end the run.
+        """Log the trial's results and additional figures, and end its W&B run.
 
-        TrackingError is raised if W&B refused or could not be reached.
+        TrackingError is raised if W&B refuses the results or cannot be reached.
         """
         if self.is_tracked:
             change = self._run
@@ -386,9 +388,9 @@ class Trial(LiveRun):
             self._end_run("log", cell, run, dict(extra_figures))
 
     def end_unmeasured(self, note: str, status: RunStatus = "finished") -> None:
-        """End the run with a note and no measurement; `status` is the run's state in the sweep.
+        """End the W&B run without results, with a note and the state of the trial in the sweep.
 
-        TrackingError is raised if W&B refused or could not be reached.
+        TrackingError is raised if W&B refuses the update or cannot be reached.
         """
         if self.is_tracked:
             self._end_run("end", note, status)
@@ -409,7 +411,7 @@ class Trial(LiveRun):
 
 
 def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
-    """Mark a record whose name in lists of runs equals that of another record of the folder."""
+    """Return the record with a suffix if another record of the folder has the same name."""
     records = [record]
     for sibling in store.siblings():
         if sibling.views.path(record.view).exists():
@@ -434,12 +436,12 @@ def sync_ledger(
     publish_texts: bool = False,
     run_selection: RunSelection = "auto",
 ) -> SyncResult:
-    """Publish all views of a results folder that backends lack, after querying the backends.
+    """Publish all results of a results folder that the tracking backends lack.
 
-    Each of `addresses` is `BACKEND` or `BACKEND:PROJECT`; the default project is that of the
-    measurement.
-    None = every place of earlier publishing; also the default backend if there is no such place, or
-    if the environment names a server. `publish_texts` and `run_selection` are as in `Publisher`.
+    Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; the default project is the project
+    of the measurement. If `addresses` is None, results are published to every place where they were
+    published earlier. The default backend is added if there is no such place, or if the environment
+    names a server. `publish_texts` and `run_selection` have the same meaning as in `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
@@ -477,6 +479,6 @@ def sync_ledger(
 
 
 def _target_text(target: Target) -> str:
-    """Return a target in the form in which users type it."""
+    """Format a target as users type it on the command line."""
     server = f"{target.server}/" if target.server else ""
     return f"{target.backend}:{server}{target.project}" if target.project else target.backend

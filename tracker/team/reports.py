@@ -1,4 +1,4 @@
-"""Write and publish reports over collected cells."""
+"""Write reports about collected results, and publish reports to tracking backends."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _MAX_CHARTS = 60
 
 
 def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
-    """Write the report page of a results folder, about all cells with measured documents.
+    """Write the HTML report of a results folder, about all cells with measured documents.
 
-    Returns the path of the page, and advice for each file of the folder that cannot be shown.
+    Returns the path of the report, and for each file that cannot be read a message with advice.
     """
     contents = ledger.contents()
     collected = CollectedCells(
@@ -56,9 +56,9 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
 
 
 def write_collected(collected: CollectedCells, report_format: str, path: Path) -> list[Path]:
-    """Write a report to a file or a folder; `report_format` is `html` or a key of `FORMATS`.
+    """Write a report file or folder; `report_format` is `html` or a key of `REPORT_FORMATS`.
 
-    RequestError is raised for an unknown form, WorkError if the disk is full or not writable.
+    RequestError is raised for an unknown format, WorkError if the disk is full or not writable.
     """
     if report_format == "html":
         return [_write_page(collected, path, collected.derive_decisions())]
@@ -90,7 +90,7 @@ def _write_page(
 def _document_frames(
     collected: CollectedCells, with_private: bool = True
 ) -> Iterator[pd.DataFrame]:
-    """Yield data frames of documents that runs lose or win; private texts are optional."""
+    """Yield data frames of the documents whose correctness changes; private texts are optional."""
     origins = ((cell, collected.origins.get(cell.record_key)) for cell in collected.cells)
     cell_decisions = ((cell, derive_decisions(*origin)) for cell, origin in origins if origin)
     return document_frames(
@@ -101,11 +101,11 @@ def _document_frames(
 def publish_report(
     collected: CollectedCells, targets: Sequence[str], results: Path, with_private: bool = False
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Publish the report with tables and charts as a separate run to each `BACKEND:PROJECT`.
+    """Publish the report, with tables and charts, as a separate run to each target.
 
-    `with_private` includes texts of documents that are not from the hub or a package. Returns the
-    report's location at each target, the errors by target, and messages about texts. RequestError
-    is raised for an invalid target.
+    A target is `BACKEND:PROJECT`. `with_private` includes document texts that are not from the hub
+    or a package. Returns target → address of the report, target → error, and messages about texts.
+    RequestError is raised for an invalid target.
     """
     decisions = collected.derive_decisions() if targets else {}
     withheld_keys = [
@@ -140,7 +140,7 @@ def _build_page(
     with_private: bool,
     folder: Path,
 ) -> Page:
-    """Write a report's files to a folder, and build its tables, charts and summary."""
+    """Write a report's files to `folder`; return them with tables, charts and a summary."""
     extra_frames = {"documents": _document_frames(collected, with_private)}
     page = _write_page(collected, folder / "report.html", decisions)
     files = [
@@ -158,7 +158,7 @@ def _build_page(
 
 
 def board_text(cells: Sequence[CellRecord]) -> str:
-    """Write the answer for each model, and a guide to the leaderboards, in Markdown."""
+    """Return Markdown with the main finding for each model, and a guide to the leaderboards."""
     answers = (
         f"**{escape_markdown(model)}**: "
         + escape_markdown(
@@ -170,7 +170,7 @@ def board_text(cells: Sequence[CellRecord]) -> str:
 
 
 def _read_target(text: str, projects: Collection[str]) -> Target:
-    """Read a target from text; the default project is the project of the results."""
+    """Parse a target; its default project is the project of the results, if there is only one."""
     report_target = target(text, "reports")
     if report_target.project is None and len(projects) != 1:
         projects_text = (

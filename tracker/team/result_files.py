@@ -1,4 +1,4 @@
-"""Write lm-eval's result files for the intact and each ablated model of a results folder."""
+"""Write result files in lm-eval's format for the intact model and each ablated model."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
 
 
 def ablation_args(ablation: Ablation) -> dict[str, str]:
-    """Return arguments that describe an ablation, one per kind of change, without commas.
+    """Return model arguments that describe an ablation, one for each kind of change.
 
-    Different ablations have different arguments.
+    No argument contains a comma, and different ablations have different arguments.
     """
     changes: list[tuple[str, object]] = [
         *(("removed_layers", layer) for layer in ablation.removed()),
@@ -144,7 +144,7 @@ def _format_args(args: dict[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class CellPart:
-    """A cell's outcomes on one set of documents, and its requested ablations."""
+    """Outcomes of one model and benchmark on one set of documents, with requested ablations."""
 
     store: CellStore
     extent: Extent
@@ -152,14 +152,14 @@ class CellPart:
 
     @property
     def title(self) -> str:
-        """The cell's name in messages."""
+        """Text for messages: model, benchmark and number of few-shot examples."""
         identity = self.store.identity
         model, benchmark = identity.model.name, identity.benchmark
         return f"{model} · {benchmark.title} · {benchmark.num_fewshot}-shot"
 
     @property
     def call_key(self) -> str:
-        """The key of parts that one lm-eval call can evaluate: model, settings and documents."""
+        """Key that is equal for parts that one lm-eval call can evaluate together."""
         identity = self.store.identity
         own_fields = {
             "name",
@@ -176,11 +176,11 @@ class CellPart:
 
     @property
     def tasks(self) -> set[str]:
-        """The tasks of the cell's benchmark."""
+        """Names of the tasks of the benchmark."""
         return {task.name for task in self.store.identity.benchmark.tasks}
 
     def read_outcomes(self) -> dict[Ablation, pd.DataFrame]:
-        """Read the measured outcomes of the requested ablations: rows of documents by ablation."""
+        """Read the outcomes of the requested ablations, as ablation → data frame of documents."""
         frame = self.store.read_documents(self.extent)
         frames = dict(iter(frame.groupby("ablation"))) if len(frame) else {}
         return {
@@ -190,7 +190,7 @@ class CellPart:
         }
 
     def missing_notes(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
-        """Yield lines about ablations with missing documents, grouped by the number measured."""
+        """Yield messages about ablations that are not measured on all documents."""
         n_documents = sum(self.store.counts(self.extent).values())
         names_by_count: dict[int, list[str]] = {}
         for ablation in self.ablations:
@@ -205,12 +205,13 @@ class CellPart:
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """lm-eval's result files.
+    """Result files that were written in lm-eval's format.
 
     Attributes:
-        files: The written files: for each model, the results, then the samples of each task.
+        files: Paths of the written files. For each model, the results file comes first, then the
+            samples file of each task.
         notes: Remarks on missing outcomes, and on corpora, which are no lm-eval tasks.
-        failed: The error for each cell or folder that could not be written.
+        failed: Name of a cell or a folder → error because of which its files were not written.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -227,19 +228,21 @@ def write_result_files(
     trust_remote_code: bool,
     progress: Progress,
 ) -> ResultFiles:
-    """Write lm-eval's result files of a results folder; a failure does not affect other files.
+    """Write result files in lm-eval's format for a results folder.
 
     Args:
         ledger: The results folder.
-        output: The output folder, which gets one folder per model, as with `lm_eval --output_path`.
-        models: The models, by names as typed or short names; empty for all.
-        benchmarks: The benchmarks; empty for all.
-        layers: The first layers of the removals; empty for all.
-        trust_remote_code: True if code from a model's download may run for its chat template.
+        output: The output folder. Each model gets its own subfolder, as with `lm_eval
+            --output_path`.
+        models: Short names of models, or names as the user typed them; empty for all models.
+        benchmarks: Names of benchmarks; empty for all benchmarks.
+        layers: Selects ablations by their first changed layer; empty for all ablations.
+        trust_remote_code: True if code from a model's repository may run to load its chat template.
         progress: Receives the number of models whose files are written.
 
     Returns:
-        The written files.
+        The paths of the written files, with remarks and errors. An error in one file does not
+        affect other files.
 
     Raises:
         RequestError: No cell matches, or `output` is a file.
@@ -279,7 +282,7 @@ def write_result_files(
 def _select_stores(
     stores: Sequence[CellStore], models: Collection[str], benchmarks: Collection[str]
 ) -> list[CellStore]:
-    """Select the cells of some models and benchmarks; raise RequestError for unknown names."""
+    """Return the cells of the given models and benchmarks; RequestError for unknown names."""
     if not stores:
         raise RequestError("there is no finished benchmark yet; type: tracker run EXPERIMENT.yaml")
     model_names = {name for store in stores for name in _model_names(store)}
@@ -313,7 +316,7 @@ def _model_names(store: CellStore) -> set[str]:
 def _cell_parts(
     store: CellStore, views: Sequence[View], layers: Collection[int]
 ) -> Iterator[CellPart]:
-    """Yield a cell's parts: groups of views with the same documents."""
+    """Yield the parts of a cell; a part has all ablations measured on the same documents."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
@@ -324,7 +327,7 @@ def _cell_parts(
 
 
 def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Group the parts that one lm-eval call could evaluate; no group has a task twice."""
+    """Group parts into possible lm-eval calls; a call evaluates each task at most once."""
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         same_calls = calls.setdefault(part.call_key, [])
@@ -350,7 +353,7 @@ def _write_call(
     progress: Progress,
     result: ResultFiles,
 ) -> None:
-    """Write the result files of all models of one lm-eval call."""
+    """Write the result files of all models that one lm-eval call could have evaluated."""
     from tracker.benchmarks.results import ResultFileWriter
 
     parts: dict[CellPart, LmEvalBenchmark] = {}
@@ -405,7 +408,7 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
 
 
 def _rebuild_request(store: CellStore) -> CellRequest:
-    """Rebuild the request of a measured cell, without layers."""
+    """Rebuild the request of a measured cell from its stored identity, without layers."""
     identity = store.identity
     benchmark = identity.benchmark
     settings: dict[str, Any] = {
@@ -426,7 +429,7 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder | None:
-    """Build an encoder without weights that applies the chat template; None if not needed."""
+    """Build an encoder that applies the chat template; None if no chat template was used."""
     if not store.identity.benchmark.apply_chat_template:
         return None
     from tracker.benchmarks.encoder import RequestEncoder
@@ -442,7 +445,7 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
 
 
 def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
-    """Convert one model's outcomes to lm-eval's form: the judged responses of each document."""
+    """Convert the outcomes of one model to lm-eval's form: (task, index) → judged responses."""
     from tracker.benchmarks.results import JudgedAnswers
 
     judged_documents = {}

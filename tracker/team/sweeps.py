@@ -1,4 +1,4 @@
-"""Complete the trials of a W&B sweep from the ledger."""
+"""Complete failed trials of a W&B sweep with results from the ledger."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SweepResult:
-    """Result of completing a sweep's killed and failed trials.
+    """Result of completing the killed and failed trials of a sweep.
 
     Attributes:
-        unfinished: Number of killed and failed trials.
-        filled: Trials that are finished now.
-        wanting: For each trial still to be measured, the reason.
-        failed: For each trial whose results W&B did not accept, the reason.
+        unfinished: Number of killed and failed trials before the completion.
+        filled: Titles of the trials that were completed.
+        wanting: Title of a trial → reason why the ledger has no results for it.
+        failed: Title of a trial → reason why W&B did not accept its results.
     """
 
     unfinished: int = 0
@@ -44,12 +44,12 @@ class SweepResult:
 
 
 def trial_request(settings: dict[str, Any]) -> CellRequest:
-    """Build a trial's request from the trial's settings; raise RequestError if invalid."""
+    """Build the request of a trial from its sweep settings; RequestError if they are invalid."""
     return run_request({key: settings[key] for key in FIELDS_BY_KEY if key in settings})
 
 
 def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
-    """Find the cell that contains a trial in the grid of this process's sweep.
+    """Find the cell in this process's sweep grid that contains the requested trial.
 
     Returns None outside a sweep, or if the grid cannot be read or does not contain the trial.
     """
@@ -71,9 +71,10 @@ def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
 
 
 def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
-    """Complete the runs of a sweep's killed and failed trials from the ledger.
+    """Complete the killed and failed trials of a sweep with results from the ledger.
 
-    RequestError is raised if the path names no sweep, TrackingError if the sweep cannot be read.
+    RequestError is raised if `path` does not name a sweep, TrackingError if the sweep cannot be
+    read.
     """
     result = SweepResult()
     with closing(open_sweep(path, ledger.root)) as sweep:
@@ -97,7 +98,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
 
 
 def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Find a trial's cell and run; raise ResultsError if the ledger lacks the measurement."""
+    """Find the record and run of a trial in the ledger; ResultsError if it is not measured."""
     full_request = replace(request, until=None)
     store = find_cell(full_request, ledger).store
     stopped_request = find_earlier_request(request, store)

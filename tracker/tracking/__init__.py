@@ -1,9 +1,9 @@
-"""Write records to MLflow, W&B and Trackio, and read them back.
+"""Publish records to MLflow, W&B and Trackio, and read published records back.
 
-The ledger is the source of truth. A backend receives frozen records and files, and can be refilled
-from the ledger at any time. A results folder stores the addresses to which it was published. A
-folder from somebody else may contain an address that steals a login. So an address is contacted
-only if the environment names its server, or if there is no login to send.
+The ledger is the source of truth. A backend receives frozen records and files, and can be filled
+again from the ledger at any time. A results folder stores the addresses to which it was published.
+An address in a folder from another person can point to a server that steals logins. So an address
+is contacted only if the environment names its server, or if there is no login to send.
 
 Modules:
     mlflow: Write to MLflow.
@@ -11,9 +11,9 @@ Modules:
     wandb: Write to Weights & Biases.
     base: Define the interface of a backend, and check the files that a server sends.
     figures: Flatten records into metrics, curves and tables.
-    identity: Compute the names and digests of runs.
-    isolated: Call an SDK in a process of its own.
-    runs: Describe the runs of a cell for every backend.
+    identity: Compute the keys, names and digests of runs.
+    isolated: Call an SDK in a separate process.
+    runs: Describe the runs to publish for a model and benchmark, for every backend.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 @cache
 def backends() -> dict[str, Service]:
-    """Return the tracking backends by the names that users type, built-in backends first.
+    """Return name → tracking backend; names are as users type them, built-in backends come first.
 
-    Other packages add backends as entry points of the group `layer_tracker.tracking`, which name a
-    subclass of `Service`. No SDK is imported.
+    Other packages register backends by entry points in the group `layer_tracker.tracking`; each
+    entry point names a subclass of `Service`. No SDK is imported.
     """
     # Here, since its package sets variables that MLflow reads when it is imported.
     from tracker.tracking.mlflow.service import MlflowService
@@ -55,14 +55,14 @@ def backends() -> dict[str, Service]:
 
 
 def _new_service(extension: object) -> Service:
-    """Create the service that an extension provides."""
+    """Create an instance of the `Service` subclass that an extension package provides."""
     if not (isinstance(extension, type) and issubclass(extension, Service)):
         raise TypeError(f"{extension!r} is no subclass of tracker.tracking.base.Service")
     return extension()
 
 
 def service(name: str) -> Service:
-    """Return a backend by the name that users type; raise RequestError for an unknown name."""
+    """Return the backend with this name; RequestError if the name is unknown."""
     if name not in backends():
         advice = f"use one of: {', '.join(backends())}.{did_you_mean(name, backends())}"
         raise RequestError(f"There is no tracking backend {mask_secrets(name)!r}; {advice}")
@@ -70,16 +70,16 @@ def service(name: str) -> Service:
 
 
 def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
-    """Parse the target of runs from the text that a user typed.
+    """Parse a tracking target that a user typed, such as `wandb:ENTITY/PROJECT`.
 
     Args:
         text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow`, `wandb:ENTITY/PROJECT` or
             `mlflow:http://mlflow.lab:5000/EXPERIMENT`.
         *needs: Abilities that the backend must have.
-        is_source: True if cells are read from the target, so that the text must name a project.
+        is_source: True if results are read from the target. The text must then name a project.
 
     Returns:
-        The target.
+        The target: backend, project and server.
 
     Raises:
         RequestError: The backend does not exist or lacks an ability, or the text names no project
@@ -97,13 +97,13 @@ def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
 
 
 def sweep_backend() -> str | None:
-    """Return the backend whose agent started this process as a trial; None outside a sweep."""
+    """Return the backend whose sweep agent started this process; None outside a sweep."""
     names = ((name, backend.sweep_variable) for name, backend in backends().items())
     return next((name for name, variable in names if variable and os.environ.get(variable)), None)
 
 
 def in_sweep() -> bool:
-    """Check whether an agent started this process as a trial of a sweep."""
+    """Return whether a sweep agent started this process as a trial."""
     return sweep_backend() is not None
 
 
@@ -116,10 +116,10 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
     """Open a tracking backend; no server is contacted before the first use.
 
     Args:
-        name: One of `backends()`.
+        name: Name of a backend, a key of `backends()`.
         project: The project, in the backend's terms.
-        results: The results folder; a backend that needs no server may keep its files in it.
-        server: As in a `Target`.
+        results: The results folder. A backend without a server stores its files in this folder.
+        server: The server or folder, as in `Target.server`.
 
     Returns:
         The backend.
@@ -128,55 +128,55 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
 
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
-    """Open the live runs of a backend that has them; the arguments are those of `open_backend`."""
+    """Open a backend's live runs; the backend must support them. Arguments as in `open_backend`."""
     return cast(LiveRun, service(name).open("live runs", project, results, server))
 
 
 def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
-    """Open a backend's storage of pruned models; the arguments are those of `open_backend`."""
+    """Open a backend's storage of pruned models; arguments as in `open_backend`."""
     return cast(Models, service(name).open("lighter models", project, results, server))
 
 
 def open_trial(results: Path) -> Any:
-    """Open the run that an agent created for this process, with the interface of `WandbTrial`."""
+    """Open the run that the sweep agent created for this process; see `WandbTrial`."""
     return _sweep_service().open("trial", "", results)
 
 
 def open_sweep(path: str, results: Path) -> Any:
-    """Open a sweep, with the interface of `WandbSweep`; no server is contacted before its use.
+    """Open a sweep (see `WandbSweep`); no server is contacted before the first use.
 
     Args:
-        path: The sweep, in the backend's terms; empty for the sweep of this process.
+        path: Path of the sweep, in the backend's terms; empty for the sweep of this process.
         results: The results folder.
 
     Returns:
         The sweep.
 
     Raises:
-        RequestError: The path names no sweep.
+        RequestError: `path` does not name a sweep.
     """
     return _sweep_service().open("sweep", path, results)
 
 
 def _sweep_service() -> Service:
-    """Return the backend of this process's sweep; outside a sweep, the first with sweeps."""
+    """Return the backend of this process's sweep, or else the first backend with sweeps."""
     if name := sweep_backend():
         return service(name)
     return next(backend for backend in backends().values() if backend.sweep_variable)
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
-    """Compute a hash of a backend's destination, without contacting it or importing its SDK.
+    """Compute a hash of the place where runs are published, without contacting a server.
 
     Args:
-        name: One of `backends()`.
-        project: The project that the runs go to.
+        name: Name of a backend, a key of `backends()`.
+        project: The project to which the runs are published.
         results: The results folder.
-        server: As in a `Target`.
+        server: The server or folder, as in `Target.server`.
 
     Returns:
-        A hash that changes with the project, the server, or a new or moved local store. The hash
-        reveals neither address nor password.
+        A hash that changes if the project or server changes, or if the local store is new or was
+        moved. It reveals neither the address nor a password.
     """
     store_setting, local_path = service(name).store(results, server)
     local_identity = None
@@ -193,7 +193,7 @@ def typed_address(address: Target) -> str:
 
 
 def address_file(address: Target, results: Path) -> Path:
-    """Return the file that stores a publishing address in a results folder."""
+    """Return the path of the file in the results folder that stores a publishing address."""
     name = re.sub(r"[^\w.-]+", "-", typed_address(address), flags=re.ASCII)[:80]
     return results / "places" / f"{name}--{content_hash(vars(address))[:8]}.json"
 
@@ -207,9 +207,10 @@ def write_address(address: Target, results: Path) -> str:
 
 
 def published_targets(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
-    """Return, by name, the targets that have or should have a view or an earlier version of it.
+    """Return address name → target to which a view, or an earlier version, is published.
 
-    Targets that the current environment does not update are left out.
+    The result includes targets where publishing failed. It leaves out targets that the current
+    environment does not update.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

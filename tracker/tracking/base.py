@@ -1,8 +1,8 @@
-"""Define the interface of a tracking backend.
+"""Define the interface of tracking backends such as MLflow and W&B.
 
-A backend receives only frozen records and files. Pure functions define the names and digests of
-runs (`identity`) and the contents of runs (`figures`) for all backends. This module defines the
-steps of publishing a cell, which are the same for all backends; a backend implements them.
+A backend receives only frozen records and files. For all backends, pure functions define the names
+and digests of runs (`identity`) and the contents of runs (`figures`). This module defines the steps
+that publish a cell (one model on one benchmark). Each backend implements these steps.
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ OFFLINE = "offline"
 
 @dataclass(frozen=True)
 class Target:
-    """Project of a backend to which runs are written, or from which cells are read.
+    """Project of a tracking backend, to which runs are written or from which results are read.
 
     Attributes:
-        backend: A registered name.
-        project: The project, in the backend's terms; None = the experiment file's project.
-        server: The server or folder; None = the environment's server, or the backend's default.
+        backend: Name of a registered backend, such as `mlflow`.
+        project: The project, in the backend's terms. If None, the experiment file names the
+            project.
+        server: The server or folder. If None, the environment names the server, or the backend's
+            default is used.
     """
 
     backend: str
@@ -64,7 +66,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Published:
-    """Numbers of created, updated and unchanged runs of one `publish`, and their location."""
+    """Result of one `publish`: numbers of created, updated and unchanged runs, and the location."""
 
     created: int
     updated: int
@@ -79,7 +81,7 @@ class Published:
 
 @dataclass(frozen=True)
 class RemoteCell:
-    """A published cell in a backend, with the files from which its figures were derived."""
+    """Results of one model and benchmark in a backend, and the files that belong to them."""
 
     key: str
     """The run key of the cell's own run."""
@@ -92,7 +94,7 @@ class RemoteCell:
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """A trial of a sweep, in W&B's terms."""
+    """A trial of a W&B sweep: its run, its state and its settings."""
 
     id: str
     name: str
@@ -103,7 +105,7 @@ class SweepTrial:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved pruned model to publish to a backend."""
+    """Folder of a pruned model, with facts and figures to publish to a backend."""
 
     folder: Path
     name: str
@@ -118,35 +120,36 @@ class SavedModel:
 
 
 class Models(Protocol):
-    """Storage of pruned models beside the runs that chose them."""
+    """Storage of pruned models in a tracking project."""
 
     def add_model(self, model: SavedModel) -> str:
-        """Add a model, or a new version of an existing model.
+        """Publish a pruned model, or a new version of a model that is already published.
 
         Args:
-            model: The model.
+            model: The pruned model.
 
         Returns:
-            The address of the model.
+            The address of the model in the backend.
 
         Raises:
-            TrackingError: The backend refused or could not be reached.
+            TrackingError: The backend refused the model or could not be reached.
         """
 
     def close(self) -> None:
-        """Release all resources; never raises."""
+        """Release all resources; never raise an exception."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """Report about several cells to publish to a backend.
+    """Report about several models and benchmarks, to be published to a backend.
 
     Attributes:
-        files: The page and its additional files.
-        tables: Tables by name.
-        cells: The cells in the report; the backend links to their outcomes.
+        files: The HTML page and the files that belong to it.
+        tables: Name → table.
+        cells: Records of the models and benchmarks in the report. The backend links the report to
+            their outcomes.
         text: Summary in a few paragraphs of Markdown.
-        charts: Plotly figures by name.
+        charts: Name → Plotly figure.
     """
 
     files: Sequence[Path]
@@ -157,39 +160,39 @@ class Page:
 
 
 class LiveRun(Protocol):
-    """Runs that a backend shows during measurement; no result depends on them."""
+    """Runs that show the progress of a measurement in a backend; results never depend on them."""
 
     def begin(self, cell: CellRecord) -> None:
-        """Open the cell's run, or continue it.
+        """Open the run of a cell (model and benchmark), or continue an existing run.
 
         Args:
             cell: The record of the cell before it is measured.
 
         Raises:
-            TrackingError: The backend refused or could not be reached.
+            TrackingError: The backend refused the run or could not be reached.
         """
 
     def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
-        """Show the progress of the cell.
+        """Show the progress of a measurement.
 
         Args:
-            key: The run key of the cell's own run.
-            figures: Interim figures, under names that begin with `PROGRESS`.
+            key: Key of the run that stands for the whole cell.
+            figures: Name, which begins with `PROGRESS` → interim figure.
             step: Number of measured documents.
 
         Raises:
-            TrackingError: The backend refused or could not be reached.
+            TrackingError: The backend refused the figures or could not be reached.
         """
 
     def end(self, key: str, status: RunStatus) -> None:
-        """Close the cell's run.
+        """Close the run of a cell.
 
         Args:
-            key: The run key of the cell's own run.
-            status: The final status of the cell.
+            key: Key of the run that stands for the whole cell.
+            status: The final status of the measurement.
 
         Raises:
-            TrackingError: The backend refused or could not be reached.
+            TrackingError: The backend refused the status or could not be reached.
         """
 
     def close(self) -> None:
@@ -209,7 +212,7 @@ class OpenRuns(LiveRun):
 
 
 class Backend(ABC):
-    """A tracking backend to browse runs; the ledger never depends on it, even if unreachable.
+    """Base class of tracking backends, in which users browse runs; the ledger never needs them.
 
     Args:
         project: The project, in the backend's terms.
@@ -233,28 +236,27 @@ class Backend(ABC):
         selection: RunSelection = "auto",
         answer: str = "",
     ) -> Published:
-        """Publish a cell: its own run, one for the intact model, and one for each of its runs.
+        """Publish a summary run of a cell, a run of the intact model, and a run of each ablation.
 
-        If there are very many runs of a kind, only a table in the cell's run shows them, unless
-        `selection` selects otherwise.
+        A cell is one model on one benchmark. If it has very many ablations of the same kind, only a
+        table in the summary run shows these ablations, unless `selection` selects otherwise.
 
-        Publishing again creates and logs nothing twice; a changed record updates its runs. After
-        any failure, publishing again adds the missing parts.
+        Publishing the same record again creates no second run and logs no value twice. Publishing a
+        changed record updates the runs. After a failure, publishing again adds what is missing.
 
         Args:
-            cell: The record, complete or still growing.
-            artifacts: Files to attach to the cell's run, each under its own file name.
-            charts: Plotly figures of the cell's run, by name.
-            tables: Additional tables of the cell's run by name, which are derived from the
-                artifacts.
-            selection: Selection of the runs that are published as runs of their own.
-            answer: The answer that this benchmark alone gives.
+            cell: The record, which is possibly still incomplete.
+            artifacts: Files to attach to the summary run under their file names.
+            charts: Name → Plotly figure of the summary run.
+            tables: Name → additional table of the summary run, derived from the artifacts.
+            selection: Selects which ablations are published as separate runs.
+            answer: The conclusion from this benchmark alone.
 
         Returns:
             The numbers of created, updated and unchanged runs, and their location.
 
         Raises:
-            TrackingError: The backend refused or could not be reached.
+            TrackingError: The backend refused a run or could not be reached.
         """
         advice = retry_advice(self._environment() + sync_command(self._results, self._typed_target))
         with self._one_writer("did not take the runs", advice):
@@ -270,10 +272,10 @@ class Backend(ABC):
             )
 
     def cells(self) -> list[RemoteCell]:
-        """List the cells of the project.
+        """List the models and benchmarks whose results are completely published in the project.
 
         Returns:
-            One entry per completely written run of a cell.
+            One entry for each summary run that was written completely.
 
         Raises:
             TrackingError: The project does not exist, or the backend could not be reached.
@@ -282,43 +284,44 @@ class Backend(ABC):
             return list(self._cells())
 
     def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files that were attached to a cell's run.
+        """Download the files that are attached to the summary run of a cell.
 
         Args:
-            cell: One of `cells`.
-            folder: An empty folder for the files.
+            cell: An entry of the list that `cells` returns.
+            folder: An empty folder, into which the files are downloaded.
 
         Raises:
-            TrackingError: The backend could not be reached, or the files have changed.
+            TrackingError: The backend could not be reached, or the files differ from the attached
+                files.
         """
         with self._explained("could not be read"):
             self._download(cell, folder)
 
     def add_page(self, page: Page) -> str:
-        """Add a report as a separate run, if the backend supports reports.
+        """Publish a report as a separate run, if the backend supports reports.
 
         Args:
-            page: The report.
+            page: The report with its files, tables and charts.
 
         Returns:
             The address of the report, or the command that shows it.
 
         Raises:
-            TrackingError: The backend refused or could not be reached.
+            TrackingError: The backend refused the report or could not be reached.
         """
         raise NotImplementedError(self.name, page)
 
     def close(self) -> None:  # noqa: B027  most hold nothing: a run is finished when it is written
-        """Release all resources; never raises."""
+        """Release all resources; never raise an exception."""
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Convert any exception inside a `with` block to a TrackingError that names the problem."""
+        """Convert any exception in a `with` block to a TrackingError with the message `problem`."""
         with explain_errors(lambda error: self._describe_error(error, problem, advice)):
             yield
 
     def _describe_error(self, error: Exception, problem: str, advice: str) -> TrackingError:
-        """Convert an error of the SDK to a readable TrackingError."""
+        """Convert an exception of the backend's SDK to a TrackingError with a readable message."""
         return build_error(f"{self._typed_target} {problem}", error, advice)
 
     @contextmanager
@@ -328,18 +331,18 @@ class Backend(ABC):
             yield
 
     def _lock(self) -> Path:
-        """Return the lock file that writers of the project share."""
+        """Return the path of the lock file that all writers of the project use."""
         return self._results / f"{self.name}.lock"
 
     @abstractmethod
     def _write(self, runs: Sequence[DescribedRun]) -> Iterable[str]:
-        """Write the runs of a cell, and check the result.
+        """Write the runs of a cell, and check that the backend stored them correctly.
 
         Args:
-            runs: The described runs; the cell's own run is last.
+            runs: Descriptions of the runs; the summary run of the cell is last.
 
         Returns:
-            The outcome of each run: `created`, `updated` or `unchanged`.
+            For each run, `created`, `updated` or `unchanged`.
         """
 
     @abstractmethod
@@ -347,7 +350,7 @@ class Backend(ABC):
         """Return the address of the runs, or the command that shows them."""
 
     def _cells(self) -> Iterable[RemoteCell]:
-        """Return the cells of the project whose runs were written completely."""
+        """Return the cells of the project whose summary run was written completely."""
         raise TrackingError("it cannot be read back")
 
     def _download(self, cell: RemoteCell, folder: Path) -> None:
@@ -355,21 +358,21 @@ class Backend(ABC):
         raise TrackingError("it cannot be read back")
 
     def _environment(self) -> str:
-        """Return the environment variables that a command needs to find the project."""
+        """Return shell assignments of the environment variables that a retry command needs."""
         return ""
 
     def _notes(self) -> tuple[str, ...]:
-        """Return remarks on the last `_write`."""
+        """Return remarks for the user on the last call of `_write`."""
         return ()
 
     def _full_project(self) -> str:
-        """Return the project's full name if the backend completes the name; else an empty text."""
+        """Return the full project name if the backend completes the name; else an empty text."""
         return ""
 
 
 @contextmanager
 def explain_errors(explain: Callable[[Exception], TrackingError]) -> Iterator[None]:
-    """Convert any exception inside a `with` block with the function `explain`."""
+    """Convert any exception in a `with` block to the TrackingError that `explain` returns."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  SDKs raise requests, SQL, cloud errors, ...
@@ -396,7 +399,7 @@ def build_error(
 
 
 class Service(ABC):
-    """Description of a tracking backend that does not import its SDK.
+    """Interface through which other packages use a tracking backend without importing its SDK.
 
     The default methods describe a store on this machine that needs no login.
     """
@@ -413,74 +416,75 @@ class Service(ABC):
 
     @abstractmethod
     def open(self, part: PartName, project: str, results: Path, server: str | None = None) -> Any:
-        """Open a part of the backend; no server is contacted before the first use.
+        """Open one of the backend's interfaces; no server is contacted before the first use.
 
         Args:
-            part: `runs` for a `Backend`, `live runs` for a `LiveRun`, `lighter models` for a
-                `Models`; `trial` and `sweep` if the service has a `sweep_variable`. Only supported
-                parts are requested.
-            project: The project, in the backend's terms; for a sweep, its path.
+            part: `runs` opens a `Backend`, `live runs` a `LiveRun`, and `lighter models` a
+                `Models`. `trial` and `sweep` need a service with a `sweep_variable`. Callers
+                request only parts that the service supports.
+            project: The project, in the backend's terms. For a sweep it is the path of the sweep.
             results: The results folder.
-            server: The server or folder; None for the environment's server.
+            server: The server or folder; None for the server that the environment names.
 
         Returns:
-            The part.
+            An object with the requested interface.
         """
 
     def _isolated(
         self, kind: str, *arguments: object, remove: Sequence[str] = (), add: Mapping[str, str] = {}
     ) -> Isolated:
-        """Open a class `MODULE:CLASS` of the service's package in a separate process.
+        """Create an object of a class `MODULE:CLASS` of this backend in a separate process.
 
-        `remove` lists environment variables to remove from the process; `add` has additional ones.
+        `remove` lists environment variables that the process does not get. `add` maps additional
+        environment variables to values.
         """
         path = f"{type(self).__module__.rpartition('.')[0]}.{kind}"
         return Isolated(self.title, path, *arguments, removed_variables=remove, added_variables=add)
 
     def refuse_closed(self, results: Path) -> None:  # noqa: B027  most need no login
-        """Raise RequestError if runs cannot be written; check without contacting a server."""
+        """Raise RequestError if runs cannot be written now, without contacting a server."""
 
     def target(self, project: str, is_source: bool) -> Target:
-        """Parse the target that a user typed.
+        """Parse the part of a target that the user typed after the backend's name.
 
         Args:
             project: The text after the backend's name and a colon; empty if there is none.
-            is_source: True if cells are read from the target.
+            is_source: True if results are read from the target.
 
         Returns:
-            The target.
+            The target: backend, project and server.
 
         Raises:
-            RequestError: The text is invalid, or names no project to read from.
+            RequestError: The text is invalid, or `is_source` is True and the text names no project.
         """
         if is_source and not project:
             raise RequestError(f"{self.name!r} names no project; write {self.name}:PROJECT")
         return Target(self.name, project or None)
 
     def server(self) -> str | None:
-        """Return the environment's server or folder, without login; None for the default."""
+        """Return the server or folder that the environment names, without login; else None."""
         return None
 
     def full_address(self, target: Target, project: str) -> Target:
-        """Return a target's full address, valid in other environments."""
+        """Return the address of a target with server and project, valid in every environment."""
         server = without_login(target.server) or self.server()
         return Target(self.name, mask_secrets(target.project or project), server)
 
     def reachable_target(self, address: Target, results: Path) -> Target:
-        """Return the target by which this environment reaches an address.
+        """Return the target through which this environment can reach a stored address.
 
-        TrackingError, with a command for the user, is raised if the address's server would get the
-        login of another server.
+        TrackingError is raised if the server of the address would receive the login of another
+        server. Its message contains the command that the user can type instead.
         """
         return address
 
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
-        """Return the identity of the backend's store: a setting, and a local file or folder."""
+        """Return what identifies the backend's store: its server setting, and its local path."""
         return server or self.server(), None
 
 
 def login_error(address: Target, setting: str, results: Path) -> TrackingError:
-    """Build the error about an address whose server would get another server's login."""
+    """Build the error that a stored server would receive the login of another server."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
         "its server is not the server of this environment, whose login would be sent to it. With "
@@ -494,7 +498,7 @@ def without_login(uri: str | None) -> str | None:
 
 
 def sync_command(results: Path, target: str) -> str:
-    """Return the command that syncs to a backend; `target` is `BACKEND` or `BACKEND:PROJECT`."""
+    """Return the shell command that publishes a results folder to `target`."""
     return f"tracker sync --to {shlex.quote(target)} --results {shlex.quote(str(results))}"
 
 
@@ -504,10 +508,10 @@ def retry_advice(command: str) -> str:
 
 
 def check_sizes(sizes: Mapping[str, int | None]) -> None:
-    """Check a server's list of files before any file is downloaded.
+    """Check the file names and sizes that a server lists, before any file is downloaded.
 
     Args:
-        sizes: Size in bytes of each file by name; None if the server does not give sizes.
+        sizes: Name of a file → size in bytes; None if the server does not give the size.
 
     Raises:
         TrackingError: A name is not a plain file name, or a file is too large.
@@ -520,11 +524,12 @@ def check_sizes(sizes: Mapping[str, int | None]) -> None:
 
 
 def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
-    """Check downloaded files, independently of the server's list.
+    """Check the sizes and the digest of downloaded files.
 
     Args:
         folder: The folder of the files.
-        cell: The cell whose version the files must match; None if the client compares them.
+        cell: The cell whose version the digest of the files must match. None if the SDK compares
+            the digests.
 
     Raises:
         TrackingError: A file is too large, or the files differ from those attached.
@@ -536,7 +541,7 @@ def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
 
 
 def _check_size(name: str, size: int) -> None:
-    """Raise TrackingError for a file that is too large."""
+    """Raise TrackingError if a file is larger than tracker ever writes."""
     if size > LARGEST_FILE:
         raise TrackingError(
             f"the server's file {name!r} has {size} bytes; tracker writes at most "

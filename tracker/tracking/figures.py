@@ -1,4 +1,4 @@
-"""Flatten records into metrics, curves and tables for all backends."""
+"""Convert records to the metrics, curves and tables that all backends show."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TableValue = str | int | float | None
 
 @dataclass(frozen=True)
 class LoggedTable:
-    """Table that a backend shows, as rows of values; undefined values are None."""
+    """Table in the form that backends accept: column names and rows of plain values."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[TableValue, ...], ...]
@@ -44,19 +44,19 @@ class LoggedTable:
 def tracked_name(name: str) -> str:
     """Convert a metric's name to a form that every backend accepts.
 
-    The comma before the filter in lm-eval's names becomes `/`. Characters that MLflow refuses
-    become `_`.
+    In names of lm-eval, the comma before the filter becomes `/`. Characters that MLflow does not
+    accept become `_`.
     """
     folders = "/".join(part for part in name.split(",") if part)
     return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)
 
 
 def curve_name(run: Change, figure: str) -> str:
-    """Return the name of the curve to which a run's figure belongs; the figure is in `CURVES`.
+    """Return the name of the curve that shows a figure of an ablation over the layers.
 
-    For whole single layers this is the figure's name. Other names are `attention/accuracy_drop`,
-    `span4/accuracy_drop`, `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` or
-    `repeat/x3/span4/accuracy_drop`.
+    For whole single layers, the curve has the name of the figure, which is an entry of `CURVES`.
+    Examples for other ablations are `attention/accuracy_drop`, `span4/accuracy_drop`,
+    `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` and `repeat/x3/span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     number = "" if run.kind.part is None else f"{run.kind.part}/"
@@ -66,20 +66,20 @@ def curve_name(run: Change, figure: str) -> str:
 
 
 def is_curve(name: str) -> bool:
-    """Check whether a metric's name has the form of `curve_name`."""
+    """Return whether a metric's name has the form that `curve_name` returns."""
     return _CURVE_PATTERN.fullmatch(name) is not None
 
 
 def defined_figures(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the figures whose values are defined and finite."""
+    """Return the figures that are neither None, NaN nor infinite."""
     return {name: float(value) for name, value in values.items() if is_finite(value)}
 
 
 def run_metrics(layer: RunRecord) -> dict[str, float]:
-    """Return the defined figures of a run by name; metrics of the benchmark are `metric/NAME`.
+    """Return the defined figures of an ablation by name; lm-eval metrics are `metric/NAME`.
 
-    Values are fractions, or a loss and its increase in the metric's own unit; `gold_logprob_drop`
-    is in nats.
+    Accuracies and drops are fractions. A loss and its increase have the unit of the metric.
+    `gold_logprob_drop` is in nats.
     """
     values = {name: layer.figure(name) for name in _RUN_FIGURES}
     values |= {f"metric/{name}": value for name, value in layer.metrics.items()}
@@ -87,9 +87,10 @@ def run_metrics(layer: RunRecord) -> dict[str, float]:
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
-    """Return the figures of a cell's starting model, with the same names as figures of runs.
+    """Return the figures of the unablated model, with the same names as in `run_metrics`.
 
-    The drop of the intact model is 0 by definition. Undefined figures are left out.
+    If layers are removed in every run of the cell, the unablated model lacks these layers. The drop
+    of the intact model is 0 by definition. Undefined figures are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
     values: dict[str, float | None] = {"n": float(cell.n)}
@@ -110,9 +111,9 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
-    """Return the figures of the cell itself by name; undefined figures are None.
+    """Return the figures about a cell as a whole by name; undefined figures are None.
 
-    Values are fractions, or a loss in the metric's own unit. Correlations are named
+    Accuracies are fractions, and a loss has the unit of the metric. Correlations have names such as
     `spearman/cosine_score/all`.
     """
     names = [
@@ -129,7 +130,7 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return the figures about the cost of an answer, by name."""
+    """Return the documents and layer passes that an `until` answer needed, by name."""
     return {
         "answer/answered": float(answer.answered),
         "answer/documents": answer.measured,
@@ -140,14 +141,14 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
 
 
 def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
-    """Return the tags of a cell with a question, or of one of its runs.
+    """Return the tags about an `until` question, for a cell or one of its ablations.
 
     Args:
-        cell: The cell.
-        run: The run; None for the cell or its intact model.
+        cell: The record of the cell.
+        run: The ablation; None for the summary run and for the intact model.
 
     Returns:
-        Names and values in the terms of the experiment file; empty without a question.
+        Name → value of each tag, in the terms of the experiment file; empty without a question.
     """
     answer = cell.answer
     if answer is None:
@@ -169,7 +170,7 @@ def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]
 
 
 def _format_boolean(value: bool) -> str:
-    """Format a boolean for tags."""
+    """Return `true` or `false`, the texts of booleans in tags."""
     return "true" if value else "false"
 
 
@@ -180,9 +181,10 @@ def logged_table(table: Table) -> LoggedTable:
 
 
 def logged_layers(cell: CellRecord) -> LoggedTable:
-    """Build the table of a cell's runs: one row per run.
+    """Build the table of a cell's ablations, with one row for each ablation.
 
-    `layer` is a run's first layer, 0-based, and `reasons` explains undefined values.
+    The column `layer` is the first changed layer (0-based); the column `reasons` explains undefined
+    values.
     """
     run_columns = run_table.run_columns(cell)
     names = ("layer", "component", "span", "intervention", "ablation", "n", *_RUN_FIGURES)
@@ -193,7 +195,7 @@ def logged_layers(cell: CellRecord) -> LoggedTable:
 
 
 def logged_correlations(cell: CellRecord) -> LoggedTable:
-    """Build the table of correlations: one row per proxy, coefficient and subset of layers."""
+    """Build the table of correlations, a row for each proxy, coefficient and subset of layers."""
     names = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
     columns = run_table.correlation_columns()
     picked = run_table.pick_columns(columns, *names, "n", "documents", "reason")
@@ -202,9 +204,10 @@ def logged_correlations(cell: CellRecord) -> LoggedTable:
 
 
 def logged_documents(decisions: DecisionsRecord) -> LoggedTable:
-    """Build the table of lost and won documents whose margins change most: one row per document.
+    """Build the table of documents that become wrong or right, a row per ablation and document.
 
-    `choice` and `gold` are options, 0-based; `margin` is in nats, as in `DecisionsRecord`.
+    Only the documents whose margins change most are included. The columns `choice` and `gold` are
+    0-based options, and `margin` is in nats as in `DecisionsRecord`.
     """
     question_columns = ("task", "document", "question", "choices", "gold", "answer")
     change_columns = ("layer", "component", "span", "intervention")

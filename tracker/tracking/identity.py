@@ -1,4 +1,4 @@
-"""Compute the names and digests of runs, equal on every machine and for every backend."""
+"""Compute names, keys and digests of runs, which are equal on every machine and backend."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ DIGITS = 10
 
 
 def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> str:
-    """Return the key of a run, which is equal on every machine and at all times.
+    """Return the key that identifies a run, equal on every machine and at any time.
 
-    The key contains the view, since removed layers, metric and documents distinguish runs of the
-    same ablation. For example, removing layer 5 from the intact model and from a model without
-    layer 4 are different runs.
+    The key contains the view, because the same ablation is a different run if permanently removed
+    layers, metric or documents differ. For example, the removal of layer 5 from the intact model is
+    not the same run as its removal from a model without layer 4.
 
     Args:
-        cell: The cell of the run.
-        ablation: An ablation's name, or `cell` for the cell's own run.
+        cell: The record of the cell (model and benchmark) to which the run belongs.
+        ablation: Name of an ablation, or `cell` for the summary run of the cell.
         view_name: The name of a former view of the cell; None for its current view.
 
     Returns:
-        The cell's key, its view unless that is `INTACT_VIEW`, and the ablation.
+        The key of the cell, the view (left out for `INTACT_VIEW`) and the ablation, separated by
+        `/`.
     """
     view_name = view_name or cell.view
     key = cell.key if view_name == INTACT_VIEW else f"{cell.key}/{view_name}"
@@ -36,42 +37,42 @@ def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> st
 
 
 def run_name(cell: CellRecord, change: Change) -> str:
-    """Return a run's name for lists: `layer 03 · arc_easy · SmolLM2-135M`.
+    """Return the display name of an ablation's run: `layer 03 · arc_easy · SmolLM2-135M`.
 
-    Layer numbers are padded with zeros, so that names sort as numbers do.
+    Layer numbers are padded with zeros, so that names sort in the order of the numbers.
     """
     without = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
     return _join_name(f"{change.label(max(2, len(str(cell.model.layers - 1))))}{without}", cell)
 
 
 def start_label(cell: CellRecord) -> str:
-    """Return the label of a cell's starting model: `intact`, or `without 3, 17`."""
+    """Return the label of the unablated model: `intact`, or `without 3, 17`."""
     return f"without {', '.join(map(str, cell.removed))}" if cell.removed else "intact"
 
 
 def intact_name(cell: CellRecord) -> str:
-    """Return the name of the run for a cell's starting model: `intact · arc_easy`.
+    """Return the display name of the unablated model's run: `intact · arc_easy`.
 
-    The starting model is intact, or lacks the layers that are removed in every run. Cells of the
-    second kind, which searches create, have no other run of the intact model.
+    The unablated model is intact, or it lacks the layers that are removed in every run of the cell.
+    Searches create cells with such removed layers, and these cells have no run of the intact model.
     """
     return _join_name(start_label(cell), cell)
 
 
 def cell_run_name(cell: CellRecord) -> str:
-    """Return the name of a cell's run; the benchmark comes first, since lists cut long names."""
+    """Return the display name of a cell's summary run; it begins with the benchmark."""
     return f"{cell.title.removeprefix(f'{cell.model.name} · ')} · {cell.model.name}"
 
 
 def group_name(cell: CellRecord) -> str:
-    """Return the name of the group that holds a cell's runs, equal on every machine."""
+    """Return the name of the group of runs that contains all runs of a cell."""
     # Only parts that views of one order share, so that a growing view stays in its group.
     words = (cell.heading, cell.sampling_text, cell.apart, cell.key[:8])
     return " · ".join(filter(None, words))
 
 
 def filter_words(cell: CellRecord) -> tuple[str, ...]:
-    """Return the tags by which users filter the runs of a cell."""
+    """Return the words that users can filter the runs of a cell by, such as the model's name."""
     return (cell.model.name, cell.benchmark.name, *(("stopped",) if cell.is_stopped else ()))
 
 
@@ -83,7 +84,7 @@ def _join_name(label: str, cell: CellRecord) -> str:
 
 
 def baseline_record(cell: CellRecord) -> CellRecord:
-    """Return a copy of a cell's record without the fields that depend on its runs."""
+    """Return a copy of a record that keeps only what describes the intact model."""
     updates: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     updates |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     costs = ("compared_difference", "seconds", "peak_bytes", "measured")
@@ -91,13 +92,13 @@ def baseline_record(cell: CellRecord) -> CellRecord:
 
 
 def content_digest(record: Record, *additions: str) -> str:
-    """Compute a digest of published content, which shows whether a run has changed.
+    """Compute a digest of published content, which shows whether a run must be updated.
 
-    Figures are rounded to `DIGITS` digits, since the last digits depend on the processor.
+    Numbers are rounded to `DIGITS` digits, because the last digits depend on the processor.
 
     Args:
         record: The record.
-        *additions: All other data that the published run depends on.
+        *additions: All other data from which the published run is built.
 
     Returns:
         SHA-256 of the canonical JSON, in hexadecimal.
@@ -108,7 +109,7 @@ def content_digest(record: Record, *additions: str) -> str:
 
 
 def _round_floats(value: object) -> object:
-    """Round all floats in nested values."""
+    """Round all floating-point numbers in nested lists and dictionaries."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
@@ -117,11 +118,11 @@ def _round_floats(value: object) -> object:
 
 
 def kept_name(file: Path) -> str:
-    """Return an attached file's name without percent signs, which MLflow would decode."""
+    """Return a file's name for upload, without percent signs, which MLflow would decode."""
     return file.name.replace("%", "=")
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of files' names and contents in hexadecimal, regardless of order."""
+    """Return the SHA-256 of the names and contents of files, independent of their order."""
     lines = sorted(f"{kept_name(f)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

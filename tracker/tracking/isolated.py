@@ -1,9 +1,10 @@
-"""Call an SDK in a separate process.
+"""Call the SDK of a tracking backend in a separate process.
 
-W&B has one session per process: settings, a service process and open runs. The session may belong
-to a notebook, whose runs must continue if tracker's runs fail. After an outage, the service can
-also prevent its process from ending. So tracker's session has a separate process. Live runs have
-another process, which survives a killed measurement and marks its runs as killed.
+The W&B SDK has one session per process, with settings, a service process and open runs. If a
+notebook already uses this session, its runs must continue when runs of tracker fail. After an
+outage, the service process can also prevent the main process from ending. So tracker uses W&B in a
+separate process. Live runs have another process, which survives a killed measurement and marks the
+live runs as killed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from tracker.core.remote import ProcessEndedError, RemoteError, RemoteObject
 
 
 class Isolated(RemoteObject):
-    """Proxy of an object in another process, which ends after a failed call.
+    """Proxy for an object in another process; the process ends after a failed call.
 
     Args:
-        name: The object's name in messages.
-        kind: The object's class, as `MODULE:CLASS`.
-        *arguments: The arguments of the class.
-        removed_variables: Environment variables to remove from the process.
+        name: Name of the object in error messages.
+        kind: Class of the object, as `MODULE:CLASS`.
+        *arguments: Arguments with which the class is called.
+        removed_variables: Environment variables that the process does not get.
         added_variables: Additional environment variables of the process.
     """
 

@@ -1,6 +1,6 @@
-"""Describe the runs of a cell, independently of the backend that writes them.
+"""Describe the runs to publish for a cell (one model on one benchmark), for any backend.
 
-The notes of runs, in Markdown, are the same in every backend.
+Every run has a note in Markdown, which is the same in every backend.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ AVERAGE_NOTE = "an average over several benchmarks can say more"
 
 
 def cell_note(cell: CellRecord, answer: str = "") -> str:
-    """Write the note of a cell's run.
+    """Return the note of a cell's summary run, in Markdown.
 
     Args:
-        cell: The cell.
-        answer: The answer that this benchmark alone gives; empty for none.
+        cell: The record of the cell.
+        answer: The conclusion from this benchmark alone; empty for none.
 
     Returns:
-        A paragraph.
+        One or more paragraphs.
     """
     effect, values = "loss of accuracy on the benchmark", "Values are fractions"
     if not cell.higher_is_better:
@@ -83,18 +83,18 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
 
 
 def _note_head(name: str) -> str:
-    """Write the first sentences of a note."""
+    """Return the beginning of a note: the name of the run in bold."""
     return f"**{escape_markdown(name)}**: "
 
 
 def intact_note(cell: CellRecord) -> str:
-    """Write the note of the intact model's run.
+    """Return the note of the unablated model's run, in Markdown.
 
     Args:
-        cell: The cell.
+        cell: The record of the cell.
 
     Returns:
-        A paragraph.
+        One paragraph.
     """
     head, documents = _note_head(intact_name(cell)), cell.describe_documents(f"{cell.n:,}")
     metric = markdown_code(cell.metric)
@@ -111,14 +111,14 @@ def intact_note(cell: CellRecord) -> str:
 
 
 def layer_note(cell: CellRecord, run: RunRecord) -> str:
-    """Write the note of an ablation's run.
+    """Return the note of an ablation's run, in Markdown.
 
     Args:
-        cell: The cell.
-        run: One of its runs.
+        cell: The record of the cell.
+        run: The ablation, an entry of `cell.runs`.
 
     Returns:
-        A paragraph.
+        One paragraph.
     """
     change, drop = run.change, run.drop
     replacement = REPLACEMENT_WORDS.get(change.intervention)
@@ -145,7 +145,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
 
 
 def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
-    """Check whether a run's effect is proved, simultaneously over all runs of its cell."""
+    """Return whether an ablation's effect is significant, corrected for all runs of its cell."""
     drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
         drops = widen(drops, [cell_run.n for cell_run in cell.runs], len(drops))
@@ -155,7 +155,7 @@ def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
 def _rounding_sentence(
     cell: CellRecord, n_rounded: int | None, n_documents: int, shift: float | None, subject: str
 ) -> str:
-    """State the number of documents decided by rounding in half precision, with a leading space."""
+    """Return a sentence about documents that half-precision rounding decides; else empty."""
     if n_rounded is None or shift is None:
         return ""
     return (
@@ -165,7 +165,7 @@ def _rounding_sentence(
 
 
 def _removal_text(cell: CellRecord) -> str:
-    """Describe the removed parts for the note, with the names of their curves."""
+    """Return text for the note that describes the ablations and the names of their curves."""
     kinds = dict.fromkeys(run.change.kind for run in cell.runs)
     text = "one layer is removed"
     if any(kind != WHOLE_LAYER for kind in kinds):
@@ -197,7 +197,7 @@ Run = TypeVar("Run")
 
 @dataclass(frozen=True)
 class OutcomesArtifact:
-    """The artifact of a cell: the files from which the cell's figures were computed."""
+    """Artifact to publish: the files from which the figures of a cell were computed."""
 
     name: str
     aliases: tuple[str, ...]
@@ -206,21 +206,23 @@ class OutcomesArtifact:
 
 @dataclass(frozen=True)
 class DescribedRun:
-    """Description of one run in a backend.
+    """Description of one run to publish, independent of the backend.
 
     Attributes:
-        cell: The cell of the run.
-        kind: The kind: the cell itself, the cell's starting model, or one of the cell's runs.
-        name: The name in lists of runs.
-        note: The note in Markdown.
-        record: The record that, with name and `files`, determines all contents.
-        figures: The defined figures, by names that every backend accepts.
-        reasons: The reasons for undefined figures.
-        run: The cell's run that is shown; None for other kinds.
-        curves: Layers, and the figure of each layer by curve name, over the cell's runs.
-        tables: Tables by name.
-        charts: Charts by name.
-        files: Attached files.
+        cell: Record of the cell (model and benchmark) to which the run belongs.
+        kind: `cell` for the summary run of the cell, `baseline` for the unablated model, `layer`
+            for an ablation.
+        name: Display name of the run.
+        note: Note of the run in Markdown.
+        record: Record from which, together with the name and `files`, all contents of the run are
+            built.
+        figures: Name → figure. All figures are defined, and every backend accepts the names.
+        reasons: Name of an undefined figure → reason why it is undefined.
+        run: Record of the ablation; None for other kinds of runs.
+        curves: For each ablation, its layer and a dictionary of curve name → figure.
+        tables: Name → table.
+        charts: Name → chart.
+        files: Files to attach to the run.
     """
 
     cell: CellRecord
@@ -238,22 +240,22 @@ class DescribedRun:
 
     @property
     def ablation(self) -> str:
-        """The ablation's name; for the cell and its starting model, the kind."""
+        """Name of the ablation; for other runs, the kind of the run."""
         return self.run.ablation if self.run else self.kind
 
     @property
     def key(self) -> str:
-        """The run key, equal on every machine and at all times."""
+        """Key that identifies the run, equal on every machine and at any time."""
         return run_key(self.cell, self.ablation)
 
     @property
     def step(self) -> int:
-        """The position of the run's figures on the axis of layers."""
+        """Step of the run's figures in curves over the layers, which is the ablation's layer."""
         return self.run.change.layer if self.run else 0
 
     @property
     def run_fields(self) -> dict[str, str | int]:
-        """The fields that identify a change's run within its cell; empty for a cell's run."""
+        """Fields that identify the ablation within its cell; empty for other kinds of runs."""
         if self.run is None:
             return {}
         change, names = self.run.change, ("layer", "component", "span", "intervention")
@@ -268,7 +270,7 @@ class DescribedRun:
 
     @property
     def question_tags(self) -> dict[str, str]:
-        """The tags about the cell's question; empty without a question."""
+        """Tags about the `until` question of the cell; empty if there is no question."""
         return question_tags(self.cell, self.run.change if self.run else None)
 
     @cached_property
@@ -277,16 +279,17 @@ class DescribedRun:
         return files_digest(self.files) if self.kind == "cell" else ""
 
     def digest(self, *additions: str) -> str:
-        """Compute the digest of the run's contents and the backend's `additions`."""
+        """Compute a digest of the run's contents and of `additions` by the backend."""
         tag_values, cell = self.question_tags.values(), self.cell
         identity = (self.key, self.name, cell.title, cell.metric, self.version)
         return content_digest(self.record, *identity, *tag_values, *additions)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's identity as a nested dictionary, without periods in names.
+        """Nested dictionary of everything that identifies the run; names contain no periods.
 
-        Request fields have the same names as in a sweep's trials, so that the same filters work.
+        The fields of a request have the same names as in the trials of a sweep, so that the same
+        filters work for both kinds of runs.
         """
         cell, outcomes = self.cell, self.outcomes
         return {
@@ -310,7 +313,7 @@ class DescribedRun:
 
     @cached_property
     def outcomes(self) -> OutcomesArtifact | None:
-        """The artifact with the attached files; None for runs other than the cell's own run."""
+        """Artifact with the attached files of the summary run; None for other kinds of runs."""
         if self.kind != "cell":
             return None
         cell = self.cell
@@ -328,10 +331,11 @@ class DescribedRun:
 
 
 def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord]:
-    """List the cell's runs that become separate runs in a backend.
+    """List the ablations of a cell that become separate runs in a backend.
 
-    If there are more than `MAX_OWN_RUNS` of a kind, such as the heads of all layers, only the
-    table and the map of the cell's own run show them, unless `selection` selects otherwise.
+    A kind with more than `MAX_OWN_RUNS` ablations, such as the heads of all layers, gets no
+    separate runs, unless `selection` selects otherwise. Only the table and the map in the summary
+    run show these ablations.
     """
     # Whole layers are counted separately from spans.
     count = Counter(map(_run_family, cell.runs))
@@ -340,7 +344,7 @@ def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord
 
 
 def _run_family(run: RunRecord) -> tuple[bool, Change]:
-    """Return the kind of a run, for the limit `MAX_OWN_RUNS` per kind."""
+    """Return the kind of an ablation, for which `MAX_OWN_RUNS` limits the separate runs."""
     return run.change.kind == WHOLE_LAYER, run.change.kind.family
 
 
@@ -352,25 +356,26 @@ def describe_runs(
     selection: RunSelection = "auto",
     answer: str = "",
 ) -> list[DescribedRun]:
-    """Describe the runs of a cell, in the order of writing.
+    """Describe all runs to publish for a cell, in the order in which they are written.
 
-    Backends list the newest run first, so the order is reversed: first the cell's runs from last to
-    first, then the starting model, then the cell's own run.
+    Backends list the newest run first. So the ablations come first, from the last to the first;
+    then the unablated model; and last the summary run.
     """
     runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
     return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]
 
 
 def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Transfer the runs of superseded views to the view that replaces them.
+    """Give a backend's runs of earlier views the keys of the view that replaced these views.
 
     Args:
-        by_key: A backend's runs by run key; runs of superseded views get their new keys.
-        cell: The record of the view.
-        runs: The described runs of the view.
+        by_key: Run key → run of the backend. Runs of earlier views get their new keys.
+        cell: Record of the new view.
+        runs: Descriptions of the runs of the new view.
 
     Returns:
-        The runs to delete: runs that exist under both keys, or that the view does not contain.
+        The runs to delete: runs that exist under both keys, and runs that the new view does not
+        contain.
     """
     keys, obsolete_runs = {run.key for run in runs}, []
     for view in cell.supersedes:
@@ -383,7 +388,7 @@ def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[Described
 
 
 def describe_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
-    """Describe one run of a cell."""
+    """Describe the run of one ablation of a cell."""
     return DescribedRun(
         cell=cell,
         kind="layer",
@@ -397,7 +402,7 @@ def describe_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
 
 
 def describe_intact(cell: CellRecord) -> DescribedRun:
-    """Describe the run of a cell's starting model."""
+    """Describe the run of a cell's unablated model."""
     return DescribedRun(
         cell=cell,
         kind="baseline",
@@ -415,7 +420,7 @@ def describe_cell(
     tables: Mapping[str, LoggedTable] = {},
     answer: str = "",
 ) -> DescribedRun:
-    """Describe a cell's own run, with figures of the cell's runs as curves over the layers."""
+    """Describe a cell's summary run, which shows its ablations as curves over the layers."""
     figures = cell_figures(cell)
     reasons = {**non_finite_reasons(figures), **cell.all_reasons}
     curves = []
@@ -444,12 +449,12 @@ def describe_cell(
 
 
 def _accepted_names(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Rename figures or reasons to names that every backend accepts."""
+    """Return the values under names that every backend accepts."""
     return {tracked_name(name): value for name, value in values.items()}
 
 
 def _facts(cell: CellRecord) -> dict[str, Any]:
-    """Return the fields of the cell on which its figures depend."""
+    """Return the fields of a record that determine the figures: model, benchmark, metric etc."""
     return {
         "cell": cell.key,
         "metric": cell.metric,
@@ -467,7 +472,7 @@ def _flat_names(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def artifact_name(cell: CellRecord) -> str:
-    """Return the artifact's name, equal on every machine, with the cell's key at the end."""
+    """Return the name of a cell's artifact, which ends with the key of the cell."""
     key = re.sub(INVALID_NAME_PATTERN, "-", f"{cell.view}-{cell.key[:12]}")
     name = re.sub(INVALID_NAME_PATTERN, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
     if len(key) > MAX_ARTIFACT_NAME // 2:
@@ -476,7 +481,7 @@ def artifact_name(cell: CellRecord) -> str:
 
 
 def cut_text(text: str, limit: int) -> str:
-    """Shorten a text with too many bytes, and append a hash of the whole text."""
+    """Cut a text to at most `limit` bytes; a cut text ends with a hash of the whole text."""
     encoded = text.encode()
     if len(encoded) <= limit:
         return text

@@ -1,4 +1,4 @@
-"""Study: compare every proxy of a layer's relevance with the accuracy drop of its removal."""
+"""Study `audit`: compare every proxy of a layer's relevance with the measured accuracy drop."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ AUDIT_TEXTS = study_texts("audit", paper=PAPER_CORRELATIONS, proxies=LAYER_PROXI
 
 
 class Audit(Study[AuditSettings]):
-    """Compare every proxy with the accuracy drop, for each model and benchmark, and its cost."""
+    """Study that compares all proxies with the accuracy drop of removed layers, and their costs."""
 
     name = "audit"
     question = (
@@ -61,7 +61,7 @@ class Audit(Study[AuditSettings]):
     texts = AUDIT_TEXTS
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the cells of the file, restricted to removals of single whole layers."""
+        """List the requests of the file, restricted to removals of single whole layers."""
         cells: dict[CellRequest, None] = {}
         for cell in super().requests(context):
             layers = cell.changes.layers
@@ -91,7 +91,7 @@ class Audit(Study[AuditSettings]):
 
 
 def audit_answers(audit: ModelAudit) -> list[str]:
-    """Return the sentences about one model, contradictions of the paper first."""
+    """Return the report's sentences about one model; contradictions to the paper are first."""
     if not audit.summaries:
         return AUDIT_TEXTS.render_all("nothing", audit)
     worth = AUDIT_TEXTS.render("worth", audit.prediction_by_cost)
@@ -101,7 +101,7 @@ def audit_answers(audit: ModelAudit) -> list[str]:
 
 
 def _pooled_sentence(audit: ModelAudit) -> str:
-    """Describe the paper's own figure: correlation of cosine over inner layers × benchmarks."""
+    """Describe the correlation of cosine score and drop over inner layers of all benchmarks."""
     summary = audit.summaries.get("cosine_score")
     if summary is None or (correlation := pooled_correlation(summary.cells)) is None:
         return ""
@@ -110,7 +110,7 @@ def _pooled_sentence(audit: ModelAudit) -> str:
 
 
 def _task_sentence(audit: ModelAudit) -> str:
-    """Describe whether relevance depends on the task more than cosine does (paper's claim 3)."""
+    """Describe whether accuracy drops vary more between tasks than the cosine score does."""
     cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
     if cosine is None or drop is None or cosine.test is None:
         return ""
@@ -118,7 +118,7 @@ def _task_sentence(audit: ModelAudit) -> str:
 
 
 def _best_sentence(audit: ModelAudit) -> str:
-    """Name the proxy that ranks layers best, if comparisons with all other proxies show it."""
+    """Describe which proxy ranks the layers best, or which proxies could be the best."""
     if len(audit.summaries) == 1:
         return ""
     names = [name for name, (rank, _) in audit.ranks.items() if rank == 1]
@@ -130,7 +130,7 @@ def _best_sentence(audit: ModelAudit) -> str:
 
 
 def list_unanswered(audit: ModelAudit) -> list[str]:
-    """Describe the unanswered questions about a model, and how to answer these questions."""
+    """Describe which questions about a model stay unanswered, and what would answer them."""
     return AUDIT_TEXTS.render_all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 
@@ -138,7 +138,7 @@ def list_unanswered(audit: ModelAudit) -> list[str]:
 
 
 def audit_tables(audit: ModelAudit) -> list[Table]:
-    """Return all tables of one model."""
+    """Return all tables of the report about one model."""
     tables = [_proxy_table(audit), _benchmark_table(audit), _disagreement_table(audit)]
     return [*tables, _variance_table(audit)] if audit.spreads else tables
 
@@ -192,7 +192,7 @@ def _inner_reason(cells: Sequence[AuditedCell]) -> str:
 
 @dataclass(frozen=True)
 class BenchmarkProxyRow:
-    """The agreement of a proxy with the drop on one benchmark."""
+    """Row of a table: agreement of one proxy with the accuracy drop on one benchmark."""
 
     benchmark: str = labelled("benchmark")
     proxy: str = labelled("proxy")
@@ -293,7 +293,7 @@ def _proxy_label(name: str) -> str:
 
 
 def audit_charts(audit: ModelAudit) -> list[StudyChart]:
-    """Return all charts of one model."""
+    """Return all charts of the report about one model."""
     return [*_cost_charts(audit), *_depth_charts(audit), *_rank_maps(audit)]
 
 

@@ -1,4 +1,4 @@
-"""Compute the audit's figures: drops and proxies of each layer, by document and by model."""
+"""Compute the statistics of the study `audit`: how well proxies agree with accuracy drops."""
 
 from __future__ import annotations
 
@@ -59,14 +59,16 @@ MIN_RELIABILITY = 0.5
 
 @dataclass(frozen=True)
 class ProxyAgreement:
-    """Agreement of one proxy with the drop on one benchmark.
+    """Agreement of one proxy with the accuracy drop over layers, on one benchmark.
 
     Attributes:
-        spearman: Spearman correlation with interval and p-value; if None, all others are None too.
-        inner: Spearman correlation without the outer layers.
+        spearman: Spearman correlation with interval and p-value. If its value is None, the other
+            coefficients are None, and `resampled` is NaN.
+        inner: Spearman correlation over the inner layers, without the first and last layers of the
+            model.
         kendall: Kendall's tau-b.
         pearson: Pearson's r.
-        resampled: Spearman correlation in each resample of the documents.
+        resampled: Spearman correlation for each bootstrap resample of the documents.
     """
 
     spearman: Estimate
@@ -77,10 +79,10 @@ class ProxyAgreement:
 
 
 class AuditedCell:
-    """Drops and proxies of the whole layers of one cell, on the same documents in one order."""
+    """Accuracy drops and proxies of whole layers for one model and benchmark."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Observe proxies that the ledger lacks, and align all arrays on the same documents."""
+        """Measure the proxies that the ledger lacks, and align all values by document."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -108,17 +110,17 @@ class AuditedCell:
 
     @property
     def relevance(self) -> Array:
-        """The accuracy relevance of each whole layer; NaN if undefined."""
+        """The accuracy relevance of each layer: the lost share of the accuracy above chance."""
         return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
     def resample(self, name: str) -> Array:
-        """Return a measure of each layer in each resample; all measures share the resamples."""
+        """Return the means of a measure for each bootstrap resample and layer."""
         measure = self.measures[name]
         return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
     @cached_property
     def agreements(self) -> dict[str, ProxyAgreement]:
-        """The agreement of each proxy with the drop."""
+        """Name of each proxy → agreement of the proxy with the accuracy drop."""
         drops = self.resample(DROP)
         return {name: self._agreement(name, drops) for name in LAYER_PROXIES}
 
@@ -141,7 +143,7 @@ class AuditedCell:
 def _proxy_figures(
     cell: AlignedOutcomes, observations: Observations
 ) -> Iterator[tuple[str, Array, Array]]:
-    """Yield each proxy's name, its means [documents, layers] and the document weights."""
+    """Yield each proxy's name, its document means [documents, layers] and document weights."""
     for proxy in OBSERVED:
         means = token_means(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.from_observed(means), cell.tokens
@@ -171,16 +173,18 @@ def _begin_observing(engine: Engine) -> ObserveDocument:
 
 @dataclass(frozen=True)
 class ProxySummary:
-    """Agreement of one proxy with the drop, over all benchmarks where the proxy is defined.
+    """Mean agreement of one proxy with the accuracy drop, over benchmarks of one model.
 
     Attributes:
-        proxy: Name in `LAYER_PROXIES`.
-        cells: Cells of the benchmarks.
-        spearman: Mean coefficient, always defined, with an interval over documents.
-        inner: Mean coefficient without the outer layers.
-        kendall: Mean tau-b.
-        p_value: p-value of the mean coefficient, not adjusted.
-        resampled: Mean coefficient in each resample of the documents.
+        proxy: Name of the proxy, a key of `LAYER_PROXIES`.
+        cells: Data of the benchmarks on which the proxy is defined.
+        spearman: Mean Spearman coefficient, always defined, with an interval by resampling
+            documents.
+        inner: Mean Spearman coefficient over the inner layers, without the first and last layers of
+            the model.
+        kendall: Mean of Kendall's tau-b.
+        p_value: p-value of the mean Spearman coefficient, not adjusted for several proxies.
+        resampled: Mean Spearman coefficient for each bootstrap resample of the documents.
     """
 
     proxy: str
@@ -193,7 +197,7 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlap of the most relevant layers, of the least relevant, and by chance."""
+        """Mean overlap with the drop's most relevant and least relevant layers, and by chance."""
         rows = []
         for cell in self.cells:
             count = min(TOP_LAYERS, len(cell.layers))
@@ -206,13 +210,13 @@ class ProxySummary:
 
 @dataclass(frozen=True)
 class RelevanceVariance:
-    """Variation of layers' relevance over benchmarks, by one measure.
+    """Variation of the relevance of layers between benchmarks, according to one measure.
 
     Attributes:
-        raw: Mean over layers of the variance of z-scores.
-        test: Comparison of the accuracy drop's variance with this measure's, for each layer.
-        noisy: `raw` over the benchmarks that `clean` uses.
-        clean: `raw` without the noise of the documents.
+        raw: Mean over layers of the variance of z-scores over benchmarks.
+        test: Comparison of two variances over layers: of the accuracy drop, and of this measure.
+        noisy: Same as `raw`, but only over the benchmarks that `clean` uses.
+        clean: Same as `noisy`, but with the sampling noise of documents subtracted.
         excess: `clean` of the accuracy drop minus `clean` of this measure.
         reason: Reason why `clean` is None.
     """
@@ -226,7 +230,7 @@ class RelevanceVariance:
 
 
 class ModelAudit:
-    """Drops and proxies of one model over its benchmarks."""
+    """Comparison of proxies with accuracy drops for one model, over all its benchmarks."""
 
     def __init__(self, name: str, cells: Sequence[AuditedCell]) -> None:
         self.name = name
@@ -235,22 +239,23 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """The number of benchmarks and of documents, in words."""
+        """The numbers of benchmarks and documents as text, for sentences of the report."""
         cells = self.comparable
         documents = count_text(sum(cell.record.n for cell in cells), "document")
         return f"{count_text(len(cells), 'benchmark')}, {documents}"
 
     @property
     def drop(self) -> str:
-        """The name of the loss of a removal: accuracy drop, loss increase, or both."""
+        """The name of the measured effect of a removal: accuracy drop, loss increase, or both."""
         kinds = sorted({cell.record.higher_is_better for cell in self.cells}, reverse=True)
         return " or ".join(DROP if accuracy else "loss increase" for accuracy in kinds)
 
     @cached_property
     def comparable(self) -> list[AuditedCell]:
-        """The cells in means over benchmarks: one cell for each benchmark, with equal layers.
+        """The benchmarks that enter means over benchmarks; all have results for the same layers.
 
-        The layers are the set that most cells have; on ties, the largest such set.
+        The layers are the set of layers that most benchmarks have. If several sets are equally
+        frequent, the largest of these sets is used.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -259,7 +264,7 @@ class ModelAudit:
 
     @property
     def left_out(self) -> list[str]:
-        """The cells that are left out of means over benchmarks, with reasons."""
+        """The reason for each benchmark that does not enter means over benchmarks."""
         distinct, reasons = distinct_cells(self.cells), []
         reference = self.comparable[0]
         for cell in self.cells:
@@ -275,7 +280,7 @@ class ModelAudit:
 
     @cached_property
     def summaries(self) -> dict[str, ProxySummary]:
-        """Name → summary of each comparable proxy, sorted by mean coefficient."""
+        """Name of proxy → summary, sorted by the mean Spearman coefficient, highest first."""
         summaries = []
         for proxy in LAYER_PROXIES:
             pairs = [(cell, cell.agreements[proxy]) for cell in self.comparable]
@@ -295,9 +300,10 @@ class ModelAudit:
         return {summary.proxy: summary for summary in summaries}
 
     def compare_proxies(self, summary: ProxySummary, other: ProxySummary) -> Estimate:
-        """Estimate how much better one proxy ranks the layers than another proxy.
+        """Estimate how much better one proxy ranks the layers than another, as a difference.
 
-        Both use the same documents. The interval is simultaneous for all pairs of proxies.
+        The difference is that of the mean Spearman coefficients on the same documents. The interval
+        is simultaneous for all pairs of proxies.
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
@@ -310,7 +316,7 @@ class ModelAudit:
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """Proxy → best and worst possible rank by agreement with the drops (simultaneous)."""
+        """Name of proxy → best and worst possible rank by agreement with the accuracy drops."""
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
         ranks = ranks_by_comparison(np.array(lows) > 0)
@@ -318,13 +324,13 @@ class ModelAudit:
 
     @cached_property
     def adjusted(self) -> dict[str, float]:
-        """Proxy → p-value of the mean coefficient, adjusted by Holm over all proxies."""
+        """Name of proxy → p-value of the mean Spearman coefficient, adjusted by Holm's method."""
         p_values = holm([summary.p_value for summary in self.summaries.values()])
         return {n: p for n, p in zip(self.summaries, p_values, strict=True) if p is not None}
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Proxy → disagreement of its ranks with ranks by drop: any difference, major ones."""
+        """Proxy → how its layer ranks differ from ranks by drop: any and large differences."""
         disagreements = {}
         for name, summary in self.summaries.items():
             x, y = (mean_profiles(measure, summary.cells) for measure in (name, DROP))
@@ -334,25 +340,25 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """The benchmarks where relevance is defined, because the intact model is above chance."""
+        """Comparable benchmarks where the intact model is above chance; empty if below two."""
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
-        """Benchmark → share of the spread of its drops over layers that is not document noise."""
+        """Benchmark → share of the drops' variance over layers that is not sampling noise."""
         drops = {c.label: (c.drop.values, c.drop.weights, c.strata) for c in self.cells}
         return {name: profile_reliability(*estimate_profile(*d)) for name, d in drops.items()}
 
     @cached_property
     def reliable(self) -> list[AuditedCell]:
-        """The benchmarks above chance whose noise can be subtracted."""
+        """The benchmarks above chance whose drops are reliable enough to subtract their noise."""
         return [c for c in self.above_chance if self.reliabilities[c.label] >= MIN_RELIABILITY]
 
     @cached_property
     def spreads(self) -> dict[str, RelevanceVariance]:
-        """Measure → its variation over benchmarks; empty if undefined."""
+        """Measure → variation of the layers' relevance over benchmarks; empty if undefined."""
         cells = self.above_chance
         if not cells:
             return {}
@@ -393,11 +399,11 @@ class ModelAudit:
     def prediction_by_cost(
         self,
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
-        """Estimate how well each measure predicts drops of other documents, by its cost.
+        """Estimate how well each measure predicts drops on other documents, for each budget.
 
-        Returns the budgets in forward passes for each benchmark; measure → mean Spearman
-        correlation for each budget; and the correlation of the drop on half of the documents, at
-        any cost.
+        Returns the budgets, in forward passes for each benchmark; measure → mean Spearman
+        correlation for each budget; and the correlation of the drops on one half of the documents
+        with the drops on the other half.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -421,7 +427,7 @@ class ModelAudit:
 
     @property
     def noisy(self) -> str:
-        """The benchmarks that are too noisy, and the number of documents they need, in words."""
+        """Text that lists the benchmarks with too much noise, and the documents that they need."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
@@ -433,7 +439,7 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Choose one cell for each benchmark, none sharing tasks, by metric, layers and documents."""
+    """Return the best cell of each benchmark, so that no two returned cells share a task."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
     for cell in best:
@@ -443,7 +449,7 @@ def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
 
 
 def mean_profiles(name: str, cells: Sequence[AuditedCell]) -> Array:
-    """Return the mean of a measure for each cell and layer `[cells, layers]`."""
+    """Return the mean of a measure over documents, for each cell and layer `[cells, layers]`."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 

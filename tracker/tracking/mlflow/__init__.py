@@ -1,13 +1,13 @@
-"""Write cells to MLflow, and read them back.
+"""Publish results to MLflow, and read published results back.
 
 Modules:
-    backend: Keep an MLflow experiment in step with the ledger.
-    database: Create the local SQLite file.
-    live_run: Show a cell during its measurement.
+    backend: Update an MLflow experiment with the results in the ledger.
+    database: Create the SQLite file in which MLflow stores runs without a server.
+    live_run: Show the progress of a measurement.
     models: Log pruned models.
-    runs: Describe runs in MLflow's terms, without importing MLflow.
-    service: Describe MLflow to the other packages, without importing MLflow.
-    writing: Write one run.
+    runs: Convert descriptions of runs to MLflow's terms, without importing MLflow.
+    service: Define the interface to MLflow for other packages, without importing MLflow.
+    writing: Write one MLflow run.
 """
 
 import os

@@ -1,10 +1,11 @@
-"""Publish cells to MLflow: one run per cell, with nested runs of the intact model and each run.
+"""Publish results to MLflow: a summary run per cell, with nested runs of its ablations.
 
-Without `MLFLOW_TRACKING_URI` all data is written to the results folder (`mlflow.db` and
-`mlartifacts/`), and no server is needed.
+A cell is one model on one benchmark; another nested run shows its intact model. Without
+`MLFLOW_TRACKING_URI`, all data is written to the results folder (`mlflow.db` and `mlartifacts/`),
+and no server is needed.
 
-A run is identified by its tag `tracker.run_key`. The tag `tracker.digest` is written last, so the
-next `publish` completes a run whose digest is missing or old.
+The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last, so the next
+`publish` completes a run whose digest is missing or outdated.
 """
 
 from __future__ import annotations
@@ -64,15 +65,15 @@ _SQLITE_URI = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 
 
 class MlflowBackend(Backend):
-    """Keeps an MLflow experiment in step with the ledger.
+    """Backend that updates an MLflow experiment with the results in the ledger.
 
-    A report is a run with its files, tables and charts.
+    A report is published as a run with files, tables and charts.
 
     Args:
-        project: The MLflow experiment's name.
+        project: Name of the MLflow experiment.
         results: The results folder.
-        tracking_uri: The store of runs; None for `MLFLOW_TRACKING_URI`, or else a SQLite file in
-            the results folder.
+        tracking_uri: The store of runs. If None, `MLFLOW_TRACKING_URI` names the store; without
+            this variable it is a SQLite file in the results folder.
     """
 
     name = "mlflow"
@@ -110,10 +111,10 @@ class MlflowBackend(Backend):
         return outcomes
 
     def open(self, cell: CellRecord) -> tuple[Any, str]:
-        """Open the run of a cell that is about to be measured, or continue it.
+        """Open or continue the summary run of a cell that is about to be measured.
 
         Args:
-            cell: The record of the cell so far.
+            cell: The record of the cell before the measurement.
 
         Returns:
             The run, and the tracking URI.
@@ -127,7 +128,7 @@ class MlflowBackend(Backend):
             return existing[run_key(cell, "cell")], self._uri
 
     def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
-        """Create a separate run; return the run id, the tracking URI and the location."""
+        """Create a run that belongs to no cell; return the run id, tracking URI and location."""
         with self._one_writer(f"did not take {name}"):
             client, experiment = self._connect()
             run = client.create_run(experiment, tags=dict(tags), run_name=name)
@@ -177,7 +178,7 @@ class MlflowBackend(Backend):
             return self._location()
 
     def user(self) -> str:
-        """Return the user name that MLflow shows beside this user's runs."""
+        """Return the name of the user to whom MLflow attributes new runs."""
         if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
             return name
         with suppress(KeyError, OSError):
@@ -193,7 +194,7 @@ class MlflowBackend(Backend):
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _connect(self) -> tuple[Any, str]:
-        """Return the client and the experiment's id, and create the experiment if needed."""
+        """Return the client and the id of the experiment, which is created if it is missing."""
         if self._connection is None:
             if self._database:
                 create_database(self._database)
@@ -202,7 +203,7 @@ class MlflowBackend(Backend):
         return self._connection
 
     def _connect_existing(self) -> tuple[Any, str]:
-        """Return the client and the id of an existing experiment."""
+        """Return the client and the id of the experiment; TrackingError if it does not exist."""
         if self._connection is None:
             if self._database:
                 if not self._database.exists():
@@ -218,7 +219,7 @@ class MlflowBackend(Backend):
         return self._connection
 
     def _experiment_id(self, client: MlflowClient) -> str:
-        """Return the id of the experiment; create the experiment if needed."""
+        """Return the id of the experiment, which is created if it is missing."""
         experiment = client.get_experiment_by_name(self._project)
         if experiment is None:
             try:
@@ -237,7 +238,7 @@ class MlflowBackend(Backend):
         return str(experiment.experiment_id)
 
     def _artifact_location(self) -> str | None:
-        """Return the folder of the runs' files; None for servers, which choose their own."""
+        """Return the folder for files of runs; None for servers, which choose the folder."""
         if self._uri.startswith(("http://", "https://", "databricks")):
             return None
         return artifact_folder(self._database or self._results / "mlflow.db").as_uri()
@@ -293,13 +294,13 @@ def _shorten_error(error: Exception) -> Exception:
 
 
 def _search_runs(client: MlflowClient, experiment: str, filter_string: str) -> Iterator[Any]:
-    """Yield matching runs that are not deleted, the oldest first."""
+    """Yield the runs that match a filter and are not deleted, sorted by start time."""
     order = ["attributes.start_time ASC"]
     return iterate_pages(partial(client.search_runs, [experiment], filter_string, order_by=order))
 
 
 def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dict[str, Any]:
-    """Return the runs of a cell by run key."""
+    """Return run key → MLflow run for all runs of a cell."""
     runs: dict[str, Any] = {}
     for run in _search_runs(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
         runs.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
@@ -309,9 +310,9 @@ def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dic
 def _confirm_written(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Read written runs back, and rewrite the runs that MLflow shows wrongly.
+    """Read runs back from MLflow, and write runs with differences once more.
 
-    TrackingError is raised if a run is still wrong.
+    TrackingError is raised if a run still differs after the second attempt.
     """
     for is_rewritten in (False, True):
         writer = CellWriter(client, experiment, _find_cell_runs(client, experiment, cell.key))
@@ -328,7 +329,7 @@ def _confirm_written(
 def _open_cell_run(
     client: MlflowClient, experiment: str, cell: CellRecord, existing: dict[str, Any]
 ) -> str:
-    """Return the id of a cell's run; create a missing run and add it to `existing`."""
+    """Return the id of a cell's summary run; create the run if `existing` lacks it."""
     key = run_key(cell, "cell")
     if key not in existing:
         run = mlflow_run(describe_cell(cell))
@@ -337,7 +338,7 @@ def _open_cell_run(
 
 
 def _secrets(uri: str) -> list[str | None]:
-    """Return the passwords in the address and the environment, to mask them in messages."""
+    """Return passwords in the address and the environment, which messages must mask."""
     passwords = [os.environ.get(name) for name in _SECRET_SETTINGS]
     with suppress(ValueError):
         passwords.append(urlsplit(uri).password)

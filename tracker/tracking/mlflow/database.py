@@ -1,4 +1,4 @@
-"""Create the SQLite file of MLflow's runs, for users without a server."""
+"""Create the SQLite file in which MLflow stores runs for users without a server."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ _ADDRESS_COLUMNS = (
 
 
 def artifact_folder(database: Path) -> Path:
-    """Return the folder of the runs' files, beside the database."""
+    """Return the folder for files of runs, which is in the same folder as the database."""
     return database.parent / _ARTIFACTS_FOLDER
 
 
 def create_database(path: Path) -> None:
-    """Create the SQLite file, or check quickly that an existing file can be used.
+    """Create MLflow's SQLite file, or check quickly that an existing file can be used.
 
-    MLflow's migrations take seconds and cannot be repeated after an interruption. So they run on a
-    draft file, which is renamed when complete. The caller holds the lock.
+    MLflow's migrations take seconds and cannot be repeated after an interruption. So the migrations
+    run on a temporary file, which is renamed when it is complete. The caller must hold the lock of
+    the database.
     """
     if path.exists() and path.stat().st_size:
         update_addresses(path)
@@ -63,10 +64,10 @@ def create_database(path: Path) -> None:
 
 
 def update_addresses(path: Path) -> None:
-    """Update the addresses of runs' files after database and files were moved or copied.
+    """Update the stored paths of files after the database and the files were moved or copied.
 
-    MLflow stores absolute addresses. Without the update, MLflow would continue to write to the old
-    folder, which is missing, or belongs to the original of the copy.
+    MLflow stores absolute paths. Without the update, MLflow would continue to write to the old
+    folder. The old folder is missing after a move, and belongs to the original after a copy.
     """
     folder = artifact_folder(path)
     with closing(sqlite3.connect(path)) as database:
@@ -99,7 +100,7 @@ def update_addresses(path: Path) -> None:
 
 
 def _on_local_disk(folder: Path) -> bool:
-    """Check whether SQLite's write-ahead log is safe; on network file systems it is not."""
+    """Return whether a folder is on a local disk, where SQLite's write-ahead log is safe."""
     resolved, partitions = folder.resolve(), psutil.disk_partitions(all=True)
     mounts = [mount for mount in partitions if resolved.is_relative_to(mount.mountpoint)]
     nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)

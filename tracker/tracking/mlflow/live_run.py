@@ -1,4 +1,4 @@
-"""Show cells in MLflow during measurement; this code runs in a separate process."""
+"""Show the progress of measurements in MLflow; this code runs in a separate process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class _OpenRun:
-    """An open run, with the last value of each of its metrics by name."""
+    """An open MLflow run, with the last logged value of each metric."""
 
     run: Run
     monitor: SystemMetricsMonitor
@@ -32,7 +32,7 @@ class _OpenRun:
 
 
 class MlflowLiveRun(OpenRuns):
-    """Live runs of an MLflow experiment; the arguments are those of `MlflowBackend`."""
+    """Live runs in an MLflow experiment; the arguments are the arguments of `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Log pruned models with MLflow's transformers flavour, in a separate process."""
+"""Publish pruned models with MLflow's transformers flavour, in a separate process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracker.tracking.mlflow.runs import PARAM_CHARACTERS, source_tags
 
 
 class MlflowModels(Models):
-    """Storage of pruned models in an experiment; the arguments are those of `MlflowBackend`."""
+    """Storage of pruned models in an MLflow experiment; arguments as in `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._backend = MlflowBackend(project, results, tracking_uri)
@@ -61,7 +61,7 @@ class MlflowModels(Models):
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
-    """Load a model and its tokenizer, since MLflow 3.17 fails on folders of transformers 5."""
+    """Load a model and its tokenizer, because MLflow 3.17 cannot log a transformers 5 folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return {
@@ -71,7 +71,7 @@ def _load_parts(folder: Path) -> dict[str, Any]:
 
 
 def _model_params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the params that distinguish a model from other models."""
+    """Yield the MLflow params that distinguish a pruned model from other models."""
     yield "model", facts["base"]["source"]
     for name in ("removed", "strategy", "calibration"):
         if facts[name] is not None:

@@ -1,4 +1,4 @@
-"""Describe the runs of a cell in MLflow's terms, without importing MLflow."""
+"""Convert descriptions of runs to MLflow's terms, without importing MLflow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DIGEST_CHARACTERS = 36
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """Description of one MLflow run."""
+    """Content of one MLflow run: metrics, params, tags and data sets."""
 
     source: DescribedRun
     digest: str
@@ -42,15 +42,15 @@ class MlflowRun:
 
 
 def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "") -> MlflowRun:
-    """Describe a run in MLflow's terms.
+    """Convert the description of a run to MLflow's terms.
 
     Args:
-        run: The run.
-        parent_id: The id of the cell's own run that contains the run; None for the cell's own run.
-        links: Links to the cell's runs, which are added to the note.
+        run: Description of the run, independent of the backend.
+        parent_id: Id of the summary run in which this run is nested; None for the summary run.
+        links: Links to the nested runs, which are added to the note of the summary run.
 
     Returns:
-        The run in MLflow's terms.
+        Metrics, params, tags and data sets of the run.
     """
     cell, is_cell = run.cell, run.kind == "cell"
     points = {(name, run.step): value for name, value in run.figures.items()}
@@ -70,7 +70,7 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 
 
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
-    """Write links to a cell's runs, as many as fit the note; `ids` maps run keys to ids."""
+    """Return links to a cell's nested runs that fit the note; `ids` maps run keys to run ids."""
     digits = max(2, len(str(cell.model.layers - 1)))
     labels = {run.ablation: run.change.label(digits) for run in cell.runs}
     labels = {BASELINE: start_label(cell), **labels}
@@ -87,7 +87,7 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
 
 
 def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
-    """Build the tags of a report or model, with the run keys of the cells used for it."""
+    """Return the tags of a report or a model, with the keys of the runs on which it is based."""
     return {
         KIND_TAG: kind,
         "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in cells)[:_TAG_CHARACTERS],
@@ -98,26 +98,26 @@ def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) ->
 
 
 def _data_identity(cell: CellRecord) -> tuple[str, str]:
-    """Return the name and digest of a cell's data: one task, or a whole group of tasks."""
+    """Return name and digest of the evaluated data set: one task, or a whole group of tasks."""
     task_digests = [_task_digest(task) for task in cell.benchmark.tasks]
     digest = task_digests[0] if len(task_digests) == 1 else content_hash(task_digests)
     return cell.benchmark.title, digest[:_DIGEST_CHARACTERS]
 
 
 def _task_digest(task: TaskIdentity) -> str:
-    """Return the digest of a task's documents, which differs between its halves."""
+    """Return the digest of a task's documents; the two halves of a task have different digests."""
     if task.half is None:
         return task.fingerprint
     return content_hash([task.fingerprint, task.half.model_dump()])
 
 
 def tables_tag(names: Iterable[str]) -> str:
-    """Build the tag by which MLflow's page finds the tables with these names."""
+    """Return the tag through which MLflow's page finds the tables with these names."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 
 def _cell_params(cell: CellRecord) -> dict[str, object]:
-    """Return the params that only a cell's own run has."""
+    """Return the MLflow params that only the summary run of a cell has."""
     model, benchmark = cell.model, cell.benchmark
     size = {name: getattr(model, name) for name in ("architecture", "layers", "parameters")}
     prompt = {name: getattr(benchmark, name) for name in ("apply_chat_template", "seed")}
@@ -125,7 +125,7 @@ def _cell_params(cell: CellRecord) -> dict[str, object]:
 
 
 def _run_params(cell: CellRecord) -> dict[str, object]:
-    """Return the params of every run of a cell."""
+    """Return the MLflow params that every run of a cell has."""
     return {
         "model": cell.model.name,
         "model_fingerprint": cell.model.fingerprint,
@@ -139,7 +139,7 @@ def _run_params(cell: CellRecord) -> dict[str, object]:
 
 
 def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
-    """Describe a task as a data set of MLflow."""
+    """Describe a task as an MLflow data set."""
     source = {"data": data, "task": task.name, "version": task.version, "split": task.split}
     return {
         "name": task.name,
@@ -151,7 +151,7 @@ def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
 
 
 def _tags(run: DescribedRun, parent_id: str | None, links: str) -> dict[str, str]:
-    """Build the tags of a run."""
+    """Return the MLflow tags of a run."""
     cell = run.cell
     tags: dict[str, object] = {
         KEY_TAG: run.key,
@@ -182,5 +182,5 @@ def _tags(run: DescribedRun, parent_id: str | None, links: str) -> dict[str, str
 
 
 def _as_texts(values: Mapping[str, object]) -> dict[str, str]:
-    """Convert defined values to texts."""
+    """Convert all values that are not None to strings."""
     return {name: str(value) for name, value in values.items() if value is not None}

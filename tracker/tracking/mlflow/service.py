@@ -1,4 +1,4 @@
-"""Describe MLflow to the other packages, without importing MLflow."""
+"""Define the interface to MLflow for other packages, without importing MLflow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOGIN_FILE = Path("~/.mlflow/credentials")
 
 
 class MlflowService(Service):
-    """Service for MLflow: an experiment on a server, or in a SQLite file in the results folder."""
+    """Interface to MLflow, with runs on a server or in a SQLite file in the results folder."""
 
     name = "mlflow"
     title = "MLflow"

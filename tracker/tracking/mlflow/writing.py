@@ -1,12 +1,12 @@
-"""Write one run of MLflow: metrics, params, tags, tables, charts, files, and its digest last.
+"""Write one MLflow run: metrics, params, tags, tables, charts, files, and last its digest.
 
-The run of an ablation is also a logged model without weights, by which MLflow ranks ablations.
-MLflow cannot remove a figure of a logged model, and stores NaN as zero. So if a figure becomes
-undefined, the run's model is logged again.
+The run of an ablation also has a logged model without weights, because MLflow ranks logged models
+by their metrics. MLflow cannot remove a metric of a logged model, and stores NaN as zero. So a new
+model is logged if a metric becomes undefined.
 
-MLflow params cannot change, so they hold identity only; all changeable values are metrics or tags.
-MLflow shows a metric's value with the latest timestamp, which the writer sets. So new timestamps
-always follow the run's last timestamp, independently of the clock.
+MLflow params cannot be changed, so they only identify the run; values that can change are metrics
+or tags. MLflow shows the metric value with the latest timestamp. So the writer always sets a
+timestamp after the run's last timestamp, independently of the clock.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ _NO_MODELS_ERROR = "ENDPOINT_NOT_FOUND"
 
 @dataclass(frozen=True)
 class ShownModel:
-    """A logged model in MLflow, with its newest figures by name."""
+    """Logged model that MLflow shows, with the newest value of each metric."""
 
     id: str
     figures: Mapping[str, Metric]
     is_ready: bool = True
 
     def can_become(self, run: MlflowRun) -> bool:
-        """Check whether the model can be updated to a run: all its figures are in the run."""
+        """Return whether the model can be updated to `run`, which must have all its metrics."""
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
     def differing_figures(self, run: MlflowRun) -> dict[str, float]:
-        """Return the run's figures that differ from the model's newest figures."""
+        """Return the run's metrics that the logged model lacks or shows with another value."""
         values = {name: metric.value for name, metric in self.figures.items()}
         return {name: value for name, value in _figures(run).items() if values.get(name) != value}
 
 
 def iterate_pages(search: Callable[..., Any]) -> Iterator[Any]:
-    """Yield all results of a paged search of MLflow."""
+    """Yield the results of all pages of an MLflow search."""
     token = None
     while True:
         page = search(page_token=token)
@@ -74,7 +74,7 @@ def iterate_pages(search: Callable[..., Any]) -> Iterator[Any]:
 
 
 def _figures(run: MlflowRun) -> dict[str, float]:
-    """Return the finite figures of a run by name."""
+    """Return name → value of the run's metrics that are finite."""
     return {name: value for (name, _), value in run.points.items() if math.isfinite(value)}
 
 
@@ -91,13 +91,14 @@ def next_timestamp(last: int) -> int:
 
 @dataclass
 class CellWriter:
-    """Writer of a cell's runs, which also compares them with the runs that MLflow shows.
+    """Writer of a cell's MLflow runs, which also compares the runs with what MLflow shows.
 
     Attributes:
-        client: MLflow's client.
-        experiment: The experiment's id.
-        runs: The cell's runs by run key; new runs are added.
-        models: The logged models by run id; a run may have several after a killed program.
+        client: The client of MLflow.
+        experiment: Id of the MLflow experiment.
+        runs: Run key → MLflow run of the cell. New runs are added.
+        models: Run id → logged models. A run has several models if an earlier program was killed
+            while writing.
     """
 
     client: MlflowClient
@@ -118,7 +119,7 @@ class CellWriter:
                         self.models.setdefault(model.source_run_id, []).append(_shown_model(model))
 
     def _create_model(self, run: MlflowRun, run_id: str) -> ShownModel | None:
-        """Log a run's model without figures; None if the server (MLflow 2) has no logged models."""
+        """Create the logged model of a run, without metrics; None if MLflow 2 has none."""
         with _allow_no_models():
             model = self.client.create_logged_model(
                 self.experiment,
@@ -133,7 +134,7 @@ class CellWriter:
         return None
 
     def write(self, run: MlflowRun) -> str:
-        """Create or update one run; return `created`, `updated` or `unchanged`."""
+        """Write one run to MLflow; return `created`, `updated` or `unchanged`."""
         client, source = self.client, run.source
         shown_run = self.runs.get(source.key)
         points: Points = {}
@@ -194,7 +195,7 @@ class CellWriter:
         return outcome
 
     def find_difference(self, run: MlflowRun) -> str:
-        """Return the first difference between a run in MLflow and its description, or empty."""
+        """Return how a run in MLflow differs from its description; empty if it does not differ."""
         shown_run = self.runs.get(run.source.key)
         if shown_run is None:
             return "there is nothing"
@@ -228,14 +229,14 @@ def _allow_no_models() -> Iterator[None]:
 
 
 def _shown_model(model: Any) -> ShownModel:
-    """Describe a logged model by its newest figures."""
+    """Convert a logged model to `ShownModel`, with the newest value of each metric."""
     points = sorted(model.metrics or (), key=lambda point: (point.timestamp, point.step))
     newest = {point.key: point for point in points}
     return ShownModel(model.model_id, newest, str(model.status) == "READY")
 
 
 def _newest_metrics(shown_run: Run) -> Iterator[Any]:
-    """Yield the displayed metrics of a run, each with its step and timestamp."""
+    """Yield the metrics that MLflow shows for a run, without progress and system metrics."""
     for metric in shown_run.data.to_proto().metrics:
         # Progress figures of the measurement are not compared.
         if not metric.key.startswith((PROGRESS, "system/")):
@@ -243,7 +244,7 @@ def _newest_metrics(shown_run: Run) -> Iterator[Any]:
 
 
 def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int) -> list[Metric]:
-    """Build a run's metrics with a timestamp; they also belong to the run's model, if any."""
+    """Convert metric values to MLflow metrics of the run, and of its logged model if any."""
     model_fields = (model.id, *run.data_identity) if model and run.data_identity else ()
     return [
         # MLflow stores NaN of a model as zero.
@@ -255,7 +256,7 @@ def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int
 def log_attachments(
     client: MlflowClient, run_id: str, tables: Mapping[str, LoggedTable], charts: Mapping[str, Any]
 ) -> None:
-    """Log a run's tables and charts by name."""
+    """Log the tables and charts of a run under their names."""
     for name, table in tables.items():
         # Not log_table: it appends to a table that is already there.
         content = {"columns": table.columns, "data": table.rows}
@@ -265,7 +266,7 @@ def log_attachments(
 
 
 def read_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
-    """Read the recorded digests of a run's existing files, by name."""
+    """Return file name → recorded digest for the files that are attached to a run."""
     paths = {artifact.path for artifact in client.list_artifacts(run_id)}
     if _DIGESTS_FILE.split("/")[0] not in paths:
         return {}
@@ -277,7 +278,7 @@ def read_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
 
 
 def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> None:
-    """Upload the files that a run lacks, and record the digests of all files."""
+    """Upload files that are new or changed, and record the digests of all files."""
     digests = {kept_name(file): file_hash([file]) for file in files}
     old_digests = read_digests(client, run_id)
     unchanged = {name: old for name, old in old_digests.items() if digests.get(name) == old}
@@ -294,7 +295,7 @@ def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> N
 
 
 def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[Points, int]:
-    """Read the newest value of every metric at every step, and the last timestamp."""
+    """Read a run's newest value of every metric at every step, and its last timestamp."""
     values: Points = {}
     timestamp = 0
     for metric in _newest_metrics(shown_run):
@@ -309,7 +310,7 @@ def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[
 
 
 def _changed_points(old_points: Points, points: Points) -> Points:
-    """Return the metric values that must be logged.
+    """Return the metric values that must be logged because they differ from MLflow's values.
 
     MLflow cannot remove a metric, so a value that becomes undefined is logged as NaN.
     """

@@ -1,6 +1,6 @@
-"""Write cells to Trackio's files on this machine, and read them back.
+"""Publish results to Trackio's files on this machine, and read published results back.
 
 Modules:
-    backend: Keep a Trackio project in step with the ledger.
-    service: Describe Trackio to the other packages, without importing it.
+    backend: Update a Trackio project with the results in the ledger.
+    service: Define the interface to Trackio for other packages, without importing Trackio.
 """

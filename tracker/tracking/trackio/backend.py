@@ -1,8 +1,9 @@
-"""Publish cells to Trackio: a run per cell, one for its intact model, one for each run.
+"""Publish results to Trackio: a summary run per cell, and a run for each of its ablations.
 
-This code runs in a separate process, called by `isolated`. A run is identified by `tracker.run_key`
-in its config. Trackio cannot remove a figure, so a changed run is deleted and written again.
-Trackio gives warnings instead of errors, so written runs are read back.
+A cell is one model on one benchmark; another run shows its intact model. `isolated` calls this code
+in a separate process. The field `tracker.run_key` of a run's config identifies the run. Trackio
+cannot remove a metric, so a changed run is deleted and written again. Trackio prints warnings
+instead of raising errors, so written runs are read back.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ TRACKIO_FORMAT = "1"
 
 
 class TrackioBackend(Backend):
-    """Backend that keeps a Trackio project in step with the ledger.
+    """Backend that updates a Trackio project with the results in the ledger.
 
-    Tracker's charts are left out: Trackio draws the curves, and keeps charts of deleted runs.
+    The charts of runs are not published, because Trackio itself draws the curves, and would keep
+    the charts of deleted runs.
 
     Args:
-        project: The project.
+        project: Name of the Trackio project.
         results: The results folder.
         ignored: Environment variables that the backend ignores.
     """
@@ -86,7 +88,7 @@ class TrackioBackend(Backend):
         check_files(folder, cell)
 
     def _runs_by_key(self) -> dict[str, list[Any]]:
-        """Return tracker's runs in the project by run key."""
+        """Return run key → runs in the project that tracker wrote."""
         runs: dict[str, list[Any]] = {}
         if SQLiteStorage.get_project_db_path(self._project).exists():
             for run, config in self._tracker_runs():
@@ -94,7 +96,7 @@ class TrackioBackend(Backend):
         return runs
 
     def _tracker_runs(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        """Yield tracker's runs in the project, each with tracker's part of the run's config."""
+        """Yield the runs that tracker wrote, each with the field `tracker` of its config."""
         configs = SQLiteStorage.get_all_run_configs(self._project)  # each run asks by itself
         for run in trackio.Api().runs(self._project):
             config = (configs.get(run.id) or {}).get("tracker")
@@ -102,7 +104,7 @@ class TrackioBackend(Backend):
                 yield run, config
 
     def _is_complete(self, trackio_run: Any, run: DescribedRun) -> bool:
-        """Check whether a run is complete and equal to its description."""
+        """Return whether a run in Trackio is complete and equal to its description."""
         if trackio_run.config["tracker"].get("digest") != run.digest(TRACKIO_FORMAT):
             return False
         logs = SQLiteStorage.get_logs(self._project, trackio_run.name, run_id=trackio_run.id)
@@ -142,7 +144,7 @@ class TrackioBackend(Backend):
             raise TrackingError(f"the run {run.name!r} arrived incomplete")
 
     def _files(self, artifact: str) -> dict[str, dict[str, Any]]:
-        """Return the files of an artifact's latest version, with their digests and sizes."""
+        """Return name → digest and size of the files in an artifact's latest version."""
         manifest = SQLiteStorage.get_artifact_manifest(self._project, artifact, None)
         return {entry["path"]: entry for entry in manifest["manifest"]} if manifest else {}
 
@@ -171,7 +173,7 @@ class TrackioBackend(Backend):
 
     @contextmanager
     def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Convert exceptions, and hide what Trackio prints."""
+        """Convert exceptions in a `with` block to a TrackingError, and hide Trackio's output."""
         # Trackio prints the start and the end of every run.
         with super()._explained(problem, advice), redirect_stdout(StringIO()):
             yield
@@ -182,7 +184,7 @@ class TrackioBackend(Backend):
 
 
 def _rows_by_step(run: DescribedRun) -> dict[int, dict[str, Any]]:
-    """Build the rows to log, by step; figures and tables get the step of the run's layer."""
+    """Return step → row to log; the figures of an ablation have its layer as their step."""
     rows: dict[int, dict[str, Any]] = {}
     for layer, points in run.curves:
         rows.setdefault(layer, {}).update(points)

@@ -1,4 +1,4 @@
-"""Describe Trackio to the other packages, without importing it."""
+"""Define the interface to Trackio for other packages, without importing Trackio."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REMOTE_SETTINGS = ("SPACE_ID", "SERVER_URL", "BUCKET_ID", "DATASET_ID")
 
 
 class TrackioService(Service):
-    """Service for Trackio: a project in Trackio's folder, which `trackio show` displays."""
+    """Interface to Trackio, with projects in Trackio's folder, which `trackio show` displays."""
 
     name = "trackio"
     title = "Trackio"
@@ -42,7 +42,7 @@ class TrackioService(Service):
 
     @override
     def server(self) -> str:
-        """Return Trackio's folder."""
+        """Return the folder in which Trackio stores its projects."""
         if folder := os.environ.get("TRACKIO_DIR"):
             return str(Path(folder).absolute())
         return str(default_folder())
@@ -54,7 +54,7 @@ class TrackioService(Service):
 
 
 def default_folder() -> Path:
-    """Return the default folder of Trackio's runs."""
+    """Return the folder in which Trackio stores its projects by default."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME).absolute() / "trackio"

@@ -1,10 +1,10 @@
-"""Write cells to Weights & Biases, and read them back.
+"""Publish results to Weights & Biases, and read published results back.
 
 Modules:
-    backend: Keep a W&B project in step with the ledger.
-    service: Describe W&B to the other packages, without importing it.
+    backend: Update a W&B project with the results in the ledger.
+    service: Define the interface to W&B for other packages, without importing W&B.
     session: Set up the SDK, log in, open and close runs.
-    sweep: Read a sweep and log into its trials.
+    sweep: Read a sweep, and log results to the runs of its trials.
     views: Write W&B Reports and the saved workspace.
-    writing: Write one run.
+    writing: Write one W&B run.
 """

@@ -1,8 +1,9 @@
-"""Publish cells to Weights & Biases: a run per cell, one for its intact model, one for each run.
+"""Publish results to W&B: a summary run per cell, and a run for each of its ablations.
 
-This code runs in a separate process, called by `isolated`. A run is identified by `tracker.run_key`
-in its config. `tracker.digest` is written last, so the next `publish` completes a run whose digest
-is missing or old. W&B cannot be queried offline, so a file beside offline runs lists them.
+A cell is one model on one benchmark; another run shows its intact model. `isolated` calls this code
+in a separate process. The field `tracker.run_key` of a run's config identifies the run. The field
+`tracker.digest` is written last, so the next `publish` completes a run whose digest is missing or
+outdated. W&B cannot be queried offline, so tracker writes a list of offline runs to a file.
 """
 
 from __future__ import annotations
@@ -58,14 +59,16 @@ class _ExistingRun:
 
 
 class WandbBackend(Backend):
-    """Backend that keeps a W&B project in step with the ledger.
+    """Backend that updates a W&B project with the results in the ledger.
 
-    In a sweep each layer's run is its trial's, so only the runs of the cell and of the intact model
-    are published. A report is a W&B Report, a saved view, and a run with page, tables and charts.
+    In a sweep, the run of each ablation is the run of its trial, so only the summary run and the
+    run of the intact model are published. A report is published as a W&B Report, a saved view, and
+    a run with the HTML page, tables and charts.
 
     Args:
-        project: `PROJECT` or `ENTITY/PROJECT`.
-        results: The results folder; the files of runs, also of offline ones, are in its `wandb`.
+        project: Name of the project, as `PROJECT` or `ENTITY/PROJECT`.
+        results: The results folder. Its subfolder `wandb` has the files of all runs, including
+            offline runs.
         in_sweep: True if a W&B agent started this process as a trial.
     """
 
@@ -80,7 +83,7 @@ class WandbBackend(Backend):
         """Number of ids of the current cell's runs that were deleted in W&B."""
 
     def is_open(self) -> bool:
-        """Check that a user is logged in or need not be, without contacting a server."""
+        """Return whether runs can be written (login or offline mode), contacting no server."""
         with wandb_session(self._results, "W&B could not be set up"):
             return is_offline() or bool(wandb.login(prompt=False, verify=False))
 
@@ -150,7 +153,7 @@ class WandbBackend(Backend):
             return str(views.save_report(entity, project, page.text, next(ids, None)))
 
     def add_model(self, model: SavedModel) -> str:
-        """Add a version of a pruned model, linked to the outcomes of its cells."""
+        """Publish a pruned model, linked to the outcomes of the cells that chose it."""
         with self._explained("did not take the model"):
             if not is_offline():
                 log_in()
@@ -165,7 +168,7 @@ class WandbBackend(Backend):
 
     @contextmanager
     def _linked_run(self, cells: Iterable[CellRecord], labels: Mapping[str, Any]) -> Iterator[Any]:
-        """Open a separate run that links to the outcomes of cells that the project has."""
+        """Open a separate run that links to the published outcomes of the given cells."""
         with finish_run(self._start(**labels)) as handle:
             if not handle.offline:
                 api, path = wandb.Api(), self._path()
@@ -176,7 +179,7 @@ class WandbBackend(Backend):
             yield handle
 
     def _find_cell_runs(self, cell: CellRecord) -> dict[str, _ExistingRun]:
-        """Query the runs of a cell; return them by run key."""
+        """Return run key → run on the server, for all runs of a cell."""
         runs: dict[str, _ExistingRun] = {}
         for run, config in _find_runs(self._path(), {"group": cell_group(cell)}):
             # A run that never ended may lack points that were sent before its digest.
@@ -185,16 +188,17 @@ class WandbBackend(Backend):
         return runs
 
     def _confirm(self, cell: CellRecord, runs: Sequence[DescribedRun]) -> None:
-        """Read written runs back, since the client reports failed uploads only in its log."""
+        """Read runs back from the server; the SDK reports failed uploads only in its log."""
         existing = self._find_cell_runs(cell)
         for run in runs:
             if run.key not in existing or existing[run.key].digest != run.digest(WANDB_FORMAT):
                 raise TrackingError(f"the run {run.name!r} arrived incomplete")
 
     def _has_files(self, run: DescribedRun) -> bool:
-        """Check whether the artifact of a run exists; True for runs without an artifact.
+        """Return whether the server has the artifact of a run; True for runs without an artifact.
 
-        `wandb sync` silently skips the files of offline runs that were moved.
+        The artifact can be missing because `wandb sync` silently skips the files of offline runs
+        that were moved.
         """
         if run.outcomes is None:
             return True
@@ -205,11 +209,12 @@ class WandbBackend(Backend):
         return bool(artifact.metadata.get("files") == run.version)
 
     def _delete_offline_files(self, old_run: _ExistingRun | None, new_folder: str) -> None:
-        """Remove the old files of an offline run, unless they were sent.
+        """Delete the files of an offline run that is replaced, unless they were uploaded already.
 
-        The new run contains all data. `wandb sync` sends runs in the order of their names, which
-        begin with a time, so the old run could overwrite the new run. Another project's run of the
-        same cell has the same id, so only the note identifies the folder.
+        The new run contains all data of the old run. `wandb sync` uploads runs in the order of
+        their folder names, which begin with a time, so the old run could overwrite the new run. The
+        run of the same cell in another project has the same id, so only the file with the list of
+        offline runs identifies the folder.
         """
         if old_run is None or old_run.folder in ("", new_folder):
             return
@@ -218,14 +223,14 @@ class WandbBackend(Backend):
             shutil.rmtree(old_folder)
 
     def _start(self, watched_pid: int | None = None, **run: Any) -> Any:
-        """Open a run of the project."""
+        """Open a run in the project of this backend."""
         labels = {"entity": self._entity, "project": self._project, **run}
         return start_run(self._results, watched_pid, **labels)
 
     def _open(
         self, run: DescribedRun, existing: Mapping[str, _ExistingRun], watched: int | None = None
     ) -> Any:
-        """Open one run of a cell, under its existing id or the first free id of its series."""
+        """Open a run of a cell, under the id of its existing run or under the first unused id."""
         old_run, used_ids = existing.get(run.key), {entry.id for entry in existing.values()}
         labels = run_labels(run.cell, run.name, run.kind) | {"config": run.config}
         labels["resume"] = None if is_offline() else "allow"
@@ -242,14 +247,14 @@ class WandbBackend(Backend):
             self._n_deleted += 1
 
     def open(self, run: DescribedRun, watched_pid: int) -> Any:
-        """Open a run of a cell while it is measured by the process `watched_pid`.
+        """Open the run of a cell during its measurement by the process `watched_pid`.
 
         Args:
-            run: The described run at its start.
-            watched_pid: The process that measures.
+            run: Description of the run before the measurement.
+            watched_pid: Id of the measuring process, whose system metrics W&B shows.
 
         Returns:
-            W&B's run; None if offline, where there is nothing to watch.
+            The W&B run; None if W&B is offline, because nobody can see the run.
         """
         if is_offline():
             return None
@@ -260,12 +265,12 @@ class WandbBackend(Backend):
         return self._open(run, existing, watched_pid)
 
     def _points(self, old_run: _ExistingRun) -> list[dict[str, Any]]:
-        """Read the curves of an existing run."""
+        """Read the logged history of an existing run from the server."""
         history = wandb.Api().run(f"{self._path()}/{old_run.id}").scan_history()
         return [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
 
     def _path(self) -> str:
-        """Return the project's full path: `ENTITY/PROJECT`."""
+        """Return the full path of the project: `ENTITY/PROJECT`."""
         entity = self._entity or wandb.Api().default_entity
         return f"{entity}/{self._project}" if entity else self._project
 
@@ -285,16 +290,16 @@ class WandbBackend(Backend):
 
     @property
     def _folder(self) -> Path:
-        """The folder of W&B's files."""
+        """Folder in which the W&B SDK stores the files of runs."""
         return self._results / "wandb"
 
     @property
     def _notes_file(self) -> Path:
-        """The file that lists offline runs."""
+        """File in which tracker lists the offline runs of the project."""
         return self._folder / f"published-{self._entity or 'default'}-{self._project}.json"
 
     def _read_notes(self) -> dict[str, _ExistingRun]:
-        """Read the offline runs of the project, by run key."""
+        """Read the list of the project's offline runs, as run key → run."""
         if not self._notes_file.exists():
             return {}
         content = json.loads(self._notes_file.read_text())
@@ -305,7 +310,7 @@ class WandbBackend(Backend):
         return {key: replace(note, digest=None) for key, note in existing.items()}
 
     def _write_notes(self, existing: Mapping[str, _ExistingRun]) -> None:
-        """Write the offline runs of the project."""
+        """Write the list of the project's offline runs to its file."""
         runs = {key: vars(note) for key, note in existing.items()}
         write_text(self._notes_file, json.dumps({"folder": str(self._folder), "runs": runs}))
 
@@ -321,7 +326,7 @@ class WandbBackend(Backend):
 
 
 def _import_views() -> ModuleType:
-    """Import the module that needs the extra `reports`."""
+    """Import the module `views`; TrackingError if the extra `reports` is not installed."""
     try:
         from tracker.tracking.wandb import views
     except ImportError:
@@ -333,9 +338,9 @@ def _import_views() -> ModuleType:
 def _find_runs(
     path: str, filters: dict[str, Any], must_exist: bool = False
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield matching runs that tracker wrote, each with tracker's part of the configuration.
+    """Yield the matching runs that tracker wrote, each with the field `tracker` of its config.
 
-    Yields nothing if the project does not exist yet.
+    Yields no run if the project does not exist, or raises ValueError if `must_exist` is True.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))
@@ -350,7 +355,7 @@ def _find_runs(
 
 
 def _download(artifact: Artifact, folder: Path) -> None:
-    """Download an artifact, and verify each file's digest."""
+    """Download all files of an artifact, and verify their sizes and digests."""
     entries = artifact.manifest.entries
     check_sizes({name: entry.size for name, entry in entries.items()})
     external_names = [name for name, entry in entries.items() if entry.ref is not None]

@@ -1,4 +1,4 @@
-"""Describe W&B to the other packages, without importing it."""
+"""Define the interface to W&B for other packages, without importing W&B."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SWEEP_SETTINGS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 class WandbService(Service):
-    """Service for W&B: a project of an entity, or offline files in the results folder."""
+    """Interface to W&B, with runs in an entity's project or in offline files."""
 
     name = "wandb"
     title = "W&B"
@@ -88,12 +88,12 @@ class WandbService(Service):
 
 
 def _in_sweep() -> bool:
-    """Check whether a W&B agent started this process."""
+    """Return whether a W&B sweep agent started this process."""
     return bool(os.environ.get(WandbService.sweep_variable))
 
 
 def _sweep_path(path: str) -> str:
-    """Check and return the path of a sweep; an empty path means the sweep of this process."""
+    """Return the full path of a sweep; an empty text means the sweep of this process."""
     if not path:
         names = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID")
         path = "/".join(os.environ.get(name, "") for name in names)

@@ -1,4 +1,4 @@
-"""Set up W&B's SDK in this process, log in, open and close runs."""
+"""Configure the W&B SDK in this process, log in, and open and close runs."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _QUIET = ("silent", "disable_code", "disable_git", "x_disable_machine_info", "x_
 
 @contextmanager
 def wandb_session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
-    """Set up W&B for the process, and explain any exception inside a `with` block.
+    """Configure the W&B SDK, and convert exceptions in a `with` block to TrackingError.
 
     Args:
         results: The results folder.
-        problem: The message about an exception.
-        advice: The advice after an exception.
+        problem: Beginning of the error message, which names the failed action.
+        advice: End of the error message, which gives advice.
 
     Yields:
         Nothing.
 
     Raises:
-        TrackingError: An exception was raised inside.
+        TrackingError: The code in the `with` block raised an exception.
     """
     # Beside the runs, so that offline runs have their artifacts with them.
     environment = {**_ENVIRONMENT, "WANDB_DATA_DIR": str(results / "wandb" / "data")}
@@ -54,12 +54,12 @@ def wandb_session(results: Path, problem: str, advice: str = "") -> Iterator[Non
 
 
 def is_offline() -> bool:
-    """Check whether runs are written to files, which `wandb sync` sends later."""
+    """Return whether runs are written to local files, which `wandb sync` uploads later."""
     return bool(wandb.setup().settings._offline)
 
 
 def log_in() -> None:
-    """Log in, or raise TrackingError; never prompt, since a prompt blocks unattended runs."""
+    """Log in to W&B without prompting, which would block unattended runs; else TrackingError."""
     if not wandb.login(prompt=False, verify=True):
         raise TrackingError(
             "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
@@ -68,11 +68,11 @@ def log_in() -> None:
 
 
 def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> Any:
-    """Open a run beside other open runs: quiet, with time-outs, without data of this machine.
+    """Open a W&B run in addition to open runs, without output or data about this machine.
 
     Args:
-        results: The results folder, which keeps the run's files.
-        watched_pid: The process for W&B's system metrics; None for none.
+        results: The results folder, in which the files of the run are stored.
+        watched_pid: Id of the process whose system metrics W&B records; None for no system metrics.
         **run: The arguments of `wandb.init` that identify the run.
 
     Returns:
@@ -94,7 +94,7 @@ def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> A
 
 @contextmanager
 def finish_run(handle: Run, exit_code: int = 0) -> Iterator[Any]:
-    """Yield a run and end it; mark it as failed after an exception."""
+    """Yield a W&B run and end it afterwards; an exception marks the run as failed."""
     try:
         yield handle
     except BaseException:

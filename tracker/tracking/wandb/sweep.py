@@ -1,6 +1,6 @@
-"""Read a sweep and its trials, and log into the run of this process's trial.
+"""Read a W&B sweep and its trials, and log results to the run of a trial.
 
-A W&B agent opens the trial's run when it starts the process.
+A W&B agent creates the run of a trial when it starts the process of the trial.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXIT_CODES: dict[RunStatus, int] = {"finished": 0, "failed": 1, "killed": 255}
 
 
 class WandbLiveRun(OpenRuns):
-    """Live runs of a W&B project; the arguments are those of `WandbBackend`."""
+    """Live runs in a W&B project, which show the progress of measurements."""
 
     def __init__(self, project: str, results: Path) -> None:
         super().__init__()
@@ -68,21 +68,21 @@ class WandbLiveRun(OpenRuns):
                 handle.finish(exit_code=EXIT_CODES[status])
 
     def _session(self) -> Any:
-        """Set up W&B, and explain exceptions."""
+        """Configure the W&B SDK, and convert exceptions to TrackingError."""
         return wandb_session(self._results, "W&B does not show the running measurement")
 
 
 def show_progress(handle: Run) -> None:
-    """Define the number of documents as the x-axis of progress figures."""
+    """Make the number of measured documents the x-axis of a run's progress figures."""
     handle.define_metric(f"{PROGRESS}*", step_metric=f"{PROGRESS}documents")
 
 
 class WandbSweep:
-    """A W&B sweep with its trials.
+    """A W&B sweep, with methods to read its trials and complete their runs.
 
     Args:
-        path: `ENTITY/PROJECT/ID`.
-        results: The results folder, which keeps the files of runs that are written.
+        path: Path of the sweep, as `ENTITY/PROJECT/ID`.
+        results: The results folder, in which the files of runs are stored.
     """
 
     def __init__(self, path: str, results: Path) -> None:
@@ -91,20 +91,20 @@ class WandbSweep:
         self._results = results.absolute()
 
     def config(self) -> dict[str, Any]:
-        """Read the sweep's configuration; raise TrackingError on failure."""
+        """Read the configuration of the sweep; TrackingError if it cannot be read."""
         with self._session("could not be read"):
             if is_offline():
                 raise TrackingError("W&B is offline")
             return dict(self._sweep().config)
 
     def trials(self) -> list[SweepTrial]:
-        """List the sweep's trials; raise TrackingError on failure."""
+        """List the trials of the sweep; TrackingError if it cannot be read."""
         with self._session("could not be read"):
             runs = self._sweep().runs
             return [SweepTrial(run.id, run.name, run.state, dict(run.config)) for run in runs]
 
     def fill(self, trial_id: str, cell: CellRecord, layer: RunRecord) -> None:
-        """Write the run of an unfinished trial; raise TrackingError on failure."""
+        """Write an ablation's results to an unfinished trial's run; TrackingError on failure."""
         run = describe_run(cell, layer)
         ids: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial_id}
         with self._session("did not take a run"):
@@ -114,12 +114,12 @@ class WandbSweep:
                 _write_trial(handle, run)
 
     def _sweep(self) -> Any:
-        """Return W&B's sweep."""
+        """Return the sweep as an object of the W&B API."""
         api: Any = wandb.Api()
         return api.sweep(self._path)
 
     def _session(self, problem: str) -> AbstractContextManager[None]:
-        """Set up W&B, and explain exceptions."""
+        """Configure the W&B SDK, and convert exceptions to TrackingError."""
         return wandb_session(self._results, f"W&B's sweep {self._path} {problem}")
 
 
@@ -139,19 +139,19 @@ class WandbTrial:
             show_progress(self._handle)
 
     def update(self, figures: Mapping[str, float]) -> None:
-        """Show the progress of the measurement."""
+        """Log interim figures to the trial's run during the measurement."""
         with self._session():
             self._handle.log(dict(figures))
 
     def log(self, cell: CellRecord, layer: RunRecord, additions: Mapping[str, float]) -> None:
-        """Log the cell's run that the trial requested, with additional figures, and end the run."""
+        """Log the results of the trial's ablation with additional figures, and end the run."""
         run = describe_run(cell, layer)
         run = replace(run, figures={**run.figures, **additions})
         with self._open_run("finished", **run_labels(cell, run.name, run.kind)) as handle:
             _write_trial(handle, run)
 
     def end(self, note: str, status: RunStatus) -> None:
-        """End the run with a note and without a measurement."""
+        """End the trial's run without results; `note` gives the reason."""
         with self._open_run(status) as handle:
             handle.config.update({"tracker": {"note": mask_secrets(note)}})
 
@@ -163,7 +163,7 @@ class WandbTrial:
 
     @contextmanager
     def _open_run(self, status: RunStatus, **names: Any) -> Iterator[Any]:
-        """Yield the trial's run, and end it."""
+        """Yield the trial's run, which is opened if necessary, and end it afterwards."""
         with self._session():
             handle, self._handle = self._handle, None
             if handle is None:
@@ -173,12 +173,12 @@ class WandbTrial:
                 yield handle
 
     def _session(self) -> AbstractContextManager[None]:
-        """Set up W&B, and explain exceptions."""
+        """Configure the W&B SDK, and convert exceptions to TrackingError."""
         advice = retry_advice(sync_command(self._results, "wandb"))
         return wandb_session(self._results, "W&B did not take the runs", advice)
 
 
 def _write_trial(handle: Any, run: DescribedRun) -> None:
-    """Write a trial's run without the sweep's own settings, which W&B locks."""
+    """Write a trial's results, without config values that the sweep set and W&B locks."""
     handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
     write_run(handle, run, [])

@@ -22,13 +22,13 @@ _RUNS_FILTER = "Metric('jobType') == 'layer'"
 
 
 def save_report(entity: str, project: str, text: str, report_id: str | None) -> str:
-    """Save the project's report, and replace the previous report.
+    """Save the W&B Report of the project; a previous report is replaced.
 
     Args:
         entity: The entity.
         project: The project.
-        text: The text above the panels.
-        report_id: The id of the previous report; None for a new report.
+        text: Text of the report, which is shown above the panels.
+        report_id: Id of the report to replace; None to create a report.
 
     Returns:
         The address of the report.
@@ -78,7 +78,7 @@ def save_view(entity: str, project: str) -> None:
 
 
 def _curves() -> list[reports.LinePlot]:
-    """Return the panels of curves over the layers."""
+    """Return the report's panels with curves over the layers."""
     return [
         reports.LinePlot(title=title, x="layer", y=[name], title_x=_LAYER_AXIS, title_y=unit)
         for title, name, unit in (
@@ -90,7 +90,7 @@ def _curves() -> list[reports.LinePlot]:
 
 
 def _scatters() -> list[reports.ScatterPlot]:
-    """Return the panels of the accuracy drop against each proxy."""
+    """Return the report's panels that plot the accuracy drop against each proxy."""
     return [
         reports.ScatterPlot(
             title=f"Accuracy drop against {proxy.label}",

@@ -1,4 +1,4 @@
-"""Write one run of W&B: curves, tables, charts, summary, the artifact, and its digest last.
+"""Write one W&B run: curves, tables, charts, summary, the artifact, and last the digest.
 
 W&B cannot remove a point of a curve, so a changed figure adds a second point.
 """
@@ -29,35 +29,35 @@ _MAX_TAG = 64  # wandb/sdk/wandb_settings.py, validate_run_tags
 
 
 def run_id(key: str, n_deleted: int = 0) -> str:
-    """Return the W&B id for a run key; `n_deleted` counts deleted ids, which W&B never frees."""
+    """Return the W&B id for a run key; `n_deleted` skips deleted ids, which cannot be reused."""
     numbered_key = f"{key}#{n_deleted}" if n_deleted else key
     return hashlib.sha256(numbered_key.encode()).hexdigest()[:16]
 
 
 def cell_group(cell: CellRecord) -> str:
-    """Return the name of W&B's group of a cell's runs."""
+    """Return the name of the W&B group that contains all runs of a cell."""
     return cut_text(group_name(cell), _MAX_GROUP)
 
 
 def run_labels(cell: CellRecord, name: str, kind: str) -> dict[str, Any]:
-    """Return the arguments of `wandb.init` that label a cell's run in lists."""
+    """Return the arguments of `wandb.init` that set the name, group, type and tags of a run."""
     tags = tuple(cut_text(word, _MAX_TAG) for word in filter_words(cell))
     labels = {"name": cut_text(name, _MAX_NAME), "group": cell_group(cell), "job_type": kind}
     return labels | {"tags": tags}
 
 
 def model_artifact_name(name: str) -> str:
-    """Return the name of a pruned model's artifact."""
+    """Return the name of the W&B artifact for a pruned model."""
     return cut_text(re.sub(INVALID_NAME_PATTERN, "-", name), MAX_ARTIFACT_NAME)
 
 
 def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log a described run, the digest last.
+    """Write the contents of a described run to an open W&B run; the digest is written last.
 
     Args:
         handle: An open W&B run.
-        run: The described run.
-        existing_rows: Existing rows of its history.
+        run: The description of the run.
+        existing_rows: Rows that the history of the run already has.
     """
     handle.notes = run.note
     if run.curves:
@@ -88,7 +88,7 @@ def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[st
 def log_files(
     handle: Any, artifact: Artifact, files: Iterable[Path], aliases: Iterable[str] = ()
 ) -> None:
-    """Log an artifact of files as the latest version of its name; wait until W&B has it."""
+    """Log files as the latest version of a W&B artifact; wait until W&B has stored it."""
     for file in files:
         artifact.add_file(str(file), name=file.name)
     logged_artifact = handle.log_artifact(artifact, aliases=["latest", *aliases])
