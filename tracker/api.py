@@ -69,7 +69,7 @@ RESULTS = Path("results")
 
 
 class _CallContext:
-    """Parsed keywords of an API call: options of the run, and in `settings` keys of the experiment.
+    """Parsed keywords of an API call: run options, and the experiment's keys (`settings`).
 
     Args:
         keywords: Keywords that the caller passed.
@@ -117,7 +117,7 @@ class _CallContext:
         return run_cells(requests, *work, explicit=True)
 
     def finish(self, request: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
-        """Save the experiment file, write the page, and return the results with all errors."""
+        """Save the experiment file, write the report page, and return results with all errors."""
         from tracker.team.reports import write_report
 
         root, page, experiment = self.ledger.root, None, None
@@ -172,7 +172,7 @@ def _read_experiment(
     tokenizer: PreTrainedTokenizerBase | None,
     call: _CallContext,
 ) -> InputType:
-    """Read and check an experiment; save its model in the results folder if it is an object.
+    """Read and check an experiment; save a model object in the results folder.
 
     `read` is the function that reads the experiment, e.g. `load_experiment`.
     """
@@ -277,7 +277,7 @@ def study(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Unpack[StudyKeywords],
 ) -> Results:
-    """Run a study, which answers a research question; measure only outcomes that are missing.
+    """Run a study of a research question, and measure only the outcomes that are missing.
 
     Args:
         name: Name of the study, one of `tracker.studies.registry.studies()`.
@@ -287,7 +287,7 @@ def study(
             settings.
 
     Returns:
-        Results with the study's finding, the report page, and errors.
+        Results with the study's finding (answers, tables, charts), the report page, and errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -332,12 +332,12 @@ def quantise(
         experiment: YAML file, dict or model that defines the experiment, as for `run`.
         budget: Limit on the bits of the weights, e.g. `4.5bpw`, `80 MB` or `25 % bytes`.
         format: Allowed weight formats; None for the formats in llama.cpp's own mixtures.
-        by: Unit for which a format is chosen: each linear map, or each layer.
+        by: Unit that gets one format: `map` for each linear map, `layer` for each whole layer.
         test_sample: Number of test documents of each task; None for the same number as calibration
             documents.
         embeddings: Whether formats are also chosen for the embedding and the output head.
-        refine: Maximum number of rounds in which swaps of formats between units are measured on the
-            whole model.
+        refine: Maximum number of rounds that try to improve the choice by swapping the formats of
+            two units, measured on the whole model.
         pairs: Number of random pairs of units whose joint loss is compared with the sum of the two
             losses.
         output: Folder in which the recommended model is saved; None to save no model.
@@ -345,8 +345,8 @@ def quantise(
         **settings: Options and experiment keys, as for `run`.
 
     Returns:
-        Results with the statistics of all choices, and the saved recommended model. Each of its
-        `files` lists the format of every linear map for one model and benchmark.
+        Results with statistics of every tested assignment of formats, and the saved recommended
+        model. Each of its `files` lists the format of every linear map for one model and benchmark.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -485,7 +485,7 @@ class Plan:
     Attributes:
         cells: Cost for each model and benchmark: documents, tokens, layer passes, FLOPs, memory.
         searches: Cost of each search; empty if the experiment requests no searches.
-        tests: Cost of each set of documents on which searches compare or test their choices.
+        tests: Cost of testing the searches' choices, for each set of comparison or test documents.
     """
 
     cells: tuple[PlannedCell, ...] = ()
@@ -599,10 +599,10 @@ def plan(
 def evaluate(
     request: CellRequest, *, project: str = "tracker", **how: Unpack[RunKeywords]
 ) -> Results:
-    """Measure one run as a trial of a W&B sweep, together with all other runs of the sweep.
+    """Measure one run as a trial of a W&B sweep; the sweep's other runs are measured with it.
 
-    Only runs of the same model and benchmark are measured together. Outside a sweep, or if the
-    sweep cannot be read, all layers are measured.
+    Only the sweep's runs of the same model and benchmark are measured together. Outside a sweep, or
+    if the sweep cannot be read, all layers are measured.
 
     Args:
         request: Request with the model, the benchmark and one run, e.g. the removal of a layer.
@@ -819,7 +819,7 @@ def _publish(
 
 
 def _default_output(sources: Sequence[Where], results: Where, form: str) -> Path:
-    """Return a report's default path: in the source's folder, or for several the working folder."""
+    """Return a report's default path: in the only source's folder, else the working folder."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
@@ -874,9 +874,11 @@ def log_samples(
     Args:
         output: Output folder, in which one folder is created for each intact or ablated model.
         results: The results folder.
-        model: Names of the models, as typed or shortened; empty for all models.
+        model: Names of the models as typed by the user, or short names of the models; empty for all
+            models.
         benchmark: Names of the benchmarks; empty for all benchmarks.
-        layer: First removed layer of each ablation to write; empty for all ablations.
+        layer: Layer numbers. Only ablations whose first changed layer is listed are written. Empty
+            for all ablations.
         trust_remote_code: Whether code that comes with a downloaded model is allowed to run for its
             chat template.
         progress: Listener that receives the number of written models.
@@ -925,8 +927,8 @@ def check(
         progress: Listener that receives the number of verified measurements.
 
     Returns:
-        The verified measurements and damaged files, and a sentence for each difference between the
-        copies.
+        The verified measurements and damaged files, and a sentence for each difference between
+        `results` and `against`.
 
     Raises:
         ResultsError: The folder contains no results.

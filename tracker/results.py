@@ -91,10 +91,10 @@ class Results:
         report: The report page of the results folder; None if it could not be written.
         folder: The results folder.
         experiment: The stored copy of the experiment file; None if there was no experiment file.
-        finding: The finding of a study or searches: answers, tables, charts; else None.
+        finding: The answers, tables and charts of a study or of searches; None for other results.
         searches: One record per search and random draw: the steps with their test results, and the
             cost.
-        exports: Commands that save the models that are proved to be better.
+        exports: Commands that save the recommended or significantly better models as checkpoints.
         saved: The saved recommended model; None if there is none.
         files: Paths of additional files that were written.
         notes: Further remarks about the results.
@@ -125,17 +125,17 @@ class Results:
 
     @property
     def layers(self) -> pd.DataFrame:
-        """The data frame of all runs, as `table` returns it for `layers`."""
+        """The data frame of all runs, equal to `table("layers")`."""
         return self.table("layers")
 
     @property
     def correlations(self) -> pd.DataFrame:
-        """The data frame of correlations, as `table` returns it for `correlations`."""
+        """The data frame of correlations, equal to `table("correlations")`."""
         return self.table("correlations")
 
     @property
     def documents(self) -> pd.DataFrame:
-        """The data frame of documents, as `table` returns it for `documents`."""
+        """The data frame of documents, equal to `table("documents")`."""
         return self.table("documents")
 
     def table(self, name: str = "") -> pd.DataFrame:
@@ -143,13 +143,13 @@ class Results:
 
         `layers` has one row per model, benchmark and run. The column `layer` is the first changed
         layer of the run, 0-based. The column `shown` is the report's verdict on the run: `matters`,
-        `better without`, `below 5 pp` or `open`. The verdicts are simultaneous over all runs of the
-        same kind.
+        `better without`, `below 5 pp` or `open`. The verdicts are tested jointly over all runs of
+        the same kind.
 
         `correlations` has one row per model, benchmark, proxy, coefficient and subset of layers.
-        `low` and `high` are the interval of `value` for other documents and the same layers.
-        `p_value` is the share of random series, equally smooth over depth, whose correlation is at
-        least as strong.
+        `low` and `high` are the ends of the interval of `value`. The interval accounts for the
+        sampling of documents, but not of layers. `p_value` is the share of random series, equally
+        smooth over depth, whose correlation is at least as strong.
 
         `documents` has one row per model, benchmark, run and document, with the responses of the
         intact and of the ablated model. The column `change` is `lost`, `won` or `same`. The columns
@@ -159,7 +159,7 @@ class Results:
         `layer_leaderboard` and `model_leaderboard` hold means over the benchmarks, as does
         `part_leaderboard` if heads, experts or spans are ranked. Rows are sorted by the lower bound
         of the accuracy drop, largest first. The intervals of the drops are simultaneous over all
-        layers. `best_rank` and `worst_rank` are the limits of the rank.
+        layers. `best_rank` and `worst_rank` are the ends of the interval of the rank.
 
         Args:
             name: Name of a table listed above, or of a table of the study, such as
@@ -273,8 +273,8 @@ class Results:
             The paths of the written files.
 
         Raises:
-            RequestError: The format does not exist, or `output` is a folder where the format needs
-                a file, or the reverse.
+            RequestError: The format does not exist, or `output` is a folder although the format
+                needs a file, or a file although the format needs a folder.
             WorkError: The disk is full or not writable.
 
         Example:
@@ -303,7 +303,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield each model's name, its answer in words, and its leaderboard of layers."""
+        """Yield each model's name, sentences on significant effects, and leaderboard of layers."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer

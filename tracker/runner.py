@@ -95,7 +95,7 @@ def run_cells(
         options: Options of the measurement, such as the device.
         progress: Receiver of counts and messages.
         explicit: Whether an experiment requests these results; False if only a study or a search
-            does.
+            requests them.
 
     Returns:
         The records, errors and locations of the published runs.
@@ -218,7 +218,7 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find each request for which another request differs only by more documents.
+    """Find each request that is repeated by another request with more documents.
 
     Reports show the smaller and the larger request, because the user asked for both numbers of
     documents.

@@ -52,10 +52,10 @@ This page shows the shared computation and the exactness for each model family o
 `make families` measures all variants and writes this page, the table of [Supported
 models](models.md), and [families.csv](families.csv) with each variant.
 
-The CSV file holds {held:,} of {every:,} variants, measured with {states} of the code, of torch and
-of transformers ({version}). Variants are tiny random models with different windows, chunks, layer
-kinds, rotary positions and other settings. For each variant, the engine scores documents of many
-lengths in two orders. The reference is one plain forward pass per request through a checkpoint
+The CSV file holds {held:,} of {every:,} variants, measured with {states} (versions) of the code,
+torch and transformers ({version}). Variants are tiny random models with different windows, chunks,
+layer kinds, rotary positions and other settings. For each variant, the engine scores documents of
+many lengths in two orders. The reference is one plain forward pass per request through a checkpoint
 without the layer, written by `tracker export`. If no such checkpoint is possible
 ([families.csv](families.csv) shows where), the layer of the reference returns its input.
 

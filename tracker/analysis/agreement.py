@@ -24,8 +24,8 @@ from tracker.stats.support import subtract, widen
 class MisjudgedLayer:
     """Layer whose cosine score gives a rank outside the confidence interval of its measured rank.
 
-    `cosine_rank` is the layer's rank by mean cosine score. `off` is the number of ranks between
-    this rank and the measured rank interval in `standing`.
+    `cosine_rank` is the layer's rank by mean cosine score. `off` is the distance, in ranks, from
+    `cosine_rank` to the measured rank interval in `standing`.
     """
 
     standing: PartStanding
@@ -48,7 +48,7 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
     """Find layers whose rank by cosine score is outside the interval of their measured rank.
 
-    The layer whose cosine rank is furthest outside the interval comes first.
+    The list starts with the layer whose cosine rank is furthest outside its measured rank interval.
     """
     layers, ranks = [], cosine_ranks(board)
     for standing in board.ranked if ranks else ():
@@ -69,7 +69,7 @@ def find_correlation(
 
     Args:
         cell: Record of one model on one benchmark.
-        subset: `all` for all layers, or `inner` without the two outermost layers at each end.
+        subset: `all` for all layers; `inner` for all layers except the first two and the last two.
         coefficient: `spearman`, `kendall` or `pearson`.
         proxy: Name of the proxy.
 
@@ -94,8 +94,8 @@ class Agreement:
 
     Attributes:
         proxy: Name of the proxy's field.
-        spearman: Spearman correlations between proxy and accuracy drop, for the cells where it is
-            defined.
+        spearman: Spearman correlations between proxy and accuracy drop, one for each cell with a
+            defined correlation.
         differ: Mean share of layers whose rank by proxy differs from their rank by accuracy drop.
         chance: Expected share of layers whose rank differs between two random orders.
     """
@@ -169,8 +169,8 @@ class ModelPair:
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
     """List pairs of models of equal depth that share a benchmark with equal settings.
 
-    Returns the first pairs (at most `MAX_PAIRS`), and the total number of pairs. Accuracies and
-    losses of the same two models are separate pairs.
+    Returns the first pairs (at most `MAX_PAIRS`), and the total number of pairs. Two models form
+    one pair for accuracies and a separate pair for losses.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}
@@ -213,8 +213,8 @@ def drop_differences(
 ) -> dict[int, Estimate]:
     """Subtract the second model's accuracy drops from the first model's accuracy drops, by layer.
 
-    Both models have equally many layers. Only whole layers that are measured in both models are
-    compared. The intervals hold simultaneously for `family` differences.
+    The two models must have equally many layers. Only whole layers that are measured in both models
+    are compared. The intervals hold simultaneously for `family` differences.
     """
     other_runs = other_cell.runs_of_kind()
     differences = {}

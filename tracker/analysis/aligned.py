@@ -1,4 +1,4 @@
-"""Restrict the outcomes of a view to the documents that all runs of the view measured."""
+"""Restrict stored outcomes to the documents on which all requested runs are measured."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LOGPROB_TOLERANCES = 1e-6, 1e-4
 
 
 class AlignedOutcomes:
-    """Outcomes of one cell, restricted to the documents that all runs measured.
+    """Outcomes of one model on one benchmark, for the documents on which all runs are measured.
 
-    `columns` lists the columns to read. If it is None, all columns are read, including the software
-    versions and device that measured each document. Unlike the runs, `extra_ablations` are used
-    without adding the layers that the view removes.
+    `columns` lists the columns to read. If `columns` is None, all columns are read, including the
+    software versions and device of each document's measurement. The layers that the view removes in
+    every run are not added to the `extra_ablations`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class AlignedOutcomes:
     ) -> None:
         """Keep only the documents that the intact model and all ablations measured.
 
-        If `documents` is given, documents that it does not contain are dropped too.
+        If `documents` is given, all other documents are dropped too.
         """
         removed = Ablation.from_changes(removed=self._removed)
         ablations = [INTACT, removed, *map(self.ablation, runs), *extra_ablations]
@@ -135,7 +135,7 @@ class AlignedOutcomes:
 
     @property
     def plain_weights(self) -> Array:
-        """The weight of each document in a mean over documents, independent of their lengths."""
+        """The weight of each document in a mean over documents that ignores document lengths."""
         return self._cached(self._document_weights)
 
     def metric_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
@@ -147,7 +147,7 @@ class AlignedOutcomes:
         return self._pair(self.gold_logprobs, ablations, self.plain_weights)
 
     def options_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the log of the answer options' total probability, intact and under ablations."""
+        """Return the log of the answer options' total probability, with and without ablations."""
         return self._pair(self.options_logprobs, ablations, self.plain_weights)
 
     def _pair(
@@ -156,7 +156,7 @@ class AlignedOutcomes:
         ablations: Sequence[Ablation],
         *settings: Any,
     ) -> PairedOutcomes:
-        """Read one value for each document, in the intact model and under ablations."""
+        """Call `read` for the intact model and each ablation, and return the paired values."""
         return PairedOutcomes(read(INTACT), self._stack(map(read, ablations)), *settings)
 
     def _stack(self, columns: Iterable[Array]) -> Array:
@@ -166,15 +166,15 @@ class AlignedOutcomes:
 
     @property
     def tokens(self) -> Array:
-        """The number of tokens in each document over which its proxies are summed."""
+        """The number of tokens of each document over which the stored proxies are summed."""
         return self.rows(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
     def resample(self, values: Array, weights: Array | None = None) -> Array:
-        """Bootstrap the mean of each column; every call draws the same documents."""
+        """Bootstrap the mean of each column, with the same random documents in every call."""
         return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
 
     def check_summary(self) -> dict[str, Any]:
-        """Summarise the comparison of outcomes with those of an actually pruned model."""
+        """Summarise how far the outcomes differ from the outcomes of an actually pruned model."""
         if not self._rows:
             return {}
         rows = pd.concat(self._rows.values())
@@ -200,7 +200,7 @@ class AlignedOutcomes:
         return self._rows[ablation.name]
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
-        """Describe versions or devices that differ between an ablation and the baseline."""
+        """Describe different software or devices in an ablation's and the baseline's outcomes."""
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {
             pair: count
@@ -257,7 +257,7 @@ class AlignedOutcomes:
         return self._stack(np.asarray(column, dtype=np.float64) for column in columns)
 
     def unobserved_reason(self, proxy: Proxy) -> str:
-        """Describe how many documents lack a proxy; return "" if no document lacks it."""
+        """Describe for how many documents a proxy was not computed; return "" if for none."""
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
@@ -281,7 +281,7 @@ class AlignedOutcomes:
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
     def _document_weights(self, _: pd.DataFrame) -> Array:
-        """Compute the weight of each document in a mean over documents of any length."""
+        """Compute the weight of each document in a mean that ignores document lengths."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
 
     @property
@@ -298,7 +298,7 @@ class AlignedOutcomes:
 
 
 def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
-    """Describe how many documents lack a proxy; return "" if no document lacks it."""
+    """Describe for how many documents a proxy was not computed; return "" if for none."""
     count = f"{sum(is_unobserved)} of {len(is_unobserved)}"
     return f"the proxy was not computed for {count} documents" if any(is_unobserved) else ""
 

@@ -66,9 +66,9 @@ def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Est
     """Compute a run's accuracy relevance, with an interval simultaneous over `family` runs.
 
     The relevance is the accuracy drop divided by the baseline's accuracy above chance. The interval
-    treats drop and baseline as independent. They come from the same documents, so the interval is
-    too wide rather than too narrow. There is no interval if the baseline's confidence interval
-    includes chance accuracy.
+    treats drop and baseline as independent. Drop and baseline are measured on the same documents,
+    so the interval is conservative (too wide). There is no interval if the baseline's confidence
+    interval includes chance accuracy.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -85,7 +85,7 @@ def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Est
 
 @dataclass(frozen=True)
 class PartStanding:
-    """Leaderboard entry of a layer, or of another part of a model.
+    """Leaderboard entry of a layer or a smaller part of a model, e.g. an attention head.
 
     Attributes:
         runs: Runs that remove the part, one for each benchmark that measured the removal.
@@ -121,7 +121,7 @@ class PartStanding:
 
     @property
     def drop(self) -> Estimate:
-        """Mean accuracy drop over benchmarks, with an interval not corrected for other parts."""
+        """Mean accuracy drop over benchmarks; its interval ignores multiple comparisons."""
         return average([run.drop for run in self.runs])
 
     @property
@@ -133,15 +133,15 @@ class PartStanding:
 
 @dataclass(frozen=True)
 class PartBoard:
-    """Leaderboard of one model's parts of one kind, sorted by the lower bound of the accuracy drop.
+    """Leaderboard of one model's layers (or e.g. heads), sorted by the accuracy drop's lower bound.
 
     Parts without an interval come last.
 
     Attributes:
         kind: Kind of the parts, e.g. whole layers or attention heads.
         cells: Cells that the leaderboard averages, one for each benchmark.
-        parts: Entries of the leaderboard. Parts other than layers are listed only if all benchmarks
-            measured them.
+        parts: Entries of the leaderboard. Layers are always listed. A smaller part (e.g. a head) is
+            listed only if its removal is measured on all benchmarks.
         left_out: Benchmark → reason why the leaderboard does not include it.
     """
 
@@ -236,7 +236,7 @@ def _standings(
     verdicts: Mapping[Change, Verdict],
     words: Mapping[Change, str],
 ) -> tuple[PartStanding, ...]:
-    """Rank parts that all benchmarks measured; sort all parts by the drop's lower bound."""
+    """Build the leaderboard entries of all parts, sorted by the drop's lower bound."""
     relevances = {change: [relevance_estimate(*pair) for pair in rows[change]] for change in rows}
     counts = {c: sum(r.value is not None for r in relevances[c]) for c in rows}
     complete = [change for change in rows if counts[change] == len(cells)]
@@ -285,7 +285,7 @@ def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]
 def mean_relevance(cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int) -> Estimate:
     """Average the accuracy relevance of one ablation over benchmarks.
 
-    The intervals hold simultaneously for `family` changes.
+    The confidence interval is corrected for comparing `family` ablations.
     """
     pairs = zip(cells, runs, strict=True)
     return average([relevance_estimate(cell, run, family) for cell, run in pairs])
@@ -473,8 +473,8 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
     """Count the documents needed to show a difference of `MODEL_GAP` in half of the model pairs.
 
-    Squared errors are assumed to be inversely proportional to the number of documents. Returns None
-    if enough documents are measured.
+    Squared standard errors are assumed to be inversely proportional to the number of documents.
+    Returns None if enough documents are measured.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -498,7 +498,7 @@ def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
 
 
 def _model_standing(model: ModelIdentity, cells: list[CellRecord], reason: str) -> ModelStanding:
-    """Average a model's relevance and drop over its layers; without cells, use `reason`."""
+    """Average a model's relevance and drop over its layers; without cells, undefined."""
     if not cells:
         undefined = Estimate(None, reason=reason)
         return ModelStanding(model, undefined, undefined, None, None, 0, undefined)

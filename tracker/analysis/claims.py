@@ -107,9 +107,9 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers that a selection by cosine score misses.
+        """List of the costly layers that do not have one of the highest cosine scores.
 
-        The selection by cosine score contains other layers that are shown to cost less.
+        Some layer in `by_cosine` is shown to cost less accuracy than each of these missed layers.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -119,10 +119,10 @@ class Claims:
 
     @property
     def falling(self) -> dict[int, list[CellRecord]]:
-        """Layers whose removal lowers the right answer's log-probability most → supporting cells.
+        """Layers whose removal lowers the right answer's log-probability most → cells that show it.
 
-        In these cells, the layer's fall of log-probability is shown to be among the `TOP_FALLS`
-        largest.
+        A cell is listed if the layer's fall of log-probability is shown to be among the `TOP_FALLS`
+        largest in the cell.
         """
         cells_by_layer: dict[int, list[CellRecord]] = {}
         for cell in self.cells:
@@ -168,17 +168,17 @@ class Claims:
         return all(cell.higher_is_better for cell in self.cells)
 
     def word(self, layer: int) -> str:
-        """Return the verdict on a layer in a few words, e.g. `matters` or `open`."""
+        """Return the verdict on a layer in a few words, e.g. `matters`, or `open` if undecided."""
         if layer not in self.layers:
             return "not measured on all benchmarks"
         return verdict_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
 
     def settling_documents(self) -> tuple[float, int] | None:
-        """Find the accuracy loss that more documents could detect, and how many are needed.
+        """Return an accuracy loss that more documents could detect, and the documents needed.
 
         The loss is the first entry of `_LOSSES` that needs more documents than measured, for at
-        least half of the open layers. The result is None if no layer is open, if the metric is a
-        loss, or if no outcome changed.
+        least half of the undecided layers (`open`). The result is None if no layer is undecided, if
+        the metric is a loss, or if no ablation changed an outcome.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
@@ -199,10 +199,10 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
     """Decide which statements about one model's layers are statistically supported.
 
     Args:
-        cells: Cells of one model. One cell for each benchmark is used, the same cell as on a
-            leaderboard. Cells that the option `until` stopped early are not used. If no cell is
-            usable (e.g. for losses), the first cell that measured all layers on the same documents
-            is used.
+        cells: Cells of one model. For each benchmark, the cell that leaderboards use is used here
+            too. Cells that the option `until` stopped early are not used. If no cell is usable
+            (e.g. for losses), the first cell that measured all layers on the same documents is
+            used.
 
     Returns:
         The supported statements, and the layers about which no statement is supported.
@@ -241,7 +241,7 @@ def mean_drop(runs: Sequence[RunRecord], family: int) -> Estimate:
 
 
 def verdict_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> str:
-    """Return the verdict on a removal in a few words, e.g. `matters` or `open`.
+    """Return the verdict on a removal in a few words, e.g. `matters`, or `open` if undecided.
 
     `is_accuracy` is False if `drop` is a loss increase.
     """
@@ -256,8 +256,8 @@ def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Ve
     """Decide which statements about a cell's runs hold simultaneously.
 
     Args:
-        cell: The cell. If `until` stopped the cell early, its confidence sequences already hold for
-            all runs.
+        cell: Record of one model on one benchmark. After early stopping by `until`, the intervals
+            need no correction, because confidence sequences hold for all runs.
         runs: Runs of the cell whose verdicts must hold simultaneously.
 
     Returns:
@@ -327,6 +327,6 @@ def _widened_drops(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> 
 
 
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:
-    """Join the shortest distinct names of the cells' benchmarks to one text."""
+    """List the benchmarks of the cells in one text, by their shortest distinct names."""
     titles = [cell.benchmark.title for cell in cells]
     return join_words(titles if len({*titles}) == len(titles) else benchmark_labels(cells))

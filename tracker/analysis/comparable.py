@@ -34,7 +34,7 @@ def _last_measured(edition: Iterable[CellRecord]) -> str:
 
 
 def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
-    """Label the task version (edition) of each cell; return "" for cells with only one edition.
+    """Label the task version (edition) of each cell; "" if the task has only one edition.
 
     An example is `measured 2026-11-28 (1a2b3c4d)`. The label contains the time if several editions
     were measured on one day.
@@ -55,7 +55,7 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
-    """Find cells whose task was edited later; return `id` of cell → cell of newest version."""
+    """Find cells with an outdated task version; return `id(cell)` → cell of the newest one."""
     return {
         id(cell): editions[-1][0]
         for editions in group_editions(cells)
@@ -150,7 +150,7 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Label each row by its first word; append further words while labels are equal."""
+    """Label each row by its first word; append further words to labels that are equal."""
     if not (columns := list(zip(*rows, strict=True))):
         return []
     labels = list(columns[0])
@@ -232,7 +232,7 @@ def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tu
 
 
 def unusable_reason(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> str | None:
-    """Return the reason why rankings cannot use a cell; return None if they can use it."""
+    """Return the reason why rankings cannot use a cell; return None for a usable cell."""
     if cell.removed:
         return f"measured {cell.removed_text}"
     if cell.is_raced:

@@ -50,7 +50,8 @@ class OptionScores:
     """Answer options of each document, and the rule by which a metric scores the options.
 
     Args:
-        rows: Outcome rows of the documents under any one ablation.
+        rows: Outcome rows of the documents under one ablation (any ablation gives the same
+            options).
         metric: Name of the metric, e.g. `acc_norm`.
         texts: Function that reads the documents' texts. It is called only if the metric divides
             scores by the lengths of options.
@@ -99,8 +100,8 @@ class OptionScores:
 class RoundingRisk(NamedTuple):
     """Probability for each document that rounding errors change whether its answer is judged right.
 
-    For a model in single precision, both fields are empty. Rounding has almost no effect in single
-    precision and is not measured.
+    No probabilities are computed for a model in single precision, because rounding has almost no
+    effect in single precision.
     """
 
     chances: Array | None
@@ -183,7 +184,7 @@ class Decisions:
         gold: Index of each document's gold option; NaN if the document has no gold option.
         options: Largest number of options of a document; 0 if no document has options.
         baseline: Answers chosen by the intact model.
-        runs: Pairs of a run's change and the answers chosen under it.
+        runs: Pairs of a run's change and the answers that the changed model chooses.
         binary: Whether every document's score is 0 or 1 (wrong or right).
         reasons: Reasons why `texts`, `margin` or `agreement` are missing.
         missing: Requested documents that are not measured; empty if `until` decides how many

@@ -90,14 +90,14 @@ class PairedOutcomes:
         return accuracy_drop(*self._drop_terms(index), self.weights)
 
     def drop_sd(self, index: int) -> Estimate:
-        """Estimate the standard deviation of documents' drops under the ablation `index`."""
+        """Estimate the standard deviation of the drops under the ablation in column `index`."""
         return drop_sd(*self._drop_terms(index), self.weights)
 
     def _drop_terms(self, index: int) -> tuple[Array, Array]:
         """Return the two arrays `[documents]` whose difference is the drop of each document.
 
-        The arrays are swapped for a loss instead of negated, so that outcomes of 0 and 1 remain 0
-        and 1.
+        For a loss, the two arrays are swapped instead of negated, so that outcomes of 0 and 1 keep
+        their values.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         return (intact, ablated) if self.higher_is_better else (ablated, intact)

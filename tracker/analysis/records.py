@@ -54,11 +54,12 @@ def cell_record(
         view: Selection of documents, runs and metric. The metric is a mean or a ratio of sums over
             documents.
         aggregate: Function that aggregates values with the named lm-eval aggregation.
-        answer: Answer to the view's stopping question (`until`); None if the view has no question.
+        answer: Result of the view's stopping rule (`until`); None if the view has no stopping rule.
 
     Returns:
-        The record, computed on the documents that all runs measured. If a stopping question ended
-        the measurement early, each run uses the documents that decided this run.
+        The record, computed on the documents that all runs measured. If the stopping rule (`until`)
+        ended the measurement early, the statistics of each run are based on the documents with
+        which the rule decided this run.
     """
     aligned = AlignedOutcomes(store, view)
     outcomes, order = _answered_outcomes(aligned, store, view, answer)
@@ -164,9 +165,10 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
 def _answered_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Select the documents that an answer is based on; also return the order of all documents.
+    """Select the documents that the stopping rule used for all runs; also return the order.
 
-    If `answer` is None, or if all documents are measured, returns all documents and an empty order.
+    If there is no stopping rule, or if all documents are measured, the result is all documents and
+    an empty order.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
@@ -180,9 +182,9 @@ def _answered_outcomes(
 def _first_outcomes(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
-    """Restrict outcomes to the documents in `order` and to the runs that an answer covers.
+    """Restrict outcomes to the documents in `order` and the runs of the stopping rule.
 
-    Other runs of the view are included if all documents in `order` are measured in them.
+    Further runs of the view are included if they are measured on all documents in `order`.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -197,7 +199,7 @@ def _first_outcomes(
 
 
 def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) -> str | None:
-    """Return the reason why requested documents are not measured; None if all are measured."""
+    """Explain why some requested documents are not measured; None if all are measured."""
     if n == n_requested:
         return None
     if answer is None:
@@ -234,7 +236,7 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
 
 
 def _remaining_estimate(outcomes: AlignedOutcomes, view: View) -> Estimate:
-    """Estimate the metric of the model without the layers that all runs remove."""
+    """Estimate the metric of the model from which the layers in `view.removed` are removed."""
     if not view.removed:
         return Estimate(None)
     ablation = Ablation.from_changes(removed=view.removed)
@@ -262,7 +264,7 @@ def _expert_columns(
 ) -> Iterator[_ProxyColumn]:
     """Yield the values of each expert proxy for the runs that remove an expert.
 
-    An expert is usable if its proxy and its drop are defined.
+    Correlations use only experts whose proxy and accuracy drop are defined.
     """
     drops = [record.drop for record in records if record.change.component == "expert"]
     for proxy in EXPERT_PROXIES:

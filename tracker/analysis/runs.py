@@ -43,7 +43,7 @@ _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this
 
 
 class IntactFigures:
-    """Baseline statistics of the intact model, with which runs on the same documents are compared.
+    """Baseline statistics of the intact model, for comparisons with runs on the same documents.
 
     The chance accuracy `chance` is None if the metric is a loss.
     """
@@ -83,7 +83,7 @@ class LayerProxies:
                 self._estimates[name] = [_finite_estimate(value, reason) for value in values]
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → value for the layer that a run removes; undefined with a reason."""
+        """Return proxy name → value (or undefined with a reason) of the layer a run removes."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._estimates, Estimate(None, reason=_WHOLE_ONLY))
         return {name: values[run.layer] for name, values in self._estimates.items()}
@@ -108,7 +108,7 @@ class ExpertProxies:
 
     @property
     def unobserved_reason(self) -> str:
-        """Note on how many documents lack the proxies of experts; "" if no document lacks them."""
+        """Number of documents without expert proxies, in words; "" if all documents have them."""
         return count_unobserved(np.isnan(self.sums["routed_share"].sum(axis=1)))
 
     def counts(self, proxy: Proxy) -> Array:
@@ -120,7 +120,7 @@ class ExpertProxies:
         return safe_divide(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → value for the expert that a run removes; {} if it removes none."""
+        """Return proxy name → value for the removed expert; {} if the run removes no expert."""
         if run.component != "expert":
             return {}
         index = self._indexes[run]
@@ -134,7 +134,7 @@ class ExpertProxies:
 
 
 def _finite_estimate(value: float, reason: str) -> Estimate:
-    """Convert a value to an estimate; a value that is not finite gives an undefined estimate."""
+    """Convert a value to an estimate; infinity and NaN give an undefined estimate."""
     return Estimate(float(value)) if math.isfinite(value) else Estimate(None, reason=reason)
 
 
@@ -188,7 +188,7 @@ def run_record(
 
 
 def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
-    """Estimate how far rounding errors move an accuracy or a difference of two accuracies."""
+    """Estimate how far rounding shifts an accuracy (or a difference of two); None if unknown."""
     probabilities = [risk.chances for risk in risks if risk.chances is not None]
     if len(probabilities) < len(risks):
         return None
@@ -252,7 +252,7 @@ def _aggregate_metric(
 def _mean_logprob_drop(logprobs: PairedOutcomes, noun: str) -> Estimate:
     """Estimate the mean fall of a log-probability compared with the intact model.
 
-    `noun` names, for the error reason, the value that documents lack if the mean is undefined.
+    If documents lack a value, the mean is undefined; `noun` names this value in the reason.
     """
     drops = logprobs.drops[:, 0]
     if reason := missing_reason(drops, noun):

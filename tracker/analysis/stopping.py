@@ -49,9 +49,10 @@ class InterimEstimates:
     """Progress of a running measurement, with interim estimates of the drops.
 
     Attributes:
-        documents: Number of documents that are measured in all runs of the view. If a question
-            decides when to stop, number of documents that are measured with the intact model.
-        requested: Number of requested documents; None if a question decides when to stop.
+        documents: Number of documents that are measured in all requested runs. With a stopping rule
+            (`until`), number of documents that are measured with the intact model.
+        requested: Number of requested documents; None if a stopping rule (`until`) decides when to
+            stop.
         tokens: Number of tokens of the measured documents, counted like `CellRecord.tokens`.
         drops: Change that a run makes → interim estimate of the run's drop.
     """
@@ -63,14 +64,15 @@ class InterimEstimates:
 
 
 def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
-    """Estimate each run's drop from the blocks of documents that are measured so far.
+    """Estimate each run's drop from the documents that are measured so far.
 
     Args:
         store: Stored outcomes of one model on one benchmark.
         view: View that selects the documents, runs and metric.
 
     Returns:
-        The estimates; without drops if a run has no measured document.
+        The interim estimates. They contain no drops at first, until the requested runs have
+        measured documents.
     """
     columns = ["task", "doc", "ablation", "proxy_tokens", METRIC_PREFIX + view.metric]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -112,13 +114,14 @@ def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until")
 
 
 class RacedFigure(NamedTuple):
-    """Statistic of each document on which a stopping rule decides, and its input columns.
+    """Per-document statistic that a stopping rule evaluates, and its input columns.
 
     Attributes:
         columns: Names of the outcome columns to read.
         compute: Function that computes the statistic from outcome rows.
-        failure_reason: Function that explains why the statistics of documents are unusable for the
-            decision. Its first input column is the intact model. It returns "" if all are usable.
+        failure_reason: Function that explains why a stopping rule cannot use the statistics of some
+            documents; "" if all are usable. The first column of the function's input belongs to the
+            intact model.
     """
 
     columns: Sequence[str]
@@ -163,18 +166,18 @@ class BlockRace:
     The documents of the benchmark are evaluated in one random order. Every prefix of this order is
     stratified by task. The stopping rule is evaluated after every block, up to the first document
     that is not measured. A block is complete if all undecided runs are measured on it. Outcomes
-    after the first missing document are ignored, because they could be a selected sample.
+    after the first missing document are ignored, because they are not necessarily a random sample.
 
     Attributes:
         rule: Stopping rule that evaluates the documents.
-        next_block: Next block to measure, and the ablations to measure on this block. None once the
-            question is answered, or all documents are evaluated. Later blocks can be measured ahead
-            with the same ablations. Runs that are decided meanwhile are then measured
-            unnecessarily.
+        next_block: Next block to measure, and the ablations to measure on this block. None if the
+            stopping rule has decided all runs, or if all documents are evaluated. Later blocks can
+            be measured in advance with the same ablations, although some of these ablations can be
+            decided meanwhile.
         looked: Number of evaluated documents.
         measured: Number of documents that had to be measured. This number can exceed `looked`,
-            because only whole blocks are measured. A block can contain documents that come later in
-            the evaluation order.
+            because only whole blocks are measured, and a block can contain later documents of the
+            order.
         n_blocks: Number of evaluated blocks.
         order: All documents in the order of evaluation, each as task and number.
         population: Number of documents of the benchmark.
@@ -193,7 +196,7 @@ class BlockRace:
         extra_ablations: Sequence[Ablation],
         figure: RacedFigure,
     ) -> None:
-        """Start the comparison before the first document.
+        """Initialise the comparison, without evaluating any document.
 
         Args:
             store: Stored outcomes of one model on one benchmark.
@@ -227,7 +230,7 @@ class BlockRace:
 
     @property
     def max_weight(self) -> float:
-        """The largest weight of a document, relative to the weight in an unweighted mean."""
+        """The largest weight of a document; 1 is the weight in an unweighted mean."""
         return float(self._scale.max())
 
     @property
@@ -277,17 +280,18 @@ class BlockRace:
         return (*names, *compress(self._names, self.open))
 
     def measured_documents(self, n_looked: np.ndarray) -> np.ndarray:
-        """Count the documents to measure before `n_looked` documents can be evaluated."""
+        """Count the documents in the blocks needed to evaluate the first `n_looked` documents."""
         starts = [0, *(turn.end for turn in self._turns[:-1])]
         totals = np.cumsum([0, *(turn.size for turn in self._turns)])
         return np.asarray(totals[np.searchsorted(starts, n_looked, side="left")])
 
 
 class CellRace(BlockRace):
-    """Sequential comparison of runs that answers the stopping question of a view.
+    """Sequential comparison of a model's runs, which stops when the `until` question is answered.
 
     Attributes:
-        race: State of the comparison, with a mean drop for each run that the question compares.
+        race: State of the comparison, with the mean drop of each run that the `until` question
+            names.
     """
 
     def __init__(self, store: CellStore, view: View) -> None:
@@ -295,11 +299,11 @@ class CellRace(BlockRace):
 
         Args:
             store: Stored outcomes of one model on one benchmark.
-            view: View that defines the metric and the stopping question.
+            view: View that defines the metric and the stopping rule (`until`).
 
         Raises:
-            ExperimentError: The metric is not bounded by 0 and 1, or the question needs a different
-                number of runs.
+            ExperimentError: The metric is not bounded by 0 and 1, or the `until` question needs a
+                different number of runs.
             WorkError: A document has no usable score.
         """
         assert view.until is not None
@@ -319,11 +323,11 @@ class CellRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Description of the runs that the answer does not decide yet."""
+        """Description of the runs that the stopping rule has not decided yet."""
         return open_runs_text(self.record())
 
     def record(self) -> AnswerRecord:
-        """Build the record of the current answer to the stopping question."""
+        """Build the record of the stopping rule's current result for each run."""
         bounds, race = self.race.bounds, self.race
         # A drop is between -1 and 1, regardless of its documents' weights.
         low, high = bounds.low.clip(-1, 1), bounds.high.clip(-1, 1)
@@ -353,14 +357,15 @@ class CellRace(BlockRace):
 
 @dataclass(frozen=True)
 class AnswerForecast:
-    """Forecast cost of answering a stopping question, as quantiles over simulations.
+    """Forecast of the documents that a stopping rule (`until`) needs, from simulations.
 
     Attributes:
         measured: Number of measured documents that the simulations draw from.
-        documents: Number of documents needed for the answer (median, 90 % quantile).
-        share: Layer passes needed for the answer, as a share of measuring all documents (median, 90
-            % quantile).
-        open: Share of the simulations in which the question remains open after all documents.
+        documents: Number of documents measured until the rule stops (median, 90 % quantile).
+        share: Layer passes until the rule stops, as a share of the layer passes for all documents
+            (median, 90 % quantile).
+        open: Share of the simulations in which the `until` question is still undecided after all
+            documents.
     """
 
     measured: int
@@ -370,7 +375,7 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast the cost of answering a view's question; None if too few documents are measured."""
+    """Forecast the cost until a stopping rule stops; None if too few documents are measured."""
     assert view.until is not None
     columns = ["task", "doc", "ablation", METRIC_PREFIX + view.metric]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -400,7 +405,7 @@ def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
 
 
 class CandidateRace(BlockRace):
-    """Sequential comparison that finds the ablation of least cost, within a tolerance."""
+    """Sequential comparison that finds the ablation with the smallest loss, within a tolerance."""
 
     def __init__(
         self,
@@ -442,19 +447,19 @@ class CandidateRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Progress text that gives the number of remaining candidates."""
+        """Text for progress messages: the number of candidates that can still win."""
         return f"{self.open.sum()} of {len(self._names)} candidates are left"
 
     @property
     def winners(self) -> list[int]:
-        """Indexes of the winning candidates, or of all remaining candidates if undecided."""
+        """Indexes of the winning candidates; of all remaining candidates if none has won."""
         is_chosen = self.rule.chosen
         indexes: list[int] = np.flatnonzero(is_chosen if is_chosen.any() else self.open).tolist()
         return indexes
 
 
 def _missing_gold_reason(outcomes: Array) -> str:
-    """Explain why a document's gold log-probability is missing; return "" if none is missing."""
+    """Explain why documents have no gold log-probability; return "" if all have one."""
     if np.isfinite(outcomes[:, 0]).all():
         return ""
     return (

@@ -42,16 +42,16 @@ class BenchResult:
         engine_seconds: Seconds that the engine needed for all ablations.
         check_seconds: Seconds that the self-check needed in addition to `engine_seconds`; None if
             the self-check was skipped.
-        outside_share: Share of `engine_seconds` spent outside the model's layers and head. None on
-            an accelerator, where computation is asynchronous.
+        outside_share: Share of `engine_seconds` spent outside the model's layers and output head.
+            None on an accelerator, where computation is asynchronous.
         offloaded_bytes: Bytes of the offloaded layers; 0 if no layer is offloaded.
         read_bytes: Bytes of offloaded layers that the engine loaded during the run.
         waiting_share: Share of `engine_seconds` spent waiting for offloaded layers.
         loops: Name of an evaluation loop → timing of this loop. Empty if weights are offloaded,
             because each call of a loop would read all offloaded weights.
         layer_passes: Number of layer passes in the engine, summed over all tokens.
-        times_the_passes: Program → ratio of the program's layer passes to the engine's layer
-            passes, as `Cost.times_the_passes`.
+        times_the_passes: Program → number of the program's layer passes divided by the engine's
+            layer passes, from `Cost.times_the_passes`.
         sharing: Description of the computation that the engine shares between ablations.
         engine_gflops: Speed of the engine in GFLOP/s.
         matrix_gflops: Speed of a plain matrix product in the same process, in GFLOP/s.
@@ -108,7 +108,7 @@ class BenchResult:
 def prepare_engine(
     request: CellRequest, options: Options, progress: Progress
 ) -> tuple[Engine, Sequence[Document], str]:
-    """Build an engine with full computation sharing; also return documents and benchmark title.
+    """Build an engine that shares all computation; return it, documents, benchmark title.
 
     Raises RequestError if the model, data or device does not exist, or if the benchmark generates
     texts.
@@ -216,7 +216,7 @@ def run_bench(
 
 
 def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
-    """List the baseline and the ablations of every layer for all requested components."""
+    """List the baseline, and for each requested component one ablation per layer."""
     named = request.changes
     sweep = Changes(components=named.components, heads=named.heads, experts=named.experts)
     parts = parts_of_config(loaded.model.config.get_text_config())
@@ -236,7 +236,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _timed_model(engine: Engine) -> Iterator[list[float]]:
-    """Yield a list to which the seconds spent in the model's layers and head are appended."""
+    """Yield a list that receives the seconds of each call of a layer or the output head."""
     spent: list[float] = []
 
     def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """Check that an installation computes the right numbers on a device.
 
 The check uses a tiny mixture-of-experts model with random weights. Every feature of the engine
-(`FEATURES`) is computed on the device. The reference computes each ablation alone on the CPU, with
-an actually changed copy of the model.
+(`FEATURES`) is computed on the device. The results are compared with a reference: a copy of the
+model that is actually changed for each ablation, on the CPU.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def generate_documents(engine: Engine, common: int = 0) -> list[Document]:
 
 
 def score_ablations(engine: Engine, ablations: Sequence[Ablation], common: int = 0) -> Any:
-    """Score documents under the baseline and ablations; return responses and proxy sums."""
+    """Score generated documents under ablations; return log-likelihoods, hits, proxy sums."""
     scores = engine.score(generate_documents(engine, common), [INTACT, *ablations])
     figures = [(r.loglikelihood, r.hits) for s in scores for row in s.responses for r in row]
     return figures, [s.proxy_sums for s in scores]
@@ -125,7 +125,7 @@ FEATURES: Mapping[str, EngineFeature] = {
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """Return the largest difference between two results, relative for values above 1.
+    """Return the largest difference between two results (a relative one for values above 1).
 
     The difference is infinite if a value is undefined in only one result, or if shapes differ.
     """

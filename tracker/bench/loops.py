@@ -1,4 +1,4 @@
-"""Evaluate all documents once per ablation, as the reference for timing the engine.
+"""Evaluate all documents separately under each ablation, as the reference for timing the engine.
 
 The evaluations use lm-eval's own model classes: the Hugging Face class, or the vLLM class. vLLM
 loads the model once and skips removed layers.
@@ -103,7 +103,7 @@ class Loop:
     def run(
         self, documents: Sequence[Document], ablations: Sequence[Ablation], progress: Progress
     ) -> None:
-        """Evaluate the baseline, and four ablations of each component."""
+        """Evaluate the baseline, and at most `MEASURED_ABLATIONS` ablations of each component."""
         for ablation in (ablations[0], *_choose_ablations(ablations)):
             progress.say(f"{self.name}: {ablation.name}")
             self.evaluate(ablation, documents)
@@ -111,7 +111,7 @@ class Loop:
     def timing(
         self, ablations: Sequence[Ablation], scores: Sequence[DocumentScores], engine_seconds: float
     ) -> LoopTiming:
-        """Extrapolate the seconds to all ablations; compare loop results with engine results."""
+        """Extrapolate the loop's seconds to all ablations; compare its results with the engine."""
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         baseline, *removed = timings.values()
         # A model of one layer has nothing to remove.

@@ -22,8 +22,8 @@ class Benchmark(Protocol):
     Attributes:
         identity: Identity of the scored documents and of their prompts.
         public: True if all documents come from the hub or a package, and may be published.
-        is_model_specific: True if the documents are generated for one specific model, e.g. for its
-            tokenizer.
+        is_model_specific: True if the documents are generated for one specific model, e.g. with the
+            model's tokenizer.
     """
 
     identity: BenchmarkIdentity
@@ -38,7 +38,7 @@ class Benchmark(Protocol):
             extent: Selection of the documents to tokenise.
 
         Returns:
-            The documents of each task in turn, in the order of the task's split.
+            The documents, grouped by task. Within a task, they have the order of the task's split.
 
         Raises:
             BenchmarkError: A document lacks a column that the benchmark reads.
@@ -64,8 +64,8 @@ class Benchmark(Protocol):
             responses: Responses to the document's requests, in order.
 
         Returns:
-            Metric → value, a number, or JSON if the task aggregates pairs. If a log-likelihood is
-            not finite, no accuracy can be computed and all values are None.
+            Metric → value. A value is a number, or a JSON text if the task aggregates pairs. If a
+            log-likelihood is not finite, no accuracy can be computed and all values are None.
         """
 
     def text(self, document: Document) -> DocumentText:

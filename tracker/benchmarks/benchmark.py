@@ -63,7 +63,7 @@ def _is_defined(name: str) -> bool:
 
 
 def data_stamp(spec: BenchmarkSpec) -> object:
-    """Return a stamp of a benchmark's data without reading it; equal stamps mean equal data.
+    """Return a stamp that changes if a benchmark's data changes, without reading the data.
 
     Returns None for data on the hub, because this data is not on this machine. Raises
     BenchmarkError for an unknown source.

@@ -47,7 +47,7 @@ _TEXT_COLUMNS = (
 
 @dataclass(frozen=True)
 class _CorpusLocation:
-    """Location of a corpus, and selection of split, tokens and column to read.
+    """Parsed name of a corpus: its location, and the split, tokens and column to read.
 
     Attributes:
         name: Name of the corpus as typed, without split, tokens and column.
@@ -65,7 +65,7 @@ class _CorpusLocation:
 
     @property
     def label(self) -> str:
-        """Name of the benchmark, without the file's folder, so that the file can be moved."""
+        """Name of the benchmark, without the file's folder, so that the file may be moved."""
         label = f"{PREFIX}{self.file.name if self.file else self.name}"
         parts = (("@", self.split), (":", self.max_tokens), ("#", self.column))
         return replace_controls(label + "".join(f"{sign}{part}" for sign, part in parts if part))
@@ -138,7 +138,7 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
 
 
 def corpus_stamp(spec: BenchmarkSpec) -> object:
-    """Return a stamp of a corpus (equal stamps mean equal texts); None for a corpus on the hub."""
+    """Return a stamp that changes if a corpus changes; None for a corpus on the hub."""
     file = locate_corpus(spec).file
     return open_data_source(spec.data).stamp() if file is None else file_stamp([file])
 

@@ -1,4 +1,4 @@
-"""Tokenise requests with lm-eval's own code, without its scoring.
+"""Tokenise requests with lm-eval's own code, without scoring the requests.
 
 This module also gives access to lm-eval's unmodified models, for comparisons with tracker.
 """
@@ -125,7 +125,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             return str(super().apply_chat_template(*args, **kwargs))
 
     def tokenisation_digest(self, with_template: bool) -> str:
-        """Hash the tokens of a short test request, and whether the model runs its own code."""
+        """Hash a test request's tokens, and whether the model's class is remote code."""
         turns = [{"role": "user", "content": _QUESTION}]
         context = self.apply_chat_template(turns) if with_template else _QUESTION
         instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)

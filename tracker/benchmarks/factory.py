@@ -56,8 +56,8 @@ def list_tasks() -> dict[str, Any]:
     cached until one of the files changes. Reading the cached index takes 0.4 s.
 
     Returns:
-        Name of a task, group or tag → lm-eval's entry. Of a task's settings, an entry contains only
-        the location of the data on the hub.
+        Name of a task, group or tag → lm-eval's entry. An entry omits all settings of the task
+        except the location of the data on the hub.
     """
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_find_task_files(folder))
@@ -94,7 +94,7 @@ def _index_row(entry: Entry, folder: Path) -> list[Any]:
 
 
 def _is_inside(path: str | None) -> bool:
-    """Return whether a path is relative and stays inside its folder, as is safe for task files."""
+    """Return whether a path is relative and has no `..`, so it cannot leave the task folder."""
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
@@ -120,15 +120,15 @@ class SourceSplits:
 
 
 def makes_documents(config: TaskConfig) -> bool:
-    """Return whether a task generates its own documents, usually for one model's tokenizer."""
+    """Return whether a task's own code generates the documents, usually for one tokenizer."""
     return callable(config.custom_dataset) and not isinstance(config.custom_dataset, SourceSplits)
 
 
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Factory that builds lm-eval's tasks on data from the hub, a folder or a package.
 
-    `given_splits` maps a task's name to the splits that the task received. `files` lists the
-    files from which the most recently built task reads its documents.
+    `given_splits` maps a task's name to the splits that were read for the task from a folder or
+    package. `files` lists the files from which the most recently built task reads its documents.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
 
 
 def list_rows(documents: Iterable[Any]) -> list[Any]:
-    """List documents; convert a data set as a whole, which is ten times faster than row by row."""
+    """Convert documents to a list; a data set is converted as a whole, ten times faster."""
     if isinstance(documents, Dataset) and documents.format["type"] is None:
         rows: list[Any] = documents.to_list()
         return rows
@@ -66,12 +66,12 @@ def metric_names(task: ConfigurableTask) -> dict[str, str]:
 
 
 def filtered_metric(metric: str, filter_name: str) -> str:
-    """Return the name in stored outcomes of a metric that lm-eval computes on filtered answers."""
+    """Return a metric's name in stored outcomes: `METRIC,FILTER`; `METRIC` without filter."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def _stable_value(value: Any) -> Any:
-    """Replace each function in a nested value by the function's name and its file's content."""
+    """Replace each function in a nested value by its name and the content of its files."""
     if isinstance(value, dict):
         return {name: _stable_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -67,7 +67,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         return texts
 
     def generate_rows(self, prompt: Prompt, n_rows: int, decoding: Decoding) -> list[str]:
-        """Continue one prompt in each row of a batch; each row can be a different ablated model."""
+        """Generate `n_rows` continuations of one prompt; each row can use another ablated model."""
         self._decoding = decoding
         self.batch_size_per_gpu = n_rows
         try:

@@ -81,7 +81,7 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def own_tasks_stamp(spec: BenchmarkSpec) -> object:
-    """Return a stamp of the user's own tasks; equal stamps mean equal tasks.
+    """Return a stamp that changes if the user's own task files or their documents change.
 
     The stamp covers the tasks' folders and the files of their documents. Returns None if the user
     has no tasks.

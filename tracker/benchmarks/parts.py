@@ -62,7 +62,7 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
 
 
 def _example_split(task: ConfigurableTask) -> str | None:
-    """Return the split from which lm-eval draws few-shot examples; None for a list of examples."""
+    """Return the split of the few-shot examples; None if the task lists its examples."""
     config, fewshot = task.config, task.fewshot_cfg
     split: str | None = fewshot.split
     if split is None and fewshot.samples is None:
@@ -71,7 +71,7 @@ def _example_split(task: ConfigurableTask) -> str | None:
 
 
 def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
-    """Return the requested half of a task's documents; raise BenchmarkError below two documents."""
+    """Return the requested half of a task's documents; BenchmarkError for fewer than two."""
     assert documents.part is not None
     if total < 2:
         raise BenchmarkError(f"part: {task} has {total} document, which is too few for two halves")
@@ -79,7 +79,7 @@ def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
 
 
 def part_setting(documents: DocumentSpec, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return the setting that names the part (calibration or test); {} for lm-eval's default."""
+    """Return the `part` setting (calibration or test); {} for lm-eval's default documents."""
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

@@ -99,7 +99,7 @@ def _score_tasks(
 
 
 def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
-    """Make lm-eval skip the model for documents that are not in `documents_by_task`."""
+    """Make lm-eval run the model only on documents in `documents_by_task`."""
     scored = {task: set(documents) for task, documents in documents_by_task.items()}
     blanks = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
 

@@ -117,7 +117,8 @@ class ResultFileWriter:
             Paths of the results file and of each task's file of samples, in this order.
 
         Raises:
-            CellError: lm-eval now computes other metrics for an answer than the ledger stores.
+            CellError: For some answer, lm-eval now computes metrics that differ from the stored
+                metrics.
             WorkError: A file could not be written.
         """
         documents = group_by(sorted(answers), lambda key: key[0])
@@ -217,7 +218,7 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: Any) -> None:
-        """Use the prepared requests of the selected documents, renumbered from 0 for lm-eval."""
+        """Reuse the prepared requests of the selected documents; renumber documents from 0."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)
@@ -250,7 +251,7 @@ class _RecordedModel(LM):  # type: ignore[misc]
 
 
 class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
-    """lm-eval's evaluation tracker without a duration, because models were measured together."""
+    """lm-eval's evaluation tracker without durations, as models were measured together."""
 
     def log_end_time(self) -> None:
         """Do nothing, so that lm-eval records no duration."""
@@ -259,7 +260,7 @@ class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
 def _refuse_contradictions(
     samples: Mapping[str, Sequence[Mapping[str, Any]]], answers: Mapping[AnswerKey, JudgedAnswers]
 ) -> None:
-    """Raise CellError if lm-eval computes other metrics for an answer than the ledger stores."""
+    """Raise CellError if lm-eval's metrics of an answer differ from the stored metrics."""
     for task, rows in samples.items():
         for row in rows:
             metrics = answers[task, row["doc_id"]].metrics

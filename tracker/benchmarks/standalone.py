@@ -112,7 +112,7 @@ def write_tasks(
 def _task_content(
     factory: _RecordingFactory, name: str, folder: Path, has_part: bool
 ) -> dict[str, Any]:
-    """Build a task file's content: lm-eval's task file plus the location of the documents."""
+    """Build a task file's content, which includes lm-eval's file and locates the documents."""
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     split_names = {key: getattr(task.config, key) for key in _SPLITS}

@@ -299,7 +299,7 @@ class LmEvalBenchmark:
         return {name: str(value) for name, value in settings.items() if value is not None}
 
     def _check_judging(self, task: ConfigurableTask) -> None:
-        """Compute a user task's metrics of dummy answers, to find errors before the model runs."""
+        """Compute the metrics of dummy answers, to find errors in the user's task code early."""
         if not task.instances or not any(map(is_user_function, task.config.to_dict(True).values())):
             return
         instances = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
@@ -377,7 +377,7 @@ def storable_value(value: Any) -> MetricValue:
 
 
 def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
-    """Build a prompt with the maximum text length that lm-eval reads from generation settings."""
+    """Build a prompt; convert lm-eval's aliases of the maximum length to `max_gen_toks`."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     lengths = [settings[name] for name in aliases if settings.get(name) is not None]
     settings = {name: value for name, value in settings.items() if name not in aliases}
@@ -397,8 +397,9 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
 def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     """Build the request that scores a right answer as the continuation of a prompt.
 
-    Since lm-eval never scores such a request, tracker must not fail on it. An answer that is longer
-    than the model's context is cut. An empty answer becomes the end-of-text token.
+    lm-eval never scores such a request, so tracker must not fail if the request is unusual. An
+    answer that is longer than the model's context is cut. An empty answer becomes the end-of-text
+    token.
     """
     instance = Instance("loglikelihood", doc={}, arguments=(prompt.text, answer), idx=0)
     (request,) = encoder.encode([instance])
@@ -407,7 +408,7 @@ def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Req
 
 
 def _gold_index(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
-    """Return the index of the request with the right answer as in lm-eval, or None."""
+    """Return the index of the request with lm-eval's right answer; None if there is none."""
     if task.OUTPUT_TYPE == _ROLLING:
         return None
     if task.OUTPUT_TYPE != "multiple_choice":

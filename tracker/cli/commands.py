@@ -130,7 +130,7 @@ class ExecutorName(click.Choice[str]):
 
 
 class ExecutionOptions(CommandOptions):
-    """Options that choose the executor and where layers are offloaded."""
+    """Options that choose the executor, and where offloaded layers are stored."""
 
     executor: Annotated[str, ExecutorName()] = "local"
     """Executor: local for this machine, ray for a Ray cluster, slurm for a job array with one job
@@ -193,11 +193,11 @@ def run(
 def evaluate(project: str, **settings: Any) -> None:
     """Measure one layer, as a trial of a W&B sweep.
 
-    The first trial of a model and benchmark measures all layers of its sweep at once, which costs
-    little more than one layer. Outside a sweep, all layers of the model are measured. Later trials
-    read the outcomes of their layer from the results folder and load no model. A trial prints a
-    note and exits with code 0 if its layers extend beyond the last layer or include a removed
-    layer.
+    For each model and benchmark, the first trial measures all layers of the sweep together. This
+    costs little more than measuring one layer. Outside a sweep, all layers of the model are
+    measured. Later trials read the outcomes of their layer from the results folder and load no
+    model. A trial prints a note and exits with code 0 if its layers extend beyond the last layer or
+    include a removed layer.
 
     \b
     Example:
@@ -249,11 +249,12 @@ def bench(
     loop evaluates one pruned copy of the model after another, at the fastest of a few batch sizes.
     The loop is timed for the baseline and four removals of each component. The time for all
     removals is extrapolated. The loop is left out if layers are offloaded, because every evaluation
-    would read all offloaded layers. One model and one benchmark are timed, with every layer removed
-    in turn. With --against vllm, lm-eval's vLLM model is timed too, if vLLM is installed and runs
-    on the model's device. Layer passes are counted for the engine, lm-eval and vLLM in any case.
+    would read all offloaded layers. One model and one benchmark are timed. Each ablation removes
+    one layer, and every layer is removed once. With --against vllm, lm-eval's vLLM model is timed
+    too, if vLLM is installed and runs on the model's device. The layer passes of the engine,
+    lm-eval and vLLM are always compared, even if vLLM is not timed.
 
-    A model that is not on this machine can be timed by its shape, with random weights:
+    To time a model that is not on this machine, name its shape; the weights are then random:
     shape:llama-3-8b, shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or
     shape:FOLDER_OR_ID. The suffix @8 limits the model to eight layers. The random weights are saved
     in the user's cache.

@@ -215,7 +215,7 @@ def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> C
         model: Schema of the options. Its fields define the types, the defaults and (by docstrings)
             the help texts.
         *names: Names of the fields that become options, in order.
-        defaults: Whether options have the defaults of the fields, and required fields become
+        defaults: Whether options take the defaults of the fields. Required fields then become
             required options.
 
     Returns:
@@ -260,8 +260,9 @@ def experiment_options(
     user typed).
 
     Args:
-        cell_keys: Keys for one model and benchmark that become options.
-        search_keys: Keys of pruning searches that become options.
+        cell_keys: Keys of experiment files (settings of one model and benchmark) that become
+            options.
+        search_keys: Keys of search files (settings of pruning searches) that become options.
 
     Returns:
         A decorator for the function of a command.
@@ -314,7 +315,7 @@ def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
 
 
 def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path | None:
-    """Return the experiment file; None if a model is given, which is added to `settings`.
+    """Return the experiment file; if a model is given, add it to `settings` and return None.
 
     Raises UsageError with a correct command if `experiment` is neither a file nor a model, or if a
     setting is missing.
@@ -390,15 +391,16 @@ def _click_type(hint: Any) -> dict[str, Any]:
 class CommandOptions(BaseModel):
     """Schema of a command's options that are not keys of experiment files.
 
-    The annotation of a field can contain a click type. An alias replaces the option's name. A bool
-    field becomes a flag. A tuple field becomes an option that can be given several times.
+    The annotation of a field can contain a click type. The alias of a field replaces the option's
+    name. A bool field becomes a flag. A tuple field becomes an option that can be given several
+    times.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
-    """Convert a field to the arguments of `click.option`; a click type in the annotation wins."""
+    """Convert a field to `click.option` arguments; use the annotation's click type if any."""
     value_type, *annotations = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if value_type is bool:
         return {"is_flag": True}
@@ -427,7 +429,7 @@ def _click_range(field: FieldInfo) -> dict[str, Any]:
 
 
 class ExperimentOptions(CommandOptions):
-    """Options for layers, heads and experts, and for any other key of an experiment file."""
+    """Options for layers, heads and experts, and `--set` for any key of an experiment file."""
 
     layer: Annotated[Sequence[int] | str | None, LayersType(allow_all=True)] = None
     """Layers to change, e.g. 3,17 or 3-7 (default: all)."""

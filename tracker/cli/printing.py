@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def print_failures(prefix: str, failures: Mapping[str, str]) -> None:
-    """Print each failed subject and its reason to standard error."""
+    """Print each failed item and the reason of its failure to standard error."""
     for subject, reason in failures.items():
         echo(f"{prefix}: {subject}: {reason}", error=True)
 
@@ -68,8 +68,8 @@ def print_cell(
 ) -> None:
     """Print a table of a cell's runs; if `brief`, only runs with a significant effect.
 
-    `only_change` selects a single run. With `brief`, notes that `print_results` prints are omitted.
-    `average` means that an average over benchmarks is printed above.
+    `only_change` selects a single run. With `brief`, the notes that `print_results` already prints
+    are omitted. `average` is true if an average over benchmarks was printed before this table.
     """
     from tracker.analysis.claims import run_verdicts
     from tracker.report import wording
@@ -108,7 +108,7 @@ def print_cell(
 
 
 def _cell_notes(cell: CellRecord) -> tuple[str, ...]:
-    """Return notes on early stopping and on rounding in a cell; "" for each note not needed."""
+    """Return notes on early stopping and rounding; a note that is not needed is empty."""
     from tracker.report.wording import looks_note, rounding_note, second_rounding_note
 
     return looks_note(cell), rounding_note(cell), second_rounding_note(cell)
@@ -180,7 +180,7 @@ def print_results(cells: Sequence[CellRecord]) -> None:
 
 
 def _unlisted_note(cell: CellRecord, average: bool) -> str:
-    """Return a note on the runs of a cell that are not listed, with the reasons."""
+    """Explain why some runs of a cell are not listed in the table."""
     from tracker.report.wording import alone_sentence
 
     sentences = [alone_sentence(cell, average)]
@@ -239,7 +239,7 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
 
 
 def print_finding(finding: FindingRecord) -> None:
-    """Print a study's question, answers and tables, and the questions without an answer."""
+    """Print a study's question, answers and tables, and what the study could not answer."""
     echo(f"\n{finding.question}")
     for answer in finding.answers:
         echo(f"  {answer}")
@@ -252,7 +252,7 @@ def print_finding(finding: FindingRecord) -> None:
 
 
 def _dash_reasons(printed_table: Table) -> Iterator[str]:
-    """Yield each reason for undefined table entries (dashes), with the affected columns."""
+    """Yield a line for each reason why table entries are undefined (dashes), with columns."""
     reasons: dict[str, dict[str, None]] = {}
     for row in printed_table.rows:
         for entry, heading in zip(row, printed_table.headings, strict=True):
@@ -319,7 +319,7 @@ _COMMAND_PATTERN = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL
 
 
 def runnable_command(location: str) -> str:
-    """Return a command that also works outside the activated Python environment."""
+    """Replace a command's program by its path if the program is not on PATH."""
     settings, program, arguments = _COMMAND_PATTERN.fullmatch(location).groups()  # type: ignore[union-attr]
     program_path = Path(sys.executable).parent / program
     if not arguments or shutil.which(program) or not program_path.is_file():
@@ -401,7 +401,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
 
 
 class _ComputeRates:
-    """Compute rates in FLOP/s: the rate that the user states, or a measured rate for each dtype."""
+    """Compute rates (FLOP/s): either the user's rate, or a measured rate for each dtype."""
 
     def __init__(self, gflops: float | None) -> None:
         self._gflops = gflops
@@ -492,7 +492,7 @@ def print_search_plan(
 
 
 def _describe_stopping(cell: PlannedCell) -> str:
-    """Describe the cost of answering a cell's question, or how to obtain an estimate."""
+    """Describe how many documents `until` is expected to need, or how to estimate it."""
     from tracker.analysis.stopping import PILOT_DOCUMENTS
 
     if cell.answer is not None and cell.measured:
@@ -517,7 +517,7 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
-    """Return the smallest detectable drop, and the documents needed for the usual target drop."""
+    """Return the smallest detectable drop, and the documents needed for `REPORTED_DROP`."""
     from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:

@@ -141,7 +141,7 @@ class ProgressDisplay(Progress):
 
 
 class StatusLine(ProgressDisplay):
-    """Status line that shows the current step of a command, after the first two seconds."""
+    """Status line with the current step of a command; it is shown after two seconds."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -296,9 +296,9 @@ def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.
 
     Without FOLDER, the folder of --results is verified. Every file contains a digest of its
-    content. A file of outcomes (shard) that does not match its digest is set aside. Its outcomes
-    are computed again when the experiment runs the next time. The exit code is 1 if any file is
-    damaged.
+    content. A file of outcomes (shard) that does not match its digest is set aside. The outcomes in
+    this file are computed again by the next run of the experiment. The exit code is 1 if any file
+    is damaged.
 
     \b
     Examples:

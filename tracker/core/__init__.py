@@ -1,7 +1,7 @@
 """Define the types that all packages of tracker share: requests, records, errors.
 
 Modules:
-    answers: Format the answer to a stopping question as a sentence.
+    answers: Format the result of the stopping rule (`until`) as a sentence.
     api_package: Make a package callable as the API function with the same name.
     changes: Define changes of a model, the text form of a change, and sets of changes.
     config: Define the settings and the request for one model on one benchmark.
@@ -18,14 +18,14 @@ Modules:
     findings: Define the results of a study: answers, tables and charts.
     formats: Format numbers, intervals and p-values as text.
     grouping: Group items by a key.
-    hub: Check that the Hugging Face hub answers, and explain its errors.
+    hub: Check whether the Hugging Face hub is reachable, and explain errors of the hub.
     identities: Define the identities of models and benchmarks.
     kinds: Define the interventions on a model, and their styles in charts.
     model_parts: Count a model's layers, heads and experts.
     provenance: Collect hashes, software versions and the machine of a measurement.
     proxies: Define the proxies and their formulas.
     prune_records: Define the records of a pruning search.
-    questions: Define the stopping questions of the key `until`.
+    questions: Define the questions of the setting `until`, which stops a measurement early.
     records: Define the immutable records of cells, runs and correlations.
     remote: Call methods of objects in separate processes.
     run_table: Define the columns of the tables of runs and correlations.
@@ -33,6 +33,6 @@ Modules:
     search_parts: Number the layers or other parts that a search can remove.
     tables: Define a table as columns and rows.
     text: Escape text for terminals, Markdown and CSV, and mask passwords.
-    views: Define views, which select runs and documents of a cell.
+    views: Define views: selections of the runs and documents of one model and benchmark.
     weight_formats: Define the weight formats (e.g. int4) and their sizes.
 """

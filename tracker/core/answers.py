@@ -1,4 +1,4 @@
-"""Format the answer to a stopping question as a sentence."""
+"""Format the result of the stopping rule (`until`) as a sentence."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MAX_NAMED_RUNS = 8
 
 
 def statement(answer: AnswerRecord) -> str:
-    """Format an answer with its confidence and cost as one sentence.
+    """Format the stopping rule's result, its confidence and its cost as one sentence.
 
     Args:
-        answer: Current answer to the stopping question of a cell.
+        answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
         The sentence, e.g. `top 2: the largest drops are those of layers 0 and 11 (95 % confidence;
@@ -32,10 +32,10 @@ def statement(answer: AnswerRecord) -> str:
 
 
 def answer_cost(answer: AnswerRecord) -> str:
-    """Format the number of documents and the share of layer passes that an answer needed.
+    """Format the documents and the share of layer passes that the stopping rule needed.
 
     Args:
-        answer: Current answer to the stopping question of a cell.
+        answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
         The text, e.g. `320 of 570 documents, 41 % of the layer passes`.
@@ -48,14 +48,14 @@ def answer_cost(answer: AnswerRecord) -> str:
 
 
 def interval_name(cell: CellRecord) -> str:
-    """Return the name of the type of intervals that a cell's drops have.
+    """Return the name of the kind of interval that is computed for a cell's drops.
 
     Args:
         cell: Record of one model on one benchmark.
 
     Returns:
-        `95 % interval`, or e.g. `confidence sequence at 95 %` if a stopping question decides the
-        number of documents.
+        `95 % interval`, or e.g. `confidence sequence at 95 %` if a stopping rule (`until`) decides
+        the number of documents.
     """
     if cell.answer is None or not cell.is_raced:
         return "95 % interval"
@@ -63,10 +63,10 @@ def interval_name(cell: CellRecord) -> str:
 
 
 def open_runs_text(answer: AnswerRecord) -> str:
-    """Describe the runs of a cell that an answer does not decide yet.
+    """Describe the runs of a cell that the stopping rule has not decided yet.
 
     Args:
-        answer: Current answer to the stopping question of a cell.
+        answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
         The text, e.g. `layers 7 and 19 contend for the fifth place`.
@@ -113,7 +113,7 @@ def _answer_text(answer: AnswerRecord) -> str:
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """Format the names of runs: numbers for whole layers, and only a count for many open runs."""
+    """Format the names of runs; whole layers by number, and many runs only as a count."""
     only_layers = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"

@@ -57,7 +57,8 @@ class Change:
             head.
         intervention: Kind of the intervention, e.g. `remove`, `repeat` or a weight format.
         part: Number of the head or expert; path of the linear map in its layer; name in
-            `MAP_GROUPS` or `OUTER_MATRICES`. None for a component that exists once in a layer.
+            `MAP_GROUPS` or `OUTER_MATRICES`. None for a component that exists only once in a layer,
+            e.g. the attention.
         repeats: Number of passes through repeated layers.
         drawn: True if the layers were drawn at random, as a control.
     """
@@ -237,17 +238,17 @@ class Change:
         return str(self).partition(":")[2]
 
     def at_layer(self, layer: int) -> Change:
-        """Return a copy of a change that starts at layer 0, moved to start at `layer`."""
+        """Return a copy with all layer numbers increased by `layer` (for a change at layer 0)."""
         return replace(self, layers=tuple(layer + n for n in self.layers))
 
     @property
     def kind(self) -> Change:
-        """A copy of the change at layer 0, by which changes at different layers are grouped."""
+        """A copy of the change moved to layer 0; the group key of changes that differ in layer."""
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """A copy of the change without its layers and part; charts group changes by it."""
+        """A copy of the change at layer 0 without its part; the group key of changes in charts."""
         return replace(self, layers=(0,), part=None, drawn=False)
 
     @property
@@ -257,7 +258,7 @@ class Change:
 
     @property
     def order(self) -> tuple[int | str, ...]:
-        """The key for sorting changes: by component, intervention, number of layers and layers."""
+        """The sort key of changes: component, intervention, number of layers, layer numbers."""
         kinds = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
         number = -1 if self.number is None else self.number
         order = (*kinds, self.repeats, self.drawn, self.span, self.layer, number)
@@ -298,7 +299,7 @@ class Change:
 
     @property
     def clause(self) -> str:
-        """A clause that describes a repetition of layers: `layers 3 to 6 are passed twice`."""
+        """A clause about repeated layers, for sentences: `layers 3 to 6 are passed twice`."""
         return f"{self.layer_words} {'is' if self.span == 1 else 'are'} passed {self.times}"
 
     def split_by_layer(self) -> list[Change]:
@@ -309,7 +310,7 @@ class Change:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The change's values by column, without rarely used columns that have the default."""
+        """The change as column name → value; rarely used columns only if not the default."""
         usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
         values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
         return {n: value for n, value in values.items() if n not in usual or value != usual[n]}
@@ -324,8 +325,8 @@ class Ablation:
     """A set of changes that the engine applies together; the empty set is the baseline.
 
     Attributes:
-        changes: Changes of single layers, and repetitions of several layers. No two repetitions end
-            at the same layer.
+        changes: Changes of single layers, and repetitions of several layers. Two repetitions must
+            not end at the same layer.
     """
 
     changes: frozenset[Change] = frozenset()
@@ -354,8 +355,8 @@ class Ablation:
         """The ablation's name: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`.
 
         Several removed layers are written as one change, and so are several removed sublayers of
-        one kind. If more than `MAX_NAMED_MAPS` linear maps are rounded, the name contains a hash of
-        them.
+        one kind. If more than `MAX_NAMED_MAPS` linear maps are rounded, a hash replaces the names
+        of the maps.
         """
         components: tuple[Component, ...] = ("layer", "attention", "mlp", "shared_expert")
         names = [str(Change(c, layers)) for c in components if (layers := self.removed(c))]
@@ -366,7 +367,7 @@ class Ablation:
         return "+".join([*names, *roundings, *map(str, self.repetitions)]) or BASELINE
 
     def removed(self, component: Component = "layer") -> tuple[int, ...]:
-        """List the layers in which the whole of `component` is removed, ascending."""
+        """List the layers whose entire `component` (e.g. attention) is removed, ascending."""
         changes = self._by_word.get(component, [])
         return tuple(sorted(change.layer for change in changes))
 
@@ -394,8 +395,8 @@ class Ablation:
     def roundings(self) -> tuple[Change, ...]:
         """The changes that round the weights of layers, linear maps or outer matrices.
 
-        The changes are sorted by layer and name, so the format of a single map follows the format
-        of its map group.
+        The changes are sorted by layer and name, so that the rounding of a single map comes after
+        the rounding of its map group.
         """
         changes = (change for change in self.changes if change.intervention in FORMATS)
         return tuple(sorted(changes, key=lambda change: (change.layer, change.path)))
@@ -433,7 +434,7 @@ class Ablation:
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """Layer → the changes at this layer; repeated layers are listed under the last of them."""
+        """Layer → the changes at this layer; a repetition belongs to its last layer."""
         changes = (change for change in self.changes if not change.is_outer)
         layers = group_by(changes, lambda change: change.stop - 1)
         return {layer: Ablation(frozenset(group)) for layer, group in layers.items()}

@@ -1,4 +1,4 @@
-"""Define a request: one model and benchmark, the settings, and the changes to measure."""
+"""Define a request: a model, a benchmark, their settings, and the changes to measure."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SpecType = TypeVar("SpecType", bound=BaseModel)
 
 
 class ModelSpec(StrictModel):
-    """Settings that choose a model's weights; a model is loaded once for all equal settings."""
+    """Settings that choose a model's weights; requests with equal settings share a model."""
 
     model: Name
     """Model: hub id, folder, .gguf file, or package:NAME."""
@@ -77,7 +77,7 @@ class ModelSpec(StrictModel):
 
 
 class BenchmarkSpec(StrictModel):
-    """A benchmark and the settings of its prompts, with the names and meanings of lm-eval."""
+    """A benchmark and its prompt settings; the settings are named and defined as in lm-eval."""
 
     benchmark: BenchmarkName
     """Benchmark: a task or group of lm-eval, a YAML file, or corpus:FILE."""
@@ -119,7 +119,7 @@ class BenchmarkSpec(StrictModel):
 
 
 class DocumentSpec(StrictModel, Extent):
-    """Selection of a benchmark's documents: all or one half, and the first or a random sample."""
+    """Selection of documents: all or one half; of these all, the first, or a random sample."""
 
     part: DocumentPart | None = None
     """Disjoint documents for choosing (calibration) and for testing (test). These are the training
@@ -164,7 +164,7 @@ class Changes(ChangeGrid):
     """The changes themselves, where they are not every combination of the grid."""
 
     def expand(self) -> Iterator[Change]:
-        """Yield the requested changes without checking them, sorted by component first."""
+        """Yield the requested changes without checking them: the explicit list, or the grid."""
         if self.exact is not None:
             yield from self.exact
             return
@@ -198,12 +198,12 @@ class Changes(ChangeGrid):
 
     @property
     def lacks_maps(self) -> bool:
-        """True if linear maps are requested without names, which requests all linear maps."""
+        """True if linear maps are requested without naming any, which means all linear maps."""
         return "linear" in self.components and not self.maps
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
-        """The layers for which the request includes the removal of this one whole layer, sorted."""
+        """The layers whose removal, as one whole layer, is among the requested changes, sorted."""
         return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
 
     @property
@@ -273,10 +273,10 @@ class CellRequest:
         model: The settings that choose the model's weights.
         benchmark: The benchmark and the settings of its prompts.
         documents: The selection of documents to measure.
-        changes: The changes to measure; empty if other requests are made from this request.
+        changes: The changes to measure; empty if the request is only a template for other requests.
         removed: The layers that are removed in every run, ascending.
-        until: The question that ends the measurement once it is answered; None to measure all
-            documents.
+        until: The stopping rule: the measurement ends once its question is answered. None to
+            measure all documents.
         metric: The metric to show; None for the metric that publications usually report for the
             benchmark.
     """
@@ -291,7 +291,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The request as flat settings, from which `CellSettings.request` builds it again."""
+        """The request as flat settings; `CellSettings.request` builds an equal request."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         for group in (self.model, self.benchmark, self.documents, self.changes):
@@ -300,7 +300,7 @@ class CellRequest:
 
     @property
     def extent(self) -> Extent:
-        """The requested documents; all documents in random order if a question is set."""
+        """The requested documents; if `until` is set, all documents in random order."""
         if self.until is not None:
             return Extent(sample=UNLIMITED_SAMPLE, seed=self.documents.seed)
         return self.documents
@@ -329,7 +329,7 @@ class CellRequest:
 
         Args:
             change: The change to check.
-            layers: Number of layers of the model, including removed ones.
+            layers: Number of layers of the intact model.
 
         Returns:
             The reason as a clause; None if the change is valid.
@@ -370,7 +370,7 @@ class CellRequest:
         return [change for change in changes if self.invalid_reason(change, layers) is None]
 
     def ablations(self, layers: int) -> list[Ablation]:
-        """List the ablations: baseline, removal of `removed` alone, and each valid change."""
+        """List the ablations: baseline, only `removed` removed, and one for each valid change."""
         runs = [(), *((change,) for change in self.valid_changes(layers))]
         ablations = (Ablation.from_changes(*run, removed=self.removed) for run in runs)
         return list(dict.fromkeys([INTACT, *ablations]))

@@ -48,7 +48,7 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """The documents whose scores change in a run, and totals over all documents."""
+    """The documents whose scores differ between a run and the intact model, and totals."""
 
     run: Change
     lost: int
@@ -69,7 +69,7 @@ class RunDecisions(Record):
 
 
 class DecisionsRecord(Record):
-    """The documents whose scores change in the runs of one model and benchmark."""
+    """The documents whose scores are changed by ablations, for one model and benchmark."""
 
     n: int
     """Number of documents."""

@@ -58,7 +58,7 @@ def upgrade_command() -> str:
 
 
 def format_problem(number: object) -> str:
-    """Return an error message if a file has another format version; else an empty text."""
+    """Return an error message if a file's format version is not the current one; else ""."""
     if number == LEDGER_FORMAT:
         return ""
     age, advice = "an older", "Read it with that one"

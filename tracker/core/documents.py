@@ -62,7 +62,8 @@ class Document:
         requests: The (context, continuation) pairs to score, in lm-eval's order.
         gold: The index of the request with the right answer; None if lm-eval defines no or several
             right answers.
-        choices: Number of answers from which a random predictor would choose; 0 for open answers.
+        choices: Number of answer options, from which chance accuracy is computed; 0 for free-form
+            answers.
         rolling: True if the requests are consecutive windows of one text.
         prompt: The prompt of a generation task; None for other tasks. The requests of a generation
             task consist of the prompt and the reference answer, to compute proxies and
@@ -83,7 +84,7 @@ class Document:
         return self.task, self.index
 
     def tokens_digest(self, max_length: int) -> str:
-        """Hash the tokens that a model reads within `max_length`, and the scored counts."""
+        """Hash the tokens that a model reads after truncation, and the numbers scored."""
         texts: list[Any] = []
         for request in self.requests:
             tokens = (request.context + request.continuation)[-(max_length + 1) :]
@@ -99,9 +100,9 @@ class DocumentText:
     """The text of a document for display, without few-shot examples and templates.
 
     Attributes:
-        question: The last part of the prompt; the whole text for a document whose whole text is
-            scored.
-        choices: The answer options, in the order of the requests; empty for open answers.
+        question: The last part of the prompt. If the whole text of the document is scored, the
+            whole text.
+        choices: The answer options, in the order of the requests; empty for free-form answers.
         answer: The gold answer of a document without answer options; None if the task defines no
             answer.
     """

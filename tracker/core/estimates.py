@@ -37,7 +37,7 @@ class Estimate:
         return (self.low, self.high) if math.isfinite(self.low + self.high) else None
 
     def side(self, threshold: float = 0.0) -> int:
-        """Return 1 if the whole interval is above the threshold, −1 if it is below, else 0."""
+        """Return 1 if the whole interval is above the threshold, −1 if all below, else 0."""
         if self.low is None or self.high is None:
             return 0
         return int(self.low > threshold) - int(self.high < threshold)

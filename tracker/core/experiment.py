@@ -224,7 +224,7 @@ class Sweep(StrictModel):
 
     @property
     def destination(self) -> str:
-        """The name of the tracking project, as ENTITY/PROJECT if a W&B entity is set."""
+        """The name of the tracking project; ENTITY/PROJECT if the file sets a W&B entity."""
         return f"{self.entity}/{self.project}" if self.entity else self.project
 
 
@@ -261,9 +261,9 @@ class Experiment(Sweep):
     def cells(self) -> list[CellRequest]:
         """Expand the grid into one request per model, benchmark and settings, sorted by model.
 
-        Each request contains all layers of its runs. If the file requests all layers and was loaded
-        without a `count` function, the requests contain no layers. A value of the wrong type raises
-        RequestError.
+        Each request covers all runs of the grid with the same settings. If the file requests all
+        layers and was loaded without a `count` function, the requests contain no layers. A value of
+        the wrong type raises RequestError.
         """
         if self.requests_all_layers and self.run_cap is not None:
             raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")

@@ -1,7 +1,7 @@
 """Read a request from an experiment file, a model's name, a dict or keywords.
 
-All commands and Python functions that take an experiment convert it to an experiment file with this
-module.
+All commands and Python functions that take an experiment use this module to convert the experiment
+to an experiment file.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def load_experiment(
 
 
 def names_model(source: ExperimentSource) -> bool:
-    """Check whether an input is a model's name or GGUF file instead of an experiment file."""
+    """Return whether an input is a model's name or GGUF file, not an experiment file."""
     if source is None or isinstance(source, Mapping):
         return False
     path = Path(source)
@@ -180,7 +180,7 @@ def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
 
 
 def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Convert contents to YAML text; return the parsed text and the text."""
+    """Convert contents to YAML; return the contents as parsed from the YAML, and its text."""
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -275,7 +275,7 @@ def _file_name(file: Any, text: str) -> str:
 
 
 def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> bool:
-    """Check whether an experiment requests searches (`tracker prune`) instead of runs.
+    """Return whether an experiment requests searches (`tracker prune`) instead of runs.
 
     ExperimentError is raised if the file cannot be read.
     """
@@ -287,12 +287,12 @@ def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> 
 
 
 def is_search_file(raw: object) -> bool:
-    """Check whether the contents of a file request searches, for `tracker prune`."""
+    """Return whether the contents of a file request searches, for `tracker prune`."""
     return "layer" not in _parameter_names(raw) and bool(_SEARCH_KEYS & _parameter_names(raw))
 
 
 def is_removal_file(raw: object) -> bool:
-    """Check whether the contents of a file list the layers to remove, for `tracker run`."""
+    """Return whether a file lists layers to ablate, as files for `tracker run` do."""
     return "layer" in _parameter_names(raw) and not _SEARCH_KEYS & _parameter_names(raw)
 
 

@@ -49,7 +49,7 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List each kind of installed extensions with their names, without loading them."""
+    """List (kind, names) pairs of all installed extensions, without loading any of them."""
     points = entry_points()
     kinds_and_names = []
     for kind in EXTENSION_KINDS:

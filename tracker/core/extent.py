@@ -1,4 +1,4 @@
-"""Choose documents of a benchmark: all or one half, the first ones or a random sample."""
+"""Choose documents of a benchmark: all or one half; of these all, the first or a sample."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def shuffle_documents(seed: int, documents: Mapping[str, Iterable[int]]) -> list
     """Sort the documents of all tasks into one random order; return (task, number) pairs.
 
     Documents of one task are sorted as by `random_order`. The first documents of the order are a
-    random sample of all tasks, so large tasks have more documents in it.
+    random sample of the documents of all tasks, so large tasks contribute more documents than small
+    tasks.
     """
     keys = [(task, number) for task, numbers in documents.items() for number in numbers]
     return sorted(keys, key=lambda key: _random_key(seed, *key))

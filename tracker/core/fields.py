@@ -35,7 +35,7 @@ ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval
 
 
 def _canonical_json(value: object) -> object:
-    """Convert settings in YAML, W&B's or lm-eval's `key=value` form to canonical JSON."""
+    """Convert settings (YAML, W&B's form, or lm-eval's `key=value`) to canonical JSON."""
     if isinstance(value, str):
         value = _parse_arguments(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -176,10 +176,10 @@ def first_problem(
     prefix: str = "",
     parameter_names: Mapping[str, str] | None = None,
 ) -> str:
-    """Describe the first invalid setting in one line, under its name in the experiment file.
+    """Describe the first invalid setting in one line, with its name in experiment files.
 
-    `parameter_names` maps a field to a parameter of the file. It is needed for fields that combine
-    several values of one parameter.
+    `parameter_names` maps a field to a parameter of the file. The mapping is needed for fields that
+    combine several values of one parameter.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.

@@ -170,8 +170,8 @@ class MetricFormat:
 
     Attributes:
         level: The name of the metric.
-        change: The name of the metric's change after a removal, which is positive for a worse
-            result.
+        change: The name of the metric's change after a removal. The change is positive if the model
+            becomes worse.
         level_unit: The unit of the metric itself.
         unit: The unit of a change of the metric.
         level_form: The number format of the metric itself.

@@ -98,7 +98,7 @@ def _go_offline(reason: str) -> None:
 
 
 def _is_temporary(error: BaseException) -> bool:
-    """Check whether an error is temporary, such as a rate limit, server error or timeout."""
+    """Return whether an error is temporary, such as a rate limit, server error or timeout."""
     from huggingface_hub.errors import HfHubHTTPError
 
     statuses = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
@@ -133,7 +133,7 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
 
 
 def _causes(error: BaseException | None) -> Any:
-    """Yield an error, and then its causes, following the chain of exceptions."""
+    """Yield an error and all exceptions in its chain of causes, the error first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -69,7 +69,7 @@ class Half(Record):
 
 
 class TaskIdentity(Record):
-    """One scored task: an lm-eval task, also as part of a group, or a text corpus."""
+    """One scored task: an lm-eval task (alone or in a group) or a text corpus."""
 
     name: str
     version: str
@@ -94,7 +94,7 @@ class TaskIdentity(Record):
 
 
 class BenchmarkIdentity(Record):
-    """The benchmark that was measured: its documents and the settings of its prompts."""
+    """The benchmark that was measured: the documents, and the settings of the prompts."""
 
     name: SafeText
     tasks: tuple[TaskIdentity, ...]
@@ -120,7 +120,7 @@ class BenchmarkIdentity(Record):
         return sum(task.documents for task in self.tasks)
 
     def sample_size(self, documents: int) -> int:
-        """Return the smallest sample per task for `documents` in total, or else for all."""
+        """Return the smallest sample per task with at least `documents` (or all) in total."""
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
         large_samples = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)

@@ -37,7 +37,7 @@ INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 
 
 class Action(Enum):
-    """Effect of an ablation on the computation of one layer, such as skipping the layer."""
+    """Change of one layer's computation by an ablation, e.g. that the layer is skipped."""
 
     PASS = "pass"
     SKIP = "skip"

@@ -54,7 +54,7 @@ class ModelParts(NamedTuple):
     maps: tuple[tuple[str, ...], ...] | None = None
 
     def count_of(self, component: Component) -> int | None:
-        """Return the number of heads, head groups or experts of a layer; None if unknown."""
+        """Return how many heads, head groups or experts one layer has; None if unknown."""
         count: int | None = getattr(self, component)
         return count
 
@@ -79,7 +79,7 @@ PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
 
 
 def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Add all layers, heads, experts or maps of the model to a request that names none of them.
+    """Complete a request: where it names no layers, heads, experts or maps, add all of them.
 
     ExperimentError is raised if the model's configuration does not give the number of heads or
     experts.
@@ -113,7 +113,7 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
 
 
 def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """List the changes if spans of a kind of layers or random sets are requested; else None."""
+    """List all changes if random layer sets or spans within a kind are requested, else None."""
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
     if not (spans and is_removal and (changes.control or parts.kind_layers is not None)):

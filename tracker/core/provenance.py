@@ -67,13 +67,13 @@ def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
 
 
 def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """List the tokenising packages of `stack` with versions other than those in `other`."""
+    """List the tokenising packages whose versions in `stack` differ from `other`."""
     names = [n for n in _TOKENISING_PACKAGES if n in stack and stack[n] != other.get(n)]
     return ", ".join(f"{n} {stack[n]}" for n in names) or SAME_VERSIONS
 
 
 def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Check whether two provenance records have different hashes of the same text's tokens."""
+    """Return whether a test text was tokenised differently in two provenance records."""
     return len({stack.get(TOKENISATION_KEY), other.get(TOKENISATION_KEY)} - {None}) > 1
 
 

@@ -147,8 +147,8 @@ class Proxy:
             empty.
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
         component: The part of the model whose importance the proxy estimates.
-        over: For an expert's proxy that is a mean over the expert's tokens, the name of the proxy
-            that counts these tokens; empty for a mean over all tokens.
+        over: Name of the proxy that counts the tokens over which the mean is computed, for means
+            over an expert's tokens; empty for a mean over all tokens.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Proxy:
 
     @property
     def headings(self) -> dict[str, str]:
-        """Name → display name, for the proxy and for the value of which it is the complement."""
+        """Name → display name, for the proxy and (if the proxy is 1 minus a value) that value."""
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
 
@@ -181,11 +181,11 @@ class Proxy:
         return f"{self.complement_of or self.name}_sum"
 
     def from_observed(self, observed: Array) -> Array:
-        """Convert observed values, or their means, to values of the proxy."""
+        """Convert averaged values to the proxy: 1 minus the value if it is a complement."""
         return 1 - observed if self.complement_of else observed
 
     def token_figure(self, observed: Tensor) -> Tensor:
-        """Convert results of `observe` to the value per token that is averaged."""
+        """Apply `per_token` to the results of `observe`, before they are averaged over tokens."""
         return observed if self.per_token is None else self.per_token(observed)
 
     def observe_tokens(self, before: Tensor, after: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Define the records of a pruning search: the removed parts at each step, and the cost.
 
 Values are stored as fractions or nats. The score of a step is the value that the search strategy
-minimised. An undefined value is `None`, and `reasons` of the step gives the reason.
+minimised. An undefined value is `None`; the step's field `reasons` explains why.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PruneStep(EstimatesRecord):
 
 
 class CalibrationSet(Record):
-    """A benchmark and its documents that a search used to choose the removed parts."""
+    """A benchmark, and the documents with which a search chose the removed parts."""
 
     key: str
     """The cell's key in the ledger."""
@@ -127,7 +127,7 @@ class PruneRecord(Record):
 
     @property
     def parts(self) -> SearchParts:
-        """The numbering of the layers, heads or experts that the search can remove."""
+        """The layers, heads or experts that the search can remove, numbered consecutively."""
         return SearchParts(self.unit, self.model.layers, self.per_layer)
 
     @property
@@ -142,7 +142,7 @@ class PruneRecord(Record):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The removed parts in order of removal; ascending if steps do not remove single parts."""
+        """The removed parts in order of removal; ascending if a step removes several parts."""
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
 
@@ -154,7 +154,7 @@ class PruneRecord(Record):
 
     @property
     def label(self) -> str:
-        """The strategy's display name, with the number of the draw and any special rescoring."""
+        """The strategy's display name, with the number of a random draw and the rescoring."""
         draw = self.draw if self.draw is not None else ""
         rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"
         return " ".join(str(word) for word in (self.strategy, draw, rescoring) if word != "")

@@ -1,4 +1,4 @@
-"""Define the questions of the setting `until`; answering the question ends a measurement."""
+"""Define the questions of the setting `until`, which ends a measurement once it can be answered."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Check whether `count` is less than the number of runs, so that there is a choice."""
+        """Return whether `count` is less than the number of runs (always true without a count)."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:
-        """Raise ValueError if the question asks to choose all of the runs or more."""
+        """Raise ValueError if `count` is not less than the number of runs."""
         if not self.fits(runs):
             suggestion = f"; ask for {runs - 1} at most" if runs > 1 else ""
             raise ValueError(

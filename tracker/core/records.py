@@ -34,12 +34,12 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Build entries of `EstimatesRecord.FLAT`, one for each given name of an estimate's part."""
+    """Map flat names to an estimate's value, lower and upper bound, in this order."""
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
 
 class EstimatesRecord(Record):
-    """Base class of records with estimates, whose values and bounds also have flat names."""
+    """Base class of records with estimates; each value and bound also has a name as a column."""
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Name in data frames, in trackers and in records of former versions → the estimate's field,
@@ -48,7 +48,7 @@ class EstimatesRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_flat(cls, fields: object) -> object:
-        """Convert estimates that former versions stored as several flat fields."""
+        """Convert estimates that former versions stored as separate value and bound fields."""
         if not isinstance(fields, dict):
             return fields
         converted, reasons = dict(fields), fields.get("reasons")
@@ -64,7 +64,7 @@ class EstimatesRecord(Record):
         return converted
 
     def figure(self, name: str) -> float | None:
-        """Return the value with this flat name or field name; None if it is undefined."""
+        """Return the value with this column name or field name; None if it is undefined."""
         field, part = self.FLAT.get(name, (name, ""))
         value = getattr(self, field, None)
         figure: float | None = getattr(value, part) if part else value
@@ -94,7 +94,7 @@ class FiguresRecord(EstimatesRecord):
 
     @property
     def all_reasons(self) -> dict[str, str]:
-        """Displayed name of a value → the reason why the value is undefined, or a note on it."""
+        """Displayed name of a value → reason why the value is undefined, or a note on the value."""
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
         reasons = {
@@ -108,7 +108,7 @@ class FiguresRecord(EstimatesRecord):
 
 
 class ChangeRecord(Record):
-    """Base class of records about one change of a model."""
+    """Base class of records that describe the effect of one change of a model."""
 
     change: Change
     """The change, in addition to the layers that every run of the cell lacks."""
@@ -176,7 +176,7 @@ class RunRecord(FiguresRecord, ChangeRecord):
 
 
 class RunAnswer(ChangeRecord):
-    """Answer to the question for one run, with bounds that hold for all runs at the same time."""
+    """Result of the stopping rule for one run; the bounds hold simultaneously for all runs."""
 
     n: int
     """Number of documents used until the run was decided."""
@@ -190,7 +190,7 @@ class RunAnswer(ChangeRecord):
 
 
 class AnswerRecord(Record):
-    """Answer to the question of the setting `until`, and the number of documents it took."""
+    """Result of the stopping rule (`until`) for all runs, with the documents and passes used."""
 
     question: str
     level: float
@@ -249,7 +249,7 @@ _FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "besi
 
 
 class CellRecord(FiguresRecord):
-    """Results of one model on one benchmark, with or without layers that all runs lack."""
+    """Results of one model on one benchmark; some layers can be removed in every run."""
 
     FLAT: ClassVar = {
         **flat_names("baseline", "baseline_accuracy", "baseline_low", "baseline_high"),
@@ -355,7 +355,7 @@ class CellRecord(FiguresRecord):
         return self.describe_documents(self.counted)
 
     def describe_documents(self, count: str) -> str:
-        """Return a text with the given number of documents and how they were sampled."""
+        """Return a text with `count` documents and the kind of sampling."""
         noun = "document" if count == "1" else "documents"
         return " ".join(filter(None, (count, noun, self.sampling_text)))
 
@@ -384,9 +384,9 @@ class CellRecord(FiguresRecord):
         return (self.key, self.view, self.n)
 
     def contains(self, other: CellRecord) -> bool:
-        """Check whether the record contains all documents and runs of another record.
+        """Return whether the record contains all documents and runs of another record.
 
-        The documents of an unfinished record are not always the first documents.
+        If the other record is unfinished, only the numbers of documents are compared.
         """
         fields = attrgetter("key", "removed", "metric", "sample_seed", "answer")
         if other.unfinished is None:
@@ -398,16 +398,16 @@ class CellRecord(FiguresRecord):
 
     @property
     def is_raced(self) -> bool:
-        """True if a question in `until` decided the number of documents of each run.
+        """True if the stopping rule (`until`) decided the number of documents of each run.
 
-        In this case, the intervals of drops are confidence sequences, and other intervals are
-        omitted.
+        With a stopping rule, the intervals of drops are confidence sequences, and other intervals
+        are omitted.
         """
         return self.answer is not None and self.unfinished is not None
 
     @property
     def is_stopped(self) -> bool:
-        """True if the measurement ended early because the question in `until` was answered."""
+        """True if the stopping rule (`until`) ended the measurement early."""
         return self.answer is not None and self.answer.over and self.is_raced
 
     @property
@@ -428,7 +428,7 @@ class CellRecord(FiguresRecord):
 
     @property
     def changes(self) -> list[Change]:
-        """The changes of all requested runs, also if not measured, sorted by component first."""
+        """The changes of all requested runs, measured or not, sorted by component first."""
         changes = (*(run.change for run in self.runs), *self.missing)
         return sorted(changes)
 
@@ -438,7 +438,7 @@ class CellRecord(FiguresRecord):
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of_kind(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Return first changed layer → run, for all measured runs of one kind of change."""
+        """Return the measured runs of one kind of change, keyed by the first changed layer."""
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:

@@ -37,7 +37,7 @@ class ProcessEndedError(WorkError):
 
 
 class RemoteError(WorkError):
-    """An exception of a remote object that is not a TrackerError; a note has the traceback."""
+    """An exception of a remote object that is not a TrackerError; its note holds the traceback."""
 
 
 class Remote:
@@ -60,7 +60,7 @@ class Remote:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the remote object, even during a call; never raise. A later call starts a new one."""
+        """End the remote object, even during a call; the next call starts a new object."""
         raise NotImplementedError
 
 
@@ -74,7 +74,7 @@ class RemoteObject(Remote):
         removed_variables: Environment variables that the new process does not inherit.
         added_variables: Environment variables that are set for the new process.
         finishes_calls: True if the new process finishes a running call after the calling process
-            has ended; False if both processes end together.
+            has ended; False if the new process ends with the calling process.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class RemoteObject(Remote):
         raise NotImplementedError
 
     def _why_ended(self, code: int | None) -> str:
-        """Explain why the process ended, given its exit code; None if the process still ran."""
+        """Explain why the process ended. `code` is the exit code, or None if it still ran."""
         return str(code)
 
     def close(self) -> None:

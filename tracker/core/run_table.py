@@ -26,7 +26,7 @@ CELL_COLUMNS = (
 
 
 class CellRun(NamedTuple):
-    """A row of a table of runs: a cell's record, a change, and the run if it was measured."""
+    """A row of a table of runs: a cell's record, a change, and the run (None if unmeasured)."""
 
     cell: CellRecord
     change: Change
@@ -70,12 +70,12 @@ def cell_columns(find: Callable[[RowType], CellRecord]) -> dict[str, Column[RowT
 
 
 def has_only_layers(cell: CellRecord) -> bool:
-    """Check whether every run of a record removes exactly one whole layer."""
+    """Return whether every run of a record removes exactly one whole layer."""
     return set(cell.kinds) <= {WHOLE_LAYER}
 
 
 def cell_proxies(cell: CellRecord) -> list[Proxy]:
-    """List the proxies to show for the runs of a record: of layers, of experts, or both."""
+    """List the layer proxies, expert proxies or both that a record's runs need in tables."""
     components = {kind.component for kind in cell.kinds}
     experts = EXPERT_PROXIES if "expert" in components else ()
     return [*(() if components == {"expert"} else OBSERVED), *experts]
@@ -84,9 +84,8 @@ def cell_proxies(cell: CellRecord) -> list[Proxy]:
 def distinguishing_columns(cell: CellRecord) -> list[str]:
     """Choose the columns that are needed to distinguish the runs of a record.
 
-    The column of the layer is always included. Other columns, such as the component or the
-    intervention, are included if their value for any run differs from the value for removing one
-    whole layer.
+    The column of the layer is always included. Another column (e.g. component, intervention) is
+    included if some run has a value other than for the removal of one whole layer.
     """
     return [
         name
@@ -109,7 +108,7 @@ def _passes(row: CellRun) -> int:
 
 
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
-    """Build all columns of runs; labels name the metric of `cell`, or accuracy without `cell`."""
+    """Build all columns of run tables, labelled with `cell`'s metric (default: accuracy)."""
     measure = metric_format(cell) if cell else ACCURACY_FORMAT
     head, unit = measure.column_head, measure.form
     without = f"{measure.level} without {'layer' if not cell or has_only_layers(cell) else 'it'}"
@@ -207,7 +206,7 @@ def correlation_columns() -> dict[str, Column[CellCorrelation]]:
 
 
 def run_reasons(run: RunRecord) -> dict[str, str]:
-    """Return name → reason, for each undefined, infinite or NaN value of a run."""
+    """Return why values of a run are undefined, infinite or NaN: value name → reason."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
     figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
@@ -215,7 +214,7 @@ def run_reasons(run: RunRecord) -> dict[str, str]:
 
 
 def non_finite_reasons(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Return name → reason, for each infinite or NaN value."""
+    """Return why values are infinite or NaN, as value name → reason."""
     undefined = ((n, v) for n, v in values.items() if v is not None and not math.isfinite(v))
     return {name: f"not a finite number: {value}" for name, value in undefined}
 

@@ -84,7 +84,7 @@ def _parse(text: str) -> Any:
 
 
 def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
-    r"""Count the values of a node, including repetitions by anchors.
+    r"""Count the values of a parsed YAML node, including repetitions by anchors.
 
     Raises YAMLError for too many values, for duplicate keys, and for texts with one half of a
     surrogate pair, such as `"\ud83d"`, which can be neither written nor hashed.

@@ -24,7 +24,8 @@ class SearchParts:
         unit: The kind of the parts, such as `layer` or `head`.
         layers: Number of layers of the model.
         per_layer: Number of parts in each layer.
-        used_layers: Numbers of the layers with such parts, ascending; None for all layers.
+        used_layers: Numbers of the layers that have parts of this kind, ascending; None for all
+            layers.
         min_kept: Minimum number of parts that must remain in each layer; 0 for no minimum.
 
     Examples:
@@ -81,7 +82,7 @@ class SearchParts:
         return Ablation.from_changes(*(Change(self.unit, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Filter `parts`, in order, so that removing them leaves `min_kept` parts in each layer."""
+        """Drop the parts whose removal would leave fewer than `min_kept` parts in a layer."""
         counts: Counter[int] = Counter()
         allowed = []
         limit = self.per_layer - self.min_kept if self.min_kept else math.inf

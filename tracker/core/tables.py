@@ -21,7 +21,7 @@ RowType = TypeVar("RowType")
 
 
 def _read_entry(stored_entry: object) -> object:
-    """Convert a stored table entry; former versions stored texts in the field `value`."""
+    """Read a stored table entry, including text entries in the format of former versions."""
     value = stored_entry.get("value") if isinstance(stored_entry, dict) else None
     return value if isinstance(value, str) else stored_entry
 
@@ -61,9 +61,9 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the table's column names and unrounded rows, for use in code.
 
-        Undefined values are None. A column without a name in code is named by its label. Such a
-        column is followed by columns `… low`, `… high` and `… reason` if its values have intervals
-        or reasons.
+        Undefined values are None. A column without a name in code is named by its label. If the
+        values of such a column have intervals or reasons, columns `… low`, `… high` and `… reason`
+        follow it.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -147,7 +147,7 @@ def build_table(
     *notes: str,
     header: int = 0,
 ) -> Table:
-    """Build a table with one entry for each column and each row object."""
+    """Build a table with a table row for each object in `rows`; column `header` names rows."""
     columns = tuple(columns)
     return Table(
         title=title,
@@ -168,7 +168,7 @@ def heading_text(heading: Heading) -> str:
 
 @dataclass(frozen=True)
 class EntryText:
-    """The displayed text of a table entry, with exact values and a reason.
+    """The displayed text of a table entry, with its unrounded values, and the reason if undefined.
 
     Attributes:
         text: The displayed text; a dash for an undefined value.

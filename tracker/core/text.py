@@ -32,7 +32,7 @@ HALF_CHARACTER = "half of a surrogate pair; write the character itself"
 
 
 def is_writable(text: str) -> bool:
-    """Check whether a text can be encoded as UTF-8; a lone surrogate prevents this."""
+    """Return whether a text can be encoded as UTF-8; False if it contains a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -69,8 +69,8 @@ _SECRET = re.compile(
 def mask_secrets(text: str, secrets: Sequence[str | None] = ()) -> str:
     """Replace passwords in a text by `***` before it is shown or stored.
 
-    The function masks each of `secrets`, in plain and in URL-quoted form. It also masks every part
-    of a URL that looks like a password.
+    The function masks each of `secrets`, in plain and in URL-quoted form. The function also masks
+    every part of a URL that looks like a password.
     """
     for secret in filter(None, secrets):
         for variant in (secret, unquote(secret), quote(secret, safe="")):

@@ -20,7 +20,7 @@ from tracker.core.records import view_name
 
 
 def sort_runs(runs: Iterable[Change]) -> tuple[Change, ...]:
-    """Sort changes without duplicates, also without random layer sets that equal requested sets."""
+    """Sort runs; drop duplicates, and random layer sets that also occur as requested sets."""
     changes = set(runs)
     runs = (c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
     return tuple(sorted(runs))
@@ -30,7 +30,7 @@ SortedRuns = Annotated[tuple[Change, ...], AfterValidator(sort_runs)]
 
 
 class Until(Record):
-    """A question that ends a measurement once it is answered, with its seed and runs."""
+    """Setting that stops a measurement once a statistical question about its runs is decided."""
 
     question: QuestionText
     seed: int
@@ -40,13 +40,13 @@ class Until(Record):
 
     @property
     def digest(self) -> str:
-        """A hash of eight characters that identifies the question, as in former versions."""
+        """An eight-character hash of question, seed and runs, compatible with older versions."""
         changes = [change.columns for change in self.runs]
         return content_hash({"question": self.question, "seed": self.seed, "runs": changes})[:8]
 
     @property
     def parsed_question(self) -> Question:
-        """The question, parsed from its text."""
+        """The text of the `until` setting, parsed into a `Question`."""
         return parse_question(self.question)
 
 
@@ -87,7 +87,7 @@ class View(Record):
         return self.extent.size
 
     def name(self, primary_metric: str) -> str:
-        """Return the name of the view, which does not depend on other views.
+        """Return the view's name, made of the removed layers, the documents and the metric.
 
         Examples are `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` and
         `intact--acc_norm`. The name omits the documents if all are shown, and the metric if it is
@@ -114,11 +114,11 @@ class View(Record):
 
     @property
     def order(self) -> tuple[object, ...]:
-        """The key for sorting views; views with the same key differ only in their documents."""
+        """The sort key of a view: metric, layers that every run lacks, and seed of the sample."""
         return self.metric, self.removed, self.seed
 
     def shows(self, other_view: View) -> bool:
-        """Check whether this view shows all runs of another view on more documents."""
+        """Return whether this view shows all runs of another view on more documents."""
         if self.until is not None or other_view.until is not None:
             return False
         return self.size > other_view.size and self.merge(other_view).runs == self.runs

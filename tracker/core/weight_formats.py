@@ -54,7 +54,7 @@ class WeightFormat:
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return this format, or its replacement for rows of this length; None if neither fits."""
+        """Return this format or its replacement, if one fits rows of `inputs` weights, or None."""
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
@@ -99,7 +99,7 @@ _RESERVED_WORDS = (
 
 
 def _check_format(extension: object) -> WeightFormat:
-    """Check a format of another package and return it; TypeError or ValueError if invalid."""
+    """Return a weight format of another package; raise TypeError or ValueError if invalid."""
     if not isinstance(extension, WeightFormat):
         raise TypeError(f"{extension!r} is not a tracker.core.weight_formats.WeightFormat")
     if not callable(extension.round):

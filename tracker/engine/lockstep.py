@@ -57,7 +57,7 @@ def run_lockstep(
 def report_progress(
     weights: OffloadedWeights | None, n_due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Report progress from finished work and loaded layers, without counting work twice.
+    """Yield a function that reports finished work; loaded layers report a share in advance.
 
     Args:
         weights: The offloaded weights, for which each loaded layer reports a share of the total

@@ -63,7 +63,7 @@ class Cost:
 
     @property
     def times_the_passes(self) -> dict[str, float]:
-        """Return, for each other program, the ratio of its layer passes to the engine's."""
+        """Return, for each other program, how many times the engine's layer passes it needs."""
         plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
@@ -220,7 +220,7 @@ def _weights_per_token(model: PreTrainedModel) -> tuple[float, float]:
 def measure_matrix_rate(
     dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> float:
-    """Measure the floating-point operations per second of a matrix product; None = on the CPU."""
+    """Measure the floating-point operations per second of matrix products (default: on CPU)."""
     size = 1024 if device is None or device.type == "cpu" else 8192
     a, b = (torch.randn(n, size, device=device).to(dtype) for n in (2 * size, size))
     a @ b

@@ -45,8 +45,8 @@ def open_executor(options: Options) -> Executor:
     """Create the executor that `options` name.
 
     RequestError is raised if the executor's package is not installed, or if the executor does not
-    support the options on this machine. It is also raised if another package's executor cannot be
-    loaded.
+    support the options on this machine. RequestError is also raised if an executor of another
+    package cannot be loaded.
     """
     name = options.executor
     if name in EXECUTORS:

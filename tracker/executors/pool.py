@@ -269,8 +269,8 @@ def count_devices(
         jobs: The jobs, which name the models.
         options: The options of the run.
         max_devices: Maximum number of devices of a worker.
-        least_free: Function that returns the smallest free memory of any device in bytes. It can
-            take seconds, so it is called only if needed.
+        least_free: Function that returns the smallest free memory of any device in bytes. The
+            function can take seconds, so it is called only if needed.
 
     Returns:
         The number of devices that hold the weights of the largest model; 1 if layers are offloaded.

@@ -162,7 +162,7 @@ class _SubmittedJob:
         return ends
 
     def _find_store(self, request: CellRequest) -> CellStore | CellError:
-        """Return the finished cell, or an error if the ledger does not have it."""
+        """Return the cell's outcomes, or an error if the ledger lacks any of them."""
         cell = find_cell(request, self._reporting.ledger)
         if cell.store is None or not cell.complete:
             return CellError(

@@ -83,7 +83,7 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
 
 
 def no_recipe_reason(resized: Sequence[str]) -> str:
-    """Explain on the card why no tool has a recipe; `resized` are changed configuration entries."""
+    """Explain on the card why no tool has a recipe; `resized`: changed configuration entries."""
     if not resized:
         return "None: no tool supports all of these formats and weights."
     reason = (
@@ -121,10 +121,10 @@ def layer_recipes(
 
     mergekit reads safetensors, so for a base in a GGUF file there is also a program that converts
     the file. llama.cpp reads GGUF; if the base is not a GGUF file, the recipe has a placeholder
-    file name. If layers are repeated and none removed, llama.cpp converts the saved folder. If
-    further configuration entries changed (`resized`), there are no recipes, since neither tool
-    changes such entries. The only exception is the list of attention windows, which llama.cpp
-    derives by itself or the recipe states (`windows`).
+    file name. If layers are repeated but not removed, the recipe for llama.cpp converts the saved
+    folder. If further configuration entries changed (`resized`), there are no recipes, since
+    neither tool changes such entries. The only exception is the list of attention windows, which
+    llama.cpp derives by itself or the recipe states (`windows`).
 
     Args:
         source: The base model's source.
@@ -354,8 +354,8 @@ def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = Fals
 def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
     """Write a recipe for llm-compressor, with one configuration group per weight format.
 
-    `tied` is the path of an embedding that is tied to the head. It is left out, because
-    llm-compressor would round only the embedding or only the head.
+    `tied` is the path of an embedding that is tied to the head. The recipe leaves this embedding
+    out, because llm-compressor would round only the embedding or only the head.
     """
     groups = {}
     by_format = group_by((path for path in formats if path != tied), lambda path: formats[path])

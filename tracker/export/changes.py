@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
-    """Return the change that removes `layers`, which are in the order of choice."""
+    """Return the change that removes `layers`, given in the order in which they were chosen."""
     return ModelChange(Ablation.from_changes(removed=layers), tuple(layers), **origin)
 
 
@@ -44,7 +44,7 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
             `embedding` or `lm_head`.
 
     Returns:
-        The change, whose origin is not known yet.
+        The change, without the documents and searches that chose it.
     """
     units = [Change.parse(f"{form}:{name}") for name, form in formats.items()]
     return ModelChange(Ablation.from_changes(*units))
@@ -184,7 +184,7 @@ def _stored_format(form: str, inputs: int) -> WeightFormat:
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Add to a change the searches and runs in the ledger that chose its layers, unless known."""
+    """Return a change with the searches and runs that chose its layers, unless it has them."""
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
     if change.order and change.strategy is None:
@@ -201,10 +201,10 @@ def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...])
         removed: The numbers of the removed layers.
 
     Returns:
-        The change, with the searches whose final result removes exactly these layers. If there are
-        none, searches with an earlier step that removes exactly these layers count. If some of
-        these searches used calibration documents, the other searches do not count. Without any such
-        search, the change has no origin.
+        The change, with the searches whose final result removes exactly these layers. If no final
+        result matches, searches with an earlier step that removes exactly these layers count. If
+        some of these searches used calibration documents, the other searches do not count. Without
+        any such search, the change has no origin.
     """
     contents = ledger.contents()
     choices = [
@@ -222,7 +222,7 @@ def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...])
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Return the change for a repetition, with calibration documents that measured it."""
+    """Return the change that repeats layers, with the calibration documents of its runs."""
     calibration = []
     for store in ledger.cells():
         benchmark = store.identity.benchmark
@@ -305,7 +305,7 @@ def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[
 
 
 def _documents_text(documents: CalibrationSet) -> str:
-    """Describe calibration documents: their number, benchmark and part."""
+    """Describe calibration documents: number, benchmark and part, e.g. `(calibration)`."""
     part = f" ({documents.part})" if documents.part else ""
     return f"{count_text(documents.n, 'document')} of {documents.benchmark}{part}"
 

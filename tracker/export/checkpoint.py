@@ -196,7 +196,7 @@ def publish(
 def _measure_cost(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Measure the changed model on the benchmark, unless the ledger has the results already."""
+    """Measure the changed model on the benchmark if needed; return the record and the cell."""
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
     if request.change.kind != "quantised":  # the choice of formats was measured as a whole

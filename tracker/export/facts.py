@@ -63,10 +63,10 @@ class Proof:
         tasks: The tasks that lm-eval scored; empty without a benchmark.
         documents: The number of documents that lm-eval scored.
         figure: Name of the metric → its value from lm-eval, which equals tracker's value up to
-            rounding if there are no `ties`. Empty unless lm-eval scored exactly these documents of
-            one task.
-        loglikelihood: The largest difference between a log-likelihood from lm-eval and one from
-            tracker, in nats.
+            rounding if there are no `ties`. Empty unless lm-eval scored exactly the measured
+            documents and all belong to one task.
+        loglikelihood: The largest difference between lm-eval's and tracker's log-likelihood of the
+            same request, in nats.
         ties: Number of documents whose metrics differ only because rounding decides between two
             answers.
         versions: The versions of transformers and lm-eval.
@@ -117,9 +117,10 @@ class ModelChange:
         order: The removed layers, in the order in which they were chosen; empty if no layers are
             removed.
         strategy: The strategy that chose the layers; None if a user named them.
-        calibration: Description of the documents on which the change was chosen; None if there were
-            none.
-        tested: Metrics before and after the change, on documents that were not used to choose it.
+        calibration: Description of the documents on which the change was chosen; None if no
+            documents were used.
+        tested: Metrics before and after the change, on documents that were not used to choose the
+            change.
         chosen_by: The cells whose results chose the change; tracking backends link the model to
             them.
         documents: The documents on which the change was chosen.
@@ -180,7 +181,8 @@ class ExportedModel:
         before: The size of the original model.
         after: The size of the saved model, in a file that stores each weight in its format.
         faster: Speed of forward passes relative to the original model: median and quartiles over
-            alternating turns. None if other work on the machine disturbed the timing.
+            timings that alternate between the two models. None if other work on the machine
+            disturbed the timing.
         speed_on: Description of the hardware and the texts of the timing; empty if not measured.
         recipes: Tool → recipe to make the same model with this tool; empty if no tool can make the
             model.
@@ -190,7 +192,8 @@ class ExportedModel:
             first.
         proof: Result of proving that the saved files give the measured results.
         locations: Tracking backend → location of the published model.
-        unpublished: Tracking backend → error, if the model could not be published to it.
+        unpublished: Tracking backend → error; contains the backends to which the model could not be
+            published.
     """
 
     folder: Path

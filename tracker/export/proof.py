@@ -104,7 +104,7 @@ class MeasuredCell:
 
     @cached_property
     def documents(self) -> Mapping[str, Sequence[int]]:
-        """Task → numbers of its measured documents."""
+        """The numbers of the measured documents of each task."""
         return self.store.task_documents(self.request.extent)
 
     @property
@@ -271,7 +271,7 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
 
 
 def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return lm-eval's value of the metric for one task; raise WorkError if tracker's differs."""
+    """Return lm-eval's metric of a single task; raise WorkError if tracker's metric differs."""
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()

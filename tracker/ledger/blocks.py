@@ -23,7 +23,7 @@ class Block:
 
     Attributes:
         task: The lm-eval task.
-        number: The 0-based number of the block in this order.
+        number: The 0-based number of the block in the order of the documents.
         seed: The seed of the random order; None for the task's own order.
     """
 
@@ -87,8 +87,8 @@ def split_missing(
             these ablations.
 
     Yields:
-        A portion: names of ablations, and numbers of documents that lack their outcomes. It has at
-        most `MAX_OUTCOMES` outcomes, or one document.
+        A portion: names of ablations, and numbers of documents that lack their outcomes. A portion
+        has at most `MAX_OUTCOMES` outcomes, or one document.
     """
     for names, documents in missing.items():
         size = max(1, MAX_OUTCOMES // len(names))

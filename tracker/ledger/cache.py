@@ -6,9 +6,10 @@ if nobody except this user and root can have written it. Otherwise the entry is 
 Trust is decided by the owners and permissions of files on POSIX systems. On other systems, every
 entry is trusted.
 
-Results of self-checks are stored, so that each check runs once per user. They are stored in the
-results folder, whose figures depend on them, and in the cache, for use in other results folders. If
-others can write a results folder, its check results are not trusted, and the cache is used instead.
+Results of self-checks are stored, so that each check runs once per user. The check results are
+stored in the results folder, since its figures depend on them, and in the cache, for use in other
+results folders. If others can write a results folder, its check results are not trusted, and the
+cache is used instead.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: TRACKER_CACHE if set, else the user's, or a temporary folder."""
+    """Return the cache folder: TRACKER_CACHE, the user's cache folder, or a temporary folder."""
     if setting := os.environ.get("TRACKER_CACHE"):
         return Path(setting)
     with suppress(RuntimeError):  # older platformdirs return the path with its ~
@@ -101,7 +102,7 @@ def read_trusted(root: Path, kind: str, key: str) -> dict[str, Any]:
 
 
 def note_path(root: Path, kind: str, key: str) -> Path:
-    """Return the path of the entry of this kind with this key, which is a hash."""
+    """Return the file path of the cache entry with a given kind and key; the key is a hash."""
     return root / kind / f"{key[:32]}.json"
 
 

@@ -88,7 +88,7 @@ class CellStore:
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Find which of a block's documents lack outcomes of which ablations.
+        """Find a block's documents that lack outcomes, grouped by the ablations that they lack.
 
         Returns names of ablations → numbers of the documents that lack outcomes of exactly these
         ablations. The names are in the order of `ablations`. Outcomes that were measured in blocks
@@ -118,7 +118,7 @@ class CellStore:
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield the blocks of other measured orders that contain any of the given documents."""
+        """Yield blocks of other document orders that contain any of the given documents."""
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
             positions = document_positions(block.task, task_documents, seed)
@@ -291,7 +291,7 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
     def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add a shard with other tokens to `mixed`, with a message that says what to do."""
+        """Add a shard with a different tokenisation to `mixed`, with a message to the user."""
         base = self.identity.provenance
         versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
         self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
@@ -329,7 +329,7 @@ class CellStore:
         return None
 
     def damaged_shards(self) -> dict[str, str]:
-        """Find damaged shards that were not measured again yet; return file → what to do."""
+        """Return unusable shards that were not measured again yet: path → advice to the user."""
         stems = {path.stem for path in self.shards()}
         paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
         messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
@@ -395,7 +395,7 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """Date one second after the last measurement of `siblings`; empty if there is none.
+        """Date one second after the last measurement of `siblings`; empty without measurements.
 
         New outcomes of this cell get at least this date, even if the machine's clock shows an
         earlier time.
@@ -419,8 +419,8 @@ class CellStore:
     def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
         """Return the time in seconds that measuring the given outcomes took.
 
-        `documents` maps the name of each ablation to the keys of its documents. The time of a shard
-        counts in proportion to the number of its rows that are among these outcomes.
+        `documents` maps the name of each ablation to the keys of its documents. If only some rows
+        of a shard are among the given outcomes, the same fraction of the shard's time counts.
         """
         total = 0.0
         for path in self.shards():
@@ -434,7 +434,7 @@ class CellStore:
         return total
 
     def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
-        """Return the stored record of the view `name`; None if none was derived from this state.
+        """Return the stored record of a view; None if no record was derived from this state.
 
         `state` is a hash of all inputs from which the record is derived.
         """
@@ -449,8 +449,8 @@ class CellStore:
     def write_derived(self, state: str, name: str, record: Record) -> None:
         """Store a derived record of the view `name`, if the folder can be written.
 
-        No record is stored while `mixed` contains shards. So the next process reads the outcomes
-        again and finds these shards too.
+        No record is stored while `mixed` contains shards. The next process therefore reads the
+        outcomes again and also finds the mixed shards.
         """
         if self.mixed:
             return
@@ -464,7 +464,7 @@ class CellStore:
         return self.folder / "derived" / f"{view_file_name(name)}{suffix}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Return the last receipt for a publishing destination; empty if there is none."""
+        """Return the last receipt for a destination; empty if nothing was published there."""
         note = read_note(self._receipt_path(destination))
         return note if {"record", "location"} <= set(note) else {}
 
@@ -480,7 +480,7 @@ class CellStore:
         return self.folder / "receipts" / f"{destination[:32]}.json"
 
     def begin_search(self, command: Sequence[str]) -> None:
-        """Record that a search measures the cell; the search's results replace a view of it.
+        """Record that a search measures the cell; the cell counts as unfinished until it ends.
 
         `command` is the command that started the search, without the option for the results folder.
         """

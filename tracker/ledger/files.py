@@ -203,7 +203,7 @@ def write_problem(path: Path) -> str:
 
 
 def access_problem(folder: Path) -> str:
-    """Return an error message if this user cannot read a file or folder; empty if missing."""
+    """Return an error message if an existing file or folder is not readable; otherwise empty."""
     if not os.path.lexists(folder):
         return ""
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):

@@ -43,14 +43,14 @@ def outcome_row(
         document: The document.
         ablation: The ablation's name.
         responses: The model's responses to the document's requests.
-        metrics: Name of each task metric → the value of these responses.
+        metrics: Name of each task metric → the metric's value for the responses.
         proxies: Number of measured tokens, and sums [proxies][layers] for the columns `PROXY_SUMS`;
             None unless the ablation is the baseline.
         comparison: Number of responses that were checked on a really pruned model, the largest
             difference in nats, and the number of differences at discontinuities of the model. None
             if no response was checked.
-        repeated: The responses of a second computation, which measures rounding; None if there is
-            none.
+        repeated: The responses of a second computation, which measures rounding; None without a
+            second computation.
         expert_sums: Sums that measure how much the intact model uses the removed expert, for the
             columns `PART_SUMS`; None unless the ablation removes an expert.
 

@@ -158,7 +158,7 @@ def read_observation_file(path: Path) -> Shard:
 
 
 def _file_identity(path: Path) -> str:
-    """Return cell key, kind and block of an observation file, which detect a copied file."""
+    """Return an observation file's cell key, kind and block, to detect copied files."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 

@@ -21,7 +21,8 @@ RESULTS/
   slurm/                    the logs of SLURM jobs
 
 Every file that reports show has a digest of its content. If a file does not match its digest, its
-content is derived or measured again. If that is impossible, the file is reported.
+content is derived or measured again. If the content cannot be derived or measured again, the file
+is reported.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ RecordType = TypeVar("RecordType", bound=Record)
 
 
 def write_finding(root: Path, finding: FindingRecord) -> None:
-    """Write a study's finding to a results folder, replacing a former finding with its name."""
+    """Write a study's finding to a results folder, replacing a finding with the same name."""
     path = root / "studies" / f"{quote(finding.name, safe='')}.json"
     write_note(path, finding.model_dump(mode="json"))
 
@@ -86,7 +87,7 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Return the advice to repeat the command that wrote a record, from its file name."""
+    """Return the advice to repeat a command, given the path of the record that it wrote."""
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -182,7 +183,7 @@ class Ledger:
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
         """List the usable cells, sorted by model and benchmark.
 
-        `damaged` receives the folder of each unusable cell → what to do.
+        `damaged` receives, for each unusable cell, the folder and a message that says what to do.
         """
         stores = []
         for folder in sorted(self.root.glob("cells/*")):

@@ -88,7 +88,7 @@ class Texts:
         return [path.name for texts in (self, *self._copies) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
-        """Write the texts of a block's documents, except for those already stored.
+        """Write the texts of a block's documents, except for texts that are already stored.
 
         Args:
             block: The name of the documents' block; the caller must hold the lock of this block.

@@ -177,10 +177,11 @@ class Views:
     def display_view(self, request: CellRequest, named: bool = False) -> View:
         """Return the view that will show a request after it is measured.
 
-        A view is identified by metric, documents, removed layers and question. A view shows the
-        runs of all requests that agree in these settings. If a stored view on more documents has
-        all runs of a request, it shows the request. A view replaces stored views on fewer documents
-        if it shows all their runs, except for views stored with `named`.
+        A view is identified by metric, documents, removed layers and the `until` setting. A view
+        shows the runs of all requests with the same metric, documents, removed layers and `until`
+        setting. If a stored view on more documents has all runs of a request, that view shows the
+        request. A view replaces stored views on fewer documents if it shows all their runs, except
+        for views stored with `named`.
         """
         return self._place_view(self.view_of(request), named)[0]
 
@@ -251,13 +252,13 @@ class Views:
         """Read the stored views, sorted by removed layers and metric.
 
         Args:
-            damaged: Dict that receives each unusable file → what to do; None = raise an error
+            damaged: Dict that receives a message for each unusable file; None = raise an error
                 instead.
             pattern: Glob pattern of the names of the files to read.
 
         Returns:
-            The stored views: first views without removed layers, and among them the benchmark's own
-            metric. Empty if no run was finished.
+            The stored views. Views without removed layers come first, and among these, views with
+            the benchmark's primary metric. Empty if no run was finished.
 
         Raises:
             ResultsError: A view's file is unusable, and `damaged` is None.
@@ -288,7 +289,7 @@ class Views:
         return [RequestedView(project=projects[name], view=views[name]) for name in names]
 
     def _complete_names(self, path: Path, view: View) -> View:
-        """Return a stored view with the names of those superseded views whose files are gone."""
+        """Return a view whose `supersedes` lists only replaced views that no longer have a file."""
         names = {*view.supersedes}
         if path != self._path(self.view_name(view)):  # of a former version
             fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)
@@ -315,7 +316,7 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the path of a view's file, even if a former version of tracker named the file."""
+        """Return the path of a view's file, which can have the file name of a former version."""
         if (path := self._path(name)).exists():
             return path
         for former_path in self.files():

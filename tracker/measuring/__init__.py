@@ -2,11 +2,11 @@
 
 Modules:
     calibrate: Choose calibration text for fitted replacements.
-    derive: Derive records of figures and answers from the outcomes in the ledger.
+    derive: Derive figures, and answers to `until` questions, from the outcomes in the ledger.
     fill: Compute the missing blocks of a cell.
     job: Define a job and its options.
     meter: Measure documents of a cell on a loaded model.
-    observing: Compute and store what studies observe in a model for each document.
+    observing: Compute and store the per-document statistics of a model that studies need.
     planning: Estimate the cost of an experiment without loading weights.
     prepare: Find cells in the ledger, and check requests before computation starts.
     progress: Report progress.

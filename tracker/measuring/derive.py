@@ -1,4 +1,4 @@
-"""Derive records of figures and answers from the outcomes in the ledger, and store them."""
+"""Derive figures, and answers to `until` questions, from stored outcomes, and store them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NOT_DERIVED = ("beside", "explicit", "supersedes")
 
 
 def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
-    """Derive the answer to a view's question (`until`), or read the stored answer if valid.
+    """Return the answer to a view's `until` question, derived or read from a valid record.
 
     Returns None if the view has no question. Raises ExperimentError or WorkError if no answer is
     possible.
@@ -55,9 +55,10 @@ def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
-    """List the documents that get worse or better in the runs of a view, or read that record.
+    """Return which documents get worse or better in a view's runs, stored or newly derived.
 
-    The stored record is read if nothing has changed. Returns None if no document is measured yet.
+    The stored record is returned if the outcomes and texts have not changed. Returns None if no
+    document is measured yet.
     """
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, DecisionsRecord)
@@ -82,7 +83,7 @@ def _code_hash() -> str:
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
-    """Aggregate a metric over documents as lm-eval does; import lm-eval unless it is the mean."""
+    """Aggregate a metric over documents as in lm-eval; import lm-eval unless `how` is `mean`."""
     if how == "mean":
         return sum(float(value) for value in values) / len(values)
     from tracker.benchmarks.tasks import aggregate

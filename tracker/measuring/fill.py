@@ -1,7 +1,7 @@
 """Measure the missing blocks of a cell; several processes can work on the same cell.
 
 Work is distributed only by locks: a process that holds the lock of a block measures and writes the
-block. This process can belong to another command on the same results folder.
+block. The process that measures a block can belong to another command on the same results folder.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
 
 
 def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
-    """Build the error for a cell whose new outcomes would have other tokens than the stored."""
+    """Build the error for a cell whose new outcomes would use other tokens than stored ones."""
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
         ". A chat template that contains the date needs chat_template_args; the model's own code "
@@ -181,7 +181,7 @@ class CellWork:
             self._update_race()
 
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
-        """Lock the first missing block that no process is measuring; None if there is none."""
+        """Lock and return the first missing block that no process is measuring, or return None."""
         skipped: list[Block] = []
         while blocks := [block for block in self._free_blocks() if block not in skipped]:
             block = blocks[0]
@@ -212,7 +212,7 @@ class CellWork:
             self._condition.notify_all()
 
     def _free_blocks(self) -> list[Block]:
-        """List the missing blocks that can be measured now and that no own worker is measuring."""
+        """List missing blocks that can be measured now and that no worker of this run has taken."""
         blocks = list(self.missing_responses)
         if self._race is not None:
             blocks = self._race.remaining_blocks

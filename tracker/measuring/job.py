@@ -122,7 +122,7 @@ class Job:
     """Unfinished requests of one cell of the ledger, and the benchmark of the cell.
 
     The requests of a job differ only in their runs (ablations), so they are checked and measured
-    together. A request with a question (`until`) has a separate job.
+    together. Each request with an `until` setting has a separate job.
     """
 
     cells: tuple[CellLookup, ...]

@@ -161,8 +161,8 @@ class Meter:
         """Run the self-check of shared computation; call this before `measure`.
 
         `verdicts` stores results of the check for later runs. `typical` lists ablations to check on
-        the miniature model instead of the cell's own; empty for none. The returned lines report
-        disabled sharing and strong rounding effects.
+        the miniature model instead of the cell's ablations; empty for none. The returned lines
+        report disabled sharing and strong rounding effects.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer, set_row_size

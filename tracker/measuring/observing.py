@@ -1,4 +1,4 @@
-"""Compute what studies observe in a model for each document, and store it in the cell's folder."""
+"""Compute and store the statistics of each document that studies need."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Observations:
     arrays: Mapping[str, NDArray[np.float64]]
 
     def select(self, documents: Iterable[tuple[str, int]]) -> dict[str, NDArray[np.float64]]:
-        """Return name → array, with only the rows of the given documents, in the given order."""
+        """Return the arrays by name, with one row per given document, in the given order."""
         rows = {document: row for row, document in enumerate(self.documents)}
         row_numbers = [rows[document] for document in documents]
         return {name: figures[row_numbers] for name, figures in self.arrays.items()}
@@ -61,17 +61,17 @@ def observe_cell(
     progress: Progress,
     selection: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return the observations of a cell's documents; compute only the missing ones.
+    """Return the observations of a cell's documents; compute only missing observations.
 
     Args:
         request: The request of the cell.
         store: The cell in the ledger.
-        kind: Name of the observed quantity and the method. If the method changes the values, it
-            needs another name.
+        kind: Name of the observed quantity and the method. A changed method that gives different
+            values needs a new name.
         make_observer: Function that gets an engine and returns a function that observes one
             document.
         open_engine: Function that returns an engine and the documents, such as
-            `open_observed_cell`. It is called only if observations are missing.
+            `open_observed_cell`. The function is called only if observations are missing.
         progress: Receives counts and messages.
         selection: Documents to observe, as (task, number in the task's split); None for all.
 

@@ -77,17 +77,17 @@ class PlannedCell:
         cost: The cost of measuring the whole cell, including outcomes that are already in the
             ledger.
         dtype: The data type of the computation, such as `bfloat16`.
-        spread: Expected variance of a document's change of outcome under a removal. None if the
-            metric is a loss and no removal is measured yet.
+        spread: Expected variance, over documents, of the change of the outcome when a part is
+            removed. None if the metric is a loss and no removal is measured yet.
         observed: True if `spread` comes from the median measured removal; False if `spread` is an
             assumption.
         reading: Time for reading offloaded weights; None if all weights fit on the device.
         stored_format: The quantised format of the checkpoint's weights; empty if they are not
             quantised.
-        answer: The current answer to the request's question (`until`); None without a question or
+        answer: The current answer to the request's `until` question; None without a question or
             without measured outcomes.
-        forecast: The expected cost of the answer; None if the answer is known, or if too few
-            documents are measured for a forecast.
+        forecast: Forecast of the documents that the `until` question needs; None if the question is
+            answered, or if too few documents are measured for a forecast.
     """
 
     request: CellRequest
@@ -155,7 +155,7 @@ def plan_cells(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[PlannedCell]:
-    """Return the planned cost of the cell of each request.
+    """Return, for each request, the planned cost of its cell (a model on a benchmark).
 
     `progress` receives a message for each cell. RequestError is raised if anything that a request
     names does not exist, or does not fit the model.

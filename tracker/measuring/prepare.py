@@ -77,7 +77,7 @@ def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
 def _count_requested(
     request: CellRequest, source: ModelSource, kinds: Collection[str]
 ) -> ModelParts:
-    """Count a model's layers and other parts; list linear maps only if all are requested."""
+    """Count a model's layers, heads and experts; list its linear maps if all are requested."""
     parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
         return parts
@@ -102,16 +102,18 @@ def widen_request(
 ) -> tuple[CellRequest, str | None]:
     """Extend the request of one sweep trial to all ablations of the same model and benchmark.
 
-    All ablations together cost little more than one. The request is extended to the ablations of
-    the trial's sweep, or to all layers of the model if the sweep is unknown. If the trial's run is
-    already measured, the returned request names only runs with stored results.
+    Measuring all ablations together costs little more than measuring one ablation. The request is
+    extended to the ablations of the trial's sweep, or to all layers of the model if the sweep is
+    unknown. If the trial's run is already measured, the returned request names only runs with
+    stored results.
 
     The grid of a sweep can contain invalid combinations, such as a span beyond the last layer or a
     layer that is already removed. Invalid combinations raise no error.
 
     Args:
         request: The trial's request, which names one ablation.
-        ledger: The results folder. It has the number of layers if the model was measured before.
+        ledger: The results folder. If the model was measured before, the folder also stores its
+            number of layers.
         trust_remote_code: Whether Python code that is downloaded with the model may run.
         read_sweep: Function that returns the sweep's request for this model and benchmark, or None
             if the sweep is unknown. A call can take seconds; the function is called only if a run
@@ -122,8 +124,8 @@ def widen_request(
         ablation is valid).
 
     Raises:
-        ExperimentError: A layer is out of range, or the request has an `until` question and the
-            sweep that it refers to is unknown.
+        ExperimentError: A layer is out of range, or the request has an `until` setting but the
+            trial's sweep is unknown.
     """
     lookup = find_cell(replace(request, until=None), ledger)
     store, plain_request = lookup.store, lookup.request
@@ -153,9 +155,9 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Extend a request to the runs of an earlier request with the same `until` question.
+    """Extend a request to all runs of an earlier request with the same `until` setting.
 
-    Returns None if no earlier request had this question and included the requested run.
+    Returns None if no earlier request had this `until` setting and included the requested run.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -178,8 +180,8 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 def check_range(request: CellRequest, parts: ModelParts) -> None:
     """Raise ExperimentError if a model lacks requested layers or parts, or if no run is valid.
 
-    The function also raises ExperimentError if the number of valid runs cannot answer the request's
-    `until` question.
+    The function also raises ExperimentError if the request's `until` setting chooses at least as
+    many runs as there are valid runs.
     """
     check_parts(request, parts)
     layers = parts.layers
@@ -202,7 +204,7 @@ def open_benchmarks(
     """Yield the benchmark of each request; requests for the same documents share one benchmark.
 
     RequestError is raised if a benchmark cannot be read, or does not support the requested metric
-    or the `until` question.
+    or the `until` setting.
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:
@@ -236,9 +238,9 @@ def validate_requests(
         progress: Receiver of a message about each step.
 
     Returns:
-        The number of runs, and notes about everything that was not checked. Hub models whose
-        configuration cannot be reached are not checked (all their runs are counted), nor are
-        benchmarks whose documents are on the hub.
+        The number of runs, and notes about everything that was not checked. The function does not
+        check hub models whose configuration cannot be reached (all their runs are counted). It does
+        not check benchmarks whose documents are on the hub.
 
     Raises:
         RequestError: A model, a benchmark or a source of data is unknown; a layer is out of range;
@@ -276,10 +278,10 @@ def validate_requests(
 
 
 def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
-    """Check the benchmarks whose documents are on this machine, as before a measurement.
+    """Open and check the benchmarks whose documents are on this machine; return notes.
 
-    Returns notes about benchmarks on the hub, which are not checked. Raises RequestError in the
-    same cases as `open_benchmarks`.
+    The returned notes name the benchmarks on the hub, which are not checked. Raises RequestError in
+    the same cases as `open_benchmarks`.
     """
     specs = dict.fromkeys(request.benchmark for request in requests)
     hub_specs = {spec: str(spec) for spec in specs if not is_local(spec)}

@@ -1,4 +1,4 @@
-"""Score documents and generate texts under many ablations; choose the batch row size."""
+"""Score documents and generate texts under many ablations; choose the tokens per batch row."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ ROUNDING_DRAWS = 8
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores documents, and generates texts for the prompts of generation tasks.
+    """Scorer of documents, which also generates texts for the prompts of generation tasks.
 
     `generation` is None if no document has a prompt. `checkpoint_note` describes an ablated model
-    that cannot be saved as a checkpoint; the note is None if all can be saved.
+    that cannot be saved as a checkpoint; the note is None if all ablated models can be saved.
     """
 
     engine: Engine
@@ -63,7 +63,8 @@ class Scorer:
     ) -> list[DocumentScores]:
         """Score documents under all ablations and the baseline; return one result per document.
 
-        The function calls `progress` with the number of new responses.
+        After each step, the method calls `progress` with the number of responses computed in this
+        step.
         """
         results = self.engine.score(documents, ablations, progress)
         for number, result in enumerate(results):
@@ -84,18 +85,18 @@ class Scorer:
         seed: str,
         first_index: int,
     ) -> dict[tuple[int, Ablation], Comparison]:
-        """Compare each document's responses, for one random ablation, with a really pruned model.
+        """Check each document's responses under one random ablation against a pruned model.
 
         Args:
             reference: Object that computes the responses of really pruned models.
             results: The results of `score` for one task.
             ablations: The ablations under which the documents were scored.
             seed: Seed for drawing one ablation per document.
-            first_index: Index of the first ablation that can be drawn.
+            first_index: Index in `ablations` of the first ablation that can be drawn.
 
         Returns:
-            (Index of the document, ablation) → the comparison. Generated texts are compared for
-            equality only.
+            The results of the comparison, keyed by (index of the document, ablation). Generated
+            texts are compared for equality only.
 
         Raises:
             CellError: A response differs from the pruned model's response by more than rounding.
@@ -148,10 +149,10 @@ def checked_scorer(
     fit: Fit = lambda engine: {},
     typical: Sequence[Ablation] = (),
 ) -> tuple[Scorer, list[str]]:
-    """Build a scorer that shares only computation that a test on sample documents found exact.
+    """Build a scorer; a test on sample documents decides what computation ablations share.
 
     Args:
-        engine: The engine, with full sharing and an unchanged model.
+        engine: The engine, which shares as much computation as possible and has an unchanged model.
         tokenizer: The model's tokenizer.
         documents: All documents of the benchmark that are measured.
         ablations: All ablations that are measured.
@@ -227,11 +228,12 @@ class Generation:
     def choose_mode(
         self, prompt: Prompt, ablations: Sequence[Ablation]
     ) -> tuple[Generation, str | None]:
-        """Generate a few tokens in one batch and separately; choose one batch if texts are equal.
+        """Choose between generating for all ablations in one batch and generating separately.
 
-        In half precision, rounding depends on the batch size (also in lm-eval), so the test accepts
-        differences in up to half of the texts. The function returns the generator to use, and the
-        reason for separate generation or None.
+        The method generates a few tokens in both ways, and chooses one batch if the texts are
+        equal. In half precision, rounding depends on the batch size (also in lm-eval), so up to
+        half of the texts can differ. The method returns the generator to use, and the reason if a
+        test has ruled out one batch, else None.
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None
@@ -275,13 +277,14 @@ _ROW_SIZES = "rows"
 
 
 def set_row_size(engine: Engine) -> Engine:
-    """Return an engine with the fastest batch row size (in tokens) for its model and this machine.
+    """Return an engine with the fastest number of tokens per batch row on this machine.
 
     Args:
         engine: The engine, with an unchanged model. The function does not change the model.
 
     Returns:
-        The engine with the fastest row size, or the same engine if the size makes no difference.
+        The engine with the fastest row size, or the unchanged engine if the row size does not
+        affect its speed.
     """
     if not is_worth_timing(engine):
         return engine

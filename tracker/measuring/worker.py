@@ -27,7 +27,7 @@ def _device_lost_error(error: Exception) -> DeviceLostError | None:
 
 
 class Worker:
-    """Measures one model on one benchmark at a time; keeps the model if the next request needs it.
+    """Worker that measures one model on one benchmark at a time, and reuses a loaded model.
 
     Args:
         options: The options of the run.
@@ -50,7 +50,7 @@ class Worker:
     def open(
         self, requests: Sequence[CellRequest], benchmark: Benchmark | None = None
     ) -> CellFacts:
-        """Load the model and the documents of a request, so that they can be measured.
+        """Load the model and the benchmark of some requests, so that they can be measured.
 
         Args:
             requests: Requests for one model and benchmark, which differ only in their ablations.
@@ -74,7 +74,7 @@ class Worker:
 
     @translate_errors(_device_lost_error)
     def check(self, checks: Checks | None) -> list[str]:
-        """Test which computation ablations can share exactly; return notes on disabled sharing."""
+        """Test what ablations can compute together exactly; return notes on disabled sharing."""
         assert self._meter is not None, "open() comes first"
         return self._meter.check(checks)
 
@@ -86,7 +86,7 @@ class Worker:
         documents: Sequence[int],
         advance: Advance = lambda responses: None,
     ) -> Measurement:
-        """Measure documents of the opened benchmark, as `Meter.measure` does."""
+        """Measure documents of a task of the opened benchmark under the ablations `names`."""
         assert self._meter is not None, "open() comes first"
         return self._meter.measure(task, names, documents, advance)
 

@@ -1,7 +1,7 @@
 """Save a model with removed or repeated layers as an ordinary checkpoint.
 
 Plain transformers can load the checkpoint. The module `pruned` makes the changed copies. A copy is
-refused unless the numbers and lists in its configuration describe it completely.
+not saved unless the numbers and lists in its configuration describe it completely.
 
 The module also measures how much faster one model reads than another model, by alternating between
 the two models in one process. The module also saves a model object of a notebook once, in a folder
@@ -64,7 +64,7 @@ work on the machine affected the two models unequally."""
 def measure_speedup(
     model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
 ) -> Speedup | None:
-    """Measure the ratio of two models' forward pass speeds, alternating on the same tokens.
+    """Measure the forward pass speed of `model` relative to `base`, timing both in turn.
 
     Args:
         model: A causal language model.
@@ -73,7 +73,8 @@ def measure_speedup(
         length: Number of tokens of each text.
 
     Returns:
-        The speed of `model` divided by the speed of `base`, as `median_speedup` returns it.
+        Median and quartiles of the speed of `model` divided by the speed of `base`; see
+        `median_speedup`.
     """
     device = base.get_input_embeddings().weight.device
     vocabulary = base.config.get_text_config().vocab_size
@@ -125,7 +126,7 @@ _TRANSFORMERS_PREFIX = "transformers."
 def savable_copy(
     model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change] = ()
 ) -> Any:
-    """Copy a model with removed or repeated layers, and adapt the copy's configuration.
+    """Copy a model, remove or repeat layers of the copy, and adapt its configuration.
 
     Args:
         model: A causal language model of transformers.
@@ -133,9 +134,9 @@ def savable_copy(
         repeated: Spans of layers that the copy runs several times.
 
     Returns:
-        The copy. The copy shares the model's weights, but each repetition of a layer has weights of
-        its own. This is necessary since safetensors would save shared weights once, and the class
-        would load them twice.
+        The copy. The copy shares the model's weights, but each repetition of a layer gets new
+        tensors with equal weights. The new tensors are necessary because safetensors saves shared
+        tensors only once, whereas a loaded model needs separate weights for each repetition.
 
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
@@ -163,7 +164,7 @@ def savable_copy(
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
-    """List the configuration keys whose values a copy changes, except for the number of layers."""
+    """List the configuration keys whose values differ in a copy; omit the number of layers."""
     old, new = (m.config.get_text_config().to_dict() for m in (model, clone))
     ignored_keys = ("num_hidden_layers", "auto_map")
     return tuple(sorted(n for n in new if n not in ignored_keys and new[n] != old.get(n)))
@@ -176,10 +177,10 @@ def _has_remote_code(model: PreTrainedModel) -> bool:
 
 
 def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | None:
-    """Describe how tensor shapes change if a model is built from its saved config; None if equal.
+    """Describe the first tensor shape that differs if a model is rebuilt from its config.
 
-    `model_class` is the class of the model if it comes from trusted downloaded code. If
-    `model_class` is None, transformers finds the class.
+    The function returns None if all shapes are equal. `model_class` is the class of the model if it
+    comes from trusted downloaded code. If `model_class` is None, transformers finds the class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -488,7 +489,7 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
-    """Describe the largest difference of logits; return an empty text if it is within rounding."""
+    """Describe the largest logit difference from the copy; "" if it is within rounding."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
     largest = np.abs(copy_logits[np.isfinite(copy_logits)]).max(initial=0)

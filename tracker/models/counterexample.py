@@ -139,7 +139,7 @@ def build_empty_llama(
 
 
 class Counterexample:
-    """The theorem's transformer for given texts; `set_epsilon` sets the cosine score of layer 2.
+    """Transformer of the paper's theorem; `set_epsilon` sets the cosine score of layer 2.
 
     Args:
         texts: All texts that the model will have to continue.
@@ -215,7 +215,7 @@ class Counterexample:
         self.width = math.ceil((6 + 4 * code_size) / 16) * 16
 
     def _build_model(self, vocabulary: int, length: int) -> None:
-        """Build a Llama whose layers add nothing, with random signs as token embeddings."""
+        """Build a Llama whose layers add zero to the residual stream; draw random token codes."""
         n_units = max(2 * self.n_prefixes, 3 * self._code_size)
         model = build_empty_llama(vocabulary, length, self._code_size, self.width, n_units + 1)
         self.model = model.to_empty(device="cpu").float().eval().requires_grad_(False)
@@ -233,7 +233,7 @@ class Counterexample:
         self.model.model.norm.weight.zero_()
 
     def _write_reading_layer(self) -> None:
-        """Write the weights of layer 0, whose attention depends only on the distance of tokens.
+        """Write the weights of layer 0, whose attention depends only on token distances.
 
         Queries and keys are computed from the hidden state's constant. The MLP adds the squared
         length of the signature: silu(x)·x + silu(-x)·(-x) is x².
@@ -259,7 +259,7 @@ class Counterexample:
     def _write_recall_layer(
         self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
     ) -> int:
-        """Write layer 1's weights (two units a target); return the number of ambiguous targets."""
+        """Write layer 1's MLP (two units per target); return the number of ambiguous targets."""
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
         own_readings, gaps = _signature_gaps(signatures, own_rows)
@@ -288,7 +288,7 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Run layer 0 on all texts; return digest → row, and the signatures [rows, size + 1]."""
+        """Run layer 0 on all texts; return prefix digest → row number, and the signature matrix."""
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
         signatures = []
@@ -306,7 +306,7 @@ class Counterexample:
         return rows, torch.cat(signatures)
 
     def _write_amplifier(self) -> None:
-        """Write layer 3's weights: one MLP unit opens where layer 2 has added its number."""
+        """Write layer 3's weights: one MLP unit is active at tokens that layer 2 has changed."""
         state, mlp = self._normed_state(AMPLIFY), self._mlp(AMPLIFY)
         constant, whisper = state[self._constant_dim], state[self._whisper_dim]
         mlp.gate_proj.weight[0, self._whisper_dim] = 2 * OPEN_GATE / whisper
@@ -319,8 +319,8 @@ class Counterexample:
         """Write the weights of layer 4, which outputs the recalled continuation with its sign.
 
         SwiGLU multiplies its two inputs. One set of MLP units outputs the signed part at tokens
-        where layer 3 wrote. Another set outputs the negated signed part at all other tokens, and a
-        third set outputs the fixed part.
+        where layer 3 has written 1. Another set outputs the negated signed part at all other
+        tokens, and a third set outputs the fixed part.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -371,11 +371,11 @@ class Counterexample:
         return states
 
     def _mean_state(self, layer: int) -> Tensor:
-        """Return a layer's mean input; the inputs of different tokens differ only slightly."""
+        """Return a layer's input, averaged over tokens (the tokens differ only slightly)."""
         return self._run_layers(range(STATE_TOKENS), layer).mean(0)
 
     def _normed_state(self, layer: int) -> Tensor:
-        """Return a layer's mean input after the MLP's norm; attention changes it only slightly."""
+        """Return a layer's mean input after the MLP's norm; the layer's attention is ignored."""
         norm = self.model.model.layers[layer].post_attention_layernorm
         normed: Tensor = norm(self._mean_state(layer)[None])[0]
         return normed
@@ -390,7 +390,7 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
     Args:
         signatures: All signatures [n, size + 1]; the last column is the squared length as the model
             computes it.
-        own_rows: Rows of the signatures that have a detector [k].
+        own_rows: Row numbers [k] of the signatures that have a detector.
 
     Returns:
         The value of each detector at its own signature [k], and the gap to its largest value at any
@@ -412,8 +412,8 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
     """Compute the shortest vector [size] whose inner products with token codes equal `targets`.
 
-    The inner products with the codes of the tokens in `zeros` are 0, because these tokens belong to
-    another vector.
+    The inner products with the codes of the tokens in `zeros` are 0, because another vector encodes
+    their targets.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

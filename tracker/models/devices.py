@@ -104,7 +104,7 @@ def runtime_versions() -> dict[str, str]:
 
 
 def share_memory(n_processes: int) -> None:
-    """Set the number of processes that share the host's memory; `free_memory` divides by it."""
+    """Set the number by which `free_memory` divides the host's memory among processes."""
     global _host_shares
     _host_shares = n_processes
 

@@ -53,7 +53,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         return library_parts
 
     def _read_strings(self, start: int, n_strings: int) -> tuple[list[Any], int]:
-        """Return the lengths and strings of an array, alternating, and the offset of its end."""
+        """Return a string array as alternating lengths and strings, and the offset of its end."""
         data, strings, offset = self.data, [], start
         byte_order = self.endianess.name.lower()
         for _ in range(n_strings):
@@ -91,7 +91,7 @@ def cached_gguf_parsing() -> Iterator[None]:
 
 
 def _parse_value(parse: Callable[..., Any], part: Any, types: Sequence[GGUFValueType]) -> Any:
-    """Convert one value of a GGUF field to the result that transformers returns, but faster."""
+    """Convert one value of a GGUF field to a Python value, as transformers does, but faster."""
     if len(types) > 2:  # an array of arrays
         return parse(part, types)
     return part.tobytes().decode() if types[-1] == GGUFValueType.STRING else part[0].item()

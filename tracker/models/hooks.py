@@ -53,7 +53,7 @@ def first_output(output: Any) -> Any:
 
 
 def replace_first_output(output: Any, first: Any) -> Any:
-    """Return `first`, or a tuple with `first` as its first entry if the output is a tuple."""
+    """Return `first`; if `output` is a tuple, return it with its first entry replaced."""
     if not isinstance(output, (tuple, list)):
         return first
     # A named tuple is not built from one sequence, unlike other tuples.
@@ -169,7 +169,7 @@ def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
 
 
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
-    """Mark a layer as not changing its input in place if the copy passed to it is unchanged."""
+    """Mark a layer as read-only if it has left `passed_state`, a copy of `state`, unchanged."""
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)
 
@@ -177,7 +177,7 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer's `forward`; return its input, protected from in-place changes, and output."""
+    """Call a layer's `forward` so that it cannot change its input; return input and output."""
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)
     output = call_with(forward, passed_state, args, kwargs)

@@ -12,9 +12,10 @@ from tracker.core.errors import ModelError
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Find a model's decoder layers: the module list of the length that the configuration gives.
+    """Find a model's decoder layers: the module list with `num_hidden_layers` entries.
 
-    Raises ModelError unless exactly one module list fits; the message names all module lists.
+    Raises ModelError unless exactly one module list has this length; the message names all module
+    lists.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     n_layers = getattr(config, "num_hidden_layers", None)

@@ -60,10 +60,10 @@ _INDEX_FILE = "model.safetensors.index.json"
 
 @torch.inference_mode()
 def write_weights(source: ModelSource, model: nn.Module) -> None:
-    """Write files of random weights into the folder of a model shape, unless the files exist.
+    """Write random weights into the folder of a `shape:` model, unless the files exist.
 
     Args:
-        source: The source of the model shape; its location is the folder.
+        source: The source of the `shape:` model; `location` is the path of the model's folder.
         model: The model on the meta device, with the shapes and the dtype of the weights to write.
 
     Raises:
@@ -384,7 +384,7 @@ def build_hollow(source: ModelSource, dtype: str) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Return a device by its name in torch; `auto`, `spread` and `all` mean the first accelerator.
+    """Return the torch device `name`; `auto`, `spread` and `all` mean the first accelerator.
 
     Without an accelerator, these three names mean the CPU. Raises ModelError if there is no device
     of that name.

@@ -88,7 +88,7 @@ VOCABULARY_KEYS = (
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """List the sizes that a configuration gives for a key: one size, one per layer, or none."""
+    """List the values of a configuration key: one value, one per layer, or none."""
     name = config.attribute_map.get(name, name)
     values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
     flat_values = chain.from_iterable(v if isinstance(v, (list, tuple)) else [v] for v in values)
@@ -96,7 +96,7 @@ def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
 
 
 def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[int], int]) -> None:
-    """Replace each size that a configuration gives for some keys by `shrink(size)`."""
+    """Replace each value of some configuration keys by `shrink(value)`."""
 
     def shrink_value(value: object) -> object:
         if isinstance(value, (list, tuple)):
@@ -116,7 +116,7 @@ def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[in
 
 
 def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return the per-layer settings of a configuration whose layers differ in size."""
+    """Return a configuration's settings of each layer; empty if all layers have equal sizes."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     by_layer: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
@@ -124,7 +124,7 @@ def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _limit(config: PreTrainedConfig, names: Iterable[str], maximum: int) -> None:
-    """Reduce all sizes that a configuration gives for some keys to at most `maximum`."""
+    """Reduce the values of some configuration keys to at most `maximum`."""
     _resize(config, names, lambda value: min(value, maximum))
 
 
@@ -293,7 +293,7 @@ MAX_SKIPPED = 2
 
 
 def build_miniature(model: PreTrainedModel) -> Any | None:
-    """Build a small random model with the class and the modules of `model`; None if none runs."""
+    """Build a small random model with the class and modules of `model`; None if this fails."""
     pattern = _module_pattern(model)
     for n_skipped in range(MAX_SKIPPED + 1):
         for skipped in combinations(REDUCTIONS, n_skipped):
@@ -357,7 +357,7 @@ def _has_finite_logits(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module, positive: bool) -> None:
-    """Set random weights with which every layer has an effect and no activation overflows.
+    """Draw random weights so that every layer has an effect and no activation overflows.
 
     If `positive` is true, matrices that the class initialises with only positive values stay
     positive.

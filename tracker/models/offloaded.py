@@ -136,7 +136,7 @@ class _LayerWeights:
     Attributes:
         weights: Offloaded parameters of the layer, in their order in the buffer.
         pinned_parts: All bytes of the layer in pinned host memory, as consecutive parts. Empty if
-            each weight is read from a file or tensor of its own.
+            each weight is read separately from a file or a tensor.
     """
 
     weights: Sequence[_Weight]
@@ -148,14 +148,14 @@ class _LayerWeights:
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """Pair each source of bytes with the part of a buffer that this source fills."""
+        """Pair each source of weights (file or tensor) with the part of `buffer` to copy it to."""
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
         views = torch.split(buffer[: self.size], [*map(len, self.pinned_parts)])
         return zip(self.pinned_parts, views, strict=True)
 
     def with_pinned_memory(self) -> _LayerWeights:
-        """Return the layer with weights in pinned memory, or unchanged if some are on disk."""
+        """Copy a layer's weights to pinned memory; return `self` if some weights are on disk."""
         if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
         pinned_parts = allocate_pinned(self.size)
@@ -179,7 +179,7 @@ class _Slot:
 
 
 class OffloadedWeights:
-    """The layers of a model whose weights are not on the device that computes with them.
+    """Layers whose weights are in host memory or on disk, and are loaded to the device when needed.
 
     The device has room for two offloaded layers: while one layer is used, the next layer is read.
     Copies of the model share its parameters, so a loaded layer is available to all copies. If a
@@ -277,7 +277,7 @@ class OffloadedWeights:
             callback()
 
     def sequential_passes(self) -> AbstractContextManager[None]:
-        """Make each forward pass load its layers itself (no lockstep) until the context exits."""
+        """Make each forward pass load its own layers, not in lockstep, until the context exits."""
         return replaced_attributes(self, wait=self.load_layer)
 
     def _find_slot(self, layer: int) -> _Slot | None:
@@ -540,8 +540,8 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
     Returns:
         The smallest number of devices that leaves room for intermediate results; 1 if the weights
-        fit on one device. Also 1 if the weights do not fit on all devices together: layers are then
-        offloaded.
+        fit on one device. The number is also 1 if the weights do not fit on all devices together:
+        layers are then offloaded.
     """
     if n_bytes <= FITTING_SHARE * free_bytes:
         return 1
@@ -550,7 +550,7 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
 
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
-    """Count the bytes of embeddings, head, `n_staying` layers and two offloaded layers."""
+    """Count the bytes of embeddings, head, `n_staying` layers and memory for two more layers."""
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
 

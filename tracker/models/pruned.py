@@ -172,7 +172,7 @@ def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[st
 
 
 def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Find attributes that hold a layer's index; return (path, attribute) → layers that have it.
+    """Find attributes that hold a layer's index; return (path, name) → layers with them.
 
     An attribute counts if it equals the layer's index in every layer that has the attribute.
     """
@@ -224,7 +224,7 @@ def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
 
 
 def original_class(config: PreTrainedConfig) -> type[Any]:
-    """Return a configuration's original class if `cut_config` has changed it, else its class."""
+    """Return the class that a configuration has, or had before `cut_config` changed it."""
     return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
 
@@ -382,7 +382,7 @@ def simulate_reload(
 
 
 def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
-    """Update a copy without some layers to the values that its class would compute on loading.
+    """Set a pruned copy's attributes to the values that its class would compute on loading.
 
     Counts of first layers in the copy's configuration, such as `first_k_dense_replace`, are adapted
     to the remaining layers.
@@ -456,7 +456,7 @@ def _layers_prefix(model: PreTrainedModel) -> str:
 
 
 def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> dict[str, Any]:
-    """Map the names of a model's modules or tensors to their names in a copy with some layers."""
+    """Rename modules or tensors (keys of `items`) as in a copy with the layers `indices`."""
     new_items: dict[str, Any] = {}
     for name, value in items.items():
         names = [name]
@@ -504,8 +504,8 @@ def _build_matching(
     """Build a model from the class and configuration of `model`, with the given tensor shapes.
 
     Raises ModelError if no such model can be built. If the shapes differ, counts of first layers in
-    the configuration are adapted to the kept layers. If this helps, the configuration of `model`
-    keeps the adapted counts.
+    the configuration are adapted to the kept layers. If the adapted counts give the right shapes,
+    the configuration of `model` keeps these counts.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -535,10 +535,11 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
 
 
 def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield new values of configuration keys that count first layers, for the kept layers.
+    """Yield reduced values of configuration keys that count first layers of some kind.
 
-    An example is `first_k_dense_replace`, the number of first layers without experts. The function
-    yields each changed key separately, then all changed keys together.
+    An example is `first_k_dense_replace`, the number of first layers without experts. The new value
+    counts only the layers in `indices`. The function yields each changed key separately, then all
+    changed keys together.
     """
     counts = {
         name: value

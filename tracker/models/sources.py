@@ -161,8 +161,8 @@ class ModelSource:
     def files(self) -> list[Path]:
         """List the local files that determine weights and tokenizer; empty for the hub.
 
-        For a model shape, only the JSON files are listed: they determine the random weights, whose
-        files may not exist yet.
+        For a `shape:` model, only the JSON files are listed. These files determine the random
+        weights, whose own files are written later.
         """
         if not self.is_local:
             return []
@@ -311,7 +311,7 @@ def require_package(package: str, subject: str) -> None:
 
 
 def _find_local(source: str) -> ModelSource | None:
-    """Locate a package, shape, GGUF file or folder; return None if the name may be a hub id."""
+    """Locate a package, `shape:` model, GGUF file or folder; None if it can be a hub id."""
     if source.startswith(MODEL_PACKAGE):
         return _find_in_package(source)
     if source.startswith(SHAPE_PREFIX):
@@ -353,7 +353,8 @@ def _find_in_package(source: str) -> ModelSource:
 def _create_shape(source: str) -> ModelSource:
     """Create a cache folder with a real model's configuration and a tokenizer, without weights.
 
-    Random weights are written when the model is loaded. Raises ModelError if the shape is unknown.
+    Random weights are written when the model is loaded. Raises ModelError if no known model shape
+    has this name.
     """
     from transformers import AutoConfig
 
@@ -409,7 +410,7 @@ def _save_tokenizer(source: ModelSource, folder: Path, n_tokens: int) -> None:
 
 
 def _install_command(name: str, *options: str) -> str:
-    """Return the pip command that installs a model package and the packages with its file parts."""
+    """Return the pip command that installs a model package and the packages of its parts."""
     try:
         packages = [n for n in metadata.requires(name) or () if n.startswith(f"{name}-")]
     except metadata.PackageNotFoundError:
@@ -466,7 +467,7 @@ def read_config(model: ModelSource) -> Any:
 
 
 def count_layers(model: ModelSource) -> int:
-    """Count a model's layers, as `count_parts` does."""
+    """Count a model's layers; reuse the stored count if the model's files are unchanged."""
     return count_parts(model).layers
 
 
@@ -482,7 +483,7 @@ def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelP
 
     Raises:
         ModelError: The configuration cannot be reached or read (the message has advice for use
-            offline), or the model has no layers of such a kind.
+            offline), or the model has no layers of a kind in `layer_kinds`.
     """
     if layer_kinds:
         config = read_config(model)

@@ -94,8 +94,9 @@ def export_report(
         path: A file for `md` and `tex`, a folder otherwise.
         extra: Further frames for `csv` and `parquet` by name, in addition to `report_frames`. Each
             value is an iterable of consecutive data frames.
-        findings: Findings of studies. They become sections in `md`, one data file for each table in
-            `csv` and `parquet`, and charts in `png` and `pdf`.
+        findings: Results of studies (findings): answers, tables and charts. Each finding becomes a
+            section in `md`, one data file for each table in `csv` and `parquet`, and charts in
+            `png` and `pdf`.
 
     Returns:
         The paths of the files.

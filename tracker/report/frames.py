@@ -66,11 +66,12 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     `removed` lists the layers that are removed in all runs (such as `3,17`; empty for the intact
     model). `part` is `calibration` or `test` if the documents are that part of the benchmark, else
     `all`. `sample_seed` is the seed of the sample; it is missing if the documents are not sampled.
-    `until` is the question for which the benchmark was measured. `interval` is the kind of the
-    drop's interval. `shown` is the verdict on the run, simultaneous over all runs of its kind:
-    `matters`, `better without`, `below 5 pp` or `open`. Accuracies and drops are fractions. An
-    undefined value is NaN, and `reasons` gives the reason; the reason of `n` explains why documents
-    are missing. lm-eval's own metrics have columns `metric_NAME`.
+    `until` is the value of the setting `until` with which the benchmark was measured. `interval`
+    names the kind of the drop's confidence interval. `shown` is the verdict on the run, tested
+    jointly with all runs of the same kind: `matters`, `better without`, `below 5 pp` or `open`.
+    Accuracies and drops are fractions. An undefined value is NaN, and `reasons` gives the reason;
+    the reason of `n` explains why documents are missing. lm-eval's own metrics have columns
+    `metric_NAME`.
     """
     words = {id(cell): verdict_words(cell) for cell in cells}
     verdict: Column[CellRun] = Column(
@@ -124,7 +125,7 @@ def document_frames(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> Iterator[pd.DataFrame]:
-    """Yield an empty data frame with the columns of `document_frame`, then frames of each cell."""
+    """Yield an empty frame with the columns of `document_frame`, then frames for each cell."""
     scores = () if only_changed else _SCORE_COLUMNS
     columns = [*CELL_COLUMNS, *CHANGE_COLUMNS, *_DOCUMENT_COLUMNS, *scores]
     dtypes = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBER_COLUMNS), "Int64")

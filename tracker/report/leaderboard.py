@@ -119,8 +119,8 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
     """Build an unrounded table with the leaderboards of layers of all models.
 
     There is one row for each model and layer (0-based), in descending order of the lower end of the
-    drop's interval. Figures are fractions, averaged over `benchmarks` benchmarks. `rank` is missing
-    if the relevance is not defined on every benchmark.
+    drop's interval. Figures are fractions, averaged over benchmarks; the column `benchmarks` gives
+    the number of benchmarks. `rank` is missing if the relevance is not defined on every benchmark.
     """
     labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
     rows = [row for board, label in labelled for row in _board_rows(board, label)]
@@ -157,7 +157,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 
 
 def _board_notes(board: LayerBoard) -> list[str]:
-    """Return notes that explain undefined values, and open verdicts despite an interval above 0."""
+    """Return notes on undefined values, and on intervals above 0 that are not significant."""
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
@@ -202,7 +202,7 @@ def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
 
 
 def part_board_table(board: PartBoard, label: str) -> Table:
-    """Build the leaderboard of one kind of parts; of many parts, show only the first and last."""
+    """Build the leaderboard of one kind of parts; leave out the middle of a long table."""
     rows = _board_rows(board, label)
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
@@ -227,7 +227,7 @@ def part_board_table(board: PartBoard, label: str) -> Table:
 
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:
-    """Build the table of layers whose cosine-score rank is outside their rank interval."""
+    """Build the table of layers with a cosine-score rank outside the relevance-rank interval."""
     columns: tuple[Column[MisjudgedLayer], ...] = (
         Column("layer (0-based)", "count", lambda row: row.standing.layer),
         _rank_interval(label="rank by relevance"),

@@ -223,7 +223,7 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
 
     Returns:
         A sentence, or the reason why the smallest drop is undefined. Empty if there are no runs, or
-        if an `until` question determines the number of documents.
+        if the setting `until` determines the number of documents.
     """
     if not runs or cell.is_raced:  # the power assumes a fixed number of documents
         return ""
@@ -319,7 +319,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def _mismatch_note(cell: CellRecord) -> str:
-    """Return a sentence, after a space, on runs with other versions than the baseline."""
+    """Return a space and a sentence on runs measured with other versions than the baseline."""
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
         return f" Each {metric_format(cell).change} compares measurements with equal settings."
@@ -327,7 +327,7 @@ def _mismatch_note(cell: CellRecord) -> str:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the figures of a benchmark that stopped early because `until` was answered.
+    """Explain the figures of a benchmark that the setting `until` has stopped early.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -425,7 +425,8 @@ def layers_answer(claims: Claims) -> str:
 
     Returns:
         For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
-        shown to cost less than 5 pp …`. If no benchmark can be used, the text gives the reason.
+        shown to cost less than 5 pp …`. If no benchmark is suitable for verdicts, the text gives
+        the reason.
     """
     falling = {} if claims.costly else claims.falling
     groups = group_by(falling, lambda layer: tuple(map(id, falling[layer])))
@@ -491,7 +492,7 @@ def board_answer(board: PartBoard) -> str:
 
 
 def alone_sentence(cell: CellRecord, has_average: bool) -> str:
-    """State how many runs have no significant effect; `has_average`: an average is shown above."""
+    """State how many runs have no significant effect; `has_average` adds a remark."""
     verdicts = run_verdicts(cell, cell.runs)
     defined_runs = [run for run in cell.runs if run.drop.value is not None]
     n_open = sum(verdicts[run.change] == "open" for run in defined_runs)

@@ -47,7 +47,7 @@ def plan_with_baseline(ablations: Iterable[Ablation], n_layers: int) -> StreamPl
 
 
 def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
-    """Return the cost of ablations plus intact model, in forward passes of the intact model."""
+    """Return the cost of intact model plus ablations, as a multiple of one forward pass."""
     return plan_with_baseline(ablations, n_layers).layer_passes / n_layers
 
 
@@ -99,13 +99,13 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Count the removed parts of each kind in `COMPONENTS`; stop at `_MANY_PARTS`."""
+    """Count the removed parts of each kind in `COMPONENTS`, at most up to `_MANY_PARTS`."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
 
 def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw random sets of parts, whose removal tests the exactness of shared computation.
+    """Draw random sets of parts on which to test that shared computation is exact.
 
     The largest random set has half of all parts. For each size, one set is contiguous and three
     sets are arbitrary.
@@ -122,8 +122,8 @@ def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
 class OpenCell:
     """A model and a benchmark, opened to measure the documents under any ablations.
 
-    Results that the ledger has are not measured again, so the model is not loaded for them. Reports
-    and tracking backends do not show the new measurements.
+    Results in the ledger are not measured again, so the model is loaded only to measure missing
+    results. Reports and tracking backends do not show the new measurements.
     """
 
     def __init__(self, request: CellRequest, cache: ModelCache) -> None:
@@ -263,7 +263,7 @@ class OpenCell:
         return observe_cell(self.request, self.store, kind, start, open_engine, self.progress)
 
     def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
-        """Prepare the meter for the intact model and some ablations.
+        """Prepare the object that measures the intact model and some ablations.
 
         The argument `are_candidates` has the same meaning as in `measure`. The method checks that
         shared computation is exact whenever a new kind of removal occurs, such as one layer,
@@ -298,7 +298,7 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, shapes: Collection[_RemovalShape]) -> Iterator[SearchParts]:
-        """Yield all parts of a kind, for each kind of which an ablation removes several parts."""
+        """Yield the model's parts of each kind of which some ablation removes several at once."""
         source = self._cache.source(self.request.model)
         for component, counts in zip(COMPONENTS, zip(*shapes, strict=True), strict=True):
             if max(counts) == _MANY_PARTS:

@@ -47,8 +47,8 @@ class SearchResults:
 
     Attributes:
         searches: The tested searches, one entry per random draw of a search.
-        recommendations: The recommended set of parts for each goal; empty if no recommendation was
-            requested.
+        recommendations: The recommended set of parts for each goal, such as removing 8 layers;
+            empty if no recommendation was requested.
         failed: Failed search → reason of the failure. `outcome` contains these reasons too.
         outcome: Outcome of measuring and publishing the steps as runs.
     """
@@ -91,10 +91,11 @@ def run_searches(
 
     Args:
         requests: The searches; searches of the same model are adjacent.
-        cache: The results folder, the options for loading models, and the receiver of progress.
-            Models run in this process.
+        cache: Cache of models, which also holds the results folder, the options for loading models,
+            and the receiver of progress. Models run in this process.
         publisher: Publisher of the steps to the tracking backends.
-        wants_recommendation: Whether to recommend one set of parts for each goal.
+        wants_recommendation: Whether to recommend one set of parts for each goal, such as removing
+            8 layers.
 
     Returns:
         The tested searches, the recommendations and the errors.
@@ -155,7 +156,7 @@ def run_searches(
 def _find_tracked_cells(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
 ) -> dict[CellRequest, RecordKey]:
-    """Find the record key under which the tracking backends have each step of a search."""
+    """Return the record key of each search step (a run) that the tracking backends have."""
     tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
     stores = {run: find_cell(run, ledger).store for run in runs}
     keys = {
@@ -224,7 +225,7 @@ def search_figures(record: PruneRecord) -> dict[str, float]:
 
 
 def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
-    """Log the last step of a search that is a run to the sweep's trial, and end the trial.
+    """Log a search's last step that was measured as a run to the sweep's trial, then end it.
 
     The metrics of the search, such as the number of removed parts, are logged too. If the search
     has several random draws, only the first draw is logged. If W&B refuses the data,

@@ -169,7 +169,7 @@ def parse_budget(
 
     Args:
         text: The budget as the user wrote it; `BUDGET_FORMS` has examples.
-        units: The units that get formats.
+        units: The groups of weights that get one format each.
         other_bytes: Size in bytes of the weights that get no format.
         model_bytes: Bytes of the whole unchanged model.
         formats: The available formats.
@@ -204,17 +204,17 @@ def parse_budget(
 def minimize_loss(
     units: Units, formats: Sequence[str], losses: Array, budget: BitBudget
 ) -> FormatChoice:
-    """Choose a format for each unit so that the sum of losses within the budget is smallest.
+    """Choose each unit's format so that the sum of losses is smallest within the budget.
 
     This is the multiple-choice knapsack problem, solved exactly by integer programming (scipy's
-    `milp`, HiGHS). The method assumes that the losses of several units add up. The measurement of
-    whole choices tests this assumption.
+    `milp`, HiGHS). The method assumes that the losses of several units add up. `refine_choice`
+    tests this assumption: it measures the model with all chosen formats at once.
 
     Args:
-        units: The units.
+        units: The groups of weights that get one format each.
         formats: The formats.
-        losses: Loss when only one unit is rounded, for each unit and format `[units, formats]`;
-            finite.
+        losses: Array `[units, formats]` of finite losses. An entry is the loss when only one unit
+            is rounded, to one format.
         budget: The budget. The smallest format for all units must be within the budget.
 
     Returns:
@@ -249,7 +249,7 @@ def minimize_loss(
 
 
 def uniform_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice:
-    """Choose the same format for all units: the largest format within the budget."""
+    """Choose one format for all weights: the largest format within the budget."""
     choices = [dict.fromkeys(units, form) for form in formats]
     return max(filter(budget.holds, choices), key=bits_per_weight)
 
@@ -287,17 +287,18 @@ def find_swaps(
 ) -> list[FormatChoice]:
     """Find swaps: one unit gets a format with more bits, and others get formats with fewer.
 
-    All swaps stay within the budget. The raised unit can also get a format with equally many bits.
-    Swaps with the smallest added loss of the raised unit are returned first. If reducing one other
-    unit frees enough bits, the swap reduces the unit whose loss rises least. Otherwise the swap
-    reduces several units, chosen by the smallest added loss per bit. A reduction is reused only
-    after every raise was tried, so that a unit with wrong losses spoils few swaps.
+    All swaps stay within the budget. The unit that gets the larger format (the raised unit) can
+    also get a format with equally many bits. Swaps with the smallest added loss of the raised unit
+    are returned first. If reducing one other unit frees enough bits, the swap reduces the unit
+    whose loss rises least. Otherwise the swap reduces several units, chosen by the smallest added
+    loss per bit. A reduction is used again only after all increases have been tried. A unit with
+    wrong losses therefore affects only few swaps.
 
     Args:
         choice: Unit → current format; the units are in the order of `losses`.
         formats: The formats.
-        losses: Loss when only one unit is rounded, for each unit and format `[units, formats]`;
-            finite.
+        losses: Array `[units, formats]` of finite losses. An entry is the loss when only one unit
+            is rounded, to one format.
         budget: The budget.
         max_swaps: Maximum number of swaps.
 
@@ -392,12 +393,12 @@ def refine_choice(
     Args:
         start: Unit → initial format; the units are in the order of `losses`.
         formats: The formats.
-        losses: Loss when only one unit is rounded, for each unit and format `[units, formats]`.
-            These losses order the swaps.
+        losses: Array `[units, formats]` of losses. An entry is the loss when only one unit is
+            rounded, to one format. These losses order the swaps.
         budget: The budget.
         rounds: Maximum number of rounds.
-        measure: Function that measures the model in several choices of formats, on the calibration
-            documents.
+        measure: Function that measures the model with each of several choices of formats on the
+            calibration documents.
 
     Returns:
         The refined formats. No swap of the last round is significantly better on these documents,
@@ -422,7 +423,7 @@ def refine_choice(
 
 
 def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimate:
-    """Estimate how much better one choice of formats is than another, on the same documents."""
+    """Estimate the gain of choice `index` over choice `other_index`, on the same documents."""
     reference = paired.ablated[:, [other_index]]
     return replace(paired, baseline=paired.ablated[:, index], ablated=reference).drop(0)
 

@@ -96,10 +96,11 @@ def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAW
 def refuse_unsavable(
     searches: Sequence[SearchRequest], budgets: Sequence[Budget], cache: ModelCache
 ) -> list[str]:
-    """Refuse searches that cannot remove enough, or whose pruned models cannot be loaded.
+    """Raise an error if a search cannot remove enough or its results cannot be saved.
 
-    Loading means loading a saved checkpoint with plain transformers. If a model can be loaded
-    without any single layer, the function assumes that it can be loaded without any set of layers.
+    A pruned model counts as savable if plain transformers can load its checkpoint. If the removal
+    of any single layer is savable, the function assumes that the removal of any set of layers is
+    savable.
 
     Args:
         searches: The searches.
@@ -117,7 +118,7 @@ def refuse_unsavable(
 
     @functools.cache
     def find_refusal(source: ModelSource, part_set: PartSet | None) -> str:
-        """Return why a model without a set (None = single layers) cannot be saved, or ""."""
+        """Return why a model without `part_set` (None = any one layer) is not savable, or ""."""
         try:
             check_layer_changes(source, part_set)
         except ModelError as error:
@@ -144,7 +145,7 @@ def refuse_unsavable(
 
 
 def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Describe the shortest span of layers that can be removed anywhere, or return ""."""
+    """Describe the smallest length of spans that are removable at any position; else ""."""
     for length in range(2, n_layers // 2 + 1):
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
@@ -171,8 +172,8 @@ class PlannedSearch:
         naive_flops: Number of floating-point operations if lm-eval ran once per set; None if the
             search scores proxies.
         steps: Number of parts that the search removes; None for a comparison or test.
-        passes: Computation of the search; 1 = all calibration documents pass through the whole
-            intact model. None for a comparison or test.
+        passes: Computing cost of the search, as a multiple of one forward pass of the intact model
+            over all calibration documents. None for a comparison or test.
         at_most: True if the cost is an upper bound, because the search does not score all
             candidates again after each removal.
         note: A remark on whether the results can be saved; empty if there is none.
@@ -195,9 +196,9 @@ def plan_searches(
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
     """Predict the cost of searches and of their tests, as if nothing were measured yet.
 
-    The function runs the searches with random scores. Scores decide which sets a search tries.
-    Scores do not change the number of sets (except under `at_least`), and hardly change the amount
-    of shared computation. For a budget in seconds, the model is loaded to time its layers.
+    The function runs the searches with random scores. Scores decide which sets a search tries. The
+    number of sets does not depend on scores (except under `at_least`), and the amount of shared
+    computation hardly does. For a budget in seconds, the model is loaded to time its layers.
 
     Args:
         requests: The searches.
@@ -222,7 +223,7 @@ def plan_searches(
         return count_work(texts.model, texts.documents, texts.max_length), texts.dtype
 
     def plan_measurement(request: CellRequest, ablations: Sequence[Ablation]) -> PlannedSearch:
-        """Count the cost of measuring some ablations."""
+        """Predict the cost of measuring some ablations."""
         documents, dtype = read_documents(request)
         flops = documents.flops(plan_with_baseline(ablations, documents.layers))
         naive = documents.naive_flops(list(ablations))
@@ -295,7 +296,7 @@ def check_searches(
 
 
 class _CountingScores(RandomScores):
-    """Random scores that also count what the measurement of real scores would cost.
+    """Random scores that also add up the cost of measuring real scores instead.
 
     `measured` maps each request to the measurements of earlier searches. `passes`, `flops` and
     `naive_flops` have the same meaning as in `PlannedSearch`.
@@ -315,11 +316,11 @@ class _CountingScores(RandomScores):
 
     @property
     def evaluations(self) -> float:
-        """The number of scored sets."""
+        """The number of sets of removed parts that have been scored."""
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Add the cost of measuring the losses of sets, and return random losses."""
+        """Return random losses, and add the cost of measuring the real losses to the total."""
         ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
         ablations = tuple(a for a in ablations if a not in self.evaluated)
         self.evaluated |= set(ablations)
@@ -337,7 +338,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Add the cost of measuring a proxy without some layers, and return random values."""
+        """Return random values, and add the cost of measuring the proxy without some layers."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

@@ -125,11 +125,12 @@ class StrategyResult:
 
 @dataclass(frozen=True)
 class StepSeparation:
-    """Search steps at which calibration documents cannot separate the choice from the runner-up.
+    """Search steps whose choice is not significantly better than the second-best candidate.
 
     Attributes:
-        n_compared: Number of steps with a runner-up.
-        unsure_steps: Steps at which the 95 % interval of the margin over the runner-up reaches 0.
+        n_compared: Number of steps that have a second-best candidate.
+        unsure_steps: Steps at which the 95 % interval of the margin over the second-best candidate
+            includes 0 or is undefined.
     """
 
     n_compared: int
@@ -137,18 +138,18 @@ class StepSeparation:
 
     @property
     def n_level(self) -> int:
-        """The number of steps at which the choice and the runner-up have equal scores."""
+        """The number of steps whose chosen and second-best candidates have equal scores."""
         return sum(step.margin.value == 0 for step in self.unsure_steps)
 
     @property
     def needed_documents(self) -> int | None:
-        """Estimated number of documents that would separate half of the unsure steps, or None."""
+        """Number of documents at which half of the unsure steps would be significant, or None."""
         needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
 
 def separate_steps(searches: Sequence[PruneRecord]) -> StepSeparation:
-    """Find the search steps at which the calibration documents are too few for a sure choice."""
+    """Find search steps whose choice is not significantly better than the second-best choice."""
     compared_steps = [s for search in searches for s in search.steps if s.margin.value is not None]
     unsure_steps = [s for s in compared_steps if s.margin.low is None or s.margin.low <= 0]
     return StepSeparation(len(compared_steps), tuple(unsure_steps))
@@ -331,10 +332,11 @@ def _describe_strategy(searches: Searches, difference: Estimate) -> str:
 
 
 def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = "") -> Iterator[str]:
-    """Yield a sentence about the steps with too few calibration documents, if there are any.
+    """Yield a sentence about the steps with too few calibration documents, if any.
 
-    At such a step, the documents do not separate the choice from the runner-up. `name` is the word
-    for the choice in the sentence. `suffix` is appended to the number of documents.
+    At such a step, the chosen candidate is not significantly better than the second-best candidate.
+    `name` is the word for the choice in the sentence. `suffix` is appended to the number of
+    documents.
     """
     separation = separate_steps(records)
     if not separation.unsure_steps:
@@ -416,7 +418,7 @@ def _searches_table(records: Sequence[PruneRecord]) -> Table:
 
 
 def _explain_names(record: PruneRecord) -> Iterator[str]:
-    """Explain names such as `12.5` of heads or experts, with the first removed part."""
+    """Yield a sentence that explains head or expert names such as `12.5`, by an example."""
     if record.unit in NUMBERED_COMPONENTS:
         parts, part = record.parts, record.removed[0]
         words = f"{record.unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"

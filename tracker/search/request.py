@@ -1,4 +1,4 @@
-"""Requests of `tracker prune`: searches, from an experiment file or from a trial's options.
+"""Define search requests, read from an experiment file or from the options of a sweep trial.
 
 method: grid
 command: [tracker, prune, "${args}"]
@@ -142,7 +142,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that identify the search, without unset constraints and newer keys."""
+        """The settings that identify the search, without unset constraints and later additions."""
         settings = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
         settings["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
@@ -185,7 +185,7 @@ class SearchRequest(SearchSettings):
 
 
 class _Constraint(GridValues):
-    """Values of a constraint in a grid; a mapping must not look like a value range of W&B."""
+    """Values of a constraint in a grid; mappings such as `min`/`max` must be below `value`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -212,7 +212,8 @@ def deciding_request(searches: Sequence[SearchRequest]) -> CellRequest:
     """Return the request for the documents on which results of searches are compared.
 
     All compared searches have the same goal, such as removing 8 layers. The documents are
-    calibration documents of their benchmark, as many as the largest sample of these searches.
+    calibration documents of the benchmark. Their number equals the largest sample size of these
+    searches.
     """
     samples = [search.sample for search in searches if search.sample is not None]
     sample = max(samples) if len(samples) == len(searches) else None

@@ -76,7 +76,7 @@ class Losses:
         """The indices of sets in ascending order of loss.
 
         Sets of equal loss are ordered by `tie_breakers`. If these values are equal too, the set
-        with later parts is first.
+        whose parts are later in the model is first.
         """
         ties = np.nan_to_num(rounded_values(self.tie_breakers), nan=np.inf)
         later_first = ([-part for part in reversed(part_set)] for part_set in self.sets)
@@ -84,7 +84,7 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
-        """Return the search step of the set with the smallest loss, and its margin.
+        """Return the search step that removes the set with the smallest loss, with its margin.
 
         The margin is the difference from the second-best set. `removed` is the set of the previous
         step, or None if this step does not extend a previous set. Raises CellError if no loss is
@@ -140,7 +140,7 @@ class Scores:
         return self.parts.removal(removed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Measure the loss of sets by an outcome: `accuracy`, or `gold_logprob`."""
+        """Measure the loss of removing each set of parts, by `accuracy` or `gold_logprob`."""
         ablations = [self.ablation(part_set) for part_set in sets]
         missing = [ablation for ablation in ablations if ablation not in self.evaluated]
         for cell in self.cells:
@@ -212,7 +212,7 @@ class Scores:
     def record_race(
         self, race: CandidateRace, candidates: Sequence[Ablation], start: Sequence[Ablation]
     ) -> None:
-        """Record which documents a race measured, and add their cost."""
+        """Record which documents a race of candidates has measured, and add the race's cost."""
         (cell,) = self.cells
         n_seen = race.rule.seen
         n_measured = race.measured_documents(n_seen)
@@ -253,7 +253,7 @@ class Scores:
 
 
 def _stack_documents(parts_of_cells: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Concatenate document values and weights of several benchmarks of equal total weight."""
+    """Concatenate document values and weights of benchmarks, which get equal total weights."""
     values = np.concatenate([values for values, _ in parts_of_cells])
     return values, np.concatenate([weights / len(parts_of_cells) for _, weights in parts_of_cells])
 

@@ -85,7 +85,7 @@ def _time_layers(loaded: LoadedModel) -> tuple[list[float], float]:
 
 @contextmanager
 def _record_ticks(layers: nn.ModuleList) -> Iterator[list[float]]:
-    """Record when each layer begins and ends in a `with` block; yield the list of times."""
+    """Record the times at which layers begin and end in a `with` block; yield the list."""
     ticks: list[float] = []
 
     def tick(*hook_arguments: object) -> None:
@@ -110,7 +110,7 @@ MIN_DOCUMENTS = 2
 
 @dataclass(frozen=True)
 class SearchDraw:
-    """Result of a search, for one draw of its random strategy.
+    """Result of a search; for a random strategy, the result of one random draw.
 
     Attributes:
         request: The request of the search.
@@ -167,9 +167,9 @@ class SearchDraw:
 
 
 def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
-    """Refuse models, layers and benchmarks that do not exist, or models that cannot be saved.
+    """Check that models, layers and benchmarks exist, and that the models can be saved.
 
-    The function raises RequestError before anything is measured.
+    The function raises RequestError if a check fails, before anything is measured.
     """
     sources = [cache.source(search.cell.model) for search in searches]
     pairs = zip(sources, searches, strict=True)
@@ -182,7 +182,7 @@ def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None
 
 
 def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
-    """Refuse searches that calibrate and test on some of the same documents.
+    """Raise an error if a search calibrates and tests on some of the same documents.
 
     The documents of each task are split into halves separately. If two tasks use the same rows, the
     calibration half of one task overlaps with the test half of the other task. This check opens the

@@ -390,7 +390,7 @@ class Budget:
         return self.allows(removed) and self.is_met(self.largest_removal(removed))
 
     def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
-        """Return the largest removable set with these parts; at least one part must stay."""
+        """Return the largest removable set that includes `removed`; at least one part must stay."""
         if self.minimums:
             return _largest_removal(self, frozenset(removed))
         free_parts = set(self.free_parts)

@@ -1,8 +1,8 @@
 """Define search strategies: generators of steps, each of which removes parts of a model.
 
-A strategy minimises the loss of `accuracy`, of `gold_logprob` or of a proxy. Sets of parts with
-equal loss of `accuracy` are ordered by the loss of `gold_logprob`, and the reverse. If both losses
-are equal, the set with later parts is chosen.
+A strategy minimises the loss of `accuracy`, of `gold_logprob` or of a proxy. If sets of parts have
+equal losses of `accuracy`, the loss of `gold_logprob` decides, and vice versa. If both losses are
+equal, the set whose parts are later in the model is chosen.
 
 With some settings of `rescoring`, a strategy does not score every candidate on every document after
 each removal.
@@ -70,7 +70,7 @@ def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
 
 
 def remove_by_outcome(search: Search, outcome: str) -> Iterator[PruneStep]:
-    """Remove the part with the smallest loss at each step, and score candidates again."""
+    """Yield steps that each remove the part with the smallest loss; rescore after each step."""
     rescorings = {"full": _rescore_fully, "lazy": _rescore_lazily, "race": _rescore_by_races}
     return _yield_steps(search.budget, rescorings[search.rescoring](search, outcome))
 
@@ -120,12 +120,12 @@ def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
 
 
 def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
-    """Return a function that stops measuring a candidate when it is surely not the best.
+    """Return a function that stops measuring candidates that are significantly not the best.
 
     With 95 % confidence, the removed part costs at most one percentage point of accuracy more than
-    the best candidate. Each step is therefore the question `prune 1 within 1 pp`. If the outcome is
-    the log-probability, the part costs at most 0.01 nats more (see `SmallestMean` for the
-    assumptions). Documents are measured in random blocks of 32.
+    the best candidate. Each step uses the same stopping rule as the setting `until: prune 1 within
+    1 pp`. If the outcome is the log-probability, the part costs at most 0.01 nats more (see
+    `SmallestMean` for the assumptions). Documents are measured in random blocks of 32.
     """
     scores = search.scores
     (cell,) = scores.cells
@@ -158,7 +158,7 @@ def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
 
 
 def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
-    """Remove the layer with the smallest proxy at each step, and measure the proxy again."""
+    """Yield steps that each remove the layer with the smallest proxy, measured at each step."""
 
     def choose(removed: PartSet) -> PruneStep:
         losses = search.scores.proxy(name, removed)
@@ -170,7 +170,7 @@ def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
 
 
 def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Iterator[PruneStep]:
-    """Score the removal of each part alone, once; remove the parts with the smallest scores.
+    """Yield steps that remove parts in ascending order of the scores of single removals.
 
     The strategy assumes that the scores of single removals add up. The order ignores the sizes of
     parts. A score is the loss by `outcome`, or the value of `proxy`.
@@ -192,10 +192,11 @@ def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Itera
 
 
 def remove_span(search: Search) -> Iterator[PruneStep]:
-    """Remove the span of layers that turns the residual stream by the smallest angle.
+    """Yield steps that remove the span of layers with the smallest angular distance.
 
-    This is the method of PruneMe. Step n removes the best span of n layers, which need not contain
-    the span of the previous step.
+    This is the method of PruneMe. Angular distance measures the angle by which a span turns the
+    residual stream. Step n removes the best span of n layers, which need not contain the span of
+    the previous step.
     """
     budget, n = search.budget, search.scores.layers
     spans = (range(start, end) for start in range(n) for end in range(start + 1, n + 1))
@@ -220,7 +221,7 @@ def remove_span(search: Search) -> Iterator[PruneStep]:
 
 
 def remove_last(search: Search) -> Iterator[PruneStep]:
-    """Remove layers from the end, but keep the last layer, which feeds the output head."""
+    """Yield steps that remove layers from the end, but keep the very last layer."""
     budget, parts = search.budget, search.scores.parts
     budget = replace(budget, fixed=budget.fixed | {*parts.parts_of_layers([parts.layers - 1])})
     if not budget.can_reach(()):
@@ -229,14 +230,14 @@ def remove_last(search: Search) -> Iterator[PruneStep]:
 
 
 def remove_at_random(search: Search) -> Iterator[PruneStep]:
-    """Remove parts in a random order."""
+    """Yield steps that remove parts in a random order."""
     order = list(range(search.scores.parts.total))
     search.random_generator("random").shuffle(order)
     yield from _remove_in_order(search, _filter_removable(order, search.budget))
 
 
 def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
-    """Yield those parts, in order, after whose removal the budget is still reachable."""
+    """Yield parts in order; skip parts whose removal would make the budget unreachable."""
     removed: list[int] = []
     for part in order:
         if budget.can_reach((*removed, part)):

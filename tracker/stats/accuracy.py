@@ -106,9 +106,9 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     unequal weight, the function adds two right and two wrong documents of mean weight and returns
     the normal interval (Agresti & Coull's "plus four"). A plain normal interval would have no width
     if all outcomes are right. For other outcomes, the function returns the t interval of the
-    weighted mean. Normal and t intervals are not clipped to [0, 1]. Unequal weights are taken as
-    fixed, and tasks are ignored. If the tasks of a group differ in accuracy, the interval is
-    therefore too wide rather than too narrow.
+    weighted mean. Normal and t intervals are not clipped to [0, 1]. The function treats unequal
+    weights as fixed, and ignores which task a document belongs to. If the tasks of a group differ
+    in accuracy, the interval is therefore too wide rather than too narrow.
 
     Args:
         outcomes: `[documents]`, in [0, 1]; NaN if the model gave no finite score.
@@ -318,7 +318,7 @@ def _check_weights(values: ArrayLike, weights: Array | None) -> tuple[Array, Arr
 
 
 def _has_equal_weights(shares: Array) -> bool:
-    """Check whether all documents have the same weight."""
+    """Return whether all documents have the same weight."""
     return bool(np.allclose(shares * len(shares), 1, rtol=0, atol=_TOLERANCE))
 
 
@@ -337,7 +337,7 @@ def missing_reason(values: Array, noun: str = "finite score") -> str | None:
 
 
 def _is_binary(values: Array) -> bool:
-    """Check whether all values are 0 or 1."""
+    """Return whether all values are 0 or 1."""
     return bool(((values == 0) | (values == 1)).all())
 
 
@@ -364,7 +364,7 @@ class OutcomeVariance:
     the variance (share of changed documents) − drop². A drop of x changes at least the share x of
     the documents. For a drop larger than `variance`, the drop is therefore used as the share of
     changed documents. The exact test needs slightly more documents. For other outcomes, `variance`
-    is the variance of the paired difference, for any mean.
+    is the variance of the paired difference, assumed equal for every mean drop.
 
     Attributes:
         variance: The share of documents whose outcome changes, or the variance of the paired
@@ -405,7 +405,8 @@ class OutcomeVariance:
             n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
-            The change; None if these documents do not even reveal that every document is lost.
+            The change; None if the documents are too few to reveal even a drop of 1, where every
+            document is lost.
         """
         if not self.binary:
             return math.sqrt(self._scaled_documents(0, n_tests) / n_documents)

@@ -49,8 +49,8 @@ def proxy_means(sums: Array, tokens: IntArray | Array) -> Array:
         tokens: `[documents]`, number of tokens of each document.
 
     Returns:
-        `[layers]`, the mean of the proxy. It is NaN without tokens, and for a layer with a NaN in
-        any document.
+        `[layers]`, the mean of the proxy. The mean is NaN if there are no tokens, and for each
+        layer with a NaN in any document.
 
     Examples:
         >>> proxy_means(np.array([[1.0, 2.0], [5.0, 4.0]]), np.array([2, 10])).tolist()

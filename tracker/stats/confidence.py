@@ -20,11 +20,11 @@ The best λ is about (μ − m) / σ² · N / (N − t). The factor N / (N − t
 further from the mean of the remaining documents if few documents remain. Candidates are rejected if
 their distance from the mean is at least √(2 log(1/α) σ² / τ). The quantity τ = t·N / (N − t) is the
 number of documents of an infinite population that would be equally informative. The best λ for one
-τ is therefore √(2 log(1/α) / (σ² τ)) · N / (N − t), with the variance of the previous documents.
-Several bets run at the same time with equal stakes; each bet is for a τ that is four times as large
-as the previous τ. The mixture raises the logarithm of the required capital by the logarithm of the
-number of bets. If intervals of a given width are wanted, most of the stake is on the λ that reaches
-this width first.
+τ is therefore √(2 log(1/α) / (σ² τ)) · N / (N − t), where σ² is the variance of the previous
+documents. Several bets run at the same time with equal stakes. Each bet is optimal for another τ,
+in steps of a factor of four. The mixture raises the logarithm of the required capital by the
+logarithm of the number of bets. If intervals of a given width are wanted, most of the stake is on
+the λ that reaches this width first.
 
 The bets for the two smallest values of τ are called bold, and are computed exactly for each
 candidate. The λ of a bold bet is limited so that no document takes more than MAX_RISK of the stake.
@@ -86,13 +86,13 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """Return the values of τ for which the bets are optimal, one value per bet.
+    """Return the effective sample sizes (τ) for which the bets are optimal, one per bet.
 
     Args:
         population: Number of documents in the population.
 
     Returns:
-        The values, as numbers of documents of an infinite population.
+        `[bets]`, the effective sample sizes: numbers of documents of an infinite population.
 
     Examples:
         >>> horizons(570).astype(int).tolist()
@@ -183,7 +183,7 @@ class MeanSequences:
         self._terms = np.zeros((2, _DEGREE + 1, n_cautious, n_series))
 
     def add(self, values: Array, series: IntArray | None = None) -> None:
-        """Add the values of further documents, in the order of the documents.
+        """Add the values of further documents, and update the bounds of the means.
 
         Args:
             values: `[documents, series]`, the values of the documents.
@@ -211,7 +211,7 @@ class MeanSequences:
         return shares
 
     def _bet(self, values: Array, indexes: IntArray) -> None:
-        """Update all bets with some further documents."""
+        """Update the stakes of all bets with the values of further documents."""
         n_before = self.seen[indexes] + np.arange(len(values))[:, None]
         sums = np.cumsum(values, axis=0) - values + self._sums[indexes]
         squares = np.cumsum(values**2, axis=0) - values**2 + self._square_sums[indexes]
@@ -249,7 +249,7 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centre(self, indexes: IntArray, centres: Array) -> None:
-        """Rewrite the polynomials as functions of the distance from new centres."""
+        """Expand the polynomials of the cautious bets around new centres."""
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
             for degree in range(_DEGREE - 1, lowest_degree - 1, -1):
@@ -262,7 +262,7 @@ class MeanSequences:
         return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
     def _narrow_bounds(self, indexes: IntArray) -> None:
-        """Narrow the bounds, so that they exclude the candidate means that are rejected."""
+        """Narrow the bounds of the means, so that they exclude the rejected candidate means."""
         sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
         certain_low = sums / self.population
@@ -287,7 +287,8 @@ class MeanSequences:
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes the log stakes of bold bets.
 
-        The function maps candidate means `[2, series]` to logarithms `[bets, 2, series]`.
+        The function maps candidate means `[2, series]`, one for each game, to the logarithms of the
+        stakes `[bets, 2, series]`.
 
         Each call of the function processes all documents of the bold bets.
         """
@@ -315,7 +316,7 @@ class MeanSequences:
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes a lower bound of the log stakes of cautious bets.
 
-        The shapes of the function's argument and result are those in `_bold_stakes`.
+        The argument and the result of the function have the same shapes as in `_bold_stakes`.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]
@@ -329,5 +330,5 @@ class MeanSequences:
 
 
 def _powers(values: Array) -> list[Array]:
-    """List the powers of values from exponent 0 to the highest exponent."""
+    """List the powers x⁰, x¹, … of an array, up to the degree of the polynomials."""
     return list(accumulate([np.ones_like(values), *[values] * _DEGREE], operator.mul))

@@ -36,9 +36,9 @@ def correlate(
     surrogates: int = SURROGATES,
     seed: int = 0,
 ) -> Estimate:
-    """Correlate a proxy with the accuracy drop over layers, or over parts of them.
+    """Correlate a proxy with the accuracy drop over layers, or over parts such as experts.
 
-    The interval and the p-value answer different questions. The interval keeps the layers and
+    The interval and the p-value have different meanings. The interval keeps the layers and
     resamples the documents. The interval shows how far measurement noise moves the coefficient (see
     `bias_corrected_interval`). The null hypothesis of the p-value is that the two series are
     unrelated, but each is as smooth over depth as observed. The test keeps one series and redraws
@@ -56,9 +56,9 @@ def correlate(
 
     For parts of layers, such as experts, the null hypothesis is that proxy and drop are unrelated
     within each layer. The test permutes the proxies of a layer among the parts of the layer, which
-    have no order. The p-value is twice the smaller of two shares: permutations with a coefficient
-    at least as high, and at least as low. Differences between layers are the same in all
-    permutations, so the test is valid for any such differences.
+    have no order. The p-value is twice the smaller of two shares: the share of permutations with at
+    least, and with at most, the observed coefficient. Differences between layers are the same in
+    all permutations, so the test is valid for any such differences.
 
     Args:
         proxy: `[layers]`, the proxy; a larger value means that the layer changes more. NaN if
@@ -73,8 +73,8 @@ def correlate(
         seed: Seed of the redrawn series or permutations.
 
     Returns:
-        The coefficient, clipped interval and p-value; the value is None with a reason for fewer
-        than three layers, a NaN, or an input that is the same in every layer.
+        The coefficient with its clipped interval and p-value. The value is None with a reason for
+        fewer than three layers, a NaN, or an input that is the same in every layer.
 
     References:
         M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical

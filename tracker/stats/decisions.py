@@ -1,8 +1,9 @@
 """Compute the options that a model chooses, their margins, and the effects of rounding.
 
-An option's score is its log-likelihood, possibly divided by its length. Scores are
-[documents, options], with NaN where a document has fewer options than others. `phi` and
-`cluster_order` compare the documents that ablations lose.
+An option's score is its log-likelihood, possibly divided by its length. Scores are [documents,
+options], with NaN where a document has fewer options than others. `phi` and `cluster_order` compare
+the documents that ablations lose: the intact model answers them right, and the ablated model
+answers them wrong.
 
 Rounding can reverse the judgement of a document (right or wrong). In half precision, a
 log-likelihood is rounded many times, each time by a share of its size. The result depends on the
@@ -28,7 +29,7 @@ from tracker.stats.arrays import Array, safe_divide
 
 
 def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
-    """Compute the phi coefficient of each pair of ablations, over the documents that they lose.
+    """Compute the similarity of lost documents (phi coefficient) for each pair of ablations.
 
     The coefficient is 1 if both ablations lose the same documents, and 0 if they agree only by
     chance.
@@ -60,7 +61,8 @@ def cluster_order(agreement: Array) -> list[int]:
     possible (Bar-Joseph 2001).
 
     Args:
-        agreement: Coefficients of at most 1 [ablations, ablations], without NaN.
+        agreement: `[ablations, ablations]`, the agreement of each pair of ablations, at most 1; no
+            NaN.
 
     Returns:
         The indexes of the ablations in the new order.
@@ -91,7 +93,7 @@ def choose_options(scores: Array) -> Array:
 
 
 def margins(scores: Array, gold: Array) -> Array:
-    """Return the gold option's score minus the best other option's score.
+    """Return the gold option's score minus the best other score, for each document.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
@@ -149,8 +151,8 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
     Returns:
         The root mean square of a relative change, over all pairs of options of all documents. The
         relative change is the change of the score difference, divided by the root of the sum of the
-        squared scores. None if no document has two options, or if no difference has changed,
-        because the effect of rounding is then unknown.
+        squared scores. None if no document has two options. Also None if no score difference has
+        changed, because the effect of rounding is then unknown.
 
     Examples:
         Of -3 and -4 the first moves by 0.1, the second does not: 0.1 / 5.

@@ -1,4 +1,4 @@
-"""Compute ranks, rank correlations and overlaps of orders of layers.
+"""Compute ranks, rank correlations and overlaps of rankings of layers.
 
 Values that agree to twelve decimals are ties, because means of the same outcomes can differ by
 rounding. Tied values share the mean of their ranks (midranks), so that no result depends on the
@@ -70,7 +70,7 @@ def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[n
 
 
 def smoothness_likelihood(scores: Array) -> Array:
-    """Return the normalised restricted likelihood of each value of `AUTOCORRELATIONS`.
+    """Return the normalised restricted likelihood of each candidate autocorrelation.
 
     The model is AR(1). The unknown mean and variance of the scores are integrated out.
     """
@@ -251,7 +251,7 @@ class Disagreement:
 
 
 def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) -> Disagreement:
-    """Test whether the ranks of layers by proxy and by drop agree better than by chance.
+    """Test whether layer ranks by proxy and layer ranks by drop agree better than by chance.
 
     The share of different ranks and its chance level are computed by `differing_rank_share`. For
     the p-values, the layers of one series are relabelled in the same way in every benchmark,
@@ -292,12 +292,12 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Compute the p-value of the hypothesis that proxy and drop are unrelated everywhere.
+    """Compute the p-value that proxy and drop are unrelated over layers in every benchmark.
 
     The test is two-sided; its statistic is the mean over benchmarks of Spearman's coefficient. As
     in `correlation.correlate`, the test redraws each series in turn with the same smoothness over
-    depth, and returns the larger p-value. The smoothness is that of the mean ranks over the
-    benchmarks. Each redrawn order relabels the layers of all benchmarks in the same way.
+    depth, and returns the larger p-value. The redrawn series are as smooth as the mean ranks over
+    the benchmarks. Each redrawn order relabels the layers of all benchmarks in the same way.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy; no row is constant.

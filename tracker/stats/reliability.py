@@ -121,7 +121,7 @@ def extrapolate_documents(target: float, n_documents: float, reliability: float)
         reliability: Reliability at this number of documents.
 
     Returns:
-        The number, not rounded; NaN if the reliability is not between 0 and 1.
+        The number of documents, not rounded; NaN if the reliability is not between 0 and 1.
 
     Examples:
         >>> round(extrapolate_documents(0.9, 100, 0.6))
@@ -135,7 +135,7 @@ def extrapolate_documents(target: float, n_documents: float, reliability: float)
 def documents_to_reach(
     sizes: Sequence[int], reliabilities: Sequence[float], target: float
 ) -> tuple[float, bool]:
-    """Compute the number of documents from which on the reliability is at the target or above.
+    """Compute how many documents are needed for the reliability to stay at or above a target.
 
     Args:
         sizes: Measured sample sizes, as numbers of documents, ascending.
@@ -144,9 +144,9 @@ def documents_to_reach(
 
     Returns:
         The number of documents, and whether this number is extrapolated. Between two measured
-        sizes, the number is interpolated on a logarithmic scale. It is the smallest size if this
-        size is sufficient. Beyond the largest size, it is extrapolated by the Spearman-Brown
-        formula, and NaN if the formula has no solution.
+        sizes, the number is interpolated on a logarithmic scale. The number is the smallest
+        measured size if this size is sufficient. Beyond the largest measured size, the number is
+        extrapolated by the Spearman-Brown formula, and is NaN if the formula has no solution.
 
     Examples:
         >>> n_documents, extrapolated = documents_to_reach([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
@@ -203,9 +203,9 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
     """Estimate a positive statistic, with an interval from the grouped jackknife.
 
     The jackknife leaves out one tenth of the documents at a time. The interval is symmetric on the
-    logarithmic scale, with Student's t of (groups − 1) degrees of freedom. It covers the values
-    that other documents of the same benchmark would give. Tests on simulated benchmarks check how
-    often the interval contains the true number of needed documents.
+    logarithmic scale, with Student's t of (groups − 1) degrees of freedom. The interval covers the
+    values that other documents of the same benchmark would give. Tests on simulated benchmarks
+    check how often the interval contains the true number of needed documents.
 
     Args:
         figure: Function that computes the statistic from the indexes of some documents; NaN if
@@ -215,7 +215,7 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
 
     Returns:
         The statistic with its 95 % interval. The value is None if the statistic is undefined for
-        all documents, or when some group is left out.
+        the whole set of documents, or after leaving out one of the groups.
     """
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
@@ -264,8 +264,8 @@ def prediction_by_budget(
 
     Returns:
         Name → mean of Spearman's coefficient over the splits, for each budget. The mean is NaN if a
-        budget pays for no document or for more documents than a half has. It is also NaN if fewer
-        than half of the splits have a coefficient.
+        budget pays for no document or for more documents than a half has. The mean is also NaN if
+        the coefficient is undefined in more than half of the splits.
     """
     n_documents = len(truth.values)
     half_size = n_documents // 2

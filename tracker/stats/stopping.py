@@ -1,10 +1,10 @@
 """Stopping rules: decide when enough documents are measured to compare several means.
 
-Each mean is the mean drop of one run, such as the removal of a layer. Bounds of a mean decide the
-size of a drop, and whether the drop differs from 0. Pairwise differences decide which drops are the
-largest (`SequentialTopK`). A decision is never revised: a run that is decided stays decided while
-other runs are measured. `forecast_race` estimates how many documents the answer to a question will
-need.
+Each mean is the mean drop of one run, such as the removal of a layer. The lower and upper bounds of
+a mean decide how large a drop is, and whether it differs from 0. Pairwise differences decide which
+drops are the largest (`SequentialTopK`). A decision is never revised: a run that is decided stays
+decided while other runs are measured. `forecast_race` estimates how many documents are needed until
+all runs are decided.
 
 The largest of several means, by pairwise differences:
 
@@ -13,9 +13,9 @@ Differences therefore vary less than single values, and one comparison needs one
 instead of two. The rule bets against each hypothesis "b is no better than a" as in the module
 `confidence`. The bets use all documents on which both runs were measured.
 
-An answer can be wrong only if a pair of one of the `count` best runs and one of the other runs is
-decided wrongly. There are count · (runs − count) such pairs, whichever runs are the best. Each pair
-gets the same share of the error probability.
+The chosen runs can be wrong only if the rule misjudges a pair of one of the `count` best runs and
+one of the other runs. There are count · (runs − count) such pairs, whichever runs are the best.
+Each pair gets the same share of the error probability.
 
 The smallest of several means, for unbounded values:
 
@@ -65,10 +65,10 @@ _MIN_ROOM = 1e-6
 class SequentialTopK:
     """Stopping rule that finds the runs with the `count` largest means of a population.
 
-    The documents must be evaluated in random order. A run is settled when it is decided whether the
-    run is among the largest; its later values are ignored. With a tolerance, a chosen run can be
-    below the true `count`-th largest mean by at most the tolerance. A run that is not chosen can be
-    above this mean by at most the tolerance.
+    The documents must be evaluated in random order. A run is settled when the rule has decided
+    whether the run's mean is among the largest. Later values of a settled run are ignored. With a
+    tolerance, a chosen run can be below the true `count`-th largest mean by at most the tolerance.
+    A run that is not chosen can be above this mean by at most the tolerance.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not settled.
@@ -110,7 +110,7 @@ class SequentialTopK:
             count: Number of runs to choose; at least 1 and less than `n_runs`.
             tolerance: Difference of means that is ignored. None = no tolerance, so that exact ties
                 for the last rank stay undecided.
-            level: The probability with which the answer is right.
+            level: Minimum probability that the right runs are chosen.
             max_difference: Largest possible difference between the values of two runs on a
                 document.
         """
@@ -127,7 +127,7 @@ class SequentialTopK:
         self._claims = np.zeros((n_runs, n_runs, len(self._nulls)), dtype=bool)
 
     def update(self, values: Array) -> None:
-        """Evaluate further documents, in the given order.
+        """Add the values of further documents, and settle the runs that are then decided.
 
         Args:
             values: `[documents, runs]`, the values; the values of settled runs are ignored and can
@@ -180,7 +180,7 @@ class SequentialTopK:
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _settle(self) -> None:
-        """Settle each run that is surely better, or surely worse, than enough other open runs."""
+        """Settle each run that is significantly better or worse than enough other open runs."""
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -219,8 +219,8 @@ class SmallestMean:
     Attributes:
         open: `[runs]`, mask of the runs that can still have the smallest mean.
         chosen: `[runs]`, mask of the chosen run, whose mean is at most the tolerance above the
-            smallest mean; empty until the answer is found. Several runs are chosen only if their
-            means over all documents are equal.
+            smallest mean. All values are False until a run is chosen. Several runs are chosen only
+            if their means over all documents are equal.
         seen: `[runs]`, number of documents that were evaluated for each run.
         means: `[runs]`, mean of each run on its evaluated documents; infinite if a value is not
             finite.
@@ -247,8 +247,8 @@ class SmallestMean:
         Args:
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
-            tolerance: Difference of means that is ignored. The answer is right up to this tolerance
-                with a probability of 95 %.
+            tolerance: Difference of means that is ignored. With a probability of 95 %, the mean of
+                the chosen run is at most this tolerance above the smallest mean.
         """
         self.open: Mask = np.ones(n_runs, dtype=bool)
         self.chosen: Mask = np.zeros(n_runs, dtype=bool)
@@ -264,7 +264,7 @@ class SmallestMean:
         return sum(map(len, self._values))
 
     def update(self, values: Array) -> None:
-        """Evaluate further documents, in the given order.
+        """Add the values of further documents; drop or choose the runs that are then decided.
 
         Args:
             values: `[documents, runs]`, the values. Values of dropped runs are ignored and can be
@@ -288,7 +288,7 @@ class SmallestMean:
             self._settle(open_values[:, is_usable], runs[is_usable])
 
     def _settle(self, values: Array, runs: IntArray) -> None:
-        """Drop runs whose mean is surely larger, and choose the best run when that is safe."""
+        """Drop runs with significantly larger means; choose the best run once it is certain."""
         n_looked, means = len(values), values.mean(axis=0)
         self.means[runs] = means
         best = int(means.argmin())
@@ -331,16 +331,16 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
 
 
 def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
-    """Return which runs are open and which are chosen, for a question about single means.
+    """Return masks of undecided and chosen runs, from simultaneous bounds of their means.
 
     Args:
         low: `[runs]`, lower bounds of the means; all bounds hold simultaneously.
         high: `[runs]`, upper bounds of the means.
-        tolerance: Target half width of the interval of each mean. None if the question is which
-            means differ from 0.
+        tolerance: Target half width of the interval of each mean; no run is then chosen. None =
+            choose the runs whose mean differs from 0.
 
     Returns:
-        The mask of open runs and the mask of chosen runs, as in the attributes of `Race`.
+        The mask `[runs]` of the undecided runs, and the mask `[runs]` of the chosen runs.
 
     Examples:
         >>> low, high = np.array([0.1, -0.3, 0.0]), np.array([0.35, 0.4, 0.05])
@@ -356,15 +356,16 @@ def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, 
 
 
 class Race:
-    """Stopping rule that evaluates documents until a question about several runs is answered.
+    """Stopping rule that compares several runs, document by document, until all are decided.
 
-    The documents must be evaluated in random order. A run is settled when its part of the answer is
-    decided; its later values are ignored.
+    The documents must be evaluated in random order. A run is settled when the rule has decided, for
+    example, whether the run is among the best. Later values of a settled run are ignored.
 
     Attributes:
-        open: `[runs]`, mask of the runs whose part of the answer is not decided yet.
-        chosen: `[runs]`, mask of the runs that belong to the answer. For the question `sign`, these
-            are the runs whose mean differs from 0. For the question `drop`, no run is chosen.
+        open: `[runs]`, mask of the runs that are not settled yet.
+        chosen: `[runs]`, mask of the chosen runs. With `top` or `prune`, these are the runs with
+            the largest or smallest means. With `sign`, these are the runs whose mean differs from
+            0. With `drop`, no run is chosen.
         seen: `[runs]`, number of documents that were evaluated for each run.
     """
 
@@ -374,14 +375,15 @@ class Race:
         """Create the stopping rule, before any document is evaluated.
 
         Args:
-            question: Question about the runs, such as `top 3`.
+            question: Condition that ends the measurement, such as `top 3`: the three largest means
+                are found.
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
             max_value: Largest possible absolute value, and largest possible difference between the
                 values of two runs on a document.
 
         Raises:
-            ValueError: The question cannot be asked about this number of runs.
+            ValueError: The condition is impossible for this number of runs.
         """
         question.check_runs(n_runs)
         self._question = question
@@ -410,7 +412,7 @@ class Race:
 
     @property
     def is_answered(self) -> bool:
-        """True if the whole answer is decided."""
+        """True if all runs are settled, so that no further documents are needed."""
         return not self.open.any()
 
     @property
@@ -420,17 +422,17 @@ class Race:
 
     @property
     def bounds(self) -> MeanSequences:
-        """The bounds of each mean, which hold simultaneously with the question's confidence.
+        """Bounds of each mean, which hold simultaneously with the requested confidence.
 
-        The confidence of the answer is separate from the confidence of the bounds, because the
-        largest means are found without these bounds. The bounds are computed on first use.
+        The largest means are found without these bounds. The choice of the largest means therefore
+        has a separate probability of error. The bounds are computed on first use.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
         return self._bounds
 
     def update(self, values: Array) -> None:
-        """Evaluate further documents, in the given order.
+        """Add the values of further documents, and update the masks `open` and `chosen`.
 
         Args:
             values: `[documents, runs]`, the values; the values of settled runs are ignored and can
@@ -449,7 +451,7 @@ class Race:
         self.open, self.chosen = self._read_state()
 
     def _read_state(self) -> tuple[Mask, Mask]:
-        """Return the masks of open and of chosen runs."""
+        """Return the masks `[runs]` of the runs that are not settled, and of the chosen runs."""
         if self._duels is not None:
             return self._duels.open.copy(), self._duels.chosen.copy()
         return race_state(self.bounds.low, self.bounds.high, self._question.within)
@@ -469,7 +471,7 @@ class RaceForecast:
     Attributes:
         looked: `[draws]`, number of documents that were evaluated in each simulated population.
         seen: `[draws, runs]`, number of documents that were evaluated for each run.
-        answered: `[draws]`, whether the question was answered in each simulated population.
+        answered: `[draws]`, whether all runs were settled in each simulated population.
     """
 
     looked: IntArray
@@ -486,13 +488,14 @@ def forecast_race(
     chances: Array | None = None,
     n_draws: int = FORECAST_DRAWS,
 ) -> RaceForecast:
-    """Simulate `Race` in random populations that are drawn from measured documents.
+    """Simulate how many documents `Race` needs, in populations drawn from measured documents.
 
     On few measured documents, runs differ by more than in the real population. The forecast is then
     too low.
 
     Args:
-        question: Question about the runs, such as `top 3`.
+        question: Condition that ends the measurement, such as `top 3`: the three largest means are
+            found.
         values: `[documents, runs]`, the values of the measured documents; at least one document.
         population: Number of documents in the population.
         max_value: Largest possible absolute value, as for `Race`.
@@ -504,7 +507,7 @@ def forecast_race(
         The numbers of evaluated documents in each simulated population.
 
     Raises:
-        ValueError: The question cannot be asked about this number of runs.
+        ValueError: The condition is impossible for this number of runs.
 
     Examples:
         A run that loses half of the documents, among two that lose few: it is found in under 500 of

@@ -45,8 +45,8 @@ def recovered_share(
         remainder_resamples: `[resamples, layers]`, `remainders` of the same documents.
 
     Returns:
-        The share with its 95 % interval; 1 = the whole loss is recovered. The value is None with a
-        reason if the share is undefined.
+        The recovered share with its 95 % interval; 1 = the whole loss is recovered. The value is
+        None with a reason if the share is undefined.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -79,7 +79,7 @@ def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
         denominator: The denominator, with its interval.
 
     Returns:
-        The ratio and its interval. There is no interval if an estimate has none, or if the
+        The ratio and its interval. There is no interval if an estimate has no interval, or if the
         denominator's interval reaches 0. The value is None if the denominator is not positive.
 
     Examples:
@@ -112,9 +112,9 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
         subtrahend: Estimate to subtract, with its interval.
 
     Returns:
-        The difference and its interval. There is no interval if an estimate has none. For two
-        models on the same documents, the interval is too wide rather than too narrow, because the
-        estimates rise and fall together.
+        The difference and its interval. There is no interval if an estimate has no interval. For
+        two models on the same documents, the interval is too wide rather than too narrow, because
+        the estimates rise and fall together.
 
     Examples:
         >>> difference = subtract(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
@@ -135,12 +135,12 @@ def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate
     """Average estimates, and combine their intervals.
 
     The interval covers the values that other documents of the same benchmarks (or layers) would
-    give; it does not cover other benchmarks.
+    give. The interval does not cover other benchmarks.
 
     Args:
-        estimates: Estimates to average; those without a value are left out.
-        independent: Whether the estimates rest on different documents. Otherwise their errors are
-            added up, which is the worst case of dependence.
+        estimates: Estimates to average; estimates without a value are left out.
+        independent: Whether the estimates are measured on different documents. If False, the errors
+            of the estimates are added up, which is the worst case of dependence.
 
     Returns:
         The plain mean, with an interval if every estimate has an interval. The value is None if no
@@ -249,7 +249,7 @@ def widen(
 
 
 def decide_verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
-    """Decide for each removal whether it surely costs accuracy, surely helps, or neither.
+    """Decide whether each removal significantly costs accuracy, improves it, or neither.
 
     Args:
         drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
@@ -273,7 +273,7 @@ def decide_verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
 
 
 def count_pairs(n_figures: int) -> int:
-    """Count the pairs of `n_figures` values, which `possible_ranks` compares; at least 1."""
+    """Return the number of pairs of `n_figures` values; at least 1."""
     return max(n_figures * (n_figures - 1) // 2, 1)
 
 
@@ -283,16 +283,16 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
     Two estimates are distinguished if the interval of their difference excludes 0. The interval of
     the difference assumes independent estimates (Donner and Zou 2012). Estimates from the same
     documents rise and fall together, so the interval is too wide rather than too narrow. An
-    estimate ranks behind all surely larger estimates and before all surely smaller estimates.
-    Estimates that are not distinguished can rank in either order.
+    estimate ranks behind all significantly larger estimates and before all significantly smaller
+    estimates. Estimates that are not distinguished can rank in either order.
 
     Args:
         estimates: Estimates whose intervals are simultaneous for all pairs (from `widen`, with the
             family `count_pairs`). An estimate without an interval can have any rank.
 
     Returns:
-        The best and the worst rank of each estimate. All ranks hold simultaneously if the intervals
-        do.
+        The best and the worst rank of each estimate. All ranks hold simultaneously if all intervals
+        hold simultaneously.
 
     References:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.
@@ -313,8 +313,8 @@ def ranks_by_comparison(is_larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Compute best and worst possible ranks from pairwise comparisons; rank 1 is the largest.
 
     Args:
-        is_larger: `[items, items]`, whether the item of the row is surely larger than the item of
-            the column.
+        is_larger: `[items, items]`, whether the item of the row is significantly larger than the
+            item of the column.
 
     Returns:
         The best and the worst possible rank of each item.

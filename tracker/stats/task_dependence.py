@@ -9,9 +9,9 @@ the same z-score on all benchmarks, and 1 if benchmarks are unrelated.
 An accuracy drop is measured on a sample of documents. The noise of the drop differs between
 benchmarks even if the relevance of the layer does not. A proxy that averages over thousands of
 tokens has hardly any noise. The variance of the drop is therefore too large, and is informative
-only after the noise is subtracted. For a single layer, the difference is not symmetric about its
-expectation, so a test of signs or ranks is invalid. The module therefore computes an interval of
-the mean over layers, by leaving out documents.
+only after the noise is subtracted. For a single layer, the estimated variance minus noise is not
+symmetric about its expectation, so a test of signs or ranks is invalid. The module therefore
+computes an interval of the mean over layers, by leaving out documents.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
         noise: `[benchmarks, layers]`, the sampling variance of each value, which is subtracted;
             None = no noise. The noise of different benchmarks is independent, so it affects only
             squared values. The function subtracts the noise from the squared values, and from the
-            variance over layers by which they are divided. The result is unbiased except for this
-            division, and can be negative.
+            variance over layers by which they are divided. The returned variance is unbiased except
+            for the division, and can be negative.
 
     Returns:
         `[layers]`, the variance of each layer over benchmarks, with the divisor (benchmarks - 1).
@@ -142,7 +142,7 @@ def variance_difference(
     subtracted. The function returns the variation of `first_samples` minus the variation of
     `second_samples`. The interval is a normal interval from the jackknife over the documents of
     each benchmark; both measures leave out the same documents. A bootstrap interval would be too
-    narrow here, because its population includes the noise of the documents.
+    narrow, because the resampled population includes the noise of the documents.
 
     Args:
         first_samples: For each benchmark, the values of one measure for its documents; two
@@ -150,8 +150,8 @@ def variance_difference(
         second_samples: For each benchmark, the values of the other measure for the same documents.
 
     Returns:
-        The difference and its interval. There is no interval if the difference is undefined when
-        some documents are left out.
+        The difference and its interval. There is no interval if leaving out some documents makes
+        the difference undefined.
 
     Raises:
         ValueError: There are fewer than two benchmarks, or the noise of a benchmark is at least as
@@ -165,7 +165,7 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference if one benchmark has only `kept_documents`."""
+        """Return the difference of variations if one benchmark has only `kept_documents`."""
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]
@@ -193,10 +193,11 @@ def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
 
 @dataclass(frozen=True)
 class VarianceComparison:
-    """Comparison of two measures by the variances of the same layers.
+    """Result of testing whether one measure varies more over benchmarks than another.
 
     Attributes:
-        larger: Number of layers whose first variance is larger than the second.
+        larger: Number of layers whose variance is larger by the first measure than by the second
+            measure.
         n: Number of layers.
         p_value: p-value of the two-sided Wilcoxon signed-rank test, which assumes independent
             layers.
@@ -211,7 +212,7 @@ class VarianceComparison:
 
 
 def compare_variances(first_variances: Array, second_variances: Array) -> VarianceComparison:
-    """Test whether one of two variances tends to be larger over layers, by Wilcoxon's test.
+    """Test by Wilcoxon's test whether one of two variances per layer tends to be larger.
 
     Wilcoxon's test assumes that the layers' differences are independent and, without an effect,
     symmetric about 0. Neighbouring layers have similar values, so the p-value of Wilcoxon's test is

@@ -2,8 +2,9 @@
 
 A study declares its requirements and settings, and returns the requests to measure. From the
 results, the study writes an answer with sentences, tables and charts. Sentences, assumptions and
-notes are macros of the study's template in the folder `templates`. The results decide which macros
-are rendered. The study `audit` is a package; its module `figures` computes the statistics.
+notes are macros of the study's template in the folder `templates`. Which macros are rendered
+depends on the results. The study `audit` is a package; its module `figures` computes the
+statistics.
 
 Modules:
     base: Define the base class of studies, and run a study from its file to its report section.

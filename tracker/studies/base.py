@@ -1,4 +1,4 @@
-"""Define the base class of studies, which request measurements and answer a question."""
+"""Define the base class of studies: measurements that answer a research question."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class StudyContext:
         return self.input.file
 
     def run(self, requests: Sequence[CellRequest]) -> RunOutcome:
-        """Measure and publish the requested results that the ledger lacks."""
+        """Measure and publish the requested results that the results folder lacks."""
         return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
 
     def subject(self, request: CellRequest) -> Subject | None:
-        """Return the results of a request; None if the ledger does not have all of them."""
+        """Return the stored results for a request; None if some of them are not measured yet."""
         cell = find_cell(request, self.ledger)
         if cell.store is None or not cell.complete:
             return None
@@ -92,7 +92,7 @@ class Subject:
 
     Attributes:
         request: The study's request, which names the model, the benchmark and the ablations.
-        store: The folder of this model and benchmark in the ledger.
+        store: The folder of this model and benchmark in the results folder.
         record: Summary computed from the outcomes of all documents.
     """
 
@@ -102,7 +102,7 @@ class Subject:
 
     @property
     def view(self) -> View:
-        """The runs, documents and metric that the request selects from the stored results."""
+        """The runs, documents and metric of the stored results that the request selects."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -127,7 +127,7 @@ def observe_subject(
     begin: Callable[[Engine], ObserveDocument],
     documents: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return stored or new observations of a cell's documents; see `observing.observe_cell`."""
+    """Return per-document values of one kind, read from disk or computed with the model."""
     request, store, progress = subject.request, subject.store, context.progress
     machine = context.ledger, context.options, progress
     open_cell = partial(observing.open_observed_cell, request, store, *machine)
@@ -158,13 +158,14 @@ class StudyResult:
         answers: Sentences of the answer, starting with the most important sentence.
         tables: Tables of the answer.
         charts: Charts of the answer.
-        lacking: Questions that could not be answered, and how to answer them.
-        ran: Outcome of the measurements that the study started while it computed the answer.
-        rests_on: Records that the answer uses in addition to the requested results.
-        exports: Shell commands that save models that the study found to be better. They are not
-            stored in the ledger.
+        lacking: Sentences about results that could not be computed, with the reasons.
+        ran: Result of the additional measurements that the study ran while it computed the answer.
+        rests_on: Keys of the records that the answer uses in addition to the requested results.
+        exports: Shell commands that save models that the study found to be better. The commands are
+            not stored in the results folder.
         files: Files that the study wrote to the results folder.
-        suffix: Text that distinguishes the finding from other findings on the same experiment file.
+        suffix: Text that distinguishes this result from other results of the study on the same
+            experiment file.
     """
 
     answers: list[str] = field(default_factory=list)
@@ -188,12 +189,12 @@ class StudyResult:
                 self.answers.append(element)
 
     def lack(self, title: str, *reasons: str) -> None:
-        """Record the reasons why the question could not be answered for a model and benchmark."""
+        """Record reasons why the study lacks a result, e.g. for one model and benchmark."""
         self.lacking += [f"{title}: {reason}" for reason in reasons]
 
 
 class Study(Generic[Settings]):
-    """Base class of research questions: what to measure, and how to answer the question from it.
+    """Base class of studies: list the required measurements, and answer a research question.
 
     A study keeps no state between calls, so each method may be called alone.
 
@@ -209,8 +210,8 @@ class Study(Generic[Settings]):
         intact: Whether the experiment file must start from the intact model, without removed
             layers.
         layers: Minimum number of whole single layers that each cell must remove.
-        chooses: Whether the study chooses something by its results on documents. These documents
-            must then be drawn at random.
+        chooses: Whether the study chooses something, such as layers, by results on documents. These
+            documents must then be drawn at random.
     """
 
     name: ClassVar[str]
@@ -235,7 +236,7 @@ class Study(Generic[Settings]):
         return [*(self.settings.command or f"tracker study {self.name}").split()]
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the requests that must be measured, with requests for the same model in sequence.
+        """List the measurements that the study needs, with requests of the same model in sequence.
 
         Raises RequestError if the experiment file does not meet the requirements of the study.
         """
@@ -245,17 +246,17 @@ class Study(Generic[Settings]):
         return [request for cell in cells for request in self.expand(cell, context)]
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Yield the requests for one cell of the experiment file: by default the cell itself."""
+        """Yield the requests that replace one cell of the file; by default the cell itself."""
         return [cell]
 
     def prepare(self, context: StudyContext) -> None:
-        """Prepare what must exist before the measurement, such as a model; by default do nothing.
+        """Prepare the measurement, e.g. create a model that it needs; by default do nothing.
 
         Raises RequestError if the preparation fails.
         """
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Answer the question from the measured results, which have the order of the requests."""
+        """Compute the study's answer from the measured results, in the order of the requests."""
         raise NotImplementedError
 
     def _check(self, cell: CellRequest, context: StudyContext) -> None:
@@ -274,7 +275,7 @@ class Study(Generic[Settings]):
 
 
 def open_study(name: str, **values: Any) -> Study[Any]:
-    """Create a study from its name and settings; RequestError if any of them is invalid."""
+    """Create a study from its name and settings; raise RequestError if one is invalid."""
     settings = validate_settings(find_settings(name), values, "--")
     module, _, kind = settings.study.partition(":")
 
@@ -291,11 +292,11 @@ def open_study(name: str, **values: Any) -> Study[Any]:
 def conduct_study(
     study: Study[Any], context: StudyContext
 ) -> tuple[FindingRecord, RunOutcome, StudyResult]:
-    """Measure and publish a study's requests, answer its question and store the finding.
+    """Run a study: measure and publish its requests, compute and store its answer.
 
-    Returns the finding, the outcome of all measurements, and the complete answer. Raises
-    RequestError if the experiment file lacks required runs, and CellError if every measurement
-    failed.
+    Returns the stored record of the answer, the outcome of all measurements, and the complete
+    answer. Raises RequestError if the experiment file lacks required runs, and CellError if every
+    measurement failed.
     """
     requests = study.requests(context)
     study.prepare(context)

@@ -69,7 +69,7 @@ class Calibration(Study[CalibrationSettings]):
     texts = CALIBRATION_TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report the documents needed to rank layers by the accuracy drop and by its proxies."""
+        """Report how many documents reliable layer rankings need, by drop and by proxies."""
         reliability = self.settings.reliability
         rankings = [layer_rankings(subject) for subject in subjects]
         result, curves = StudyResult(), []
@@ -99,7 +99,7 @@ class Calibration(Study[CalibrationSettings]):
 
 
 def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
-    """Yield groups of benchmarks with the same model and layers, as (title, indices)."""
+    """Yield (title, indices in `subjects`) of benchmarks with the same model and layers."""
 
     def key(n: int) -> object:
         record = subjects[n].record
@@ -119,7 +119,7 @@ def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[i
 
 @dataclass(frozen=True)
 class LayerRanking:
-    """Values of one measure for every document and layer; the means rank the layers.
+    """Values of one measure for every document and layer; their means rank the layers.
 
     Attributes:
         name: Name of the measure.
@@ -154,9 +154,9 @@ class AgreementCurve:
         apart: Statistic → its values `[draws, sizes]` for two samples that share no document; NaN
             for samples of more than half of the documents.
         within: Statistic → its values `[draws, sizes]` for a sample and the set of all documents.
-        needed: Number of documents that reaches the wanted reliability. It is undefined if the
-            rankings of two halves agree no better than chance.
-        p_value: p-value of a test whether the layers differ at all.
+        needed: Number of documents that reaches the target reliability. The number is undefined if
+            the rankings of two halves do not agree significantly.
+        p_value: p-value of the hypothesis that all layers have the same mean.
         extrapolated: Whether `needed` is more than half of the documents.
     """
 
@@ -177,12 +177,12 @@ class AgreementCurve:
 
     @property
     def tops(self) -> list[tuple[str, str, int]]:
-        """Overlap statistics as (name, top or bottom of the ranking, number of layers)."""
+        """Overlap statistics, as (name, "top" or "bottom" of the ranking, number of layers)."""
         parts = ((name, *name.split()) for name in self.apart if " " in name)
         return [(name, end, int(k)) for name, end, k in parts]
 
     def agreement(self, n: int, statistic: str = "spearman", disjoint: bool = True) -> Estimate:
-        """Return a statistic's mean over random samples of size `n`, with the middle 95 %."""
+        """Return a statistic's mean and 2.5-97.5 % range over random samples of `n` documents."""
         if disjoint and n > self.half:
             return Estimate(None, reason=SAMPLES_TOO_LARGE)
         draws = (self.apart if disjoint else self.within)[statistic][:, self.sizes.index(n)]
@@ -194,7 +194,7 @@ class AgreementCurve:
 
     @property
     def doubt(self) -> str:
-        """Reason why two halves show no agreement beyond chance; empty if they show agreement."""
+        """Reason why two halves do not agree significantly; empty if they do."""
         halves = self.agreement(self.half)
         if halves.low is None:
             return halves.reason or ""
@@ -212,7 +212,7 @@ class AgreementCurve:
 
 
 def layer_rankings(subject: Subject) -> list[LayerRanking]:
-    """Return the measures that can rank the layers of a cell, the accuracy drop first."""
+    """Return each measure's values for ranking a cell's layers, the accuracy drop first."""
     cell = subject.outcomes()
     layers = [run.layer for run in cell.whole_layers]
     strata = np.array(cell.tasks)
@@ -256,7 +256,7 @@ def join_rankings(rankings: Sequence[LayerRanking]) -> LayerRanking:
 
 
 def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve:
-    """Compute how well samples agree, and the sample size that reaches the given reliability."""
+    """Compute how well random samples agree on the layer ranking, for each sample size."""
     documents, layers = ranking.values.shape
     sizes = tuple(sorted({*(n for n in SAMPLE_SIZES if n < documents), documents // 2}))
     values, weights, strata = ranking.values, ranking.weights, ranking.strata
@@ -285,14 +285,14 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 
 
 def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
-    """Adjust the p-values of all curves by Holm; make `needed` undefined where not significant."""
+    """Adjust all p-values by Holm's method; unset `needed` of curves without significance."""
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
     return [curve.with_p_value(p) for curve, p in rows if p is not None]
 
 
 def _sample_statistic(name: str, first: Array, second: Array) -> Array:
-    """Compare two sets of means `[draws, sizes, layers]`; return a statistic `[draws, sizes]`."""
+    """Compare layer means `[draws, sizes, layers]` of two samples; return `[draws, sizes]`."""
     a, b = (means.reshape(-1, means.shape[2]) for means in (first, second))
     end, _, k = name.partition(" ")
     sign = -1 if end == "bottom" else 1

@@ -46,7 +46,7 @@ class Joint(Study[JointSettings]):
     texts = JOINT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request for single layers, then the requests for all pairs of layers."""
+        """Yield one request for all single layers, then requests for all pairs of layers."""
         layers = cell.changes.whole_layers
         yield cell.with_changes(layers=layers)
         for n, layer in enumerate(layers[:-1], 1):
@@ -88,9 +88,10 @@ class PairInteractions:
         alone: Layer → drop if only this layer is removed.
         together: `[pairs]`, drop if both layers are removed.
         interactions: For each pair, the joint drop minus the sum of the two single drops.
-        q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. They are NaN for pairs at the
-            floor, and before `adjust_interactions`.
-        floor: `[pairs]`, whether a single drop or the sum exceeds the largest possible loss.
+        q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. The p-values are NaN for pairs at
+            the floor, and before `adjust_interactions`.
+        floor: `[pairs]`, whether a single drop or the sum of both exceeds the largest possible
+            loss; such pairs are left out of means.
         mean: Mean interaction over pairs that are not at the floor.
         by_distance: Distance of layers → mean interaction of the pairs at this distance.
         rank: Spearman correlation of sums and joint drops, over pairs that are not at the floor.
@@ -115,17 +116,17 @@ class PairInteractions:
 
     @property
     def indices(self) -> list[int]:
-        """Indices of the pairs that are not at the floor."""
+        """Indices of the pairs whose single drops, and their sum, are possible losses."""
         return np.flatnonzero(~self.floor).tolist()
 
     @cached_property
     def at_once(self) -> dict[int, Estimate]:
-        """Index of each pair that is not at the floor → interaction with simultaneous interval."""
+        """Pair index → interaction with simultaneous interval, without pairs at the floor."""
         return dict(zip(self.indices, self._simultaneous(len(self.indices)), strict=True))
 
     @cached_property
     def ranks(self) -> dict[int, tuple[int, int]]:
-        """Index of a pair → best and worst possible rank of its interaction; 1 = largest."""
+        """Pair index → best and worst possible rank of the pair's interaction; 1 = largest."""
         estimates = self._simultaneous(count_pairs(len(self.indices)))
         return dict(zip(self.indices, possible_ranks(estimates), strict=True))
 
@@ -139,7 +140,7 @@ class PairInteractions:
         return widen(estimates, [self.documents] * len(estimates), n_statements)
 
     def strongest(self, sign: int) -> int | None:
-        """Return the pair that surely has the most positive or negative interaction; else None."""
+        """Return the index of the significantly most positive (or negative) pair, or None."""
         end = 1 if sign > 0 else len(self.indices)
         firsts = [index for index, ranks in self.ranks.items() if ranks == (end, end)]
         return next((n for n in firsts if sign * self.at_once[n].side() > 0), None)
@@ -157,12 +158,12 @@ class PairInteractions:
         return [n for n in indices if sign * (self.value(n) or 0) > 0]
 
     def value(self, index: int) -> float | None:
-        """Return the interaction of a pair; None if undefined or if the pair is at the floor."""
+        """Return the interaction of a pair; None if undefined or if `floor` holds for the pair."""
         return None if self.floor[index] else self.interactions[index].value
 
 
 def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
-    """Return the pair interactions by each measure, and reasons why interactions are missing."""
+    """Return pair interactions for each measure of the drop, and reasons for missing ones."""
     record = subject.record
     requested = list(combinations([run.layer for run in subject.view.runs], 2))
     outcomes = subject.outcomes([Ablation.from_changes(removed=pair) for pair in requested])
@@ -254,7 +255,7 @@ def pair_interactions(
 
 
 def adjust_interactions(measured: Sequence[PairInteractions]) -> list[PairInteractions]:
-    """Adjust p-values by Benjamini-Hochberg, over all pairs of a study not at the floor."""
+    """Adjust p-values by Benjamini-Hochberg, over all pairs of a study without `floor`."""
     p_values = [pairs.interactions[n].p_value for pairs in measured for n in pairs.indices]
     q_values = iter(stats.false_discovery_control(p_values) if p_values else [])
     adjusted = [[np.nan if at_floor else next(q_values) for at_floor in m.floor] for m in measured]

@@ -50,7 +50,7 @@ def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", reason: s
             by the name of the lost quantity. A dictionary (name of a column in code → heading)
             declares several columns.
         unit: Unit of the values.
-        reason: Reason shown for an undefined value that gives no reason itself.
+        reason: Reason that is shown for an undefined value without its own reason.
 
     Returns:
         The field of a dataclass.

@@ -85,7 +85,7 @@ class MapNameRow:
 
 @dataclass(frozen=True)
 class ErrorOrder:
-    """Spearman correlations of an error with the fall of gold log-probability and with the drop."""
+    """Spearman correlations of one error with the gold log-probability drop and the drop."""
 
     error: str = labelled("error")
     fall: Estimate = labelled("Spearman with the fall of gold log-probability", "coefficient")
@@ -113,7 +113,7 @@ class Precision(Study[PrecisionSettings]):
     texts = PRECISION_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request that rounds each linear map of the layers, or each named map, alone."""
+        """Yield a request that rounds one linear map at a time: all maps, or the named maps."""
         if groups := [name for name in cell.changes.maps if name in MAP_GROUPS]:
             raise RequestError(PRECISION_TEXTS.render("several_maps", cell, groups[0]))
         formats = tuple(name for name in cell.changes.interventions if name in FORMATS)
@@ -138,7 +138,7 @@ class Precision(Study[PrecisionSettings]):
 def _observe_maps(
     context: StudyContext, subject: Subject, name: str, runs: Sequence[RunRecord]
 ) -> RoundedMaps:
-    """Compute the errors of all maps in one format, and compare the errors with the costs."""
+    """Compute the rounding errors of all maps in one format; compare them with the costs."""
     maps, record, outcomes = [run.change for run in runs], subject.record, subject.outcomes()
     kind = f"rounding-{name}-{content_hash([*map(str, maps)])[:8]}"
     begin = partial(observe_errors, maps=maps, kl=True)
@@ -186,7 +186,7 @@ def _sum_errors(
 
 
 def _correlate(error: Array, errors: Array, drop: Array, drops: Array) -> Estimate:
-    """Compute Spearman's coefficient of an error and a drop over maps, with an interval."""
+    """Compute Spearman's coefficient of error and drop over maps, with an interval."""
     (value,) = row_coefficients(error[None], drop[None], "spearman").tolist()
     if not np.isfinite(value):
         return Estimate(None, reason="one of the two is undefined, or the same for all maps")
@@ -201,7 +201,7 @@ def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:
 def _mean_costs(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, one_look: Callable[..., list[Estimate]]
 ) -> list[MapNameRow]:
-    """Average costs over all layers, for each map name; the name with the largest cost is first."""
+    """Average the costs over all layers for each map name; the largest mean cost is first."""
     by_name = group_by(range(len(maps)), lambda index: str(maps[index].map))
     means = [gold.ablated[:, rows].mean(axis=1, keepdims=True) for rows in by_name.values()]
     falls = [replace(gold, ablated=mean).drop(0) for mean in means]
@@ -215,7 +215,7 @@ def _mean_costs(
 
 
 def _write_answer(rounded: RoundedMaps) -> str:
-    """Describe which map name costs most, if that is shown, and how well errors rank the maps."""
+    """Describe which map name costs most, if significant, and how well errors rank the maps."""
     first, *others = rounded.names
     is_first = all(row.fall.side(first.fall.low or 0.0) < 0 for row in others)
     orders = [order for order in rounded.orders if order.fall.value is not None]

@@ -71,7 +71,7 @@ class PrunedBenchmark:
     Attributes:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
-        metric: Name of the metric that tables call accuracy.
+        metric: Name of the accuracy metric, for labels of tables.
         at_chance: Reason why the benchmark is left out of means: the intact model is not above
             chance. Empty if the model is above chance or chance is unknown.
         available: Number of documents in the benchmark's split; 0 if unknown.
@@ -109,12 +109,12 @@ class Prunings:
 
     @property
     def amounts(self) -> list[str]:
-        """Amounts to remove, such as `25 %`, for which at least one search succeeded."""
+        """Numbers or shares of layers to remove, such as `25 %`, with a successful search."""
         return list(dict.fromkeys(method.amount for method, _ in self.choices))
 
     @property
     def counted(self) -> list[str]:
-        """Benchmarks averaged in means, that is all benchmarks without an `at_chance` reason."""
+        """Benchmarks that enter means: all where the intact model is not known to be at chance."""
         return [name for name, benchmark in self.benchmarks.items() if not benchmark.at_chance]
 
     @property
@@ -124,7 +124,7 @@ class Prunings:
 
     @property
     def over(self) -> str:
-        """Text that names the benchmarks that are averaged in means."""
+        """Text for sentences: the averaged benchmark, or e.g. "the mean of 3 benchmarks"."""
         names = self.counted
         return ", ".join(names) if len(names) < 2 else f"the mean of {len(names)} benchmarks"
 
@@ -133,10 +133,10 @@ class Prunings:
         return {m.strategy: m for m in self.methods if m[1:] == (amount, calibration)}
 
     def mean(self, figure_of: Callable[[str], Estimate]) -> Estimate:
-        """Average a figure over the benchmarks in `counted`.
+        """Average an estimate over the benchmarks in `counted`.
 
-        The mean is undefined if the figure is undefined for any of these benchmarks, because means
-        over different benchmarks cannot be compared.
+        The mean is undefined if the estimate is undefined for any of these benchmarks, because
+        means over different benchmarks cannot be compared.
         """
         figures = {name: figure_of(name) for name in self.counted}
         for name, figure in figures.items():
@@ -147,7 +147,7 @@ class Prunings:
         return average([*figures.values()]) if len(figures) > 1 else figures[self.counted[0]]
 
     def level(self, method: Method | None, name: str, removed: int | None = None) -> Estimate:
-        """Return a method's final test accuracy on a benchmark, or after `removed` layers.
+        """Return a method's test accuracy on a benchmark, finally or after `removed` removals.
 
         If `method` is None, return the test accuracy of the intact model.
         """
@@ -183,13 +183,13 @@ class Prunings:
         return replace(difference, p_value=sign_test.p_value)
 
     def accuracy_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare the accuracy strategy with every other strategy, each on its own calibration."""
+        """Compare pruning by accuracy with all other strategies, calibrated on the same task."""
         methods = self.select(amount)
         measured = methods.pop("accuracy", None)
         return self._contrasts([(measured, m) for m in methods.values()] if measured else [])
 
     def calibration_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare the accuracy and cosine strategies for each kind of calibration documents."""
+        """Compare pruning by accuracy and by cosine score, for each kind of calibration."""
         pairs = []
         for calibration in (OWN_TASK, ALL_TASKS, PLAIN_TEXT):
             methods = self.select(amount, calibration)
@@ -244,7 +244,7 @@ class Prunings:
         return sorted({len(record.removed) for c in choices for record in c.records})
 
     def removal(self, amount: str) -> str:
-        """Describe the removed amount, such as `25 % removed (8 of 32 layers)`."""
+        """Return the removed amount as text, such as `25 % removed (8 of 32 layers)`."""
         counts = self.removed_counts(amount)
         layers = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         return f"{amount} removed ({layers} of {self.layers} layers)"
@@ -273,13 +273,14 @@ class Contrast:
     def sign(self) -> int:
         """Sign of the difference: 1 = positive, −1 = negative, 0 = not significant.
 
-        A sign is significant if both the interval and the adjusted p-value show it.
+        A difference is significant if its interval excludes 0 and its adjusted p-value is small
+        enough.
         """
         return 0 if self.p is None or self.p >= SIGNIFICANT else self.difference.side()
 
 
 def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
-    """Group the search results by model; `text` names the plain text used for calibration."""
+    """Group search results by model; `text` is the name of the plain text for calibration."""
     groups: dict[object, Prunings] = {}
     cells = {cell.record_key: cell for cell in outcome.outcome.cells}
     for search in outcome.searches:
@@ -318,7 +319,7 @@ def _method(request: SearchRequest, text: str | None) -> Method:
 
 
 def _chance_reason(cell: CellRecord) -> str:
-    """Return why a benchmark is left out: the model is not above chance; else an empty text."""
+    """Return a text if the intact model is not above chance on the benchmark, else ""."""
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
@@ -326,7 +327,7 @@ def _chance_reason(cell: CellRecord) -> str:
 
 
 class Prune(Study[PruneSettings]):
-    """Study that prunes by several strategies, calibrated on several kinds of documents."""
+    """Study that compares strategies of pruning, for several kinds of calibration documents."""
 
     name = "prune"
     question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
@@ -383,7 +384,7 @@ class Prune(Study[PruneSettings]):
         return result
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
-        """List the searches for the benchmark of `cell`; `cells` are all cells of the file."""
+        """List the pruning searches for the benchmark of `cell`, one of the file's `cells`."""
         settings, documents = self.settings, cell.documents
         plain = replace(cell, documents=DocumentSpec(seed=documents.seed), changes=Changes())
         name = str(cell.benchmark)
@@ -423,7 +424,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
 
 
 def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
-    """List comparisons of accuracy with cosine; calibration on the tested benchmark is first."""
+    """List comparisons of pruning by accuracy with pruning by cosine score."""
     contrasts = {pair.reference.strategy: pair for pair in group.accuracy_contrasts(amount)}
     by_cosine = [contrasts[name] for name in COSINE_STRATEGIES if name in contrasts]
     others = group.calibration_contrasts(amount)
@@ -431,7 +432,7 @@ def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
 
 
 def best_sentence(group: Prunings, amount: str) -> str:
-    """Name the strategy that keeps the most accuracy, or write that no strategy is clearly best."""
+    """Return a sentence that names the best strategy, or states that none is clearly best."""
     ranks = group.strategy_ranks(amount)
     levels = {name: group.level_mean(method) for name, method in group.select(amount).items()}
     reason = next((level.reason for level in levels.values() if level.reason), "")
@@ -442,7 +443,7 @@ def best_sentence(group: Prunings, amount: str) -> str:
 
 
 def write_verdict(pair: Contrast, growth: float) -> str:
-    """Write which method is better, such as `accuracy beats cosine by 3.1 pp (1.0 to 5.2)`."""
+    """Return a text that names the better method, such as `accuracy beats cosine by 3.1 pp`."""
     names, difference = [pair.method.strategy, pair.reference.strategy], pair.difference
     if pair.sign < 0:
         names, difference = names[::-1], -difference
@@ -576,7 +577,7 @@ def build_charts(group: Prunings) -> Iterator[LineChart]:
         return
 
     def level(strategy: str, removed: int) -> Estimate:
-        """Return a strategy's mean accuracy after `removed` layers, from any amount."""
+        """Return a strategy's mean test accuracy after the removal of `removed` layers."""
         methods = [Method(strategy, amount) for amount in group.amounts]
         levels = [group.level_mean(method, removed) for method in methods]
         return next((level for level in levels if level.value is not None), levels[0])

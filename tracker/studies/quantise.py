@@ -2,11 +2,11 @@
 
 First, the study rounds each linear map alone to each format, and measures the cost on calibration
 documents. It then builds several choices, which assign a format to every map within the budget. One
-choice minimizes the sum of the measured costs. Another choice is improved by swaps of formats, each
-measured on the whole model. Other choices minimize the errors of weights or of outputs, use one
-format for all maps, or give more bits to the first and last layers. The study measures the model
-under each choice on the calibration documents and recommends the best choice. Finally, disjoint
-test documents measure all choices.
+choice minimizes the sum of the measured costs. Another choice results from swapping formats between
+maps; the study measures each swap on the whole model. Other choices minimize the errors of weights
+or of outputs, use one format for all maps, or give more bits to the first and last layers. The
+study measures the model under each choice on the calibration documents and recommends the best
+choice. Finally, disjoint test documents measure all choices.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _KEPT, _IS_REFERENCE = "kept beside all alike", "it is that itself"
 
 
 class Candidate(NamedTuple):
-    """Assignment of formats to weights, its criterion, and its expected cost in nats."""
+    """Assignment of a format to each layer or map, with its criterion and expected cost (nats)."""
 
     by: str
     choice: FormatChoice
@@ -94,17 +94,18 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class TestedChoice:
-    """Assignment of formats to weights, measured on calibration and on test documents.
+    """Assignment of a format to each layer or map, measured on calibration and test documents.
 
     Attributes:
         choice: Format of each unit, which is a layer or a linear map.
         n: Number of test documents.
         size: Size of the whole model in megabytes.
-        chosen_on: Fall of the gold log-probability of the whole model on the calibration documents.
+        chosen_on: Decrease of the gold log-probability on the calibration documents, with all units
+            rounded.
         gain: Accuracy of this choice minus the accuracy with one format for all units. None for the
             choice that uses one format.
-        gold_gain: Gold log-probability of this choice minus that with one format for all units, in
-            nats.
+        gold_gain: Gold log-probability of this choice minus the gold log-probability with one
+            format for all units, in nats.
     """
 
     choice: FormatChoice
@@ -123,7 +124,7 @@ class TestedChoice:
 
 @dataclass(frozen=True)
 class SumComparison:
-    """Cost of a choice of formats compared with the sum of its units' single costs.
+    """Cost of rounding all units together, compared with the sum of their single costs.
 
     Attributes:
         units: Number of units (layers or linear maps) that are rounded.
@@ -143,7 +144,7 @@ class SumComparison:
 
 @dataclass(frozen=True)
 class FormatChooser:
-    """Choose a format for each unit of a model by its loss on calibration documents.
+    """Chooser of a format for each layer or map, by measured costs on calibration documents.
 
     Attributes:
         context: Context of the study.
@@ -164,7 +165,7 @@ class FormatChooser:
     losses: Array
 
     def candidates(self, by_map: bool) -> list[Candidate]:
-        """Build choices of formats within the budget, each by another criterion."""
+        """Assign formats to all units within the budget, once for each criterion."""
         units, formats, limit = self.units, self.formats, self.limit
         choices = {MEASURED_CHOICE: minimize_loss(units, formats, self.losses, limit)}
         if by_map:
@@ -176,25 +177,25 @@ class FormatChooser:
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
-        """Return a named choice of formats, with the summed costs of rounding each unit alone."""
+        """Return an assignment with the sum of the measured costs of rounding each unit alone."""
         columns = [self.formats.index(choice[unit]) for unit in self.units]
         expected = self.losses[np.arange(len(self.units)), columns].sum()
         return Candidate(by, choice, float(expected))
 
     def best(self, choices: Sequence[FormatChoice]) -> int:
-        """Measure the whole model under each choice; return the index of the best choice."""
+        """Measure the model with each assignment of formats; return the index of the best."""
         ablations = [choice_ablation(choice) for choice in choices]
         return smallest_index(self.cell.outcomes(ablations, "gold_logprob").mean_drops)
 
     def improve(self, candidates: Sequence[Candidate], rounds: int) -> dict[str, Refinement]:
-        """Improve the best and the first choice by swaps of formats, measured on the whole model.
+        """Swap formats in the best and in the first choice while the whole model improves.
 
         Args:
             candidates: Choices of formats.
             rounds: Maximum number of rounds of swaps.
 
         Returns:
-            Criterion of the choice before the swaps → the refinement, with the improved choice.
+            Criterion of the original choice → the swaps that were tried, with the improved choice.
         """
         self.say(f"{count_text(len(candidates), 'choice')}, whole")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
@@ -221,7 +222,7 @@ class FormatChooser:
         return {name: array.reshape(shape) for name, array in errors.items()}
 
     def _swap(self, start: Candidate, rounds: int) -> Refinement:
-        """Swap formats within a choice as long as the swap significantly reduces the cost."""
+        """Swap formats within a choice as long as a swap significantly reduces the cost."""
         numbers = count(1)
 
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
@@ -235,10 +236,10 @@ class FormatChooser:
         return refine_choice(start.choice, self.formats, self.losses, self.limit, rounds, measure)
 
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
-        """Compare the cost of a choice with the sum of the costs of its single units.
+        """Compare the cost of rounding all units with the sum of their single costs.
 
-        The same comparison is made for at most `max_pairs` pairs of units. They are sampled without
-        replacement, with the seed of the documents.
+        The same comparison is made for at most `max_pairs` pairs of units. The pairs are sampled
+        without replacement, with the seed of the documents.
         """
         choice, n_units = candidate.choice, len(self.units)
         pairs = list(combinations(range(n_units), 2))
@@ -296,7 +297,7 @@ def unit_losses(
 def measure_choices(
     candidates: Sequence[Candidate], calibration: OpenCell, tests: OpenCell, limit: BitBudget
 ) -> list[TestedChoice]:
-    """Measure choices on the calibration and the test documents.
+    """Measure assignments of formats on the calibration and the test documents.
 
     Args:
         candidates: Choices of formats; one of them uses one format for all units.
@@ -341,7 +342,7 @@ class Quantise(Study[QuantiseSettings]):
             raise RequestError("--format: one format leaves no choice; name at least two formats")
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request that rounds each unit alone to each format, for calibration."""
+        """Yield the calibration request, which rounds each layer or map alone to each format."""
         trust = context.options.trust_remote_code
         request = replace(cell, until=None).on_part("calibration")
         request = request.with_changes(layers=cell.changes.layers)
@@ -363,7 +364,7 @@ class Quantise(Study[QuantiseSettings]):
         return units, parse_budget(self.settings.budget, units, fixed, total, self.formats)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Choose formats within the budget, and measure the choices on test documents."""
+        """Assign formats within the budget, and measure each assignment on test documents."""
         # Another budget, or other formats, are another question about the same file.
         ends = ["embeddings"] if self.settings.embeddings else []
         words = [self.settings.budget, self.settings.by, *ends, *self.formats]
@@ -408,7 +409,7 @@ class Quantise(Study[QuantiseSettings]):
 def _write_choice(
     context: StudyContext, record: CellRecord, tests: CellRequest, best: TestedChoice
 ) -> Path:
-    """Write the best choice to a file in the results folder, and return the path of the file."""
+    """Write the best assignment of formats to a file in the results folder; return its path."""
     stem = f"{record.model.name}-{record.benchmark.name}-{best.by}-{context.input.name}"
     formats = {unit.key: name for unit, name in best.choice.items()}
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
@@ -422,7 +423,7 @@ def _write_choice(
 
 
 def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> str:
-    """Describe the cost of the best choice, and whether it beats one format for all units."""
+    """Describe the best choice's cost, and whether it beats using one format for all units."""
     uniform = next(choice for choice in choices if choice.gain is None)
     measure, won, lost = metric_format(record), [], []
     if best.gain is not None and best.gold_gain is not None:
@@ -444,7 +445,7 @@ def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> l
 
 
 def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedChoice) -> Table:
-    """Build the table of all choices, with the size and the cost of each choice."""
+    """Build the table of all assignments of formats, with model size and cost."""
     rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in rows]
     title = f"{cell_label(record)}: choices within the budget."
     note = f"Chosen on {record.counted} documents. 95 % intervals, each for itself."

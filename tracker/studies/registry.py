@@ -14,7 +14,7 @@ from tracker.core.extensions import load_extensions
 
 
 class StudySettings(BaseModel):
-    """Settings of a study: each field is an option of its command, the docstring is the help.
+    """Settings of a study. Each field is a command-line option; the docstring is the help text.
 
     This module imports nothing slow, so that help and error messages appear at once.
 
@@ -67,7 +67,7 @@ class CalibrationSettings(StudySettings):
     """How many documents does a stable ranking of layers need?
 
     The study draws two random samples that share no document, and ranks the layers by each sample.
-    The agreement of the two rankings shows how reliable a ranking by that many documents is. The
+    The agreement of the two rankings shows how reliable a ranking by a sample of this size is. The
     study reports the agreement for the accuracy drop and for the proxies, and the number of
     documents that a reliable ranking needs. It measures only the runs in EXPERIMENT. The estimate
     improves with the number of measured documents.
@@ -220,12 +220,12 @@ class RescaleSettings(StudySettings):
 class SavingsSettings(StudySettings):
     """How much measurement does 'until' save?
 
-    'until' in an experiment file stops a benchmark as soon as a question is answered. This study
-    measures the runs in EXPERIMENT on all documents, and replays the documents in 200 random
-    orders. It reports the share of documents and of layer passes that each question needs. It also
-    reports whether the early answer agrees with the answer of all documents. Two quantities limit
-    the savings, and the study reports both: the difference between the compared runs, and the
-    variation over documents. EXPERIMENT must not set 'until'.
+    'until' in an experiment file stops a benchmark as soon as a question such as 'top 3' is
+    answered. This study measures the runs in EXPERIMENT on all documents, and replays the documents
+    in 200 random orders. It reports the share of documents and of layer passes that each question
+    needs. It also reports whether the early result agrees with the result of all documents. Two
+    quantities limit the savings, and the study reports both: the difference between the compared
+    runs, and the variation over documents. EXPERIMENT must not set 'until'.
 
     \b
     Examples:
@@ -251,10 +251,10 @@ class SnowballSettings(StudySettings):
 
     The study removes each layer. It also perturbs the layer's output by the same amount in random
     directions. After every later layer, it measures the relative difference to the residual stream
-    of the intact model. A change snowballs if the difference is larger at the end of the model than
-    right after the removed layer. The study reports which removals snowball, by what factor, and
-    whether this growth explains the errors of the cosine score. 'layer' in EXPERIMENT should name
-    every layer, because the study compares the growth with each layer's accuracy drop.
+    of the intact model. A removal snowballs if the difference is larger at the end of the model
+    than right after the removed layer. The study reports which removals snowball, by what factor,
+    and whether this growth explains the errors of the cosine score. 'layer' in EXPERIMENT should
+    name every layer, because the study compares the growth with each layer's accuracy drop.
 
     \b
     Examples:

@@ -56,7 +56,7 @@ class Repeat(Study[RepeatSettings]):
     texts = REPEAT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request that repeats each span of layers, on the calibration documents."""
+        """Yield the request that repeats one span of layers at a time, on calibration documents."""
         if cell.until is not None and cell.until.kind != "prune":
             raise RequestError(REPEAT_TEXTS.render("wrong_question", cell, MAX_SPANS_TESTED))
         update = {"components": ("layer",), "interventions": ("repeat",)}
@@ -96,7 +96,7 @@ def all_spans(layers: Sequence[int]) -> list[Change]:
 
 
 def choose_runs(record: CellRecord) -> list[RunRecord]:
-    """Return the runs with the largest gains; if `until` stopped the measurement, its answer."""
+    """Return the runs of the spans with the largest gains on the calibration documents."""
     runs = [run for run in record.runs if run.drop.value is not None]
     if record.answer is not None:
         chosen = {answer.change for answer in record.answer.runs if answer.chosen}
@@ -115,7 +115,7 @@ def _test_request(request: CellRequest, runs: Sequence[RunRecord]) -> CellReques
 
 
 def tested_spans(runs: Sequence[RunRecord], test: CellRecord) -> list[TestedSpan]:
-    """Return the chosen spans with their test results, in the order of `runs` (best first)."""
+    """Return the chosen spans with their test results, in the order of `runs`."""
     tested = {run.change: run for run in test.runs}
     runs = [run for run in runs if run.change in tested]
     verdicts = run_verdicts(test, [tested[run.change] for run in runs])
@@ -141,7 +141,7 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Return the largest gain expected by chance among all spans; None if `until` was used."""
+    """Estimate the largest gain by chance among all spans; None if `until` was used."""
     if subject.record.answer is not None:
         return None
     outcomes = subject.outcomes()

@@ -53,7 +53,7 @@ class Rescale(Study[RescaleSettings]):
     texts = RESCALE_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield two requests, so that a failed fit of the linear map does not affect other runs."""
+        """Yield two requests; a separate request fits the linear map, because the fit can fail."""
         groups: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         for interventions in groups:
             yield cell.with_changes(layers=cell.changes.layers, interventions=interventions)
@@ -78,7 +78,7 @@ class Rescale(Study[RescaleSettings]):
 
 
 class LayerDrops(NamedTuple):
-    """Drops of all layers when each layer alone is replaced in the same way.
+    """Drop for each layer when only this layer is removed, or replaced in a given way.
 
     Attributes:
         mean: `[layers]`, mean drop over documents.
@@ -101,9 +101,9 @@ class CellCosts:
         fitted_on: Description of the documents on which the replacements were fitted; empty if
             unknown.
         drops: Intervention → drop of the metric for each layer.
-        nats: Intervention → fall of the gold answer's log-probability for each layer.
-        p_values: Intervention → p-value of each layer for a difference between replacement and
-            removal. A p-value is None if no test could be made.
+        nats: Intervention → decrease of the gold answer's log-probability for each layer.
+        p_values: Intervention → p-value for each layer, of the test that replacement and removal
+            differ. A p-value is None if the test is not possible.
     """
 
     name: str
@@ -117,7 +117,7 @@ class CellCosts:
 
     @property
     def unit(self) -> str:
-        """Unit to append to the name of a drop; empty if the formatted values include the unit."""
+        """Unit to append to the label of a drop; empty if formatted values include the unit."""
         return "" if self.measure.form == "points" else f", {self.measure.unit}"
 
     def estimates(self, name: Intervention) -> list[Estimate]:
@@ -132,7 +132,7 @@ class CellCosts:
 
 
 def _middle(drawn: Array) -> tuple[float, float]:
-    """Return the 2.5 % and 97.5 % quantiles of resampled values."""
+    """Return the 2.5 % and 97.5 % quantiles of resampled values, as (low, high)."""
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
@@ -168,7 +168,7 @@ def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
 
 
 def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: bool) -> Estimate:
-    """Estimate the share of all layers' summed drops that a replacement recovers."""
+    """Estimate which share of the drop, summed over layers, a replacement recovers."""
     means, drawn = [], []
     for intervention in ("remove", name):
         drops = [(cell.nats if nats else cell.drops)[intervention] for cell in cells]
@@ -178,7 +178,7 @@ def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: boo
 
 
 def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
-    """Return sentences about all cells that have the same metric; each cell has equal weight."""
+    """Return sentences about benchmarks with the same metric, each with equal weight."""
     names = [name for name in REPLACEMENTS if all(name in cell.drops for cell in cells)]
     costs = {name: _write_mean_cost(cells, name) for name in ("remove", *names)}
     documents = sum(cell.n for cell in cells)
@@ -250,7 +250,7 @@ class SignificanceRow:
 
 
 def significance_table(cells: Sequence[CellCosts]) -> Table:
-    """Build the table of how many layers have a replacement that differs from removal."""
+    """Build the table with the number of layers where a replacement differs from removal."""
     rows = []
     for name in REPLACEMENTS:
         if not (measured := [cell for cell in cells if name in cell.drops]):

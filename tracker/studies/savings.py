@@ -55,7 +55,7 @@ class Savings(Study[SavingsSettings]):
             raise RequestError(f"--question: {error}") from None
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Return the cell; raise RequestError if it has too few runs for a requested question."""
+        """Return the cell unchanged, in a list; RequestError if a question needs more runs."""
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
             runs = len(cell.valid_changes(_ANY_DEPTH))
@@ -67,7 +67,7 @@ class Savings(Study[SavingsSettings]):
         return [cell]
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report the measurement that each question needs, and a lower bound for it."""
+        """Report how many documents and layer passes each `until` condition needs."""
         result, races = StudyResult(), []
         for subject in subjects:
             cell = read_documents(subject)
@@ -100,9 +100,9 @@ class MeasuredDocuments:
         tasks: `[documents]`, the task of each document.
         counts: Task → number of its documents in the split, measured or not.
         reach: Largest possible drop of a document.
-        passes: Function that gets the mask of unanswered runs and returns the layer passes per
-            token, including the intact model.
-        everything: Layer passes per token if no run is answered yet.
+        passes: Function that returns the layer passes per token, including the intact model, for a
+            mask of the runs that are not decided yet.
+        everything: Layer passes per token if no run is decided yet.
         plain: Layer passes per token if the intact model and all runs are computed in turn, as in
             lm-eval.
     """
@@ -130,12 +130,12 @@ class MeasuredDocuments:
 
     @property
     def still_open(self) -> str:
-        """Reason for a missing figure: too few documents are measured to answer the question."""
+        """Reason for a missing value: the measured documents do not suffice to stop by `until`."""
         return f"open after all {len(self.drops):,} that are measured"
 
 
 def read_documents(subject: Subject) -> MeasuredDocuments | str:
-    """Read a cell's measured drops; return a reason if they do not allow a replay."""
+    """Read a cell's measured drops, or return a reason why they cannot be replayed."""
     metric = subject.view.metric
     try:
         check_bounded(subject.store.identity.benchmark, metric)
@@ -160,7 +160,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Return a function that counts layer passes per token for the ablations in a mask."""
+    """Return a function that maps a mask of ablations to their layer passes per token."""
 
     def count(open_ablations: Iterable[Ablation]) -> float:
         return plan_streams([INTACT, *open_ablations], layers).layer_passes
@@ -176,12 +176,13 @@ def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask
 
 @dataclass(frozen=True)
 class CostBound:
-    """Lower bound of the number of documents that answer a question.
+    """Lower bound of the number of documents needed to decide an `until` condition.
 
     Attributes:
-        distance: Precision that the answer needs. For a set of runs it is the gap between the last
-            run in the set and the first run outside, plus the tolerance. For signs it is the
-            hardest run's drop. Otherwise it is the requested precision.
+        distance: Required precision of the means. With `top` and `prune`, this is the gap between
+            the last chosen run and the first run that is not chosen, plus the tolerance. With
+            `sign`, this is the drop of the run that needs the most documents. With `drop`, this is
+            the requested precision.
         sd: Standard deviation over documents of the drop, or of the difference of two drops.
         documents: Sample size of a fixed-size test with the same simultaneous confidence and with
             the power `DESIGN_POWER`.
@@ -194,16 +195,16 @@ class CostBound:
 
 @dataclass(frozen=True)
 class QuestionReplay:
-    """Results of replaying one question in many random orders of the documents.
+    """Results of replaying one `until` condition in many random orders of the documents.
 
     Attributes:
-        question: Replayed question.
-        documents: `[orders]`, share of the split's documents that had to be measured. It is
-            infinite if unmeasured documents would have been needed.
-        passes: `[orders]`, share of the layer passes of all documents and runs; infinite in the
-            same case.
-        answered: `[orders]`, whether the measured documents answered the question.
-        wrong: `[orders]`, whether the answer contradicts the means over all measured documents.
+        question: The replayed `until` condition, such as `top 3`.
+        documents: `[orders]`, share of the split's documents that had to be measured. The share is
+            infinite if the measured documents do not suffice.
+        passes: `[orders]`, share of the layer passes of all documents and runs that had to be
+            computed; infinite if the measured documents do not suffice.
+        answered: `[orders]`, whether the measured documents sufficed to stop.
+        wrong: `[orders]`, whether the decisions contradict the means over all measured documents.
         bound: Lower bound of the number of documents.
     """
 
@@ -215,7 +216,7 @@ class QuestionReplay:
     bound: CostBound
 
     def fewer(self, cell: MeasuredDocuments) -> float:
-        """Return how many times fewer layer passes the question needs than lm-eval for all runs."""
+        """Return by what factor the layer passes are fewer than lm-eval's for all documents."""
         return cell.plain / cell.everything / cost_quantile(self.passes)
 
     @property
@@ -232,7 +233,7 @@ class QuestionReplay:
 def replay_question(
     cell: MeasuredDocuments, question: Question, orders: NDArray[np.int64]
 ) -> QuestionReplay:
-    """Replay a question in each of the given orders `[orders, documents]` of the documents."""
+    """Replay the stopping rule for each order of the documents in `[orders, documents]`."""
     answered, wrong = np.zeros((2, len(orders)), dtype=bool)
     documents, shares = np.full((2, len(orders)), np.inf)
     for index, order in enumerate(orders):
@@ -255,7 +256,7 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Return whether a race's answer contradicts the means over all measured documents."""
+    """Return whether a stopping rule's decisions contradict the means over all documents."""
     means = cell.drops.mean(axis=0)
     if question.count is not None:
         values = means if question.kind == "top" else -means
@@ -276,12 +277,12 @@ def _signs(low: Array, high: Array) -> NDArray[np.int64]:
 
 
 def cost_quantile(shares: Array, quantile: float = 0.5) -> float:
-    """Return a quantile of a cost over all replayed orders; the default is the median."""
+    """Return a quantile (default: the median) of a cost over all replayed orders."""
     return float(np.quantile(shares, quantile, method="inverted_cdf"))
 
 
 def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
-    """Compute a lower bound of the number of documents that answer a question."""
+    """Compute a lower bound of the number of documents needed to decide `question`."""
     drops, runs = cell.drops, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
     power, comparisons = float(stats.norm.ppf(DESIGN_POWER)), 2 * runs
@@ -321,7 +322,7 @@ def draw_orders(documents: int) -> NDArray[np.int64]:
 
 
 def _write_answers(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Iterator[str]:
-    """Yield two sentences: the cost of the cheapest question, and of the most expensive one."""
+    """Yield sentences about the cheapest and the most expensive `until` condition."""
     cheapest = min(replays, key=lambda replay: cost_quantile(replay.passes))
     shares = [finite_or_none(cost_quantile(cheapest.passes, quantile)) for quantile in (0.5, 0.9)]
     yield SAVINGS_TEXTS.render("cheapest", cell, len(replays), cheapest, *shares)
@@ -343,7 +344,7 @@ def _write_errors(replays: Sequence[QuestionReplay]) -> str:
 
 
 def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of the documents and layer passes that each question needs."""
+    """Build the table of documents and layer passes that each `until` condition needs."""
     reason = cell.still_open
 
     def share(label: str, figure: str, quantile: float) -> Column[QuestionReplay]:
@@ -373,7 +374,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of the lower bound of documents for each question."""
+    """Build the table of the lower bound of documents for each `until` condition."""
 
     def documents(race: QuestionReplay) -> float:
         return cost_quantile(race.documents) * cell.population
@@ -393,7 +394,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of how many orders have answered each question, by layer passes."""
+    """Build the chart of the share of orders that have stopped, by computed layer passes."""
     positions = range(0, 101, 2)
     lines = {}
     for race in replays:

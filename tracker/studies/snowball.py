@@ -59,10 +59,11 @@ SNOWBALL_TEXTS = study_texts("snowball")
 
 @dataclass(frozen=True)
 class Growth:
-    """Factors by which a change after each layer has grown when it reaches the output head.
+    """Growth factor of a change after each layer, from this layer to the output head.
 
     Attributes:
-        factors: Growth factor of a change after each layer; undefined for the last layer.
+        factors: Growth factor of a change after each layer, with interval; undefined for the last
+            layer.
         p_values: p-values of the factors, adjusted over layers by Holm's method.
     """
 
@@ -71,10 +72,10 @@ class Growth:
 
     @property
     def signs(self) -> list[int | None]:
-        """Sign of the growth after each layer: 1, −1, or 0 if the sign is not significant.
+        """For each layer: 1 if a change grows, −1 if it shrinks, 0 if neither is significant.
 
-        A sign is significant if the interval excludes a factor of 1 and the adjusted p-value is
-        below 0.05. It is None if the factor is undefined.
+        Growth is significant if the interval excludes a factor of 1 and the adjusted p-value is
+        below 0.05. The sign is None if the factor is undefined.
         """
         return [
             None if p is None or factor.low is None else factor.side(1) * (p < SIGNIFICANT)
@@ -97,10 +98,10 @@ class Growth:
         return float(np.median(self.defined)) if self.defined else np.nan
 
     def extremes(self, documents: int) -> tuple[int, list[int], list[int]]:
-        """Find the layers with surely the largest growth factors, and surely the smallest.
+        """Find the layers with the significantly largest and smallest growth factors.
 
-        Returns a number n; the layers that surely have one of the n largest factors, sorted by
-        factor; and the layer that surely has the smallest factor. The statements hold
+        Returns a number n; the layers whose factors are significantly among the n largest, sorted
+        by factor; and at most one layer with the significantly smallest factor. The statements hold
         simultaneously.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
@@ -115,7 +116,7 @@ class Growth:
 
 
 def _log_factor(factor: Estimate) -> Estimate:
-    """Return the logarithm of a growth factor, with an interval that is about symmetric."""
+    """Return the logarithm of a growth factor and of its interval."""
     figures = (factor.value, factor.low, factor.high)
     value, low, high = (math.log(figure) if figure else None for figure in figures)
     return Estimate(value, low, high)
@@ -123,17 +124,18 @@ def _log_factor(factor: Estimate) -> Estimate:
 
 @dataclass(frozen=True)
 class TokenGrowth:
-    """Growth of relative differences from each layer to the head, averaged over tokens.
+    """Growth of relative differences from each layer to the output head, averaged over tokens.
 
     Attributes:
         removed: Growth of the change that removing the layer makes.
         random: Growth of a change of the same norm in a random direction.
         shuffled: Growth of a change of the same norm in the direction of another token's update.
         relative: Growth of each layer's removal, divided by the growth in random directions.
-        handed_on: Difference before the head after each removal, divided by the difference if later
-            layers passed it on unchanged.
+        handed_on: Difference before the output head after each removal, divided by the difference
+            that would result if later layers passed the change on unchanged.
         paths: `[layers, layers]`, relative difference caused by each removed layer after each later
-            layer. It is the geometric mean over documents, and NaN before the removed layer.
+            layer. The difference is the geometric mean over documents, and NaN before the removed
+            layer.
         ratios: `[documents, layers]`, growth factor of each layer's removal for each document.
     """
 
@@ -178,14 +180,15 @@ class Predictor:
 
 @dataclass(frozen=True)
 class DropExplanation:
-    """Correlations that show which quantities rank the layers as the accuracy drops do.
+    """Rank correlations of several quantities with the accuracy drop over layers.
 
     Attributes:
         layers: Layers with a measured drop.
         drops: Accuracy drop of each of these layers.
         cosine: Cosine score of each of these layers.
-        predictors: Name of a quantity → its rank correlation with the drops. For growth it is a
-            partial correlation with the cosine score held fixed, over all layers except the last.
+        predictors: Name of a quantity → its rank correlation with the drops. For growth, the
+            correlation is partial with the cosine score held fixed, over all layers except the last
+            layer.
     """
 
     layers: list[int]
@@ -195,7 +198,7 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if cosine score and difference before the head have a defined correlation."""
+        """True if the correlations of cosine score and of end difference with drops are defined."""
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
 
@@ -210,7 +213,7 @@ class DropExplanation:
         return dict(zip(self.layers, min_ranks(self.drops), strict=True))
 
     def misjudged(self, n: int) -> list[int]:
-        """List up to `n` layers: first the most underrated by cosine, then the most overrated."""
+        """List at most `n` layers: the most underrated by cosine score, then the most overrated."""
         by_cosine, by_drop = self.by_cosine, self.by_drop
         order = sorted(self.layers, key=lambda layer: by_drop[layer] - by_cosine[layer])
         return order if len(order) <= n else order[: n - n // 2] + order[len(order) - n // 2 :]
@@ -222,7 +225,7 @@ class SnowballFigures:
 
     Attributes:
         record: Record of the model and benchmark.
-        documents: Number of used documents.
+        documents: Number of documents for which growth is computed.
         left_out: Number of documents that are left out, because a hidden state is not finite or the
             text has too few tokens.
         tokens: Growth over all tokens.
@@ -255,7 +258,7 @@ class SnowballFigures:
 
 
 def compute_figures(subject: Subject, observations: Observations) -> SnowballFigures | None:
-    """Compute growth and its correlation with drops; None if below two usable documents."""
+    """Compute growth and its correlation with drops; None if fewer than two documents."""
     outcomes = subject.outcomes()
     arrays = observations.select(outcomes.documents)
     is_later = np.triu(np.ones(arrays["removed"].shape[-2:], dtype=bool))
@@ -274,7 +277,7 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the relative differences right after each changed layer, and before the head.
+    """Return the relative differences after each changed layer, and before the output head.
 
     Each result maps a kind of change → `[documents, layers]`. `tokens` selects the mean over
     `ALL_TOKENS` or `LATER_TOKENS`.
@@ -303,7 +306,7 @@ def _token_growth(arrays: Mapping[str, Array], strata: TaskNames, tokens: int) -
 
 
 def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropExplanation | None:
-    """Correlate differences and growth with the drops, using the same resampled documents."""
+    """Correlate hidden-state differences and growth with the drops; None without drops."""
     if not cell.whole_layers:
         return None
     layers = [run.layer for run in cell.whole_layers]
@@ -358,7 +361,7 @@ def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropEx
 
 
 class Snowball(Study[SnowballSettings]):
-    """Study that follows removals and random perturbations of layers through later layers."""
+    """Study that tests whether later layers amplify removals and random perturbations."""
 
     name = "snowball"
     question = "Do later layers amplify what the removal of a layer changes?"
@@ -409,7 +412,7 @@ class Snowball(Study[SnowballSettings]):
 
 
 def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
-    """Yield the questions that a cell leaves unanswered, and how to answer them."""
+    """Return one sentence for each missing result of a benchmark, with what it would need."""
     if cell is None:
         return SNOWBALL_TEXTS.render_all("lacking", None, 0, 0, file)
     needed = min_growth_documents(len(cell.tokens.removed.defined), SIGNIFICANT)
@@ -418,7 +421,7 @@ def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
 
 
 def _write_answers(cells: Sequence[SnowballFigures], draws: int) -> Iterator[str]:
-    """Yield the sentences about one model: growth, comparison with chance, predicted drops."""
+    """Yield sentences about one model: growth, random perturbations, prediction of drops."""
     yield _write_verdict(cells)
     for cell in cells:
         yield from SNOWBALL_TEXTS.render_all("cell", cell, draws)
@@ -461,7 +464,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
     def column(
         label: str, values: Sequence[ColumnValue], unit: FigureUnit = "times"
     ) -> Column[int]:
-        """Define a column that explains a missing value by the reason of the missing growth."""
+        """Define a column in which missing values show why the growth is undefined."""
 
         def entry(layer: int) -> ColumnValue:
             reason = growth.factors[layer].reason or _LAST_LAYER
@@ -545,7 +548,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
 
 
 def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
-    """Yield charts of growth, of the paths of some layers, and of the number of doublings."""
+    """Yield charts of the growth and of the differences that removed layers cause."""
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
@@ -570,7 +573,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
 
 
 def _choose_paths(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
-    """Yield the layers whose differences are drawn as lines, each with its legend entry."""
+    """Yield (layer, legend entry) for each layer whose differences are drawn as a line."""
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)
         yield from ((layer, f"layer {layer}") for layer in layers.tolist())

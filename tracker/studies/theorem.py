@@ -1,4 +1,4 @@
-"""Study: build the paper's counterexample, a model whose lowest-scored layer decides all.
+"""Study: build a model whose layer with the lowest cosine score decides every answer.
 
 `tracker.models.counterexample` builds the model for the benchmark documents of the experiment file.
 The file's model provides only the tokenizer. The built model is saved as a transformers checkpoint
@@ -81,11 +81,12 @@ class Lesson:
     Attributes:
         texts: Token sequences that the model will read.
         targets: Key of a position → tokens that the model must predict or avoid at this position.
-        certainty: Lead of a taught token over other tokens, in nats. It is so large that the length
-            of an answer does not matter.
-        left_out: (task, index) of a document → reason why no model can be built that answers it.
-        clashing: Number of tokens of open texts where an earlier text has another token after the
-            same beginning.
+        certainty: Lead of a taught token's logit over other tokens, in nats. The lead is so large
+            that the length of an answer does not matter.
+        left_out: (task, index) of a document → reason why no model can answer the document
+            correctly.
+        clashing: Number of tokens that cannot be taught, because an earlier text continues the same
+            beginning with another token.
         tokens: Number of tokens of texts that are scored token by token (corpora); 0 for
             multiple-choice documents.
     """
@@ -103,17 +104,17 @@ def plan_lesson(
 ) -> Lesson:
     """Choose the tokens that the built model must predict, and their positions.
 
-    A token is taught under a sign. With a positive sign, the model predicts the token, and avoids
-    the token if layer 2 is removed; a negative sign has the opposite effect. If all choices follow
+    A token is taught with a sign. With a positive sign, the model predicts the token, and avoids
+    the token if layer 2 is removed. A negative sign has the opposite effect. If all choices follow
     the same context, the model is taught the first token where the right answer differs from a
     wrong answer. The tokens of the right and the wrong answer at this position get opposite signs.
     If other wrong answers differ only later, the right answer's token at the later position is
-    taught without a sign.
+    taught without a sign: layer 2 does not affect it.
 
-    If each choice follows a different context (Winogrande), one token is taught under a sign: to be
-    predicted after the right context, and to be avoided after wrong contexts. It is the first token
-    that no other document has at the same position, because such documents come in pairs. For open
-    texts, every token is taught.
+    If each choice follows a different context (Winogrande), one token is taught with a sign: the
+    model predicts it after the right context, and avoids it after wrong contexts. The taught token
+    is the first token that no other document has at the same position, because Winogrande documents
+    are paired. For open texts, every token is taught.
 
     Args:
         documents: Documents with their requests.
@@ -174,7 +175,7 @@ def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
 
 
 def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count the documents with each token at each position, if their choices differ in context."""
+    """Count documents per (position, token), for documents whose choices differ in context."""
     owners: Counter[_Position] = Counter()
     for document in documents:
         choices = document.requests[: document.choices]
@@ -230,7 +231,7 @@ def _parting_demands(
 
 
 def _count_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Count the tokens at the beginning of two answers that are equal in both answers."""
+    """Count the tokens in the common prefix of two answers."""
     return len([*takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False))])
 
 
@@ -245,7 +246,7 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 
 
 def _required_lead(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Return the lead, in nats, of a taught token that outweighs all other tokens of an answer.
+    """Return by how many nats a taught token must lead to outweigh the rest of an answer.
 
     At positions without a taught token, the log-probabilities of all tokens differ by at most one
     nat.
@@ -281,7 +282,7 @@ class Theorem(Study[TheoremSettings]):
         self._lesson = cache(load_lesson)  # it reads benchmarks
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the requests to remove each layer of the model for each benchmark and ε.
+        """List the requests that remove each layer of the built model, per benchmark and ε.
 
         Raises RequestError if a benchmark generates text, has no accuracy, or has no document that
         can be taught.
@@ -303,7 +304,7 @@ class Theorem(Study[TheoremSettings]):
                         _save_model(built.set_epsilon(model.epsilon), tokenizer, model.folder)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the measurements of each model with the theorem."""
+        """Check whether the measurements of each built model confirm the theorem."""
         result = StudyResult()
         built = {model.request: model for models in self._models(context) for model in models}
         measured = [measure_model(subject, built[subject.request]) for subject in subjects]
@@ -318,7 +319,7 @@ class Theorem(Study[TheoremSettings]):
         return result
 
     def _models(self, context: StudyContext) -> list[list[BuiltModel]]:
-        """Return the models of each benchmark and tokenizer, including models not yet built."""
+        """Return, for each benchmark and tokenizer, the models of all ε, built or not."""
         root = context.ledger.root / "studies" / self.name
         models = []
         for cell in dict.fromkeys(map(_documents_request, context.experiment.cells())):
@@ -331,7 +332,7 @@ class Theorem(Study[TheoremSettings]):
 
 
 def _documents_request(cell: CellRequest) -> CellRequest:
-    """Return a request reduced to what determines the documents and their tokens."""
+    """Return a copy of a request with only the settings that affect documents and tokens."""
     model = cell.model.model_copy(update={"dtype": "auto"})
     return replace(cell, model=model, removed=(), changes=Changes(layers=(0,)))
 
@@ -340,7 +341,7 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 
 
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
-    """Return a benchmark's lesson, (vocabulary size, context length) and the tokenizer."""
+    """Return the tokens to teach, (vocabulary size, context length) and the tokenizer."""
     benchmark = open_benchmark(cell)
     metric = choose_metric(benchmark.identity, cell.metric)
     if metric not in _ACCURACIES:
@@ -376,7 +377,7 @@ def _fingerprint(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> s
 
 
 def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> Counterexample:
-    """Build the model for a lesson; RequestError if the model cannot distinguish all positions."""
+    """Build the model that predicts a lesson's tokens; RequestError if this is impossible."""
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
@@ -419,7 +420,7 @@ class BuiltModel:
 
     @property
     def is_open(self) -> bool:
-        """True if results count tokens of open texts instead of documents."""
+        """True if the benchmark is a corpus, so that results count tokens, not documents."""
         return self.lesson.tokens > 0
 
 
@@ -428,9 +429,9 @@ class MeasuredModel:
     """Measured accuracy and cosine scores of a built model.
 
     `units` is the number of documents that can be taught; for a corpus it is the number of tokens.
-    `right` is how many of these the model answers correctly, and `without` is how many it answers
-    correctly without layer 2. `score` is the cosine score of layer 2, and `other` is the lowest
-    cosine score of the other layers.
+    `right` is the number of units that the intact model answers correctly. `without` is the number
+    of units that the model answers correctly without layer 2. `score` is the cosine score of layer
+    2, and `other` is the lowest cosine score of the other layers.
     """
 
     built: BuiltModel
@@ -471,7 +472,7 @@ def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
-    """Return (right, total) of a document: one answer, or for a corpus the number of tokens."""
+    """Return (right, total) of a document: answers, or tokens if the document is a corpus."""
     if isinstance(value, str):
         right, units = json.loads(value)
         return int(right), int(units)

@@ -42,7 +42,7 @@ from tracker.tracking.base import Backend, RemoteCell, Target
 def pull_project(
     source: Target, name: str, progress: Progress
 ) -> tuple[list[tuple[CellStore, View]], dict[str, str]]:
-    """Download the cells of a tracking project that the cache lacks, and return all its cells.
+    """Download results of a tracking project that the cache lacks; return all its results.
 
     Args:
         source: The tracking project.
@@ -50,7 +50,8 @@ def pull_project(
         progress: Receives the progress of the download.
 
     Returns:
-        The downloaded cells with their views, and cell name → reason why its download failed.
+        All cells of the project, each with the published selection of its results; and cell name →
+        reason why the download failed.
 
     Raises:
         TrackingError: The project does not exist, or the backend could not be reached.
@@ -93,12 +94,12 @@ def _note_path(root: Path, cell: RemoteCell) -> Path:
 
 
 def _read_note(root: Path, cell: RemoteCell) -> dict[str, Any]:
-    """Read the cache's note about a downloaded cell: its version, view and outcome files."""
+    """Read the cached metadata of a downloaded cell: version, view and outcome files."""
     return read_note(_note_path(root, cell))
 
 
 def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) -> bool:
-    """Return whether the cache has an undamaged copy of the current version of a cell."""
+    """Return whether the cache has an intact copy of the current version of a remote cell."""
     note = _read_note(root, cell)
     store = stores.get(note.get("cell", ""))
     if note.get("version") != cell.version or store is None:
@@ -148,13 +149,14 @@ class CollectedCells:
     """Measured cells (one model on one benchmark) from several sources.
 
     Attributes:
-        cells: Records of the cells, derived from the outcomes of all sources. Each combination of
-            cell, view and number of documents has one record.
+        cells: Records of the cells, derived from the outcomes of all sources. One record for each
+            cell and each selection of runs, documents and metric (view).
         experiments: Name of each experiment file in the results folders → its exact text.
-        failed: Source, or cell of a source → reason why it could not be read.
+        failed: Source, or cell of a source → reason why the source or cell could not be read.
         findings: The findings of studies in the results folders.
-        origins: Record key → the stored cell and the view from which the record was derived.
-        searched: Record keys of cells that were measured only as steps of searches.
+        origins: Record key → the stored cell, and the selection of runs and documents, from which
+            the record was derived.
+        searched: Keys of the records that were measured only as steps of searches.
         unfinished: Messages about unfinished cells, each with the folder and with advice.
         projects: Names of the tracking projects to which the results folders belong.
     """
@@ -169,7 +171,7 @@ class CollectedCells:
     projects: set[str] = field(default_factory=set)
 
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
-        """Return record key → documents whose answer becomes wrong or right in each run.
+        """Return record key → documents that each ablation makes wrong or right.
 
         A cell that cannot be read is added to `failed`.
         """
@@ -194,7 +196,7 @@ def collect_cells(
             `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
         progress: Receives the progress of downloads.
         verify_all: True to read and verify all outcomes again, even if they were verified earlier.
-            Output that shows more than the records needs this.
+            Set it for output that shows more than the records.
 
     Returns:
         The collected cells. Their attribute `failed` lists sources and cells that cannot be read.
@@ -246,13 +248,13 @@ def collect_cells(
 
 
 def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
-    """Return a key that is equal for the same view of the same cell in different folders."""
+    """Return a key for a cell and its selection of runs, equal in all results folders."""
     store, view = stored_view
     return store.identity.key, store.views.view_name(view)
 
 
 def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Merge the outcomes that several folders hold for the same view of a cell."""
+    """Merge the outcomes of several results folders for the same cell and selection of runs."""
     (store, view), *other_views = same_views
     if other_views:
         by_folder = {part.folder.resolve(): part for part, _ in same_views}
@@ -268,10 +270,10 @@ def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore
 
 
 def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
-    """Remove each record whose runs and documents are contained in another record of the cell.
+    """Remove records whose runs and documents are all in another record of the same cell.
 
-    Records are never merged, because figures depend on the set of runs and documents. The remaining
-    records keep their order.
+    Records are never merged, because the statistics depend on the set of runs and documents. The
+    remaining records keep their order.
     """
     groups: dict[object, list[CellRecord]] = {}
     for cell in cells:

@@ -1,8 +1,8 @@
-"""Show progress, speed and interim results in trackers while a measurement runs.
+"""Show progress, speed and interim results in tracking backends while a measurement runs.
 
-The measurement never waits for a tracker. It only signals when the measurement of a cell (one model
-on one benchmark) starts and ends. A thread reads the ledger and updates the trackers; it skips
-updates while it is busy.
+The measurement never waits for a backend. The measurement only signals when a cell (one model on
+one benchmark) starts and ends. A thread reads the interim results and updates the backends. The
+thread skips updates while it is busy.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class _LiveCell:
 
     @property
     def key(self) -> str:
-        """Key of the tracker run that stands for the whole cell."""
+        """Run key of the cell's summary run, in which the backends show the progress."""
         return run_key(self.record, "cell")
 
 
 class LiveUpdater:
-    """Thread that updates runs in trackers during a measurement; failing live runs are dropped."""
+    """Thread that shows interim results in tracking backends; backends that fail are dropped."""
 
     def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
         self._live_runs = live_runs
@@ -72,7 +72,7 @@ class LiveUpdater:
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
-        """Start to show the measurement of a cell in trackers; `name` identifies it in `end`."""
+        """Start to show a cell's progress in tracking backends; pass the same `name` to `end`."""
         if not self._live_runs:
             return
         record = unmeasured_record(
@@ -91,7 +91,7 @@ class LiveUpdater:
         self._messages.put((name, cell, Event()))
 
     def end(self, name: Hashable, status: RunStatus) -> Event:
-        """End a cell's live run; return an event that is set once other code may write the run."""
+        """End a cell's live run; return an event that is set once the live run has ended."""
         event = Event()
         if self._thread is None:
             event.set()
@@ -166,12 +166,12 @@ def progress_figures(
     Args:
         first_interim: Interim results at the time when the live run was opened.
         interim: The current interim results.
-        seconds: Number of seconds between the two interim results.
+        seconds: Number of seconds between the two sets of interim results.
         record: The record of the cell.
 
     Returns:
-        Name, which begins with `PROGRESS` → figure. Accuracy drops are fractions between −1 and 1;
-        increases of a loss are in the unit of the loss.
+        Name of a metric, with the prefix `PROGRESS` → value. Accuracy drops are fractions between
+        −1 and 1; increases of a loss are in the unit of the loss.
     """
     n_new = interim.documents - first_interim.documents
     n_left = None if interim.requested is None else interim.requested - interim.documents

@@ -65,12 +65,13 @@ REQUESTED_TEXTS_NOTE = "document texts are published too (--publish-documents)"
 
 @dataclass
 class Publication:
-    """Result of publishing one cell (model and benchmark) to several places.
+    """Result of publishing one cell (model and benchmark) to several tracking projects.
 
     Attributes:
-        locations: Place (project of a backend) → address of the published runs.
-        published: Place → numbers of created, updated and unchanged runs.
-        error: Messages about the places where publishing failed; empty if none failed.
+        locations: Project of a backend, as `BACKEND:PROJECT` → address of the published runs.
+        published: Project of a backend → numbers of created, updated and unchanged runs.
+        error: Messages about the projects to which publishing failed; empty if publishing did not
+            fail.
         notes: Further remarks for the user.
     """
 
@@ -82,13 +83,14 @@ class Publication:
 
 @dataclass
 class SyncResult:
-    """Result of publishing everything that backends lack from a results folder.
+    """Result of publishing all results of a folder that the tracking backends lack.
 
     Attributes:
-        published: Titles of the cells that were published to all their places.
-        failed: Title of a cell → reason why publishing to a place failed.
-        locations: Place (project of a backend) → address of the published runs.
-        places: Place → numbers of created, updated and unchanged runs, one entry for each cell.
+        published: Titles of the cells that were published to all their projects.
+        failed: Title of a cell → reason why publishing to a project failed.
+        locations: Project of a backend, as `BACKEND:PROJECT` → address of the published runs.
+        places: Project of a backend → for each cell, the numbers of created, updated and unchanged
+            runs.
         notes: Further remarks for the user.
     """
 
@@ -107,7 +109,7 @@ class _Attachments:
         files: Files to publish: outcomes and, if allowed, document texts.
         tables: Name → additional table.
         texts: Names of the files that contain texts of documents.
-        note: Message about whether document texts are published; empty if there are none.
+        note: Message about whether document texts are published; empty if the cell has no texts.
     """
 
     files: list[Path]
@@ -120,10 +122,10 @@ _Job = tuple[Future[Publication], Callable[[], Publication]]
 
 
 class Publisher:
-    """Publish results to tracking backends, which are opened when they are first needed.
+    """Publisher of results to tracking backends, which are opened on first use.
 
     `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
-    Places to which a cell was published earlier are updated too, unless `track` is empty,
+    Projects to which a cell was published earlier are updated too, unless `track` is empty,
     `update_others` is False, or the process is a trial of a sweep. In a sweep, `trial` is the W&B
     run of the trial. Document texts from public sources are always published; other texts only with
     `publish_texts`. `run_selection` selects which ablations become separate runs in the backend.
@@ -163,11 +165,11 @@ class Publisher:
     def begin(
         self, store: CellStore, record: CellRecord, ended: Event | None = None
     ) -> Future[Publication]:
-        """Publish a cell in a background thread, after all cells that were begun earlier.
+        """Publish a cell in a background thread, after the cells of earlier calls.
 
         The thread first waits until `ended` is set, up to a time limit. In a W&B trial, the method
-        publishes before it returns, because the trial's run must end last. The future never raises
-        an exception.
+        returns only after publishing, because the trial's run must end last. The future never
+        raises an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -194,13 +196,13 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish a cell; query the backends for existing runs instead of trusting receipts."""
+        """Publish a cell; ask the backends for existing runs, even if publishing was recorded."""
         return self._publish(store, record, _record_files(store, record), False)
 
     def _build_attachments(
         self, store: CellStore, record: CellRecord, files: Sequence[Path]
     ) -> _Attachments:
-        """Choose the files and tables to publish with a record, and the message about texts."""
+        """Return the files and tables to publish with a record, and a message about texts."""
         decisions = None
         with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
@@ -219,7 +221,7 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a record, and the record of the view that has replaced its view, if any."""
+        """Publish a record; if a larger measurement has replaced it, publish that record too."""
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
             return publication
@@ -229,7 +231,7 @@ class Publisher:
     def _publish_record(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a record to each place; a failure at a place does not affect other places."""
+        """Publish a record to each project; a failure does not affect other projects."""
         record = _distinguish_record(store, record)
         outcome, errors = Publication(), []
         n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
@@ -294,7 +296,7 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the places of earlier publishing that are not among the current targets."""
+        """List projects to which a record was published earlier, without the current targets."""
         if not self._update_others:
             return []
         earlier = published_targets(store, record, self._results)
@@ -307,7 +309,7 @@ class Publisher:
     def _record_pending(
         self, store: CellStore, record: CellRecord, target: Target, address: Target
     ) -> None:
-        """Write a receipt that publishing a view to a place is still to be done."""
+        """Write to the results folder that a record must still be published to a project."""
         with suppress(OSError, WorkError):
             name = self._receipt_name(target, record.view)
             if not store.receipt(name).get("place"):
@@ -328,7 +330,7 @@ class Publisher:
         return target.backend, target.project or self.project, self._results, target.server
 
     def _receipt_name(self, target: Target, view: str) -> str:
-        """Return the name of the receipt for one view at one backend."""
+        """Return the name of the note that records the publishing of `view` to a target."""
         name = destination(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
@@ -344,7 +346,7 @@ class Publisher:
 
 
 class Trial(LiveRun):
-    """The W&B run of a sweep's trial, if a W&B agent started this process and W&B is tracked.
+    """The W&B run of a sweep's trial; inactive outside a sweep or if W&B is not tracked.
 
     W&B is contacted only when there are results to show, so that an unreachable server never stops
     a measurement. `run` is the change of the model that the trial measures.
@@ -378,7 +380,7 @@ class Trial(LiveRun):
         pass  # `log` or `end_unmeasured` does
 
     def log(self, cell: CellRecord, extra_figures: Mapping[str, float] = {}) -> None:
-        """Log the trial's results and additional figures, and end its W&B run.
+        """Log the trial's results and additional metrics, and end the W&B run.
 
         TrackingError is raised if W&B refuses the results or cannot be reached.
         """
@@ -388,7 +390,7 @@ class Trial(LiveRun):
             self._end_run("log", cell, run, dict(extra_figures))
 
     def end_unmeasured(self, note: str, status: RunStatus = "finished") -> None:
-        """End the W&B run without results, with a note and the state of the trial in the sweep.
+        """End the W&B run without results; set its note and its status in the sweep.
 
         TrackingError is raised if W&B refuses the update or cannot be reached.
         """
@@ -396,7 +398,7 @@ class Trial(LiveRun):
             self._end_run("end", note, status)
 
     def fail(self, error: BaseException) -> None:
-        """End the run as failed, with an error as note; ignore errors of W&B itself."""
+        """End the W&B run as failed or killed, with the error as note; ignore errors of W&B."""
         status: RunStatus = "failed" if isinstance(error, Exception) else "killed"
         with suppress(TrackingError):
             self.end_unmeasured(str(error) or type(error).__name__, status)
@@ -411,7 +413,7 @@ class Trial(LiveRun):
 
 
 def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
-    """Return the record with a suffix if another record of the folder has the same name."""
+    """Return the record; add a suffix to its name if another record has the same name."""
     records = [record]
     for sibling in store.siblings():
         if sibling.views.path(record.view).exists():
@@ -439,9 +441,10 @@ def sync_ledger(
     """Publish all results of a results folder that the tracking backends lack.
 
     Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; the default project is the project
-    of the measurement. If `addresses` is None, results are published to every place where they were
-    published earlier. The default backend is added if there is no such place, or if the environment
-    names a server. `publish_texts` and `run_selection` have the same meaning as in `Publisher`.
+    that the experiment file names. If `addresses` is None, results are published to every project
+    to which they were published earlier. The default backend is added if results were never
+    published, or if the environment names a server. `publish_texts` and `run_selection` have the
+    same meaning as in `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
@@ -479,6 +482,6 @@ def sync_ledger(
 
 
 def _target_text(target: Target) -> str:
-    """Format a target as users type it on the command line."""
+    """Return a target as text, in the form that users type on the command line."""
     server = f"{target.server}/" if target.server else ""
     return f"{target.backend}:{server}{target.project}" if target.project else target.backend

@@ -37,7 +37,7 @@ _MAX_CHARTS = 60
 def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     """Write the HTML report of a results folder, about all cells with measured documents.
 
-    Returns the path of the report, and for each file that cannot be read a message with advice.
+    Returns the path of the report, and unreadable file → message with advice.
     """
     contents = ledger.contents()
     collected = CollectedCells(
@@ -90,7 +90,7 @@ def _write_page(
 def _document_frames(
     collected: CollectedCells, with_private: bool = True
 ) -> Iterator[pd.DataFrame]:
-    """Yield data frames of the documents whose correctness changes; private texts are optional."""
+    """Yield data frames of the documents that ablations make wrong or right."""
     origins = ((cell, collected.origins.get(cell.record_key)) for cell in collected.cells)
     cell_decisions = ((cell, derive_decisions(*origin)) for cell, origin in origins if origin)
     return document_frames(
@@ -103,9 +103,9 @@ def publish_report(
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
     """Publish the report, with tables and charts, as a separate run to each target.
 
-    A target is `BACKEND:PROJECT`. `with_private` includes document texts that are not from the hub
-    or a package. Returns target → address of the report, target → error, and messages about texts.
-    RequestError is raised for an invalid target.
+    A target is `BACKEND:PROJECT`. `with_private` includes document texts that do not come from the
+    Hugging Face hub or a package. Returns target → address of the report, target → error, and
+    messages about texts. RequestError is raised for an invalid target.
     """
     decisions = collected.derive_decisions() if targets else {}
     withheld_keys = [
@@ -170,7 +170,7 @@ def board_text(cells: Sequence[CellRecord]) -> str:
 
 
 def _read_target(text: str, projects: Collection[str]) -> Target:
-    """Parse a target; its default project is the project of the results, if there is only one."""
+    """Parse a target; without a project, use the project of the results if it is unique."""
     report_target = target(text, "reports")
     if report_target.project is None and len(projects) != 1:
         projects_text = (

@@ -49,7 +49,7 @@ def describe_model(
     rows: Sequence[Mapping[Any, Any]],
     start_time: float | None,
 ) -> EvaluatedModel:
-    """Build the description of an ablated model for lm-eval's results; unknown values are None."""
+    """Build the description of an ablated model for lm-eval's results files."""
     from tracker.benchmarks.results import BOOTSTRAP_ITERS, EvaluatedModel
 
     identities = [part.store.identity for part in parts]
@@ -152,14 +152,14 @@ class CellPart:
 
     @property
     def title(self) -> str:
-        """Text for messages: model, benchmark and number of few-shot examples."""
+        """Title for messages: model, benchmark and number of few-shot examples."""
         identity = self.store.identity
         model, benchmark = identity.model.name, identity.benchmark
         return f"{model} · {benchmark.title} · {benchmark.num_fewshot}-shot"
 
     @property
     def call_key(self) -> str:
-        """Key that is equal for parts that one lm-eval call can evaluate together."""
+        """Key that is equal for outcomes that one lm-eval call could have produced together."""
         identity = self.store.identity
         own_fields = {
             "name",
@@ -210,8 +210,8 @@ class ResultFiles:
     Attributes:
         files: Paths of the written files. For each model, the results file comes first, then the
             samples file of each task.
-        notes: Remarks on missing outcomes, and on corpora, which are no lm-eval tasks.
-        failed: Name of a cell or a folder → error because of which its files were not written.
+        notes: Remarks on missing outcomes, and on corpora, which are not tasks of lm-eval.
+        failed: Name of a cell or a folder → error that prevented writing its files.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -236,7 +236,8 @@ def write_result_files(
             --output_path`.
         models: Short names of models, or names as the user typed them; empty for all models.
         benchmarks: Names of benchmarks; empty for all benchmarks.
-        layers: Selects ablations by their first changed layer; empty for all ablations.
+        layers: Layers; only ablations whose first changed layer is listed are written. Empty for
+            all ablations.
         trust_remote_code: True if code from a model's repository may run to load its chat template.
         progress: Receives the number of models whose files are written.
 
@@ -282,7 +283,7 @@ def write_result_files(
 def _select_stores(
     stores: Sequence[CellStore], models: Collection[str], benchmarks: Collection[str]
 ) -> list[CellStore]:
-    """Return the cells of the given models and benchmarks; RequestError for unknown names."""
+    """Return the results of the given models and benchmarks; RequestError for unknown names."""
     if not stores:
         raise RequestError("there is no finished benchmark yet; type: tracker run EXPERIMENT.yaml")
     model_names = {name for store in stores for name in _model_names(store)}
@@ -316,7 +317,7 @@ def _model_names(store: CellStore) -> set[str]:
 def _cell_parts(
     store: CellStore, views: Sequence[View], layers: Collection[int]
 ) -> Iterator[CellPart]:
-    """Yield the parts of a cell; a part has all ablations measured on the same documents."""
+    """Yield a part for each set of documents, with the ablations requested on this set."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
@@ -327,7 +328,7 @@ def _cell_parts(
 
 
 def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Group parts into possible lm-eval calls; a call evaluates each task at most once."""
+    """Group outcomes by the lm-eval call that could have produced them."""
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         same_calls = calls.setdefault(part.call_key, [])
@@ -408,7 +409,7 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
 
 
 def _rebuild_request(store: CellStore) -> CellRequest:
-    """Rebuild the request of a measured cell from its stored identity, without layers."""
+    """Rebuild the request of a measured cell from its stored metadata, without ablations."""
     identity = store.identity
     benchmark = identity.benchmark
     settings: dict[str, Any] = {
@@ -445,7 +446,7 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
 
 
 def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
-    """Convert the outcomes of one model to lm-eval's form: (task, index) → judged responses."""
+    """Convert a model's outcomes to lm-eval's form: (task, index) → responses with scores."""
     from tracker.benchmarks.results import JudgedAnswers
 
     judged_documents = {}

@@ -1,4 +1,4 @@
-"""Complete failed trials of a W&B sweep with results from the ledger."""
+"""Complete failed trials of a W&B sweep with results from the results folder."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class SweepResult:
     Attributes:
         unfinished: Number of killed and failed trials before the completion.
         filled: Titles of the trials that were completed.
-        wanting: Title of a trial → reason why the ledger has no results for it.
-        failed: Title of a trial → reason why W&B did not accept its results.
+        wanting: Title of a trial → reason why the results folder has no results for the trial.
+        failed: Title of a trial → reason why W&B did not accept the results.
     """
 
     unfinished: int = 0
@@ -49,9 +49,9 @@ def trial_request(settings: dict[str, Any]) -> CellRequest:
 
 
 def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
-    """Find the cell in this process's sweep grid that contains the requested trial.
+    """Find the cell (model and benchmark) of the current sweep that contains a trial.
 
-    Returns None outside a sweep, or if the grid cannot be read or does not contain the trial.
+    Returns None outside a sweep, or if the sweep cannot be read or does not contain the trial.
     """
     if not in_sweep():
         return None
@@ -71,7 +71,7 @@ def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
 
 
 def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
-    """Complete the killed and failed trials of a sweep with results from the ledger.
+    """Complete a sweep's killed and failed trials with results from the results folder.
 
     RequestError is raised if `path` does not name a sweep, TrackingError if the sweep cannot be
     read.
@@ -98,7 +98,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
 
 
 def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Find the record and run of a trial in the ledger; ResultsError if it is not measured."""
+    """Find the stored record and run of a trial; ResultsError if it is not fully measured."""
     full_request = replace(request, until=None)
     store = find_cell(full_request, ledger).store
     stopped_request = find_earlier_request(request, store)

@@ -1,9 +1,10 @@
 """Publish records to MLflow, W&B and Trackio, and read published records back.
 
-The ledger is the source of truth. A backend receives frozen records and files, and can be filled
-again from the ledger at any time. A results folder stores the addresses to which it was published.
-An address in a folder from another person can point to a server that steals logins. So an address
-is contacted only if the environment names its server, or if there is no login to send.
+The results folder (ledger) is the source of truth. A backend receives copies of records and files,
+and can be filled again from the results folder at any time. A results folder stores the addresses
+to which it was published. An address in a folder from another person can point to a server that
+steals logins. So an address is contacted only if the environment names the same server, or if there
+is no login to send.
 
 Modules:
     mlflow: Write to MLflow.
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 @cache
 def backends() -> dict[str, Service]:
-    """Return name → tracking backend; names are as users type them, built-in backends come first.
+    """Return name → tracking backend, the built-in backends first.
 
     Other packages register backends by entry points in the group `layer_tracker.tracking`; each
     entry point names a subclass of `Service`. No SDK is imported.
@@ -62,7 +63,7 @@ def _new_service(extension: object) -> Service:
 
 
 def service(name: str) -> Service:
-    """Return the backend with this name; RequestError if the name is unknown."""
+    """Return the tracking backend with this name; RequestError if the name is unknown."""
     if name not in backends():
         advice = f"use one of: {', '.join(backends())}.{did_you_mean(name, backends())}"
         raise RequestError(f"There is no tracking backend {mask_secrets(name)!r}; {advice}")
@@ -97,7 +98,7 @@ def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
 
 
 def sweep_backend() -> str | None:
-    """Return the backend whose sweep agent started this process; None outside a sweep."""
+    """Return the name of the backend whose sweep agent started this process, else None."""
     names = ((name, backend.sweep_variable) for name, backend in backends().items())
     return next((name for name, variable in names if variable and os.environ.get(variable)), None)
 
@@ -108,7 +109,7 @@ def in_sweep() -> bool:
 
 
 def default_targets() -> tuple[str, ...]:
-    """Return the default targets of runs: the backend of this process's sweep, else MLflow."""
+    """Return the backends to which runs are published by default, such as `mlflow`."""
     return (sweep_backend() or "mlflow",)
 
 
@@ -117,7 +118,7 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
     Args:
         name: Name of a backend, a key of `backends()`.
-        project: The project, in the backend's terms.
+        project: Name of the project, in the form that the backend expects.
         results: The results folder. A backend without a server stores its files in this folder.
         server: The server or folder, as in `Target.server`.
 
@@ -128,7 +129,7 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
 
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
-    """Open a backend's live runs; the backend must support them. Arguments as in `open_backend`."""
+    """Open the part of a backend that shows progress; arguments as in `open_backend`."""
     return cast(LiveRun, service(name).open("live runs", project, results, server))
 
 
@@ -146,7 +147,7 @@ def open_sweep(path: str, results: Path) -> Any:
     """Open a sweep (see `WandbSweep`); no server is contacted before the first use.
 
     Args:
-        path: Path of the sweep, in the backend's terms; empty for the sweep of this process.
+        path: Path of the sweep, e.g. `ENTITY/PROJECT/ID`; empty for the sweep of this process.
         results: The results folder.
 
     Returns:
@@ -166,7 +167,7 @@ def _sweep_service() -> Service:
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
-    """Compute a hash of the place where runs are published, without contacting a server.
+    """Compute a hash of the project and server of published runs, contacting no server.
 
     Args:
         name: Name of a backend, a key of `backends()`.
@@ -176,7 +177,7 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
 
     Returns:
         A hash that changes if the project or server changes, or if the local store is new or was
-        moved. It reveals neither the address nor a password.
+        moved. The hash reveals neither the address nor a password.
     """
     store_setting, local_path = service(name).store(results, server)
     local_identity = None
@@ -199,7 +200,7 @@ def address_file(address: Target, results: Path) -> Path:
 
 
 def write_address(address: Target, results: Path) -> str:
-    """Write a publishing address to the results folder; return the address's name in receipts."""
+    """Write a publishing address to the results folder; return the name of its file."""
     path = address_file(address, results)
     if not read_note(path):
         write_note(path, dict(vars(address)))
@@ -207,10 +208,10 @@ def write_address(address: Target, results: Path) -> str:
 
 
 def published_targets(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
-    """Return address name → target to which a view, or an earlier version, is published.
+    """Return the targets to which a record was published, keyed by address name.
 
-    The result includes targets where publishing failed. It leaves out targets that the current
-    environment does not update.
+    Targets of records that this record replaces, and targets where publishing failed, are included.
+    Targets that the current environment does not update are left out.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

@@ -1,8 +1,8 @@
 """Define the interface of tracking backends such as MLflow and W&B.
 
-A backend receives only frozen records and files. For all backends, pure functions define the names
-and digests of runs (`identity`) and the contents of runs (`figures`). This module defines the steps
-that publish a cell (one model on one benchmark). Each backend implements these steps.
+A backend receives only immutable records and files. For all backends, pure functions define the
+names and digests of runs (`identity`) and the contents of runs (`figures`). This module defines the
+steps that publish a cell (one model on one benchmark). Each backend implements these steps.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Target:
 
     Attributes:
         backend: Name of a registered backend, such as `mlflow`.
-        project: The project, in the backend's terms. If None, the experiment file names the
-            project.
+        project: Name of the project, in the form that the backend expects. If None, the experiment
+            file names the project.
         server: The server or folder. If None, the environment names the server, or the backend's
             default is used.
     """
@@ -66,7 +66,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Published:
-    """Result of one `publish`: numbers of created, updated and unchanged runs, and the location."""
+    """Result of publishing a cell: numbers of created, updated and unchanged runs, and address."""
 
     created: int
     updated: int
@@ -81,7 +81,7 @@ class Published:
 
 @dataclass(frozen=True)
 class RemoteCell:
-    """Results of one model and benchmark in a backend, and the files that belong to them."""
+    """Published results of one model and benchmark in a backend, with their files."""
 
     key: str
     """The run key of the cell's own run."""
@@ -105,7 +105,7 @@ class SweepTrial:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Folder of a pruned model, with facts and figures to publish to a backend."""
+    """Folder of a pruned model, with the facts and metrics to publish to a backend."""
 
     folder: Path
     name: str
@@ -160,7 +160,7 @@ class Page:
 
 
 class LiveRun(Protocol):
-    """Runs that show the progress of a measurement in a backend; results never depend on them."""
+    """Runs in a backend that show the progress of a measurement, never its final results."""
 
     def begin(self, cell: CellRecord) -> None:
         """Open the run of a cell (model and benchmark), or continue an existing run.
@@ -176,8 +176,8 @@ class LiveRun(Protocol):
         """Show the progress of a measurement.
 
         Args:
-            key: Key of the run that stands for the whole cell.
-            figures: Name, which begins with `PROGRESS` → interim figure.
+            key: Run key of the cell's summary run.
+            figures: Name of a metric, with the prefix `PROGRESS` → interim value.
             step: Number of measured documents.
 
         Raises:
@@ -188,7 +188,7 @@ class LiveRun(Protocol):
         """Close the run of a cell.
 
         Args:
-            key: Key of the run that stands for the whole cell.
+            key: Run key of the cell's summary run.
             status: The final status of the measurement.
 
         Raises:
@@ -200,7 +200,7 @@ class LiveRun(Protocol):
 
 
 class OpenRuns(LiveRun):
-    """Base class of live runs: holds the open runs of this process by run key."""
+    """Base class of live runs; keeps the open runs of this process in a dictionary by run key."""
 
     def __init__(self) -> None:
         self._runs: dict[str, Any] = {}
@@ -212,10 +212,10 @@ class OpenRuns(LiveRun):
 
 
 class Backend(ABC):
-    """Base class of tracking backends, in which users browse runs; the ledger never needs them.
+    """Base class of tracking backends, to which results are published for browsing.
 
     Args:
-        project: The project, in the backend's terms.
+        project: Name of the project, in the form that the backend expects.
         results: The results folder.
     """
 
@@ -238,8 +238,9 @@ class Backend(ABC):
     ) -> Published:
         """Publish a summary run of a cell, a run of the intact model, and a run of each ablation.
 
-        A cell is one model on one benchmark. If it has very many ablations of the same kind, only a
-        table in the summary run shows these ablations, unless `selection` selects otherwise.
+        A cell is one model on one benchmark. If a cell has very many ablations of the same kind,
+        only a table in the summary run shows these ablations, unless `selection` selects them as
+        separate runs.
 
         Publishing the same record again creates no second run and logs no value twice. Publishing a
         changed record updates the runs. After a failure, publishing again adds what is missing.
@@ -249,7 +250,7 @@ class Backend(ABC):
             artifacts: Files to attach to the summary run under their file names.
             charts: Name → Plotly figure of the summary run.
             tables: Name → additional table of the summary run, derived from the artifacts.
-            selection: Selects which ablations are published as separate runs.
+            selection: Rule that selects the ablations to publish as separate runs.
             answer: The conclusion from this benchmark alone.
 
         Returns:
@@ -326,7 +327,7 @@ class Backend(ABC):
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Lock out other writers, since backends cannot refuse a second run with the same key."""
+        """Lock the project for writing in a `with` block; backends accept duplicate run keys."""
         with self._explained(problem, advice), lock_file(self._lock(), _LOCK_SECONDS):
             yield
 
@@ -366,7 +367,7 @@ class Backend(ABC):
         return ()
 
     def _full_project(self) -> str:
-        """Return the full project name if the backend completes the name; else an empty text."""
+        """Return the full project name if the backend completes it, e.g. by an entity; else ""."""
         return ""
 
 
@@ -387,7 +388,7 @@ def build_error(
     secrets: Sequence[str | None] = (),
     max_characters: int | None = None,
 ) -> TrackingError:
-    """Build a TrackingError from problem, cause and advice, with secrets masked.
+    """Build a TrackingError from a problem, its cause and advice, with secrets masked.
 
     `max_characters` limits the length of the cause. Callers raise the error from None, since a
     traceback of the cause could show a password.
@@ -401,7 +402,7 @@ def build_error(
 class Service(ABC):
     """Interface through which other packages use a tracking backend without importing its SDK.
 
-    The default methods describe a store on this machine that needs no login.
+    The default methods are for a backend that stores runs on this machine and needs no login.
     """
 
     name: ClassVar[str]
@@ -416,13 +417,14 @@ class Service(ABC):
 
     @abstractmethod
     def open(self, part: PartName, project: str, results: Path, server: str | None = None) -> Any:
-        """Open one of the backend's interfaces; no server is contacted before the first use.
+        """Open the backend for runs, live runs, models or sweeps, contacting no server yet.
 
         Args:
             part: `runs` opens a `Backend`, `live runs` a `LiveRun`, and `lighter models` a
                 `Models`. `trial` and `sweep` need a service with a `sweep_variable`. Callers
                 request only parts that the service supports.
-            project: The project, in the backend's terms. For a sweep it is the path of the sweep.
+            project: Name of the project, in the form that the backend expects. For a sweep, this is
+                the path of the sweep.
             results: The results folder.
             server: The server or folder; None for the server that the environment names.
 
@@ -442,7 +444,7 @@ class Service(ABC):
         return Isolated(self.title, path, *arguments, removed_variables=remove, added_variables=add)
 
     def refuse_closed(self, results: Path) -> None:  # noqa: B027  most need no login
-        """Raise RequestError if runs cannot be written now, without contacting a server."""
+        """Raise RequestError if runs cannot be written, e.g. without a login; contact no server."""
 
     def target(self, project: str, is_source: bool) -> Target:
         """Parse the part of a target that the user typed after the backend's name.
@@ -462,29 +464,29 @@ class Service(ABC):
         return Target(self.name, project or None)
 
     def server(self) -> str | None:
-        """Return the server or folder that the environment names, without login; else None."""
+        """Return the server or folder set in the environment, without the login, or None."""
         return None
 
     def full_address(self, target: Target, project: str) -> Target:
-        """Return the address of a target with server and project, valid in every environment."""
+        """Return a target with explicit server and project, independent of the environment."""
         server = without_login(target.server) or self.server()
         return Target(self.name, mask_secrets(target.project or project), server)
 
     def reachable_target(self, address: Target, results: Path) -> Target:
-        """Return the target through which this environment can reach a stored address.
+        """Return the target for publishing to a stored address from this environment.
 
         TrackingError is raised if the server of the address would receive the login of another
-        server. Its message contains the command that the user can type instead.
+        server. The error message contains the command that the user can type instead.
         """
         return address
 
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
-        """Return what identifies the backend's store: its server setting, and its local path."""
+        """Return the server setting and the local path that identify the storage of runs."""
         return server or self.server(), None
 
 
 def login_error(address: Target, setting: str, results: Path) -> TrackingError:
-    """Build the error that a stored server would receive the login of another server."""
+    """Build the error for a stored server that would receive another server's login."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
         "its server is not the server of this environment, whose login would be sent to it. With "
@@ -503,7 +505,7 @@ def sync_command(results: Path, target: str) -> str:
 
 
 def retry_advice(command: str) -> str:
-    """Return the advice after a failed publication: the command to repeat it."""
+    """Return advice after publishing has failed, with the command to publish again."""
     return f"The results are on disk; once the problem is solved, type: {command}"
 
 
@@ -528,11 +530,11 @@ def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
 
     Args:
         folder: The folder of the files.
-        cell: The cell whose version the digest of the files must match. None if the SDK compares
-            the digests.
+        cell: The cell to which the files belong; the digest of the files must match its version.
+            None if the SDK compares the digests.
 
     Raises:
-        TrackingError: A file is too large, or the files differ from those attached.
+        TrackingError: A file is too large, or the files differ from the attached files.
     """
     for path in folder.iterdir():
         _check_size(path.name, path.stat().st_size)

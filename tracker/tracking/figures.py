@@ -52,9 +52,9 @@ def tracked_name(name: str) -> str:
 
 
 def curve_name(run: Change, figure: str) -> str:
-    """Return the name of the curve that shows a figure of an ablation over the layers.
+    """Return the name of the curve that shows a metric of ablations like `run` by layer.
 
-    For whole single layers, the curve has the name of the figure, which is an entry of `CURVES`.
+    For whole single layers, the curve has the name of the metric, which is an entry of `CURVES`.
     Examples for other ablations are `attention/accuracy_drop`, `span4/accuracy_drop`,
     `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` and `repeat/x3/span4/accuracy_drop`.
     """
@@ -71,12 +71,12 @@ def is_curve(name: str) -> bool:
 
 
 def defined_figures(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the figures that are neither None, NaN nor infinite."""
+    """Return the values that are neither None, NaN nor infinite, by name."""
     return {name: float(value) for name, value in values.items() if is_finite(value)}
 
 
 def run_metrics(layer: RunRecord) -> dict[str, float]:
-    """Return the defined figures of an ablation by name; lm-eval metrics are `metric/NAME`.
+    """Return an ablation's defined metrics by name; lm-eval metrics are `metric/NAME`.
 
     Accuracies and drops are fractions. A loss and its increase have the unit of the metric.
     `gold_logprob_drop` is in nats.
@@ -87,10 +87,10 @@ def run_metrics(layer: RunRecord) -> dict[str, float]:
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
-    """Return the figures of the unablated model, with the same names as in `run_metrics`.
+    """Return the metrics of the unablated model, with the same names as in `run_metrics`.
 
     If layers are removed in every run of the cell, the unablated model lacks these layers. The drop
-    of the intact model is 0 by definition. Undefined figures are left out.
+    of the intact model is 0 by definition. Undefined metrics are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
     values: dict[str, float | None] = {"n": float(cell.n)}
@@ -111,7 +111,7 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
-    """Return the figures about a cell as a whole by name; undefined figures are None.
+    """Return the metrics of a cell as a whole by name; undefined metrics are None.
 
     Accuracies are fractions, and a loss has the unit of the metric. Correlations have names such as
     `spearman/cosine_score/all`.
@@ -130,7 +130,7 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return the documents and layer passes that an `until` answer needed, by name."""
+    """Return name → numbers of documents and layer passes measured until `until` stopped."""
     return {
         "answer/answered": float(answer.answered),
         "answer/documents": answer.measured,
@@ -141,14 +141,14 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
 
 
 def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
-    """Return the tags about an `until` question, for a cell or one of its ablations.
+    """Return tags with the `until` setting and its result, for a cell or an ablation.
 
     Args:
         cell: The record of the cell.
         run: The ablation; None for the summary run and for the intact model.
 
     Returns:
-        Name → value of each tag, in the terms of the experiment file; empty without a question.
+        Name → value of each tag, in the terms of the experiment file; empty without `until`.
     """
     answer = cell.answer
     if answer is None:
@@ -175,7 +175,7 @@ def _format_boolean(value: bool) -> str:
 
 
 def logged_table(table: Table) -> LoggedTable:
-    """Convert a table to the form that backends take."""
+    """Convert a table of a report to column names and rows of plain values."""
     names, rows = table.plain()
     return LoggedTable(names, tuple(rows))
 
@@ -204,7 +204,7 @@ def logged_correlations(cell: CellRecord) -> LoggedTable:
 
 
 def logged_documents(decisions: DecisionsRecord) -> LoggedTable:
-    """Build the table of documents that become wrong or right, a row per ablation and document.
+    """Build the table of documents that ablations make wrong or right.
 
     Only the documents whose margins change most are included. The columns `choice` and `gold` are
     0-based options, and `margin` is in nats as in `DecisionsRecord`.

@@ -1,4 +1,4 @@
-"""Compute names, keys and digests of runs, which are equal on every machine and backend."""
+"""Compute names, keys and digests of runs that do not depend on the machine or backend."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ DIGITS = 10
 
 
 def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> str:
-    """Return the key that identifies a run, equal on every machine and at any time.
+    """Return the key that identifies a run; it does not depend on the machine or the time.
 
-    The key contains the view, because the same ablation is a different run if permanently removed
-    layers, metric or documents differ. For example, the removal of layer 5 from the intact model is
-    not the same run as its removal from a model without layer 4.
+    The key contains the name of the view: the selected documents, the metric and the permanently
+    removed layers. The same ablation is a different run if one of these differs. For example, the
+    removal of layer 5 from the intact model is not the same run as its removal from a model without
+    layer 4.
 
     Args:
         cell: The record of the cell (model and benchmark) to which the run belongs.
@@ -28,8 +29,8 @@ def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> st
         view_name: The name of a former view of the cell; None for its current view.
 
     Returns:
-        The key of the cell, the view (left out for `INTACT_VIEW`) and the ablation, separated by
-        `/`.
+        The key of the cell, the name of the view (left out for `INTACT_VIEW`) and the ablation,
+        separated by `/`.
     """
     view_name = view_name or cell.view
     key = cell.key if view_name == INTACT_VIEW else f"{cell.key}/{view_name}"
@@ -72,7 +73,7 @@ def group_name(cell: CellRecord) -> str:
 
 
 def filter_words(cell: CellRecord) -> tuple[str, ...]:
-    """Return the words that users can filter the runs of a cell by, such as the model's name."""
+    """Return tags for filtering the runs of a cell, such as the model's name."""
     return (cell.model.name, cell.benchmark.name, *(("stopped",) if cell.is_stopped else ()))
 
 
@@ -84,7 +85,7 @@ def _join_name(label: str, cell: CellRecord) -> str:
 
 
 def baseline_record(cell: CellRecord) -> CellRecord:
-    """Return a copy of a record that keeps only what describes the intact model."""
+    """Return a copy of a record with only the fields that describe the intact model."""
     updates: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     updates |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     costs = ("compared_difference", "seconds", "peak_bytes", "measured")
@@ -92,7 +93,7 @@ def baseline_record(cell: CellRecord) -> CellRecord:
 
 
 def content_digest(record: Record, *additions: str) -> str:
-    """Compute a digest of published content, which shows whether a run must be updated.
+    """Compute a digest of a run's content; a changed digest means that it needs an update.
 
     Numbers are rounded to `DIGITS` digits, because the last digits depend on the processor.
 

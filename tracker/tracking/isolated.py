@@ -3,8 +3,8 @@
 The W&B SDK has one session per process, with settings, a service process and open runs. If a
 notebook already uses this session, its runs must continue when runs of tracker fail. After an
 outage, the service process can also prevent the main process from ending. So tracker uses W&B in a
-separate process. Live runs have another process, which survives a killed measurement and marks the
-live runs as killed.
+separate process. Live runs have another separate process, which survives a killed measurement and
+marks the live runs as killed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Isolated(RemoteObject):
         name: Name of the object in error messages.
         kind: Class of the object, as `MODULE:CLASS`.
         *arguments: Arguments with which the class is called.
-        removed_variables: Environment variables that the process does not get.
-        added_variables: Additional environment variables of the process.
+        removed_variables: Names of environment variables that are unset in the other process.
+        added_variables: Additional environment variables of the other process.
     """
 
     @override

@@ -61,7 +61,7 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
 
     Args:
         cell: The record of the cell.
-        answer: The conclusion from this benchmark alone; empty for none.
+        answer: The conclusion from this benchmark alone; empty if there is no conclusion.
 
     Returns:
         One or more paragraphs.
@@ -145,7 +145,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
 
 
 def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
-    """Return whether an ablation's effect is significant, corrected for all runs of its cell."""
+    """Return whether an ablation's drop is significant, corrected for all runs of its cell."""
     drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
         drops = widen(drops, [cell_run.n for cell_run in cell.runs], len(drops))
@@ -155,7 +155,7 @@ def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
 def _rounding_sentence(
     cell: CellRecord, n_rounded: int | None, n_documents: int, shift: float | None, subject: str
 ) -> str:
-    """Return a sentence about documents that half-precision rounding decides; else empty."""
+    """Return a sentence about documents that rounding can make wrong or right, or ""."""
     if n_rounded is None or shift is None:
         return ""
     return (
@@ -197,7 +197,7 @@ Run = TypeVar("Run")
 
 @dataclass(frozen=True)
 class OutcomesArtifact:
-    """Artifact to publish: the files from which the figures of a cell were computed."""
+    """Artifact to publish, with the files from which the metrics of a cell were computed."""
 
     name: str
     aliases: tuple[str, ...]
@@ -216,10 +216,11 @@ class DescribedRun:
         note: Note of the run in Markdown.
         record: Record from which, together with the name and `files`, all contents of the run are
             built.
-        figures: Name → figure. All figures are defined, and every backend accepts the names.
-        reasons: Name of an undefined figure → reason why it is undefined.
+        figures: Name → value of each metric. All values are defined, and every backend accepts the
+            names.
+        reasons: Name of an undefined metric → reason why it is undefined.
         run: Record of the ablation; None for other kinds of runs.
-        curves: For each ablation, its layer and a dictionary of curve name → figure.
+        curves: For each ablation, the layer and a dictionary of curve name → value.
         tables: Name → table.
         charts: Name → chart.
         files: Files to attach to the run.
@@ -240,17 +241,17 @@ class DescribedRun:
 
     @property
     def ablation(self) -> str:
-        """Name of the ablation; for other runs, the kind of the run."""
+        """Name of the ablation; for other runs, their kind (`cell` or `baseline`)."""
         return self.run.ablation if self.run else self.kind
 
     @property
     def key(self) -> str:
-        """Key that identifies the run, equal on every machine and at any time."""
+        """Key that identifies the run; it does not depend on the machine or the time."""
         return run_key(self.cell, self.ablation)
 
     @property
     def step(self) -> int:
-        """Step of the run's figures in curves over the layers, which is the ablation's layer."""
+        """Step of the run's metrics in curves over layers: the layer of the ablation."""
         return self.run.change.layer if self.run else 0
 
     @property
@@ -270,7 +271,7 @@ class DescribedRun:
 
     @property
     def question_tags(self) -> dict[str, str]:
-        """Tags about the `until` question of the cell; empty if there is no question."""
+        """Tags with the cell's `until` setting and its result; empty without `until`."""
         return question_tags(self.cell, self.run.change if self.run else None)
 
     @cached_property
@@ -279,7 +280,7 @@ class DescribedRun:
         return files_digest(self.files) if self.kind == "cell" else ""
 
     def digest(self, *additions: str) -> str:
-        """Compute a digest of the run's contents and of `additions` by the backend."""
+        """Compute a digest of the run's contents and of the backend's additional data."""
         tag_values, cell = self.question_tags.values(), self.cell
         identity = (self.key, self.name, cell.title, cell.metric, self.version)
         return content_digest(self.record, *identity, *tag_values, *additions)
@@ -333,9 +334,9 @@ class DescribedRun:
 def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord]:
     """List the ablations of a cell that become separate runs in a backend.
 
-    A kind with more than `MAX_OWN_RUNS` ablations, such as the heads of all layers, gets no
-    separate runs, unless `selection` selects otherwise. Only the table and the map in the summary
-    run show these ablations.
+    By default, a kind of ablation with more than `MAX_OWN_RUNS` ablations, such as the heads of all
+    layers, gets no separate runs. `selection` can change this. Only the table and the map in the
+    summary run show these ablations.
     """
     # Whole layers are counted separately from spans.
     count = Counter(map(_run_family, cell.runs))
@@ -358,24 +359,25 @@ def describe_runs(
 ) -> list[DescribedRun]:
     """Describe all runs to publish for a cell, in the order in which they are written.
 
-    Backends list the newest run first. So the ablations come first, from the last to the first;
-    then the unablated model; and last the summary run.
+    Backends list the newest run first. So the order is reversed: the ablations from the last to the
+    first, then the unablated model, and finally the summary run.
     """
     runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
     return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]
 
 
 def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Give a backend's runs of earlier views the keys of the view that replaced these views.
+    """Update the keys of published runs after a larger measurement has replaced theirs.
 
     Args:
-        by_key: Run key → run of the backend. Runs of earlier views get their new keys.
-        cell: Record of the new view.
+        by_key: Run key → run of the backend. The dictionary is changed: runs of replaced views get
+            their new keys.
+        cell: Record of the new view, which names the views that it replaces.
         runs: Descriptions of the runs of the new view.
 
     Returns:
-        The runs to delete: runs that exist under both keys, and runs that the new view does not
-        contain.
+        The runs to delete: runs that exist under the old and the new key, and runs that the new
+        view does not contain.
     """
     keys, obsolete_runs = {run.key for run in runs}, []
     for view in cell.supersedes:
@@ -454,7 +456,7 @@ def _accepted_names(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _facts(cell: CellRecord) -> dict[str, Any]:
-    """Return the fields of a record that determine the figures: model, benchmark, metric etc."""
+    """Return the fields that determine a record's metrics: model, benchmark, metric etc."""
     return {
         "cell": cell.key,
         "metric": cell.metric,

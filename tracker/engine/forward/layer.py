@@ -39,7 +39,7 @@ class Replacement(Protocol):
     """Interface of a function that replaces one layer."""
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Compute the output [rows, tokens, …] that replaces the layer's, in the input's dtype."""
+        """Compute a replacement for the layer's output [rows, tokens, …], typed as `state`."""
         ...
 
 
@@ -58,7 +58,7 @@ class FittedReplacement:
     linear: tuple[Tensor, Tensor] | None = None
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Compute x + m, s·x or W·x + b for input x; x concatenates parallel residual streams."""
+        """Return x + mean, scale·x or linear(x) for x = `state` (parallel streams concatenated)."""
         flat_state = state.flatten(2).float()
         if action is Action.MEAN:
             result = flat_state + self.mean.to(state.device)
@@ -113,8 +113,8 @@ class ForwardPass:
     the self-check on a miniature model fails.
 
     The model prepares the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
-    rows. These inputs must broadcast over the batch. With `batched`, they can also have one row per
-    stream.
+    rows. The masks, rotary embeddings and positions must broadcast over the batch. If `batched` is
+    True, the masks, embeddings and positions can also have one row per stream.
 
     Attributes:
         layers: The model's decoder layers.
@@ -178,9 +178,8 @@ class LayerFork:
     state of the parent stream is selected. The `divided_streams` are computed first, as one batch.
     The other entering streams follow in groups of `max_streams`, which keeps intermediate results
     in the processor's cache. The results are written to `outputs` [streams after, rows, tokens,
-    hidden]. Streams that skip or replace the layer are written by functions for these
-    interventions. Nothing is summed across streams, so each stream gets the same result as if it
-    ran alone.
+    hidden]. The function `replace_layers` writes the outputs of streams that skip or replace the
+    layer. Nothing is summed across streams, so each stream gets the same result as if it ran alone.
 
     With several streams, RefusalError is raised if the inputs of a layer include an output of an
     earlier layer in addition to the hidden state. Such an output would belong to another stream.
@@ -188,7 +187,7 @@ class LayerFork:
     Attributes:
         index: The number of the layer.
         module: The layer's module.
-        step: The plan of what the layer does in each stream.
+        step: The layer's step of the plan: its new streams, and the layer's change in each stream.
         divided_streams: Streams that are computed first, including all streams with changes inside
             the layer.
         original: The layer's original `forward` method.
@@ -229,7 +228,7 @@ class LayerFork:
         return states
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Store the layer's other inputs and return the hidden state, viewed by stream."""
+        """Return the hidden state as [streams, rows, tokens, …]; store the layer's other inputs."""
         step, parent = self.step, self.parent
         if self.index == 0:
             parent.extra_outputs.clear()
@@ -249,7 +248,7 @@ class LayerFork:
         return view_streams(hidden, step.n_streams)
 
     def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer for entering streams; return a layer output and the states by stream."""
+        """Run the layer for the entering streams; return an output object and all new states."""
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
         outputs = inputs
@@ -277,10 +276,10 @@ class LayerFork:
         return output, outputs
 
     def _run_layer(self, state: Tensor, shape: tuple[int, ...], n_streams: int) -> Any:
-        """Run the layer for some streams; RefusalError if the output has no valid hidden state."""
+        """Return the layer's output for some streams; RefusalError without a valid hidden state."""
 
         def repeat_rows(name: str, value: Tensor) -> Tensor:
-            """Repeat inputs that do not broadcast for each stream, such as ALiBi tensors."""
+            """Repeat an input once per stream if it does not broadcast, such as an ALiBi tensor."""
             is_per_row = value.shape == shape or is_alibi(name, value)
             return value.repeat(n_streams, 1, 1) if is_per_row else value
 
@@ -305,7 +304,8 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
     """Write the outputs of a layer for the streams that skip or replace the layer.
 
     `inputs` and `outputs` are the states [streams, rows, tokens, …] before and after the layer.
-    `outputs` already holds the streams that the layer's own modules compute.
+    When the function is called, `outputs` already contains the states of streams that run the
+    layer.
     """
     for stream, action in enumerate(fork.step.actions):
         if action is Action.SKIP:

@@ -38,7 +38,7 @@ class LayerSite:
     Attributes:
         index: The number of the layer.
         layer: The layer's module.
-        step: The changes of these streams at the layer.
+        step: Plan of the streams that need changes inside the layer.
         anatomy: Finder of the modules within the layers.
         batched: Whether all inputs of the layer have one row per stream.
     """
@@ -81,7 +81,7 @@ class LayerState(Protocol):
 
 @dataclass
 class ModuleFork(ABC):
-    """Replacement of a module's `forward` method, whose computation differs between streams.
+    """Replacement of a module's `forward` method that computes some streams differently.
 
     Each intervention within a layer is a subclass. A module can have several forks. A fork that is
     installed later calls the earlier fork as its `original`.
@@ -97,7 +97,7 @@ class ModuleFork(ABC):
     @classmethod
     @abstractmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the forks for the modules of a layer; none if no stream has this intervention."""
+        """Yield a fork for each module of the layer that this intervention changes."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> T
 
 
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
-    """Select the rows of `entrants` in every tensor whose first axis has one row per stream."""
+    """Keep only the streams `entrants` in tensors whose first axis has length `n_streams`."""
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
     if isinstance(value, tuple):
@@ -137,14 +137,14 @@ def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
 
 
 def is_alibi(name: str, value: Tensor) -> bool:
-    """Check whether an argument is Bloom's ALiBi tensor, with a row for each head and text."""
+    """Return whether an argument is Bloom's ALiBi tensor, with a row for each head and text."""
     return name == "alibi" and value.ndim == 3
 
 
 def map_tensors(
     arguments: hooks.CallArguments, function: Callable[[str, Tensor], Tensor]
 ) -> hooks.CallArguments:
-    """Apply a function to the name ('' if positional) and value of each tensor argument."""
+    """Replace each tensor argument by `function(name, tensor)`; name is '' if positional."""
 
     def change(name: str, value: Any) -> Any:
         return function(name, value) if isinstance(value, Tensor) else value
@@ -161,8 +161,9 @@ class SublayerFork(ModuleFork):
     of this state is computed once. For example, a stream without the MLP uses the attention of the
     baseline. The input [entering × rows, tokens, hidden] is reduced to the streams that must be
     computed. The outputs are then distributed to all entering streams [entering × rows, tokens,
-    hidden]. A stream without the sublayer gets an output that adds nothing. This output is zeros,
-    or the residual stream itself if the sublayer already adds its result to the residual stream.
+    hidden]. A stream without the sublayer gets an output that adds nothing. The output of a removed
+    sublayer is zeros, or the residual stream itself if the sublayer already adds its result to the
+    residual stream.
 
     Attributes:
         computed_streams: Indices of the entering streams for which the sublayer is computed.
@@ -178,7 +179,7 @@ class SublayerFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield one fork for the attention and one for the MLP, if any stream needs them."""
+        """Yield forks of the attention and the MLP, if any stream removes parts of the layer."""
         step = site.step
         if step.has_sublayers:
             parts = site.anatomy.get_part(Sublayers, site.index)
@@ -221,7 +222,7 @@ class HeadFork(ModuleFork):
 
     The input is [computed × rows, tokens, columns], with the columns of all heads side by side. The
     columns of removed heads are set to zero. A checkpoint gives the same result if its projection
-    weights are zero in these columns.
+    weights are zero in the columns of the removed heads.
 
     Attributes:
         sources: For each output, the index of the computed attention that the projection uses.
@@ -242,7 +243,7 @@ class HeadFork(ModuleFork):
             yield cls(site.layer.get_submodule(heads.projection), sources, columns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the projection of the remaining heads for each output."""
+        """Return, for each output, the projection of the heads that are not removed."""
         (inputs,) = (*args, *kwargs.values())
         attended = view_streams(inputs, max(self.sources) + 1, "the attention heads have")
         states = take_entries(attended, self.sources)
@@ -306,7 +307,7 @@ class SharedExpertFork(ModuleFork):
 
     Attributes:
         is_removed: For each computed MLP, True if the shared expert is removed. The expert's input
-            consists of the tokens of these MLPs, ordered by stream.
+            consists of the tokens of all computed MLPs, ordered by stream.
     """
 
     is_removed: Sequence[bool]
@@ -369,16 +370,16 @@ class RoundedFork(ModuleFork):
 
     @property
     def streams_by_formats(self) -> dict[_Formats, list[int]]:
-        """Weight formats → the streams whose weights have these formats."""
+        """The streams grouped by the formats of their weights: formats → indices of streams."""
         return group_by(range(len(self.formats)), lambda stream: self.formats[stream])
 
 
 class LinearFork(RoundedFork):
     """One linear map of a layer, with quantised weights in some streams.
 
-    The input is [streams × rows, tokens, inputs], or has all tokens of a stream in one row. The
-    module runs once for all streams. For streams with quantised weights, the output is computed
-    again with these weights.
+    The input is [streams × rows, tokens, inputs], or has one row per stream with all tokens of the
+    stream. The module runs once for all streams. For streams with quantised weights, the output is
+    computed again with the quantised weights.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,8 +3,8 @@
 If layer l is removed, layers 0 to l−1 compute the same as in the baseline. So all ablations run as
 streams in one batch. A new stream copies the *input* of a parent stream at the first layer where
 the two streams differ. Measuring the removal of each single layer takes L(L+1)/2 layer passes
-instead of L² + L. Streams also share work inside a layer: if only the MLP is removed, the output of
-the attention equals the output in the baseline.
+instead of L². Streams also share work inside a layer: if only the MLP is removed, the output of the
+attention equals the output in the baseline.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LayerStep:
     def entrants(self) -> tuple[int, ...]:
         """The streams for which the layer is computed.
 
-        A stream that repeats layers up to this one is not computed here if another stream passes
+        A stream whose repeated layers end at this layer is excluded if another stream passes
         through the layer with the same state.
         """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
@@ -57,7 +57,7 @@ class LayerStep:
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """For each repetition: the stream, the stream with its starting state, and the change."""
+        """For each repeated span: the stream, the stream whose state it copies, and the change."""
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
@@ -70,7 +70,7 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """A step with the streams that change parts of the layer, and the streams' indices.
+        """A `LayerStep` for streams that change parts of the layer, and the streams' indices.
 
         The step also contains the baseline, and all streams that enter the layer with the same
         state. The step and the indices are empty if no stream changes parts of the layer.
@@ -95,7 +95,7 @@ class LayerStep:
 
     @cached_property
     def components(self) -> set[str]:
-        """The components that any stream lacks; `rounded` if any stream has quantised weights."""
+        """The components that are removed in any stream; `rounded` stands for quantised weights."""
         changes = {change for ablation in self.ablations for change in ablation.changes}
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
@@ -105,7 +105,7 @@ class LayerStep:
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index of the stream with its attention; None if removed.
+        """For each entering stream, the index of the stream whose attention it uses, or None.
 
         Streams share one attention if they enter the layer with the same state and change nothing
         in the layer except for removed parts.
@@ -123,7 +123,7 @@ class LayerStep:
 
     @cached_property
     def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each entering stream, the attention and removed heads; None without attention."""
+        """For each entering stream, the index of its attention and its removed heads, or None."""
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
             for stream, source in zip(self.entrants, self.attention_sources, strict=True)
@@ -136,7 +136,7 @@ class LayerStep:
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index into `projections`; None without attention."""
+        """For each entering stream, the index of its pair in `projections`, or None."""
         index_of = {pair: index for index, pair in enumerate(self.projections)}
         return tuple(pair and index_of[pair] for pair in self._projection_of)
 
@@ -173,8 +173,8 @@ class StreamPlan:
             the ablations.
         embedding_formats: For each stream before the first layer, the weight format of the
             embedding; None if unchanged.
-        head_formats: For each ablation, the weight format of the output head; empty for a plan
-            without heads.
+        head_formats: For each ablation, the weight format of the output head; empty if the plan has
+            no output head.
     """
 
     steps: tuple[LayerStep, ...]
@@ -189,7 +189,7 @@ class StreamPlan:
 
     @cached_property
     def head_streams(self) -> dict[str | None, list[int]]:
-        """Output head's format → streams that use this head; the unchanged head comes first."""
+        """The streams by weight format of the output head; the unchanged head (None) is first."""
         pairs = sorted((head or "", stream) for stream, head in set(self._answers))
         by_head = group_by(pairs, lambda pair: pair[0] or None)
         return {head: [stream for _, stream in group] for head, group in by_head.items()}
@@ -201,7 +201,7 @@ class StreamPlan:
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """For each ablation, the index of its result among all results of `head_streams`."""
+        """For each ablation, the index of its result among results ordered as `head_streams`."""
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)
@@ -218,7 +218,7 @@ class StreamPlan:
 
     @property
     def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield, for each layer, the index of each ablation's attention; None without attention."""
+        """Yield, for each layer, the index of the attention that each ablation uses, or None."""
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
                 stream: step.attentions.index(source)
@@ -261,12 +261,12 @@ class StreamPlan:
 def plan_streams(
     ablations: Ablations, n_layers: int, is_tied: bool = False, divided: bool = True
 ) -> StreamPlan:
-    """Plan the streams of several ablations: each starts at the first layer where it differs.
+    """Plan which stream computes each ablation, and at which layer each stream starts.
 
     The baseline must be among the ablations and becomes stream 0. Ablations with quantised
     embeddings start their streams before the first layer. Quantised output heads apply after the
-    last layer, and tied weights apply to both. If `divided` is False, streams share no work inside
-    a changed layer.
+    last layer. With tied weights, the output head has the format of the embedding. If `divided` is
+    False, streams share no work inside a changed layer.
     """
     baseline_index = ablations.index(INTACT)
     order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]

@@ -47,7 +47,7 @@ def output_proxies(
     """Measure, for each layer, the layer's effect on the intact model's output in a document.
 
     If the engine shares layers between ablations, all models without a layer are computed together
-    with the intact model. Otherwise, each of them is a pruned copy of the model.
+    with the intact model. Otherwise, a pruned copy of the model is made for each layer.
 
     Args:
         engine: The engine, with all sharing that is exact for the model.
@@ -94,7 +94,7 @@ def output_proxies(
 
 
 def divergences(engine: Engine, document: Document, ablations: Ablations) -> dict[str, Tensor]:
-    """Measure, for each ablation, how far the model's output on a document diverges.
+    """Measure how far each ablation's outputs for a document diverge from the intact model.
 
     Args:
         engine: The engine, with all sharing that is exact for the model.
@@ -228,7 +228,7 @@ def _compute_states(
 
 
 def _gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the gradient of a text's negative log-likelihood for gates on layers' updates."""
+    """Compute the derivative of a text's loss with respect to a gate on each layer's update."""
     model, layers = engine.loaded.model, engine.loaded.layers
     engine.restore_state()
     first_loss = max(start, 1)
@@ -269,7 +269,7 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
 
     Returns:
         Sums over the document's tokens, float64. `tokens` []: the number of tokens. For each layer
-        [layers]: the proxies of a layer's input and output that pruning strategies use.
+        [layers]: the proxies that pruning strategies compute from a layer's input and output.
         `angular_distance` [first layer, last layer]: the angle between the first layer's input and
         the last layer's output; 0 if the last layer comes before the first layer.
 
@@ -351,7 +351,7 @@ def measure_expert_load(
 def _record_load(
     forward: Callable[..., Tensor], sums: Tensor, start: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Call the module with a layer's experts, and add the loads of the experts to `sums`."""
+    """Return the output of a layer's experts, and add the loads of the experts to `sums`."""
     output = forward(*args, **kwargs)
     total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
     expert_outputs = []

@@ -124,7 +124,7 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
 def _follow_perturbations(
     engine: Engine, tokens: Sequence[int], directions: _Directions, layers: range
 ) -> Tensor:
-    """Measure the differences [perturbations + carried, layers, layers, tokens] for some layers.
+    """Return differences [perturbations + carried, layers, layers, tokens] for some layers.
 
     Entries for which no difference is measured are zeros.
     """
@@ -241,7 +241,7 @@ def _hook_outputs(
 def _plain_states(
     engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the state after each layer [tokens, …], with `state` as the output of `layer`."""
+    """Return the state after each layer in a pass; `state` replaces the output of `layer`."""
     layer_states: list[Tensor] = []
 
     def visit(layer_index: int, states: Tensor) -> None:

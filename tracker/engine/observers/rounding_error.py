@@ -125,7 +125,8 @@ def rounding_errors(
         sum per map [maps]. `output_error`: squared distance of the exact and the quantised output.
         `output_size`: squared norm of the exact output. `output_angle`: 1 minus the cosine of the
         two outputs. For experts' maps, the outputs of single experts before weighting are compared.
-        Their errors are summed over the experts of a token; `output_angle` is averaged over them.
+        Errors and sizes are summed over the experts of a token; `output_angle` is averaged over the
+        experts.
 
     Raises:
         CellError: The model's experts cannot be computed one by one.
@@ -171,7 +172,7 @@ def _map_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _
 
 
 def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
-    """Yield exact and quantised outputs of each token's first expert, then second, and so on."""
+    """Yield, for each k, the exact and the quantised output of the k-th expert of each token."""
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
@@ -192,7 +193,7 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
 def _hook_maps(
     engine: Engine, map_paths: _MapIndices, visit: Callable[..., None]
 ) -> Iterator[None]:
-    """Call `visit` with linear maps of layers, and the inputs and outputs of the maps' modules."""
+    """Call `visit` for each linear map of a forward pass, with its module's input and output."""
     with ExitStack() as stack:
         for layer, path in map_paths:
             linear = engine.anatomy.get_map(layer, path)

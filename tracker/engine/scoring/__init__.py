@@ -2,7 +2,8 @@
 
 Modules:
     generation: Generate texts for all ablations in one batch.
-    head: Run the embedding and the output head, also quantised, the head at predicting tokens only.
+    head: Run the embedding, and the output head at predicting tokens, with exact or quantised
+        weights.
     masks: Build the attention masks of a row of the batch.
     model: Access the parts of a model, call the intact model, and make changed copies of a model.
     row_size: Measure the time of rows of several sizes, and choose the fastest size.

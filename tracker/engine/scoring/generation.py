@@ -40,8 +40,8 @@ def fork_decoding(
     """Prepare a model to continue one prompt under every ablation, until exit.
 
     Ablations share computation while the model reads the prompt, as in scoring. After the prompt,
-    they share nothing, because the generated texts soon differ: each ablation has its own row of
-    the batch in every layer. A layer computes only the rows of ablations that do not skip the
+    ablations share nothing, because the generated texts soon differ: each ablation has its own row
+    of the batch in every layer. A layer computes only the rows of ablations that do not skip the
     layer, with separate keys and values per row.
 
     Args:

@@ -1,4 +1,4 @@
-"""Run the embedding, and the output head at predicting tokens only; both also quantised.
+"""Run the embedding, and the output head at predicting tokens, with exact or quantised weights.
 
 Quantised weights are used in the model's own modules, so all other computations of the model
 (scaling, positions, soft-capping) stay the same.
@@ -58,14 +58,15 @@ class _States(BaseModelOutputWithPast):  # type: ignore[misc]
 class Head:
     """The computations of a model after its last layer: projection, soft-capping and scaling.
 
-    The logits of all streams, [streams, kept, vocabulary], can take gigabytes, so the head
-    processes the states in chunks of streams. On a CPU in full precision, the vocabulary is also
-    cut into blocks of `VOCABULARY_BLOCK` tokens. The projection then multiplies only the rows of
-    its weight that belong to the block, [block, hidden], and the rest of the head (soft-capping,
-    scaling) follows as usual. Three results are stored for the logits of a block [streams, kept,
-    block]: the maximum with its index, the log-sum-exp, and the logits of the predicted tokens in
-    the block. The log-sum-exp of these block results equals the log-sum-exp over the whole
-    vocabulary. So `targets - normaliser` equals the log-softmax, up to the order of summation.
+    The logits of all streams, [streams, predicting tokens, vocabulary], can take gigabytes, so the
+    head processes the states in chunks of streams. On a CPU in full precision, the vocabulary is
+    also cut into blocks of `VOCABULARY_BLOCK` tokens. The projection then multiplies only the rows
+    of its weight that belong to the block, [block, hidden], and the rest of the head (soft-capping,
+    scaling) follows as usual. Three results are stored for the logits of a block [streams,
+    predicting tokens, block]: the maximum with its index, the log-sum-exp, and the logits of the
+    predicted tokens in the block. The log-sum-exp of all blocks' log-sum-exps equals the
+    log-sum-exp over the whole vocabulary. So `targets - normaliser` equals the log-softmax, up to
+    the order of summation.
 
     Blocks are exact if the projection is linear and the rest of the head treats each logit
     separately; `_is_separable` tests the second condition. In half precision, the vocabulary is not
@@ -98,7 +99,7 @@ class Head:
 
         Args:
             output: The output of the model without the head.
-            hidden: Hidden states at the predicting tokens [streams, kept, hidden].
+            hidden: Hidden states at the predicting tokens [streams, predicting tokens, hidden].
             predictor: For each predicted token, the index of the hidden state that predicts it
                 [predicted].
             predicted: The ids of the predicted tokens [predicted].
@@ -120,7 +121,7 @@ class Head:
         return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def logits(self, output: ModelOutput, states: Tensor) -> Tensor:
-        """Compute the logits [streams, kept, vocabulary] of states [streams, kept, hidden].
+        """Compute logits [streams, tokens, vocabulary] from states [streams, tokens, hidden].
 
         `output` is the output of the model without the head. All logits are in memory at once.
         """
@@ -172,12 +173,12 @@ class Head:
             return self._logits(output)
 
     def _logits(self, output: ModelOutput) -> Tensor:
-        """Compute logits [streams, kept, vocabulary] with the model's own code of the head.
+        """Compute logits [streams, tokens, vocabulary] with the output head of the model's code.
 
         The code of the head differs between architectures and is part of the model's `forward`
         method, so it cannot be called separately. Instead, the whole model is called on one
         placeholder token id, while a function replaces the part of the model before the head. This
-        function returns `output`, with the states [streams, kept, hidden] as `last_hidden_state`.
+        function returns `output`, with the states [streams, tokens, hidden] as `last_hidden_state`.
         Two checks follow: the function was called, and the logits have the shape of the states.
         Without these checks, a head with another input would return logits of wrong states
         unnoticed.
@@ -202,8 +203,9 @@ class Head:
         """Return whether the head treats each logit separately after the projection.
 
         The test compares the logits of four states [1, 4, hidden], computed at once and in blocks
-        of the vocabulary. The states are rows of the projection's weight. With a soft-cap, both
-        results are equal. With a normalisation over the vocabulary, the results differ.
+        of the vocabulary. The states are rows of the projection's weight. With a soft-cap, the
+        logits from blocks equal the logits computed at once. With a normalisation over the
+        vocabulary, the logits from blocks differ.
         """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]

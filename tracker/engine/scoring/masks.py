@@ -1,8 +1,8 @@
 """Build attention masks for a row of requests that share tokens in a prefix tree.
 
 A token of the tree only sees its ancestors within the layer's attention window. The windows are not
-read from the configuration. Instead, they are derived from the masks that the model passes to its
-layers for a plain text.
+read from the configuration. Instead, the windows are derived from the masks that the model passes
+to its layers for a plain text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AttentionWindows:
         tokens: The maximum length of texts for which the windows are valid.
         starts: For each layer, a tensor with the first position that each position can see
             [tokens]. Layers with equal windows share one tensor. None for a layer whose positions
-            see all earlier positions, or for a layer without such a mask.
+            see all earlier positions, or for a layer without a mask [1, 1, tokens, tokens].
     """
 
     tokens: int
@@ -129,7 +129,7 @@ class Masks:
     `AttentionWindows.starts` is the first visible position p, so ancestors before p are hidden too.
     Positions are depths in the tree, not indices in the row. Masked entries are the lowest number
     of the dtype, as in transformers. A boolean mask would be slower, because attention would
-    convert it to such numbers in each layer. All layers with the same `starts` share one mask,
+    convert the mask to numbers in each layer. All layers with the same `starts` share one mask,
     which is built on the device.
 
     `windows` must cover the depth of the row's tree, and `row.spans` must be set. A row without

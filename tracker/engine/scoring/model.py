@@ -95,9 +95,9 @@ class Quirks:
             permanently.
         in_place: Whether a removed layer stays in the model and returns its input, because the
             layer cannot be cut out of the model.
-        as_loaded: Whether a copy of the model without some layers gets the values that its class
-            computes on loading. If this is not possible, `in_place` decides whether removed layers
-            stay in the copy.
+        as_loaded: Whether copies without some layers get the values that the model's class computes
+            while it loads a checkpoint. If copies cannot get these values, `in_place` decides
+            whether removed layers stay in the copy.
     """
 
     lengths: Lengths = ANY_LENGTH
@@ -131,7 +131,7 @@ def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
-    """Return a request's tokens as lm-eval gives them to a model: truncated, without the last."""
+    """Return a request's tokens as lm-eval passes them: truncated and without the last token."""
     return (request.context + request.continuation)[-(max_length + 1) :][:-1]
 
 
@@ -260,7 +260,7 @@ class EngineModel:
 
     @property
     def row_size_multiple(self) -> int:
-        """The number to whose multiples the nodes of a row are padded; see `Row.pad_nodes`."""
+        """The padding unit of rows: a padded row has a multiple of this number of nodes."""
         default = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
         return self.row_multiple or default
 
@@ -281,10 +281,10 @@ class EngineModel:
         return replacements
 
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
-        """Compute the logits [ablations, kept, vocabulary] with the output head of each ablation.
+        """Compute logits [ablations, tokens, vocabulary] with the output head of each ablation.
 
-        `output` is the output of the model without the head. `states` [ablations, kept, hidden] are
-        the last hidden states of the ablations. All logits are in memory at once.
+        `output` is the output of the model without the head. `states` [ablations, tokens, hidden]
+        are the last hidden states of the ablations. All logits are in memory at once.
         """
         if not plan.has_rounded_embeddings:
             return self.head.logits(output, states)
@@ -406,8 +406,8 @@ def _layer_changes(
 def stream_bytes(model: PreTrainedModel) -> int:
     """Estimate the maximum bytes that one token of one stream needs inside a layer.
 
-    A mixture of experts stores a token for each of the token's experts: before, inside and after
-    the expert.
+    In a mixture of experts, a token takes memory in each of its experts: for the expert's input,
+    intermediate state and output.
     """
     config = model.config.get_text_config()
 

@@ -37,7 +37,7 @@ def is_worth_timing(engine: Engine) -> bool:
     """Return whether it is worthwhile to time row sizes other than the default size.
 
     Timing is worthwhile on an accelerator, and on a CPU for half-precision models that are not too
-    wide. It is not done for offloaded models, or if the row size is set.
+    wide. The sizes are not timed for offloaded models, or if the row size is already set.
     """
     loaded = engine.loaded
     if loaded.offloaded is not None or engine.row_tokens is not None:

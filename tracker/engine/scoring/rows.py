@@ -70,7 +70,8 @@ class Tree:
 
         Returns:
             Tensor [2, nodes]: begin and end of the half-open range that holds the depth-first
-            numbers of a node and its descendants. The begin is the node's own number.
+            numbers of a node and its descendants. The begin of a range is the depth-first number of
+            the node.
         """
         # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
@@ -101,7 +102,7 @@ class Lengths:
     all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return a number that identifies the interval between thresholds with this text length.
+        """Return a number for the interval between thresholds that contains this text length.
 
         The model computes texts with equal numbers in the same way. A length equal to a threshold
         has a separate number, because models differ in whether they include the threshold.
@@ -126,7 +127,8 @@ class Row:
         positions: Position of each token in its text, including the prefix [1, tokens].
         spans: Result of `Tree.compute_spans` for the nodes of the tree [2, tokens]; None for plain
             causal sequences.
-        predicting_nodes: Indices (0 to N - 1) of the tokens whose logits are needed [kept].
+        predicting_nodes: Indices (0 to N - 1) of the tokens whose logits are needed [predicting
+            tokens].
         predictor: For each predicted token, the index in `predicting_nodes` of the token that
             predicts it [predicted].
         predicted: Ids of the predicted tokens [predicted].
@@ -251,7 +253,7 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group the sequences that can share a forward pass, and within each group by document."""
+    """Group sequences that can share a pass; the result is [group][document][sequence]."""
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
 
@@ -268,15 +270,16 @@ def pack_tree_rows(
     Each node of a tree is a token, and each request is a path from the root. Requests with a common
     beginning share nodes, so the model reads a context once for all its answers. The model reads a
     tree as one sequence [1, nodes], with depths as positions. With the attention mask of `Masks`,
-    each node attends to its ancestors only. So each path gets the same result as its text alone.
+    each node attends to its ancestors only. So each request gets the same result as in a separate
+    forward pass.
 
     Args:
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads; longer requests lose their
             beginning, as in lm-eval.
         row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
-        prefix: Number of tokens of the common prefix that is read separately. If that would change
-            a row's result, the row itself contains the prefix.
+        prefix: Number of tokens of the common prefix that is read separately. If a separately read
+            prefix would change a row's result, the row itself contains the prefix.
         lengths: Text lengths at which the computation changes; only requests between the same
             lengths share a row.
 
@@ -354,11 +357,11 @@ def _tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
 def pack_flat_rows(
     documents: Documents, max_length: int, row_tokens: int, lengths: Lengths = ANY_LENGTH
 ) -> Iterator[Row]:
-    """Pack distinct sequences of equal length into rows [rows, length] that need no mask.
+    """Pack distinct sequences of equal length into rows [sequences, length] without masks.
 
     A sequence that is the beginning of a longer sequence is not read separately, since a causal
-    model computes the same values within the longer sequence. lm-eval does this for one-token
-    answers.
+    model computes the same values within the longer sequence. lm-eval also omits such sequences if
+    the answers have one token.
 
     Args:
         documents: The documents to score.

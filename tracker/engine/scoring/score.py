@@ -3,7 +3,7 @@
 Every stream (the hidden states of one ablation) reads the common prefix of many documents once, for
 example few-shot examples. A layer caches the prefix's keys and values only for the streams that
 pass the layer's attention. Each row then attends to the cached keys and values. If an ablation
-removes only experts that get no token of a row, it is not computed for this row.
+removes only experts that get no token of a row, the ablation is not computed for this row.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class Prefix:
     Attributes:
         plan: The plan of the streams that read the prefix.
         tokens: Token ids of the prefix: all tokens that were read, or fewer after `shorten`.
-        cache: Keys and values of the prefix, as the model's base takes them: in each layer
-            [streams, heads, tokens, size]. A layer contains only the streams that pass its
-            attention, in the order of the plan.
+        cache: Keys and values of the prefix, in the form that the model without its head accepts:
+            in each layer [streams, heads, tokens, size]. A layer contains only the streams that
+            pass its attention, in the order of the plan.
         proxies: Observed statistics of each token of the prefix [`OBSERVED`, tokens, layers].
     """
 
@@ -117,8 +117,8 @@ class Prefix:
 
         The prefix is shortened only if it contains nearly all of `beginning`; otherwise it stays
         unchanged. Since the model is causal, the keys and values of the remaining tokens do not
-        depend on the removed tokens. They depend on the number of tokens only at the thresholds of
-        `lengths`, so the prefix is not shortened across a threshold.
+        depend on the removed tokens. Keys and values depend on the text length only at the
+        thresholds of `lengths`, so the prefix is not shortened across a threshold.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -150,7 +150,7 @@ def new_cache() -> Cache:
 
 
 def find_cache_argument(base: PreTrainedModel) -> str | None:
-    """Return the name of the cache argument of a model base's forward pass; None if it has none."""
+    """Return the name of the forward pass's argument for a cache; None if there is none."""
     parameters = inspect.signature(base.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
@@ -185,14 +185,14 @@ def launch_row(
 ) -> Callable[[], RowScores]:
     """Start scoring a row for every stream; return a function that waits for the scores.
 
-    On an accelerator, callers can launch the next row before they call the returned function. One
-    copy brings all scores to the CPU.
+    On an accelerator, callers can launch the next row before they call the returned function. All
+    scores are copied to the CPU in one transfer.
 
-    The base returns [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
-    hidden]. Only the hidden states of the row's `predicting_nodes` pass the heads. The
-    log-probabilities of the predicted tokens, [streams, predicted], are summed by request,
-    [streams, requests]. In a tree, the logits of a node are computed once, even if many requests
-    use them.
+    The model without its head returns [streams × rows, tokens, hidden]. Rows and tokens become one
+    axis, [streams, N, hidden]. Only the hidden states of the row's `predicting_nodes` pass the
+    heads. The log-probabilities of the predicted tokens, [streams, predicted], are summed by
+    request, [streams, requests]. In a tree, the logits of a node are computed once, even if many
+    requests use them.
 
     `prefix` is the cached prefix that the row continues; it must come from the same streams.
     """

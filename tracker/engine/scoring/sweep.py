@@ -76,8 +76,8 @@ class DocumentScores:
             of the document.
         proxy_tokens: Number of tokens on which the proxies were measured: context and gold
             continuation, or the whole text of a rolling document.
-        proxy_sums: Observed statistics of the intact model's layers, summed over these tokens
-            [`OBSERVED`, layers].
+        proxy_sums: Observed statistics of the intact model's layers, summed over the `proxy_tokens`
+            tokens [`OBSERVED`, layers].
     """
 
     document: Document
@@ -112,7 +112,7 @@ class Engine(EngineModel):
         return replace(self, sharing=sharing)
 
     def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
-        """Return an engine for a copy of the model that `make_changed_copy` has really changed."""
+        """Return an engine for a copy of the model in which the ablation is really applied."""
         loaded = make_changed_copy(self, ablation, brief)
         leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
         quirks = replace(self.quirks, leftovers=leftovers, first={})
@@ -254,7 +254,7 @@ class Engine(EngineModel):
         yield group
 
     def _score_separately(self, documents: Documents, ablations: Ablations) -> Iterator[_Scored]:
-        """Score documents under each ablation separately, on a really changed model."""
+        """Score documents under each ablation separately, on a changed copy of the model."""
         memory = self.memory
         if self.loaded.offloaded is not None:  # the rows of all ablations wait together
             memory = self.budget // len(ablations)
@@ -297,7 +297,7 @@ class Engine(EngineModel):
     def _score_halves(
         self, row: Row, documents: Documents, ablations: Ablations, message: str
     ) -> Iterator[_Scored]:
-        """Score a row in two halves of its documents, or of its ablations for one document."""
+        """Score half of a row's documents (or ablations, for one document), then the other half."""
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
             raise CellError(f"out of memory: {message}. Lower --memory, or use a smaller dtype")
@@ -361,7 +361,7 @@ class Engine(EngineModel):
         return result
 
     def find_read_prefix(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
-        """Return the cached prefix with which a text begins under a plan; None if there is none."""
+        """Return the cached prefix of a text that the plan's streams have already read, or None."""
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
         return next((prefix for prefix in prefixes if prefix.is_prefix_of(tokens)), None)
 

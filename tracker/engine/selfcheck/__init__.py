@@ -1,4 +1,4 @@
-"""Test that shared computation is exact, by comparison with really changed models.
+"""Test that shared computation is exact, by comparison with changed copies of the model.
 
 Modules:
     check: Test a model on documents of its benchmark.

@@ -3,8 +3,8 @@
 First, the architecture is checked on a miniature model under every ablation (`miniature_check`).
 Second, a few real requests are scored on the model itself, with and without sharing. Third, during
 measurement, the longest document and some random documents are scored again without sharing
-(`watch`). The results of the first two steps are stored. They also hold for later measurements of
-the same architecture or model, if the texts are not longer.
+(`watch`). The results of the first two steps are stored. Later measurements of the same
+architecture or model reuse these results, if the texts are not longer.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ class Check:
 
     Attributes:
         engine: The engine, which shares as much computation as is exact.
-        difference: Largest difference between the log-likelihoods with sharing and those of really
-            changed models, in nats, on the miniature and on the model itself.
+        difference: Largest difference between log-likelihoods with sharing and log-likelihoods of
+            really changed models, in nats, on the miniature and on the model itself.
         sharing_note: One line that states which sharing was disabled and why; None if all sharing
             is exact.
-        unsteady_note: One line that states how many log-likelihoods change strongly by rounding
-            alone; None if none do.
+        unsteady_note: One line with the number of log-likelihoods that change strongly by rounding
+            alone; None if the number is 0.
         checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
-            checkpoint; None if every one can be saved.
+            checkpoint; None if every measured model can be saved.
     """
 
     engine: Engine
@@ -94,7 +94,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Reach:
-    """Token counts of a cell's longest text, its largest document's tree, and its longest row."""
+    """Token counts of the longest text, the largest prefix tree and the longest row."""
 
     text: int
     document: int
@@ -133,8 +133,8 @@ def check_sharing(
     """Run the self-check, and return an engine that shares only computation that is exact.
 
     Args:
-        engine: The engine, with full sharing. Its model must not have been called yet, since calls
-            can change it.
+        engine: The engine, with full sharing. The engine's model must not have been called yet,
+            since calls can change it.
         documents: The cell's documents.
         ablations: All ablations of the cell, with the baseline.
         store: Storage of the check's results on the architecture and on the model; None = no
@@ -142,8 +142,8 @@ def check_sharing(
         fit: Function that fits replacements of layers; it gets the engine after the check of the
             architecture.
         typical_ablations: Ablations to check on the miniature instead of `ablations`, with the
-            baseline; empty for none. If all cells pass the same ablations, they share one result of
-            this check.
+            baseline; empty for none. Cells with the same `typical_ablations` share one result of
+            the check on the miniature.
 
     Returns:
         The result of the self-check, with the engine to use.
@@ -237,7 +237,7 @@ def _recall_verdict(
 def _confirmation_keys(
     engine: Engine, ablations: Ablations, verdict: SharingVerdict, n_tokens: int, blank: bool
 ) -> list[str]:
-    """Return the storage keys (SHA-256) of the second check step, on the model itself.
+    """Return the storage keys (SHA-256) for the result of the check on the model itself.
 
     A key depends on the architecture, the result of its check, the ablations, the weights, the
     hardware, and the length of the texts. The first key is for texts of up to `n_tokens` tokens,
@@ -270,7 +270,7 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List powers of two from `n_tokens` on; keys of verdicts use them as text lengths."""
+    """List powers of two from `n_tokens` on, as text lengths in the storage keys of verdicts."""
     shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
     return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
@@ -305,7 +305,7 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
 
 
 def shortest_documents(documents: Documents) -> list[Document]:
-    """Return the shortest documents among those with most answers, for the check on the model."""
+    """Return the shortest of the documents with the most answers, for the check on the model."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(request.length for request in document.requests)
@@ -341,8 +341,9 @@ def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[
 
     The first round scores short texts under all ablations. The second round scores the longest text
     with the intact model and under one random ablation only, since a long text costs as much as
-    many short texts. It also contains the shortest document of the same task, which can share a
-    beginning with the longest text. Other long texts are checked on the miniature and by `watch`.
+    many short texts. The second round also contains the shortest document of the same task, which
+    can share a beginning with the longest text. Other long texts are checked on the miniature and
+    by `watch`.
     """
     ablations = sample_ablations(ablations)
     short_texts = [_shorten(document) for document in shortest_documents(documents)]
@@ -389,7 +390,7 @@ def _shorten(document: Document) -> Document:
 
 
 def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
-    """Draw one (ablation, document, request) per ablation to compare, and more for the baseline.
+    """Draw index triples (ablation, document, request) to compare, at least one per ablation.
 
     A short request costs nearly as much as a long request, since both read all weights once.
     """
@@ -405,7 +406,7 @@ def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[i
 def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
     """Count the tokens that the self-check reads without sharing, before and during measurement.
 
-    Each of these tokens passes about all layers once.
+    Each counted token passes about all layers once.
     """
     watched = watched_documents(documents)
     questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
@@ -424,8 +425,8 @@ def _compare(
 ) -> Comparison:
     """Compare one log-likelihood between shared computation and a really changed model.
 
-    In float32, the tolerance is 1e-3 nats plus 1e-4 of the value. In half precision, it is 0.1 nats
-    plus 2 %, since the order of summation alone changes values by per cents.
+    In float32, the tolerance is 1e-3 nats plus 1e-4 of the value. In half precision, the tolerance
+    is 0.1 nats plus 2 %, since the order of summation alone changes values by per cents.
     """
     document, value = score.document, score.responses[index][request].loglikelihood
     tolerance = HALF_TOLERANCE if truth.is_half else SINGLE_TOLERANCE
@@ -439,10 +440,10 @@ def _compare(
 def watched_documents(documents: Documents) -> set[tuple[str, int]]:
     """Draw the documents, as (task, index), that are also scored without sharing.
 
-    One in `WATCH_RATE` documents is drawn, and at least one of each task, or of some random tasks
-    if there are many. The document with the longest text is added, since it crosses all thresholds
-    in the model's code. The draw is reproducible: with more documents, usually the same documents
-    are drawn, plus further ones.
+    One in `WATCH_RATE` documents is drawn. At least one document is drawn from each task, or from
+    some random tasks if there are many tasks. The document with the longest text is added, since it
+    crosses all thresholds in the model's code. The draw is reproducible: if the benchmark gets more
+    documents, the draw usually contains the same documents and further documents.
     """
 
     def draw(document: Document) -> float:

@@ -65,7 +65,7 @@ _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
 
 
 def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Draw random documents of up to `longest` tokens, in groups that are scored one by one.
+    """Draw random documents of up to `longest` tokens, one list per call of `Engine.score`.
 
     `vocabulary` is the number of token ids.
     """
@@ -204,10 +204,10 @@ def miniature_key(
     """Return the storage key of a miniature check: a SHA-256 hash of all its inputs.
 
     The hash covers the model's configuration, the ablations, and the configuration's numbers that
-    texts can reach (`paths`). It covers the lengths of the texts (`rows` of `check_longer_texts`;
-    None = short texts), and whether the texts contain a `blank` token. It also covers package
-    versions, the machine, and the code of this package and of the model. It does not cover the
-    weights.
+    texts can reach (`paths`). The hash covers the lengths of the texts (`rows` of
+    `check_longer_texts`; None = short texts), and whether the texts contain a `blank` token. The
+    hash also covers package versions, the machine, and the code of tracker and of the model. The
+    hash does not cover the weights.
     """
     package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
     folders = (package / "engine", package / "models")
@@ -226,7 +226,7 @@ def miniature_key(
 
 
 def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath, ...]:
-    """List the paths of the configuration's numbers that are at most `n_tokens`."""
+    """List the paths of all numbers in the model's configuration that are at most `n_tokens`."""
     numbers = find_numbers(model.config.get_text_config())
     return tuple(path for path, value in numbers if value <= n_tokens)
 
@@ -237,11 +237,12 @@ def check_miniature(
     """Check the architecture of an engine's model on a miniature that reads short texts.
 
     Args:
-        engine: The engine. Its model must not have been called yet, since calls can change it.
+        engine: The engine. The engine's model must not have been called yet, since calls can change
+            it.
         ablations: All ablations of the cell, with the baseline.
         paths: Paths of the configuration's numbers that the lengths of the cell's texts can reach.
-        blank: True if a token of the cell's texts has a zero embedding. Such a token's attention
-            scores are ties, so the token's place in the row can change the result.
+        blank: True if a token of the cell's texts has a zero embedding. The attention scores of a
+            zero embedding are ties, so the token's place in the row can change the result.
 
     Returns:
         The result of the check, with the sharing that is exact.
@@ -294,11 +295,12 @@ def check_longer_texts(
     """Check the architecture on a miniature that reads texts as long as the cell's texts.
 
     Args:
-        engine: The engine. Its model must not have been called yet, since calls can change it.
+        engine: The engine. The engine's model must not have been called yet, since calls can change
+            it.
         ablations: All ablations of the cell, with the baseline.
         verdict: The result of `check_miniature`, on short texts.
-        rows: Maximum number of tokens of a text of the cell, and maximum number of nodes of a row
-            of several texts and of a row of one document.
+        rows: Three maximum sizes in the cell: tokens of a text, nodes of a row of several texts,
+            and nodes of a row of one document.
         blank: True if a token of the cell's texts has a zero embedding, as for `check_miniature`.
 
     Returns:
@@ -394,7 +396,7 @@ def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablat
 
 @contextmanager
 def _limit_threads(is_miniature: bool) -> Iterator[None]:
-    """Use one PyTorch thread in a `with` block for a miniature, since more hardly help."""
+    """Limit PyTorch to one thread until exit if the model is a miniature."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if is_miniature else threads)
     try:
@@ -440,7 +442,7 @@ def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplace
 
 
 def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
-    """Check the model itself, if no miniature can be built; assume that every length matters."""
+    """Check the model, not a miniature, as if its computation changed with every text length."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
         "no tiny copy of the model can be built on which sharing over tokens could be tested",
@@ -455,7 +457,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
 
 
 def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Return a verdict with only the sharing that is exact on the reference's model."""
+    """Return `verdict` without the sharing that is not exact on the reference's model."""
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
         with _limit_threads(truth.is_miniature):
@@ -482,7 +484,8 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
     """Raise CellError if a model's log-likelihoods depend on texts from earlier calls.
 
     One copy of the model reads texts of rising length, and a second copy reads the same texts in
-    falling length. If their results differ, the model has no reference result.
+    falling length. If the results of the two copies differ, the model has no well-defined reference
+    result.
     """
     requests = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
     texts = [*requests[:: -(-len(requests) // MEMORY_TEXTS)], requests[-1]]
@@ -570,12 +573,12 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
 
 
 def compare_both_ways(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
-    """Score all calls in order and in reverse order; compare answers until one is wrong.
+    """Score all calls in order and in reverse order; stop at the first wrong log-likelihood.
 
     With more than `BOTH_ORDERS_LIMIT` ablations, each ablation except the baseline is scored in
-    only one of the two orders. That suffices, since an effect of the order would show in a state
-    that all ablations share. The ablations are divided at random, because kinds of layers can
-    alternate.
+    only one of the two orders. One order per ablation suffices, since an effect of the order would
+    show in a state that all ablations share. The ablations are divided at random, because kinds of
+    layers can alternate.
     """
     comparison = Comparison()
     changes = [ablation for ablation in probe.ablations if ablation != INTACT]

@@ -63,8 +63,9 @@ class QuirkFindings:
         relevant_numbers: Paths of the configuration's numbers that change the logits of a text of
             `LONG` tokens.
         lengths: Pairs of the path of a number and a flag. The computation changes where the text
-            length reaches this number; if the flag is True, it differs for every longer length. The
-            path is empty if the logits always depend on the length of the whole call.
+            length reaches this number; if the flag is True, the computation differs for every
+            longer length. The path is empty if the logits always depend on the length of the whole
+            call.
         leftovers: Names of model attributes that a call changes, so that the next call gives other
             results.
         first: Module and name of each attribute that the first call changes permanently; empty if
@@ -109,11 +110,12 @@ def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFi
 def _find_effect(
     model: PreTrainedModel, usual_logits: Tensor, any_length: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Find how a model with one changed configuration number differs; None if its logits do not.
+    """Find the effects of one changed configuration number; None if all logits stay the same.
 
-    Returns a tuple. It contains whether the logits of a text's first tokens depend on the length of
-    the call, and whether they still do for longer texts. The results of `_find_call_effects`
-    follow.
+    The first element of the tuple states whether the logits of a text's first tokens depend on the
+    length of the call. The second element states whether the first tokens' logits also depend on
+    the length of the call in longer texts. The last two elements are the results of
+    `_find_call_effects`.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -215,7 +217,7 @@ def _is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 @torch.inference_mode()
 def _find_call_effects(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Return the attributes that a second call changes, and those that the first call changes."""
+    """Return two sets of attributes: changed by a second call, and changed by the first call."""
     model = copy.deepcopy(model)
     states = [record_state(model)]
     for tokens in (SHORT, LONG):
@@ -239,7 +241,7 @@ _COMPUTED = "what its class computes when it is loaded cannot be given to a mode
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Logits of a text without some layers, or the reasons why there are none.
+    """Logits that a model without some layers computes for a text, or reasons why it has none.
 
     Attributes:
         copy: Logits of a copy in memory from which the layers are removed.
@@ -279,12 +281,12 @@ def find_removed_model(
 ) -> SharingVerdict:
     """Find how to compute a model without a layer; raise CellError if such a model does not run.
 
-    The result must equal a loaded checkpoint without the layer. Nearly always, that checkpoint
+    The result must equal a loaded checkpoint without the layer. Nearly always, the checkpoint
     equals the intact model with a layer that returns its input, so shared computation can skip the
     layer. If the checkpoint differs, for example because layers depend on their positions, no
     layers are shared between ablations. If the class computes values from layer positions on
-    loading, copies get these values. If such a checkpoint is impossible, the layer stays in place
-    and returns its input, and the verdict has a note.
+    loading, copies get these values. If neither a checkpoint nor a copy without the layer is
+    usable, the layer stays in place and returns its input, and the verdict has a note.
     """
     engine = truth.engine
     name = engine.class_name
@@ -333,8 +335,8 @@ class _Loading:
     """Models built from configurations, to simulate how checkpoints of copies are loaded.
 
     Attributes:
-        full_model: Model that the class builds from the intact model's configuration; None if it
-            differs from the intact model.
+        full_model: Model that the class builds from the intact model's configuration; None if the
+            built model differs from the intact model.
         cut_models: Cache of models built from configurations with fewer layers; None (no cache) if
             calls change the model.
     """
@@ -351,7 +353,7 @@ class _Loading:
 
 
 def _test_loading(engine: Engine, original: Engine) -> _Loading:
-    """Test whether the intact model gives the same logits after it is saved and loaded."""
+    """Test saving and loading the intact model; return the models that simulate loading."""
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
@@ -404,7 +406,7 @@ def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
 
 
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
-    """Describe the ablations whose model cannot be saved as a checkpoint; None if all can."""
+    """Describe the ablations whose model cannot be saved as a checkpoint; None without any."""
     clauses = []
     for repeats, all_phrase, model in (
         (False, "whatever is removed", "whose layer stays in its place and hands on its input"),
@@ -439,7 +441,7 @@ def _probe_logits(engine: Engine) -> tuple[Tensor | None, str | None]:
 
 
 def _skip_layers(engine: Engine, ablation: Ablation) -> AbstractContextManager[None]:
-    """Make the layers of an ablation stay in place and return their input."""
+    """Make the layers of an ablation return their input, without removing the layers."""
     layers = (engine.loaded.layers[layer] for layer in ablation.removed())
     handles = (replace_output(layer, lambda state: state) for layer in layers)
     return enter_all(chain.from_iterable(handles))

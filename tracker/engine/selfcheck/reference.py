@@ -1,9 +1,8 @@
 """Compute reference results on really changed models, and define the result of a self-check.
 
-The self-check compares the log-likelihoods that the engine computes with sharing with these
-reference results, one request at a time. A verdict is the result of this check. If sharing is not
-exact, the verdict names the failed experiment in one sentence for users. Errors from the model's
-own code are logged.
+The self-check compares each log-likelihood from shared computation with the reference result of the
+same request. A verdict is the result of the self-check. If sharing is not exact, the verdict names
+the failed experiment in one sentence for users. Errors from the model's own code are logged.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ class Comparison:
         difference: The largest difference, in nats.
         unsteady: Number of log-likelihoods that differ by more than the tolerance, but by at most
             `MAX_ROUNDING_FACTOR` times the effect of rounding noise in the embeddings. The model is
-            discontinuous there.
-        wrong: Description of the first log-likelihood with a larger difference; None if there is
-            none.
+            discontinuous for such requests.
+        wrong: Description of the first log-likelihood whose difference is larger than rounding
+            explains; None without such a log-likelihood.
     """
 
     compared: int = 0
@@ -104,7 +103,7 @@ class Reference:
         return self._copies[ablation]
 
     def answer_all(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
-        """Score all requests in lockstep if weights are offloaded; cache the responses."""
+        """Score and cache all requests in lockstep if weights are offloaded; else do nothing."""
         if self.engine.loaded.offloaded is None:
             return
         questions = [question for question in questions if question not in self._answers]
@@ -133,8 +132,8 @@ class Reference:
         """Return whether rounding noise in the embeddings changes a log-likelihood by `nats`.
 
         The noise is drawn up to `NOISE_DRAWS` times. A change means that the model is discontinuous
-        for this request, for example near a tie of a router or a top-k. Different ways of computing
-        it then disagree.
+        for this request, for example near a tie of a router or a top-k. Different ways to compute
+        the log-likelihood then give different values.
         """
         engine = self.ablate(ablation)
         expected = self.answer(ablation, request).loglikelihood
@@ -205,14 +204,14 @@ class SharingVerdict:
         sharing: The shared parts of the computation: as many as are exact.
         sharing_note: One line that states which sharing was disabled and why; None if all sharing
             is exact.
-        difference: The largest difference of a log-likelihood with this sharing from the reference,
-            in nats.
+        difference: The largest difference, in nats, between log-likelihoods computed with `sharing`
+            and the reference results.
         compared: Number of log-likelihoods compared.
         unsteady: Number of log-likelihoods that differ by more than the tolerance, but that
             rounding noise changes too.
         lengths: Pairs of the path of a number in the configuration and a flag. The computation
-            changes where the text length reaches this number; if the flag is True, it differs for
-            every longer length. The path is empty if every length matters.
+            changes where the text length reaches this number; if the flag is True, the computation
+            differs for every longer length. The path is empty if every length matters.
         leftovers: Names of model attributes that a call changes, so that the next call gives other
             results.
         first: Module and name of each attribute that the first call changes permanently.
@@ -221,7 +220,7 @@ class SharingVerdict:
         as_loaded: True if copies get the values that the model's class computes while it loads a
             checkpoint.
         checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
-            checkpoint; None if every one can be saved.
+            checkpoint; None if every measured model can be saved.
         tested_on: `a miniature`, or `the model` if no miniature can be built.
         switches: Pairs of a text length at which the computation changes, found by experiment, and
             a flag as in `lengths`.
@@ -243,7 +242,7 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if full sharing is exact and no length matters, so shorter texts need no check."""
+        """True if full sharing is exact and no quirk was found, so shorter texts need no check."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
@@ -284,7 +283,7 @@ STATE = "it keeps a state of its own for each text"
 
 
 def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Describe the remaining sharing and the reason; return `previous` if `reason` is None."""
+    """Describe which sharing remains and why; return `previous` if `reason` is None."""
     if reason is None:
         return previous
     sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"

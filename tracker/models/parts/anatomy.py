@@ -239,7 +239,7 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """Return the layers of a small model with as many parts as its configuration gives."""
+    """Return the layers of a small model whose number of parts equals the configured number."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count = parts_of_config(config).count_of(unit)
     if unit != "expert":

@@ -189,7 +189,7 @@ class SharedExperts:
 def _find_choices(
     calls: Sequence[ModuleCall], experts: ModuleCall, count: int
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Yield each router call that returned the experts' arguments, and the chosen experts."""
+    """Yield each router call whose output the experts received, and the chosen experts."""
     for choice in integer_tables(experts.arguments):
         for call in calls:
             weights = [p for p in call.module.parameters() if p.ndim == 2 and len(p) == count]
@@ -263,7 +263,7 @@ def keep_experts(
 
 
 def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
-    """Return only the remaining experts' rows or columns of a tensor with one per expert."""
+    """Keep the remaining experts' entries of a tensor that has one row or column per expert."""
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
@@ -271,7 +271,7 @@ def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor
 
 
 def _keep_biases(arguments: Any, remaining: Sequence[int], count: int) -> Any:
-    """Return a router's arguments; any score bias keeps only the entries of remaining experts."""
+    """Return a router's arguments; reduce score biases to the entries of remaining experts."""
     if isinstance(arguments, dict):
         return {name: _keep_biases(value, remaining, count) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -336,8 +336,9 @@ def single_expert_outputs(
         kwargs: Keyword arguments of the module's call.
 
     Yields:
-        For each of a token's choices in order: the experts' indices [tokens], the router's weights
-        of these experts [tokens], and the experts' outputs [tokens, width].
+        Three tensors for the first chosen expert of every token, then for the second, and so on:
+        the experts' indices [tokens], the router's weights of these experts [tokens], and the
+        experts' outputs [tokens, width].
     """
     arguments, state = (*args, *kwargs.values()), hooks.input_state(args, kwargs)
     choice = integer_tables(arguments)[0]

@@ -92,7 +92,7 @@ class Heads:
         return self.groups if component == "kv_head" else self.heads
 
     def columns(self, part: Change, name: str) -> slice:
-        """Return the output projection's columns of a head or group; raise CellError if none."""
+        """Return the output projection's columns of a head or group; raise CellError if missing."""
         n_parts = self.count(part.component)
         assert part.number is not None
         if part.number >= n_parts:

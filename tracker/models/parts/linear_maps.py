@@ -29,7 +29,7 @@ from tracker.models.rounding import round_weight
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map of a layer; the matrices with one name of all experts count as one map.
+    """A linear map of a layer; all experts' matrices with the same name count as one linear map.
 
     Attributes:
         module: The module that holds the weight.
@@ -60,12 +60,12 @@ class LinearMap:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter as the module stores it, for experts with the weights of all experts."""
+        """The parameter that the module stores; for an expert, the weights of all experts."""
         tensor: Tensor = getattr(self.module, self.name)
         return tensor
 
     def to_module_layout(self, weight: Tensor, all_weights: Tensor) -> Tensor:
-        """Return a weight in the module's layout, for one expert inside a copy of `all_weights`."""
+        """Return a weight in the module's layout; for one expert, inside a copy of all weights."""
         rows = weight.mT.contiguous() if self.inputs_first else weight
         if self.expert is None:
             return rows
@@ -141,10 +141,10 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 
 
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
-    """Yield router weights and biases: a mixture's matrices with a row or column per expert.
+    """Yield router weights and biases: matrices of `block` with one row or column per expert.
 
-    The weight of a linear map counts only if its child module of the mixture holds no other linear
-    map.
+    If a child module of `block` holds several linear maps, the weights of these linear maps are
+    left out.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -180,7 +180,7 @@ class RoundedWeights:
         self._bytes = 0
 
     def get_weight(self, layer: int, path: str, linear: LinearMap, name: str) -> Tensor:
-        """Return a linear map's weight, quantised to the format `name`; outputs come first."""
+        """Return a linear map's weight [outputs, inputs], quantised to the format `name`."""
         key = (layer, path, name)
         weight = self._weights.get(key)
         if weight is None:

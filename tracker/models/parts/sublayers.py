@@ -74,7 +74,7 @@ class Sublayers:
 
     @classmethod
     def _first_and_last(cls, layer: nn.Module) -> Sublayers | None:
-        """Return the first and last child module with a matrix; None for fewer than two."""
+        """Return the first and last child module with a matrix; None if fewer than two exist."""
         parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
         return cls(parts[0], parts[-1]) if len(parts) > 1 else None
 

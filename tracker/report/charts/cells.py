@@ -62,7 +62,7 @@ def scatter_title(cell: CellRecord) -> str:
 
 
 def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
-    """Draw all charts of one model on one benchmark for a tracker; return name → figure."""
+    """Draw all charts of one model on one benchmark as plotly figures; return name → figure."""
     figures = {}
     if curve_kinds(cell):
         figures["accuracy_drop"] = layer_curve(cell).to_figure()
@@ -79,9 +79,9 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     Drops and cosine scores are in two panels with one layer axis. Two scales in one panel would
     suggest a meaningless comparison of heights. Accuracy drops are in pp, and loss increases are in
     the unit of the loss (trace `accuracy drop` or `loss increase`). If there are several kinds of
-    ablations, each kind has a trace with its name. Up to three lines have 95 % intervals. Cosine
-    scores are the trace `cosine score`. Layers without a value are gaps. The chart omits spans of
-    several layers, and heads.
+    ablations, each kind has a trace with its name. Intervals (95 %) are drawn if there are at most
+    three kinds of ablations. Cosine scores are the trace `cosine score`. Layers without a value
+    appear as gaps in the lines. The chart omits spans of several layers, and heads.
     """
     kinds = curve_kinds(cell)
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind.is_single])
@@ -271,7 +271,7 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
 
 
 def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
-    """Correlate, for each pair of layers, the documents that become wrong without each layer.
+    """Correlate which documents become wrong without one layer and without another layer.
 
     Args:
         decisions: Answers of one model to all documents of a benchmark, under each ablation.
@@ -288,7 +288,7 @@ def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
 
 
 def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
-    """Draw correlations of the layers' lost documents; None for fewer than two layers."""
+    """Draw a heat map of `loss_correlations`; return None for fewer than two layers."""
     layers, coefficients = loss_correlations(decisions)
     if len(layers) < 2:
         return None

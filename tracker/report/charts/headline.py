@@ -26,9 +26,9 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance of each layer as bars, above bars of its cosine score.
 
     The upper panel shows the mean accuracy relevance with its interval, the lower panel the mean
-    cosine score. Layers that are not significant are pale. If no layer is shown to matter, a middle
-    panel shows the fall of the right answer's log-probability. Numbers mark the layers that matter
-    but are not among the layers with the highest cosine scores.
+    cosine score. Layers without a significant effect are pale. If no layer has a significant
+    effect, a middle panel shows the fall of the right answer's log-probability. Numbers mark the
+    layers that matter but are not among the layers with the highest cosine scores.
     """
     claims = board.claims
     layers = [standing.layer for standing in board.by_depth]

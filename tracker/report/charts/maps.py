@@ -125,7 +125,7 @@ def _family_name(family: Change) -> str:
 
 
 def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
-    """Return the description of a heat map's rows for the title, and for the axis."""
+    """Return two descriptions of a heat map's rows: for the title, and for the axis."""
     kind = kinds[0]
     if kind.map is not None:
         return f"layer and linear map in {kind.intervention}", "linear map"
@@ -189,7 +189,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
 
 
 def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Return the layer whose run each column of a heat map shows.
+    """Return, for each column of a heat map, the layer whose run the column shows.
 
     The embedding and the output head have a single run each, stored as layer 0. The first column
     shows the embedding's run, and the last column shows the output head's run. All other columns
@@ -204,7 +204,7 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _shown_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return a mask of the significant runs of a heat map, tested jointly for all its runs."""
+    """Return which runs of a heat map are significant, tested jointly over all its runs."""
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [

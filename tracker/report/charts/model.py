@@ -23,7 +23,7 @@ from tracker.report.wording import WORDS
 
 
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
-    """Draw each layer's interval of ranks by relevance against its rank by cosine score.
+    """Draw each layer's rank by relevance, with interval, against its rank by cosine score.
 
     Each layer has one labelled point with an interval; on both axes, rank 1 is the highest value.
     Points whose interval misses the diagonal (trace `different rank`) are solid, all others (trace
@@ -136,7 +136,7 @@ def _relevance_trace(
     samples: Sequence[str],
     **look: Any,
 ) -> dict[str, Any]:
-    """Build a line of accuracy relevances over layers; hover boxes name each value's sample."""
+    """Build a line of accuracy relevance over layers; hover boxes contain `samples`."""
     hovers = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", value, two_digits, sample)
         for layer, value, sample in zip(layers, estimates, samples, strict=True)
@@ -155,7 +155,7 @@ def relevance_title(board: LayerBoard, label: str) -> str:
 def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
     """Draw each proxy over layers in a separate panel, with a line for each benchmark.
 
-    The panels share the layer axis. Undefined and missing layers are gaps.
+    The panels share the layer axis. Undefined and missing values appear as gaps in the lines.
     """
     labels = benchmark_labels(cells)
     layers = first_layers(WHOLE_LAYER, *cells)
@@ -345,7 +345,7 @@ def difference_chart(pair: ModelPair) -> style.Chart:
 
 
 def difference_title(pair: ModelPair) -> str:
-    """Return the difference chart's title: number of significant differences, and largest."""
+    """Return the chart's title: number of significant differences, and the largest one."""
     total = sum(len(shared.differences) for shared in pair.comparisons)
     shown = [
         (shared.differences[layer], layer, shared.benchmark)

@@ -166,7 +166,7 @@ def _is_named(trace: dict[str, Any]) -> bool:
 
 
 def _is_pale(trace: dict[str, Any]) -> bool:
-    """Return whether a trace draws some of its values as not significant."""
+    """Return whether a trace shows some values pale because they are not significant."""
     marks = [trace.get("opacity"), trace.get("marker", {}).get("opacity")]
     return any(OPEN_OPACITY in (mark if isinstance(mark, list) else [mark]) for mark in marks)
 
@@ -214,7 +214,7 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def relative_positions(values: Sequence[float], span: Sequence[float] = ()) -> list[float]:
-    """Scale values linearly, so that the minimum and maximum (or ends of `span`) are 0 and 1."""
+    """Scale values linearly, from their range (or from `span`, if given) to the range 0 to 1."""
     low, high = min(span or values, default=0.0), max(span or values, default=1.0)
     return [(value - low) / ((high - low) or 1.0) for value in values]
 
@@ -257,7 +257,7 @@ def scale_value(value: float | None, scale: float = 1) -> float | None:
 
 
 def sign_colours(values: Iterable[float | None]) -> list[str]:
-    """Return a colour for each drop: one colour if it is negative (removal helps), else another."""
+    """Return one colour for negative drops (removal helps), and another for all other drops."""
     return [HELP_COLOUR if value is not None and value < 0 else COST_COLOUR for value in values]
 
 
@@ -335,7 +335,7 @@ def estimate_hover(
 def align_runs(
     cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
-    """Return the run records of one kind for all layers (None if not measured), and hover boxes."""
+    """Return each layer's run record (None if not measured), and each layer's hover box."""
     by_layer = cell.runs_of_kind(kind)
     records = [by_layer.get(layer) for layer in layers]
     runs = zip(map(kind.at_layer, layers), records, strict=True)

@@ -55,9 +55,9 @@ def render_report(
         path: Path of the page.
         decisions: Key of a cell → the model's answers to each document under each ablation, if
             known.
-        findings: Findings of studies.
-        search_cells: Keys of cells that contain steps of searches, in addition to the cells that
-            findings name.
+        findings: Results of studies: answers, tables and charts.
+        search_cells: Keys of cells (model on a benchmark) that were measured for searches, in
+            addition to the cells that `findings` name.
 
     Returns:
         The path of the page.

@@ -43,7 +43,7 @@ _SHOWN_STUDIES = (SEARCH_STUDY, "prune", "joint")
 
 @dataclass(frozen=True)
 class StudySection:
-    """Section of the page for the finding of one study."""
+    """Section of the page for the results of one study."""
 
     id: str
     finding: FindingRecord
@@ -54,7 +54,7 @@ class StudySection:
 def study_sections(
     findings: Sequence[FindingRecord], cells: Sequence[CellRecord]
 ) -> tuple[StudySection, ...]:
-    """Build a section for each finding, with a note if its measured documents have changed."""
+    """Build a section for each study's results; add a note if its documents have changed."""
     return tuple(
         StudySection(
             id=f"study-{number}",
@@ -74,10 +74,10 @@ def exclude_search_cells(
     findings: Sequence[FindingRecord],
     search_keys: Collection[RecordKey] = (),
 ) -> list[CellRecord]:
-    """Return the cells with requested runs, without cells of search steps and layer pairs.
+    """Return the cells with requested runs; omit cells of search steps and of layer pairs.
 
     The page shows search steps and layer pairs in the sections of findings. `search_keys` are the
-    keys of search cells that no finding names.
+    keys of cells that were measured for searches and that no finding names.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
@@ -89,8 +89,9 @@ def exclude_search_cells(
 def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
     """Return whether a cell was measured only for the steps of a search or for layer pairs.
 
-    Such a cell has removed layers or lacks runs of some single layers, and only studies or searches
-    requested it. `steps` are the keys of all cells of searches and layer pairs.
+    Only studies or searches requested such a cell. Either it has layers that are removed in all
+    runs, or some single layers have no run. `steps` are the keys of all cells of searches and layer
+    pairs.
     """
     whole_layers = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     is_partial = bool(cell.removed) or len(whole_layers) < cell.model.layers
@@ -98,7 +99,7 @@ def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
 
 
 def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
-    """Return a note on how many of a finding's measurements now have other documents, or ""."""
+    """Return a note on how many of a finding's measured sets of documents changed, or ""."""
     sizes = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
     grown = [sizes.get((key, view), n) != n for key, view, n in finding.rests_on]
     if not any(grown):
@@ -110,7 +111,7 @@ def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
 
 
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
-    """Convert the tables of findings to unrounded data frames; return file stem → data frame.
+    """Convert the tables of studies to unrounded data frames; return file stem → data frame.
 
     A figure with an interval has columns `… low` and `… high`. An undefined figure is empty, and
     the column `… reason` gives the reason.
@@ -123,7 +124,7 @@ def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
 
 
 def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
-    """Draw the charts of findings; return file stem → chart."""
+    """Draw the charts of studies; return file stem → chart."""
     return {
         f"{stem}-{number}": draw_study_chart(chart)
         for stem, finding in name_findings(findings)
@@ -132,7 +133,7 @@ def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
 
 
 def name_findings(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
-    """Yield (unique file stem, finding) for each finding; equal stems are numbered."""
+    """Yield each study's finding with a unique file stem; add numbers to equal stems."""
     stems: set[str] = set()
     for finding in findings:
         names = (f"{finding.name}--{number}" for number in count(2))
@@ -142,7 +143,7 @@ def name_findings(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, Find
 
 
 def draw_study_chart(record: StudyChart) -> Chart:
-    """Draw one chart of a finding from its record."""
+    """Draw one chart of a study from its stored record."""
     return _draw_lines(record) if isinstance(record, LineChart) else _draw_map(record)
 
 

@@ -61,7 +61,7 @@ class Audit(Study[AuditSettings]):
     texts = AUDIT_TEXTS
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the requests of the file, restricted to removals of single whole layers."""
+        """List the experiment file's requests, limited to removals of single whole layers."""
         cells: dict[CellRequest, None] = {}
         for cell in super().requests(context):
             layers = cell.changes.layers
@@ -74,7 +74,7 @@ class Audit(Study[AuditSettings]):
         return list(cells)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the proxies with the accuracy drop, for each model."""
+        """Compare the proxies with the accuracy drop for each model; return texts and tables."""
         models = group_by(subjects, lambda subject: subject.record.model.key).values()
         names = model_labels([group[0].record.model for group in models])
         result = StudyResult()
@@ -101,7 +101,7 @@ def audit_answers(audit: ModelAudit) -> list[str]:
 
 
 def _pooled_sentence(audit: ModelAudit) -> str:
-    """Describe the correlation of cosine score and drop over inner layers of all benchmarks."""
+    """Describe how cosine score and drop correlate over the inner layers, on all benchmarks."""
     summary = audit.summaries.get("cosine_score")
     if summary is None or (correlation := pooled_correlation(summary.cells)) is None:
         return ""
@@ -130,7 +130,7 @@ def _best_sentence(audit: ModelAudit) -> str:
 
 
 def list_unanswered(audit: ModelAudit) -> list[str]:
-    """Describe which questions about a model stay unanswered, and what would answer them."""
+    """Return one sentence for each comparison that lacks data, with the data that it needs."""
     return AUDIT_TEXTS.render_all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 
@@ -192,7 +192,7 @@ def _inner_reason(cells: Sequence[AuditedCell]) -> str:
 
 @dataclass(frozen=True)
 class BenchmarkProxyRow:
-    """Row of a table: agreement of one proxy with the accuracy drop on one benchmark."""
+    """Table row with the agreement of one proxy with the accuracy drop on one benchmark."""
 
     benchmark: str = labelled("benchmark")
     proxy: str = labelled("proxy")

@@ -82,7 +82,7 @@ class AuditedCell:
     """Accuracy drops and proxies of whole layers for one model and benchmark."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Measure the proxies that the ledger lacks, and align all values by document."""
+        """Measure proxies that the results folder lacks; align drops and proxies by document."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -114,7 +114,7 @@ class AuditedCell:
         return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
     def resample(self, name: str) -> Array:
-        """Return the means of a measure for each bootstrap resample and layer."""
+        """Return a measure's means `[resamples, layers]` for bootstrap resamples of documents."""
         measure = self.measures[name]
         return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
@@ -197,7 +197,7 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlap with the drop's most relevant and least relevant layers, and by chance."""
+        """Mean overlaps of proxy and drop: of the top layers, of the bottom layers, by chance."""
         rows = []
         for cell in self.cells:
             count = min(TOP_LAYERS, len(cell.layers))
@@ -214,11 +214,12 @@ class RelevanceVariance:
 
     Attributes:
         raw: Mean over layers of the variance of z-scores over benchmarks.
-        test: Comparison of two variances over layers: of the accuracy drop, and of this measure.
+        test: Result of the test whether the accuracy drop varies more over benchmarks than this
+            measure.
         noisy: Same as `raw`, but only over the benchmarks that `clean` uses.
         clean: Same as `noisy`, but with the sampling noise of documents subtracted.
         excess: `clean` of the accuracy drop minus `clean` of this measure.
-        reason: Reason why `clean` is None.
+        reason: Reason why the variance without noise (`clean`) is None.
     """
 
     raw: float
@@ -239,7 +240,7 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """The numbers of benchmarks and documents as text, for sentences of the report."""
+        """Text with the numbers of benchmarks and documents, e.g. "2 benchmarks, 900 documents"."""
         cells = self.comparable
         documents = count_text(sum(cell.record.n for cell in cells), "document")
         return f"{count_text(len(cells), 'benchmark')}, {documents}"
@@ -252,10 +253,10 @@ class ModelAudit:
 
     @cached_property
     def comparable(self) -> list[AuditedCell]:
-        """The benchmarks that enter means over benchmarks; all have results for the same layers.
+        """The benchmarks over which means are computed: all with results for the same layers.
 
-        The layers are the set of layers that most benchmarks have. If several sets are equally
-        frequent, the largest of these sets is used.
+        The common layers are the set of layers that most benchmarks have. If several sets are
+        equally frequent, the largest set is used.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -264,7 +265,7 @@ class ModelAudit:
 
     @property
     def left_out(self) -> list[str]:
-        """The reason for each benchmark that does not enter means over benchmarks."""
+        """A sentence for each benchmark that is left out of means, with the reason."""
         distinct, reasons = distinct_cells(self.cells), []
         reference = self.comparable[0]
         for cell in self.cells:
@@ -280,7 +281,7 @@ class ModelAudit:
 
     @cached_property
     def summaries(self) -> dict[str, ProxySummary]:
-        """Name of proxy → summary, sorted by the mean Spearman coefficient, highest first."""
+        """Proxy → agreement with the drop, in descending order of mean Spearman coefficient."""
         summaries = []
         for proxy in LAYER_PROXIES:
             pairs = [(cell, cell.agreements[proxy]) for cell in self.comparable]
@@ -300,10 +301,10 @@ class ModelAudit:
         return {summary.proxy: summary for summary in summaries}
 
     def compare_proxies(self, summary: ProxySummary, other: ProxySummary) -> Estimate:
-        """Estimate how much better one proxy ranks the layers than another, as a difference.
+        """Estimate the difference of two proxies' mean Spearman coefficients with the drop.
 
-        The difference is that of the mean Spearman coefficients on the same documents. The interval
-        is simultaneous for all pairs of proxies.
+        Both coefficients use the same documents. The interval is simultaneous for all pairs of
+        proxies.
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
@@ -330,7 +331,7 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Proxy → how its layer ranks differ from ranks by drop: any and large differences."""
+        """Proxy → share of layers ranked differently than by drop: at all, and by a wide margin."""
         disagreements = {}
         for name, summary in self.summaries.items():
             x, y = (mean_profiles(measure, summary.cells) for measure in (name, DROP))
@@ -399,11 +400,11 @@ class ModelAudit:
     def prediction_by_cost(
         self,
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
-        """Estimate how well each measure predicts drops on other documents, for each budget.
+        """Estimate how well each measure predicts drops on other documents, by compute budget.
 
-        Returns the budgets, in forward passes for each benchmark; measure → mean Spearman
-        correlation for each budget; and the correlation of the drops on one half of the documents
-        with the drops on the other half.
+        Returns three values. The budgets are forward passes for each benchmark. The dictionary maps
+        each measure to its mean Spearman correlation for each budget. The number is the correlation
+        of the drops on one half of the documents with the drops on the other half.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -439,7 +440,7 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Return the best cell of each benchmark, so that no two returned cells share a task."""
+    """Return cells without common tasks; of cells that share a task, keep the best cell."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
     for cell in best:
@@ -449,7 +450,7 @@ def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
 
 
 def mean_profiles(name: str, cells: Sequence[AuditedCell]) -> Array:
-    """Return the mean of a measure over documents, for each cell and layer `[cells, layers]`."""
+    """Return a measure's mean over documents for each benchmark and layer [cells, layers]."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 

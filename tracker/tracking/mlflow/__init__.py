@@ -1,7 +1,7 @@
 """Publish results to MLflow, and read published results back.
 
 Modules:
-    backend: Update an MLflow experiment with the results in the ledger.
+    backend: Update an MLflow experiment with the results of a results folder.
     database: Create the SQLite file in which MLflow stores runs without a server.
     live_run: Show the progress of a measurement.
     models: Log pruned models.

@@ -1,6 +1,6 @@
 """Publish results to MLflow: a summary run per cell, with nested runs of its ablations.
 
-A cell is one model on one benchmark; another nested run shows its intact model. Without
+A cell is one model on one benchmark. Another nested run shows the intact model. Without
 `MLFLOW_TRACKING_URI`, all data is written to the results folder (`mlflow.db` and `mlartifacts/`),
 and no server is needed.
 
@@ -65,7 +65,7 @@ _SQLITE_URI = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 
 
 class MlflowBackend(Backend):
-    """Backend that updates an MLflow experiment with the results in the ledger.
+    """Backend that updates an MLflow experiment with the results of a results folder.
 
     A report is published as a run with files, tables and charts.
 
@@ -73,7 +73,7 @@ class MlflowBackend(Backend):
         project: Name of the MLflow experiment.
         results: The results folder.
         tracking_uri: The store of runs. If None, `MLFLOW_TRACKING_URI` names the store; without
-            this variable it is a SQLite file in the results folder.
+            this variable, the store is a SQLite file in the results folder.
     """
 
     name = "mlflow"
@@ -267,7 +267,7 @@ class MlflowBackend(Backend):
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Lock out other writers; keep files writable for the group in a shared folder."""
+        """Lock the project for writing in a `with` block; keep shared files group-writable."""
         # The lock guards the first use of a SQLite file too, whose migrations break when two
         # processes run them at once.
         shared_files = shared_umask(self._database.parent) if self._database else nullcontext()
@@ -310,7 +310,7 @@ def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dic
 def _confirm_written(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Read runs back from MLflow, and write runs with differences once more.
+    """Read the written runs back from MLflow; write runs that differ once more.
 
     TrackingError is raised if a run still differs after the second attempt.
     """
@@ -338,7 +338,7 @@ def _open_cell_run(
 
 
 def _secrets(uri: str) -> list[str | None]:
-    """Return passwords in the address and the environment, which messages must mask."""
+    """Return the passwords in the URI and the environment, to mask them in messages."""
     passwords = [os.environ.get(name) for name in _SECRET_SETTINGS]
     with suppress(ValueError):
         passwords.append(urlsplit(uri).password)

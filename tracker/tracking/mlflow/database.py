@@ -38,7 +38,7 @@ def artifact_folder(database: Path) -> Path:
 
 
 def create_database(path: Path) -> None:
-    """Create MLflow's SQLite file, or check quickly that an existing file can be used.
+    """Create MLflow's SQLite file, or check that an existing file can be used.
 
     MLflow's migrations take seconds and cannot be repeated after an interruption. So the migrations
     run on a temporary file, which is renamed when it is complete. The caller must hold the lock of

@@ -61,7 +61,7 @@ class MlflowModels(Models):
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
-    """Load a model and its tokenizer, because MLflow 3.17 cannot log a transformers 5 folder."""
+    """Load a model and its tokenizer from a folder, as components for `log_model`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return {

@@ -42,7 +42,7 @@ class MlflowRun:
 
 
 def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "") -> MlflowRun:
-    """Convert the description of a run to MLflow's terms.
+    """Convert the description of a run to MLflow's metrics, params, tags and data sets.
 
     Args:
         run: Description of the run, independent of the backend.
@@ -70,7 +70,7 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 
 
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
-    """Return links to a cell's nested runs that fit the note; `ids` maps run keys to run ids."""
+    """Return as many links to nested runs as fit into the note; `ids`: run key → run id."""
     digits = max(2, len(str(cell.model.layers - 1)))
     labels = {run.ablation: run.change.label(digits) for run in cell.runs}
     labels = {BASELINE: start_label(cell), **labels}
@@ -87,7 +87,7 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
 
 
 def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
-    """Return the tags of a report or a model, with the keys of the runs on which it is based."""
+    """Return the tags of a report or a pruned model, with the keys of its source runs."""
     return {
         KIND_TAG: kind,
         "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in cells)[:_TAG_CHARACTERS],
@@ -112,7 +112,7 @@ def _task_digest(task: TaskIdentity) -> str:
 
 
 def tables_tag(names: Iterable[str]) -> str:
-    """Return the tag through which MLflow's page finds the tables with these names."""
+    """Return the value of the tag in which MLflow's UI looks for the names of tables."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 

@@ -19,7 +19,7 @@ _LOGIN_FILE = Path("~/.mlflow/credentials")
 
 
 class MlflowService(Service):
-    """Interface to MLflow, with runs on a server or in a SQLite file in the results folder."""
+    """Interface to MLflow; runs are on a server, or in a SQLite file in the results folder."""
 
     name = "mlflow"
     title = "MLflow"

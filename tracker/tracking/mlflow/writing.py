@@ -53,7 +53,7 @@ class ShownModel:
     is_ready: bool = True
 
     def can_become(self, run: MlflowRun) -> bool:
-        """Return whether the model can be updated to `run`, which must have all its metrics."""
+        """Return whether the logged model can be updated to `run`, losing no metric."""
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
     def differing_figures(self, run: MlflowRun) -> dict[str, float]:
@@ -74,7 +74,7 @@ def iterate_pages(search: Callable[..., Any]) -> Iterator[Any]:
 
 
 def _figures(run: MlflowRun) -> dict[str, float]:
-    """Return name → value of the run's metrics that are finite."""
+    """Return the finite metrics of a run, as name → value."""
     return {name: value for (name, _), value in run.points.items() if math.isfinite(value)}
 
 
@@ -91,7 +91,7 @@ def next_timestamp(last: int) -> int:
 
 @dataclass
 class CellWriter:
-    """Writer of a cell's MLflow runs, which also compares the runs with what MLflow shows.
+    """Writer of a cell's MLflow runs, which also compares written runs with descriptions.
 
     Attributes:
         client: The client of MLflow.
@@ -119,7 +119,7 @@ class CellWriter:
                         self.models.setdefault(model.source_run_id, []).append(_shown_model(model))
 
     def _create_model(self, run: MlflowRun, run_id: str) -> ShownModel | None:
-        """Create the logged model of a run, without metrics; None if MLflow 2 has none."""
+        """Create a run's logged model without metrics; return None if the server is MLflow 2."""
         with _allow_no_models():
             model = self.client.create_logged_model(
                 self.experiment,
@@ -236,7 +236,7 @@ def _shown_model(model: Any) -> ShownModel:
 
 
 def _newest_metrics(shown_run: Run) -> Iterator[Any]:
-    """Yield the metrics that MLflow shows for a run, without progress and system metrics."""
+    """Yield the newest metrics of a run in MLflow, without progress and system metrics."""
     for metric in shown_run.data.to_proto().metrics:
         # Progress figures of the measurement are not compared.
         if not metric.key.startswith((PROGRESS, "system/")):
@@ -244,7 +244,7 @@ def _newest_metrics(shown_run: Run) -> Iterator[Any]:
 
 
 def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int) -> list[Metric]:
-    """Convert metric values to MLflow metrics of the run, and of its logged model if any."""
+    """Convert metric values to MLflow metrics of a run, and of its logged model if any."""
     model_fields = (model.id, *run.data_identity) if model and run.data_identity else ()
     return [
         # MLflow stores NaN of a model as zero.
@@ -295,7 +295,7 @@ def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> N
 
 
 def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[Points, int]:
-    """Read a run's newest value of every metric at every step, and its last timestamp."""
+    """Read the newest value of each metric at each step of a run, and the last timestamp."""
     values: Points = {}
     timestamp = 0
     for metric in _newest_metrics(shown_run):
@@ -310,7 +310,7 @@ def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[
 
 
 def _changed_points(old_points: Points, points: Points) -> Points:
-    """Return the metric values that must be logged because they differ from MLflow's values.
+    """Return the metric values that must be logged because MLflow has different values.
 
     MLflow cannot remove a metric, so a value that becomes undefined is logged as NaN.
     """

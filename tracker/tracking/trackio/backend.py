@@ -1,6 +1,6 @@
 """Publish results to Trackio: a summary run per cell, and a run for each of its ablations.
 
-A cell is one model on one benchmark; another run shows its intact model. `isolated` calls this code
+A cell is one model on one benchmark. Another run shows the intact model. `isolated` calls this code
 in a separate process. The field `tracker.run_key` of a run's config identifies the run. Trackio
 cannot remove a metric, so a changed run is deleted and written again. Trackio prints warnings
 instead of raising errors, so written runs are read back.
@@ -33,7 +33,7 @@ TRACKIO_FORMAT = "1"
 
 
 class TrackioBackend(Backend):
-    """Backend that updates a Trackio project with the results in the ledger.
+    """Backend that updates a Trackio project with the results of a results folder.
 
     The charts of runs are not published, because Trackio itself draws the curves, and would keep
     the charts of deleted runs.
@@ -96,7 +96,7 @@ class TrackioBackend(Backend):
         return runs
 
     def _tracker_runs(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        """Yield the runs that tracker wrote, each with the field `tracker` of its config."""
+        """Yield (run, field `tracker` of its config) for each run that tracker wrote."""
         configs = SQLiteStorage.get_all_run_configs(self._project)  # each run asks by itself
         for run in trackio.Api().runs(self._project):
             config = (configs.get(run.id) or {}).get("tracker")
@@ -184,7 +184,7 @@ class TrackioBackend(Backend):
 
 
 def _rows_by_step(run: DescribedRun) -> dict[int, dict[str, Any]]:
-    """Return step → row to log; the figures of an ablation have its layer as their step."""
+    """Return step → row of metrics to log; the step of an ablation is its layer."""
     rows: dict[int, dict[str, Any]] = {}
     for layer, points in run.curves:
         rows.setdefault(layer, {}).update(points)

@@ -1,7 +1,7 @@
 """Publish results to Weights & Biases, and read published results back.
 
 Modules:
-    backend: Update a W&B project with the results in the ledger.
+    backend: Update a W&B project with the results of a results folder.
     service: Define the interface to W&B for other packages, without importing W&B.
     session: Set up the SDK, log in, open and close runs.
     sweep: Read a sweep, and log results to the runs of its trials.

@@ -1,6 +1,6 @@
 """Publish results to W&B: a summary run per cell, and a run for each of its ablations.
 
-A cell is one model on one benchmark; another run shows its intact model. `isolated` calls this code
+A cell is one model on one benchmark. Another run shows the intact model. `isolated` calls this code
 in a separate process. The field `tracker.run_key` of a run's config identifies the run. The field
 `tracker.digest` is written last, so the next `publish` completes a run whose digest is missing or
 outdated. W&B cannot be queried offline, so tracker writes a list of offline runs to a file.
@@ -59,7 +59,7 @@ class _ExistingRun:
 
 
 class WandbBackend(Backend):
-    """Backend that updates a W&B project with the results in the ledger.
+    """Backend that updates a W&B project with the results of a results folder.
 
     In a sweep, the run of each ablation is the run of its trial, so only the summary run and the
     run of the intact model are published. A report is published as a W&B Report, a saved view, and
@@ -83,7 +83,7 @@ class WandbBackend(Backend):
         """Number of ids of the current cell's runs that were deleted in W&B."""
 
     def is_open(self) -> bool:
-        """Return whether runs can be written (login or offline mode), contacting no server."""
+        """Return whether W&B has a login or is offline, so that runs can be written."""
         with wandb_session(self._results, "W&B could not be set up"):
             return is_offline() or bool(wandb.login(prompt=False, verify=False))
 
@@ -188,7 +188,7 @@ class WandbBackend(Backend):
         return runs
 
     def _confirm(self, cell: CellRecord, runs: Sequence[DescribedRun]) -> None:
-        """Read runs back from the server; the SDK reports failed uploads only in its log."""
+        """Check that the server stores the written runs; the SDK only logs failed uploads."""
         existing = self._find_cell_runs(cell)
         for run in runs:
             if run.key not in existing or existing[run.key].digest != run.digest(WANDB_FORMAT):
@@ -212,8 +212,8 @@ class WandbBackend(Backend):
         """Delete the files of an offline run that is replaced, unless they were uploaded already.
 
         The new run contains all data of the old run. `wandb sync` uploads runs in the order of
-        their folder names, which begin with a time, so the old run could overwrite the new run. The
-        run of the same cell in another project has the same id, so only the file with the list of
+        their folder names, which begin with a time, so the old run could overwrite the new run.
+        Runs of the same cell in different projects have the same id, so only tracker's list of
         offline runs identifies the folder.
         """
         if old_run is None or old_run.folder in ("", new_folder):
@@ -338,7 +338,7 @@ def _import_views() -> ModuleType:
 def _find_runs(
     path: str, filters: dict[str, Any], must_exist: bool = False
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield the matching runs that tracker wrote, each with the field `tracker` of its config.
+    """Yield (run, field `tracker` of its config) for matching runs that tracker wrote.
 
     Yields no run if the project does not exist, or raises ValueError if `must_exist` is True.
     """

@@ -20,7 +20,7 @@ _SWEEP_SETTINGS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 class WandbService(Service):
-    """Interface to W&B, with runs in an entity's project or in offline files."""
+    """Interface to W&B; runs are in an entity's project, or in offline files."""
 
     name = "wandb"
     title = "W&B"

@@ -59,7 +59,7 @@ def is_offline() -> bool:
 
 
 def log_in() -> None:
-    """Log in to W&B without prompting, which would block unattended runs; else TrackingError."""
+    """Log in to W&B without a prompt; TrackingError if no login is configured."""
     if not wandb.login(prompt=False, verify=True):
         raise TrackingError(
             "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
@@ -68,7 +68,7 @@ def log_in() -> None:
 
 
 def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> Any:
-    """Open a W&B run in addition to open runs, without output or data about this machine.
+    """Open an additional W&B run without console output or data about this machine.
 
     Args:
         results: The results folder, in which the files of the run are stored.

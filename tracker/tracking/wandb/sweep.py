@@ -73,7 +73,7 @@ class WandbLiveRun(OpenRuns):
 
 
 def show_progress(handle: Run) -> None:
-    """Make the number of measured documents the x-axis of a run's progress figures."""
+    """Make the number of measured documents the x-axis of a run's progress metrics."""
     handle.define_metric(f"{PROGRESS}*", step_metric=f"{PROGRESS}documents")
 
 
@@ -124,7 +124,7 @@ class WandbSweep:
 
 
 class WandbTrial:
-    """The run that a W&B agent created for its trial; the run is opened once and ended once."""
+    """The run that a W&B agent created for its trial; it is opened once and ended once."""
 
     def __init__(self, results: Path) -> None:
         self._results = results.absolute()
@@ -139,12 +139,12 @@ class WandbTrial:
             show_progress(self._handle)
 
     def update(self, figures: Mapping[str, float]) -> None:
-        """Log interim figures to the trial's run during the measurement."""
+        """Log interim metrics to the trial's run during the measurement."""
         with self._session():
             self._handle.log(dict(figures))
 
     def log(self, cell: CellRecord, layer: RunRecord, additions: Mapping[str, float]) -> None:
-        """Log the results of the trial's ablation with additional figures, and end the run."""
+        """Log the results of the trial's ablation with additional metrics, and end the run."""
         run = describe_run(cell, layer)
         run = replace(run, figures={**run.figures, **additions})
         with self._open_run("finished", **run_labels(cell, run.name, run.kind)) as handle:
@@ -179,6 +179,6 @@ class WandbTrial:
 
 
 def _write_trial(handle: Any, run: DescribedRun) -> None:
-    """Write a trial's results, without config values that the sweep set and W&B locks."""
+    """Write a trial's results, without the config values that the sweep has set and locked."""
     handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
     write_run(handle, run, [])

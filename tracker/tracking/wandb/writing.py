@@ -1,6 +1,6 @@
 """Write one W&B run: curves, tables, charts, summary, the artifact, and last the digest.
 
-W&B cannot remove a point of a curve, so a changed figure adds a second point.
+W&B cannot remove a point of a curve, so a changed value adds a second point.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[st
     Args:
         handle: An open W&B run.
         run: The description of the run.
-        existing_rows: Rows that the history of the run already has.
+        existing_rows: Rows that are already in the history of the run.
     """
     handle.notes = run.note
     if run.curves:
@@ -88,7 +88,7 @@ def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[st
 def log_files(
     handle: Any, artifact: Artifact, files: Iterable[Path], aliases: Iterable[str] = ()
 ) -> None:
-    """Log files as the latest version of a W&B artifact; wait until W&B has stored it."""
+    """Log files as the latest version of a W&B artifact, and wait until it is stored."""
     for file in files:
         artifact.add_file(str(file), name=file.name)
     logged_artifact = handle.log_artifact(artifact, aliases=["latest", *aliases])
