@@ -69,7 +69,7 @@ def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_pat
     assert f", {7 * layers} runs" in printed("validate", *options, "--intervention=int4")
     for command in ("validate", "plan"):
         result = cli(command, *options, "--intervention=int4_g128")
-        message = "blocks of 128 inputs, but rows of mlp.down_proj of layer 0 of Llama"
+        message = "blocks of 128 weights, but each row of mlp.down_proj of layer 0 of Llama"
         assert (result.exit_code, message in result.output) == (2, True), result.output
     result = cli("validate", *options, "--intervention=int4", "--map=mlp.gate")
     assert (result.exit_code, "has no linear map mlp.gate" in result.output) == (2, True)
@@ -129,7 +129,7 @@ def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     extra = ("--component=linear", "--intervention=int4_g128", "--results", results)
     answer = cli(*trial, *extra, "--map=mlp.gate_proj")
     assert answer.exit_code == 2
-    assert "128 inputs, but rows of mlp.gate_proj of layer 0 of " in answer.output
+    assert "128 weights, but each row of mlp.gate_proj of layer 0 of " in answer.output
     answer = cli(*trial, *extra, "--map=mlp.gate")
     assert answer.exit_code == 2
     assert "has no linear map" in answer.output

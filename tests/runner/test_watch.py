@@ -91,7 +91,7 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
     file = experiment(tiny_llama(), limit=20, data=str(write_arc(tmp_path / "data")))
     run_results = run_experiment(file, results, track=["mlflow"])
     (reason,) = run_results.outcome.failed.values()
-    assert "stopped, because sharing is not exact here: document" in reason
+    assert "stopped, because shared computation gives a wrong result here: document" in reason
     assert "on the pruned model" in reason
     assert calls
     assert not publications

@@ -81,7 +81,7 @@ def test_a_worker_says_what_keeps_it_from_its_work(tmp_path):
         options = Options(device=device)
         return WorkerProcess("worker 1", tmp_path / "out", variables, options, ".", {}, 1)
 
-    error = "0 of the accelerators 98,99 are available"
+    error = "accelerators 98,99; only 0 are available"
     with closing(make_worker("spread")) as worker, pytest.raises(ModelError, match=error):
         worker.ready()
     with closing(make_worker("cpu")) as worker:

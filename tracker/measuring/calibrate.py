@@ -116,9 +116,9 @@ class CalibrationTexts:
         needed = MIN_TOKENS_PER_DIM * width
         if has_linear and self.tokens < needed:
             raise CellError(
-                f"the calibration text has {self.tokens:,} tokens, and a linear map of {width:,} "
-                f"dimensions needs {needed:,}: leave 'linear' out of 'intervention', or use a "
-                "benchmark with more documents"
+                f"the calibration text has {self.tokens:,} tokens, but fitting a linear map of "
+                f"{width:,} dimensions needs {needed:,}; leave 'linear' out of 'intervention', or "
+                "use a benchmark with more documents"
             )
         intact = engine.ablate(INTACT)  # state that a call leaves behind stays with the copy
         return dict(fit_replacements(intact, self.texts, layers, has_linear))

@@ -60,8 +60,8 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
     if versions := versions - {SAME_VERSIONS}:
         progress.say(
             f"{store.identity.benchmark.title}: stored results ({'; '.join(sorted(versions))}) do "
-            f"not record tokens. If {tokeniser_differences(provenance, {})} split texts into "
-            "other tokens, results are mixed; to avoid this, choose another --results"
+            f"not record tokens. If {tokeniser_differences(provenance, {})} tokenise differently, "
+            "old and new results do not match; to avoid this, choose another folder: --results"
         )
 
 
@@ -69,13 +69,13 @@ def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, 
     """Build the error for a cell whose new outcomes would use other tokens than stored ones."""
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
-        ". A chat template that contains the date needs chat_template_args; the model's own code "
-        "runs only with --trust-remote-code"
+        ". Possible causes: a chat template that inserts the current date (set the date in "
+        "chat_template_args), or model code that was not run (--trust-remote-code)"
     )
     return CellError(
-        f"{change} now ({new}) than in the stored results ({old}); results with different tokens "
-        "are not mixed, so nothing was added. Use the former versions and settings, or choose "
-        f"another --results{advice * (old == SAME_VERSIONS)}"
+        f"{change} now ({new}) than in the stored results ({old}), so no results were added. "
+        "Restore the former versions and settings, or choose another results folder with "
+        f"--results{advice * (old == SAME_VERSIONS)}"
     )
 
 

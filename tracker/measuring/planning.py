@@ -59,8 +59,8 @@ class PlannedReading:
         return (
             f"{self.placement.total_bytes / 1e9:.1f} GB of weights do not fit into memory. "
             f"{len(layers)} layers ({size / 1e9:.1f} GB) are offloaded and read at least "
-            f"{self.n_reads} times. That reads {total / 1e9:.0f} GB{seconds}, most of it while "
-            "other layers are computed"
+            f"{self.n_reads} times. This reads {total / 1e9:.0f} GB in total{seconds}, mostly "
+            "while other layers are computed"
         )
 
 

@@ -194,7 +194,7 @@ def check_range(request: CellRequest, parts: ModelParts) -> None:
     if not runs and any(request.changes.expand()):
         reason = request.invalid_reason(request.changes.first_change, layers)
         raise ExperimentError(
-            f"{request.title}: none of the requested changes is possible ({reason})"
+            f"{request.title}: none of the requested ablations is possible ({reason})"
         )
 
 

@@ -109,8 +109,9 @@ class Scorer:
                 comparison += self.generation.compare(prompt, ablation, text)
             if comparison.wrong is not None:
                 raise CellError(
-                    f"stopped, because sharing is not exact here: {comparison.wrong}. Do not "
-                    "trust the stored results of this benchmark; please report this line"
+                    "stopped, because shared computation gives a wrong result here: "
+                    f"{comparison.wrong}. Do not trust the stored results of this benchmark; "
+                    "please report this line"
                 )
             comparisons[result.document.index, ablation] = comparison
         return comparisons
@@ -264,7 +265,7 @@ class Generation:
             return Comparison(1)
         if self.is_unsteady(prompt, ablation, true_text):
             return Comparison(1, unsteady=1)
-        wrong = f"{ablation.name}: text {text!r} with sharing, {true_text!r} in the pruned model"
+        wrong = f"{ablation.name}: {text!r} with sharing, {true_text!r} by the pruned model alone"
         return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:

@@ -139,4 +139,6 @@ def _refuse_missing_devices(device: str) -> None:
     find_device(device)
     names, count = os.environ.get(visible_variable()), len(accelerators())
     if device == SPREAD and names and count < len(names.split(",")):
-        raise ModelError(f"only {count} of the accelerators {names} are available; all are needed")
+        raise ModelError(
+            f"--device spread needs all of the accelerators {names}; only {count} are available"
+        )

@@ -295,8 +295,8 @@ def _check_reload(
     distance = float((logits - loaded_logits)[..., tokens].abs().max())
     if stray_keys or not distance <= RELOAD_TOLERANCE * max(1.0, float(logits.abs().max())):
         raise ModelError(
-            f"{name} {changes_text}, saved and loaded by plain transformers, computes other "
-            f"logits (they differ by {distance:.3g}): {_describe_difference(clone, loaded_model)}"
+            f"{name} {changes_text}: if plain transformers loads the saved checkpoint, its logits "
+            f"differ by up to {distance:.3g}: {_describe_difference(clone, loaded_model)}"
         )
 
 
@@ -449,7 +449,7 @@ def _check_saved_logits(
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         return
-    with translate_errors(lambda e: ModelError(f"the model fails on a text: {first_line(e)}")):
+    with translate_errors(lambda e: ModelError(f"error on a short test text: {first_line(e)}")):
         logits = _last_logits(model, tokenizer)
     with suppress(OSError, ValueError):
         stored_logits = np.fromfile(folder / _LOGITS_FILE, np.float32).reshape(logits.shape)
@@ -461,7 +461,7 @@ def _check_saved_logits(
         for read in (tokenizer, loaded_copy.tokenizer)
     )
     if tokens != loaded_tokens:
-        raise ModelError("the tokenizer splits texts into other tokens than its saved copy")
+        raise ModelError("the saved copy of the tokenizer splits texts into different tokens")
     copy_logits = _last_logits(loaded_copy.model, loaded_copy.tokenizer)
     del loaded_copy
     gc.collect()

@@ -78,9 +78,9 @@ def write_weights(source: ModelSource, model: nn.Module) -> None:
         size, free = shards.metadata["total_size"], shutil.disk_usage(folder).free
         if size > free:
             raise ModelError(
-                f"{source.source} takes {size / 1e9:.0f} GB in {folder}, but {free / 1e9:.0f} are "
-                f"free; use fewer layers ({source.source.partition('@')[0]}@4), or set "
-                "XDG_CACHE_HOME to a folder on a larger disk"
+                f"{source.source} takes {size / 1e9:.0f} GB in {folder}, but only "
+                f"{free / 1e9:.0f} GB are free; use fewer layers, such as "
+                f"{source.source.partition('@')[0]}@4, or set XDG_CACHE_HOME to a larger disk"
             )
         generator = torch.Generator().manual_seed(0)
         for file, names in shards.filename_to_tensors.items():

@@ -363,7 +363,7 @@ def take_over_loading(
                 if value.is_meta:
                     path = f"{paths[id(module)]}.{name}"
                     if (entry := index.get(path)) is None:
-                        raise ModelError(f"transformers does not say where {path} is on disk")
+                        raise ModelError(f"transformers names no file for the weight {path}")
                     source = find_slice(Path(entry["safetensors_file"]), entry["weight_name"])
                 sources[number].append((parameter, source))
     if stray := next((path for path, p in model.named_parameters() if p.is_meta), None):
@@ -498,9 +498,9 @@ def place_layers(
     minimum = min_weight_bytes(model)
     if budget < minimum:
         raise ModelError(
-            f"its embeddings, its output head and {LAYER_SLOTS} of its layers need "
-            f"{minimum / 2**30:.1f} GiB, but weights may take only {budget / 2**30:.1f} GiB; "
-            "raise this limit with --weights, or use a smaller dtype"
+            f"the embeddings, output head and {LAYER_SLOTS} layers of the model need "
+            f"{minimum / 2**30:.1f} GiB; the memory limit for weights is "
+            f"{budget / 2**30:.1f} GiB. Raise this limit (--weights), or use a smaller dtype"
         )
     n_staying = 0 if all_layers else min((budget - minimum) // max(sizes), len(sizes) - LAYER_SLOTS)
     n_moving = len(sizes) - n_staying

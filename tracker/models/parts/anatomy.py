@@ -166,8 +166,8 @@ class LayerAnatomy(PartFinder):
             inputs = linear.shape[1]
             if form.for_rows(inputs) is None:
                 raise ExperimentError(
-                    f"{form.name} rounds blocks of {form.block} inputs, but rows of {path} of "
-                    f"{owner} have {inputs}; use another format, or name other maps in 'map'"
+                    f"{form.name} rounds blocks of {form.block} weights, but each row of {path} of "
+                    f"{owner} has {inputs} weights; use another format, or name other maps in 'map'"
                 )
 
 
@@ -220,16 +220,16 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
     count, plural = counts.count_of(unit), KIND_STYLES[unit].plural
     if count is None:
         raise ModelError(
-            f"{source.source} has no number of {plural} in its configuration; use another 'unit'"
+            f"the configuration of {source.source} has no number of {plural}; use another 'unit'"
         )
     n_staying = experts_per_token(read_config(source)) if unit == "expert" else 1
     small = build_miniature(build_hollow(source, "auto"))
     # Without a miniature, the engine finds the layers before it measures.
     layers = tuple(range(counts.layers)) if small is None else _layers_with_parts(small, unit)
     if not layers or n_staying >= count:
-        reason = f": a layer has {count}, and {n_staying} must stay"
+        reason = f": each layer has {count} {plural}, and {n_staying} of them must stay"
         if not layers:
-            router = f"{Experts.NEEDS}, without groups of experts and without a fixed table"
+            router = f"{Experts.NEEDS}, which uses no groups of experts and no fixed table"
             reason = f" (needed: {router if unit == 'expert' else Heads.NEEDS})"
         raise ModelError(
             f"{source.source} has no {plural} that can be removed one by one{reason}; use another "

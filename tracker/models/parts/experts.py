@@ -104,13 +104,13 @@ class Experts:
             )
         if self.count - len(removed) < self.n_chosen:
             raise CellError(
-                f"{name} sends each token to {self.n_chosen} of {self.count} experts, and without "
-                f"{len(removed)} of them too few are left; leave this layer out of 'layer', or "
-                "expert out of 'component'"
+                f"{name} sends each token to {self.n_chosen} of {self.count} experts, and "
+                f"removing {len(removed)} of them leaves too few; leave this layer out of 'layer', "
+                "or expert out of 'component'"
             )
         if not self.removable:
             raise CellError(
-                f"the router of {name} does not work without an expert: it chooses from groups of "
+                f"no expert of {name} can be removed, because the router chooses from groups of "
                 "equal size or by a fixed table. Leave such layers out of 'layer', or expert out "
                 "of 'component'"
             )

@@ -42,7 +42,7 @@ class Heads:
     KIND: ClassVar[str] = "attention heads"
     COMPONENTS: ClassVar[str] = "head and kv_head"
     NEEDS: ClassVar[str] = (
-        "one call of transformers' AttentionInterface and one linear map for all heads' outputs"
+        "one call of transformers' AttentionInterface and one output projection for all heads"
     )
 
     projection: str
@@ -110,8 +110,8 @@ class Heads:
         attribute = (linear.module, linear.name)
         if not linear.weight.is_floating_point():
             raise CellError(
-                f"{self.projection} of {name} is quantised, so single columns cannot be set to 0; "
-                f"leave {self.COMPONENTS} out of 'component'"
+                f"{self.projection} of {name} is quantised, so the columns of a head cannot be set "
+                f"to 0; leave {self.COMPONENTS} out of 'component'"
             )
 
         def make() -> dict[ModuleAttribute, Tensor]:

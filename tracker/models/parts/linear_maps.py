@@ -114,7 +114,8 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
         if parameter.ndim > 1 and id(parameter) not in known_ids:
             problem = "is not a linear map, so it cannot be rounded to a format"
         if problem:
-            raise CellError(f"{path} of {name} {problem}; leave formats out of 'intervention'")
+            problem = f"{path} of {name} {problem}"
+            raise CellError(f"{problem}; leave weight formats out of 'intervention'")
     return {
         path: linear
         for path, linear in maps.items()

@@ -108,8 +108,8 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
     with hooks.silenced_sublayers([*attentions, *mlps]), hooks.enter_all(wrapped):
         model(ids, use_cache=False)
     if not all(is_unchanged):
-        layer, problem = layers[is_unchanged.index(False)], "it changes its input"
-        raise _division_error(model, layer, f"even without its first and last module {problem}")
+        layer, problem = layers[is_unchanged.index(False)], "without its first and last module"
+        raise _division_error(model, layer, f"the layer changes its input even {problem}")
 
     def measure_effect() -> Tensor:
         """Measure how much the last token's logits depend on the first token."""
@@ -122,10 +122,10 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            raise _division_error(model, layers[0], "not only its first module mixes tokens")
+            raise _division_error(model, layers[0], "not only the first module mixes tokens")
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
-            raise _division_error(model, layers[0], "its first module does not mix tokens")
+            raise _division_error(model, layers[0], "the first module does not mix tokens")
 
 
 def _division_error(model: PreTrainedModel, layer: nn.Module, problem: str) -> ModelError:
