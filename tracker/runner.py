@@ -193,8 +193,8 @@ class _Finisher:
         if own_name != first_name and own_name not in self._shared_names:
             self._shared_names.add(own_name)
             self._progress.say(
-                f"{own_name} has the same weights as {first_name}, which is measured here "
-                "already: both models share the results, under this name"
+                f"{own_name} has the same weights as {first_name}, which this results folder "
+                f"already contains; the results of both are shown as {first_name}"
             )
         self._publishing.append((title, self._publisher.begin(outcome, shown_record, live_runs)))
         while self._publishing and self._publishing[0][1].done():
@@ -241,8 +241,8 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample
         return (
-            f"these runs have results on {size or 'all'} documents, which stay shown; to show "
-            f"{count} too, list both: {key}: {{values: [{count}, {size or 'null'}]}}"
+            f"reports keep showing the earlier results on {size or 'all'} documents; to show "
+            f"those on {count} too, list both: {key}: {{values: [{count}, {size or 'null'}]}}"
         )
     others = [other for other in related_views if other.until is None and not shown_view.until]
     texts = [other.request_text for other in others if other.beside != shown_view.beside]

@@ -75,6 +75,6 @@ def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(cell
     )
     assert mixed_stacks.mismatch == reason
     # On the page, and in the runs.
-    assert any("differ from the baseline for layer 1." in w for w in warnings(derived))
+    assert any("differ from those of the baseline for layer 1." in w for w in warnings(derived))
     assert f"Layer 1: {reason}." in layer_table(derived).notes
     assert describe_run(derived, mixed_stacks).reasons["provenance"] == reason

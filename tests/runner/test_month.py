@@ -146,8 +146,8 @@ def test_a_smaller_question_takes_nothing_away(month):
         "what the file asked"
     )
     assert (
-        f"{name}: these runs have results on 40 documents, which stay shown; to show 10 too, "
-        "list both: sample: {values: [10, 40]}"
+        f"{name}: reports keep showing the earlier results on 40 documents; to show those on 10 "
+        "too, list both: sample: {values: [10, 40]}"
     ) in lines
     (shown,) = month.records()
     assert shown.model_copy(update={"supersedes": ()}) == large

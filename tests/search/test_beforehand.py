@@ -65,7 +65,7 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
     cache = make_cache()
     budget = find_budget(request, cache)
     savable = [fits(removed) for removed in possible_results(request, budget)]
-    suggestion = "Spans of 4 layers, or of a multiple, can be removed: write strategy"
+    suggestion = "A span of 4 layers, or a multiple of 4, can be removed: write strategy"
     if all(savable):
         assert refuse_unsavable([request], [budget], cache) == [""]
     elif any(savable):

@@ -119,7 +119,7 @@ def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: st
                 yield span
 
     if not list(allowed_spans(N_REMOVED)):
-        with pytest.raises(ExperimentError, match="may all be removed, so too few can be removed"):
+        with pytest.raises(ExperimentError, match="removable layers, so it cannot remove enough"):
             removed_sets(cell, case, "angular")
         return
     for length, step in enumerate(run_steps(cell, case, "angular"), 1):
@@ -232,7 +232,7 @@ def test_constraints_of_a_file_are_shown(write, prune, tmp_path: Path) -> None:
         assert PruneRecord.model_validate_json(record.model_dump_json()) == record
     text = " ".join(result.output.split())
     assert "Layers 0 and 4 were protected." in text
-    assert "Of any 4 layers in a row at least 1 of kind odd had to stay." in text
+    assert "Among any 4 layers in a row, at least 1 of kind odd had to stay." in text
     # What could be told apart by its amount alone is, by what was to stay.
     assert "last, without 0 and 1" in result.output
 

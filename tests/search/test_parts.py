@@ -204,5 +204,5 @@ def test_a_file_of_heads_is_searched_and_shown(write, prune, tmp_path) -> None:
     # The first head alone is a run, as any that is asked for.
     assert len(best_record.rests_on) == 1
     text = " ".join(result.output.split())
-    assert f"it goes without heads {names} (2 of 12)" in text
+    assert f"removes heads {names} (2 of 12)" in text
     assert "no command saves such a model: tracker export removes whole layers, not heads" in text

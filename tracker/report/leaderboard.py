@@ -95,7 +95,8 @@ def _choose_rank_column(
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):
         return [_rank_interval(no_value)], []
-    return [], ["The ranks by relevance cannot be told apart yet."] * (len(ranks) > 1)
+    note = "The relevance ranks cannot be distinguished yet: every interval covers all ranks."
+    return [], [note] * (len(ranks) > 1)
 
 
 def layer_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
@@ -139,8 +140,8 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
         _NO_SCORE,
     )
     return build_table(
-        f"{label}: its layers over {count_text(len(board.cells), 'benchmark')}, sorted by the "
-        "lower interval end of the drop, largest first.",
+        f"{label}: layers, averaged over {count_text(len(board.cells), 'benchmark')}, sorted by "
+        "the lower interval end of the drop, largest first.",
         [
             *rank_columns,
             *pick_columns(
@@ -161,9 +162,9 @@ def _board_notes(board: LayerBoard) -> list[str]:
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
-        "no mean cosine score: a benchmark has none": lambda row: row.cosine_score is None,
+        "no mean cosine score: undefined on a benchmark": lambda row: row.cosine_score is None,
         f"no rank by cosine score: {_NO_SCORE}": lambda row: has_no_ranks,
-        "open by McNemar’s exact test (Holm), though the interval is above 0": lambda row: (
+        "not significant by McNemar’s exact test (Holm), but interval above 0": lambda row: (
             row.shown == "open" and (row.deciding.low or 0.0) > 0
         ),
     }
@@ -206,13 +207,13 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     rows = _board_rows(board, label)
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
-        f"{label}: its {board.kind.plural} over {count_text(len(board.cells), 'benchmark')}, "
+        f"{label}: {board.kind.plural}, averaged over {count_text(len(board.cells), 'benchmark')}, "
         "sorted by the lower interval end of the drop, largest first"
     )
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
     if n_hidden > 0:
         rows = rows[:_PARTS_PER_END] + rows[-_PARTS_PER_END:]
-        title += f"; {n_hidden:,} in the middle are not shown"
+        title += f"; {n_hidden:,} {board.kind.plural} in the middle are not shown"
     columns = by_name(*part_board_columns())
     return build_table(
         f"{title}.",
@@ -323,8 +324,8 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
     rows = _model_rows(board, labels)
     rank_columns, _ = _choose_rank_column(rows, _NO_OTHER_MODEL)
     return build_table(
-        "Models by the mean relevance of their layers, the lowest first, over "
-        f"{count_text(len(board.benchmarks), 'common benchmark')}.",
+        "Models, sorted by the mean relevance of their layers over "
+        f"{count_text(len(board.benchmarks), 'common benchmark')}, lowest first.",
         [*rank_columns, *pick_columns(by_name(*model_board_columns()), *names, "layers")],
         rows,
         *filter(None, [open_models_sentence(board)]),

@@ -186,7 +186,7 @@ def layer_table(cell: CellRecord) -> Table:
     caption = (
         f"{cell.title}: every {'layer' if has_only_layers(cell) else 'run'}{documents}. "
         f"{metric_format(cell).level.capitalize()} is "
-        f"{cell.metric}; the metrics at the right are "
+        f"{cell.metric}; the last columns are metrics "
         f"{'over all tokens' if is_corpus(cell) else 'as lm-eval reports them'}. "
         f"Baseline: {baseline or DASH}."
     )

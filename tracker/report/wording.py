@@ -273,7 +273,7 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
         "each routed expert": "expert" in components,
         "each layer’s shared expert": "shared_expert" in components,
         "each span of layers": "layer" in span_components,
-        "the attention or MLP of each span": bool(span_components - {"layer"}),
+        "the attention or MLP of each span of layers": bool(span_components - {"layer"}),
     }
     removed_text = join_words([words for words, is_present in phrases.items() if is_present])
     replacements = join_words(
@@ -288,7 +288,7 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
         formats = join_words(sorted({kind.intervention for kind in group}))
         clauses += [f"{name} had weights in {formats} in turn"] if group else []
     if any(kind.intervention == "repeat" and kind.span > 1 for kind in kinds):
-        clauses.append("each span of layers was passed again in turn")
+        clauses.append("each span of layers was repeated in turn")
     return "; ".join(clauses)
 
 
@@ -322,8 +322,8 @@ def _mismatch_note(cell: CellRecord) -> str:
     """Return a space and a sentence on runs measured with other versions than the baseline."""
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
-        return f" Each {metric_format(cell).change} compares measurements with equal settings."
-    return f" Versions or devices differ from the baseline for {run_list(changes, cell)}."
+        return f" Each {metric_format(cell).change} compares runs with equal versions and devices."
+    return f" Versions or devices differ from those of the baseline for {run_list(changes, cell)}."
 
 
 def looks_note(cell: CellRecord) -> str:
@@ -411,9 +411,9 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     if chance is None:
         return tuple(notes)
     if is_finite(cell.baseline.value) and cell.baseline.value <= chance:
-        notes.append("The intact model is at or below chance: its layers have little to lose.")
+        notes.append("The intact model is not above chance, so the drops say little.")
     elif is_finite(cell.baseline.low) and cell.baseline.low <= chance:
-        notes.append("The 95 % interval of the baseline includes chance: the drops say little.")
+        notes.append("The 95 % interval of the baseline includes chance, so the drops say little.")
     return tuple(notes)
 
 

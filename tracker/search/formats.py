@@ -89,9 +89,9 @@ class FormatUnit:
             stored_format = FORMATS[form].for_rows(inputs)
             if stored_format is None:
                 raise RequestError(
-                    f"{form} rounds blocks of {FORMATS[form].block} inputs, but rows of "
-                    f"{self.name if self.is_embedding else f'a map of {self.name}'} have "
-                    f"{inputs}; leave {form} out of --format"
+                    f"{form} rounds blocks of {FORMATS[form].block} weights, but each row of "
+                    f"{self.name if self.is_embedding else f'a map of {self.name}'} has "
+                    f"{inputs} weights; leave {form} out of --format"
                 )
             n_bits += outputs * inputs * stored_format.bits_per_weight(inputs)
         return n_bits
@@ -194,9 +194,9 @@ def parse_budget(
         sizes = (budget.model_bytes(min_bits), other_bytes)
         size, other_size = (f"{size / 1e6:,.1f} MB" for size in sizes)
         raise RequestError(
-            f"--budget {text} is too small: with {smallest} in every map, maps take "
-            f"{min_bits:.3g} bits per weight, and the model {size} with its other weights "
-            f"({other_size}). Raise the budget, or add a format of fewer bits to --format"
+            f"--budget {text} is too small: with {smallest} in every linear map, the maps take "
+            f"{min_bits:.3g} bits per weight, and the model takes {size} (including {other_size} "
+            "of other weights). Raise the budget, or add a format of fewer bits to --format"
         )
     return budget
 

@@ -150,8 +150,8 @@ def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
             return (
-                f". Spans of {length} layers, or of a multiple, can be removed: write strategy: "
-                f"{{value: angular}} and remove: {{value: {length}}}"
+                f". A span of {length} layers, or a multiple of {length}, can be removed: write "
+                f"strategy: {{value: angular}} and remove: {{value: {length}}}"
             )
     return ""
 

@@ -160,7 +160,7 @@ def calibration_documents(searches: Sequence[PruneRecord]) -> float:
     return statistics.fmean(sum(cell.n for cell in search.calibration) for search in searches)
 
 
-PRUNE_QUESTION = "What can go, and what does the model answer without it?"
+PRUNE_QUESTION = "What can be removed, and how accurate is the model afterwards?"
 
 
 def build_finding(
@@ -188,18 +188,19 @@ def build_finding(
 
 
 COST_NOTE = (
-    "Cost: what a search needed, as if it had been alone. Evaluations: sets of removals, each on "
-    "all calibration documents, which is what a loop over pruned models would run. Passes: what "
-    "was computed for them, in passes of the intact model over these documents."
+    "Cost: what a search needs if it runs alone. Evaluations: number of sets of removed layers, "
+    "heads or experts that are scored on all calibration documents; a loop would run one pruned "
+    "model per set. Passes: computing cost, as a multiple of one forward pass of the intact model "
+    "over these documents."
 )
 ASSUMPTIONS = (
-    "What chose and what tests are different documents, so that accuracy after pruning is not "
-    "flattered by the choice; the intervals of a step are those of the test documents.",
-    "What is recommended chose on calibration documents: of the sets of all strategies but random, "
-    "the one that loses least on them. Test documents choose nothing.",
-    "Accuracy: Wilson's interval; what is lost, and differences of two prunings: paired documents "
-    "(Bonett and Price 2012), of the sentences for all their differences at once (Bonferroni). Of "
-    "several random draws the mean counts, document by document.",
+    "Calibration and test documents are disjoint, so the choice does not inflate the accuracy "
+    "after pruning. The intervals of a step are computed on the test documents.",
+    "The recommended set loses least on the calibration documents, among the sets of all "
+    "strategies except random. Test documents do not influence the choice.",
+    "Accuracies have Wilson intervals. Losses and differences of two pruned models have intervals "
+    "for paired documents (Bonett and Price 2012); in sentences, these hold for all differences at "
+    "once (Bonferroni). Several random draws count as their mean for each document.",
     "A step is separated from its runner-up if the interval of their paired difference in loss, on "
     "the calibration documents, is above 0. The interval holds with 95 % for all other candidates "
     "of the step at once (Bonferroni).",
@@ -222,7 +223,7 @@ def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[s
             text = _describe_set(best, labels) + _explain_choice(group, recommendation, labels)
         else:
             text = (
-                f"no set is recommended, since {recommendation.reason}. The unpruned model has a "
+                f"no set is recommended: {recommendation.reason}. The unpruned model has a "
                 f"test {_metric_name(record)} of {_format_level(record, record.baseline.level)}, "
                 f"n = {record.baseline.n:,}."
             )
@@ -242,11 +243,11 @@ def constraint_sentences(record: PruneRecord) -> Iterator[str]:
         words = _format_parts(unit, record.protected)
         yield f"{words[0].upper()}{words[1:]} {verb} protected."
     if record.among is not None:
-        yield f"Only {_format_parts(unit, record.among)} could go."
+        yield f"Only {_format_parts(unit, record.among)} could be removed."
     for kind, minimum in record.at_least.items():
         count, _, width = minimum.partition(" of ")
         group = f"any {width} {unit}s in a row" if width else f"all {unit}s"
-        yield f"Of {group} at least {count} of kind {kind} had to stay."
+        yield f"Among {group}, at least {count} of kind {kind} had to stay."
 
 
 def _format_parts(unit: Component, layers: Sequence[int]) -> str:
@@ -273,10 +274,10 @@ def _describe_set(searches: Searches, labels: Labels) -> str:
     record = searches[0].record
     strategies = join_words([labels[search.record.name] for search in searches])
     return (
-        f"by {strategies} it goes without {unit_plural(record.unit)} {record.names} "
-        f"({len(record.removed)} of {record.there or record.model.layers}) and has a test "
-        f"{_metric_name(record)} of {_format_level(record, final_outcome(record).level)}, unpruned "
-        f"{_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}."
+        f"the set chosen by {strategies} removes {unit_plural(record.unit)} {record.names} "
+        f"({len(record.removed)} of {record.there or record.model.layers}). The pruned model has a "
+        f"test {_metric_name(record)} of {_format_level(record, final_outcome(record).level)}, the "
+        f"unpruned model {_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}."
     )
 
 
@@ -286,13 +287,13 @@ def _explain_choice(searches: Searches, recommendation: Recommendation, labels: 
     if step is None or documents is None:
         return ""
     count = count_text(documents.n, "calibration document")
-    head = f" Of {recommendation.n_sets} sets none loses less on {count}"
-    text = f"{head}, so this one is recommended"
+    head = f" None of {recommendation.n_sets} sets loses less on {count}"
+    text = f"{head}, so this set is recommended"
     if step.margin.value is None or (step.margin.low is not None and step.margin.low > 0):
         return f"{text}."
     records = [search.record for search in searches if search.record.removed == step.runner_up]
     strategies = [labels[r.name] for r in records if r.strategy != RANDOM_STRATEGY]
-    return f"{text}; they are too few to tell it from that of {join_words(strategies)}."
+    return f"{text}; it is not significantly better than that of {join_words(strategies)}."
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
@@ -320,7 +321,8 @@ def _describe_strategy(searches: Searches, difference: Estimate) -> str:
     levels = [final_outcome(search.record).level.value for search in searches]
     mean = statistics.fmean(level or 0.0 for level in levels) if None not in levels else None
     draws = f", the mean of {count_text(len(levels), 'draw')}" if len(levels) > 1 else ""
-    text = f"By {record.strategy} it is {_format_level(record, Estimate(mean))}{draws}"
+    level = f"the test {_metric_name(record)} is {_format_level(record, Estimate(mean))}"
+    text = f"By {record.strategy}, {level}{draws}"
     if difference.value is None or difference.low is None or difference.high is None:
         return f"{text}."
     write = UNIT_FORMATS[_figure_unit(record, "points")].write
@@ -347,10 +349,10 @@ def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = ""
         f"{len(separation.unsure_steps)} of {count_text(separation.n_compared, 'step')}"
     )
     if separation.n_level:
-        text += f", at {separation.n_level} of which both are level"
+        text += f"; at {separation.n_level} of these steps, both have the same score"
     if separation.needed_documents is not None:
-        half = "the others" if separation.n_level else "these"
-        text += f"; about {separation.needed_documents:,} would at half of {half}"
+        half = "the other steps" if separation.n_level else "these steps"
+        text += f"; about {separation.needed_documents:,} would be enough at half of {half}"
     yield text + "."
 
 
@@ -515,7 +517,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         f"{record.model.name} · {_benchmark_name(record)}: step by step",
         columns,
         rows,
-        "score: what the strategy makes small, on the calibration documents, in its unit",
+        "score: the quantity that the strategy minimises on the calibration documents, in its unit",
     )
 
 
@@ -530,7 +532,8 @@ def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
     for label, search in longest.items():
         outcomes = {0: search.baseline, **{len(s.removed): s.test for s in search.steps if s.test}}
         levels[label] = [outcomes[n].level if n in outcomes else None for n in counts]
-    title = f"{record.model.name} · {_benchmark_name(record)}: what is left, the more goes"
+    title = f"{_metric_name(record)} by number of removed {unit_plural(record.unit)}"
+    title = f"{record.model.name} · {_benchmark_name(record)}: {title}"
     return frontier_chart(title, record.unit, record.higher_is_better, levels)
 
 

@@ -35,7 +35,7 @@ PartSet = tuple[int, ...]
 """Numbers of parts that are removed together, ascending, as `SearchParts` numbers them."""
 
 NO_FINITE_SCORE = (
-    "no removal has a finite score on all calibration documents; take another strategy, or dtype: "
+    "no removal has a finite score on all calibration documents; use another strategy, or dtype: "
     "{value: float32}"
 )
 """Error messages if no removals can be compared."""

@@ -210,7 +210,9 @@ def resolve_constraints(
     minimums = tuple(_parse_minimum(kind, text, n_layers, config) for kind, text in texts)
     if not set(range(n_layers) if allowed is None else allowed) - set(protected):
         layers = f"all {n_layers} layers" if allowed is None else "every layer of 'among'"
-        raise ExperimentError(f"'protect' holds {layers}: none is removable; protect fewer layers")
+        raise ExperimentError(
+            f"'protect' lists {layers}, so none is removable; protect fewer layers"
+        )
     return Constraints(protected, allowed, minimums)
 
 
@@ -243,7 +245,7 @@ def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any
     minimum = LayerMinimum(kind, layers, int(n), int(width) if width else None)
     prefix, window = f"'at_least': {kind}: {text}", minimum.window
     if window is not None and window > n_layers:
-        raise ExperimentError(f"{prefix}: the model has {n_layers} layers; write {n} of {n_layers}")
+        raise ExperimentError(f"{prefix}: the model has {n_layers} layers; use {n} of {n_layers}")
     for start, group in enumerate(minimum.groups(n_layers)):
         if len(group) < minimum.count:
             among = f" among layers {start} to {start + window - 1}" if window else ""
@@ -328,7 +330,7 @@ def parse_amount(value: int | str) -> Amount:
     if isinstance(value, bool) or amount is None or amount.measure == "bits":
         raise ValueError(f"invalid amount {short_text(value)}; expected e.g. {AMOUNT_FORMS}")
     if amount.value <= 0 or (amount.is_share and amount.value >= 1):
-        raise ValueError(f"invalid amount {amount.text!r}; expected more than 0, less than 100 %")
+        raise ValueError(f"invalid amount {amount.text!r}; expected above 0 and below 100 %")
     return amount
 
 
@@ -464,8 +466,8 @@ class PartsBudget(Budget):
 def unmet_budget_error(reason: str) -> ExperimentError:
     """Build the error of a strategy that cannot remove enough to meet the budget."""
     return ExperimentError(
-        f"{reason}, so too few can be removed; remove less, or use a strategy that chooses one by "
-        "one, such as accuracy"
+        f"{reason}, so it cannot remove enough; remove less, or use a strategy without this limit, "
+        "such as accuracy"
     )
 
 

@@ -150,7 +150,7 @@ def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
         means = rounded_values(race.rule.means)
         # If all documents leave several open, they are level: the later one is removed.
         best = min(race.winners, key=lambda index: (means[index], -parts[index]))
-        reasons = {"margin": "a race does not measure every candidate on all documents"}
+        reasons = {"margin": "'rescoring: race' does not measure all candidates on all documents"}
         score = float(means[best])
         return PruneStep(removed=sets[best], layer=parts[best], score=score, reasons=reasons)
 
@@ -204,7 +204,7 @@ def remove_span(search: Search) -> Iterator[PruneStep]:
     # The last step is at the greatest length of which a span is enough.
     lengths = [k for k, runs in spans_by_length.items() if k < n and any(map(budget.is_met, runs))]
     if not lengths:
-        raise unmet_budget_error("angular removes consecutive layers that may all be removed")
+        raise unmet_budget_error("the strategy 'angular' removes one span of removable layers")
     removed: PartSet = ()
     longest = max(lengths)
     for length in range(1, longest + 1):

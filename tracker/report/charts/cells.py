@@ -234,7 +234,7 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
         bars = {"color": style.GREY if is_single else line["color"]}
         margins = {run.run: run.margins for run in by_kind[kind] if run.margins}
         hovers = [
-            f"{run.label()}: median {two_digits(median)}, half of the documents from "
+            f"{run.label()}: median margin {two_digits(median)}, middle half of the documents "
             f"{two_digits(lower)} to {two_digits(upper)}"
             for run, (lower, median, upper) in margins.items()
         ]
@@ -294,9 +294,11 @@ def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart |
         return None
     labels = [str(layer) for layer in layers]
     n_left_out = len(decisions.compared) - len(layers)
-    title = f"{cell.title}: how far two layers lose the same documents"
+    title = f"{cell.title}: correlation of the documents that become wrong without each layer"
     if n_left_out:
-        title += f"; {count_text(n_left_out, 'layer')} left out, where no or every document is lost"
+        title += (
+            f"; {count_text(n_left_out, 'layer')} left out (no or every document becomes wrong)"
+        )
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}
     chart = centred_map(
