@@ -84,7 +84,7 @@ def test_formats_have_the_least_sum_of_losses(quantised):
         if sum(bits[pair] for pair in zip(maps, forms, strict=True)) <= 6
     )
     table = done.finding.tables[0]
-    heading = "sum of losses where it was chosen"
+    heading = "sum of single losses, calibration"
     assert _values(table, heading, "measured") == pytest.approx(min_loss)
     assert _values(table, "bits a weight", "measured") <= 6
 

@@ -205,7 +205,7 @@ def test_a_loss_that_may_be_nothing_cannot_be_won_back(lost):
     resamples = lost + 0.05 * rng.standard_normal((400, 2))
     estimate = recovered_share(np.full(2, lost), np.zeros(2), resamples, 0 * resamples)
     assert estimate.value is None
-    assert estimate.reason == "the summed loss is not shown to be above 0"
+    assert estimate.reason == "the sum of the drops is not significantly above 0"
 
     undefined = recovered_share(np.array([np.nan]), np.zeros(1), resamples, resamples)
     assert undefined.reason == "a drop is not a finite number"

@@ -74,7 +74,7 @@ def test_a_file_is_measured_observed_once_and_said(tiny_llama, experiment, tmp_p
     assert row["majorly by chance"].value < 0.7
     assert finding.assumptions
     page = (results / "report.html").read_text()
-    assert "what a proxy predicts for what it costs" in page
+    assert "how well each proxy predicts the drop, by computing cost" in page
 
     monkeypatch.setattr(observing, "open_model", lambda *arguments: pytest.fail("loaded again"))
     assert conduct_study("audit", path, results) == finding

@@ -15,6 +15,7 @@ from tracker.core.tables import Entry
 from tracker.stats.reliability import spearman_brown, stratified_orders
 from tracker.stats.resampling import SEED
 from tracker.studies.calibration import (
+    HALVES_DISAGREE,
     SAMPLE_PAIRS,
     AgreementCurve,
     LayerRanking,
@@ -92,7 +93,7 @@ def test_agreement_is_that_of_plain_samples(measured):
     if half.low > 0:
         assert predicted.value == pytest.approx(spearman_brown(half.value, 1 / 3))
     else:
-        assert predicted.reason == "two halves agree no surer than chance"
+        assert predicted.reason == HALVES_DISAGREE
     beyond = _find_row(finding, TITLE, 20)
     assert (beyond[1].value is None, beyond[3].value is None) == (True, False)
 
@@ -145,7 +146,7 @@ def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch):
         assert curve.needed.value is None
         undefined = needed_table([("noise", curve)], 0.9).rows[0][4:]
         undefined += agreement_table("noise", curve).rows[0][2:3]
-        assert {entry.reason for entry in undefined} == {"two halves agree no surer than chance"}
+        assert {entry.reason for entry in undefined} == {HALVES_DISAGREE}
 
 
 def test_of_layers_that_differ_a_number_is_named(monkeypatch):
@@ -162,7 +163,7 @@ def test_of_many_rankings_a_number_is_named_where_all_tests_together_allow_it(mo
     lucky = replace(curve, p_value=0.03)
     assert judge_curves([lucky])[0].needed == curve.needed
     reason = judge_curves([lucky, lucky])[0].needed.reason
-    assert reason == "two halves agree no surer than chance"
+    assert reason == HALVES_DISAGREE
 
 
 def test_a_drop_that_is_the_same_everywhere_ranks_nothing(tiny_llama, experiment, tmp_path):

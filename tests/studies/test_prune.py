@@ -119,7 +119,7 @@ def test_tables_follow_from_the_outcomes(folder, studied, outcomes):
             assert interval_values(row[name]) == approximate_interval(accuracy(values[name]))
         assert row["mean"].value == pytest.approx(benchmark_mean(values))
 
-    assert table_column(differences, "than by") == [*STRATEGIES[1:]]
+    assert table_column(differences, "compared with") == [*STRATEGIES[1:]]
     for strategy in STRATEGIES[1:]:
         row = find_row(differences, strategy)
         for name in BENCHMARKS:

@@ -52,7 +52,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
     assert mean.value == pytest.approx(drops["remove"].mean())
     for kind, entry in zip(REPLACEMENTS, shares, strict=False):
         if entry.value is None:
-            assert entry.reason == "the summed loss is not shown to be above 0"
+            assert entry.reason == "the sum of the drops is not significantly above 0"
         else:
             assert entry.value == pytest.approx(1 - drops[kind].sum() / drops["remove"].sum())
     assert [row[1].value for row in significant.rows] == [2, 2, 2]
@@ -75,8 +75,8 @@ def test_a_linear_map_that_cannot_be_fitted(tiny_llama, experiment, tmp_path, mo
     assert result.exit_code == 1
     assert "a linear map of 32 dimensions needs 32,000,000" in result.output
     assert "leave 'linear' out of 'intervention'" in result.output
-    assert "Is what a removal costs only missing scale?" in result.stdout
-    assert "not measured; the lines on missing results" in (results / "report.html").read_text()
+    assert module.Rescale.question in result.stdout
+    assert "not measured; the list of missing results" in (results / "report.html").read_text()
 
 
 def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path):

@@ -108,7 +108,7 @@ def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much
     assert not replayed.answered.any()
     row = find_row(savings_table(sampled, [replayed]), str(question))
     for name in ("documents", "layer passes", "fewer than lm-eval"):
-        assert row[name] == Estimate(None, reason="open after all 400 that are measured")
+        assert row[name] == Estimate(None, reason="undecided after all 400 measured documents")
     # All of a split answer whatever is no tie.
     assert replay_question(cell, question, draw_orders(400)[:8]).answered.all()
 

@@ -151,8 +151,8 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     assert "answers all 2 documents that can be of mine" in finding.answers[0]
     assert "not one document is answered" in finding.answers[0]
     notes = "\n".join(finding.lacking)
-    assert "mine: 1 document (1) cannot be taught: a wrong answer equals or begins the" in notes
-    assert "mine: 1 document (2) cannot be taught: another document with the same text" in notes
+    assert "mine: 1 document (1) cannot be taught: a wrong answer is a prefix of the" in notes
+    assert "mine: 1 document (2) cannot be taught: another document has the same text" in notes
 
 
 def test_a_model_that_does_not_show_it(tiny_llama, experiment, tmp_path, monkeypatch):

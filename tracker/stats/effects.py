@@ -154,7 +154,7 @@ def additivity(
     def estimate(measure: Callable[[Array, Array], Array]) -> Estimate:
         (value,) = measure(sums[None], joint[None]).tolist()
         if not math.isfinite(value):
-            return Estimate(None, reason="the sums or the joint drops are all the same")
+            return Estimate(None, reason="all sums of two drops, or all joint drops, are equal")
         return Estimate(value, *bias_corrected_interval(value, measure(*resamples), max_value=1))
 
     return estimate(partial(row_coefficients, coefficient="spearman")), estimate(_explained_share)

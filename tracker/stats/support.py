@@ -61,7 +61,7 @@ def recovered_share(
     loss_sums, remainder_sums = loss_resamples.sum(axis=1), remainder_resamples.sum(axis=1)
     is_positive = loss_sums > 0
     if losses.sum() <= 0 or is_positive.mean() < (1 + LEVEL) / 2:
-        return Estimate(None, reason="the summed loss is not shown to be above 0")
+        return Estimate(None, reason="the sum of the drops is not significantly above 0")
     shares = 1 - remainder_sums[is_positive] / loss_sums[is_positive]
     low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(1 - remainders.sum() / losses.sum()), float(low), float(high))

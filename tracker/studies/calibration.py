@@ -47,7 +47,7 @@ SIZES_SHOWN = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """Sample sizes that tables and answers show, besides half of the documents."""
 SAMPLE_SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
 """Sizes of the samples that are drawn, up to the number of documents."""
-HALVES_DISAGREE = "two halves agree no surer than chance"
+HALVES_DISAGREE = "two halves of the documents do not agree significantly more than by chance"
 SAMPLES_TOO_LARGE = "two samples of this size would share documents"
 _ALL_TIED = "in most samples of this size all layers are tied"
 
@@ -64,7 +64,7 @@ class Calibration(Study[CalibrationSettings]):
     """Study that ranks layers by many random samples of documents and compares the rankings."""
 
     name = "calibration"
-    question = "How many documents until the ranking of layers is stable?"
+    question = "How many documents are needed for a stable ranking of the layers?"
     layers = MIN_LAYERS_RANKED
     texts = CALIBRATION_TEXTS
 
@@ -334,13 +334,13 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
         return "extrapolated" if row[1].extrapolated else "measured"
 
     return build_table(
-        f"How many documents rank the layers with a reliability of {reliability:g}",
+        f"Number of documents needed to rank the layers with a reliability of {reliability:g}",
         [
             Column("model and benchmark", "text", lambda row: row[0]),
             Column("ranked by", "text", lambda row: row[1].name),
             Column("documents", "count", lambda row: row[1].documents),
             Column("two halves agree", "coefficient", lambda row: row[1].agreement(row[1].half)),
-            Column("all agree with as many others", "coefficient", full_agreement),
+            Column("all agree with as many other documents", "coefficient", full_agreement),
             Column(f"documents for {reliability:g}", "count", lambda row: row[1].needed),
             Column("how", "text", source),
         ],
@@ -357,7 +357,7 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
 
     with_all = f"a sample with all {drop.documents:,}"
     return build_table(
-        f"{title}: agreement of random samples on the order by {drop.name}",
+        f"{title}: agreement of random samples of documents on the order by {drop.name}",
         [
             Column("n", "count", lambda n: n),
             Column("two samples", "coefficient", drop.agreement),
@@ -407,6 +407,6 @@ def _overlap_chart(title: str, drop: AgreementCurve) -> LineChart:
         lines[label] = [drop.agreement(n, name).value for n in positions]
     for k in sorted({k for _, _, k in drop.tops}):
         lines[f"{k} by chance"] = [k / drop.layers] * len(positions)
-    title = f"{title}: layers that two samples have in common, by {drop.name}"
+    title = f"{title}: overlap of the top or bottom layers of two samples, by {drop.name}"
     axes = ("documents in a sample", "shared")
     return line_chart(title, axes, "percent", positions, lines, log_x=True)

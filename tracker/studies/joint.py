@@ -228,7 +228,7 @@ def pair_interactions(
 
     def mean_over(indices: NDArray[np.int64]) -> Estimate:
         if not len(indices):
-            return Estimate(None, reason="all such pairs are at the floor")
+            return Estimate(None, reason="all these pairs are at the floor of the metric")
         per_document = values[:, indices].mean(axis=1)
         return Estimate(float(weights @ per_document), *mean_interval(per_document, weights))
 
@@ -302,7 +302,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
     rows = [n for value, n in sorted(values, reverse=True)[:MAX_PAIRS_LISTED] if value > 0]
     kind = "redundant: together they cost more" if sign > 0 else "sub-additive: they cost less"
     return build_table(
-        f"{pairs.record.title}: the most {kind} than the sum, by {pairs.measure}",
+        f"{pairs.record.title}: pairs that are most {kind} than the sum, by {pairs.measure}",
         [
             Column("layers", "text", lambda n: "{}, {}".format(*pairs.pairs[n])),
             Column("apart", "count", lambda n: pairs.pairs[n][1] - pairs.pairs[n][0]),
@@ -348,7 +348,7 @@ def _interaction_map(pairs: PairInteractions) -> MapChart:
 
 def _distance_chart(pairs: PairInteractions) -> LineChart:
     """Build the chart of the mean interaction by the distance of the two layers."""
-    name = "pairs that are not at the floor" if pairs.floor.any() else "all pairs"
+    name = "pairs not at the floor of the metric" if pairs.floor.any() else "all pairs"
     title = f"{pairs.record.title}: mean interaction by distance, {pairs.measure}"
     axes, lines = ("distance |i − j|", "interaction"), {name: pairs.by_distance.values()}
     return line_chart(title, axes, pairs.unit, pairs.by_distance, lines)

@@ -107,7 +107,7 @@ class Precision(Study[PrecisionSettings]):
     """Study that measures the cost of rounding each linear map; see the module."""
 
     name = "precision"
-    question = "What does it cost to keep one linear map in fewer bits, and which error says so?"
+    question = "What does rounding one linear map cost, and which rounding error predicts the cost?"
     races = True
     intact = True
     texts = PRECISION_TEXTS
@@ -189,7 +189,7 @@ def _correlate(error: Array, errors: Array, drop: Array, drops: Array) -> Estima
     """Compute Spearman's coefficient of error and drop over maps, with an interval."""
     (value,) = row_coefficients(error[None], drop[None], "spearman").tolist()
     if not np.isfinite(value):
-        return Estimate(None, reason="one of the two is undefined, or the same for all maps")
+        return Estimate(None, reason="the error or the drop is undefined, or equal for all maps")
     rows = row_coefficients(errors, drops, "spearman")
     return Estimate(value, *bias_corrected_interval(value, rows, -1, 1))
 
@@ -227,9 +227,9 @@ def _build_tables(rounded: RoundedMaps) -> Iterator[Table]:
     """Yield the tables of a format: map names, maps with the largest cost, correlations."""
     record, title, n_maps = rounded.record, rounded.title, len(rounded.maps)
     costliest = sorted(rounded.maps, key=lambda row: -(row.fall.value or 0.0))[:MAX_MAPS_LISTED]
-    names = f"{title}: linear maps by name, one at a time, on average over layers."
-    maps = f"{title}: the {len(costliest)} of {n_maps} maps that lower the right answer's"
-    maps += " log-probability most."
+    names = f"{title}: mean cost over layers of rounding one linear map, by the map's name."
+    maps = f"{title}: the {len(costliest)} of {n_maps} maps whose rounding lowers the right "
+    maps += "answer's log-probability most."
     orders = f"{title}: how errors order the {n_maps} maps."
     for kind, heading, rows, macro in (
         (MapNameRow, names, rounded.names, "name_notes"),

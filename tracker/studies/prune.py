@@ -143,7 +143,7 @@ class Prunings:
             if figure.value is None:
                 return Estimate(None, reason=f"{name}: {figure.reason}")
         if not figures:
-            return Estimate(None, reason="no benchmark is above chance unpruned")
+            return Estimate(None, reason="the unpruned model is above chance on no benchmark")
         return average([*figures.values()]) if len(figures) > 1 else figures[self.counted[0]]
 
     def level(self, method: Method | None, name: str, removed: int | None = None) -> Estimate:
@@ -323,7 +323,9 @@ def _chance_reason(cell: CellRecord) -> str:
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
-    return f"unpruned it is at {points(level)} %, not above chance, {points(chance)} %"
+    return (
+        f"the unpruned model has {points(level)} %, which is not above chance ({points(chance)} %)"
+    )
 
 
 class Prune(Study[PruneSettings]):
@@ -484,7 +486,7 @@ def _benchmark_columns(
         return Column(name, unit, lambda row: figure(row, name))
 
     yield from map(column, group.benchmarks)
-    none = Estimate(None, reason="a mean needs two benchmarks that are above chance unpruned")
+    none = Estimate(None, reason="a mean needs two benchmarks with an unpruned model above chance")
     yield Column("mean", unit, average if len(group.counted) > 1 else lambda row: none)
 
 
@@ -496,8 +498,8 @@ def _accuracy_table(group: Prunings, amount: str) -> Table:
     draws = {m.strategy: n for m, n in counts.items() if m.amount == amount and n > 1}
     columns = _benchmark_columns(group, "percent", group.level, group.level_mean)
     return build_table(
-        f"{group.title}: test accuracy, {group.removal(amount)}, each benchmark pruned for by "
-        "its own calibration documents",
+        f"{group.title}: test accuracy, {group.removal(amount)}, layers chosen on calibration "
+        "documents of the same benchmark",
         [Column("strategy", "text", strategy), *columns],
         [None, *group.select(amount).values()],
         *PRUNE_TEXTS.render_all("accuracy_notes", group.benchmarks, draws),
@@ -515,9 +517,9 @@ def _difference_tables(group: Prunings, amount: str) -> Iterator[Table]:
 
     if pairs := group.accuracy_contrasts(amount):
         yield build_table(
-            f"{group.title}: by how much pruning by accuracy answers more, {group.removal(amount)}",
+            f"{group.title}: gain in test accuracy of pruning by accuracy, {group.removal(amount)}",
             [
-                Column("than by", "text", lambda row: row.reference.strategy),
+                Column("compared with", "text", lambda row: row.reference.strategy),
                 *_benchmark_columns(group, "points", difference, lambda row: row.difference),
                 _P_COLUMN,
             ],
@@ -556,7 +558,7 @@ def _cost_table(group: Prunings) -> Table:
     def calibration(method: Method) -> str:
         return method.calibration if documents(method) else "no documents"
 
-    none = "nothing was compared document by document"
+    none = "no step has a runner-up on the same documents"
     columns: list[Column[Method]] = [
         Column("strategy", "text", lambda method: method.strategy),
         Column("amount", "text", lambda method: method.amount),
@@ -585,5 +587,5 @@ def build_charts(group: Prunings) -> Iterator[LineChart]:
     counts = range(max(max(group.removed_counts(amount)) for amount in group.amounts) + 1)
     names = dict.fromkeys(m.strategy for m in group.methods if m.calibration == OWN_TASK)
     levels = {name: [level(name, count) for count in counts] for name in names}
-    title = f"{group.title}: what is left, the more goes, {group.over}"
+    title = f"{group.title}: test accuracy by number of removed layers, {group.over}"
     yield frontier_chart(title, "layer", True, levels)

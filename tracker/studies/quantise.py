@@ -113,8 +113,8 @@ class TestedChoice:
     by: str = labelled("chosen by")
     bits: float = labelled("bits a weight", "proxy")
     size: float = labelled("model (MB)", "proxy")
-    expected: float = labelled("sum of losses where it was chosen", "nats")
-    chosen_on: float = labelled("loss of the whole there", "nats")
+    expected: float = labelled("sum of single losses, calibration", "nats")
+    chosen_on: float = labelled("joint loss, calibration", "nats")
     level: Estimate = labelled("{level} on test documents", "level")
     drop: Estimate = labelled("{change}", "change")
     gold: Estimate = labelled("loss of gold log-probability", "nats")
@@ -327,7 +327,7 @@ class Quantise(Study[QuantiseSettings]):
     """Study that chooses the formats of weights within a budget of bits; see the module."""
 
     name = "quantise"
-    question = "Which weights may have fewer bits, and is the choice better than all alike?"
+    question = "Which weights can have fewer bits, and does this beat one format for all weights?"
     intact = True
     texts = QUANTISE_TEXTS
 
@@ -448,7 +448,7 @@ def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedCho
     """Build the table of all assignments of formats, with model size and cost."""
     rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in rows]
     title = f"{cell_label(record)}: choices within the budget."
-    note = f"Chosen on {record.counted} documents. 95 % intervals, each for itself."
+    note = f"Formats are chosen on {record.counted} documents. The 95 % intervals are unadjusted."
     return figure_table(TestedChoice, title, rows, note, measure=metric_format(record))
 
 
@@ -488,6 +488,8 @@ def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
         single = float(np.mean([pairs.alone[i] + pairs.alone[j] for i, j in pairs.pairs]))
         label = f"two, the mean of {count_text(len(pairs.pairs), 'drawn pair')}"
         rows.append(SumRow(label, float(pairs.together.mean()), single, pairs.mean))
-    title = f"{cell_label(record)}: do losses add up? Units of the choice by {MEASURED_CHOICE}"
-    note = "95 % intervals over documents, each for itself, of these units."
-    return figure_table(SumRow, f"{title}, on the documents that choose.", rows, note)
+    title = (
+        f"{cell_label(record)}: joint loss and sum of single losses, choice by {MEASURED_CHOICE}"
+    )
+    note = "95 % intervals over documents, unadjusted; the units are fixed."
+    return figure_table(SumRow, f"{title}, on calibration documents.", rows, note)

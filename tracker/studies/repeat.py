@@ -49,7 +49,7 @@ class Repeat(Study[RepeatSettings]):
     """Study that tests whether passing some layers again improves a model; see the module."""
 
     name = "repeat"
-    question = "Does passing some layers again make a model better?"
+    question = "Does repeating some layers make a model better?"
     races = True
     intact = True
     chooses = True

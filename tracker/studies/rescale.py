@@ -40,15 +40,15 @@ STAND_INS: dict[Intervention, str] = {
 REPLACEMENTS = (*STAND_INS,)[1:]
 RESCALE_TEXTS = study_texts("rescale", resamples=RESAMPLES)
 _NOT_FINITE = "a drop is not a finite number"
-_NO_TEST = "McNemar's test needs outcomes that are right or wrong; there are none"
-_NOT_MEASURED = "not measured; the lines on missing results give the reason"
+_NO_TEST = "McNemar's test needs outcomes that are right or wrong; this metric has none"
+_NOT_MEASURED = "not measured; the list of missing results gives the reason"
 
 
 class Rescale(Study[RescaleSettings]):
     """Study that tests whether fitted replacements recover the loss of removed layers."""
 
     name = "rescale"
-    question = "Is what a removal costs only missing scale?"
+    question = "Is the drop of a removed layer due only to the changed scale of hidden states?"
     intact = True
     texts = RESCALE_TEXTS
 
@@ -225,7 +225,7 @@ def _summary_table(cells: Sequence[CellCosts]) -> Table:
 
     label = f"mean {measure.change} of a removal{cells[0].unit}"
     return build_table(
-        "What stands in for a layer, and how much of the drop it wins back",
+        "Replacements of a layer, and the share of the drop that each recovers",
         [
             Column("model and benchmark", "text", lambda cell: cell.name),
             Column("documents", "count", lambda cell: cell.n),
@@ -261,7 +261,7 @@ def significance_table(cells: Sequence[CellCosts]) -> Table:
         tested = sum(value is not None for value in p_values)
         counts = [int((significant & side).sum()) for side in (gain > 0, gain < 0)]
         rows.append(SignificanceRow(STAND_INS[name], tested, *(counts if tested else (None, None))))
-    title = "Layers where a stand-in does otherwise than nothing"
+    title = "Number of layers where a replacement costs significantly more or less than removal"
     notes = RESCALE_TEXTS.render_all("significance_notes")
     return figure_table(SignificanceRow, title, rows, *notes)
 
@@ -272,13 +272,13 @@ def _layer_table(cell: CellCosts) -> Table:
     for name in cell.drops:
         estimates = cell.estimates(name)
         columns.append(Column(STAND_INS[name], cell.measure.form, estimates.__getitem__))
-    title = f"{cell.name}: {cell.measure.change} of each layer with something in its place"
+    title = f"{cell.name}: {cell.measure.change} when a layer is removed or replaced"
     return build_table(f"{title}{cell.unit}", columns, range(len(cell.layers)))
 
 
 def _drop_chart(cell: CellCosts) -> LineChart:
     """Build the chart of the drop by layer, with a line for removal and each replacement."""
     measure, lines = cell.measure, {STAND_INS[n]: cell.estimates(n) for n in cell.drops}
-    title = f"{cell.name}: {measure.change} with something in the layer's place"
+    title = f"{cell.name}: {measure.change} when a layer is removed or replaced"
     axes = ("layer (0-based)", f"{measure.change}{cell.unit}")
     return line_chart(title, axes, measure.form, cell.layers, lines)

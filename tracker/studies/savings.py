@@ -44,7 +44,9 @@ class Savings(Study[SavingsSettings]):
     """Study that replays measured documents to find when `until` would have stopped."""
 
     name = "savings"
-    question = "How much less has to be measured where a question is enough?"
+    question = (
+        "How much computation does 'until' save, which stops as soon as a question is decided?"
+    )
     texts = SAVINGS_TEXTS
 
     def __init__(self, settings: SavingsSettings) -> None:
@@ -131,7 +133,7 @@ class MeasuredDocuments:
     @property
     def still_open(self) -> str:
         """Reason for a missing value: the measured documents do not suffice to stop by `until`."""
-        return f"open after all {len(self.drops):,} that are measured"
+        return f"undecided after all {len(self.drops):,} measured documents"
 
 
 def read_documents(subject: Subject) -> MeasuredDocuments | str:
@@ -145,7 +147,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
     outcomes = subject.outcomes()
     runs, tasks = tuple(outcomes.runs), tuple(outcomes.tasks)
     if not tasks or not runs:
-        return "no document is measured under all runs"
+        return "no document is measured in all runs"
     ablations = [outcomes.ablation(run) for run in runs]
     scale = outcomes.weights * len(tasks)
     drops, reach = outcomes.metric_outcomes(ablations).drops * scale[:, None], float(scale.max())
@@ -225,9 +227,9 @@ class QuestionReplay:
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
-            return f"the last one in and the first one out, {distance} to tell apart"
-        drop = "varies most" if self.question.kind == "drop" else "is the hardest to tell from 0"
-        return f"the drop that {drop}, to be known by {distance}"
+            return f"the last run inside and the first run outside of the set, {distance} apart"
+        drop = "varies most" if self.question.kind == "drop" else "is hardest to distinguish from 0"
+        return f"the drop that {drop}, with a precision of {distance}"
 
 
 def replay_question(
@@ -401,7 +403,7 @@ def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         passes = 100 * np.where(race.answered, race.passes, np.inf)
         shares = [float((passes <= position + 1e-9).mean()) for position in positions]
         lines[str(race.question)] = shares
-    x = "layer passes, % of those of all documents of the split and all runs"
+    x = "layer passes, % of the passes for all documents of the split and all runs"
     axes = (x, f"answered, of {RANDOM_ORDERS} orders")
-    title = f"{cell.title}: how soon each question is answered"
+    title = f"{cell.title}: share of random orders in which 'until' is decided"
     return line_chart(title, axes, "percent", positions, lines)

@@ -46,7 +46,7 @@ from tracker.studies.registry import SnowballSettings
 ALL_TOKENS, LATER_TOKENS = 0, 1
 """Indices of the means over all tokens, and over all tokens except the first of each text."""
 _LAST_LAYER = "no layer follows it"
-UNMEASURED = "the layer's removal is not measured; add the layer to 'layer' in the file"
+UNMEASURED = "removal of this layer is not measured; add it to 'layer' in the experiment file"
 COSINE_SCORE, END_DIFFERENCE = "cosine score", "difference before the head"
 REMOVAL_GROWTH, LAYERS_FOLLOWING = "growth after removal", "layers that follow"
 MAX_PATHS = 6
@@ -342,12 +342,12 @@ def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropEx
     }.items():
         pair = (resamples, drop[1])
         spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
-        better = Estimate(None, reason="it is the one compared with")
+        better = Estimate(None, reason="the cosine score is the reference")
         if name != COSINE_SCORE:
             better = correlation_difference((values, resamples), cosine, drop, "spearman")
         add(name, "drop", spearman, better, len(layers))
     inner = following > 0
-    none = Estimate(None, reason="a partial correlation is compared with none")
+    none = Estimate(None, reason="a partial correlation has no reference")
     for name, figure in {
         REMOVAL_GROWTH: series(end - start),
         "growth of random directions": series(random - start),
@@ -364,7 +364,7 @@ class Snowball(Study[SnowballSettings]):
     """Study that tests whether later layers amplify removals and random perturbations."""
 
     name = "snowball"
-    question = "Do later layers amplify what the removal of a layer changes?"
+    question = "Do later layers amplify the change that the removal of a layer causes?"
     intact = True
     layers = 1
     texts = SNOWBALL_TEXTS
@@ -476,7 +476,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
         return runs[layer].drop if layer in runs else None
 
     return build_table(
-        f"{cell.record.heading}: the relative difference after each layer's removal",
+        f"{cell.record.heading}: relative difference of hidden states after each layer's removal",
         [
             Column("layer", "count", lambda layer: layer),
             Column("behind it", "percent", lambda i: tokens.paths[i, i], "not finite"),
@@ -500,7 +500,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
 def _predictor_table(cell: SnowballFigures) -> Table:
     """Build the table of the rank correlations and partial correlations with the drops."""
     rows = cell.explained.predictors.values() if cell.explained else []
-    title = f"{cell.record.heading}: what orders the layers as their drops do"
+    title = f"{cell.record.heading}: how well several quantities rank the layers by their drops"
     return figure_table(Predictor, title, rows, *SNOWBALL_TEXTS.render_all("predictor_notes"))
 
 
@@ -543,7 +543,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
     """Build a chart of growth by layer, without the last layer, whose growth is undefined."""
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
-    axes = (f"{layer} layer (0-based)", "before the head ÷ behind the layer")
+    axes = (f"{layer} layer (0-based)", "difference before the head ÷ after the layer")
     return line_chart(title, axes, "times", range(count), lines, log_y=True)
 
 
@@ -552,10 +552,10 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
-    title = f"{cell.record.heading}: growth of a removal and of random directions"
+    title = f"{cell.record.heading}: growth of the difference by a removal or a random direction"
     yield _growth_chart(title, "perturbed", growths)
-    title = f"{cell.record.heading}: paths of layers whose measured ranks are furthest apart"
-    axes = ("behind layer (0-based)", "relative difference to the intact stream")
+    title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
+    axes = ("behind layer (0-based)", "relative difference to the intact hidden state")
     lines = {name: paths[layer] for layer, name in _choose_paths(cell)}
     yield line_chart(title, axes, "percent", layers, lines, log_y=True)
     with np.errstate(divide="ignore", invalid="ignore"):

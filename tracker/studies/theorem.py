@@ -54,19 +54,18 @@ from tracker.studies.registry import TheoremSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NO_MODEL = "no language model finds"
-SAME_ANSWER = f"a wrong answer equals or begins the right answer: {_NO_MODEL} it less likely"
+SAME_ANSWER = "a wrong answer is a prefix of the right answer, so it is never less likely"
 LONGER_ANSWERS = (
-    f"every wrong answer begins with the right answer: {_NO_MODEL} the right answer less likely"
+    "the right answer is a prefix of every wrong answer, so no wrong answer is ever more likely"
 )
-CLASHING_ANSWERS = "another document with the same text has another right answer"
+CLASHING_ANSWERS = "another document has the same text but a different right answer"
 NO_GOLD_ANSWER = "the task names no right answer, or several right answers"
 MAX_POSITIONS = 4096
 """Maximum number of positions of a model; every MLP has two units for each position."""
 MAX_SCORE_ERROR = 1e-6
 """Largest relative error of the score of layer 2."""
 _ACCURACIES = ("acc", "acc_norm")
-_NOT_FINITE = "a figure of the model is not finite"
+_NOT_FINITE = "an output of the model is not finite"
 
 _Position = tuple[PrefixDigest, int]
 """Key of a position, and the token that is predicted there."""

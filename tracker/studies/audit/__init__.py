@@ -55,8 +55,8 @@ class Audit(Study[AuditSettings]):
 
     name = "audit"
     question = (
-        "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
-        "worth its compute?"
+        "Which proxy best predicts the accuracy drop when a layer is removed, and which proxy is "
+        "worth its computing cost?"
     )
     texts = AUDIT_TEXTS
 
@@ -187,7 +187,7 @@ def _proxy_table(audit: ModelAudit) -> Table:
 def _inner_reason(cells: Sequence[AuditedCell]) -> str:
     if all(len(cell.inner) < MIN_LAYERS_RANKED for cell in cells):
         return "fewer than three inner layers"
-    return "the inner layers all have the same drop or the same proxy"
+    return "all inner layers have the same drop, or the same proxy score"
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _benchmark_table(audit: ModelAudit) -> Table:
         entries = (Estimate(figure, reason=reason) for figure in figures)
         names = cell.label, _proxy_label(proxy)
         rows.append(BenchmarkProxyRow(*names, agreement.spearman, *entries))
-    title = f"{audit.name}: every proxy beside the {audit.drop}, benchmark by benchmark"
+    title = f"{audit.name}: correlation of each proxy with the {audit.drop}, for each benchmark"
     return figure_table(BenchmarkProxyRow, title, rows, *AUDIT_TEXTS.render_all("benchmark_notes"))
 
 
@@ -242,7 +242,7 @@ def _disagreement_table(audit: ModelAudit) -> Table:
         columns += [column(*pair, index) for pair in zip(group, units, strict=True)]
     figures = (MAJOR_SHARE, PAPER_DIFFERENT, PAPER_MAJOR)
     notes = AUDIT_TEXTS.render_all("disagreement_notes", *figures)
-    title = f"{audit.name}: in how many layers the ranks differ"
+    title = f"{audit.name}: share of layers whose ranks by proxy and by {audit.drop} differ"
     return build_table(title, columns, audit.disagreements, *notes)
 
 
@@ -251,7 +251,7 @@ def _variance_table(audit: ModelAudit) -> Table:
     tests = [spread.test for spread in spreads.values()]
     p_values = holm([None if test is None else test.p_value for test in tests])
     adjusted = dict(zip(spreads, p_values, strict=True))
-    reference = "it is what the proxies are held against"
+    reference = "this row is the reference for the proxies"
 
     def column(
         label: str,
@@ -279,11 +279,11 @@ def _variance_table(audit: ModelAudit) -> Table:
         column("drop varies more in", larger, "text", reference),
         Column("Wilcoxon p (Holm)", "p", adjusted.__getitem__, reference),
         column(f"p in blocks of {SIGN_BLOCK}", block_p, "p", reference),
-        column("variance where noise can be taken off", lambda spread: spread.noisy),
+        column("variance on reliable benchmarks", lambda spread: spread.noisy),
         column("variance without noise", lambda spread: spread.clean),
-        column("drop's without noise exceeds it by", lambda spread: spread.excess),
+        column("excess variance of the drop, without noise", lambda spread: spread.excess),
     ]
-    title = f"{audit.name}: variance of a layer's z-score from benchmark to benchmark"
+    title = f"{audit.name}: variance of a layer's z-score over benchmarks"
     notes = AUDIT_TEXTS.render_all("variance_notes", audit, MIN_RELIABILITY)
     return build_table(title, columns, spreads, *notes)
 
@@ -302,8 +302,8 @@ def _cost_charts(audit: ModelAudit) -> Iterator[LineChart]:
     labels = {name: audit.drop if name == DROP else _proxy_label(name) for name in curves}
     lines = {labels[name]: row for name, row in curves.items() if {*row} != {None}}
     if lines:
-        title = f"{audit.name}: what a proxy predicts for what it costs"
-        axes = "forward passes spent on a benchmark", "Spearman with the drop of other documents"
+        title = f"{audit.name}: how well each proxy predicts the drop, by computing cost"
+        axes = "forward passes spent on a benchmark", "Spearman with the drop on other documents"
         yield line_chart(title, axes, "coefficient", budgets, lines, log_x=True)
 
 
@@ -315,7 +315,7 @@ def _depth_charts(audit: ModelAudit) -> Iterator[LineChart]:
         profiles = {audit.drop: mean_profiles(DROP, cells)}
         profiles |= {_proxy_label(s.proxy): mean_profiles(s.proxy, cells) for s in summaries}
         lines = {name: midranks(rows).mean(axis=0) for name, rows in profiles.items()}
-        title = f"{audit.name}: measured ranks of the layers over depth, mean over benchmarks"
+        title = f"{audit.name}: mean rank of each layer over benchmarks"
         axes = ("layer (0-based)", "rank, the least relevant is 1")
         yield line_chart(title, axes, "count", cells[0].layers, lines)
 
@@ -336,15 +336,15 @@ def _rank_maps(audit: ModelAudit) -> Iterator[StudyChart]:
         wrong = {run.change.layer for run, n, (best, worst) in rows if not best <= n <= worst}
         marks.append(tuple(layer in wrong for layer in columns))
     yield MapChart(
-        title=f"{audit.name}: ranks by cosine score beside those by the measured {audit.drop}",
+        title=f"{audit.name}: rank by cosine score minus rank by measured {audit.drop}",
         x="layer (0-based)",
         y="benchmark",
-        name=f"ranks by cosine score above those by {audit.drop}",
+        name=f"rank by cosine score minus rank by {audit.drop}",
         unit="count",
         columns=tuple(columns),
         rows=tuple(cell.label for cell in cells),
         values=tuple(values),
         shown=tuple(marks),
-        shown_by=f"the cosine score gives a rank that is shown not to be that by {audit.drop}, "
+        shown_by=f"the rank by cosine score differs significantly from the rank by {audit.drop}, "
         "with 95 % confidence for all layers of the benchmark",
     )
