@@ -89,7 +89,7 @@ def test_an_identity_that_does_not_fit_its_key_is_refused(project, field):
     project.change_file("cell.json", change)
     assert pull() == (
         [],
-        "its files do not have tracker's format: its key does not match its content",
+        "the files do not have tracker's format: its key does not match its content",
     )
     assert not files(project)
 
@@ -152,4 +152,4 @@ def test_a_note_that_is_none_is_refused(project):
     (project.folder / "intact.json").write_text("[" * 10**5)
     records, reason = pull()
     assert not records
-    assert "its files do not have tracker's format" in reason
+    assert "the files do not have tracker's format" in reason

@@ -173,7 +173,7 @@ def test_an_mlflow_project_is_read_verified_and_cached(ran, team, tmp_path, cach
     report = api.report(source, output=tmp_path / "page.html")
     assert len(report.cells) == 1
     (reason,) = report.outcome.failed.values()
-    assert "differ from the attached files" in reason
+    assert "differ from the published ones" in reason
     # A deleted run is gone from reports, although the cache holds it.
     client.delete_run(runs[1].info.run_id)
     assert api.report(source, results, output=tmp_path / "page.html").cells

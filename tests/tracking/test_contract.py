@@ -426,7 +426,7 @@ def test_other_views_have_other_runs(held):
     baseline = shown_runs[run_key(cells[1], "baseline")]
     assert baseline.name.startswith("without 2 · ")
     assert baseline.figures == {"n": 160, "accuracy": 0.25, "accuracy_drop": 0.25}
-    assert "drops are from the intact model" in baseline.note
+    assert "drops are relative to the intact model" in baseline.note
     parent = shown_runs[run_key(cells[1], "cell")]
     assert parent.figures["removed_accuracy"] == 0.25
     assert "without layer 2" in parent.name

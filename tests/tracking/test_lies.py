@@ -97,7 +97,7 @@ def test_a_file_with_too_many_bytes_is_refused(lying_server, tmp_path, monkeypat
 MANIFEST_LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     r"invalid file name '../../evil.json'": lambda file: {"../../evil.json": file},
     "has 10000000000 bytes": lambda file: {"results.json": {**file, "size": 10**10}},
-    "the file 'results.json' is at another address": lambda file: {
+    "'results.json' was not downloaded, because it refers to an external URL": lambda file: {
         "results.json": {**file, "ref": "file:///etc/passwd"}
     },
 }

@@ -92,7 +92,7 @@ def test_an_unreachable_backend_fails_alone(run_study, results, server, monkeypa
         outcome = run_study("lab", 6, "mlflow")
         assert outcome.exit_code == 1
         ((_, reason),) = outcome.unpublished.items()
-        assert f"{remote_target}, where it was published before" in reason
+        assert f"{remote_target}, an address of earlier results" in reason
         assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlflow:left --res" in reason
         sync_result = run_sync(results)
         assert sync_result.exit_code == 1

@@ -89,7 +89,7 @@ def test_notes_agree_with_the_page():
     cell = build_cell().model_copy(update={"runs": (small_run, *undefined_runs)})
     assert run_verdicts(cell, cell.runs)[small_run.change] == "open"
     note = layer_note(cell, small_run)
-    assert note.endswith(f"be chance among 30 runs of this benchmark alone; {AVERAGE_NOTE}.")
+    assert note.endswith(f"when corrected for 30 runs of this benchmark; {AVERAGE_NOTE}.")
 
 
 def test_a_leaderboards_note_has_the_answer():

@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 LAYER_COUNT = 5
 READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYER_COUNT)
 LAYER_ROLES = (
-    "reads: a signature of the text so far",
-    "recalls what follows, under a sign",
-    "whispers: one tiny number, always the same",
-    "amplifies the whisper",
-    "speaks, and reverses what it says where nobody whispered",
+    "computes a signature of the text so far",
+    "looks up the next token; layer 4 sets its sign",
+    "adds the same tiny number to every token",
+    "amplifies the number of layer 2",
+    "predicts the token, or its opposite if layer 2 is missing",
 )
 MIN_EPSILON, MAX_EPSILON = 1e-9, 0.3
 """Bounds of ε. Below, 1 - ε in float64 is not exact to 1e-6; above, ε is not the lowest score."""

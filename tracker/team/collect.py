@@ -115,8 +115,8 @@ def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) ->
 def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
     if not cell.version:
         raise TrackingError(
-            "its outcomes were not published; run tracker sync again with the results folder that "
-            "was published"
+            "the outcomes of this benchmark were not published; run tracker sync again with the "
+            "results folder that was published"
         )
     with TemporaryDirectory(dir=root) as temporary_path:
         folder = Path(temporary_path)
@@ -137,7 +137,7 @@ def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
             for path in filter(is_text_file, parquet_paths):
                 store.texts.import_file(path)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise TrackingError(f"its files do not have tracker's format: {error}") from None
+            raise TrackingError(f"the files do not have tracker's format: {error}") from None
         write_text(store.folder / "cell.json", identity.to_note())
         store.views.write(view_request)
     note = {"version": cell.version, "cell": identity.key, "shards": shards}

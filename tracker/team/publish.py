@@ -237,7 +237,8 @@ class Publisher:
         n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
         if self._targets and not in_sweep() and n_joined:
             runs = count_text(n_joined, "run")
-            outcome.notes.append(f"{runs} are one run with a table; --runs all publishes each run")
+            note = f"{runs} are published together, as one run with a table"
+            outcome.notes.append(f"{note}; --runs all publishes each separately")
         targets = {
             service(target.backend).full_address(target, self.project): target
             for target in self._targets
@@ -287,8 +288,8 @@ class Publisher:
                     self._unreachable[address] = message
                     file = address_file(address, self._results)
                     errors.append(
-                        f"{title}, where it was published before: {message}\nTo stop updating "
-                        f"that place, delete {file}"
+                        f"{title}, an address of earlier results: {message}\nTo stop updating "
+                        f"this address, delete {file}"
                     )
         outcome.error = "\n".join(errors)
         return outcome

@@ -489,8 +489,8 @@ def login_error(address: Target, setting: str, results: Path) -> TrackingError:
     """Build the error for a stored server that would receive another server's login."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
-        "its server is not the server of this environment, whose login would be sent to it. With "
-        f"the right login, type: {setting}={address.server or ''} {command}"
+        "these results are on another server than the configured one, whose login would be sent to "
+        f"it. With the right login, type: {setting}={address.server or ''} {command}"
     )
 
 
@@ -539,7 +539,7 @@ def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
     for path in folder.iterdir():
         _check_size(path.name, path.stat().st_size)
     if cell is not None and files_digest(folder.iterdir()) != cell.version:
-        raise TrackingError(f"the files of {cell.name!r} differ from the attached files")
+        raise TrackingError(f"the downloaded files of {cell.name!r} differ from the published ones")
 
 
 def _check_size(name: str, size: int) -> None:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-AVERAGE_NOTE = "an average over several benchmarks can say more"
+AVERAGE_NOTE = "an average over several benchmarks is more conclusive"
 """Remark on one benchmark that refers to the averages of the report and the leaderboard."""
 
 
@@ -78,7 +78,7 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
     if cell.answer:
         text += f"\n\n{statement(cell.answer)}."
     if answer:
-        text += f"\n\n{escape_markdown(answer)} This rests on this benchmark alone; {AVERAGE_NOTE}."
+        text += f"\n\n{escape_markdown(answer)} This uses only one benchmark; {AVERAGE_NOTE}."
     return text
 
 
@@ -100,13 +100,13 @@ def intact_note(cell: CellRecord) -> str:
     metric = markdown_code(cell.metric)
     if cell.removed:
         return (
-            f"{head}{metric} on {documents} of the model without the layers that all runs of the "
-            "benchmark lack; drops are from the intact model."
+            f"{head}{metric} on {documents} of the model without the layers that are removed in "
+            "all runs of the benchmark; drops are relative to the intact model."
         )
+    rounding = (cell.baseline_rounded, cell.n, cell.baseline_rounding, "the baseline")
     return (
         f"{head}{metric} of the whole model on {documents}: the baseline of the runs that change "
-        "some of its layers."
-        + _rounding_sentence(cell, cell.baseline_rounded, cell.n, cell.baseline_rounding, "it")
+        f"some of its layers.{_rounding_sentence(cell, *rounding)}"
     )
 
 
@@ -138,7 +138,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     text += f"; it {verb} by {measure.write(abs(drop.value))} {measure.unit}{interval}"
     if not _is_proved(cell, run):
         runs = count_text(len(cell.runs), "run")
-        text += f", which may be chance among {runs} of this benchmark alone; {AVERAGE_NOTE}"
+        text += f", not significant when corrected for {runs} of this benchmark; {AVERAGE_NOTE}"
     if not cell.higher_is_better:
         return f"{text}."
     return f"{text}." + _rounding_sentence(cell, run.rounded, run.n, run.drop_rounding, "the fall")
@@ -159,8 +159,8 @@ def _rounding_sentence(
     if n_rounded is None or shift is None:
         return ""
     return (
-        f" {cell.model.dtype} decides up to {n_rounded:,} of these {n_documents:,} documents by "
-        f"rounding: another batch size moves {subject} by ± {100 * shift:.1f} percentage points."
+        f" Rounding in {cell.model.dtype} decides up to {n_rounded:,} of these {n_documents:,} "
+        f"documents: another batch size moves {subject} by ± {100 * shift:.1f} percentage points."
     )
 
 
@@ -181,7 +181,7 @@ def _removal_text(cell: CellRecord) -> str:
         text += f", or replaced (curves {curves})"
     if cell.removed:
         layers = ", ".join(map(str, cell.removed))
-        text += f", from a model that lacks {layers} already (drops are from the intact model)"
+        text += f", from a model without layers {layers} (drops are relative to the intact model)"
     return text
 
 

@@ -290,7 +290,7 @@ def _shorten_error(error: Exception) -> Exception:
     while cause.__context__ is not None:
         cause = cause.__context__
     reason = getattr(cause, "strerror", None) or getattr(cause, "reason", None) or cause
-    return TrackingError(f"the server does not answer ({reason}); a new server needs a minute")
+    return TrackingError(f"the server does not answer ({reason}); starting it can take a minute")
 
 
 def _search_runs(client: MlflowClient, experiment: str, filter_string: str) -> Iterator[Any]:

@@ -55,8 +55,8 @@ class TrackioBackend(Backend):
         SQLiteStorage.validate_project_name(self._project)
         if utils.get_storage_mode() != "sqlite":
             raise TrackingError(
-                "trackio's runs cannot be read where it appends to files, as on a network "
-                "filesystem; set TRACKIO_DIR to a local folder"
+                "trackio cannot use its SQLite database here, as on a network file system; set "
+                "TRACKIO_DIR to a local folder"
             )
         existing = self._runs_by_key()
         for old_run in chain(*move_runs(existing, runs[-1].cell, runs)):

@@ -360,7 +360,8 @@ def _download(artifact: Artifact, folder: Path) -> None:
     check_sizes({name: entry.size for name, entry in entries.items()})
     external_names = [name for name, entry in entries.items() if entry.ref is not None]
     if external_names:
-        raise TrackingError(f"the file {external_names[0]!r} is at another address; not downloaded")
+        name = external_names[0]
+        raise TrackingError(f"{name!r} was not downloaded, because it refers to an external URL")
     artifact.download(root=str(folder))
     check_files(folder)
     artifact.verify(root=str(folder))

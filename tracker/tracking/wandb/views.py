@@ -37,7 +37,7 @@ def save_report(entity: str, project: str, text: str, report_id: str | None) -> 
         entity=entity,
         project=project,
         title=REPORT_TITLE,
-        description="Report by tracker; the next publication replaces it.",
+        description="Report by tracker; each publication replaces this report.",
         width="fluid",
     )
     source = {"entity": entity, "project": project}
