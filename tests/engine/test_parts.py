@@ -147,7 +147,5 @@ def test_a_head_of_quantised_weights_is_refused():
     engine = engine_of(tiny_model("llama"))
     quantised = engine_of(model)
     quantised.anatomy.parts[Heads] = engine.anatomy.find(Heads)
-    with pytest.raises(
-        CellError, match="is quantised, so the columns of a head cannot be set to 0"
-    ):
+    with pytest.raises(CellError, match="is quantised, so the columns of a head cannot be set"):
         quantised.ablate(remove_heads(1, 0))

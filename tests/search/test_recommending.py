@@ -42,10 +42,8 @@ def test_a_lucky_draw_is_not_recommended(write, prune, tmp_path: Path) -> None:
     levels = [final_outcome(r).level.value for r in records if r.strategy == "random"]
     assert max(levels) > final_outcome(record).level.value
     assert f" --remove {','.join(map(str, record.removed))} --output" in result.output
-    assert (
-        f"By random, the test accuracy is {points(fmean(levels))} %, the mean of 3 draws"
-        in result.output
-    )
+    text = f"By random, the test accuracy is {points(fmean(levels))} %, the mean of 3 draws"
+    assert text in result.output
 
 
 def test_draws_alone_recommend_nothing(write, prune, tmp_path: Path) -> None:

@@ -519,7 +519,7 @@ def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError("a model object needs its tokenizer: tokenizer=AutoTokenizer.from_…")
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ModelError("some weights are not in memory; load all, or pass the model's folder")
+        raise ModelError("some weights are not in memory; load them, or pass the model's folder")
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None and not quantiser.is_serializable():
         method = quantiser.quantization_config.quant_method

@@ -290,7 +290,7 @@ def refuse_few(request: CellRequest, n_documents: int) -> None:
     if n_documents < MIN_DOCUMENTS:
         raise ExperimentError(
             f"{request.title}: too few calibration documents ({n_documents}); raise 'sample' to "
-            f"{MIN_DOCUMENTS} at least, better 100"
+            f"at least {MIN_DOCUMENTS}, better 100"
         )
 
 

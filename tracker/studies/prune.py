@@ -323,9 +323,7 @@ def _chance_reason(cell: CellRecord) -> str:
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
-    return (
-        f"the unpruned model has {points(level)} %, which is not above chance ({points(chance)} %)"
-    )
+    return f"the unpruned model has {points(level)} %, not above chance ({points(chance)} %)"
 
 
 class Prune(Study[PruneSettings]):

@@ -44,9 +44,7 @@ class Savings(Study[SavingsSettings]):
     """Study that replays measured documents to find when `until` would have stopped."""
 
     name = "savings"
-    question = (
-        "How much computation does 'until' save, which stops as soon as a question is decided?"
-    )
+    question = "How much computation is saved if 'until' stops when a question is decided?"
     texts = SAVINGS_TEXTS
 
     def __init__(self, settings: SavingsSettings) -> None:

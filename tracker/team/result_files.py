@@ -403,7 +403,7 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
         raise BenchmarkError(
             f"{identity.benchmark.name} has changed since it was measured: its documents in "
             f"{identity.benchmark.data}, or its task in the installed lm-eval. Restore the former "
-            "ones, or measure the benchmark again"
+            "version, or measure the benchmark again"
         )
     return benchmark
 

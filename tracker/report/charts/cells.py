@@ -296,9 +296,7 @@ def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart |
     n_left_out = len(decisions.compared) - len(layers)
     title = f"{cell.title}: correlation of the documents that become wrong without each layer"
     if n_left_out:
-        title += (
-            f"; {count_text(n_left_out, 'layer')} left out (no or every document becomes wrong)"
-        )
+        title += f"; {count_text(n_left_out, 'layer')} left out (no or all documents become wrong)"
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}
     chart = centred_map(

@@ -214,7 +214,7 @@ class CellWriter:
         models = self.models.get(info.run_id, [])
         for model in models:
             if len(models) > 1 or not model.can_become(run) or model.differing_figures(run):
-                return "its logged model has other metric values"
+                return "the logged model of the run has different metric values"
         return ""
 
 
