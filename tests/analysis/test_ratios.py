@@ -115,7 +115,7 @@ def test_every_figure_of_one_task(record_of, metric):
         assert layer.drop.value == pytest.approx(drop, rel=1e-9)
         assert layer.drop.low < drop < layer.drop.high
         assert layer.drop.p_value is None
-        assert layer.reasons["mcnemar_p"] == "the outcomes are not all 0 or 1"
+        assert layer.reasons["mcnemar_p"] == "McNemar's test needs outcomes that are all 0 or 1"
         falls = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
         # Log-likelihoods are kept in single precision.
         assert layer.gold_drop.value == pytest.approx(falls.mean(), rel=1e-5)

@@ -388,7 +388,7 @@ def test_a_hidden_state_that_is_not_finite(record_of):
     items = make_items({"arc_easy": 10})
     items[4].sums[:, 6] = math.nan
     record = record_of(items)
-    reason = "a hidden state of a baseline token is not finite or is zero"
+    reason = "in the intact model, a token's hidden state is zero or not finite"
     for name in ("cosine_similarity", "cosine_score", "angular_distance", "relative_update"):
         assert (getattr(record.runs[6], name), record.runs[6].reasons[name]) == (None, reason)
         assert getattr(record.runs[5], name) is not None

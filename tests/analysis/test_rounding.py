@@ -136,9 +136,9 @@ def invert_accuracy(row: Row) -> Row:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (drop_repeats, "none of these documents was computed twice"),
+        (drop_repeats, "no document was computed a second time to measure rounding"),
         (repeat_exactly, "repeated computations agree to the last bit"),
-        (invert_accuracy, "acc does not score whether the best option is the gold option"),
+        (invert_accuracy, "acc does not test whether the best-scored option is the right one"),
         (lambda row: row | {"choices": 0}, "the documents have no answer options"),
     ],
 )

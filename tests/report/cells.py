@@ -45,7 +45,7 @@ def loss_cell() -> CellRecord:
     )
 
 
-NO_ROUNDING_REASON = "none of these documents was computed twice"
+NO_ROUNDING_REASON = "no document was computed a second time to measure rounding"
 
 
 def half_precision_cell(**changes: Any) -> CellRecord:

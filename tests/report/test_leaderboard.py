@@ -305,7 +305,7 @@ def test_more_documents_of_one_model_take_nobodys_rank():
     assert board.benchmarks == ("arc_easy · 0-shot",)
     assert board.models == model_board(large_cells).models
     assert list(board.left_out.values()) == [
-        "the benchmark counts once: the measurement on the larger sample is used"
+        "of several measurements of a benchmark, only the largest sample counts"
     ]
 
 
@@ -509,8 +509,8 @@ def test_the_board_takes_the_latest_and_names_the_others(cells):
     assert board.cells == (NEW_EDITION,)
     other_labels = [label for label in benchmark_labels(cells) if LATEST_LABEL not in label]
     reason = (
-        "the task was edited later: only the latest measurement counts, our_sums · 0-shot · "
-        + LATEST_LABEL
+        "the task was edited after this measurement; only the latest measurement counts: "
+        f"our_sums · 0-shot · {LATEST_LABEL}"
     )
     assert board.left_out == dict.fromkeys(other_labels, reason)
     _, notes = build_boards(cells)
@@ -536,7 +536,8 @@ def test_models_are_compared_on_the_latest_that_they_share():
     board = model_board([OLD_EDITION, NEW_EDITION, *other_cells])
     assert len(board.benchmarks) == 1
     assert (
-        "the task was edited later: only the latest measurement counts" in board.left_out.values()
+        "the task was edited after this measurement; only the latest measurement counts"
+        in board.left_out.values()
     )
     # Where they do not share it, they are compared on what they share.
     board = model_board([OLD_EDITION, NEW_EDITION, other_cells[0]])

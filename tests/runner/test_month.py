@@ -231,7 +231,7 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(month, tmp
     board = month.run_command("leaderboard")
     page = (month.results / "report.html").read_text()
     (latest,) = (record for record in editions if record.measured == dates[-1])
-    last = f"only the latest measurement counts, our_sums · 0-shot · measured {dates[-1][:10]}"
+    last = f"only the latest measurement counts: our_sums · 0-shot · measured {dates[-1][:10]}"
     # The terminal says the first of what does not count, the page all of it.
     assert "does not count" in board
     assert page.count(last) >= 2, re.findall(r"<li>.*latest measurement counts.*", page)

@@ -212,7 +212,7 @@ class AlignedOutcomes:
         versions = list_differences([json.loads(stack) for pair in counts for stack in pair])
         return (
             f"baseline and ablation of {sum(counts.values())} of {len(self.tasks)} documents were "
-            f"measured by different versions or devices: {versions}"
+            f"measured with different software versions or devices: {versions}"
         )
 
     def values(self, ablation: Ablation) -> Array:

@@ -386,7 +386,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         if len(counted) < len(keys):
             missing = [label for key, label in zip(keys, labels, strict=True) if key not in table]
             left_out[name] = f"not all layers of the model are measured on {', '.join(missing)}"
-            counted, reason = [], "the model lacks a benchmark on which the other models are ranked"
+            counted, reason = [], "the model lacks results on a benchmark that ranks other models"
         standings[name] = _model_standing(groups[name][0].model, counted, reason)
     needed, available = None, 0
     if len(ranked) > 1:
@@ -455,8 +455,8 @@ def _unshared_reason(
         return "; ".join(reasons)
     cells = usable[ranked[0]]
     if id(cells[key]) in find_outdated(cells.values()):
-        return "the task was edited later: only the latest measurement counts"
-    return "the benchmark counts once: the measurement on the larger sample is used"
+        return "the task was edited after this measurement; only the latest measurement counts"
+    return "of several measurements of a benchmark, only the largest sample counts"
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:
@@ -465,8 +465,8 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
     if layers.issuperset(range(cell.model.layers)):
         return None
     return (
-        f"only {len(layers)} of {cell.model.layers} layers have a relevance; a model is ranked "
-        "only with all its layers"
+        f"the relevance of only {len(layers)} of {cell.model.layers} layers is known; a model is "
+        "ranked only if the relevance of all layers is known"
     )
 
 

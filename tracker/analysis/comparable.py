@@ -207,7 +207,8 @@ def select_countable(
             left_out[labels[id(cell)]] = reason
         elif latest := outdated.get(id(cell)):
             label = labels[id(latest)]
-            reason = f"the task was edited later: only the latest measurement counts, {label}"
+            reason = "the task was edited after this measurement; only the latest measurement "
+            reason += f"counts: {label}"
             left_out[labels[id(cell)]] = reason
         else:
             usable.append(cell)

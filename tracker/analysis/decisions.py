@@ -129,7 +129,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None)
     rows = outcomes.rows(ablation)
     if REPEATED_COLUMN not in rows or rows[REPEATED_COLUMN].isna().all():
-        return RoundingRisk(None, "none of these documents was computed twice")
+        return RoundingRisk(None, "no document was computed a second time to measure rounding")
     options = OptionScores(rows, outcomes.metric, texts)
     if not options.max_options:
         return RoundingRisk(None, "the documents have no answer options")
@@ -137,7 +137,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None, options.reason)
     scores = options.scores(rows["loglikelihoods"])
     if not np.array_equal(choose_options(scores) == options.gold, outcomes.values(ablation)):
-        reason = f"{outcomes.metric} does not score whether the best option is the gold option"
+        reason = f"{outcomes.metric} does not test whether the best-scored option is the right one"
         return RoundingRisk(None, reason)
     is_repeated = rows[REPEATED_COLUMN].notna().to_numpy()
     repeats = options.scores(rows[REPEATED_COLUMN].where(is_repeated, rows["loglikelihoods"]))
@@ -225,7 +225,7 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
     options = OptionScores(outcomes.rows(INTACT), view.metric, lambda: known_texts)
     reason = options.reason
     if not options.max_options:
-        reason = "there are no options; the log-probability of the answer or text is shown instead"
+        reason = "no answer options; the log-probability of the answer or text is shown instead"
     reasons = {"margin": reason} if reason else {}
     if all(text is None for text in texts):
         reasons["texts"] = "the texts of the documents are not stored"

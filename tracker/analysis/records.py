@@ -37,7 +37,7 @@ from tracker.stats.arrays import Array, Mask, proxy_means, safe_divide, token_me
 from tracker.stats.correlation import SURROGATES, correlate
 from tracker.stats.rank_agreement import COEFFICIENTS
 
-_MISMATCH = "measured by different versions or devices"
+_MISMATCH = "measured with different software versions or devices"
 OUTER_LAYERS = 2
 """Number of layers at each end that the subset `inner` excludes, as the paper excludes outliers."""
 EXPERT_PERMUTATIONS = 999
@@ -227,10 +227,10 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
         documents = text["documents"]
         count = sum(map(len, documents.values()))
         n_common = sum(len({*docs} & {*requested[task]}) for task, docs in documents.items())
-        overlap = f"{n_common:,} of them among those" if n_common else "none of them"
+        overlap = f"{n_common:,} of these" if n_common else "none of these"
         sentences.append(
-            f"{text['tokens']:,} tokens of {count:,} documents from the end of the random order, "
-            f"{overlap} measured"
+            f"{text['tokens']:,} tokens of the last {count:,} documents in random order; "
+            f"{overlap} documents were measured"
         )
     return "; ".join(sentences) or None
 

@@ -29,10 +29,10 @@ from tracker.stats.arrays import Array, proxy_means, safe_divide
 from tracker.stats.decisions import rounding_shift
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
-ONE_LOOK_REASON = "it assumes a fixed sample size, but sampling was stopped early"
+ONE_LOOK_REASON = "the formula assumes a fixed sample size, but sampling stopped early"
 """Reason why a cell with a stopping rule lacks an interval or a p-value."""
 
-_NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
+_NOT_FINITE = "in the intact model, a token's hidden state is zero or not finite"
 _WHOLE_ONLY = "measured for whole single layers only"
 _NEVER_ROUTED = "no token of these documents is routed to this expert"
 _NOT_SEPARABLE = "the expert's output is not finite or not separable from other experts' outputs"
@@ -157,7 +157,7 @@ def run_record(
         relevance = relevance if intact.chance is None else drop
     metrics = metric_values(outcomes, ablation, aggregate)
     risk = rounding_risk(outcomes, ablation, intact.texts)
-    no_test_reason = drop.reason or "the outcomes are not all 0 or 1"
+    no_test_reason = drop.reason or "McNemar's test needs outcomes that are all 0 or 1"
     reasons = {
         "accuracy": level.reason,
         "drop_sd": spread.reason,
@@ -202,7 +202,7 @@ def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:
-        reasons["accuracy_drop_low"] = "the question in 'until' does not ask about this run"
+        reasons["accuracy_drop_low"] = "the stopping rule in 'until' does not include this run"
     estimates = {
         name: replace(getattr(run, name), low=None, high=None, p_value=None)
         for name in ("drop", "gold_drop", "options_drop")

@@ -463,8 +463,8 @@ def _missing_gold_reason(outcomes: Array) -> str:
     if np.isfinite(outcomes[:, 0]).all():
         return ""
     return (
-        "a document of {task} has no finite log-probability of its right answer, so 'rescoring: "
-        "race' cannot decide; write rescoring: {{value: full}}"
+        "'rescoring: race' compares log-probabilities of right answers, but a document of {task} "
+        "has no finite log-probability; write rescoring: {{value: full}}"
     )
 
 
