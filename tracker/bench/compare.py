@@ -95,11 +95,11 @@ class BenchResult:
             f"engine        {self.engine_seconds:8.1f} s   (self-check {notes})",
             *[weights] * bool(self.offloaded_bytes),
             *(loop.text(name) for name, loop in self.loops.items()),
-            f"layer passes  {self.layer_passes:8,.0f}     (counted; ratio of other programs: "
-            f"{ratios})",
-            f"rate          {self.engine_gflops:8.0f} GFLOP/s, "
+            f"layer passes  {self.layer_passes:8,.0f}     (counted; other programs compute "
+            f"this multiple: {ratios})",
+            f"compute rate  {self.engine_gflops:8.0f} GFLOP/s, "
             f"{100 * self.engine_gflops / self.matrix_gflops:.0f} % of the "
-            f"{self.matrix_gflops:.0f} GFLOP/s of a matrix product",
+            f"{self.matrix_gflops:.0f} GFLOP/s that a matrix product reaches",
             f"peak memory   {self.engine_peak_gib:8.1f} GiB",
         ]
         return "\n".join(lines)

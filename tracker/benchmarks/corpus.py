@@ -94,11 +94,11 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
         name, _, split = name.partition("@")
     if not name:
         raise BenchmarkError(
-            f"{spec.benchmark!r} names no text; write corpus:FILE.txt, corpus:FILE.jsonl or "
+            f"{spec.benchmark!r} names no corpus; write corpus:FILE.txt, corpus:FILE.jsonl or "
             "corpus:NAME with the name of a data set"
         )
     if max_tokens == 0:
-        raise BenchmarkError(f"{spec.benchmark!r} reads 0 tokens; write a number of at least 1")
+        raise BenchmarkError(f"{spec.benchmark!r} limits the tokens to 0; write at least 1")
     for setting, reason in (
         ("num_fewshot", "has no few-shot examples"),
         ("apply_chat_template", "is read without a chat template"),

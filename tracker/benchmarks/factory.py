@@ -66,7 +66,7 @@ def list_tasks() -> dict[str, Any]:
     # Store one string: verifying its digest serialises the content again, slow for 14,000 values.
     index = json.loads(recall("tasks", key).get("tasks", "{}"))
     if not index or not all(_is_inside(path) for _, path, *_ in index.values()):
-        log.info("reading lm-eval's list of tasks, once")
+        log.info("reading lm-eval's list of tasks; later commands use the cached list")
         index = {
             name: _index_row(entry, folder) for name, entry in TaskManager().task_index.items()
         }
@@ -170,8 +170,8 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         if split not in splits:
             if not (self._source.is_packaged and config.get("validation_split") in splits):
                 raise BenchmarkError(
-                    f"{task} is scored on the split {split!r}, which {self._source.name} does not "
-                    f"hold; it holds: {', '.join(splits)}"
+                    f"{task} is scored on the split {split!r}, but {self._source.name} has only "
+                    f"the splits {', '.join(splits)}"
                 )
             config["test_split"] = None
         split = config.get("fewshot_split") or config.get("training_split")
@@ -194,7 +194,7 @@ def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
             hint = did_you_mean(file.name, [path.name for path in task.parent.iterdir()])
             raise BenchmarkError(
                 f"{name}: there is no file {file}, from which {task} reads its documents.{hint} "
-                f"Relative names are looked up in {Path.cwd()} and {task.absolute().parent}."
+                f"Relative paths are looked up in {Path.cwd()} and {task.absolute().parent}."
             )
 
 
@@ -245,7 +245,8 @@ def find_task(spec: BenchmarkSpec) -> Entry:
         hint = did_you_mean(name, list(all_entries))
         location = f" or in {', '.join(spec.include_path)}" if spec.include_path else ""
         raise BenchmarkError(
-            f"lm-eval has no task or group {name!r}{location}.{hint} All names: lm-eval ls tasks"
+            f"lm-eval has no task or group {name!r}{location}.{hint} To list all names, "
+            "type: lm-eval ls tasks"
         )
     return all_entries[name]
 

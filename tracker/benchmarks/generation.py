@@ -56,8 +56,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         max_tokens = max(prompt.max_tokens for prompt in prompts)
         if max_tokens >= self.max_length:
             raise CellError(
-                f"a generated text may have {max_tokens} tokens, but the model reads only "
-                f"{self.max_length}, so none are left for the prompt; lm-eval refuses this too"
+                f"max_gen_toks is {max_tokens}, but the model reads only {self.max_length} tokens, "
+                "so no tokens are left for the prompt; lower max_gen_toks in gen_kwargs"
             )
         instances = [
             Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)

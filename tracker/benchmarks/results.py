@@ -166,7 +166,7 @@ class ResultFileWriter:
         writer.save_results_aggregated(results=results, samples=samples)
         folder = output / name
         if not hasattr(writer, "date_id"):
-            raise WorkError(f"{output}: lm-eval could not make the results of {model.name}")
+            raise WorkError(f"{output}: lm-eval failed to write the results of {model.name}")
         path = folder / f"results_{writer.date_id}.json"
         writer.date_id = _later_date(writer.date_id, folder)
         files = {folder / f"results_{writer.date_id}.json": 0}
@@ -270,7 +270,7 @@ def _refuse_contradictions(
                 if stored is not None and not _are_equal(stored, current):
                     raise CellError(
                         f"document {row['doc_id']} of {task}: the stored {name} is {stored}, but "
-                        f"the installed lm-eval computes {current} from the same answers"
+                        f"the installed lm-eval computes {current} from the same model outputs"
                     )
 
 
