@@ -174,7 +174,7 @@ def test_all_layers_of_models_of_different_depth(tiny_llama, experiment, tmp_pat
     assert "2 of 2" in listed
     refused(
         cli("evaluate", f"--model={deep}", *ARC_EASY, "--layer=all"),
-        "W&B does not count a model's layers",
+        "W&B does not know a model's layers",
         "{min: 0, max: 29}",
         "tracker run FILE",
     )
@@ -416,7 +416,7 @@ def test_plan_uses_the_speed_of_the_dtype(model, experiment, monkeypatch):
     hours = [float(re.search(r"at least ([0-9.]+) h", text)[1]) for text in (half, single, mixed)]
     assert hours[1] == pytest.approx(4 * hours[0], rel=0.05)
     assert hours[2] == pytest.approx(5 * hours[0], rel=0.05)
-    assert "GFLOP/s in bfloat16 (measured here with a matrix product)" in half
+    assert "GFLOP/s in bfloat16 (measured now with a matrix product)" in half
     assert "GFLOP/s in bfloat16 and 0 GFLOP/s in float32 (measured" in mixed
 
 

@@ -201,7 +201,8 @@ def test_flat_files_are_refused_with_a_correction(load):
     with pytest.raises(ExperimentError) as caught:
         load("model: m\nbenchmark: arc_easy\nsample: 100\n")
     head, _, shape = str(caught.value).partition("Write:\n\n")
-    assert head.endswith("'model', 'benchmark', 'sample' at the top belong under 'parameters'. ")
+    keys = "'model', 'benchmark', 'sample'"
+    assert head.endswith(f"the top-level keys {keys} belong under 'parameters'. ")
     (cell,) = load(shape).cells()
     assert (str(cell.model), str(cell.benchmark), cell.documents.sample) == ("m", "arc_easy", 100)
 
@@ -228,7 +229,9 @@ def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load):
         assert len(expected) == cap
         assert runs == expected
         assert len({(cell.model, cell.removed) for cell in cells}) == len(cells)
-        assert experiment.cap_note.startswith(f"run_cap: the first {cap} of the grid's 48 runs")
+        assert experiment.cap_note.startswith(
+            f"run_cap: only the first {cap} of the grid's 48 runs"
+        )
 
 
 def test_a_cap_leads_to_the_same_cell(load):

@@ -73,14 +73,13 @@ def test_answers_about_other_runs_and_signs():
     assert open_runs_text(answer_record("top 1", *parts)) == expected
     zero_run, negative_run = (run_answer(2, low=0, high=0), run_answer(1, "+", low=-0.2, high=-0.1))
     record = answer_record("sign", run_answer(0, "+"), negative_run, zero_run)
-    expected = "sign: above 0 are the drops of layer 0, below 0 the drops of layer 1 ("
+    expected = "sign: the drops of layer 0 are above 0, the drops of layer 1 are below 0 ("
     assert statement(record).startswith(expected)
-    expected = "sign: above 0 are the drops of none, below 0 the drops of none ("
+    expected = "sign: the drops of none are above 0, the drops of none are below 0 ("
     assert statement(answer_record("sign", zero_run)).startswith(expected)
 
 
 def test_cost_of_an_answer_about_a_group():
     record = answer_record("sign", run_answer(0, "+"), looked=1018, measured=1312)
-    assert (
-        answer_cost(record) == f"{MEASURED}; 1,018 of them were evaluated, each task in proportion"
-    )
+    usage = "the stopping rule used 1,018 of them, in proportion to task sizes"
+    assert answer_cost(record) == f"{MEASURED}; {usage}"

@@ -141,15 +141,15 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     settings = {"limit": None, "benchmark": "copa", "layer": [1, 2]}
     tie_file = experiment(folder, **settings, until="top 1")
     assert (
-        "once 32 documents are measured. To measure some, add --set until=null --sample 64"
-        in plan_text(tie_file, results)
+        "Once 32 documents are measured, tracker plan estimates when measuring stops. To measure "
+        "64 documents first, add --set until=null --sample 64" in plan_text(tie_file, results)
     )
     run_experiment(experiment(folder, "pilot.yaml", **settings, sample=40), results)
     assert (
-        "until top 1: the answer needs about 100 of 100 documents and 100 % of the layer passes; "
-        "in nine of ten simulations at most 100 documents and 100 %. Simulated from 40 measured "
-        "documents; with few documents, the estimate is too low. In 100 % of the simulations all "
-        "documents do not suffice"
+        "until top 1: measuring will stop after about 100 of 100 documents and 100 % of the layer "
+        "passes. In nine of ten simulations, it stops after at most 100 documents and 100 %. The "
+        "simulations use 40 measured documents; few documents give estimates that are too low. In "
+        "100 % of the simulations, all documents are too few"
     ) in plan_text(tie_file, results)
     run_results = run_experiment(tie_file, results, heard)
     assert [record.drop.value for record in run_results.cells[0].runs] == [0, 0]
@@ -161,7 +161,7 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     assert "copa: top 1: the largest drop is not separated by all" in plan_text(tie_file, results)
     # Other questions, which all that is measured answers.
     for text, answer in (
-        ("sign", "above 0 are the drops of none, below 0 the drops of none (95 %"),
+        ("sign", "the drops of none are above 0, the drops of none are below 0 (95 %"),
         ("prune 1 within 99 pp", "the smallest drop is that of layer 1 (95 %"),
         ("top 1 within 99 pp at 90 %", "the largest drop is that of layer 1 (90 %"),
     ):

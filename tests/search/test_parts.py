@@ -205,4 +205,4 @@ def test_a_file_of_heads_is_searched_and_shown(write, prune, tmp_path) -> None:
     assert len(best_record.rests_on) == 1
     text = " ".join(result.output.split())
     assert f"removes heads {names} (2 of 12)" in text
-    assert "no command saves such a model: tracker export removes whole layers, not heads" in text
+    assert "the model cannot be saved: tracker export removes only whole layers, not heads" in text

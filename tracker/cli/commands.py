@@ -348,7 +348,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     "--gflops",
     type=click.FloatRange(min=0, max=1e12, min_open=True, max_open=True),
     callback=check_finite,
-    help="Assumed compute rate in GFLOP/s (default: the rate of a matrix product, measured here).",
+    help="Assumed compute rate in GFLOP/s (default: measured now, with a matrix product).",
 )
 @trust_option
 @results_option

@@ -199,7 +199,7 @@ class TrialCommand(GroupedCommand):
         """Parse the arguments without the options whose value is `None`."""
         if "--layer=all" in args:
             raise click.UsageError(
-                "--layer=all: a trial measures one layer, and W&B does not count a model's layers. "
+                "--layer=all: a trial measures one layer, and W&B does not know a model's layers. "
                 "Write the layers into the sweep file, for example layer: {min: 0, max: 29}, or "
                 "type tracker run FILE, which measures all layers",
                 ctx,
@@ -514,7 +514,7 @@ work_options = add_options(WorkOptions, *WorkOptions.model_fields)
 def check_finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """Return the value; raise BadParameter for NaN and infinity, which click's ranges accept."""
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"invalid number {value}; expected a finite one", ctx, param)
+        raise click.BadParameter(f"invalid number {value}; expected a finite number", ctx, param)
     return value
 
 

@@ -59,7 +59,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     n_failed, n_checks = len(diagnosis.failures), count_text(len(diagnosis.findings), "check")
     duration = f"in {diagnosis.seconds:.0f} s"
     success = f"{n_checks} {duration}: this installation computes the right numbers on {device}."
-    failure = f"{n_failed} of {n_checks} failed {duration}. Do not trust figures from {device}."
+    failure = f"{n_failed} of {n_checks} failed {duration}. Do not trust results from {device}."
     echo(f"\n{failure if n_failed else success}")
 
 
@@ -224,7 +224,7 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
     from tracker.analysis.comparable import group_models
 
     option = "" if results == Path("results") else f" --results {shlex.quote(str(results))}"
-    echo(f"all figures: tracker report --format csv{option}")
+    echo(f"to write all figures to CSV files: tracker report --format csv{option}")
     samples = [
         cell.benchmark.sample_size(settled[1])
         for claims in map(decide_claims, group_models(cells))
@@ -349,9 +349,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         return "as above" if cell.shared else _time_text(seconds(cell))
 
     def work_saved(cell: PlannedCell) -> str:
-        return (
-            f"{cell.cost.naive_flops / cell.cost.flops:.1f} × less than one lm-eval run per layer"
-        )
+        ratio = cell.cost.naive_flops / cell.cost.flops
+        return f"{ratio:.1f} × less work than one lm-eval run per layer"
 
     def self_check_share(cell: PlannedCell) -> str:
         return f"{100 * cell.cost.check_layer_passes / cell.cost.layer_passes:.1f} %"
@@ -376,7 +375,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     if all(cell.measured or cell.shared for cell in cells):
         echo(f"{n_runs} runs: all are measured already")
     else:
-        rate = f"at {rates}. Real work reaches only a fraction of this rate"
+        rate = f"at {rates}. Measurements reach only a fraction of this rate"
         echo(f"{n_runs} runs, at least {_time_text(total)}, {rate}")
     echo()
     print_table(build_table("", columns, cells))
@@ -392,12 +391,12 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     rounded = {(str(c.request.model), c.stored_format): None for c in cells if c.rounds_again}
     echo_all(*(second_rounding_text(*pair) for pair in rounded))
     echo(
-        f"Smallest detectable drop: two-sided paired tests at {100 * ALPHA:.0f} % for all runs "
-        f"together detect it with {100 * TEST_POWER:.0f} % power"
+        "Smallest detectable drop: two-sided paired tests detect a drop of this size with "
+        f"{100 * TEST_POWER:.0f} % power, at a level of {100 * ALPHA:.0f} % for all runs together"
     )
-    echo("Both figures assume that a removal changes half of the outcomes, like unrelated models")
+    echo("The last two columns assume that a removal changes half of the outcomes at random")
     if any(cell.observed for cell in cells):
-        echo("*: assumes that a removal changes as many outcomes as the median measured removal")
+        echo("*: assuming that a removal changes as many outcomes as the median measured removal")
 
 
 class _ComputeRates:
@@ -424,7 +423,7 @@ class _ComputeRates:
         if self._gflops is not None:
             return f"{self._gflops:,.0f} GFLOP/s (as stated)"
         rates = (f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in self._measured.items())
-        return f"{' and '.join(rates)} (measured here with a matrix product)"
+        return f"{' and '.join(rates)} (measured now with a matrix product)"
 
 
 def print_search_plan(
@@ -432,7 +431,7 @@ def print_search_plan(
 ) -> None:
     """Print the estimated cost of searches and tests, at `gflops` or at the measured rate."""
     rates = _ComputeRates(gflops)
-    no_search = "a test is not a search: it measures the sets that the searches chose"
+    no_search = "this row does not search: it tests the removals that the searches chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
     all_constraints = {request.constraints_text for request in requests}
 
@@ -449,14 +448,14 @@ def print_search_plan(
         if isinstance(row.request, CellRequest):
             return Estimate(None, reason=no_search)
         benchmarks = ", ".join(str(cell.benchmark) for cell in row.request.calibration())
-        return benchmarks or Estimate(None, reason="the strategy looks at no document")
+        return benchmarks or Estimate(None, reason="the strategy uses no calibration documents")
 
     def work_saved(row: PlannedSearch) -> str | Estimate:
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
             return Estimate(None, reason="the rows above include all measurements of this row")
-        return f"{row.naive_flops / row.flops:.1f} × less than one lm-eval run per layer"
+        return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:
         return rates.seconds(row.flops, row.dtype)
@@ -480,13 +479,13 @@ def print_search_plan(
     )
     rows = [*searches, *tests]
     total, table = sum(map(seconds, rows)), build_table("", columns, rows)
-    rate = f"at {rates}. Real work reaches only a fraction of this rate"
+    rate = f"at {rates}. Measurements reach only a fraction of this rate"
     echo(f"{count_text(len(searches), 'search')}, at least {_time_text(total)} {rate}\n")
     print_table(table)
-    echo("TFLOP: work that no search in the rows above requests, as if nothing were measured yet")
-    echo("evaluations and passes: counts for the search alone, without the searches above")
+    echo("TFLOP: work in addition to the rows above, as if nothing were measured yet")
+    echo("evaluations and passes: counts of each search, also for work of the rows above")
     figures = "evaluations, passes" if any(request.at_least for request in requests) else "passes"
-    echo(f"The sets that a search tries are simulated, so {figures} and TFLOP are estimates")
+    echo(f"The removals that a search tries are simulated, so {figures} and TFLOP are estimates")
     echo_all(*(all_constraints if len(all_constraints) == 1 else ()))
     echo_all(*(row.note for row in searches), *_dash_reasons(table))
 
@@ -500,19 +499,20 @@ def _describe_stopping(cell: PlannedCell) -> str:
     prefix, estimate = f"until {cell.request.until}", cell.forecast
     if estimate is None:
         return (
-            f"{prefix}: the table gives the cost of all documents. tracker plan estimates the cost "
-            f"of the answer once {PILOT_DOCUMENTS} documents are measured. To measure some, add "
-            "--set until=null --sample 64; nothing is measured twice"
+            f"{prefix}: the table assumes that all documents are measured. Once {PILOT_DOCUMENTS} "
+            "documents are measured, tracker plan estimates when measuring stops. To measure 64 "
+            "documents first, add --set until=null --sample 64; nothing is measured twice"
         )
     (documents, max_documents), (share, max_share) = estimate.documents, estimate.share
     text = (
-        f"{prefix}: the answer needs about {documents:,} of {cell.cost.documents:,} documents and "
-        f"{100 * share:.0f} % of the layer passes; in nine of ten simulations at most "
-        f"{max_documents:,} documents and {100 * max_share:.0f} %. Simulated from "
-        f"{estimate.measured:,} measured documents; with few documents, the estimate is too low"
+        f"{prefix}: measuring will stop after about {documents:,} of {cell.cost.documents:,} "
+        f"documents and {100 * share:.0f} % of the layer passes. In nine of ten simulations, it "
+        f"stops after at most {max_documents:,} documents and {100 * max_share:.0f} %. The "
+        f"simulations use {estimate.measured:,} measured documents; few documents give estimates "
+        "that are too low"
     )
     if estimate.open:
-        text += f". In {100 * estimate.open:.0f} % of the simulations all documents do not suffice"
+        text += f". In {100 * estimate.open:.0f} % of the simulations, all documents are too few"
     return text
 
 

@@ -112,7 +112,7 @@ def export(**settings: Any) -> None:
     help="New folder in which to save the recommended model, as 'tracker export' does.",
 )
 @project_option(
-    help="Project of the tracking backends (default: the file's project, else tracker)."
+    help="Project in MLflow or W&B (default: the experiment file's project, else tracker)."
 )
 @work_options
 def prune(
@@ -146,7 +146,7 @@ def prune(
         echo(f"\nto save the recommended one: {command}")
     for unit in dict.fromkeys(search.unit for search in result.searches if search.unit != "layer"):
         plural = unit_plural(unit)
-        echo(f"no command saves such a model: tracker export removes whole layers, not {plural}")
+        echo(f"the model cannot be saved: tracker export removes only whole layers, not {plural}")
     if result.saved:
         echo()
         print_export(result.saved)

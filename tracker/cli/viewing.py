@@ -135,8 +135,8 @@ class SyncOptions(CommandOptions):
 @click.option(
     "--sweep",
     metavar="ENTITY/PROJECT/ID",
-    help="W&B sweep; its killed or failed trials get their results from this folder. Trials that "
-    "still lack measurements are listed.",
+    help="W&B sweep whose killed or failed trials get their results from the results folder. "
+    "Trials that still lack measurements are listed.",
 )
 @runs_option
 @documents_option
@@ -155,7 +155,7 @@ def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **options
 
     if sweep is not None:
         if to is not None:
-            raise click.UsageError("--sweep only publishes to that sweep; leave --to out")
+            raise click.UsageError("--sweep publishes only to the given W&B sweep; leave --to out")
         _sync_sweep(sweep, results)
     if to == ():
         raise click.BadParameter("'none' names no tracking backend; write mlflow or wandb")
@@ -290,7 +290,7 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 @folder_argument
 @results_option
 @click.option(
-    "--against", type=PathType(), help="Copy of the folder to compare with, outcome by outcome."
+    "--against", type=PathType(), help="Copy of the folder; all outcomes are compared with it."
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.

@@ -44,7 +44,7 @@ def answer_cost(answer: AnswerRecord) -> str:
     cost = f"{answer.measured:,} of {answer.population:,} documents, {share}"
     if answer.looked == answer.measured:
         return cost
-    return f"{cost}; {answer.looked:,} of them were evaluated, each task in proportion"
+    return f"{cost}; the stopping rule used {answer.looked:,} of them, in proportion to task sizes"
 
 
 def interval_name(cell: CellRecord) -> str:
@@ -107,7 +107,7 @@ def _answer_text(answer: AnswerRecord) -> str:
     if parsed.kind == "sign":
         positive = _run_names([run for run in chosen_runs if run.low > 0])
         negative = _run_names([run for run in chosen_runs if run.high < 0])
-        return f"above 0 are the drops of {positive}, below 0 the drops of {negative}"
+        return f"the drops of {positive} are above 0, the drops of {negative} are below 0"
     verb = " is that" if is_single else "s are those"
     return f"the {size} drop{verb} of {_run_names(chosen_runs)}"
 

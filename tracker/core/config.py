@@ -338,7 +338,7 @@ class CellRequest:
         if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
             return f"{component} can only be removed, and only from one layer at a time"
         if component == "linear" and (intervention not in FORMATS or change.span != 1):
-            return "a linear map takes only a format such as int4, and only in a single layer"
+            return "a linear map can only be quantised, e.g. to int4, and in one layer at a time"
         if change.is_outer:
             return None
         if intervention == "repeat" and component != "layer":

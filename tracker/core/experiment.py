@@ -255,8 +255,8 @@ class Experiment(Sweep):
         """A message with the number of runs that `run_cap` keeps; empty if it keeps all runs."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
-        runs = f"the first {self.run_cap:,} of the grid's {self.size:,} runs"
-        return f"run_cap: {runs}, as W&B counts"
+        runs = f"only the first {self.run_cap:,} of the grid's {self.size:,} runs are measured"
+        return f"run_cap: {runs}, in W&B's order"
 
     def cells(self) -> list[CellRequest]:
         """Expand the grid into one request per model, benchmark and settings, sorted by model.
@@ -319,7 +319,7 @@ class Experiment(Sweep):
                 pair = (twin, cell)
                 first, last = (f"until {r.until or 'null'}, seed {r.documents.seed}" for r in pair)
                 raise ExperimentError(
-                    f"'parameters': the grid asks two questions about {cell.title}: {first}, and "
-                    f"{last}. Move one question to a separate file (nothing is measured twice)"
+                    f"'parameters': {cell.title} has two pairs of until and seed: {first}, and "
+                    f"{last}. Move one pair to a separate file (nothing is measured twice)"
                 )
         return sorted(cells, key=lambda cell: cell.model.order)

@@ -174,8 +174,8 @@ def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
         contents = apply_settings(None, parameters, kind)
         text = yaml.safe_dump(contents, sort_keys=False, default_flow_style=None)
         raise ExperimentError(
-            f"{name}: {', '.join(map(repr, parameters))} at the top belong under 'parameters'. "
-            f"Write:\n\n{text}"
+            f"{name}: the top-level keys {', '.join(map(repr, parameters))} belong under "
+            f"'parameters'. Write:\n\n{text}"
         )
 
 
@@ -308,8 +308,8 @@ def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
     """Raise ExperimentError for W&B sweep settings that skip runs, such as `early_terminate`."""
     if raw.get("method") in _OTHER_METHODS:
         raise ExperimentError(
-            f"'method': {raw['method']} would leave runs out, but each run is a result. Write "
-            "'method: grid'; for fewer runs give fewer values, or 'run_cap'"
+            f"'method': {raw['method']} would skip runs, but tracker measures all runs. Write "
+            "'method: grid'; for fewer runs, give fewer values or 'run_cap'"
         )
     if "early_terminate" in raw:
         raise ExperimentError(

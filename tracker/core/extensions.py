@@ -36,11 +36,11 @@ def load_extensions(
                 raise ValueError(f"the name {point.name!r} is taken")
             if not _VALID_NAME.fullmatch(point.name):
                 raise ValueError(
-                    "a name must have lower-case letters, digits and _, and begin with a letter"
+                    "a name consists of lower-case letters, digits and _, and begins with a letter"
                 )
             extension = check(point.load())
             if (name := getattr(extension, "name", point.name)) != point.name:
-                raise ValueError(f"it is called {name!r}; give its entry point the same name")
+                raise ValueError(f"name the entry point {name!r}, like the extension")
             extensions[point.name] = extension
         except (Exception, SystemExit) as error:  # any code may run there
             log.warning("%s", describe_failure(point, error))

@@ -90,7 +90,7 @@ def decode_arguments(arguments: str | None) -> dict[str, Any]:
 def _check_writable(name: str) -> str:
     """Raise ValueError if a name contains a null character, which file systems refuse."""
     if "\0" in name:
-        raise ValueError("it contains a null character, which cannot be written")
+        raise ValueError("the name contains a null character, which file systems refuse")
     return name
 
 

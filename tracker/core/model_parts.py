@@ -93,13 +93,13 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
         count, field = parts.count_of(component), number_field(component)
         if count is None:
             raise ExperimentError(
-                f"{request.title}: the model's configuration does not give the number of parts of "
-                f"the kind {component}; list the numbers of the parts in '{FILE_KEYS[field]}'"
+                f"{request.title}: the model's configuration does not give the number of "
+                f"{KIND_STYLES[component].plural} per layer; list numbers in '{FILE_KEYS[field]}'"
             )
         # Heads and groups of heads share the field, but not the count.
         if len(numbers.setdefault(field, tuple(range(count)))) != count:
             raise ExperimentError(
-                f"{request.title}: a layer has {parts.head} heads in {parts.kv_head} groups; "
+                f"{request.title}: a layer has {parts.head} heads, but {parts.kv_head} kv_heads; "
                 "request head and kv_head in two files, or list numbers in 'head'"
             )
     changes = request.changes.model_copy(update=numbers)

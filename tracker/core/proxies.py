@@ -277,7 +277,7 @@ def _check_proxy(extension: object) -> Proxy:
     if _RESERVED_NAMES.fullmatch(extension.name):
         raise ValueError(f"the name {extension.name!r} is taken")
     if not callable(extension.observe) or extension.component != "layer":
-        raise ValueError("the proxy has no function `observe` of a layer's input and output")
+        raise ValueError("a proxy needs component 'layer' and a function observe(input, output)")
     if extension.complement_of or extension.strategy or extension.per_token or extension.over:
         raise ValueError(
             "complement_of, strategy, per_token and over are only for tracker's own proxies"
