@@ -212,7 +212,7 @@ def test_what_only_the_longest_text_shows_is_seen(monkeypatch):
 def test_a_model_that_does_not_run_says_why():
     model = tiny_model("llama")
     model.model.layers[0].register_forward_hook(fail)
-    message = "^LlamaForCausalLM cannot be asked one request at a time: no such"
+    message = "^LlamaForCausalLM cannot compute even one request at a time: no such"
     with pytest.raises(CellError, match=message):
         checked(model)
 

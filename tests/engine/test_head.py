@@ -128,5 +128,7 @@ def test_a_head_that_takes_something_else_is_refused() -> None:
     output = head.base(IDS, use_cache=False)
     model.forward = lambda **_: output
     output.logits = torch.zeros(3, 7, 97)
-    with pytest.raises(RefusalError, match=r"^the head does not take the output of the layers$"):
+    with pytest.raises(
+        RefusalError, match=r"^the output head does not read the states that the layers return$"
+    ):
         head.predictions(output, output.last_hidden_state, torch.tensor([0]), torch.tensor([0]))

@@ -74,7 +74,7 @@ def test_a_mask_that_weighs_is_refused(slope):
     mask = make_additive(CAUSAL)
     mask[0, 0, 4, 1] = slope
     with pytest.raises(
-        RefusalError, match=r"^the attention masks hold more than the visibility of tokens$"
+        RefusalError, match=r"^the attention masks contain a bias in addition to hidden tokens$"
     ):
         find_first_visible(mask, 5)
 

@@ -190,7 +190,7 @@ def make_llama(kind: type) -> Any:
     return kind(tiny_model("llama").config).eval()
 
 
-APART = "a checkpoint without a layer is not the model that skips it, so nothing is shared"
+APART = "a checkpoint without a layer differs from skipping it, so nothing is shared"
 
 
 class TestCheck:
@@ -219,7 +219,7 @@ class TestCheck:
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
         assert verdict.sharing_note == (
-            "no tiny copy of the model can be built on which sharing over tokens could be tested"
+            "no tiny copy of the model can be built to test computation that tokens share"
         )
         # No length is believed of it anyway.
         assert check_longer_texts(engine, ABLATIONS, verdict, (256, 192, 256), False) is verdict
@@ -323,7 +323,7 @@ class TestMiniatures:
             miniature_check, "find_removed_model", lambda truth, of, verdict: verdict
         )
         message = (
-            f"the same text scores {x:g} nats after shorter texts, "
+            f"the same text has {x:g} nats after shorter texts were computed, "
             f"but {y:g} nats after longer texts"
         )
         with nullcontext() if agree else pytest.raises(CellError, match=message):
@@ -437,10 +437,10 @@ class TestCut:
         pair = self.checked(model, (0, 1))
         assert (pair.in_place, pair.as_loaded, pair.sharing) == (True, False, FULL)
         message = (
-            "what is measured is the model whose layer stays in its place and hands on its input, "
-            "not a saved checkpoint (no configuration describes what is left)"
+            "tracker measures the model in which the removed layers return their input, not a "
+            "saved checkpoint (no configuration describes the changed model)"
         )
-        assert pair.checkpoint_note == f"whatever is removed, {message}"
+        assert pair.checkpoint_note == f"for all removals, {message}"
         # Beside a layer without which there is one, each is what it can be.
         verdict = self.checked(model, (0,), (0, 1))
         assert (verdict.in_place, verdict.as_loaded, verdict.sharing) == (True, True, PLAIN)
@@ -453,11 +453,11 @@ class TestCut:
             verdict = verdict_on("jamba_eager", [INTACT, *ablations])
             clauses = verdict.checkpoint_note.split("; ")
             assert clauses[-1] == (
-                "whatever is passed again, what is measured is the model that passes these layers "
-                "again in memory, not a saved checkpoint (no configuration describes what is left)"
+                "for all repetitions, tracker measures the model that repeats the layers in memory"
+                ", not a saved checkpoint (no configuration describes the changed model)"
             )
             assert len(clauses) == len(ablations)
-            assert all("hands on its input" in clause for clause in clauses[:-1])
+            assert all("return their input" in clause for clause in clauses[:-1])
 
     def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(self, watched) -> None:
         """A model built from a configuration alone is no proof."""

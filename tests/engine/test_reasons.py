@@ -17,8 +17,8 @@ from tracker.engine.selfcheck.reference import keeps_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STATE = "because it keeps a state of its own for each text"
-BATCH = "nothing is shared, because its layers refuse the states of several ablations as one batch"
+STATE = "because the model keeps a recurrent state for each text"
+BATCH = "nothing is shared, because the layers refuse a batch of hidden states of several ablations"
 CACHE = "its cache cannot be rewound"
 FAMILY = {"nemotron_h": STATE, "gpt_bigcode": BATCH, "xmod": BATCH, "dots3_note_text": CACHE}
 

@@ -99,7 +99,7 @@ class TestRefusals:
             return original_forward(**inputs)
 
         engine.head.base.forward = forward_twice
-        with pytest.raises(RefusalError, match=r"^its 4 layers run 8 times in a pass$"):
+        with pytest.raises(RefusalError, match=r"^the 4 layers run 8 times in total in a pass$"):
             run_base(engine, plan_streams([INTACT], 4), reading_row(TOKENS), None)
 
     def test_a_batch_that_is_not_the_texts(self, engine: Engine) -> None:
@@ -107,6 +107,6 @@ class TestRefusals:
             return output.repeat(2, 1, 1)
 
         engine.head.base.embed_tokens.register_forward_hook(repeat_output)
-        message = r"^the layers return \(2, 6, 32\), not \[texts, tokens, width\]$"
+        message = r"^the layers return tensors \(2, 6, 32\), not \[texts, tokens, width\]$"
         with pytest.raises(RefusalError, match=message):
             run_base(engine, plan_streams([INTACT], 4), reading_row(TOKENS), None)

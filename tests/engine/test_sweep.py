@@ -91,7 +91,7 @@ def test_wrong_sharing_is_found(monkeypatch, dtype):
     result = check_sharing(engine_of(model), make_documents(), single_layers((0,)))
     assert leaked_rows
     assert result.engine.sharing == DEPTH_ONLY
-    assert "because sharing more changes a log-likelihood by" in result.sharing_note
+    assert "because sharing more computation changes a log-likelihood by" in result.sharing_note
 
 
 def test_nothing_of_a_row_waits_for_the_garbage_collector():
@@ -326,7 +326,7 @@ def test_a_model_without_a_cache_continues_no_prompt(monkeypatch):
         monkeypatch.setattr(module, "find_cache_argument", lambda base: None)
     engine = engine_of("llama")
     assert not engine.has_shared_prefix(make_documents(3, shared=60))
-    with pytest.raises(RefusalError, match=r"^the model takes no cache of keys and values$"):
+    with pytest.raises(RefusalError, match=r"^the model accepts no key-value cache$"):
         list(generation_groups(engine, [INTACT], 10))
     with prepare_generation(engine, [INTACT], [1, 2, 3]) as arguments:
         assert arguments == {}

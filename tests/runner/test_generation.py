@@ -192,7 +192,7 @@ def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
     model, options = tiny_llama(max_position_embeddings=64), {"benchmark": "sums", "layer": 0}
     file = experiment(model, data=data, num_fewshot=0, **options)
     (reason,) = run_experiment(file, tmp_path / "results").outcome.failed.values()
-    assert "a generated text may have 64 tokens, but the model reads only 64" in reason
+    assert "max_gen_toks is 64, but the model reads only 64 tokens" in reason
 
 
 def test_texts_that_end_by_themselves(tiny_llama, as_lm_eval):
@@ -234,6 +234,6 @@ def test_the_reason_for_generating_alone_is_in_words(monkeypatch) -> None:
     generation, reason = Generation(engine, None).choose_mode(prompt, single_layers([0]))
     assert not generation.together
     assert reason == (
-        "each ablation generates alone, because its layers refuse the states of several ablations "
-        "as one batch"
+        "each ablation generates alone, because the layers refuse a batch of hidden states of "
+        "several ablations"
     )

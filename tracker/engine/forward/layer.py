@@ -234,14 +234,14 @@ class LayerFork:
             parent.extra_outputs.clear()
         values = (*args, *kwargs.values())
         if len(step.actions) > 1 and any(a is b for a in values for b in parent.extra_outputs):
-            raise RefusalError("the layers pass more to each other than the hidden state")
+            raise RefusalError("the layers pass tensors other than the hidden state to each other")
         if parent.replace_mask is not None:
             args, kwargs = parent.replace_mask(self.index, self.module, args, kwargs)
         hidden: Tensor = hooks.input_state(args, kwargs)
         if self.index == 0 and parent.embeddings:
             hidden = torch.cat([hidden, *parent.embeddings])
         if len(hidden) % step.n_streams:
-            raise RefusalError("the model changes the batch between its layers")
+            raise RefusalError("the model changes the batch size between its layers")
         self.arguments = hooks.replace_state(args, kwargs, None)
         if parent.batched and step.entrants != tuple(range(step.n_streams)):
             self.arguments = select_streams(self.arguments, step.n_streams, list(step.entrants))
@@ -289,7 +289,7 @@ class LayerFork:
         output = hooks.call_with(self.original, state, *arguments)
         states = hooks.first_output(output)
         if not isinstance(states, Tensor) or states.shape != state.shape:
-            raise RefusalError(f"layer {self.index} does not return a state of its input's shape")
+            raise RefusalError(f"layer {self.index} returns no state with the shape of its input")
         return output
 
 
@@ -324,7 +324,7 @@ def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
     if not repeats:
         return
     if fork.parent.batched:
-        raise RefusalError("a layer that runs twice would need two caches of keys and values")
+        raise RefusalError("repeated layers would need a key-value cache for each repetition")
     states = take_entries(outputs, [source for _, source, _ in repeats])
     spans = [span for *_, span in repeats]
     for repetition in range(1, max(span.repeats for span in spans)):
@@ -333,7 +333,7 @@ def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
             if streams := [stream for stream, enters in enumerate(are_entered) if enters]:
                 layer_fork = fork.parent.forks[layer]
                 if any(map(is_absent, layer_fork.module.parameters())):
-                    raise RefusalError("offloaded layers cannot be repeated in one shared pass")
+                    raise RefusalError("offloaded layers cannot be repeated in a shared pass")
                 put_entries(states, streams, layer_fork.run(take_entries(states, streams)))
     put_entries(outputs, [stream for stream, *_ in repeats], states)
 

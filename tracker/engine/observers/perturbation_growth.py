@@ -118,7 +118,7 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
     atol = _TOLERANCES.get(loaded.model.dtype, _HALF_TOLERANCE) * float(expected.max())
     result = differences[:-1, layer, layer:]
     if not torch.allclose(result, expected, rtol=0, atol=atol, equal_nan=True):
-        raise RefusalError("the layers compute other results for several streams than for one")
+        raise RefusalError("the layers give other results for a batch of states than for one state")
 
 
 def _follow_perturbations(
@@ -196,7 +196,7 @@ class _PerturbedPass:
         ):
             self.engine.run_text(tokens)
         if self._n_seen != (n_layers := len(loaded.layers)):
-            raise RefusalError(f"its {n_layers} layers run {self._n_seen} times in a pass")
+            raise RefusalError(f"the {n_layers} layers run {self._n_seen} times in total in a pass")
 
     def _plan(self) -> StreamPlan:
         """Return a plan in which each perturbation is a stream that skips the perturbed layer."""
@@ -212,7 +212,8 @@ class _PerturbedPass:
         """Perturb the states after a layer, and measure all differences from the intact state."""
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
-            raise RefusalError(f"the layers return {tuple(states.shape)}, not [texts, tokens, …]")
+            shape = tuple(states.shape)
+            raise RefusalError(f"the layers return tensors {shape}, not [texts, tokens, …]")
         intact, n_perturbations = states[0], self.directions.n_per_layer
         if layer in self.group:
             inputs = states[-n_perturbations].clone()

@@ -112,9 +112,9 @@ def generation_groups(
     """
     loaded = engine.loaded
     if find_cache_argument(loaded.model) is None:
-        raise RefusalError("the model takes no cache of keys and values")
+        raise RefusalError("the model accepts no key-value cache")
     if engine.plan(ablations).n_repeats:
-        raise RefusalError("a layer that runs twice would need two caches of keys and values")
+        raise RefusalError("repeated layers would need a key-value cache for each repetition")
     size = tokens * len(loaded.layers) * measure_cache_bytes(engine)
     return split_ablations(ablations, engine.budget // 2 // size)
 

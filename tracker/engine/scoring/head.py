@@ -195,7 +195,7 @@ class Head:
             model_output = self._model(input_ids=ids)
         logits: Tensor | None = getattr(model_output, "logits", None)
         if not calls or logits is None or logits.shape[:2] != output.last_hidden_state.shape[:2]:
-            raise RefusalError("the head does not take the output of the layers")
+            raise RefusalError("the output head does not read the states that the layers return")
         return logits
 
     @torch.inference_mode()
@@ -229,7 +229,7 @@ def use_row_formats(
     def by_format(inputs: Tensor) -> Tensor:
         output = forward(inputs)
         if len(inputs) != len(formats):
-            raise RefusalError(f"the {name} is not called with one row per text")
+            raise RefusalError(f"the module {name} is not called with one batch row per text")
         for form, rows in rows_by_format.items():
             if form is not None:
                 with embeddings.temporary_format(name, form):
@@ -275,5 +275,5 @@ def compute_first_states(
                 base(**inputs)
             except _ReachedError:
                 continue
-        raise RefusalError("the first layer does not run on plain text")
+        raise RefusalError("the model does not call its first layer on plain text")
     return states

@@ -72,7 +72,7 @@ def find_attention_windows(
 
     read_text(2, [partial(record, index, layer.forward) for index, layer in enumerate(layers)])
     if (n_run := len(layer_outputs)) < len(layers):
-        raise RefusalError(f"only {n_run} of the {len(layers)} layers run on plain text")
+        raise RefusalError(f"the model calls only {n_run} of {len(layers)} layers on plain text")
     read_text(tokens, [make_skip(index, layer) for index, layer in enumerate(layers)])
     # Layers with equal windows get the same tensor, so that rows make one mask for all of them.
     starts = [find_first_visible(layer_mask, tokens) for layer_mask in masks]
@@ -108,7 +108,7 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
     visible = mask[0, 0].cpu()
     if visible.dtype != torch.bool:
         if ((visible != 0) & (visible > -1e4)).any():
-            raise RefusalError("the attention masks hold more than the visibility of tokens")
+            raise RefusalError("the attention masks contain a bias in addition to hidden tokens")
         visible = visible == 0
     starts = visible.int().argmax(-1)
     positions = torch.arange(tokens)

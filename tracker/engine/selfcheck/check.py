@@ -295,12 +295,11 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
         return None
     share = f"{comparison.unsteady} of {comparison.compared} answers"
     if is_half:
-        verb = "changes" if comparison.unsteady == 1 else "change"
         name = str(dtype).removeprefix("torch.")
-        return f"in {name}, {share} {verb} by rounding alone (in lm-eval too)"
+        return f"in {name}, rounding alone changes {share} (in lm-eval too)"
     return (
-        f"the model is discontinuous: {share} move by more than rounding (a router or a top-k near "
-        "a tie), in lm-eval too"
+        "the model is discontinuous: a router or a top-k is near a tie, so rounding changes "
+        f"{share} by more than the tolerance (in lm-eval too)"
     )
 
 

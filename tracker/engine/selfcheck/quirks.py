@@ -234,9 +234,9 @@ PROBE_TEXT = tuple(5 * index % 29 + 2 for index in range(12))
 MAX_LAYERS_NAMED = 3
 """Maximum number of layers that a note lists as impossible to remove in a checkpoint."""
 _ITSELF = "the model itself computes other logits after it is saved and loaded"
-_OTHER = "no configuration describes what is left"
+_OTHER = "no configuration describes the changed model"
 _NOT = "what is left does not run"
-_COMPUTED = "what its class computes when it is loaded cannot be given to a model in memory"
+_COMPUTED = "values that the class computes while loading cannot be set for a model in memory"
 
 
 @dataclass(frozen=True)
@@ -319,13 +319,13 @@ def find_removed_model(
     else:
         description, outputs = _describe_ablation(mismatches[0]), results[mismatches[0]]
         raise CellError(
-            f"{name} cannot be cut to be {description} ({outputs.refusal or outputs.unsaved}); "
-            "leave it out of 'layer'"
+            f"{name} cannot be measured {description} ({outputs.refusal or outputs.unsaved}); "
+            "leave the layer out of 'layer'"
         )
     note = _describe_unsaved(results)
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
     if differs:
-        note = "a checkpoint without a layer is not the model that skips it, so nothing is shared"
+        note = "a checkpoint without a layer differs from skipping it, so nothing is shared"
         return replace(verdict, sharing=PLAIN, sharing_note=note)
     return verdict
 
@@ -365,7 +365,7 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
     logits, reason = _probe_logits(loaded_engine)
     if logits_alike(logits, _probe_logits(original)[0]):
         return replace(loading, full_model=full_model)
-    log.debug("%s, saved and loaded, differs or raises: %s", engine.class_name, reason)
+    log.debug("%s differs after saving and loading, or raises: %s", engine.class_name, reason)
     return loading
 
 
@@ -409,8 +409,8 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
     """Describe the ablations whose model cannot be saved as a checkpoint; None without any."""
     clauses = []
     for repeats, all_phrase, model in (
-        (False, "whatever is removed", "whose layer stays in its place and hands on its input"),
-        (True, "whatever is passed again", "that passes these layers again in memory"),
+        (False, "for all removals", "in which the removed layers return their input"),
+        (True, "for all repetitions", "that repeats the layers in memory"),
     ):
         group = [ablation for ablation in results if bool(ablation.repetitions) == repeats]
         unsaved = [ablation for ablation in group if results[ablation].saved is None]
@@ -421,7 +421,7 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
             names.append(f"{len(unsaved) - MAX_LAYERS_NAMED} more")
         subject = " or ".join(names) if len(unsaved) < len(group) else all_phrase
         clauses.append(
-            f"{subject}, what is measured is the model {model}, not a saved checkpoint "
+            f"{subject}, tracker measures the model {model}, not a saved checkpoint "
             f"({results[unsaved[0]].unsaved})"
         )
     return "; ".join(clauses) or None

@@ -273,13 +273,13 @@ REMAINING_SHARING = {
 }
 """Sharing → description of the remaining sharing, and of the lost sharing."""
 REFUSAL_REASONS = {
-    FULL: "it does not go on from a beginning that was read before: its cache cannot be rewound",
-    NO_PREFIX: "it refuses a row of several texts with a mask of their own",
-    DEPTH_ONLY: "its layers refuse the states of several ablations as one batch",
-    PLAIN: "it refuses several texts in one call",
+    FULL: "the model cannot continue a cached prefix: its cache cannot be rewound",
+    NO_PREFIX: "the model refuses several texts in one row with separate attention masks",
+    DEPTH_ONLY: "the layers refuse a batch of hidden states of several ablations",
+    PLAIN: "the model refuses several texts in one call",
 }
 """Way of sharing → requirement that the code of a model does not meet."""
-STATE = "it keeps a state of its own for each text"
+STATE = "the model keeps a recurrent state for each text"
 
 
 def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
@@ -301,7 +301,7 @@ def describe_error(error: Exception, way: Sharing, name: str) -> str:
 
 def describe_difference(way: Sharing, comparison: Comparison) -> str:
     """Describe the largest difference between log-likelihoods with sharing and the reference."""
-    cause = "a call of several texts" if way == PLAIN else "sharing more"
+    cause = "a call of several texts" if way == PLAIN else "sharing more computation"
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
         return sentence
