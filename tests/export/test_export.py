@@ -245,7 +245,7 @@ class TestFailedExport:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
         assert "is not written" in message
-        assert "No file of it is left" in message
+        assert "Partial files are deleted" in message
 
     def test_a_small_disk(self, refused, base, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))

@@ -61,7 +61,7 @@ class WorkerProcess(RemoteObject):
         if code is None:
             return "the worker does not answer any more"
         if code == -signal.SIGKILL:
-            return "it was killed, as the system does when memory runs out; use fewer workers"
+            return "the worker was killed, probably because memory ran out; use fewer workers"
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         lines = self._output.read_text(errors="replace").strip().splitlines()
         return f"{cause}: {lines[-1][:300]}" if lines else cause

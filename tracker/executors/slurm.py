@@ -166,7 +166,7 @@ class _SubmittedJob:
         cell = find_cell(request, self._reporting.ledger)
         if cell.store is None or not cell.complete:
             return CellError(
-                f"its SLURM job ended well, but {self._reporting.ledger.root} lacks the outcomes; "
+                f"the SLURM job succeeded, but {self._reporting.ledger.root} lacks the outcomes; "
                 "the results folder must be on a file system that all nodes share"
             )
         return cell.store

@@ -58,9 +58,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     WINDOWS_RECIPE: Recipe(
         "llama.cpp infers from a layer's index whether the layer has a sliding window, but the "
-        "layers of this model do not follow the period of the base. So the file above is another "
-        "model, and so is any file of convert_hf_to_gguf.py from this folder, until it lists the "
-        "layers with a window (llama.cpp b11739 reads the list). This program writes the list:",
+        "windows of this model do not repeat with the period of the base model. So the GGUF file "
+        "above computes a different model, as does any file of convert_hf_to_gguf.py from this "
+        "folder. A file must list the layers with a window (llama.cpp b11739 reads the list). This "
+        "program writes the list:",
         "python",
     ),
     "llm-compressor": Recipe("llm-compressor, as its recipe:", "yaml"),

@@ -95,7 +95,10 @@ def refuse_units(units: Collection[Component]) -> None:
     """Raise RequestError if searches did not remove layers, since only layers can be exported."""
     other_units = sorted(set(units) - {"layer"})
     if other_units:
-        raise RequestError(f"--output needs unit layer, not {other_units[0]}; leave --output out")
+        raise RequestError(
+            "--output saves only models without whole layers (unit layer), not unit "
+            f"{other_units[0]}; leave --output out"
+        )
 
 
 class ChangedModel(NamedTuple):

@@ -269,8 +269,8 @@ def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str
     threads = f", {count_text(answers.n_threads, 'thread')}" if answers.device == "cpu" else ""
     cores = count_text(int(facts["cores"]), "core")
     return (
-        f"both models in turns in one process, batch {TIMING_BATCH}, {length} tokens, {dtype}, on "
-        f"{answers.device}{threads} ({facts['platform']}, {cores})"
+        f"both models alternately in one process, batch {TIMING_BATCH}, {length} tokens, {dtype}, "
+        f"on {answers.device}{threads} ({facts['platform']}, {cores})"
     )
 
 
@@ -315,9 +315,9 @@ def draft_folder(output: Path) -> Iterator[Path]:
         reason = error.strerror or str(error)
         if error.errno in _DISK_FULL_ERRORS:
             reason = "the disk is full"
-        raise WorkError(f"{output} is not written: {reason}. No file of it is left.") from None
+        raise WorkError(f"{output} is not written: {reason}. Partial files are deleted.") from None
     except SafetensorError as error:
         if "os error" not in str(error).lower():
             raise
         # The message of safetensors for it: "I/O error: No space left on device (os error 28)"
-        raise WorkError(f"{output} is not written: {error}. No file of it is left.") from None
+        raise WorkError(f"{output} is not written: {error}. Partial files are deleted.") from None

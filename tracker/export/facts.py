@@ -94,8 +94,8 @@ class Proof:
             figure = "".join(f": {metric} {value!r}" for metric, value in self.figure.items())
             exception = f", except for {self.ties} whose answers differ only within rounding"
             sentences.append(
-                f"In this process, plain lm-eval judges each of {self.documents:,} documents of "
-                f"{name} as tracker measured{exception if self.ties else ''}{figure}."
+                f"In this process, plain lm-eval computes for {self.documents:,} documents of "
+                f"{name} the same outcomes as tracker{exception if self.ties else ''}{figure}."
             )
         return sentences
 
@@ -242,8 +242,8 @@ class ExportedModel:
             return "The model's speed could not be measured: other work disturbed the timing"
         ratio, low, high = self.faster
         return (
-            f"The model reads {ratio:.2f} times as fast as the base; half of all timed turns lie "
-            f"between {low:.2f} and {high:.2f}"
+            f"The model reads texts {ratio:.2f} times as fast as the base model; the quartiles "
+            f"are {low:.2f} and {high:.2f}"
         )
 
     def figures(self) -> dict[str, float]:

@@ -221,7 +221,7 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
     tokens = zip(PROOF_TEXTS, answer["tokens"], expected.tokens, strict=True)
     for text, saved_tokens, expected_tokens in tokens:
         if saved_tokens != expected_tokens:
-            raise WorkError(f"the saved tokenizer makes different tokens of {text!r}")
+            raise WorkError(f"the saved tokenizer splits {text!r} into different tokens")
 
 
 def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -> float:
