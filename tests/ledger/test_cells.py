@@ -79,13 +79,17 @@ class TestAdopt:
         [
             ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another benchmark"),
             ({"format": NEXT_FORMAT}, [("arc_easy", 0)], f"it {format_problem(NEXT_FORMAT)}"),
-            ({}, [("arc_easy", 0), ("b", 0)], "it does not hold exactly one block of documents"),
+            (
+                {},
+                [("arc_easy", 0), ("b", 0)],
+                "the file does not hold exactly one block of documents",
+            ),
             (
                 {},
                 [("arc_easy", 31), ("arc_easy", 32)],
-                "it does not hold exactly one block of documents",
+                "the file does not hold exactly one block of documents",
             ),
-            ({}, [], "it does not hold exactly one block of documents"),
+            ({}, [], "the file does not hold exactly one block of documents"),
             ({}, [("arc_easy", 70)], "the benchmark has no such document"),
             ({}, [("arc_easy", -1)], "the benchmark has no such document"),
             ({}, [("b", 0)], "the benchmark has no such document"),
@@ -216,13 +220,13 @@ class TestNoShard:
         assert not len(cell.read())
         assert path.exists()
         (warning,) = caplog.messages
-        assert warning.endswith("); it is ignored, and its outcomes are computed again")
+        assert warning.endswith("); the file is ignored; its outcomes are computed again")
 
     def test_shards_under_another_blocks_name_are_set_aside(self, cell, path, caplog):
         renamed_path = path.rename(path.with_name(path.name.replace("00000", "00001")))
         assert not len(cell.read())
         assert f"the shard {renamed_path} is damaged" in caplog.text
-        assert "(its name belongs to another block of documents)" in caplog.text
+        assert "(the file name belongs to another block of documents)" in caplog.text
 
     def test_shards_of_another_model_are_set_aside(self, cell, cell_of, path, caplog):
         """Was: taken for one's own; and over another block, missing documents on every rerun."""

@@ -10,7 +10,7 @@ from tracker.core.provenance import content_hash
 from tracker.ledger.files import parse_note, read_note, seal_note, write_note
 from tracker.ledger.shards import read_shard, shard_digest, shard_file
 
-EDITED = "its digest does not match its content: it was edited or damaged"
+EDITED = "the digest does not match the content: the file was edited or damaged"
 CONTENT = {"who": "größe", "numbers": [1, 2.5, None]}
 
 
@@ -106,7 +106,7 @@ def test_files_with_a_wrong_digest_are_refused(metadata):
     schema = TABLE.schema.with_metadata({"tracker": json.dumps(metadata)})
     sink = pa.BufferOutputStream()
     pq.write_table(TABLE.cast(schema), sink)
-    with pytest.raises(ValueError, match=r"^its digest does not match its content$"):
+    with pytest.raises(ValueError, match=r"^the digest does not match the content$"):
         read_shard(sink.getvalue().to_pybytes())
 
 

@@ -169,7 +169,7 @@ class TestCompare:
         assert other_cell.folder.name != cell.folder.name
         assert list(compare_ledgers(ledger, other)) == [
             f"{cell.folder.name}: the two cell.json differ",
-            f"{cell.folder.name}: the two folders have different requested runs",
+            f"{cell.folder.name}: the two folders contain requests for different runs",
         ]
 
     def test_the_first_outcome_that_differs_is_named(self, ledger, copied, measured):
@@ -190,7 +190,8 @@ class TestCompare:
         copied.cells()[0].write(Block("a", 0), [make_row(0, task="a", acc=0.0)], {})
         (difference,) = compare_ledgers(ledger, copied)
         assert (
-            "1 outcomes differ, such as the outcome of document 0 of a under baseline" in difference
+            "1 outcomes differ, such as the outcome of document 0 of a with ablation baseline"
+            in difference
         )
 
     def test_the_last_bit_and_the_middle_of_a_long_list_count(self, ledger, copied):

@@ -89,14 +89,14 @@ def test_an_identity_that_does_not_fit_its_key_is_refused(project, field):
     project.change_file("cell.json", change)
     assert pull() == (
         [],
-        "the files do not have tracker's format: its key does not match its content",
+        "the files do not have tracker's format: the key does not match the content",
     )
     assert not files(project)
 
 
 def test_the_files_of_another_cell_are_refused(project):
     project.key = f"{'0' * 64}/cell"
-    assert "its key does not match its content" in pull()[1]
+    assert "the key does not match the content" in pull()[1]
 
 
 def test_names_are_never_paths(project):

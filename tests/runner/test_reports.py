@@ -117,7 +117,7 @@ def test_a_report_of_damaged_outcomes_says_what_is_missing(ran, tmp_path):
 
     code, output = type_command("report", "--results", results, "--format", "csv")
     assert code == 1
-    assert f"failed: {shard.with_suffix('.aside')}: it was set aside as damaged" in output
+    assert f"failed: {shard.with_suffix('.aside')}: the damaged file was renamed" in output
     documents = pd.read_csv(results / "report" / "documents.csv")
     layers = pd.read_csv(results / "report" / "layers.csv")
     assert list(layers["n"]) == [8, 8]

@@ -132,7 +132,9 @@ def test_a_killed_search_continues(write, tmp_path: Path) -> None:
     killed_progress = KillingProgress(first_responses + 1)
     with pytest.raises(KeyboardInterrupt):
         api.prune(path, results=tmp_path / "killed", track=[], progress=killed_progress)
-    prefix = "its search is in progress or was stopped; if it was stopped, type its command again: "
+    prefix = (
+        "the search is in progress or stopped; if stopped, type the command of the search again: "
+    )
     message = f"{prefix}tracker prune {path} --results {tmp_path / 'killed'}"
     assert unfinished_messages(tmp_path / "killed") == [f"12 documents; {message}", message]
     second_progress = KillingProgress()

@@ -35,7 +35,7 @@ def test_what_is_kept_comes_back_and_an_edit_is_noticed(tmp_path):
     path.write_text(path.read_text().replace("No.", "Yes"))
     assert read_records(tmp_path / "studies", FindingRecord, errors) == []
     assert errors == {
-        str(path): "its digest does not match its content: it was edited or damaged; type "
+        str(path): "the digest does not match the content: the file was edited or damaged; type "
         f"`tracker study {FINDING.study} {FINDING.experiment}`, or delete it"
     }
 

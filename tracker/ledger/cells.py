@@ -35,10 +35,10 @@ Derived = TypeVar("Derived", bound=Record)
 _OUTCOME_KEYS = ["task", "doc", "ablation"]
 """Columns that identify an outcome."""
 _OTHER_TOKENS = (
-    "its texts were tokenised by {}, but the other texts of the benchmark by {}, so it is left "
-    "out. Measure such outcomes in a separate results folder"
+    "the texts of this file were tokenised by {}, but other texts of the benchmark by {}, so the "
+    "file is left out. Measure such outcomes in a separate results folder"
 )
-SHARD_SET_ASIDE = "it was set aside as damaged; run its experiment again, then delete this file"
+SHARD_SET_ASIDE = "the damaged file was renamed; run its experiment again, then delete the file"
 """The message about a damaged shard that has not been measured again yet."""
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class CellStore:
             raise ValueError("it belongs to another benchmark")
         columns = shard.table.select(["task", "doc"]).to_pydict()
         tasks, documents = set(columns["task"]), set(columns["doc"])
-        problem = "it does not hold exactly one block of documents"
+        problem = "the file does not hold exactly one block of documents"
         if len(tasks) != 1:
             raise ValueError(problem)
         (task,), seed = tasks, shard.metadata.get("seed")
@@ -305,7 +305,7 @@ class CellStore:
         try:
             shard = read_shard(path.read_bytes(), columns)
             if self._find_block(shard).name != _block_name(path):
-                raise ValueError("its name belongs to another block of documents")
+                raise ValueError("the file name belongs to another block of documents")
             return shard
         except FileNotFoundError:
             if not path.is_symlink():
@@ -322,9 +322,11 @@ class CellStore:
         self._unread.add(aside_path)
         try:
             path.replace(aside_path)
-            consequence = f"it is renamed to {aside_path.name} and its outcomes are computed again"
+            consequence = (
+                f"the file is renamed to {aside_path.name}; its outcomes are computed again"
+            )
         except OSError:  # another process was first, or the folder is a colleague's
-            consequence = "it is ignored, and its outcomes are computed again"
+            consequence = "the file is ignored; its outcomes are computed again"
         log.warning("the shard %s is damaged (%s); %s", path, problem, consequence)
         return None
 

@@ -209,7 +209,8 @@ def access_problem(folder: Path) -> str:
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
         return ""
     command = f"chmod -R g+rX {shlex.quote(str(folder))}"
-    return f"it belongs to {owner_name(folder)}; you may not read it. Ask the owner for: {command}"
+    owner = owner_name(folder)
+    return f"you have no permission to read this path; ask the owner ({owner}) to type: {command}"
 
 
 def _flush(folders: Iterable[Path]) -> None:
@@ -251,7 +252,7 @@ def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     if content.pop(_DIGEST, None) != content_hash(content):
-        raise ValueError("its digest does not match its content: it was edited or damaged")
+        raise ValueError("the digest does not match the content: the file was edited or damaged")
     original = content.pop(_FILE, None)
     if name is not None and original not in (None, name):
         raise ValueError(f"it is a copy of {original}")

@@ -93,12 +93,12 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
         file = pq.ParquetFile(pa.BufferReader(content))
         metadata = dict(json.loads((file.metadata.metadata or {})[b"tracker"]))
         if not digests or digests[-1].decode() != digest:
-            raise ValueError("its digest does not match its content")
+            raise ValueError("the digest does not match the content")
         table = file.read(columns=columns)
     except ValueError:
         raise
     except MemoryError:
-        raise ValueError("its unpacked content needs more than the available memory") from None
+        raise ValueError("the unpacked content needs more memory than is available") from None
     # Errors of the reader on damaged files.
     except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError) as e:
         raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None

@@ -99,7 +99,7 @@ _WRITTEN_FOLDERS = ("cells", "experiments", "index", "locks")
 """Folders of the results folder that a measurement writes."""
 _SHOWN_FOLDERS = ("cells", "experiments", "searches", "studies")
 """Folders of the results folder whose contents pages and commands show."""
-UNFINISHED_CELL = "its run is in progress or was stopped; if it was stopped, type its command again"
+UNFINISHED_CELL = "the run is in progress or stopped; if stopped, type the command of the run again"
 """The message about an unfinished cell."""
 
 
@@ -220,13 +220,14 @@ class Ledger:
             try:
                 contents.experiments[path.name] = _read_experiment(path)
             except (OSError, ValueError) as error:
-                damaged[str(path)] = f"{error_reason(error)}; run the file again, or delete it"
+                reason = error_reason(error)
+                damaged[str(path)] = f"{reason}; run this experiment file again, or delete it"
         return contents
 
     def _search_message(self, command: Sequence[str]) -> str:
         """Return the message about an unfinished search, with its command if that is known."""
         words = [*command, "--results", str(self.root)] if command else []
-        message = UNFINISHED_CELL.replace("run", "search", 1)
+        message = UNFINISHED_CELL.replace("run", "search")
         return f"{message}: {shlex.join(words)}" if words else message
 
     def open_cell(
@@ -296,7 +297,7 @@ class Ledger:
             raise ResultsError(access_problem(path)) from None
         except (OSError, ValueError) as error:
             raise ResultsError(
-                f"its cell.json cannot be used ({error_reason(error)}); move the folder away, or "
+                f"cell.json cannot be used ({error_reason(error)}); move the folder away, or "
                 "run its experiment again to write a new cell.json; nothing is measured twice"
             ) from None
         return CellStore(folder, identity)
@@ -322,7 +323,7 @@ def _read_experiment(path: Path) -> str:
     """Read an experiment file; raise ValueError if it does not match its digest."""
     content, digest_path = path.read_bytes(), _digest_path(path)
     if digest_path.exists() and digest_path.read_text().split()[:1] != [_hash_content(content)]:
-        raise ValueError("it differs from the experiment that was run: edited or damaged")
+        raise ValueError("the file differs from the experiment that was run: edited or damaged")
     return content.decode()
 
 

@@ -137,7 +137,7 @@ class Texts:
         except ValueError as error:
             with suppress(OSError):  # a colleague's folder
                 path.replace(path.with_suffix(ASIDE_SUFFIX))
-            log.warning("the text file %s is damaged (%s) and is set aside", path, error)
+            log.warning("the text file %s is damaged (%s) and is ignored", path, error)
             return {}
         return {
             (row["task"], row["doc"]): StoredText(
@@ -158,5 +158,5 @@ class Texts:
                 raise ValueError("the benchmark has no such document")
         block = str(shard.metadata.get("block"))
         if Path(block).name != block:
-            raise ValueError("the name of its block is not valid")
+            raise ValueError("the file contains an invalid block name")
         return shard.table.replace_schema_metadata(None), block

@@ -19,7 +19,7 @@ _NOTES = (
 )
 """Patterns of the paths of notes that are created again if they are damaged."""
 _LOST = "the file is missing; run its experiment again, which measures the missing outcomes"
-_NO_TEXTS = "the file was set aside as damaged; no outcome is affected; delete the file"
+_NO_TEXTS = "the damaged file of texts was renamed; no outcome is affected; delete the file"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
         for store in stores
     )
     if views != other_views:
-        yield "the two folders have different requested runs"
+        yield "the two folders contain requests for different runs"
     outcomes, other_outcomes = map(_outcomes, stores)
     lone_keys = (outcomes.keys() - other_outcomes, other_outcomes.keys() - outcomes)
     for store, keys in zip(stores, lone_keys, strict=True):
@@ -145,7 +145,7 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
     shared_keys = outcomes.keys() & other_outcomes
     if differing := [key for key in shared_keys if outcomes[key] != other_outcomes[key]]:
         task, doc, ablation = min(differing)
-        example = f"such as the outcome of document {doc} of {task} under {ablation}"
+        example = f"such as the outcome of document {doc} of {task} with ablation {ablation}"
         yield f"{len(differing)} outcomes differ, {example}"
 
 
