@@ -107,6 +107,6 @@ class TestRefusals:
             return output.repeat(2, 1, 1)
 
         engine.head.base.embed_tokens.register_forward_hook(repeat_output)
-        message = r"^the layers return tensors \(2, 6, 32\), not \[texts, tokens, width\]$"
+        message = r"^the layers return shape \(2, 6, 32\), not \[texts, tokens, width\]$"
         with pytest.raises(RefusalError, match=message):
             run_base(engine, plan_streams([INTACT], 4), reading_row(TOKENS), None)

@@ -197,7 +197,7 @@ def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(spy):
     [
         (ANY_LENGTH, "with a single document and a single ablation: .* a larger device"),
         # Requests of a document may stand in several rows there, which cannot be halved.
-        (Lengths((10,)), ": CUDA out of memory. Lower --memory, or use a smaller dtype"),
+        (Lengths((10,)), r": CUDA out of memory. Lower --memory \(.*\), or use a smaller dtype"),
     ],
 )
 def test_out_of_memory_with_nothing_left_to_halve_names_the_way_out(monkeypatch, lengths, message):

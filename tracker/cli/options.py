@@ -361,7 +361,7 @@ def _describe_missing(name: str) -> str:
         )
     if path.exists() or name.startswith("package:"):
         return f"{name} is a model;"
-    return f"there is no experiment file {name}.{suggest_file(path)} If it is a model,"
+    return f"there is no experiment file {name}.{suggest_file(path)} If {name} is a model,"
 
 
 def _click_type(hint: Any) -> dict[str, Any]:

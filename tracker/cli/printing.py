@@ -380,7 +380,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     echo()
     print_table(build_table("", columns, cells))
     echo(
-        "self-check: this share of the work is repeated on a model without the layer, to verify "
+        "self-check: share of the work that is repeated on a model without the layer, to verify "
         "the results. In addition, each architecture is stress-tested once on a tiny copy"
     )
     for cell in cells:

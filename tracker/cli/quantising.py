@@ -58,5 +58,5 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
         echo_all(*result.saved.proof.sentences())
         echo(f"saved: {result.saved.folder}")
         for tool in result.saved.recipes:
-            echo(f"to make the smaller file with {tool}, see the recipe in the folder")
+            echo(f"to make the smaller file with {tool}, see the recipe in the saved folder")
     sys.exit(result.outcome.exit_code)

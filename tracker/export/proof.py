@@ -263,7 +263,7 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
                 continue
             raise WorkError(
                 f"document {number} of {task}: lm-eval finds {name} {saved_value} for the saved "
-                f"model, but {value} was measured (answers differ by up to {nats:.3g} nats)"
+                f"model, but {value} was measured (log-likelihoods differ by up to {nats:.3g} nats)"
             )
     if n_missing := cell.n - len(keys):
         raise WorkError(f"lm-eval left out {n_missing} of the documents that were measured")

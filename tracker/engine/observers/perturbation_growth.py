@@ -213,7 +213,7 @@ class _PerturbedPass:
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
             shape = tuple(states.shape)
-            raise RefusalError(f"the layers return tensors {shape}, not [texts, tokens, …]")
+            raise RefusalError(f"the layers return shape {shape}, not [texts, tokens, …]")
         intact, n_perturbations = states[0], self.directions.n_per_layer
         if layer in self.group:
             inputs = states[-n_perturbations].clone()

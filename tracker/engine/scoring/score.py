@@ -267,7 +267,7 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
     def observe(layer: int, inputs: Tensor, outputs: Tensor) -> None:
         if inputs.shape[:2] != row.input_ids.shape:
             shape = tuple(inputs.shape)
-            raise RefusalError(f"the layers return tensors {shape}, not [texts, tokens, width]")
+            raise RefusalError(f"the layers return shape {shape}, not [texts, tokens, width]")
         # Some models have several parallel residual streams: together they are the state.
         inputs, outputs = (state.flatten(0, 1).flatten(1) for state in (inputs, outputs))
         if pending and pending[0][0].device != inputs.device:

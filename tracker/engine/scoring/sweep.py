@@ -300,7 +300,9 @@ class Engine(EngineModel):
         """Score half of a row's documents (or ablations, for one document), then the other half."""
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
-            raise CellError(f"out of memory: {message}. Lower --memory, or use a smaller dtype")
+            raise CellError(
+                f"out of memory: {message}. Lower --memory (memory limit), or use a smaller dtype"
+            )
         if HALVED_NOTE not in self.notes:
             self.notes.append(HALVED_NOTE)
         numbers = sorted({document for document, _ in row.requests})

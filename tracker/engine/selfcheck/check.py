@@ -326,8 +326,8 @@ def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Compa
     if is_offloaded and any(math.isnan(answer.loglikelihood) for answer in answers):
         raise CellError(
             f"{engine.class_name} returns NaN while its weights are offloaded: a layer uses "
-            "another layer's weights. The whole model must fit into memory: set a larger "
-            "--weights or a smaller dtype, or use a larger machine"
+            "another layer's weights. The whole model must fit into memory: raise the "
+            "memory limit for weights (--weights), or use a smaller dtype or a larger machine"
         )
     for score, (_, ablations, keys) in zip(scores, rounds, strict=True):
         for index, d, r in keys:
