@@ -483,7 +483,9 @@ def print_search_plan(
     echo(f"{count_text(len(searches), 'search')}, at least {_time_text(total)} {rate}\n")
     print_table(table)
     echo("TFLOP: work in addition to the rows above, as if nothing were measured yet")
-    echo("evaluations and passes: counts of each search, also for work of the rows above")
+    echo(
+        "evaluations and passes: full counts for each search, including work shared with rows above"
+    )
     figures = "evaluations, passes" if any(request.at_least for request in requests) else "passes"
     echo(f"The removals that a search tries are simulated, so {figures} and TFLOP are estimates")
     echo_all(*(all_constraints if len(all_constraints) == 1 else ()))
