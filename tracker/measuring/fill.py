@@ -174,8 +174,9 @@ class CellWork:
             shard = measure(block.task, names, documents, advance)
             for line in shard.notes:
                 self._progress.say(line)
-            self.store.write(block, shard.rows, shard.metadata)
+            # Texts first: a block with outcomes is not measured again, so a kill would lose them.
             self.store.texts.add(block.name, shard.texts)
+            self.store.write(block, shard.rows, shard.metadata)
             self._report_done(block, n_pending)
         with self._condition:
             self._update_race()
