@@ -21,9 +21,10 @@ from tests.helpers.engines import (
 )
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import model_logits
+from tracker.core.changes import Ablation
 from tracker.core.documents import Document
 from tracker.engine.observers import layer_proxies as module
-from tracker.engine.observers.layer_proxies import output_proxies
+from tracker.engine.observers.layer_proxies import answer_divergences, output_proxies
 from tracker.engine.scoring.model import PLAIN
 from tracker.models.layers import find_layers
 
@@ -71,6 +72,26 @@ def test_every_figure_is_that_of_a_plain_pass(family: str, sharing: str) -> None
             above = _lens_tokens(model, tokens, layer + 1)
             differing = sum(a != b for a, b in zip(below, above, strict=True))
             assert float(proxies["lens_changes"][layer]) == differing
+
+
+@pytest.mark.parametrize("sharing", ["shared", "apart"])
+def test_the_divergence_at_answers_is_that_of_their_positions(sharing: str) -> None:
+    model = tiny_model("llama")
+    engine = engine_of(model)
+    engine = engine.with_sharing(PLAIN) if sharing == "apart" else engine
+    ablations = [Ablation.from_changes(removed=[layer]) for layer in range(LAYERS)]
+    for document in make_documents(3, seed=4):
+        sums = answer_divergences(engine, document, ablations)
+        n_answer = len(document.requests[document.gold].continuation)
+        tokens = gold_tokens(document)
+        positions = slice(len(tokens) - n_answer - 1, len(tokens) - 1)
+        assert float(sums["tokens"]) == n_answer
+        p = model_logits(model, tokens).softmax(-1).numpy()[positions]
+        for layer in range(LAYERS):
+            with pruned_model(model, [layer]) as short_model:
+                q = model_logits(short_model, tokens).softmax(-1).numpy()[positions]
+            expected = entropy(p, q, axis=-1).sum()
+            assert float(sums["kl"][layer]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])

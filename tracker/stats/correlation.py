@@ -111,10 +111,11 @@ def correlation_difference(
     second_proxy: tuple[Array, Array],
     drop: tuple[Array, Array],
     coefficient: Coefficient,
+    second_drop: tuple[Array, Array] | None = None,
 ) -> Estimate:
     """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
 
-    The two coefficients use the same layers and resampled documents, so common noise cancels. As in
+    The two coefficients use the same resampled documents, so common noise cancels. As in
     `correlate`, the interval keeps the layers and resamples the documents.
 
     Args:
@@ -123,6 +124,7 @@ def correlation_difference(
         second_proxy: Another proxy, from the same documents and resampled documents.
         drop: The accuracy drop, from the same documents and resampled documents.
         coefficient: Name of the correlation coefficient, one of `COEFFICIENTS`.
+        second_drop: Accuracy drop of the second proxy's layers; None if these are the same layers.
 
     Returns:
         The coefficient of `first_proxy` minus the coefficient of `second_proxy`. The value is None
@@ -136,13 +138,14 @@ def correlation_difference(
         (2.0, 2.0, 2.0)
     """
     values, rows = [], []
-    for proxy, resamples in (first_proxy, second_proxy):
-        x, y = map(rounded_values, (proxy, drop[0]))
+    pairs = (first_proxy, drop), (second_proxy, second_drop or drop)
+    for (proxy, resamples), (drops, drop_resamples) in pairs:
+        x, y = map(rounded_values, (proxy, drops))
         series = ("the proxy", x), ("the accuracy drop", y)
         if reason := _undefined_reason(3, "a correlation", *series):
             return Estimate(None, reason=reason)
-        values.append(float(row_coefficients(proxy[None], drop[0][None], coefficient)[0]))
-        rows.append(row_coefficients(resamples, drop[1], coefficient))
+        values.append(float(row_coefficients(proxy[None], drops[None], coefficient)[0]))
+        rows.append(row_coefficients(resamples, drop_resamples, coefficient))
     difference = values[0] - values[1]
     return Estimate(difference, *bias_corrected_interval(difference, rows[0] - rows[1], -2, 2))
 
@@ -276,3 +279,23 @@ def _surrogate_p(
         coefficients = np.abs(row_coefficients(fixed_series[None], rows, coefficient))
         n_as_strong = max(n_as_strong, int((coefficients >= strength - 1e-9).sum()))
     return (n_as_strong + 1) / (surrogates + 1)
+
+
+def resampled_spearman(x: Array, xs: Array, y: Array, ys: Array) -> Estimate:
+    """Compute Spearman's coefficient of two series with an interval over resamples.
+
+    Args:
+        x: `[items]`, first series.
+        xs: `[resamples, items]`, first series in each resample of the documents.
+        y: `[items]`, second series.
+        ys: `[resamples, items]`, second series in the same resamples.
+
+    Returns:
+        The coefficient with its bias-corrected interval; None if a series is undefined or constant.
+    """
+    (value,) = row_coefficients(x[None], y[None], "spearman").tolist()
+    if not np.isfinite(value):
+        return Estimate(None, reason="one of the two is undefined, or the same for all items")
+    return Estimate(
+        value, *bias_corrected_interval(value, row_coefficients(xs, ys, "spearman"), -1, 1)
+    )

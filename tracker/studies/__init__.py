@@ -12,6 +12,7 @@ Modules:
     layout: Build charts, and build tables from dataclasses with labelled fields.
     audit: Compare every proxy of a layer's relevance with the measured accuracy drop of the layer.
     calibration: Estimate how many documents a stable ranking of layers needs.
+    displacement: Compare the KL divergence of the output with the cost of each change.
     joint: Compare the drop of removing two layers together with the sum of their single drops.
     precision: Measure how much accuracy the rounding of each linear map costs.
     prune: Compare models pruned by measured accuracy drops with models pruned by proxies.

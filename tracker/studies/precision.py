@@ -30,8 +30,7 @@ from tracker.core.weight_formats import FORMATS
 from tracker.report.wording import parts_answer
 from tracker.search.formats import map_formats_request, observe_errors
 from tracker.stats.arrays import Array, safe_divide
-from tracker.stats.rank_agreement import row_coefficients
-from tracker.stats.resampling import bias_corrected_interval
+from tracker.stats.correlation import resampled_spearman
 from tracker.stats.support import widen
 from tracker.studies.base import (
     Study,
@@ -151,7 +150,7 @@ def _observe_maps(
     drops = [(p.mean_drops, outcomes.resample(p.drops, p.weights)) for p in (gold, metric)]
     orders = []
     for error, figures in errors.items():
-        pair = one_look([_correlate(*figures, *drop) for drop in drops])
+        pair = one_look([resampled_spearman(*figures, *drop) for drop in drops])
         orders.append(ErrorOrder(ERROR_LABELS[error], *pair))
     falls = [run.gold_drop for run in runs]
     if record.is_raced:  # a run's own fall also rests on documents that other runs lack
@@ -183,15 +182,6 @@ def _sum_errors(
         error = safe_divide(figures[name].sum(axis=0), size.sum(axis=0))
         errors[name] = error, safe_divide(resample(figures[name]), resample(size))
     return errors
-
-
-def _correlate(error: Array, errors: Array, drop: Array, drops: Array) -> Estimate:
-    """Compute Spearman's coefficient of error and drop over maps, with an interval."""
-    (value,) = row_coefficients(error[None], drop[None], "spearman").tolist()
-    if not np.isfinite(value):
-        return Estimate(None, reason="the error or the drop is undefined, or equal for all maps")
-    rows = row_coefficients(errors, drops, "spearman")
-    return Estimate(value, *bias_corrected_interval(value, rows, -1, 1))
 
 
 def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:

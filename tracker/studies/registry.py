@@ -83,6 +83,23 @@ class CalibrationSettings(StudySettings):
     """Rank correlation of two samples that counts as reliable."""
 
 
+class DisplacementSettings(StudySettings):
+    """Does the KL divergence of a change predict what the change costs?
+
+    All runs of EXPERIMENT are measured: removals, replacements, weight formats. The study compares
+    the KL divergence of the model's output, at the positions of the right answers, with the
+    accuracy drop and the choice probability drop. It reports the rank correlation over all runs,
+    and over the halves with a smaller and a larger divergence. It needs at least eight runs.
+
+    \b
+    Examples:
+      tracker study displacement experiments/demo.yaml
+      tracker study displacement experiments/maps.yaml --track none
+    """
+
+    study = "tracker.studies.displacement:Displacement"
+
+
 class JointSettings(StudySettings):
     """Do the drops of two layers add up?
 
@@ -291,6 +308,7 @@ class TheoremSettings(StudySettings):
 STUDIES: Mapping[str, type[StudySettings]] = {
     "audit": AuditSettings,
     "calibration": CalibrationSettings,
+    "displacement": DisplacementSettings,
     "joint": JointSettings,
     "precision": PrecisionSettings,
     "prune": PruneSettings,

@@ -113,6 +113,23 @@ def divergences(engine: Engine, document: Document, ablations: Ablations) -> dic
     return totals
 
 
+def answer_divergences(
+    engine: Engine, document: Document, ablations: Ablations
+) -> dict[str, Tensor]:
+    """Measure `divergences` only at the positions that predict a token of the right answer.
+
+    A document without a right answer, such as a window of text, is measured as a whole.
+    """
+    if document.gold is None:
+        return divergences(engine, document, ablations)
+    request = document.requests[document.gold]
+    # The position of the last answer token predicts what follows the answer.
+    tokens = (*request.context, *request.continuation)[:-1][-engine.max_length :]
+    start = max(len(tokens) - len(request.continuation), 0)
+    sums = _divergences(engine, tokens, start, None, ablations)
+    return {"tokens": torch.tensor(float(len(tokens) - start)).double(), **sums}
+
+
 @torch.inference_mode()
 def _divergences(
     engine: Engine,

@@ -1,0 +1,125 @@
+"""Study: measure how well the KL divergence of the output orders changes by what they cost.
+
+The divergence is that of the next token at the positions of the right answer. Its agreement with
+the costs is computed over all changes, and over the halves with a smaller and a larger divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.core.changes import Ablation
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document
+from tracker.core.errors import RequestError
+from tracker.core.estimates import Estimate
+from tracker.core.formats import metric_format
+from tracker.core.provenance import content_hash
+from tracker.core.tables import Table
+from tracker.engine.observers.layer_proxies import answer_divergences
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.shards import DocumentArrays
+from tracker.measuring.observing import ObserveDocument
+from tracker.stats.arrays import safe_divide
+from tracker.stats.correlation import correlation_difference, resampled_spearman
+from tracker.studies.base import (
+    Study,
+    StudyContext,
+    StudyResult,
+    Subject,
+    observe_subject,
+    study_texts,
+)
+from tracker.studies.layout import figure_table, labelled
+from tracker.studies.registry import DisplacementSettings
+
+DISPLACEMENT_TEXTS = study_texts("displacement")
+MIN_CHANGES = 8
+"""Minimum number of changes, so that each half has four."""
+
+
+@dataclass(frozen=True)
+class KlAgreement:
+    """Agreement of the KL divergence with what changes cost, over some changes of a cell."""
+
+    changes: str = labelled("changes")
+    count: int = labelled("number", "count")
+    kl: float = labelled("mean KL (nats per token)", "proxy")
+    drop: Estimate = labelled("Spearman with the {change}", "coefficient")
+    choice: Estimate = labelled("Spearman with the choice probability drop", "coefficient")
+    gold: Estimate = labelled("Spearman with the gold log-prob drop", "coefficient")
+
+
+class Displacement(Study[DisplacementSettings]):
+    """Compare the KL divergence of changes with their cost; see the module."""
+
+    name = "displacement"
+    question = "Does the KL divergence of a change predict what the change costs?"
+    intact = True
+    texts = DISPLACEMENT_TEXTS
+
+    def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
+        """Yield the cell of the file; raise RequestError if it has too few changes."""
+        if (count := len([*cell.changes.expand()])) < MIN_CHANGES:
+            raise RequestError(DISPLACEMENT_TEXTS.render("few", cell, count, MIN_CHANGES))
+        yield cell
+
+    def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
+        """Compare the divergences with the costs, for each cell."""
+        result = StudyResult()
+        for subject in subjects:
+            result.add(*_compare(context, subject))
+        return result
+
+
+def _compare(context: StudyContext, subject: Subject) -> tuple[str, Table]:
+    """Return the answer and the table of a cell."""
+    outcomes = subject.outcomes()
+    ablations = [outcomes.ablation(run) for run in outcomes.runs]
+    kind = f"answer-kl-{content_hash([ablation.name for ablation in ablations])[:8]}"
+    begin = partial(_begin_observing, ablations=ablations)
+    observations = observe_subject(subject, kind, context, begin, outcomes.documents)
+    sums = observations.select(outcomes.documents)
+    tokens = sums["tokens"][:, None]
+    kl = safe_divide(sums["kl"].sum(axis=0), tokens.sum(axis=0))
+    resampled_kl = safe_divide(outcomes.resample(sums["kl"]), outcomes.resample(tokens))
+    measures = (outcomes.metric_outcomes, outcomes.choice_outcomes, outcomes.gold_outcomes)
+    paired = [measure(ablations) for measure in measures]
+    costs = [(p.mean_drops, outcomes.resample(p.drops, p.weights)) for p in paired]
+    is_small = kl <= np.median(kl)
+    groups = {"all": np.ones_like(is_small), "smaller KL": is_small, "larger KL": ~is_small}
+
+    def agreements(mask: NDArray[np.bool_]) -> list[Estimate]:
+        x, xs = kl[mask], resampled_kl[:, mask]
+        return [resampled_spearman(x, xs, cost[mask], drawn[:, mask]) for cost, drawn in costs]
+
+    rows = [
+        KlAgreement(name, int(mask.sum()), float(kl[mask].mean()), *agreements(mask))
+        for name, mask in groups.items()
+    ]
+    large, small = ((kl[mask], resampled_kl[:, mask]) for mask in (~is_small, is_small))
+    differences = [
+        correlation_difference(
+            *(large, small, (cost[~is_small], drawn[:, ~is_small]), "spearman"),
+            second_drop=(cost[is_small], drawn[:, is_small]),
+        )
+        for cost, drawn in costs[:2]
+    ]
+    measure, title = metric_format(subject.record), subject.record.title
+    answer = DISPLACEMENT_TEXTS.render("answer", title, measure, rows, differences)
+    heading = f"{title}: how the KL divergence orders {len(ablations)} changes."
+    notes = DISPLACEMENT_TEXTS.render_all("notes")
+    return answer, figure_table(KlAgreement, heading, rows, *notes, measure=measure)
+
+
+def _begin_observing(engine: Engine, ablations: Sequence[Ablation]) -> ObserveDocument:
+    def observe_document(document: Document) -> DocumentArrays:
+        sums = answer_divergences(engine, document, ablations)
+        return {name: np.asarray(sums[name]) for name in ("tokens", "kl")}
+
+    return observe_document
