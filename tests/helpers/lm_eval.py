@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,22 @@ def evaluate(model: Any, **settings: Any) -> dict[str, Any]:
         patch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
         evaluation: dict[str, Any] = lm_eval.simple_evaluate(model, bootstrap_iters=0, **settings)
     return evaluation
+
+
+def metric_value(results: Mapping[str, Any], task: str, metric: str) -> float:
+    """Return lm-eval's metric of a task; compute a choice probability from lm-eval's samples."""
+    if not metric.startswith("choice_probability"):
+        return float(results["results"][task][f"{metric},none"])
+    probabilities = []
+    for sample in results["samples"][task]:
+        scores = [float(response[0][0]) for response in sample["resps"]]
+        if metric.endswith("_norm"):
+            texts = [continuation.strip() for _, continuation in sample["arguments"]]
+            sizes = [len(text.encode()) * math.log(2) for text in texts]
+            scores = [score / size for score, size in zip(scores, sizes, strict=True)]
+        weights = [math.exp(score) for score in scores]
+        probabilities.append(weights[int(sample["target"])] / sum(weights))
+    return sum(probabilities) / len(probabilities)
 
 
 def folder_tasks(folder: Path, **settings: Any) -> lm_eval.tasks.TaskManager:

@@ -12,6 +12,24 @@ from tracker.core.records import CellRecord, RunRecord
 from .conftest import LAYERS, build_cell, digest
 
 LOSS_REASON = "bits_per_byte is no accuracy"
+CHOICE_DROPS = {0: 0.15, 1: 0.2, 2: -0.09, 3: 0.003}
+"""Layer → mean drop of the choice probability, of `cell_of_choices`; 0.08 for all other layers."""
+
+
+def cell_of_choices(n: int = 100, half_width: float = 0.05, **changes: Any) -> CellRecord:
+    """Make a cell whose accuracy shows one layer, and whose choice probabilities show four."""
+    cell = build_cell(n=n, **changes)
+    runs = []
+    for run in cell.runs:
+        choice, drop = CHOICE_DROPS.get(run.change.layer, 0.08), 0.4 * (run.change.layer == 1)
+        small = half_width / (10 if run.change.layer in CHOICE_DROPS else 0.5)
+        estimates = {
+            "choice_drop": Estimate(choice, choice - small, choice + small),
+            "drop": Estimate(drop, drop - 0.1, drop + 0.1, 1e-9 if drop else 0.9),
+            "options_drop": Estimate(drop, drop - 0.1, drop + 0.1),
+        }
+        runs.append(run.model_copy(update=estimates))
+    return cell.model_copy(update={"runs": tuple(runs)})
 
 
 def loss_cell() -> CellRecord:

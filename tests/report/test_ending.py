@@ -82,11 +82,8 @@ def test_no_more_documents_are_asked_for_than_there_are(capsys):
     print_results([cell])
     print_next("demo.yaml", Path("here"), [cell])
     output = capsys.readouterr().out
-    assert (
-        "documents, but there are only 570 of arc_easy. Cheaper than another benchmark: " in output
-    )
-    assert "'until'" in output
-    assert "log-probability of the right answer, which is measured already" in output
+    assert "documents, but there are only 570 of arc_easy." in output
+    assert "Cheaper than another benchmark is 'until'" in output
     assert "--sample" not in output
 
 
@@ -109,7 +106,7 @@ def test_a_sample_counts_for_each_task(capsys):
     tasks = [task.model_copy(update={"name": f"mmlu_{size}", "documents": size}) for size in sizes]
     group = cell.benchmark.model_copy(update={"tasks": tuple(tasks)})
     cell = cell.model_copy(update={"benchmark": group})
-    (_, n_needed) = decide_claims([cell]).settling_documents()
+    n_needed = min(step.documents for step in decide_claims([cell]).next_steps())
     print_next("demo.yaml", Path("here"), [cell])
     sample = int(re.search(r"--sample (\d+)", capsys.readouterr().out)[1])
     n_drawn = [sum(min(size, limit) for size in sizes) for limit in (sample - 1, sample)]

@@ -35,6 +35,7 @@ from .cells import (
     NEW_EDITION,
     NO_ROUNDING_REASON,
     OLD_EDITION,
+    cell_of_choices,
     cell_of_kinds,
     cell_without,
     edited_cell,
@@ -105,6 +106,7 @@ CASES = {
         MIDDLE_EDITION,
         edited_cell("one", OLD_EDITION.measured, model="Other"),
     ],
+    "choices": [cell_of_choices()],
     "half_precision": [PLAIN_CELL, PLAIN_CELL.model_copy(update={"model": HALF_MODEL})],
     "nothing_changes": [cell_with_changed_runs(accuracy_drop=0.0, drop_sd=0.0)],
     "no_spread": [
@@ -193,17 +195,6 @@ def cell_with_gaps() -> CellRecord:
     )
 
 
-def cell_certain_of_gold() -> CellRecord:
-    """Make a cell whose accuracy shows nothing, and whose log-probability does."""
-    cell = build_cell(n=8)
-    falls = [run.gold_drop.value for run in cell.runs]
-    runs = [
-        with_figures(run, gold_logprob_low=fall - 0.01, gold_logprob_high=fall + 0.01)
-        for run, fall in zip(cell.runs, falls, strict=True)
-    ]
-    return cell.model_copy(update={"runs": tuple(runs)})
-
-
 def draw_charts() -> Iterator[Chart]:
     """Draw a chart of every kind."""
     kinds_cell, board = cell_of_kinds(), layer_board(study_cells())
@@ -217,7 +208,7 @@ def draw_charts() -> Iterator[Chart]:
     yield from (model.relevance_curves(board, "MODEL"), model.proxy_curves(study_cells(), "MODEL"))
     yield model.rank_chart(layer_board([build_cell(n=2000)]), "MODEL")
     yield headline.headline_chart(board, "MODEL")
-    yield headline.headline_chart(layer_board([cell_certain_of_gold()]), "MODEL")
+    yield headline.headline_chart(layer_board([cell_of_choices()]), "MODEL")
     yield model.depth_curves([board, layer_board([build_cell(model="b")])], ["a", "b"])
     for benchmarks in ("ab", "abcd"):
         pairs, _ = pair_models(

@@ -163,7 +163,7 @@ def cell(growth: list[list[float]], title: str = "arc_easy") -> SimpleNamespace:
     tokens = _token_growth(arrays, np.zeros(n, dtype=str), 0)
     benchmark = SimpleNamespace(title=title, tasks=[SimpleNamespace(name=title)])
     model = SimpleNamespace(name="m")
-    record = SimpleNamespace(benchmark=benchmark, model=model, higher_is_better=True)
+    record = SimpleNamespace(benchmark=benchmark, model=model, metric="acc", higher_is_better=True)
     counts = {"documents": n, "left_out": 0, "layers": inner + 1}
     return SimpleNamespace(tokens=tokens, later=tokens, record=record, explained=None, **counts)
 

@@ -7,6 +7,7 @@ Modules:
     claims: Decide which statements about layers are statistically supported, and phrase them.
     comparable: Label models, cells and task versions; select the cells that are ranked together.
     decisions: Score answer options, and compare the choices of ablated and intact models.
+    metrics: Compute the metrics of each document, also those derived from log-likelihoods.
     paired: Compare outcomes of the intact and the changed model on the same documents.
     records: Compute the record (all results) of a cell: one model on one benchmark.
     runs: Compute the statistics of one run (one ablation on one benchmark).

@@ -14,15 +14,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
+from tracker.core.identities import CHOICE_PROBABILITIES
 from tracker.core.provenance import list_differences
 from tracker.core.proxies import Proxy
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
 from tracker.ledger.views import CellIdentity
-from tracker.stats.accuracy import RATIO_SCALES, document_ratios, weights_by_task
+from tracker.stats.accuracy import weights_by_task
 from tracker.stats.arrays import Array
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
@@ -48,6 +50,9 @@ class AlignedOutcomes:
     ) -> None:
         self.identity: CellIdentity = store.identity
         self.metric = view.metric
+        names = dict.fromkeys((view.metric, *CHOICE_PROBABILITIES))
+        self._measures = {name: DocumentMetric(store, name) for name in names}
+        self._measure = self._measures[view.metric]
         self._removed = view.removed
         counts = store.counts(view.extent)
         self.n_requested = sum(counts.values())
@@ -126,7 +131,7 @@ class AlignedOutcomes:
     @property
     def higher_is_better(self) -> bool:
         """True if higher values of the metric are better (e.g. accuracy); False for a loss."""
-        return self.identity.benchmark.tasks[0].higher_is_better.get(self.metric, True)
+        return self._measure.higher_is_better
 
     @property
     def weights(self) -> Array:
@@ -145,6 +150,10 @@ class AlignedOutcomes:
     def gold_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
         """Return each gold answer's log-probability, for the intact model and under ablations."""
         return self._pair(self.gold_logprobs, ablations, self.plain_weights)
+
+    def choice_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
+        """Return each gold option's probability, for the intact model and under ablations."""
+        return self._pair(self.choice_probabilities, ablations, self.plain_weights)
 
     def options_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
         """Return the log of the answer options' total probability, with and without ablations."""
@@ -199,6 +208,15 @@ class AlignedOutcomes:
         """Return the outcomes under one ablation as a data frame with a row for each document."""
         return self._rows[ablation.name]
 
+    def metric_rows(self, ablation: Ablation) -> pd.DataFrame:
+        """Return the rows of an ablation with a column for each metric, also derived metrics."""
+        rows = self.rows(ablation)
+        if not rows["choices"].any():
+            return rows
+        names = self.identity.benchmark.tasks[0].all_metrics.keys() & CHOICE_PROBABILITIES
+        columns = {METRIC_PREFIX + name: self._measures[name].values(rows) for name in names}
+        return rows.assign(**columns)
+
     def describe_mismatch(self, ablation: Ablation) -> str | None:
         """Describe different software or devices in an ablation's and the baseline's outcomes."""
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
@@ -217,11 +235,15 @@ class AlignedOutcomes:
 
     def values(self, ablation: Ablation) -> Array:
         """Return the metric of every document under an ablation."""
-        return self._cached(self._read_metric, ablation)
+        return self._cached(self._measure.values, ablation)
 
     def gold_logprobs(self, ablation: Ablation) -> Array:
         """Return each gold answer's log-probability under an ablation."""
         return self._cached(gold_logprobs, ablation)
+
+    def choice_probabilities(self, ablation: Ablation) -> Array:
+        """Return each gold option's probability among its document's options."""
+        return self._measures["choice_probability"].values(self.rows(ablation))
 
     def options_logprobs(self, ablation: Ablation) -> Array:
         """Return the log of the answer options' total probability; NaN if there are no options."""
@@ -266,28 +288,14 @@ class AlignedOutcomes:
         column = rows.get(proxy.column, [None] * len(rows))
         return [value if isinstance(value, np.ndarray) else None for value in column]
 
-    def _read_metric(self, rows: pd.DataFrame) -> Array:
-        """Read the metric of each document from outcome rows."""
-        column = rows[METRIC_PREFIX + self.metric]
-        if self._aggregation not in RATIO_SCALES:
-            return column.to_numpy(dtype=np.float64)
-        return document_ratios(self._aggregation, *read_pairs(column).T)
-
     def _metric_weights(self, rows: pd.DataFrame) -> Array:
         """Compute the weight of each document in the benchmark's metric."""
-        units = None
-        if self._aggregation in RATIO_SCALES:
-            units = read_pairs(rows[METRIC_PREFIX + self.metric])[:, 1]
+        units = self._measure.units(rows)
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
     def _document_weights(self, _: pd.DataFrame) -> Array:
         """Compute the weight of each document in a mean that ignores document lengths."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
-
-    @property
-    def _aggregation(self) -> str:
-        """Name of the lm-eval aggregation that the metric uses, e.g. `mean`."""
-        return self.identity.benchmark.tasks[0].metrics.get(self.metric, "mean")
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
         """Apply a function to the outcome rows of an ablation, and cache the result."""
@@ -301,16 +309,6 @@ def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
     """Describe for how many documents a proxy was not computed; return "" if for none."""
     count = f"{sum(is_unobserved)} of {len(is_unobserved)}"
     return f"the proxy was not computed for {count} documents" if any(is_unobserved) else ""
-
-
-def read_pairs(column: pd.Series[Any]) -> Array:
-    """Parse a metric that is stored as JSON pairs; return `[documents, 2]`.
-
-    A document without a pair gets two NaN.
-    """
-    missing = (math.nan, math.nan)
-    pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]
-    return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
 
 def _options_logprobs(rows: pd.DataFrame) -> Array:

@@ -10,15 +10,18 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
 
 from tracker.analysis.comparable import benchmark_labels, select_countable
-from tracker.analysis.paired import outcome_variance
+from tracker.analysis.paired import choice_variance, outcome_variance
 from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import join_words
 from tracker.core.grouping import group_by
+from tracker.core.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.core.records import CellRecord, RunRecord
-from tracker.stats.accuracy import REPORTED_DROP, documents_needed
+from tracker.stats.accuracy import ALPHA, REPORTED_DROP, documents_needed
 from tracker.stats.support import (
     Verdict,
     average,
@@ -33,20 +36,34 @@ SMALL_DROP = REPORTED_DROP
 _LOSSES = (SMALL_DROP, 0.03, 0.02, 0.01)
 """Losses in order; the first loss that needs more documents than measured is reported."""
 SMALL_DROP_TEXT = f"{100 * SMALL_DROP:g} pp"
-TOP_FALLS = 5
-"""Layers are named if their fall of log-probability is surely among this many largest falls."""
+_OPTIONS_SHARE = 0.1
+"""Share of the error rate for `Claims.options`; drops of the two measures share the rest."""
 
 _ByCell = dict[str, dict[int, Estimate]]
 """Key of a cell → layer → figure with an interval; all intervals hold together."""
+
+
+class NextStep(NamedTuple):
+    """A measurement that would probably detect a loss for half of the open layers.
+
+    Attributes:
+        measure: `choice_probability`, or "" for the metric.
+        loss: The loss, as a fraction.
+        documents: Number of documents of each benchmark, including the measured ones.
+        seconds: Time for the further documents at the speed of those measured; None if unknown.
+    """
+
+    measure: str
+    loss: float
+    documents: int
+    seconds: float | None
 
 
 @dataclass(frozen=True)
 class Claims:
     """Statistically supported statements about one model's layers, averaged over benchmarks.
 
-    All statements of `costly`, `helpful` and `small` hold simultaneously with at least 95 %
-    confidence. All statements of `falling` hold simultaneously with at least 95 % confidence, and
-    so do all statements of `broken`. Layers are 0-based numbers.
+    All statements are true together with a probability of 95 % or more. Layers are 0-based numbers.
 
     Attributes:
         cells: Cells that the statements are based on, one for each benchmark. Every cell contains
@@ -55,17 +72,19 @@ class Claims:
         drops: Layer → mean accuracy drop (or loss increase), with an interval simultaneous over all
             layers.
         verdicts: Layer → statistically supported statement about the layer.
-        gold: Cell key → layer → fall of the right answer's log-probability when the layer is
-            removed.
+        choices: Layer → mean drop of the choice probability, simultaneous over all layers. Empty if
+            a benchmark has no options, or if `drops` are drops of the choice probability.
         options: Cell key → layer → fall of the log of all answer options' total probability.
+        family: Number of intervals that hold together, by which each drop is corrected.
     """
 
     cells: tuple[CellRecord, ...]
     layers: tuple[int, ...]
     drops: dict[int, Estimate]
     verdicts: dict[int, Verdict]
-    gold: _ByCell
+    choices: dict[int, Estimate]
     options: _ByCell
+    family: int
 
     @property
     def costly(self) -> list[int]:
@@ -85,9 +104,28 @@ class Claims:
         return [layer for layer in self.layers if self.drops[layer].side(SMALL_DROP) < 0]
 
     @property
+    def less_probable(self) -> dict[int, Estimate]:
+        """Drops of choice probability that are above 0, of layers not shown to cost accuracy."""
+        return {i: d for i, d in self.choices.items() if d.side() > 0 and i not in self.costly}
+
+    @property
+    def more_probable(self) -> dict[int, Estimate]:
+        """Drops of choice probability that are below 0, of layers not shown to be helpful."""
+        return {i: d for i, d in self.choices.items() if d.side() < 0 and i not in self.helpful}
+
+    @property
+    def hardly_less_probable(self) -> list[int]:
+        """List of the other layers whose drop of the choice probability is below `SMALL_DROP`."""
+        others = {*self.small, *self.helpful, *self.more_probable}
+        drops = self.choices.items()
+        return [i for i, drop in drops if drop.side(SMALL_DROP) < 0 and i not in others]
+
+    @property
     def open(self) -> list[int]:
         """List of the layers that are not shown to be costly, helpful or small."""
         settled = {*self.costly, *self.helpful, *self.small}
+        settled |= self.less_probable.keys() | self.more_probable.keys()
+        settled |= {*self.hardly_less_probable}
         return [layer for layer in self.layers if layer not in settled]
 
     @property
@@ -118,23 +156,8 @@ class Claims:
         return [layer for layer in left_out if self.drops[layer].side(lowest) > 0]
 
     @property
-    def falling(self) -> dict[int, list[CellRecord]]:
-        """Layers whose removal lowers the right answer's log-probability most → cells that show it.
-
-        A cell is listed if the layer's fall of log-probability is shown to be among the `TOP_FALLS`
-        largest in the cell.
-        """
-        cells_by_layer: dict[int, list[CellRecord]] = {}
-        for cell in self.cells:
-            falls = self.gold[cell.key]
-            for layer, (_, worst) in zip(falls, possible_ranks([*falls.values()]), strict=True):
-                if worst <= TOP_FALLS and falls[layer].side() > 0:
-                    cells_by_layer.setdefault(layer, []).append(cell)
-        return cells_by_layer
-
-    @property
     def broken(self) -> list[int]:
-        """List of the layers whose removal makes all answer options unlikely.
+        """List of the named layers without which all options become unlikely.
 
         The total probability of all options falls to a tenth or less. The logarithm of this
         probability falls by at least half of the intact model's value.
@@ -144,7 +167,8 @@ class Claims:
             surprise = -(cell.baseline_options_logprob or 0.0)
             return self.options[cell.key][layer].side(max(math.log(10), surprise / 2)) > 0
 
-        return [i for i in self.layers if any(is_broken(cell, i) for cell in self.cells)]
+        layers = sorted({*self.costly, *self.less_probable})
+        return [i for i in layers if any(is_broken(cell, i) for cell in self.cells)]
 
     @property
     def at_chance(self) -> list[CellRecord]:
@@ -157,12 +181,6 @@ class Claims:
         ]
 
     @property
-    def has_gold(self) -> bool:
-        """True if any fall of the right answer's log-probability is defined."""
-        falls = chain.from_iterable(falls.values() for falls in self.gold.values())
-        return any(fall.value is not None for fall in falls)
-
-    @property
     def is_accuracy(self) -> bool:
         """True if the drops are accuracy drops; False if they are loss increases."""
         return all(cell.higher_is_better for cell in self.cells)
@@ -171,24 +189,35 @@ class Claims:
         """Return the verdict on a layer in a few words, e.g. `matters`, or `open` if undecided."""
         if layer not in self.layers:
             return "not measured on all benchmarks"
-        return verdict_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
+        word = verdict_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
+        side = self.choices[layer].side() if word == "open" and self.choices else 0
+        return {1: "less probable", -1: "more probable"}.get(side, word)
 
-    def settling_documents(self) -> tuple[float, int] | None:
-        """Return an accuracy loss that more documents could detect, and the documents needed.
+    def next_steps(self) -> list[NextStep]:
+        """List the measurements that would detect a loss for half of the open layers.
 
-        The loss is the first entry of `_LOSSES` that needs more documents than measured, for at
-        least half of the undecided layers (`open`). The result is None if no layer is undecided, if
-        the metric is a loss, or if no ablation changed an outcome.
+        The first one is about the metric, the second one about the choice probability, if these are
+        defined. Empty if no layer is open, if the metric is a loss, or if no outcome changed.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
         open_runs = [run for run in runs if run.change.layer in open_layers]
-        variances = list(filter(None, map(outcome_variance, open_runs)))
-        for loss in _LOSSES if variances else ():
-            n_documents = documents_needed(variances, len(self.layers), len(self.cells), loss)
-            if n_documents > min(cell.n for cell in self.cells):
-                return loss, n_documents
-        return None
+        choice_runs = open_runs if self.choices else []
+        n_measured = min((cell.n for cell in self.cells), default=0)
+        steps = []
+        for measure, variances in {
+            "": list(filter(None, map(outcome_variance, open_runs))),
+            CHOICE_PROBABILITY: list(filter(None, map(choice_variance, choice_runs))),
+        }.items():
+            for loss in _LOSSES if variances else ():
+                count = documents_needed(variances, self.family, len(self.cells), loss)
+                if count > n_measured:
+                    rates = [cell.seconds and cell.seconds / cell.n for cell in self.cells]
+                    seconds = [(count - n_measured) * rate for rate in rates if rate]
+                    total = sum(seconds) if len(seconds) == len(rates) else None
+                    steps.append(NextStep(measure, loss, count, total))
+                    break
+        return steps
 
     def lacking(self, documents: int) -> list[CellRecord]:
         """List the cells whose benchmark has fewer than `documents` documents."""
@@ -211,20 +240,38 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
     counted_cells = select_countable(cells)[0] or fallback[:1]
     runs = [cell.runs_of_kind() for cell in counted_cells]
     layers = tuple(sorted(set.intersection(*map(set, runs)))) if runs else ()
-    family = len(layers)
-    drops = {layer: mean_drop([by_layer[layer] for by_layer in runs], family) for layer in layers}
-    gold_family = count_pairs(family)
+    by_layer = {layer: [runs_by_layer[layer] for runs_by_layer in runs] for layer in layers}
+    has_choices = bool(layers) and all(
+        run.choice_drop.bounds and cell.metric not in CHOICE_PROBABILITIES
+        for cell in counted_cells
+        for run in cell.whole_layers
+    )
+    has_options = any(run.options_drop.bounds for group in by_layer.values() for run in group)
+    alpha = ALPHA * (1 - _OPTIONS_SHARE * has_options) / (1 + has_choices)
+    family = math.ceil(len(layers) * ALPHA / alpha)
+    drops = {layer: mean_drop(group, family) for layer, group in by_layer.items()}
+    verdicts = decide_verdicts([*drops.values()], alpha)
+    choices = {
+        layer: mean_drop(group, family, attrgetter("choice_drop"))
+        for layer, group in by_layer.items()
+        if has_choices
+    }
     return Claims(
         cells=tuple(counted_cells),
         layers=layers,
         drops=drops,
-        verdicts=dict(zip(layers, decide_verdicts([*drops.values()]), strict=True)),
-        gold=_widen_figures(counted_cells, layers, lambda run: run.gold_drop, gold_family),
-        options=_widen_figures(counted_cells, layers, lambda run: run.options_drop),
+        verdicts=dict(zip(layers, verdicts, strict=True)),
+        choices=choices,
+        options=_widen_options(counted_cells, layers),
+        family=family,
     )
 
 
-def mean_drop(runs: Sequence[RunRecord], family: int) -> Estimate:
+def mean_drop(
+    runs: Sequence[RunRecord],
+    family: int,
+    figure: Callable[[RunRecord], Estimate] = attrgetter("drop"),
+) -> Estimate:
     """Average the accuracy drop of one ablation over benchmarks, with a simultaneous interval.
 
     The interval is corrected for comparing `family` ablations.
@@ -232,11 +279,12 @@ def mean_drop(runs: Sequence[RunRecord], family: int) -> Estimate:
     Args:
         runs: Runs of the ablation, one for each benchmark.
         family: Number of ablations whose intervals must hold simultaneously.
+        figure: Function that returns the drop of a run.
 
     Returns:
         The mean accuracy drop, with its interval.
     """
-    drops = widen([run.drop for run in runs], [run.n for run in runs], family)
+    drops = widen([figure(run) for run in runs], [run.n for run in runs], family)
     return average(drops) if len(drops) > 1 else drops[0]  # with its exact test
 
 
@@ -304,20 +352,12 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
     return possible_ranks(_widened_drops(cell, runs, count_pairs(len(runs))))
 
 
-def _widen_figures(
-    cells: Sequence[CellRecord],
-    layers: Collection[int],
-    figure: Callable[[RunRecord], Estimate],
-    n_statements: int = 0,
-) -> _ByCell:
-    """Widen the intervals of one statistic so that they hold simultaneously for all runs.
-
-    `n_statements` is the number of statements per cell, if there are more statements than layers.
-    """
+def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
+    """Widen the falls of the options' log-probability so that the intervals hold together."""
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
-    family = max(len(cells) * n_statements, len(runs), 1)
-    estimates = iter(widen([figure(run) for run in runs], [run.n for run in runs], family))
-    return {cell.key: {layer: next(estimates) for layer in layers} for cell in cells}
+    family = math.ceil(len(runs) / _OPTIONS_SHARE) or 1
+    falls = iter(widen([run.options_drop for run in runs], [run.n for run in runs], family))
+    return {cell.key: {layer: next(falls) for layer in layers} for cell in cells}
 
 
 def _widened_drops(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:

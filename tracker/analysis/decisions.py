@@ -6,15 +6,15 @@ length. A model chooses the option with the largest score.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.metrics import OptionScores, TextReader
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.decision_records import (
     DecidedDocument,
@@ -36,65 +36,6 @@ from tracker.stats.decisions import (
     option_shares,
     rounding_movement,
 )
-
-TextReader = Callable[[], Mapping[tuple[str, int], StoredText]]
-"""Function that reads the texts of a cell's documents."""
-_LENGTH_FUNCTIONS: dict[str, Callable[[str], int]] = {
-    "acc_norm": len,
-    "acc_bytes": lambda choice: len(choice.encode()),
-}
-"""Metric → function that returns lm-eval's divisor of an option's log-likelihood."""
-
-
-class OptionScores:
-    """Answer options of each document, and the rule by which a metric scores the options.
-
-    Args:
-        rows: Outcome rows of the documents under one ablation (any ablation gives the same
-            options).
-        metric: Name of the metric, e.g. `acc_norm`.
-        texts: Function that reads the documents' texts. It is called only if the metric divides
-            scores by the lengths of options.
-
-    Attributes:
-        counts: Number of answer options of each document.
-        max_options: Largest number of options of a document; 0 if no document has options.
-        gold: Index of each document's gold option; NaN if the document has no gold option.
-        lengths: `[documents, options]`, divisor of each option's log-likelihood; NaN if unknown.
-        reason: Reason why the divisor of an option is unknown; "" if all divisors are known.
-    """
-
-    def __init__(self, rows: pd.DataFrame, metric: str, texts: TextReader) -> None:
-        name = metric.partition(",")[0]
-        self.counts = rows["choices"].to_numpy(dtype=int)
-        self.max_options = int(self.counts.max())
-        gold = rows["gold"].to_numpy(dtype=np.float64)
-        self.gold = np.where(gold < self.counts, gold, np.nan)  # also where there are no options
-        self.lengths, self.reason = np.ones((len(rows), self.max_options)), ""
-        if name == "acc_mutual_info":
-            self.lengths[:] = np.nan
-            self.reason = f"{metric} compares more than the options"
-        if length := _LENGTH_FUNCTIONS.get(name):
-            self.lengths[:] = np.nan
-            known_texts = texts()
-            for row, key in enumerate(zip(rows["task"], rows["doc"], strict=True)):
-                options = known_texts[key].text.choices if key in known_texts else ()
-                if len(options) == self.counts[row]:
-                    self.lengths[row, : len(options)] = list(map(length, options))
-            if n_missing := int(np.isnan(self.lengths[:, :1]).sum()):
-                lengths = f"the lengths of options, which are unknown for {n_missing} documents"
-                self.reason = f"{metric} divides by {lengths}"
-
-    def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
-        """Compute scores `[documents, options]` from the log-likelihoods of answer options.
-
-        If a document has fewer options than others, its missing scores are NaN.
-        """
-        table = np.full(self.lengths.shape, np.nan)
-        documents = zip(loglikelihoods, self.counts, strict=True)
-        values = np.concatenate([[], *(row[:count] for row, count in documents)])
-        table[np.arange(table.shape[1]) < self.counts[:, None]] = values
-        return table / self.lengths
 
 
 class RoundingRisk(NamedTuple):

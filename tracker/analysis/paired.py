@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import NormalDist, median
 
 import numpy as np
 
 from tracker.core.estimates import Estimate
 from tracker.core.records import RunRecord
-from tracker.stats.accuracy import OutcomeVariance, accuracy, accuracy_drop, drop_sd
+from tracker.stats.accuracy import LEVEL, OutcomeVariance, accuracy, accuracy_drop, drop_sd
 from tracker.stats.arrays import Array
 
 
@@ -26,6 +26,15 @@ def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
     square = run.drop_sd**2 * (run.n - 1) / run.n + run.drop.value**2
     variance = min(square, 1.0) if is_binary else run.drop_sd**2
     return OutcomeVariance(variance, is_binary) if variance > 0 else None
+
+
+def choice_variance(run: RunRecord) -> OutcomeVariance | None:
+    """Compute the variance of a run's choice probability from its interval; None if undefined."""
+    drop = run.choice_drop
+    if drop.low is None or drop.high is None or drop.high <= drop.low:
+        return None
+    error = (drop.high - drop.low) / (2 * NormalDist().inv_cdf((1 + LEVEL) / 2))
+    return OutcomeVariance(error**2 * run.n, binary=False)
 
 
 def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
@@ -74,7 +83,8 @@ class PairedOutcomes:
     def drops(self) -> Array:
         """Decrease of each document's score under each ablation `[documents, ablations]`."""
         paired = self.scores
-        return paired.baseline[:, None] - paired.ablated
+        with np.errstate(invalid="ignore"):  # −∞ minus −∞ is undefined
+            return paired.baseline[:, None] - paired.ablated
 
     @property
     def mean_drops(self) -> Array:

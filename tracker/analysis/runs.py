@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from tracker.analysis.aligned import AlignedOutcomes, count_unobserved, read_pairs
-from tracker.analysis.decisions import RoundingRisk, TextReader, rounding_risk
+from tracker.analysis.aligned import AlignedOutcomes, count_unobserved
+from tracker.analysis.decisions import RoundingRisk, rounding_risk
+from tracker.analysis.metrics import TextReader, read_pairs
 from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.core.estimates import Estimate
+from tracker.core.identities import CHOICE_PROBABILITIES
 from tracker.core.proxies import EXPERT_PROXIES, OBSERVED, Proxy
 from tracker.core.records import RunAnswer, RunRecord
 from tracker.ledger.outcomes import METRIC_PREFIX
@@ -149,11 +151,12 @@ def run_record(
     relevance = Estimate(None, reason=f"{outcomes.metric} is no accuracy")
     if intact.chance is not None:
         relevance = accuracy_relevance(intact.baseline.value, level.value, intact.chance)
-    gold = _mean_logprob_drop(outcomes.gold_outcomes([ablation]), "finite gold score")
-    options = _mean_logprob_drop(outcomes.options_outcomes([ablation]), "options of a finite score")
+    gold = _mean_drop(outcomes.gold_outcomes([ablation]), "finite gold score")
+    choice = _mean_drop(outcomes.choice_outcomes([ablation]), "choice of finite scores")
+    options = _mean_drop(outcomes.options_outcomes([ablation]), "options of a finite score")
     if run.component == "expert" and outcomes.has_no_effect(ablation):
         # Removing an expert that no token was routed to changes nothing, so it has no drop.
-        drop = spread = gold = options = Estimate(None, reason=_NO_EFFECT)
+        drop = spread = gold = choice = options = Estimate(None, reason=_NO_EFFECT)
         relevance = relevance if intact.chance is None else drop
     metrics = metric_values(outcomes, ablation, aggregate)
     risk = rounding_risk(outcomes, ablation, intact.texts)
@@ -177,6 +180,7 @@ def run_record(
         drop_sd=spread.value,
         accuracy_relevance=relevance.value,
         gold_drop=gold,
+        choice_drop=choice,
         options_drop=options,
         rounded=risk.n_undecided,
         drop_rounding=accuracy_rounding(intact.weights, intact.risk, risk),
@@ -205,7 +209,7 @@ def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
         reasons["accuracy_drop_low"] = "the stopping rule in 'until' does not include this run"
     estimates = {
         name: replace(getattr(run, name), low=None, high=None, p_value=None)
-        for name in ("drop", "gold_drop", "options_drop")
+        for name in ("drop", "choice_drop", "gold_drop", "options_drop")
     }
     if bounds is not None:
         estimates["drop"] = replace(run.drop, low=bounds.low, high=bounds.high, p_value=None)
@@ -216,14 +220,15 @@ def metric_values(
     outcomes: AlignedOutcomes, ablation: Ablation, aggregate: Aggregate
 ) -> dict[str, float | None]:
     """Compute every metric of the benchmark under an ablation, aggregated as in lm-eval."""
-    rows = outcomes.rows(ablation)
+    rows = outcomes.metric_rows(ablation)
     benchmark = outcomes.identity.benchmark
     by_task = {task: rows[rows["task"] == task] for task in dict.fromkeys(outcomes.tasks)}
     tasks = [task for task in benchmark.tasks if task.name in by_task]
     weights = [len(by_task[task.name]) for task in tasks] if benchmark.weight_by_size else None
-    values: dict[str, float | None] = dict.fromkeys(benchmark.tasks[0].metrics)
+    derived = (name for name in CHOICE_PROBABILITIES if METRIC_PREFIX + name in rows)
+    values: dict[str, float | None] = dict.fromkeys([*benchmark.tasks[0].metrics, *derived])
     for name in values:
-        pairs = ((by_task[task.name], task.metrics.get(name)) for task in tasks)
+        pairs = ((by_task[task.name], task.all_metrics.get(name)) for task in tasks)
         column = METRIC_PREFIX + name
         aggregated = [
             _aggregate_metric(rows, column, aggregation, aggregate) for rows, aggregation in pairs
@@ -249,15 +254,15 @@ def _aggregate_metric(
     return aggregate(aggregation, rows[column].to_list())
 
 
-def _mean_logprob_drop(logprobs: PairedOutcomes, noun: str) -> Estimate:
-    """Estimate the mean fall of a log-probability compared with the intact model.
+def _mean_drop(paired: PairedOutcomes, noun: str) -> Estimate:
+    """Estimate the mean fall of a probability or its logarithm compared with the intact model.
 
     If documents lack a value, the mean is undefined; `noun` names this value in the reason.
     """
-    drops = logprobs.drops[:, 0]
+    drops = paired.drops[:, 0]
     if reason := missing_reason(drops, noun):
         return Estimate(None, reason=reason)
-    return Estimate(float(logprobs.mean_drops[0]), *mean_interval(drops, logprobs.weights))
+    return Estimate(float(paired.mean_drops[0]), *mean_interval(drops, paired.weights))
 
 
 def finite_or_none(value: float) -> float | None:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from tracker.analysis.aligned import AlignedOutcomes, gold_logprobs
+from tracker.analysis.metrics import DocumentMetric
 from tracker.core.answers import open_runs_text
 from tracker.core.changes import INTACT, Ablation, Change
 from tracker.core.errors import ExperimentError, WorkError
@@ -27,7 +28,6 @@ from tracker.core.records import AnswerRecord, RunAnswer
 from tracker.core.views import View
 from tracker.ledger.blocks import Block, schedule_blocks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.stopping import Race, SmallestMean, forecast_race
@@ -74,7 +74,8 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
         The interim estimates. They contain no drops at first, until the requested runs have
         measured documents.
     """
-    columns = ["task", "doc", "ablation", "proxy_tokens", METRIC_PREFIX + view.metric]
+    columns = ["task", "doc", "ablation", "proxy_tokens"]
+    columns += DocumentMetric(store, view.metric).columns
     outcomes = AlignedOutcomes(store, view, columns)
     if view.until is not None:
         return _interim_raced(outcomes, view)
@@ -106,7 +107,7 @@ def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until")
     `key` is the setting that requires bounded outcomes, for the error message.
     """
     task = benchmark.tasks[0]
-    if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
+    if task.all_metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
         raise ExperimentError(
             f"'{key}' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
             f"{metric} of {benchmark.name} is no such metric. Leave '{key}' out, or change 'metric'"
@@ -129,12 +130,12 @@ class RacedFigure(NamedTuple):
     failure_reason: Callable[[Array], str]
 
 
-def bounded_figure(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> RacedFigure:
+def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFigure:
     """Build the per-document statistic for a stopping rule that decides by a metric.
 
     Args:
-        benchmark: Benchmark that defines the metric.
-        metric: Metric of the benchmark.
+        store: The cell.
+        metric: Metric of the cell's benchmark.
         key: Setting that requires the stopping rule, for error messages.
 
     Returns:
@@ -143,7 +144,7 @@ def bounded_figure(benchmark: BenchmarkIdentity, metric: str, key: str = "until"
     Raises:
         ExperimentError: Outcomes of the metric are not between 0 and 1.
     """
-    check_bounded(benchmark, metric, key)
+    check_bounded(store.identity.benchmark, metric, key)
 
     def failure_reason(outcomes: Array) -> str:
         is_wrong = ~((outcomes >= 0) & (outcomes <= 1))
@@ -154,10 +155,8 @@ def bounded_figure(benchmark: BenchmarkIdentity, metric: str, key: str = "until"
             f"for a document of {{task}}. Leave '{key}' out"
         )
 
-    def compute(rows: pd.DataFrame) -> Array:
-        return rows[METRIC_PREFIX + metric].to_numpy(dtype=np.float64)
-
-    return RacedFigure([METRIC_PREFIX + metric], compute, failure_reason)
+    measure = DocumentMetric(store, metric)
+    return RacedFigure(measure.columns, measure.values, failure_reason)
 
 
 class BlockRace:
@@ -246,7 +245,7 @@ class BlockRace:
         while self.open.any() and self.n_blocks < len(self._turns):
             (block, n_documents, end), names = self._turns[self.n_blocks], self.needed_ablations
             documents = list(self._store.documents(block, self.extent))
-            columns = ["doc", "ablation", *self._figure.columns]
+            columns = ["task", "doc", "ablation", *self._figure.columns]
             frame = self._store.read_block(block, self.extent, columns)
             measured_keys = set(zip(frame["doc"], frame["ablation"], strict=True))
             if not measured_keys.issuperset(product(documents, names)):
@@ -310,7 +309,7 @@ class CellRace(BlockRace):
         self._until = view.until
         ablations = [Ablation.from_changes(run, removed=view.removed) for run in view.until.runs]
         extra_ablations = [Ablation.from_changes(removed=view.removed)] if view.removed else []
-        figure = bounded_figure(store.identity.benchmark, view.metric)
+        figure = bounded_figure(store, view.metric)
         super().__init__(store, view.until.seed, ablations, extra_ablations, figure)
         try:
             # Two drops of a document share the intact outcome, which is between 0 and 1.
@@ -377,7 +376,7 @@ class AnswerForecast:
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
     """Forecast the cost until a stopping rule stops; None if too few documents are measured."""
     assert view.until is not None
-    columns = ["task", "doc", "ablation", METRIC_PREFIX + view.metric]
+    columns = ["task", "doc", "ablation", *DocumentMetric(store, view.metric).columns]
     outcomes = AlignedOutcomes(store, view, columns)
     n_measured, counts, pilot = len(outcomes.tasks), store.counts(), Counter(outcomes.tasks)
     if n_measured < PILOT_DOCUMENTS or outcomes.missing or pilot.keys() < counts.keys():
@@ -433,7 +432,7 @@ class CandidateRace(BlockRace):
         """
         by_accuracy, count = criterion == "accuracy", len(ablations)
         if by_accuracy:
-            figure = bounded_figure(store.identity.benchmark, view.metric, "rescoring: race")
+            figure = bounded_figure(store, view.metric, "rescoring: race")
         else:
             columns = ["gold", "rolling", "loglikelihoods"]
             figure = RacedFigure(columns, gold_logprobs, _missing_gold_reason)

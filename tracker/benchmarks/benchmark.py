@@ -90,14 +90,15 @@ def choose_metric(benchmark: BenchmarkIdentity, requested: str | None) -> str:
     """
     metric = requested or benchmark.primary_metric
     for task in benchmark.tasks:
-        if metric not in task.metrics:
-            hint, names = did_you_mean(metric, task.metrics), ", ".join(task.metrics)
+        metrics = task.all_metrics
+        if metric not in metrics:
+            hint, names = did_you_mean(metric, metrics), ", ".join(metrics)
             raise BenchmarkError(f"{task.name} has no metric {metric!r}.{hint} It has: {names}.")
-        usable = [name for name, kind in task.metrics.items() if kind in ("mean", *RATIO_SCALES)]
+        usable = [name for name, kind in metrics.items() if kind in ("mean", *RATIO_SCALES)]
         if metric not in usable:
             advice = f"choose {' or '.join(usable)}" if usable else "choose another task"
             raise BenchmarkError(
                 f"{metric!r} of {task.name} is computed over all documents at once "
-                f"({task.metrics[metric]}), so a paired drop cannot be computed; {advice}"
+                f"({metrics[metric]}), so a paired drop cannot be computed; {advice}"
             )
     return metric

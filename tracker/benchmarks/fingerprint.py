@@ -47,6 +47,7 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
             name: registered.get(functions[m], functions[m].__name__) for name, m in metrics.items()
         },
         higher_is_better={name: directions.get(m) is not False for name, m in metrics.items()},
+        has_options=task.OUTPUT_TYPE == "multiple_choice",
     )
 
 

@@ -17,7 +17,14 @@ from tracker.core import run_table
 from tracker.core.answers import statement
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate
-from tracker.core.formats import DASH, count_text, figure_text, level_text, metric_format
+from tracker.core.formats import (
+    DASH,
+    count_text,
+    figure_text,
+    level_text,
+    metric_format,
+    time_text,
+)
 from tracker.core.tables import Column, Table, build_table
 
 if TYPE_CHECKING:
@@ -226,9 +233,9 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
     option = "" if results == Path("results") else f" --results {shlex.quote(str(results))}"
     echo(f"to write all figures to CSV files: tracker report --format csv{option}")
     samples = [
-        cell.benchmark.sample_size(settled[1])
+        cell.benchmark.sample_size(min(step.documents for step in steps))
         for claims in map(decide_claims, group_models(cells))
-        if (settled := claims.settling_documents()) and not claims.lacking(settled[1])
+        if (steps := [s for s in claims.next_steps() if not claims.lacking(s.documents)])
         for cell in claims.cells
     ]
     if samples and all(cell.sample_seed is not None for cell in cells):
@@ -346,7 +353,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     def time_at_least(cell: PlannedCell) -> str:
         if cell.measured:
             return "measured already"
-        return "as above" if cell.shared else _time_text(seconds(cell))
+        return "as above" if cell.shared else time_text(seconds(cell))
 
     def work_saved(cell: PlannedCell) -> str:
         ratio = cell.cost.naive_flops / cell.cost.flops
@@ -376,7 +383,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         echo(f"{n_runs} runs: all are measured already")
     else:
         rate = f"at {rates}. Measurements reach only a fraction of this rate"
-        echo(f"{n_runs} runs, at least {_time_text(total)}, {rate}")
+        echo(f"{n_runs} runs, at least {time_text(total)}, {rate}")
     echo()
     print_table(build_table("", columns, cells))
     echo(
@@ -475,12 +482,12 @@ def print_search_plan(
         Column("passes", "count", passes, no_search),
         Column("TFLOP", "count", lambda row: f"{row.flops / 1e12:,.1f}"),
         Column("work saved", "count", work_saved),
-        Column("time at least", "count", lambda row: _time_text(seconds(row))),
+        Column("time at least", "count", lambda row: time_text(seconds(row))),
     )
     rows = [*searches, *tests]
     total, table = sum(map(seconds, rows)), build_table("", columns, rows)
     rate = f"at {rates}. Measurements reach only a fraction of this rate"
-    echo(f"{count_text(len(searches), 'search')}, at least {_time_text(total)} {rate}\n")
+    echo(f"{count_text(len(searches), 'search')}, at least {time_text(total)} {rate}\n")
     print_table(table)
     echo("TFLOP: work in addition to the rows above, as if nothing were measured yet")
     echo(
@@ -528,14 +535,6 @@ def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
     drop = cell.spread.detectable_change(cell.cost.documents, n_tests)
     drop_text = DASH if drop is None else f"{100 * drop:.1f} pp{mark}"
     return drop_text, f"{documents_needed([cell.spread], n_tests):,}{mark}"
-
-
-def _time_text(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def print_export(model: ExportedModel) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeGuard
 
 from tracker.core.estimates import Estimate, FigureUnit
+from tracker.core.identities import CHOICE_PROBABILITIES
 from tracker.core.records import CellRecord
 
 DASH = "–"
@@ -155,6 +156,13 @@ def round_count(number: int) -> str:
     return f"{round(number, 2 - len(str(number))):,}"
 
 
+def time_text(seconds: float) -> str:
+    """Write a duration roughly, such as `90 s`, `15 min` or `2.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def count_text(number: int, noun: str) -> str:
     """Format a number with a noun in singular or plural, such as `1 layer` or `1,200 searches`."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
@@ -210,6 +218,10 @@ ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent"
 
 def metric_format(cell: CellRecord) -> MetricFormat:
     """Choose the metric's display format: accuracy in percentage points, or a loss in its unit."""
+    if cell.metric in CHOICE_PROBABILITIES:
+        return replace(
+            ACCURACY_FORMAT, level="choice probability", change="choice probability drop"
+        )
     if cell.higher_is_better:
         return ACCURACY_FORMAT
     aggregation = cell.benchmark.tasks[0].metrics.get(cell.metric, "")

@@ -68,6 +68,11 @@ class Half(Record):
         return half_numbers(self.part, self.seed, task, self.of)
 
 
+CHOICE_PROBABILITY = "choice_probability"
+CHOICE_PROBABILITIES = {CHOICE_PROBABILITY: "acc", "choice_probability_norm": "acc_norm"}
+"""Derived metric, the probability of the gold option → the accuracy that it stands beside."""
+
+
 class TaskIdentity(Record):
     """One scored task: an lm-eval task (alone or in a group) or a text corpus."""
 
@@ -86,6 +91,19 @@ class TaskIdentity(Record):
     document has a pair [sum, units] and both are summed."""
     higher_is_better: dict[str, bool] = {}
     """Metric → True if higher is better, as in lm-eval; the default is True."""
+    has_options: bool | None = Field(None, exclude_if=lambda has_options: has_options is None)
+    """True for multiple choice; None if a former version did not record it."""
+
+    @property
+    def all_metrics(self) -> dict[str, str]:
+        """`metrics`, and the metrics that are derived from the log-likelihoods of options."""
+        if self.has_options is None:
+            names = [name for name, acc in CHOICE_PROBABILITIES.items() if acc in self.metrics]
+        else:
+            names = [*CHOICE_PROBABILITIES] if self.has_options else []
+        if "acc_norm" not in self.metrics:
+            names = names[:1]
+        return self.metrics | dict.fromkeys(names, "mean")
 
     @property
     def numbers(self) -> Sequence[int]:

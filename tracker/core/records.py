@@ -136,6 +136,12 @@ class RunRecord(FiguresRecord, ChangeRecord):
     FLAT: ClassVar = {
         **flat_names("drop", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"),
         "mcnemar_p": ("drop", "p_value"),
+        **flat_names(
+            "choice_drop",
+            "choice_probability_drop",
+            "choice_probability_low",
+            "choice_probability_high",
+        ),
         **flat_names("gold_drop", "gold_logprob_drop", "gold_logprob_low", "gold_logprob_high"),
         **flat_names(
             "options_drop", "options_logprob_drop", "options_logprob_low", "options_logprob_high"
@@ -160,6 +166,9 @@ class RunRecord(FiguresRecord, ChangeRecord):
     None in single precision, where it is not measured."""
     drop_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
     """Largest effect of rounding on `drop`, up or down, in 95 of 100 cases."""
+    choice_drop: Estimate = Estimate(None)
+    """Mean probability of the gold option among its document's options (the softmax of their
+    log-likelihoods), baseline minus ablated. Undefined without options."""
     gold_drop: Estimate = Estimate(None)
     """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
     corpus or a rolling task has no gold answer; the whole text's log-probability is used."""

@@ -233,7 +233,7 @@ class Views:
         layers = {*requested.view.removed}.union(*(run.layers for run in requested.view.runs))
         if max(layers, default=0) >= self.identity.model.layers:
             raise ValueError(f"the model has no layer {max(layers)}")
-        if requested.view.metric not in self.identity.benchmark.tasks[0].metrics:
+        if requested.view.metric not in self.identity.benchmark.tasks[0].all_metrics:
             raise ValueError(f"the benchmark has no metric {requested.view.metric!r}")
         return requested
 

@@ -152,6 +152,7 @@ def layer_table(cell: CellRecord) -> Table:
         notes.append(power)
     sizes = {record.n for record in cell.runs}
     has_rounding = any(run.rounded is not None for run in cell.runs)
+    has_choices = any(run.choice_drop.value is not None for run in cell.runs)
     names, columns = distinguishing_columns(cell), run_columns(cell)
     metrics = metric_columns([cell])
     figures = pick_columns(
@@ -161,6 +162,7 @@ def layer_table(cell: CellRecord) -> Table:
         *(["rounded", "drop_rounding"] if has_rounding else []),
         *("mcnemar_p", "accuracy_relevance"),
         *(proxy.name for proxy in cell_proxies(cell)),
+        *(["choice_probability_drop"] if has_choices else []),
         *("gold_logprob_drop", "options_logprob_drop"),
     )
     records = {run.change: run for run in cell.runs}
@@ -187,7 +189,8 @@ def layer_table(cell: CellRecord) -> Table:
         f"{cell.title}: every {'layer' if has_only_layers(cell) else 'run'}{documents}. "
         f"{metric_format(cell).level.capitalize()} is "
         f"{cell.metric}; the last columns are metrics "
-        f"{'over all tokens' if is_corpus(cell) else 'as lm-eval reports them'}. "
+        f"{'over all tokens' if is_corpus(cell) else 'as lm-eval reports them'}"
+        f"{', choice probabilities from its log-likelihoods' if has_choices else ''}. "
         f"Baseline: {baseline or DASH}."
     )
     return table.model_copy(update={"title": caption, "notes": tuple(notes)})

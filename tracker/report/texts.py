@@ -24,6 +24,7 @@ FIGURE_WRITERS: tuple[Callable[..., str], ...] = (
     formats.points,
     formats.three_digits,
     formats.two_digits,
+    formats.time_text,
     formats.figure_text,
 )
 """Name → function that writes a figure; templates may call these functions."""

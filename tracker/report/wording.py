@@ -9,7 +9,6 @@ from tracker.analysis.agreement import Agreement, find_correlation
 from tracker.analysis.boards import MODEL_GAP, ModelBoard, PartBoard
 from tracker.analysis.claims import (
     SMALL_DROP_TEXT,
-    TOP_FALLS,
     Claims,
     decide_claims,
     name_benchmarks,
@@ -28,6 +27,7 @@ from tracker.core.formats import (
     layer_list,
     metric_format,
     named_interval,
+    points,
     round_count,
     two_digits,
 )
@@ -49,6 +49,8 @@ from tracker.report.texts import TextTemplate
 from tracker.stats.accuracy import ALPHA, TEST_POWER
 from tracker.stats.support import Verdict, holm
 
+_MAX_NAMED_PARTS = 5
+"""Maximum number of heads, experts or spans that a sentence names."""
 _MAX_NAMED_LAYERS = 10
 """Maximum number of cheap layers that a sentence names; more layers are only counted."""
 
@@ -428,14 +430,22 @@ def layers_answer(claims: Claims) -> str:
         shown to cost less than 5 pp …`. If no benchmark is suitable for verdicts, the text gives
         the reason.
     """
-    falling = {} if claims.costly else claims.falling
-    groups = group_by(falling, lambda layer: tuple(map(id, falling[layer])))
-    sorted_groups = sorted(groups.items(), key=lambda item: (-len(item[0]), item[1]))
-    named_groups = [(falling[layers[0]], sorted(layers)) for _, layers in sorted_groups]
-    broken_layers = [layer for layer in claims.broken if layer in {*claims.costly, *falling}]
-    needed = claims.settling_documents() if claims.open else None
-    lacking_cells = claims.lacking(needed[1]) if needed else []
-    return WORDS.render("answer", claims, named_groups, broken_layers, needed, lacking_cells)
+    steps = [(step, claims.lacking(step.documents)) for step in claims.next_steps()]
+    more = {layer: -drop for layer, drop in claims.more_probable.items()}
+    amounts = _amounts_text(claims.less_probable), _amounts_text(more)
+    return WORDS.render("answer", claims, *amounts, steps)
+
+
+def _amounts_text(drops: Mapping[int, Estimate]) -> str:
+    """Name layers with the drop of each, such as `0 (8.0 pp, 3.1 to 12.9) or 1 (…)`."""
+    texts = [
+        f"{layer} ({points(drop.value or 0.0)} pp, {interval_text(drop.low, drop.high, points)})"
+        for layer, drop in drops.items()
+    ]
+    n_more = len(texts) - _MAX_NAMED_LAYERS
+    if n_more > 0:
+        texts[_MAX_NAMED_LAYERS:] = [f"one of {n_more} more"]
+    return join_words(texts, "or")
 
 
 def verdict_sentence(
@@ -600,9 +610,9 @@ WORDS = TextTemplate(
     name_benchmarks=name_benchmarks,
     named_interval=named_interval,
     about=round_count,
-    first=TOP_FALLS,
     small_in_words=SMALL_DROP_TEXT,
     most_named=_MAX_NAMED_LAYERS,
+    most_parts=_MAX_NAMED_PARTS,
     run_list=run_list,
     short_correlation=short_correlation,
 )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import choose_metric, open_benchmark
@@ -26,7 +27,6 @@ from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import CellWork, fill_cell, open_store, refuse_other_tokens
 from tracker.measuring.job import Job, Options
@@ -205,7 +205,7 @@ class OpenCell:
             self.store.begin_search(self._cache.command)
             work = CellWork(self.store, meter.facts, self.progress, extent=extent, names=names)
             fill_cell(work, meter.measure, self.progress)
-        columns = [*_COLUMNS, METRIC_PREFIX + self.view.metric]
+        columns = [*_COLUMNS, *DocumentMetric(self.store, self.view.metric).columns]
         view = self.view.model_copy(update={"removed": (), "runs": ()})
         aligned = AlignedOutcomes(self.store, view, columns, ablations)
         self._baselines = {

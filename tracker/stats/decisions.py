@@ -116,6 +116,34 @@ def margins(scores: Array, gold: Array) -> Array:
     return gold_margins
 
 
+def choice_probabilities(scores: Array, gold: Array) -> Array:
+    """Compute the probability of the gold option among a document's options.
+
+    The probability is the softmax of the options' scores: exp(score of gold) / Σ exp(score).
+
+    Args:
+        scores: The options' scores.
+        gold: Number of each document's gold option; NaN if it has none.
+
+    Returns:
+        `[documents]`, in [0, 1]; NaN without a gold option, without another option, or if no
+        option has a finite score.
+
+    Examples:
+        >>> scores = np.log([[0.3, 0.1], [0.2, np.nan]])
+        >>> choice_probabilities(scores, np.zeros(2)).round(4).tolist()
+        [0.75, nan]
+    """
+    probabilities = np.full(len(scores), np.nan)
+    (rows,) = np.nonzero(~np.isnan(gold) & ((~np.isnan(scores)).sum(axis=1) > 1))
+    if not rows.size:
+        return probabilities
+    with np.errstate(invalid="ignore"):
+        logprobs = scipy.special.log_softmax(np.where(np.isnan(scores), -np.inf, scores)[rows], 1)
+    probabilities[rows] = np.exp(logprobs[np.arange(len(rows)), gold[rows].astype(int)])
+    return probabilities
+
+
 def option_shares(choices: Array, n_options: int) -> Array:
     """Return the share of documents that choose each option.
 

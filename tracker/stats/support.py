@@ -248,17 +248,18 @@ def widen(
     return [widen_one(*pair) for pair in zip(estimates, counts, strict=True)]
 
 
-def decide_verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
+def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Verdict]:
     """Decide whether each removal significantly costs accuracy, improves it, or neither.
 
     Args:
         drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
             confidence sequence. If a drop has a p-value, this must also be significant after Holm's
             adjustment, because the p-value is exact for few documents.
+        alpha: Probability of error of all verdicts together, the same as that of the intervals.
 
     Returns:
         One verdict for each removal: `costs`, `helps` or `open`. The probability that any removal
-        without an effect gets the verdict `costs` or `helps` is at most 5 %.
+        without an effect gets the verdict `costs` or `helps` is at most `alpha`.
 
     Examples:
         >>> decide_verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
@@ -267,7 +268,7 @@ def decide_verdicts(drops: Sequence[Estimate]) -> list[Verdict]:
     words: dict[int, Verdict] = {1: "costs", -1: "helps", 0: "open"}
     adjusted = holm([drop.p_value for drop in drops])
     return [
-        words[drop.side() if p_value is None or p_value <= ALPHA else 0]
+        words[drop.side() if p_value is None or p_value <= alpha else 0]
         for drop, p_value in zip(drops, adjusted, strict=True)
     ]
 

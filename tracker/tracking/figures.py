@@ -23,7 +23,7 @@ CURVES = (
     "accuracy_drop_high",
     "accuracy_relevance",
     *PROXY_FIGURES,
-    "gold_logprob_drop",
+    *("choice_probability_drop", "gold_logprob_drop"),
 )
 """Figures of a `RunRecord` that a cell's run shows as curves over the layers."""
 _KINDS = "|".join(f"{word}/" for word in KIND_STYLES if word != "layer")

@@ -25,14 +25,19 @@ _UNREAD = {"script", "style", "table", "svg", "template", "button"}
 _BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "small", "summary", "div", "section"}
 _NUMBERS = r"\d+(?:–\d+)?"
 _NAMED = re.compile(rf"\blayers? ({_NUMBERS}(?:(?:, | and | or ){_NUMBERS})*)")
-_SMALL = re.compile(r"(\d+) of \d+ layers? (?:is|are) shown to cost less than")
+_SMALL = re.compile(
+    r"(?:Without )?(\d+) of \d+ layers? (?:(?:is|are) shown to cost less than|the right answer)"
+)
+_AMOUNT = re.compile(r" \(−?[\d.]+ pp, [^)]*\)")
 _UNLIKE = re.compile(
     rf"highest cosine scores? (?:is|are) .+, not ({_NUMBERS}(?:(?:, | and ){_NUMBERS})*)"
 )
 _ELSEWHERE = re.compile(r"[Ff]or (\d+) of \d+ layers we can show that the true rank differs")
 _RELATED = re.compile(r"\bin ([1-9]\d*) of \d+ measurements?\b.*\(5 %, Holm")
 _SHOWN_ROW = re.compile(r"(?:^| )(\d+) +(matters|better without|below 5 pp) ")
-_NOT_MADE = re.compile("rises without|better without|to raise (?:accuracy|it)|breaks down")
+_NOT_MADE = re.compile(
+    "rises without|better without|more probable|to raise (?:accuracy|it)|breaks down"
+)
 """What no made-up layer does: it makes no model better, and takes no language from it."""
 _BEFORE = re.compile(r"(\S+) before (\S+)")
 _ROW = re.compile(r" *(\d+)  +\S")
@@ -96,6 +101,7 @@ def split_sentences(text: str) -> Iterator[str]:
 def named_layers_in(sentence: str) -> set[int]:
     """Find the layers that a sentence names by number."""
     layers: set[int] = set()
+    sentence = _AMOUNT.sub("", sentence)
     for numbers in _NAMED.findall(sentence) + _UNLIKE.findall(sentence):
         for number_text in re.findall(_NUMBERS, numbers):
             first_layer, _, last_layer = number_text.partition("–")
@@ -244,7 +250,8 @@ def false_statements(
         ):
             return True
         named_layers = {*map(str, named_layers_in(sentence))}
-        is_small = sentence.endswith(" below 5 pp") or "less than 5 pp" in sentence
+        is_small = sentence.endswith(" below 5 pp") or "at most 5 pp" in sentence
+        is_small |= "less than 5 pp" in sentence
         return bool(named_layers & true_layers if is_small else named_layers - true_layers)
 
     return [sentence for sentence in statements if is_false(sentence)]

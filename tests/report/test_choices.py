@@ -1,0 +1,100 @@
+"""Test what is said of accuracy and of choice probability together, as one family."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+from scipy import stats
+
+from tracker.analysis.claims import decide_claims
+from tracker.cli.printing import print_next
+from tracker.core.formats import metric_format
+from tracker.report.wording import layers_answer
+
+from .cells import CHOICE_DROPS, cell_of_choices
+from .conftest import LAYERS, build_cell
+
+ALPHA = 0.05
+SHARE = 0.45
+"""Of the error rate, for each of the two measures; the rest is for all options together."""
+
+
+def test_each_layer_is_named_by_the_measure_that_shows_it():
+    claims = decide_claims([cell_of_choices()])
+    assert claims.costly == [1]
+    assert [*claims.less_probable] == [0]
+    assert [*claims.more_probable] == [2]
+    assert claims.hardly_less_probable == [3]
+    assert claims.open == [*range(4, LAYERS)]
+    words = {0: "less probable", 1: "matters", 2: "more probable", 3: "open", 4: "open"}
+    assert {layer: claims.word(layer) for layer in words} == words
+    text = layers_answer(claims)
+    assert "Without layer 0 (15.0 pp, 14.1 to 15.9) the right answer becomes less probable" in text
+    assert "Without layer 2 (9.0 pp, 8.1 to 9.9) the right answer becomes more probable" in text
+    assert "whether accuracy falls is open" in text
+    assert "whether accuracy rises is open" in text
+
+
+def test_all_intervals_hold_together():
+    cell = cell_of_choices()
+    claims = decide_claims([cell])
+    level = 1 - ALPHA * SHARE / LAYERS / 2
+    normal = NormalDist().inv_cdf(level) / NormalDist().inv_cdf(0.975)
+    df = cell.n - 1
+    student = float(stats.t.ppf(level, df) / stats.t.ppf(0.975, df))
+    for layer, drop in CHOICE_DROPS.items():
+        choice = claims.choices[layer]
+        assert choice.value == pytest.approx(drop)
+        # The number of statements is a whole number, so an interval is a bit wider.
+        assert choice.high - drop == pytest.approx(0.005 * student, rel=2e-3)
+        assert claims.drops[layer].high - claims.drops[layer].value == pytest.approx(
+            0.1 * normal, rel=2e-3
+        )
+
+
+def test_an_exact_test_must_agree_at_the_same_level():
+    """A p-value of 0.04 / 30 is below 5 % after Holm's adjustment, and not below 2.25 %."""
+    cell = cell_of_choices()
+    first, *others = (
+        run.model_copy(update={"drop": type(run.drop)(0.4, 0.3, 0.5, 0.04 / LAYERS)})
+        for run in cell.runs
+    )
+    runs = (first, *(run.model_copy(update={"drop": cell.runs[5].drop}) for run in others))
+    assert decide_claims([cell.model_copy(update={"runs": runs})]).costly == []
+    without = [run.model_copy(update={"choice_drop": type(run.drop)(None)}) for run in runs]
+    assert decide_claims([cell.model_copy(update={"runs": tuple(without)})]).costly == [0]
+
+
+@pytest.mark.parametrize("metric", ["choice_probability", "choice_probability_norm"])
+def test_a_cell_by_choice_probability_says_so(metric):
+    cell = cell_of_choices(metric=metric)
+    claims = decide_claims([cell])
+    assert not claims.choices
+    assert layers_answer(claims).startswith("Choice probability on arc_easy falls without layer 1.")
+    assert metric_format(cell).change == "choice probability drop"
+    assert "less probable" not in layers_answer(claims)
+
+
+def test_the_next_step_is_the_cheaper_measure(capsys):
+    cell = cell_of_choices(n=100, half_width=0.03, seconds=50.0, sample_seed=1234)
+    accuracy, choice = decide_claims([cell]).next_steps()
+    assert (accuracy.measure, choice.measure) == ("", "choice_probability")
+    assert choice.documents < accuracy.documents
+    assert choice.seconds == pytest.approx((choice.documents - 100) * 0.5)
+    # As many as reveal the loss, by the variance in an interval of 100 documents.
+    deviation = 0.06 / NormalDist().inv_cdf(0.975) * 10
+    quantile = NormalDist().inv_cdf(1 - ALPHA * SHARE / LAYERS / 2) + NormalDist().inv_cdf(0.8)
+    assert choice.documents == pytest.approx((quantile * deviation / choice.loss) ** 2, rel=0.05)
+    print_next("demo.yaml", Path("results"), [cell])
+    sample = re.search(r"--sample (\d+)", capsys.readouterr().out)
+    assert sample is not None
+    assert int(sample[1]) == choice.documents
+
+
+def test_without_options_nothing_is_said_of_them():
+    claims = decide_claims([build_cell()])
+    assert not claims.choices
+    assert not any("probable" in claims.word(layer) for layer in range(LAYERS))
