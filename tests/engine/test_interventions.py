@@ -170,7 +170,7 @@ def test_matrices_whose_inputs_nobody_tells_are_no_linear_maps():
     engine = engine_of(model)
     with pytest.raises(CellError, match=r"mlp.experts of layer 1 .* is not a linear map"):
         engine.ablate(Ablation.parse("int8:1"))
-    refusal = r"experts of layer 1 .* is not a linear map.*leave formats"
+    refusal = r"experts of layer 1 .* is not a linear map.*leave weight formats"
     with pytest.raises(CellError, match=refusal):
         engine.score(make_documents(1), [INTACT, Ablation.parse("int4:1")])
 

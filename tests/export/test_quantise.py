@@ -149,7 +149,10 @@ def test_a_repeated_command_measures_nothing(quantised, tmp_path):
     command = ("quantise", model, *(f"--{key}={value}" for key, value in SETTINGS.items()))
     command = (*command, "--results", tmp_path / "new", "--track", "none")
     for words, message in (
-        (("--budget=2bpw", "--format=q4_0,q8_0"), "2bpw is too small: with q4_0 in every map"),
+        (
+            ("--budget=2bpw", "--format=q4_0,q8_0"),
+            "2bpw is too small: with q4_0 in every linear map",
+        ),
         (("--budget=much",), "invalid budget 'much'; expected e.g. 4.5bpw"),
         (("--budget=5bpw", "--format=q4_0"), "name at least two formats"),
         (("--budget=5bpw", "--format=q4_0,q8"), "there is no format 'q8'"),

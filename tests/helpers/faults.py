@@ -80,7 +80,7 @@ DERIVED_PARTS = ("index", "receipts", "checks", "derived", "verified.json")
 
 
 def _without_costs(text: str) -> str:
-    unknown = dict.fromkeys(("seconds", "peak_bytes", "measured"))
+    unknown = dict.fromkeys(("seconds", "outcome_seconds", "peak_bytes", "measured"))
     return CellRecord.model_validate_json(text).model_copy(update=unknown).model_dump_json()
 
 

@@ -126,7 +126,7 @@ def assert_same_results(folder_path: Path, other_path: Path) -> None:
         assert stores[0].identity.key == stores[1].identity.key
         frames = [store.read().sort_values(order, ignore_index=True) for store in stores]
         pd.testing.assert_frame_equal(*frames, check_exact=True, check_like=True)
-    volatile = {"provenance", "seconds", "peak_bytes", "measured"}
+    volatile = {"provenance", "seconds", "outcome_seconds", "peak_bytes", "measured"}
     records, others = (
         [record.model_dump_json(exclude=volatile) for record in tracker.api.ls(folder)]
         for folder in folders

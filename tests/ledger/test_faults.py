@@ -82,7 +82,16 @@ def test_records_of_a_stored_folder_are_unchanged(root):
             record.model_dump(mode="json", exclude={"view"})
             for record in (CellRecord.model_validate(before), now)
         )
+        now, before = without_later_figures(now), without_later_figures(before)
         assert as_then(now, before) == before
+
+
+def without_later_figures(value: Any) -> Any:
+    """Leave out the figures that records of former versions do not have."""
+    if isinstance(value, dict):
+        later = {name for name in value if "choice_" in name or name == "outcome_seconds"}
+        return {n: without_later_figures(v) for n, v in value.items() if n not in later}
+    return [*map(without_later_figures, value)] if isinstance(value, list) else value
 
 
 def as_then(current: Any, former: Any) -> Any:

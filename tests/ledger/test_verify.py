@@ -178,7 +178,7 @@ class TestCompare:
         self.replace(copied, changed)
         assert list(compare_ledgers(ledger, copied)) == [
             f"{measured.folder.name}: 2 outcomes differ, such as the outcome of document 0 of "
-            "arc_easy under layer:0"
+            "arc_easy with ablation layer:0"
         ]
 
     def test_tasks_with_equal_document_numbers_are_distinguished(self, ledger, cell_of, tmp_path):

@@ -94,7 +94,7 @@ def test_experts_are_rounded_one_by_one(name) -> None:
 
 
 def test_rows_without_whole_blocks_are_refused() -> None:
-    with pytest.raises(CellError, match=r"int4_g128 rounds blocks of 128 inputs.* have 576"):
+    with pytest.raises(CellError, match=r"int4_g128 rounds blocks of 128 weights.* has 576"):
         round_weight(random_weight(2, 576), "int4_g128")
 
 

@@ -16,9 +16,11 @@ CHOICE_DROPS = {0: 0.15, 1: 0.2, 2: -0.09, 3: 0.003}
 """Layer → mean drop of the choice probability, of `cell_of_choices`; 0.08 for all other layers."""
 
 
-def cell_of_choices(n: int = 100, half_width: float = 0.05, **changes: Any) -> CellRecord:
+def cell_of_choices(
+    benchmark: str = "arc_easy", n: int = 100, half_width: float = 0.05, **changes: Any
+) -> CellRecord:
     """Make a cell whose accuracy shows one layer, and whose choice probabilities show four."""
-    cell = build_cell(n=n, **changes)
+    cell = build_cell(benchmark, n=n, **changes)
     runs = []
     for run in cell.runs:
         choice, drop = CHOICE_DROPS.get(run.change.layer, 0.08), 0.4 * (run.change.layer == 1)

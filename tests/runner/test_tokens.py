@@ -102,7 +102,7 @@ def test_nothing_is_added_on_other_tokens(measured, tmp_path, more):
     assert "arc_easy" in title
     assert re.search(READ + r" now \(the same versions\) than in the stored results", reason)
     assert "--trust-remote-code" in reason
-    assert "choose another --results" in reason
+    assert "choose another results folder with --results" in reason
     assert results.outcome.exit_code == 1
     assert [cell.benchmark.name for cell in results.cells] == ["arc_challenge"]
     assert old_contents.items() <= contents(tmp_path / "results").items()
@@ -251,4 +251,4 @@ def test_a_chat_template_that_states_the_date_is_measured_in_one_go(
             file = experiment(folder, layer=layer, **options, **settings)
             failed = run_experiment(file, tmp_path / "results").outcome.failed
             assert len(failed) == n_failed * layer[0], failed
-            assert all("needs chat_template_args" in reason for reason in failed.values())
+            assert all("set the date in chat_template_args" in reason for reason in failed.values())

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tracker import api
 from tracker.analysis.stopping import CANDIDATE_QUESTION
 from tracker.core.changes import INTACT
 from tracker.core.extent import random_order
@@ -17,7 +18,7 @@ from tracker.search.settings import Budget
 from tracker.search.strategies import LAZY_BATCH, STRATEGIES, Search
 from tracker.stats.stopping import Race
 
-from .conftest import LAYER_PARTS, LAYERS, KnownScores
+from .conftest import LAYER_PARTS, LAYERS, KnownScores, stored_searches
 
 
 def removed_layers(scores: KnownScores, rescoring: str, count: int = 6) -> list[int | None]:
@@ -121,3 +122,16 @@ def test_benchmarks_have_equal_weights(ask, make_cache, one_thread, tmp_path) ->
     assert joint.cost().passes == pytest.approx(singles[0].cost().passes)
     proxies = [scores.proxy("cosine_score", (2,)).means for scores in (joint, *singles)]
     assert proxies[0] == pytest.approx((proxies[1] + proxies[2]) / 2)
+
+
+@pytest.mark.parametrize("rescoring", ["full", "race"])
+def test_a_search_by_choice_probability(write, prune, tmp_path, rescoring):
+    sample = {"sample": None} if rescoring == "race" else {}
+    path = write(strategy="accuracy", metric="choice_probability", rescoring=rescoring, **sample)
+    result = prune(path)
+    assert result.exit_code == 0, result.output
+    (record,) = stored_searches(tmp_path)
+    assert record.metric == "choice_probability"
+    (step, *_) = record.steps
+    (cell,) = (c for c in api.ls(tmp_path / "results") if step.layer in c.runs_of_kind())
+    assert step.test.level.value == cell.runs_of_kind()[step.layer].metrics["choice_probability"]

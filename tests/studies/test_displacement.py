@@ -33,7 +33,7 @@ def test_agreements_follow_from_the_ledger(tiny_llama, experiment, tmp_path):
     drops = np.array([means["baseline"] - means[run.ablation] for run in record.runs])
     choices = np.array([run.choice_drop.value for run in record.runs])
     assert len(kl) == 12
-    is_small = kl <= np.median(kl)
+    is_small = kl < np.sort(kl)[6]
     for row, mask in zip(table.rows, (is_small | True, is_small, ~is_small), strict=True):
         name, count, mean_kl, drop, choice, _ = row
         assert count.value == mask.sum(), name
@@ -42,7 +42,7 @@ def test_agreements_follow_from_the_ledger(tiny_llama, experiment, tmp_path):
             expected = spearmanr(kl[mask], costs[mask]).statistic
             assert entry.value == pytest.approx(expected)
             assert entry.low <= entry.value <= entry.high
-    assert "that they differ is open" in answer
+    assert answer.count("the difference is ") == 2
     # Another week: nothing is measured or observed twice, and the answer is the same.
     repeated = api.study("displacement", path, results=results, track=[])
     assert repeated.outcome.models_loaded == 0

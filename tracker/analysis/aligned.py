@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.paired import PairedOutcomes
 from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
-from tracker.core.identities import CHOICE_PROBABILITIES
+from tracker.core.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.core.provenance import list_differences
 from tracker.core.proxies import Proxy
 from tracker.core.views import View
@@ -103,7 +103,7 @@ class AlignedOutcomes:
         measured = {*self.runs}
         self.missing = [run for run in runs if run not in measured]
         self.tasks = [str(task) for task in self.rows(INTACT)["task"]] if self._rows else []
-        self._cache: dict[tuple[str, str], Array] = {}
+        self._cache: dict[tuple[Callable[..., Array], str], Array] = {}
 
     def select(self, mask: NDArray[np.bool_]) -> AlignedOutcomes:
         """Return a copy that contains only the documents that a boolean mask selects."""
@@ -214,8 +214,13 @@ class AlignedOutcomes:
         if not rows["choices"].any():
             return rows
         names = self.identity.benchmark.tasks[0].all_metrics.keys() & CHOICE_PROBABILITIES
-        columns = {METRIC_PREFIX + name: self._measures[name].values(rows) for name in names}
-        return rows.assign(**columns)
+        values = {name: self._cached(self._measures[name].values, ablation) for name in names}
+        return rows.assign(**{METRIC_PREFIX + name: values[name] for name in names})
+
+    @property
+    def undefined_reason(self) -> str:
+        """Reason why the metric is undefined, if lengths of options are unknown; else empty."""
+        return self._measure.reason
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
         """Describe different software or devices in an ablation's and the baseline's outcomes."""
@@ -243,7 +248,7 @@ class AlignedOutcomes:
 
     def choice_probabilities(self, ablation: Ablation) -> Array:
         """Return each gold option's probability among its document's options."""
-        return self._measures["choice_probability"].values(self.rows(ablation))
+        return self._cached(self._measures[CHOICE_PROBABILITY].values, ablation)
 
     def options_logprobs(self, ablation: Ablation) -> Array:
         """Return the log of the answer options' total probability; NaN if there are no options."""
@@ -299,7 +304,7 @@ class AlignedOutcomes:
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
         """Apply a function to the outcome rows of an ablation, and cache the result."""
-        key = read.__name__, ablation.name
+        key = read, ablation.name
         if key not in self._cache:
             self._cache[key] = read(self.rows(ablation))
         return self._cache[key]

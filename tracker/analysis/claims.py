@@ -105,18 +105,23 @@ class Claims:
 
     @property
     def less_probable(self) -> dict[int, Estimate]:
-        """Drops of choice probability that are above 0, of layers not shown to cost accuracy."""
-        return {i: d for i, d in self.choices.items() if d.side() > 0 and i not in self.costly}
+        """Drops of choice probability above 0, of layers whose accuracy drop is open."""
+        return self._choices_of_open_layers(1)
 
     @property
     def more_probable(self) -> dict[int, Estimate]:
-        """Drops of choice probability that are below 0, of layers not shown to be helpful."""
-        return {i: d for i, d in self.choices.items() if d.side() < 0 and i not in self.helpful}
+        """Drops of choice probability below 0, of layers whose accuracy drop is open."""
+        return self._choices_of_open_layers(-1)
+
+    def _choices_of_open_layers(self, side: int) -> dict[int, Estimate]:
+        verdicts, drops = self.verdicts, self.choices.items()
+        return {i: drop for i, drop in drops if drop.side() == side and verdicts[i] == "open"}
 
     @property
-    def hardly_less_probable(self) -> list[int]:
-        """List of the other layers whose drop of the choice probability is below `SMALL_DROP`."""
-        others = {*self.small, *self.helpful, *self.more_probable}
+    def small_by_choice(self) -> list[int]:
+        """List of the other layers whose drop of choice probability is below `SMALL_DROP`."""
+        others = {*self.costly, *self.helpful, *self.small, *self.less_probable}
+        others |= {*self.more_probable}
         drops = self.choices.items()
         return [i for i, drop in drops if drop.side(SMALL_DROP) < 0 and i not in others]
 
@@ -124,8 +129,7 @@ class Claims:
     def open(self) -> list[int]:
         """List of the layers that are not shown to be costly, helpful or small."""
         settled = {*self.costly, *self.helpful, *self.small}
-        settled |= self.less_probable.keys() | self.more_probable.keys()
-        settled |= {*self.hardly_less_probable}
+        settled |= {*self.less_probable, *self.more_probable, *self.small_by_choice}
         return [layer for layer in self.layers if layer not in settled]
 
     @property
@@ -190,8 +194,11 @@ class Claims:
         if layer not in self.layers:
             return "not measured on all benchmarks"
         word = verdict_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
-        side = self.choices[layer].side() if word == "open" and self.choices else 0
-        return {1: "less probable", -1: "more probable"}.get(side, word)
+        if word != "open" or layer not in self.choices:
+            return word
+        small = f"choice below {SMALL_DROP_TEXT}" if layer in self.small_by_choice else word
+        side = self.choices[layer].side()
+        return {1: "less probable", -1: "more probable"}.get(side, small)
 
     def next_steps(self) -> list[NextStep]:
         """List the measurements that would detect a loss for half of the open layers.
@@ -212,12 +219,21 @@ class Claims:
             for loss in _LOSSES if variances else ():
                 count = documents_needed(variances, self.family, len(self.cells), loss)
                 if count > n_measured:
-                    rates = [cell.seconds and cell.seconds / cell.n for cell in self.cells]
-                    seconds = [(count - n_measured) * rate for rate in rates if rate]
-                    total = sum(seconds) if len(seconds) == len(rates) else None
-                    steps.append(NextStep(measure, loss, count, total))
+                    steps.append(NextStep(measure, loss, count, self._measuring_time(count)))
                     break
         return steps
+
+    def _measuring_time(self, documents: int) -> float | None:
+        """Estimate the seconds that measuring up to `documents` documents of each benchmark takes.
+
+        None if the speed of a cell is unknown.
+        """
+        total = 0.0
+        for cell in self.cells:
+            if cell.outcome_seconds is None:
+                return None
+            total += max(documents - cell.n, 0) * (1 + len(cell.runs)) * cell.outcome_seconds
+        return total
 
     def lacking(self, documents: int) -> list[CellRecord]:
         """List the cells whose benchmark has fewer than `documents` documents."""
@@ -241,20 +257,13 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
     runs = [cell.runs_of_kind() for cell in counted_cells]
     layers = tuple(sorted(set.intersection(*map(set, runs)))) if runs else ()
     by_layer = {layer: [runs_by_layer[layer] for runs_by_layer in runs] for layer in layers}
-    has_choices = bool(layers) and all(
-        run.choice_drop.bounds and cell.metric not in CHOICE_PROBABILITIES
-        for cell in counted_cells
-        for run in cell.whole_layers
-    )
-    has_options = any(run.options_drop.bounds for group in by_layer.values() for run in group)
-    alpha = ALPHA * (1 - _OPTIONS_SHARE * has_options) / (1 + has_choices)
-    family = math.ceil(len(layers) * ALPHA / alpha)
+    alpha, family = _error_share(counted_cells, len(layers))
     drops = {layer: mean_drop(group, family) for layer, group in by_layer.items()}
     verdicts = decide_verdicts([*drops.values()], alpha)
     choices = {
         layer: mean_drop(group, family, attrgetter("choice_drop"))
         for layer, group in by_layer.items()
-        if has_choices
+        if _has_choices(counted_cells) and all(run.choice_drop.bounds for run in group)
     }
     return Claims(
         cells=tuple(counted_cells),
@@ -265,6 +274,26 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
         options=_widen_options(counted_cells, layers),
         family=family,
     )
+
+
+def _has_choices(cells: Sequence[CellRecord]) -> bool:
+    """Return whether choice probabilities stand beside the metric of all cells."""
+    return all(
+        cell.metric not in CHOICE_PROBABILITIES
+        and any(run.choice_drop.bounds for run in cell.whole_layers)
+        for cell in cells
+    )
+
+
+def _error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
+    """Return the error rate of statements on layers' drops, and the number of intervals for it.
+
+    Accuracy, choice probability and the options' log-probability share `ALPHA`.
+    """
+    runs = chain.from_iterable(cell.whole_layers for cell in cells)
+    has_options = any(run.options_drop.bounds for run in runs)
+    share = (1 - _OPTIONS_SHARE * has_options) / (1 + _has_choices(cells))
+    return ALPHA * share, math.ceil(n_layers / share - 1e-9)
 
 
 def mean_drop(
@@ -311,8 +340,19 @@ def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Ve
     Returns:
         Change that a run makes to the model → verdict on the run.
     """
-    verdicts = decide_verdicts(_widened_drops(cell, runs, len(runs)))
+    verdicts = decide_verdicts(*_corrected_drops(cell, runs))
     return dict(zip((run.change for run in runs), verdicts, strict=True))
+
+
+def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[Estimate], float]:
+    """Return drops with simultaneous intervals, and the error rate of statements on them.
+
+    Layers share the error rate with choice probabilities, as in the first sentences of a page.
+    """
+    alpha, family = ALPHA, len(runs)
+    if all(run.change.kind == WHOLE_LAYER for run in runs) and not cell.is_raced:
+        alpha, family = _error_share([cell], len(runs))
+    return _widened_drops(cell, runs, family), alpha
 
 
 def verdict_words(cell: CellRecord) -> dict[Change, str]:
@@ -332,8 +372,8 @@ def verdict_words(cell: CellRecord) -> dict[Change, str]:
 
     words = {}
     for runs in group_by(cell.runs, family).values():
-        drops = _widened_drops(cell, runs, len(runs))
-        for run, drop, verdict in zip(runs, drops, decide_verdicts(drops), strict=True):
+        drops, alpha = _corrected_drops(cell, runs)
+        for run, drop, verdict in zip(runs, drops, decide_verdicts(drops, alpha), strict=True):
             if drop.value is not None:
                 words[run.change] = verdict_word(verdict, drop, cell.higher_is_better)
     return words

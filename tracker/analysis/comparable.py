@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from operator import attrgetter
+from typing import Any
 
-from tracker.core.formats import count_text
+from tracker.core.formats import count_text, metric_format
 from tracker.core.grouping import group_by
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
@@ -183,7 +185,8 @@ def comparison_key(cell: CellRecord) -> str:
 
     The key covers prompt format, metric, number of documents, and selection of documents.
     """
-    excluded = {"data", "primary_metric", "found_by"}
+    excluded: dict[str, Any] = dict.fromkeys(("data", "primary_metric", "found_by"), True)
+    excluded["tasks"] = {"__all__": {"has_options"}}
     benchmark = cell.benchmark.model_dump(mode="json", exclude=excluded)
     # A cell that still lacks documents is compared with no other, even at equal counts.
     growing = cell.key if cell.unfinished is not None else ""
@@ -219,7 +222,14 @@ def select_countable(
     for cell in usable:
         if (counted := best[cell.benchmark.name]) is not cell:
             left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counted)]}"
-    return [cell for cell in usable if best[cell.benchmark.name] is cell], left_out
+    counted_cells = [cell for cell in usable if best[cell.benchmark.name] is cell]
+    # Different quantities have no mean; accuracy comes first if both are as frequent.
+    levels = Counter(metric_format(cell).level for cell in counted_cells)
+    level = max(levels, key=lambda name: (levels[name], name == "accuracy"), default="")
+    for cell in counted_cells:
+        if metric_format(cell).level != level:
+            left_out[labels[id(cell)]] = f"{cell.metric} cannot be averaged with {level}"
+    return [cell for cell in counted_cells if metric_format(cell).level == level], left_out
 
 
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -67,13 +66,15 @@ class OptionScores:
             self.reason = f"{metric} compares more than the options"
         if length := _LENGTH_FUNCTIONS.get(name):
             self.lengths[:] = np.nan
-            known_texts = texts()
+            known_texts, unknown = texts(), set()
             for row, key in enumerate(zip(rows["task"], rows["doc"], strict=True)):
                 options = known_texts[key].text.choices if key in known_texts else ()
                 if len(options) == self.counts[row]:
                     self.lengths[row, : len(options)] = list(map(length, options))
-            if n_missing := int(np.isnan(self.lengths[:, :1]).sum()):
-                lengths = f"the lengths of options, which are unknown for {n_missing} documents"
+                if not options or len(options) != self.counts[row]:
+                    unknown.add(key)
+            if unknown:
+                lengths = f"the lengths of options, which are unknown for {len(unknown)} documents"
                 self.reason = f"{metric} divides by {lengths}"
 
     def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
@@ -99,11 +100,13 @@ class DocumentMetric:
         columns: Columns that the metric is computed from, in addition to task and document.
         aggregation: Name of lm-eval's aggregation.
         higher_is_better: True for an accuracy or similar; False for a loss.
+        reason: Reason why values are undefined, if lengths of options are unknown; else empty.
     """
 
     def __init__(self, store: CellStore, name: str) -> None:
         task = store.identity.benchmark.tasks[0]
-        self.name, self._texts = name, cache(store.texts.read)
+        self.name, self.reason, self._read_texts = name, "", store.texts.read
+        self._texts: Mapping[tuple[str, int], StoredText] = {}
         self.columns = OPTION_COLUMNS if name in CHOICE_PROBABILITIES else (METRIC_PREFIX + name,)
         self.aggregation = task.all_metrics.get(name, "mean")
         self.higher_is_better = task.higher_is_better.get(name, True)
@@ -125,7 +128,10 @@ class DocumentMetric:
         """Return the options of rows; cache them, because ablations share their documents."""
         documents = tuple(zip(rows["task"], rows["doc"], strict=True))
         if documents not in self._options:
-            self._options = {documents: OptionScores(rows, self.name, self._texts)}
+            if self.name in _LENGTH_FUNCTIONS and not self._texts.keys() >= {*documents}:
+                self._texts = self._read_texts()  # blocks may have been measured meanwhile
+            options = OptionScores(rows, self.name, lambda: self._texts)
+            self._options, self.reason = {documents: options}, options.reason
         return self._options[documents]
 
     def units(self, rows: pd.DataFrame) -> Array | None:

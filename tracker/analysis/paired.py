@@ -29,7 +29,7 @@ def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def choice_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Compute the variance of a run's choice probability from its interval; None if undefined."""
+    """Estimate the variance over documents of the choice probability drop; None if undefined."""
     drop = run.choice_drop
     if drop.low is None or drop.high is None or drop.high <= drop.low:
         return None
@@ -38,7 +38,7 @@ def choice_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
-    """Return the median and the maximum of several runs' outcome variances.
+    """Return the median and the maximum of the runs' variances from `outcome_variance`.
 
     Returns None if no outcome changes in any run, or if all variances are undefined.
     """
@@ -73,7 +73,7 @@ class PairedOutcomes:
 
     @property
     def scores(self) -> PairedOutcomes:
-        """Copy in which losses are negated, so that larger outcomes are better."""
+        """Copy with negated outcomes for a loss, so that larger outcomes are better."""
         if self.higher_is_better:
             return self
         negated = {"baseline": -self.baseline, "ablated": -self.ablated}

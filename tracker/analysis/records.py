@@ -155,8 +155,10 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
     """Return the total duration, peak memory and last date of a cell's measurements."""
     seconds = [float(shard["seconds"]) for shard in shards if shard.get("seconds")]
     peak_bytes = [int(shard["peak_bytes"]) for shard in shards if shard.get("peak_bytes")]
+    n_outcomes = sum(shard["rows"] for shard in shards if shard.get("seconds"))
     return {
         "seconds": sum(seconds) if seconds else None,
+        "outcome_seconds": sum(seconds) / n_outcomes if n_outcomes else None,
         "peak_bytes": max(peak_bytes, default=None),
         "measured": last_measured(shards) or None,
     }

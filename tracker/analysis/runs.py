@@ -52,7 +52,8 @@ class IntactFigures:
 
     def __init__(self, outcomes: AlignedOutcomes, texts: TextReader) -> None:
         self.outcomes, self.texts, self.weights = outcomes, texts, outcomes.weights
-        self.baseline = accuracy(outcomes.values(INTACT), self.weights)
+        baseline = accuracy(outcomes.values(INTACT), self.weights)
+        self.baseline = _explain(baseline, outcomes.undefined_reason)
         self.risk = rounding_risk(outcomes, INTACT, texts)
         choices = outcomes.rows(INTACT)["choices"].to_numpy(dtype=np.float64)
         is_accuracy = outcomes.higher_is_better
@@ -140,6 +141,11 @@ def _finite_estimate(value: float, reason: str) -> Estimate:
     return Estimate(float(value)) if math.isfinite(value) else Estimate(None, reason=reason)
 
 
+def _explain(estimate: Estimate, reason: str) -> Estimate:
+    """Give an undefined estimate a more specific reason, if there is one."""
+    return replace(estimate, reason=reason) if estimate.value is None and reason else estimate
+
+
 def run_record(
     intact: IntactFigures, run: Change, proxies: Mapping[str, Estimate], aggregate: Aggregate
 ) -> RunRecord:
@@ -147,7 +153,9 @@ def run_record(
     outcomes = intact.outcomes
     ablation = outcomes.ablation(run)
     paired = outcomes.metric_outcomes([ablation])
-    drop, spread, level = paired.drop(0), paired.drop_sd(0), paired.level(0)
+    reason = outcomes.undefined_reason
+    figures = paired.drop(0), paired.drop_sd(0), paired.level(0)
+    drop, spread, level = (_explain(figure, reason) for figure in figures)
     relevance = Estimate(None, reason=f"{outcomes.metric} is no accuracy")
     if intact.chance is not None:
         relevance = accuracy_relevance(intact.baseline.value, level.value, intact.chance)

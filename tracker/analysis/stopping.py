@@ -150,6 +150,8 @@ def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFi
         is_wrong = ~((outcomes >= 0) & (outcomes <= 1))
         if not is_wrong.any():
             return ""
+        if measure.reason:
+            return f"'{key}' cannot be answered: {measure.reason}. Leave '{key}' out"
         return (
             f"'{key}' needs outcomes between 0 and 1, but {metric} is {outcomes[is_wrong][0]:g} "
             f"for a document of {{task}}. Leave '{key}' out"

@@ -173,7 +173,6 @@ class Corpus:
             fingerprint=content_hash(self._texts),
             metrics={"acc": RATIO, "loss": RATIO},
             higher_is_better={"acc": True, "loss": False},
-            has_options=False,
         )
         self.identity = BenchmarkIdentity(
             name=self._name,

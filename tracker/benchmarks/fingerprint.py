@@ -36,7 +36,7 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
     registered = {function: name for name, function in AGGREGATION_REGISTRY.items()}
     metrics, functions, directions = metric_names(task), task.aggregation(), task.higher_is_better()
     content = [_stable_value(config), list_rows(task.eval_docs), list_rows(examples)]
-    return TaskIdentity(
+    identity = TaskIdentity(
         name=task.task_name,
         version=str(task.VERSION),
         split=task.config.test_split or task.config.validation_split,
@@ -47,8 +47,10 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
             name: registered.get(functions[m], functions[m].__name__) for name, m in metrics.items()
         },
         higher_is_better={name: directions.get(m) is not False for name, m in metrics.items()},
-        has_options=task.OUTPUT_TYPE == "multiple_choice",
     )
+    has_options = task.OUTPUT_TYPE == "multiple_choice"
+    is_implied = identity.offers_choices == has_options
+    return identity if is_implied else identity.model_copy(update={"has_options": has_options})
 
 
 def list_rows(documents: Iterable[Any]) -> list[Any]:

@@ -119,7 +119,7 @@ class BenchmarkSpec(StrictModel):
 
 
 class DocumentSpec(StrictModel, Extent):
-    """Selection of documents: all or one half; of these all, the first, or a random sample."""
+    """Selection of documents: all, the first, or a random sample of a benchmark or of one half."""
 
     part: DocumentPart | None = None
     """Disjoint documents for choosing (calibration) and for testing (test). These are the training
@@ -183,7 +183,7 @@ class Changes(ChangeGrid):
         return self.model_copy(update={"exact": tuple(changes)})
 
     def numbers(self, component: Component) -> tuple[int, ...]:
-        """Return the requested head or expert numbers; an empty tuple requests all."""
+        """Return the requested numbers of heads or experts; an empty tuple means all numbers."""
         return self.experts if component == "expert" else self.heads
 
     @property
@@ -198,17 +198,17 @@ class Changes(ChangeGrid):
 
     @property
     def lacks_maps(self) -> bool:
-        """True if linear maps are requested without naming any, which means all linear maps."""
+        """True if the request includes linear maps but names none, which requests all of them."""
         return "linear" in self.components and not self.maps
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
-        """The layers whose removal, as one whole layer, is among the requested changes, sorted."""
+        """The sorted layers that are each removed as a whole in one of the requested changes."""
         return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
 
     @property
     def first_change(self) -> Change:
-        """The first requested change; ExperimentError if a head, expert or map is not named."""
+        """First requested change; raises ExperimentError if it names no head, expert or map."""
         if self.lacks_maps:
             raise ExperimentError(
                 "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
@@ -291,7 +291,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The request as flat settings; `CellSettings.request` builds an equal request."""
+        """The request as flat settings; `CellSettings.request` builds the same request."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         for group in (self.model, self.benchmark, self.documents, self.changes):
@@ -320,7 +320,7 @@ class CellRequest:
         return replace(self, changes=Changes(**grid))
 
     def on_part(self, part: DocumentPart, **size: int | None) -> CellRequest:
-        """Copy the request for one half of the documents; `size` sets the number of documents."""
+        """Copy the request for one half of the documents; `size` can set `limit` or `sample`."""
         update = {"part": part, **size}
         return replace(self, documents=self.documents.model_copy(update=update))
 
@@ -370,7 +370,7 @@ class CellRequest:
         return [change for change in changes if self.invalid_reason(change, layers) is None]
 
     def ablations(self, layers: int) -> list[Ablation]:
-        """List the ablations: baseline, only `removed` removed, and one for each valid change."""
+        """List the ablations: the baseline, only `removed`, and one for each valid change."""
         runs = [(), *((change,) for change in self.valid_changes(layers))]
         ablations = (Ablation.from_changes(*run, removed=self.removed) for run in runs)
         return list(dict.fromkeys([INTACT, *ablations]))

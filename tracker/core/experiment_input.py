@@ -58,7 +58,8 @@ class FileKind(Generic[SweepType]):
         schema: The class of the file's contents.
         expand: Function that expands the file's grid; raises RequestError for an invalid value.
         defaults: Default contents of a file that is built from keywords.
-        is_other_kind: Function that checks whether a file's contents are of another kind.
+        is_other_kind: Function that returns whether a file's contents belong to the other kind of
+            file.
         other_kind_message: Error text for a file of another kind, which ends with the right
             command.
     """
@@ -115,7 +116,7 @@ def names_model(source: ExperimentSource) -> bool:
 def move_model(
     source: ExperimentSource, settings: Mapping[str, Any]
 ) -> tuple[ExperimentSource, dict[str, Any]]:
-    """Move a model's name from `source` to the settings; ExperimentError for two models."""
+    """Move a model's name from `source` to the settings; raise an error for two models."""
     if source is None or isinstance(source, Mapping) or not names_model(source):
         return source, dict(settings)
     model = os.fspath(source)
@@ -180,7 +181,7 @@ def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
 
 
 def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Convert contents to YAML; return the contents as parsed from the YAML, and its text."""
+    """Write contents as YAML; return the contents as parsed from the YAML, and the YAML text."""
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -287,12 +288,12 @@ def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> 
 
 
 def is_search_file(raw: object) -> bool:
-    """Return whether the contents of a file request searches, for `tracker prune`."""
+    """Return whether parsed file contents request searches (`tracker prune`), not runs."""
     return "layer" not in _parameter_names(raw) and bool(_SEARCH_KEYS & _parameter_names(raw))
 
 
 def is_removal_file(raw: object) -> bool:
-    """Return whether a file lists layers to ablate, as files for `tracker run` do."""
+    """Return whether parsed file contents request runs (`tracker run`), not searches."""
     return "layer" in _parameter_names(raw) and not _SEARCH_KEYS & _parameter_names(raw)
 
 

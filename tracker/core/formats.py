@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeGuard
 
 from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.identities import CHOICE_PROBABILITIES
+from tracker.core.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.core.records import CellRecord
 
 DASH = "–"
@@ -219,9 +219,9 @@ ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent"
 def metric_format(cell: CellRecord) -> MetricFormat:
     """Choose the metric's display format: accuracy in percentage points, or a loss in its unit."""
     if cell.metric in CHOICE_PROBABILITIES:
-        return replace(
-            ACCURACY_FORMAT, level="choice probability", change="choice probability drop"
-        )
+        is_plain = cell.metric == CHOICE_PROBABILITY
+        level = f"{'' if is_plain else 'normalised '}choice probability"
+        return replace(ACCURACY_FORMAT, level=level, change=f"{level} drop")
     if cell.higher_is_better:
         return ACCURACY_FORMAT
     aggregation = cell.benchmark.tasks[0].metrics.get(cell.metric, "")

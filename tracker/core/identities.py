@@ -92,15 +92,21 @@ class TaskIdentity(Record):
     higher_is_better: dict[str, bool] = {}
     """Metric → True if higher is better, as in lm-eval; the default is True."""
     has_options: bool | None = Field(None, exclude_if=lambda has_options: has_options is None)
-    """True for multiple choice; None if a former version did not record it."""
+    """Whether documents have answer options; None if `metrics` imply it."""
+
+    @property
+    def offers_choices(self) -> bool:
+        """True if documents have answer options."""
+        if self.has_options is not None:
+            return self.has_options
+        # Tasks without options that report an accuracy have a perplexity too; corpora have ratios.
+        is_accuracy = "mean" in (self.metrics.get("acc"), self.metrics.get("acc_norm"))
+        return is_accuracy and "perplexity" not in self.metrics
 
     @property
     def all_metrics(self) -> dict[str, str]:
         """`metrics`, and the metrics that are derived from the log-likelihoods of options."""
-        if self.has_options is None:
-            names = [name for name, acc in CHOICE_PROBABILITIES.items() if acc in self.metrics]
-        else:
-            names = [*CHOICE_PROBABILITIES] if self.has_options else []
+        names = [*CHOICE_PROBABILITIES] if self.offers_choices else []
         if "acc_norm" not in self.metrics:
             names = names[:1]
         return self.metrics | dict.fromkeys(names, "mean")

@@ -324,6 +324,8 @@ class CellRecord(FiguresRecord):
     """Package versions, machine and device of the outcomes; values that differ are all listed."""
     seconds: float | None = None
     """Measuring time of all processes together, in seconds; None if unknown."""
+    outcome_seconds: float | None = None
+    """Mean measuring time of one document under one ablation, in seconds; None if unknown."""
     peak_bytes: int | None = None
     """Peak memory of a process: on the accelerator, or else in main memory; None if unknown."""
     measured: Annotated[str, AfterValidator(utc_date)] | None = Field(

@@ -28,8 +28,9 @@ def run_lockstep(
 ) -> Iterator[T]:
     """Run several functions that call a model, loading each offloaded layer as rarely as possible.
 
-    Without offloaded weights, a function runs when the iterator reaches its result. A running
-    function can call `run_lockstep` again: the inner functions then join the running functions.
+    Without offloaded weights, each function runs only when the iterator yields its result. If a
+    running function calls `run_lockstep`, the new functions run in lockstep with the running
+    functions.
 
     Args:
         weights: The offloaded weights; None if no weights are offloaded.
@@ -57,7 +58,7 @@ def run_lockstep(
 def report_progress(
     weights: OffloadedWeights | None, n_due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that reports finished work; loaded layers report a share in advance.
+    """Yield a function to report finished work; each loaded layer reports a share in advance.
 
     Args:
         weights: The offloaded weights, for which each loaded layer reports a share of the total
@@ -154,7 +155,7 @@ class _Scheduler:
 
 
 class _Pass(Generic[T]):
-    """A function that can be paused, with the `forward` methods that it replaced in modules."""
+    """A pausable function; a pause removes and stores the `forward` methods it installed."""
 
     def __init__(self, function: Callable[[], T], modules: Sequence[nn.Module]) -> None:
         self._function = function

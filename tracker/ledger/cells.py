@@ -88,11 +88,12 @@ class CellStore:
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Find a block's documents that lack outcomes, grouped by the ablations that they lack.
+        """Group a block's documents by the ablations for which they have no outcome yet.
 
-        Returns names of ablations → numbers of the documents that lack outcomes of exactly these
-        ablations. The names are in the order of `ablations`. Outcomes that were measured in blocks
-        of another order are not missing.
+        Returns a dict that maps names of ablations to the numbers of the documents without an
+        outcome under exactly these ablations. The names are in the order of `ablations`. Outcomes
+        that were measured in another order of the documents count too. Documents that lack no
+        outcome are left out.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -118,7 +119,7 @@ class CellStore:
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield blocks of other document orders that contain any of the given documents."""
+        """Yield the blocks of other random orders that contain any of the given documents."""
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
             positions = document_positions(block.task, task_documents, seed)
@@ -151,7 +152,7 @@ class CellStore:
         return frame.loc[is_requested]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
-        """Return whether all documents in `extent` have outcomes under all given ablations."""
+        """Return whether each document in `extent` has an outcome under each given ablation."""
         names = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
         n_requested = sum(self.counts(extent).values()) * len(set(ablations))
         return bool(names.isin(ablations).sum() == n_requested)

@@ -74,10 +74,13 @@ class Shard:
 
 
 def read_shard_metadata(path: Path) -> dict[str, Any]:
-    """Read a shard's metadata without verifying it; raise ValueError or OSError on failure."""
+    """Read a shard's metadata and number of rows without verifying the shard.
+
+    Raises ValueError or OSError on failure.
+    """
     try:
-        text = (pq.read_metadata(path).metadata or {})[b"tracker"]
-        return dict(json.loads(text))
+        metadata = pq.read_metadata(path)
+        return {**json.loads((metadata.metadata or {})[b"tracker"]), "rows": metadata.num_rows}
     except (pa.ArrowException, LookupError, TypeError) as error:
         raise ValueError(f"it is no shard: {error}") from None
 

@@ -121,13 +121,13 @@ class RequestedView(Record):
 
 @dataclass(frozen=True)
 class Views:
-    """Stored views of one cell: the requested runs, metrics and documents."""
+    """Store of one cell's views; a view consists of requested runs, a metric and documents."""
 
     folder: Path
     identity: CellIdentity
 
     def view_of(self, request: CellRequest) -> View:
-        """Build the view of one request, without merging it with stored views."""
+        """Build a view with only the runs of one request, not merged with stored views."""
         benchmark = self.identity.benchmark
         # A limit or sample of all documents is the whole benchmark, whatever its seed.
         n_documents = max(task.documents for task in benchmark.tasks)
@@ -161,7 +161,7 @@ class Views:
                 does.
 
         Returns:
-            The stored view that shows the request, as from `display_view`.
+            The stored view that shows the results of the request, as from `display_view`.
 
         Raises:
             ResultsError: The view's file belongs to another user and is not readable.
@@ -175,13 +175,13 @@ class Views:
         return view
 
     def display_view(self, request: CellRequest, named: bool = False) -> View:
-        """Return the view that will show a request after it is measured.
+        """Return the new or stored view that will show the results of a request.
 
-        A view is identified by metric, documents, removed layers and the `until` setting. A view
-        shows the runs of all requests with the same metric, documents, removed layers and `until`
-        setting. If a stored view on more documents has all runs of a request, that view shows the
-        request. A view replaces stored views on fewer documents if it shows all their runs, except
-        for views stored with `named`.
+        Requests with the same metric, documents, removed layers and `until` setting share one view,
+        which contains the runs of all these requests. If a stored view on more documents contains
+        all runs of `request` and `named` is false, that view is returned. Otherwise, the returned
+        view replaces stored views on fewer documents if it contains all their runs. Views that were
+        stored with `named` are never replaced.
         """
         return self._place_view(self.view_of(request), named)[0]
 
@@ -197,7 +197,7 @@ class Views:
     def _place_view(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Return the view that shows a new view's runs, and the stored views that it replaces."""
+        """Return the view that shows the runs of `new`, and the stored views that it replaces."""
         name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
         if problem := access_problem(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {problem}")
@@ -289,7 +289,7 @@ class Views:
         return [RequestedView(project=projects[name], view=views[name]) for name in names]
 
     def _complete_names(self, path: Path, view: View) -> View:
-        """Return a view whose `supersedes` lists only replaced views that no longer have a file."""
+        """Return a copy of a view whose `supersedes` leaves out views that still have a file."""
         names = {*view.supersedes}
         if path != self._path(self.view_name(view)):  # of a former version
             fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)

@@ -158,11 +158,11 @@ class Meter:
     def check(
         self, verdicts: VerdictStore | None = None, typical: Sequence[Ablation] = ()
     ) -> list[str]:
-        """Run the self-check of shared computation; call this before `measure`.
+        """Test which computation ablations can share exactly; call this before `measure`.
 
-        `verdicts` stores results of the check for later runs. `typical` lists ablations to check on
-        the miniature model instead of the cell's ablations; empty for none. The returned lines
-        report disabled sharing and strong rounding effects.
+        `verdicts` caches results of the test for later runs. `typical` lists ablations to test on a
+        miniature model; if `typical` is empty, the cell's ablations are tested. Returns messages
+        for users about disabled sharing and strong rounding effects.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer, set_row_size
@@ -198,7 +198,8 @@ class Meter:
             The outcomes of the documents.
 
         Raises:
-            CellError: Shared computation gives other results than a really pruned model.
+            CellError: A spot check finds that shared computation gives other results than a really
+                pruned model.
         """
         from tracker.engine.selfcheck.check import watched_requests
         from tracker.engine.selfcheck.reference import Reference
@@ -255,7 +256,7 @@ class Meter:
     def _observe_experts(
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[Mapping[Change, Sequence[float]]]:
-        """Measure how much the intact model uses the given experts, for each document."""
+        """Measure how much the intact model uses each of the experts `parts` in each document."""
         from tracker.engine.observers.layer_proxies import measure_expert_load
 
         measure = partial(measure_expert_load, self.engine)

@@ -1,11 +1,11 @@
 """Save a model with removed or repeated layers as an ordinary checkpoint.
 
 Plain transformers can load the checkpoint. The module `pruned` makes the changed copies. A copy is
-not saved unless the numbers and lists in its configuration describe it completely.
+saved only if its configuration describes it completely, so that transformers can rebuild it.
 
-The module also measures how much faster one model reads than another model, by alternating between
-the two models in one process. The module also saves a model object of a notebook once, in a folder
-named by a hash of the model.
+The module also measures the relative speed of two models by timing their forward passes in
+alternation, in one process. The module also saves model objects of notebooks: each model once, in a
+folder named by a hash of the model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ work on the machine affected the two models unequally."""
 def measure_speedup(
     model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
 ) -> Speedup | None:
-    """Measure the forward pass speed of `model` relative to `base`, timing both in turn.
+    """Measure the speed of `model` relative to `base`; time their forward passes in turn.
 
     Args:
         model: A causal language model.
@@ -91,8 +91,8 @@ def measure_speedup(
 def median_speedup(timings: Sequence[tuple[float, float]]) -> Speedup | None:
     """Compute the speed of one model relative to another model from alternating timings.
 
-    If other work on the machine slows both models in a turn, the ratio of their speeds does not
-    change.
+    If other work on the machine slows both models equally in a turn, the ratio of their speeds does
+    not change.
 
     Args:
         timings: The seconds of the model and of the base model in each turn.
@@ -441,7 +441,7 @@ def save_once(
 def _check_saved_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, trusted: bool
 ) -> None:
-    """Raise ModelError if a model's logits differ from those of its saved copy.
+    """Raise ModelError if a model and its saved copy compute different logits.
 
     The copy's logits are stored in the copy's folder. If the stored logits are missing or differ,
     the copy is loaded and run, because another device may have computed the stored logits.
@@ -489,7 +489,7 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
-    """Describe the largest logit difference from the copy; "" if it is within rounding."""
+    """Describe the largest difference from the copy's logits; "" if it is within rounding."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
     largest = np.abs(copy_logits[np.isfinite(copy_logits)]).max(initial=0)

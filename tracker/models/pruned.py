@@ -3,8 +3,8 @@
 A copy shares only the weights with the original model, so that both models can run.
 
 Some model classes compute factors, windows and tables from a layer's position or from the number of
-layers. A copy in memory keeps the values of the original model. When a saved copy is loaded, its
-class computes these values again.
+layers. A changed copy in memory keeps the values that were computed for the original model. When a
+saved copy is loaded, its class computes these values again.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[st
 
 
 def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Find attributes that hold a layer's index; return (path, name) → layers with them.
+    """Find attributes that hold a layer's index; return (path, name) → layers that have it.
 
     An attribute counts if it equals the layer's index in every layer that has the attribute.
     """
@@ -354,7 +354,7 @@ def simulate_reload(
             configuration: counts of first layers, such as `first_k_dense_replace`, are adapted to
             the remaining layers.
         indices: The indices of the copy's layers in the original model.
-        cache: Models that earlier calls built; forward passes must not change these models. If
+        cache: Cache of models built by earlier calls, which forward passes must not change. If
             `cache` is None, the new model gets a copy of the weights, so that forward passes can
             change them.
 
@@ -425,8 +425,8 @@ def find_stale_attributes(
         indices: The indices of the copy's layers in the original model.
 
     Returns:
-        The attributes (numbers, strings and so on) and non-persistent buffers, with their values
-        after loading.
+        The attributes (such as numbers and strings) and non-persistent buffers that differ, with
+        their values after loading.
     """
     prefix, clone_modules = _layers_prefix(model), dict(clone.named_modules())
     old_modules = _renumber(dict(model.named_modules()), prefix, indices)
@@ -503,9 +503,9 @@ def _build_matching(
 ) -> Any:
     """Build a model from the class and configuration of `model`, with the given tensor shapes.
 
-    Raises ModelError if no such model can be built. If the shapes differ, counts of first layers in
-    the configuration are adapted to the kept layers. If the adapted counts give the right shapes,
-    the configuration of `model` keeps these counts.
+    Raises ModelError if no model with these shapes can be built. If the shapes differ, counts of
+    first layers in the configuration are adapted to the kept layers. If the adapted counts give the
+    right shapes, the configuration of `model` keeps these counts.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -535,11 +535,11 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
 
 
 def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield reduced values of configuration keys that count first layers of some kind.
+    """Yield configuration counts of first layers, reduced to count only the layers `indices`.
 
     An example is `first_k_dense_replace`, the number of first layers without experts. The new value
-    counts only the layers in `indices`. The function yields each changed key separately, then all
-    changed keys together.
+    counts only the layers in `indices`. The function yields one dict for each changed key, then one
+    dict with all changed keys.
     """
     counts = {
         name: value

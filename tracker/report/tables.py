@@ -13,7 +13,7 @@ from tracker.core.changes import WHOLE_LAYER, Change
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, count_text, is_finite, metric_format, write_figure
 from tracker.core.grouping import group_by
-from tracker.core.identities import TaskIdentity
+from tracker.core.identities import CHOICE_PROBABILITY, TaskIdentity
 from tracker.core.proxies import PROXIES
 from tracker.core.records import (
     NO_REASON,
@@ -162,7 +162,7 @@ def layer_table(cell: CellRecord) -> Table:
         *(["rounded", "drop_rounding"] if has_rounding else []),
         *("mcnemar_p", "accuracy_relevance"),
         *(proxy.name for proxy in cell_proxies(cell)),
-        *(["choice_probability_drop"] if has_choices else []),
+        *(["choice_probability_drop"] if has_choices and cell.metric != CHOICE_PROBABILITY else []),
         *("gold_logprob_drop", "options_logprob_drop"),
     )
     records = {run.change: run for run in cell.runs}

@@ -205,7 +205,8 @@ class OpenCell:
             self.store.begin_search(self._cache.command)
             work = CellWork(self.store, meter.facts, self.progress, extent=extent, names=names)
             fill_cell(work, meter.measure, self.progress)
-        columns = [*_COLUMNS, *DocumentMetric(self.store, self.view.metric).columns]
+        measure = DocumentMetric(self.store, self.view.metric)
+        columns = [*dict.fromkeys((*_COLUMNS, *measure.columns))]
         view = self.view.model_copy(update={"removed": (), "runs": ()})
         aligned = AlignedOutcomes(self.store, view, columns, ablations)
         self._baselines = {

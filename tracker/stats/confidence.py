@@ -150,8 +150,8 @@ class MeanSequences:
             population: Number of documents in the population.
             n_series: Number of series, each of which has one mean.
             level: The probability with which all bounds hold at all times.
-            family: Number of series that share the error (a union bound, for any dependence);
-                None = `n_series`.
+            family: Number of series among which the error rate is divided (a union bound, for any
+                dependence); None = `n_series`.
             min_value: The lowest value that a document can have.
             max_value: Highest value that a document can have.
             half_width: Target distance between the bounds and the mean, to be reached as early as
@@ -249,7 +249,7 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centre(self, indexes: IntArray, centres: Array) -> None:
-        """Expand the polynomials of the cautious bets around new centres."""
+        """Rewrite the cautious bets' polynomials in the distance from new centres."""
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
             for degree in range(_DEGREE - 1, lowest_degree - 1, -1):
@@ -287,10 +287,10 @@ class MeanSequences:
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes the log stakes of bold bets.
 
-        The function maps candidate means `[2, series]`, one for each game, to the logarithms of the
-        stakes `[bets, 2, series]`.
+        The returned function maps candidate means `[2, series]`, for the lower and the upper bound,
+        to the logarithms of the stakes `[bets, 2, series]`.
 
-        Each call of the function processes all documents of the bold bets.
+        Each call of the returned function processes up to `BOLD_DOCUMENTS` documents.
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)
@@ -316,7 +316,8 @@ class MeanSequences:
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes a lower bound of the log stakes of cautious bets.
 
-        The argument and the result of the function have the same shapes as in `_bold_stakes`.
+        The returned function maps candidate means `[2, series]`, for the lower and the upper bound,
+        to the logarithms of the stakes `[bets, 2, series]`.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]

@@ -293,6 +293,8 @@ def resampled_spearman(x: Array, xs: Array, y: Array, ys: Array) -> Estimate:
     Returns:
         The coefficient with its bias-corrected interval; None if a series is undefined or constant.
     """
+    if len(x) < 3:
+        return Estimate(None, reason=f"{len(x)} items, and a correlation needs at least 3")
     (value,) = row_coefficients(x[None], y[None], "spearman").tolist()
     if not np.isfinite(value):
         return Estimate(None, reason="one of the two is undefined, or the same for all items")

@@ -183,7 +183,7 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
         changed, because the effect of rounding is then unknown.
 
     Examples:
-        Of -3 and -4 the first moves by 0.1, the second does not: 0.1 / 5.
+        The first of the scores -3 and -4 changes by 0.1, so the relative change is 0.1 / 5.
 
         >>> round(rounding_movement(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
         0.02
@@ -198,7 +198,7 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
 
 
 def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
-    """Return, for each document, the probability that rounding reverses right and wrong.
+    """Return each document's probability that rounding turns right into wrong or vice versa.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
@@ -244,18 +244,18 @@ def count_undecided(chances: Array) -> int:
 
 
 def rounding_shift(chances: Array, weights: Array) -> float:
-    """Return the shift of an accuracy that rounding exceeds with a probability of only 5 %.
+    """Return the change of an accuracy that rounding exceeds with only 5 % probability.
 
     Args:
         chances: `[documents]`, the probabilities from `flip_probabilities`.
         weights: `[documents]`, summing to 1.
 
     Returns:
-        1.96 standard deviations of the weighted mean, if each document's outcome is reversed with
-        the document's probability.
+        1.96 standard deviations of the accuracy's change, if rounding reverses each document's
+        outcome with the document's probability in `chances`.
 
     Examples:
-        Two of 16 documents are undecided, and 14 are certain.
+        Rounding reverses two of 16 documents with probability 0.5 each, and 14 never.
 
         >>> round(rounding_shift(np.array([0.5, 0.5] + [0.0] * 14), np.full(16, 1 / 16)), 3)
         0.087

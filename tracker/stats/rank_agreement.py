@@ -59,7 +59,7 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
 def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw random orders `[draws, layers]` that are as smooth over depth as the given ranks."""
+    """Draw random orders `[draws, layers]` with the same smoothness over depth as `ranks`."""
     rng = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
     rho = rng.choice(AUTOCORRELATIONS, size=n_draws, p=smoothness_likelihood(scores))
@@ -205,10 +205,10 @@ def _top_probabilities(rows: Array, k: int) -> Array:
 def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tuple[float, float]:
     """Return the share of layers with different ranks by proxy and by drop, and its chance level.
 
-    The chance level is exact under random permutation, where any two ranks meet with the
-    probability 1 / layers. The chance level is the share of all layers × layers pairs of ranks
-    whose difference exceeds `tolerance`. Without ties and with the tolerance 0, the chance level is
-    1 - 1 / layers.
+    The chance level is exact for random orders, in which any rank by proxy meets any rank by drop
+    with the probability 1 / layers. The chance level is the share of all layers × layers pairs of
+    ranks whose difference exceeds `tolerance`. Without ties and with the tolerance 0, the chance
+    level is 1 - 1 / layers.
 
     Args:
         proxy: `[benchmarks, layers]`, values of the proxy, which are ranked within each benchmark.
@@ -292,7 +292,7 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Compute the p-value that proxy and drop are unrelated over layers in every benchmark.
+    """Test whether proxy and drop are unrelated over layers in every benchmark (p-value).
 
     The test is two-sided; its statistic is the mean over benchmarks of Spearman's coefficient. As
     in `correlation.correlate`, the test redraws each series in turn with the same smoothness over
@@ -318,16 +318,17 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of the layers in which a series is as smooth as before.
+    """Draw random orders of layers in which a series stays equally smooth over depth.
 
     Args:
-        values: `[layers]` in the order of depth, finite; equal values are treated as ascending.
+        values: `[layers]` in the order of depth, finite; of two equal values, the deeper one counts
+            as larger.
         n_draws: Number of orders.
         seed: Seed of the generator.
 
     Returns:
-        `[draws, layers]`, for each depth the index of the layer whose value is placed there; see
-        `surrogate_series`.
+        `[draws, layers]`: entry d of a draw is the index of the layer whose value is moved to depth
+        d. The random model is that of `surrogate_series`.
     """
     ranks = scipy.stats.rankdata(values, method="ordinal").astype(np.float64)
     positions = surrogate_series(ranks, n_draws, seed).astype(np.int64) - 1

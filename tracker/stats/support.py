@@ -112,9 +112,9 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
         subtrahend: Estimate to subtract, with its interval.
 
     Returns:
-        The difference and its interval. There is no interval if an estimate has no interval. For
-        two models on the same documents, the interval is too wide rather than too narrow, because
-        the estimates rise and fall together.
+        The difference and its interval. The interval is missing if the minuend or the subtrahend
+        has no interval. For two models on the same documents, the interval is too wide rather than
+        too narrow, because the estimates rise and fall together.
 
     Examples:
         >>> difference = subtract(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
@@ -253,8 +253,9 @@ def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Ver
 
     Args:
         drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
-            confidence sequence. If a drop has a p-value, this must also be significant after Holm's
-            adjustment, because the p-value is exact for few documents.
+            confidence sequence. If a drop has a p-value, `costs` and `helps` also require that the
+            p-value is significant after Holm's adjustment, because the p-value is exact for few
+            documents.
         alpha: Probability of error of all verdicts together, the same as that of the intervals.
 
     Returns:
@@ -281,19 +282,19 @@ def count_pairs(n_figures: int) -> int:
 def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
     """Compute the best and the worst possible rank of each estimate; rank 1 is the largest.
 
-    Two estimates are distinguished if the interval of their difference excludes 0. The interval of
-    the difference assumes independent estimates (Donner and Zou 2012). Estimates from the same
+    Two estimates differ significantly if the interval of their difference excludes 0. The interval
+    of the difference assumes independent estimates (Donner and Zou 2012). Estimates from the same
     documents rise and fall together, so the interval is too wide rather than too narrow. An
     estimate ranks behind all significantly larger estimates and before all significantly smaller
-    estimates. Estimates that are not distinguished can rank in either order.
+    estimates. Two estimates that do not differ significantly can rank in either order.
 
     Args:
         estimates: Estimates whose intervals are simultaneous for all pairs (from `widen`, with the
             family `count_pairs`). An estimate without an interval can have any rank.
 
     Returns:
-        The best and the worst rank of each estimate. All ranks hold simultaneously if all intervals
-        hold simultaneously.
+        The best and the worst rank of each estimate. All ranks are right if all intervals contain
+        the true values.
 
     References:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.

@@ -151,11 +151,12 @@ class AgreementCurve:
         documents: Number of documents.
         layers: Number of layers.
         sizes: Numbers of documents in a sample, ascending.
-        apart: Statistic → its values `[draws, sizes]` for two samples that share no document; NaN
+        apart: Statistic → its values `[draws, sizes]` for the rankings by two disjoint samples; NaN
             for samples of more than half of the documents.
-        within: Statistic → its values `[draws, sizes]` for a sample and the set of all documents.
-        needed: Number of documents that reaches the target reliability. The number is undefined if
-            the rankings of two halves do not agree significantly.
+        within: Statistic → its values `[draws, sizes]` for the rankings by a sample and by all
+            documents.
+        needed: Number of documents with which the layer ranking reaches the target reliability. The
+            number is undefined if the rankings of two halves do not agree significantly.
         p_value: p-value of the hypothesis that all layers have the same mean.
         extrapolated: Whether `needed` is more than half of the documents.
     """
@@ -194,7 +195,7 @@ class AgreementCurve:
 
     @property
     def doubt(self) -> str:
-        """Reason why two halves do not agree significantly; empty if they do."""
+        """Reason why the rankings by two halves do not agree significantly; empty if they agree."""
         halves = self.agreement(self.half)
         if halves.low is None:
             return halves.reason or ""
@@ -285,14 +286,14 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 
 
 def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
-    """Adjust all p-values by Holm's method; unset `needed` of curves without significance."""
+    """Adjust the curves' p-values by Holm's method; unset `needed` of non-significant curves."""
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
     return [curve.with_p_value(p) for curve, p in rows if p is not None]
 
 
 def _sample_statistic(name: str, first: Array, second: Array) -> Array:
-    """Compare layer means `[draws, sizes, layers]` of two samples; return `[draws, sizes]`."""
+    """Compute the statistic `name` of two samples' layer means; return `[draws, sizes]`."""
     a, b = (means.reshape(-1, means.shape[2]) for means in (first, second))
     end, _, k = name.partition(" ")
     sign = -1 if end == "bottom" else 1
@@ -350,7 +351,7 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
 
 
 def agreement_table(title: str, drop: AgreementCurve) -> Table:
-    """Build the table of the agreement of two samples, for each sample size."""
+    """Build the table of how well two samples agree on the layer ranking, by sample size."""
 
     def overlap(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
@@ -372,7 +373,7 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
 
 
 def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCurve]) -> LineChart:
-    """Build the chart of the agreement of samples, for the drop and for other measures."""
+    """Build the chart of the rank correlation of two samples by their size, for each measure."""
     end = max(drop.documents, drop.needed.value or 0)
     positions = sorted({*drop.sizes, *(n for n in SAMPLE_SIZES if n <= 2 * end)})
 

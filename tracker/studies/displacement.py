@@ -49,7 +49,7 @@ class KlAgreement:
 
     changes: str = labelled("changes")
     count: int = labelled("number", "count")
-    kl: float = labelled("mean KL (nats per token)", "proxy")
+    kl: float | None = labelled("mean KL (nats per token)", "proxy", "no change has a finite one")
     drop: Estimate = labelled("Spearman with the {change}", "coefficient")
     choice: Estimate = labelled("Spearman with the choice probability drop", "coefficient")
     gold: Estimate = labelled("Spearman with the gold log-prob drop", "coefficient")
@@ -91,21 +91,26 @@ def _compare(context: StudyContext, subject: Subject) -> tuple[str, Table]:
     measures = (outcomes.metric_outcomes, outcomes.choice_outcomes, outcomes.gold_outcomes)
     paired = [measure(ablations) for measure in measures]
     costs = [(p.mean_drops, outcomes.resample(p.drops, p.weights)) for p in paired]
-    is_small = kl <= np.median(kl)
-    groups = {"all": np.ones_like(is_small), "smaller KL": is_small, "larger KL": ~is_small}
+    is_defined = np.isfinite(kl)
+    # By rank, because divergences may be equal, such as 0 for experts that no token uses.
+    ranks = np.argsort(np.argsort(kl, kind="stable"), kind="stable")
+    is_small = ranks < is_defined.sum() // 2
+    is_large = is_defined & ~is_small
+    groups = {"all": is_defined, "smaller KL": is_small, "larger KL": is_large}
 
     def agreements(mask: NDArray[np.bool_]) -> list[Estimate]:
         x, xs = kl[mask], resampled_kl[:, mask]
         return [resampled_spearman(x, xs, cost[mask], drawn[:, mask]) for cost, drawn in costs]
 
+    means = [float(kl[mask].mean()) if mask.any() else None for mask in groups.values()]
     rows = [
-        KlAgreement(name, int(mask.sum()), float(kl[mask].mean()), *agreements(mask))
-        for name, mask in groups.items()
+        KlAgreement(name, int(mask.sum()), mean, *agreements(mask))
+        for (name, mask), mean in zip(groups.items(), means, strict=True)
     ]
-    large, small = ((kl[mask], resampled_kl[:, mask]) for mask in (~is_small, is_small))
+    large, small = ((kl[mask], resampled_kl[:, mask]) for mask in (is_large, is_small))
     differences = [
         correlation_difference(
-            *(large, small, (cost[~is_small], drawn[:, ~is_small]), "spearman"),
+            *(large, small, (cost[is_large], drawn[:, is_large]), "spearman"),
             second_drop=(cost[is_small], drawn[:, is_small]),
         )
         for cost, drawn in costs[:2]
@@ -113,7 +118,8 @@ def _compare(context: StudyContext, subject: Subject) -> tuple[str, Table]:
     measure, title = metric_format(subject.record), subject.record.title
     answer = DISPLACEMENT_TEXTS.render("answer", title, measure, rows, differences)
     heading = f"{title}: how the KL divergence orders {len(ablations)} changes."
-    notes = DISPLACEMENT_TEXTS.render_all("notes")
+    n_undefined = len(kl) - int(is_defined.sum())
+    notes = DISPLACEMENT_TEXTS.render_all("notes", n_undefined)
     return answer, figure_table(KlAgreement, heading, rows, *notes, measure=measure)
 
 

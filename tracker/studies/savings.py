@@ -55,7 +55,7 @@ class Savings(Study[SavingsSettings]):
             raise RequestError(f"--question: {error}") from None
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Return the cell unchanged, in a list; RequestError if a question needs more runs."""
+        """Return the unchanged cell in a list; raise RequestError if a question needs more runs."""
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
             runs = len(cell.valid_changes(_ANY_DEPTH))
@@ -102,7 +102,7 @@ class MeasuredDocuments:
         reach: Largest possible drop of a document.
         passes: Function that returns the layer passes per token, including the intact model, for a
             mask of the runs that are not decided yet.
-        everything: Layer passes per token if no run is decided yet.
+        everything: Layer passes per token if all runs are computed, because no run is decided yet.
         plain: Layer passes per token if the intact model and all runs are computed in turn, as in
             lm-eval.
     """
@@ -203,7 +203,7 @@ class QuestionReplay:
             infinite if the measured documents do not suffice.
         passes: `[orders]`, share of the layer passes of all documents and runs that had to be
             computed; infinite if the measured documents do not suffice.
-        answered: `[orders]`, whether the measured documents sufficed to stop.
+        answered: `[orders]`, whether the condition was decided on the measured documents.
         wrong: `[orders]`, whether the decisions contradict the means over all measured documents.
         bound: Lower bound of the number of documents.
     """
@@ -216,7 +216,7 @@ class QuestionReplay:
     bound: CostBound
 
     def fewer(self, cell: MeasuredDocuments) -> float:
-        """Return by what factor the layer passes are fewer than lm-eval's for all documents."""
+        """Return lm-eval's layer passes on all documents, divided by the median passes needed."""
         return cell.plain / cell.everything / cost_quantile(self.passes)
 
     @property
@@ -233,7 +233,7 @@ class QuestionReplay:
 def replay_question(
     cell: MeasuredDocuments, question: Question, orders: NDArray[np.int64]
 ) -> QuestionReplay:
-    """Replay the stopping rule for each order of the documents in `[orders, documents]`."""
+    """Apply the stopping rule of `question` to each order of documents in `orders`."""
     answered, wrong = np.zeros((2, len(orders)), dtype=bool)
     documents, shares = np.full((2, len(orders)), np.inf)
     for index, order in enumerate(orders):
@@ -256,7 +256,7 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Return whether a stopping rule's decisions contradict the means over all documents."""
+    """Return whether a race's decisions contradict the means over all measured documents."""
     means = cell.drops.mean(axis=0)
     if question.count is not None:
         values = means if question.kind == "top" else -means
@@ -374,7 +374,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of the lower bound of documents for each `until` condition."""
+    """Build the table of the documents that each `until` condition needs at least."""
 
     def documents(race: QuestionReplay) -> float:
         return cost_quantile(race.documents) * cell.population
@@ -394,7 +394,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of the share of orders that have stopped, by computed layer passes."""
+    """Build the chart of the share of document orders that are decided, by layer passes."""
     positions = range(0, 101, 2)
     lines = {}
     for race in replays:

@@ -101,19 +101,21 @@ class Lesson:
 def plan_lesson(
     documents: Sequence[Document], length: int, vocabulary: int, decode: Callable[..., str]
 ) -> Lesson:
-    """Choose the tokens that the built model must predict, and their positions.
+    """Choose the tokens that the built model must predict or avoid, and their positions.
 
-    A token is taught with a sign. With a positive sign, the model predicts the token, and avoids
-    the token if layer 2 is removed. A negative sign has the opposite effect. If all choices follow
-    the same context, the model is taught the first token where the right answer differs from a
-    wrong answer. The tokens of the right and the wrong answer at this position get opposite signs.
-    If other wrong answers differ only later, the right answer's token at the later position is
-    taught without a sign: layer 2 does not affect it.
+    A token is taught with or without a sign. Positive sign: the intact model predicts the token,
+    and the model without layer 2 avoids the token. Negative sign: the reverse. Without a sign,
+    layer 2 does not affect the prediction. If all options of a document follow the same context, a
+    position is taught where the right answer first differs from a wrong answer. At this position,
+    the right answer's token gets a positive sign, and a wrong answer's token a negative sign. If
+    another wrong answer differs only at a later position, the right answer's token at the later
+    position is taught without a sign.
 
-    If each choice follows a different context (Winogrande), one token is taught with a sign: the
-    model predicts it after the right context, and avoids it after wrong contexts. The taught token
-    is the first token that no other document has at the same position, because Winogrande documents
-    are paired. For open texts, every token is taught.
+    If each option follows a different context (Winogrande), one token is taught in each context:
+    with a positive sign in the right context, and with a negative sign in a wrong context. The
+    taught token is the first token that no other document has after the same text, because
+    Winogrande documents are paired. For texts without options, every token is taught with a
+    positive sign.
 
     Args:
         documents: Documents with their requests.
@@ -146,7 +148,7 @@ def plan_lesson(
 
 
 def _read_tokens(request: Request, length: int) -> tuple[int, ...]:
-    """Return the tokens of a request that the model reads; long requests are cut on the left."""
+    """Return the tokens of a request that the model reads; cut long requests on the left."""
     return (*request.context, *request.continuation)[-(length + 1) :][:-1]
 
 
@@ -158,7 +160,7 @@ def _positions(request: Request, length: int) -> list[_Position]:
 
 
 def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
-    """Teach every token of a text; where texts clash, the first taught text decides."""
+    """Teach every token of a document; if texts contradict each other, the earlier one counts."""
     clashing = lesson.clashing
     for request in document.requests:
         for key, token in _positions(request, length):
@@ -174,7 +176,7 @@ def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
 
 
 def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count documents per (position, token), for documents whose choices differ in context."""
+    """Count the documents with each (position, token); use documents with several contexts."""
     owners: Counter[_Position] = Counter()
     for document in documents:
         choices = document.requests[: document.choices]
@@ -245,7 +247,7 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 
 
 def _required_lead(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Return by how many nats a taught token must lead to outweigh the rest of an answer.
+    """Return the lead in nats with which a taught token outweighs the rest of an answer.
 
     At positions without a taught token, the log-probabilities of all tokens differ by at most one
     nat.
@@ -318,7 +320,7 @@ class Theorem(Study[TheoremSettings]):
         return result
 
     def _models(self, context: StudyContext) -> list[list[BuiltModel]]:
-        """Return, for each benchmark and tokenizer, the models of all ε, built or not."""
+        """Return each benchmark's models for all ε; their checkpoints need not exist yet."""
         root = context.ledger.root / "studies" / self.name
         models = []
         for cell in dict.fromkeys(map(_documents_request, context.experiment.cells())):
@@ -340,7 +342,7 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 
 
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
-    """Return the tokens to teach, (vocabulary size, context length) and the tokenizer."""
+    """Return a cell's tokens to teach, (vocabulary size, context length), and its tokenizer."""
     benchmark = open_benchmark(cell)
     metric = choose_metric(benchmark.identity, cell.metric)
     if metric not in _ACCURACIES:
@@ -376,7 +378,7 @@ def _fingerprint(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> s
 
 
 def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> Counterexample:
-    """Build the model that predicts a lesson's tokens; RequestError if this is impossible."""
+    """Build the model that predicts a lesson's tokens; raise RequestError if this fails."""
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
@@ -471,7 +473,7 @@ def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
-    """Return (right, total) of a document: answers, or tokens if the document is a corpus."""
+    """Return a document's numbers of right and of all answers; for a corpus, count tokens."""
     if isinstance(value, str):
         right, units = json.loads(value)
         return int(right), int(units)
@@ -482,7 +484,7 @@ def _count_right(value: float | str) -> tuple[int, int]:
 
 
 def _models_table(models: Sequence[MeasuredModel]) -> Table:
-    """Build the table of each model's ε, with the measured scores and accuracies."""
+    """Build the table of the models by ε, with measured cosine scores and accuracies."""
     record = models[0].subject.record
     lost, metric = len(models[0].built.lesson.left_out), record.metric
 

@@ -26,7 +26,8 @@ _BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "figcaption", "small", "summary", 
 _NUMBERS = r"\d+(?:–\d+)?"
 _NAMED = re.compile(rf"\blayers? ({_NUMBERS}(?:(?:, | and | or ){_NUMBERS})*)")
 _SMALL = re.compile(
-    r"(?:Without )?(\d+) of \d+ layers? (?:(?:is|are) shown to cost less than|the right answer)"
+    r"(?:Without any of )?(\d+) of \d+ layers? "
+    r"(?:(?:is|are) shown to cost less than|the right answer is shown to lose less than)"
 )
 _AMOUNT = re.compile(r" \(−?[\d.]+ pp, [^)]*\)")
 _UNLIKE = re.compile(
@@ -34,7 +35,9 @@ _UNLIKE = re.compile(
 )
 _ELSEWHERE = re.compile(r"[Ff]or (\d+) of \d+ layers we can show that the true rank differs")
 _RELATED = re.compile(r"\bin ([1-9]\d*) of \d+ measurements?\b.*\(5 %, Holm")
-_SHOWN_ROW = re.compile(r"(?:^| )(\d+) +(matters|better without|below 5 pp) ")
+_SHOWN_ROW = re.compile(
+    r"(?:^| )(\d+) +(matters|better without|(?:choice )?below 5 pp|(?:less|more) probable) "
+)
 _NOT_MADE = re.compile(
     "rises without|better without|more probable|to raise (?:accuracy|it)|breaks down"
 )
@@ -250,8 +253,7 @@ def false_statements(
         ):
             return True
         named_layers = {*map(str, named_layers_in(sentence))}
-        is_small = sentence.endswith(" below 5 pp") or "at most 5 pp" in sentence
-        is_small |= "less than 5 pp" in sentence
+        is_small = sentence.endswith(" below 5 pp") or "less than 5 pp" in sentence
         return bool(named_layers & true_layers if is_small else named_layers - true_layers)
 
     return [sentence for sentence in statements if is_false(sentence)]

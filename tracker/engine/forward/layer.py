@@ -39,7 +39,7 @@ class Replacement(Protocol):
     """Interface of a function that replaces one layer."""
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Compute a replacement for the layer's output [rows, tokens, …], typed as `state`."""
+        """Return a substitute for the layer's output, with the shape and dtype of `state`."""
         ...
 
 
@@ -48,7 +48,7 @@ class FittedReplacement:
     """Fitted functions that can replace one layer, in float32 for models of any dtype.
 
     Attributes:
-        mean: Mean difference of the layer's output and input [width].
+        mean: Mean of the layer's output minus the layer's input [width].
         scale: Factor by which the layer's input is multiplied.
         linear: Weight [width, width] and bias [width] of a linear map; None if no map was fitted.
     """
@@ -58,7 +58,7 @@ class FittedReplacement:
     linear: tuple[Tensor, Tensor] | None = None
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Return x + mean, scale·x or linear(x) for x = `state` (parallel streams concatenated)."""
+        """Return x + mean, scale·x or linear(x), depending on `action`; x is the input `state`."""
         flat_state = state.flatten(2).float()
         if action is Action.MEAN:
             result = flat_state + self.mean.to(state.device)
@@ -177,9 +177,10 @@ class LayerFork:
     hidden]. The streams that enter the layer are selected from `inputs`; for a new stream, the
     state of the parent stream is selected. The `divided_streams` are computed first, as one batch.
     The other entering streams follow in groups of `max_streams`, which keeps intermediate results
-    in the processor's cache. The results are written to `outputs` [streams after, rows, tokens,
-    hidden]. The function `replace_layers` writes the outputs of streams that skip or replace the
-    layer. Nothing is summed across streams, so each stream gets the same result as if it ran alone.
+    in the processor's cache. The results are written to `outputs` [streams after the layer, rows,
+    tokens, hidden]. The function `replace_layers` writes the outputs of streams that skip or
+    replace the layer. Nothing is summed across streams, so each stream gets the same result as if
+    it ran alone.
 
     With several streams, RefusalError is raised if the inputs of a layer include an output of an
     earlier layer in addition to the hidden state. Such an output would belong to another stream.
@@ -318,7 +319,8 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
 def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
     """Run repeated layers again, for the streams whose repeated layers end at this layer.
 
-    In each repetition, a layer gets a new hidden state, but the same other inputs as before.
+    In each repetition, a layer gets a new hidden state, but the same mask, positions and other
+    inputs as before.
     """
     repeats = fork.step.repeated_spans
     if not repeats:

@@ -123,7 +123,7 @@ class LayerStep:
 
     @cached_property
     def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each entering stream, the index of its attention and its removed heads, or None."""
+        """(Index of the attention, removed heads) of each entering stream, or None."""
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
             for stream, source in zip(self.entrants, self.attention_sources, strict=True)
@@ -131,7 +131,7 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The different pairs of a computed attention and the heads to remove from its output."""
+        """The distinct pairs (index of a computed attention, heads to remove from its output)."""
         return tuple(sorted({pair for pair in self._projection_of if pair}))
 
     @cached_property
@@ -147,7 +147,7 @@ class LayerStep:
 
     @cached_property
     def mlps(self) -> tuple[int, ...]:
-        """The indices of the entering streams with an MLP; the MLP is computed for each of them."""
+        """The indices of the entering streams for which the layer's MLP is computed."""
         actions = enumerate(self.actions[stream] for stream in self.entrants)
         return tuple(index for index, action in actions if action is not Action.NO_MLP)
 
@@ -169,7 +169,7 @@ class StreamPlan:
 
     Attributes:
         steps: For each layer, the new streams and the changes of the layer.
-        paths: For each layer, the streams that the ablations use after the layer, in the order of
+        paths: For each layer, the index of each ablation's stream after the layer, in the order of
             the ablations.
         embedding_formats: For each stream before the first layer, the weight format of the
             embedding; None if unchanged.
@@ -189,19 +189,19 @@ class StreamPlan:
 
     @cached_property
     def head_streams(self) -> dict[str | None, list[int]]:
-        """The streams by weight format of the output head; the unchanged head (None) is first."""
+        """Weight format of the output head → its streams; the unchanged format (None) is first."""
         pairs = sorted((head or "", stream) for stream, head in set(self._answers))
         by_head = group_by(pairs, lambda pair: pair[0] or None)
         return {head: [stream for _, stream in group] for head, group in by_head.items()}
 
     @property
     def _answers(self) -> Iterator[tuple[int, str | None]]:
-        """Yield the stream and the output head's format of each ablation, in order."""
+        """Yield, for each ablation, its final stream and the weight format of its output head."""
         return zip(self.final_streams, self.head_formats, strict=True)
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """For each ablation, the index of its result among results ordered as `head_streams`."""
+        """For each ablation, the index of its result in a list of results ordered head by head."""
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)

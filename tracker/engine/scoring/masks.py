@@ -99,9 +99,10 @@ def mask_position(layer: nn.Module) -> int | None:
 def find_first_visible(mask: object, tokens: int) -> Tensor | None:
     """Return the first visible position of each token from a mask of contiguous ranges.
 
-    A mask [1, 1, tokens, tokens] becomes a tensor [tokens]. Returns None if every token sees all
-    earlier tokens, or if the mask has another shape. Raises RefusalError for masks with a bias or a
-    gap, because no equivalent mask for a prefix tree is known.
+    The mask has the shape [1, 1, tokens, tokens], and the returned tensor has the shape [tokens].
+    Returns None if every token sees all earlier tokens, or if the mask has another shape. Raises
+    RefusalError for masks with a bias or a gap, because no equivalent mask for a prefix tree is
+    known.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
@@ -123,17 +124,17 @@ class Masks:
 
     A row contains a flattened prefix tree of requests: node i is a token, and `row.ancestors[i, j]`
     is True if j is an ancestor of i. The masks replace the model's causal masks. In a mask, a node
-    sees the stored prefix, its ancestors and itself, but no sibling. The node thus sees exactly the
-    text that ends with the node, at the positions of this text. In a layer with an attention
-    window, the node sees only the end of this text. For a token at a given depth,
-    `AttentionWindows.starts` is the first visible position p, so ancestors before p are hidden too.
-    Positions are depths in the tree, not indices in the row. Masked entries are the lowest number
-    of the dtype, as in transformers. A boolean mask would be slower, because attention would
-    convert the mask to numbers in each layer. All layers with the same `starts` share one mask,
-    which is built on the device.
+    sees the stored prefix, its ancestors and itself, but no sibling. The node thus attends to
+    exactly the tokens of the text that ends with the node, at their positions in this text. In a
+    layer with an attention window, the node attends only to the last tokens of this text. For a
+    node at depth d, entry d of the layer's tensor in `AttentionWindows.starts` is the first visible
+    depth, and ancestors at smaller depths are hidden. Positions are depths in the tree, not indices
+    in the row. Masked entries are the lowest number of the dtype, as in transformers. A boolean
+    mask would be slower, because attention would convert the mask to numbers in each layer. All
+    layers with the same `starts` share one mask, which is built on the device.
 
-    `windows` must cover the depth of the row's tree, and `row.spans` must be set. A row without
-    `spans` needs no mask. `layer_masks` contains the mask of each layer.
+    `windows` must be valid for texts as long as the depth of the row's tree, and `row.spans` must
+    be set. A row without `spans` needs no mask. `layer_masks` contains the mask of each layer.
     """
 
     def __init__(

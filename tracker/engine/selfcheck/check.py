@@ -74,7 +74,7 @@ class Check:
     """The result of the self-check.
 
     Attributes:
-        engine: The engine, which shares as much computation as is exact.
+        engine: The engine, which shares only computation whose results are exact.
         difference: Largest difference between log-likelihoods with sharing and log-likelihoods of
             really changed models, in nats, on the miniature and on the model itself.
         sharing_note: One line that states which sharing was disabled and why; None if all sharing
@@ -141,9 +141,9 @@ def check_sharing(
             storage.
         fit: Function that fits replacements of layers; it gets the engine after the check of the
             architecture.
-        typical_ablations: Ablations to check on the miniature instead of `ablations`, with the
-            baseline; empty for none. Cells with the same `typical_ablations` share one result of
-            the check on the miniature.
+        typical_ablations: Ablations for the check on the miniature, with the baseline; empty = use
+            `ablations`. Cells with the same `typical_ablations` share one result of the check on
+            the miniature.
 
     Returns:
         The result of the self-check, with the engine to use.
@@ -222,7 +222,7 @@ def _judge_architecture(
 def _recall_verdict(
     store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load the verdict of the first key, or the verdict of another key that `is_valid` accepts.
+    """Load the first key's verdict, or the verdict of another key if `is_valid` accepts it.
 
     A damaged verdict counts as missing. None is returned if no key has a verdict.
     """
@@ -261,7 +261,7 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Count the tokens of a cell's longest text, largest document's tree and longest row."""
+    """Count the tokens of a cell's longest text, largest prefix tree and longest row."""
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)

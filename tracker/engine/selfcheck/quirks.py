@@ -57,7 +57,7 @@ MAX_SWITCHES = 4
 
 @dataclass(frozen=True)
 class QuirkFindings:
-    """Effects of text lengths and repeated calls on a model architecture, found by experiment.
+    """Effects of text lengths and repeated calls on a model's logits, found by experiment.
 
     Attributes:
         relevant_numbers: Paths of the configuration's numbers that change the logits of a text of
@@ -81,7 +81,7 @@ class QuirkFindings:
 
 
 def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFindings:
-    """Find by experiment how text lengths and calls affect a miniature that was never called."""
+    """Find how text lengths and earlier calls change the logits of a miniature."""
     logits = _text_logits(mini, LONG)
     leftovers, first = _find_call_effects(mini)
     any_length = not _is_equal(logits[:SHORT], _text_logits(mini, SHORT))
@@ -345,7 +345,7 @@ class _Loading:
     cut_models: dict[str, Any] | None
 
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Build an engine for a saved and loaded copy; raise ModelError if loading fails."""
+        """Return an engine for `copied` as if saved and loaded; raise ModelError if this fails."""
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
         # The effects of the first call are known for the whole model's layers, not for these.
@@ -353,7 +353,7 @@ class _Loading:
 
 
 def _test_loading(engine: Engine, original: Engine) -> _Loading:
-    """Test saving and loading the intact model; return the models that simulate loading."""
+    """Test whether a saved and loaded intact model is equal; return models for later tests."""
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
@@ -372,7 +372,7 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute a text's logits without an ablation's layers, in each way to remove the layers."""
+    """Compute logits without an ablation's layers: by a copy, by skipping, by a checkpoint."""
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
     cut_engine, refusal = try_model(lambda: truth.ablate(ablation))
@@ -400,13 +400,13 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Return whether a copy differs from its checkpoint, or from the model that skips layers."""
+    """Return whether a copy differs from its checkpoint (or, without one, from skipping)."""
     logits, _ = try_model(lambda: engine.ablate(ablation).read_logits(PROBE_TEXT))
     return not logits_alike(logits, outputs.skip if outputs.saved is None else outputs.saved)
 
 
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
-    """Describe the ablations whose model cannot be saved as a checkpoint; None without any."""
+    """Describe the ablations whose model cannot be saved as a checkpoint; None if all can."""
     clauses = []
     for repeats, all_phrase, model in (
         (False, "for all removals", "in which the removed layers return their input"),

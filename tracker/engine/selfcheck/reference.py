@@ -201,7 +201,7 @@ class SharingVerdict:
     """Result of the self-check of an architecture on a miniature model.
 
     Attributes:
-        sharing: The shared parts of the computation: as many as are exact.
+        sharing: The parts of the computation that ablations can share with exact results.
         sharing_note: One line that states which sharing was disabled and why; None if all sharing
             is exact.
         difference: The largest difference, in nats, between log-likelihoods computed with `sharing`
@@ -211,7 +211,8 @@ class SharingVerdict:
             rounding noise changes too.
         lengths: Pairs of the path of a number in the configuration and a flag. The computation
             changes where the text length reaches this number; if the flag is True, the computation
-            differs for every longer length. The path is empty if every length matters.
+            differs for every longer length. The path is empty if the computation differs for every
+            text length.
         leftovers: Names of model attributes that a call changes, so that the next call gives other
             results.
         first: Module and name of each attribute that the first call changes permanently.
@@ -283,7 +284,7 @@ STATE = "the model keeps a recurrent state for each text"
 
 
 def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Describe which sharing remains and why; return `previous` if `reason` is None."""
+    """Return the note `previous`, updated with the remaining sharing if there is a `reason`."""
     if reason is None:
         return previous
     sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"
@@ -294,7 +295,7 @@ def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) ->
 
 
 def describe_error(error: Exception, way: Sharing, name: str) -> str:
-    """Log an error of a model under a level of sharing, and describe its cause for users."""
+    """Log an error that a model raised with the sharing `way`, and return a cause for users."""
     log.debug("%s, shared over %s: %s", name, way, error)
     return str(error) if isinstance(error, RefusalError) else REFUSAL_REASONS[way]
 

@@ -52,7 +52,7 @@ PART_CLASSES: Mapping[Component, type[LayerPart]] = {
 
 @dataclass(frozen=True)
 class LayerAnatomy(PartFinder):
-    """Finder of the parts of a model's layers, with the functions that change these parts.
+    """Finder of the attention, MLP, heads, experts and linear maps of a model's layers.
 
     Attributes:
         weights: Cache of quantised weights.
@@ -179,7 +179,7 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
     """List the linear maps of each layer with their shapes.
 
     Args:
-        source: The model, whose weights are not read.
+        source: The model; only its configuration is read, not its weights.
 
     Returns:
         One mapping for each layer: path of a linear map in the layer → shape.
@@ -239,7 +239,7 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """Return the layers of a small model whose number of parts equals the configured number."""
+    """List the layers with as many heads or experts (`unit`) as the configuration states."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count = parts_of_config(config).count_of(unit)
     if unit != "expert":

@@ -197,7 +197,7 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlaps of proxy and drop: of the top layers, of the bottom layers, by chance."""
+        """Mean overlap of the top layers by proxy and drop, of the bottom layers, and by chance."""
         rows = []
         for cell in self.cells:
             count = min(TOP_LAYERS, len(cell.layers))
@@ -253,7 +253,7 @@ class ModelAudit:
 
     @cached_property
     def comparable(self) -> list[AuditedCell]:
-        """The benchmarks over which means are computed: all with results for the same layers.
+        """The benchmarks with results for the same layers; means are computed over these.
 
         The common layers are the set of layers that most benchmarks have. If several sets are
         equally frequent, the largest set is used.
@@ -331,7 +331,7 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Proxy → share of layers ranked differently than by drop: at all, and by a wide margin."""
+        """Proxy → share of layers whose ranks by proxy and by drop differ, and differ widely."""
         disagreements = {}
         for name, summary in self.summaries.items():
             x, y = (mean_profiles(measure, summary.cells) for measure in (name, DROP))
@@ -341,7 +341,7 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Comparable benchmarks where the intact model is above chance; empty if below two."""
+        """Comparable benchmarks where the intact model is above chance; empty if only one."""
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
@@ -354,7 +354,7 @@ class ModelAudit:
 
     @cached_property
     def reliable(self) -> list[AuditedCell]:
-        """The benchmarks above chance whose drops are reliable enough to subtract their noise."""
+        """The benchmarks above chance whose drops are reliable enough to correct for noise."""
         return [c for c in self.above_chance if self.reliabilities[c.label] >= MIN_RELIABILITY]
 
     @cached_property
@@ -428,7 +428,7 @@ class ModelAudit:
 
     @property
     def noisy(self) -> str:
-        """Text that lists the benchmarks with too much noise, and the documents that they need."""
+        """Text with the documents needed and available, for each benchmark with too much noise."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
@@ -440,7 +440,7 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Return cells without common tasks; of cells that share a task, keep the best cell."""
+    """Drop cells that share a task with a better cell (accuracy, more layers or documents)."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
     for cell in best:

@@ -128,7 +128,7 @@ class MlflowBackend(Backend):
             return existing[run_key(cell, "cell")], self._uri
 
     def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
-        """Create a run that belongs to no cell; return the run id, tracking URI and location."""
+        """Create a run that belongs to no cell; return its id, the tracking URI and the address."""
         with self._one_writer(f"did not take {name}"):
             client, experiment = self._connect()
             run = client.create_run(experiment, tags=dict(tags), run_name=name)
@@ -136,7 +136,7 @@ class MlflowBackend(Backend):
 
     @contextmanager
     def connected(self, problem: str) -> Iterator[Any]:
-        """Yield MLflow's client after `open` or `begin`; errors get the message `problem`."""
+        """Yield an MLflow client; errors become a TrackingError with the message `problem`."""
         with self._explained(problem):
             yield self._connect()[0]
 
@@ -310,7 +310,7 @@ def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dic
 def _confirm_written(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Read the written runs back from MLflow; write runs that differ once more.
+    """Read the written runs back from MLflow, and rewrite runs whose stored values differ.
 
     TrackingError is raised if a run still differs after the second attempt.
     """
