@@ -230,7 +230,8 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran, tmp_path):
     (joined,) = api.report(first, second, output=tmp_path / "joined.html").cells
     assert {c.n for c in joined.correlations if c.subset == "all"} == {3}
     # Each folder's own documents were drawn to be answered again, under one of its own ablations.
-    fields = ("provenance", "compared", "compared_difference", "seconds", "peak_bytes", "measured")
+    fields = ("provenance", "compared", "compared_difference", "measured")
+    fields += ("seconds", "outcome_seconds", "peak_bytes")
     assert joined == complete.model_copy(update={name: getattr(joined, name) for name in fields})
     assert joined.compared > complete.compared > 0
     # What each folder shows alone is what it was.
