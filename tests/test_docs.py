@@ -50,7 +50,8 @@ def commands() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "command"), sorted(commands()))
 def test_a_command_is_understood(page, command):
     words = shlex.split(command, comments=True)[1:]
-    group = click.Context(main, info_name="tracker")
+    # With the settings of `main`: click keeps the first help option that a command is asked for.
+    group = click.Context(main, info_name="tracker", **main.context_settings)
     if words == ["--help"]:
         return
     name, subcommand, arguments = main.resolve_command(group, words)
