@@ -257,7 +257,7 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
     runs = [cell.runs_of_kind() for cell in counted_cells]
     layers = tuple(sorted(set.intersection(*map(set, runs)))) if runs else ()
     by_layer = {layer: [runs_by_layer[layer] for runs_by_layer in runs] for layer in layers}
-    alpha, family = _error_share(counted_cells, len(layers))
+    alpha, family = _layer_error_share(counted_cells, len(layers))
     drops = {layer: mean_drop(group, family) for layer, group in by_layer.items()}
     verdicts = decide_verdicts([*drops.values()], alpha)
     choices = {
@@ -285,7 +285,7 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
     )
 
 
-def _error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
+def _layer_error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
     """Return the error rate of statements on layers' drops, and the number of intervals for it.
 
     Accuracy, choice probability and the options' log-probability share `ALPHA`.
@@ -345,14 +345,19 @@ def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Ve
 
 
 def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[Estimate], float]:
-    """Return drops with simultaneous intervals, and the error rate of statements on them.
+    """Return drops with simultaneous intervals, and the error rate of statements on them."""
+    alpha, family = error_share(cell, runs)
+    return _widened_drops(cell, runs, family), alpha
+
+
+def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int]:
+    """Return the error rate of statements on the drops of runs, and the number of intervals.
 
     Layers share the error rate with choice probabilities, as in the first sentences of a page.
     """
-    alpha, family = ALPHA, len(runs)
     if all(run.change.kind == WHOLE_LAYER for run in runs) and not cell.is_raced:
-        alpha, family = _error_share([cell], len(runs))
-    return _widened_drops(cell, runs, family), alpha
+        return _layer_error_share([cell], len(runs))
+    return ALPHA, len(runs)
 
 
 def verdict_words(cell: CellRecord) -> dict[Change, str]:

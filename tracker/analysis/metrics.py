@@ -69,9 +69,9 @@ class OptionScores:
             known_texts, unknown = texts(), set()
             for row, key in enumerate(zip(rows["task"], rows["doc"], strict=True)):
                 options = known_texts[key].text.choices if key in known_texts else ()
-                if len(options) == self.counts[row]:
+                if options and len(options) == self.counts[row]:
                     self.lengths[row, : len(options)] = list(map(length, options))
-                if not options or len(options) != self.counts[row]:
+                else:
                     unknown.add(key)
             if unknown:
                 lengths = f"the lengths of options, which are unknown for {len(unknown)} documents"
@@ -100,17 +100,21 @@ class DocumentMetric:
         columns: Columns that the metric is computed from, in addition to task and document.
         aggregation: Name of lm-eval's aggregation.
         higher_is_better: True for an accuracy or similar; False for a loss.
-        reason: Reason why values are undefined, if lengths of options are unknown; else empty.
     """
 
     def __init__(self, store: CellStore, name: str) -> None:
         task = store.identity.benchmark.tasks[0]
-        self.name, self.reason, self._read_texts = name, "", store.texts.read
+        self.name, self._read_texts = name, store.texts.read
         self._texts: Mapping[tuple[str, int], StoredText] = {}
         self.columns = OPTION_COLUMNS if name in CHOICE_PROBABILITIES else (METRIC_PREFIX + name,)
         self.aggregation = task.all_metrics.get(name, "mean")
         self.higher_is_better = task.higher_is_better.get(name, True)
         self._options: dict[tuple[tuple[str, int], ...], OptionScores] = {}
+
+    @property
+    def reason(self) -> str:
+        """Reason why the last values are undefined, if lengths of options are unknown; else ""."""
+        return next((options.reason for options in self._options.values()), "")
 
     def values(self, rows: pd.DataFrame) -> Array:
         """Return the metric of each row; NaN where it is undefined."""
@@ -131,7 +135,7 @@ class DocumentMetric:
             if self.name in _LENGTH_FUNCTIONS and not self._texts.keys() >= {*documents}:
                 self._texts = self._read_texts()  # blocks may have been measured meanwhile
             options = OptionScores(rows, self.name, lambda: self._texts)
-            self._options, self.reason = {documents: options}, options.reason
+            self._options = {documents: options}
         return self._options[documents]
 
     def units(self, rows: pd.DataFrame) -> Array | None:

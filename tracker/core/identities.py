@@ -69,8 +69,8 @@ class Half(Record):
 
 
 CHOICE_PROBABILITY = "choice_probability"
-CHOICE_PROBABILITIES = {CHOICE_PROBABILITY: "acc", "choice_probability_norm": "acc_norm"}
-"""Derived metric, the probability of the gold option → the accuracy that it stands beside."""
+CHOICE_PROBABILITIES = (CHOICE_PROBABILITY, "choice_probability_norm")
+"""Metrics that are derived from the log-likelihoods of answer options."""
 
 
 class TaskIdentity(Record):

@@ -11,6 +11,7 @@ from tracker.analysis.claims import (
     SMALL_DROP_TEXT,
     Claims,
     decide_claims,
+    error_share,
     name_benchmarks,
     run_verdicts,
 )
@@ -233,8 +234,9 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
     if spreads is None:
         reason = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
         return f"Power is undefined: {reason or 'no ablation changes an outcome'}."
-    changes = [spread.detectable_change(cell.n, len(runs)) for spread in spreads[: len(runs)]]
-    return WORDS.render("power", cell, metric_format(cell), len(runs), changes, TEST_POWER, ALPHA)
+    alpha, family = error_share(cell, runs)
+    changes = [spread.detectable_change(cell.n, family) for spread in spreads[: len(runs)]]
+    return WORDS.render("power", cell, metric_format(cell), len(runs), changes, TEST_POWER, alpha)
 
 
 def summary(cells: Sequence[CellRecord]) -> str:

@@ -293,11 +293,10 @@ def resampled_spearman(x: Array, xs: Array, y: Array, ys: Array) -> Estimate:
     Returns:
         The coefficient with its bias-corrected interval; None if a series is undefined or constant.
     """
-    if len(x) < 3:
-        return Estimate(None, reason=f"{len(x)} items, and a correlation needs at least 3")
+    series = (("a series", rounded_values(values)) for values in (x, y))
+    if reason := _undefined_reason(3, "a correlation", *series, noun="item"):
+        return Estimate(None, reason=reason)
     (value,) = row_coefficients(x[None], y[None], "spearman").tolist()
-    if not np.isfinite(value):
-        return Estimate(None, reason="one of the two is undefined, or the same for all items")
     return Estimate(
         value, *bias_corrected_interval(value, row_coefficients(xs, ys, "spearman"), -1, 1)
     )

@@ -64,7 +64,7 @@ class AuditSettings(StudySettings):
 
 
 class CalibrationSettings(StudySettings):
-    """How many documents does a stable ranking of layers need?
+    """Count the documents that a stable ranking of layers needs.
 
     The study draws two random samples that share no document, and ranks the layers by each sample.
     The agreement of the two rankings shows how reliable a ranking by a sample of this size is. The
@@ -118,7 +118,7 @@ class JointSettings(StudySettings):
 
 
 class PrecisionSettings(StudySettings):
-    """What does rounding one linear map cost, and which error predicts the cost?
+    """Measure what rounding one linear map costs, and which error predicts the cost.
 
     The study rounds one linear map of the layers in EXPERIMENT at a time, to each format of
     'intervention' or to int4. It reports the cost of each map, and the mean cost over layers.
@@ -235,7 +235,7 @@ class RescaleSettings(StudySettings):
 
 
 class SavingsSettings(StudySettings):
-    """How much measurement does 'until' save?
+    """Count the documents and passes that 'until' saves.
 
     'until' in an experiment file stops a benchmark as soon as a question such as 'top 3' is
     answered. This study measures the runs in EXPERIMENT on all documents, and replays the documents

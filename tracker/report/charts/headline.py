@@ -81,7 +81,7 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
         ],
         margin={"t": 46 if claims.missed else 34},
     )
-    return replace(chart, explanation=WORDS.render("headline", board, bool(claims.choices)))
+    return replace(chart, explanation=WORDS.render("headline", board))
 
 
 def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
