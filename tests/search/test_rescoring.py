@@ -132,6 +132,8 @@ def test_a_search_by_choice_probability(write, prune, tmp_path, rescoring):
     assert result.exit_code == 0, result.output
     (record,) = stored_searches(tmp_path)
     assert record.metric == "choice_probability"
+    assert "test choice probability" in result.output
+    assert "test accuracy" not in result.output
     (step, *_) = record.steps
     (cell,) = (c for c in api.ls(tmp_path / "results") if step.layer in c.runs_of_kind())
     assert step.test.level.value == cell.runs_of_kind()[step.layer].metrics["choice_probability"]

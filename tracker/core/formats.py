@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
-from tracker.core.records import CellRecord
+from tracker.core.identities import (
+    CHOICE_PROBABILITIES,
+    CHOICE_PROBABILITY,
+    BenchmarkIdentity,
+)
 
 DASH = "–"
 MINUS = "−"
@@ -216,16 +219,32 @@ class MetricFormat:
 ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent", "points")
 
 
-def metric_format(cell: CellRecord) -> MetricFormat:
+class MetricRecord(Protocol):
+    """Record of a cell or of a search, with the metric behind its figures."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """True if higher values of the metric are better."""
+
+    @property
+    def benchmark(self) -> BenchmarkIdentity:
+        """The benchmark that has the metric."""
+
+
+def metric_format(record: MetricRecord) -> MetricFormat:
     """Choose the metric's display format: accuracy in percentage points, or a loss in its unit."""
-    if cell.metric in CHOICE_PROBABILITIES:
-        is_plain = cell.metric == CHOICE_PROBABILITY
+    if record.metric in CHOICE_PROBABILITIES:
+        is_plain = record.metric == CHOICE_PROBABILITY
         level = f"{'' if is_plain else 'normalised '}choice probability"
         return replace(ACCURACY_FORMAT, level=level, change=f"{level} drop")
-    if cell.higher_is_better:
+    if record.higher_is_better:
         return ACCURACY_FORMAT
-    aggregation = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
-    unit = _LOSS_UNITS.get(aggregation, cell.metric)
+    aggregation = record.benchmark.tasks[0].metrics.get(record.metric, "")
+    unit = _LOSS_UNITS.get(aggregation, record.metric)
     return MetricFormat("loss", "loss increase", unit, unit, "score", "score")
 
 

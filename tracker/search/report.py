@@ -24,6 +24,7 @@ from tracker.core.formats import (
     figure_text,
     join_words,
     level_text,
+    metric_format,
 )
 from tracker.core.grouping import group_by
 from tracker.core.kinds import NUMBERED_COMPONENTS, Component
@@ -264,9 +265,9 @@ def recommended_searches(searches: Searches, recommendation: Recommendation) -> 
 
 def _metric_name(record: PruneRecord) -> str:
     """Return the name of a search's metric for sentences, such as `accuracy` or `loss`."""
-    if not record.higher_is_better:
-        return "loss"
-    return "accuracy" if record.metric == record.benchmark.primary_metric else record.metric
+    level = metric_format(record).level
+    is_named = level != "accuracy" or record.metric == record.benchmark.primary_metric
+    return level if is_named else record.metric
 
 
 def _describe_set(searches: Searches, labels: Labels) -> str:
@@ -371,18 +372,18 @@ def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Co
 
 
 def frontier_chart(
-    title: str, unit: Component, better: bool, levels: Mapping[str, Sequence[Estimate | None]]
+    title: str, unit: Component, quantity: str, levels: Mapping[str, Sequence[Estimate | None]]
 ) -> LineChart:
     """Draw the test accuracy or loss against the number of removed parts, for each strategy.
 
-    `unit` is the kind of parts. `better` is True if a higher value is better. `levels` maps each
-    strategy to its values for 0, 1, 2, … removed parts.
+    `unit` is the kind of parts, and `quantity` the name of the values, such as `accuracy` or
+    `loss`. `levels` maps each strategy to its values for 0, 1, 2, … removed parts.
     """
     return LineChart(
         title=title,
         x=f"{unit_plural(unit)} removed",
-        y=_level_heading(better),
-        unit="percent" if better else "score",
+        y=f"test {quantity}",
+        unit="score" if quantity == "loss" else "percent",
         places=tuple(range(max(map(len, levels.values())))),
         lines=tuple(Line.from_figures(name, line) for name, line in levels.items()),
     )
@@ -404,7 +405,7 @@ def _searches_table(records: Sequence[PruneRecord]) -> Table:
         Column("strategy", "text", lambda search: labels[search.name] if search else "unpruned"),
         Column("amount", "text", lambda search: search.amount if search else "nothing"),
         Column("removed", "text", lambda search: search.names if search else "none"),
-        Column(_level_heading(record.higher_is_better), _figure_unit(record), level, NO_SCORE),
+        Column(f"test {metric_format(record).level}", _figure_unit(record), level, NO_SCORE),
         Column("lost", _figure_unit(record, "points"), drop, NO_SCORE),
         *cost_columns(lambda search: [search] if search else []),
     )
@@ -425,11 +426,6 @@ def _explain_names(record: PruneRecord) -> Iterator[str]:
         parts, part = record.parts, record.removed[0]
         words = f"{record.unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"
         yield f"{parts.name(part)}: {words}, both counted from 0"
-
-
-def _level_heading(higher_is_better: bool) -> str:
-    """Return the heading of a column or axis: `test accuracy` or `test loss`."""
-    return "test accuracy" if higher_is_better else "test loss"
 
 
 def _figure_unit(record: PruneRecord, unit: FigureUnit = "percent") -> FigureUnit:
@@ -502,7 +498,8 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     def drop(row: _StepRow) -> Estimate:
         return test_outcome(row.step).lost
 
-    drop_heading = "test accuracy lost" if record.higher_is_better else "test loss added"
+    change = "lost" if record.higher_is_better else "added"
+    drop_heading = f"test {metric_format(record).level} {change}"
     part_unit: FigureUnit = "text" if is_numbered else "count"
     columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
@@ -534,7 +531,7 @@ def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
         levels[label] = [outcomes[n].level if n in outcomes else None for n in counts]
     title = f"{_metric_name(record)} by number of removed {unit_plural(record.unit)}"
     title = f"{record.model.name} · {_benchmark_name(record)}: {title}"
-    return frontier_chart(title, record.unit, record.higher_is_better, levels)
+    return frontier_chart(title, record.unit, metric_format(record).level, levels)
 
 
 def find_savable(

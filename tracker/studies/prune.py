@@ -586,4 +586,4 @@ def build_charts(group: Prunings) -> Iterator[LineChart]:
     names = dict.fromkeys(m.strategy for m in group.methods if m.calibration == OWN_TASK)
     levels = {name: [level(name, count) for count in counts] for name in names}
     title = f"{group.title}: test accuracy by number of removed layers, {group.over}"
-    yield frontier_chart(title, "layer", True, levels)
+    yield frontier_chart(title, "layer", "accuracy", levels)
