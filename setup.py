@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ADDRESS = runpy.run_path("tracker/core/distribution.py")["REPOSITORY"]
+ADDRESS = runpy.run_path("tracker/schema/distribution.py")["REPOSITORY"]
 README = Path("README.md").read_text(encoding="utf-8")
 README = re.sub(r"\]\((?!https:|#)", f"]({ADDRESS}/blob/HEAD/", README)
 README = re.sub(r'(src|srcset)="(?!https:)', rf'\1="{ADDRESS}/raw/HEAD/', README)

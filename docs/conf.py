@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tracker.core.distribution import __version__
+from tracker.schema.distribution import __version__
 
 project = "tracker"
 author = "the authors of tracker"

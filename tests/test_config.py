@@ -9,13 +9,13 @@ import yaml
 
 from tests.conftest import golden
 from tests.helpers.wandb_double import expand_grid
-from tracker.core.config import cell_request
-from tracker.core.errors import ExperimentError
-from tracker.core.experiment import Experiment
-from tracker.core.experiment_input import load_experiment
-from tracker.core.extent import DEFAULT_SEED
-from tracker.core.model_parts import ModelParts
 from tracker.ledger.views import request_key
+from tracker.schema.config import cell_request
+from tracker.schema.errors import ExperimentError
+from tracker.schema.experiment import Experiment
+from tracker.schema.experiment_input import load_experiment
+from tracker.schema.extent import DEFAULT_SEED
+from tracker.schema.model_parts import ModelParts
 
 EXPERIMENTS = [
     path

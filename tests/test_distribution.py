@@ -18,7 +18,7 @@ import pytest
 
 import tracker
 from tests.tools.oldest import oldest_versions
-from tracker.core import distribution
+from tracker.schema import distribution
 
 ROOT = Path(__file__).parents[1]
 PARTS = (

@@ -109,7 +109,7 @@ def test_one_package_provides_an_extension_of_each_kind(
 
 
 BROKEN = """
-from tracker.core.proxies import Proxy
+from tracker.schema.proxies import Proxy
 
 def fail(*arguments):
     raise RuntimeError("out of order")
@@ -119,7 +119,7 @@ SUMS = Proxy("sums", "sums", "figure", observe=lambda before, after: after.sum()
 ACCURACY = Proxy("accuracy", "accuracy", "figure", observe=fail)
 """
 BROKEN_FORMATS = """
-from tracker.core.weight_formats import WeightFormat
+from tracker.schema.weight_formats import WeightFormat
 
 def fail(*arguments):
     raise RuntimeError("out of order")
@@ -154,8 +154,8 @@ seven = broken:__name__
 USE = """
 import torch
 from tracker.benchmarks.sources import open_data_source
-from tracker.core.errors import BenchmarkError, CellError
-from tracker.core.proxies import OBSERVED, observed
+from tracker.schema.errors import BenchmarkError, CellError
+from tracker.schema.proxies import OBSERVED, observed
 from tracker.models.rounding import round_weight
 from tracker.studies.registry import STUDIES, load_studies
 from tracker.tracking import backends

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from tracker.core.config import cell_request
-from tracker.core.errors import RequestError
-from tracker.core.extent import ALL_DOCUMENTS, Extent, random_order, shuffle_documents
+from tracker.schema.config import cell_request
+from tracker.schema.errors import RequestError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent, random_order, shuffle_documents
 
 
 def test_the_order_is_the_same_for_ever():

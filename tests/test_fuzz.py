@@ -9,11 +9,11 @@ import pytest
 
 from tests.conftest import cli, refused
 from tracker import api
-from tracker.core import experiment, safe_yaml
-from tracker.core.config import cell_request
-from tracker.core.errors import ExperimentError, RequestError
-from tracker.core.experiment_input import load_experiment
 from tracker.measuring.job import Options
+from tracker.schema import experiment, safe_yaml
+from tracker.schema.config import cell_request
+from tracker.schema.errors import ExperimentError, RequestError
+from tracker.schema.experiment_input import load_experiment
 from tracker.search.request import load_searches
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(

@@ -13,8 +13,8 @@ from transformers import (
     Zamba2Config,
 )
 
-from tracker.core.errors import ModelError
-from tracker.core.model_parts import layer_kinds, layers_of_kind
+from tracker.schema.errors import ModelError
+from tracker.schema.model_parts import layer_kinds, layers_of_kind
 
 EIGHT = {"num_hidden_layers": 8}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 import tracker
-from tracker.core import provenance
-from tracker.core.provenance import (
+from tracker.schema import provenance
+from tracker.schema.provenance import (
     content_hash,
     describe_machine,
     file_hash,

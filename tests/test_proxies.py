@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.core import proxies
-from tracker.core.proxies import (
+from tracker.schema import proxies
+from tracker.schema.proxies import (
     OBSERVED,
     angle,
     angular_distance,
@@ -117,7 +117,9 @@ def test_every_token_counts_once():
 
 
 def test_proxies_are_listed_without_torch():
-    imports = "import tracker.core.proxies; from tracker.stats import accuracy, arrays, correlation"
+    imports = (
+        "import tracker.schema.proxies; from tracker.stats import accuracy, arrays, correlation"
+    )
     code = f"import sys; {imports}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import golden
 from tests.helpers.answers import answer_record, run_answer
-from tracker.core.answers import answer_cost, open_runs_text, statement
-from tracker.core.questions import QUESTION_EXAMPLES, Question, parse_question
+from tracker.schema.answers import answer_cost, open_runs_text, statement
+from tracker.schema.questions import QUESTION_EXAMPLES, Question, parse_question
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,6 @@ import pytest
 
 from tracker import api
 from tracker.cli.commands import main
-from tracker.core.config import FIELDS_BY_KEY, FILE_KEYS, CellSettings, cell_request
-from tracker.core.errors import RequestError
-from tracker.core.experiment import Parameters, Sweep
 from tracker.keywords import (
     ExportKeywords,
     FileKeywords,
@@ -24,6 +21,9 @@ from tracker.keywords import (
     WorkKeywords,
 )
 from tracker.measuring.job import Options
+from tracker.schema.config import FIELDS_BY_KEY, FILE_KEYS, CellSettings, cell_request
+from tracker.schema.errors import RequestError
+from tracker.schema.experiment import Parameters, Sweep
 from tracker.search.request import SearchParameters, SearchRequest
 from tracker.search.settings import CELL_KEYS, SearchSettings
 from tracker.studies.registry import STUDIES

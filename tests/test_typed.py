@@ -16,12 +16,12 @@ import tracker.api
 from tests.conftest import cli, golden, refused
 from tests.helpers import faults
 from tracker.cli import boundary, viewing
-from tracker.core.config import CellRequest
-from tracker.core.errors import RequestError
-from tracker.core.text import mask_secrets, replace_controls
 from tracker.ledger.files import seal_note
 from tracker.results import Results
 from tracker.runner import RunOutcome
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import RequestError
+from tracker.schema.text import mask_secrets, replace_controls
 
 LONG = "a" * 300
 SECRET = "hunter2-not-to-be-seen"

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tracker.core.distribution import UNSUPPORTED_SYSTEM, __version__
+from tracker.schema.distribution import UNSUPPORTED_SYSTEM, __version__
 
 # Torch takes large buffers in huge pages then, where Linux lends them: hundreds of streams pass
 # through tens of megabytes at a layer (docs/performance.md). It reads this once.

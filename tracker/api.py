@@ -17,17 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
-from tracker.core.config import CellRequest, stored_request
-from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
-from tracker.core.experiment_input import (
-    ExperimentInput,
-    ExperimentSource,
-    load_experiment,
-    move_model,
-    requests_searches,
-)
-from tracker.core.records import CellRecord
-from tracker.core.text import mask_secrets
 from tracker.keywords import (
     ExperimentKeywords,
     ExportKeywords,
@@ -47,6 +36,17 @@ from tracker.measuring.prepare import widen_request
 from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.results import FOLDER_FORMS, Results, default_progress
 from tracker.runner import RunOutcome, run_cells
+from tracker.schema.config import CellRequest, stored_request
+from tracker.schema.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
+from tracker.schema.experiment_input import (
+    ExperimentInput,
+    ExperimentSource,
+    load_experiment,
+    move_model,
+    requests_searches,
+)
+from tracker.schema.records import CellRecord
+from tracker.schema.text import mask_secrets
 from tracker.team import publish as publishing
 from tracker.team.collect import CollectedCells, collect_cells
 from tracker.team.publish import Publisher, SyncResult, Trial
@@ -58,9 +58,9 @@ from tracker.tracking.runs import RunSelection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tracker.core.kinds import Component
     from tracker.export.facts import ExportedModel
     from tracker.measuring.planning import PlannedCell
+    from tracker.schema.kinds import Component
     from tracker.search.planning import PlannedSearch
     from tracker.search.request import PruneFile, SearchRequest
 
@@ -619,7 +619,7 @@ def evaluate(
         RequestError: The request was wrong; nothing was computed or written.
 
     Example:
-        >>> from tracker.core.config import cell_request
+        >>> from tracker.schema.config import cell_request
         >>> request = cell_request(model="gpt2", benchmark="piqa", layers=(3,))
         >>> tracker.evaluate(request).cells
     """

@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar
 
-from tracker.core.extent import DocumentPart
-from tracker.core.fields import Dtype
-from tracker.core.kinds import Component, Intervention, SearchUnit
-from tracker.core.prune_records import Rescoring
 from tracker.measuring.progress import Progress
+from tracker.schema.extent import DocumentPart
+from tracker.schema.fields import Dtype
+from tracker.schema.kinds import Component, Intervention, SearchUnit
+from tracker.schema.prune_records import Rescoring
 from tracker.tracking.runs import RunSelection
 
 if TYPE_CHECKING:

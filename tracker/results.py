@@ -12,10 +12,10 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tracker.core.errors import RequestError, did_you_mean
-from tracker.core.records import CellRecord
 from tracker.measuring.progress import Progress, Silent
 from tracker.runner import RunOutcome
+from tracker.schema.errors import RequestError, did_you_mean
+from tracker.schema.records import CellRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from tracker.analysis.boards import LayerBoard
-    from tracker.core.findings import FindingRecord
-    from tracker.core.prune_records import PruneRecord
     from tracker.export.facts import ExportedModel
+    from tracker.schema.findings import FindingRecord
+    from tracker.schema.prune_records import PruneRecord
     from tracker.team.collect import CollectedCells
 
 

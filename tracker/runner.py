@@ -10,17 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import choose_metric
-from tracker.core.answers import statement
-from tracker.core.config import CellRequest, Changes
-from tracker.core.errors import RequestError, TrackerError
-from tracker.core.grouping import group_by
-from tracker.core.model_parts import ModelParts
-from tracker.core.records import CellRecord
-from tracker.core.views import View
-from tracker.executors.base import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_record
+from tracker.measuring.executors.base import open_executor
 from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.prepare import (
     CellLookup,
@@ -30,6 +23,13 @@ from tracker.measuring.prepare import (
     open_benchmarks,
 )
 from tracker.measuring.progress import Progress
+from tracker.schema.answers import statement
+from tracker.schema.config import CellRequest, Changes
+from tracker.schema.errors import RequestError, TrackerError
+from tracker.schema.grouping import group_by
+from tracker.schema.model_parts import ModelParts
+from tracker.schema.records import CellRecord
+from tracker.schema.views import View
 from tracker.team.publish import Publication, Publisher
 
 log = logging.getLogger(__name__)

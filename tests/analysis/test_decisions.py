@@ -9,12 +9,12 @@ import pytest
 
 from tests.helpers.stored_cells import layer_request, make_row, write_rows_to_blocks
 from tracker.analysis.decisions import Decisions, decisions_record, derive_decisions
-from tracker.core.decision_records import DecisionsRecord
-from tracker.core.documents import Document, DocumentText
-from tracker.core.views import View
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.texts import text_row
+from tracker.schema.decision_records import DecisionsRecord
+from tracker.schema.documents import Document, DocumentText
+from tracker.schema.views import View
 
 LAYERS = 4
 SIZES = {"geography": 40, "history": 9}

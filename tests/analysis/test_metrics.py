@@ -20,11 +20,11 @@ from tracker.analysis.comparable import comparison_key
 from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.stopping import CellRace
 from tracker.benchmarks.benchmark import choose_metric
-from tracker.core.documents import Document, DocumentText
-from tracker.core.errors import BenchmarkError, ExperimentError, WorkError
-from tracker.core.records import AnswerRecord
 from tracker.ledger.cells import CellStore
 from tracker.ledger.texts import text_row
+from tracker.schema.documents import Document, DocumentText
+from tracker.schema.errors import BenchmarkError, ExperimentError, WorkError
+from tracker.schema.records import AnswerRecord
 
 SIZE = 20
 NAMES = ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))

@@ -15,7 +15,7 @@ from scipy import stats
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.tasks import aggregate
-from tracker.core.records import CellRecord
+from tracker.schema.records import CellRecord
 from tracker.stats.accuracy import accuracy_drop
 
 LAYERS = 4

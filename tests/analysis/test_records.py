@@ -20,12 +20,12 @@ import tracker
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.analysis import records, runs
 from tracker.analysis.paired import outcome_variance
-from tracker.core.proxies import OBSERVED, Proxy, relative_update
-from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED_COLUMNS
 from tracker.measuring.derive import DERIVED_BY
+from tracker.schema.proxies import OBSERVED, Proxy, relative_update
+from tracker.schema.records import CellRecord, RunRecord
 from tracker.stats.accuracy import OutcomeVariance
 
 LAYERS = 8

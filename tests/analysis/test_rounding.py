@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.stored_cells import Row, cell_record, layer_request, make_row
-from tracker.core.documents import Document, DocumentText
-from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import REPEATED_COLUMN
 from tracker.ledger.texts import text_row
+from tracker.schema.documents import Document, DocumentText
+from tracker.schema.records import CellRecord
 from tracker.stats.decisions import (
     count_undecided,
     flip_probabilities,

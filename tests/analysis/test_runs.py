@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
-from tracker.core.proxies import OBSERVED
-from tracker.core.records import CellRecord
 from tracker.ledger.outcomes import PART_SUMS
 from tracker.report.wording import sentence
+from tracker.schema.proxies import OBSERVED
+from tracker.schema.records import CellRecord
 from tracker.stats.rank_agreement import COEFFICIENTS
 
 DOCUMENTS = 20

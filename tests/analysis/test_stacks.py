@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
-from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.report.tables import layer_table
 from tracker.report.wording import warnings
+from tracker.schema.records import CellRecord
 from tracker.tracking.runs import describe_run
 
 OLD = {"torch": "2.12.0", "platform": "Linux x86_64", "device": "cpu", "cores": "2"}

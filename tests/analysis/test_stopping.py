@@ -8,12 +8,12 @@ import pytest
 from tests.helpers.races import N_RUNS, SEED, count_started, draw_outcomes, run_race
 from tests.helpers.stored_cells import fill_block, layer_request, make_row, measure_race
 from tracker.analysis.stopping import LOGPROB_TOLERANCE, CandidateRace, CellRace
-from tracker.core.answers import answer_cost
-from tracker.core.errors import ExperimentError, WorkError
-from tracker.core.extent import ALL_DOCUMENTS, random_order, shuffle_documents
-from tracker.core.search_parts import SearchParts
 from tracker.ledger.blocks import Block, schedule_blocks
 from tracker.ledger.cells import CellStore
+from tracker.schema.answers import answer_cost
+from tracker.schema.errors import ExperimentError, WorkError
+from tracker.schema.extent import ALL_DOCUMENTS, random_order, shuffle_documents
+from tracker.schema.search_parts import SearchParts
 from tracker.stats.stopping import SmallestMean
 
 

@@ -13,12 +13,12 @@ from tests.helpers.races import LAYER_LOSSES, N_RUNS, SEED, count_started, draw_
 from tests.helpers.stored_cells import measure_all, measure_race
 from tracker.analysis import stopping
 from tracker.analysis.stopping import CellRace, interim_estimates
-from tracker.core.answers import interval_name
-from tracker.core.config import CellRequest
-from tracker.core.extent import Extent, random_order, shuffle_documents
-from tracker.core.records import CellRecord
 from tracker.ledger.cells import CellStore
 from tracker.measuring.derive import derive_record
+from tracker.schema.answers import interval_name
+from tracker.schema.config import CellRequest
+from tracker.schema.extent import Extent, random_order, shuffle_documents
+from tracker.schema.records import CellRecord
 from tracker.stats.stopping import RaceForecast
 
 SIZES = {"arc_easy": 320}

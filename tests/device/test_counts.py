@@ -11,12 +11,12 @@ import torch
 from tests.device.simulated import counters
 from tests.helpers.engines import make_documents
 from tracker.bench.doctor import FEATURE_SWEEPS
-from tracker.core.changes import INTACT
 from tracker.engine.forward.layer import FittedReplacement
 from tracker.engine.observers.layer_proxies import divergences
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.score import launch_row
 from tracker.models.layers import find_layers
+from tracker.schema.changes import INTACT
 
 FAMILIES = {"shared experts": "qwen2_moe", "experts": "mixtral"}
 

@@ -18,14 +18,14 @@ from tracker.bench.doctor import (
     diagnose,
     largest_difference,
 )
-from tracker.core.changes import INTACT
-from tracker.core.errors import CellError
 from tracker.engine.observers.layer_proxies import output_proxies
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
 from tracker.measuring.progress import Silent
+from tracker.schema.changes import INTACT
+from tracker.schema.errors import CellError
 
 NO_EXPERTS = {"experts", "shared experts", "expert load"}
 UNDEFINED = dict.fromkeys(("llama", "gpt2", "gemma3_mixed"), NO_EXPERTS)

@@ -16,12 +16,12 @@ from tests.device.simulated import counters
 from tests.helpers.engines import MAX_LENGTH, assert_same_scores, make_documents, save_model
 from tests.helpers.families import tiny_model
 from tracker.bench.doctor import FEATURE_SWEEPS, FEATURES, largest_difference
-from tracker.core.changes import INTACT
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.sweep import HALVED_NOTE, Engine
 from tracker.models import devices
 from tracker.models.load import find_device, load_model
 from tracker.models.offloaded import min_weight_bytes, weight_bytes
+from tracker.schema.changes import INTACT
 
 score_layers = FEATURES["layers"]
 

@@ -17,9 +17,6 @@ from tests.helpers.engines import (
     wrap_model,
 )
 from tests.helpers.families import tiny_model
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document
-from tracker.core.errors import CellError
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.rows import common_beginning, pack_tree_rows
 from tracker.engine.scoring.score import MIN_PREFIX
@@ -39,6 +36,9 @@ from tracker.engine.selfcheck.check import (
 )
 from tracker.engine.selfcheck.miniature_check import SHARING_LEVELS
 from tracker.engine.selfcheck.reference import Reference, SharingVerdict
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document
+from tracker.schema.errors import CellError
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 

@@ -11,12 +11,12 @@ from tests.helpers.ablations import parse_ablations
 from tests.helpers.engines import PROMPT, generate_tokens, wrap_model
 from tests.helpers.families import FAMILIES, tiny_model
 from tests.helpers.registry import Variant, tiny_settings
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document, Request
 from tracker.engine.scoring.generation import fork_decoding, prepare_generation
 from tracker.engine.scoring.model import FULL
 from tracker.engine.scoring.score import MIN_PREFIX, find_cache_argument, read_prefix
 from tracker.engine.scoring.sweep import Engine
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document, Request
 
 ABLATIONS = parse_ablations(
     "baseline layer:0 layer:1 layer:2 layer:3 attention:0 attention:3 mlp:0 mlp:3 layers:1,2 "

@@ -21,12 +21,12 @@ from tests.helpers.engines import (
 )
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import model_logits
-from tracker.core.changes import Ablation
-from tracker.core.documents import Document
 from tracker.engine.observers import layer_proxies as module
 from tracker.engine.observers.layer_proxies import answer_divergences, output_proxies
 from tracker.engine.scoring.model import PLAIN
 from tracker.models.layers import find_layers
+from tracker.schema.changes import Ablation
+from tracker.schema.documents import Document
 
 LAYERS = 4
 PER_LAYER = ("kl", "js", "loss_increase", "lens_changes", "gate_gradient")

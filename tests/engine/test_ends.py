@@ -23,8 +23,6 @@ from tests.helpers.engines import (
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import model_logits
 from tracker.analysis.stopping import count_passes
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.errors import ExperimentError
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.observers.layer_proxies import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
@@ -36,6 +34,8 @@ from tracker.engine.scoring.score import find_cache_argument
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.linear_maps import find_embeddings
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.errors import ExperimentError
 
 HALF = {"int8": 127.5, "int4_row": 7.5}
 """Steps from 0 to the largest weight of a row."""

@@ -27,12 +27,12 @@ from tests.helpers.mixtures import (
     without_experts,
 )
 from tests.helpers.registry import make_registered
-from tracker.core.changes import INTACT, Ablation, Change
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.observers.layer_proxies import measure_expert_load
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.models.layers import find_layers
+from tracker.schema.changes import INTACT, Ablation, Change
 
 RECURRENT = ("jamba", "lfm2_moe", "granitemoehybrid", "nemotron_h", "minimax")
 

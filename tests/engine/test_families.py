@@ -18,8 +18,6 @@ from tests.helpers.engines import (
     skipping_layers,
 )
 from tests.helpers.families import FAMILIES, tiny_model
-from tracker.core.changes import Ablation
-from tracker.core.errors import ModelError
 from tracker.engine.scoring.model import FULL, PLAIN
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.selfcheck.check import check_sharing
@@ -27,6 +25,8 @@ from tracker.engine.selfcheck.reference import REMAINING_SHARING, STATE, keeps_s
 from tracker.models.hooks import silenced_sublayers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.changes import Ablation
+from tracker.schema.errors import ModelError
 
 ABLATIONS = [
     *single_layers((0, 1)),  # one of each kind that a family mixes

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from tests.helpers.ablations import parse_ablations
 from tests.helpers.engines import LayerOutput
-from tracker.core.changes import INTACT, Ablation
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import LayerStep, StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.changes import INTACT, Ablation
 
 ROWS, TOKENS, WIDTH, HEADS = 2, 3, 4, 5
 ABLATIONS = parse_ablations(

@@ -19,14 +19,14 @@ from tests.helpers.engines import (
     trace_layers,
 )
 from tests.helpers.families import tiny_model
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.errors import CellError
 from tracker.engine.fitting import first_fitted_tokens, fit_replacements
 from tracker.engine.forward.layer import RandomReplacement
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring import sweep
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.models.layers import find_layers
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.errors import CellError
 
 WAYS = ("mean", "scale", "linear")
 MAPS = parse_ablations(

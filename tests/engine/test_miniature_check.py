@@ -21,9 +21,6 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, engine_of, with_forward
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import tiny_mixture
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document, Request, Response
-from tracker.core.errors import CellError
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.rows import Lengths
@@ -37,6 +34,9 @@ from tracker.engine.selfcheck.miniature_check import (
 from tracker.engine.selfcheck.quirks import QuirkFindings, logits_alike
 from tracker.engine.selfcheck.reference import Comparison, SharingVerdict
 from tracker.models.miniature import NumberPath
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document, Request, Response
+from tracker.schema.errors import CellError
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 WINDOW = (("max_position_embeddings",),)

@@ -20,8 +20,6 @@ from tests.helpers.engines import (
 from tests.helpers.families import FAMILIES, tiny_model
 from tracker.bench.doctor import FEATURES as COMPUTED
 from tracker.bench.doctor import largest_difference
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.errors import CellError
 from tracker.engine.observers.layer_proxies import measure_expert_load
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
@@ -30,6 +28,8 @@ from tracker.models.checkpoint import save_copy
 from tracker.models.load import load_model
 from tracker.models.offloaded import min_weight_bytes
 from tracker.models.sources import find_model
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.errors import CellError
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("layers:1,2")]
 pytestmark = pytest.mark.usefixtures("one_thread")

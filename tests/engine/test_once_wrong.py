@@ -30,10 +30,10 @@ from tests.helpers.engines import wrap_model
 from tests.helpers.families import FAMILIES
 from tests.helpers.truth import plain_loglikelihoods, pruned_copy, without_layers
 from tests.tools.survey import reload_without
-from tracker.core.documents import Document
 from tracker.engine.scoring.rows import pack_tree_rows
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
+from tracker.schema.documents import Document
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,13 +15,13 @@ from tests.helpers.mixtures import MIXTURES, tiny_mixture
 from tests.helpers.mixtures import UNDIVIDED_MIXTURES as EXPERTS_BESIDE
 from tests.helpers.registry import Variant, make_registered, tiny_settings
 from tests.helpers.truth import deeper_copy, without_heads
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.errors import CellError, ModelError, TrackerError
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 from tracker.models.parts.heads import Heads
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.errors import CellError, ModelError, TrackerError
 
 O_PROJ = "self_attn.o_proj"
 PROJECTIONS = {

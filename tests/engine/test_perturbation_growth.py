@@ -17,12 +17,12 @@ from tests.helpers.engines import (
     trace_layers,
 )
 from tests.helpers.families import tiny_model
-from tracker.core.changes import INTACT
 from tracker.engine.observers import perturbation_growth as module
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.models.layers import find_layers
+from tracker.schema.changes import INTACT
 
 KINDS = (
     "llama", "llama_eager", "gpt2", "opt", "phi", "gemma3_mixed", "mixtral", "deepseek_v3", "bloom",

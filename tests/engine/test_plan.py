@@ -17,8 +17,6 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, engine_of, make_document, make_documents
 from tests.helpers.families import tiny_model
 from tests.helpers.registry import make_registered
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document
 from tracker.engine import plan
 from tracker.engine.plan import estimate_cost, measure_matrix_rate
 from tracker.engine.scoring.head import LOGITS_BYTES
@@ -26,6 +24,8 @@ from tracker.engine.scoring.model import stream_bytes
 from tracker.engine.scoring.rows import common_beginning
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.selfcheck.check import plain_tokens
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("attention:1"), Ablation.parse("mlp:2")]
 

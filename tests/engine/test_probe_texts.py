@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tests.helpers.engines import MAX_LENGTH
-from tracker.core.documents import Document
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX
 from tracker.engine.scoring.rows import common_beginning, pack_tree_rows
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.selfcheck.miniature_check import probe_calls, reaching_calls
 from tracker.engine.selfcheck.quirks import SMALL_NUMBERS
+from tracker.schema.documents import Document
 
 
 def context(document: Document) -> tuple[int, ...]:

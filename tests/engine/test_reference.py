@@ -15,10 +15,10 @@ from tests.helpers.engines import (
     naive_answers,
     pruned_model,
 )
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Request
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.reference import Comparison, Reference
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Request
 
 REQUEST = Request((5, 6, 7), (8, 9))
 WITHOUT = Ablation.parse("layers:1,2")

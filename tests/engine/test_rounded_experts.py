@@ -24,13 +24,13 @@ from tests.helpers.engines import (
 )
 from tests.helpers.mixtures import tiny_mixture
 from tests.helpers.registry import Variant, make_registered, tiny_settings
-from tracker.core.changes import Ablation, Change
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.check import check_sharing
 from tracker.engine.selfcheck.reference import Reference
 from tracker.models.layers import find_layers
 from tracker.models.parts import linear_maps
+from tracker.schema.changes import Ablation, Change
 
 FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe",

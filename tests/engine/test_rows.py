@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from tests.helpers.engines import MAX_LENGTH, make_document, make_documents
-from tracker.core.documents import Document, Request
-from tracker.core.errors import CellError
 from tracker.engine.scoring.rows import (
     ANY_LENGTH,
     Lengths,
@@ -18,6 +16,8 @@ from tracker.engine.scoring.rows import (
     pack_flat_rows,
     pack_tree_rows,
 )
+from tracker.schema.documents import Document, Request
+from tracker.schema.errors import CellError
 
 Tokens = tuple[int, ...]
 

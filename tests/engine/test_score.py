@@ -12,13 +12,13 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import MAX_LENGTH, engine_of, make_documents, naive_answers
 from tests.helpers.families import tiny_model
-from tracker.core.changes import INTACT
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import EngineModel
 from tracker.engine.scoring.rows import pack_flat_rows, pack_tree_rows, reading_row
 from tracker.engine.scoring.score import RowScores, launch_row, read_prefix, run_base
 from tracker.engine.scoring.sweep import Engine
+from tracker.schema.changes import INTACT
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
 TOKENS = tuple(range(3, 9))

@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.helpers.engines import engine_of, make_documents
 from tests.helpers.families import tiny_model
-from tracker.core.errors import ModelError
 from tracker.engine.observers.layer_proxies import measure_span_similarity
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,11 +7,11 @@ import torch
 
 from tests.helpers.ablations import parse_ablations, single_layers
 from tests.helpers.families import tiny_model
-from tracker.core.changes import INTACT, Ablation
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import plan_streams
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.changes import INTACT, Ablation
 
 
 def count_passes(ablations, layers):

@@ -27,8 +27,6 @@ from tests.helpers.engines import (
     wrap_model,
 )
 from tests.helpers.families import tiny_model
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.errors import CellError
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring import generation, sweep
 from tracker.engine.scoring import model as model_module
@@ -47,6 +45,8 @@ from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
 from tracker.models.pruned import record_state
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.errors import CellError
 
 SINGLE = single_layers((0, 1, 2, 3))
 SIX = [*SINGLE, Ablation.parse("layers:1,2"), Ablation.parse("layers:0,3")]

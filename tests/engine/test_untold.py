@@ -29,13 +29,13 @@ from tests.helpers.cells import (
 )
 from tests.helpers.engines import VerdictMemory, wrap_model
 from tests.helpers.families import SMALL_CONFIG
-from tracker.core.changes import INTACT
-from tracker.core.errors import CellError
 from tracker.engine.scoring.model import FULL, ONE_BY_ONE
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check
 from tracker.engine.selfcheck.check import check_sharing, watch, watched_documents
 from tracker.engine.selfcheck.reference import Reference
+from tracker.schema.changes import INTACT
+from tracker.schema.errors import CellError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,11 +9,11 @@ import pytest
 
 from tests.helpers.stored_cells import model_identity
 from tracker.cli.printing import print_export
-from tracker.core.changes import Ablation, Change
-from tracker.core.estimates import Estimate
 from tracker.export.card import card_text
 from tracker.export.changes import removal, rounding
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Proof, Size
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.estimates import Estimate
 
 GOLDEN = Path(__file__).parent / "cards.md"
 NAME = "<img src=x onerror=alert(1)>|"

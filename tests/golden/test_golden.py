@@ -34,8 +34,8 @@ from tests.helpers.wandb_double import WandbDouble
 from tests.tracking.wandb_client import Client
 from tracker import api
 from tracker.cli.printing import print_finding, print_results
-from tracker.core.distribution import __version__
 from tracker.ledger.store import Ledger
+from tracker.schema.distribution import __version__
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.runs import RunSelection
 

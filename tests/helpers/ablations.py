@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from tracker.core.changes import CHANGE_COLUMNS, INTACT, Ablation, Change
-from tracker.core.estimates import Estimate
-from tracker.core.records import EstimatesRecord, RunRecord
+from tracker.schema.changes import CHANGE_COLUMNS, INTACT, Ablation, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import EstimatesRecord, RunRecord
 
 Recorded = TypeVar("Recorded", bound=EstimatesRecord)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tracker.core.records import AnswerRecord, RunAnswer
+from tracker.schema.records import AnswerRecord, RunAnswer
 
 
 def run_answer(layer: int, mark: str = "", **changes: Any) -> RunAnswer:

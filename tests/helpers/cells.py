@@ -14,11 +14,11 @@ from tests.helpers.ablations import single_layers
 from tests.helpers.engines import VerdictMemory, wrap_model
 from tests.helpers.families import VOCABULARY, Family
 from tests.helpers.truth import LayerRemover, plain_loglikelihoods, without_layers
-from tracker.core.documents import Document, Request
-from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.model import FULL, Sharing
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
+from tracker.schema.documents import Document, Request
+from tracker.schema.errors import CellError, ModelError
 
 MAX_LENGTH = 256
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from tracker.core.records import CellRecord
 from tracker.report.charts import cells as cell_charts
 from tracker.report.charts import maps, style
+from tracker.schema.records import CellRecord
 
 curve_title, scatter_title = cell_charts.curve_title, cell_charts.scatter_title
 heat_title, map_title = maps.heat_map_title, maps.map_title

@@ -20,12 +20,12 @@ from tests.helpers import truth as plain
 from tests.helpers.families import tiny_model
 from tests.helpers.stored_cells import model_identity
 from tests.helpers.truth import pruned_copy, skip_layer
-from tracker.core.documents import Document, Request
 from tracker.engine.scoring.model import FULL, Sharing
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.sources import ModelSource, find_model
+from tracker.schema.documents import Document, Request
 
 MAX_LENGTH = 96
 

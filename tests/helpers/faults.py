@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tracker.core.errors import TrackerError
-from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import list_records
+from tracker.schema.errors import TrackerError
+from tracker.schema.records import CellRecord
 
 KEPT_FOLDER = Path(__file__).parents[1] / "ledger" / "kept"
 """A folder of two views over three shards, as tracker wrote it, and the records that follow."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tracker.core.estimates import Estimate
-from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
-from tracker.core.tables import Heading, Table
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import FindingRecord, Line, LineChart, MapChart
+from tracker.schema.tables import Heading, Table
 
 HEADINGS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))
 

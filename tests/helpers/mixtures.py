@@ -8,8 +8,8 @@ import torch
 
 from tests.conftest import save_tokenizer
 from tests.helpers.registry import Variant, make_registered, tiny_settings
-from tracker.core.changes import Ablation, Change
 from tracker.models.layers import find_layers
+from tracker.schema.changes import Ablation, Change
 
 MIXTURES = {
     "mixtral": "num_local_experts",

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from tracker.core.records import CellRecord
+from tracker.schema.records import CellRecord
 from tracker.tracking.base import Published
 from tracker.tracking.figures import run_metrics
 from tracker.tracking.identity import run_key

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tracker.core.questions import parse_question
+from tracker.schema.questions import parse_question
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.stopping import Race
 

@@ -20,9 +20,9 @@ import tracker
 from tests.helpers.lm_eval import evaluate, metric_value, write_rows
 from tracker.api import Results
 from tracker.cli import main
-from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
+from tracker.schema.records import CellRecord, RunRecord
 
 
 class RecordingProgress(Silent):

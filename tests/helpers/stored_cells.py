@@ -13,15 +13,15 @@ import pytest
 
 from tracker.analysis import records
 from tracker.analysis.stopping import CellRace
-from tracker.core.config import CellRequest, cell_request
-from tracker.core.documents import Document, Response
-from tracker.core.extent import ALL_DOCUMENTS, Extent
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
-from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import Ledger
+from tracker.schema.config import CellRequest, cell_request
+from tracker.schema.documents import Document, Response
+from tracker.schema.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.schema.records import CellRecord
 
 LAYERS = 4
 PROXY_SUMS = [[float(number)] * LAYERS for number in (1, 2, 3)]

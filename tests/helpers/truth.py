@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from tests.helpers.families import FAMILIES
-from tracker.core.changes import Ablation
-from tracker.core.documents import Document, Request
+from tracker.schema.changes import Ablation
+from tracker.schema.documents import Document, Request
 
 LayerRemover = Callable[[Any, Collection[int]], Any]
 """Makes a copy of a model that lacks some layers."""

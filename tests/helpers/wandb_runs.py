@@ -12,9 +12,9 @@ import pytest
 
 from tests.helpers.wandb_double import Run, WandbDouble
 from tests.tracking.wandb_client import Client
-from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord
 from tracker.report.charts.cells import cell_charts
+from tracker.schema.errors import TrackingError
+from tracker.schema.records import CellRecord
 from tracker.tracking import open_backend
 from tracker.tracking.base import Backend
 from tracker.tracking.figures import LoggedTable, run_metrics
@@ -37,7 +37,7 @@ import json, os, sys, wandb
 from contextlib import closing
 from pathlib import Path
 from tests.helpers.wandb_runs import published
-from tracker.core.records import CellRecord
+from tracker.schema.records import CellRecord
 from tracker.tracking import open_backend
 quiet = wandb.Settings(x_disable_stats=True, console="off", silent=True)
 mine = wandb.init(entity="team", project="mine", id="mine", settings=quiet)

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from tests.helpers.stored_cells import fill_block, make_row
-from tracker.core.distribution import LEDGER_FORMAT, format_problem
-from tracker.core.errors import WorkError
-from tracker.core.extent import Extent
-from tracker.core.provenance import content_hash
 from tracker.ledger import cells
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_table
 from tracker.ledger.shards import read_shard, shard_file
+from tracker.schema.distribution import LEDGER_FORMAT, format_problem
+from tracker.schema.errors import WorkError
+from tracker.schema.extent import Extent
+from tracker.schema.provenance import content_hash
 
 BLOCK, NEXT_FORMAT = Block("arc_easy", 0), LEDGER_FORMAT + 1
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from tests.helpers import faults
-from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import verify_ledger
 from tracker.ledger.views import cell_key
 from tracker.measuring.derive import list_records
+from tracker.schema.records import CellRecord
 
 FLIPS = 32
 """Of each kind of file; `make fuzz` tries many more."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tracker.core.errors import WorkError
 from tracker.ledger.files import new_folder, write_atomically, write_text
+from tracker.schema.errors import WorkError
 
 
 def names(folder: Path) -> set[str]:

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tracker.core.provenance import content_hash
 from tracker.ledger.files import parse_note, read_note, seal_note, write_note
 from tracker.ledger.shards import read_shard, shard_digest, shard_file
+from tracker.schema.provenance import content_hash
 
 EDITED = "the digest does not match the content: the file was edited or damaged"
 CONTENT = {"who": "größe", "numbers": [1, 2.5, None]}

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tracker.core.documents import Document, Prompt, Response
 from tracker.ledger.outcomes import COMPARED_COLUMNS, PROXY_SUMS, outcome_row, outcome_table
+from tracker.schema.documents import Document, Prompt, Response
 
 RESPONSES = [Response(-1.5, False, 0, "one"), Response(-0.25, True, 2, "two")]
 PROXIES = (5, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])

@@ -22,14 +22,14 @@ from tests.helpers.stored_cells import (
     model_identity,
 )
 from tracker.analysis.stopping import CellRace
-from tracker.core.config import CellRequest
-from tracker.core.distribution import LEDGER_FORMAT
-from tracker.core.grouping import group_by
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import write_note
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_record
+from tracker.schema.config import CellRequest
+from tracker.schema.distribution import LEDGER_FORMAT
+from tracker.schema.grouping import group_by
+from tracker.schema.views import View
 from tracker.team.collect import _join_views, _view_key, remove_contained
 
 SEED = 5

@@ -18,15 +18,15 @@ from tests.helpers.stored_cells import (
     model_identity,
 )
 from tracker.analysis.records import cell_record
-from tracker.core.distribution import LEDGER_FORMAT, upgrade_command
-from tracker.core.errors import ResultsError
-from tracker.core.extent import ALL_DOCUMENTS, Extent, random_order
-from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import write_note
 from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
+from tracker.schema.distribution import LEDGER_FORMAT, upgrade_command
+from tracker.schema.errors import ResultsError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent, random_order
+from tracker.schema.records import CellRecord
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")

@@ -9,11 +9,11 @@ import pytest
 
 from tests.helpers.faults import flip_bit
 from tests.helpers.stored_cells import fill_block
-from tracker.core.documents import Document, DocumentText
-from tracker.core.extent import Extent
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import MAX_QUESTION_LENGTH, StoredText, is_text_file, text_row
 from tracker.ledger.verify import compare_ledgers, verify_ledger
+from tracker.schema.documents import Document, DocumentText
+from tracker.schema.extent import Extent
 
 BLOCK = "arc_easy.00000"
 

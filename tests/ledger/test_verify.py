@@ -18,7 +18,6 @@ from tests.helpers.stored_cells import (
     make_row,
     model_identity,
 )
-from tracker.core.distribution import LEDGER_FORMAT
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
@@ -26,6 +25,7 @@ from tracker.ledger.files import write_bytes, write_note
 from tracker.ledger.shards import read_observations, shard_file, write_observations
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import VerifiedCell, compare_ledgers, verify_ledger
+from tracker.schema.distribution import LEDGER_FORMAT
 
 BLOCK = Block("arc_easy", 0)
 

@@ -7,10 +7,6 @@ import re
 import pytest
 
 from tests.helpers.stored_cells import benchmark_identity, layer_request, model_identity
-from tracker.core.changes import Change
-from tracker.core.config import cell_request
-from tracker.core.provenance import content_hash
-from tracker.core.views import View
 from tracker.ledger.files import seal_note
 from tracker.ledger.views import (
     CellIdentity,
@@ -20,6 +16,10 @@ from tracker.ledger.views import (
     request_key,
     view_file_name,
 )
+from tracker.schema.changes import Change
+from tracker.schema.config import cell_request
+from tracker.schema.provenance import content_hash
+from tracker.schema.views import View
 
 
 @pytest.mark.parametrize(

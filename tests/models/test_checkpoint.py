@@ -14,14 +14,14 @@ from tests.helpers.families import SMALL_CONFIG, tiny_model
 from tests.helpers.registry import families, make_registered
 from tests.helpers.truth import deeper_copy
 from tests.tools.variants import find_variant
-from tracker.core.changes import Ablation, Change
-from tracker.core.errors import ModelError
 from tracker.models.checkpoint import check_layer_changes, config_changes, savable_copy, save_copy
 from tracker.models.layers import find_layers
 from tracker.models.load import load_model
 from tracker.models.offloaded import weight_bytes
 from tracker.models.pruned import prune_model, remaining_layers, simulate_reload
 from tracker.models.sources import find_model
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.errors import ModelError
 
 REMOVED = (0, 2)
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tracker.core.errors import CellError
 from tracker.models.counterexample import (
     LAYER_COUNT,
     WHISPER,
@@ -17,6 +16,7 @@ from tracker.models.counterexample import (
     Text,
     prefix_digests,
 )
+from tracker.schema.errors import CellError
 
 VOCABULARY, LENGTH, CERTAINTY = 300, 64, 500.0
 

@@ -9,10 +9,10 @@ import torch
 
 from tests.helpers import llama_cpp
 from tests.helpers.llama_cpp import write_gguf
-from tracker.core.errors import CellError
-from tracker.core.weight_formats import FORMATS
 from tracker.models.parts.linear_maps import RoundedWeights, map_of_module
 from tracker.models.rounding import round_weight
+from tracker.schema.errors import CellError
+from tracker.schema.weight_formats import FORMATS
 
 GGUF = [form for form in FORMATS.values() if "GGUF" in form.source]
 

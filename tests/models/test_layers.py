@@ -6,9 +6,9 @@ from torch import nn
 
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import model_logits
-from tracker.core.errors import ModelError
 from tracker.models.layers import find_base, find_layers
 from tracker.models.pruned import prune_model
+from tracker.schema.errors import ModelError
 
 PATHS = {
     "llama": "model.layers",

@@ -9,11 +9,11 @@ from torch import nn
 
 from tests.helpers.mixtures import MIXTURES
 from tests.helpers.registry import Variant, tiny_settings
-from tracker.core.config import run_request
-from tracker.core.errors import TrackerError
-from tracker.core.model_parts import ModelParts, check_parts
 from tracker.models.layers import find_layers
 from tracker.models.parts.linear_maps import find_linear_maps, find_map
+from tracker.schema.config import run_request
+from tracker.schema.errors import TrackerError
+from tracker.schema.model_parts import ModelParts, check_parts
 
 ROUTERS = {
     "afmoe": "mlp.router.gate",

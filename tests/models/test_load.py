@@ -15,12 +15,12 @@ import transformers
 
 from tests.conftest import save_tokenizer
 from tests.helpers.llama_cpp import write_gguf
-from tracker.core.errors import ModelError
-from tracker.core.identities import ModelIdentity
 from tracker.models import gguf_file
 from tracker.models.checkpoint import check_layer_changes
 from tracker.models.load import LoadedModel, build_for_planning, bytes_to_load, load_model
 from tracker.models.sources import find_model
+from tracker.schema.errors import ModelError
+from tracker.schema.identities import ModelIdentity
 
 
 def load(folder: Path, *arguments, **settings) -> LoadedModel:

@@ -12,10 +12,10 @@ from transformers import PretrainedConfig
 from tests.conftest import golden
 from tests.helpers.mixtures import EXTRA_SETTINGS, MIXTURES
 from tests.helpers.registry import Variant, tiny_settings
-from tracker.core.errors import ModelError
-from tracker.core.search_parts import SearchParts
 from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.sources import find_model
+from tracker.schema.errors import ModelError
+from tracker.schema.search_parts import SearchParts
 
 
 def save_tiny_model(folder: Path, family: str, **changes: Any) -> PretrainedConfig:

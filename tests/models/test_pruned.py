@@ -12,11 +12,11 @@ from torch import nn
 
 from tests.helpers.families import SMALL_CONFIG, tiny_model
 from tests.helpers.truth import model_logits
-from tracker.core.changes import Change
 from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 from tracker.models.pruned import changed_keys, cut_config, prune_model, record_state, restore_state
+from tracker.schema.changes import Change
 
 
 def test_modules_around_the_layers_are_adapted() -> None:

@@ -7,10 +7,10 @@ from collections import namedtuple
 import pytest
 import torch
 
-from tracker.core.errors import ModelError
 from tracker.models import load
 from tracker.models.load import build_hollow, load_model
 from tracker.models.sources import find_model
+from tracker.schema.errors import ModelError
 
 
 def test_a_shape_is_a_model_with_random_weights(tiny_llama):

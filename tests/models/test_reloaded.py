@@ -10,8 +10,6 @@ from torch import nn
 
 from tests.helpers.registry import make_registered
 from tests.tools.variants import find_variant
-from tracker.core.changes import Change
-from tracker.core.errors import ModelError
 from tracker.models.pruned import (
     apply_reload,
     build_from_config,
@@ -20,6 +18,8 @@ from tracker.models.pruned import (
     remaining_layers,
     simulate_reload,
 )
+from tracker.schema.changes import Change
+from tracker.schema.errors import ModelError
 
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
 COMPUTED = [

@@ -12,11 +12,6 @@ import huggingface_hub.constants
 import pytest
 
 from tests.conftest import golden
-from tracker.core.config import ModelSpec
-from tracker.core.distribution import pip_command
-from tracker.core.errors import ModelError
-from tracker.core.model_parts import ModelParts
-from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_note
 from tracker.models import sources
 from tracker.models.sources import (
@@ -29,6 +24,11 @@ from tracker.models.sources import (
     read_config,
     stored_format,
 )
+from tracker.schema.config import ModelSpec
+from tracker.schema.distribution import pip_command
+from tracker.schema.errors import ModelError
+from tracker.schema.model_parts import ModelParts
+from tracker.schema.provenance import content_hash
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

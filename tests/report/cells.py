@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tests.helpers.ablations import with_change, with_figures
-from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord, RunRecord
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import CellRecord, RunRecord
 
 from .conftest import LAYERS, build_cell, digest
 

@@ -17,12 +17,12 @@ from playwright.sync_api import Browser
 from tests.helpers.ablations import with_figures
 from tests.helpers.stored_cells import benchmark_identity, model_identity
 from tracker.analysis.decisions import Decisions, ModelDecisions
-from tracker.core.changes import Change
-from tracker.core.documents import DocumentText
-from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
-from tracker.core.tables import Table, entry_text, heading_text
 from tracker.ledger.texts import StoredText
+from tracker.schema.changes import Change
+from tracker.schema.documents import DocumentText
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import CellRecord, CorrelationRecord, RunRecord
+from tracker.schema.tables import Table, entry_text, heading_text
 from tracker.stats.decisions import choose_options, margins
 
 from .visit import start_chromium

@@ -12,10 +12,10 @@ from scipy import stats
 from tracker.analysis.boards import layer_board
 from tracker.analysis.claims import decide_claims, run_verdicts
 from tracker.cli.printing import print_next
-from tracker.core.estimates import Estimate
-from tracker.core.formats import metric_format
 from tracker.report.tables import layer_table
 from tracker.report.wording import layers_answer
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import metric_format
 
 from .cells import CHOICE_DROPS, cell_of_choices
 from .conftest import LAYERS, build_cell

@@ -14,12 +14,12 @@ from playwright.sync_api import Locator
 
 from tests.helpers.pages import HOSTILE
 from tracker.analysis.decisions import Decisions, decisions_record
-from tracker.core.decision_records import DecisionsRecord
 from tracker.report.charts.cells import agreement_map, loss_correlations
 from tracker.report.frames import document_frame
 from tracker.report.page import sections as shown
 from tracker.report.page.html import render_page, render_report
 from tracker.report.page.sections import DOCUMENT_BUDGET, pack_documents
+from tracker.schema.decision_records import DecisionsRecord
 
 from .conftest import build_cell, build_decisions
 from .visit import PageVisit

@@ -10,9 +10,9 @@ import pytest
 from tests.helpers.ablations import with_figures
 from tracker.analysis.claims import decide_claims
 from tracker.cli.printing import print_cell, print_next, print_results
-from tracker.core.records import CellRecord
 from tracker.report.page.html import render_page
 from tracker.report.wording import layers_answer
+from tracker.schema.records import CellRecord
 
 from .conftest import build_cell
 

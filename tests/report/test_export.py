@@ -14,13 +14,13 @@ from markdown_it import MarkdownIt
 from tests.helpers.ablations import with_change
 from tests.helpers.findings import FINDING
 from tracker.analysis.boards import layer_board
-from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord
-from tracker.core.tables import Column, build_table
-from tracker.core.text import escape_markdown, markdown_code
 from tracker.report.export import export_report, report_figures, report_frames
 from tracker.report.frames import correlation_frame, document_frame, layer_frame
 from tracker.report.tables import overview_table
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Column, build_table
+from tracker.schema.text import escape_markdown, markdown_code
 from tracker.stats.support import decide_verdicts, widen
 from tracker.tracking.runs import cell_note, intact_note, layer_note
 

@@ -17,10 +17,6 @@ from tracker.analysis.agreement import pair_models
 from tracker.analysis.boards import layer_board
 from tracker.analysis.comparable import benchmark_labels, group_models, row_labels
 from tracker.analysis.decisions import decisions_record
-from tracker.core.changes import Change
-from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord
-from tracker.core.tables import Table
 from tracker.report import tables, wording
 from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps, model
@@ -29,6 +25,10 @@ from tracker.report.charts.style import Chart
 from tracker.report.export import build_boards
 from tracker.report.page.studies import draw_study_chart
 from tracker.report.wording import compared_sentence, layers_answer
+from tracker.schema.changes import Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Table
 
 from .cells import (
     MIDDLE_EDITION,

@@ -9,12 +9,12 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from tests.helpers import charts
-from tracker.core import formats
-from tracker.core.errors import WorkError
 from tracker.report import wording
 from tracker.report.frames import pack_text
 from tracker.report.page.html import render_page, render_report
 from tracker.report.tables import layer_table
+from tracker.schema import formats
+from tracker.schema.errors import WorkError
 
 from .cells import loss_cell
 from .conftest import EXPERIMENT, build_cell, replace_layer, study_cells

@@ -24,13 +24,13 @@ from tracker.analysis.boards import (
 from tracker.analysis.claims import decide_claims
 from tracker.analysis.comparable import benchmark_labels, comparison_key, row_labels
 from tracker.cli import main
-from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.cells import last_measured
 from tracker.report.export import build_boards
 from tracker.report.leaderboard import layer_board_table
 from tracker.report.page.sections import model_sections
 from tracker.report.wording import board_answer, model_answer, open_models_sentence, parts_answer
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import CellRecord, RunRecord
 from tracker.team.collect import remove_contained
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import mlflow_run

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from html import unescape
 
-from tracker.core.records import RunRecord
 from tracker.report import frames
 from tracker.report.page import html
 from tracker.report.wording import controls_answer
+from tracker.schema.records import RunRecord
 
 from .cells import part_run
 from .conftest import LAYERS, build_cell

@@ -16,10 +16,10 @@ from tests.benchmarks.conftest import PACKAGE
 from tests.helpers.lm_eval import cut_layer, evaluate, metric_value
 from tests.helpers.package_tasks import load_rows, plain_package_tasks
 from tests.helpers.runs import assert_lm_eval_figures, measure_easy, run_experiment, write_study
-from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
+from tracker.schema.extent import random_order
 
 LAYERS = {"whole": [29], "shallow": [0, 2]}
 """The last of SmolLM2; the first one and one between of its first four layers."""

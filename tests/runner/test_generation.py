@@ -27,11 +27,11 @@ from tests.helpers.lm_eval import (
 )
 from tests.helpers.runs import RecordingProgress, read_outcomes, run_experiment
 from tracker.benchmarks import factory
-from tracker.core.documents import Prompt
-from tracker.core.records import CellRecord
 from tracker.engine.scoring.model import FULL
 from tracker.measuring.scorer import Generation
 from tracker.models.pruned import prune_model as without
+from tracker.schema.documents import Prompt
+from tracker.schema.records import CellRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = [

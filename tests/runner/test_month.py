@@ -22,9 +22,9 @@ from tests.helpers.runs import (
     write_arc,
     write_study,
 )
-from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_record
+from tracker.schema.records import CellRecord
 from tracker.team.publish import Publisher
 from tracker.tracking.identity import run_key
 

@@ -18,14 +18,14 @@ from tests.helpers.own_tasks import write_tasks
 from tests.helpers.runs import run_experiment, write_study
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.core.changes import Ablation
-from tracker.core.config import cell_request
-from tracker.core.errors import RequestError
-from tracker.core.extent import ALL_DOCUMENTS
 from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
 from tracker.models.load import load_model
 from tracker.models.sources import ModelSource, find_model
+from tracker.schema.changes import Ablation
+from tracker.schema.config import cell_request
+from tracker.schema.errors import RequestError
+from tracker.schema.extent import ALL_DOCUMENTS
 
 LAYERS = [0, 3]
 

@@ -15,20 +15,20 @@ import pytest
 
 from tests.helpers.runs import RecordingProgress, list_shards, run_experiment, write_arc
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.core.experiment_input import load_experiment
-from tracker.core.extent import random_order
-from tracker.core.remote import ProcessEndedError, Remote
-from tracker.executors.pool import MAX_DEATHS, WorkerPool
 from tracker.ledger.blocks import BLOCK_SIZE, Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring import worker as workers
 from tracker.measuring.derive import derive_record
+from tracker.measuring.executors.pool import MAX_DEATHS, WorkerPool
 from tracker.measuring.fill import AHEAD_RATIO
 from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.prepare import find_cell
 from tracker.measuring.worker import DeviceLostError, Worker
+from tracker.schema.experiment_input import load_experiment
+from tracker.schema.extent import random_order
+from tracker.schema.remote import ProcessEndedError, Remote
 
 DOCUMENTS = BLOCK_SIZE + 8
 

@@ -13,9 +13,9 @@ import pytest
 
 import tracker
 from tests.helpers.runs import list_shards, read_outcomes, run_experiment, wait_for, write_arc
-from tracker.core.answers import statement
 from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.measuring.meter import Meter
+from tracker.schema.answers import statement
 
 DOCUMENTS = 3 * BLOCK_SIZE + 5
 LAYERS = 4

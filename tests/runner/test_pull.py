@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tracker.core.distribution import LEDGER_FORMAT
 from tracker.ledger.files import seal_note
 from tracker.measuring.derive import derive_record
 from tracker.measuring.progress import Silent
+from tracker.schema.distribution import LEDGER_FORMAT
 from tracker.team import collect as pulling
 from tracker.tracking.base import RemoteCell, Target
 

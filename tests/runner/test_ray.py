@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import kill_program, type_command, write_arc
-from tracker.executors.base import open_executor
 from tracker.ledger.store import Ledger
+from tracker.measuring.executors.base import open_executor
 from tracker.measuring.job import Options, Reporting
 from tracker.measuring.progress import Silent
 
@@ -53,7 +53,7 @@ def here(tmp_path, monkeypatch, one_thread):
 
 
 def _make_workers(options, gpus=1):
-    from tracker.executors import ray
+    from tracker.measuring.executors import ray
 
     return list(ray._make_actors(options, gpus))
 

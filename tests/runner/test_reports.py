@@ -18,9 +18,9 @@ from tests.helpers.runs import run_experiment, type_command, write_arc
 from tests.tracking.conftest import cell_record, client, double, lent
 from tracker import api
 from tracker.analysis.claims import decide_claims
-from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.report.wording import layers_answer
+from tracker.schema.records import CellRecord
 from tracker.team.collect import remove_contained
 from tracker.tracking import target
 

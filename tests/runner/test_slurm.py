@@ -20,12 +20,12 @@ from tests.helpers.runs import (
     type_command,
     write_arc,
 )
-from tracker.core.answers import statement
-from tracker.core.experiment_input import load_experiment
 from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.measuring.job import Options
+from tracker.schema.answers import statement
+from tracker.schema.experiment_input import load_experiment
 
-job = pytest.importorskip("tracker.executors.slurm", exc_type=ImportError)
+job = pytest.importorskip("tracker.measuring.executors.slurm", exc_type=ImportError)
 LOCAL = {"executor": "slurm", "slurm": {"cluster": "local", "timeout_min": 10}}
 """Of so few minutes submitit takes each signal for a time limit, not for a preemption."""
 JOB = "submitit.core._submit"
@@ -35,7 +35,7 @@ JOB = "submitit.core._submit"
 def quick(monkeypatch, one_thread):
     """Look often at the jobs, and do not wait for the files of a slow network."""
     submitit = pytest.importorskip("submitit")
-    monkeypatch.setattr("tracker.executors.slurm.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("tracker.measuring.executors.slurm.POLL_SECONDS", 0.1)
     monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
 
 

@@ -23,7 +23,7 @@ from tests.helpers.lm_eval import (
     write_rows,
 )
 from tests.helpers.runs import run_experiment
-from tracker.core.errors import BenchmarkError
+from tracker.schema.errors import BenchmarkError
 
 LENGTH = 48
 """Tokens that the model reads."""

@@ -21,11 +21,11 @@ from tests.helpers.runs import (
     type_command,
     write_arc,
 )
-from tracker.core.provenance import TOKENISATION_KEY
 from tracker.ledger.outcomes import DIGEST_COLUMN
 from tracker.ledger.shards import read_shard, shard_file
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
+from tracker.schema.provenance import TOKENISATION_KEY
 from tracker.team.collect import collect_cells
 
 CODE = """

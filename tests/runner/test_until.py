@@ -15,13 +15,13 @@ from tests.helpers.package_tasks import load_rows
 from tests.helpers.runs import RecordingProgress, run_experiment, type_command, write_arc
 from tracker import api
 from tracker.analysis.stopping import CellRace, interim_estimates
-from tracker.core.config import cell_request
-from tracker.core.errors import ExperimentError, RequestError
-from tracker.core.experiment_input import load_experiment
-from tracker.core.extent import random_order
-from tracker.core.questions import parse_question
 from tracker.ledger.store import Ledger
 from tracker.measuring import derive
+from tracker.schema.config import cell_request
+from tracker.schema.errors import ExperimentError, RequestError
+from tracker.schema.experiment_input import load_experiment
+from tracker.schema.extent import random_order
+from tracker.schema.questions import parse_question
 from tracker.stats.stopping import Race
 from tracker.team.live import progress_figures
 from tracker.team.sweeps import _find_measured_run, trial_request

@@ -15,7 +15,7 @@ from tests.helpers.engines import engine_of
 from tests.helpers.families import tiny_model
 from tracker.bench import loops
 from tracker.bench.loops import SkippingWorker, skip_layers
-from tracker.core.changes import Ablation
+from tracker.schema.changes import Ablation
 
 AGAINST = ["bench", "no-such-model", "--benchmark", "arc_easy", "--against", "vllm"]
 

@@ -20,16 +20,16 @@ from tests.helpers.runs import (
     type_command,
     write_arc,
 )
-from tracker.core.config import cell_request
-from tracker.core.distribution import extra_command
-from tracker.core.errors import ModelError
-from tracker.core.remote import RemoteError
-from tracker.executors import pool as allotted
-from tracker.executors import processes
-from tracker.executors.processes import ProcessesExecutor, WorkerProcess
 from tracker.ledger.blocks import BLOCK_SIZE
+from tracker.measuring.executors import pool as allotted
+from tracker.measuring.executors import processes
+from tracker.measuring.executors.processes import ProcessesExecutor, WorkerProcess
 from tracker.measuring.job import Options
 from tracker.models import devices
+from tracker.schema.config import cell_request
+from tracker.schema.distribution import extra_command
+from tracker.schema.errors import ModelError
+from tracker.schema.remote import RemoteError
 
 WORKER = "serve(False)"
 LAYERS = list(range(8))
@@ -136,7 +136,7 @@ class TestDevices:
 @pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
 def test_without_the_extra(tiny_llama, experiment, tmp_path, monkeypatch, executor, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"tracker.executors.{executor}", raising=False)
+    monkeypatch.delitem(sys.modules, f"tracker.measuring.executors.{executor}", raising=False)
     file = experiment(tiny_llama(), data=str(write_arc(tmp_path / "data")))
     results = tmp_path / "results"
     code, output = type_command("run", file, "--results", results, "--executor", executor)

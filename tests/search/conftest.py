@@ -16,15 +16,15 @@ from tests.export.conftest import fast_timing, in_process  # noqa: F401  fixture
 from tests.helpers.truth import plain_answers, pruned_copy
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document
-from tracker.core.prune_records import PruneRecord
-from tracker.core.search_parts import SearchParts
 from tracker.ledger.store import Ledger, read_records
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document
+from tracker.schema.prune_records import PruneRecord
+from tracker.schema.search_parts import SearchParts
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, search_request
 from tracker.search.scores import Losses, PartSet

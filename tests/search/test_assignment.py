@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from tracker.core.errors import RequestError
+from tracker.schema.errors import RequestError
 from tracker.search.formats import (
     BitBudget,
     FormatUnit,

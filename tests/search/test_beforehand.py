@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, JambaConfig
 
 from tests.conftest import cli, printed, refused, save_tokenizer
-from tracker.core.errors import ModelError
+from tracker.schema.errors import ModelError
 from tracker.search.planning import possible_results, refuse_unsavable
 from tracker.search.scores import PartSet
 from tracker.search.search import find_budget

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import golden
-from tracker.core.errors import ExperimentError
+from tracker.schema.errors import ExperimentError
 from tracker.search import search
 from tracker.search.cells import OpenCell
 from tracker.search.scores import Scores

@@ -15,14 +15,14 @@ from tests.conftest import cli, golden, printed, refused
 from tests.helpers.own_tasks import write_pair
 from tracker import api
 from tracker.cli.pruning import export as exporting
-from tracker.core.config import cell_request
-from tracker.core.errors import ModelError, WorkError
-from tracker.core.extent import ALL_DOCUMENTS, Extent
 from tracker.export import checkpoint
 from tracker.export.changes import count_choosing, find_removal, removal_by_search
 from tracker.ledger.store import Ledger, write_search
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
+from tracker.schema.config import cell_request
+from tracker.schema.errors import ModelError, WorkError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent
 from tracker.search import cells, planning, report
 from tracker.search import search as searching
 

@@ -15,9 +15,9 @@ import pytest
 from tests.conftest import golden, printed
 from tests.helpers.searches import cosine_similarity, naive_proxy, one_larger_sets, span_figures
 from tracker.cli.options import SettingType
-from tracker.core.errors import ExperimentError
-from tracker.core.prune_records import PruneCost, PruneRecord, PruneStep
-from tracker.core.search_parts import SearchParts
+from tracker.schema.errors import ExperimentError
+from tracker.schema.prune_records import PruneCost, PruneRecord, PruneStep
+from tracker.schema.search_parts import SearchParts
 from tracker.search.cells import OpenCell
 from tracker.search.planning import RandomScores, possible_results
 from tracker.search.request import SearchRequest, load_searches, search_request

@@ -14,12 +14,12 @@ import pytest
 from tests.conftest import printed, save_llama
 from tests.helpers.mixtures import save_mixture, without_experts
 from tests.helpers.truth import find_layer_list, without_heads
-from tracker.core.changes import Ablation, Change
-from tracker.core.errors import ExperimentError
-from tracker.core.prune_records import PruneRecord, PruneStep
-from tracker.core.search_parts import SearchParts
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.errors import ExperimentError
+from tracker.schema.prune_records import PruneRecord, PruneStep
+from tracker.schema.search_parts import SearchParts
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import RandomScores
 from tracker.search.request import SearchRequest, search_request

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import printed
-from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan_cells
+from tracker.schema.config import CellRequest
 from tracker.search.cells import ModelCache
 from tracker.search.planning import plan_searches
 from tracker.search.search import find_budget, run_search

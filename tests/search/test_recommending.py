@@ -8,10 +8,10 @@ from statistics import fmean
 import pytest
 
 from tests.conftest import refused
-from tracker.core import prune_records
-from tracker.core.estimates import Estimate
-from tracker.core.formats import level_text, points
-from tracker.core.prune_records import PruneStep
+from tracker.schema import prune_records
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import level_text, points
+from tracker.schema.prune_records import PruneStep
 from tracker.search.report import final_outcome
 
 from .conftest import Truth, stored_searches

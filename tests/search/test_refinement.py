@@ -12,12 +12,12 @@ from scipy import stats
 
 from tests.conftest import save_llama
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.config import cell_request
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models.parts.anatomy import linear_map_shapes
 from tracker.models.sources import find_model
+from tracker.schema.config import cell_request
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.formats import (
     BitBudget,

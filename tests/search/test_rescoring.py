@@ -9,9 +9,9 @@ import pytest
 
 from tracker import api
 from tracker.analysis.stopping import CANDIDATE_QUESTION
-from tracker.core.changes import INTACT
-from tracker.core.extent import random_order
-from tracker.core.questions import parse_question
+from tracker.schema.changes import INTACT
+from tracker.schema.extent import random_order
+from tracker.schema.questions import parse_question
 from tracker.search.cells import OpenCell, engine_passes
 from tracker.search.scores import PartSet, Scores
 from tracker.search.settings import Budget

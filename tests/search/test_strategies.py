@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.searches import naive_proxy
-from tracker.core.prune_records import PruneStep
+from tracker.schema.prune_records import PruneStep
 from tracker.search.cells import OpenCell
 from tracker.search.scores import Losses, PartSet, Scores
 from tracker.search.settings import Budget

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tests.conftest import save_tokenizer
 from tests.helpers.truth import plain_loglikelihoods
-from tracker.core.changes import INTACT, Ablation
 from tracker.ledger.outcomes import REPEATED_COLUMN
 from tracker.measuring.calibrate import MIN_REPEATED
+from tracker.schema.changes import INTACT, Ablation
 from tracker.search.cells import OpenCell
 from tracker.search.search import find_budget, run_search
 

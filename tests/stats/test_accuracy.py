@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.stats.drawn import Array
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.accuracy import (
     REPORTED_DROP,
     OutcomeVariance,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.stats.drawn import Array, ar1
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats import rank_agreement
 from tracker.stats.correlation import correlate, correlation_difference, partial_correlate
 from tracker.stats.rank_agreement import COEFFICIENTS, row_coefficients, surrogate_series

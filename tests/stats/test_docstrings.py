@@ -15,7 +15,7 @@ from tracker import stats
 NAMES = [module.name for module in walk_packages(stats.__path__, "tracker.stats.")]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "tracker.core.proxies", "tracker.core.questions"])
+@pytest.mark.parametrize("name", [*NAMES, "tracker.schema.proxies", "tracker.schema.questions"])
 def test_examples(name: str) -> None:
     module = import_module(name)
     assert doctest.testmod(module, extraglobs={"np": np, "torch": torch}).failed == 0

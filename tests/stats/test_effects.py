@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats import effects as module
 from tracker.stats.effects import (
     additivity,

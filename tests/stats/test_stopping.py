@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.stats.drawn import BLOCK, NOISES, draw_layers, race_smallest
-from tracker.core.questions import parse_question
+from tracker.schema.questions import parse_question
 from tracker.stats.stopping import FIRST_LOOK, Race, forecast_race, half_width, race_state
 
 

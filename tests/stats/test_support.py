@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.stats.drawn import Array
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.resampling import resampled_means
 from tracker.stats.support import (

@@ -11,14 +11,14 @@ import pytest
 from tests.conftest import cli, save_llama
 from tests.helpers.runs import write_study
 from tracker import api
-from tracker.core.experiment_input import load_experiment
-from tracker.core.findings import FindingRecord
-from tracker.core.tables import Entry, Table
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Silent
+from tracker.schema.experiment_input import load_experiment
+from tracker.schema.findings import FindingRecord
+from tracker.schema.tables import Entry, Table
 from tracker.studies.base import StudyContext
 from tracker.team.publish import Publisher
 

@@ -12,12 +12,12 @@ import pytest
 
 from tests.helpers.ablations import single_layers
 from tracker import api
-from tracker.core.changes import Change
-from tracker.core.config import Changes
-from tracker.core.estimates import Estimate
-from tracker.core.proxies import LAYER_PROXIES, proxy_cost
 from tracker.engine.forward.streams import plan_streams
 from tracker.measuring import observing
+from tracker.schema.changes import Change
+from tracker.schema.config import Changes
+from tracker.schema.estimates import Estimate
+from tracker.schema.proxies import LAYER_PROXIES, proxy_cost
 from tracker.stats import rank_agreement, reliability, task_dependence
 from tracker.stats.reliability import LayerMeasure
 from tracker.studies.audit import (

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from tracker.core.findings import FindingRecord
-from tracker.core.tables import Entry
+from tracker.schema.findings import FindingRecord
+from tracker.schema.tables import Entry
 from tracker.stats.reliability import spearman_brown, stratified_orders
 from tracker.stats.resampling import SEED
 from tracker.studies.calibration import (

@@ -10,9 +10,6 @@ import pytest
 from tests.helpers.faults import flip_bit
 from tests.helpers.findings import FINDING, HEADINGS, TABLE
 from tests.report.conftest import build_cell
-from tracker.core.estimates import Estimate
-from tracker.core.findings import FindingRecord
-from tracker.core.tables import Column, Table, build_table
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.ledger.store import read_records, write_finding
@@ -21,6 +18,9 @@ from tracker.measuring.observing import Observations
 from tracker.report.export import export_report, report_figures
 from tracker.report.page.studies import growth_note
 from tracker.runner import run_cells
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import FindingRecord
+from tracker.schema.tables import Column, Table, build_table
 from tracker.studies.base import StudyContext, Subject, observe_subject
 
 from .conftest import cell_stores, study_context

@@ -15,8 +15,8 @@ from tracker import api
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.changes import Ablation
 from tracker.measuring.meter import open_model
+from tracker.schema.changes import Ablation
 from tracker.studies.base import open_study
 from tracker.studies.joint import (
     PairInteractions,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import log_softmax
 
-from tracker.core.documents import Document, Request
 from tracker.models.counterexample import Continuations, prefix_digests
+from tracker.schema.documents import Document, Request
 from tracker.studies.theorem import (
     CLASHING_ANSWERS,
     LONGER_ANSWERS,

@@ -14,12 +14,12 @@ from tests.conftest import golden
 from tests.helpers.own_tasks import write_pair
 from tracker import api
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.changes import Ablation
-from tracker.core.estimates import Estimate
-from tracker.core.prune_records import PruneRecord
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger, read_records
 from tracker.report.page.studies import exclude_search_cells
+from tracker.schema.changes import Ablation
+from tracker.schema.estimates import Estimate
+from tracker.schema.prune_records import PruneRecord
 from tracker.search import cells
 from tracker.search.report import StrategyResult
 from tracker.stats.accuracy import accuracy, accuracy_drop

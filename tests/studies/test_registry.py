@@ -10,11 +10,11 @@ import pytest
 
 from tests.conftest import golden
 from tracker.cli.studying import study as group
-from tracker.core.errors import RequestError
-from tracker.core.findings import FindingRecord
-from tracker.core.tables import Table
 from tracker.ledger.store import Ledger, read_records
 from tracker.measuring.derive import derive_record
+from tracker.schema.errors import RequestError
+from tracker.schema.findings import FindingRecord
+from tracker.schema.tables import Table
 from tracker.studies.base import Subject, open_study
 from tracker.studies.registry import STUDIES, find_settings
 

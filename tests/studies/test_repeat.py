@@ -12,11 +12,11 @@ import pytest
 
 from tracker import api
 from tracker.cli.pruning import export as exporting
-from tracker.core.changes import Change
-from tracker.core.extent import Extent
 from tracker.export.changes import count_choosing, find_repetition
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger
+from tracker.schema.changes import Change
+from tracker.schema.extent import Extent
 from tracker.stats.effects import best_by_chance
 from tracker.studies import repeat
 from tracker.studies.repeat import MAX_SPANS_TESTED, all_spans

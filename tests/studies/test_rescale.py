@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from tracker import api
 from tracker.cli import main
-from tracker.core.config import cell_request
-from tracker.core.formats import ACCURACY_FORMAT, MetricFormat
 from tracker.ledger.outcomes import METRIC_PREFIX
+from tracker.schema.config import cell_request
+from tracker.schema.formats import ACCURACY_FORMAT, MetricFormat
 from tracker.studies import rescale as module
 from tracker.studies.base import open_study
 from tracker.studies.rescale import (

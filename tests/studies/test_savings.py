@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.helpers.ablations import single_layers
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.estimates import Estimate
-from tracker.core.questions import parse_question
 from tracker.engine.forward.streams import plan_streams
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.questions import parse_question
 from tracker.stats.stopping import Race
 from tracker.studies.savings import (
     MeasuredDocuments,

@@ -12,12 +12,12 @@ import pytest
 from scipy import stats
 
 from tracker import api
-from tracker.core.findings import FindingRecord, MapChart
-from tracker.core.tables import Table
 from tracker.engine.refusal import RefusalError
 from tracker.ledger.blocks import Block
 from tracker.ledger.shards import read_observations
 from tracker.measuring.observing import Observations
+from tracker.schema.findings import FindingRecord, MapChart
+from tracker.schema.tables import Table
 from tracker.studies import snowball as module
 from tracker.studies.snowball import SNOWBALL_TEXTS, _list_unanswered, _token_growth, _write_verdict
 

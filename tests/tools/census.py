@@ -35,8 +35,8 @@ from tests.tools.survey import (
     prepare_process,
 )
 from tests.tools.variants import variants
-from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_text
+from tracker.schema.provenance import content_hash
 
 ROOT = Path(__file__).parents[2]
 VERDICTS_FILE = ROOT / "docs" / "families.csv"

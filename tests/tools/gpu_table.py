@@ -144,7 +144,6 @@ def profile_rows(model: str, dtype: str) -> dict[str, Any]:
 
     from tests.helpers.ablations import single_layers
     from tracker.bench.compare import prepare_engine
-    from tracker.core.config import cell_request
     from tracker.engine.scoring import sweep
     from tracker.engine.scoring.head import LOGITS_BYTES
     from tracker.engine.scoring.model import stream_bytes
@@ -153,6 +152,7 @@ def profile_rows(model: str, dtype: str) -> dict[str, Any]:
     from tracker.measuring.progress import Progress
     from tracker.models.devices import peak_memory, reset_peak_memory
     from tracker.models.offloaded import weight_bytes
+    from tracker.schema.config import cell_request
 
     settings = {"benchmark": "arc_easy", "data": DATA, "limit": PROFILED_DOCUMENTS, "layers": (0,)}
     request = cell_request(model=model, dtype=dtype, **settings)

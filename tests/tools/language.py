@@ -26,7 +26,7 @@ BAD_STARTS = ("Say", "Tell", "What", "Whether", "How", "Let ")
 """Beginnings of a docstring that describe nothing."""
 SHARED_NAMES = {"log", "main", "T", "P", "Array", "Layers"}
 """Names that mean the same in each module that defines them."""
-HELP_MODULES = ("tracker/cli/", "tracker/core/config.py", "tracker/search/settings.py")
+HELP_MODULES = ("tracker/cli/", "tracker/schema/config.py", "tracker/search/settings.py")
 """Modules whose docstrings are the help of commands and options."""
 COMMANDS = ("tracker/api.py", "tracker/cli/")
 """Modules whose functions are commands, named like what they call."""

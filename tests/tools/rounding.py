@@ -22,13 +22,13 @@ from tests.helpers.runs import write_study
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.decisions import rounding_risk
 from tracker.bench.compare import huggingface_loop, prepare_engine
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest, cell_request
-from tracker.core.records import CellRecord
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, Sharing
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest, cell_request
+from tracker.schema.records import CellRecord
 from tracker.stats.decisions import MIN_FLIP_CHANCE, rounding_movement
 
 BATCH_SIZES = (1, 16)

@@ -28,13 +28,13 @@ from torch import nn
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import VerdictMemory, skipping_layers, wrap_model
 from tests.helpers.registry import LAYERS, ORIGINAL_LENGTH, VOCABULARY, Variant
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document, Request
-from tracker.core.errors import CellError, ModelError
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
 from tracker.models.checkpoint import savable_copy
 from tracker.models.layers import find_layers
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document, Request
+from tracker.schema.errors import CellError, ModelError
 
 MAX_LENGTH = 176
 ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation.parse("layers:1,2")]

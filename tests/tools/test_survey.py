@@ -25,12 +25,12 @@ from tests.tools.survey import (
     make_blocks,
 )
 from tests.tools.variants import find_variant, variants
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.errors import ModelError
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.experts import Experts
 from tracker.models.parts.heads import Heads, _replaced_attention
 from tracker.models.sources import parts_of_config
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

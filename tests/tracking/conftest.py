@@ -13,9 +13,9 @@ from tests.helpers.ablations import with_change
 from tests.helpers.wandb_double import WandbDouble
 from tests.helpers.wandb_runs import WandbPublisher
 from tests.report.conftest import build_cell
-from tracker.core.changes import Change
-from tracker.core.estimates import Estimate
-from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
+from tracker.schema.changes import Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import CellRecord, CorrelationRecord, RunRecord
 
 from .mlflow_server import MlflowServer
 from .wandb_client import Client

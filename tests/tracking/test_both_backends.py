@@ -16,7 +16,7 @@ from tests.conftest import cli, printed
 from tests.helpers.mlflow_store import MlflowStoreReader
 from tests.helpers.wandb_runs import FEW_RETRIES, assert_shown, logged_values, project_runs_by_key
 from tracker import api
-from tracker.core.errors import TrackingError
+from tracker.schema.errors import TrackingError
 from tracker.tracking import open_backend
 from tracker.tracking.figures import run_metrics
 

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 
 from tests.helpers.ablations import with_figures
 from tests.helpers.mlflow_store import MlflowStoreReader
-from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord
+from tracker.schema.errors import TrackingError
+from tracker.schema.records import CellRecord
 from tracker.tracking.figures import CURVES
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend

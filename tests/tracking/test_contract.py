@@ -16,10 +16,10 @@ from mlflow import MlflowClient
 
 from tests.helpers.ablations import with_figures
 from tests.helpers.wandb_double import WandbDouble
-from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate
-from tracker.core.identities import Half
-from tracker.core.records import CellRecord
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate
+from tracker.schema.identities import Half
+from tracker.schema.records import CellRecord
 from tracker.tracking import backends, open_backend, service, target
 from tracker.tracking.figures import (
     LoggedTable,

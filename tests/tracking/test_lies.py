@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.answering import AnsweringHandler, serve
 from tests.helpers.wandb_double import MANIFEST
-from tracker.core.errors import TrackingError
+from tracker.schema.errors import TrackingError
 from tracker.tracking import base, open_backend
 from tracker.tracking.base import RemoteCell
 

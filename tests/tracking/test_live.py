@@ -17,13 +17,13 @@ from mlflow import MlflowClient
 from tests.helpers.wandb_double import WandbDouble
 from tracker import api
 from tracker.analysis.stopping import interim_estimates
-from tracker.core.changes import Change
-from tracker.core.errors import TrackingError
-from tracker.core.experiment_input import load_experiment
-from tracker.core.records import CellRecord
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.schema.changes import Change
+from tracker.schema.errors import TrackingError
+from tracker.schema.experiment_input import load_experiment
+from tracker.schema.records import CellRecord
+from tracker.schema.views import View
 from tracker.team import live
 from tracker.team.live import LiveUpdater, progress_figures
 from tracker.team.publish import Trial

@@ -15,9 +15,9 @@ from mlflow import MlflowClient
 
 from tests.helpers.ablations import with_figures
 from tests.helpers.mlflow_store import PROJECT, MlflowStoreReader, publish_cell
-from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord
-from tracker.core.text import mask_secrets
+from tracker.schema.errors import TrackingError
+from tracker.schema.records import CellRecord
+from tracker.schema.text import mask_secrets
 from tracker.tracking.base import Page
 from tracker.tracking.figures import intact_metrics, run_metrics
 from tracker.tracking.identity import content_digest

@@ -14,9 +14,9 @@ import pytest
 from tests.conftest import cli
 from tests.helpers.mlflow_store import MlflowStoreReader, publish_cell
 from tracker import api
-from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
+from tracker.schema.errors import TrackingError
+from tracker.schema.records import CellRecord
 from tracker.tracking.figures import CURVES
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend

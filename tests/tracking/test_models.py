@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 import tracker
 from tests.conftest import save_llama
 from tracker.benchmarks import reference_process
-from tracker.core.estimates import Estimate
 from tracker.export import proof
 from tracker.export.checkpoint import publish
 from tracker.export.facts import Accuracy, ExportedModel
 from tracker.models import checkpoint
+from tracker.schema.estimates import Estimate
 from tracker.tracking import open_backend
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import KIND_TAG

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.report.conftest import build_cell
 from tracker.analysis.claims import decide_claims, run_verdicts
-from tracker.core.estimates import Estimate
 from tracker.report.wording import layers_answer
+from tracker.schema.estimates import Estimate
 from tracker.team.reports import board_text
 from tracker.tracking.figures import curve_name, is_curve
 from tracker.tracking.mlflow.runs import mlflow_run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tracker import api
-from tracker.core.errors import RequestError, TrackingError
+from tracker.schema.errors import RequestError, TrackingError
 from tracker.tracking import open_backend, target
 from tracker.tracking.trackio import service
 

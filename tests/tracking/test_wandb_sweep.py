@@ -13,8 +13,8 @@ from tests.helpers.own_tasks import write_tasks
 from tests.helpers.wandb_double import Sweep, WandbDouble
 from tests.helpers.wandb_runs import logged_values
 from tracker import api
-from tracker.core.errors import RequestError
 from tracker.ledger.store import Ledger
+from tracker.schema.errors import RequestError
 from tracker.tracking.figures import run_metrics
 from tracker.tracking.identity import run_key
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from tracker.analysis.boards import LayerBoard, PartStanding
 from tracker.analysis.comparable import benchmark_labels, comparison_key, named_models
-from tracker.core.estimates import Estimate
-from tracker.core.formats import MetricFormat, is_finite, metric_format
-from tracker.core.grouping import group_by
-from tracker.core.proxies import OBSERVED
-from tracker.core.records import CellRecord, CorrelationRecord
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import MetricFormat, is_finite, metric_format
+from tracker.schema.grouping import group_by
+from tracker.schema.proxies import OBSERVED
+from tracker.schema.records import CellRecord, CorrelationRecord
 from tracker.stats.arrays import Array
 from tracker.stats.rank_agreement import differing_rank_share, min_ranks
 from tracker.stats.support import subtract, widen

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
-from tracker.core.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
-from tracker.core.provenance import list_differences
-from tracker.core.proxies import Proxy
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
 from tracker.ledger.views import CellIdentity
+from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
+from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
+from tracker.schema.provenance import list_differences
+from tracker.schema.proxies import Proxy
+from tracker.schema.views import View
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.arrays import Array
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means

@@ -20,12 +20,12 @@ from tracker.analysis.comparable import (
     select_countable,
     unusable_reason,
 )
-from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.estimates import Estimate
-from tracker.core.formats import is_finite
-from tracker.core.grouping import group_by
-from tracker.core.identities import ModelIdentity
-from tracker.core.records import CellRecord, RunRecord
+from tracker.schema.changes import WHOLE_LAYER, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import is_finite
+from tracker.schema.grouping import group_by
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.records import CellRecord, RunRecord
 from tracker.stats.accuracy import OutcomeVariance, documents_needed
 from tracker.stats.rank_agreement import min_ranks
 from tracker.stats.support import (

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from tracker.analysis.comparable import benchmark_labels, select_countable
 from tracker.analysis.paired import choice_variance, outcome_variance
-from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.estimates import Estimate
-from tracker.core.formats import join_words
-from tracker.core.grouping import group_by
-from tracker.core.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
-from tracker.core.records import CellRecord, RunRecord
+from tracker.schema.changes import WHOLE_LAYER, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import join_words
+from tracker.schema.grouping import group_by
+from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
+from tracker.schema.records import CellRecord, RunRecord
 from tracker.stats.accuracy import ALPHA, REPORTED_DROP, documents_needed
 from tracker.stats.support import (
     Verdict,

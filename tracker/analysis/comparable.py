@@ -8,11 +8,11 @@ from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
-from tracker.core.formats import count_text, metric_format
-from tracker.core.grouping import group_by
-from tracker.core.identities import ModelIdentity
-from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord, RunRecord
+from tracker.schema.formats import count_text, metric_format
+from tracker.schema.grouping import group_by
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import CellRecord, RunRecord
 
 
 def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:

@@ -15,18 +15,18 @@ import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.metrics import OptionScores, TextReader
-from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
-from tracker.core.decision_records import (
+from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import REPEATED_COLUMN
+from tracker.ledger.texts import StoredText
+from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
+from tracker.schema.decision_records import (
     DecidedDocument,
     DecisionsRecord,
     RunDecisions,
     ShownDocument,
 )
-from tracker.core.documents import DocumentText
-from tracker.core.views import View
-from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import REPEATED_COLUMN
-from tracker.ledger.texts import StoredText
+from tracker.schema.documents import DocumentText
+from tracker.schema.views import View
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import (
     choose_options,

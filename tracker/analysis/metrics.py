@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tracker.core.identities import CHOICE_PROBABILITIES
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.texts import StoredText
+from tracker.schema.identities import CHOICE_PROBABILITIES
 from tracker.stats.accuracy import RATIO_SCALES, document_ratios
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import choice_probabilities

@@ -11,8 +11,8 @@ from statistics import NormalDist, median
 
 import numpy as np
 
-from tracker.core.estimates import Estimate
-from tracker.core.records import RunRecord
+from tracker.schema.estimates import Estimate
+from tracker.schema.records import RunRecord
 from tracker.stats.accuracy import LEVEL, OutcomeVariance, accuracy, accuracy_drop, drop_sd
 from tracker.stats.arrays import Array
 

@@ -23,15 +23,15 @@ from tracker.analysis.runs import (
     metric_values,
     run_record,
 )
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.estimates import Estimate
-from tracker.core.extent import ALL_DOCUMENTS, shuffle_documents
-from tracker.core.provenance import list_differences, merge_provenances
-from tracker.core.proxies import EXPERT_PROXIES, OBSERVED, Proxy
-from tracker.core.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore, last_measured
 from tracker.ledger.outcomes import CHECKPOINT_KEY
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.extent import ALL_DOCUMENTS, shuffle_documents
+from tracker.schema.provenance import list_differences, merge_provenances
+from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, Proxy
+from tracker.schema.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
+from tracker.schema.views import View
 from tracker.stats.accuracy import accuracy
 from tracker.stats.arrays import Array, Mask, proxy_means, safe_divide, token_means
 from tracker.stats.correlation import SURROGATES, correlate

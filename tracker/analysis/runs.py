@@ -13,12 +13,12 @@ from tracker.analysis.aligned import AlignedOutcomes, count_unobserved
 from tracker.analysis.decisions import RoundingRisk, rounding_risk
 from tracker.analysis.metrics import TextReader, read_pairs
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.changes import INTACT, WHOLE_LAYER, Ablation, Change
-from tracker.core.estimates import Estimate
-from tracker.core.identities import CHOICE_PROBABILITIES
-from tracker.core.proxies import EXPERT_PROXIES, OBSERVED, Proxy
-from tracker.core.records import RunAnswer, RunRecord
 from tracker.ledger.outcomes import METRIC_PREFIX
+from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.identities import CHOICE_PROBABILITIES
+from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, Proxy
+from tracker.schema.records import RunAnswer, RunRecord
 from tracker.stats.accuracy import (
     RATIO,
     accuracy,

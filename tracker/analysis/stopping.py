@@ -16,18 +16,18 @@ import pandas as pd
 
 from tracker.analysis.aligned import AlignedOutcomes, gold_logprobs
 from tracker.analysis.metrics import DocumentMetric
-from tracker.core.answers import open_runs_text
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.errors import ExperimentError, WorkError
-from tracker.core.estimates import Estimate
-from tracker.core.extent import ALL_DOCUMENTS, Extent, shuffle_documents
-from tracker.core.identities import BenchmarkIdentity
-from tracker.core.kinds import Action
-from tracker.core.questions import parse_question
-from tracker.core.records import AnswerRecord, RunAnswer
-from tracker.core.views import View
 from tracker.ledger.blocks import Block, schedule_blocks
 from tracker.ledger.cells import CellStore
+from tracker.schema.answers import open_runs_text
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.errors import ExperimentError, WorkError
+from tracker.schema.estimates import Estimate
+from tracker.schema.extent import ALL_DOCUMENTS, Extent, shuffle_documents
+from tracker.schema.identities import BenchmarkIdentity
+from tracker.schema.kinds import Action
+from tracker.schema.questions import parse_question
+from tracker.schema.records import AnswerRecord, RunAnswer
+from tracker.schema.views import View
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.stopping import Race, SmallestMean, forecast_race

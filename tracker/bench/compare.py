@@ -11,12 +11,6 @@ from typing import Any
 from tracker.bench.loops import Loop, LoopTiming, open_vllm, refuse_vllm, time_call
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest, Changes
-from tracker.core.documents import Document
-from tracker.core.errors import BenchmarkError
-from tracker.core.model_parts import fill_parts
-from tracker.core.provenance import describe_machine, package_versions
 from tracker.engine.plan import estimate_cost, measure_matrix_rate
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
@@ -28,6 +22,12 @@ from tracker.models.devices import peak_memory, reset_peak_memory
 from tracker.models.hooks import replaced_forward
 from tracker.models.load import LoadedModel
 from tracker.models.sources import find_model, parts_of_config
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest, Changes
+from tracker.schema.documents import Document
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.model_parts import fill_parts
+from tracker.schema.provenance import describe_machine, package_versions
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIAL_DOCUMENTS = 40

@@ -19,10 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.documents import Document
-from tracker.core.errors import attempt, first_line
-from tracker.core.provenance import describe_machine, package_versions
 from tracker.engine import fitting
 from tracker.engine.observers.layer_proxies import (
     divergences,
@@ -43,6 +39,10 @@ from tracker.models.load import SPREAD, find_device, load_model
 from tracker.models.offloaded import min_weight_bytes
 from tracker.models.parts.linear_maps import find_linear_maps
 from tracker.models.sources import find_model
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.documents import Document
+from tracker.schema.errors import attempt, first_line
+from tracker.schema.provenance import describe_machine, package_versions
 
 EngineFeature = Callable[[Engine], Any]
 """Function that computes figures with an engine; the model has at least four layers."""

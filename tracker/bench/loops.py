@@ -23,11 +23,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tracker.benchmarks.encoder import score_with_lm_eval, vllm_class
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document
-from tracker.core.errors import RequestError, first_line, translate_errors
-from tracker.core.grouping import group_by
 from tracker.engine.scoring.sweep import DocumentScores, Engine
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
@@ -35,6 +30,11 @@ from tracker.models.checkpoint import save_copy
 from tracker.models.devices import empty_cache, free_memory, total_memory
 from tracker.models.layers import find_layers
 from tracker.models.sources import find_model
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document
+from tracker.schema.errors import RequestError, first_line, translate_errors
+from tracker.schema.grouping import group_by
 
 T = TypeVar("T")
 Evaluation = tuple[float, list[tuple[float, bool]]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from tracker.core.documents import Document, DocumentText, Response
-from tracker.core.extent import Extent
-from tracker.core.identities import BenchmarkIdentity
+from tracker.schema.documents import Document, DocumentText, Response
+from tracker.schema.extent import Extent
+from tracker.schema.identities import BenchmarkIdentity
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

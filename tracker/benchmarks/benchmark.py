@@ -9,10 +9,10 @@ from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, locate_corpus, names_corpus
 from tracker.benchmarks.own import check_own_tasks, own_tasks_stamp, reads_local_files
 from tracker.benchmarks.sources import HUB, open_data_source
-from tracker.core.config import BenchmarkSpec, CellRequest
-from tracker.core.distribution import package_folder
-from tracker.core.errors import BenchmarkError, did_you_mean
-from tracker.core.identities import BenchmarkIdentity
+from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.distribution import package_folder
+from tracker.schema.errors import BenchmarkError, did_you_mean
+from tracker.schema.identities import BenchmarkIdentity
 from tracker.stats.accuracy import RATIO_SCALES
 
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.parts import part_setting, requested_half
 from tracker.benchmarks.sources import open_data_source
-from tracker.core.config import BenchmarkSpec, CellRequest
-from tracker.core.documents import Document, DocumentText, Response
-from tracker.core.errors import BenchmarkError, did_you_mean
-from tracker.core.extent import Extent
-from tracker.core.hub import check_name
-from tracker.core.identities import BenchmarkIdentity, TaskIdentity
-from tracker.core.provenance import content_hash, file_stamp
-from tracker.core.safe_yaml import short_text
-from tracker.core.text import replace_controls
+from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.documents import Document, DocumentText, Response
+from tracker.schema.errors import BenchmarkError, did_you_mean
+from tracker.schema.extent import Extent
+from tracker.schema.hub import check_name
+from tracker.schema.identities import BenchmarkIdentity, TaskIdentity
+from tracker.schema.provenance import content_hash, file_stamp
+from tracker.schema.safe_yaml import short_text
+from tracker.schema.text import replace_controls
 from tracker.stats.accuracy import RATIO
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from tracker.benchmarks.private import HFLM
-from tracker.core.config import BenchmarkSpec
-from tracker.core.documents import Document, Request
-from tracker.core.errors import BenchmarkError, first_line, translate_errors
-from tracker.core.fields import decode_arguments
-from tracker.core.provenance import content_hash
+from tracker.schema.config import BenchmarkSpec
+from tracker.schema.documents import Document, Request
+from tracker.schema.errors import BenchmarkError, first_line, translate_errors
+from tracker.schema.fields import decode_arguments
+from tracker.schema.provenance import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

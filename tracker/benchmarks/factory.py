@@ -37,10 +37,10 @@ from tracker.benchmarks.own import (
 )
 from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
 from tracker.benchmarks.sources import HUB, DataSource, data_error
-from tracker.core.config import BenchmarkSpec
-from tracker.core.errors import BenchmarkError, did_you_mean, translate_errors
-from tracker.core.provenance import content_hash, file_stamp, package_versions
 from tracker.ledger.cache import keep, recall
+from tracker.schema.config import BenchmarkSpec
+from tracker.schema.errors import BenchmarkError, did_you_mean, translate_errors
+from tracker.schema.provenance import content_hash, file_stamp, package_versions
 
 log = logging.getLogger(__name__)
 _DATA_LOCATION = ("dataset_path", "dataset_name")

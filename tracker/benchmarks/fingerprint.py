@@ -15,8 +15,8 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 
 from tracker.benchmarks.factory import is_installed_code
-from tracker.core.identities import Half, TaskIdentity
-from tracker.core.provenance import content_hash
+from tracker.schema.identities import Half, TaskIdentity
+from tracker.schema.provenance import content_hash
 
 _NOT_CONTENT = (
     *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from tracker.benchmarks.private import HFLM
-from tracker.core.documents import Prompt
-from tracker.core.errors import CellError
+from tracker.schema.documents import Prompt
+from tracker.schema.errors import CellError
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 """Function that prepares the model for rows of one prompt and yields options of `generate`."""

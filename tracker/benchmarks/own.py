@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from tracker.core.config import BenchmarkSpec
-from tracker.core.errors import BenchmarkError
-from tracker.core.fields import expand_home
-from tracker.core.provenance import file_stamp
+from tracker.schema.config import BenchmarkSpec
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.fields import expand_home
+from tracker.schema.provenance import file_stamp
 
 _SUFFIXES = (".yaml", ".yml")
 DATA_KEYS = ("data_files", "data_dir")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from tracker.core.config import DocumentSpec
-from tracker.core.errors import BenchmarkError
-from tracker.core.identities import Half
+from tracker.schema.config import DocumentSpec
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.identities import Half
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

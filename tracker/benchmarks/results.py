@@ -27,10 +27,10 @@ from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.fingerprint import filtered_metric
 from tracker.benchmarks.tasks import LmEvalBenchmark, storable_value
-from tracker.core.errors import CellError, WorkError
-from tracker.core.extent import Extent
-from tracker.core.grouping import group_by
-from tracker.core.provenance import content_hash
+from tracker.schema.errors import CellError, WorkError
+from tracker.schema.extent import Extent
+from tracker.schema.grouping import group_by
+from tracker.schema.provenance import content_hash
 
 BOOTSTRAP_ITERS = 100_000
 """Number of bootstrap iterations, lm-eval's own default."""

@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tracker.core.distribution import package_folder, pip_command
-from tracker.core.errors import BenchmarkError, did_you_mean, first_line, translate_errors
-from tracker.core.extensions import load_extensions
-from tracker.core.hub import ask_hub, explain_error
-from tracker.core.hub import unreachable_reason as hub_outage
-from tracker.core.provenance import file_stamp
+from tracker.schema.distribution import package_folder, pip_command
+from tracker.schema.errors import BenchmarkError, did_you_mean, first_line, translate_errors
+from tracker.schema.extensions import load_extensions
+from tracker.schema.hub import ask_hub, explain_error
+from tracker.schema.hub import unreachable_reason as hub_outage
+from tracker.schema.provenance import file_stamp
 
 HUB = "hub"
 DATA_PACKAGE = "package:"

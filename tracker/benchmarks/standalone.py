@@ -22,9 +22,9 @@ from tracker.benchmarks.factory import (
 )
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import open_data_source
-from tracker.core.config import BenchmarkSpec, CellRequest
-from tracker.core.errors import BenchmarkError
-from tracker.core.fields import decode_arguments
+from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.fields import decode_arguments
 
 if TYPE_CHECKING:
     from tracker.benchmarks.private import Entry

@@ -36,14 +36,14 @@ from tracker.benchmarks.own import check_own_tasks
 from tracker.benchmarks.parts import choose_part, part_setting
 from tracker.benchmarks.private import hide_progress_bars
 from tracker.benchmarks.sources import DATA_PACKAGE, HUB, open_data_source
-from tracker.core.config import BenchmarkSpec, CellRequest
-from tracker.core.documents import Document, DocumentText, Prompt, Request, Response
-from tracker.core.errors import BenchmarkError
-from tracker.core.extent import Extent
-from tracker.core.fields import decode_arguments, expand_home
-from tracker.core.grouping import group_by
-from tracker.core.identities import BenchmarkIdentity
-from tracker.core.provenance import content_hash
+from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.documents import Document, DocumentText, Prompt, Request, Response
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.extent import Extent
+from tracker.schema.fields import decode_arguments, expand_home
+from tracker.schema.grouping import group_by
+from tracker.schema.identities import BenchmarkIdentity
+from tracker.schema.provenance import content_hash
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
 """Builders of `datasets` that read files; a task may name one instead of a data set."""

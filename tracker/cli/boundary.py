@@ -15,9 +15,9 @@ import click
 
 from tracker.cli.help import GroupedCommands
 from tracker.cli.terminal import echo
-from tracker.core.distribution import REPOSITORY, UNSUPPORTED_SYSTEM, __version__
-from tracker.core.errors import TrackerError, first_line
-from tracker.core.text import is_writable, mask_secrets
+from tracker.schema.distribution import REPOSITORY, UNSUPPORTED_SYSTEM, __version__
+from tracker.schema.errors import TrackerError, first_line
+from tracker.schema.text import is_writable, mask_secrets
 
 ISSUES_URL = f"{REPOSITORY}/issues"
 COLLECTION_THRESHOLD = 10_000

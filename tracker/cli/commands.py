@@ -39,7 +39,7 @@ from tracker.cli.terminal import (
     echo_all,
     silence_libraries,
 )
-from tracker.core.config import (
+from tracker.schema.config import (
     COMPETITORS,
     EXECUTORS,
     FIELDS_BY_KEY,
@@ -48,12 +48,12 @@ from tracker.core.config import (
     executor_names,
     run_request,
 )
-from tracker.core.distribution import EXAMPLES_FOLDER, __version__
-from tracker.core.errors import ExperimentError
-from tracker.core.experiment_input import UNNAMED_FILE, load_experiment
-from tracker.core.extensions import list_extensions
-from tracker.core.formats import count_text
-from tracker.core.kinds import COMPONENTS
+from tracker.schema.distribution import EXAMPLES_FOLDER, __version__
+from tracker.schema.errors import ExperimentError
+from tracker.schema.experiment_input import UNNAMED_FILE, load_experiment
+from tracker.schema.extensions import list_extensions
+from tracker.schema.formats import count_text
+from tracker.schema.kinds import COMPONENTS
 
 
 class MainGroup(ErrorBoundary):

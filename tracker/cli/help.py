@@ -8,7 +8,7 @@ from itertools import chain
 
 import click
 
-from tracker.core.config import BenchmarkSpec, DocumentSpec, ModelSpec
+from tracker.schema.config import BenchmarkSpec, DocumentSpec, ModelSpec
 
 MAX_CHOICES = 8
 """An option with more choices lists them in its help instead of its usage."""

@@ -18,15 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from tracker.cli.help import DashedOption, GroupedCommand
-from tracker.core import fields
-from tracker.core.changes import MAX_LAYERS
-from tracker.core.config import FIELDS_BY_KEY, FILE_KEYS, CellSettings
-from tracker.core.errors import did_you_mean
-from tracker.core.experiment import ALL_PARTS, Sweep
-from tracker.core.experiment_input import names_model
-from tracker.core.extent import Positive
-from tracker.core.fields import SEVERAL_BENCHMARKS, Count, JsonArguments, Name, StrictModel, Times
-from tracker.core.safe_yaml import parse_yaml, suggest_file
+from tracker.schema import fields
+from tracker.schema.changes import MAX_LAYERS
+from tracker.schema.config import FIELDS_BY_KEY, FILE_KEYS, CellSettings
+from tracker.schema.errors import did_you_mean
+from tracker.schema.experiment import ALL_PARTS, Sweep
+from tracker.schema.experiment_input import names_model
+from tracker.schema.extent import Positive
+from tracker.schema.fields import SEVERAL_BENCHMARKS, Count, JsonArguments, Name, StrictModel, Times
+from tracker.schema.safe_yaml import parse_yaml, suggest_file
 from tracker.search.settings import SearchSettings
 
 F = TypeVar("F", bound=Callable[..., Any])

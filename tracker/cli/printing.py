@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker.cli.terminal import echo, echo_all, print_table
-from tracker.core import run_table
-from tracker.core.answers import statement
-from tracker.core.config import CellRequest
-from tracker.core.estimates import Estimate
-from tracker.core.formats import (
+from tracker.schema import run_table
+from tracker.schema.answers import statement
+from tracker.schema.config import CellRequest
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import (
     DASH,
     count_text,
     figure_text,
@@ -25,17 +25,17 @@ from tracker.core.formats import (
     metric_format,
     time_text,
 )
-from tracker.core.tables import Column, Table, build_table
+from tracker.schema.tables import Column, Table, build_table
 
 if TYPE_CHECKING:
     from tracker.analysis.claims import Claims
     from tracker.bench.doctor import CheckResult, Diagnosis
-    from tracker.core.changes import Change
-    from tracker.core.findings import FindingRecord
-    from tracker.core.records import CellRecord
     from tracker.export.facts import ExportedModel
     from tracker.measuring.planning import PlannedCell
     from tracker.results import Results
+    from tracker.schema.changes import Change
+    from tracker.schema.findings import FindingRecord
+    from tracker.schema.records import CellRecord
     from tracker.search.planning import PlannedSearch
 
 

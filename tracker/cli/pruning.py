@@ -27,9 +27,9 @@ from tracker.cli.options import (
 )
 from tracker.cli.printing import print_export, print_study
 from tracker.cli.terminal import ProgressDisplay, announce_start, echo
-from tracker.core.config import FIELDS_BY_KEY, CellSettings, ChangeGrid
-from tracker.core.kinds import UNITS
-from tracker.core.search_parts import unit_plural
+from tracker.schema.config import FIELDS_BY_KEY, CellSettings, ChangeGrid
+from tracker.schema.kinds import UNITS
+from tracker.schema.search_parts import unit_plural
 from tracker.search.settings import CELL_KEYS, SearchSettings
 
 _BENCHMARK_KEYS = [

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracker.core.tables import Table, entry_text, heading_text
-from tracker.core.text import mask_secrets, replace_controls
 from tracker.measuring.progress import Progress
+from tracker.schema.tables import Table, entry_text, heading_text
+from tracker.schema.text import mask_secrets, replace_controls
 
 if TYPE_CHECKING:
     from rich.console import Console

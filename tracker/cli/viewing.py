@@ -31,13 +31,13 @@ from tracker.cli.options import (
 )
 from tracker.cli.printing import benchmark_label, print_boards, print_failures, runnable_command
 from tracker.cli.terminal import ProgressDisplay, announce_start, echo, echo_all, print_table
-from tracker.core.formats import count_text
-from tracker.core.tables import Column, build_table
+from tracker.schema.formats import count_text
+from tracker.schema.tables import Column, build_table
 
 if TYPE_CHECKING:
-    from tracker.core.records import CellRecord
     from tracker.ledger.verify import VerifiedCell
     from tracker.results import Results
+    from tracker.schema.records import CellRecord
 
 
 class ReportOptions(CommandOptions):

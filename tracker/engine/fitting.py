@@ -14,10 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tracker.core.changes import INTACT
 from tracker.engine.forward.layer import FittedReplacement, ForwardPass
 from tracker.engine.scoring.model import EngineModel
 from tracker.engine.scoring.rows import count_common_tokens
+from tracker.schema.changes import INTACT
 
 
 @dataclass

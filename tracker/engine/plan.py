@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tracker.core.grouping import group_by
-from tracker.core.model_parts import experts_per_token
 from tracker.engine.forward.streams import Ablations, StreamPlan, count_plain_passes, plan_streams
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.model import input_tokens, stream_bytes
@@ -22,6 +20,8 @@ from tracker.engine.selfcheck.check import plain_tokens
 from tracker.models.layers import find_layers
 from tracker.models.parts.experts import count_experts
 from tracker.models.parts.linear_maps import find_embeddings
+from tracker.schema.grouping import group_by
+from tracker.schema.model_parts import experts_per_token
 
 RATE_SECONDS = 0.5
 """Duration of the measurement of the machine's speed, in seconds."""

@@ -10,6 +10,6 @@ Modules:
 
 import sys
 
-from tracker.core.api_package import ApiPackage
+from tracker.schema.api_package import ApiPackage
 
 sys.modules[__name__].__class__ = ApiPackage

@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Template
 
-from tracker.core.formats import level_text
-from tracker.core.grouping import group_by
-from tracker.core.hub import check_name
-from tracker.core.identities import ModelIdentity
-from tracker.core.kinds import Component
-from tracker.core.text import escape_markdown, markdown_code
-from tracker.core.weight_formats import FORMATS
 from tracker.export.facts import ExportedModel
 from tracker.models.sources import MODEL_PACKAGE, ModelSource
 from tracker.report.texts import open_templates
+from tracker.schema.formats import level_text
+from tracker.schema.grouping import group_by
+from tracker.schema.hub import check_name
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.kinds import Component
+from tracker.schema.text import escape_markdown, markdown_code
+from tracker.schema.weight_formats import FORMATS
 
 WINDOWS_RECIPE = "llama.cpp, windows"
 """Recipe that states which layers have an attention window, since llama.cpp would guess wrong."""

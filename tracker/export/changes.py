@@ -9,20 +9,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tracker.core.changes import Ablation, Change
-from tracker.core.errors import RequestError
-from tracker.core.extent import Extent
-from tracker.core.formats import count_text
-from tracker.core.identities import ModelIdentity
-from tracker.core.kinds import Component
-from tracker.core.prune_records import CalibrationSet, PruneRecord, PruneStep
-from tracker.core.records import CellRecord
-from tracker.core.weight_formats import FORMATS, WeightFormat
 from tracker.export.card import find_windows, format_recipes, layer_recipes, skip_lists
 from tracker.export.facts import Accuracy, ModelChange
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents, Ledger
 from tracker.measuring.derive import list_records
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.errors import RequestError
+from tracker.schema.extent import Extent
+from tracker.schema.formats import count_text
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.kinds import Component
+from tracker.schema.prune_records import CalibrationSet, PruneRecord, PruneStep
+from tracker.schema.records import CellRecord
+from tracker.schema.weight_formats import FORMATS, WeightFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,12 +19,6 @@ from safetensors import SafetensorError
 
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_corpus
-from tracker.core.config import CellRequest, cell_request
-from tracker.core.distribution import __version__
-from tracker.core.errors import BenchmarkError, CellError, RequestError, TrackerError, WorkError
-from tracker.core.formats import count_text, metric_format
-from tracker.core.provenance import describe_machine
-from tracker.core.records import CellRecord
 from tracker.export.card import ordered_recipes, write_card
 from tracker.export.changes import (
     add_origin,
@@ -42,6 +36,12 @@ from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.runner import run_cells
+from tracker.schema.config import CellRequest, cell_request
+from tracker.schema.distribution import __version__
+from tracker.schema.errors import BenchmarkError, CellError, RequestError, TrackerError, WorkError
+from tracker.schema.formats import count_text, metric_format
+from tracker.schema.provenance import describe_machine
+from tracker.schema.records import CellRecord
 from tracker.team.publish import Publisher
 from tracker.tracking import open_models, service, target
 from tracker.tracking.base import SavedModel

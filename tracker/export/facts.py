@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from tracker.core.changes import Ablation, Change
-from tracker.core.estimates import Estimate
-from tracker.core.formats import count_text, join_words
-from tracker.core.identities import ModelIdentity
-from tracker.core.prune_records import CalibrationSet
-from tracker.core.records import CellRecord
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import count_text, join_words
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.prune_records import CalibrationSet
+from tracker.schema.records import CellRecord
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ import torch
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.benchmarks.standalone import write_tasks
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest
-from tracker.core.errors import WorkError
-from tracker.core.estimates import Estimate
 from tracker.engine.selfcheck.check import HALF_TOLERANCE, SINGLE_TOLERANCE
 from tracker.export.facts import Proof
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.models.load import LoadedModel
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import WorkError
+from tracker.schema.estimates import Estimate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote
 
-from tracker.core.extent import random_order
+from tracker.schema.extent import random_order
 
 BLOCK_SIZE = 32
 """Number of documents of a block, which are locked and usually computed and written together."""

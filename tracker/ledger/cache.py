@@ -29,8 +29,8 @@ from typing import Any
 
 import platformdirs
 
-from tracker.core.errors import WorkError
 from tracker.ledger.files import read_note, write_note
+from tracker.schema.errors import WorkError
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _REACHABLE_BY_OTHERS = stat.S_IXGRP | stat.S_IXOTH

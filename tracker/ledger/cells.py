@@ -17,19 +17,19 @@ import pandas as pd
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.core.distribution import LEDGER_FORMAT, format_problem
-from tracker.core.errors import WorkError
-from tracker.core.extent import ALL_DOCUMENTS, Extent
-from tracker.core.grouping import group_by
-from tracker.core.identities import Record
-from tracker.core.provenance import content_hash, has_other_tokens, tokeniser_differences
-from tracker.core.records import CellRecord, utc_date
 from tracker.ledger.blocks import BLOCK_SIZE, Block, document_positions
 from tracker.ledger.files import lock_file, make_folder, read_note, write_bytes, write_note
 from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN, outcome_table
 from tracker.ledger.shards import ASIDE_SUFFIX, Shard, read_shard, read_shard_metadata, shard_file
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import CellIdentity, Views, view_file_name
+from tracker.schema.distribution import LEDGER_FORMAT, format_problem
+from tracker.schema.errors import WorkError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.grouping import group_by
+from tracker.schema.identities import Record
+from tracker.schema.provenance import content_hash, has_other_tokens, tokeniser_differences
+from tracker.schema.records import CellRecord, utc_date
 
 Derived = TypeVar("Derived", bound=Record)
 _OUTCOME_KEYS = ["task", "doc", "ablation"]

@@ -23,8 +23,8 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.core.errors import WorkError
-from tracker.core.provenance import content_hash
+from tracker.schema.errors import WorkError
+from tracker.schema.provenance import content_hash
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from tracker.core.documents import Document, Response
-from tracker.core.proxies import EXPERT_PROXIES, OBSERVED
+from tracker.schema.documents import Document, Response
+from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED
 
 METRIC_PREFIX = "metric/"
 """Prefix of the columns of the task's metrics; lm-eval's name of the metric follows."""

@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tracker.core.distribution import LEDGER_FORMAT
 from tracker.ledger.blocks import Block
 from tracker.ledger.files import write_bytes
+from tracker.schema.distribution import LEDGER_FORMAT
 
 ASIDE_SUFFIX = ".aside"
 """Suffix of damaged files that were set aside."""

@@ -39,13 +39,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-from tracker.core.distribution import LEDGER_FORMAT, format_problem
-from tracker.core.errors import ResultsError
-from tracker.core.findings import FindingRecord
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
-from tracker.core.provenance import TOKENISATION_KEY
-from tracker.core.prune_records import PruneRecord
-from tracker.core.records import RecordKey
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import (
     access_problem,
@@ -58,6 +51,13 @@ from tracker.ledger.files import (
     write_text,
 )
 from tracker.ledger.views import CellIdentity, RequestedView, cell_key, folder_name
+from tracker.schema.distribution import LEDGER_FORMAT, format_problem
+from tracker.schema.errors import ResultsError
+from tracker.schema.findings import FindingRecord
+from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, Record
+from tracker.schema.provenance import TOKENISATION_KEY
+from tracker.schema.prune_records import PruneRecord
+from tracker.schema.records import RecordKey
 
 RecordType = TypeVar("RecordType", bound=Record)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from tracker.core.distribution import LEDGER_FORMAT
-from tracker.core.documents import Document, DocumentText
-from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_bytes
 from tracker.ledger.shards import ASIDE_SUFFIX, read_shard, shard_file
 from tracker.ledger.views import CellIdentity
+from tracker.schema.distribution import LEDGER_FORMAT
+from tracker.schema.documents import Document, DocumentText
+from tracker.schema.provenance import content_hash
 
 MAX_QUESTION_LENGTH = 4000
 """Maximum number of stored characters of a question; a longer one loses its middle."""

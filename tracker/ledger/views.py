@@ -18,14 +18,6 @@ from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
-from tracker.core.config import CellRequest
-from tracker.core.distribution import LEDGER_FORMAT, format_problem
-from tracker.core.errors import ResultsError
-from tracker.core.formats import count_text
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
-from tracker.core.provenance import content_hash
-from tracker.core.records import former_view_name, view_name
-from tracker.core.views import Until, View
 from tracker.ledger.files import (
     access_problem,
     error_reason,
@@ -34,6 +26,14 @@ from tracker.ledger.files import (
     seal_note,
     write_note,
 )
+from tracker.schema.config import CellRequest
+from tracker.schema.distribution import LEDGER_FORMAT, format_problem
+from tracker.schema.errors import ResultsError
+from tracker.schema.formats import count_text
+from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, Record
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import former_view_name, view_name
+from tracker.schema.views import Until, View
 
 _LATER_SETTINGS = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),

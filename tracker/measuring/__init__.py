@@ -3,6 +3,7 @@
 Modules:
     calibrate: Choose calibration text for fitted replacements.
     derive: Derive figures, and answers to `until` questions, from the outcomes in the ledger.
+    executors: Measure cells in one process, several processes, Ray or SLURM.
     fill: Compute the missing blocks of a cell.
     job: Define a job and its options.
     meter: Measure documents of a cell on a loaded model.

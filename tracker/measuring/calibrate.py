@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document
-from tracker.core.errors import CellError
-from tracker.core.extent import Extent, random_order, shuffle_documents
-from tracker.core.grouping import group_by
-from tracker.core.kinds import Action
-from tracker.core.provenance import content_hash
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document
+from tracker.schema.errors import CellError
+from tracker.schema.extent import Extent, random_order, shuffle_documents
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import Action
+from tracker.schema.provenance import content_hash
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

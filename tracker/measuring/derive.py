@@ -9,14 +9,14 @@ from pathlib import Path
 from tracker.analysis.decisions import decisions_record, derive_decisions
 from tracker.analysis.records import cell_record
 from tracker.analysis.stopping import CellRace
-from tracker.core.decision_records import DecisionsRecord
-from tracker.core.errors import TrackerError
-from tracker.core.provenance import content_hash, file_hash
-from tracker.core.records import AnswerRecord, CellRecord
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents
 from tracker.ledger.views import RequestedView
+from tracker.schema.decision_records import DecisionsRecord
+from tracker.schema.errors import TrackerError
+from tracker.schema.provenance import content_hash, file_hash
+from tracker.schema.records import AnswerRecord, CellRecord
+from tracker.schema.views import View
 
 
 def derive_record(store: CellStore, view: View) -> CellRecord:
@@ -30,7 +30,7 @@ def derive_record(store: CellStore, view: View) -> CellRecord:
     return record.model_copy(update={name: getattr(view, name) for name in _NOT_DERIVED})
 
 
-DERIVED_BY = ("core", "ledger", "stats", "analysis")
+DERIVED_BY = ("schema", "ledger", "stats", "analysis")
 """Names of the packages whose code turns outcomes into records."""
 _NOT_DERIVED = ("beside", "explicit", "supersedes")
 """Fields that a record copies from its view; they affect no figure of the record."""

@@ -17,10 +17,6 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tracker.analysis.stopping import BlockRace, CellRace
-from tracker.core.config import all_ablations
-from tracker.core.errors import CellError
-from tracker.core.extent import ALL_DOCUMENTS, Extent
-from tracker.core.provenance import SAME_VERSIONS, has_other_tokens, tokeniser_differences
 from tracker.ledger.blocks import Block, split_missing
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN
@@ -29,6 +25,10 @@ from tracker.measuring.job import Job, Reporting
 from tracker.measuring.meter import Advance, CellFacts, Measurement
 from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress, report_work
+from tracker.schema.config import all_ablations
+from tracker.schema.errors import CellError
+from tracker.schema.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.provenance import SAME_VERSIONS, has_other_tokens, tokeniser_differences
 
 RETRY_SECONDS = 0.5
 """Seconds between two attempts to take a block that another process is measuring."""

@@ -8,12 +8,12 @@ from numbers import Integral
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.config import EXECUTORS, OFFLOAD_PLACES, CellRequest, executor_names
-from tracker.core.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import CellLookup
 from tracker.measuring.progress import Progress
+from tracker.schema.config import EXECUTORS, OFFLOAD_PLACES, CellRequest, executor_names
+from tracker.schema.errors import RequestError, did_you_mean
 
 _MIN_BYTES = 2**20
 

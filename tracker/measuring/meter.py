@@ -10,22 +10,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.config import CellRequest, ModelSpec, all_ablations
-from tracker.core.documents import Document, Response
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity
-from tracker.core.provenance import (
-    TOKENISATION_KEY,
-    WEIGHTS_KEY,
-    describe_machine,
-    package_versions,
-)
 from tracker.ledger.outcomes import CHECKPOINT_KEY, DIGEST_COLUMN, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, choose_calibration, repeated_documents
 from tracker.measuring.prepare import check_range
 from tracker.models.devices import describe_device
 from tracker.models.sources import find_model, parts_of_config, stored_format
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.config import CellRequest, ModelSpec, all_ablations
+from tracker.schema.documents import Document, Response
+from tracker.schema.identities import BenchmarkIdentity, ModelIdentity
+from tracker.schema.provenance import (
+    TOKENISATION_KEY,
+    WEIGHTS_KEY,
+    describe_machine,
+    package_versions,
+)
 
 if TYPE_CHECKING:
     from tracker.engine.forward.layer import Replacement

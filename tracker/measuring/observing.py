@@ -11,9 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document
-from tracker.core.grouping import group_by
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
@@ -24,6 +21,9 @@ from tracker.measuring.fill import refuse_other_tokens
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Meter, open_model
 from tracker.measuring.progress import Progress, report_work
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document
+from tracker.schema.grouping import group_by
 
 SAVE_SECONDS = 60.0
 """Seconds between two saves, so that a killed process loses at most this much work."""

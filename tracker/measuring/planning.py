@@ -9,12 +9,6 @@ from typing import TYPE_CHECKING
 
 from tracker.analysis.paired import variance_range
 from tracker.analysis.stopping import AnswerForecast, check_bounded, forecast_answer
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document
-from tracker.core.errors import ModelError
-from tracker.core.identities import HALF_PRECISION, BenchmarkIdentity
-from tracker.core.records import AnswerRecord
-from tracker.core.weight_formats import FORMATS
 from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import repeated_documents
@@ -22,6 +16,12 @@ from tracker.measuring.derive import derive_answer, derive_record
 from tracker.measuring.prepare import CellLookup, check_layers, find_cell
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, count_layers, stored_format
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document
+from tracker.schema.errors import ModelError
+from tracker.schema.identities import HALF_PRECISION, BenchmarkIdentity
+from tracker.schema.records import AnswerRecord
+from tracker.schema.weight_formats import FORMATS
 from tracker.stats.accuracy import UNRELATED_VARIANCE, OutcomeVariance
 
 if TYPE_CHECKING:

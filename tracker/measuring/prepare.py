@@ -14,16 +14,16 @@ from tracker.benchmarks.benchmark import (
     is_local,
     open_benchmark,
 )
-from tracker.core.config import CellRequest
-from tracker.core.errors import ExperimentError, UnreachableError
-from tracker.core.model_parts import ModelParts, PartsCounter, check_parts, fill_parts
-from tracker.core.provenance import package_versions
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import request_key
 from tracker.measuring.derive import derive_answer
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, count_parts, find_model
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import ExperimentError, UnreachableError
+from tracker.schema.model_parts import ModelParts, PartsCounter, check_parts, fill_parts
+from tracker.schema.provenance import package_versions
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,6 @@ import torch
 from filelock import FileLock
 
 from tracker.benchmarks.generation import TextGenerator
-from tracker.core.changes import Ablation
-from tracker.core.documents import Document, Prompt
-from tracker.core.errors import CellError
-from tracker.core.provenance import content_hash
 from tracker.engine.refusal import refusal_reason
 from tracker.engine.scoring.generation import generation_groups, prepare_generation
 from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
@@ -31,6 +27,10 @@ from tracker.engine.selfcheck.reference import (
 )
 from tracker.ledger.cache import keep, private_folder, recall
 from tracker.models.devices import hardware_name
+from tracker.schema.changes import Ablation
+from tracker.schema.documents import Document, Prompt
+from tracker.schema.errors import CellError
+from tracker.schema.provenance import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

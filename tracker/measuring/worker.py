@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.core.config import CellRequest, ModelSpec
-from tracker.core.errors import CellError, ModelError, first_line, translate_errors
 from tracker.ledger.cache import Checks
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Advance, CellFacts, Measurement, Meter, Model, open_model
+from tracker.schema.config import CellRequest, ModelSpec
+from tracker.schema.errors import CellError, ModelError, first_line, translate_errors
 
 
 class DeviceLostError(CellError):

@@ -27,9 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tracker.core.changes import Change
-from tracker.core.errors import ModelError, WorkError, attempt, first_line, translate_errors
-from tracker.core.provenance import content_hash, file_hash
 from tracker.ledger.files import make_folder, new_folder, write_bytes
 from tracker.models.devices import empty_cache
 from tracker.models.hooks import TRANSFORMERS_LOCK
@@ -45,6 +42,9 @@ from tracker.models.pruned import (
     tensor_shapes,
 )
 from tracker.models.sources import BITSANDBYTES_ARGUMENTS, ModelSource, find_model, read_config
+from tracker.schema.changes import Change
+from tracker.schema.errors import ModelError, WorkError, attempt, first_line, translate_errors
+from tracker.schema.provenance import content_hash, file_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

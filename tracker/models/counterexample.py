@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.errors import CellError
 from tracker.models.hooks import TRANSFORMERS_LOCK, replaced_attributes
+from tracker.schema.errors import CellError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

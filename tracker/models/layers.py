@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from tracker.core.errors import ModelError
+from tracker.schema.errors import ModelError
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:

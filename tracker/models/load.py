@@ -24,9 +24,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tracker.core.errors import ModelError, first_line, translate_errors
-from tracker.core.identities import ModelIdentity
-from tracker.core.provenance import content_hash
 from tracker.ledger.cache import private_folder
 from tracker.models.devices import accelerators, default_device, free_memory
 from tracker.models.gguf_file import cached_gguf_parsing
@@ -47,6 +44,9 @@ from tracker.models.sources import (
     reading_error,
     require_package,
 )
+from tracker.schema.errors import ModelError, first_line, translate_errors
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.provenance import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

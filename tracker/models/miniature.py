@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tracker.core.errors import attempt
-from tracker.core.model_parts import EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS
 from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
 from tracker.models.pruned import TensorShapes, tensor_shapes
+from tracker.schema.errors import attempt
+from tracker.schema.model_parts import EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS
 
 NumberPath = tuple[str, ...]
 """Path of a number in a text model's configuration."""

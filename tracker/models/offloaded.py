@@ -26,10 +26,10 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 
-from tracker.core.errors import CellError, ModelError
 from tracker.models.devices import allocate_pinned, can_pin, free_memory, stream_module
 from tracker.models.hooks import Args, replaced_attributes
 from tracker.models.layers import find_layers
+from tracker.schema.errors import CellError, ModelError
 
 ALIGNMENT = 64
 """Alignment of weights in a buffer in bytes, as in allocators."""

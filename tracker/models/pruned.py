@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.changes import Change
-from tracker.core.errors import ModelError, attempt, first_line
 from tracker.models.hooks import (
     TRANSFORMERS_LOCK,
     Args,
@@ -34,6 +32,8 @@ from tracker.models.hooks import (
     replace_output,
 )
 from tracker.models.layers import find_layers, find_layers_parent
+from tracker.schema.changes import Change
+from tracker.schema.errors import ModelError, attempt, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracker.core.distribution import extra_command
-from tracker.core.errors import CellError, ExperimentError, first_line, translate_errors
-from tracker.core.weight_formats import FORMATS, WeightFormat
+from tracker.schema.distribution import extra_command
+from tracker.schema.errors import CellError, ExperimentError, first_line, translate_errors
+from tracker.schema.weight_formats import FORMATS, WeightFormat
 
 _INTEGER_LEVELS = {"int8": (-128, 127), "int4": (-8, 7)}
 _LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from tracker.core.changes import MAX_LAYERS
-from tracker.core.config import ModelSpec
-from tracker.core.distribution import package_folder, pip_command
-from tracker.core.errors import (
+from tracker.ledger.cache import keep, private_folder, recall
+from tracker.schema.changes import MAX_LAYERS
+from tracker.schema.config import ModelSpec
+from tracker.schema.distribution import package_folder, pip_command
+from tracker.schema.errors import (
     ModelError,
     UnreachableError,
     attempt,
@@ -34,12 +35,11 @@ from tracker.core.errors import (
     first_line,
     translate_errors,
 )
-from tracker.core.fields import decode_arguments, expand_home
-from tracker.core.hub import ask_hub, check_name, explain_error, unreachable_reason
-from tracker.core.model_parts import EXPERT_COUNT_KEYS, ModelParts, layers_of_kind
-from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
-from tracker.core.safe_yaml import short_text
-from tracker.ledger.cache import keep, private_folder, recall
+from tracker.schema.fields import decode_arguments, expand_home
+from tracker.schema.hub import ask_hub, check_name, explain_error, unreachable_reason
+from tracker.schema.model_parts import EXPERT_COUNT_KEYS, ModelParts, layers_of_kind
+from tracker.schema.provenance import content_hash, file_hash, file_stamp, package_versions
+from tracker.schema.safe_yaml import short_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

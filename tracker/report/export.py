@@ -13,13 +13,6 @@ import plotly.graph_objects as go
 
 from tracker.analysis.boards import layer_board, model_board, part_boards
 from tracker.analysis.comparable import benchmark_labels, model_labels, named_models
-from tracker.core import formats
-from tracker.core.distribution import extra_command
-from tracker.core.errors import RequestError
-from tracker.core.findings import FindingRecord
-from tracker.core.records import CellRecord
-from tracker.core.tables import Table, entry_text, heading_text
-from tracker.core.text import escape_markdown
 from tracker.ledger.files import write_atomically, write_text
 from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
@@ -36,6 +29,13 @@ from tracker.report.leaderboard import (
 from tracker.report.page.studies import study_charts, study_frames
 from tracker.report.tables import overview_table
 from tracker.report.wording import rule
+from tracker.schema import formats
+from tracker.schema.distribution import extra_command
+from tracker.schema.errors import RequestError
+from tracker.schema.findings import FindingRecord
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Table, entry_text, heading_text
+from tracker.schema.text import escape_markdown
 
 _LATEX_ESCAPES = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}

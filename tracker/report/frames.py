@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from tracker.analysis.claims import verdict_words
 from tracker.analysis.decisions import Decisions, ModelDecisions
-from tracker.core.changes import CHANGE_COLUMNS
-from tracker.core.records import CellRecord
-from tracker.core.run_table import (
+from tracker.schema.changes import CHANGE_COLUMNS
+from tracker.schema.records import CellRecord
+from tracker.schema.run_table import (
     CELL_COLUMNS,
     CellRun,
     cell_columns,
@@ -31,8 +31,8 @@ from tracker.core.run_table import (
     pick_columns,
     run_columns,
 )
-from tracker.core.tables import Column, Table, build_table
-from tracker.core.text import escape_cell
+from tracker.schema.tables import Column, Table, build_table
+from tracker.schema.text import escape_cell
 
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
 _NUMBER_COLUMNS = ("num_fewshot", "sample_seed", "layer", "span", "number", "repeats", "doc")

@@ -23,14 +23,14 @@ from tracker.analysis.boards import (
     undefined_reason,
 )
 from tracker.analysis.comparable import benchmark_labels, model_labels
-from tracker.core.changes import WHOLE_LAYER
-from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.formats import count_text, layer_list
-from tracker.core.proxies import OBSERVED, PROXIES, Proxy
-from tracker.core.records import NO_REASON, CellRecord, first_layers
-from tracker.core.run_table import by_name, layer_column, pick_columns
-from tracker.core.tables import Column, Table, build_table
 from tracker.report.wording import open_models_sentence, provenance_notes
+from tracker.schema.changes import WHOLE_LAYER
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.formats import count_text, layer_list
+from tracker.schema.proxies import OBSERVED, PROXIES, Proxy
+from tracker.schema.records import NO_REASON, CellRecord, first_layers
+from tracker.schema.run_table import by_name, layer_column, pick_columns
+from tracker.schema.tables import Column, Table, build_table
 
 _MAX_MISJUDGED = 10
 """Maximum number of misjudged layers that the table lists."""

@@ -9,20 +9,28 @@ from tracker.analysis.agreement import find_correlation
 from tracker.analysis.boards import layer_relevance
 from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels, row_labels
-from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.estimates import Estimate
-from tracker.core.formats import DASH, count_text, is_finite, metric_format, write_figure
-from tracker.core.grouping import group_by
-from tracker.core.identities import CHOICE_PROBABILITY, TaskIdentity
-from tracker.core.proxies import PROXIES
-from tracker.core.records import (
+from tracker.report.wording import (
+    P_VALUE_NAMES,
+    power_sentence,
+    provenance_notes,
+    rule,
+    run_list,
+    sample_kind,
+)
+from tracker.schema.changes import WHOLE_LAYER, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import DASH, count_text, is_finite, metric_format, write_figure
+from tracker.schema.grouping import group_by
+from tracker.schema.identities import CHOICE_PROBABILITY, TaskIdentity
+from tracker.schema.proxies import PROXIES
+from tracker.schema.records import (
     NO_REASON,
     RUN_NOT_MEASURED,
     CellRecord,
     CorrelationRecord,
     first_layers,
 )
-from tracker.core.run_table import (
+from tracker.schema.run_table import (
     CellRun,
     cell_proxies,
     correlation_columns,
@@ -33,16 +41,8 @@ from tracker.core.run_table import (
     pick_columns,
     run_columns,
 )
-from tracker.core.tables import Column, Table, build_table
-from tracker.core.text import capitalise
-from tracker.report.wording import (
-    P_VALUE_NAMES,
-    power_sentence,
-    provenance_notes,
-    rule,
-    run_list,
-    sample_kind,
-)
+from tracker.schema.tables import Column, Table, build_table
+from tracker.schema.text import capitalise
 from tracker.stats.accuracy import RATIO
 
 COEFFICIENT_NAMES = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}

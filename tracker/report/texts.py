@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tracker.core import formats
-from tracker.core.text import capitalise
+from tracker.schema import formats
+from tracker.schema.text import capitalise
 
 FIGURE_WRITERS: tuple[Callable[..., str], ...] = (
     capitalise,

@@ -16,10 +16,11 @@ from tracker.analysis.claims import (
     run_verdicts,
 )
 from tracker.analysis.paired import variance_range
-from tracker.core.answers import interval_name
-from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.estimates import Estimate
-from tracker.core.formats import (
+from tracker.report.texts import TextTemplate
+from tracker.schema.answers import interval_name
+from tracker.schema.changes import WHOLE_LAYER, Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import (
     count_text,
     figure_text,
     interval_text,
@@ -32,11 +33,11 @@ from tracker.core.formats import (
     round_count,
     two_digits,
 )
-from tracker.core.grouping import group_by
-from tracker.core.kinds import REPLACEMENT_WORDS
-from tracker.core.provenance import WEIGHTS_KEY
-from tracker.core.proxies import EXPERT_PROXIES, OBSERVED, PROXIES, Proxy
-from tracker.core.records import (
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import REPLACEMENT_WORDS
+from tracker.schema.provenance import WEIGHTS_KEY
+from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, PROXIES, Proxy
+from tracker.schema.records import (
     NO_REASON,
     RUN_NOT_MEASURED,
     CellRecord,
@@ -44,9 +45,8 @@ from tracker.core.records import (
     RunRecord,
     first_layers,
 )
-from tracker.core.text import capitalise
-from tracker.core.weight_formats import FORMATS
-from tracker.report.texts import TextTemplate
+from tracker.schema.text import capitalise
+from tracker.schema.weight_formats import FORMATS
 from tracker.stats.accuracy import ALPHA, TEST_POWER
 from tracker.stats.support import Verdict, holm
 

@@ -17,12 +17,6 @@ from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import choose_metric, open_benchmark
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest, ModelSpec
-from tracker.core.identities import BenchmarkIdentity
-from tracker.core.kinds import COMPONENTS, NUMBERED_COMPONENTS
-from tracker.core.search_parts import SearchParts
-from tracker.core.views import View
 from tracker.engine.forward.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import Checks
@@ -36,6 +30,12 @@ from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
 from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.sources import ModelSource, find_model
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.config import CellRequest, ModelSpec
+from tracker.schema.identities import BenchmarkIdentity
+from tracker.schema.kinds import COMPONENTS, NUMBERED_COMPONENTS
+from tracker.schema.search_parts import SearchParts
+from tracker.schema.views import View
 from tracker.stats.arrays import Array
 
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.config import CellRequest
-from tracker.core.errors import CellError, RequestError, TrackerError, TrackingError
-from tracker.core.estimates import Estimate
-from tracker.core.findings import FindingRecord
-from tracker.core.grouping import group_by
-from tracker.core.kinds import NUMBERED_COMPONENTS
-from tracker.core.prune_records import HeldOutResult, PruneRecord
-from tracker.core.records import CellRecord, RecordKey
 from tracker.ledger.store import Ledger, write_finding, write_search
 from tracker.measuring.prepare import find_cell
 from tracker.runner import RunOutcome, run_cells
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import CellError, RequestError, TrackerError, TrackingError
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import FindingRecord
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import NUMBERED_COMPONENTS
+from tracker.schema.prune_records import HeldOutResult, PruneRecord
+from tracker.schema.records import CellRecord, RecordKey
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import refuse_unsavable
 from tracker.search.report import TestedSearch, build_finding, final_outcome

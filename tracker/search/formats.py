@@ -15,14 +15,6 @@ import numpy as np
 from scipy import optimize
 
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.changes import Ablation, Change
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document
-from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate
-from tracker.core.kinds import OUTER_MATRICES
-from tracker.core.model_parts import ModelParts, check_parts, fill_parts
-from tracker.core.weight_formats import FORMATS
 from tracker.engine.observers.layer_proxies import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.sweep import Engine
@@ -30,6 +22,14 @@ from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.observing import ObserveDocument
 from tracker.models.parts.anatomy import linear_map_shapes
 from tracker.models.sources import find_model
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate
+from tracker.schema.kinds import OUTER_MATRICES
+from tracker.schema.model_parts import ModelParts, check_parts, fill_parts
+from tracker.schema.weight_formats import FORMATS
 from tracker.search.settings import match_amount
 from tracker.stats.arrays import Array
 from tracker.stats.support import widen

@@ -16,12 +16,6 @@ from functools import partial
 
 import numpy as np
 
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest
-from tracker.core.errors import ExperimentError, ModelError
-from tracker.core.kinds import NUMBERED_COMPONENTS
-from tracker.core.proxies import proxy_cost
-from tracker.core.search_parts import SearchParts
 from tracker.engine.plan import Workload, count_work
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -30,6 +24,12 @@ from tracker.measuring.prepare import check_documents
 from tracker.measuring.progress import Progress, Silent
 from tracker.models.checkpoint import check_layer_changes
 from tracker.models.sources import ModelSource
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import ExperimentError, ModelError
+from tracker.schema.kinds import NUMBERED_COMPONENTS
+from tracker.schema.proxies import proxy_cost
+from tracker.schema.search_parts import SearchParts
 from tracker.search.cells import ModelCache, engine_passes, plan_with_baseline
 from tracker.search.request import SearchGoal, SearchRequest, deciding_request
 from tracker.search.scores import Losses, PartSet, Scores

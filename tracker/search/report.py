@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.config import FIELDS_BY_KEY, CellRequest, CellSettings, ChangeGrid
-from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.extent import DEFAULT_SEED
-from tracker.core.findings import SEARCH_STUDY, FindingRecord, Line, LineChart
-from tracker.core.formats import (
+from tracker.schema.config import FIELDS_BY_KEY, CellRequest, CellSettings, ChangeGrid
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.extent import DEFAULT_SEED
+from tracker.schema.findings import SEARCH_STUDY, FindingRecord, Line, LineChart
+from tracker.schema.formats import (
     NO_SCORE,
     UNIT_FORMATS,
     count_text,
@@ -26,11 +26,11 @@ from tracker.core.formats import (
     level_text,
     metric_format,
 )
-from tracker.core.grouping import group_by
-from tracker.core.kinds import NUMBERED_COMPONENTS, Component
-from tracker.core.prune_records import HeldOutResult, PruneRecord, PruneStep
-from tracker.core.search_parts import unit_plural
-from tracker.core.tables import Column, RowType, Table, build_table
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
+from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
+from tracker.schema.search_parts import unit_plural
+from tracker.schema.tables import Column, RowType, Table, build_table
 from tracker.search.request import SearchGoal
 from tracker.search.search import Recommendation
 from tracker.search.settings import format_layers

@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from tracker.core.config import CellRequest, CellSettings
-from tracker.core.errors import ExperimentError, RequestError, did_you_mean
-from tracker.core.experiment import MAX_CELLS, Grid, GridValues, Sweep, grid_class
-from tracker.core.experiment_input import (
+from tracker.schema.config import CellRequest, CellSettings
+from tracker.schema.errors import ExperimentError, RequestError, did_you_mean
+from tracker.schema.experiment import MAX_CELLS, Grid, GridValues, Sweep, grid_class
+from tracker.schema.experiment_input import (
     ExperimentInput,
     ExperimentSource,
     FileKind,
     is_removal_file,
     read_input,
 )
-from tracker.core.fields import Name, decode_arguments, validate_settings
-from tracker.core.kinds import NUMBERED_COMPONENTS, Component
-from tracker.core.prune_records import Rescoring
-from tracker.core.search_parts import unit_plural
+from tracker.schema.fields import Name, decode_arguments, validate_settings
+from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
+from tracker.schema.prune_records import Rescoring
+from tracker.schema.search_parts import unit_plural
 from tracker.search.settings import (
     CELL_KEYS,
     CONSTRAINTS,

@@ -13,18 +13,18 @@ from functools import partial
 import numpy as np
 
 from tracker.analysis.stopping import CandidateRace
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document
-from tracker.core.errors import CellError
-from tracker.core.estimates import Estimate
-from tracker.core.proxies import PROXIES, proxy_cost
-from tracker.core.prune_records import PruneCost, PruneStep
-from tracker.core.search_parts import SearchParts
 from tracker.engine.observers.layer_proxies import measure_span_similarity, output_proxies
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.meter import DocumentKey
 from tracker.measuring.observing import ObserveDocument
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document
+from tracker.schema.errors import CellError
+from tracker.schema.estimates import Estimate
+from tracker.schema.proxies import PROXIES, proxy_cost
+from tracker.schema.prune_records import PruneCost, PruneStep
+from tracker.schema.search_parts import SearchParts
 from tracker.search.cells import OpenCell, engine_passes
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array, token_means

@@ -20,13 +20,6 @@ import torch
 from torch import nn
 
 from tracker.benchmarks.benchmark import check_benchmark
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
-from tracker.core.errors import ExperimentError, TrackerError
-from tracker.core.kinds import NUMBERED_COMPONENTS
-from tracker.core.provenance import content_hash, describe_machine
-from tracker.core.prune_records import CalibrationSet, PruneCost, PruneStep
-from tracker.core.search_parts import SearchParts
 from tracker.ledger.files import read_note
 from tracker.models.checkpoint import check_plain_weights
 from tracker.models.devices import describe_device, synchronize
@@ -34,6 +27,13 @@ from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_for_planning
 from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.sources import count_layers, read_config
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import ExperimentError, TrackerError
+from tracker.schema.kinds import NUMBERED_COMPONENTS
+from tracker.schema.provenance import content_hash, describe_machine
+from tracker.schema.prune_records import CalibrationSet, PruneCost, PruneStep
+from tracker.schema.search_parts import SearchParts
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, deciding_request
 from tracker.search.scores import PartSet, Scores

@@ -20,17 +20,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from tracker.core.changes import MAX_LAYERS
-from tracker.core.config import FIELDS_BY_KEY, FILE_KEYS
-from tracker.core.errors import ExperimentError, ModelError
-from tracker.core.extent import Positive
-from tracker.core.fields import JsonArguments, Name, StrictModel, as_tuple, decode_arguments
-from tracker.core.formats import count_text
-from tracker.core.kinds import NUMBERED_COMPONENTS, Component, SearchUnit
-from tracker.core.model_parts import layers_of_kind
-from tracker.core.prune_records import Rescoring
-from tracker.core.safe_yaml import short_text
-from tracker.core.search_parts import SearchParts
+from tracker.schema.changes import MAX_LAYERS
+from tracker.schema.config import FIELDS_BY_KEY, FILE_KEYS
+from tracker.schema.errors import ExperimentError, ModelError
+from tracker.schema.extent import Positive
+from tracker.schema.fields import JsonArguments, Name, StrictModel, as_tuple, decode_arguments
+from tracker.schema.formats import count_text
+from tracker.schema.kinds import NUMBERED_COMPONENTS, Component, SearchUnit
+from tracker.schema.model_parts import layers_of_kind
+from tracker.schema.prune_records import Rescoring
+from tracker.schema.safe_yaml import short_text
+from tracker.schema.search_parts import SearchParts
 
 CONSTRAINTS = ("protect", "among", "at_least")
 """Keys of a search that define constraints."""

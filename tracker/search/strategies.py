@@ -18,11 +18,11 @@ from functools import partial
 import numpy as np
 
 from tracker.analysis.stopping import CandidateRace
-from tracker.core.errors import CellError
-from tracker.core.grouping import group_by
-from tracker.core.proxies import PROXIES
-from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.measuring.fill import CellWork, fill_cell
+from tracker.schema.errors import CellError
+from tracker.schema.grouping import group_by
+from tracker.schema.proxies import PROXIES
+from tracker.schema.prune_records import PruneStep, Rescoring
 from tracker.search.scores import NO_FINITE_SCORE, PartSet, Scores, add_parts
 from tracker.search.settings import Budget, unmet_budget_error
 from tracker.stats.rank_agreement import rounded_values

@@ -29,7 +29,7 @@ import numpy as np
 import scipy  # imports its slow submodules on first use
 from numpy.typing import ArrayLike
 
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.arrays import Array, IntArray, safe_divide
 
 RATIO = "ratio"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.arrays import Array, IntArray, chunk_sizes, safe_divide
 from tracker.stats.rank_agreement import (
     Coefficient,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.accuracy import LEVEL, mean_interval, missing_reason
 from tracker.stats.arrays import Array, Mask, Strata, safe_divide
 from tracker.stats.rank_agreement import rounded_values, row_coefficients

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, IntArray, Strata, safe_divide
 from tracker.stats.rank_agreement import rounded_values, row_coefficients

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracker.core.questions import Question
+from tracker.schema.questions import Question
 from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, IntArray, Mask
 from tracker.stats.confidence import MeanSequences

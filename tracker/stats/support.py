@@ -23,7 +23,7 @@ import numpy as np
 import scipy  # imports its slow submodules on first use
 from numpy.typing import NDArray
 
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.accuracy import ALPHA, LEVEL
 from tracker.stats.arrays import Array
 

@@ -23,7 +23,7 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
-from tracker.core.estimates import Estimate
+from tracker.schema.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, IntArray, Strata
 from tracker.stats.rank_agreement import rounded_values

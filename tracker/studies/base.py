@@ -11,23 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from tracker.analysis.aligned import AlignedOutcomes
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
-from tracker.core.errors import (
-    CellError,
-    ExperimentError,
-    RequestError,
-    first_line,
-    translate_errors,
-)
-from tracker.core.experiment import Experiment
-from tracker.core.experiment_input import ExperimentInput
-from tracker.core.fields import validate_settings
-from tracker.core.findings import FindingRecord, LineChart, MapChart, StudyChart
-from tracker.core.formats import metric_format
-from tracker.core.records import CellRecord, RecordKey
-from tracker.core.tables import Table
-from tracker.core.views import View
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger, write_finding
@@ -40,6 +23,23 @@ from tracker.measuring.progress import Progress
 from tracker.report.texts import TextTemplate
 from tracker.report.wording import second_rounding_note
 from tracker.runner import RunOutcome, run_cells
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import (
+    CellError,
+    ExperimentError,
+    RequestError,
+    first_line,
+    translate_errors,
+)
+from tracker.schema.experiment import Experiment
+from tracker.schema.experiment_input import ExperimentInput
+from tracker.schema.fields import validate_settings
+from tracker.schema.findings import FindingRecord, LineChart, MapChart, StudyChart
+from tracker.schema.formats import metric_format
+from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.tables import Table
+from tracker.schema.views import View
 from tracker.studies.registry import STUDIES, StudySettings, find_settings
 from tracker.team.publish import Publisher
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.estimates import Estimate
-from tracker.core.findings import LineChart
-from tracker.core.formats import count_text, metric_format
-from tracker.core.grouping import group_by
-from tracker.core.proxies import OBSERVED, PROXIES
-from tracker.core.records import CellRecord
-from tracker.core.tables import Column, Table, build_table
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import LineChart
+from tracker.schema.formats import count_text, metric_format
+from tracker.schema.grouping import group_by
+from tracker.schema.proxies import OBSERVED, PROXIES
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Column, Table, build_table
 from tracker.stats.arrays import Array, IntArray, token_means
 from tracker.stats.rank_agreement import rounded_values, row_coefficients, top_overlap
 from tracker.stats.reliability import (

@@ -13,18 +13,18 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
-from tracker.core.documents import Document
-from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate
-from tracker.core.formats import metric_format
-from tracker.core.provenance import content_hash
-from tracker.core.tables import Table
 from tracker.engine.observers.layer_proxies import answer_divergences
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.observing import ObserveDocument
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import metric_format
+from tracker.schema.provenance import content_hash
+from tracker.schema.tables import Table
 from tracker.stats.arrays import safe_divide
 from tracker.stats.correlation import correlation_difference, resampled_spearman
 from tracker.studies.base import (

@@ -13,13 +13,13 @@ from scipy import stats
 
 from tracker.analysis.aligned import TaskNames
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
-from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.findings import LineChart, MapChart
-from tracker.core.formats import UNIT_FORMATS, figure_text, metric_format
-from tracker.core.records import CellRecord
-from tracker.core.tables import Column, Table, build_table
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.findings import LineChart, MapChart
+from tracker.schema.formats import UNIT_FORMATS, figure_text, metric_format
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Column, Table, build_table
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.arrays import Array
 from tracker.stats.effects import additivity, interactions

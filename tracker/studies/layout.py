@@ -8,10 +8,10 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
-from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.findings import Line, LineChart
-from tracker.core.formats import ACCURACY_FORMAT, MetricFormat, is_finite
-from tracker.core.tables import Column, ColumnValue, Table, build_table
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.findings import Line, LineChart
+from tracker.schema.formats import ACCURACY_FORMAT, MetricFormat, is_finite
+from tracker.schema.tables import Column, ColumnValue, Table, build_table
 
 LabelUnit = FigureUnit | Literal["change", "level"]
 """The unit of a field; `change` is the unit of the loss, `level` that of the lost quantity."""

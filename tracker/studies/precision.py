@@ -16,18 +16,18 @@ import numpy as np
 from tracker.analysis.claims import run_verdicts
 from tracker.analysis.paired import PairedOutcomes
 from tracker.analysis.runs import ONE_LOOK_REASON
-from tracker.core.answers import statement
-from tracker.core.config import CellRequest
-from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate
-from tracker.core.formats import metric_format
-from tracker.core.grouping import group_by
-from tracker.core.kinds import MAP_GROUPS, OUTER_MATRICES
-from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord, RunRecord
-from tracker.core.tables import Table
-from tracker.core.weight_formats import FORMATS
 from tracker.report.wording import parts_answer
+from tracker.schema.answers import statement
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import metric_format
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import MAP_GROUPS, OUTER_MATRICES
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import CellRecord, RunRecord
+from tracker.schema.tables import Table
+from tracker.schema.weight_formats import FORMATS
 from tracker.search.formats import map_formats_request, observe_errors
 from tracker.stats.arrays import Array, safe_divide
 from tracker.stats.correlation import resampled_spearman

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tracker.core.config import CellRequest, Changes, DocumentSpec
-from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.findings import LineChart
-from tracker.core.formats import points
-from tracker.core.prune_records import PruneRecord
-from tracker.core.records import CellRecord
-from tracker.core.tables import Column, RowType, Table, build_table
+from tracker.schema.config import CellRequest, Changes, DocumentSpec
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.findings import LineChart
+from tracker.schema.formats import points
+from tracker.schema.prune_records import PruneRecord
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Column, RowType, Table, build_table
 from tracker.search.cells import ModelCache
 from tracker.search.conduct import SearchResults, run_searches
 from tracker.search.planning import refuse_unsavable

@@ -24,21 +24,21 @@ from typing import NamedTuple
 import numpy as np
 
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core import kinds
-from tracker.core.changes import Ablation
-from tracker.core.config import CellRequest
-from tracker.core.errors import RequestError, did_you_mean
-from tracker.core.estimates import Estimate
-from tracker.core.formats import count_text, metric_format
-from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord
-from tracker.core.tables import Table
-from tracker.core.weight_formats import FORMATS
 from tracker.models.load import build_hollow
 from tracker.models.offloaded import weight_bytes
 from tracker.models.parts.anatomy import linear_map_shapes
 from tracker.models.parts.linear_maps import embedding_shapes
 from tracker.models.sources import find_model
+from tracker.schema import kinds
+from tracker.schema.changes import Ablation
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import RequestError, did_you_mean
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import count_text, metric_format
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Table
+from tracker.schema.weight_formats import FORMATS
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.formats import (
     EDGE_LAYERS,

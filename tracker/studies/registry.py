@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from tracker.core.errors import RequestError, did_you_mean
-from tracker.core.extensions import load_extensions
+from tracker.schema.errors import RequestError, did_you_mean
+from tracker.schema.extensions import load_extensions
 
 
 class StudySettings(BaseModel):

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from tracker.analysis.claims import run_verdicts
-from tracker.core.changes import Change
-from tracker.core.config import CellRequest
-from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate
-from tracker.core.formats import metric_format
-from tracker.core.records import CellRecord, RunRecord
-from tracker.core.tables import Table
+from tracker.schema.changes import Change
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import metric_format
+from tracker.schema.records import CellRecord, RunRecord
+from tracker.schema.tables import Table
 from tracker.search.report import save_command
 from tracker.stats.effects import BestByChance, best_by_chance
 from tracker.studies.base import Study, StudyContext, StudyResult, Subject, cell_label, study_texts

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes
-from tracker.core.changes import Change
-from tracker.core.config import CellRequest, Changes
-from tracker.core.estimates import Estimate
-from tracker.core.findings import LineChart
-from tracker.core.formats import MetricFormat, fixed_point, metric_format
-from tracker.core.grouping import group_by
-from tracker.core.kinds import Intervention
-from tracker.core.tables import Column, Table, build_table
+from tracker.schema.changes import Change
+from tracker.schema.config import CellRequest, Changes
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import LineChart
+from tracker.schema.formats import MetricFormat, fixed_point, metric_format
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import Intervention
+from tracker.schema.tables import Column, Table, build_table
 from tracker.stats.accuracy import accuracy_drop
 from tracker.stats.arrays import Array
 from tracker.stats.resampling import RESAMPLES

@@ -15,15 +15,15 @@ from scipy import stats
 
 from tracker.analysis.runs import finite_or_none
 from tracker.analysis.stopping import check_bounded
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.config import CellRequest
-from tracker.core.errors import ExperimentError, RequestError
-from tracker.core.estimates import Estimate
-from tracker.core.findings import LineChart
-from tracker.core.questions import Question, parse_question
-from tracker.core.tables import Column, Table, build_table
 from tracker.engine.forward.streams import count_plain_passes, plan_streams
 from tracker.ledger.blocks import schedule_blocks
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import ExperimentError, RequestError
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import LineChart
+from tracker.schema.questions import Question, parse_question
+from tracker.schema.tables import Column, Table, build_table
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.resampling import SEED
 from tracker.stats.stopping import MEAN_TOLERANCE, Race

@@ -12,19 +12,19 @@ import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes, TaskNames
 from tracker.analysis.claims import cell_ranks
-from tracker.core.documents import Document
-from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.findings import LineChart, MapChart, StudyChart, chart_values
-from tracker.core.formats import interval_text, metric_format
-from tracker.core.grouping import group_by
-from tracker.core.proxies import PROXIES
-from tracker.core.records import CellRecord
-from tracker.core.tables import Column, ColumnValue, Table, build_table
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import try_model
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.observing import Observations, ObserveDocument
+from tracker.schema.documents import Document
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.findings import LineChart, MapChart, StudyChart, chart_values
+from tracker.schema.formats import interval_text, metric_format
+from tracker.schema.grouping import group_by
+from tracker.schema.proxies import PROXIES
+from tracker.schema.records import CellRecord
+from tracker.schema.tables import Column, ColumnValue, Table, build_table
 from tracker.stats.arrays import Array, proxy_means, token_means
 from tracker.stats.correlation import correlate, correlation_difference, partial_correlate
 from tracker.stats.effects import growth_difference_p, growths, min_growth_documents

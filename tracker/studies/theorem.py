@@ -22,14 +22,6 @@ import numpy as np
 
 from tracker.benchmarks.benchmark import choose_metric, open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest, Changes, ModelSpec
-from tracker.core.documents import Document, Request
-from tracker.core.errors import CellError, RequestError, WorkError
-from tracker.core.grouping import group_by
-from tracker.core.provenance import content_hash, file_hash, package_versions
-from tracker.core.records import RunRecord
-from tracker.core.tables import Column, Table, build_table
 from tracker.ledger.files import lock_file, new_folder
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.models import counterexample
@@ -48,6 +40,14 @@ from tracker.models.counterexample import (
 )
 from tracker.models.load import build_for_planning
 from tracker.models.sources import find_model
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.config import CellRequest, Changes, ModelSpec
+from tracker.schema.documents import Document, Request
+from tracker.schema.errors import CellError, RequestError, WorkError
+from tracker.schema.grouping import group_by
+from tracker.schema.provenance import content_hash, file_hash, package_versions
+from tracker.schema.records import RunRecord
+from tracker.schema.tables import Column, Table, build_table
 from tracker.studies.base import Study, StudyContext, StudyResult, Subject, study_texts
 from tracker.studies.registry import TheoremSettings
 

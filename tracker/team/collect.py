@@ -18,15 +18,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from tracker.core.decision_records import DecisionsRecord
-from tracker.core.distribution import format_problem
-from tracker.core.errors import TrackerError, TrackingError
-from tracker.core.findings import FindingRecord
-from tracker.core.grouping import group_by
-from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord, RecordKey
-from tracker.core.text import mask_secrets
-from tracker.core.views import View
 from tracker.ledger.cache import private_folder
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import read_note, write_note, write_text
@@ -35,6 +26,15 @@ from tracker.ledger.texts import is_text_file
 from tracker.ledger.views import CellIdentity, folder_name
 from tracker.measuring.derive import derive_record, read_decisions
 from tracker.measuring.progress import Progress
+from tracker.schema.decision_records import DecisionsRecord
+from tracker.schema.distribution import format_problem
+from tracker.schema.errors import TrackerError, TrackingError
+from tracker.schema.findings import FindingRecord
+from tracker.schema.grouping import group_by
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.text import mask_secrets
+from tracker.schema.views import View
 from tracker.tracking import open_backend, service, target
 from tracker.tracking.base import Backend, RemoteCell, Target
 

@@ -19,10 +19,10 @@ from threading import Event, Thread
 
 from tracker.analysis.records import unmeasured_record
 from tracker.analysis.stopping import InterimEstimates, interim_estimates
-from tracker.core.errors import TrackerError, attempt
-from tracker.core.records import CellRecord
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore
+from tracker.schema.errors import TrackerError, attempt
+from tracker.schema.records import CellRecord
+from tracker.schema.views import View
 from tracker.tracking.base import PROGRESS, LiveRun, RunStatus
 from tracker.tracking.figures import defined_figures
 from tracker.tracking.identity import run_key

@@ -14,19 +14,19 @@ from threading import Event, Lock, Thread
 from typing_extensions import override
 
 from tracker.analysis.comparable import row_labels
-from tracker.core.changes import Change
-from tracker.core.decision_records import PRIVATE_TEXTS
-from tracker.core.errors import TrackerError, TrackingError, WorkError
-from tracker.core.formats import count_text
-from tracker.core.provenance import content_hash
-from tracker.core.records import INTACT_VIEW, CellRecord
-from tracker.core.text import mask_secrets
 from tracker.ledger.cells import CellStore, last_measured
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_text_file
 from tracker.measuring.derive import derive_record, derive_records, read_decisions
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import cell_answer
+from tracker.schema.changes import Change
+from tracker.schema.decision_records import PRIVATE_TEXTS
+from tracker.schema.errors import TrackerError, TrackingError, WorkError
+from tracker.schema.formats import count_text
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import INTACT_VIEW, CellRecord
+from tracker.schema.text import mask_secrets
 from tracker.team.live import LiveUpdater
 from tracker.tracking import (
     address_file,

@@ -14,10 +14,6 @@ from tracker.analysis.boards import part_boards
 from tracker.analysis.claims import decide_claims
 from tracker.analysis.comparable import named_models
 from tracker.analysis.decisions import derive_decisions
-from tracker.core.decision_records import PRIVATE_TEXTS, DecisionsRecord
-from tracker.core.errors import RequestError, TrackerError
-from tracker.core.records import CellRecord, RecordKey
-from tracker.core.text import escape_markdown, mask_secrets
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_records
 from tracker.report.export import REPORT_FORMATS, board_data, export_report, report_figures
@@ -25,6 +21,10 @@ from tracker.report.frames import document_frames
 from tracker.report.page.html import render_report
 from tracker.report.page.studies import exclude_search_cells
 from tracker.report.wording import model_answer, rule, summary
+from tracker.schema.decision_records import PRIVATE_TEXTS, DecisionsRecord
+from tracker.schema.errors import RequestError, TrackerError
+from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.text import escape_markdown, mask_secrets
 from tracker.team.collect import CollectedCells
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import Page, Target

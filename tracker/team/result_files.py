@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tracker.benchmarks.corpus import names_corpus
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import CellRequest, ModelSpec, cell_request
-from tracker.core.distribution import __version__
-from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
-from tracker.core.extent import DEFAULT_SEED, Extent
-from tracker.core.fields import decode_arguments
-from tracker.core.grouping import group_by
-from tracker.core.identities import ModelIdentity
-from tracker.core.provenance import merge_provenances
-from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import cell_key
 from tracker.measuring.progress import Progress, report_work
 from tracker.models.sources import find_model
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.config import CellRequest, ModelSpec, cell_request
+from tracker.schema.distribution import __version__
+from tracker.schema.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
+from tracker.schema.extent import DEFAULT_SEED, Extent
+from tracker.schema.fields import decode_arguments
+from tracker.schema.grouping import group_by
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.provenance import merge_provenances
+from tracker.schema.views import View
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

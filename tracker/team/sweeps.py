@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tracker.core.config import FIELDS_BY_KEY, CellRequest, Changes, run_request
-from tracker.core.errors import ResultsError, TrackerError
-from tracker.core.experiment import Experiment
-from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_record
 from tracker.measuring.prepare import find_cell, find_earlier_request
+from tracker.schema.config import FIELDS_BY_KEY, CellRequest, Changes, run_request
+from tracker.schema.errors import ResultsError, TrackerError
+from tracker.schema.experiment import Experiment
+from tracker.schema.records import CellRecord, RunRecord
 from tracker.tracking import in_sweep, open_sweep
 from tracker.tracking.base import SweepTrial
 

@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
-from tracker.core.errors import RequestError, did_you_mean
-from tracker.core.extensions import load_extensions
-from tracker.core.provenance import content_hash
-from tracker.core.text import mask_secrets
 from tracker.ledger.files import read_note, write_note
+from tracker.schema.errors import RequestError, did_you_mean
+from tracker.schema.extensions import load_extensions
+from tracker.schema.provenance import content_hash
+from tracker.schema.text import mask_secrets
 from tracker.tracking.base import OFFLINE, Ability, Backend, LiveRun, Models, Service, Target
 
 if TYPE_CHECKING:
-    from tracker.core.records import CellRecord
     from tracker.ledger.cells import CellStore
+    from tracker.schema.records import CellRecord
 
 
 @cache

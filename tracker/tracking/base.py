@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from typing_extensions import override
 
-from tracker.core.errors import RequestError, TrackingError
-from tracker.core.records import CellRecord
-from tracker.core.text import mask_secrets
 from tracker.ledger.files import lock_file
+from tracker.schema.errors import RequestError, TrackingError
+from tracker.schema.records import CellRecord
+from tracker.schema.text import mask_secrets
 from tracker.tracking.figures import LoggedTable
 from tracker.tracking.identity import files_digest
 from tracker.tracking.isolated import Isolated

@@ -6,15 +6,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tracker.core import run_table
-from tracker.core.answers import interval_name, statement
-from tracker.core.changes import Change
-from tracker.core.decision_records import DecisionsRecord
-from tracker.core.formats import is_finite
-from tracker.core.kinds import KIND_STYLES
-from tracker.core.proxies import PROXY_FIGURES
-from tracker.core.records import AnswerRecord, CellRecord, RunRecord
-from tracker.core.tables import Table, build_table
+from tracker.schema import run_table
+from tracker.schema.answers import interval_name, statement
+from tracker.schema.changes import Change
+from tracker.schema.decision_records import DecisionsRecord
+from tracker.schema.formats import is_finite
+from tracker.schema.kinds import KIND_STYLES
+from tracker.schema.proxies import PROXY_FIGURES
+from tracker.schema.records import AnswerRecord, CellRecord, RunRecord
+from tracker.schema.tables import Table, build_table
 
 CURVES = (
     "accuracy",

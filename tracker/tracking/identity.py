@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tracker.core.changes import Change
-from tracker.core.identities import Record
-from tracker.core.records import INTACT_VIEW, CellRecord
+from tracker.schema.changes import Change
+from tracker.schema.identities import Record
+from tracker.schema.records import INTACT_VIEW, CellRecord
 
 DIGITS = 10
 """Significant digits of published figures in digests."""

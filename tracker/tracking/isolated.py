@@ -15,8 +15,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from tracker.core.errors import TrackerError, TrackingError
-from tracker.core.remote import ProcessEndedError, RemoteError, RemoteObject
+from tracker.schema.errors import TrackerError, TrackingError
+from tracker.schema.remote import ProcessEndedError, RemoteError, RemoteObject
 
 
 class Isolated(RemoteObject):

@@ -15,15 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from tracker.core.answers import interval_name, statement
-from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.config import FILE_KEYS, number_field
-from tracker.core.formats import count_text, metric_format, named_interval
-from tracker.core.identities import Record
-from tracker.core.kinds import REPLACEMENT_WORDS
-from tracker.core.records import CellRecord, RunRecord
-from tracker.core.run_table import non_finite_reasons, run_reasons
-from tracker.core.text import escape_markdown, markdown_code
+from tracker.schema.answers import interval_name, statement
+from tracker.schema.changes import WHOLE_LAYER, Change
+from tracker.schema.config import FILE_KEYS, number_field
+from tracker.schema.formats import count_text, metric_format, named_interval
+from tracker.schema.identities import Record
+from tracker.schema.kinds import REPLACEMENT_WORDS
+from tracker.schema.records import CellRecord, RunRecord
+from tracker.schema.run_table import non_finite_reasons, run_reasons
+from tracker.schema.text import escape_markdown, markdown_code
 from tracker.stats.support import decide_verdicts, widen
 from tracker.tracking.figures import (
     CURVES,

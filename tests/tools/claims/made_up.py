@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.config import cell_request
-from tracker.core.documents import Document, Response
-from tracker.core.extent import ALL_DOCUMENTS
-from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import Ledger
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.config import cell_request
+from tracker.schema.documents import Document, Response
+from tracker.schema.extent import ALL_DOCUMENTS
+from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 
 LAYERS = 16
 OPTIONS = 4

@@ -16,7 +16,7 @@ from tests.helpers.pages import read_page as read_tables
 from tracker import api
 from tracker.cli import main
 from tracker.cli.printing import print_cell, print_results
-from tracker.core.formats import DASH
+from tracker.schema.formats import DASH
 
 from .made_up import LAYERS, write_results
 from .studied import PAIRS, is_false_statement, study_statements

@@ -12,10 +12,10 @@ import numpy as np
 
 from tracker import api
 from tracker.analysis.paired import PairedOutcomes
-from tracker.core.config import cell_request
-from tracker.core.estimates import Estimate
 from tracker.ledger.shards import write_observations
 from tracker.ledger.store import Ledger
+from tracker.schema.config import cell_request
+from tracker.schema.estimates import Estimate
 from tracker.search.report import StrategyResult
 from tracker.studies import calibration, savings
 from tracker.studies.audit.figures import OBSERVATION_KIND

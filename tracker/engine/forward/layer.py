@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tracker.core.kinds import Action
 from tracker.engine.forward.modules import (
     HeadFork,
     LayerSite,
@@ -33,6 +32,7 @@ from tracker.models import hooks
 from tracker.models.devices import consecutive_slices, put_entries, take_entries
 from tracker.models.offloaded import is_absent
 from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.schema.kinds import Action
 
 
 class Replacement(Protocol):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tracker.core.grouping import group_by
 from tracker.engine.forward.streams import LayerStep
 from tracker.engine.refusal import RefusalError
 from tracker.models import hooks
@@ -27,6 +26,7 @@ from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import LinearMap, copy_with_weights, rounded_parameters
 from tracker.models.parts.probe import integer_tables
 from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.grouping import group_by
 
 HEAD_COMPONENTS = ("head", "kv_head")
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.grouping import group_by
-from tracker.core.kinds import Action
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import Action
 
 Ablations = Sequence[Ablation]
 _PART_ACTIONS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP, Action.NO_PARTS)

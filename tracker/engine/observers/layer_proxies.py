@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.documents import Document
-from tracker.core.proxies import EXPERT_PROXIES, OBSERVED, angular_distance, to_double
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import Ablations
 from tracker.engine.refusal import RefusalError, try_model
@@ -36,6 +33,9 @@ from tracker.models.hooks import (
     replaced_forward,
 )
 from tracker.models.parts.experts import Experts, single_expert_outputs
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.documents import Document
+from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, angular_distance, to_double
 
 MASKED_LOGPROB = -1e4
 """Log-probability of a masked token, so small that its probability rounds to 0."""

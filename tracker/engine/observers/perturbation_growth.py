@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.hooks import enter_all, first_output
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document
 
 REMOVED, SHUFFLED, RANDOM = 0, 1, 2
 """Indices of a layer's perturbations; the random directions, one per draw, come last."""

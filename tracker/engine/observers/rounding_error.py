@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.functional import linear as apply
 
-from tracker.core.changes import Change
-from tracker.core.documents import Document
-from tracker.core.errors import CellError
-from tracker.core.grouping import group_by
-from tracker.core.proxies import to_double
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.parts.experts import single_expert_outputs
 from tracker.models.parts.linear_maps import LinearMap, copy_with_weights
 from tracker.models.parts.probe import integer_tables
+from tracker.schema.changes import Change
+from tracker.schema.documents import Document
+from tracker.schema.errors import CellError
+from tracker.schema.grouping import group_by
+from tracker.schema.proxies import to_double
 
 
 def compare_embeddings(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from tracker.core.changes import Ablation
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import Ablations, LayerStep, StreamPlan
 from tracker.engine.refusal import RefusalError
@@ -31,6 +30,7 @@ from tracker.engine.scoring.score import (
 )
 from tracker.engine.scoring.sweep import Engine, split_ablations
 from tracker.models.devices import take_entries
+from tracker.schema.changes import Ablation
 
 
 @contextmanager

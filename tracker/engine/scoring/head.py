@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from tracker.core.grouping import group_by
 from tracker.engine.refusal import RefusalError
 from tracker.models.devices import put_entries, take_entries
 from tracker.models.hooks import input_state, replaced_forward
 from tracker.models.layers import find_base
 from tracker.models.parts.linear_maps import Embeddings
+from tracker.schema.grouping import group_by
 
 VOCABULARY_BLOCK = 2048
 """Number of tokens of the vocabulary whose logits exist at a time on a CPU. The logits of all

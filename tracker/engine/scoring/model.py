@@ -16,12 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tracker.core.changes import Ablation
-from tracker.core.documents import Request, Response
-from tracker.core.errors import ModelError
-from tracker.core.grouping import group_by
-from tracker.core.kinds import NUMBERED_COMPONENTS, Action
-from tracker.core.model_parts import experts_per_token
 from tracker.engine.forward.layer import FittedReplacement, Replacement
 from tracker.engine.forward.streams import Ablations, StreamPlan, plan_streams
 from tracker.engine.refusal import RefusalError
@@ -49,6 +43,12 @@ from tracker.models.pruned import (
     remaining_layers,
     restore_state,
 )
+from tracker.schema.changes import Ablation
+from tracker.schema.documents import Request, Response
+from tracker.schema.errors import ModelError
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import NUMBERED_COMPONENTS, Action
+from tracker.schema.model_parts import experts_per_token
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from itertools import chain, combinations, product
 
 import torch
 
-from tracker.core.changes import Ablation
-from tracker.core.documents import Document, Request
 from tracker.engine.refusal import try_model
 from tracker.engine.scoring.model import FULL
 from tracker.engine.scoring.sweep import ROW_TOKENS, ROW_TOKENS_ACCELERATOR, Engine
+from tracker.schema.changes import Ablation
+from tracker.schema.documents import Document, Request
 
 CPU_ROW_SIZES = (ROW_TOKENS, 2 * ROW_TOKENS, 4 * ROW_TOKENS)
 """Sizes in nodes that are timed on a CPU, the default first."""

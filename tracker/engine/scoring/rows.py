@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tracker.core.documents import Document
-from tracker.core.errors import CellError
-from tracker.core.grouping import group_by
 from tracker.models.devices import copy_to_device, split_packed
+from tracker.schema.documents import Document
+from tracker.schema.errors import CellError
+from tracker.schema.grouping import group_by
 
 Documents = Sequence[Document]
 

@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.grouping import group_by
-from tracker.core.proxies import observed
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import Ablations, StreamPlan
 from tracker.engine.refusal import RefusalError
@@ -33,6 +30,9 @@ from tracker.engine.scoring.rows import Lengths, Row, count_common_tokens, readi
 from tracker.models.devices import split_packed, start_host_copy, take_entries
 from tracker.models.hooks import input_state
 from tracker.models.parts.experts import Experts, call_reduced_router
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.grouping import group_by
+from tracker.schema.proxies import observed
 
 MIN_PREFIX = 48
 """Minimum number of tokens of a common beginning to be read separately; shorter ones are cheap."""

@@ -12,10 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document, Request, Response
-from tracker.core.errors import CellError
-from tracker.core.proxies import OBSERVED
 from tracker.engine.forward.streams import Ablations, StreamPlan, plan_streams
 from tracker.engine.lockstep import report_progress, run_lockstep
 from tracker.engine.refusal import is_out_of_memory
@@ -53,6 +49,10 @@ from tracker.engine.scoring.score import (
 )
 from tracker.models.devices import can_pin, empty_cache
 from tracker.models.pruned import record_state
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document, Request, Response
+from tracker.schema.errors import CellError
+from tracker.schema.proxies import OBSERVED
 
 T = TypeVar("T")
 

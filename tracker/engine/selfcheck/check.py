@@ -23,11 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.documents import Document, Request
-from tracker.core.errors import CellError
-from tracker.core.grouping import group_by
-from tracker.core.provenance import content_hash
 from tracker.engine.forward.layer import Replacement
 from tracker.engine.forward.streams import Ablations
 from tracker.engine.scoring.model import Sharing, input_tokens
@@ -46,6 +41,11 @@ from tracker.engine.selfcheck.miniature_check import (
 from tracker.engine.selfcheck.reference import Comparison, Reference, SharingVerdict, describe_loss
 from tracker.models.devices import hardware_name
 from tracker.models.miniature import NumberPath
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.documents import Document, Request
+from tracker.schema.errors import CellError
+from tracker.schema.grouping import group_by
+from tracker.schema.provenance import content_hash
 
 CONFIRMED_DOCUMENTS = 2
 """Number of real documents on which sharing is confirmed for the model itself."""

@@ -21,13 +21,6 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from tracker.core.changes import INTACT, Ablation, Change
-from tracker.core.documents import Document, Request
-from tracker.core.errors import CellError
-from tracker.core.grouping import group_by
-from tracker.core.kinds import Action
-from tracker.core.model_parts import split_expert_map
-from tracker.core.provenance import content_hash, describe_machine, file_hash, package_versions
 from tracker.engine.forward.layer import RandomReplacement
 from tracker.engine.forward.streams import Ablations
 from tracker.engine.refusal import refusal_reason, try_model
@@ -55,6 +48,13 @@ from tracker.engine.selfcheck.reference import (
 from tracker.models.layers import find_layers
 from tracker.models.miniature import NumberPath, build_miniature, find_numbers
 from tracker.models.sources import parts_of_config
+from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.documents import Document, Request
+from tracker.schema.errors import CellError
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import Action
+from tracker.schema.model_parts import split_expert_map
+from tracker.schema.provenance import content_hash, describe_machine, file_hash, package_versions
 
 FIRST_TOKEN = 2
 """The smallest token id that is drawn; smaller ids are special in many vocabularies."""

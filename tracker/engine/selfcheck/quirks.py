@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tracker.core.changes import INTACT, Ablation
-from tracker.core.errors import CellError, ModelError, attempt
 from tracker.engine.forward.streams import Ablations
 from tracker.engine.refusal import try_model
 from tracker.engine.scoring.model import NO_QUIRKS, PLAIN, compute_logits
@@ -39,6 +37,8 @@ from tracker.models.pruned import (
     simulate_reload,
     tensor_shapes,
 )
+from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.errors import CellError, ModelError, attempt
 
 SHORT, LONG, MIDDLE = 5, 24, 20
 """Lengths of text on both sides of a number that was made small."""

@@ -21,10 +21,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tracker.core.changes import Ablation
-from tracker.core.documents import Request, Response
-from tracker.core.errors import attempt
-from tracker.core.grouping import group_by
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import (
     DEPTH_ONLY,
@@ -41,6 +37,10 @@ from tracker.engine.scoring.rows import Lengths
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.miniature import NumberPath, find_numbers
 from tracker.models.pruned import record_state
+from tracker.schema.changes import Ablation
+from tracker.schema.documents import Request, Response
+from tracker.schema.errors import attempt
+from tracker.schema.grouping import group_by
 
 MAX_ROUNDING_FACTOR = 10.0
 """Maximum difference between two ways, as a multiple of the effect of rounding on the model."""

@@ -12,13 +12,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tracker.core.changes import Ablation, Change
-from tracker.core.errors import CellError, ExperimentError, ModelError
-from tracker.core.grouping import group_by
-from tracker.core.kinds import KIND_STYLES, MAP_GROUPS, NUMBERED_COMPONENTS, Component
-from tracker.core.model_parts import experts_per_token
-from tracker.core.search_parts import SearchParts
-from tracker.core.weight_formats import FORMATS
 from tracker.models.load import build_hollow
 from tracker.models.miniature import build_miniature
 from tracker.models.parts.experts import Experts, SharedExperts
@@ -35,6 +28,13 @@ from tracker.models.parts.probe import LayerPart, PartFinder
 from tracker.models.parts.sublayers import Sublayers
 from tracker.models.rounding import check_installed
 from tracker.models.sources import ModelSource, count_parts, parts_of_config, read_config
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.errors import CellError, ExperimentError, ModelError
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import KIND_STYLES, MAP_GROUPS, NUMBERED_COMPONENTS, Component
+from tracker.schema.model_parts import experts_per_token
+from tracker.schema.search_parts import SearchParts
+from tracker.schema.weight_formats import FORMATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,14 +21,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tracker.core.changes import Change
-from tracker.core.errors import CellError, attempt
 from tracker.models import hooks
 from tracker.models.devices import put_entries, take_entries
 from tracker.models.hooks import Args, Kwargs
 from tracker.models.offloaded import ModuleAttribute, is_absent, replace_attributes
 from tracker.models.parts.probe import ModuleCall, PartFinder, integer_tables, module_paths
 from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.changes import Change
+from tracker.schema.errors import CellError, attempt
 
 EXPERT_TEXT_TOKENS = 16
 """Number of tokens of the text for the verification."""

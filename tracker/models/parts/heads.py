@@ -14,13 +14,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.pytorch_utils import Conv1D
 
-from tracker.core.changes import Change
-from tracker.core.errors import CellError
-from tracker.core.kinds import KIND_STYLES, Component
 from tracker.models.hooks import enter_all, replaced_attributes
 from tracker.models.offloaded import ModuleAttribute, replace_attributes
 from tracker.models.parts.linear_maps import map_of_module
 from tracker.models.parts.probe import ModuleCall, PartFinder, module_paths
+from tracker.schema.changes import Change
+from tracker.schema.errors import CellError
+from tracker.schema.kinds import KIND_STYLES, Component
 
 HEAD_TEXT_TOKENS = 6
 """Number of tokens of the text for the verification."""

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tracker.core.errors import CellError, ExperimentError
-from tracker.core.kinds import OUTER_MATRICES
-from tracker.core.model_parts import split_expert_map
 from tracker.models.hooks import replaced_attributes, shallow_copy
 from tracker.models.offloaded import ModuleAttribute, replace_attributes
 from tracker.models.parts.experts import count_experts
 from tracker.models.rounding import round_weight
+from tracker.schema.errors import CellError, ExperimentError
+from tracker.schema.kinds import OUTER_MATRICES
+from tracker.schema.model_parts import split_expert_map
 
 
 @dataclass(frozen=True)

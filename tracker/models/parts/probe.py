@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tracker.core.changes import Change
-from tracker.core.errors import CellError, ModelError, translate_errors
 from tracker.models.hooks import Args, Kwargs
 from tracker.models.layers import find_layers
+from tracker.schema.changes import Change
+from tracker.schema.errors import CellError, ModelError, translate_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tracker.core.changes import Change
-from tracker.core.errors import ModelError
 from tracker.models import hooks
 from tracker.models.parts.probe import PartFinder, probe_text
+from tracker.schema.changes import Change
+from tracker.schema.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,20 +11,20 @@ import plotly.graph_objects as go
 
 from tracker.analysis.agreement import find_correlation
 from tracker.analysis.claims import run_verdicts
-from tracker.core import formats
-from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.decision_records import DecisionsRecord
-from tracker.core.estimates import Estimate
-from tracker.core.formats import count_text, two_digits
-from tracker.core.grouping import group_by
-from tracker.core.kinds import KIND_STYLES
-from tracker.core.proxies import PROXIES
-from tracker.core.records import CellRecord, RunRecord, first_layers
 from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.maps import centred_map, find_map_kinds, kind_map
 from tracker.report.charts.style import align_runs, run_hover
 from tracker.report.wording import WORDS
+from tracker.schema import formats
+from tracker.schema.changes import WHOLE_LAYER, Change
+from tracker.schema.decision_records import DecisionsRecord
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import count_text, two_digits
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import KIND_STYLES
+from tracker.schema.proxies import PROXIES
+from tracker.schema.records import CellRecord, RunRecord, first_layers
 from tracker.stats.accuracy import RATIO_SCALES
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import cluster_order, phi

@@ -10,10 +10,10 @@ import numpy as np
 
 from tracker.analysis.boards import LayerBoard
 from tracker.analysis.claims import Claims, name_benchmarks
-from tracker.core.formats import count_text, points, two_digits, write_figure
 from tracker.report.charts import style
 from tracker.report.charts.style import estimate_hover
 from tracker.report.wording import WORDS
+from tracker.schema.formats import count_text, points, two_digits, write_figure
 
 _PANELS = {2: ([0.38, 1.0], [], [0.0, 0.29]), 3: ([0.6, 1.0], [0.26, 0.52], [0.0, 0.18])}
 """Vertical ranges of the costs, choice probabilities and cosine scores, by number of panels."""

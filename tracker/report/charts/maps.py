@@ -9,11 +9,6 @@ from typing import Any
 from tracker.analysis.boards import layer_relevance
 from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels
-from tracker.core import formats
-from tracker.core.changes import WHOLE_LAYER, Change
-from tracker.core.grouping import group_by
-from tracker.core.kinds import OUTER_MATRICES
-from tracker.core.records import CellRecord, first_layers
 from tracker.report.charts.style import (
     GREY,
     OPEN_OPACITY,
@@ -26,6 +21,11 @@ from tracker.report.charts.style import (
     wrap_text,
 )
 from tracker.report.wording import WORDS
+from tracker.schema import formats
+from tracker.schema.changes import WHOLE_LAYER, Change
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import OUTER_MATRICES
+from tracker.schema.records import CellRecord, first_layers
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _COLOUR_SCALE = [

@@ -11,15 +11,15 @@ from tracker.analysis.agreement import ModelPair, cosine_ranks, find_misjudged
 from tracker.analysis.boards import LayerBoard, layer_relevance, relative_depth, undefined_reason
 from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels
-from tracker.core.changes import WHOLE_LAYER
-from tracker.core.estimates import Estimate
-from tracker.core.formats import count_text, is_finite, three_digits, two_digits, write_figure
-from tracker.core.proxies import OBSERVED, Proxy
-from tracker.core.records import CellRecord, first_layers
 from tracker.report.charts import style
 from tracker.report.charts.maps import centred_map, largest_magnitude, row_height, row_label
 from tracker.report.charts.style import estimate_hover
 from tracker.report.wording import WORDS
+from tracker.schema.changes import WHOLE_LAYER
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import count_text, is_finite, three_digits, two_digits, write_figure
+from tracker.schema.proxies import OBSERVED, Proxy
+from tracker.schema.records import CellRecord, first_layers
 
 
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:

@@ -17,13 +17,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tracker.core.answers import interval_name
-from tracker.core.changes import Change
-from tracker.core.estimates import Estimate
-from tracker.core.formats import is_finite, metric_format, named_interval, p_value, write_figure
-from tracker.core.kinds import KIND_STYLES
-from tracker.core.proxies import EXPERT_PROXIES
-from tracker.core.records import CellRecord, RunRecord
+from tracker.schema.answers import interval_name
+from tracker.schema.changes import Change
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import is_finite, metric_format, named_interval, p_value, write_figure
+from tracker.schema.kinds import KIND_STYLES
+from tracker.schema.proxies import EXPERT_PROXIES
+from tracker.schema.records import CellRecord, RunRecord
 
 COST_COLOUR = KIND_STYLES["layer"].colour
 HELP_COLOUR = "#c4762f"

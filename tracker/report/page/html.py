@@ -16,16 +16,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tracker.analysis.agreement import agreements
-from tracker.core import answers, run_table
-from tracker.core.decision_records import DecisionsRecord
-from tracker.core.findings import FindingRecord
-from tracker.core.formats import metric_format
-from tracker.core.kinds import REPLACEMENT_WORDS
-from tracker.core.proxies import EXPERT_PROXIES, OBSERVED
-from tracker.core.records import CellRecord, RecordKey
-from tracker.core.tables import entry_text, heading_text
-from tracker.core.text import mask_secrets, replace_controls
-from tracker.core.weight_formats import FORMATS
 from tracker.ledger.files import write_text
 from tracker.report import tables, wording
 from tracker.report.charts.style import CHART_TEMPLATE, MAX_INTERVAL_LINES
@@ -35,6 +25,16 @@ from tracker.report.page import sections
 from tracker.report.page.sections import decision_table, pack_documents
 from tracker.report.page.studies import exclude_search_cells, study_sections
 from tracker.report.texts import open_templates
+from tracker.schema import answers, run_table
+from tracker.schema.decision_records import DecisionsRecord
+from tracker.schema.findings import FindingRecord
+from tracker.schema.formats import metric_format
+from tracker.schema.kinds import REPLACEMENT_WORDS
+from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED
+from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.tables import entry_text, heading_text
+from tracker.schema.text import mask_secrets, replace_controls
+from tracker.schema.weight_formats import FORMATS
 
 
 def render_report(

@@ -17,13 +17,6 @@ from tracker.analysis.boards import (
 )
 from tracker.analysis.comparable import benchmark_labels, named_models
 from tracker.analysis.decisions import MAX_SHOWN_DOCUMENTS
-from tracker.core.changes import WHOLE_LAYER
-from tracker.core.decision_records import DecisionsRecord, RunDecisions
-from tracker.core.formats import DASH, count_text, points
-from tracker.core.records import CellRecord, RecordKey
-from tracker.core.run_table import CellRun, distinguishing_columns, pick_columns, run_columns
-from tracker.core.tables import Column, ColumnValue, Table, build_table
-from tracker.core.text import capitalise
 from tracker.report import tables
 from tracker.report.charts.cells import (
     agreement_map,
@@ -52,6 +45,13 @@ from tracker.report.leaderboard import (
     relevance_interval_table,
 )
 from tracker.report.wording import model_answer
+from tracker.schema.changes import WHOLE_LAYER
+from tracker.schema.decision_records import DecisionsRecord, RunDecisions
+from tracker.schema.formats import DASH, count_text, points
+from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.run_table import CellRun, distinguishing_columns, pick_columns, run_columns
+from tracker.schema.tables import Column, ColumnValue, Table, build_table
+from tracker.schema.text import capitalise
 
 DOCUMENT_BUDGET = 2_000_000
 """Maximum number of characters of a page for the documents of all cells."""

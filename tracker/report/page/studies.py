@@ -10,11 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from tracker.core.changes import WHOLE_LAYER
-from tracker.core.estimates import Estimate
-from tracker.core.findings import SEARCH_STUDY, FindingRecord, Line, LineChart, MapChart, StudyChart
-from tracker.core.formats import UNIT_FORMATS, figure_text, three_digits
-from tracker.core.records import CellRecord, RecordKey
 from tracker.report.charts.maps import (
     ROW_AXIS,
     centred_map,
@@ -36,6 +31,18 @@ from tracker.report.charts.style import (
 from tracker.report.frames import table_frame
 from tracker.report.page.sections import Figure
 from tracker.report.wording import WORDS
+from tracker.schema.changes import WHOLE_LAYER
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import (
+    SEARCH_STUDY,
+    FindingRecord,
+    Line,
+    LineChart,
+    MapChart,
+    StudyChart,
+)
+from tracker.schema.formats import UNIT_FORMATS, figure_text, three_digits
+from tracker.schema.records import CellRecord, RecordKey
 
 _SHOWN_STUDIES = (SEARCH_STUDY, "prune", "joint")
 """Studies whose sections show their runs: steps of searches, and pairs with a first layer."""

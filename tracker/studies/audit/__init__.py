@@ -9,13 +9,13 @@ from scipy import stats
 
 from tracker.analysis.claims import cell_ranks
 from tracker.analysis.comparable import benchmark_labels, model_labels
-from tracker.core.config import CellRequest
-from tracker.core.errors import RequestError
-from tracker.core.estimates import Estimate, FigureUnit
-from tracker.core.findings import LineChart, MapChart, StudyChart
-from tracker.core.grouping import group_by
-from tracker.core.proxies import LAYER_PROXIES, proxy_cost
-from tracker.core.tables import Column, ColumnValue, Table, build_table
+from tracker.schema.config import CellRequest
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.findings import LineChart, MapChart, StudyChart
+from tracker.schema.grouping import group_by
+from tracker.schema.proxies import LAYER_PROXIES, proxy_cost
+from tracker.schema.tables import Column, ColumnValue, Table, build_table
 from tracker.stats.rank_agreement import midranks, min_ranks
 from tracker.stats.support import holm
 from tracker.stats.task_dependence import SIGN_BLOCK

@@ -10,15 +10,15 @@ import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.records import OUTER_LAYERS
-from tracker.core.documents import Document
-from tracker.core.estimates import Estimate
-from tracker.core.findings import chart_values
-from tracker.core.formats import count_text
-from tracker.core.proxies import LAYER_PROXIES, OBSERVED, proxy_cost
 from tracker.engine.observers.layer_proxies import output_proxies
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.observing import Observations, ObserveDocument
+from tracker.schema.documents import Document
+from tracker.schema.estimates import Estimate
+from tracker.schema.findings import chart_values
+from tracker.schema.formats import count_text
+from tracker.schema.proxies import LAYER_PROXIES, OBSERVED, proxy_cost
 from tracker.stats.arrays import Array, token_means
 from tracker.stats.correlation import correlate
 from tracker.stats.rank_agreement import (

@@ -26,12 +26,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from typing_extensions import override
 
-from tracker.core.errors import TrackingError
-from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord
-from tracker.core.text import mask_secrets
 from tracker.ledger.cache import private_folder
 from tracker.ledger.files import shared_umask
+from tracker.schema.errors import TrackingError
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import CellRecord
+from tracker.schema.text import mask_secrets
 from tracker.tracking.base import Backend, Page, RemoteCell, build_error, check_files, check_sizes
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database, update_addresses

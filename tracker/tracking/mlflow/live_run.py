@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Run
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from typing_extensions import override
 
-from tracker.core.records import CellRecord
+from tracker.schema.records import CellRecord
 from tracker.tracking.base import OpenRuns, RunStatus
 from tracker.tracking.figures import tracked_name
 from tracker.tracking.identity import run_key

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tracker.core.changes import BASELINE
-from tracker.core.identities import TaskIdentity
-from tracker.core.provenance import content_hash
-from tracker.core.records import CellRecord
-from tracker.core.text import escape_markdown
+from tracker.schema.changes import BASELINE
+from tracker.schema.identities import TaskIdentity
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import CellRecord
+from tracker.schema.text import escape_markdown
 from tracker.tracking.identity import run_key, start_label
 from tracker.tracking.runs import DescribedRun, cell_note
 

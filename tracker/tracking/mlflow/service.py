@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from typing_extensions import override
 
-from tracker.core.errors import RequestError
-from tracker.core.fields import expand_home
-from tracker.core.text import mask_secrets
+from tracker.schema.errors import RequestError
+from tracker.schema.fields import expand_home
+from tracker.schema.text import mask_secrets
 from tracker.tracking.base import PartName, Service, Target, login_error, without_login
 
 _LOGIN_SETTINGS = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4")

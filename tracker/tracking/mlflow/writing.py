@@ -28,7 +28,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from tracker.core.provenance import file_hash
+from tracker.schema.provenance import file_hash
 from tracker.tracking.base import PROGRESS
 from tracker.tracking.figures import LoggedTable, is_curve
 from tracker.tracking.identity import kept_name

@@ -22,7 +22,7 @@ from trackio import cas, utils
 from trackio.sqlite_storage import SQLiteStorage
 from typing_extensions import override
 
-from tracker.core.errors import TrackingError
+from tracker.schema.errors import TrackingError
 from tracker.tracking.base import Backend, RemoteCell, build_error, check_files, check_sizes
 from tracker.tracking.identity import filter_words, group_name
 from tracker.tracking.runs import DescribedRun, artifact_name, move_runs

@@ -9,8 +9,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from tracker.core.distribution import extra_command
-from tracker.core.errors import RequestError, TrackingError
+from tracker.schema.distribution import extra_command
+from tracker.schema.errors import RequestError, TrackingError
 from tracker.tracking.base import PartName, Service, Target
 
 _REMOTE_SETTINGS = ("SPACE_ID", "SERVER_URL", "BUCKET_ID", "DATASET_ID")

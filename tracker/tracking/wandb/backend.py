@@ -24,10 +24,10 @@ import wandb
 from typing_extensions import override
 from wandb import Artifact
 
-from tracker.core.distribution import extra_command
-from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord
 from tracker.ledger.files import make_folder, write_text
+from tracker.schema.distribution import extra_command
+from tracker.schema.errors import TrackingError
+from tracker.schema.records import CellRecord
 from tracker.tracking.base import Backend, Page, RemoteCell, SavedModel, check_files, check_sizes
 from tracker.tracking.runs import DescribedRun, artifact_name, move_runs
 from tracker.tracking.wandb.session import finish_run, is_offline, log_in, start_run, wandb_session

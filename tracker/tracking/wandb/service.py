@@ -9,8 +9,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from tracker.core.errors import RequestError
-from tracker.core.text import mask_secrets
+from tracker.schema.errors import RequestError
+from tracker.schema.text import mask_secrets
 from tracker.tracking.base import OFFLINE, PartName, Service, Target, login_error, without_login
 
 _SESSION_SETTINGS = ("WANDB_SERVICE",)

@@ -11,7 +11,7 @@ from typing import Any
 import wandb
 from wandb import Run
 
-from tracker.core.errors import TrackingError
+from tracker.schema.errors import TrackingError
 from tracker.tracking.base import build_error, explain_errors
 
 _FINISH_SECONDS = 120.0

@@ -16,10 +16,10 @@ import wandb
 from typing_extensions import override
 from wandb import Run
 
-from tracker.core.changes import Change
-from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord, RunRecord
-from tracker.core.text import mask_secrets
+from tracker.schema.changes import Change
+from tracker.schema.errors import TrackingError
+from tracker.schema.records import CellRecord, RunRecord
+from tracker.schema.text import mask_secrets
 from tracker.tracking.base import (
     PROGRESS,
     OpenRuns,

@@ -9,7 +9,7 @@ import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.workspaces.internal import get_view_dict
 
-from tracker.core.proxies import OBSERVED, PROXIES
+from tracker.schema.proxies import OBSERVED, PROXIES
 
 REPORT_TITLE = "Which layers matter"
 VIEW_TITLE = "Layers by benchmark"

@@ -14,7 +14,7 @@ from typing import Any
 import wandb
 from wandb import Artifact
 
-from tracker.core.records import CellRecord
+from tracker.schema.records import CellRecord
 from tracker.tracking.figures import LoggedTable
 from tracker.tracking.identity import filter_words, group_name
 from tracker.tracking.runs import INVALID_NAME_PATTERN, MAX_ARTIFACT_NAME, DescribedRun, cut_text

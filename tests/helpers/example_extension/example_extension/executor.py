@@ -1,6 +1,6 @@
 """An executor: it measures here, and says so."""
 
-from tracker.executors.local import LocalExecutor
+from tracker.measuring.executors.local import LocalExecutor
 
 
 class AnnouncedExecutor(LocalExecutor):

@@ -1,6 +1,6 @@
 """A proxy: how large a layer's update is."""
 
-from tracker.core.proxies import Proxy
+from tracker.schema.proxies import Proxy
 
 
 def update_norm(before, after):

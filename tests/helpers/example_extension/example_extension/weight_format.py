@@ -1,6 +1,6 @@
 """A format of weights: the sign of each weight, and a scale a block of 32."""
 
-from tracker.core.weight_formats import WeightFormat
+from tracker.schema.weight_formats import WeightFormat
 
 
 def round_to_sign(weights):

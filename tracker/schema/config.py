@@ -1,0 +1,428 @@
+"""Define a request: a model, a benchmark, their settings, and the changes to measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, model_validator
+
+from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
+from tracker.schema.errors import ExperimentError
+from tracker.schema.extent import UNLIMITED_SAMPLE, DocumentPart, Extent, Positive
+from tracker.schema.fields import (
+    BenchmarkName,
+    Count,
+    Dtype,
+    Folders,
+    JsonArguments,
+    Layers,
+    Name,
+    QuestionText,
+    StrictModel,
+    Times,
+    validate_settings,
+)
+from tracker.schema.kinds import NUMBERED_COMPONENTS, OUTER_MATRICES, UNITS, Component, Intervention
+from tracker.schema.questions import Question, parse_question
+from tracker.schema.weight_formats import FORMATS
+
+EXECUTORS = {
+    "local": "tracker.measuring.executors.local:LocalExecutor",
+    "ray": "tracker.measuring.executors.ray:RayExecutor",
+    "slurm": "tracker.measuring.executors.slurm:SlurmExecutor",
+}
+"""Name of an executor → its class, which is imported when it is chosen."""
+EXECUTORS_GROUP = "layer_tracker.executors"
+"""The group of entry points by which other packages add executors."""
+OFFLOAD_PLACES = ("device", "host", "disk")
+"""Places where offloaded layers are stored."""
+COMPETITORS = ("vllm",)
+"""Programs that the engine can be compared with, besides lm-eval with transformers."""
+
+
+def executor_names() -> tuple[str, ...]:
+    """List the names of all executors, including executors from other packages."""
+    from importlib.metadata import entry_points
+
+    names = entry_points(group=EXECUTORS_GROUP).names
+    return tuple(dict.fromkeys((*EXECUTORS, *sorted(names))))
+
+
+SpecType = TypeVar("SpecType", bound=BaseModel)
+
+
+class ModelSpec(StrictModel):
+    """Settings that choose a model's weights; requests with equal settings share a model."""
+
+    model: Name
+    """Model: hub id, folder, .gguf file, or package:NAME."""
+    revision: Name | None = None
+    """Branch, tag or commit on the Hugging Face hub."""
+    dtype: Dtype = "auto"
+    """Data type of the weights; auto: that of the checkpoint."""
+    model_args: JsonArguments | None = None
+    """Arguments for loading the model, e.g. peft=ADAPTER or load_in_4bit=True."""
+
+    def __str__(self) -> str:
+        return self.model
+
+    @property
+    def order(self) -> list[str]:
+        """The key for sorting requests by model, so that each model is loaded only once."""
+        return [str(value) for _, value in self]
+
+
+class BenchmarkSpec(StrictModel):
+    """A benchmark and its prompt settings; the settings are named and defined as in lm-eval."""
+
+    benchmark: BenchmarkName
+    """Benchmark: a task or group of lm-eval, a YAML file, or corpus:FILE."""
+    num_fewshot: Count | None = None
+    """Number of few-shot examples (default: that of the task)."""
+    data: Name = "hub"
+    """Source of the benchmark's documents: hub, package:NAME or a folder."""
+    include_path: Folders = ()
+    """Folder with your own tasks, or a list of folders. Their code runs."""
+    system_instruction: Name | None = None
+    """System prompt."""
+    apply_chat_template: bool | Name = False
+    """Chat template: true, or its name (default: none)."""
+    fewshot_as_multiturn: bool | None = None
+    """Few-shot examples as turns of a chat (default: yes, with a chat template)."""
+    chat_template_args: JsonArguments | None = None
+    """Arguments of the chat template."""
+    enable_thinking: bool | None = None
+    """Let the model think before it answers. Needs think_end_token."""
+    think_end_token: int | Name | None = None
+    """Token that ends the thinking; the answer is the text after it."""
+    gen_kwargs: JsonArguments | None = None
+    """Arguments of generation, e.g. max_gen_toks=64,until=… or JSON."""
+    metadata: JsonArguments | None = None
+    """Metadata for tasks that generate their documents, such as RULER."""
+
+    @model_validator(mode="after")
+    def _check_thinking(self) -> BenchmarkSpec:
+        if self.enable_thinking and self.think_end_token is None:
+            raise ValueError("enable_thinking needs think_end_token, e.g. </think>, as in lm-eval")
+        return self
+
+    def __str__(self) -> str:
+        return self.benchmark
+
+    def renamed(self, benchmark: str) -> BenchmarkSpec:
+        """Return a copy of the settings with the name of another benchmark."""
+        return self.model_copy(update={"benchmark": benchmark})
+
+
+class DocumentSpec(StrictModel, Extent):
+    """Selection of documents: all, the first, or a random sample of a benchmark or of one half."""
+
+    part: DocumentPart | None = None
+    """Disjoint documents for choosing (calibration) and for testing (test). These are the training
+    split and the scored split, or else two random halves of the scored split (default: all that
+    lm-eval scores)."""
+
+
+class ChangeGrid(StrictModel):
+    """Grid of changes in files and commands: all combinations of the field values."""
+
+    layers: tuple[Count, ...]
+    """Layer to change, 0-based (default: all)."""
+    components: tuple[Component, ...] = ("layer",)
+    """Component to change: the whole layer, one of its sublayers, or a part of a sublayer."""
+    spans: tuple[Positive, ...] = (1,)
+    """Number of neighbouring layers that are removed together, from that layer on."""
+    interventions: tuple[Intervention, ...] = ("remove",)
+    """Intervention: remove it, or replace it by a fitted mean update (mean), factor (scale) or
+    linear map (linear). Or round its weights to a format: int4, q4_k, …. Or repeat: pass the layers
+    of the span again."""
+    heads: tuple[Count, ...] = ()
+    """Head of the layer (component head), or group of heads that share keys and values (component
+    kv_head), 0-based (default: all)."""
+    experts: tuple[Count, ...] = ()
+    """Routed expert of the layer (component expert), 0-based (default: all)."""
+    maps: tuple[Name, ...] = ()
+    """Linear map of the layer (component linear), by its name in the checkpoint: self_attn.q_proj,
+    mlp.down_proj, mlp.experts.down_proj (all experts), mlp.experts.7.down_proj (one). Also
+    attention or mlp for all maps of a sublayer, and embedding or lm_head (default: each map)."""
+    repeats: tuple[Times, ...] = (2,)
+    """Number of passes through the layers (intervention repeat)."""
+    control: Literal["random"] | None = None
+    """random: measure also 40 random sets of as many layers as a span has, as a control for
+    spans."""
+
+
+class Changes(ChangeGrid):
+    """Requested changes, either as a grid or as an explicit list."""
+
+    layers: tuple[Count, ...] = ()
+    exact: tuple[Change, ...] | None = None
+    """The changes themselves, where they are not every combination of the grid."""
+
+    def expand(self) -> Iterator[Change]:
+        """Yield the requested changes without checking them: the explicit list, or the grid."""
+        if self.exact is not None:
+            yield from self.exact
+            return
+        fields = (self.components, self.interventions, self.spans, self.layers)
+        for component, intervention, span, layer in product(*fields):
+            numbers = self.numbers(component) if component in NUMBERED_COMPONENTS else (None,)
+            maps = self.maps if component == "linear" else (None,)
+            repeats = self.repeats if intervention == "repeat" else (2,)
+            for number, name, passes in product(numbers, maps, repeats):
+                layers = () if name in OUTER_MATRICES else (*range(layer, layer + span),)
+                part = name if number is None else number
+                yield Change(component, layers, intervention, part, passes)
+
+    def with_exact(self, changes: Iterable[Change]) -> Changes:
+        """Return a copy that requests exactly these changes instead of a grid."""
+        return self.model_copy(update={"exact": tuple(changes)})
+
+    def numbers(self, component: Component) -> tuple[int, ...]:
+        """Return the requested numbers of heads or experts; an empty tuple means all numbers."""
+        return self.experts if component == "expert" else self.heads
+
+    @property
+    def numbered(self) -> list[Component]:
+        """The requested components that are numbered within a layer, such as heads."""
+        return [component for component in self.components if component in NUMBERED_COMPONENTS]
+
+    @property
+    def has_parts(self) -> bool:
+        """True if the request includes heads, experts or linear maps of a layer."""
+        return bool(self.numbered) or "linear" in self.components
+
+    @property
+    def lacks_maps(self) -> bool:
+        """True if the request includes linear maps but names none, which requests all of them."""
+        return "linear" in self.components and not self.maps
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """The sorted layers that are each removed as a whole in one of the requested changes."""
+        return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
+
+    @property
+    def first_change(self) -> Change:
+        """First requested change; raises ExperimentError if it names no head, expert or map."""
+        if self.lacks_maps:
+            raise ExperimentError(
+                "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
+                "file: 'map: {values: [mlp.down_proj]}'). For all linear maps of the layer at "
+                "once, give --component layer"
+            )
+        for component in self.numbered:
+            if not self.numbers(component):
+                key = FILE_KEYS[number_field(component)]
+                raise ExperimentError(f"which {component} of the layer? Give its number: --{key} 0")
+        return next(self.expand())
+
+
+class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
+    """Settings of one cell (model and benchmark), named as in files, commands and keywords.
+
+    The fields of this class define the keys of experiment files and the options of the command
+    line. A test compares `docs/experiments.md` with the fields.
+    """
+
+    removed: Layers = ()
+    """Layers that are removed in every run, e.g. 3,17 or 3-7 or [3, 17]."""
+    until: QuestionText | None = None
+    """Question about all runs of the benchmark, such as 'top 5'. Measuring stops once it is
+    answered."""
+    metric: Name | None = None
+    """Metric (default: the one that is usually reported for the benchmark)."""
+
+    @model_validator(mode="after")
+    def _check_one_limit(self) -> CellSettings:
+        if self.until is not None and (self.limit is not None or self.sample is not None):
+            key = "limit" if self.sample is None else "sample"
+            raise ValueError(f"until and {key} are both given; leave one of them out")
+        return self
+
+    def spec(self, kind: type[SpecType]) -> SpecType:
+        """Return the settings of one group as an object of class `kind`, such as `ModelSpec`."""
+        return kind(**{name: value for name, value in self if name in kind.model_fields})
+
+    @property
+    def request(self) -> CellRequest:
+        """The request that is built from these settings."""
+        return CellRequest(
+            model=self.spec(ModelSpec),
+            benchmark=self.spec(BenchmarkSpec),
+            documents=self.spec(DocumentSpec),
+            changes=self.spec(Changes),
+            removed=self.removed,
+            until=None if self.until is None else parse_question(self.until),
+            metric=self.metric,
+        )
+
+
+_DEFAULT_DOCUMENTS, _NO_CHANGES = DocumentSpec(), Changes()
+
+
+@dataclass(frozen=True)
+class CellRequest:
+    """A request to measure changes of one model on documents of one benchmark.
+
+    Attributes:
+        model: The settings that choose the model's weights.
+        benchmark: The benchmark and the settings of its prompts.
+        documents: The selection of documents to measure.
+        changes: The changes to measure; empty if the request is only a template for other requests.
+        removed: The layers that are removed in every run, ascending.
+        until: The stopping rule: the measurement ends once its question is answered. None to
+            measure all documents.
+        metric: The metric to show; None for the metric that publications usually report for the
+            benchmark.
+    """
+
+    model: ModelSpec
+    benchmark: BenchmarkSpec
+    documents: DocumentSpec = _DEFAULT_DOCUMENTS
+    changes: Changes = _NO_CHANGES
+    removed: tuple[int, ...] = ()
+    until: Question | None = None
+    metric: str | None = None
+
+    @property
+    def settings(self) -> CellSettings:
+        """The request as flat settings; `CellSettings.request` builds the same request."""
+        settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
+        settings["until"] = None if self.until is None else str(self.until)
+        for group in (self.model, self.benchmark, self.documents, self.changes):
+            settings |= {name: value for name, value in group if name != "exact"}
+        return CellSettings.model_construct(**settings)
+
+    @property
+    def extent(self) -> Extent:
+        """The requested documents; if `until` is set, all documents in random order."""
+        if self.until is not None:
+            return Extent(sample=UNLIMITED_SAMPLE, seed=self.documents.seed)
+        return self.documents
+
+    @property
+    def title(self) -> str:
+        """The name of the model and benchmark in messages, e.g. `llama × piqa without 3, 17`."""
+        removed = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
+        metric = f" by {self.metric}" if self.metric else ""
+        part = f" ({self.documents.part})" if self.documents.part else ""
+        return f"{self.model} × {self.benchmark}{part}{removed}{metric}"
+
+    def with_changes(self, changes: Iterable[Change] | None = None, **grid: Any) -> CellRequest:
+        """Copy the request with other changes: a list in `changes`, or a grid in `grid`."""
+        if changes is not None:
+            return replace(self, changes=self.changes.with_exact(changes))
+        return replace(self, changes=Changes(**grid))
+
+    def on_part(self, part: DocumentPart, **size: int | None) -> CellRequest:
+        """Copy the request for one half of the documents; `size` can set `limit` or `sample`."""
+        update = {"part": part, **size}
+        return replace(self, documents=self.documents.model_copy(update=update))
+
+    def invalid_reason(self, change: Change, layers: int) -> str | None:
+        """Return the reason why a change cannot be measured; None if the change is valid.
+
+        Args:
+            change: The change to check.
+            layers: Number of layers of the intact model.
+
+        Returns:
+            The reason as a clause; None if the change is valid.
+        """
+        component, intervention = change.component, change.intervention
+        if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
+            return f"{component} can only be removed, and only from one layer at a time"
+        if component == "linear" and (intervention not in FORMATS or change.span != 1):
+            return "a linear map can only be quantised, e.g. to int4, and in one layer at a time"
+        if change.is_outer:
+            return None
+        if intervention == "repeat" and component != "layer":
+            return "repeat applies to whole layers only"
+        if intervention in FORMATS and component not in ("layer", "linear"):
+            return f"{intervention} applies to layers, or to linear maps (component: linear)"
+        if intervention not in ("remove", "repeat") and change.span != 1:
+            return f"{intervention} applies to single layers only"
+        if intervention not in ("remove", "repeat", *FORMATS) and component != "layer":
+            return f"{intervention} applies to single whole layers only"
+        if change.stop > layers:
+            reach = f"{change.span} layers from layer {change.layer} on"
+            return f"{reach} reach beyond layer {layers - 1}, the last layer"
+        if {*change.layers} & {*self.removed}:
+            span = f"layer {change.layer}"
+            if change.span > 1:
+                span = f"one of layers {change.layer} to {change.stop - 1}"
+            return f"{span} is among the removed layers {', '.join(map(str, self.removed))}"
+        if len(Ablation.from_changes(change, removed=self.removed).removed()) >= layers:
+            return "no layer would be left"
+        return None
+
+    def valid_changes(self, layers: int) -> list[Change]:
+        """List the requested changes that are valid for a model with `layers` layers.
+
+        The list has no duplicates, and no changes for which `invalid_reason` returns a reason.
+        """
+        changes = dict.fromkeys(self.changes.expand())
+        return [change for change in changes if self.invalid_reason(change, layers) is None]
+
+    def ablations(self, layers: int) -> list[Ablation]:
+        """List the ablations: the baseline, only `removed`, and one for each valid change."""
+        runs = [(), *((change,) for change in self.valid_changes(layers))]
+        ablations = (Ablation.from_changes(*run, removed=self.removed) for run in runs)
+        return list(dict.fromkeys([INTACT, *ablations]))
+
+
+def number_field(component: Component) -> Literal["heads", "experts"]:
+    """Return the name of the `ChangeGrid` field for head numbers or for expert numbers."""
+    return "experts" if component == "expert" else "heads"
+
+
+def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:
+    """List the ablations of all requests, without duplicates."""
+    ablations = (request.ablations(layers) for request in requests)
+    return list(dict.fromkeys(chain.from_iterable(ablations)))
+
+
+def cell_request(**settings: Any) -> CellRequest:
+    """Build a request from settings, ignoring None; raise RequestError for an invalid setting."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return validate_settings(CellSettings, given, "--", FILE_KEYS).request
+
+
+def stored_request(settings: Mapping[str, Any]) -> CellRequest:
+    """Read a request from stored flat settings, including settings of former versions."""
+    fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
+    return CellSettings.model_validate_json(json.dumps(fields)).request
+
+
+def run_request(settings: Mapping[str, Any]) -> CellRequest:
+    """Build a request for one run from settings whose names are keys of `FIELDS_BY_KEY`."""
+    fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
+    return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})
+
+
+FILE_KEYS = {
+    "layers": "layer",
+    "components": "component",
+    "spans": "span",
+    "interventions": "intervention",
+    "heads": "head",
+    "experts": "expert",
+    "maps": "map",
+    "repeats": "repeats",
+}
+"""Field with several values → its key in files and its option."""
+_FIRST_FIELDS = (
+    *("model", "benchmark", *ChangeGrid.model_fields, "removed", "revision", "dtype"),
+    *("num_fewshot", "part", "limit", "sample", "until", "metric", "seed", "data", "model_args"),
+)
+"""Fields in the order in which files and `--help` list them; the others follow."""
+FIELDS_BY_KEY: Mapping[str, str] = {
+    FILE_KEYS.get(field, field): field
+    for field in dict.fromkeys((*_FIRST_FIELDS, *CellSettings.model_fields))
+}
+"""Keys of experiment files, options and keywords → the field of `CellSettings`."""

@@ -1,0 +1,128 @@
+"""Define tokenised benchmark documents and a model's responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from tracker.schema.provenance import content_hash
+
+
+@dataclass(frozen=True)
+class Request:
+    """One (context, continuation) pair that lm-eval asks the model to score.
+
+    Attributes:
+        context: Token ids that the model reads before the continuation; never empty.
+        continuation: Token ids whose log-likelihood is computed; never empty.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """The total number of tokens of the context and the continuation."""
+        return len(self.context) + len(self.continuation)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt of a generation task, which the model continues with text.
+
+    Attributes:
+        text: The text of the prompt.
+        settings: lm-eval's generation settings, such as stop strings and the maximum number of
+            tokens.
+    """
+
+    text: str
+    settings: Mapping[str, Any]
+    think_end_token: str | int | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """The maximum number of generated tokens; lm-eval's default is 256."""
+        return int(self.settings.get("max_gen_toks", 256))
+
+    def with_limit(self, tokens: int) -> Prompt:
+        """Return a copy of the prompt that allows at most `tokens` generated tokens."""
+        limit = min(tokens, self.max_tokens)
+        return replace(self, settings={**self.settings, "max_gen_toks": limit})
+
+
+@dataclass(frozen=True)
+class Document:
+    """One item of a benchmark, tokenised for a model.
+
+    Attributes:
+        task: The lm-eval task or the text corpus that contains the document.
+        index: The document's position in the task's split, 0-based.
+        requests: The (context, continuation) pairs to score, in lm-eval's order.
+        gold: The index of the request with the right answer; None if lm-eval defines no or several
+            right answers.
+        choices: Number of answer options, from which chance accuracy is computed; 0 for free-form
+            answers.
+        rolling: True if the requests are consecutive windows of one text.
+        prompt: The prompt of a generation task; None for other tasks. The requests of a generation
+            task consist of the prompt and the reference answer, to compute proxies and
+            log-probabilities.
+    """
+
+    task: str
+    index: int
+    requests: tuple[Request, ...]
+    gold: int | None
+    choices: int
+    rolling: bool = False
+    prompt: Prompt | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The document's key: the task's name and the position in the task's split."""
+        return self.task, self.index
+
+    def tokens_digest(self, max_length: int) -> str:
+        """Hash the tokens that a model reads after truncation, and the numbers scored."""
+        texts: list[Any] = []
+        for request in self.requests:
+            tokens = (request.context + request.continuation)[-(max_length + 1) :]
+            texts.append([tokens, len(request.continuation)])
+        if self.prompt is not None:
+            n_tokens = max(1, max_length - self.prompt.max_tokens)
+            texts += [self.requests[0].context[-n_tokens:], self.prompt.settings]
+        return content_hash(texts)[:16]
+
+
+@dataclass(frozen=True)
+class DocumentText:
+    """The text of a document for display, without few-shot examples and templates.
+
+    Attributes:
+        question: The last part of the prompt. If the whole text of the document is scored, the
+            whole text.
+        choices: The answer options, in the order of the requests; empty for free-form answers.
+        answer: The gold answer of a document without answer options; None if the task defines no
+            answer.
+    """
+
+    question: str
+    choices: tuple[str, ...] = ()
+    answer: str | None = None
+
+
+class Response(NamedTuple):
+    """The model's response to one request; the first two fields are lm-eval's result.
+
+    Attributes:
+        loglikelihood: Summed log-probability of the continuation, in nats.
+        greedy: True if the model ranks every token of the continuation first.
+        hits: Number of continuation tokens that the model ranks first.
+        text: The generated text; None if the document is not part of a generation task.
+    """
+
+    loglikelihood: float
+    greedy: bool
+    hits: int
+    text: str | None = None

@@ -1,0 +1,48 @@
+"""Define an estimate: a value with its confidence interval."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+FigureUnit = (
+    Literal["text", "count", "rank", "points", "percent", "score", "coefficient"]
+    | Literal["relevance", "proxy", "metric", "p", "nats", "times"]
+)
+"""Unit of a figure; `UNIT_FORMATS` of `schema/formats.py` defines how each unit is written."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % confidence interval, and the p-value of its test if there is a test.
+
+    Values are stored in the unit of the record: fractions or nats.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    reason: str | None = None
+    """Reason why `value` is None; None if there is a value."""
+    unit: FigureUnit | None = None
+    """Unit of the figure in a column of several units; None for the column's unit."""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The lower and upper end of the interval; None if an end is missing or infinite."""
+        if self.low is None or self.high is None:
+            return None
+        return (self.low, self.high) if math.isfinite(self.low + self.high) else None
+
+    def side(self, threshold: float = 0.0) -> int:
+        """Return 1 if the whole interval is above the threshold, −1 if all below, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > threshold) - int(self.high < threshold)
+
+    def __neg__(self) -> Estimate:
+        """Return the estimate with the opposite sign, for example to turn a loss into a gain."""
+        value, high, low = (None if x is None else -x for x in (self.value, self.low, self.high))
+        return Estimate(value, low, high, reason=self.reason)

@@ -1,0 +1,213 @@
+"""Define the types of settings in files and commands, and describe the first invalid setting.
+
+Settings of lm-eval, transformers and chat templates are stored as canonical JSON, which can be
+compared and hashed.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+
+from tracker.schema.changes import MAX_LAYERS
+from tracker.schema.errors import RequestError, did_you_mean
+from tracker.schema.questions import parse_question
+from tracker.schema.safe_yaml import short_text
+from tracker.schema.text import HALF_CHARACTER, is_writable
+
+ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
+
+
+def _canonical_json(value: object) -> object:
+    """Convert settings (YAML, W&B's form, or lm-eval's `key=value`) to canonical JSON."""
+    if isinstance(value, str):
+        value = _parse_arguments(value)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "the settings have values that JSON cannot represent; use texts, numbers or lists"
+        ) from None
+    if not is_writable(text):
+        raise ValueError(f"it holds {HALF_CHARACTER}")
+    return text
+
+
+def _parse_arguments(text: str) -> Any:
+    # `${args_json}` gives JSON, `${args}` the repr of a dict.
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError):
+            if isinstance(settings := parse(text), dict):
+                return settings
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if not pairs or not all(equals and key.strip() for key, equals, _ in pairs):
+        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
+    return {key.strip(): _parse_value(value.strip()) for key, _, value in pairs}
+
+
+def _parse_value(text: str) -> Any:
+    """Parse a value like lm-eval: as a Boolean, a number or text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+JsonArguments = Annotated[str, BeforeValidator(_canonical_json)]
+
+
+def expand_home(path: str | Path) -> Path:
+    """Replace ~ in a path by the home folder; keep the path if no home folder is known."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises RuntimeError
+
+
+def decode_arguments(arguments: str | None) -> dict[str, Any]:
+    """Parse settings from canonical JSON into a dict; return an empty dict for None."""
+    settings: dict[str, Any] = json.loads(arguments) if arguments else {}
+    return settings
+
+
+def _check_writable(name: str) -> str:
+    """Raise ValueError if a name contains a null character, which file systems refuse."""
+    if "\0" in name:
+        raise ValueError("the name contains a null character, which file systems refuse")
+    return name
+
+
+_Nonempty = StringConstraints(min_length=1, strip_whitespace=True)
+Name = Annotated[str, _Nonempty, AfterValidator(_check_writable)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=0)]
+Times = Annotated[int, Field(ge=2)]
+
+
+def _sort_layers(value: Any) -> Any:
+    """Check and sort a list of layer numbers from YAML or JSON; return a tuple."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected lists of layers, e.g. [3, 17], not {short_text(value)}")
+    if len(value) > MAX_LAYERS:
+        raise ValueError(f"no model has {len(value):,} layers")
+    if len(set(map(str, value))) < len(value):
+        raise ValueError("the list contains a layer twice")
+    are_numbers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value)
+    return tuple(sorted(value)) if are_numbers else tuple(value)
+
+
+def as_tuple(value: Any) -> Any:
+    """Convert a name or a list of names to a tuple, including a list that W&B wrote as text."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value.replace("'", '"'))
+    value = [value] if isinstance(value, str) else value
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_single(name: str) -> str:
+    """Return a benchmark's name; raise ValueError if the text contains several names."""
+    if SEVERAL_BENCHMARKS.fullmatch(name):
+        names = ", ".join(part.strip() for part in name.split(","))
+        raise ValueError(f"several benchmarks are given; give one, or values: [{names}]")
+    return name
+
+
+BenchmarkName = Annotated[Name, AfterValidator(_check_single)]
+QuestionText = Annotated[Name, AfterValidator(lambda text: str(parse_question(text)))]
+"""A question in its canonical text."""
+Folders = Annotated[tuple[Name, ...], BeforeValidator(as_tuple)]
+Layers = Annotated[tuple[Count, ...], BeforeValidator(_sort_layers)]
+SEVERAL_BENCHMARKS = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
+"""Several benchmarks separated by commas, as on lm-eval's command line."""
+
+
+class StrictModel(BaseModel):
+    """Base class of settings, which refuses unknown fields and values of a wrong type.
+
+    The docstring of a field is also the help text of the command-line option.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate_settings(
+    kind: type[M],
+    settings: Mapping[str, Any],
+    prefix: str,
+    parameter_names: Mapping[str, str] | None = None,
+) -> M:
+    """Build an object of class `kind` from settings; raise RequestError if they are invalid."""
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        raise RequestError(first_problem(error, kind, prefix, parameter_names)) from None
+
+
+def first_problem(
+    error: ValidationError,
+    model: type[BaseModel],
+    prefix: str = "",
+    parameter_names: Mapping[str, str] | None = None,
+) -> str:
+    """Describe the first invalid setting in one line, with its name in experiment files.
+
+    `parameter_names` maps a field to a parameter of the file. The mapping is needed for fields that
+    combine several values of one parameter.
+    """
+    problems = error.errors(include_url=False)
+    # A misspelt key often makes another one missing, so it is named first.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    location = problem["loc"]
+    if parameter_names is not None:
+        location = tuple(parameter_names.get(str(part), part) for part in location[:1])
+    path = prefix + ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        fields = _fields_at(model, problem["loc"][:-1])
+        suggestion = did_you_mean(key, fields)
+        return f"unknown key '{path}'.{suggestion} Known here: {', '.join(fields)}."
+    if problem["type"] == "missing":
+        return f"'{path}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return f"{prefix}{message}" if prefix == "--" else f"'{prefix.rstrip('.')}': {message}"
+    value = problem["input"]
+    value_text = "" if isinstance(value, dict | BaseModel) else short_text(value)
+    suffix = f" (got {value_text})" if value_text and value_text not in message else ""
+    return f"'{path}': {message[:1].lower()}{message[1:300]}{suffix}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """List the allowed keys at a location within the file."""
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        kinds = getattr(annotation, "__args__", (annotation,))
+        model = next(kind for kind in kinds if isinstance(kind, type))
+    return list(model.model_fields)

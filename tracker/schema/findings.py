@@ -1,0 +1,118 @@
+"""Define the results of a study: answers, tables and charts.
+
+Values are stored as fractions or nats. Display code scales and rounds the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import Field
+
+from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.identities import Record, SafeText
+from tracker.schema.records import RecordKey
+from tracker.schema.tables import Table
+
+SEARCH_STUDY = "search"
+"""The name of the study in findings of `tracker prune`."""
+
+
+class Line(Record):
+    """One curve of a chart, with a value for each position; None leaves a gap in the curve."""
+
+    name: SafeText
+    values: tuple[float | None, ...]
+    low: tuple[float | None, ...] = ()
+    high: tuple[float | None, ...] = ()
+    """Upper ends of the intervals, `low` the lower ones; empty without intervals."""
+
+    @classmethod
+    def from_figures(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
+        """Build a curve from estimates, with a band of their intervals; None becomes a gap."""
+        estimates = [figure or Estimate(None) for figure in figures]
+        return cls(
+            name=name,
+            values=tuple(estimate.value for estimate in estimates),
+            low=tuple(estimate.low for estimate in estimates) if band else (),
+            high=tuple(estimate.high for estimate in estimates) if band else (),
+        )
+
+
+def chart_values(values: Iterable[float]) -> tuple[float | None, ...]:
+    """Convert values for a chart; infinite and NaN values become None, a gap in the chart."""
+    return tuple(float(value) if math.isfinite(value) else None for value in values)
+
+
+class _Chart(Record):
+    title: SafeText
+    x: str
+    """The label of the positions or columns."""
+    y: str
+    unit: FigureUnit
+
+
+class LineChart(_Chart):
+    """Chart of several curves over common positions, such as layers or numbers of documents."""
+
+    kind: Literal["lines"] = "lines"
+    places: tuple[float, ...]
+    lines: tuple[Line, ...]
+    log_x: bool = False
+    log_y: bool = False
+
+
+class MapChart(_Chart):
+    """Chart of a matrix of values, coloured by the distance from 0; None leaves a gap."""
+
+    kind: Literal["map"] = "map"
+    name: str
+    """The name of the values."""
+    columns: tuple[int, ...]
+    rows: tuple[SafeText, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    hovers: tuple[tuple[SafeText, ...], ...] = ()
+    """The hover text of each value, with intervals and reasons; empty for the value alone."""
+    shown: tuple[tuple[bool, ...], ...] = Field((), exclude_if=lambda rows: not rows)
+    """True for each value that provably differs from 0; else it is open. Empty if not tested."""
+    shown_by: str = Field("", exclude_if=lambda text: not text)
+    """The statement that `shown` makes about a value, with its confidence."""
+
+
+StudyChart = LineChart | MapChart
+
+
+class FindingRecord(Record):
+    """The result of applying one study to one experiment."""
+
+    study: str
+    experiment: SafeText
+    """The experiment file's name."""
+    command: str = Field("", exclude_if=lambda text: not text)
+    """The command that computes the finding, without the file; empty for `tracker study STUDY`."""
+    beside: str = Field("", exclude_if=lambda text: not text)
+    """Suffix of the name that distinguishes several findings of one study and file."""
+    question: str
+    answers: tuple[SafeText, ...]
+    """Sentences, the most important one first."""
+    tables: tuple[Table, ...] = ()
+    charts: tuple[StudyChart, ...] = Field(default=())
+    lacking: tuple[SafeText, ...] = ()
+    """Statements that could not be made, each with what must be measured for it."""
+    assumptions: tuple[SafeText, ...] = ()
+    """The assumptions of the statistics, each with its source."""
+    rests_on: tuple[RecordKey, ...] = ()
+    """The cells behind the finding: key, view and number of documents of each."""
+
+    @property
+    def command_line(self) -> str:
+        """The command that computes the finding again."""
+        return f"{self.command or f'tracker study {self.study}'} {self.experiment}"
+
+    @property
+    def name(self) -> str:
+        """The finding's name, which is unique in a results folder."""
+        suffix = f"--{self.beside}" if self.beside else ""
+        return f"{self.study}--{self.experiment.removesuffix('.yaml')}{suffix}"

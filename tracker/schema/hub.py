@@ -1,0 +1,141 @@
+"""Check whether the Hugging Face hub answers, and explain errors of the hub.
+
+Without internet, the hub's client retries for minutes. So each process tests the hub once, with a
+short timeout. If the hub does not answer, the process uses only local files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache, partial
+from typing import Any
+
+from tracker.schema.errors import attempt
+
+HUB_TIMEOUT = 5
+"""Timeout of a request to the hub."""
+_TOKEN = "set HF_TOKEN to your access token"
+HUB_ID_FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', e.g. gpt2"
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if a name is not a valid repository name of the hub."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        hf_hub_url(name, "config.json")  # checks the name without a request
+    except HFValidationError:
+        raise ValueError(HUB_ID_FORM) from None
+
+
+def unreachable_reason() -> str:
+    """Return the reason why the hub cannot be reached; empty if the hub answers.
+
+    If the hub does not answer, the Hugging Face libraries are set to offline mode.
+    """
+    if not _offline_reasons:
+        _test_hub()
+    return _offline_reasons[0] if _offline_reasons else ""
+
+
+def ask_hub(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
+    """Request a file's metadata from the hub once, without the client's retries.
+
+    After a temporary error, this process uses local files instead of the hub. If the repository
+    does not exist or is not public, the client's exception is raised.
+
+    `kind` is `model` or `dataset`. The file does not have to exist.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    url = hf_hub_url(name, file, revision=revision, repo_type=kind)
+    try:
+        get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
+    except EntryNotFoundError:
+        return
+    except Exception as error:  # of httpx or httpx2, by huggingface_hub's version
+        if not _is_temporary(error):
+            raise
+        _go_offline(explain_error(name, error))
+
+
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""Environment variables that set huggingface_hub offline, in the order of their precedence."""
+
+
+@cache
+def _test_hub() -> None:
+    """Test once whether the hub's address answers; set the libraries offline if not."""
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        name = next((n for n in _OFFLINE if n in os.environ), _OFFLINE[0])
+        _go_offline(f"{name} is set in the environment; unset {name} to use the hub")
+        return
+    # The library's own address, or the mirror of HF_ENDPOINT; any status is an answer.
+    answer = attempt(partial(get_session().head, constants.ENDPOINT, timeout=HUB_TIMEOUT))
+    if isinstance(answer, Exception):  # of httpx or httpx2, by huggingface_hub's version
+        _go_offline(f"{constants.ENDPOINT} does not answer: {answer}")
+
+
+_offline_reasons: list[str] = []
+"""Reasons why this process does not use the hub any more."""
+
+
+def _go_offline(reason: str) -> None:
+    _offline_reasons.append(reason)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is not imported yet, and other processes
+    for module, names in (
+        ("huggingface_hub.constants", ("HF_HUB_OFFLINE",)),
+        ("datasets.config", ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")),
+    ):
+        if module in sys.modules:
+            for name in names:
+                setattr(sys.modules[module], name, True)
+
+
+def _is_temporary(error: BaseException) -> bool:
+    """Return whether an error is temporary, such as a rate limit, server error or timeout."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    statuses = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
+    timed_out = any("Timeout" in type(cause).__name__ for cause in _causes(error))
+    return timed_out or any(status == 429 or status >= 500 for status in statuses)
+
+
+def explain_error(name: str, error: BaseException, page: str = "") -> str:
+    """Describe a hub error and what to do; return '' if the hub did not cause the error.
+
+    `page` is the repository's path on the hub. By default it is `name`, which is right for models.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
+
+    # The libraries wrap the hub's own error, sometimes twice.
+    causes, page = list(_causes(error)), f"{constants.ENDPOINT}/{page or name}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"{name} is gated: ask for access at {page}, then {_TOKEN}"
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{name} has no such revision"
+    statuses = [c.response.status_code for c in causes if isinstance(c, HfHubHTTPError)]
+    if not statuses:
+        return f"{constants.ENDPOINT} does not answer in time" if _is_temporary(error) else ""
+    messages = {
+        401: f"the hub has no public {name}; if it is private, {_TOKEN}",
+        403: f"the hub denies you access to {name}; ask for access at {page}, then {_TOKEN}",
+        404: f"the hub has no {name}",
+        429: f"the hub limits the rate of requests; wait some minutes, or {_TOKEN}",
+    }
+    return messages.get(statuses[0], f"the hub answers with status {statuses[0]}; try again later")
+
+
+def _causes(error: BaseException | None) -> Any:
+    """Yield an error and all exceptions in its chain of causes, the error first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,259 @@
+"""Count the layers, heads and experts of a model, and find the layers of a given kind.
+
+Many model configurations list the kind of each layer, such as `sliding_attention` or `mamba`. The
+list is stored in the configuration file or computed by the configuration class. In addition, the
+kinds `odd` and `even` exist for every model.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from tracker.schema.changes import Change
+from tracker.schema.config import FILE_KEYS, CellRequest, Changes, number_field
+from tracker.schema.errors import ExperimentError, ModelError, did_you_mean
+from tracker.schema.kinds import KIND_STYLES, MAP_GROUPS, OUTER_MATRICES, Component
+
+EXPERT_COUNT_KEYS = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
+"""Names in configurations of the number of routed experts of a layer."""
+TOKEN_EXPERT_KEYS = (
+    *("moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token"),
+    "top_k_experts",
+)
+"""Names in configurations of the number of experts that a router chooses for each token."""
+_EXPERT_MAP = re.compile(r"(.+)\.(\d+)\.([^.]+)")
+
+N_CONTROLS = 40
+"""Number of random sets of each size: the smallest that allows a two-sided p below 5 %."""
+
+
+class ModelParts(NamedTuple):
+    """Numbers of layers, heads and experts of a model.
+
+    Attributes:
+        layers: Number of layers.
+        head: Number of attention heads of a layer; None if the configuration has no such number.
+        kv_head: Number of groups of heads that share keys and values; None if the configuration has
+            no such number.
+        kind_layers: Numbers of the layers of the requested kinds; None if no kind is requested.
+        expert: Number of routed experts of a mixture-of-experts layer; None if the configuration
+            has no such number.
+        maps: Names of the linear maps of each layer; None if the names were not determined.
+    """
+
+    layers: int
+    head: int | None = None
+    kv_head: int | None = None
+    kind_layers: tuple[int, ...] | None = None
+    expert: int | None = None
+    maps: tuple[tuple[str, ...], ...] | None = None
+
+    def count_of(self, component: Component) -> int | None:
+        """Return how many heads, head groups or experts one layer has; None if unknown."""
+        count: int | None = getattr(self, component)
+        return count
+
+
+def experts_per_token(config: Any) -> int:
+    """Return the number of experts per token from a configuration; 0 for models without experts."""
+    count, chosen = (
+        next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
+        for names in (EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS)
+    )
+    return min(count, chosen)
+
+
+def split_expert_map(map_name: str) -> tuple[str, int] | None:
+    """Split `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None for other names."""
+    match = _EXPERT_MAP.fullmatch(map_name)
+    return (f"{match[1]}.{match[3]}", int(match[2])) if match else None
+
+
+PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
+"""Function that counts the parts of a request's model and finds the layers of some kinds."""
+
+
+def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
+    """Complete a request: where it names no layers, heads, experts or maps, add all of them.
+
+    ExperimentError is raised if the model's configuration does not give the number of heads or
+    experts.
+    """
+    numbers: dict[str, tuple[int, ...]] = {}
+    if not request.changes.layers:
+        layers = range(parts.layers) if parts.kind_layers is None else parts.kind_layers
+        numbers["layers"] = tuple(layers)
+    components = [kind for kind in request.changes.numbered if not request.changes.numbers(kind)]
+    for component in components:
+        count, field = parts.count_of(component), number_field(component)
+        if count is None:
+            raise ExperimentError(
+                f"{request.title}: the model's configuration does not give the number of "
+                f"{KIND_STYLES[component].plural} per layer; list numbers in '{FILE_KEYS[field]}'"
+            )
+        # Heads and groups of heads share the field, but not the count.
+        if len(numbers.setdefault(field, tuple(range(count)))) != count:
+            raise ExperimentError(
+                f"{request.title}: a layer has {parts.head} heads, but {parts.kv_head} kv_heads; "
+                "request head and kv_head in two files, or list numbers in 'head'"
+            )
+    changes = request.changes.model_copy(update=numbers)
+    try:
+        if changes.lacks_maps:
+            changes = _fill_maps(changes, parts)
+        exact = _list_sets(changes, parts, request)
+    except ExperimentError as error:
+        raise ExperimentError(f"{request.title}: {error}") from None
+    return replace(request, changes=changes if exact is None else changes.with_exact(exact))
+
+
+def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
+    """List all changes if random layer sets or spans within a kind are requested, else None."""
+    spans = [span for span in changes.spans if span > 1]
+    is_removal = "remove" in changes.interventions and "layer" in changes.components
+    if not (spans and is_removal and (changes.control or parts.kind_layers is not None)):
+        return None
+    exact = [*changes.expand()]
+    if parts.kind_layers is not None:
+        if (changes.components, changes.interventions) != (("layer",), ("remove",)):
+            raise ExperimentError(
+                "spans of layers of one kind can only be removed as whole layers; request other "
+                "components and interventions in a separate file, or leave 'kind' out"
+            )
+        # Neighbours among the layers of the kind, whatever lies between them.
+        exact = [change for change in exact if change.span == 1] + [
+            Change(layers=parts.kind_layers[start : start + span])
+            for span in spans
+            for start in range(len(parts.kind_layers) - span + 1)
+        ]
+    if changes.control:
+        free = [layer for layer in range(parts.layers) if layer not in request.removed]
+        neighbours = (tuple(range(n, n + span)) for span in spans for n in changes.layers)
+        taken = {*(change.layers for change in exact), *neighbours}
+        drawn_sets = _draw_sets(free, spans, taken, request.documents.seed)
+        exact += [Change(layers=layers, drawn=True) for layers in drawn_sets]
+    return exact
+
+
+def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
+    """Return a copy of the changes with the names of all linear maps of the requested layers."""
+    if parts.maps is None:
+        raise ExperimentError("the model's linear maps are unknown; name some in 'map'")
+    by_layer = dict(enumerate(parts.maps))
+    all_maps = dict.fromkeys(name for layer in changes.layers for name in by_layer.get(layer, ()))
+    filled = changes.model_copy(update={"maps": tuple(all_maps)})
+    if all(set(by_layer.get(layer, all_maps)) == set(all_maps) for layer in changes.layers):
+        return filled
+    if changes.components != ("linear",) or changes.spans != (1,):
+        raise ExperimentError("the layers have different linear maps; name linear maps in 'map'")
+    return filled.with_exact(
+        Change("linear", (layer,), intervention, name)
+        for intervention in changes.interventions
+        for layer in changes.layers
+        for name in by_layer[layer]
+    )
+
+
+def _draw_sets(
+    free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
+) -> Iterator[tuple[int, ...]]:
+    """Yield up to `N_CONTROLS` random layer sets of each size, skipping the sets in `taken`."""
+    for span in spans:
+        generator = random.Random(f"control/{seed}/{span}")
+        drawn: set[tuple[int, ...]] = set()
+        for _ in range(50 * N_CONTROLS if span <= len(free) else 0):
+            chosen = tuple(sorted(generator.sample(free, span)))
+            if len(drawn) < N_CONTROLS and chosen not in taken and chosen not in drawn:
+                drawn.add(chosen)
+                yield chosen
+
+
+def check_parts(request: CellRequest, parts: ModelParts) -> None:
+    """Raise ExperimentError if the request names a layer, head, expert or map that is missing."""
+    changes = request.changes
+    for layer in (*changes.layers, *request.removed):
+        if layer >= parts.layers:
+            layers = f"{request.model} has {parts.layers} layers, 0 to {parts.layers - 1}"
+            raise ExperimentError(f"layer {layer} is out of range: {layers}")
+    names = {*MAP_GROUPS, *OUTER_MATRICES, *chain.from_iterable(parts.maps or ())}
+    maps = changes.maps if parts.maps is not None and "linear" in changes.components else ()
+    for name in maps:
+        if name not in names and (split_expert_map(name) or (name,))[0] not in names:
+            near, maps_text = did_you_mean(name, names), ", ".join(sorted(names))
+            message = f"{request.model} has no linear map {name!r}.{near} It has {maps_text}"
+            raise ExperimentError(message)
+    for component in changes.numbered:
+        count, last = parts.count_of(component), max(changes.numbers(component), default=0)
+        if count is not None and last >= count:
+            raise ExperimentError(
+                f"{component} {last} is out of range: a layer of {request.model} "
+                f"has {count} {KIND_STYLES[component].plural}, 0 to {count - 1}"
+            )
+
+
+KIND_LIST_KEYS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+"""Names of the lists in configurations that give the kind of each layer."""
+PARITY_KINDS = ("even", "odd")
+"""Kinds that every model has: layers 0, 2, …, and 1, 3, …."""
+
+
+def layer_kinds(config: Any) -> Mapping[str, tuple[int, ...]]:
+    """Return the kinds of layers in a model's configuration, with the layers of each kind.
+
+    Args:
+        config: The configuration of the text model, as a transformers object.
+
+    Returns:
+        Kind → numbers of the layers of this kind, 0-based, ascending. A layer can have several
+        kinds, such as `linear_attention` and `mamba` in Jamba. The mapping is empty if the
+        configuration lists no kinds.
+    """
+    total = config.num_hidden_layers
+    kinds: dict[str, list[int]] = {}
+    for name in KIND_LIST_KEYS:
+        words = getattr(config, name, None)
+        if not isinstance(words, (list, tuple)) or len(words) != total:
+            continue
+        for layer, word in enumerate(words):
+            if isinstance(word, str) and layer not in kinds.setdefault(word, []):
+                kinds[word].append(layer)
+    return {kind: tuple(sorted(layers)) for kind, layers in kinds.items()}
+
+
+def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
+    """Return the numbers of the layers of the given kinds.
+
+    Args:
+        config: The configuration of the text model, as a transformers object.
+        words: Names of kinds in the configuration, or `odd` or `even`.
+
+    Returns:
+        The numbers of the layers, 0-based, ascending.
+
+    Raises:
+        ModelError: The model has no layers of a given kind; the message lists the model's kinds.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(num_hidden_layers=3, layer_types=["conv", "moe", "conv"])
+        >>> layers_of_kind(config, ["conv"]), layers_of_kind(config, ["odd"])
+        ((0, 2), (1,))
+    """
+    total = config.num_hidden_layers
+    kinds = {name: tuple(range(n, total, 2)) for n, name in enumerate(PARITY_KINDS)}
+    kinds = {**kinds, **layer_kinds(config)}
+    for word in words:
+        if word not in kinds:
+            own_kinds = layer_kinds(config).items()
+            names = ", ".join(f"{kind} ({len(layers)})" for kind, layers in own_kinds)
+            listing = f"its kinds are {names}" if names else "its configuration names none"
+            raise ModelError(
+                f"the model has no layers of kind {word!r}: {listing}; odd and even are kinds of "
+                f"every model.{did_you_mean(word, kinds)}"
+            )
+    return tuple(sorted({layer for word in words for layer in kinds[word]}))

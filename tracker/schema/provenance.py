@@ -1,0 +1,105 @@
+"""Record file hashes, package versions and the machine of a measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tracker.schema.distribution import __version__
+
+RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
+"""Packages besides tracker whose version can change a result, under their names for pip."""
+_HARDWARE = ("platform", "device", "accelerator")
+_STACK = ("tracker", *(name for name in RECORDED_PACKAGES if name != "tokenizers"), *_HARDWARE)
+"""Keys of everything that can change a result: packages, processor and device. Tokenizers are
+compared by digests of tokens instead."""
+
+SAME_VERSIONS = "the same versions"
+_TOKENISING_PACKAGES = ("transformers", "tokenizers", "lm-eval")
+"""Packages whose version can change the tokens of a text."""
+
+WEIGHTS_KEY = "weights"
+"""Key of the format of a quantised checkpoint; absent for other checkpoints."""
+TOKENISATION_KEY = "tokenisation"
+"""Key of the digest of a text's tokens, which is equal for equal tokens."""
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of tracker and `RECORDED_PACKAGES`; `not installed` if missing."""
+    return {"tracker": __version__, **{name: _version(name) for name in RECORDED_PACKAGES}}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe_machine() -> dict[str, str]:
+    """Return Python version, platform and number of cores, without user names or host names."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    system = f"{platform.system()} {platform.machine()}"
+    return {"python": platform.python_version(), "platform": system, "cores": str(cores)}
+
+
+def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Merge several provenance records; list all values of a key if the values differ."""
+    names = dict.fromkeys(name for stack in stacks for name in stack)
+    return {n: ", ".join(sorted({stack[n] for stack in stacks if n in stack})) for n in names}
+
+
+def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
+    """Describe the differences between provenance records that can change a result.
+
+    An example is `torch 2.12.0, 2.13.0; device cpu, cuda`. The text is empty if nothing differs.
+    """
+    parts = [{n: stack.get(n, "unknown").partition(":")[0] for n in _STACK} for stack in stacks]
+    names = (n for n in _STACK if len({part[n] for part in parts}) > 1)
+    return "; ".join(f"{n} {merge_provenances(parts)[n]}" for n in names)
+
+
+def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """List the tokenising packages whose versions in `stack` differ from `other`."""
+    names = [n for n in _TOKENISING_PACKAGES if n in stack and stack[n] != other.get(n)]
+    return ", ".join(f"{n} {stack[n]}" for n in names) or SAME_VERSIONS
+
+
+def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Return whether a test text was tokenised differently in two provenance records."""
+    return len({stack.get(TOKENISATION_KEY), other.get(TOKENISATION_KEY)} - {None}) > 1
+
+
+def content_hash(value: object) -> str:
+    """Return the SHA-256 (hex) of a value's canonical JSON; `str` converts unknown objects."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 (hex) of the names and contents of files, in any order."""
+    digest = hashlib.sha256()
+    for name, content in sorted((path.name, _digest(path)) for path in paths):
+        digest.update(name.encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def file_stamp(paths: Iterable[Path | os.DirEntry[str]]) -> list[tuple[str, int, int]]:
+    """Return the path, size (bytes) and modification time (ns) of each file, sorted by path.
+
+    Comparing two results reveals changed files without reading the files.
+    """
+    stats = [(path, path.stat()) for path in paths]
+    return sorted((os.fspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -1,0 +1,361 @@
+"""Define the proxies: cheap estimates of the cost of removing a layer or an expert.
+
+A proxy with an `observe` function is measured during the intact model's forward pass. `observe`
+computes a value per token from the residual stream before and after a layer. The precision does not
+depend on the model's dtype: the relative update is computed in float32, the cosine in float64
+(float32 on devices without float64, such as Apple's). For example, a layer that turns a token's
+state by an angle of 1e-4 has a cosine of 1 - 5e-9, which float32 would round to 1.
+
+The caller selects the tokens to average: the context and gold continuation of each document,
+without padding. A hidden state that is all zeros has no direction, so the values of this token are
+NaN, and so is every mean over this token. The cosine function of torch would return 0 instead,
+which means a right angle.
+
+The proxies of an expert are computed from sums over the tokens that the router sends to the expert.
+`engine/observers/layer_proxies.py` measures these sums for the removed experts.
+
+The functions only call methods of their tensor arguments, so importing this module does not import
+torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, Literal
+
+from tracker.schema.errors import attempt
+from tracker.schema.extensions import load_extensions
+
+Tensor = Any
+"""A tensor of torch."""
+Array = Any
+"""An array, a tensor or a number."""
+log = logging.getLogger(__name__)
+
+
+def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
+    """Return the cosine similarity of each token's state before and after a layer.
+
+    The cosine is computed from the distance of the unit vectors u and v, as 1 - ‖u - v‖² / 2. If a
+    layer hardly turns its input, the dot product u · v would lose the value of 1 - cosine to
+    rounding. For float32 inputs, 1 - cosine has a relative error of about 1e-7, plus an absolute
+    error of about 1e-16. Due to rounding, the result can be lower than -1 by 1e-15.
+
+    Args:
+        before: The layer's input, of shape `[..., tokens, hidden]`.
+        after: The layer's output in the residual stream, before any final norm, of shape `[...,
+            tokens, hidden]`.
+
+    Returns:
+        Cosines of shape `[..., tokens]`, float64; NaN where the input or the output is all zeros.
+
+    Examples:
+        >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
+        tensor([0.9600], dtype=torch.float64)
+    """
+    difference = _unit_vectors(to_double(before)).sub_(_unit_vectors(to_double(after)))
+    return 1 - difference.square_().sum(-1) / 2
+
+
+def angle(cosine: Tensor) -> Tensor:
+    """Convert cosine similarities to angles, as a fraction of a half turn (180 degrees).
+
+    The arccosine is steep near 1: a rounding error of 1e-16 in a cosine of 1 becomes an angle of
+    5e-9.
+
+    Args:
+        cosine: Cosine similarities of any shape, which are clamped to [-1, 1].
+
+    Returns:
+        arccos(cosine) / π, in the shape of `cosine`: 0 = same direction, 0.5 = orthogonal, 1 =
+        opposite.
+
+    Examples:
+        >>> angle(torch.tensor([1.0, 0.0, -1.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return cosine.clamp(-1, 1).arccos() / math.pi
+
+
+def to_double(states: Tensor) -> Tensor:
+    """Convert a tensor to float64, or to float32 on devices without float64, such as Apple's."""
+    try:
+        return states.double()
+    except (TypeError, RuntimeError) as error:
+        if "float64" not in str(error) and "fp64" not in str(error):
+            raise
+        return states.float()
+
+
+def angular_distance(before: Tensor, after: Tensor) -> Tensor:
+    """Return the angle between each token's layer input and output, scaled as in `angle`."""
+    return angle(cosine_similarity(before, after))
+
+
+def relative_update(before: Tensor, after: Tensor) -> Tensor:
+    """Return each token's update by a layer, relative to the input: ‖after - before‖ / ‖before‖.
+
+    Unlike the cosine, the relative update also measures a change of the state's length.
+
+    Args:
+        before: The layer's input, of shape `[..., tokens, hidden]`.
+        after: The layer's output in the residual stream, of shape `[..., tokens, hidden]`.
+
+    Returns:
+        Ratios of shape `[..., tokens]`, float32; 0 means an unchanged state. NaN where the input is
+        all zeros.
+
+    Examples:
+        >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]))
+        tensor([1.])
+    """
+    wide_input, wide_output = before.float(), after.float()
+    size = wide_input.norm(2, dim=-1)
+    update = (wide_output - wide_input).norm(2, dim=-1) / size
+    return update.where(size > 0, math.nan)
+
+
+def _unit_vectors(states: Tensor) -> Tensor:
+    """Scale the hidden state of each token to length 1; a state of all zeros becomes NaN."""
+    length = states.norm(2, dim=-1, keepdim=True)
+    return states / length.where(length > 0, math.nan)
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A cheap estimate of the importance of a layer or expert; larger means more important.
+
+    Attributes:
+        name: The proxy's name in code, which is also the name of fields, columns and tracked
+            metrics.
+        label: The proxy's display name.
+        unit: The unit of the proxy's values, or a short description of the unit.
+        formula: The formula of the proxy, with a layer's input x_in and output x_out.
+        source: The publication that proposed the proxy; empty if there is none.
+        passes: Cost for all layers together, in forward passes of the model per document; None if
+            the proxy needs a separate removal of each layer, like the accuracy drop.
+        observe: Function that computes a value per token `[..., tokens]` from a layer's input and
+            output `[..., tokens, hidden]`; None for a proxy that is computed in another way.
+        per_token: Function that is applied to each token's value before averaging; None for no
+            function.
+        complement_of: The name of the averaged value if the proxy is 1 minus this average; else
+            empty.
+        strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
+        component: The part of the model whose importance the proxy estimates.
+        over: Name of the proxy that counts the tokens over which the mean is computed, for means
+            over an expert's tokens; empty for a mean over all tokens.
+    """
+
+    name: str
+    label: str
+    unit: str
+    formula: str = ""
+    source: str = ""
+    passes: float | None = 1.0
+    observe: Callable[[Tensor, Tensor], Tensor] | None = None
+    per_token: Callable[[Tensor], Tensor] | None = None
+    complement_of: str = ""
+    strategy: str = ""
+    component: Literal["layer", "expert"] = "layer"
+    over: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The display name of the proxy with its unit."""
+        return f"{self.label} ({self.unit})"
+
+    @property
+    def headings(self) -> dict[str, str]:
+        """Name → display name, for the proxy and (if the proxy is 1 minus a value) that value."""
+        before = {self.complement_of: self.complement_of.replace("_", " ")}
+        return (before if self.complement_of else {}) | {self.name: self.heading}
+
+    @property
+    def column(self) -> str:
+        """The ledger's column with the values of `observe`, summed over a document's tokens."""
+        return f"{self.complement_of or self.name}_sum"
+
+    def from_observed(self, observed: Array) -> Array:
+        """Convert averaged values to the proxy: 1 minus the value if it is a complement."""
+        return 1 - observed if self.complement_of else observed
+
+    def token_figure(self, observed: Tensor) -> Tensor:
+        """Apply `per_token` to the results of `observe`, before they are averaged over tokens."""
+        return observed if self.per_token is None else self.per_token(observed)
+
+    def observe_tokens(self, before: Tensor, after: Tensor) -> Tensor:
+        """Compute the proxy of each token from a layer's input and output."""
+        assert self.observe is not None
+        return self.from_observed(self.token_figure(self.observe(before, after)))
+
+
+_OWN_PROXIES: Mapping[str, Proxy] = {
+    proxy.name: proxy
+    for proxy in (
+        Proxy(
+            "cosine_score",
+            "cosine score",
+            "1 − cos",
+            formula="1 − mean over tokens of cos(x_in, x_out)",
+            source="Block Influence of ShortGPT, arXiv 2403.03853",
+            observe=cosine_similarity,
+            complement_of="cosine_similarity",
+            strategy="cosine",
+        ),
+        Proxy(
+            "angular_distance",
+            "angular distance",
+            "÷ π",
+            formula="mean over tokens of arccos(cos(x_in, x_out)) / π",
+            source="Gromov et al., arXiv 2403.17887",
+            observe=cosine_similarity,
+            per_token=angle,
+        ),
+        Proxy(
+            "relative_update",
+            "relative update",
+            "ratio of norms",
+            formula="mean over tokens of ‖x_out − x_in‖ / ‖x_in‖",
+            observe=relative_update,
+            strategy="relative_update",
+        ),
+        Proxy(
+            "gate_gradient",
+            "first-order Taylor",
+            "nats",
+            source="Molchanov et al., arXiv 1906.10771",
+            # A forward and a backward pass: the latter multiplies twice as much.
+            passes=3.0,
+            strategy="taylor",
+        ),
+        Proxy("lens_changes", "logit-lens change", "share of tokens", source="nostalgebraist 2020"),
+        Proxy(
+            "loss_increase", "log-perplexity increase", "nats", passes=None, strategy="perplexity"
+        ),
+        Proxy("kl", "KL divergence", "nats", passes=None),
+        Proxy("js", "Jensen–Shannon divergence", "nats", passes=None),
+        Proxy("gold_logprob_drop", "gold log-prob drop", "nats", passes=None),
+        Proxy(
+            "expert_saliency",
+            "expert saliency",
+            "gate × norm",
+            formula="mean of g(x) ‖f(x)‖ over the tokens routed to the expert",
+            source="REAP, arXiv 2510.13999",
+            # Each token passes its experts twice.
+            passes=2.0,
+            component="expert",
+            over="routed_share",
+        ),
+        Proxy(
+            "routed_share",
+            "routed share",
+            "share of tokens",
+            formula="tokens routed to the expert / all tokens",
+            passes=1.0,
+            component="expert",
+        ),
+    )
+}
+_RESERVED_NAMES = re.compile(
+    r"layer|component|span|intervention|number|repeats|members|drawn|map|part|change|ablation|n"
+    r"|key|model|benchmark|num_fewshot|removed|sample_seed|reasons|until|interval|figure|options"
+    r"|gold|drop|drop_.*|accuracy.*|baseline.*|chance.*|metrics?.*|mcnemar_p|rounded|gold_.*"
+    r"|options_.*|cosine_similarity|model_.*|proxy.*|copy|json|dict|schema.*|construct|validate"
+)
+"""Names that a proxy must not have, since other figures and columns of runs have them."""
+
+
+def _check_proxy(extension: object) -> Proxy:
+    """Check a proxy of another package and return it; TypeError or ValueError if invalid."""
+    if not isinstance(extension, Proxy):
+        raise TypeError(f"{extension!r} is not a tracker.schema.proxies.Proxy")
+    if _RESERVED_NAMES.fullmatch(extension.name):
+        raise ValueError(f"the name {extension.name!r} is taken")
+    if not callable(extension.observe) or extension.component != "layer":
+        raise ValueError("a proxy needs component 'layer' and a function observe(input, output)")
+    if extension.complement_of or extension.strategy or extension.per_token or extension.over:
+        raise ValueError(
+            "complement_of, strategy, per_token and over are only for tracker's own proxies"
+        )
+    return replace(extension, observe=_guard(extension.name, extension.observe))
+
+
+def _guard(
+    name: str, observe: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Wrap another package's `observe` function to return NaN and log a warning if it fails."""
+
+    def guarded(before: Tensor, after: Tensor) -> Tensor:
+        undefined = before[..., 0].float() * math.nan
+        observed = attempt(partial(observe, before, after))
+        shape = getattr(observed, "shape", ())
+        if isinstance(observed, Exception):
+            problem = f"{type(observed).__name__}: {observed}"
+        elif shape != undefined.shape:
+            shapes = f"{tuple(shape)}, and not {tuple(undefined.shape)}"
+            problem = f"ValueError: its figures have the shape {shapes}"
+        else:
+            return to_double(observed)
+        _warn(f"the proxy {name!r} is undefined: {problem}")
+        return undefined
+
+    return guarded
+
+
+@cache
+def _warn(message: str) -> None:
+    """Log the first line of a message as a warning, only once for each message."""
+    log.warning("%s", message.splitlines()[0])
+
+
+_ADDED_PROXIES = load_extensions("proxies", _check_proxy, _OWN_PROXIES)
+PROXIES: Mapping[str, Proxy] = {**_OWN_PROXIES, **_ADDED_PROXIES}
+"""Name → proxy: tracker's own proxies, and the entry points of other packages."""
+LAYER_PROXIES = {name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"}
+"""The proxies of whole layers."""
+EXPERT_PROXIES = tuple(proxy for proxy in PROXIES.values() if proxy.component == "expert")
+"""The proxies of routed experts, measured on the intact model for runs that remove an expert."""
+OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
+"""The proxies of a layer's input and output, measured on the intact model of every cell."""
+
+
+def observed(before: Tensor, after: Tensor) -> list[Tensor]:
+    """Compute the values per token of all `OBSERVED` proxies from a layer's input and output.
+
+    A value that several proxies need, such as the cosine, is computed only once.
+    """
+    observers = dict.fromkeys(proxy.observe for proxy in OBSERVED if proxy.observe)
+    figures: dict[Any, Tensor] = {observe: observe(before, after) for observe in observers}
+    return [proxy.token_figure(figures[proxy.observe]) for proxy in OBSERVED]
+
+
+PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *EXPERT_PROXIES) for name in proxy.headings)
+"""Names of the figures that a run shows for observed proxies and for proxies of experts."""
+
+
+def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:
+    """Return the cost of computing a proxy for all layers, in forward passes per document.
+
+    A model without one of its L layers computes L - 1 layers. The intact model and all L ablated
+    models together compute L² layers, which is the cost of L forward passes. If each ablation
+    shares the layers below the removed one with the intact model, the cost falls to (L + 1) / 2
+    forward passes (`StreamPlan.layer_passes`). The output head is not counted.
+
+    Args:
+        proxy: The name of one of `PROXIES`; any other name means the accuracy drop.
+        layers: The number of layers L.
+        is_shared: True if the layers below a removed layer are computed only once for all
+            ablations.
+
+    Returns:
+        The cost in forward passes of the whole model.
+    """
+    n_passes = PROXIES[proxy].passes if proxy in PROXIES else None
+    if n_passes is not None:
+        return n_passes
+    return (layers + 1) / 2 if is_shared else float(layers)

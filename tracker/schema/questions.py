@@ -1,0 +1,120 @@
+"""Define the questions of the setting `until`, which ends a measurement once it can be answered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+from tracker.schema.errors import did_you_mean
+from tracker.schema.safe_yaml import short_text
+
+QuestionKind = Literal["drop", "top", "prune", "sign"]
+
+QUESTION_EXAMPLES: Mapping[QuestionKind, str] = {
+    "drop": "drop within 2 pp",
+    "top": "top 5",
+    "prune": "prune 8",
+    "sign": "sign",
+}
+"""Kind of question → an example; `within 1 pp` and `at 99 %` may follow."""
+
+DEFAULT_CONFIDENCE = 0.95
+"""Default probability that all statements about a cell's runs hold together."""
+
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about all runs of a model and benchmark, e.g. which drops are the largest.
+
+    Attributes:
+        kind: `drop` asks how large each accuracy drop is. `top` asks which drops are the largest.
+            `prune` asks which drops are the smallest. `sign` asks which drops are not 0.
+        count: Number of runs to choose for `top` and `prune`; None for `drop` and `sign`.
+        within: Tolerance as a fraction. For `drop`, half the maximum width of a drop's interval.
+            For `top` and `prune`, the maximum amount by which a run that is not chosen can be
+            better than a chosen run. None means no tolerance.
+        level: Probability that the answer is right and that all intervals of drops hold at the same
+            time.
+    """
+
+    kind: QuestionKind
+    count: int | None = None
+    within: float | None = None
+    level: float = DEFAULT_CONFIDENCE
+
+    def __str__(self) -> str:
+        words = [str(self.kind)]
+        if self.count is not None:
+            words.append(str(self.count))
+        if self.within is not None:
+            words.append(f"within {100 * self.within:.10g} pp")
+        if self.level != DEFAULT_CONFIDENCE:
+            words.append(f"at {100 * self.level:.10g} %")
+        return " ".join(words)
+
+    def fits(self, runs: int) -> bool:
+        """Return whether `count` is less than the number of runs (always true without a count)."""
+        return self.count is None or self.count < runs
+
+    def check_runs(self, runs: int) -> None:
+        """Raise ValueError if `count` is not less than the number of runs."""
+        if not self.fits(runs):
+            suggestion = f"; ask for {runs - 1} at most" if runs > 1 else ""
+            raise ValueError(
+                f"{self.kind} {self.count} of {runs} run{'' if runs == 1 else 's'} chooses "
+                f"nothing{suggestion}"
+            )
+
+
+def parse_question(text: str) -> Question:
+    """Parse a question of the setting `until`.
+
+    Args:
+        text: Text such as `drop within 2 pp`, `top 5`, `top 5 within 1 pp`, `prune 8` or `sign`. A
+            final `at 99 %` sets another confidence than 95 %.
+
+    Returns:
+        The parsed question.
+
+    Raises:
+        ValueError: The text is not a valid question.
+
+    Examples:
+        >>> parse_question("top 5 within 1 pp")
+        Question(kind='top', count=5, within=0.01, level=0.95)
+        >>> str(parse_question("drop  within 0.5pp at 99%"))
+        'drop within 0.5 pp at 99 %'
+    """
+    word, _, rest = " ".join(text.split()).partition(" ")
+    kind, count = next((kind for kind in QUESTION_EXAMPLES if kind == word), None), None
+    if kind is None:
+        near, examples = did_you_mean(word, QUESTION_EXAMPLES), QUESTION_EXAMPLES.values()
+        listing = ", ".join(map(repr, examples))
+        raise ValueError(f"no question begins with {short_text(word)}.{near} Known: {listing}")
+    quoted, example = short_text(text), QUESTION_EXAMPLES[kind]
+    if kind in ("top", "prune"):
+        number, _, rest = rest.partition(" ")
+        if not re.fullmatch(r"[1-9]\d{0,5}", number):
+            raise ValueError(f"{quoted}: how many? Write for instance '{example}'")
+        count = int(number)
+    match = _QUALIFIERS.fullmatch(f" {rest}" if rest else "")
+    if match is None:
+        order = f"After {word!r}, 'within 1 pp' and 'at 99 %' are allowed, in this order"
+        raise ValueError(f"{quoted}: {short_text(rest)} is not understood. {order}")
+    within, level = (float(Decimal(number) / 100) if number else None for number in match.groups())
+    if kind == "sign" and within is not None:
+        drop_example = QUESTION_EXAMPLES["drop"]
+        raise ValueError(f"{quoted}: 'sign' takes no 'within'. Write 'sign', or '{drop_example}'")
+    if kind == "drop" and within is None:
+        raise ValueError(f"{quoted}: how exactly? Write for instance '{example}'")
+    if within is not None and not 0 < within < 1:
+        raise ValueError(f"{quoted}: 'within' takes more than 0 and less than 100 pp")
+    if level is not None and not 0.5 <= level < 1:
+        raise ValueError(f"{quoted}: 'at' takes 50 % or more, and less than 100 %")
+    return Question(kind, count, within, DEFAULT_CONFIDENCE if level is None else level)

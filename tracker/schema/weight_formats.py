@@ -1,0 +1,116 @@
+"""Define weight formats and their sizes in bits, as in the formats' original definitions.
+
+A linear map is simulated in a format: its weights are rounded as in a file of that format, and then
+stored in the model's dtype. All formats round to the nearest value, some after a search for the
+best scales. No format uses calibration text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tracker.schema.extensions import load_extensions
+
+_TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
+_GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
+
+SCALE_BITS = 16
+"""Number of bits of a scale of integer or fp8 weights; scales have the checkpoint's dtype."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Definition of one weight format.
+
+    Attributes:
+        name: The format's name in files and on the command line.
+        label: The format's display name, as used by the authors of the format.
+        block: Number of consecutive weights of a row that are stored as one block; 0 for a block
+            per row. The length of a row must be a multiple of this number.
+        bits: Bits per weight, including the overhead of a block, but without the scale of a whole
+            row.
+        source: The definition of the format and the library that rounds the weights.
+        instead: The format that llama.cpp uses instead if the row length is not a multiple of
+            `block`; empty for none.
+        extra: True if the rounding library is installed only with the extra `quantise`.
+        round: Function that rounds a float32 tensor [rows, inputs] and returns the rounded weights;
+            None for tracker's own formats, for which `models/rounding.py` does the rounding.
+    """
+
+    name: str
+    label: str
+    block: int
+    bits: float
+    source: str
+    instead: str = ""
+    extra: bool = False
+    round: Callable[[Any], Any] | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        """True if the format is one of the formats of GGUF files."""
+        return self.source in (_GGUF, _LLAMA)
+
+    def for_rows(self, inputs: int) -> WeightFormat | None:
+        """Return this format or its replacement, if one fits rows of `inputs` weights, or None."""
+        if not self.block or inputs % self.block == 0:
+            return self
+        return FORMATS[self.instead].for_rows(inputs) if self.instead else None
+
+    def bits_per_weight(self, inputs: int) -> float:
+        """Return the bits per weight, including scales, for rows with `inputs` weights."""
+        return self.bits if self.block else self.bits + SCALE_BITS / inputs
+
+
+_OWN_FORMATS: Mapping[str, WeightFormat] = {
+    form.name: form
+    for form in (
+        WeightFormat("int8", "int8, a scale a row", 0, 8, _TORCHAO),
+        WeightFormat("int8_g32", "int8, groups of 32", 32, 8.5, _TORCHAO),
+        WeightFormat("int8_g128", "int8, groups of 128", 128, 8.125, _TORCHAO),
+        WeightFormat("int4", "int4, groups of 32", 32, 4.5, _TORCHAO),
+        WeightFormat("int4_g128", "int4, groups of 128", 128, 4.125, _TORCHAO),
+        WeightFormat("int4_row", "int4, a scale a row", 0, 4, _TORCHAO),
+        WeightFormat(
+            "nf4", "NF4, blocks of 64", 64, 4.5, "bitsandbytes' quantize_4bit", extra=True
+        ),
+        WeightFormat("fp8", "fp8 e4m3, a scale a row", 0, 8, "torch.float8_e4m3fn"),
+        WeightFormat("mxfp4", "MXFP4", 32, 4.25, _GGUF),
+        WeightFormat("q2_k", "Q2_K", 256, 2.625, _LLAMA, instead="q4_0", extra=True),
+        WeightFormat("q3_k", "Q3_K", 256, 3.4375, _LLAMA, instead="q4_0", extra=True),
+        WeightFormat("q4_0", "Q4_0", 32, 4.5, _GGUF),
+        WeightFormat("q4_1", "Q4_1", 32, 5, _GGUF),
+        WeightFormat("q4_k", "Q4_K", 256, 4.5, _LLAMA, instead="q5_0", extra=True),
+        WeightFormat("iq4_nl", "IQ4_NL", 32, 4.5, _LLAMA, extra=True),
+        WeightFormat("q5_0", "Q5_0", 32, 5.5, _GGUF),
+        WeightFormat("q5_1", "Q5_1", 32, 6, _GGUF),
+        WeightFormat("q5_k", "Q5_K", 256, 5.5, _LLAMA, instead="q5_1", extra=True),
+        WeightFormat("q6_k", "Q6_K", 256, 6.5625, _LLAMA, instead="q8_0", extra=True),
+        WeightFormat("q8_0", "Q8_0", 32, 8.5, _GGUF),
+    )
+}
+_RESERVED_WORDS = (
+    *("layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"),
+    *("embedding", "lm_head", "remove", "mean", "scale", "linear", "repeat", "drawn"),
+)
+"""Names that no format may have, since they mean something else in the text of a change."""
+
+
+def _check_format(extension: object) -> WeightFormat:
+    """Return a weight format of another package; raise TypeError or ValueError if invalid."""
+    if not isinstance(extension, WeightFormat):
+        raise TypeError(f"{extension!r} is not a tracker.schema.weight_formats.WeightFormat")
+    if not callable(extension.round):
+        raise ValueError("it has no function `round`")
+    if extension.instead and extension.instead not in _OWN_FORMATS:
+        names = ", ".join(_OWN_FORMATS)
+        raise ValueError(f"`instead` names {extension.instead!r}; use one of: {names}")
+    return extension
+
+
+_RESERVED_NAMES = (*_OWN_FORMATS, *_RESERVED_WORDS)
+_ADDED_FORMATS = load_extensions("formats", _check_format, _RESERVED_NAMES)
+FORMATS: Mapping[str, WeightFormat] = {**_OWN_FORMATS, **_ADDED_FORMATS}
+"""Name → format: tracker's own formats, and the entry points of other packages."""
