@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.ledger.outcomes import PART_SUMS
 from tracker.report.wording import sentence
+from tracker.schema.changes import Change
 from tracker.schema.proxies import OBSERVED
 from tracker.schema.records import CellRecord
 from tracker.stats.rank_agreement import COEFFICIENTS
@@ -153,6 +154,51 @@ def test_experts_that_were_measured_before_were_not_observed(cell):
         assert (run.expert_saliency, run.routed_share) == (None, None)
         assert {run.reasons["expert_saliency"], run.reasons["routed_share"]} == {reason}
     assert {c.estimate.reason for c in record.correlations} == {reason}
+
+
+HEADS = {"head:0.0": (12, 20.0), "head:0.1": (16, 30.0), "head:1.0": (15, 5.0), "int4:1": (9, 10.0)}
+"""How many documents are right under a change; its first-order Taylor sum in odd documents."""
+
+
+def write_heads(cell, observed):
+    rows = []
+    for name, (count, term) in ({"baseline": (18, 0.0)} | HEADS).items():
+        for doc in range(DOCUMENTS):
+            row = make_row(doc, name, acc=float(doc < count))
+            if name != "baseline" and doc in observed:
+                row["taylor_sum"] = term * (doc % 2)
+            rows.append(row)
+    write_rows_to_blocks(cell, rows)
+    request = layer_request(limit=DOCUMENTS).with_changes(map(Change.parse, HEADS))
+    return cell_record(cell, request)
+
+
+def test_taylor_terms_of_parts_are_means_over_tokens(cell):
+    record = write_heads(cell, range(DOCUMENTS))
+    # Half of the documents have a term, and each has five tokens.
+    expected = {name: pytest.approx(term / 2 / 5) for name, (_, term) in HEADS.items()}
+    assert {run.ablation: run.taylor for run in record.runs} == expected
+    spearman = [c for c in record.correlations if (c.coefficient, c.subset) == ("spearman", "all")]
+    assert [(c.sample, c.n, c.within_layers) for c in spearman] == [
+        ("int4 layer", 1, False),
+        ("head", 3, True),
+    ]
+    # Ranks of the terms 2 3 1, of the drops 3 1 2.
+    assert spearman[1].estimate.value == pytest.approx(-0.5)
+    assert "Spearman of first-order Taylor and accuracy drop: −0.50 (" in sentence(record)
+    assert "3 heads, 20 documents" in sentence(record)
+
+
+def test_taylor_terms_are_complete_or_undefined(cell):
+    record = write_heads(cell, range(12))
+    reason = "the proxy was not computed for 8 of 20 documents"
+    assert {(run.taylor, run.reasons["taylor"]) for run in record.runs} == {(None, reason)}
+
+
+def test_cells_measured_before_have_no_taylor_terms(cell):
+    record = write_heads(cell, ())
+    assert not any("taylor" in run.proxies or "taylor" in run.reasons for run in record.runs)
+    assert record.correlations == ()
 
 
 def test_layers_beneath_count_in_every_drop(show):

@@ -21,6 +21,7 @@ from tracker.schema.config import CellRequest, cell_request
 from tracker.schema.documents import Document, Response
 from tracker.schema.extent import ALL_DOCUMENTS, Extent
 from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.schema.proxies import EXPERT_PROXIES
 from tracker.schema.records import CellRecord
 
 LAYERS = 4
@@ -129,7 +130,8 @@ def make_row(
     if not isinstance(metrics, Mapping):
         metrics = dict.fromkeys(metrics, acc)
     figures = (responses or [], metrics, proxies if ablation == "baseline" else None)
-    return outcome_row(document, ablation, *figures, repeated=repeated, expert_sums=load)
+    part_sums = dict(zip((proxy.column for proxy in EXPERT_PROXIES), load or (), strict=False))
+    return outcome_row(document, ablation, *figures, repeated=repeated, part_sums=part_sums)
 
 
 def fill_block(

@@ -57,7 +57,9 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     unused_names = [name for name, result in runs.items() if result.expert_saliency is None]
     assert (unused_names, runs[NEVER].routed_share) == ([NEVER], 0)
     assert "no token of these documents" in runs[NEVER].reasons["expert_saliency"]
-    assert {result.proxy for result in cell.correlations} == {"expert_saliency", "routed_share"}
+    proxies = {result.proxy for result in cell.correlations}
+    assert proxies == {"taylor", "expert_saliency", "routed_share"}
+    assert [result.taylor for result in cell.runs if not result.taylor] == [0.0]
     assert printed("report", results, "--format", "csv", "--output", tmp_path / "figures")
     page = printed("report", results, "--output", tmp_path / "page.html") and (
         tmp_path / "page.html"

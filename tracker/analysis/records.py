@@ -14,9 +14,9 @@ from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.runs import (
     ONE_LOOK_REASON,
     Aggregate,
-    ExpertProxies,
     IntactFigures,
     LayerProxies,
+    PartProxies,
     accuracy_rounding,
     apply_bounds,
     finite_or_none,
@@ -28,8 +28,9 @@ from tracker.ledger.outcomes import CHECKPOINT_KEY
 from tracker.schema.changes import INTACT, Ablation, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.extent import ALL_DOCUMENTS, shuffle_documents
+from tracker.schema.grouping import group_by
 from tracker.schema.provenance import list_differences, merge_provenances
-from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, Proxy
+from tracker.schema.proxies import OBSERVED, Proxy
 from tracker.schema.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
 from tracker.schema.views import View
 from tracker.stats.accuracy import accuracy
@@ -40,8 +41,8 @@ from tracker.stats.rank_agreement import COEFFICIENTS
 _MISMATCH = "measured with different software versions or devices"
 OUTER_LAYERS = 2
 """Number of layers at each end that the subset `inner` excludes, as the paper excludes outliers."""
-EXPERT_PERMUTATIONS = 999
-"""Number of random permutations for experts; few, because a model has thousands of experts."""
+PART_PERMUTATIONS = 999
+"""Number of random permutations for parts; few, because a model has thousands of experts."""
 
 
 def cell_record(
@@ -96,20 +97,19 @@ def cell_record(
         baseline = replace(baseline, low=None, high=None)
         remaining = replace(remaining, low=None, high=None)
         reasons["baseline_low"] = ONE_LOOK_REASON
-    proxies, experts = LayerProxies(outcomes), ExpertProxies(outcomes)
+    proxies, parts = LayerProxies(outcomes), PartProxies(outcomes)
     bounds_by_run = {run.change: run for run in answer.runs} if answer and order else {}
 
     def record_of(run: Change) -> RunRecord:
         run_intact, bounds = intact, bounds_by_run.get(run)
         if bounds is not None:
             run_intact = IntactFigures(aligned.restrict({*order[: bounds.n]}, [run]), texts)
-        estimates = proxies.estimates(run) | experts.estimates(run)
+        estimates = proxies.estimates(run) | parts.estimates(run)
         record = run_record(run_intact, run, estimates, aggregate)
         return apply_bounds(record, bounds) if order else record
 
     runs = tuple(map(record_of, outcomes.runs))
     layer_columns = _layer_columns(outcomes, proxies)
-    expert_columns = _expert_columns(outcomes, experts, runs)
     return CellRecord(
         **fields,
         tokens=int(proxies.tokens.sum()),
@@ -125,7 +125,11 @@ def cell_record(
         runs=runs,
         correlations=(
             *_correlations(outcomes, outcomes.whole_layers, layer_columns, bool(order)),
-            *_correlations(outcomes, experts.runs, expert_columns, bool(order)),
+            *(
+                correlation
+                for kind in _part_columns(outcomes, parts, runs)
+                for correlation in _correlations(outcomes, *kind, bool(order))
+            ),
         ),
         reasons={name: reason for name, reason in reasons.items() if reason},
     )
@@ -261,20 +265,25 @@ def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator
         yield proxy, values, resamples, np.ones_like(values, bool), proxies.reasons[proxy.name]
 
 
-def _expert_columns(
-    outcomes: AlignedOutcomes, experts: ExpertProxies, records: Sequence[RunRecord]
-) -> Iterator[_ProxyColumn]:
-    """Yield the values of each expert proxy for the runs that remove an expert.
+def _part_columns(
+    outcomes: AlignedOutcomes, parts: PartProxies, records: Sequence[RunRecord]
+) -> Iterator[tuple[list[Change], list[_ProxyColumn]]]:
+    """Yield the runs that change parts of one kind, with the values of each proxy for these runs.
 
-    Correlations use only experts whose proxy and accuracy drop are defined.
+    Correlations use only parts whose proxy and accuracy drop are defined.
     """
-    drops = [record.drop for record in records if record.change.component == "expert"]
-    for proxy in EXPERT_PROXIES:
-        values = experts.means(proxy)
-        sums, counts = experts.sums[proxy.name], experts.counts(proxy)
-        resamples = safe_divide(outcomes.resample(sums), outcomes.resample(counts))
-        is_usable = np.array([drop.value is not None for drop in drops]) & np.isfinite(values)
-        yield proxy, values, resamples, is_usable, experts.unobserved_reason
+    has_drop = {record.change for record in records if record.drop.value is not None}
+    for runs in group_by(parts.runs, lambda run: run.sample).values():
+        indexes = [parts.runs.index(run) for run in runs]
+        columns: list[_ProxyColumn] = []
+        for proxy in parts.proxies_of(runs[0]):
+            values = parts.means(proxy)[indexes]
+            sums, counts = parts.sums[proxy.name][:, indexes], parts.counts(proxy)[:, indexes]
+            resamples = safe_divide(outcomes.resample(sums), outcomes.resample(counts))
+            is_usable = np.array([run in has_drop for run in runs]) & np.isfinite(values)
+            reason = parts.unobserved_reason(proxy, indexes[0])
+            columns.append((proxy, values, resamples, is_usable, reason))
+        yield runs, columns
 
 
 def _correlations(
@@ -292,23 +301,24 @@ def _correlations(
         return
     paired = outcomes.metric_outcomes([outcomes.ablation(run) for run in runs])
     drop, drop_resamples = paired.mean_drops, outcomes.resample(paired.drops, paired.weights)
+    sample, is_part = runs[0].sample, runs[0].has_taylor
+    is_grouped = len({run.layer for run in runs}) < len(runs)
     layers, n_layers = np.array([run.layer for run in runs]), outcomes.identity.model.layers
     is_inner = (layers >= OUTER_LAYERS) & (layers < n_layers - OUTER_LAYERS)
     subsets = {"all": np.ones(len(runs), dtype=bool), "inner": is_inner}
     for proxy, values, resamples, is_usable, unobserved_reason in columns:
-        is_expert = proxy.component == "expert"
         for coefficient, (subset, in_subset) in product(COEFFICIENTS, subsets.items()):
-            if is_expert and coefficient == "kendall":
-                continue  # which takes all pairs, and there are thousands of experts
+            if is_part and coefficient == "kendall":
+                continue  # it takes all pairs, and there may be thousands of parts
             indexes = np.flatnonzero(in_subset & is_usable)
             estimate = correlate(
                 values[indexes],
                 drop[indexes],
                 coefficient=coefficient,
                 resamples=(resamples[:, indexes], drop_resamples[:, indexes]),
-                groups=layers[indexes] if is_expert else None,
-                noun=proxy.component,
-                surrogates=EXPERT_PERMUTATIONS if is_expert else SURROGATES,
+                groups=layers[indexes] if is_grouped else None,
+                noun=sample,
+                surrogates=PART_PERMUTATIONS if is_part else SURROGATES,
             )
             reason = unobserved_reason or estimate.reason
             if is_raced:
@@ -317,6 +327,8 @@ def _correlations(
                 proxy=proxy.name,
                 coefficient=coefficient,
                 subset=subset,
+                sample=sample,
+                within_layers=is_grouped,
                 estimate=replace(estimate, reason=reason),
                 n=len(indexes),
                 documents=len(outcomes.tasks),

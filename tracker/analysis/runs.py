@@ -17,7 +17,7 @@ from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.identities import CHOICE_PROBABILITIES
-from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, Proxy
+from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, PART_PROXIES, PROXIES, Proxy
 from tracker.schema.records import RunAnswer, RunRecord
 from tracker.stats.accuracy import (
     RATIO,
@@ -92,47 +92,56 @@ class LayerProxies:
         return {name: values[run.layer] for name, values in self._estimates.items()}
 
 
-class ExpertProxies:
-    """Proxies of the experts that runs remove, observed in the intact model.
+TAYLOR = "taylor"
+"""Name of the proxy of all parts."""
+
+
+class PartProxies:
+    """Proxies of the parts that runs change, observed in the intact model.
 
     Args:
         outcomes: Outcomes of the documents.
 
     Attributes:
-        runs: Runs that remove an expert.
+        runs: Runs that change a part of one layer.
         sums: Name of the proxy → sums over each document's tokens `[documents, runs]`.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
-        self.runs = [run for run in outcomes.runs if run.component == "expert"]
-        self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in EXPERT_PROXIES}
+        self.runs = [run for run in outcomes.runs if run.has_taylor]
+        self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in PART_PROXIES}
         self._tokens = np.tile(outcomes.tokens[:, None], len(self.runs))
         self._indexes = {run: index for index, run in enumerate(self.runs)}
 
-    @property
-    def unobserved_reason(self) -> str:
-        """Number of documents without expert proxies, in words; "" if all documents have them."""
-        return count_unobserved(np.isnan(self.sums["routed_share"].sum(axis=1)))
+    def proxies_of(self, run: Change) -> list[Proxy]:
+        """List the proxies of a run; first-order Taylor only if a document has it."""
+        proxies = [] if np.isnan(self.sums[TAYLOR]).all() else [PROXIES[TAYLOR]]
+        return [*proxies, *(EXPERT_PROXIES if run.component == "expert" else ())]
+
+    def unobserved_reason(self, proxy: Proxy, index: int) -> str:
+        """Return for how many documents a run's proxy was not computed; "" if for none."""
+        name = proxy.name if proxy.component == "part" else "routed_share"
+        return count_unobserved(np.isnan(self.sums[name][:, index]))
 
     def counts(self, proxy: Proxy) -> Array:
         """Return the number of tokens over which a proxy is summed `[documents, runs]`."""
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def means(self, proxy: Proxy) -> Array:
-        """Return a proxy's mean over tokens `[runs]` for the expert that each run removes."""
+        """Return a proxy's mean over tokens `[runs]` for the part that each run changes."""
         return safe_divide(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → value for the removed expert; {} if the run removes no expert."""
-        if run.component != "expert":
+        """Return proxy name → value for the changed part; {} if the run changes no part."""
+        if run not in self._indexes:
             return {}
         index = self._indexes[run]
-        return {proxy.name: self._estimate(proxy, index) for proxy in EXPERT_PROXIES}
+        return {proxy.name: self._estimate(proxy, index) for proxy in self.proxies_of(run)}
 
     def _estimate(self, proxy: Proxy, index: int) -> Estimate:
-        routed = self.sums["routed_share"][:, index]
-        undefined = _NOT_SEPARABLE if routed.sum() else _NEVER_ROUTED
-        reason = count_unobserved(np.isnan(routed)) or undefined
+        routed = self.sums["routed_share"][:, index].sum()
+        undefined = _NOT_SEPARABLE if routed else _NEVER_ROUTED
+        reason = self.unobserved_reason(proxy, index) or undefined
         return _finite_estimate(self.means(proxy)[index], reason)
 
 

@@ -87,7 +87,7 @@ def print_cell(
         runs = [run for run in runs if verdicts[run.change] != "open"]
     has_rounded = any(run.rounded is not None for run in runs)
     proxies = run_table.cell_proxies(cell)
-    shown_proxies = [p.name for p in proxies if p.name == "cosine_score" or p.component == "expert"]
+    shown_proxies = [p.name for p in proxies if p.name == "cosine_score" or p.component != "layer"]
     columns = run_table.pick_columns(
         run_table.run_columns(cell),
         *run_table.distinguishing_columns(cell),

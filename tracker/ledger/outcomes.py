@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from tracker.schema.documents import Document, Response
-from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED
+from tracker.schema.proxies import OBSERVED, PART_PROXIES
 
 METRIC_PREFIX = "metric/"
 """Prefix of the columns of the task's metrics; lm-eval's name of the metric follows."""
@@ -23,8 +23,8 @@ REPEATED_COLUMN = "again"
 """Column of the second computation's log-likelihoods, for outcomes that are computed twice."""
 PROXY_SUMS = tuple(proxy.column for proxy in OBSERVED)
 """Columns of layer proxies, summed over `proxy_tokens` tokens; only in rows of the baseline."""
-PART_SUMS = tuple(proxy.column for proxy in EXPERT_PROXIES)
-"""Columns of proxies of a removed expert, summed over the same tokens; only in its ablation."""
+PART_SUMS = tuple(proxy.column for proxy in PART_PROXIES)
+"""Columns of proxies of a changed part, summed over the same tokens; only in its ablation."""
 
 
 def outcome_row(
@@ -35,7 +35,7 @@ def outcome_row(
     proxies: tuple[int, Sequence[Sequence[float]]] | None,
     comparison: tuple[int, float, int] | None = None,
     repeated: Sequence[Response] | None = None,
-    expert_sums: Sequence[float] | None = None,
+    part_sums: Mapping[str, float] | None = None,
 ) -> dict[str, object]:
     """Build the row of a shard with one document's outcome under one ablation.
 
@@ -51,8 +51,8 @@ def outcome_row(
             if no response was checked.
         repeated: The responses of a second computation, which measures rounding; None without a
             second computation.
-        expert_sums: Sums that measure how much the intact model uses the removed expert, for the
-            columns `PART_SUMS`; None unless the ablation removes an expert.
+        part_sums: Column of `PART_SUMS` → sum of a proxy of the part that the ablation changes;
+            None or empty if no proxy was measured.
 
     Returns:
         The row, as column name → value.
@@ -76,9 +76,7 @@ def outcome_row(
     row.update(zip(COMPARED_COLUMNS, comparison or (None,) * len(COMPARED_COLUMNS), strict=True))
     if repeated is not None:
         row[REPEATED_COLUMN] = [response.loglikelihood for response in repeated]
-    if expert_sums is not None:
-        row.update(zip(PART_SUMS, expert_sums, strict=True))
-    return row
+    return row | dict(part_sums or {})
 
 
 _SCHEMA = {

@@ -26,6 +26,7 @@ from tracker.schema.provenance import (
     describe_machine,
     package_versions,
 )
+from tracker.schema.proxies import EXPERT_PROXIES, PROXIES
 
 if TYPE_CHECKING:
     from tracker.engine.forward.layer import Replacement
@@ -221,17 +222,17 @@ class Meter:
             partial(scorer.score_again, repeated, scored),
             partial(reference.answer_all, watched_requests(checked, scored, seed, first_index)),
         ]
-        if experts := [ablation.expert for ablation in scored if ablation.expert is not None]:
-            passes.append(partial(self._observe_experts, documents, experts))
-        results, repeated_results, _, *loads = scorer.engine.run_lockstep(passes)
+        if parts := [ablation.part for ablation in scored if ablation.part is not None]:
+            passes.append(partial(self._observe_parts, documents, parts))
+        results, repeated_results, _, *part_sums = scorer.engine.run_lockstep(passes)
         compared = [result for result in results if result.document.key in self._checked_keys]
         comparisons = scorer.compare_results(reference, compared, scored, seed, first_index)
         repeated_responses = {r.document.index: r.responses for r in repeated_results}
         rows: list[dict[str, object]] = []
         for number, result in enumerate(results):
             responses = repeated_responses.get(result.document.index, [None] * len(scored))
-            expert_loads = loads[0][number] if loads else {}
-            rows += self._outcome_rows(result, names, scored, comparisons, responses, expert_loads)
+            sums = part_sums[0][number] if part_sums else {}
+            rows += self._outcome_rows(result, names, scored, comparisons, responses, sums)
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
@@ -253,14 +254,29 @@ class Meter:
         self._n_notes += len(notes)
         return [f"{name}: {line}" for line in notes]
 
-    def _observe_experts(
+    def _observe_parts(
         self, documents: Sequence[Document], parts: Sequence[Change]
-    ) -> list[Mapping[Change, Sequence[float]]]:
-        """Measure how much the intact model uses each of the experts `parts` in each document."""
+    ) -> list[dict[Change, dict[str, float]]]:
+        """Measure the proxies of changed parts in each document, on the intact model."""
         from tracker.engine.observers.layer_proxies import measure_expert_load
+        from tracker.engine.observers.taylor import measure_taylor
 
-        measure = partial(measure_expert_load, self.engine)
-        return [*self.engine.run_lockstep(partial(measure, doc, parts) for doc in documents)]
+        engine = self.engine
+        experts = [part for part in parts if part.component == "expert"]
+        sums = [{part: dict[str, float]() for part in parts} for _ in documents]
+        if experts:
+            measure_load = partial(measure_expert_load, engine)
+            loads = engine.run_lockstep(partial(measure_load, doc, experts) for doc in documents)
+            for document_sums, load in zip(sums, loads, strict=True):
+                for part, values in load.items():
+                    names = (proxy.column for proxy in EXPERT_PROXIES)
+                    document_sums[part] |= zip(names, values, strict=True)
+        # Backward passes need all weights in memory.
+        if engine.loaded.offloaded is None:
+            for document, document_sums in zip(documents, sums, strict=True):
+                for part, value in measure_taylor(engine, document, parts).items():
+                    document_sums[part][PROXIES["taylor"].column] = value
+        return sums
 
     def _outcome_rows(
         self,
@@ -269,7 +285,7 @@ class Meter:
         scored: Sequence[Ablation],
         comparisons: Mapping[tuple[int, Ablation], Comparison],
         repeated: Sequence[Sequence[Response] | None],
-        loads: Mapping[Change, Sequence[float]],
+        parts: Mapping[Change, Mapping[str, float]],
     ) -> Iterator[dict[str, object]]:
         """Yield one row with the outcome of a document for each ablation in `names`."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
@@ -280,6 +296,6 @@ class Meter:
                 check = comparisons.get((document.index, ablation))
                 compared = (check.compared, check.difference, check.unsteady) if check else None
                 proxies = sums if ablation == INTACT else None
-                load = loads[ablation.expert] if ablation.expert else None
-                scores = (responses, metrics, proxies, compared, repetition, load)
+                part_sums = parts[ablation.part] if ablation.part else None
+                scores = (responses, metrics, proxies, compared, repetition, part_sums)
                 yield {**outcome_row(document, ablation.name, *scores), DIGEST_COLUMN: digest}

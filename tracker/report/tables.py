@@ -10,12 +10,12 @@ from tracker.analysis.boards import layer_relevance
 from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels, row_labels
 from tracker.report.wording import (
-    P_VALUE_NAMES,
+    p_value_name,
     power_sentence,
     provenance_notes,
     rule,
     run_list,
-    sample_kind,
+    sample_noun,
 )
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
@@ -206,28 +206,33 @@ def _group_by_reason(
 
 def correlation_table(cell: CellRecord) -> Table:
     """Build the table of correlations, with a row for each proxy, coefficient and layer subset."""
-    names = ("proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents")
-    columns = correlation_columns()
-    kinds = list(dict.fromkeys(map(sample_kind, cell.correlations))) or ["layer"]
-    samples = " or ".join(f"{kind}s" for kind in kinds)
-    p_value = " or ".join(P_VALUE_NAMES[kind] for kind in kinds)
+    names = ["proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents"]
+    columns, records = correlation_columns(), cell.correlations
+    if len({record.sample for record in records}) > 1:
+        names.insert(1, "sample")
+    samples = " or ".join(dict.fromkeys(f"{sample_noun(r)}s" for r in records)) or "layers"
+    p_names = dict.fromkeys(map(p_value_name, records)) or {"p over layers": None}
+    p_value = " or ".join(p_names)
     columns["n"] = replace(columns["n"], label=samples)
     columns["p_value"] = replace(columns["p_value"], label=p_value)
     columns["proxy"] = replace(columns["proxy"], value=lambda row: _proxy_heading(row[1]))
     columns["coefficient"] = replace(
         columns["coefficient"], value=lambda row: COEFFICIENT_NAMES[row[1].coefficient]
     )
-    notes = [rule(f"{kind}_correlation") for kind in ("layer", "expert") if kind in kinds]
-    for record in cell.correlations:
+    columns["sample"] = replace(columns["sample"], value=lambda row: sample_noun(row[1]))
+    is_part = {record.within_layers for record in records} or {False}
+    notes = [rule(f"{'part' if part else 'layer'}_correlation") for part in sorted(is_part)]
+    for record in records:
         if not is_finite(record.estimate.value):
             coefficient, subset = COEFFICIENT_NAMES[record.coefficient], SUBSET_NAMES[record.subset]
-            subject = f"{coefficient}, {_proxy_heading(record)}, {subset}"
+            parts = [f"{sample_noun(record)}s"] * (record.sample != "layer")
+            subject = ", ".join([coefficient, _proxy_heading(record), *parts, subset])
             notes.append(f"{subject}: undefined: {record.estimate.reason or NO_REASON}.")
     return build_table(
         f"{cell.title}: how well each proxy ranks the {samples} by {metric_format(cell).change} "
         f"(inner: without the first two and the last two{' layers' * (samples != 'layers')}).",
         pick_columns(columns, *names),
-        [(cell, record) for record in cell.correlations],
+        [(cell, record) for record in records],
         *notes,
     )
 

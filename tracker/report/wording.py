@@ -36,7 +36,7 @@ from tracker.schema.formats import (
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import REPLACEMENT_WORDS
 from tracker.schema.provenance import WEIGHTS_KEY
-from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, PROXIES, Proxy
+from tracker.schema.proxies import OBSERVED, PROXIES, Proxy
 from tracker.schema.records import (
     NO_REASON,
     RUN_NOT_MEASURED,
@@ -124,13 +124,18 @@ def _machine_name(cell: CellRecord) -> str:
     return ", ".join(filter(None, (provenance.get("platform"), cores and f"{cores} cores", device)))
 
 
-P_VALUE_NAMES = {"layer": "p over layers", "expert": "p within layers"}
-"""Kind of a correlation's sample → name of the correlation's p-value."""
+_SAMPLE_NOUNS = {"linear": "linear map", "attention": "attention sublayer", "mlp": "MLP sublayer"}
 
 
-def sample_kind(record: CorrelationRecord) -> str:
-    """Return the units over which a correlation is computed: `layer` or `expert`."""
-    return PROXIES[record.proxy].component if record.proxy in PROXIES else "layer"
+def sample_noun(record: CorrelationRecord) -> str:
+    """Return the singular name of the parts that are correlated, e.g. `layer` or `int4 map`."""
+    words = record.sample.replace("_", " ").split()
+    return " ".join(_SAMPLE_NOUNS.get(word, word) for word in words)
+
+
+def p_value_name(record: CorrelationRecord) -> str:
+    """Return the name of a correlation's p-value, which says what its test permutes."""
+    return "p within layers" if record.within_layers else "p over layers"
 
 
 def correlation_text(record: CorrelationRecord | None) -> str:
@@ -145,8 +150,8 @@ def correlation_text(record: CorrelationRecord | None) -> str:
     """
     if record is None:
         return "not computed"
-    kind = sample_kind(record)
-    sample_text = f"{count_text(record.n, kind)}, {count_text(record.documents, 'document')}"
+    counts = ((record.n, sample_noun(record)), (record.documents, "document"))
+    sample_text = ", ".join(count_text(*count) for count in counts)
     estimate = record.estimate
     if not is_finite(estimate.value):
         return f"undefined ({estimate.reason or NO_REASON}; {sample_text})"
@@ -156,7 +161,7 @@ def correlation_text(record: CorrelationRecord | None) -> str:
         parts = [f"no interval: {estimate.reason or NO_REASON}"]
     if is_finite(estimate.p_value):
         p_text = "< 0.001" if estimate.p_value < 0.001 else f"= {estimate.p_value:.3f}"
-        parts.append(f"{P_VALUE_NAMES[kind]} {p_text}")
+        parts.append(f"{p_value_name(record)} {p_text}")
     return f"{two_digits(estimate.value)} ({'; '.join([*parts, sample_text])})"
 
 
@@ -182,15 +187,19 @@ def sentence(cell: CellRecord) -> str:
         Sentences about three results. The first result is the cost of layers that are removed in
         all runs. The second result is the Spearman correlation of cosine score and drop (or loss
         increase) over all layers and over the inner layers, or the reason why it is undefined. The
-        third result is the correlation of every other proxy over all layers, or over experts.
+        third result is the correlation of every other proxy over all layers, or over parts.
     """
 
     def named_records(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
         records = ((proxy.label, find_correlation(cell, proxy=proxy.name)) for proxy in proxies)
         return {name: record for name, record in records if record}
 
-    experts, others = named_records(EXPERT_PROXIES), named_records(OBSERVED[1:])
-    text = WORDS.render("correlations", cell, experts, others)
+    parts = [
+        (PROXIES[record.proxy].label, record)
+        for record in cell.correlations
+        if record.sample != "layer" and (record.coefficient, record.subset) == ("spearman", "all")
+    ]
+    text = WORDS.render("correlations", cell, parts, named_records(OBSERVED[1:]))
     return f"{beneath(cell)}{text}"
 
 

@@ -257,6 +257,19 @@ class Change:
         return self.span == 1 and self.part is None
 
     @property
+    def has_taylor(self) -> bool:
+        """True if the change removes a part of one layer, or rounds weights of one layer."""
+        is_removed_part = self.component != "layer" and self.intervention == "remove"
+        is_in_one_layer = self.span == 1 and not self.is_outer
+        return is_in_one_layer and (is_removed_part or self.intervention in FORMATS)
+
+    @property
+    def sample(self) -> str:
+        """The name of the parts among which proxies are compared, e.g. `head` or `int4 linear`."""
+        component = self.path if self.path in MAP_GROUPS else self.component
+        return component if self.intervention == "remove" else f"{self.intervention} {component}"
+
+    @property
     def order(self) -> tuple[int | str, ...]:
         """The sort key of changes: component, intervention, number of layers, layer numbers."""
         kinds = COMPONENTS.index(self.component), INTERVENTIONS.index(self.intervention)
@@ -422,10 +435,10 @@ class Ablation:
         return any(change.part in MAP_GROUPS for change in self.roundings)
 
     @property
-    def expert(self) -> Change | None:
-        """The change that removes an expert, if the ablation removes no other part; else None."""
-        parts = self.parts
-        return parts[0] if len(parts) == 1 and parts[0].component == "expert" else None
+    def part(self) -> Change | None:
+        """The change for which `Change.has_taylor` is true, if other changes only remove layers."""
+        changes = [change for change in self.changes if change.word != "layer"]
+        return changes[0] if len(changes) == 1 and changes[0].has_taylor else None
 
     @property
     def has_replacements(self) -> bool:

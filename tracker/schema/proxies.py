@@ -146,7 +146,8 @@ class Proxy:
         complement_of: The name of the averaged value if the proxy is 1 minus this average; else
             empty.
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
-        component: The part of the model whose importance the proxy estimates.
+        component: The components whose importance the proxy estimates: whole layers, all parts of a
+            layer, or routed experts.
         over: Name of the proxy that counts the tokens over which the mean is computed, for means
             over an expert's tokens; empty for a mean over all tokens.
     """
@@ -161,7 +162,7 @@ class Proxy:
     per_token: Callable[[Tensor], Tensor] | None = None
     complement_of: str = ""
     strategy: str = ""
-    component: Literal["layer", "expert"] = "layer"
+    component: Literal["layer", "part", "expert"] = "layer"
     over: str = ""
 
     @property
@@ -241,6 +242,15 @@ _OWN_PROXIES: Mapping[str, Proxy] = {
         Proxy("js", "Jensen–Shannon divergence", "nats", passes=None),
         Proxy("gold_logprob_drop", "gold log-prob drop", "nats", passes=None),
         Proxy(
+            "taylor",
+            "first-order Taylor",
+            "nats per token",
+            formula="|sum over a document's tokens of gradient × change of the output| / tokens",
+            source="Molchanov et al., arXiv 1906.10771",
+            passes=3.0,
+            component="part",
+        ),
+        Proxy(
             "expert_saliency",
             "expert saliency",
             "gate × norm",
@@ -318,8 +328,10 @@ PROXIES: Mapping[str, Proxy] = {**_OWN_PROXIES, **_ADDED_PROXIES}
 """Name → proxy: tracker's own proxies, and the entry points of other packages."""
 LAYER_PROXIES = {name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"}
 """The proxies of whole layers."""
-EXPERT_PROXIES = tuple(proxy for proxy in PROXIES.values() if proxy.component == "expert")
-"""The proxies of routed experts, measured on the intact model for runs that remove an expert."""
+PART_PROXIES = tuple(proxy for proxy in PROXIES.values() if proxy.component != "layer")
+"""The proxies of parts of a layer, measured on the intact model for runs that change a part."""
+EXPERT_PROXIES = tuple(proxy for proxy in PART_PROXIES if proxy.component == "expert")
+"""The proxies of routed experts."""
 OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
 """The proxies of a layer's input and output, measured on the intact model of every cell."""
 
@@ -334,8 +346,8 @@ def observed(before: Tensor, after: Tensor) -> list[Tensor]:
     return [proxy.token_figure(figures[proxy.observe]) for proxy in OBSERVED]
 
 
-PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *EXPERT_PROXIES) for name in proxy.headings)
-"""Names of the figures that a run shows for observed proxies and for proxies of experts."""
+PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *PART_PROXIES) for name in proxy.headings)
+"""Names of the figures that a run shows for observed proxies and for proxies of parts."""
 
 
 def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from operator import attrgetter, itemgetter
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -127,8 +127,8 @@ class RunRecord(FiguresRecord, ChangeRecord):
     """Result of one run: the effect of one change of a model on one benchmark.
 
     Every accuracy drop is relative to the intact model. If layers are removed in all runs, every
-    drop includes the effect of these layers. Extra fields hold proxies of the changed layer,
-    measured on the intact model, if the run changes one whole layer.
+    drop includes the effect of these layers. Extra fields hold proxies of the changed layer or
+    part, measured on the intact model.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -179,9 +179,14 @@ class RunRecord(FiguresRecord, ChangeRecord):
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
 
     @property
+    def proxies(self) -> Mapping[str, float | None]:
+        """Name of a proxy of the changed layer or part → value; None if it is undefined."""
+        return self.__pydantic_extra__
+
+    @property
     def cosine_score(self) -> float | None:
         """The proxy `cosine_score` of the removed layer; None if it is undefined."""
-        return self.__pydantic_extra__.get("cosine_score")
+        return self.proxies.get("cosine_score")
 
 
 class RunAnswer(ChangeRecord):
@@ -228,7 +233,7 @@ class AnswerRecord(Record):
 
 
 class CorrelationRecord(EstimatesRecord):
-    """Correlation of one proxy with the measured drops of removing single whole layers."""
+    """Correlation of one proxy with the measured drops of changes of one kind."""
 
     FLAT: ClassVar = {n: ("estimate", n) for n in ("value", "low", "high", "p_value", "reason")}
 
@@ -237,12 +242,24 @@ class CorrelationRecord(EstimatesRecord):
     coefficient: Literal["spearman", "kendall", "pearson"]
     subset: Literal["all", "inner"]
     """The correlated layers: all layers, or all but the first two and the last two."""
+    sample: str = "layer"
+    """The parts that are correlated, e.g. `head` or `int4 linear` (`Change.sample`)."""
+    within_layers: bool = False
+    """True if the p-value permutes the parts of each layer."""
     estimate: Estimate
     """The coefficient. Its interval comes from resampling documents. Its p-value is two-sided,
     against unrelated series that are equally smooth over depth."""
     n: int
-    """Number of layers."""
+    """Number of layers or parts."""
     documents: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_sample(cls, fields: Any) -> Any:
+        """Add the sample to a record of a former version, which had only layers and experts."""
+        if isinstance(fields, dict) and fields.get("proxy") in ("expert_saliency", "routed_share"):
+            return {"sample": "expert", "within_layers": True, **fields}
+        return fields
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:

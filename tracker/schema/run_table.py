@@ -14,7 +14,7 @@ from tracker.schema.answers import interval_name
 from tracker.schema.changes import CHANGE_COLUMNS, WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.formats import ACCURACY_FORMAT, metric_format
-from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, Proxy
+from tracker.schema.proxies import OBSERVED, PART_PROXIES, Proxy
 from tracker.schema.records import NO_REASON, CellRecord, CorrelationRecord, RunRecord
 from tracker.schema.tables import Column, ColumnValue, RowType
 
@@ -75,10 +75,10 @@ def has_only_layers(cell: CellRecord) -> bool:
 
 
 def cell_proxies(cell: CellRecord) -> list[Proxy]:
-    """List the layer proxies, expert proxies or both that a record's runs need in tables."""
-    components = {kind.component for kind in cell.kinds}
-    experts = EXPERT_PROXIES if "expert" in components else ()
-    return [*(() if components == {"expert"} else OBSERVED), *experts]
+    """List the proxies of layers, of parts or both that a record's runs need in tables."""
+    figures = {name for run in cell.runs if run.change.has_taylor for name in run.proxies}
+    parts = [proxy for proxy in PART_PROXIES if proxy.name in figures]
+    return [*(OBSERVED if cell.whole_layers or not parts else ()), *parts]
 
 
 def distinguishing_columns(cell: CellRecord) -> list[str]:
@@ -141,7 +141,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
         _figure_column("accuracy_relevance", "accuracy relevance", "relevance"),
         *(
             _figure_column(name, label, "proxy")
-            for proxy in (*OBSERVED, *EXPERT_PROXIES)
+            for proxy in (*OBSERVED, *PART_PROXIES)
             for name, label in proxy.headings.items()
         ),
         _figure_column("rounded", "documents within rounding", "count"),
@@ -195,6 +195,7 @@ def correlation_columns() -> dict[str, Column[CellCorrelation]]:
 
     return cell_columns(lambda row: row[0]) | by_name(
         column("proxy", "proxy", "text"),
+        column("sample", "parts", "text"),
         column("coefficient", "coefficient", "text"),
         column("subset", "layers used", "text"),
         column("value", "value", "coefficient"),

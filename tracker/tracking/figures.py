@@ -13,7 +13,7 @@ from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.formats import is_finite
 from tracker.schema.kinds import KIND_STYLES
 from tracker.schema.proxies import PROXY_FIGURES
-from tracker.schema.records import AnswerRecord, CellRecord, RunRecord
+from tracker.schema.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
 from tracker.schema.tables import Table, build_table
 
 CURVES = (
@@ -125,8 +125,14 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
         **{name: cell.figure(name) for name in names},
         **(answer_figures(cell.answer) if cell.answer else {}),
         **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
-        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.estimate.value for c in cell.correlations},
+        **{correlation_name(c): c.estimate.value for c in cell.correlations},
     }
+
+
+def correlation_name(record: CorrelationRecord) -> str:
+    """Return the tracked name of a correlation, e.g. `spearman/cosine_score/all`."""
+    sample = [record.sample.replace(" ", "_")] * (record.sample not in ("layer", "expert"))
+    return "/".join([record.coefficient, record.proxy, *sample, record.subset])
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
@@ -196,7 +202,7 @@ def logged_layers(cell: CellRecord) -> LoggedTable:
 
 def logged_correlations(cell: CellRecord) -> LoggedTable:
     """Build the table of correlations, a row for each proxy, coefficient and subset of layers."""
-    names = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
+    names = ("proxy", "sample", "coefficient", "subset", "value", "low", "high", "p_value")
     columns = run_table.correlation_columns()
     picked = run_table.pick_columns(columns, *names, "n", "documents", "reason")
     rows = [(cell, record) for record in cell.correlations]

@@ -15,21 +15,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import Ablations
+from tracker.engine.observers.taylor import gate_gradient
 from tracker.engine.refusal import RefusalError, try_model
 from tracker.engine.scoring.head import LOGITS_BYTES
-from tracker.engine.scoring.model import compute_logits
 from tracker.engine.scoring.rows import measured_texts, reading_row
 from tracker.engine.scoring.score import run_base
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.devices import copy_to_device, take_entries
 from tracker.models.hooks import (
-    call_protected,
-    first_output,
-    replace_first_output,
     replaced_forward,
 )
 from tracker.models.parts.experts import Experts, single_expert_outputs
@@ -85,7 +82,7 @@ def output_proxies(
             sums["tokens"] = torch.tensor(float(len(tokens) - start)).double()
             sums["lens_changes"] = _lens_changes(engine, tokens, start)
         if only != "loss_increase":
-            gradient, _ = try_model(partial(_gate_gradient, engine, tokens, start))
+            gradient, _ = try_model(partial(gate_gradient, engine, tokens, start))
             if gradient is None:
                 gradient = torch.full((n_layers,), torch.nan, dtype=torch.float64)
             sums["gate_gradient"] = gradient
@@ -242,37 +239,6 @@ def _compute_states(
             quirks = replace(engine.quirks, in_place=engine.quirks.in_place or is_empty)
             _, changed_states = run(replace(engine, quirks=quirks).ablate(ablation), [INTACT])
             yield [INTACT, ablation], output, torch.cat([intact_states, changed_states])
-
-
-def _gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the derivative of a text's loss with respect to a gate on each layer's update."""
-    model, layers = engine.loaded.model, engine.loaded.layers
-    engine.restore_state()
-    first_loss = max(start, 1)
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-        gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
-        for gate, layer in zip(gates, layers, strict=True):
-            gated_forward = partial(_apply_gate, layer, layer.forward, gate)
-            stack.enter_context(replaced_forward(layer, gated_forward))
-        ids = torch.tensor([tokens], device=engine.loaded.device)
-        logits = compute_logits(model, ids)[0, first_loss - 1 : len(tokens) - 1]
-        next_ids = ids[0, first_loss:, None].to(logits.device)
-        loss = -logits.float().log_softmax(-1).gather(1, next_ids).sum()
-        try:
-            (gradient,) = torch.autograd.grad(loss, gates)
-        except RuntimeError as error:
-            raise RefusalError(f"it cannot be differentiated: {error}") from None
-    return gradient.cpu().double()
-
-
-def _apply_gate(
-    layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    """Run a layer and multiply the layer's update by a gate of 1, to get a gradient of the gate."""
-    inputs, output = call_protected(layer, forward, args, kwargs)
-    outputs = first_output(output)
-    update = (outputs - inputs.to(outputs.device)).detach()
-    return replace_first_output(output, outputs + (gate.to(outputs) - 1) * update)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from tracker.schema.changes import Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import is_finite, metric_format, named_interval, p_value, write_figure
 from tracker.schema.kinds import KIND_STYLES
-from tracker.schema.proxies import EXPERT_PROXIES
+from tracker.schema.proxies import PART_PROXIES
 from tracker.schema.records import CellRecord, RunRecord
 
 COST_COLOUR = KIND_STYLES["layer"].colour
@@ -309,8 +309,8 @@ def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
     lines = [heading, f"{measure.change} {text}"]
     if record.drop.p_value is not None:
         lines.append(f"McNemar p {p_value(record.drop.p_value)} (unadjusted)")
-    is_expert = run.component == "expert"
-    proxies = [proxy.name for proxy in EXPERT_PROXIES] if is_expert else ["cosine_score"]
+    proxies = [proxy.name for proxy in PART_PROXIES if proxy.name in record.proxies]
+    proxies = proxies or ["cosine_score"]
     for field in ("accuracy_relevance", *proxies):
         value = record.figure(field)
         text = f"undefined: {wrap_text(cell.reason_of(field, record))}"

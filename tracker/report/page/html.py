@@ -30,7 +30,7 @@ from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.findings import FindingRecord
 from tracker.schema.formats import metric_format
 from tracker.schema.kinds import REPLACEMENT_WORDS
-from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED
+from tracker.schema.proxies import OBSERVED, PART_PROXIES
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.tables import entry_text, heading_text
 from tracker.schema.text import mask_secrets, replace_controls
@@ -83,7 +83,7 @@ def _page_templates() -> Environment:
         "few": MAX_INTERVAL_LINES,
         "replaced_by": REPLACEMENT_WORDS,
         "weight_formats": [*FORMATS],
-        "proxies": (*OBSERVED, *EXPERT_PROXIES),
+        "proxies": (*OBSERVED, *PART_PROXIES),
     }
     return environment
 

@@ -1,0 +1,98 @@
+"""First-order Taylor terms, against finite differences of models with really changed weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.engines import engine_of, gold_tokens, make_documents
+from tests.helpers.families import tiny_model
+from tests.helpers.truth import model_logits
+from tracker.engine.observers.taylor import measure_taylor
+from tracker.models.layers import find_layers
+from tracker.models.rounding import round_weight
+from tracker.schema.changes import Change
+
+STEP = 2e-3
+HEAD_COLUMNS = {"head": 8, "kv_head": 16}
+
+
+def _changed_weight(change: Change, path: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight under a change, computed without code of the package."""
+    if change.intervention != "remove":
+        return round_weight(weight.float(), change.intervention).to(weight)
+    changed = weight.clone()
+    if change.component in HEAD_COLUMNS:
+        width = HEAD_COLUMNS[change.component]
+        changed[:, change.part * width : (change.part + 1) * width] = 0
+    elif change.component == "expert":
+        changed[change.part] = 0
+    else:
+        changed.zero_()
+    return changed
+
+
+def _finite_difference(model, tokens, change: Change, paths: list[str]) -> float:
+    """Return the derivative of the loss in the direction of the changed weights."""
+    layer = find_layers(model)[change.layer]
+    parameters = [layer.get_parameter(path) for path in paths]
+    intact = [parameter.detach().clone() for parameter in parameters]
+    pairs = zip(paths, intact, strict=True)
+    directions = [_changed_weight(change, path, weight) - weight for path, weight in pairs]
+
+    def loss(step: float) -> float:
+        with torch.no_grad():
+            for parameter, weight, direction in zip(parameters, intact, directions, strict=True):
+                parameter.copy_(weight + step * direction)
+        logprobs = model_logits(model, tokens).log_softmax(-1)
+        return float(-logprobs[range(len(tokens) - 1), list(tokens[1:])].sum())
+
+    slope = (loss(STEP) - loss(-STEP)) / (2 * STEP)
+    loss(0)
+    return slope
+
+
+ATTENTION = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+MLP = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+LLAMA = {
+    "head:1.3": ["self_attn.o_proj.weight"],
+    "kv_head:2.1": ["self_attn.o_proj.weight"],
+    "attention:0": ["self_attn.o_proj.weight"],
+    "mlp:3": ["mlp.down_proj.weight"],
+    "int4:1.mlp.up_proj": ["mlp.up_proj.weight"],
+    "int4:1.self_attn.q_proj": ["self_attn.q_proj.weight"],
+    "int4:2.attention": ATTENTION,
+    "int4:0": ATTENTION + MLP,
+}
+CASES = {
+    "llama": LLAMA,
+    "gpt2": {
+        "attention:1": ["attn.c_proj.weight", "attn.c_proj.bias"],
+        "mlp:2": ["mlp.c_proj.weight", "mlp.c_proj.bias"],
+    },
+    "bloom": {
+        "attention:1": ["self_attention.dense.weight", "self_attention.dense.bias"],
+        "mlp:2": ["mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"],
+    },
+    "gemma3": {"head:1.2": ["self_attn.o_proj.weight"], "int4:2.mlp.down_proj": [MLP[2]]},
+    "qwen2_moe": {
+        "expert:1.2": ["mlp.experts.down_proj"],
+        "shared_expert:2": ["mlp.shared_expert.down_proj.weight"],
+        "attention:0": ["self_attn.o_proj.weight"],
+    },
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_term_is_the_derivative_in_the_direction_of_the_change(family: str) -> None:
+    sizes = {"intermediate_size": 64} if family in ("llama", "gemma3") else {}
+    model = tiny_model(family, **sizes)
+    (document,) = make_documents(1)
+    changes = {Change.parse(text): paths for text, paths in CASES[family].items()}
+    terms = measure_taylor(engine_of(model), document, [*changes])
+    if family != "qwen2_moe":  # its experts are not computed in float64
+        model = model.double()
+    for change, paths in changes.items():
+        slope = _finite_difference(model, gold_tokens(document), change, paths)
+        assert terms[change] == pytest.approx(abs(slope), rel=1e-2, abs=5e-4), change
+        assert abs(slope) > 5e-3, change

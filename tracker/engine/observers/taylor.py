@@ -1,0 +1,221 @@
+"""Measure first-order Taylor terms: the gradient of the loss times the change of an output.
+
+A forward and a backward pass of the intact model give the terms of all changes in a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.engine.forward.modules import HEAD_COMPONENTS
+from tracker.engine.refusal import RefusalError, try_model
+from tracker.engine.scoring.model import compute_logits
+from tracker.engine.scoring.rows import measured_texts
+from tracker.engine.scoring.sweep import Engine
+from tracker.models.hooks import (
+    call_protected,
+    first_output,
+    input_state,
+    neutral_output,
+    replace_first_output,
+    replaced_forward,
+)
+from tracker.models.parts.experts import Experts, SharedExperts, single_expert_outputs
+from tracker.models.parts.heads import Heads
+from tracker.models.parts.linear_maps import LinearMap, map_of_module
+from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.changes import Change
+from tracker.schema.documents import Document
+
+
+def measure_taylor(
+    engine: Engine, document: Document, changes: Sequence[Change]
+) -> dict[Change, float]:
+    """Measure the first-order Taylor term of each change in a document.
+
+    The term estimates how much the change increases the loss, which is the negative log-likelihood
+    of the predicted tokens. For each token, the gradient of the loss with respect to an output is
+    multiplied by the change of this output. The products are summed over the tokens.
+
+    Args:
+        engine: The engine with the intact model, whose weights are not offloaded.
+        document: The document that the model reads.
+        changes: Changes for which `Change.has_taylor` is true.
+
+    Returns:
+        Change → absolute value of the term, in nats. NaN if autograd cannot differentiate the
+        model, or if the change rounds matrices of experts.
+
+    References:
+        P. Molchanov et al., arXiv 1906.10771 (|gradient × activation|). P. Michel et al., arXiv
+        1905.10650 (the absolute value is taken in each document).
+    """
+    terms = dict.fromkeys(changes, 0.0)
+    for tokens, start in measured_texts(document, engine.max_length):
+        text_terms, _ = try_model(partial(_taylor_terms, engine, tokens, start, changes))
+        for change in changes:
+            terms[change] += text_terms[change] if text_terms else math.nan
+    return {change: abs(term) for change, term in terms.items()}
+
+
+@dataclass
+class _Call:
+    """Call of a module in the forward pass, and the gradient of the loss for the call's output."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    gradient: Tensor = field(init=False)
+
+    @cached_property
+    def weight_gradient(self) -> Tensor:
+        """Gradient of the loss for the weight of a linear map [outputs, inputs], in float32."""
+        states = input_state(self.args, self.kwargs)
+        gradients, inputs = (t.float().flatten(0, -2) for t in (self.gradient, states))
+        return gradients.T @ inputs
+
+    @cached_property
+    def expert_terms(self) -> dict[Any, float]:
+        """Number of an expert → term of the expert's output, weighted by the router."""
+        terms: dict[Any, float] = {}
+        gradient = self.gradient.float().flatten(0, -2)
+        calls = single_expert_outputs(self.module.forward, self.args, self.kwargs)
+        for numbers, gates, outputs in calls:
+            products = -(gates.float() * (outputs.float() * gradient).sum(-1))
+            for number, product in zip(numbers.tolist(), products.tolist(), strict=True):
+                terms[number] = terms.get(number, 0.0) + product
+        return terms
+
+
+_Term = Callable[[_Call], float]
+"""Function that computes the term of a change from the call of a module."""
+
+
+def _taylor_terms(
+    engine: Engine, tokens: Sequence[int], start: int, changes: Sequence[Change]
+) -> dict[Change, float]:
+    """Compute the terms of all changes in a text; raise RefusalError if autograd fails."""
+    terms_of: dict[nn.Module, list[tuple[Change, _Term]]] = {}
+    for change in changes:
+        for module, term in _find_terms(engine, change):
+            terms_of.setdefault(module, []).append((change, term))
+    calls: dict[nn.Module, _Call] = {}
+
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if module in calls:
+            raise RefusalError("a module runs several times in a forward pass")
+        calls[module] = _Call(module, args, kwargs, first_output(output))
+        # A copy, because the layer may change the output in place.
+        return replace_first_output(output, first_output(output).clone())
+
+    def require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_().clone()
+
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        embedding = engine.embeddings.embedding.module
+        stack.enter_context(embedding.register_forward_hook(require_gradient))
+        for module in terms_of:
+            stack.enter_context(module.register_forward_hook(record, with_kwargs=True))
+        loss = _text_loss(engine, tokens, start)
+        outputs = [call.output for call in calls.values()]
+        for call, gradient in zip(calls.values(), _gradients(loss, outputs), strict=True):
+            call.gradient = gradient
+    sums = dict.fromkeys(changes, 0.0)
+    with torch.no_grad():
+        # Gradients of weights take much memory: they are freed after each module.
+        for module, terms in terms_of.items():
+            call = calls.pop(module)
+            for change, term in terms:
+                sums[change] += term(call)
+    return sums
+
+
+def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Term]]:
+    """Yield the modules whose outputs a change affects first, with functions for their terms."""
+    anatomy, number = engine.anatomy, change.layer
+    layer, component = engine.loaded.layers[number], change.component
+    if change.intervention != "remove":
+        for path, form in anatomy.expand_formats(number, [change]).items():
+            linear = anatomy.get_map(number, path)
+            get_weight = partial(anatomy.weights.get_weight, number, path, linear, form)
+            yield linear.module, partial(_rounding_term, linear, get_weight)
+    elif component in HEAD_COMPONENTS:
+        heads = anatomy.get_part(Heads, number)
+        columns = heads.columns(change, anatomy.layer_name(number))
+        yield layer.get_submodule(heads.projection), partial(_head_term, columns)
+    elif component == "expert":
+        holder = layer.get_submodule(anatomy.get_part(Experts, number).holder)
+        yield holder, lambda call: call.expert_terms.get(change.part, 0.0)
+    elif component == "shared_expert":
+        for path in anatomy.get_part(SharedExperts, number).paths:
+            yield layer.get_submodule(path), _removal_term
+    else:
+        yield anatomy.get_part(Sublayers, number).module(component), _removal_term
+
+
+def _rounding_term(linear: LinearMap, get_weight: Callable[[], Tensor], call: _Call) -> float:
+    """Compute the term of a quantised weight; NaN for matrices of experts."""
+    if linear.experts:
+        return math.nan
+    return float((call.weight_gradient * (get_weight().float() - linear.weight.float())).sum())
+
+
+def _head_term(columns: slice, call: _Call) -> float:
+    """Compute the term of removed input columns of an output projection."""
+    weight = map_of_module(call.module).weight[:, columns]
+    return -float((call.weight_gradient[:, columns] * weight.float()).sum())
+
+
+def _removal_term(call: _Call) -> float:
+    """Compute the term of a removed sublayer or shared expert."""
+    neutral = neutral_output(call.module, call.args, call.kwargs, call.output, len(call.output))
+    return float(((neutral.float() - call.output.float()) * call.gradient.float()).sum())
+
+
+def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
+    """Compute the derivative of a text's loss with respect to a gate on each layer's update."""
+    layers = engine.loaded.layers
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
+        for gate, layer in zip(gates, layers, strict=True):
+            gated_forward = partial(_apply_gate, layer, layer.forward, gate)
+            stack.enter_context(replaced_forward(layer, gated_forward))
+        (gradient,) = _gradients(_text_loss(engine, tokens, start), [gates])
+    return gradient.cpu().double()
+
+
+def _apply_gate(
+    layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a layer and multiply the layer's update by a gate of 1, to get a gradient of the gate."""
+    inputs, output = call_protected(layer, forward, args, kwargs)
+    outputs = first_output(output)
+    update = (outputs - inputs.to(outputs.device)).detach()
+    return replace_first_output(output, outputs + (gate.to(outputs) - 1) * update)
+
+
+def _text_loss(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
+    """Compute the negative log-likelihood of a text's tokens from `start` on."""
+    engine.restore_state()
+    first_loss = max(start, 1)
+    ids = torch.tensor([tokens], device=engine.loaded.device)
+    logits = compute_logits(engine.loaded.model, ids)[0, first_loss - 1 : len(tokens) - 1]
+    next_ids = ids[0, first_loss:, None].to(logits.device)
+    return -logits.float().log_softmax(-1).gather(1, next_ids).sum()
+
+
+def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients of a loss; raise RefusalError if autograd cannot compute them."""
+    try:
+        return torch.autograd.grad(loss, tensors)
+    except RuntimeError as error:
+        raise RefusalError(f"it cannot be differentiated: {error}") from None
